@@ -1,0 +1,4335 @@
+"""microauthd: an OAuth 2.0 and OpenID Connect provider in one module, for one box.
+
+Read downwards: a section uses only names defined above it.
+
+Contents
+    Vocabulary        names from the standards, constants of the program
+    Errors            ERRORS, Problem, its renderings
+    Options           OPTIONS, load_options(), describe_options()
+    Log               one line an event; secrets never
+    Records           what a table row and a wire object look like
+    Store             MIGRATIONS, Store: every SQL statement
+    Secrets           hashes, random handles, sealing, TOTP
+    Tokens            key rings, JWKS, minting and verifying JWTs
+    Idp               options, store, keys, clock: what every function below is handed
+    Audit             audit()
+    Accounts          users, roles, lockout, second factor
+    Clients           registration, authentication, scopes
+    Sessions          refresh-token families, revocation, "is this token alive?"
+    Grants            one function per grant_type, issue()
+    HTTP              Routes, Params, guards, throttle, Answer
+    AUTH endpoints    the routes of the auth port
+    ADMIN endpoints   the routes of the admin port
+    Upkeep            purging what has expired
+    Serve             the two servers, their connection loop, workers, TLS, signals
+    Setup             the first start: everything or nothing
+    Command line      main()
+
+The life of a request
+    Serve parses it (llhttp) and calls the Bottle app of its port. Answer reads the parameters
+    once (Params), asks the route's guard who is calling, calls the handler, and turns what comes
+    back - a dict, a record, a Page, a Redirect or a raised Problem - into status, headers and
+    body. A handler calls one service or grant; services and grants hold the rules and call the
+    Store; only the Store speaks SQL.
+"""
+
+import base64
+import binascii
+import collections
+import contextlib
+import fcntl
+import functools
+import hashlib
+import hmac
+import io
+import ipaddress
+import json
+import logging
+import mmap
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import uuid
+from pathlib import Path
+from urllib.parse import unquote_to_bytes, urlencode, urlsplit
+
+import bottle
+import cheroot.wsgi
+import httptools
+import msgspec
+import sqlcipher3
+from argon2.exceptions import Argon2Error, InvalidHashError
+from argon2.low_level import Type as Argon2Type
+from argon2.low_level import hash_secret as argon2_hash
+from argon2.low_level import verify_secret as argon2_verify
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+# == Vocabulary ================================================================
+# Names from the RFCs, and the constants of the program.
+
+VERSION = "0.1.0"
+# A clock that shows an earlier time than this is wrong, whatever it says. Unix seconds.
+RELEASED_AT = 1795392000  # 2026-11-23
+
+HERE = Path(__file__).parent
+PUBLIC = HERE / "public"
+APPLIANCE = HERE / "appliance"
+
+# grant_type values, RFC 6749 §4 and §6
+AUTHORIZATION_CODE = "authorization_code"
+CLIENT_CREDENTIALS = "client_credentials"
+PASSWORD = "password"
+REFRESH_TOKEN = "refresh_token"
+
+# client types, RFC 6749 §2.1
+CONFIDENTIAL = "confidential"
+PUBLIC_CLIENT = "public"
+
+# scope values of OpenID Connect Core §5.4 and §11; `roles` is ours
+OPENID = "openid"
+OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offline_access")
+
+# `typ` header values: RFC 9068 §2.1, OpenID Connect Core §2
+AT_JWT = "at+jwt"
+JWT = "JWT"
+
+# Rows every database begins with; their identifiers are part of the wire contract.
+MAD_ADMIN_ROLE_ID = "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"
+SEEDED_SCOPES = (
+    ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", "admin:provision_users", "Create users."),
+    ("2192998b-c3d3-4274-9a25-4a4195ba2ec7", "admin:reset_passwords", "Reset the password of a user."),
+    ("31c00aae-4136-4a8c-92a6-d2bbf4be2d35", "admin:deactivate_users", "Deactivate users."),
+    ("1f4610fe-0cb2-4119-bd69-9b6033326998", "admin:read_user", "Read one user."),
+    ("b6348575-83ec-4288-801b-e0d2da20569c", "admin:list_users", "List users."),
+)
+
+FLAGS = {  # per-client feature flags: name -> takes an option
+    "ENABLE_TOTP": False,
+    "TOTP_ISSUER": True,
+    "TOKEN_EXPIRATION": True,
+    "REFRESH_TOKEN_EXPIRATION": True,
+    "SESSION_BASED_AUTH": False,
+    "SESSION_BASED_MAX_AGE": True,
+}
+
+ID_TOKEN_TTL = 600
+FOREVER = 253402300799  # 9999-12-31T23:59:59Z: what the wire calls a permanent lockout
+IAT_SKEW = 60  # seconds a token's `iat` may lie in the future: two cores, two readings of a stepping clock
+LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, so that an attacker cannot close an account for days
+TOTP_STEP = 30  # seconds, RFC 6238 §5.2
+TOTP_TRIES = 5
+BATCH_SECONDS = 0.02
+BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
+
+GROUPS_OF_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)
+SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
+CLIENT_ID = re.compile(r"[\x21-\x39\x3b-\x7e]{1,255}")  # RFC 6749 §2.2 without the colon, RFC 7617 §2
+
+
+def normalise(name: str) -> str:
+    """Return a name as we compare it: trimmed, Unicode NFKC."""
+    return unicodedata.normalize("NFKC", name).strip()
+
+
+def fold(name: str) -> str:
+    """Return a username or e-mail address as we compare it: `normalise`, then case-folded."""
+    return unicodedata.normalize("NFKC", normalise(name).casefold())
+
+
+# == Errors ====================================================================
+# One exception. What a client is told stands here and nowhere else.
+
+ERRORS = {  # code: (status, what the client is told, where the code is defined)
+    "invalid_request": (400, "The request is malformed, or a parameter is missing, repeated or invalid.", "RFC 6749 §5.2"),
+    "invalid_client": (401, "Client authentication failed.", "RFC 6749 §5.2"),
+    "invalid_grant": (400, "The grant is invalid, expired or revoked.", "RFC 6749 §5.2"),
+    "unauthorized_client": (400, "This client may not do this.", "RFC 6749 §5.2"),
+    "unsupported_grant_type": (400, "This grant type is not supported.", "RFC 6749 §5.2"),
+    "invalid_scope": (400, "The scope is unknown, malformed or exceeds what may be granted.", "RFC 6749 §5.2"),
+    "invalid_token": (401, "The access token is missing, malformed, expired or revoked.", "RFC 6750 §3.1"),
+    "insufficient_scope": (403, "The access token does not carry the scope this needs.", "RFC 6750 §3.1"),
+    "access_denied": (403, "This caller may not do this.", "RFC 6749 §4.1.2.1"),
+    "not_found": (404, "There is no such thing here.", "RFC 9110 §15.5.5"),
+    "method_not_allowed": (405, "This method is not allowed here.", "RFC 9110 §15.5.6"),
+    "conflict": (409, "The name is taken.", "RFC 9110 §15.5.10"),
+    "unsupported_media_type": (415, "The content type is not the one this takes.", "RFC 9110 §15.5.16"),
+    "misdirected_request": (421, "This host name is not served here.", "RFC 9110 §15.5.20"),
+    "slow_down": (429, "Too many attempts; try again later.", "RFC 6585 §4"),
+    "server_error": (500, "The server met an unexpected condition.", "RFC 6749 §4.1.2.1"),
+    "temporarily_unavailable": (503, "The server cannot do this just now.", "RFC 6749 §4.1.2.1"),
+}
+
+
+class Problem(Exception):
+    """What went wrong, as an error code of ERRORS.
+
+    `log` is for the operator and never leaves the server. `errors` names each bad member of a
+    request body. `status` overrides the table where the contract does. `retry_after` is seconds.
+    """
+
+    def __init__(self, code, *, log="", errors=None, status=0, retry_after=0, headers=()):
+        super().__init__(code)
+        self.code, self.log, self.errors, self.headers = code, log, errors, list(headers)
+        self.status = status or ERRORS[code][0]
+        self.message = ERRORS[code][1]
+        if retry_after:
+            self.headers.append(("Retry-After", str(retry_after)))
+
+    def as_oauth(self) -> dict:
+        """RFC 6749 §5.2."""
+        return {"error": self.code, "error_description": self.message}
+
+    def as_err(self) -> dict:
+        """The Err of the wire contract, with `errors` where members are at fault."""
+        err = {"success": False, "message": self.message, "error": self.code}
+        if self.errors:
+            err["errors"] = self.errors
+        return err
+
+
+class Refusal(Exception):
+    """A sentence for the operator that ends a command with exit status 1."""
+
+
+# == Options ===================================================================
+# Every setting, declared once. Default < file < environment < flag.
+
+
+def text(value):
+    return value
+
+
+def boolean(value):
+    word = value.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be true or false")
+
+
+def whole(least, most):
+    """Return a parser of whole numbers within the bounds."""
+
+    def parse(value):
+        if not re.fullmatch(r"[0-9]{1,12}", value.strip()) or not least <= int(value) <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(value)
+
+    return parse
+
+
+port = whole(1, 65535)
+seconds = whole(1, 315360000)
+days = whole(0, 9999)
+
+
+def address(value):
+    try:
+        return str(ipaddress.ip_address(value.strip()))
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
+def networks(value):
+    """Parse `10.0.0.1, 192.168.7.0/24`: the peers whose forwarding headers are believed."""
+    try:
+        return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", value.strip()) if part)
+    except ValueError:
+        raise ValueError("must be IP addresses or networks, separated by commas") from None
+
+
+def domain(value):
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?", value.strip()):
+        raise ValueError("must be a host name, with a port where the public address has one")
+    return value.strip().lower()
+
+
+def issuer(value):
+    if value in ("", "microauthd"):  # the original's placeholder, which it never read
+        return ""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError("must be an http(s) URL without query or fragment (RFC 8414 §2)")
+    return value.rstrip("/")
+
+
+def one_of(*words):
+    def parse(value):
+        if value.strip().lower() not in words:
+            raise ValueError("must be one of: " + ", ".join(words))
+        return value.strip().lower()
+
+    return parse
+
+
+def absolute(value):
+    if value and not os.path.isabs(value):
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def worker_count(value):
+    return -1 if value.strip().lower() == "auto" else whole(0, 64)(value)
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One setting. From it come the file key, the variable, the flag, the help line, the README row and the question."""
+
+    name: str
+    default: object
+    parse: object
+    help: str
+    ask: str = ""  # the wizard's question, where it has one
+    secret: bool = False  # never a flag, never printed
+    aliases: tuple = ()  # other names the documentation or the environment files of the original use
+    group: str = ""
+
+    @property
+    def attribute(self):
+        return self.name.replace("-", "_")
+
+
+OPTIONS = (
+    # -- files --
+    Option("log-file", "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"),
+    Option("log-format", "text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files"),
+    Option("log-level", "info", one_of("debug", "info", "warning", "error"), "The least severe event that is logged.", group="Files"),
+    Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
+    Option("db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"),
+    Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
+    Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
+    Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
+    # -- AUTH --
+    Option("auth-ip", "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"),
+    Option("auth-port", 9040, port, "TCP port of the AUTH server.", "AUTH port?", group="AUTH server"),
+    Option("auth-domain", "localhost", domain, "Public host name of AUTH; the issuer is made of it.", "Public host name of AUTH?", group="AUTH server"),
+    Option("auth-domain-no-ssl", False, boolean, "The issuer made of auth-domain is http, not https.", group="AUTH server"),
+    Option("oidc-issuer", "", issuer, "The issuer URL, where it is not made of auth-domain; it may have a path.", group="AUTH server"),
+    Option("auth-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.", "AUTH certificate (empty: plain HTTP)?", aliases=("auth-ssl-cert",), group="AUTH server"),
+    Option("auth-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.", group="AUTH server"),
+    Option("auth-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True, aliases=("auth-ssl-pass",), group="AUTH server"),
+    Option("auth-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="AUTH server"),
+    Option("serve-public-auth-files", False, boolean, "Serve the folder public/ on AUTH.", "Serve the example pages on AUTH?", group="AUTH server"),
+    Option("enable-auth-swagger", False, boolean, "Serve the API description of AUTH.", group="AUTH server"),
+    Option("workers", -1, worker_count, "AUTH processes; auto is one a core, at most four; 0 serves all in one process.", group="AUTH server"),
+    # -- ADMIN --
+    Option("admin-ip", "127.0.0.1", address, "Address the ADMIN server listens on.", "ADMIN address?", group="ADMIN server"),
+    Option("admin-port", 9041, port, "TCP port of the ADMIN server.", "ADMIN port?", group="ADMIN server"),
+    Option("admin-domain", "localhost", domain, "Host name of ADMIN; other Host headers are refused.", "Host name of ADMIN?", group="ADMIN server"),
+    Option("admin-domain-no-ssl", False, boolean, "ADMIN is reached by http, not https.", group="ADMIN server"),
+    Option("admin-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.", "ADMIN certificate (empty: plain HTTP)?", aliases=("admin-ssl-cert",), group="ADMIN server"),
+    Option("admin-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.", group="ADMIN server"),
+    Option("admin-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True, aliases=("admin-ssl-pass",), group="ADMIN server"),
+    Option("admin-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="ADMIN server"),
+    Option("enable-admin-swagger", False, boolean, "Serve the API description of ADMIN.", group="ADMIN server"),
+    Option("trusted-proxies", (), networks, "Peers whose X-Forwarded-For and -Proto are believed.", "Trusted proxies, separated by commas?", group="ADMIN server"),
+    # -- Argon2id --
+    Option("argon2id-time", 2, whole(1, 100), "Argon2id passes.", "Argon2id passes?", aliases=("argon2-time",), group="Argon2id"),
+    Option("argon2id-memory", 32768, whole(8192, 1048576), "Argon2id memory, KiB.", "Argon2id memory, KiB?", aliases=("argon2-memory", "argon2-mem"), group="Argon2id"),
+    Option("argon2id-parallelism", 2, whole(1, 64), "Argon2id lanes.", "Argon2id lanes?", aliases=("argon2-parallelism", "argon2-parallel"), group="Argon2id"),
+    Option("argon2id-hash-length", 32, whole(16, 1024), "Length of a hash, bytes.", "Hash length, bytes?", aliases=("argon2-hash-length",), group="Argon2id"),
+    Option("argon2id-salt-length", 16, whole(8, 1024), "Length of a salt, bytes.", "Salt length, bytes?", aliases=("argon2-salt-length",), group="Argon2id"),
+    # -- keys and tokens --
+    Option("token-signing-key-file", "token.pem", text, "Key ring of AUTH.", "AUTH key file?", aliases=("auth-token-key-path",), group="Keys and tokens"),
+    Option("prefer-ec-token-signer", True, boolean, "Sign access tokens with ES256 rather than RS256.", "Sign AUTH tokens with ES256 (fast) rather than RS256?", aliases=("use-ec-auth-signer",), group="Keys and tokens"),
+    Option("token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of AUTH?", aliases=("token-signing-key-length", "auth-token-key-length-rsa"), group="Keys and tokens"),
+    Option("token-signing-key-pass", "", text, "Passphrase of the AUTH key ring.", "Passphrase of the AUTH keys?", secret=True, aliases=("auth-token-key-pass",), group="Keys and tokens"),
+    Option("token-expiration", 3600, seconds, "Lifetime of an access token, seconds.", "Lifetime of an access token, seconds?", aliases=("auth-token-expiration",), group="Keys and tokens"),
+    Option("token-purge-days", 7, days, "Days an expired session stays listed; 0 keeps it.", "Days to keep expired sessions?", group="Keys and tokens"),
+    Option("enable-token-revocation", True, boolean, "Ask the database whether a presented token was revoked.", "Check revocation of presented tokens?", aliases=("enable-revocation",), group="Keys and tokens"),
+    Option("enable-token-refresh", False, boolean, "Issue refresh tokens.", "Issue refresh tokens?", aliases=("enable-refresh",), group="Keys and tokens"),
+    Option("refresh-token-expiration", 259200, seconds, "Lifetime of a refresh token, seconds.", "Lifetime of a refresh token, seconds?", aliases=("token-refresh-expiration",), group="Keys and tokens"),
+    Option("refresh-token-absolute-expiration", 2592000, seconds, "Seconds after the login when no refresh works any more.", group="Keys and tokens"),
+    Option("refresh-token-purge-days", 7, days, "Days an expired refresh token stays listed; 0 keeps it.", "Days to keep expired refresh tokens?", group="Keys and tokens"),
+    Option("admin-token-signing-key-file", "admin_token.pem", text, "Key ring of ADMIN.", "ADMIN key file?", aliases=("admin-token-key-path",), group="Keys and tokens"),
+    Option("prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.", "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens"),
+    Option("admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"), group="Keys and tokens"),
+    Option("admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?", secret=True, group="Keys and tokens"),
+    Option("admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.", "Lifetime of an ADMIN token, seconds?", group="Keys and tokens"),
+    # -- login, audit, flows --
+    Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
+    Option("max-login-failures", 5, whole(0, 100), "Failures before a lockout; 0 never locks.", "Failed logins before a lockout?", group="Login"),
+    Option("seconds-to-reset-login-failures", 300, whole(0, 86400), "A longer pause restarts the count.", "Seconds after which the count restarts?", group="Login"),
+    Option("failed-password-lockout-duration", 300, whole(0, 86400), "Seconds of the first lockout; each next one doubles, up to an hour.", "Seconds of a lockout?", group="Login"),
+    Option("enable-pass-cache", True, boolean, "Remember verified passwords in memory, as keyed digests.", "Remember verified passwords in memory?", group="Login"),
+    Option("pass-cache-duration", 300, whole(1, 600), "Seconds a verified password is remembered.", "Seconds to remember them?", group="Login"),
+    Option("enable-audit-logging", True, boolean, "Write the audit log.", "Write an audit log?", group="Login"),
+    Option("audit-log-retention-days", 30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?", group="Login"),
+    Option("enable-pkce", True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?", group="Login"),
+    Option("pkce-code-lifetime", 120, whole(1, 600), "Longest life of an authorization code, seconds.", "Life of an authorization code, seconds?", group="Login"),
+    Option("totp-qr-output-root", "", absolute, "The only folder QR files may be written to.", "Absolute folder for TOTP QR files (empty: none)?", group="Login"),
+    Option("oidc-client-id", "app", text, "client_id of the first client, made by setup.", "client_id of the first client?", group="Login"),
+    Option("oidc-client-secret", "", text, "Secret of the first client; empty makes one.", secret=True, group="Login"),
+)
+OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
+# Names that meant nothing in the original and were ignored there: said, not obeyed.
+IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
+# The variables of mad, which share our prefix.
+MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE", "ADMIN_PASSWORD_FILE")
+
+
+class Options:
+    """The settings in force: an attribute an option. `origins` says where each came from."""
+
+    def __init__(self, origins=None, **values):
+        self.__dict__.update({option.attribute: option.default for option in OPTIONS})
+        unknown = values.keys() - self.__dict__.keys()
+        if unknown:
+            raise TypeError(f"no such option: {sorted(unknown)}")
+        self.__dict__.update(values)
+        self.__dict__["origins"] = origins or {}
+
+    def __setattr__(self, name, value):
+        raise AttributeError("options do not change while the server runs")
+
+    @property
+    def auth_issuer(self) -> str:
+        """The `iss` of AUTH tokens and the base of every published URL. RFC 8414 §2."""
+        scheme = "http" if self.auth_domain_no_ssl else "https"
+        return self.oidc_issuer or f"{scheme}://{self.auth_domain}"
+
+    @property
+    def admin_issuer(self) -> str:
+        """The `iss` and `aud` of ADMIN tokens."""
+        scheme = "http" if self.admin_domain_no_ssl else "https"
+        host = self.admin_domain
+        return f"{scheme}://{host}" if re.search(r":[0-9]+$", host) else f"{scheme}://{host}:{self.admin_port}"
+
+    @property
+    def worker_processes(self) -> int:
+        return min(4, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
+
+
+def parse_config(content: str, where: str) -> dict:
+    """Return `{option name: (text value, "file:line")}` of an INI file.
+
+    `key = value` a line; `#` and `;` begin comments; a value in double quotes is literal.
+    Raises Refusal naming file and line.
+    """
+    found = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        line = line.strip()
+        if not line or line[0] in "#;":
+            continue
+        at = f"{where}:{number}"
+        key, equals, value = line.partition("=")
+        if not equals or not key.strip():
+            raise Refusal(f"{at}: not a line of the form key = value")
+        key, value = key.strip().lower(), value.strip()
+        if len(value) > 1 and value[0] == value[-1] == '"':
+            value = value[1:-1]
+        elif value[:1] == '"':
+            value, quote, rest = value[1:].partition('"')
+            if not quote or rest.strip()[:1] not in ("", "#", ";"):
+                raise Refusal(f"{at}: the value of {key} has a quote that does not close")
+        else:
+            value = re.split("[#;]", value, maxsplit=1)[0].strip()
+        if key in IGNORED_NAMES:
+            continue
+        if key not in OPTION_NAMES:
+            raise Refusal(f"{at}: unknown option {key!r}{did_you_mean(key)}")
+        name = OPTION_NAMES[key].name
+        if name in found:
+            raise Refusal(f"{at}: {name} is set twice, first at {found[name][1]}")
+        found[name] = (value, at)
+    return found
+
+
+def did_you_mean(key: str) -> str:
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(key, OPTION_NAMES, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
+    """Return `{option name: (text value, "flag --name")}` and the words that are no flags."""
+    found, rest, words = {}, [], iter(argv)
+    for word in words:
+        if not word.startswith("--") or word == "--":
+            rest.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if key in ("config", "env-var-prefix"):
+            name = key
+        elif key == "print-effective-config":
+            found[key] = ("true", "flag")
+            continue
+        elif key not in OPTION_NAMES:
+            raise Refusal(f"unknown flag --{key}{did_you_mean(key)}")
+        else:
+            option = OPTION_NAMES[key]
+            name = option.name
+            if option.secret:
+                raise Refusal(f"--{key} is a secret and cannot be a flag: put it into the config file or the environment")
+            if option.parse is boolean and not equals:
+                value, equals = "true", "="
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise Refusal(f"--{key} needs a value")
+        if name in found and name != "trusted-proxies":
+            raise Refusal(f"--{key} is given twice")
+        found[name] = (f"{found[name][0]},{value}" if name in found else value, f"flag --{key}")
+    return found, rest
+
+
+def config_path(flags: dict, environ: dict) -> str:
+    """Return the path of the config file, whether it is there or not."""
+    prefix = flags.get("env-var-prefix", ("MAD_",))[0]
+    return flags.get("config", ("",))[0] or environ.get(prefix + "CONFIG", "") or "mad.conf"
+
+
+def load_options(flags: dict, environ: dict) -> Options:
+    """Return the settings in force: default < file < environment < flag.
+
+    `flags` is what parse_flags() found. An unknown key or variable of our prefix raises Refusal:
+    a mistyped security setting must not pass in silence.
+    """
+    prefix = flags.get("env-var-prefix", ("MAD_",))[0]
+    path = config_path(flags, environ)
+    may_be_missing = path == "mad.conf" or "config-may-be-missing" in flags
+    given = {}
+    try:
+        given.update(parse_config(Path(path).read_text("utf-8"), path))
+    except FileNotFoundError:
+        if not may_be_missing:
+            raise Refusal(f"the config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"the config file {path} cannot be read: {error}") from None
+    else:
+        if any(OPTION_NAMES[name].secret for name in given):
+            guard_private(path, "it holds secrets")
+    for variable, value in environ.items():
+        if not variable.upper().startswith(prefix.upper()):
+            continue
+        key = variable[len(prefix) :].lower().replace("_", "-")
+        if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
+            continue
+        if key not in OPTION_NAMES:
+            raise Refusal(f"unknown environment variable {variable}{did_you_mean(key)}")
+        given[OPTION_NAMES[key].name] = (value, f"environment {variable}")
+    given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
+    values, origins = {}, {"config": path}
+    for name, (value, origin) in given.items():
+        option = OPTION_NAMES[name]
+        try:
+            values[option.attribute] = option.parse(value)
+        except ValueError as error:
+            raise Refusal(f"{origin}: {name} {error}") from None
+        origins[name] = origin
+    options = Options(origins, **values)
+    check_options(options)
+    return options
+
+
+def check_options(options: Options):
+    """Raise Refusal where settings contradict each other."""
+    if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
+        raise Refusal("AUTH and ADMIN cannot listen on the same address and port")
+    for side in ("auth", "admin"):
+        ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
+        tls = getattr(options, f"{side}_ssl_cert_file")
+        if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
+            raise Refusal(
+                f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
+                f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
+            )
+    if options.argon2id_memory < 8 * options.argon2id_parallelism:
+        raise Refusal("argon2id-memory must be at least eight times argon2id-parallelism")
+
+
+def guard_private(path, why: str):
+    """Take group and others their access to a file of secrets, with a warning; refuse where that is not ours to do."""
+    info = os.stat(path)
+    if not info.st_mode & 0o077:
+        return
+    if info.st_uid != os.geteuid():
+        raise Refusal(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
+    os.chmod(path, info.st_mode & 0o700)
+    print(f"microauthd: warning: {path} was readable by others, and {why}; it is now yours alone", file=sys.stderr)
+
+
+def describe_options(options: Options) -> dict:
+    """Return `{name: {"value": ..., "origin": ...}}`; secrets are shown as set or unset."""
+    shown = {}
+    for option in OPTIONS:
+        value = getattr(options, option.attribute)
+        if option.secret:
+            value = "(set)" if value else ""
+        elif option.parse is networks:
+            value = [str(network) for network in value]
+        elif option.parse is worker_count and value < 0:
+            value = "auto"
+        shown[option.name] = {"value": value, "origin": options.origins.get(option.name, "default")}
+    return shown
+
+
+def write_config(options: Options) -> str:
+    """Return the text of a config file: what differs from the defaults in force, the rest as comments."""
+    lines, group = ["# microauthd. One key = value a line; # and ; begin comments; quote what contains them.", ""], ""
+    for option in OPTIONS:
+        if option.group != group:
+            group = option.group
+            lines += ["", f"# -- {group} --"]
+        value = getattr(options, option.attribute)
+        if option.parse is networks:
+            word = ", ".join(map(str, value))
+        elif option.parse is worker_count and value < 0:
+            word = "auto"
+        else:
+            word = str(value).lower() if isinstance(value, bool) else str(value)
+        if any(ord(letter) < 32 for letter in word):
+            raise Refusal(f"{option.name} contains a control character, which a config file cannot hold")
+        if word != word.strip() or re.search('[#;"]', word):
+            word = f'"{word}"'
+        lines.append(f"# {option.help}")
+        mark = "" if option.name in options.origins or value != option.default else "# "
+        lines.append(f"{mark}{option.name} = {word}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+# == Log =======================================================================
+# One line an event, to the console or a rotating file. Secrets, codes and tokens are never handed to it.
+
+
+class LogFile(logging.Handler):
+    """A log file that several processes append to and that is rotated by whichever finds it too long.
+
+    A line is one write() on an O_APPEND descriptor, so lines do not mix. Rotation happens under a
+    lock file; the others notice that the path names another inode.
+    """
+
+    def __init__(self, path, max_bytes=10_000_000, keep=10):
+        super().__init__()
+        self.path, self.max_bytes, self.keep = str(path), max_bytes, keep
+        self.descriptor = self.inode = None
+
+    def open(self):
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.inode = os.fstat(self.descriptor).st_ino
+
+    def emit(self, record):
+        try:
+            line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+            if self.descriptor is None:
+                self.open()
+            elif not self.same_file():
+                os.close(self.descriptor)
+                self.open()
+            if os.fstat(self.descriptor).st_size > self.max_bytes:
+                self.rotate()
+            os.write(self.descriptor, line)
+        except OSError:
+            pass  # a full disk must not stop the server; the console still has the line
+
+    def same_file(self):
+        try:
+            return os.stat(self.path).st_ino == self.inode
+        except FileNotFoundError:
+            return False
+
+    def rotate(self):
+        with open(self.path + ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.same_file():
+                for number in range(self.keep - 1, 0, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(f"{self.path}.{number}", f"{self.path}.{number + 1}")
+                os.replace(self.path, f"{self.path}.1")
+        os.close(self.descriptor)
+        self.open()
+
+
+def escape(value) -> str:
+    """Return a value as it may stand in a log line or on a terminal: control characters shown, not sent."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value))
+
+
+class Log:
+    """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case."""
+
+    def __init__(self, options: Options | None = None, stream=None):
+        self.json = bool(options) and options.log_format == "json"
+        self.logger = logging.Logger("microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO)
+        handlers = []
+        if options and options.log_file:
+            handlers.append(LogFile(options.log_file))
+        if stream or not handlers or sys.stderr.isatty():
+            handlers.append(logging.StreamHandler(stream or sys.stderr))
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            self.logger.addHandler(handler)
+
+    def __call__(self, event: str, level: str = "info", exc_info=None, **fields):
+        number = getattr(logging, level.upper())
+        if not self.logger.isEnabledFor(number):
+            return
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+        if exc_info:
+            fields["traceback"] = "".join(traceback.format_exception(*exc_info) if isinstance(exc_info, tuple) else traceback.format_exception(exc_info))
+        if self.json:
+            line = json.dumps({"at": stamp, "level": level, "event": event, "pid": os.getpid(), **fields}, default=str)
+        else:
+            words = " ".join(f"{key}={json.dumps(escape(value))}" if re.search(r'[\s"=]', str(value)) else f"{key}={escape(value)}" for key, value in fields.items() if value not in ("", None))
+            line = f"{stamp} {level.upper():7} {event} {words}".rstrip()
+        self.logger.log(number, "%s", line)
+
+
+# == Records ===================================================================
+# One frozen Struct a table, its fields in the order of the columns, and one an object of the wire.
+# `_at` is integer Unix seconds; flags of a row are 0 or 1.
+
+
+class Record(msgspec.Struct, frozen=True, array_like=False):
+    """A row."""
+
+
+class Account(Record):
+    """A user. `revoked_before` is Unix milliseconds: what was issued up to it is dead."""
+
+    id: str
+    username: str
+    email: str
+    password_hash: str
+    is_active: int
+    email_verified: int
+    failed_logins: int
+    last_failed_at: int
+    lockouts: int
+    lockout_until: int
+    last_login_at: int
+    totp_sealed: str
+    totp_pending_sealed: str
+    totp_last_step: int
+    totp_failures: int
+    totp_locked_until: int
+    revoked_before: int
+    created_at: int
+    modified_at: int
+
+
+class Role(Record):
+    id: str
+    name: str
+    description: str
+    is_protected: int
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class Scope(Record):
+    id: str
+    name: str
+    description: str
+    is_protected: int
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class ClientRow(Record):
+    """A client as stored. `grant_types` is space-delimited; `access_token_signed_alg` empty means the server's choice."""
+
+    id: str
+    client_id: str
+    client_type: str
+    display_name: str
+    audience: str
+    grant_types: str
+    may_introspect: int
+    is_first_party: int
+    access_token_signed_alg: str
+    id_token_signed_response_alg: str
+    is_active: int
+    revoked_before: int
+    created_at: int
+    modified_at: int
+
+
+class Secret(Record):
+    id: str
+    client_id: str
+    secret_hash: str
+    created_at: int
+    expires_at: int
+
+
+class Session(Record):
+    """An access token that was issued; `id` is its `jti`."""
+
+    id: str
+    user_id: str | None
+    client_id: str
+    sid: str | None
+    scope: str
+    token_use: str
+    mad_use: str
+    login_method: str
+    issued_at: int
+    expires_at: int
+    revoked_at: int | None
+
+
+class Family(Record):
+    """A login at a client, and all tokens that hang on it; `sid` of RFC 9068 and OpenID tokens.
+
+    `created_ms` is Unix milliseconds, to be compared with `revoked_before`.
+    """
+
+    sid: str
+    user_id: str
+    client_id: str
+    scope: str
+    amr: str
+    auth_time: int
+    nonce: str
+    created_ms: int
+    expires_at: int
+    revoked_at: int | None
+
+
+class RefreshToken(Record):
+    id: str
+    token_sha256: str
+    sid: str
+    user_id: str
+    client_id: str
+    session_id: str
+    issued_at: int
+    expires_at: int
+    rotated_at: int | None
+    revoked_at: int | None
+
+
+class AuditRow(Record):
+    seq: int
+    at: int
+    actor_id: str
+    action: str
+    target: str
+    secondary: str
+    ip_address: str
+    user_agent: str
+    request_id: str
+    row_sha256: str
+
+
+class Client(msgspec.Struct, frozen=True):
+    """A client as the rules see it: its row and everything that belongs to it."""
+
+    row: ClientRow
+    secret_hashes: tuple  # of the secrets alive when it was read, with their expiry: ((hash, expires_at), …)
+    scopes: frozenset
+    flags: dict  # enabled flag -> option
+
+    @property
+    def client_id(self):
+        return self.row.client_id
+
+    @property
+    def grant_types(self):
+        return self.row.grant_types.split()
+
+
+# -- what requests carry --
+
+
+class CreateUser(msgspec.Struct):
+    """POST /users. The bindings of the original say user_email and user_password."""
+
+    username: str
+    email: str = ""
+    password: str = ""
+    user_email: str = ""
+    user_password: str = ""
+
+
+class CreateClient(msgspec.Struct):
+    """POST /clients."""
+
+    client_id: str
+    client_secret: str | None = None
+    secret: str | None = None
+    display_name: str | None = None
+    audience: str | None = None
+    client_type: str = CONFIDENTIAL
+    grant_types: list[str] | None = None
+    scopes: list[str] | None = None
+    may_introspect: bool = False
+
+
+class ChangeSecret(msgspec.Struct):
+    """POST /clients/secret. `client_id` is the internal id or the identifier."""
+
+    client_id: str
+    new_secret: str | None = None
+    overlap_seconds: int = 0
+
+
+class CreateScope(msgspec.Struct):
+    """POST /scopes."""
+
+    name: str
+    desc: str | None = None
+    description: str | None = None
+
+
+class AssignScopes(msgspec.Struct):
+    """POST /clients/{id}/scopes. Ids or names."""
+
+    scope_ids: list[str] | None = None
+    scopeIds: list[str] | None = None
+    scope_id: str | None = None
+
+    @property
+    def ids(self):
+        return self.scope_ids or self.scopeIds or ([self.scope_id] if self.scope_id else [])
+
+
+# == Store =====================================================================
+# Every SQL statement of the server. Takes and returns records; knows nothing of HTTP.
+
+MIGRATIONS = (
+    # Step 1. STRICT and WITHOUT ROWID are SQLite's words; everything else is portable SQL.
+    """
+    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+    CREATE TABLE account (
+        id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, email TEXT NOT NULL, password_hash TEXT NOT NULL,
+        is_active INTEGER NOT NULL DEFAULT 1, email_verified INTEGER NOT NULL DEFAULT 0,
+        failed_logins INTEGER NOT NULL DEFAULT 0, last_failed_at INTEGER NOT NULL DEFAULT 0,
+        lockouts INTEGER NOT NULL DEFAULT 0, lockout_until INTEGER NOT NULL DEFAULT 0,
+        last_login_at INTEGER NOT NULL DEFAULT 0,
+        totp_sealed TEXT NOT NULL DEFAULT '', totp_pending_sealed TEXT NOT NULL DEFAULT '',
+        totp_last_step INTEGER NOT NULL DEFAULT 0, totp_failures INTEGER NOT NULL DEFAULT 0,
+        totp_locked_until INTEGER NOT NULL DEFAULT 0,
+        revoked_before INTEGER NOT NULL DEFAULT 0, created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE UNIQUE INDEX account_email ON account (email) WHERE email <> '';
+
+    CREATE TABLE role (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL DEFAULT '',
+        is_protected INTEGER NOT NULL DEFAULT 0, is_active INTEGER NOT NULL DEFAULT 1,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE permission (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, is_active INTEGER NOT NULL DEFAULT 1,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE role_permission (
+        role_id TEXT NOT NULL REFERENCES role (id) ON DELETE CASCADE,
+        permission_id TEXT NOT NULL REFERENCES permission (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (role_id, permission_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX role_permission_permission ON role_permission (permission_id);
+    CREATE TABLE user_role (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        role_id TEXT NOT NULL REFERENCES role (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (user_id, role_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX user_role_role ON user_role (role_id);
+
+    CREATE TABLE client (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL UNIQUE,
+        client_type TEXT NOT NULL CHECK (client_type IN ('confidential', 'public')),
+        display_name TEXT NOT NULL DEFAULT '', audience TEXT NOT NULL, grant_types TEXT NOT NULL,
+        may_introspect INTEGER NOT NULL DEFAULT 0, is_first_party INTEGER NOT NULL DEFAULT 1,
+        access_token_signed_alg TEXT NOT NULL DEFAULT '', id_token_signed_response_alg TEXT NOT NULL DEFAULT 'RS256',
+        is_active INTEGER NOT NULL DEFAULT 1, revoked_before INTEGER NOT NULL DEFAULT 0,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE client_secret (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        secret_hash TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+    CREATE INDEX client_secret_client ON client_secret (client_id);
+    CREATE TABLE client_uri (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        kind TEXT NOT NULL CHECK (kind IN ('redirect', 'post_logout', 'cors_origin')),
+        uri TEXT NOT NULL, created_at INTEGER NOT NULL, UNIQUE (client_id, kind, uri)) STRICT;
+    CREATE TABLE client_feature (
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE, feature_flag TEXT NOT NULL,
+        is_enabled INTEGER NOT NULL DEFAULT 0, options TEXT NOT NULL DEFAULT '',
+        PRIMARY KEY (client_id, feature_flag)) STRICT, WITHOUT ROWID;
+    CREATE TABLE external_idp_provider (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        provider_key TEXT NOT NULL, display_name TEXT NOT NULL, issuer TEXT NOT NULL,
+        client_identifier TEXT NOT NULL, scopes TEXT NOT NULL,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL, UNIQUE (client_id, provider_key)) STRICT;
+
+    CREATE TABLE scope (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL DEFAULT '',
+        is_protected INTEGER NOT NULL DEFAULT 0, is_active INTEGER NOT NULL DEFAULT 1,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE user_scope (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        scope_id TEXT NOT NULL REFERENCES scope (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (user_id, scope_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX user_scope_scope ON user_scope (scope_id);
+    CREATE TABLE client_scope (
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        scope_id TEXT NOT NULL REFERENCES scope (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (client_id, scope_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX client_scope_scope ON client_scope (scope_id);
+
+    CREATE TABLE family (
+        sid TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        client_id TEXT NOT NULL, scope TEXT NOT NULL, amr TEXT NOT NULL, auth_time INTEGER NOT NULL,
+        nonce TEXT NOT NULL, created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+        revoked_at INTEGER) STRICT, WITHOUT ROWID;
+    CREATE INDEX family_user ON family (user_id);
+    -- No index on the expiry: ids begin with their milliseconds, so what is old stands first.
+    CREATE TABLE session (
+        id TEXT PRIMARY KEY, user_id TEXT REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
+        sid TEXT, scope TEXT NOT NULL, token_use TEXT NOT NULL, mad_use TEXT NOT NULL, login_method TEXT NOT NULL,
+        issued_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, revoked_at INTEGER) STRICT, WITHOUT ROWID;
+    CREATE INDEX session_user ON session (user_id) WHERE user_id IS NOT NULL;
+    CREATE INDEX session_sid ON session (sid) WHERE sid IS NOT NULL;
+    CREATE TABLE refresh_token (
+        id TEXT PRIMARY KEY, token_sha256 TEXT NOT NULL UNIQUE,
+        sid TEXT NOT NULL REFERENCES family (sid) ON DELETE CASCADE,
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
+        session_id TEXT NOT NULL, issued_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+        rotated_at INTEGER, revoked_at INTEGER) STRICT, WITHOUT ROWID;
+    CREATE INDEX refresh_token_sid ON refresh_token (sid);
+    CREATE INDEX refresh_token_user ON refresh_token (user_id);
+    -- A tombstone outlives its token: `expires_at` is the token's own.
+    CREATE TABLE revoked_token (jti TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, revoked_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE login_transaction (
+        id TEXT PRIMARY KEY, binding_sha256 TEXT NOT NULL, client_id TEXT NOT NULL, state TEXT NOT NULL,
+        request TEXT NOT NULL, user_id TEXT REFERENCES account (id) ON DELETE CASCADE, amr TEXT NOT NULL,
+        auth_time INTEGER NOT NULL, failures INTEGER NOT NULL DEFAULT 0,
+        created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE browser_session (
+        id_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        amr TEXT NOT NULL, auth_time INTEGER NOT NULL, created_ms INTEGER NOT NULL, last_seen_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL, revoked_at INTEGER) STRICT;
+    CREATE INDEX browser_session_user ON browser_session (user_id);
+    CREATE TABLE authorization_code (
+        code_sha256 TEXT PRIMARY KEY, client_id TEXT NOT NULL,
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, sid TEXT NOT NULL, redirect_uri TEXT NOT NULL,
+        scope TEXT NOT NULL, nonce TEXT NOT NULL, code_challenge TEXT NOT NULL, code_challenge_method TEXT NOT NULL,
+        claims TEXT NOT NULL, amr TEXT NOT NULL, auth_time INTEGER NOT NULL,
+        issued_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL, spent_at INTEGER) STRICT;
+    CREATE TABLE consent (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        scope TEXT NOT NULL, given_at INTEGER NOT NULL, PRIMARY KEY (user_id, client_id)) STRICT, WITHOUT ROWID;
+    CREATE TABLE recovery_code (
+        code_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        created_at INTEGER NOT NULL, spent_at INTEGER) STRICT;
+    CREATE INDEX recovery_code_user ON recovery_code (user_id);
+
+    -- Append-only. `row_sha256` covers the row and the hash of the row before it.
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, actor_id TEXT NOT NULL, action TEXT NOT NULL,
+        target TEXT NOT NULL, secondary TEXT NOT NULL, ip_address TEXT NOT NULL, user_agent TEXT NOT NULL,
+        request_id TEXT NOT NULL, row_sha256 TEXT NOT NULL) STRICT;
+    """,
+)
+
+SQLITE_MAGIC = b"SQLite format 3\0"
+KDF_ROUNDS = 256_000  # SQLCipher 4's own derivation, so that its tools open the file with the passphrase
+
+
+class Conflict(Exception):
+    """A row with this name or id is there already, or one it refers to is not."""
+
+
+class Generation:
+    """A counter in memory shared by all processes, which says that cached identity data may be stale.
+
+    Each process adds to a slot of its own, so no bump is lost; all slots together are the value.
+    """
+
+    SLOTS = 66
+
+    def __init__(self):
+        self.map = mmap.mmap(-1, 8 * self.SLOTS)
+        self.slot = 0
+        self.lock = threading.Lock()
+
+    def read(self) -> bytes:
+        return self.map[:]
+
+    def bump(self):
+        with self.lock:
+            at = 8 * self.slot
+            (count,) = struct.unpack_from("<Q", self.map, at)
+            struct.pack_into("<Q", self.map, at, count + 1)
+
+
+def derive_key(passphrase: str, salt: bytes) -> str:
+    """Return SQLCipher's raw key for a passphrase: hex of the 32-byte key and the 16-byte salt.
+
+    Once a start rather than once a connection: the derivation takes a tenth of a second.
+    """
+    key = hashlib.pbkdf2_hmac("sha512", passphrase.encode(), salt, KDF_ROUNDS, 32)
+    return (key + salt).hex()
+
+
+def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
+    """Return the raw key of an existing database, empty where it has none. Raises Refusal with a sentence."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise Refusal(f"the database {path} cannot be read: {error.strerror}") from None
+    if size < 512 or len(head) < 16:
+        raise Refusal(f"the database {path} is truncated ({size} bytes): restore a backup; it is left as it is")
+    if head == SQLITE_MAGIC:
+        if passphrase and not unencrypted:
+            raise Refusal(f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true")
+        return ""
+    if unencrypted or not passphrase:
+        raise Refusal(f"the database {path} is encrypted, and no db-pass is given")
+    return derive_key(passphrase, head)
+
+
+SESSION_INSERT = "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, :issued_at, :expires_at, :revoked_at)"
+SESSION_INSERT_ROW = "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access', 'auth', 'client_credentials', ?, ?, NULL)"
+
+
+def chain(previous: str, seq: int, row: tuple) -> str:
+    """Return the hash of an audit row: base64url SHA-256 over the hash before it and every column."""
+    digest = hashlib.sha256(msgspec.json.encode((previous, seq, *row))).digest()
+    return base64.urlsafe_b64encode(digest)[:-1].decode()
+
+
+def batch_audit(batch):
+    """Return the audit rows of a batch of machine tokens: one for each client and peer in it.
+
+    At rest that is one row a token; under load a row counts the tokens of some milliseconds and
+    names the first and last `jti`, whose sessions are listed between them. So auditing does not
+    wear the flash of a busy box.
+    """
+    groups = {}
+    for session, audit in batch:
+        if audit is not None:
+            groups.setdefault(audit[:3], []).append((session, audit))
+    rows = []
+    for (client_id, peer, user_agent), members in groups.items():
+        first, last = members[0][0], members[-1][0]
+        secondary = f"jti={first[0]}" if len(members) == 1 else f"count={len(members)} jti={first[0]}..{last[0]}"
+        rows.append((last[3], client_id, "oidc_token_issued", client_id, secondary, peer, user_agent, members[0][1][3]))
+    return rows
+
+
+class Store:
+    """The database. One connection a thread; writers of this process queue on a lock, processes on the busy timeout.
+
+    Every transaction is on the disk before it returns (synchronous=FULL), except flush(), which
+    writes the rows of machine tokens in batches (NORMAL): a power cut may forget those rows, and
+    the tokens stay alive, because aliveness does not need them.
+    """
+
+    def __init__(self, path, key="", generation=None, log=None):
+        self.path, self.key = str(path), key
+        self.generation = generation or Generation()
+        self.log = log or Log()
+        self.local = threading.local()
+        self.write_lock = threading.RLock()
+        self.queue = collections.deque()
+        self.wake = threading.Event()
+        self.flush_lock = threading.Lock()
+        self.writable = True
+        self.closing = False
+        self.flusher = None
+        self.connections = []
+
+    # -- connections and transactions --
+
+    def connect(self, synchronous="FULL"):
+        connection = sqlcipher3.connect(
+            f"file:{urlencode({'': self.path})[1:]}?mode=rw", uri=True, isolation_level=None,
+            check_same_thread=False, timeout=5, cached_statements=256,
+        )
+        if self.key:
+            connection.execute(f"PRAGMA key = \"x'{self.key}'\"")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("PRAGMA cache_size = -1024")
+        self.connections.append(connection)
+        return connection
+
+    @property
+    def connection(self):
+        try:
+            return self.local.connection
+        except AttributeError:
+            self.local.connection = self.connect()
+            return self.local.connection
+
+    def close(self):
+        self.closing = True
+        self.wake.set()
+        if self.flusher:
+            self.flusher.join(5)
+        self.flush()
+        for connection in self.connections:
+            with contextlib.suppress(sqlcipher3.Error):
+                connection.close()
+        self.connections.clear()
+        self.local = threading.local()
+
+    @contextlib.contextmanager
+    def guard(self):
+        """Turn what the engine raises into what callers expect."""
+        try:
+            yield
+        except sqlcipher3.IntegrityError as error:
+            raise Conflict(str(error)) from None
+        except sqlcipher3.Error as error:
+            raise Problem("temporarily_unavailable", log=f"database: {error}", retry_after=5) from error
+
+    @contextlib.contextmanager
+    def transaction(self, identity=False):
+        """All or nothing, on the disk when it returns. Joins one that is open on this thread.
+
+        `identity` says that data other processes cache (clients, scopes) is changed.
+        """
+        connection = self.connection
+        if connection.in_transaction:
+            if identity:
+                self.local.identity = True
+            yield
+            return
+        with self.guard():
+            with self.write_lock:
+                connection.execute("BEGIN IMMEDIATE")
+                self.local.identity = identity
+                try:
+                    yield
+                    connection.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlcipher3.Error):
+                        connection.execute("ROLLBACK")
+                    raise
+        if self.local.identity:
+            self.generation.bump()
+
+    def one(self, record, sql, **parameters):
+        with self.guard():
+            row = self.connection.execute(sql, parameters).fetchone()
+        return None if row is None else record(*row)
+
+    def all(self, record, sql, **parameters):
+        with self.guard():
+            return [record(*row) for row in self.connection.execute(sql, parameters)]
+
+    def run(self, sql, **parameters) -> int:
+        """Run a writing statement; the number of rows it touched. Always inside transaction()."""
+        with self.transaction():
+            return self.connection.execute(sql, parameters).rowcount
+
+    # -- schema --
+
+    @staticmethod
+    def make(path, key, now):
+        """Create a new database at `path`, which must not exist, with the rows every one begins with."""
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.close(descriptor)
+        store = Store(path, key)
+        try:
+            store.connection.execute("PRAGMA journal_mode = WAL")
+            store.migrate()
+            with store.transaction():
+                store.put_meta("created_at", now)
+                store.put_meta("instance_id", uuid.uuid4())
+                store.put_meta("revoked_before", 0)
+                store.run(
+                    "INSERT INTO role (id, name, description, is_protected, created_at, modified_at) "
+                    "VALUES (:id, 'MadAdmin', 'Administrator of this server.', 1, :now, :now)",
+                    id=MAD_ADMIN_ROLE_ID, now=now,
+                )
+                for id, name, description in SEEDED_SCOPES:
+                    store.run(
+                        "INSERT INTO scope (id, name, description, is_protected, created_at, modified_at) "
+                        "VALUES (:id, :name, :description, 1, :now, :now)",
+                        id=id, name=name, description=description, now=now,
+                    )
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def open(self):
+        """Check that this is our database and that it is whole, then bring its schema up to date.
+
+        Raises Refusal with one sentence; the file is left as it is.
+        """
+        try:
+            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+            self.connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        except sqlcipher3.Error as error:
+            if self.key:
+                raise Refusal(f"the database {self.path} does not open: db-pass is wrong, or the file is damaged") from None
+            raise Refusal(f"the database {self.path} does not open: {error}") from None
+        if version > len(MIGRATIONS):
+            raise Refusal(f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one")
+        try:
+            if version == 0 or self.connection.execute("SELECT count(*) FROM meta").fetchone() is None:
+                raise Refusal(f"the file {self.path} is not a microauthd database")
+            # A large database is not read through at every start; a damaged page of it refuses when it is read.
+            small = os.path.getsize(self.path) < 32_000_000
+            (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
+            if verdict != "ok":
+                raise Refusal(f"the database {self.path} is damaged ({verdict}): restore a backup; it is left as it is")
+            self.migrate()
+        except (sqlcipher3.Error, Problem) as error:
+            reason = error.log if isinstance(error, Problem) else error
+            raise Refusal(f"the database {self.path} cannot be used: {reason}") from None
+
+    def migrate(self):
+        """Run the steps that are missing. A step and its number commit together."""
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        for number, step in enumerate(MIGRATIONS[version:], version + 1):
+            with self.transaction():
+                for statement in step.split(";\n"):
+                    if statement.strip():
+                        self.connection.execute(statement)
+                self.connection.execute(f"PRAGMA user_version = {number:d}")
+
+    def meta(self, name, default=""):
+        with self.guard():
+            row = self.connection.execute("SELECT value FROM meta WHERE name = :name", {"name": name}).fetchone()
+        return row[0] if row else default
+
+    def put_meta(self, name, value):
+        self.run("INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value", name=name, value=str(value))
+
+    def probe(self):
+        """Raise Problem unless a write could be made now: not read-only, not locked, batches going through, room left."""
+        with self.guard(), self.write_lock:
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                self.connection.execute("UPDATE meta SET value = value WHERE name = 'created_at'")
+            finally:
+                self.connection.execute("ROLLBACK")
+        room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
+        if not self.writable or room.f_bavail * room.f_frsize < 1_000_000:
+            raise Problem("temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5)
+
+    def newest_at(self) -> int:
+        """The latest time anything was written, Unix seconds: the clock cannot honestly be before it."""
+        with self.guard():
+            row = self.connection.execute(
+                "SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),"
+                " coalesce((SELECT issued_at FROM session ORDER BY id DESC LIMIT 1), 0))"
+            ).fetchone()
+        return row[0]
+
+    # -- users --
+
+    def find_account(self, id):
+        return self.one(Account, "SELECT * FROM account WHERE id = :id", id=id)
+
+    def find_account_by_name(self, username):
+        return self.one(Account, "SELECT * FROM account WHERE username = :username", username=username)
+
+    def add_account(self, id, username, email, password_hash, now):
+        return self.one(
+            Account,
+            """
+            INSERT INTO account (id, username, email, password_hash, created_at, modified_at)
+            VALUES (:id, :username, :email, :password_hash, :now, :now)
+            RETURNING *
+            """,
+            id=id, username=username, email=email, password_hash=password_hash, now=now,
+        )
+
+    def list_accounts(self, q, limit, offset):
+        like = "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        rows = self.all(
+            Account,
+            r"""
+            SELECT * FROM account
+             WHERE is_active = 1 AND (username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')
+             ORDER BY username LIMIT :limit OFFSET :offset
+            """,
+            like=like, limit=limit, offset=offset,
+        )
+        with self.guard():
+            (total,) = self.connection.execute(
+                r"SELECT count(*) FROM account WHERE is_active = 1 AND (username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')",
+                {"like": like},
+            ).fetchone()
+        return rows, total
+
+    def count_failed_login(self, id, now, window, threshold, lockout, most):
+        """Count one failure; the threshold starts a lockout that doubles with each one since the last success.
+
+        One statement, so that concurrent failures are all counted. An administrator's later lockout stays.
+        """
+        return self.one(
+            Account,
+            """
+            UPDATE account
+               SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END,
+                   last_failed_at = :now,
+                   lockouts = lockouts + CASE WHEN :threshold = 0 THEN 0
+                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END) >= :threshold THEN 1 ELSE 0 END,
+                   lockout_until = CASE WHEN :threshold = 0 THEN lockout_until
+                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END) >= :threshold
+                       THEN max(lockout_until, :now + min(max(:most, :lockout), :lockout * (1 << min(lockouts, 12)))) ELSE lockout_until END
+             WHERE id = :id
+            RETURNING *
+            """,
+            id=id, now=now, window=window, threshold=threshold, lockout=lockout, most=most,
+        )
+
+    def count_good_login(self, id, password_hash, now) -> bool:
+        """Note a login, unless the account was changed, deactivated or deleted since its password was read."""
+        return self.run(
+            """
+            UPDATE account SET failed_logins = 0, lockouts = 0, last_login_at = :now
+             WHERE id = :id AND password_hash = :password_hash AND is_active = 1
+            """,
+            id=id, password_hash=password_hash, now=now,
+        ) == 1
+
+    def list_active_admins(self, limit):
+        with self.guard():
+            rows = self.connection.execute(
+                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id AND is_active = 1 LIMIT :limit",
+                {"role_id": MAD_ADMIN_ROLE_ID, "limit": limit},
+            )
+            return [user_id for (user_id,) in rows]
+
+    def set_password_hash(self, id, password_hash, now):
+        self.run("UPDATE account SET password_hash = :password_hash, modified_at = :now WHERE id = :id", id=id, password_hash=password_hash, now=now)
+
+    def set_totp(self, id, sealed, now):
+        self.run("UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now WHERE id = :id", id=id, sealed=sealed, now=now)
+
+    def spend_totp_step(self, id, step) -> bool:
+        """Accept a time step once. RFC 6238 §5.2."""
+        return self.run("UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id AND totp_last_step < :step", id=id, step=step) == 1
+
+    def count_failed_totp(self, id, now, tries, lockout):
+        self.run(
+            """
+            UPDATE account
+               SET totp_failures = totp_failures + 1,
+                   totp_locked_until = CASE WHEN (totp_failures + 1) % :tries = 0
+                       THEN :now + min(:most, :lockout * (1 << min(totp_failures / :tries, 12))) ELSE totp_locked_until END
+             WHERE id = :id
+            """,
+            id=id, now=now, tries=tries, lockout=lockout, most=LOCKOUT_MAX,
+        )
+
+    def list_roles_of(self, user_id):
+        return self.all(Role, "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name", user_id=user_id)
+
+    def assign_role(self, user_id, role_id, now):
+        self.run("INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id, role_id=role_id, now=now)
+
+    def list_scopes_of_user(self, user_id):
+        return self.all(Scope, "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name", user_id=user_id)
+
+    def assign_scope_to_user(self, user_id, scope_id, now):
+        return self.run("INSERT INTO user_scope VALUES (:user_id, :scope_id, :now) ON CONFLICT DO NOTHING", user_id=user_id, scope_id=scope_id, now=now)
+
+    # -- clients and scopes --
+
+    def find_client(self, client_id):
+        """Look a client up by its identifier or its internal id; they cannot collide."""
+        return self.one(ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id)
+
+    def list_clients(self):
+        return self.all(ClientRow, "SELECT * FROM client ORDER BY display_name, client_id")
+
+    def add_client(self, row: ClientRow):
+        self.run(
+            """
+            INSERT INTO client VALUES (:id, :client_id, :client_type, :display_name, :audience, :grant_types, :may_introspect,
+                :is_first_party, :access_token_signed_alg, :id_token_signed_response_alg, :is_active, :revoked_before, :created_at, :modified_at)
+            """,
+            **msgspec.structs.asdict(row),
+        )
+
+    def list_secrets(self, client_id, now):
+        return self.all(Secret, "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC, id DESC", client_id=client_id, now=now)
+
+    def add_secret(self, id, client_id, secret_hash, now):
+        self.run("INSERT INTO client_secret VALUES (:id, :client_id, :secret_hash, :now, :forever)", id=id, client_id=client_id, secret_hash=secret_hash, now=now, forever=FOREVER)
+
+    def retire_secrets(self, client_id, expires_at, now):
+        """Let the newest living secret go on until `expires_at`; the older ones end now. Two live at most."""
+        self.run(
+            """
+            UPDATE client_secret
+               SET expires_at = CASE WHEN id = (SELECT id FROM client_secret WHERE client_id = :client_id AND expires_at > :now
+                                                 ORDER BY created_at DESC, id DESC LIMIT 1)
+                                     THEN min(expires_at, :expires_at) ELSE min(expires_at, :now) END
+             WHERE client_id = :client_id
+            """,
+            client_id=client_id, expires_at=expires_at, now=now,
+        )
+        self.run("DELETE FROM client_secret WHERE client_id = :client_id AND expires_at <= :now", client_id=client_id, now=now)
+
+    def list_features(self, client_id):
+        with self.guard():
+            return dict(self.connection.execute("SELECT feature_flag, options FROM client_feature WHERE client_id = :client_id AND is_enabled = 1", {"client_id": client_id}).fetchall())
+
+    def put_feature(self, client_id, flag, is_enabled, options):
+        self.run(
+            """
+            INSERT INTO client_feature VALUES (:client_id, :flag, :is_enabled, :options)
+            ON CONFLICT (client_id, feature_flag) DO UPDATE SET is_enabled = excluded.is_enabled, options = excluded.options
+            """,
+            client_id=client_id, flag=flag, is_enabled=int(is_enabled), options=options,
+        )
+
+    def set_client_active(self, id, is_active, now):
+        return self.run("UPDATE client SET is_active = :is_active, modified_at = :now WHERE id = :id", id=id, is_active=int(is_active), now=now)
+
+    def find_scope(self, name):
+        """Look an active scope up by name or id."""
+        return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
+
+    def list_scopes(self):
+        return self.all(Scope, "SELECT * FROM scope WHERE is_active = 1 ORDER BY name")
+
+    def add_scope(self, id, name, description, now):
+        return self.one(
+            Scope,
+            "INSERT INTO scope (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
+
+    def list_scopes_of_client(self, client_id):
+        return self.all(Scope, "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id AND is_active = 1 ORDER BY name", client_id=client_id)
+
+    def assign_scope_to_client(self, client_id, scope_id, now):
+        return self.run("INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id, scope_id=scope_id, now=now)
+
+    # -- sessions and refresh tokens --
+
+    def add_family(self, family: Family):
+        self.run("INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at)", **msgspec.structs.asdict(family))
+
+    def find_family(self, sid):
+        return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
+
+    def add_session(self, session: Session):
+        self.run(SESSION_INSERT, **msgspec.structs.asdict(session))
+
+    def list_sessions_of(self, user_id):
+        return self.all(Session, "SELECT * FROM session WHERE user_id = :user_id ORDER BY id DESC", user_id=user_id)
+
+    def find_session(self, id):
+        return self.one(Session, "SELECT * FROM session WHERE id = :id", id=id)
+
+    def add_refresh_token(self, token: RefreshToken):
+        self.run("INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, :issued_at, :expires_at, :rotated_at, :revoked_at)", **msgspec.structs.asdict(token))
+
+    def find_refresh_token(self, token_sha256):
+        return self.one(RefreshToken, "SELECT * FROM refresh_token WHERE token_sha256 = :token_sha256", token_sha256=token_sha256)
+
+    def list_refresh_tokens_of(self, user_id):
+        return self.all(RefreshToken, "SELECT * FROM refresh_token WHERE user_id = :user_id ORDER BY id DESC", user_id=user_id)
+
+    def rotate_refresh_token(self, token_sha256, client_id, now):
+        """Spend a refresh token. Return it, or None when unknown, foreign, spent, revoked or expired."""
+        return self.one(
+            RefreshToken,
+            """
+            UPDATE refresh_token
+               SET rotated_at = :now
+             WHERE token_sha256 = :token_sha256 AND client_id = :client_id
+               AND rotated_at IS NULL AND revoked_at IS NULL AND expires_at > :now
+            RETURNING *
+            """,
+            token_sha256=token_sha256, client_id=client_id, now=now,
+        )
+
+    def revoke_family(self, sid, now):
+        self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+
+    def list_families_of(self, user_id, client_id=None):
+        return self.all(Family, "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL", user_id=user_id, client_id=client_id)
+
+    def revoke_account(self, user_id, now, now_ms):
+        """End everything that was issued to a user, up to this millisecond, on both ports."""
+        self.run("UPDATE account SET revoked_before = max(revoked_before, :now_ms) WHERE id = :user_id", user_id=user_id, now_ms=now_ms)
+        for table in ("family", "refresh_token", "session", "browser_session"):
+            self.run(f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL", user_id=user_id, now=now)
+
+    def revoke_jti(self, jti, expires_at, now):
+        self.run("INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti, expires_at=expires_at, now=now)
+        self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
+
+    def is_revoked(self, jti) -> bool:
+        with self.guard():
+            return self.connection.execute("SELECT 1 FROM revoked_token WHERE jti = :jti", {"jti": jti}).fetchone() is not None
+
+    # -- audit --
+
+    def append_audit(self, rows, connection=None):
+        """Append `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id)` rows to the hash chain.
+
+        Inside a transaction: the last hash is read and extended under the same lock.
+        """
+        connection = connection or self.connection
+        last = connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, "")
+        seq, digest = last
+        chained = []
+        for row in rows:
+            seq += 1
+            digest = chain(digest, seq, row)
+            chained.append((seq, *row, digest))
+        connection.executemany("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", chained)
+
+    def list_audit(self, action=None, limit=100):
+        return self.all(AuditRow, "SELECT * FROM audit WHERE :action IS NULL OR action = :action ORDER BY seq DESC LIMIT :limit", action=action, limit=limit)
+
+    # -- batches: the rows of machine tokens --
+
+    def enqueue(self, session: tuple, audit: tuple | None):
+        """Queue the row of a machine token, on the disk within BATCH_SECONDS.
+
+        `audit` is (actor_id, ip_address, user_agent, request_id). Refused when the disk refuses:
+        a token that cannot be recorded is not issued.
+        """
+        if not self.writable or len(self.queue) > BATCH_MAX:
+            raise Problem("temporarily_unavailable", log="token rows cannot be written", retry_after=5)
+        self.queue.append((session, audit))
+        if not self.wake.is_set():
+            self.wake.set()
+
+    def start_flusher(self):
+        """Start the thread that writes the batches. After a fork, never before."""
+        self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
+        self.flusher.start()
+
+    def flush_loop(self):
+        while not self.closing:
+            self.wake.wait(None if self.writable else 1)
+            time.sleep(BATCH_SECONDS)
+            self.wake.clear()
+            self.flush()
+
+    def flush(self):
+        """Write what is queued, in one transaction. What cannot be written stays queued."""
+        with self.flush_lock:
+            batch = []
+            while self.queue and len(batch) < 5000:
+                batch.append(self.queue.popleft())
+            if not batch and self.writable:
+                return
+            try:
+                with self.write_lock:
+                    connection = self.__dict__.get("batch_connection")
+                    if connection is None:
+                        connection = self.batch_connection = self.connect("NORMAL")
+                    connection.execute("BEGIN IMMEDIATE")
+                    try:
+                        connection.executemany(SESSION_INSERT_ROW, [session for session, _ in batch])
+                        self.append_audit(batch_audit(batch), connection)
+                        connection.execute("COMMIT")
+                    except BaseException:
+                        with contextlib.suppress(sqlcipher3.Error):
+                            connection.execute("ROLLBACK")
+                        raise
+            except sqlcipher3.Error as error:
+                self.queue.extendleft(reversed(batch))
+                if self.writable:
+                    self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
+                self.writable = False
+                return
+            if not self.writable:
+                self.log("store.writable", waiting=len(self.queue))
+            self.writable = True
+        if self.queue:
+            self.wake.set()
+
+    def settle(self, jti) -> Session | None:
+        """Find the session of a token; a young one may wait for its batch, in this process or another."""
+        session = self.find_session(jti)
+        if session is None:
+            time.sleep(2 * BATCH_SECONDS)
+            session = self.find_session(jti)
+        return session
+
+    # -- purging, in small slices --
+
+    def purge_sessions(self, older_than_id, before, after_id, limit):
+        """Delete a slice of sessions that expired before `before`, walking in the order of their ids.
+
+        Returns (id to go on after or None, rows deleted).
+        """
+        with self.guard():
+            ids = self.connection.execute(
+                "SELECT id, expires_at FROM session WHERE id > :after AND id < :older ORDER BY id LIMIT :limit",
+                {"after": after_id, "older": older_than_id, "limit": limit},
+            ).fetchall()
+        dead = [(id,) for id, expires_at in ids if expires_at < before]
+        if dead:
+            with self.transaction():
+                self.connection.executemany("DELETE FROM session WHERE id = ?", dead)
+        return (ids[-1][0] if len(ids) == limit else None), len(dead)
+
+    def purge_expired(self, table, key, before, limit):
+        """Delete up to `limit` rows of a table of short-lived things. Table and key are our own words."""
+        return self.run(f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE expires_at < :before LIMIT :limit)", before=before, limit=limit)
+
+    def purge_audit(self, before, limit):
+        return self.run("DELETE FROM audit WHERE seq IN (SELECT seq FROM audit WHERE at < :before AND seq < (SELECT max(seq) FROM audit) ORDER BY seq LIMIT :limit)", before=before, limit=limit)
+
+
+# == Secrets ===================================================================
+# Hashes, random handles, sealing, TOTP, and the two brakes on guessing.
+
+
+def random_handle() -> str:
+    """Return 256 random bits as base64url: a refresh token, a code, a secret."""
+    return secrets.token_urlsafe(32)
+
+
+def sha256(handle: str) -> str:
+    """Return what is stored of a random handle: it has 256 bits, so a fast hash is enough."""
+    return hashlib.sha256(handle.encode()).hexdigest()
+
+
+def new_jti(ms: int) -> str:
+    """Return a UUIDv7 as 32 hex digits: its first 12 are Unix milliseconds. RFC 9562 §5.7."""
+    noise = int.from_bytes(os.urandom(10), "big")
+    return f"{ms:012x}7{noise >> 68:03x}{0x8000 | (noise >> 52) & 0x3FFF:04x}{noise & 0xFFFFFFFFFFFF:012x}"
+
+
+def jti_ms(jti: str) -> int:
+    return int(jti[:12], 16)
+
+
+class HashGate:
+    """Bounds the Argon2 work of a process: some run, some wait, the rest are told to come back.
+
+    Each hash takes tens of megabytes and milliseconds, so an unbounded number of logins would be
+    a way to exhaust the box. `blocking` is set by Serve: it keeps threads free for those who need
+    no hashing.
+    """
+
+    def __init__(self, running, waiting=48):
+        self.room = threading.Semaphore(running)
+        self.places = threading.Semaphore(running + waiting)
+        self.held = threading.local()
+        self.blocking = contextlib.nullcontext
+
+    @contextlib.contextmanager
+    def place(self):
+        """Hold one of the places while waiting or hashing; a thread needs one only. Raises slow_down when all are taken."""
+        if getattr(self.held, "place", False):
+            yield
+            return
+        if not self.places.acquire(blocking=False):
+            raise Problem("slow_down", log="the Argon2 gate is full", retry_after=1)
+        self.held.place = True
+        try:
+            with self.blocking():
+                yield
+        finally:
+            self.held.place = False
+            self.places.release()
+
+
+class Hasher:
+    """Argon2id with the parameters in force, behind the gate. RFC 9106."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
+        self.gate = HashGate(running)
+
+    def parameters(self):
+        return f"$argon2id$v=19$m={self.options.argon2id_memory},t={self.options.argon2id_time},p={self.options.argon2id_parallelism}$"
+
+    def hash(self, password: str) -> str:
+        """Return the PHC string of a password or client secret."""
+        options = self.options
+        with self.gate.place(), self.gate.room:
+            try:
+                return argon2_hash(
+                    password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time, options.argon2id_memory,
+                    options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
+                ).decode()
+            except (Argon2Error, MemoryError) as error:
+                raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
+
+    def verify(self, phc: str | None, password: str) -> bool:
+        """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
+        known = phc is not None
+        if not known:
+            word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
+            salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
+            phc = f"{self.parameters()}{salt}${word}"
+        with self.gate.place(), self.gate.room:
+            try:
+                return argon2_verify(phc.encode(), password.encode(), Argon2Type.ID) and known
+            except InvalidHashError:
+                return False
+            except (Argon2Error, MemoryError) as error:
+                if "match" in str(error):
+                    return False
+                raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
+
+
+class Digests:
+    """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
+
+    The stored hash is part of what is digested, so a changed secret is forgotten by itself.
+    """
+
+    def __init__(self, ttl, size):
+        self.key, self.ttl, self.size = os.urandom(32), ttl, size
+        self.seen = {}
+
+    def digest(self, stored_hash, secret):
+        return hmac.digest(self.key, stored_hash.encode() + b"\0" + secret.encode(), "sha256")
+
+    def knows(self, stored_hash, secret, now) -> bool:
+        digest = self.digest(stored_hash, secret)
+        until = self.seen.get(digest)
+        if until is None or until < now:
+            return False
+        self.seen[digest] = now + self.ttl
+        return True
+
+    def learn(self, stored_hash, secret, now):
+        if len(self.seen) >= self.size:
+            self.seen = {digest: until for digest, until in self.seen.items() if until >= now}
+            if len(self.seen) >= self.size:
+                self.seen = {}
+        self.seen[self.digest(stored_hash, secret)] = now + self.ttl
+
+
+class Throttle:
+    """Token buckets, per peer and per (peer, name), that failed attempts spend.
+
+    Names are counted whether they exist or not, so that being throttled tells nothing about them.
+    Loopback has no bucket of its own: every service of the box shares it.
+    """
+
+    RATES = {"name": (20, 20 / 60), "peer": (120, 2.0)}  # burst, refill a second
+
+    def __init__(self, clock, size=20_000):
+        self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
+
+    def keys(self, peer, name):
+        yield ("name", peer, name)
+        if not ipaddress.ip_address(peer).is_loopback:
+            yield ("peer", peer, "")
+
+    def level(self, key, now):
+        burst, rate = self.RATES[key[0]]
+        level, at = self.buckets.get(key, (burst, now))
+        return min(burst, level + max(0, now - at) * rate)
+
+    def check(self, peer: str, name: str):
+        """Raise slow_down where the attempts of this peer are spent."""
+        now = self.clock()
+        for key in self.keys(peer, name):
+            level = self.level(key, now)
+            if level < 1:
+                wait = int((1 - level) / self.RATES[key[0]][1]) + 1
+                raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
+
+    def spend(self, peer: str, name: str):
+        now = self.clock()
+        with self.lock:
+            for key in self.keys(peer, name):
+                self.buckets[key] = (self.level(key, now) - 1, now)
+                self.buckets.move_to_end(key)
+            while len(self.buckets) > self.size:
+                self.buckets.popitem(last=False)
+
+
+class Seal:
+    """Seals what the database must not show even when it is not encrypted: TOTP seeds. AES-256-GCM."""
+
+    def __init__(self, key: bytes):
+        self.cipher = AESGCM(key)
+
+    def close(self, plain: str, owner: str) -> str:
+        nonce = os.urandom(12)
+        return base64.b64encode(nonce + self.cipher.encrypt(nonce, plain.encode(), owner.encode())).decode()
+
+    def open(self, sealed: str, owner: str) -> str:
+        raw = base64.b64decode(sealed)
+        try:
+            return self.cipher.decrypt(raw[:12], raw[12:], owner.encode()).decode()
+        except InvalidTag:
+            raise Problem("server_error", log="a TOTP seed does not open: the seal key is not the one it was sealed with") from None
+
+
+def new_totp_seed() -> str:
+    """Return 160 random bits in base32. RFC 4226 §4."""
+    return base64.b32encode(os.urandom(20)).decode()
+
+
+def totp_uri(seed, username, issuer_name) -> str:
+    import pyotp
+
+    return pyotp.TOTP(seed).provisioning_uri(name=username, issuer_name=issuer_name)
+
+
+def totp_step(seed: str, code: str, now: int) -> int | None:
+    """Return the time step a code belongs to, one before and one after allowed, or None. RFC 6238 §5.2."""
+    import pyotp
+
+    if not re.fullmatch(r"[0-9]{6}", code):
+        return None
+    generator = pyotp.TOTP(seed)
+    step = now // TOTP_STEP
+    found = None
+    for candidate in (step - 1, step, step + 1):
+        if hmac.compare_digest(generator.generate_otp(candidate), code):
+            found = candidate
+    return found
+
+
+def check_new_password(options: Options, password: str, *names: str) -> str:
+    """Return what is wrong with a password somebody chose, or nothing. NIST SP 800-63B §5.1.1.2."""
+    if len(password) < options.password_min_length:
+        return f"must have at least {options.password_min_length} characters"
+    if len(password) > 255:
+        return "must have at most 255 characters"
+    if "\0" in password:
+        return "must not contain a NUL"
+    folded = fold(password)
+    if folded in common_passwords():
+        return "is one of the most common passwords"
+    if any(name and folded == fold(name) for name in names):
+        return "must not be the user name or e-mail address"
+    return ""
+
+
+@functools.cache
+def common_passwords() -> frozenset:
+    return frozenset((APPLIANCE / "common_passwords.txt").read_text("utf-8").split())
+
+
+# == Tokens ====================================================================
+# Signing keys, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
+
+
+SHA256 = hashes.SHA256()
+PKCS1 = padding.PKCS1v15()
+ECDSA_SHA256 = ec.ECDSA(SHA256)
+ENCODE = msgspec.json.Encoder().encode
+B64URL = bytes.maketrans(b"+/", b"-_")
+PEM_BLOCK = re.compile(rb"(?:^# state=(\w+) since=(\d+)[^\n]*\n)?^-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?^-----END \3-----", re.S | re.M)
+
+
+class KeyEntry(msgspec.Struct, frozen=True):
+    """A private key as it lies in a ring file: unencrypted PKCS#8 DER, its state and since when."""
+
+    der: bytes
+    state: str  # next | active | retired
+    since: int
+
+
+def b64url(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def b64url_bytes(raw: bytes) -> bytes:
+    """As b64url, in bytes and half the time: two of these are spent on every token."""
+    return binascii.b2a_base64(raw, newline=False).rstrip(b"=").translate(B64URL)
+
+
+def unb64url(word: str) -> bytes:
+    """Decode unpadded base64url, refusing whatever is not its canonical form. RFC 7515 §2."""
+    raw = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
+    if b64url(raw) != word:
+        raise ValueError("not canonical base64url")
+    return raw
+
+
+def make_key(alg, rsa_bits, now) -> KeyEntry:
+    key = ec.generate_private_key(ec.SECP256R1()) if alg == "ES256" else rsa.generate_private_key(65537, rsa_bits)
+    der = key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return KeyEntry(der, "active", now)
+
+
+def write_ring(entries, passphrase: str) -> bytes:
+    """Return a ring file: one PEM block a key, its state in the comment line above it."""
+    blocks = []
+    for entry in entries:
+        encryption = serialization.NoEncryption()
+        if passphrase:
+            encryption = serialization.PrivateFormat.PKCS8.encryption_builder().kdf_rounds(100_000).build(passphrase.encode())
+        key = serialization.load_der_private_key(entry.der, None)
+        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        blocks.append(b"# state=%s since=%d\n" % (entry.state.encode(), entry.since) + pem)
+    return b"".join(blocks)
+
+
+def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
+    """Read a ring file; a single PEM key of the original is a ring too.
+
+    Raises Refusal: a bad key stops the start and never makes a new identity.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise Refusal(f"the signing key {path} is missing: restore it, or run setup anew without the database") from None
+    except OSError as error:
+        raise Refusal(f"the signing key {path} cannot be read: {error.strerror}") from None
+    guard_private(path, "it is a private key")
+    entries = []
+    for match in PEM_BLOCK.finditer(content):
+        state, since, kind = match.groups()
+        encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
+        pem = match.group()[match.group().index(b"-----BEGIN") :]
+        if encrypted and not passphrase:
+            raise Refusal(f"the signing key {path} is encrypted, and no passphrase for it is given")
+        try:
+            key = serialization.load_pem_private_key(pem, passphrase.encode() if encrypted else None)
+        except (ValueError, TypeError):
+            raise Refusal(f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged") from None
+        if not isinstance(key, rsa.RSAPrivateKey) and not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
+            raise Refusal(f"the signing key {path} is neither RSA nor P-256")
+        if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
+            raise Refusal(f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048")
+        der = key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
+    if not any(entry.state == "active" for entry in entries):
+        raise Refusal(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
+    return entries
+
+
+class Key:
+    """A key at work."""
+
+    def __init__(self, entry: KeyEntry):
+        self.state = entry.state
+        self.private = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+        self.public = self.private.public_key()
+        numbers = self.public.public_numbers()
+        if isinstance(self.private, rsa.RSAPrivateKey):
+            self.alg = "RS256"
+            size = (numbers.n.bit_length() + 7) // 8
+            self.jwk = {"e": b64url(numbers.e.to_bytes(3, "big").lstrip(b"\0")), "kty": "RSA", "n": b64url(numbers.n.to_bytes(size, "big"))}
+        else:
+            self.alg = "ES256"
+            self.jwk = {"crv": "P-256", "kty": "EC", "x": b64url(numbers.x.to_bytes(32, "big")), "y": b64url(numbers.y.to_bytes(32, "big"))}
+        # RFC 7638 §3: the required members in lexicographic order, no white space.
+        self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
+        self.headers = {typ: b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid})) for typ in (AT_JWT, JWT)}
+
+    def public_jwk(self):
+        return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
+
+    def sign(self, message: bytes) -> bytes:
+        """RFC 7518 §3.3 and §3.4: an ECDSA signature is r and s, 32 bytes each."""
+        if self.alg == "RS256":
+            return self.private.sign(message, PKCS1, SHA256)
+        r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
+        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+    def verify(self, signature: bytes, message: bytes):
+        """Raise InvalidSignature or ValueError."""
+        if self.alg == "RS256":
+            self.public.verify(signature, message, PKCS1, SHA256)
+        else:
+            if len(signature) != 64:
+                raise InvalidSignature
+            r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+            self.public.verify(encode_dss_signature(r, s), message, ECDSA_SHA256)
+
+
+class KeyRing:
+    """The keys of one port."""
+
+    def __init__(self, entries, prefer_ec=True):
+        self.keys = [Key(entry) for entry in entries]
+        active = {key.alg: key for key in self.keys if key.state == "active"}
+        self.active = active
+        self.access = active.get("ES256" if prefer_ec else "RS256") or next(iter(active.values()))
+        # A header is compared byte by byte with those we write, so no token can choose its own algorithm.
+        # RFC 8725 §3.1.
+        self.headers = {header.decode(): (key, typ) for key in self.keys for typ, header in key.headers.items()}
+        self.verified = {}
+
+    def signer(self, alg) -> Key:
+        return self.active.get(alg) or self.access
+
+    def jwks(self) -> bytes:
+        return msgspec.json.encode({"keys": [key.public_jwk() for key in self.keys]})
+
+    def mint(self, key: Key, typ: str, claims: dict) -> str:
+        """Return a compact JWS. RFC 7515 §3.1."""
+        message = key.headers[typ] + b"." + b64url_bytes(ENCODE(claims))
+        return (message + b"." + b64url_bytes(key.sign(message))).decode()
+
+    def verify(self, token: str, typ: str) -> dict:
+        """Return the claims of a token that one of our keys signed as this type. Says nothing of its being alive.
+
+        Raises invalid_token. Signatures that were checked are remembered: they cannot become false.
+        """
+        known = self.verified.get(token)
+        if known is None:
+            header, dot, rest = token.partition(".")
+            key, signed_as = self.headers.get(header, (None, None))
+            if key is None or len(token) > 8192:
+                raise Problem("invalid_token", log="not signed by a key of this port")
+            try:
+                body, dot, signature = rest.partition(".")
+                key.verify(unb64url(signature), f"{header}.{body}".encode())
+                claims = msgspec.json.decode(unb64url(body))
+            except (InvalidSignature, ValueError, binascii.Error):
+                raise Problem("invalid_token", log="the signature is wrong") from None
+            known = (signed_as, claims)
+            if len(self.verified) >= 4096:
+                self.verified = {}
+            self.verified[token] = known
+        if known[0] != typ:
+            raise Problem("invalid_token", log=f"a token of type {known[0]} where {typ} is needed")
+        return known[1]
+
+
+# == Idp =======================================================================
+# What every function below is handed.
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where a call came from, for the throttle and the audit log."""
+
+    peer: str = "127.0.0.1"
+    user_agent: str = ""
+    request_id: str = ""
+    is_local: bool = True  # the socket itself is loopback, and no proxy spoke for another
+
+
+LOCAL = Origin()
+
+
+class Idp:
+    """One process of the identity provider: settings, store, keys and clock.
+
+    Threads share it. Settings and keys do not change; what is cached follows the store's generation.
+    """
+
+    def __init__(self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time, log=None):
+        self.options, self.store, self.seal, self.clock = options, store, seal, clock
+        self.auth_ring, self.admin_ring = auth_ring, admin_ring
+        self.log = log or Log()
+        self.hasher = Hasher(options)
+        self.throttle = Throttle(clock)
+        self.client_digests = Digests(900, 4096)
+        self.password_digests = Digests(options.pass_cache_duration, 4096)
+        self.client_cache = (b"", {})
+        self.account_locks = [threading.Lock() for _ in range(64)]
+        self.pages = {}  # prebuilt answers
+        self.clock_is_sane = True
+
+    def now(self) -> int:
+        """Unix seconds."""
+        return int(self.clock())
+
+    def now_ms(self) -> int:
+        """Unix milliseconds."""
+        return int(self.clock() * 1000)
+
+    @property
+    def revoked_before(self) -> int:
+        """Nothing issued up to this millisecond is alive: what a restore sets. Cached with the clients."""
+        cache = self.cache()
+        if "" not in cache:
+            cache[""] = int(self.store.meta("revoked_before", "0"))
+        return cache[""]
+
+    def cache(self) -> dict:
+        """Return the dict of what is cached for the present generation.
+
+        The generation is read before anything is loaded into it, so what was read from before a
+        change never lands in the dict of after it.
+        """
+        generation = self.store.generation.read()
+        held, cache = self.client_cache
+        if held != generation:
+            cache = {}
+            self.client_cache = (generation, cache)
+        return cache
+
+    def check_clock(self):
+        """Note whether the clock can be believed. It cannot be before our release or our newest row."""
+        newest = max(RELEASED_AT, self.store.newest_at() - IAT_SKEW)
+        sane = self.now() >= newest
+        if sane != self.clock_is_sane:
+            self.log("clock.sane" if sane else "clock.behind", "info" if sane else "error", now=self.now(), newest=newest)
+        self.clock_is_sane = sane
+        return sane
+
+
+# == Audit =====================================================================
+
+
+def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondary=""):
+    """Append a row, in the transaction of what it tells of."""
+    if idp.options.enable_audit_logging:
+        with idp.store.transaction():
+            idp.store.append_audit([(idp.now(), actor, action, target, secondary, origin.peer, origin.user_agent[:200], origin.request_id)])
+
+
+# == Accounts ==================================================================
+# Users, their roles, lockout, second factor.
+
+
+def is_admin(idp: Idp, user_id: str) -> bool:
+    return any(role.id == MAD_ADMIN_ROLE_ID for role in idp.store.list_roles_of(user_id))
+
+
+def is_last_admin(idp: Idp, user_id: str) -> bool:
+    return idp.store.list_active_admins(2) == [user_id]
+
+
+def is_good(account: Account | None, issued_ms: int) -> bool:
+    """Is this user still good for what was issued then? It exists, is active, and nothing of it was ended since."""
+    return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
+
+
+def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, totp="", client: Client | None = None, admin=False) -> tuple[Account, list]:
+    """May this user in now? Return the account and its `amr` (RFC 8176).
+
+    Every path that takes a password calls this. Whatever is wrong - no such user, wrong password,
+    inactive, locked, no or a wrong or a used one-time code - the caller learns nothing but
+    invalid_grant with status 403, after the same Argon2 work and one durable write.
+    `admin` demands the MadAdmin role too.
+    """
+    name = fold(username)
+    idp.throttle.check(origin.peer, name)
+    account = idp.store.find_account_by_name(name)
+    # The cache answers only where nothing else can fail: otherwise its speed would tell that a password is right.
+    if account and not why_not(idp, origin, account, client, admin) and not account.totp_sealed and not account.failed_logins:
+        if idp.options.enable_pass_cache and idp.password_digests.knows(account.password_hash, password, idp.now()):
+            return account, ["pwd"]
+    # One verification of an account at a time, so that parallel guesses are counted one by one.
+    with idp.hasher.gate.place(), idp.account_locks[hash(name) % len(idp.account_locks)]:
+        account = idp.store.find_account_by_name(name)
+        obstacle = why_not(idp, origin, account, client, admin)
+        second_factor = bool(account and account.totp_sealed)
+        right = idp.hasher.verify(account.password_hash if account else None, password)
+        failure = obstacle or ("" if right else "wrong password")
+        amr = ["pwd"]
+        if not failure and second_factor:
+            failure = check_totp(idp, account, totp)
+            amr = ["pwd", "otp", "mfa"]
+        now = idp.now()
+        if not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
+            failure = "changed meanwhile"
+        if failure:
+            idp.throttle.spend(origin.peer, name)
+            with idp.store.transaction():
+                if failure == "wrong password":
+                    options = idp.options
+                    counted = idp.store.count_failed_login(
+                        account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
+                        options.failed_password_lockout_duration, LOCKOUT_MAX,
+                    )
+                    if counted.lockouts > account.lockouts:
+                        audit(idp, origin, account.id, "user_locked_out", account.id, f"until={counted.lockout_until}")
+                audit(idp, origin, account.id if account else "anonymous", "user_login_failed", client.client_id if client else "", f"reason={failure}")
+            raise Problem("invalid_grant", status=403, log=f"login failed: {failure}")
+        if idp.options.enable_pass_cache and not second_factor:
+            idp.password_digests.learn(account.password_hash, password, now)
+        if not account.password_hash.startswith(idp.hasher.parameters()):
+            rehash(idp, account, password)
+        return account, amr
+
+
+def why_not(idp, origin, account, client, admin) -> str:
+    """Return what keeps this account out whatever its password, for the log."""
+    if account is None:
+        return "unknown user"
+    if not account.is_active:
+        return "inactive"
+    if account.lockout_until > idp.now() and not (origin.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)):
+        # The last administrator can always try at the machine itself; the throttle still counts there.
+        return "locked"
+    if admin and not is_admin(idp, account.id):
+        return "not an administrator"
+    if client and "ENABLE_TOTP" in client.flags and not account.totp_sealed:
+        return "the client demands a second factor, and the user has none"
+    return ""
+
+
+def check_totp(idp, account, code) -> str:
+    """Spend a one-time code. Return what is wrong, or nothing. RFC 6238 §5.2."""
+    now = idp.now()
+    if account.totp_locked_until > now:
+        return "second factor locked"
+    step = totp_step(idp.seal.open(account.totp_sealed, account.id), code, now)
+    if step is not None and idp.store.spend_totp_step(account.id, step):
+        return ""
+    idp.store.count_failed_totp(account.id, now, TOTP_TRIES, idp.options.failed_password_lockout_duration)
+    return "one-time code missing, wrong or used"
+
+
+def rehash(idp, account, password):
+    """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
+    with contextlib.suppress(Problem):
+        idp.store.set_password_hash(account.id, idp.hasher.hash(password), idp.now())
+
+
+def create_user(idp: Idp, origin: Origin, actor: str, wanted: CreateUser) -> Account:
+    """Raises invalid_request naming each bad member, or conflict."""
+    username, email, password = fold(wanted.username), fold(wanted.email or wanted.user_email), wanted.password or wanted.user_password
+    errors = {}
+    if not username or len(username) > 100 or not username.isprintable():
+        errors["username"] = "must be 1 to 100 printable characters"
+    elif GROUPS_OF_UUID.fullmatch(username):
+        errors["username"] = "must not look like an identifier"
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254:
+        errors["email"] = "must be an e-mail address"
+    if wrong := check_new_password(idp.options, password, username, email):
+        errors["password"] = wrong
+    if errors:
+        raise Problem("invalid_request", errors=errors)
+    password_hash = idp.hasher.hash(password)
+    try:
+        with idp.store.transaction():
+            account = idp.store.add_account(str(uuid.uuid4()), username, email, password_hash, idp.now())
+            audit(idp, origin, actor, "user_created", account.username, account.id)
+    except Conflict:
+        raise Problem("conflict", log="username or e-mail taken") from None
+    return account
+
+
+def get_user(idp: Idp, id_or_name: str) -> Account:
+    account = idp.store.find_account(id_or_name) or idp.store.find_account_by_name(fold(id_or_name))
+    if account is None:
+        raise Problem("not_found")
+    return account
+
+
+def enable_totp(idp: Idp, account: Account, seed: str, code: str):
+    """Turn the second factor on, once the user has shown to hold the seed."""
+    step = totp_step(seed, code, idp.now())
+    if step is None:
+        raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
+    with idp.store.transaction():
+        idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
+        idp.store.spend_totp_step(account.id, step)
+        audit(idp, LOCAL, account.id, "totp_enabled", account.id)
+
+
+# == Clients ===================================================================
+# Registration, authentication, scopes.
+
+GRANT_TYPES = (AUTHORIZATION_CODE, CLIENT_CREDENTIALS, PASSWORD, REFRESH_TOKEN)
+
+
+def find_client(idp: Idp, client_id: str) -> Client | None:
+    """Return an active client as the rules see it, cached for the present generation."""
+    cache = idp.cache()
+    client = cache.get(client_id)
+    if client is None:
+        client = load_client(idp, client_id)
+        if client is not None and client.client_id == client_id and len(cache) < 10_000:
+            cache[client_id] = client
+    return client if client is not None and client.row.is_active and client.client_id == client_id else None
+
+
+def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
+    store = idp.store
+    row = store.find_client(id_or_client_id)
+    if row is None:
+        return None
+    hashes = tuple((secret.secret_hash, secret.expires_at) for secret in store.list_secrets(row.id, idp.now()))
+    scopes = frozenset(scope.name for scope in store.list_scopes_of_client(row.id))
+    return Client(row, hashes, scopes, store.list_features(row.id))
+
+
+def get_client(idp: Idp, id_or_client_id: str) -> Client:
+    client = load_client(idp, id_or_client_id)
+    if client is None:
+        raise Problem("not_found")
+    return client
+
+
+def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | None, basic: bool) -> Client:
+    """Is this the client it says it is? RFC 6749 §2.3.
+
+    `secret` is None where none was sent: right for a public client, wrong for any other. Raises
+    invalid_client after the same work, whatever is wrong.
+    """
+    client = find_client(idp, client_id)
+    now = idp.now()
+    if secret is None:
+        if client is not None and client.row.client_type == PUBLIC_CLIENT:
+            return client
+        raise Problem("invalid_client", log="no client secret")
+    hashes = [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
+    for stored in hashes:
+        if idp.client_digests.knows(stored, secret, now):
+            return client
+    idp.throttle.check(origin.peer, client_id)
+    # At least one verification for an unknown client, exactly one a living secret for a known one.
+    for stored in hashes or [None]:
+        if idp.hasher.verify(stored, secret):
+            idp.client_digests.learn(stored, secret, now)
+            return client
+    idp.throttle.spend(origin.peer, client_id)
+    audit(idp, origin, client.client_id if client else "anonymous", "client_authentication_failed", client.client_id if client else "")
+    raise Problem("invalid_client", log="unknown client, or wrong secret")
+
+
+def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str:
+    """Which scopes? Return them space-delimited, in the order of their names.
+
+    requested ∩ client's ∩ user's; for a user who asks for `openid`, the scopes of OpenID Connect
+    besides. `user_scopes` None means that there is no user. Nothing requested is all that is
+    allowed. Whatever is unknown or refused raises invalid_scope. RFC 6749 §3.3.
+    """
+    allowed = client_scopes if user_scopes is None else client_scopes & user_scopes
+    if requested is None or not requested.strip(" "):
+        return " ".join(sorted(allowed))
+    wanted = set(requested.split(" ")) - {""}
+    if user_scopes is not None and OPENID in wanted:
+        allowed = allowed | set(OIDC_SCOPES)
+    if not wanted <= allowed:
+        raise Problem("invalid_scope", log="asked for more than is allowed")
+    return " ".join(sorted(wanted))
+
+
+def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) -> tuple[Client, str]:
+    """Register a client. Return it and its secret where one was made. Raises invalid_request or conflict."""
+    client_id, errors = wanted.client_id.strip(), {}
+    if not CLIENT_ID.fullmatch(client_id) or GROUPS_OF_UUID.fullmatch(client_id):
+        errors["client_id"] = "must be 1 to 255 printable ASCII characters without blank or colon, and not look like a UUID"
+    if wanted.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
+        errors["client_type"] = "must be confidential or public"
+    public = wanted.client_type == PUBLIC_CLIENT
+    secret = wanted.client_secret or wanted.secret or ""
+    if public and secret:
+        errors["client_secret"] = "a public client has none"
+    if secret and not 16 <= len(secret) <= 255:
+        errors["client_secret"] = "must have 16 to 255 characters"
+    grant_types = wanted.grant_types
+    if grant_types is None:
+        grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else list(GRANT_TYPES)
+    if not set(grant_types) <= set(GRANT_TYPES) or public and CLIENT_CREDENTIALS in grant_types:
+        errors["grant_types"] = "must be among " + ", ".join(grant for grant in GRANT_TYPES if not public or grant != CLIENT_CREDENTIALS)
+    audience = (wanted.audience or "microauthd").strip()
+    if not audience.isprintable() or len(audience) > 255:
+        errors["audience"] = "must be at most 255 printable characters"
+    if public and wanted.may_introspect:
+        errors["may_introspect"] = "a public client cannot have this right"
+    scopes = [idp.store.find_scope(normalise(name)) for name in wanted.scopes or ()]
+    if None in scopes:
+        errors["scopes"] = "must all exist"
+    if errors:
+        raise Problem("invalid_request", errors=errors)
+    made = "" if public or secret else random_handle()
+    now = idp.now()
+    row = ClientRow(
+        id=str(uuid.uuid4()), client_id=client_id, client_type=wanted.client_type, display_name=(wanted.display_name or "").strip(),
+        audience=audience, grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect), is_first_party=1,
+        access_token_signed_alg="", id_token_signed_response_alg="RS256", is_active=1, revoked_before=0, created_at=now, modified_at=now,
+    )
+    secret_hash = "" if public else idp.hasher.hash(secret or made)
+    try:
+        with idp.store.transaction(identity=True):
+            idp.store.add_client(row)
+            if secret_hash:
+                idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, now)
+            for scope in scopes:
+                idp.store.assign_scope_to_client(row.id, scope.id, now)
+            audit(idp, origin, actor, "create_client", client_id, row.id)
+    except Conflict:
+        raise Problem("conflict") from None
+    return get_client(idp, row.id), made
+
+
+def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) -> str:
+    """Give a client a new secret and return it. The one before lives on for `overlap_seconds`, at most a day's worth of weeks."""
+    client = load_client(idp, wanted.client_id)
+    if client is None or not client.row.is_active:
+        raise Problem("not_found")
+    secret = (wanted.new_secret or "").strip()
+    errors = {}
+    if client.row.client_type == PUBLIC_CLIENT:
+        errors["client_id"] = "a public client has no secret"
+    if secret and not 16 <= len(secret) <= 255:
+        errors["new_secret"] = "must have 16 to 255 characters"
+    if not 0 <= wanted.overlap_seconds <= 31 * 86400:
+        errors["overlap_seconds"] = "must be from 0 to 2678400"
+    if errors:
+        raise Problem("invalid_request", errors=errors)
+    secret = secret or random_handle()
+    secret_hash, now = idp.hasher.hash(secret), idp.now()
+    with idp.store.transaction(identity=True):
+        idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
+        idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
+        audit(idp, origin, actor, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
+    return secret
+
+
+def create_scope(idp: Idp, origin: Origin, actor: str, wanted: CreateScope) -> Scope:
+    name = normalise(wanted.name)
+    if not SCOPE_TOKEN.fullmatch(name) or GROUPS_OF_UUID.fullmatch(name):
+        raise Problem("invalid_request", errors={"name": "must be a scope-token of RFC 6749 §3.3: printable ASCII without blank, quote or backslash"})
+    if name in OIDC_SCOPES:
+        raise Problem("conflict", log="a scope of OpenID Connect")
+    try:
+        with idp.store.transaction(identity=True):
+            scope = idp.store.add_scope(str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now())
+            audit(idp, origin, actor, "create_scope", name, scope.id)
+    except Conflict:
+        raise Problem("conflict") from None
+    return scope
+
+
+def get_scope(idp: Idp, id_or_name: str) -> Scope:
+    scope = idp.store.find_scope(normalise(id_or_name))
+    if scope is None:
+        raise Problem("not_found")
+    return scope
+
+
+def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account, ids) -> int:
+    """Assign scopes, by id or name, to a client or a user. All or none. Return how many are new."""
+    scopes = [idp.store.find_scope(normalise(id)) for id in ids]
+    if not scopes or None in scopes:
+        raise Problem("invalid_request", errors={"scope_ids": "must name at least one scope, and each must exist"})
+    kind, id, assign = ("client", holder.row.id, idp.store.assign_scope_to_client) if isinstance(holder, Client) else ("user", holder.id, idp.store.assign_scope_to_user)
+    with idp.store.transaction(identity=True):
+        added = sum(assign(id, scope.id, idp.now()) for scope in scopes)
+        audit(idp, origin, actor, f"assign_scope_to_{kind}", id, " ".join(scope.name for scope in scopes))
+    return added
+
+
+# == Sessions ==================================================================
+# Refresh-token families, revocation, and the one answer to "is this token alive?".
+
+
+def living_claims(idp: Idp, ring: KeyRing, issuer: str, token: str) -> dict:
+    """Is this access token alive? Return its claims. RFC 9068 §4, RFC 8725 §3.
+
+    Alive by signature, `typ`, `iss`, `exp`, an `iat` that is not in the future, no tombstone for
+    its `jti`, and issued after the revocation epochs of the server, its client, its user and its
+    login. Raises invalid_token. Every guard, introspection, userinfo and revocation asks here.
+    """
+    claims = ring.verify(token, AT_JWT)
+    now = idp.now()
+    if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
+        raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
+    issued_ms, asks = jti_ms(claims["jti"]), idp.options.enable_token_revocation
+    if issued_ms <= idp.revoked_before or asks and idp.store.is_revoked(claims["jti"]):
+        raise Problem("invalid_token", log="revoked")
+    if claims["mad"] == "auth":
+        client = find_client(idp, claims["client_id"])
+        if client is None or issued_ms <= client.row.revoked_before:
+            raise Problem("invalid_token", log="its client is gone, inactive or was revoked")
+    if claims["sub"] != claims.get("client_id"):
+        if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
+            raise Problem("invalid_token", log="its user is gone, inactive or was revoked")
+        if asks and claims.get("sid"):
+            family = idp.store.find_family(claims["sid"])
+            if family is None or family.revoked_at is not None:
+                raise Problem("invalid_token", log="its login was ended")
+    return claims
+
+
+def revoke_family(idp: Idp, origin: Origin, actor: str, family_sid: str, action: str, target: str):
+    """End a login at a client: its refresh tokens and the access tokens that name it."""
+    with idp.store.transaction():
+        idp.store.revoke_family(family_sid, idp.now())
+        audit(idp, origin, actor, action, target, f"sid={family_sid}")
+
+
+def end_logins(idp: Idp, origin: Origin, user_id: str, client_id: str):
+    """Log a user out of one client."""
+    with idp.store.transaction():
+        for family in idp.store.list_families_of(user_id, client_id):
+            idp.store.revoke_family(family.sid, idp.now())
+        audit(idp, origin, user_id, "logout", client_id)
+
+
+def end_user(idp: Idp, origin: Origin, actor: str, user_id: str, action: str):
+    """End all that was ever issued to a user, on both ports."""
+    with idp.store.transaction():
+        idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
+        audit(idp, origin, actor, action, user_id)
+
+
+def revoke_token(idp: Idp, origin: Origin, client: Client, token: str) -> None:
+    """Revoke an access or refresh token of this client. What is dead or unknown already is no error. RFC 7009 §2.
+
+    A token of another client is refused with unauthorized_client. RFC 7009 §2.1.
+    """
+    refresh = idp.store.find_refresh_token(sha256(token))
+    if refresh is not None:
+        if refresh.client_id != client.client_id:
+            raise Problem("unauthorized_client", log="the refresh token of another client")
+        revoke_family(idp, origin, client.client_id, refresh.sid, "refresh_token_revoked", refresh.user_id)
+        return
+    try:
+        claims = idp.auth_ring.verify(token, AT_JWT)
+    except Problem:
+        return
+    if claims["client_id"] != client.client_id:
+        raise Problem("unauthorized_client", log="the access token of another client")
+    with idp.store.transaction():
+        idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
+        audit(idp, origin, client.client_id, "token_revoked", claims["sub"], f"jti={claims['jti']}")
+
+
+def introspect_token(idp: Idp, client: Client, token: str) -> dict:
+    """Return RFC 7662 §2.2 claims to the token's own client or one with the introspect right; else exactly {"active": false}."""
+    inactive = {"active": False}
+    try:
+        claims = living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token)
+    except Problem as problem:
+        if problem.code != "invalid_token":
+            raise
+        return introspect_refresh_token(idp, client, token) or inactive
+    if claims["client_id"] != client.client_id and not client.row.may_introspect:
+        return inactive
+    return {"active": True, "token_type": "Bearer", **claims}
+
+
+def introspect_refresh_token(idp, client, token) -> dict | None:
+    refresh = idp.store.find_refresh_token(sha256(token))
+    now = idp.now()
+    if refresh is None or refresh.client_id != client.client_id and not client.row.may_introspect:
+        return None
+    if refresh.rotated_at is not None or refresh.revoked_at is not None or refresh.expires_at <= now:
+        return None
+    family = living_family(idp, refresh.sid)
+    if family is None:
+        return None
+    return {
+        "active": True, "client_id": refresh.client_id, "sub": refresh.user_id, "iss": idp.options.auth_issuer,
+        "exp": refresh.expires_at, "iat": refresh.issued_at, "token_use": "refresh", "sid": refresh.sid,
+        **({"scope": family.scope} if family.scope else {}),
+    }
+
+
+def living_family(idp: Idp, sid: str) -> Family | None:
+    """Return a login that still carries: not ended, not over, its user and client still good."""
+    family = idp.store.find_family(sid)
+    if family is None or family.revoked_at is not None or family.expires_at <= idp.now() or family.created_ms <= idp.revoked_before:
+        return None
+    client = find_client(idp, family.client_id)
+    if client is None or family.created_ms <= client.row.revoked_before:
+        return None
+    return family if is_good(idp.store.find_account(family.user_id), family.created_ms) else None
+
+
+# == Grants ====================================================================
+# One function per grant_type proves who and what; issue() does the rest.
+
+
+class Granted(msgspec.Struct):
+    """What a grant has proven. Without an account the subject is the client itself."""
+
+    scope: str
+    login_method: str
+    account: Account | None = None
+    amr: list = []
+    auth_time: int = 0
+    nonce: str = ""
+    family: Family | None = None  # the login to go on with; None begins one
+    spends: str = ""  # SHA-256 of the refresh token to rotate within the issuing transaction
+
+
+def client_credentials(idp: Idp, client: Client, params) -> Granted:
+    """RFC 6749 §4.4."""
+    if client.row.client_type != CONFIDENTIAL:
+        raise Problem("unauthorized_client")
+    return Granted(decide_scopes(params.get("scope"), client.scopes), CLIENT_CREDENTIALS)
+
+
+def password_grant(idp: Idp, client: Client, params) -> Granted:
+    """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
+    username, password = params.need("username"), params.need("password")
+    account, amr = authenticate_user(idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", client)
+    scope = decide_scopes(params.get("scope"), client.scopes, scopes_of_user(idp, account.id))
+    return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
+
+
+def scopes_of_user(idp, user_id) -> frozenset:
+    return frozenset(scope.name for scope in idp.store.list_scopes_of_user(user_id))
+
+
+def refresh_grant(idp: Idp, client: Client, params) -> Granted:
+    """RFC 6749 §6. The token is spent by one statement; a second use ends the family. RFC 9700 §4.14.2.
+
+    The example login page of the original sends the token as `token`.
+    """
+    token_sha256 = sha256(params.get("refresh_token") or params.need("token"))
+    found = idp.store.find_refresh_token(token_sha256)
+    if found is None or found.client_id != client.client_id:
+        raise Problem("invalid_grant", log="unknown refresh token, or one of another client")
+    family = living_family(idp, found.sid)
+    if family is None:
+        raise Problem("invalid_grant", log="the login of this refresh token is over")
+    account = idp.store.find_account(family.user_id)
+    # What was granted, less what has been taken away since; a request may narrow it.
+    held = frozenset(family.scope.split())
+    still = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in held else ())
+    scope = decide_scopes(params.get("scope"), held & still)
+
+    return Granted(scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256)
+
+
+GRANTS = {CLIENT_CREDENTIALS: client_credentials, PASSWORD: password_grant, REFRESH_TOKEN: refresh_grant}
+
+
+def ttl(client: Client, flag: str, default: int) -> int:
+    """Return a lifetime in seconds: the client's option where it is a positive number, else the server's."""
+    option = client.flags.get(flag, "")
+    return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else default
+
+
+def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
+    """Mint what was granted, write it down, and return the token answer. RFC 6749 §5.1, RFC 9068 §2.2."""
+    options, now = idp.options, idp.now()
+    row, account = client.row, granted.account
+    key = idp.auth_ring.signer(row.access_token_signed_alg or idp.auth_ring.access.alg)
+    lifetime = ttl(client, "TOKEN_EXPIRATION", options.token_expiration)
+    # Never in or before the millisecond of a revocation, or the token would be born dead.
+    ms = max(idp.now_ms(), row.revoked_before + 1, idp.revoked_before + 1, account.revoked_before + 1 if account else 0)
+    jti = new_jti(ms)
+    claims = {
+        "iss": options.auth_issuer, "sub": account.id if account else row.client_id, "aud": row.audience, "client_id": row.client_id,
+        "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti, "mad": "auth", "token_use": "access",
+    }
+    if granted.scope:
+        claims["scope"] = granted.scope
+    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience}
+    if granted.scope:
+        answer["scope"] = granted.scope
+    if account is None:
+        answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
+        actor = (row.client_id, origin.peer, origin.user_agent[:200], origin.request_id, now)[:4] if options.enable_audit_logging else None
+        idp.store.enqueue((jti, row.client_id, granted.scope, now, now + lifetime), actor)
+        return answer
+    roles = idp.store.list_roles_of(account.id)
+    with idp.store.transaction():
+        # Inside the transaction, so that a revocation that came first is seen and one that comes later sees us.
+        if not is_good(idp.store.find_account(account.id), ms):
+            raise Problem("invalid_grant", log="the user was deactivated or revoked meanwhile")
+        family = take_family(idp, client, granted, origin, ms)
+        refresh_token = ""
+        if family and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
+            refresh_token = random_handle()
+            until = min(family.expires_at, now + ttl(client, "REFRESH_TOKEN_EXPIRATION", options.refresh_token_expiration))
+            idp.store.add_refresh_token(RefreshToken(new_jti(ms), sha256(refresh_token), family.sid, account.id, row.client_id, jti, now, until, None, None))
+        if family:
+            idp.store.add_session(Session(jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method, now, now + lifetime, None))
+            audit(idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id, f"jti={jti}")
+    if family is None:
+        raise Problem("invalid_grant", log="refresh token spent, expired or revoked")
+    claims |= {
+        "username": account.username, "preferred_username": account.username, "amr": granted.amr, "auth_time": granted.auth_time,
+        "sid": family.sid, "role": [role.id for role in roles], "roles": [role.name for role in roles],
+    }
+    answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
+    if refresh_token:
+        answer["refresh_token"] = refresh_token
+    if OPENID in granted.scope.split():
+        answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
+    return answer
+
+
+def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
+    """Begin a login, or go on with one by spending its refresh token; None when that cannot be spent.
+
+    A spent token that comes back ends its family: whoever holds the newer one may be the thief.
+    RFC 9700 §4.14.2.
+    """
+    now = idp.now()
+    if granted.family:
+        if idp.store.rotate_refresh_token(granted.spends, client.client_id, now):
+            return granted.family
+        if idp.store.find_refresh_token(granted.spends).rotated_at is not None:
+            revoke_family(idp, origin, granted.account.id, granted.family.sid, "refresh_token_reused", client.client_id)
+        return None
+    family = Family(
+        sid=random_handle()[:22], user_id=granted.account.id, client_id=client.client_id, scope=granted.scope, amr=" ".join(granted.amr),
+        auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms, expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
+    )
+    idp.store.add_family(family)
+    return family
+
+
+def user_claims(idp: Idp, account: Account, scope: str) -> dict:
+    """Return the claims of a user that a scope opens. OpenID Connect Core §5.4."""
+    scopes, claims = scope.split(), {"sub": account.id}
+    if "profile" in scopes:
+        claims |= {"name": account.username, "preferred_username": account.username, "updated_at": account.modified_at}
+    if "email" in scopes and account.email:
+        claims |= {"email": account.email, "email_verified": bool(account.email_verified)}
+    if "roles" in scopes:
+        claims["roles"] = [role.name for role in idp.store.list_roles_of(account.id)]
+    return claims
+
+
+def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str, ms: int) -> str:
+    """OpenID Connect Core §2 and §3.1.3.6."""
+    now = idp.now()
+    key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
+    claims = user_claims(idp, granted.account, granted.scope) | {
+        "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now, "exp": now + ID_TOKEN_TTL,
+        "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid, "token_use": "id",
+        # The left half of the digest that goes with the algorithm; SHA-256 for both of ours.
+        "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
+    }
+    if granted.nonce:
+        claims["nonce"] = granted.nonce
+    return idp.auth_ring.mint(key, JWT, claims)
+
+
+# == HTTP ======================================================================
+# Routes, Params, guards and Answer: the only place that touches bottle.request.
+
+
+BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+class Page(msgspec.Struct):
+    """A body that is not JSON: bytes already made. `cache` is seconds; 0 forbids storing."""
+
+    content: bytes
+    content_type: str = "application/json"
+    cache: int = 0
+    etag: str = ""
+    status: int = 200
+
+
+class Reply(msgspec.Struct):
+    """A JSON body with headers of its own."""
+
+    body: object
+    headers: list = []
+    status: int = 200
+
+
+class Route(msgspec.Struct, frozen=True):
+    """A declaration: everything about a route stands here."""
+
+    methods: tuple
+    paths: tuple
+    guard: object
+    spec: str
+    handler: object
+    takes: object = None  # Struct of the JSON body
+    form: bool = True  # a POST without `takes` reads a form
+    oauth: bool = False  # failures in the form of RFC 6749 §5.2
+    option: str = ""  # served only when this option is on
+
+
+class Routes:
+    """The routes of one port, declared by decorating their handlers. `guard` has no default."""
+
+    def __init__(self, name):
+        self.name, self.routes = name, []
+
+    def __call__(self, methods, paths, *, guard, spec, **more):
+        paths = (paths,) if isinstance(paths, str) else tuple(paths)
+
+        def declare(handler):
+            self.routes.append(Route(tuple(methods.split()), paths, guard, spec, handler, **more))
+            return handler
+
+        return declare
+
+
+def parse_form(body: bytes) -> dict:
+    """Return the parameters of an application/x-www-form-urlencoded body or query.
+
+    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), for octets that are not
+    UTF-8, for a broken percent-encoding and for NUL: what is refused cannot be misread.
+    """
+    found = {}
+    if not body:
+        return found
+    pairs = body.split(b"&")
+    if len(pairs) > 64:
+        raise Problem("invalid_request", log="too many parameters")
+    for pair in pairs:
+        if not pair:
+            continue
+        name, _, value = pair.partition(b"=")
+        name, value = decode_component(name), decode_component(value)
+        if name in found:
+            raise Problem("invalid_request", log="repeated parameter")
+        found[name] = value
+    return found
+
+
+def decode_component(raw: bytes) -> str:
+    """Decode one name or value of a form. WHATWG URL §5.1, strictly."""
+    if b"+" in raw:
+        raw = raw.replace(b"+", b" ")
+    if b"%" in raw:
+        if BAD_PERCENT.search(raw):
+            raise Problem("invalid_request", log="broken percent-encoding")
+        raw = unquote_to_bytes(raw)
+    try:
+        word = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Problem("invalid_request", log="not UTF-8") from None
+    if "\0" in word:
+        raise Problem("invalid_request", log="NUL in a parameter")
+    return word
+
+
+class Params:
+    """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
+
+    __slots__ = ("environ", "path", "values", "body", "origin")
+
+    def __init__(self, environ, path, route):
+        self.environ, self.path, self.body = environ, path, None
+        peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
+        self.origin = Origin(
+            peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
+            environ.get("microauthd.direct", True) and peer in ("127.0.0.1", "::1"),
+        )
+        self.values = {}
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
+            self.values = parse_form(environ.get("QUERY_STRING", "").encode("latin-1"))
+            return
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        if route.takes is not None:
+            if media != "application/json":
+                raise Problem("unsupported_media_type")
+            self.body = decode_body(body, route.takes)
+        elif body and route.form:
+            if media != "application/x-www-form-urlencoded":
+                raise Problem("invalid_request", log="not a form")
+            self.values = parse_form(body)
+
+    def get(self, name: str) -> str | None:
+        return self.values.get(name)
+
+    def need(self, name: str) -> str:
+        """Return a parameter that must be there and not be empty."""
+        value = self.values.get(name)
+        if not value:
+            raise Problem("invalid_request", log=f"no {name}")
+        return value
+
+    def whole(self, name: str, default: int, most: int) -> int:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not re.fullmatch(r"[0-9]{1,9}", value):
+            raise Problem("invalid_request", errors={name: "must be a whole number"})
+        return min(int(value), most)
+
+
+def decode_body(body: bytes, struct_type):
+    """Decode a JSON object; member names match without regard to case, unknown ones are ignored.
+
+    Raises invalid_request naming the member at fault.
+    """
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise Problem("invalid_request", log="not JSON") from None
+    if not isinstance(found, dict):
+        raise Problem("invalid_request", log="not a JSON object")
+    names = {field.lower(): field for field in struct_type.__struct_fields__}
+    try:
+        return msgspec.convert({names[key.lower()]: value for key, value in found.items() if key.lower() in names}, struct_type)
+    except msgspec.ValidationError as error:
+        sentence, _, where = str(error).partition(" - at `$.")
+        member = re.search(r"required field `(\w+)`", sentence)
+        name = re.split(r"[`.\[]", where)[0] or (member.group(1) if member else "body")
+        raise Problem("invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}) from None
+
+
+# -- guards: who is calling --
+
+
+def anyone(idp, params):
+    """A public route. Its handler is not handed a caller."""
+
+
+def read_client_credentials(params) -> tuple[str, str | None, bool]:
+    """Return (client_id, secret or None, by Basic). Two methods at once are refused. RFC 6749 §2.3."""
+    header = params.environ.get("HTTP_AUTHORIZATION", "")
+    form_id, form_secret = params.get("client_id"), params.get("client_secret")
+    if header[:6].lower() == "basic ":
+        try:
+            pair = base64.b64decode(header[6:].strip(), validate=True).decode()
+        except (binascii.Error, ValueError):
+            raise Problem("invalid_client", log="malformed Basic credentials") from None
+        client_id, colon, secret = pair.partition(":")
+        # The two parts were form-encoded before they were joined. RFC 6749 §2.3.1.
+        client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
+        if not colon or form_secret is not None or form_id not in (None, client_id):
+            raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
+        return client_id, secret, True
+    if not form_id:
+        raise Problem("invalid_client", log="no client_id")
+    return form_id, form_secret or None, False
+
+
+def by_client(idp, params) -> Client:
+    """An authenticated client; a public one by its client_id alone."""
+    client_id, secret, basic = read_client_credentials(params)
+    return authenticate_client(idp, params.origin, client_id, secret, basic)
+
+
+def by_confidential_client(idp, params) -> Client:
+    """A client that has proved itself: a public one cannot."""
+    client = by_client(idp, params)
+    if client.row.client_type != CONFIDENTIAL:
+        raise Problem("invalid_client", log="a public client cannot authenticate")
+    return client
+
+
+def read_bearer(params) -> str:
+    """Return the access token of a request: the header, or the form of a POST. RFC 6750 §2."""
+    header, form = params.environ.get("HTTP_AUTHORIZATION", ""), params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None
+    if header[:7].lower() == "bearer ":
+        if form is not None:
+            raise Problem("invalid_request", log="two access tokens")
+        return header[7:].strip()
+    if form:
+        return form
+    # No error code where no token was sent. RFC 6750 §3.1.
+    raise Problem("invalid_token", log="no access token", headers=[("WWW-Authenticate", 'Bearer realm="microauthd"')])
+
+
+def by_bearer(scope="", user=False):
+    """A guard for the living access tokens of AUTH, with this scope where one is named, of a user where that matters."""
+
+    def guard(idp, params) -> dict:
+        claims = living_claims(idp, idp.auth_ring, idp.options.auth_issuer, read_bearer(params))
+        if scope and scope not in claims.get("scope", "").split():
+            raise Problem("insufficient_scope", headers=[("WWW-Authenticate", f'Bearer realm="microauthd", error="insufficient_scope", scope="{scope}"')])
+        if user and claims["sub"] == claims["client_id"]:
+            raise Problem("access_denied", log="a machine token where a user's is needed")
+        return claims
+
+    return guard
+
+
+def by_admin(permission=""):
+    """A guard for the living ADMIN tokens of users who are administrators still."""
+
+    def guard(idp, params) -> dict:
+        claims = living_claims(idp, idp.admin_ring, idp.options.admin_issuer, read_bearer(params))
+        if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
+            raise Problem("invalid_token", log="not an administrator any more")
+        return claims
+
+    return guard
+
+
+# -- answers --
+
+BASE_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+)
+PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+
+
+def refuse(problem: Problem, oauth: bool) -> Reply:
+    """Render a Problem in the form its route owes."""
+    headers = list(problem.headers)
+    if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
+        challenge = 'Basic realm="microauthd"' if problem.code == "invalid_client" else f'Bearer realm="microauthd", error="{problem.code}", error_description="{problem.message}"'
+        headers.append(("WWW-Authenticate", challenge))
+    return Reply(problem.as_oauth() if oauth else problem.as_err(), headers, problem.status)
+
+
+class Answer:
+    """The Bottle plugin through which every answer goes: it runs the guard and the handler, and speaks for both."""
+
+    api = 2
+    name = "answer"
+
+    def __init__(self, idp):
+        self.idp = idp
+
+    def apply(self, callback, bottle_route):
+        idp, route = self.idp, bottle_route.config["route"]
+        handler, guard = route.handler, route.guard
+        public = guard is anyone
+
+        def answer(**path):
+            environ = bottle.request.environ
+            try:
+                params = Params(environ, path, route)
+                result = handler(idp, params) if public else handler(idp, guard(idp, params), params)
+            except Problem as problem:
+                result = refuse(problem, route.oauth)
+                self.tell(environ, problem.code, problem.status, problem.log)
+            except Exception as error:
+                self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
+                result = refuse(Problem("server_error"), route.oauth)
+            return self.speak(result, environ)
+
+        return answer
+
+    def tell(self, environ, code, status, why):
+        self.idp.log(
+            "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""), peer=environ.get("microauthd.peer", ""),
+            method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100], status=status, error=code, reason=why, request_id=environ.get("microauthd.request_id", ""),
+        )
+
+    @staticmethod
+    def speak(result, environ):
+        """Put a result into bottle.response and return its bytes."""
+        response = bottle.response
+        for name, value in BASE_HEADERS:
+            response.set_header(name, value)
+        if environ.get("wsgi.url_scheme") == "https":
+            response.set_header("Strict-Transport-Security", "max-age=31536000")
+        if isinstance(result, bottle.HTTPResponse):  # a static file
+            result.set_header("Content-Security-Policy", PAGE_POLICY)
+            result.set_header("X-Content-Type-Options", "nosniff")
+            result.set_header("Referrer-Policy", "no-referrer")
+            result.set_header("Cache-Control", "no-cache")
+            return result
+        if isinstance(result, Page):
+            response.status = result.status
+            response.content_type = result.content_type
+            response.set_header("Cache-Control", f"public, max-age={result.cache}" if result.cache else "no-store")
+            if result.etag:
+                response.set_header("ETag", result.etag)
+                if environ.get("HTTP_IF_NONE_MATCH") == result.etag:
+                    response.status = 304
+                    return b""
+            return result.content
+        response.content_type = "application/json"
+        response.set_header("Cache-Control", "no-store")
+        response.set_header("Pragma", "no-cache")
+        if isinstance(result, Reply):
+            response.status = result.status
+            for name, value in result.headers:
+                response.add_header(name, value)
+            result = result.body
+        return ENCODE(result)
+
+
+def build_app(idp: Idp, routes: Routes) -> bottle.Bottle:
+    """Return the Bottle app of a port, a WSGI callable."""
+    app = bottle.Bottle(autojson=False)
+    answer = Answer(idp)
+    app.install(answer)
+    for route in routes.routes:
+        if route.option and not getattr(idp.options, route.option):
+            continue
+        for path in route.paths:
+            app.route(path, list(route.methods), route.handler, route=route)
+
+    def nowhere(error):
+        """Unknown path, wrong method, or a failure of Bottle itself."""
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request" if error.status_code < 500 else "server_error")
+        if code == "server_error":
+            idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
+        result = refuse(Problem(code), False)
+        # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
+        allow = error.get_header("Allow")
+        bottle.response.status = result.status
+        content = answer.speak(result, bottle.request.environ)
+        if allow:
+            bottle.response.set_header("Allow", allow)
+        return content
+
+    app.default_error_handler = nowhere
+    return app
+
+
+def admit_hosts(app, idp: Idp):
+    """Wrap ADMIN so that it answers only to its own names: a page that rebinds its name to us gets nothing."""
+    options = idp.options
+    names = {"localhost", "127.0.0.1", "[::1]", urlsplit(f"//{options.admin_domain}").hostname}
+    names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
+
+    def admitted(environ, start_response):
+        host = environ.get("HTTP_HOST", "")
+        name = host[: host.rindex(":")] if re.search(r":[0-9]*$", host) else host
+        if name.lower().rstrip(".") in names:
+            return app(environ, start_response)
+        problem = Problem("misdirected_request")
+        Answer(idp).tell(environ, problem.code, problem.status, "Host is not a name of ADMIN")
+        content = ENCODE(problem.as_err())
+        start_response("421 Misdirected Request", [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("Content-Length", str(len(content)))])
+        return [content]
+
+    return admitted
+
+
+def iso(at: int | None) -> str | None:
+    """Return Unix seconds as the wire writes them, UTC with a Z."""
+    if not at:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def msg(message: str) -> dict:
+    """The Msg of the wire contract: exactly two members."""
+    return {"success": True, "message": message}
+
+
+# == AUTH endpoints ============================================================
+
+AUTH = Routes("auth")
+
+
+def prebuilt(idp: Idp, name: str, make) -> Page:
+    """Return an answer that does not change while the server runs, for caches to keep five minutes."""
+    page = idp.pages.get(name)
+    if page is None:
+        content = make()
+        page = idp.pages[name] = Page(content, cache=300, etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return page
+
+
+@AUTH("GET", "/ping", guard=anyone, spec="contract/auth §1.1")
+def ping(idp, params):
+    """Answer that somebody is there."""
+    return {"message": "pong from auth"}
+
+
+@AUTH("GET", "/version", guard=anyone, spec="contract/auth §1.1")
+def version(idp, params):
+    """Name and version of the program."""
+    return {"name": "microauthd", "version": VERSION}
+
+
+@AUTH("GET", "/health", guard=anyone, spec="liveness")
+def health(idp, params):
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@AUTH("GET", "/health/ready", guard=anyone, spec="readiness")
+def ready(idp, params):
+    """The database can be written, the keys are loaded, and the clock can be believed."""
+    checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock()}
+    try:
+        idp.store.probe()
+        checks["database"] = True
+    except Problem as problem:
+        idp.log("not.ready", "error", reason=problem.log)
+        checks["database"] = False
+    good = all(checks.values())
+    return Reply({"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")], 200 if good else 503)
+
+
+@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5")
+def jwks(idp, params):
+    """The public keys by which anybody verifies our tokens."""
+    return prebuilt(idp, "jwks", idp.auth_ring.jwks)
+
+
+def describe_server(idp: Idp) -> dict:
+    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3."""
+    base = idp.options.auth_issuer
+    grants = [CLIENT_CREDENTIALS, PASSWORD] + ([REFRESH_TOKEN] if idp.options.enable_token_refresh else [])
+    methods = ["client_secret_basic", "client_secret_post"]
+    return {
+        "issuer": base,
+        "token_endpoint": base + "/token",
+        "jwks_uri": base + "/jwks.json",
+        "userinfo_endpoint": base + "/userinfo",
+        "introspection_endpoint": base + "/introspect",
+        "revocation_endpoint": base + "/revoke",
+        "grant_types_supported": grants,
+        "response_types_supported": [],
+        "subject_types_supported": ["public"],
+        "token_endpoint_auth_methods_supported": [*methods, "none"],
+        "introspection_endpoint_auth_methods_supported": methods,
+        "revocation_endpoint_auth_methods_supported": [*methods, "none"],
+        "id_token_signing_alg_values_supported": sorted(idp.auth_ring.active, reverse=True),
+        "scopes_supported": ["openid", "profile", "email", "roles"],
+        "claims_supported": [
+            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "name", "preferred_username", "updated_at",
+            "email", "email_verified", "roles",
+        ],
+    }
+
+
+@AUTH("GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone, spec="RFC 8414 §3, OpenID Connect Discovery §4")
+def discovery(idp, params):
+    """What this server can do; only what works."""
+    return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
+
+
+@AUTH("POST", ("/token", "/oidc/token"), guard=by_client, spec="RFC 6749 §3.2", oauth=True)
+def token(idp, client, params):
+    """Exchange an authorization grant for tokens."""
+    grant_type = params.need("grant_type")
+    if grant_type not in GRANTS or grant_type == REFRESH_TOKEN and not idp.options.enable_token_refresh:
+        raise Problem("unsupported_grant_type")
+    if grant_type not in client.grant_types:
+        raise Problem("unauthorized_client")
+    return issue(idp, client, GRANTS[grant_type](idp, client, params), params.origin)
+
+
+@AUTH("POST", "/introspect", guard=by_confidential_client, spec="RFC 7662 §2", oauth=True)
+def introspect(idp, client, params):
+    """Tell a client about a token of its own, or any token where it has the right."""
+    return introspect_token(idp, client, params.need("token"))
+
+
+@AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", oauth=True)
+def revoke(idp, client, params):
+    """End a token of this client; a refresh token takes its family along."""
+    revoke_token(idp, params.origin, client, params.need("token"))
+    return msg("Token revoked.")
+
+
+@AUTH("GET POST", "/userinfo", guard=by_bearer(OPENID, user=True), spec="OpenID Connect Core §5.3")
+def userinfo(idp, claims, params):
+    """The claims about the user that the token's scope opens."""
+    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"])
+
+
+@AUTH("GET", "/me", guard=by_bearer(), spec="contract/auth §1.3")
+def me(idp, claims, params):
+    """Who the token speaks for."""
+    account = idp.store.find_account(claims["sub"])
+    return {
+        "sub": claims["sub"], "email": account.email if account else None, "roles": claims.get("role", []),
+        "role_names": claims.get("roles", []), "scopes": claims.get("scope", "").split(),
+    }
+
+
+@AUTH("GET", "/whoami", guard=by_bearer(), spec="contract/auth §1.3")
+def whoami(idp, claims, params):
+    """A greeting for whoever the token speaks for."""
+    return {"message": f"Hello, {claims['sub']}"}
+
+
+def session_object(session: Session, username: str) -> dict:
+    return {
+        "id": session.id, "user_id": session.user_id, "username": username, "client_id": session.client_id, "issued_at": iso(session.issued_at),
+        "expires_at": iso(session.expires_at), "is_revoked": session.revoked_at is not None, "token_use": session.token_use, "mad_use": session.mad_use,
+        "login_method": session.login_method, "is_session_based": False, "session_max_age": 0, "session_expires_at": None,
+        # what the bindings of the original read
+        "client_identifier": session.client_id, "created_at": iso(session.issued_at),
+    }
+
+
+def refresh_token_object(idp: Idp, row: RefreshToken, username: str) -> dict:
+    family = idp.store.find_family(row.sid)
+    return {
+        "id": row.id, "user_id": row.user_id, "username": username, "session_id": row.session_id, "client_id": row.client_id,
+        "issued_at": iso(row.issued_at), "expires_at": iso(row.expires_at), "is_revoked": row.revoked_at is not None or row.rotated_at is not None,
+        "is_openid_token": bool(family and OPENID in family.scope.split()), "client_identifier": row.client_id,
+    }
+
+
+@AUTH("GET", "/me/sessions", guard=by_bearer(user=True), spec="contract/auth §1.2")
+def my_sessions(idp, claims, params):
+    """The access tokens of this user, newest first."""
+    return [session_object(session, claims["username"]) for session in idp.store.list_sessions_of(claims["sub"])]
+
+
+@AUTH("GET", "/me/refresh-tokens", guard=by_bearer(user=True), spec="contract/auth §1.2", option="enable_token_refresh")
+def my_refresh_tokens(idp, claims, params):
+    """The refresh tokens of this user, newest first; never the tokens themselves."""
+    return [refresh_token_object(idp, row, claims["username"]) for row in idp.store.list_refresh_tokens_of(claims["sub"])]
+
+
+@AUTH("POST", "/logout", guard=by_bearer(user=True), spec="contract/auth §5.6")
+def logout(idp, claims, params):
+    """End every login of this user at the token's client."""
+    end_logins(idp, params.origin, claims["sub"], claims["client_id"])
+    return msg("Logged out of this client.")
+
+
+@AUTH("POST", "/logout-all", guard=by_bearer(user=True), spec="contract/auth §5.6")
+def logout_all(idp, claims, params):
+    """End every login of this user, everywhere."""
+    end_user(idp, params.origin, claims["sub"], claims["sub"], "logout_all")
+    return msg("Logged out everywhere.")
+
+
+@AUTH("GET", ("/", "/<path:path>"), guard=anyone, spec="contract/auth §1.1", option="serve_public_auth_files")
+def public_file(idp, params):
+    """A file of public/: of the working directory where there is one, else the bundled examples."""
+    path = params.path.get("path", "index.html")
+    root = Path("public") if Path("public").is_dir() else PUBLIC
+    found = bottle.static_file(path, root=str(root.resolve()))
+    if found.status_code in (403, 404):
+        raise Problem("not_found")
+    return found
+
+
+# == ADMIN endpoints ===========================================================
+
+ADMIN = Routes("admin")
+
+
+@ADMIN("GET", "/ping", guard=anyone, spec="contract/admin §3.1")
+def admin_ping(idp, params):
+    """Answer that somebody is there."""
+    return {"message": "pong from admin"}
+
+
+@ADMIN("GET", "/version", guard=anyone, spec="contract/admin §3.1")
+def admin_version(idp, params):
+    """Name and version of the program."""
+    return version(idp, params)
+
+
+@ADMIN("GET", "/health", guard=anyone, spec="liveness")
+def admin_health(idp, params):
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@ADMIN("GET", "/health/ready", guard=anyone, spec="readiness")
+def admin_ready(idp, params):
+    """The database can be written, the keys are loaded, and the clock can be believed."""
+    return ready(idp, params)
+
+
+@ADMIN("POST", "/token", guard=anyone, spec="contract/admin §3.1")
+def admin_token(idp, params):
+    """Log an administrator in. Form: username, password, totp where the user has a second factor, client_id for the record."""
+    username, password = params.need("username"), params.need("password")
+    account, amr = authenticate_user(idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", admin=True)
+    now, options, ms = idp.now(), idp.options, max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
+    jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
+    family = Family(random_handle()[:22], account.id, "mad:admin", "", " ".join(amr), now, "", ms, now + lifetime, None)
+    with idp.store.transaction():
+        idp.store.add_family(family)
+        idp.store.add_session(Session(jti, account.id, (params.get("client_id") or "")[:255], family.sid, "", "access", "admin", "otp" if "otp" in amr else "pwd", now, now + lifetime, None))
+        audit(idp, params.origin, account.id, "admin_token_issued", params.get("client_id") or "(no client id)", f"jti={jti}")
+    claims = {
+        "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti,
+        "mad": "admin", "token_use": "access", "username": account.username, "preferred_username": account.username, "email": account.email,
+        "email_verified": bool(account.email_verified), "amr": amr, "auth_time": now, "sid": family.sid,
+        "role": [role.id for role in roles], "roles": [role.name for role in roles],
+    }
+    ring = idp.admin_ring
+    return {
+        "access_token": ring.mint(ring.access, AT_JWT, claims), "token_type": "Bearer", "expires_in": lifetime, "jti": jti,
+        "aud": options.admin_issuer, "audience": options.admin_issuer,
+    }
+
+
+@ADMIN("POST", "/logout", guard=by_admin(), spec="mad session logout")
+def admin_logout(idp, claims, params):
+    """End the login this token belongs to."""
+    revoke_family(idp, params.origin, claims["sub"], claims["sid"], "logout", "admin")
+    return msg("Logged out.")
+
+
+# -- users --
+
+
+def user_object(account: Account) -> dict:
+    return {
+        "id": account.id, "username": account.username, "email": account.email, "created_at": iso(account.created_at),
+        "lockout_until": iso(account.lockout_until), "is_active": bool(account.is_active), "email_verified": bool(account.email_verified),
+        "totp_enabled": bool(account.totp_sealed),
+    }
+
+
+@ADMIN("POST", "/users", guard=by_admin("users"), spec="contract/admin §3.2", takes=CreateUser)
+def admin_create_user(idp, claims, params):
+    """Create a user."""
+    return user_object(create_user(idp, params.origin, claims["sub"], params.body))
+
+
+@ADMIN("GET", "/users", guard=by_admin("users"), spec="contract/admin §3.2")
+def admin_list_users(idp, claims, params):
+    """The active users by name, those matching `q`, `limit` from `offset` on; their number in X-Total-Count."""
+    accounts, total = idp.store.list_accounts(fold(params.get("q") or ""), params.whole("limit", 1000, 1000), params.whole("offset", 0, 10**9))
+    return Reply([user_object(account) for account in accounts], [("X-Total-Count", str(total))])
+
+
+@ADMIN("GET", "/users/<id>", guard=by_admin("users"), spec="contract/admin §3.2")
+def admin_get_user(idp, claims, params):
+    """One user, by id or name."""
+    return user_object(get_user(idp, params.path["id"]))
+
+
+@ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin("users"), spec="contract/admin §3.2")
+def admin_user_id(idp, claims, params):
+    """The id of a user name."""
+    return {"result": get_user(idp, params.path["name"]).id}
+
+
+# -- clients and scopes --
+
+
+def client_object(client: Client) -> dict:
+    row = client.row
+    return {
+        "id": row.id, "client_id": row.client_id, "display_name": row.display_name, "is_active": bool(row.is_active), "created_at": iso(row.created_at),
+        "audience": row.audience, "client_type": row.client_type, "grant_types": client.grant_types, "may_introspect": bool(row.may_introspect),
+        "scopes": sorted(client.scopes),
+    }
+
+
+def scope_object(scope: Scope) -> dict:
+    return {
+        "id": scope.id, "name": scope.name, "desc": scope.description, "is_active": bool(scope.is_active), "is_protected": bool(scope.is_protected),
+        "created_at": iso(scope.created_at), "description": scope.description,
+    }
+
+
+@ADMIN("POST", "/clients", guard=by_admin("clients"), spec="contract/admin §3.9", takes=CreateClient)
+def admin_create_client(idp, claims, params):
+    """Register a client; a secret that was made is in this answer and never again."""
+    client, secret = create_client(idp, params.origin, claims["sub"], params.body)
+    return client_object(client) | ({"client_secret": secret} if secret else {})
+
+
+@ADMIN("GET", "/clients", guard=by_admin("clients"), spec="contract/admin §3.9")
+def admin_list_clients(idp, claims, params):
+    """Every client, by display name."""
+    return [client_object(get_client(idp, row.id)) for row in idp.store.list_clients()]
+
+
+@ADMIN("GET", "/clients/<id>", guard=by_admin("clients"), spec="contract/admin §3.9")
+def admin_get_client(idp, claims, params):
+    """One client, by id or client_id."""
+    return client_object(get_client(idp, params.path["id"]))
+
+
+@ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin("clients"), spec="contract/admin §3.9")
+def admin_client_id(idp, claims, params):
+    """The internal id of a client_id."""
+    return {"result": get_client(idp, params.path["name"]).row.id}
+
+
+@ADMIN("POST", "/clients/secret", guard=by_admin("clients"), spec="contract/admin §3.9", takes=ChangeSecret)
+def admin_change_secret(idp, claims, params):
+    """Give a client a new secret: the message is the secret."""
+    return msg(change_secret(idp, params.origin, claims["sub"], params.body))
+
+
+@ADMIN("POST", "/scopes", guard=by_admin("scopes"), spec="contract/admin §3.8", takes=CreateScope)
+def admin_create_scope(idp, claims, params):
+    """Create a scope."""
+    return scope_object(create_scope(idp, params.origin, claims["sub"], params.body))
+
+
+@ADMIN("GET", "/scopes", guard=by_admin("scopes"), spec="contract/admin §3.8")
+def admin_list_scopes(idp, claims, params):
+    """The active scopes, by name."""
+    return [scope_object(scope) for scope in idp.store.list_scopes()]
+
+
+@ADMIN("GET", "/scopes/<id>", guard=by_admin("scopes"), spec="contract/admin §3.8")
+def admin_get_scope(idp, claims, params):
+    """One scope, by id or name."""
+    return scope_object(get_scope(idp, params.path["id"]))
+
+
+@ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin("scopes"), spec="contract/admin §3.8")
+def admin_scope_id(idp, claims, params):
+    """The id of a scope name."""
+    return {"result": get_scope(idp, params.path["name"]).id}
+
+
+@ADMIN("GET", "/clients/<id>/scopes", guard=by_admin("scopes"), spec="contract/admin §3.8")
+def admin_list_client_scopes(idp, claims, params):
+    """The scopes a client may ask for."""
+    return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
+
+
+@ADMIN("POST", "/clients/<id>/scopes", guard=by_admin("scopes"), spec="contract/admin §3.8", takes=AssignScopes)
+def admin_assign_client_scopes(idp, claims, params):
+    """Assign scopes to a client, all or none."""
+    added = assign_scopes(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.body.ids)
+    return msg(f"{added} scopes assigned.")
+
+
+@ADMIN("GET", "/users/<id>/scopes", guard=by_admin("scopes"), spec="contract/admin §3.8")
+def admin_list_user_scopes(idp, claims, params):
+    """The scopes a user may be granted."""
+    return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
+
+
+@ADMIN("POST", "/users/<id>/scopes", guard=by_admin("scopes"), spec="contract/admin §3.8", takes=AssignScopes)
+def admin_assign_user_scopes(idp, claims, params):
+    """Assign scopes to a user, all or none."""
+    added = assign_scopes(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.ids)
+    return msg(f"{added} scopes assigned.")
+
+
+# == Upkeep ====================================================================
+# Purging what has expired, in slices small enough that no writer waits for them.
+
+SLICE = 500
+UPKEEP_SECONDS = 3600
+
+
+def purge(idp: Idp, pause=time.sleep):
+    """Delete what is over. A clock that cannot be believed purges nothing."""
+    options, store, now = idp.options, idp.store, idp.now()
+    if not idp.check_clock():
+        return
+    counts = {}
+    if options.token_purge_days:
+        before, after, done = now - options.token_purge_days * 86400, "", 0
+        while after is not None:
+            after, deleted = store.purge_sessions(f"{before * 1000:012x}", before, after, SLICE)
+            done += deleted
+            pause(0.01)
+        counts["session"] = done
+    cutoffs = [("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now), ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now), ("browser_session", "id_sha256", now)]
+    if options.refresh_token_purge_days:
+        before = now - options.refresh_token_purge_days * 86400
+        cutoffs += [("refresh_token", "id", before), ("family", "sid", before)]
+    for table, key, before in cutoffs:
+        done = SLICE
+        while done == SLICE:
+            done = store.purge_expired(table, key, before, SLICE)
+            counts[table] = counts.get(table, 0) + done
+            pause(0.01)
+    if options.audit_log_retention_days:
+        done = SLICE
+        while done == SLICE:
+            done = store.purge_audit(now - options.audit_log_retention_days * 86400, SLICE)
+            counts["audit"] = counts.get("audit", 0) + done
+            pause(0.01)
+    if any(counts.values()):
+        audit(idp, LOCAL, "system", "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count))
+    idp.log("upkeep", **counts)
+
+
+class Upkeep(threading.Thread):
+    """Purges at the start and every hour. A purge that fails is logged and tried again next time."""
+
+    def __init__(self, idp):
+        super().__init__(name="upkeep", daemon=True)
+        self.idp, self.ending = idp, threading.Event()
+
+    def run(self):
+        wait = 60
+        while not self.ending.wait(wait):
+            wait = UPKEEP_SECONDS
+            try:
+                purge(self.idp, self.ending.wait)
+            except Exception as error:
+                reason = error.log if isinstance(error, Problem) else repr(error)
+                self.idp.log("upkeep.failed", "error", reason=reason)
+
+
+# == Serve =====================================================================
+# The two servers and their connections; then the processes they run in.
+
+def listen(ip, port, *, reuse_port=False):
+    s=socket.socket(); s.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)
+    if reuse_port: s.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEPORT,1)
+    s.bind((ip,port)); s.listen(128); return s
+def tls_context(*a): raise ValueError("stub")
+class Server:
+    def __init__(self,name,sockets,app,*,limits=None,tls=None,trusted_proxies=(),log=None,threads=4):
+        import cheroot.wsgi
+        self.s=cheroot.wsgi.Server(sockets[0].getsockname(),app); self.sock=sockets[0]
+    def start(self):
+        s=self.s; s.socket=self.sock; s.socket.settimeout(1)
+        import cheroot.connections
+        s.requests.start(); s._connections=cheroot.connections.ConnectionManager(s); s.ready=True; s._start_time=time.time()
+        threading.Thread(target=s.serve,daemon=True).start()
+    def stop(self,seconds=4): self.s.stop()
+    blocking=staticmethod(contextlib.nullcontext)
+
+# -- processes --
+# A supervisor without threads forks everything that serves, so a child can be replaced at any time
+# by forking again: one process for ADMIN and upkeep, `workers` for AUTH. Listening sockets are made
+# before the first fork and stay open here, so while a child is replaced its connections wait.
+
+
+class Plan(msgspec.Struct):
+    """What is settled before the first fork: plain data and listening sockets; no thread, key or database handle."""
+
+    options: Options
+    database_key: str
+    auth_entries: list
+    admin_entries: list
+    seal_key: bytes
+    auth_sockets: list
+    admin_socket: object
+    generation: Generation
+    log: Log
+
+
+def prepare(options: Options) -> Plan:
+    """Check everything a start needs, and bind both ports. Raises Refusal with one sentence."""
+    log = Log(options)
+    database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
+    guard_private(options.db_file, "it is the database")
+    store = Store(options.db_file, database_key, log=log)
+    try:
+        store.open()
+    finally:
+        store.close()
+    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
+    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
+    for side in ("auth", "admin"):
+        tls_of(options, side)
+    workers = max(1, options.worker_processes)
+    auth_sockets = []
+    try:
+        auth_sockets = [listen(options.auth_ip, options.auth_port, reuse_port=workers > 1) for _ in range(workers)]
+        admin_socket = listen(options.admin_ip, options.admin_port)
+    except OSError as error:
+        where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
+        raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
+    return Plan(options, database_key, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
+
+
+def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
+    """Return the TLS context of a port, None where it speaks plain HTTP."""
+    certificate = getattr(options, f"{side}_ssl_cert_file")
+    if not certificate:
+        return None
+    try:
+        return tls_context(certificate, getattr(options, f"{side}_ssl_key_file") or None, getattr(options, f"{side}_ssl_cert_pass") or None)
+    except ValueError as error:
+        raise Refusal(f"{side}-ssl-cert-file: {error}") from None
+
+
+def read_seal_key(path: str) -> bytes:
+    try:
+        key = base64.b64decode(Path(path).read_text("ascii").strip(), validate=True)
+    except (OSError, ValueError):
+        key = b""
+    if len(key) != 32:
+        raise Refusal(f"the seal key {path} is missing or damaged: restore a backup")
+    guard_private(path, "it is a key")
+    return key
+
+
+class Node:
+    """The servers of one process, and what they share."""
+
+    def __init__(self, plan: Plan, slot: int, auth_socket=None, admin_socket=None):
+        options = plan.options
+        plan.generation.slot = slot
+        self.log = plan.log
+        self.store = Store(options.db_file, plan.database_key, plan.generation, plan.log)
+        self.store.start_flusher()
+        self.upkeep, self.servers = None, []
+        auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
+        admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
+        for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
+            if listening is None:
+                continue
+            # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
+            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), log=plan.log)
+            app = build_app(idp, routes)
+            if name == "admin":
+                app = admit_hosts(app, idp)
+                self.upkeep = Upkeep(idp)
+            server = Server(name, [listening], app, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
+            idp.hasher.gate.blocking = server.blocking
+            idp.check_clock()
+            self.servers.append(server)
+
+    def refused(self, event, **fields):
+        self.log(event, "error" if event == "error" else "info", **fields)
+
+    def start(self):
+        for server in self.servers:
+            server.start()
+        if self.upkeep:
+            self.upkeep.start()
+
+    def stop(self):
+        """Answer what is in flight, then write what is queued."""
+        if self.upkeep:
+            self.upkeep.ending.set()
+        stopping = [threading.Thread(target=server.stop, args=(4,)) for server in self.servers]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join()
+        self.store.close()
+
+
+STOPPING = {signal.SIGTERM, signal.SIGINT}
+
+
+def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
+    """Serve in a forked process until SIGTERM, or at once no more when the supervisor is gone. Never returns."""
+    status = 1
+    try:
+        node = Node(plan, slot, auth_socket, admin_socket)
+
+        def watch():
+            os.read(lifeline, 1)  # returns when the supervisor, the only writer, has died
+            node.store.flush()
+            os._exit(1)
+
+        threading.Thread(target=watch, name="lifeline", daemon=True).start()
+        node.start()
+        os.write(ready, b"+")
+        # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
+        signal.sigwait({signal.SIGTERM})
+        node.stop()
+        status = 0
+    except Refusal as refusal:
+        plan.log("start.failed", "error", reason=refusal)
+    except BaseException as error:
+        plan.log("start.failed", "error", exc_info=error)
+    finally:
+        os._exit(status)
+
+
+class Supervisor:
+    """Forks the children, replaces one that dies, ends them all."""
+
+    def __init__(self, plan: Plan, close_in_child=()):
+        self.plan, self.close_in_child = plan, close_in_child
+        self.children = {}  # pid -> (role number, started)
+        self.lifeline, self.keep = os.pipe()
+        self.ready, self.ready_in = os.pipe()
+
+    def roles(self):
+        return len(self.plan.auth_sockets) + 1  # AUTH workers, then ADMIN
+
+    def fork(self, number):
+        pid = os.fork()
+        if pid == 0:
+            # No exception may climb out of a child into the supervisor's code.
+            try:
+                os.close(self.keep)
+                for descriptor in self.close_in_child:
+                    os.close(descriptor)
+                plan = self.plan
+                auth = plan.auth_sockets[number] if number < len(plan.auth_sockets) else None
+                run_child(plan, number + 1, auth, None if auth else plan.admin_socket, self.ready_in, self.lifeline)
+            finally:
+                os._exit(1)
+        self.children[pid] = (number, time.monotonic())
+
+    def run(self) -> int:
+        import gc
+
+        gc.collect()
+        gc.freeze()  # so that the collector does not touch, and thereby copy, the pages we share
+        for number in range(self.roles()):
+            self.fork(number)
+        waiting = self.roles()
+        while waiting:
+            readable, _, _ = select.select([self.ready], [], [], 0.05)
+            if readable:
+                waiting -= len(os.read(self.ready, waiting))
+            if any(self.reap()):
+                self.end()
+                return 1
+            if signal.sigtimedwait(STOPPING, 0):
+                return self.end()
+        announce(self.plan)
+        return self.watch()
+
+    def reap(self):
+        """Yield (role number, seconds it lived, pid, status) of each child that has died."""
+        for pid in list(self.children):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                number, started = self.children.pop(pid)
+                yield number, time.monotonic() - started, pid, status
+
+    def watch(self) -> int:
+        early = 0
+        while True:
+            # The time-out only guards against a SIGCHLD that came between reap() and here.
+            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 1.0)
+            if info and info.si_signo in STOPPING:
+                return self.end()
+            if info and info.si_signo == signal.SIGHUP:
+                self.plan.generation.bump()
+                self.plan.log("caches.dropped")
+            for number, lived, pid, status in list(self.reap()):
+                self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
+                early = early + 1 if lived < 2 else 0
+                if early > 10:
+                    self.plan.log("giving.up", "error", reason="workers die as soon as they start")
+                    self.end()
+                    return 1
+                if early:
+                    time.sleep(0.2)
+                self.fork(number)
+
+    def end(self) -> int:
+        """SIGTERM to all; what is still there after five seconds is killed."""
+        notify("STOPPING=1")
+        for server_socket in (*self.plan.auth_sockets, self.plan.admin_socket):
+            server_socket.close()
+        for pid in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline, status = time.monotonic() + 4.7, 0
+        while self.children and time.monotonic() < deadline:
+            for _ in self.reap():
+                pass
+            time.sleep(0.005)
+        for pid in self.children:
+            self.plan.log("worker.killed", "error", pid=pid)
+            os.kill(pid, signal.SIGKILL)
+            status = 1
+        self.plan.log("stopped")
+        return status
+
+
+def notify(state: str):
+    """Tell systemd, where it listens. sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + path[1:] if path[0] == "@" else path)
+            channel.send(state.encode())
+
+
+def announce(plan: Plan):
+    options = plan.options
+    notify("READY=1")
+    plan.log("serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer, auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}", workers=options.worker_processes)
+    for side in ("auth", "admin"):
+        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(options, f"{side}_ssl_cert_file"):
+            plan.log("insecure", "warning", reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows")
+
+
+@contextlib.contextmanager
+def hold_database(path: str):
+    """Hold the lock of a database while it is served or set up. Raises Refusal naming the pid that holds it."""
+    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
+            raise Refusal(f"microauthd is running on {path} already, as process {pid}") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def serve(options: Options) -> int:
+    """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
+    # Blocked before the first thread, and waited for: a handler could run just before the wait and be missed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
+    with hold_database(options.db_file) as lock:
+        plan = prepare(options)
+        if options.worker_processes:
+            return Supervisor(plan, [lock]).run()
+        node = Node(plan, 0, plan.auth_sockets[0], plan.admin_socket)
+        node.start()
+        announce(plan)
+        while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
+            plan.generation.bump()
+        notify("STOPPING=1")
+        node.stop()
+        plan.log("stopped")
+        return 0
+
+
+# == Setup =====================================================================
+# The first start: config, keys, database, administrator and first client - all of it or nothing.
+
+
+class Answers(msgspec.Struct):
+    """What a set-up needs besides options. An empty client_id makes no client; an empty secret makes one."""
+
+    username: str
+    email: str
+    password: str
+    totp_seed: str = ""
+    totp_code: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+    audience: str = "microauthd"
+    scopes: list = []
+
+
+class MadeClient(msgspec.Struct):
+    """The first client, and its secret where set-up made it: shown once."""
+
+    client_id: str
+    secret: str
+
+
+def sync_directory(path):
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: str, content: bytes):
+    """Put a private file in place at once or not at all, through a temporary one beside it."""
+    temporary = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
+def journal_of(config: str) -> str:
+    return config + ".setup-journal"
+
+
+def recover_setup(config: str):
+    """Finish a set-up that a power cut interrupted after its commit, or remove what one left before it.
+
+    The journal, beside the config file, says which: it lists the staged files and whether all of
+    them were complete.
+    """
+    try:
+        journal = msgspec.json.decode(Path(journal_of(config)).read_bytes())
+    except FileNotFoundError:
+        return
+    for staged, final in journal["files"]:
+        if journal["committed"]:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(staged, final)
+        else:
+            for suffix in ("", "-wal", "-shm", "-journal", ".lock", ".new"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(staged + suffix)
+        sync_directory(os.path.dirname(os.path.abspath(final)))
+    os.unlink(journal_of(config))
+    sync_directory(os.path.dirname(os.path.abspath(config)))
+
+
+def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> MadeClient:
+    """Make everything a first start needs. Raises Refusal or Problem, and then nothing was made.
+
+    Every file is written under a staging name and synced; then the journal says "committed", in
+    one rename; then the files take their names. `checkpoint` is called between the steps.
+    """
+    config = options.origins.get("config", "mad.conf")
+    recover_setup(config)
+    if os.path.exists(options.db_file):
+        raise Refusal(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+    if not options.db_pass and not options.no_db_pass:
+        raise Refusal("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+    if options.db_pass and options.no_db_pass:
+        raise Refusal("db-pass and no-db-pass contradict each other")
+    finals = [config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, options.db_file]
+    if len({os.path.abspath(path) for path in finals}) != len(finals):
+        raise Refusal("config, keys and database must be different files")
+    for path in finals:
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    staged = {path: os.path.abspath(path) + ".setup" for path in finals}
+    now = int(time.time())
+    with hold_database(options.db_file):
+        files = [(staged[path], os.path.abspath(path)) for path in finals]
+        write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
+        checkpoint("journal")
+        try:
+            made = stage(options, answers, staged, config, now, checkpoint)
+        except BaseException:
+            recover_setup(config)
+            raise
+        write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
+        checkpoint("committed")
+        recover_setup(config)
+    return made
+
+
+def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
+    """Write all files of a set-up under their staging names."""
+    rings = (
+        (options.token_signing_key_file, options.token_signing_key_pass, ["ES256", "RS256"], options.token_signing_key_length_rsa),
+        (options.admin_token_signing_key_file, options.admin_token_signing_key_pass, ["ES256" if options.prefer_ec_admin_token_signer else "RS256"], options.admin_token_signing_key_length_rsa),
+    )
+    entries = []
+    for path, passphrase, algorithms, rsa_bits in rings:
+        if os.path.exists(path):  # keys that are there already are an identity somebody relies on
+            entries.append(read_ring(path, passphrase))
+            write_durably(staged[path], Path(path).read_bytes())
+        else:
+            entries.append([make_key(alg, rsa_bits, now) for alg in algorithms])
+            write_durably(staged[path], write_ring(entries[-1], passphrase))
+        checkpoint(path)
+    seal_path = options.seal_key_file
+    seal_key = read_seal_key(seal_path) if os.path.exists(seal_path) else os.urandom(32)
+    write_durably(staged[seal_path], base64.b64encode(seal_key) + b"\n")
+    checkpoint("seal")
+    write_durably(staged[config], write_config(options).encode())
+    checkpoint("config")
+    key = derive_key(options.db_pass, os.urandom(16)) if options.db_pass else ""
+    store = Store.make(staged[options.db_file], key, now)
+    try:
+        checkpoint("database")
+        idp = Idp(options, store, KeyRing(entries[0]), KeyRing(entries[1]), Seal(seal_key))
+        account = create_user(idp, LOCAL, "setup", CreateUser(answers.username, answers.email, answers.password))
+        with store.transaction():
+            store.assign_role(account.id, MAD_ADMIN_ROLE_ID, now)
+            audit(idp, LOCAL, "setup", "role_assigned", account.id, MAD_ADMIN_ROLE_ID)
+        if answers.totp_seed:
+            enable_totp(idp, account, answers.totp_seed, answers.totp_code)
+        checkpoint("administrator")
+        made = MadeClient("", "")
+        if answers.client_id:
+            for name in answers.scopes:
+                if store.find_scope(normalise(name)) is None:
+                    create_scope(idp, LOCAL, "setup", CreateScope(name))
+            wanted = CreateClient(answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes, may_introspect=True)
+            client, secret = create_client(idp, LOCAL, "setup", wanted)
+            made = MadeClient(client.client_id, secret)
+        store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        store.close()
+    with open(staged[options.db_file], "rb") as file:
+        os.fsync(file.fileno())
+    sync_directory(os.path.dirname(staged[options.db_file]))
+    checkpoint("staged")
+    return made
+
+
+def demo_answers(options: Options) -> tuple[Options, Answers]:
+    """Return settings and answers of an unattended trial: every secret is made here."""
+    values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+    chosen = {"enable_token_refresh": True, "serve_public_auth_files": True}
+    if not options.db_pass and not options.no_db_pass:
+        chosen["db_pass"] = random_handle()
+    if not options.oidc_issuer:
+        chosen["oidc_issuer"] = f"http://localhost:{options.auth_port}"
+        chosen["admin_domain_no_ssl"] = True
+    origins = options.origins | {OPTION_NAMES[name.replace("_", "-")].name: "setup" for name in chosen}
+    answers = Answers("admin", "admin@localhost", secrets.token_urlsafe(12), client_id="demo", audience="demo-api", scopes=["demo:read", "demo:write"])
+    return Options(origins, **(values | chosen)), answers
+
+
+def set_up_demo(options: Options):
+    """Set up a trial and say its secrets once. The client's stand in demo.env too, for scripts."""
+    options, answers = demo_answers(options)
+    made = set_up(options, answers)
+    write_durably(os.path.join(os.path.dirname(os.path.abspath(options.origins.get("config", "mad.conf"))), "demo.env"), f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
+    print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}\nThese are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
+
+
+# == Command line ==============================================================
+
+OWN_FLAGS = {"setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",)}
+OWN_VALUES = {"setup": ("--answers", "--admin-password-file")}
+
+USAGE = """\
+usage: microauthd COMMAND [--OPTION VALUE ...]
+
+commands:
+  serve              serve AUTH and ADMIN; the first start sets up (default)
+  setup              set up: on a terminal by questions, or --answers FILE, or --demo
+  mad ...            the operator's command line; see mad --help
+  options [--json]   each setting, its value and where it comes from
+  version            print the version
+  selftest           check that everything the program needs works here
+
+options (also key = value lines of mad.conf, and MAD_ variables of the environment):
+  --config FILE          config file (mad.conf)
+  --env-var-prefix WORD  prefix of the variables (MAD_)
+"""
+
+
+def usage() -> str:
+    lines = [USAGE.rstrip()]
+    for option in OPTIONS:
+        if not option.secret:
+            lines.append(f"  --{option.name}\n        {option.help}" + (f" [{option.default}]" if option.default not in ("", (), False, -1) else ""))
+    lines.append("\nexit status: 0 done, 1 refused or failed, 2 bad usage")
+    return "\n".join(lines) + "\n"
+
+
+def selftest() -> int:
+    """Use every part that a wrong machine or a damaged file could break; say what works."""
+    import tempfile
+
+    import jwt
+    import segno
+
+    options = Options(db_pass="selftest")
+
+    def database():
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "selftest.db3")
+            Store.make(path, derive_key("selftest", os.urandom(16)), 0).close()
+            store = Store(path, read_database_key(path, "selftest", False))
+            store.open()
+            (cipher,) = store.connection.execute("PRAGMA cipher_version").fetchone()
+            store.close()
+            return f"SQLCipher {cipher}, SQLite {sqlcipher3.sqlite_version}"
+
+    def argon2():
+        hasher = Hasher(options)
+        if not hasher.verify(hasher.hash("right"), "right") or hasher.verify(hasher.hash("right"), "wrong"):
+            raise ValueError("wrong verdict")
+        return hasher.parameters().strip("$")
+
+    def tokens():
+        for alg in ("ES256", "RS256"):
+            ring = KeyRing([make_key(alg, 2048, 0)])
+            signed = ring.mint(ring.access, AT_JWT, {"sub": "selftest"})
+            # a second opinion, from a library that shares no code with ours
+            public = jwt.PyJWKSet.from_json(ring.jwks().decode())[ring.access.kid]
+            if jwt.decode(signed, public.key, algorithms=[alg]) != ring.verify(signed, AT_JWT):
+                raise ValueError("PyJWT disagrees")
+        return "ES256, RS256"
+
+    def second_factor():
+        seed = new_totp_seed()
+        import pyotp
+
+        if totp_step(seed, pyotp.TOTP(seed).at(1000), 1000) is None:
+            raise ValueError("wrong verdict")
+        segno.make(totp_uri(seed, "selftest", "microauthd"))
+        return "TOTP, QR"
+
+    def files():
+        if len(common_passwords()) < 100 or not PUBLIC.is_dir():
+            raise ValueError("bundled files are missing")
+        return str(HERE)
+
+    failed = 0
+    for check in (database, argon2, tokens, second_factor, files):
+        try:
+            print(f"ok    {check.__name__:14} {check()}")
+        except Exception as error:
+            failed = 1
+            print(f"FAIL  {check.__name__:14} {error!r}")
+    return failed
+
+
+def show_options(options: Options, as_json: bool) -> int:
+    described = describe_options(options)
+    if as_json:
+        print(json.dumps(described, indent=1))
+        return 0
+    width = max(map(len, described))
+    for name, row in described.items():
+        value = ", ".join(row["value"]) if isinstance(row["value"], list) else str(row["value"]).lower() if isinstance(row["value"], bool) else row["value"]
+        print(f"{name:{width}}  {value}  ({row['origin']})")
+    return 0
+
+
+def setup(options: Options, flags: dict, own: list, values: dict) -> int:
+    if "--demo" in own:
+        set_up_demo(options)
+        return 0
+    from appliance import oobe
+
+    return oobe.run(options, flags, own, values)
+
+
+def first_start(options: Options, flags: dict):
+    """There is no database: set up on a terminal where there never was one; else say what to do."""
+    keys = [path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)]
+    if keys:
+        raise Refusal(f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the database, or run setup to begin anew with these keys")
+    if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise Refusal(f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with --answers FILE")
+    if status := setup(options, flags | {"config-may-be-missing": True}, [], {}):
+        raise SystemExit(status)
+
+
+def run(command: str, argv: list[str]) -> int:
+    own = [word for word in argv if word in OWN_FLAGS.get(command, ())]
+    values = {}
+    rest = []
+    words = iter([word for word in argv if word not in own])
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in OWN_VALUES.get(command, ()):
+            values[name] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if command not in ("serve", "setup", "options", "selftest"):
+        print(f"microauthd: unknown command {command!r}; see microauthd --help", file=sys.stderr)
+        return 2
+    try:
+        flags, words = parse_flags(rest)
+    except Refusal as refusal:
+        print(f"microauthd: {refusal}", file=sys.stderr)
+        return 2
+    if words:
+        print(f"microauthd: {words[0]!r} is not understood; see microauthd --help", file=sys.stderr)
+        return 2
+    if command == "selftest":
+        return selftest()
+    if "print-effective-config" in flags:
+        command = "options"
+    if command == "setup":
+        flags["config-may-be-missing"] = True
+    config = config_path(flags, os.environ)
+    recover_setup(config)
+    options = load_options(flags, os.environ)
+    if command == "options":
+        return show_options(options, "--json" in own)
+    if command == "setup":
+        return setup(options, flags, own, values)
+    if not os.path.exists(options.db_file):
+        first_start(options, flags)
+        options = load_options(flags, os.environ)
+    return serve(options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if os.path.basename(sys.argv[0]) == "mad":
+        argv.insert(0, "mad")
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "serve"
+    if command == "mad":
+        import mad
+
+        return mad.main(argv)
+    if command == "help" or "--help" in argv or "-h" in argv:
+        sys.stdout.write(usage())
+        return 0
+    if command == "version" or "--version" in argv:
+        print(f"microauthd {VERSION}")
+        return 0
+    os.umask(0o077)
+    try:
+        return run(command, argv)
+    except Refusal as refusal:
+        print(f"microauthd: {refusal}", file=sys.stderr)
+        return 1
+    except Problem as problem:
+        print(f"microauthd: {problem.log or problem.message}", file=sys.stderr)
+        for member, wrong in (problem.errors or {}).items():
+            print(f"microauthd: {member} {wrong}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    # Under its own name, so that what imports microauthd meets this module and not a second copy.
+    import microauthd
+
+    sys.exit(microauthd.main())
