@@ -1,0 +1,92 @@
+"""Fill the tables of README.md from the code, so that they cannot drift.
+
+Run without arguments it rewrites the file; with --check it says whether that would change anything
+(exit status 1). A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mad  # noqa: E402
+import microauthd  # noqa: E402
+
+
+def cell(value):
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows])
+
+
+def options():
+    rows = []
+    for option in microauthd.OPTIONS:
+        default = option.default
+        word = {-1: "auto", (): "", True: "true", False: "false"}.get(default, default) if not isinstance(default, int) or isinstance(default, bool) or default == -1 else default
+        names = f"`{option.name}`" + "".join(f", `{alias}`" for alias in option.aliases)
+        rows.append((option.group, names, f"`{word}`" if word != "" else "", option.help + (" *Secret: file or environment only.*" if option.secret else "")))
+    return table(("Group", "Name", "Default", "Meaning"), rows)
+
+
+def routes(routes):
+    def render():
+        rows = []
+        for route in routes.routes:
+            doc = route.handler.__doc__.strip().splitlines()[0]
+            only = f" *Only with `{route.option.replace('_', '-')}`.*" if route.option else ""
+            rows.append((" ".join(route.methods), ", ".join(f"`{path}`" for path in route.paths), guard_of(route), route.spec, doc + only))
+        return table(("Method", "Path", "Who", "Specification", "What it does"), rows)
+
+    return render
+
+
+def guard_of(route):
+    name = getattr(route.guard, "__qualname__", "").split(".")[0]
+    return {
+        "anyone": "anyone", "by_client": "client", "by_confidential_client": "confidential client",
+        "by_bearer": "access token", "by_admin": "administrator",
+    }[name]
+
+
+def errors():
+    return table(("Code", "Status", "What a client is told", "Defined in"), [(f"`{code}`", status, told, spec) for code, (status, told, spec) in microauthd.ERRORS.items()])
+
+
+def commands():
+    return table(("Command", "What it does"), [(f"`mad {name}`", told) for name, told in mad.describe_commands()])
+
+
+TABLES = {
+    "options": options, "auth": routes(microauthd.AUTH), "admin": routes(microauthd.ADMIN),
+    "errors": errors, "mad": commands,
+}
+
+
+def fill(text):
+    def replace(match):
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+
+
+def main():
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    filled = fill(text)
+    if "--check" in sys.argv:
+        if filled != text:
+            print("README.md: its tables are not what the code says; run build/readme.py", file=sys.stderr)
+            return 1
+        return 0
+    readme.write_text(filled, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
