@@ -667,10 +667,17 @@ def escape(value) -> str:
 
 
 class Log:
-    """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case."""
+    """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case.
+
+    What strangers can cause at will (level info) is limited to LINES a second and process; what was
+    left out is counted in the next line, so that nobody wears the flash out by knocking.
+    """
+
+    LINES = 200
 
     def __init__(self, options: Options | None = None, stream=None):
         self.json = bool(options) and options.log_format == "json"
+        self.second, self.lines = 0, 0
         self.logger = logging.Logger("microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO)
         handlers = []
         if options and options.log_file:
@@ -686,6 +693,13 @@ class Log:
         if not self.logger.isEnabledFor(number):
             return
         now = time.time()
+        if int(now) != self.second:
+            if self.lines > self.LINES:
+                fields["left_out_before"] = self.lines - self.LINES
+            self.second, self.lines = int(now), 0
+        self.lines += 1
+        if self.lines > self.LINES and level == "info":
+            return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         if exc_info:
             fields["traceback"] = "".join(traceback.format_exception(*exc_info) if isinstance(exc_info, tuple) else traceback.format_exception(exc_info))
@@ -2136,6 +2150,7 @@ class Idp:
         self.locks = [threading.Lock() for _ in range(64)]  # by name: one verification of an account or client at a time
         self.pages = {}  # prebuilt answers
         self.clock_is_sane = True
+        self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
 
     def now(self) -> int:
         """Unix seconds."""
@@ -2372,7 +2387,7 @@ def get_client(idp: Idp, id_or_client_id: str) -> Client:
     return client
 
 
-def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | None, basic: bool) -> Client:
+def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | None) -> Client:
     """Is this the client it says it is? RFC 6749 §2.3.
 
     `secret` is None where none was sent: right for a public client, wrong for any other. Raises
@@ -2978,8 +2993,8 @@ def anyone(idp, params):
     """A public route. Its handler is not handed a caller."""
 
 
-def read_client_credentials(params) -> tuple[str, str | None, bool]:
-    """Return (client_id, secret or None, by Basic). Two methods at once are refused. RFC 6749 §2.3."""
+def read_client_credentials(params) -> tuple[str, str | None]:
+    """Return (client_id, secret or None). Two methods at once are refused. RFC 6749 §2.3."""
     header = params.environ.get("HTTP_AUTHORIZATION", "")
     form_id, form_secret = params.get("client_id"), params.get("client_secret")
     if header[:6].lower() == "basic ":
@@ -2992,16 +3007,15 @@ def read_client_credentials(params) -> tuple[str, str | None, bool]:
         client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
         if not colon or form_secret is not None or form_id not in (None, client_id):
             raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
-        return client_id, secret, True
+        return client_id, secret or None
     if not form_id:
         raise Problem("invalid_client", log="no client_id")
-    return form_id, form_secret or None, False
+    return form_id, form_secret or None
 
 
 def by_client(idp, params) -> Client:
     """An authenticated client; a public one by its client_id alone."""
-    client_id, secret, basic = read_client_credentials(params)
-    return authenticate_client(idp, params.origin, client_id, secret, basic)
+    return authenticate_client(idp, params.origin, *read_client_credentials(params))
 
 
 def by_confidential_client(idp, params) -> Client:
@@ -3236,13 +3250,16 @@ def health(idp, params):
 @AUTH("GET", "/health/ready", guard=anyone, spec="readiness")
 def ready(idp, params):
     """The database can be written, the keys are loaded, and the clock can be believed."""
-    checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock()}
-    try:
-        idp.store.probe()
-        checks["database"] = True
-    except Problem as problem:
-        idp.log("not.ready", "error", reason=problem.log)
-        checks["database"] = False
+    # Asked at most once a second: the probe takes the write lock, and anybody may ask.
+    until, checks = idp.readiness
+    if time.monotonic() >= until:
+        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(), "database": True}
+        try:
+            idp.store.probe()
+        except Problem as problem:
+            idp.log("not.ready", "error", reason=problem.log)
+            checks["database"] = False
+        idp.readiness = (time.monotonic() + 1, checks)
     good = all(checks.values())
     return Reply({"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")], 200 if good else 503)
 

@@ -1,0 +1,186 @@
+"""The `__main__` of microauthd.pyz.
+
+`mad` runs straight from the archive. Everything else is unpacked once into a cache folder that
+nobody else can write, because whoever writes there is the program; then it runs from there.
+The first lines keep to syntax that an old Python can read, so that it can say what it lacks.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("microauthd needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])
+
+ARCHIVE = __file__[: -len("/__main__.py")]
+
+
+def mad():
+    """Run `mad` when it is asked for, by the name of a symlink or as the first word; without unpacking anything."""
+    if sys.argv[0].rpartition("/")[2] == "mad":
+        words = sys.argv[1:]
+    elif sys.argv[1:2] == ["mad"]:
+        words = sys.argv[2:]
+    else:
+        return
+    # Compiled for this Python where the archive has it; a hundred milliseconds of compiling otherwise.
+    sys.path[0] = ARCHIVE + "/site-packages"
+    sys.path.insert(0, ARCHIVE + "/pyc/" + sys.implementation.cache_tag)
+    import mad
+
+    sys.exit(mad.main(words))
+
+
+mad()
+
+import errno  # noqa: E402
+import fcntl  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import stat  # noqa: E402
+import tempfile  # noqa: E402
+import zipfile  # noqa: E402
+from _imp import extension_suffixes  # noqa: E402
+
+SUFFIX = extension_suffixes()[0]  # .cpython-311-x86_64-linux-gnu.so
+TAG = SUFFIX[1:-3]
+PLATFORM = TAG.split("-", 2)[2]  # x86_64-linux-gnu
+
+
+def refuse(sentence):
+    sys.exit("microauthd: " + sentence)
+
+
+def cache_root():
+    """Return the folder for unpacked code. It and every parent must be root's or ours, and not writable by others."""
+    root = os.environ.get("MICROAUTHD_CACHE") or os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
+    if not root:
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home) or not os.path.isdir(home):
+            refuse("there is no home folder to unpack into; name one in MICROAUTHD_CACHE")
+        root = os.path.join(home, ".cache", "microauthd")
+    root = os.path.abspath(root)
+    os.makedirs(root, mode=0o700, exist_ok=True)
+    root = os.path.realpath(root)
+    folder = root
+    while True:
+        check_folder(folder, sticky_is_fine=folder != root)
+        if folder == "/":
+            return root
+        folder = os.path.dirname(folder)
+
+
+def check_folder(folder, sticky_is_fine=False):
+    info = os.lstat(folder)
+    others_write = info.st_mode & 0o022 and not (sticky_is_fine and info.st_mode & stat.S_ISVTX)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid not in (0, os.geteuid()) or others_write:
+        refuse("refusing to run code from the cache: %s belongs to somebody else or can be written by others" % folder)
+
+
+def hold(tree, exclusively):
+    """Take the lock of a tree: shared while running from it, exclusive to remove it. None where that cannot be."""
+    try:
+        descriptor = os.open(os.path.join(tree, ".lock"), os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def unpack(archive, root, tree):
+    """Unpack, compile and sync into a fresh folder, then give it its name. The root's lock is held."""
+    native = "native/" + PLATFORM + "/"
+    members = []
+    for name in archive.namelist():
+        if name.startswith(native):
+            inside = name[len(native) :]
+        elif name.startswith("site-packages/"):
+            inside = name[len("site-packages/") :]
+        else:
+            continue
+        if ".cpython-" in inside and inside.endswith(".so") and not inside.endswith(SUFFIX):
+            continue  # for another Python
+        members.append((name, inside))
+    if not any(name.startswith(native) and name.endswith(SUFFIX) for name, _ in members):
+        refuse("this file has no build for %s" % TAG)
+    temporary = tempfile.mkdtemp(prefix="tmp.", dir=root)
+    try:
+        for name, inside in members:
+            path = os.path.join(temporary, inside)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with archive.open(name) as source, open(path, "xb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        import compileall
+
+        # Later starts, and users who may not write here, find everything compiled.
+        compileall.compile_dir(temporary, quiet=2, stripdir=temporary, prependdir=tree)
+        open(os.path.join(temporary, ".lock"), "x").close()
+        # Data before the name: a power cut leaves a tmp folder or a whole tree.
+        os.sync()
+        os.rename(temporary, tree)
+        descriptor = os.open(root, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def clean(root, tree):
+    """Remove what a power cut left and the trees of other releases, except one that a process runs from."""
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if path == tree or not os.path.isdir(path) or os.path.islink(path):
+            continue
+        if name.startswith("tmp."):
+            shutil.rmtree(path, ignore_errors=True)
+        elif name.startswith("tree."):
+            descriptor = hold(path, exclusively=True)
+            if descriptor is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+
+
+def main():
+    # shiv's variables could name another entry point or folder: they are not obeyed, nor handed on.
+    for name in [name for name in os.environ if name.startswith("SHIV_")]:
+        del os.environ[name]
+    mask = os.umask(0o022)
+    try:
+        root = cache_root()
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            tree = os.path.join(root, "tree." + archive.read("build-id").decode() + "." + TAG)
+            lock = None
+            if os.path.isdir(tree):
+                check_folder(tree)
+                lock = hold(tree, exclusively=False)
+            if lock is None:
+                with open(os.path.join(root, ".lock"), "a") as gate:
+                    fcntl.flock(gate, fcntl.LOCK_EX)
+                    clean(root, tree)
+                    if not os.path.isdir(tree):
+                        unpack(archive, root, tree)
+                    check_folder(tree)
+                    lock = hold(tree, exclusively=False)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            refuse("no room to unpack the program; free some, or name another folder in MICROAUTHD_CACHE")
+        refuse("the program cannot be unpacked: %s" % error)
+    finally:
+        os.umask(mask)
+    if lock is None:
+        refuse("the unpacked program in %s is damaged; remove that folder" % tree)
+    os.set_inheritable(lock, True)  # held by every process that runs from the tree
+    sys.path[0] = tree
+    try:
+        import microauthd
+    except ImportError as error:
+        if "failed to map segment" in str(error):
+            refuse("%s is on a file system mounted noexec; name another folder in MICROAUTHD_CACHE" % tree)
+        raise
+    sys.exit(microauthd.main())
+
+
+main()

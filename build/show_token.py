@@ -1,0 +1,86 @@
+"""Wait for both ports of a starting server, fetch a token with `mad token get`, verify it, show it.
+
+usage: show_token.py FOLDER PID ARCHIVE
+
+Verified as a stranger would: PyJWT, with nothing but the issuer's published metadata and keys.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import jwt
+
+WAIT = 20  # seconds for both ports
+
+
+def get(url):
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as answer:
+        return json.load(answer)
+
+
+def alive(pid):
+    try:
+        # A child of the shell that called us: when it has ended it stays as a zombie.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def main(folder, pid, archive):
+    microauthd = [sys.executable, "-I", archive]
+    shown = json.loads(subprocess.run([*microauthd, "options", "--json"], cwd=folder, check=True, capture_output=True).stdout)
+    options = {name: row["value"] for name, row in shown.items()}
+    base = {}
+    for side in ("auth", "admin"):
+        scheme = "https" if options[f"{side}-ssl-cert-file"] else "http"
+        base[side] = f"{scheme}://127.0.0.1:{options[f'{side}-port']}"
+    began, told = time.monotonic(), False
+    for url in (base["auth"] + "/health/ready", base["admin"] + "/health"):
+        while True:
+            try:
+                get(url)
+                break
+            except OSError as error:
+                if not alive(pid):
+                    return "the server has ended"
+                if time.monotonic() - began > WAIT:
+                    return f"the server does not answer: {error}"
+            if time.monotonic() - began > 2 and not told:
+                told = True
+                print("waiting for the server ...", file=sys.stderr)
+            time.sleep(0.03)
+    print(f"both ports serve after {time.monotonic() - began:.2f} s", file=sys.stderr)
+    credentials = Path(folder, "demo.env")
+    if not credentials.exists():
+        print("For a token: MAD_CLIENT_SECRET=... mad token get --client-id CLIENT", file=sys.stderr)
+        return None
+    environment = dict(line.split("=", 1) for line in credentials.read_text().splitlines())
+    token = subprocess.run([*microauthd, "mad", "token", "get", "--auth-url", base["auth"]], cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    if token.returncode:
+        return "mad token get failed"
+    token = token.stdout.strip()
+    metadata = get(base["auth"] + "/.well-known/oauth-authorization-server")
+    keys = jwt.PyJWKSet.from_dict(get(base["auth"] + "/jwks.json"))
+    header = jwt.get_unverified_header(token)
+    unverified = jwt.decode(token, options={"verify_signature": False})
+    claims = jwt.decode(token, keys[header["kid"]].key, algorithms=[header["alg"]], issuer=metadata["issuer"], audience=unverified["aud"], options={"require": ["exp", "iat", "sub", "jti"]})
+    print("header  " + json.dumps(header))
+    print("claims  " + json.dumps(claims, indent=2).replace("\n", "\n        "))
+    print(f"verified by PyJWT against {metadata['jwks_uri']}\n")
+    print("Try next, in another terminal:")
+    print(f"  cd {os.path.abspath(folder)}; alias microauthd='{sys.executable} -I {archive}'")
+    print(f"  microauthd mad session login --admin-url {base['admin']}")
+    print("  microauthd mad user create --username ann --user-email ann@example.org --password-stdin")
+    print("  microauthd mad client create --client-id sensor")
+    return None
+
+
+if __name__ == "__main__":
+    problem = main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    if problem:
+        sys.exit(f"build/run: {problem}")

@@ -1,0 +1,2203 @@
+#!/usr/bin/env python3
+"""mad: the command line of microauthd, and the HTTP client it is made of.
+
+`mad <noun> <verb> [options]` is one request to the ADMIN server (a name given for an id costs one look-up before).
+Standard library only, and little of it: a command is to cost less than 35 ms of processor time, which is why there
+is no argparse (7 ms) and no http.client (25 ms), and why most imports stand where they are used.
+
+Contents
+  Vocabulary   names, limits, exit statuses
+  Errors       MadError (the server's or the network's), Refusal (ours)
+  Wire         one HTTP exchange on one connection
+  Tokens       reading a JWT without verifying it
+  MadClient    every request as a method
+  Profile      the saved login, the cached tokens
+  Arguments    Option, Command, parse()
+  Output       tables and lines that no server can use to drive a terminal
+  Help         texts, rows for a README and completion scripts, all made from the table
+  Shell        what a running command knows: options, environment, profile
+  Verbs        the commands that are more than a request
+  Commands     COMMANDS, the table of everything mad can do
+  Main         main()
+"""
+from __future__ import annotations
+
+import os
+import sys
+
+# == Vocabulary ================================================================
+# The constants the rest of the file speaks in.
+
+VERSION = "0.1.0"
+ADMIN_URL = "http://localhost:9041"
+AUTH_URL = "http://localhost:9040"
+
+DONE, REFUSED, USAGE, LOGIN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_STATUSES = (
+    (DONE, "done"),
+    (REFUSED, "refused by the server"),
+    (USAGE, "bad usage; nothing was sent"),
+    (LOGIN, "not logged in: no token, or it expired or was not accepted"),
+    (UNREACHABLE, "no usable answer: connection, TLS, time-out, or not a microauthd"),
+)
+ENVIRONMENT = (
+    ("MAD_ADMIN_URL", "address of the ADMIN server (" + ADMIN_URL + ")"),
+    ("MAD_ADMIN_TOKEN", "admin token to use instead of the saved login"),
+    ("MAD_AUTH_URL", "address of the AUTH server (" + AUTH_URL + ")"),
+    ("MAD_CLIENT_ID", "client of mad token get"),
+    ("MAD_CLIENT_SECRET", "its secret"),
+    ("MAD_CA_FILE", "PEM file of the authorities to trust for https, instead of the system's"),
+)
+
+TIMEOUT = 30.0             # seconds for a whole exchange: a server that drips bytes gains nothing by it
+MAX_HEAD = 64 * 1024
+MAX_BODY = 16 * 1024 * 1024
+MAX_SECRET = 64 * 1024     # of a file or a line that holds a secret
+CACHE_MARGIN = 30          # seconds of life a cached token must have left, so that it outlives the request it is for
+
+
+# == Errors ====================================================================
+# Two kinds: what came back (or did not), and what mad itself will not do.
+
+class MadError(Exception):
+    """A request that failed.
+
+    `status` is the HTTP status, 0 when there was no answer. `error` is the machine-readable code (`http_<status>` when
+    the server named none), `message` a sentence, `errors` maps bad members to sentences. `hint` may be empty.
+    """
+
+    def __init__(self, status: int, error: str, message: str, errors: dict | None = None, hint: str = ""):
+        super().__init__(status, error, message)
+        self.status, self.error, self.message, self.errors, self.hint = status, error, message, errors or {}, hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Unreachable(MadError):
+    """No usable answer: `error` is `unreachable`, `timeout`, `untrusted` or `bad_answer`."""
+
+
+class BadValue(ValueError):
+    """A value no request can carry: a blank id, an unusable URL, a token that is none."""
+
+
+class Refusal(Exception):
+    """What mad refuses by itself: `exit_status`, `error` code, `messages` (one or more), `hint`."""
+
+    def __init__(self, exit_status: int, error: str, *messages: str, hint: str = ""):
+        super().__init__(*messages)
+        self.exit_status, self.error, self.messages, self.hint = exit_status, error, messages, hint
+
+
+# == Wire ======================================================================
+# HTTP/1.1 with one request a connection. Never follows a redirect and never asks a proxy: both would carry the
+# token to somebody it was not meant for.
+
+class Url:
+    """A base URL taken apart: `scheme`, `host` (no brackets), `port`, `base` (path without the last slash), `text`."""
+
+    def __init__(self, text: str):
+        from urllib.parse import urlsplit
+        text = text.strip()
+        if not text.isascii() or not text.isprintable() or " " in text:
+            raise BadValue("not a URL: only plain ASCII is taken")
+        try:
+            parts = urlsplit(text)
+            port = parts.port
+        except ValueError:
+            raise BadValue("not a URL: its host or port is malformed") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise BadValue("not a URL: it must begin with http:// or https:// and name a host")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise BadValue("not a base URL: no user, query or fragment is allowed in it")
+        self.scheme, self.host = parts.scheme, parts.hostname
+        self.port = port if port is not None else 443 if self.scheme == "https" else 80
+        self.base = parts.path.rstrip("/")
+        name = "[%s]" % self.host if ":" in self.host else self.host
+        default = self.port == (443 if self.scheme == "https" else 80)
+        self.authority = name if default else "%s:%d" % (name, self.port)
+        self.text = "%s://%s%s" % (self.scheme, self.authority, self.base)
+
+    @property
+    def is_loopback(self) -> bool:
+        parts = self.host.split(".")
+        return self.host in ("localhost", "::1") or (
+            len(parts) == 4 and parts[0] == "127" and all(part.isdigit() for part in parts))
+
+
+def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
+             timeout: float, ca_file: str | None) -> tuple[int, dict, bytes]:
+    """Send one request. Return status, headers (lower-case names) and body.
+
+    Raises Unreachable. Past `timeout` seconds in all, past MAX_HEAD or MAX_BODY bytes it gives up.
+    RFC 9112 §6.3 decides where the body ends.
+    """
+    import socket
+    from time import monotonic
+    deadline = monotonic() + timeout
+
+    def left() -> float:
+        rest = deadline - monotonic()
+        if rest <= 0:
+            raise TimeoutError
+        return rest
+
+    lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + url.authority, "Connection: close",
+             "Accept: application/json", "User-Agent: mad/" + VERSION]
+    lines += ["%s: %s" % item for item in headers.items()]
+    if body is not None or method != "GET":
+        lines.append("Content-Length: %d" % len(body or b""))
+    request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii") + (body or b"")
+
+    where = url.text
+    connection = None
+    try:
+        # Bytes, because a str is always run through the IDNA codec, whose tables cost 3 ms to load.
+        connection = socket.create_connection((url.host.encode("ascii"), url.port), left())
+        if url.scheme == "https":
+            connection = _tls(connection, url.host, ca_file, left())
+        connection.settimeout(left())
+        try:
+            connection.sendall(request)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # A server may refuse a request before it has read all of it; its answer is what counts.
+        return _read_answer(connection, left)
+    except TimeoutError:
+        raise Unreachable(0, "timeout", "no answer from %s within %g seconds" % (where, timeout)) from None
+    except OSError as problem:
+        if type(problem).__module__ == "ssl":
+            reason = getattr(problem, "verify_message", "") or getattr(problem, "reason", "") or str(problem)
+            raise Unreachable(0, "untrusted", "no secure connection to %s: %s" % (where, reason), hint=(
+                "name the authority that signed its certificate in MAD_CA_FILE" if hasattr(problem, "verify_message")
+                else "does the server speak TLS on this port?")) from None
+        raise Unreachable(0, "unreachable", "cannot reach %s: %s" % (where, problem.strerror or problem),
+                          hint="is the server running, and is this its address?") from None
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _tls(connection, host: str, ca_file: str | None, timeout: float):
+    import ssl
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as problem:
+        connection.close()
+        raise Unreachable(0, "untrusted", "cannot read the authorities in %s: %s"
+                          % (ca_file, problem.strerror or problem)) from None
+    connection.settimeout(timeout)
+    try:
+        return context.wrap_socket(connection, server_hostname=host)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _bad_answer(why: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
+    return Unreachable(0, "bad_answer", why, hint=hint)
+
+
+def _read_answer(connection, left) -> tuple[int, dict, bytes]:
+    buffer = bytearray()
+
+    def more() -> bool:
+        connection.settimeout(left())
+        part = connection.recv(65536)
+        buffer.extend(part)
+        return bool(part)
+
+    while True:
+        while (end := buffer.find(b"\r\n\r\n")) < 0:
+            if len(buffer) > MAX_HEAD:
+                raise _bad_answer("the head of the answer is too long")
+            if not more():
+                raise _bad_answer("the connection was closed without an answer" if not buffer else "not an HTTP answer")
+        head = buffer[:end].decode("latin-1").split("\r\n")
+        del buffer[:end + 4]
+        version, _, rest = head[0].partition(" ")
+        code = rest[:3]
+        if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
+            raise _bad_answer("not an HTTP answer")
+        status = int(code)
+        if status >= 200:
+            break  # Whatever came before was interim: RFC 9110 §15.2.
+    headers: dict = {}
+    for line in head[1:]:
+        name, colon, value = line.partition(":")
+        name, value = name.lower(), value.strip()
+        if not colon or (name == "content-length" and headers.get(name, value) != value):
+            raise _bad_answer("the head of the answer is malformed")
+        headers[name] = value
+
+    def fill(size: int) -> None:
+        if size > MAX_BODY:
+            raise _bad_answer("the answer is longer than %d MiB" % (MAX_BODY >> 20))
+        while len(buffer) < size:
+            if not more():
+                raise _bad_answer("the answer breaks off")
+
+    if status in (204, 304):
+        return status, headers, b""
+    if "transfer-encoding" in headers:
+        if headers["transfer-encoding"].lower() != "chunked":
+            raise _bad_answer("the answer has an unknown transfer encoding")
+        return status, headers, _read_chunks(buffer, fill, more)
+    if (length := headers.get("content-length")) is not None:
+        if not (length.isascii() and length.isdigit()) or len(length) > 18:
+            raise _bad_answer("the head of the answer is malformed")
+        fill(int(length))
+        return status, headers, bytes(buffer[:int(length)])
+    while more():
+        if len(buffer) > MAX_BODY:
+            fill(len(buffer))
+    return status, headers, bytes(buffer)
+
+
+def _read_chunks(buffer: bytearray, fill, more) -> bytes:
+    body = bytearray()
+    while True:
+        while (end := buffer.find(b"\r\n")) < 0:
+            if len(buffer) > 1024 or not more():
+                raise _bad_answer("the answer breaks off")
+        digits = bytes(buffer[:end]).split(b";")[0].strip()
+        if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise _bad_answer("the answer has a malformed chunk")
+        size = int(digits, 16)
+        del buffer[:end + 2]
+        if size == 0:
+            return bytes(body)
+        fill(len(body) + size if len(body) + size > MAX_BODY else size + 2)
+        body += buffer[:size]
+        if buffer[size:size + 2] != b"\r\n":
+            raise _bad_answer("the answer has a malformed chunk")
+        del buffer[:size + 2]
+
+
+def read_json(body: bytes):
+    """Return the value of a JSON text. Raises ValueError, also for NaN and for nesting without end."""
+    import json
+
+    def refuse(name):
+        raise ValueError(name)
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+# == Tokens ====================================================================
+# Reading only. Whether a token is good is for the server to say.
+
+def is_token(text: str) -> bool:
+    """Whether `text` can stand in an Authorization header. RFC 6750 §2.1 (b64token)."""
+    return bool(text) and len(text) <= MAX_SECRET and text.isascii() and all(
+        ch.isalnum() or ch in "-._~+/=" for ch in text)
+
+
+def decode_jwt(token: str) -> tuple[dict, dict, str]:
+    """Return header, claims and signature (as it stands) of a compact JWS, unverified. Raises ValueError. RFC 7515 §3.1."""
+    import binascii
+    parts = token.split(".")
+    if len(parts) != 3:
+        raise ValueError("not a JWT: it has %d parts instead of three" % len(parts))
+    found = []
+    for name, part in zip(("header", "payload"), parts):
+        try:
+            if not part or set(part) & set("+/="):
+                raise ValueError
+            octets = binascii.a2b_base64(part.replace("-", "+").replace("_", "/") + "=" * (-len(part) % 4),
+                                         strict_mode=True)
+        except ValueError:
+            raise ValueError("not a JWT: its %s is not base64url" % name) from None
+        try:
+            value = read_json(octets)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError("not a JWT: its %s is not a JSON object" % name)
+        found.append(value)
+    return found[0], found[1], parts[2]
+
+
+def utc(seconds: int, mark: str = "Z") -> str:
+    """Return Unix seconds as `YYYY-MM-DD HH:MM:SS` and `mark`, or as digits when no calendar holds them."""
+    import time
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + mark
+    except (OverflowError, ValueError, OSError):
+        return str(seconds)
+
+
+# == MadClient =================================================================
+# The requests. Knows nothing of terminals, files or environment.
+
+def _at(*parts: str) -> str:
+    """Return a path of these segments. An empty one would turn 'one user' into 'all users', so it is an error."""
+    from urllib.parse import quote
+    for part in parts:
+        if not isinstance(part, str) or not part.strip() or part in (".", ".."):
+            raise BadValue("an id or a name is needed here, not %r" % (part,))
+    return "".join("/" + quote(part, safe="") for part in parts)
+
+
+def _given(**members) -> dict:
+    """Return the members that were given: what is absent from a PUT stays as it is."""
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def is_uuid(text: str) -> bool:
+    """Whether `text` is an id as the server makes them, hence no name."""
+    parts = text.split("-")
+    return [len(part) for part in parts] == [8, 4, 4, 4, 12] and not "".join(parts).strip("0123456789abcdefABCDEF")
+
+
+class MadClient:
+    """The ADMIN API of a microauthd, and of AUTH what a machine client needs.
+
+        admin = MadClient("http://localhost:9041")
+        admin.token = admin.login("alice", password)["access_token"]
+        admin.create_user("bob", "bob@example.org", "correct horse")
+
+    Every method is one request on a connection of its own; an instance may be shared by threads. Objects are dicts with
+    the members of the wire:
+
+      User          id username email created_at lockout_until is_active email_verified totp_enabled
+      Role          id name description is_protected is_active
+      Permission    id name
+      Scope         id name desc is_active is_protected created_at
+      Client        id client_id display_name is_active created_at audience
+      RedirectUri   id client_id redirect_uri
+      ExternalIdp   id client_id provider_key display_name issuer client_identifier scopes created_at modified_at
+      Session       id user_id username client_id issued_at expires_at is_revoked token_use mad_use login_method …
+      RefreshToken  id user_id username session_id client_id issued_at expires_at is_revoked is_openid_token
+      AuditLog      id actor_id action secondary target timestamp ip_address user_agent
+      Msg           success message
+
+    Ids are those of the server (`find_id` turns a name into one); timestamps are ISO 8601 in UTC.
+    Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, BadValue for a
+    blank id or an unusable URL. Redirects are not followed, proxies are not asked.
+    """
+
+    def __init__(self, admin_url: str = ADMIN_URL, token: str | None = None, *, auth_url: str = AUTH_URL,
+                 ca_file: str | None = None, timeout: float | None = None):
+        self.admin_url, self.token, self.auth_url = admin_url, token, auth_url
+        self.ca_file, self.timeout = ca_file, TIMEOUT if timeout is None else timeout
+
+    def request(self, method: str, path: str, *, json=None, form: dict | None = None, query: dict | None = None,
+                want: type = dict, auth: bool = False, anonymous: bool = False, headers: dict | None = None):
+        """Send a request to ADMIN (to AUTH with `auth`) and return its JSON answer, which must be a `want`.
+
+        `path` is already escaped. The bearer goes along unless `anonymous`.
+        """
+        url = Url(self.auth_url if auth else self.admin_url)
+        headers, body = dict(headers or {}), None
+        if query or form is not None:
+            from urllib.parse import urlencode
+            if query:
+                path += "?" + urlencode(query)
+            if form is not None:
+                headers["Content-Type"] = "application/x-www-form-urlencoded"
+                body = urlencode(form).encode("ascii")
+        if json is not None:
+            from json import dumps
+            headers["Content-Type"] = "application/json"
+            body = dumps(json, separators=(",", ":")).encode("ascii")
+        if self.token and not anonymous and not auth:
+            if not is_token(self.token):
+                raise BadValue("the token has characters no token has")
+            headers["Authorization"] = "Bearer " + self.token
+        status, fields, answer = exchange(url, method, url.base + path, headers, body, self.timeout, self.ca_file)
+        if 300 <= status < 400:
+            raise Unreachable(status, "bad_answer", "%s redirects elsewhere, which is not followed" % url.text,
+                              hint="give the address it leads to, if you trust it")
+        try:
+            value = read_json(answer) if answer else None
+        except ValueError:
+            value = answer  # Bytes: no JSON value is.
+        if status >= 400:
+            raise _failure(status, fields, value, bool(self.token) and not anonymous)
+        if want is dict and value is None:
+            return {"success": True, "message": ""}  # 204, or an old server's empty 200.
+        if want is dict and isinstance(value, dict) and value.get("success") is False:
+            raise _failure(status, fields, value, False)
+        if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return value
+
+    # -- login --
+
+    def login(self, username: str, password: str, totp: str | None = None) -> dict:
+        """POST /token. Return Token: `access_token`, `token_type`, `expires_in`, `jti`. A failed login is 403."""
+        form = _given(username=username, password=password, client_id="mad", totp=totp)
+        token = self.request("POST", "/token", form=form, anonymous=True)
+        return _checked_token(token)
+
+    def logout(self) -> dict:
+        """POST /logout. Return Msg. The token is revoked."""
+        return self.request("POST", "/logout")
+
+    def client_credentials(self, client_id: str, client_secret: str, scope: str | None = None) -> dict:
+        """POST /token on AUTH with HTTP Basic. Return Token. RFC 6749 §4.4, §2.3.1."""
+        from binascii import b2a_base64
+        from urllib.parse import quote_plus
+        # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
+        pair = quote_plus(client_id) + ":" + quote_plus(client_secret)
+        basic = b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
+        form = _given(grant_type="client_credentials", scope=scope or None)
+        token = self.request("POST", "/token", form=form, auth=True, headers={"Authorization": "Basic " + basic})
+        return _checked_token(token)
+
+    def find_id(self, kind: str, name: str) -> str:
+        """GET /{kind}/id-by-name/{name}. `kind`: users, roles, permissions, scopes, clients. Return the id; 404 if none."""
+        answer = self.request("GET", _at(kind, "id-by-name", name), want=(dict, str))  # type: ignore[arg-type]
+        found = answer if isinstance(answer, str) else answer.get("result")
+        if not isinstance(found, str) or not found:
+            raise _bad_answer("the answer is not the JSON it should be")
+        return found
+
+    # -- users --
+
+    def create_user(self, username: str, email: str, password: str) -> dict:
+        """POST /users. Return the new User."""
+        return self.request("POST", "/users", json={"username": username, "email": email, "password": password})
+
+    def list_users(self) -> list[dict]:
+        """GET /users. Return [User]."""
+        return self.request("GET", "/users", want=list)
+
+    def get_user(self, id: str) -> dict:
+        """GET /users/{id}. Return User."""
+        return self.request("GET", _at("users", id))
+
+    def update_user(self, id: str, username: str | None = None, email: str | None = None,
+                    is_active: bool | None = None) -> dict:
+        """PUT /users/{id}. Return User. What is None stays as it is."""
+        return self.request("PUT", _at("users", id), json=_given(username=username, email=email, is_active=is_active))
+
+    def verify_email(self, id: str) -> dict:
+        """POST /users/{id}/verify-email. Return Msg."""
+        return self.request("POST", _at("users", id, "verify-email"))
+
+    def reset_password(self, id: str, new_password: str) -> dict:
+        """POST /users/{id}/reset. Return Msg."""
+        return self.request("POST", _at("users", id, "reset"), json={"new_password": new_password})
+
+    def deactivate_user(self, id: str) -> dict:
+        """POST /users/deactivate/{id}. Return Msg. Ends the sessions of the user."""
+        return self.request("POST", _at("users", "deactivate", id))
+
+    def activate_user(self, id: str) -> dict:
+        """POST /users/{id}/activate. Return Msg."""
+        return self.request("POST", _at("users", id, "activate"))
+
+    def delete_user(self, id: str) -> dict:
+        """DELETE /users/{id}. Return Msg. There is no way back."""
+        return self.request("DELETE", _at("users", id))
+
+    def set_lockout(self, id: str, lockout_until: str) -> dict:
+        """POST /users/{id}/set-lockout. Return Msg. `lockout_until`: ISO 8601 in UTC; the year 9999 means for good."""
+        return self.request("POST", _at("users", id, "set-lockout"), json={"lockout_until": lockout_until})
+
+    def clear_lockout(self, id: str) -> dict:
+        """POST /users/{id}/set-lockout with the year 1, which clears it. Return Msg."""
+        return self.set_lockout(id, "0001-01-01T00:00:00")
+
+    def generate_totp(self, id: str, client_id: str, qr_output_path: str = ".") -> dict:
+        """POST /users/{id}/totp/generate. Return TotpQr: `success`, `filename`. The file is written by the server."""
+        return self.request("POST", _at("users", id, "totp", "generate"),
+                            json={"user_id": id, "client_id": client_id, "qr_output_path": qr_output_path})
+
+    def verify_totp(self, user_id: str, client_id: str, code: str) -> dict:
+        """POST /users/totp/verify. Return Msg. A wrong code is 403."""
+        return self.request("POST", "/users/totp/verify",
+                            json={"user_id": user_id, "client_id": client_id, "code": code})
+
+    def disable_totp(self, user_id: str, client_id: str) -> dict:
+        """POST /users/{user_id}/{client_id}/disable-totp. Return Msg."""
+        return self.request("POST", _at("users", user_id, client_id, "disable-totp"))
+
+    # -- roles --
+
+    def create_role(self, name: str, description: str = "") -> dict:
+        """POST /roles. Return the new Role."""
+        return self.request("POST", "/roles", json={"name": name, "description": description})
+
+    def update_role(self, id: str, name: str | None = None, description: str | None = None) -> dict:
+        """PUT /roles/{id}. Return Role. What is None stays as it is."""
+        return self.request("PUT", _at("roles", id), json=_given(name=name, description=description))
+
+    def list_roles(self) -> list[dict]:
+        """GET /roles. Return [Role]."""
+        return self.request("GET", "/roles", want=list)
+
+    def get_role(self, id: str) -> dict:
+        """GET /roles/{id}. Return Role."""
+        return self.request("GET", _at("roles", id))
+
+    def delete_role(self, id: str) -> dict:
+        """DELETE /roles/{id}. Return Msg."""
+        return self.request("DELETE", _at("roles", id))
+
+    def assign_role(self, user_id: str, role_id: str) -> dict:
+        """POST /roles/assign. Return Msg."""
+        return self.request("POST", "/roles/assign", json={"user_id": user_id, "role_id": role_id})
+
+    def unassign_role(self, user_id: str, role_id: str) -> dict:
+        """POST /roles/unassign. Return Msg."""
+        return self.request("POST", "/roles/unassign", json={"user_id": user_id, "role_id": role_id})
+
+    def list_roles_of_user(self, user_id: str) -> list[dict]:
+        """GET /users/{user_id}/roles. Return [{id, name}]."""
+        return self.request("GET", _at("users", user_id, "roles"), query={"all": "false"}, want=list)
+
+    # -- permissions --
+
+    def create_permission(self, name: str) -> dict:
+        """POST /permissions. Return the new Permission."""
+        return self.request("POST", "/permissions", json={"name": name})
+
+    def update_permission(self, id: str, name: str) -> dict:
+        """PUT /permissions/{id}. Return Permission."""
+        return self.request("PUT", _at("permissions", id), json={"name": name})
+
+    def list_permissions(self) -> list[dict]:
+        """GET /permissions. Return [Permission]."""
+        return self.request("GET", "/permissions", want=list)
+
+    def get_permission(self, id: str) -> dict:
+        """GET /permissions/{id}. Return Permission."""
+        return self.request("GET", _at("permissions", id))
+
+    def delete_permission(self, id: str) -> dict:
+        """DELETE /permissions/{id}. Return Msg."""
+        return self.request("DELETE", _at("permissions", id))
+
+    def assign_permission(self, role_id: str, permission_id: str) -> dict:
+        """POST /roles/{role_id}/permissions. Return Msg."""
+        return self.request("POST", _at("roles", role_id, "permissions"), json={"permission_id": permission_id})
+
+    def remove_permission(self, role_id: str, permission_id: str) -> dict:
+        """DELETE /roles/{role_id}/permissions/{permission_id}. Return Msg."""
+        return self.request("DELETE", _at("roles", role_id, "permissions", permission_id))
+
+    def list_permissions_of_role(self, role_id: str) -> list[dict]:
+        """GET /roles/{role_id}/permissions. Return [Permission]."""
+        return self.request("GET", _at("roles", role_id, "permissions"), want=list)
+
+    def list_permissions_of_user(self, user_id: str) -> list[dict]:
+        """GET /permissions/user/{user_id}. Return [Permission]: those of all roles of the user."""
+        return self.request("GET", _at("permissions", "user", user_id), want=list)
+
+    def check_access(self, user_id: str, permission_id: str) -> dict:
+        """POST /check-access. Return {user_id, permission_id, allowed}."""
+        answer = self.request("POST", "/check-access", json={"user_id": user_id, "permission_id": permission_id})
+        if not isinstance(answer.get("allowed"), bool):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
+
+    # -- scopes --
+
+    def create_scope(self, name: str, description: str = "") -> dict:
+        """POST /scopes. Return the new Scope."""
+        return self.request("POST", "/scopes", json={"name": name, "desc": description})
+
+    def update_scope(self, id: str, name: str | None = None, description: str | None = None) -> dict:
+        """PUT /scopes/{id}. Return Scope. What is None stays as it is."""
+        return self.request("PUT", _at("scopes", id), json=_given(name=name, desc=description))
+
+    def list_scopes(self) -> list[dict]:
+        """GET /scopes. Return [Scope]."""
+        return self.request("GET", "/scopes", want=list)
+
+    def get_scope(self, id: str) -> dict:
+        """GET /scopes/{id}. Return Scope."""
+        return self.request("GET", _at("scopes", id))
+
+    def delete_scope(self, id: str) -> dict:
+        """DELETE /scopes/{id}. Return Msg."""
+        return self.request("DELETE", _at("scopes", id))
+
+    def assign_scopes_to_user(self, user_id: str, scope_ids: list[str]) -> dict:
+        """POST /users/{user_id}/scopes. Return Msg."""
+        return self.request("POST", _at("users", user_id, "scopes"), json={"scope_ids": scope_ids})
+
+    def list_scopes_of_user(self, user_id: str) -> list[dict]:
+        """GET /users/{user_id}/scopes. Return [Scope]."""
+        return self.request("GET", _at("users", user_id, "scopes"), want=list)
+
+    def remove_scope_from_user(self, user_id: str, scope_id: str) -> dict:
+        """DELETE /users/{user_id}/scopes/{scope_id}. Return Msg."""
+        return self.request("DELETE", _at("users", user_id, "scopes", scope_id))
+
+    def assign_scopes_to_client(self, client_id: str, scope_ids: list[str]) -> dict:
+        """POST /clients/{client_id}/scopes. Return Msg. `client_id` is the internal id."""
+        return self.request("POST", _at("clients", client_id, "scopes"), json={"scope_ids": scope_ids})
+
+    def list_scopes_of_client(self, client_id: str) -> list[dict]:
+        """GET /clients/{client_id}/scopes. Return [Scope]. `client_id` is the internal id."""
+        return self.request("GET", _at("clients", client_id, "scopes"), want=list)
+
+    def remove_scope_from_client(self, client_id: str, scope_id: str) -> dict:
+        """DELETE /clients/{client_id}/scopes/{scope_id}. Return Msg. `client_id` is the internal id."""
+        return self.request("DELETE", _at("clients", client_id, "scopes", scope_id))
+
+    # -- clients --
+
+    def create_client(self, client_id: str, client_secret: str | None = None, *, public: bool = False,
+                      display_name: str = "", audience: str = "microauthd", grant_types: list[str] | None = None,
+                      scopes: list[str] | None = None, may_introspect: bool | None = None) -> dict:
+        """POST /clients. Return the new Client, with `client_secret` when the server made one.
+
+        It makes one for a confidential client without `client_secret`, and never tells it again. `scopes` are names.
+        """
+        return self.request("POST", "/clients", json=_given(
+            client_id=client_id, client_secret=client_secret, display_name=display_name, audience=audience,
+            client_type="public" if public else "confidential", grant_types=grant_types, scopes=scopes,
+            may_introspect=may_introspect))
+
+    def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
+                      audience: str | None = None, is_active: bool | None = None) -> dict:
+        """PUT /clients/{id}. Return Client. What is None stays as it is."""
+        return self.request("PUT", _at("clients", id), json=_given(
+            client_id=client_id, display_name=display_name, audience=audience, is_active=is_active))
+
+    def list_clients(self) -> list[dict]:
+        """GET /clients. Return [Client]."""
+        return self.request("GET", "/clients", want=list)
+
+    def get_client(self, id: str) -> dict:
+        """GET /clients/{id}. Return Client."""
+        return self.request("GET", _at("clients", id))
+
+    def delete_client(self, id: str) -> dict:
+        """DELETE /clients/{id}. Return Msg. Ends its sessions."""
+        return self.request("DELETE", _at("clients", id))
+
+    def change_client_secret(self, id: str, new_secret: str | None = None, overlap_seconds: int | None = None) -> dict:
+        """POST /clients/secret. Return Msg whose `message` is the new secret; the server makes one when none is given.
+
+        The old secret works for `overlap_seconds` more.
+        """
+        answer = self.request("POST", "/clients/secret", json=_given(
+            client_id=id, new_secret=new_secret, overlap_seconds=overlap_seconds))
+        if not isinstance(answer.get("message"), str) or not answer["message"]:
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
+
+    def add_redirect_uri(self, id: str, uri: str) -> dict:
+        """POST /clients/{id}/redirect-uris. Return the new RedirectUri."""
+        return self.request("POST", _at("clients", id, "redirect-uris"), json=uri)
+
+    def list_redirect_uris(self, client_id: str) -> list[dict]:
+        """GET /clients/{client_id}/redirect-uris. Return [RedirectUri]. `client_id` is the internal id."""
+        return self.request("GET", _at("clients", client_id, "redirect-uris"), want=list)
+
+    def delete_redirect_uri(self, id: str) -> dict:
+        """DELETE /clients/redirect-uris. Return Msg. `id` is that of the record, not the URI."""
+        return self.request("DELETE", "/clients/redirect-uris", json=id)
+
+    def set_flag(self, client_id: str, flag: str, enabled: bool) -> dict:
+        """POST /client/options/{flag}. Return Msg. `client_id` is the internal id."""
+        return self.request("POST", _at("client", "options", flag),
+                            form={"client_id": client_id, "enabled": "true" if enabled else "false"})
+
+    def get_flag(self, client_id: str, flag: str) -> bool:
+        """GET /client/options/{flag}. The answer is in the Msg's `message`: "True" or "False"."""
+        answer = self.request("GET", _at("client", "options", flag), query={"client_id": client_id})
+        return str(answer.get("message")).lower() == "true"
+
+    def set_flag_options(self, client_id: str, flag: str, options: str) -> dict:
+        """POST /client/options/{flag}/ext. Return Msg. `client_id` is the internal id."""
+        return self.request("POST", _at("client", "options", flag, "ext"),
+                            form={"client_id": client_id, "options": options})
+
+    def get_flag_options(self, client_id: str, flag: str) -> str:
+        """GET /client/options/{flag}/ext. Return the option text, "" when unset."""
+        answer = self.request("GET", _at("client", "options", flag, "ext"), query={"client_id": client_id})
+        return str(answer.get("message") or "")
+
+    def add_idp(self, id: str, provider_key: str, display_name: str, issuer: str, external_client_id: str,
+                scopes: str = "openid email profile") -> dict:
+        """POST /clients/{id}/idp. Return the new ExternalIdp."""
+        return self.request("POST", _at("clients", id, "idp"), json={
+            "provider_key": provider_key, "display_name": display_name, "issuer": issuer,
+            "client_identifier": external_client_id, "scopes": scopes})
+
+    def update_idp(self, id: str, idp_id: str, provider_key: str, display_name: str, issuer: str,
+                   external_client_id: str, scopes: str = "openid email profile") -> dict:
+        """PUT /clients/{id}/idp/{idp_id}. Return ExternalIdp."""
+        return self.request("PUT", _at("clients", id, "idp", idp_id), json={
+            "provider_key": provider_key, "display_name": display_name, "issuer": issuer,
+            "client_identifier": external_client_id, "scopes": scopes})
+
+    def list_idps(self, id: str) -> list[dict]:
+        """GET /clients/{id}/idp. Return [ExternalIdp]."""
+        return self.request("GET", _at("clients", id, "idp"), want=list)
+
+    def delete_idp(self, id: str, idp_id: str) -> dict:
+        """DELETE /clients/{id}/idp/{idp_id}. Return Msg."""
+        return self.request("DELETE", _at("clients", id, "idp", idp_id))
+
+    # -- sessions and refresh tokens --
+
+    def list_sessions(self) -> list[dict]:
+        """GET /sessions. Return [Session], newest first."""
+        return self.request("GET", "/sessions", want=list)
+
+    def get_session(self, id: str) -> dict:
+        """GET /sessions/{id}. Return Session. `id` is the token's `jti`."""
+        return self.request("GET", _at("sessions", id))
+
+    def list_sessions_of_user(self, user_id: str) -> list[dict]:
+        """GET /sessions/user/{user_id}. Return [Session], newest first."""
+        return self.request("GET", _at("sessions", "user", user_id), want=list)
+
+    def revoke_session(self, id: str) -> dict:
+        """DELETE /sessions/{id}. Return {jti, status, message}."""
+        return self.request("DELETE", _at("sessions", id))
+
+    def introspect(self, token: str) -> dict:
+        """POST /introspect. Return the claims of an AUTH token, with `valid` and `expired`."""
+        return self.request("POST", "/introspect", json={"token": token})
+
+    def purge_sessions(self, older_than: int, expired: bool = False, revoked: bool = False) -> dict:
+        """POST /sessions/purge. Return Msg. `older_than` in seconds."""
+        return self.request("POST", "/sessions/purge", json={
+            "older_than_seconds": older_than, "purge_expired": expired, "purge_revoked": revoked})
+
+    def list_refresh_tokens(self) -> list[dict]:
+        """GET /refresh-tokens. Return [RefreshToken], newest first."""
+        return self.request("GET", "/refresh-tokens", want=list)
+
+    def list_refresh_tokens_of_user(self, user_id: str) -> list[dict]:
+        """GET /refresh-tokens/user/{user_id}. Return [RefreshToken]."""
+        return self.request("GET", _at("refresh-tokens", "user", user_id), want=list)
+
+    def get_refresh_token(self, id: str) -> dict:
+        """GET /refresh-tokens/{id}. Return RefreshToken."""
+        return self.request("GET", _at("refresh-tokens", id))
+
+    def purge_refresh_tokens(self, older_than: int, expired: bool = False, revoked: bool = False) -> dict:
+        """POST /refresh-tokens/purge. Return Msg. `older_than` in seconds."""
+        return self.request("POST", "/refresh-tokens/purge", json={
+            "older_than_seconds": older_than, "purge_expired": expired, "purge_revoked": revoked})
+
+    # -- audit --
+
+    def list_audit_logs(self, user_id: str | None = None, action: str | None = None,
+                        limit: int | None = None) -> list[dict]:
+        """GET /audit-logs. Return [AuditLog], newest first. `user_id` is the actor, `action` an exact name."""
+        return self.request("GET", "/audit-logs", query=_given(userId=user_id, action=action, limit=limit), want=list)
+
+    def get_audit_log(self, id: str) -> dict:
+        """GET /audit-logs/{id}. Return AuditLog."""
+        return self.request("GET", _at("audit-logs", id))
+
+    def purge_audit_logs(self, days: int) -> dict:
+        """POST /audit-logs/purge. Return Msg. `days` > 0."""
+        return self.request("POST", "/audit-logs/purge", json={"older_than_days": days})
+
+
+def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
+    """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
+    if not isinstance(value, dict):
+        if status in (502, 504):
+            return Unreachable(status, "unreachable", "a gateway answers that the server cannot be reached (%d)" % status)
+        value = {}
+    error = value.get("error")
+    error = error if isinstance(error, str) and error else "http_%d" % status
+    message = value.get("message") or value.get("error_description")
+    if not isinstance(message, str):
+        message = ("the token is not accepted" if status == 401 and with_token else
+                   "too many requests" if status == 429 else "the server answers %d %s" % (
+                       status, "" if error.startswith("http_") else error)).strip()
+    errors = value.get("errors")
+    errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
+    wait = fields.get("retry-after", "")
+    hint = "try again in %s seconds" % wait if wait.isascii() and wait.isdigit() else ""
+    return MadError(status, error, message, errors, hint)
+
+
+def _checked_token(answer: dict) -> dict:
+    token = answer.get("access_token")
+    if not isinstance(token, str) or not is_token(token):
+        raise _bad_answer("the answer has no access token")
+    return answer
+
+
+# == Profile ===================================================================
+# ~/.mad_token (the raw JWT), ~/.mad_url (the server that issued it), and the cache of machine tokens. Their owner's
+# alone: whoever can plant a file or a link here could steal a token or lend a false one.
+
+def _unsafe(path: str, why: str) -> Refusal:
+    return Refusal(LOGIN, "unsafe_file", "%s %s" % (path, why), hint="look at it, then remove it")
+
+
+def read_private(path: str) -> str | None:
+    """Return the trimmed text of a file that only we can have written, None when absent. Raises Refusal."""
+    import stat
+    try:
+        # Not blocking, or a pipe put here would hold us for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        if os.path.islink(path):
+            raise _unsafe(path, "is a symbolic link") from None
+        raise Refusal(LOGIN, "unsafe_file", "cannot read %s: %s" % (path, problem.strerror)) from None
+    try:
+        info = os.fstat(handle)
+        _check_private(path, info)
+        if info.st_mode & 0o022:
+            raise _unsafe(path, "can be written by others")
+        if stat.S_IMODE(info.st_mode) & 0o044:
+            os.fchmod(handle, 0o600)  # The original left its files readable to all.
+        octets = os.read(handle, MAX_SECRET + 1)
+    except OSError as problem:
+        raise Refusal(LOGIN, "unsafe_file", "cannot read %s: %s" % (path, problem.strerror)) from None
+    finally:
+        os.close(handle)
+    try:
+        return octets[:MAX_SECRET].decode("ascii").strip() or None
+    except UnicodeDecodeError:
+        raise _unsafe(path, "is not what mad wrote") from None
+
+
+def _check_private(path: str, info: os.stat_result) -> None:
+    import stat
+    if stat.S_ISLNK(info.st_mode):
+        raise _unsafe(path, "is a symbolic link")
+    if not stat.S_ISREG(info.st_mode):
+        raise _unsafe(path, "is not a regular file")
+    if info.st_uid != os.geteuid():
+        raise _unsafe(path, "belongs to somebody else")
+
+
+def write_private(path: str, text: str, modified_at: int | None = None) -> None:
+    """Put `text` into a file of mode 0600, whole or not at all, whatever the umask. Raises Refusal."""
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, ".%s.%d.%s" % (os.path.basename(path).lstrip("."), os.getpid(), os.urandom(6).hex()))
+    try:
+        try:
+            _check_private(path, os.lstat(path))
+        except FileNotFoundError:
+            pass
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                os.fchmod(handle, 0o600)
+                file.write(text.encode("ascii"))
+                file.flush()
+                os.fsync(handle)
+                if modified_at is not None:
+                    os.utime(handle, (modified_at, modified_at))
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        # Without this a power cut may undo the rename.
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as problem:
+        raise Refusal(LOGIN, "unsafe_file", "cannot write %s: %s" % (path, problem.strerror)) from None
+
+
+class Profile:
+    """The saved login of the home directory: `token` and the `url` of the server that issued it."""
+
+    def __init__(self, home: str | None = None):
+        home = home or os.path.expanduser("~")
+        self.token_path, self.url_path = os.path.join(home, ".mad_token"), os.path.join(home, ".mad_url")
+
+    def url(self) -> str | None:
+        return read_private(self.url_path)
+
+    def token(self) -> str | None:
+        return read_private(self.token_path)
+
+    def save(self, token: str, url: str) -> None:
+        # In this order, so that no power cut can leave a token beside the address of another server.
+        self.forget()
+        write_private(self.url_path, url)
+        write_private(self.token_path, token)
+
+    def forget(self) -> bool:
+        """Remove the token. Return whether there was one."""
+        try:
+            _check_private(self.token_path, os.lstat(self.token_path))
+            os.unlink(self.token_path)
+        except FileNotFoundError:
+            return False
+        except OSError as problem:
+            raise Refusal(LOGIN, "unsafe_file", "cannot remove %s: %s" % (self.token_path, problem.strerror)) from None
+        return True
+
+
+class TokenCache:
+    """Tokens of `mad token get`, a file each. A cache that cannot be trusted or written is no cache, and no error."""
+
+    def __init__(self, url: str, client_id: str, scope: str, secret: str):
+        from hashlib import sha256
+        from json import dumps
+        root = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(root):  # The XDG specification: a relative one is to be ignored.
+            root = os.path.join(os.path.expanduser("~"), ".cache")
+        self.folder = os.path.join(root, "mad")
+        # The secret is part of the name, so that a revoked or mistyped one never gets the token of a good one.
+        key = dumps([url, client_id, scope, sha256(secret.encode()).hexdigest()])
+        self.path = os.path.join(self.folder, sha256(key.encode("ascii")).hexdigest())
+
+    def _is_ours(self) -> bool:
+        import stat
+        try:
+            info = os.lstat(self.folder)
+        except OSError:
+            return False
+        return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077
+
+    def find(self, now: int) -> dict | None:
+        """Return the cached token answer with `expires_in` as of `now`, None when there is none that lasts."""
+        try:
+            text = read_private(self.path) if self._is_ours() else None
+            entry = read_json(text.encode("ascii")) if text else None
+            answer, stored_at, expires_at = entry["answer"], entry["stored_at"], entry["expires_at"]
+            # A clock set back would make an old token look young.
+            if not stored_at - CACHE_MARGIN <= now < expires_at - CACHE_MARGIN:
+                return None
+            return {**_checked_token(answer), "expires_in": int(expires_at - now)}
+        except (Refusal, MadError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def store(self, answer: dict, now: int) -> None:
+        """Keep an answer that says how long it lasts, and drop the files of tokens that have expired."""
+        from json import dumps
+        ttl = answer.get("expires_in")
+        if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not CACHE_MARGIN < ttl < 1e9:
+            return
+        try:
+            os.makedirs(os.path.dirname(self.folder), mode=0o700, exist_ok=True)
+            try:
+                os.mkdir(self.folder, 0o700)
+            except FileExistsError:
+                pass
+            if not self._is_ours():
+                return
+            expires_at = now + int(ttl)
+            # The time stamp is the expiry: sweeping needs no reading.
+            write_private(self.path, dumps({"stored_at": now, "expires_at": expires_at, "answer": answer}), expires_at)
+            for name in os.listdir(self.folder):
+                path = os.path.join(self.folder, name)
+                if os.lstat(path).st_mtime < now:
+                    os.unlink(path)
+        except (OSError, Refusal):
+            return
+
+
+# == Arguments =================================================================
+# Long options only, as `--name value`, `--name=value` or `--name:value`; booleans bare or with true/false.
+
+class Option:
+    """One option of a command.
+
+    `kind` is text, number, flag, list, secret or token (of which `-` means standard input). `dest` is the parameter it becomes. `of` is the collection whose ids
+    it takes, so that a name may stand for one; with `loose` an unknown name is taken as it stands. A secret has a
+    second spelling, the flag `stdin`, and is asked for on a terminal when `required`.
+    """
+    __slots__ = ("name", "kind", "help", "required", "dest", "of", "loose", "stdin", "metavar", "least")
+
+    def __init__(self, name, help, kind="text", *, required=False, dest=None, of=None, loose=False, stdin=None,
+                 metavar=None, least=None):
+        self.name, self.help, self.kind, self.required, self.of, self.loose = name, help, kind, required, of, loose
+        self.dest = dest or (name or stdin).replace("-", "_")
+        self.stdin, self.least = stdin, least
+        self.metavar = metavar or {"number": "N", "secret": "SECRET"}.get(kind) or (
+            "ID|NAME" if of else (name or "").rpartition("-")[2].upper())
+
+
+class Command:
+    """One row of COMMANDS.
+
+    `name` is what is typed. `call` gets the options as parameters, after a MadClient, or after the Shell when `local`.
+    `shape` may first bring the result into the form it has here. `show` turns it into lines, `quiet` into those of
+    --quiet (the ids, unless given); with --json the result itself is printed. `at_least_one` is for updates.
+    """
+    __slots__ = ("name", "help", "call", "options", "show", "example", "local", "at_least_one", "shape", "quiet")
+
+    def __init__(self, name, help, call, options, show, example="", *, local=False, at_least_one=False, shape=None,
+                 quiet=None):
+        self.name, self.help, self.call, self.show, self.example = name, help, call, show, example
+        self.local, self.at_least_one, self.shape, self.quiet = local, at_least_one, shape, quiet
+        self.options = tuple(options)
+
+    def all_options(self) -> tuple:
+        """Return its options and the common ones."""
+        return self.options + (COMMON if self.local else SERVER + COMMON)
+
+
+COMMON = (
+    Option("json", "print one JSON document, also on failure", "flag"),
+    Option("quiet", "print ids only", "flag"),
+)
+SERVER = (
+    Option("admin-url", "address of the ADMIN server"),
+    Option("admin-token", "admin token to use instead of the saved login", "secret"),
+)
+HELP_WORDS = ("-h", "--help", "-?", "/?", "/h")
+
+
+class Parsed:
+    """What a command line says: `values` by option name, `errors` as sentences, `hint`, `wants_help`."""
+
+    def __init__(self):
+        self.values, self.errors, self.hint, self.wants_help = {}, [], "", False
+
+
+def near(word: str, words) -> str:
+    """Return the one of `words` that `word` may have been meant to be, or ""."""
+    from difflib import get_close_matches
+    return (get_close_matches(word, list(words), 1, 0.6) or [""])[0]
+
+
+def parse(command: Command, words: list[str]) -> Parsed:
+    """Read the words after the command. Collects every error instead of stopping at the first."""
+    kinds: dict = {}
+    for option in command.all_options():
+        if option.name:
+            kinds[option.name] = option.kind
+        if option.stdin:
+            kinds[option.stdin] = "flag"
+    parsed, position = Parsed(), 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word in HELP_WORDS:
+            parsed.wants_help = True
+            continue
+        if word == "--":
+            parsed.errors += ["unexpected word '%s'" % extra for extra in words[position:]]
+            break
+        if not word.startswith("--"):
+            parsed.errors.append("unknown option '%s'" % word if word.startswith("-") else "unexpected word '%s'" % word)
+            continue
+        cut = min((i for i in (word.find("="), word.find(":")) if i > 0), default=len(word))
+        name, value = word[2:cut], word[cut + 1:] if cut < len(word) else None
+        kind = kinds.get(name)
+        if kind is None:
+            parsed.errors.append("unknown option '--%s'" % name)
+            if guess := near(name, kinds):
+                parsed.hint = "did you mean --%s?" % guess
+            # The word after it is most likely its value, and no second error.
+            if value is None and position < len(words) and not words[position].startswith("-"):
+                position += 1
+            continue
+        if kind == "flag":
+            if value is None and position < len(words) and words[position].lower() in ("true", "false"):
+                value, position = words[position], position + 1
+            value = "true" if value is None else value.lower()
+            if value not in ("true", "false"):
+                parsed.errors.append("--%s is true or false" % name)
+            found = value == "true"
+        else:
+            if value is None:
+                if position == len(words):
+                    parsed.errors.append("--%s needs a value" % name)
+                    break
+                # Whatever stands here is the value: passwords may begin with a hyphen.
+                value, position = words[position], position + 1
+            found = value
+            if kind == "list":
+                found = [value]
+                while position < len(words) and not words[position].startswith("-"):
+                    found.append(words[position])
+                    position += 1
+            elif kind == "number":
+                digits = value[1:] if value[:1] == "-" else value
+                if digits.isascii() and digits.isdigit() and len(digits) < 16:
+                    found = int(value)
+                else:
+                    parsed.errors.append("--%s is a whole number" % name)
+        if any("\ud800" <= ch <= "\udfff" for ch in ("".join(found) if kind == "list" else value or "")):
+            parsed.errors.append("--%s is not valid UTF-8" % name)
+        if kind == "list":
+            parsed.values.setdefault(name, []).extend(found)
+        elif name in parsed.values:
+            parsed.errors.append("--%s is given twice" % name)
+        else:
+            parsed.values[name] = found
+    for option in command.options:
+        given = parsed.values.get(option.name)
+        if option.kind == "secret" and option.stdin and given is not None and parsed.values.get(option.stdin):
+            parsed.errors.append("--%s and --%s exclude each other" % (option.name, option.stdin))
+        if option.kind == "secret" and option.stdin and given == "":
+            parsed.errors.append("--%s is blank" % option.name)
+        if option.required and option.kind != "secret" and given is None:
+            parsed.errors.append("--%s is missing" % option.name)
+        if option.of and any(not item.strip() for item in (given if isinstance(given, list) else [given or "-"])):
+            parsed.errors.append("--%s is blank" % option.name)
+        if isinstance(given, int) and option.least is not None and given < option.least:
+            parsed.errors.append("--%s is at least %d" % (option.name, option.least))
+    if command.at_least_one and not any(
+            option.name in parsed.values or option.stdin in parsed.values
+            for option in command.options if not option.required):
+        parsed.errors.append("nothing to change: give at least one of " + ", ".join(
+            "--" + option.name for option in command.options if not option.required))
+    return parsed
+
+
+# == Output ====================================================================
+# Data to stdout, talk to stderr. Text from the server is escaped: it must not move a cursor or forge a line.
+
+def plain(value) -> str:
+    """Return `value` as one line of printable text."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (dict, list)):
+        from json import dumps
+        text = dumps(value, ensure_ascii=False)
+    else:
+        text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii")
+                   if not "\ud800" <= ch <= "\udfff" else "\\u%04x" % ord(ch) for ch in text)
+
+
+def cell(member: str, value) -> str:
+    """Return a member as a table shows it: stamps as `YYYY-MM-DD HH:MM:SSZ`."""
+    text = plain(value)
+    if len(text) >= 19 and text[10] == "T" and text.endswith("Z") and member.endswith(("_at", "_until", "timestamp")):
+        return text[:10] + " " + text[11:19] + "Z"
+    return text
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal `text` takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(ch) else 2 if east_asian_width(ch) in "WF" else 1 for ch in text)
+
+
+def fit(text: str, width: int) -> str:
+    """Return `text` cut to `width` columns, with a mark where it was cut."""
+    if columns_of(text) <= width:
+        return text
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower()
+    mark = "\u2026" if encoding.startswith("utf") else "~"
+    while text and columns_of(text) > width - 1:
+        text = text[:-1]
+    return text + mark if width > 0 else ""
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal on stdout, None when there is none to fit into."""
+    try:
+        if not sys.stdout.isatty():
+            return None
+        columns = os.environ.get("COLUMNS", "")
+        return int(columns) if columns.isdigit() and int(columns) else os.get_terminal_size(1).columns or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _titled(spec: str) -> tuple[str, str]:
+    """`"title=member"`, or a member whose title is its name in words."""
+    title, _, member = spec.rpartition("=")
+    return title or member.removeprefix("is_").replace("_", " "), member
+
+
+def table(what: str, *specs: str):
+    """Return a `show` for a list of objects, with a column for each of `specs`."""
+    def show(rows: list[dict]) -> list[str]:
+        if not rows:
+            return ["(no %s)" % what]
+        titles, members = zip(*map(_titled, specs))
+        cells = [[title.upper() for title in titles]]
+        cells += [[cell(member, row.get(member)) for member in members] for row in rows]
+        widths = [max(columns_of(line[i]) for line in cells) for i in range(len(members))]
+        limit = terminal_width()
+        if limit:
+            # Ids are there to be copied: they give way last.
+            for least, chosen in ((6, [i for i, m in enumerate(members) if not m.endswith("id")]),
+                                  (1, list(range(len(members))))):
+                while sum(widths) + 2 * (len(widths) - 1) > limit:
+                    widest = max(chosen, key=lambda i: widths[i], default=None)
+                    if widest is None or widths[widest] <= least:
+                        break
+                    widths[widest] -= 1
+        lines = ["  ".join(fit(text, width) + " " * (width - columns_of(fit(text, width)))
+                           for text, width in zip(line, widths)).rstrip() for line in cells]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return [fit(line, limit) for line in lines] if limit else lines
+    return show
+
+
+def fields(*specs: str):
+    """Return a `show` for one object: a labelled line for each of `specs` that it has."""
+    def show(row: dict) -> list[str]:
+        pairs = [(title, cell(member, row[member])) for title, member in map(_titled, specs) if member in row]
+        width = max((len(title) for title, _ in pairs), default=0)
+        return ["%s  %s" % ((title + ":").ljust(width + 1), text) for title, text in pairs]
+    return show
+
+
+class _Words(dict):
+    """Members as text; one that a server left out is blank."""
+
+    def __missing__(self, name):
+        return ""
+
+
+def line(template: str):
+    """Return a `show` of one line, `{member}` standing for members of the result."""
+    def show(row: dict) -> list[str]:
+        return [template.format_map(_Words((name, plain(value)) for name, value in row.items()))]
+    return show
+
+
+def said(row: dict) -> list[str]:
+    """Show what the server says it did."""
+    return [plain(row.get("message")) or "done"]
+
+
+def with_secret(show):
+    """Return a `show` that puts the secret the object brings, shown this once, before everything else."""
+    def show_both(row: dict) -> list[str]:
+        secret = row.get("client_secret")
+        return (["client secret, shown this once: " + plain(secret)] if secret else []) + show(row)
+    return show_both
+
+
+def ids(result) -> list[str]:
+    """Return what --quiet prints of a result."""
+    rows = result if isinstance(result, list) else [result]
+    return [plain(row["id"]) for row in rows if isinstance(row, dict) and row.get("id")]
+
+
+def tell(kind: str, text: str) -> None:
+    """Say something on stderr. Server sentences become lower case without a full stop, as all talk of mad is."""
+    text = plain(text)
+    if len(text) > 1 and text[0].isupper() and not text[1].isupper():
+        text = text[0].lower() + text[1:]
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1]
+    try:
+        print("mad: %s: %s" % (kind, text), file=sys.stderr)
+    except OSError:
+        pass
+
+
+# == Help ======================================================================
+# What the table says, for people, for a README and for shells.
+
+def nouns(commands) -> list[str]:
+    """Return the first words of the commands, in the order of the table."""
+    return list(dict.fromkeys(command.name.split()[0] for command in commands))
+
+
+def _rows(pairs) -> list[str]:
+    pairs = list(pairs)
+    width = max(len(left) for left, _ in pairs) if pairs else 0
+    return ["  %s  %s" % (left.ljust(width), right) for left, right in pairs]
+
+
+def _spellings(option: Option) -> list[tuple[str, str]]:
+    """Return the ways to give an option, each with what to say about it."""
+    found = []
+    if option.name:
+        kind = {"flag": " [true|false]", "list": " %s ..." % option.metavar}.get(option.kind, " " + option.metavar)
+        must = " (required)" if option.required and option.kind != "secret" else ""
+        found.append(("--" + option.name + kind, option.help + must))
+    if option.stdin:
+        what = option.help if not option.name else "read it from standard input" + (
+            "; asked for on a terminal when neither is given" if option.required else "")
+        found.append(("--" + option.stdin, what))
+    return found
+
+
+def help_overview(commands) -> str:
+    """Return the text of `mad --help`."""
+    verbs = [(noun, ", ".join(command.name.partition(" ")[2] or "(inspect)" for command in commands
+                              if command.name.split()[0] == noun)) for noun in nouns(commands)]
+    return "\n".join(
+        ["usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "", "commands:"]
+        + ["  %s\n      %s" % pair for pair in verbs]
+        + ["", "options of every command:"] + _rows(pair for option in COMMON for pair in _spellings(option))
+        + ["  --help         say more about a command", "", "environment:"] + _rows(ENVIRONMENT)
+        + ["", "exit status:"] + _rows((str(code), text) for code, text in EXIT_STATUSES)
+        + ["", "for example:", "  mad user create --help"])
+
+
+def help_noun(commands, noun: str) -> str:
+    """Return the text of `mad <noun> --help`."""
+    chosen = [command for command in commands if command.name.split()[0] == noun]
+    bare = [help_command(command) + "\n" for command in chosen if command.name == noun]
+    return "\n".join(
+        bare + ["usage: mad %s <verb> [options]" % noun, "", "verbs:"]
+        + _rows((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
+        + ["", "for example:", "  " + chosen[0].example])
+
+
+def help_command(command: Command) -> str:
+    """Return the text of `mad <noun> <verb> --help`."""
+    return "\n".join(
+        ["usage: mad %s [options]" % command.name, "", command.help, "", "options:"]
+        + _rows(pair for option in command.all_options() for pair in _spellings(option))
+        + ["", "for example:", "  " + command.example])
+
+
+def describe_commands(commands) -> list[tuple[str, str, str]]:
+    """Return a row for each command: how it is typed, what it does, the request it makes ("" when none)."""
+    found = []
+    for command in commands:
+        words = ["mad " + command.name]
+        for option in command.options:
+            if option not in SERVER:
+                text = " | ".join(left for left, _ in _spellings(option))
+                words.append(text if option.required and "|" not in text else "[%s]" % text)
+        request = "" if command.local else (command.call.__doc__ or "").partition(". ")[0].partition(".\n")[0]
+        found.append((" ".join(words), command.help, request))
+    return found
+
+
+def _option_words(command: Command) -> list[str]:
+    return [left.partition(" ")[0] for option in command.all_options() for left, _ in _spellings(option)] + ["--help"]
+
+
+def _word_cases(commands) -> list[tuple[str, list[str]]]:
+    """Return what may follow each beginning of a command line: `""`, a noun, a whole command."""
+    cases: dict = {"": nouns(commands) + ["--help", "--version"]}
+    for noun in nouns(commands):
+        cases[noun] = [c.name.split()[1] for c in commands if c.name.startswith(noun + " ")] + ["--help"]
+    for command in commands:
+        cases[command.name] = cases.get(command.name, []) + _option_words(command)
+    return list(cases.items())
+
+
+def complete_bash(commands) -> str:
+    """Return the completion script for bash."""
+    cases = "\n".join("    '%s') words='%s' ;;" % (start, " ".join(words)) for start, words in _word_cases(commands))
+    return """# completion of mad for bash
+_mad() {
+  local words= start=
+  [ "$COMP_CWORD" -gt 1 ] && start=${COMP_WORDS[1]}
+  [ "$COMP_CWORD" -gt 2 ] && [ "${COMP_WORDS[2]#-}" = "${COMP_WORDS[2]}" ] && start="$start ${COMP_WORDS[2]}"
+  case "$start" in
+%s
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _mad mad""" % cases
+
+
+def complete_zsh(commands) -> str:
+    """Return the completion script for zsh."""
+    cases = "\n".join("    '%s') found=(%s) ;;" % (start, " ".join(words)) for start, words in _word_cases(commands))
+    return """#compdef mad
+_mad() {
+  local start=
+  local -a found
+  (( CURRENT > 2 )) && start=$words[2]
+  (( CURRENT > 3 )) && [[ $words[3] != -* ]] && start="$start $words[3]"
+  case "$start" in
+%s
+  esac
+  compadd -- $found || _files
+}
+if [ "$funcstack[1]" = "_mad" ]; then _mad "$@"; else compdef _mad mad; fi""" % cases
+
+
+def complete_fish(commands) -> str:
+    """Return the completion script for fish."""
+    def quoted(text):
+        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+    lines = ["# completion of mad for fish", "complete -c mad -f",
+             "complete -c mad -n __fish_use_subcommand -a %s" % quoted(" ".join(nouns(commands)))]
+    for command in commands:
+        noun, _, verb = command.name.partition(" ")
+        seen = "__fish_seen_subcommand_from " + noun
+        if verb:
+            others = " ".join(c.name.split()[1] for c in commands if c.name.startswith(noun + " "))
+            lines.append("complete -c mad -n '%s; and not __fish_seen_subcommand_from %s' -a %s -d %s"
+                         % (seen, others, verb, quoted(command.help)))
+            seen += "; and __fish_seen_subcommand_from " + verb
+        for option in command.all_options():
+            for left, text in _spellings(option):
+                takes = "" if option.kind == "flag" or left.endswith("-stdin") else " -r"
+                lines.append("complete -c mad -n '%s' -l %s%s -d %s" % (seen, left.split()[0][2:], takes, quoted(text)))
+    return "\n".join(lines)
+
+
+COMPLETIONS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish}
+
+
+# == Shell =====================================================================
+# Flags win over the environment, the environment over the saved profile.
+
+class Shell:
+    """What a running command knows: its option `values`, the table, the environment, the profile."""
+
+    def __init__(self, values: dict, commands: tuple):
+        self.commands = commands
+        self.values, self.json, self.quiet = values, values.get("json", False), values.get("quiet", False)
+        self.profile = Profile()
+
+    # -- addresses --
+
+    def url(self, text: str, origin: str) -> Url:
+        """Return a URL fit for tokens, warning when they can be read on the way. Raises Refusal."""
+        try:
+            url = Url(text)
+        except BadValue as problem:
+            raise Refusal(USAGE, "bad_url", "%s is %s" % (origin, problem)) from None
+        if url.scheme == "http" and not url.is_loopback:
+            tell("warning", "secrets and tokens travel in clear to %s; use https" % url.text)
+        return url
+
+    def admin_url(self) -> Url:
+        if text := self.values.get("admin-url"):
+            return self.url(text, "--admin-url")
+        if text := os.environ.get("MAD_ADMIN_URL"):
+            return self.url(text, "MAD_ADMIN_URL")
+        return self.url(self.profile.url() or ADMIN_URL, self.profile.url_path)
+
+    def auth_url(self) -> Url:
+        if text := self.values.get("auth-url"):
+            return self.url(text, "--auth-url")
+        return self.url(os.environ.get("MAD_AUTH_URL") or AUTH_URL, "MAD_AUTH_URL")
+
+    def issuer(self) -> Url:
+        """Return the address of the server that issued the saved token."""
+        try:
+            return Url(self.profile.url() or ADMIN_URL)
+        except BadValue:
+            raise _unsafe(self.profile.url_path, "holds no URL") from None
+
+    # -- the token --
+
+    def admin_token(self, url: Url) -> str:
+        """Return the token to send to `url`. Raises Refusal: none, expired, or another server's."""
+        token = self.values.get("admin-token", os.environ.get("MAD_ADMIN_TOKEN") or None)
+        hint = "log in with: mad session login"
+        if token is not None:
+            token = token.strip()
+        else:
+            token = self.profile.token()
+            if token and url.text != (issuer := self.issuer().text):
+                raise Refusal(LOGIN, "foreign_server", "the saved login is for %s, not for %s" % (issuer, url.text),
+                              hint="log in there with: mad session login --admin-url " + url.text)
+            if token:
+                self._check_age(token, hint)
+        if not token:
+            raise Refusal(LOGIN, "not_logged_in", "not logged in", hint=hint)
+        if not is_token(token):
+            raise Refusal(LOGIN, "not_logged_in", "the token has characters no token has", hint=hint)
+        return token
+
+    @staticmethod
+    def _check_age(token: str, hint: str) -> None:
+        from time import time
+        try:
+            expires_at = decode_jwt(token)[1]["exp"] + 0
+        except (ValueError, KeyError, TypeError):
+            tell("warning", "cannot tell when the saved token expires")
+            return
+        if expires_at <= time():
+            raise Refusal(LOGIN, "token_expired", "the saved login expired at " + utc(int(expires_at)), hint=hint)
+
+    def client(self, url: Url | None = None, token: str | None = None) -> MadClient:
+        """Return a client for ADMIN, with the token in force unless another one is given."""
+        url = url or self.admin_url()
+        return MadClient(url.text, self.admin_token(url) if token is None else token,
+                         ca_file=os.environ.get("MAD_CA_FILE") or None)
+
+    # -- questions --
+
+    def secret(self, option: Option) -> str | None:
+        """Return the secret an option stands for: given, read from stdin, or asked for on a terminal."""
+        if option.name in self.values:
+            return self.values[option.name]
+        if option.stdin and self.values.get(option.stdin):
+            return read_secret("--" + option.stdin)
+        if not option.required:
+            return None
+        if not on_terminal():
+            ways = " or ".join("--" + name for name in (option.stdin, option.name) if name)
+            raise Refusal(USAGE, "usage", "%s is missing" % ways, hint="pipe it in with --" + option.stdin)
+        first = ask_secret("new password: ")
+        if ask_secret("once more: ") != first:
+            raise Refusal(USAGE, "usage", "the two passwords differ")
+        return first
+
+    def resolve(self, client: MadClient, option: Option, value: str) -> str:
+        """Return the id `value` is or names."""
+        if is_uuid(value):
+            return value.lower()
+        try:
+            return client.find_id(option.of, value)
+        except MadError as problem:
+            if problem.status != 404:
+                raise
+            if option.loose:
+                return value
+            raise MadError(404, problem.error, "there is no %s '%s'" % (option.of[:-1], value),
+                           hint="see: mad %s list" % option.of[:-1]) from None
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    try:
+        return sys.stdin.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def read_secret(origin: str) -> str:
+    """Return the first line of stdin without its end. Raises Refusal when it is empty, long or not UTF-8."""
+    try:
+        octets = sys.stdin.buffer.readline(MAX_SECRET + 1)
+        text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+    except (AttributeError, ValueError, OSError):
+        raise Refusal(USAGE, "usage", "%s finds no text in UTF-8 on standard input" % origin) from None
+    if not text or len(octets) > MAX_SECRET:
+        raise Refusal(USAGE, "usage", "%s finds %s on standard input" % (origin, "too much" if text else "nothing"))
+    return text
+
+
+def ask(prompt: str) -> str:
+    """Ask on stderr, so that stdout stays clean."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
+def ask_secret(prompt: str) -> str:
+    from getpass import getpass
+    try:
+        found = getpass(prompt)
+    except EOFError:
+        found = ""
+    if not found:
+        raise Refusal(USAGE, "usage", "nothing was typed")
+    return found
+
+
+# == Verbs =====================================================================
+# The commands that are more than one request. Each takes the Shell and its options, and returns what --json prints.
+
+def session_login(shell: Shell, username: str | None = None, password_stdin: bool = False,
+                  totp: str | None = None) -> dict:
+    """Exchange name and password for an admin token and save it."""
+    url = shell.admin_url()
+    # Before anybody types a password: a profile that cannot be written is known now.
+    for path in (shell.profile.token_path, shell.profile.url_path):
+        try:
+            _check_private(path, os.lstat(path))
+        except OSError:
+            pass
+    if not (username or "").strip():
+        if password_stdin or not on_terminal():
+            raise Refusal(USAGE, "usage", "--username is missing", hint="without a terminal, give --username and --password-stdin")
+        username = ask("username: ")
+        if not username:
+            raise Refusal(USAGE, "usage", "nothing was typed")
+    if not password_stdin and not on_terminal():
+        raise Refusal(USAGE, "usage", "there is no terminal to ask for the password on", hint="pipe it in with --password-stdin")
+    password = read_secret("--password-stdin") if password_stdin else ask_secret("password: ")
+    client = shell.client(url, token="")
+    try:
+        answer = client.login(username, password, totp)
+    except MadError as problem:
+        if problem.status not in (400, 401, 403) or totp or not on_terminal():
+            raise
+        # The server does not say whether it was the password or a missing code, so the question is always put.
+        totp = ask("one-time code (blank if none): ")
+        if not totp:
+            raise
+        answer = client.login(username, password, totp)
+    token = answer["access_token"]
+    try:
+        claims = decode_jwt(token)[1]
+    except ValueError:
+        raise _bad_answer("the answer has no access token") from None
+    shell.profile.save(token, url.text)
+    subject = str(claims.get("sub", ""))
+    return {"success": True, "sub": subject, "message": "logged in as %s at %s" % (subject, url.text),
+            "username": _name_in(claims) or username, "expires_at": _expiry_in(claims), "url": url.text}
+
+
+def session_logout(shell: Shell) -> dict:
+    """Have the saved token revoked, then remove it."""
+    token = shell.profile.token()
+    if not shell.profile.forget():
+        return {"success": True, "message": "not logged in"}
+    try:
+        # To the server that issued it, whatever address is in force.
+        url = shell.url(shell.profile.url() or ADMIN_URL, shell.profile.url_path)
+        if token and is_token(token):
+            shell.client(url, token).logout()
+    except (MadError, Refusal) as problem:
+        # 404: a server without the route; 401: the token was dead already.
+        if not (isinstance(problem, MadError) and problem.status in (401, 404, 405)):
+            tell("warning", "the server could not be told, so the token stays good until it expires: %s" % problem)
+    return {"success": True, "message": "logged out"}
+
+
+def session_status(shell: Shell) -> dict:
+    """Decode the token in force, without asking the server."""
+    url = shell.admin_url()
+    token = shell.admin_token(url)
+    try:
+        claims = decode_jwt(token)[1]
+    except ValueError as problem:
+        raise Refusal(LOGIN, "bad_token", "the token cannot be read: %s" % problem) from None
+    roles = claims.get("roles", claims.get("role"))
+    roles = [str(role) for role in roles] if isinstance(roles, list) else [str(roles)] if roles else []
+    return {"success": True, "sub": str(claims.get("sub", "")), "username": _name_in(claims),
+            "role": roles[0] if roles else "(none)", "roles": roles, "expires_at": _expiry_in(claims),
+            "token_use": str(claims.get("token_use", "")), "url": url.text}
+
+
+def _name_in(claims: dict) -> str:
+    return str(claims.get("username") or claims.get("preferred_username") or "")
+
+
+def _expiry_in(claims: dict) -> str:
+    expires_at = claims.get("exp")
+    return utc(int(expires_at)) if isinstance(expires_at, (int, float)) else ""
+
+
+def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_password: int | None = None,
+                  public: bool = False, introspect: bool | None = None, grant: list | None = None,
+                  scope: list | None = None, **others) -> dict:
+    """Create a client. A secret nobody chose is in the result as `client_secret`, this once."""
+    if public and (secret is not None or gen_password is not None):
+        raise Refusal(USAGE, "usage", "a public client has no secret")
+    generated = None
+    if gen_password is not None:
+        # 64 letters, so that six bits of each octet choose one without favour.
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+        secret = generated = "".join(letters[octet & 63] for octet in os.urandom(gen_password))
+    if shell.quiet and not shell.json and not public and (secret is None or generated):
+        raise Refusal(USAGE, "usage", "--quiet would lose the secret that is made", hint="use --json, or give one with --secret-stdin")
+    client = shell.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
+                                          may_introspect=introspect, **others)
+    if generated:
+        client["client_secret"] = generated
+    return client
+
+
+def user_set_lockout(shell: Shell, id: str, until: str) -> dict:
+    """Lock a user out until a date-time (UTC unless it says otherwise), or for good."""
+    if until.lower() == "permanent":
+        moment = "9999-12-31T23:59:59Z"
+    else:
+        from datetime import datetime, timezone
+        try:
+            found = datetime.fromisoformat(until)
+            found = found.astimezone(timezone.utc) if found.tzinfo else found
+        except (ValueError, OverflowError):
+            raise Refusal(USAGE, "usage", "--until is an ISO 8601 date-time or the word permanent",
+                          hint="for example 2030-01-31T12:00:00Z") from None
+        moment = found.strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)
+    client = shell.client()
+    return client.set_lockout(shell.resolve(client, USER_ID, id), moment)
+
+
+def token_inspect(shell: Shell, token: str) -> dict:
+    """Take a JWT apart. Nothing is verified."""
+    try:
+        header, payload, signature = decode_jwt(token.strip())
+    except ValueError as problem:
+        raise Refusal(USAGE, "bad_token", str(problem)) from None
+    return {"header": header, "payload": payload, "signature": signature}
+
+
+def show_token(parts: dict) -> list[str]:
+    lines = []
+    for title in ("header", "payload"):
+        lines += [title.upper(), "-" * len(title)]
+        for name, value in parts[title].items():
+            is_stamp = name in ("exp", "iat", "nbf") and isinstance(value, int) and not isinstance(value, bool)
+            text = utc(value, " UTC") if is_stamp else str(value) if isinstance(value, bool) else plain(value)
+            lines.append("%s: %s" % (plain(name), text))
+        lines.append("")
+    return lines + ["SIGNATURE", "---------", plain(parts["signature"])]
+
+
+def token_get(shell: Shell, client_id: str | None = None, secret: str | None = None, scope: str | None = None,
+              no_cache: bool = False) -> dict:
+    """Get an access token for a machine client, from the cache while it lasts."""
+    from time import time
+    url = shell.auth_url()
+    client_id = client_id or os.environ.get("MAD_CLIENT_ID")
+    if not client_id:
+        raise Refusal(USAGE, "usage", "--client-id is missing", hint="give it, or set MAD_CLIENT_ID")
+    secret = secret or os.environ.get("MAD_CLIENT_SECRET")
+    if not secret and on_terminal():
+        secret = ask_secret("client secret: ")
+    if not secret:
+        raise Refusal(USAGE, "usage", "the client secret is missing", hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
+    scope = " ".join((scope or "").split())
+    cache = None if no_cache else TokenCache(url.text, client_id, scope, secret)
+    if cache and (answer := cache.find(int(time()))):
+        return answer
+    client = MadClient(auth_url=url.text, ca_file=os.environ.get("MAD_CA_FILE") or None)
+    asked_at = int(time())
+    try:
+        answer = client.client_credentials(client_id, secret, scope)
+    except MadError as problem:
+        if problem.status == 401:
+            problem.hint = "check the client id and its secret"
+        raise
+    if cache:
+        cache.store(answer, asked_at)
+    return answer
+
+
+def completion(name: str):
+    """Return the verb that makes the completion script of a shell."""
+    return lambda shell: {"success": True, "message": COMPLETIONS[name](shell.commands)}
+
+
+def show_script(result: dict) -> list[str]:
+    return [result["message"]]
+
+
+def show_access_token(answer: dict) -> list[str]:
+    return [answer["access_token"]]
+
+
+def verdict(answer: dict) -> dict:
+    return {"success": True, "message": "allowed" if answer["allowed"] else "not allowed", **answer}
+
+
+def outcome(answer: dict) -> dict:
+    return {"success": True, "message": str(answer.get("message") or "done"), **answer}
+
+
+# == Commands ==================================================================
+# Everything mad can do. A new command is a row here and, at most, a method of MadClient.
+
+USER_ID = Option("id", "the user", required=True, of="users")
+ROLE_ID = Option("id", "the role", required=True, of="roles")
+PERMISSION_ID = Option("id", "the permission", required=True, of="permissions")
+SCOPE_ID = Option("id", "the scope", required=True, of="scopes")
+CLIENT_ID = Option("id", "the client", required=True, of="clients")
+OF_USER = Option("user-id", "the user", required=True, of="users")
+OF_ROLE = Option("role-id", "the role", required=True, of="roles")
+OF_PERMISSION = Option("permission-id", "the permission", required=True, of="permissions")
+OF_SCOPE = Option("scope-id", "the scope", required=True, of="scopes")
+OF_SCOPES = Option("scope-id", "the scopes, one or more", "list", required=True, of="scopes", dest="scope_ids")
+OF_CLIENT = Option("client-id", "the client", required=True, of="clients")
+NAME = Option("name", "its name", required=True)
+DESCRIPTION = Option("description", "what it is for", metavar="TEXT")
+RENAME = Option("name", "its new name")
+FLAG = Option("flag", "ENABLE_TOTP, TOTP_ISSUER, TOKEN_EXPIRATION, REFRESH_TOKEN_EXPIRATION, SESSION_BASED_AUTH "
+              "or SESSION_BASED_MAX_AGE", required=True)
+RECORD = Option("id", "its id", required=True, metavar="ID")
+IDP = (
+    Option("provider-key", "short key, such as google", required=True),
+    Option("display-name", "what people read", required=True),
+    Option("issuer", "its issuer URL", required=True, metavar="URL"),
+    Option("external-client-id", "our client id there", required=True),
+    Option("scopes", "what to ask it for (openid email profile)"),
+)
+PURGE = (
+    Option("older-than", "age in seconds", "number", required=True, metavar="SECONDS"),
+    Option("expired", "purge what expired before then", "flag"),
+    Option("revoked", "purge what was revoked and expired before then", "flag"),
+)
+NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret", stdin="secret-stdin")
+
+USER = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until", "created_at")
+ROLE = fields("id", "name", "description", "is_protected")
+ROLES = table("roles", "id", "name", "is_protected", "description")
+PERMISSIONS = table("permissions", "id", "name")
+SCOPE = fields("id", "name", "description=desc", "created_at", "is_active")
+SCOPES = table("scopes", "id", "name", "description=desc")
+CLIENT = fields("id", "client_id", "display_name", "audience", "client_type", "grant_types", "is_active", "created_at")
+REDIRECT_URIS = table("redirect URIs", "id", "redirect_uri")
+SESSION = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked", "issued_at", "expires_at")
+SESSIONS = table("sessions", "id", "user_id", "use=token_use", "is_revoked", "expires=expires_at")
+REFRESH_TOKENS = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
+AUDIT = ("id", "user=actor_id", "action", "target", "secondary", "time=timestamp")
+
+COMMANDS = (
+    # -- session --
+    Command("session login", "log in as an administrator and save the token", session_login, (
+        Option("admin-url", "address of the ADMIN server"),
+        Option("username", "who (asked for on a terminal)"),
+        Option("password-stdin", "read the password from standard input", "flag"),
+        Option("totp", "one-time code, when a second factor is set up", metavar="CODE"),
+    ), said, "mad session login --username admin --password-stdin < password.txt", local=True),
+    Command("session logout", "end the saved login", session_logout, (), said,
+            "mad session logout", local=True),
+    Command("session status", "show who is logged in, and until when", session_status, (
+        Option("admin-url", "address of the ADMIN server"),
+    ), fields("subject=sub", "username", "roles", "expires=expires_at", "token_use", "url"),
+        "mad session status --json", local=True, quiet=lambda status: [plain(status["sub"])]),
+
+    # -- user --
+    Command("user create", "create a user", MadClient.create_user, (
+        Option("username", "name to log in with", required=True),
+        Option("user-email", "e-mail address", required=True, dest="email"),
+        Option("user-password", "better from stdin: an argument is visible to every process", "secret", required=True,
+               dest="password", stdin="password-stdin", metavar="PASSWORD"),
+    ), line("created user {username} with id {id}"),
+        "mad user create --username bob --user-email bob@example.org --password-stdin < password.txt"),
+    Command("user list", "list the users", MadClient.list_users, (),
+            table("users", "id", "username", "email", "is_active"), "mad user list --json"),
+    Command("user get", "show a user", MadClient.get_user, (USER_ID,), USER, "mad user get --id bob"),
+    Command("user update", "change name, e-mail or state of a user", MadClient.update_user, (
+        USER_ID, Option("username", "new name"), Option("email", "new e-mail address"),
+        Option("is-active", "whether the user may log in", "flag"),
+    ), USER, "mad user update --id bob --email bob@example.net", at_least_one=True),
+    Command("user verify-email", "mark the e-mail address of a user as verified", MadClient.verify_email, (USER_ID,),
+            said, "mad user verify-email --id bob"),
+    Command("user reset-password", "set a new password", MadClient.reset_password, (
+        USER_ID, Option("new-password", "better from stdin: an argument is visible to every process", "secret",
+                        required=True, stdin="password-stdin", metavar="PASSWORD"),
+    ), said, "mad user reset-password --id bob --password-stdin < password.txt"),
+    Command("user deactivate", "keep a user from logging in, and end the user's sessions", MadClient.deactivate_user,
+            (USER_ID,), said, "mad user deactivate --id bob"),
+    Command("user activate", "let a deactivated user log in again", MadClient.activate_user, (USER_ID,), said,
+            "mad user activate --id bob"),
+    Command("user delete", "delete a user and everything that is theirs", MadClient.delete_user, (USER_ID,), said,
+            "mad user delete --id bob"),
+    Command("user set-lockout", "lock a user out for a time", user_set_lockout, (
+        Option("id", "the user", required=True, metavar="ID|NAME"),
+        Option("until", "ISO 8601 date-time, in UTC unless it says otherwise, or permanent", required=True),
+    ) + SERVER, said, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z", local=True),
+    Command("user clear-lockout", "end the lockout of a user", MadClient.clear_lockout, (USER_ID,), said,
+            "mad user clear-lockout --id bob"),
+    Command("user totp-qr", "make a second-factor secret, and a QR code on the server", MadClient.generate_totp, (
+        USER_ID, OF_CLIENT, Option("output-path", "folder on the server (.)", dest="qr_output_path"),
+    ), line("wrote {filename}"), "mad user totp-qr --id bob --client-id app"),
+    Command("user totp-verify", "confirm a second factor with its first code", MadClient.verify_totp, (
+        OF_USER, OF_CLIENT, Option("code", "the six digits", required=True),
+    ), said, "mad user totp-verify --user-id bob --client-id app --code 123456"),
+    Command("user disable-totp", "remove the second factor of a user", MadClient.disable_totp, (OF_USER, OF_CLIENT),
+            said, "mad user disable-totp --user-id bob --client-id app"),
+
+    # -- role --
+    Command("role create", "create a role", MadClient.create_role, (NAME, DESCRIPTION),
+            line("created role {name} with id {id}"), "mad role create --name Operator"),
+    Command("role update", "change a role", MadClient.update_role, (ROLE_ID, RENAME, DESCRIPTION), ROLE,
+            "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
+    Command("role list", "list the roles", MadClient.list_roles, (), ROLES, "mad role list"),
+    Command("role get", "show a role", MadClient.get_role, (ROLE_ID,), ROLE, "mad role get --id Operator"),
+    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator"),
+    Command("role assign", "give a user a role", MadClient.assign_role, (OF_USER, OF_ROLE), said,
+            "mad role assign --user-id bob --role-id Operator"),
+    Command("role unassign", "take a role from a user", MadClient.unassign_role, (OF_USER, OF_ROLE), said,
+            "mad role unassign --user-id bob --role-id Operator"),
+    Command("role list-for-user", "list the roles of a user", MadClient.list_roles_of_user, (OF_USER,),
+            table("roles", "id", "name"), "mad role list-for-user --user-id bob"),
+
+    # -- permission --
+    Command("permission create", "create a permission", MadClient.create_permission, (NAME,),
+            line("created permission {name} with id {id}"), "mad permission create --name door.open"),
+    Command("permission update", "rename a permission", MadClient.update_permission, (
+        PERMISSION_ID, Option("name", "its new name", required=True)), fields("id", "name"),
+        "mad permission update --id door.open --name gate.open"),
+    Command("permission list", "list the permissions", MadClient.list_permissions, (), PERMISSIONS, "mad permission list"),
+    Command("permission get", "show a permission", MadClient.get_permission, (PERMISSION_ID,), fields("id", "name"),
+            "mad permission get --id door.open"),
+    Command("permission delete", "delete a permission", MadClient.delete_permission, (PERMISSION_ID,), said,
+            "mad permission delete --id door.open"),
+    Command("permission assign", "give a role a permission", MadClient.assign_permission, (OF_ROLE, OF_PERMISSION),
+            said, "mad permission assign --role-id Operator --permission-id door.open"),
+    Command("permission remove", "take a permission from a role", MadClient.remove_permission,
+            (OF_ROLE, OF_PERMISSION), said, "mad permission remove --role-id Operator --permission-id door.open"),
+    Command("permission list-for-role", "list the permissions of a role", MadClient.list_permissions_of_role,
+            (OF_ROLE,), PERMISSIONS, "mad permission list-for-role --role-id Operator"),
+    Command("permission list-for-user", "list what a user may do", MadClient.list_permissions_of_user, (OF_USER,),
+            PERMISSIONS, "mad permission list-for-user --user-id bob"),
+    Command("permission check-access", "tell whether a user has a permission", MadClient.check_access,
+            (OF_USER, OF_PERMISSION), said, "mad permission check-access --user-id bob --permission-id door.open",
+            shape=verdict),
+
+    # -- client --
+    Command("client create", "register a client; a secret nobody chose is made and shown once", client_create, (
+        Option("client-id", "its public identifier", required=True, metavar="ID"), NEW_SECRET,
+        Option("gen-password", "make a secret of this length here", "number", least=8),
+        Option("public", "a client that cannot keep a secret, such as a browser application", "flag"),
+        Option("display-name", "what people read"),
+        Option("audience", "audience of its tokens (microauthd)"),
+        Option("grant", "a grant type it may use, one or more", "list"),
+        Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
+        Option("introspect", "may introspect tokens of other clients", "flag"),
+    ) + SERVER, with_secret(line("created client {client_id} with id {id}")),
+        "mad client create --client-id sensor --grant client_credentials --scope read", local=True),
+    Command("client list", "list the clients", MadClient.list_clients, (),
+            table("clients", "id", "client_id", "is_active", "display_name"), "mad client list"),
+    Command("client get", "show a client", MadClient.get_client, (CLIENT_ID,), CLIENT, "mad client get --id sensor"),
+    Command("client update", "change a client", MadClient.update_client, (
+        CLIENT_ID, Option("client-id", "new public identifier", metavar="ID"), Option("display-name", "what people read"),
+        Option("audience", "audience of its tokens"), Option("is-active", "whether it may get tokens", "flag"),
+    ), CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
+    Command("client change-secret", "give a client a new secret; one is made unless given", MadClient.change_client_secret, (
+        CLIENT_ID, Option("secret", "better from stdin: an argument is visible to every process", "secret",
+                          stdin="secret-stdin", dest="new_secret"),
+        Option("overlap", "how long the old secret keeps working", "number", dest="overlap_seconds", metavar="SECONDS", least=0),
+    ), lambda row: ["the new secret, shown this once: " + plain(row["message"])],
+        "mad client change-secret --id sensor --overlap 3600", quiet=said),
+    Command("client delete", "delete a client and end its sessions", MadClient.delete_client, (CLIENT_ID,), said,
+            "mad client delete --id sensor"),
+    Command("client add-redirect-uri", "allow a client a redirect URI", MadClient.add_redirect_uri, (
+        CLIENT_ID, Option("uri", "the URI, exactly as the client will send it", required=True),
+    ), line("added {redirect_uri} with id {id}"), "mad client add-redirect-uri --id app --uri https://app.example/callback"),
+    Command("client list-redirect-uris", "list the redirect URIs of a client", MadClient.list_redirect_uris, (OF_CLIENT,),
+            REDIRECT_URIS, "mad client list-redirect-uris --client-id app"),
+    Command("client delete-redirect-uri", "remove a redirect URI", MadClient.delete_redirect_uri, (RECORD,), said,
+            "mad client delete-redirect-uri --id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11"),
+    Command("client set-flag", "switch a feature of a client", MadClient.set_flag, (
+        OF_CLIENT, FLAG, Option("enable", "true or false", "flag", required=True, dest="enabled"),
+    ), said, "mad client set-flag --client-id app --flag ENABLE_TOTP --enable true"),
+    Command("client get-flag", "tell whether a feature is on", MadClient.get_flag, (OF_CLIENT, FLAG),
+            lambda enabled: ["enabled" if enabled else "disabled"], "mad client get-flag --client-id app --flag ENABLE_TOTP"),
+    Command("client set-flag-options", "set the value of a feature", MadClient.set_flag_options, (
+        OF_CLIENT, FLAG, Option("options", "the value", required=True, metavar="VALUE"),
+    ), said, "mad client set-flag-options --client-id app --flag TOKEN_EXPIRATION --options 600"),
+    Command("client get-flag-options", "show the value of a feature", MadClient.get_flag_options, (OF_CLIENT, FLAG),
+            lambda text: [plain(text) or "(none)"], "mad client get-flag-options --client-id app --flag TOKEN_EXPIRATION"),
+    Command("client add-idp", "add an external identity provider", MadClient.add_idp, (CLIENT_ID,) + IDP,
+            line("added {provider_key} with id {id}"),
+            "mad client add-idp --id app --provider-key google --display-name Google "
+            "--issuer https://accounts.google.com --external-client-id 123"),
+    Command("client update-idp", "change an external identity provider", MadClient.update_idp, (
+        CLIENT_ID, Option("idp-id", "its id", required=True, metavar="ID")) + IDP, line("updated {provider_key}"),
+        "mad client update-idp --id app --idp-id ID --provider-key google --display-name Google "
+        "--issuer https://accounts.google.com --external-client-id 123"),
+    Command("client list-idps", "list the external identity providers", MadClient.list_idps, (CLIENT_ID,),
+            table("external providers", "id", "key=provider_key", "display_name", "issuer"), "mad client list-idps --id app"),
+    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (
+        CLIENT_ID, Option("idp-id", "its id", required=True, metavar="ID")), said, "mad client delete-idp --id app --idp-id ID"),
+    Command("client assign-scope", "let a client ask for scopes", MadClient.assign_scopes_to_client, (OF_CLIENT, OF_SCOPES),
+            said, "mad client assign-scope --client-id sensor --scope-id read write"),
+    Command("client list-scopes", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
+            "mad client list-scopes --client-id sensor"),
+    Command("client remove-scope", "take a scope from a client", MadClient.remove_scope_from_client, (OF_CLIENT, OF_SCOPE),
+            said, "mad client remove-scope --client-id sensor --scope-id write"),
+
+    # -- scope --
+    Command("scope create", "create a scope", MadClient.create_scope, (NAME, DESCRIPTION),
+            line("created scope {name} with id {id}"), "mad scope create --name read --description 'read the meters'"),
+    Command("scope update", "change a scope", MadClient.update_scope, (SCOPE_ID, RENAME, DESCRIPTION), SCOPE,
+            "mad scope update --id read --description 'read all meters'", at_least_one=True),
+    Command("scope list", "list the scopes", MadClient.list_scopes, (), SCOPES, "mad scope list"),
+    Command("scope get", "show a scope", MadClient.get_scope, (SCOPE_ID,), SCOPE, "mad scope get --id read"),
+    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read"),
+    Command("scope assign-to-user", "give a user scopes", MadClient.assign_scopes_to_user, (OF_USER, OF_SCOPES), said,
+            "mad scope assign-to-user --user-id bob --scope-id read write"),
+    Command("scope list-for-user", "list the scopes of a user", MadClient.list_scopes_of_user, (OF_USER,), SCOPES,
+            "mad scope list-for-user --user-id bob"),
+    Command("scope remove-from-user", "take a scope from a user", MadClient.remove_scope_from_user, (OF_USER, OF_SCOPE),
+            said, "mad scope remove-from-user --user-id bob --scope-id write"),
+    Command("scope assign-to-client", "let a client ask for scopes", MadClient.assign_scopes_to_client,
+            (OF_CLIENT, OF_SCOPES), said, "mad scope assign-to-client --client-id sensor --scope-id read write"),
+    Command("scope list-for-client", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
+            "mad scope list-for-client --client-id sensor"),
+    Command("scope remove-from-client", "take a scope from a client", MadClient.remove_scope_from_client,
+            (OF_CLIENT, OF_SCOPE), said, "mad scope remove-from-client --client-id sensor --scope-id write"),
+
+    # -- sessionctl, refreshtoken, auditlog --
+    Command("sessionctl list", "list the sessions, newest first", MadClient.list_sessions, (), SESSIONS, "mad sessionctl list"),
+    Command("sessionctl get", "show a session", MadClient.get_session, (RECORD,), SESSION,
+            "mad sessionctl get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
+    Command("sessionctl list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (OF_USER,), SESSIONS,
+            "mad sessionctl list-by-user --user-id bob"),
+    Command("sessionctl introspect", "have the server read an AUTH token", MadClient.introspect, (
+        Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT"),
+    ), lambda claims: ["%s: %s" % (plain(name), plain(value)) for name, value in claims.items()],
+        "mad sessionctl introspect --token -"),
+    Command("sessionctl revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD,), said,
+            "mad sessionctl revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c", shape=outcome),
+    Command("sessionctl purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE, said,
+            "mad sessionctl purge --older-than 86400 --expired"),
+    Command("refreshtoken list", "list the refresh tokens, newest first", MadClient.list_refresh_tokens, (),
+            REFRESH_TOKENS, "mad refreshtoken list"),
+    Command("refreshtoken list-by-user", "list the refresh tokens of a user", MadClient.list_refresh_tokens_of_user,
+            (OF_USER,), REFRESH_TOKENS, "mad refreshtoken list-by-user --user-id bob"),
+    Command("refreshtoken get", "show a refresh token", MadClient.get_refresh_token, (RECORD,),
+            fields("id", "user_id", "client_id", "issued_at", "expires_at", "is_revoked"),
+            "mad refreshtoken get --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
+    Command("refreshtoken purge-refresh", "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE,
+            said, "mad refreshtoken purge-refresh --older-than 86400 --expired"),
+    Command("auditlog list", "list what was done, newest first", MadClient.list_audit_logs, (
+        Option("user-id", "who did it", of="users", loose=True), Option("action", "exactly this action"),
+        Option("limit", "at most so many (100)", "number"),
+    ), table("entries", *AUDIT), "mad auditlog list --action user_created --limit 20"),
+    Command("auditlog get", "show an entry", MadClient.get_audit_log, (RECORD,), fields(*AUDIT, "ip_address", "user_agent"),
+            "mad auditlog get --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
+    Command("auditlog purge", "delete old entries", MadClient.purge_audit_logs, (
+        Option("days", "older than so many days", "number", required=True, least=1),
+    ), said, "mad auditlog purge --days 365"),
+
+    # -- token, completion --
+    Command("token", "take a JWT apart, without verifying it", token_inspect, (
+        Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT"),
+    ), show_token, "mad token get | mad token --token -", local=True),
+    Command("token get", "print an access token for a machine client, cached while it lasts", token_get, (
+        Option("auth-url", "address of the AUTH server"), Option("client-id", "the client", metavar="ID"),
+        Option(None, "read the client secret from standard input", "secret", stdin="secret-stdin", dest="secret"),
+        Option("scope", "what to ask for, separated by blanks"),
+        Option("no-cache", "neither use nor keep a cached token", "flag"),
+    ), show_access_token,
+        "curl -H \"Authorization: Bearer $(mad token get --scope read)\" https://api.example/meters", local=True,
+        quiet=show_access_token),
+    Command("completion bash", "print the completion script for bash", completion("bash"), (), show_script,
+            "mad completion bash > ~/.local/share/bash-completion/completions/mad", local=True, quiet=show_script),
+    Command("completion zsh", "print the completion script for zsh", completion("zsh"), (), show_script,
+            "mad completion zsh > ~/.zfunc/_mad", local=True, quiet=show_script),
+    Command("completion fish", "print the completion script for fish", completion("fish"), (), show_script,
+            "mad completion fish > ~/.config/fish/completions/mad.fish", local=True, quiet=show_script),
+)
+
+
+# == Main ======================================================================
+
+NOT_PARAMETERS = {"admin-url", "admin-token", "auth-url"}  # These say where and as whom, and are the Shell's.
+
+
+def run(command: Command, shell: Shell):
+    """Do what a command says and return its result."""
+    client = None if command.local else shell.client()
+    parameters = {}
+    for option in command.options:
+        if option.name in NOT_PARAMETERS:
+            continue
+        value = shell.secret(option) if option.kind == "secret" else shell.values.get(option.name)
+        if value is None:
+            continue
+        if option.kind == "token" and value == "-":
+            value = read_secret("--%s -" % option.name)
+        if option.of and client:
+            value = ([shell.resolve(client, option, item) for item in value] if isinstance(value, list)
+                     else shell.resolve(client, option, value))
+        parameters[option.dest] = value
+    result = command.call(client or shell, **parameters)
+    return command.shape(result) if command.shape else result
+
+
+def _document(value) -> None:
+    from json import dumps
+    print(dumps(value, separators=(",", ":")))
+
+
+def _fail(as_json: bool, exit_status: int, error: str, messages, errors: dict | None = None, hint: str = "") -> int:
+    if as_json:
+        document = {"success": False, "message": "; ".join(messages), "error": error}
+        if errors:
+            document["errors"] = errors
+        _document(document)
+    for message in messages:
+        tell("error", message)
+    for name, text in (errors or {}).items():
+        tell("error", "%s: %s" % (name, text))
+    if hint:
+        tell("hint", hint)
+    return exit_status
+
+
+def _run_command(command: Command, words: list[str]) -> int:
+    parsed = parse(command, words)
+    if parsed.wants_help:
+        print(help_noun(COMMANDS, command.name) if " " not in command.name else help_command(command))
+        return DONE
+    if parsed.errors:
+        return _fail("--json" in words or parsed.values.get("json", False), USAGE, "usage", parsed.errors,
+                     hint=parsed.hint or "see: mad %s --help" % command.name)
+    shell = Shell(parsed.values, COMMANDS)
+    try:
+        result = run(command, shell)
+    except Refusal as problem:
+        return _fail(shell.json, problem.exit_status, problem.error, problem.messages, hint=problem.hint)
+    except MadError as problem:
+        status = UNREACHABLE if isinstance(problem, Unreachable) else LOGIN if problem.status == 401 else REFUSED
+        hint = problem.hint or ("log in with: mad session login" if status == LOGIN and not command.local else "")
+        return _fail(shell.json, status, problem.error, [problem.message], problem.errors, hint)
+    except BadValue as problem:
+        return _fail(shell.json, USAGE, "usage", [str(problem)])
+    except UnicodeEncodeError:
+        return _fail(shell.json, USAGE, "usage", ["a value in the environment is not valid UTF-8"])
+    if shell.json:
+        _document(result)
+    else:
+        for text in (command.quiet or ids)(result) if shell.quiet else command.show(result):
+            print(text)
+    return DONE
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        print(help_overview(COMMANDS), file=sys.stderr)
+        return USAGE
+    if argv[0] in HELP_WORDS:
+        print(help_overview(COMMANDS))
+        return DONE
+    if argv == ["--version"]:
+        print(VERSION)
+        return DONE
+    by_name = {command.name: command for command in COMMANDS}
+    noun, verb = argv[0], argv[1] if len(argv) > 1 else ""
+    if command := by_name.get(noun + " " + verb):
+        return _run_command(command, argv[2:])
+    as_json = "--json" in argv
+    if noun not in nouns(COMMANDS):
+        hint = "options stand after the command: mad <noun> <verb> [options]"
+        if not noun.startswith("-"):
+            guess = near(noun, nouns(COMMANDS))
+            hint = "did you mean mad %s?" % guess if guess else "see: mad --help"
+        return _fail(as_json, USAGE, "usage", ["unknown command '%s'" % noun], hint=hint)
+    if verb and not verb.startswith(("-", "/")):
+        guess = near(verb, [name.partition(" ")[2] for name in by_name if name.startswith(noun + " ")])
+        return _fail(as_json, USAGE, "usage", ["unknown command '%s %s'" % (noun, verb)],
+                     hint="did you mean mad %s %s?" % (noun, guess) if guess else "see: mad %s --help" % noun)
+    if noun in by_name:
+        return _run_command(by_name[noun], argv[1:])
+    if verb in HELP_WORDS:
+        print(help_noun(COMMANDS, noun))
+        return DONE
+    if verb:
+        return _fail(as_json, USAGE, "usage", ["mad %s needs a verb before its options" % noun],
+                     hint="see: mad %s --help" % noun)
+    print(help_noun(COMMANDS, noun), file=sys.stderr)
+    return USAGE
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line (without the program's name) and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # A poor locale must not turn a name into a crash.
+    try:
+        status = _dispatch(list(argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as problem:
+        if sys.stdout is None or problem.filename is not None:
+            raise
+        # Whatever is left in the buffer has nowhere to go; the interpreter must not try again on its way out.
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError):
+            pass
+        if isinstance(problem, BrokenPipeError):
+            return DONE  # The reader, a `head` or a `grep -q`, has seen enough.
+        tell("error", "cannot write the answer: %s" % problem.strerror)
+        return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
