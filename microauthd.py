@@ -206,6 +206,13 @@ class Problem(Exception):
         return err
 
 
+def reject(**errors):
+    """Raise invalid_request naming each member with a sentence against it; nothing where there is none."""
+    errors = {member: wrong for member, wrong in errors.items() if wrong}
+    if errors:
+        raise Problem("invalid_request", errors=errors)
+
+
 class Refusal(Exception):
     """A sentence for the operator that ends a command with exit status 1."""
 
@@ -2311,20 +2318,24 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
         return account, amr
 
 
+def check_username(username: str) -> str:
+    """Return what is wrong with a folded user name, or nothing."""
+    if not username or len(username) > 100 or not username.isprintable():
+        return "must be 1 to 100 printable characters"
+    return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else ""
+
+
+def check_email(email: str) -> str:
+    """Return what is wrong with a folded e-mail address, or nothing. Whether it works, only mail can tell."""
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254 or not email.isprintable():
+        return "must be an e-mail address"
+    return ""
+
+
 def create_user(idp: Idp, origin: Origin, actor: str, wanted: CreateUser) -> Account:
     """Raises invalid_request naming each bad member, or conflict."""
     username, email, password = fold(wanted.username), fold(wanted.email or wanted.user_email), wanted.password or wanted.user_password
-    errors = {}
-    if not username or len(username) > 100 or not username.isprintable():
-        errors["username"] = "must be 1 to 100 printable characters"
-    elif GROUPS_OF_UUID.fullmatch(username):
-        errors["username"] = "must not look like an identifier"
-    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254:
-        errors["email"] = "must be an e-mail address"
-    if wrong := check_new_password(idp.options, password, username, email):
-        errors["password"] = wrong
-    if errors:
-        raise Problem("invalid_request", errors=errors)
+    reject(username=check_username(username), email=check_email(email), password=check_new_password(idp.options, password, username, email))
     password_hash = idp.hasher.hash(password)
     try:
         with idp.store.transaction():
@@ -2434,11 +2445,24 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     return " ".join(sorted(wanted))
 
 
+def check_client_id(client_id: str) -> str:
+    """Return what is wrong with a client_id, or nothing. Shaped like a UUID it could be taken for a user's `sub`."""
+    if not CLIENT_ID.fullmatch(client_id) or GROUPS_OF_UUID.fullmatch(client_id):
+        return "must be 1 to 255 printable ASCII characters without blank or colon, and not look like a UUID"
+    return ""
+
+
+def check_scope_name(name: str) -> str:
+    """Return what is wrong with the name of a scope, or nothing. RFC 6749 §3.3."""
+    if not SCOPE_TOKEN.fullmatch(name) or GROUPS_OF_UUID.fullmatch(name):
+        return "must be printable ASCII without blank, quote or backslash, and not look like a UUID"
+    return ""
+
+
 def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) -> tuple[Client, str]:
     """Register a client. Return it and its secret where one was made. Raises invalid_request or conflict."""
     client_id, errors = wanted.client_id.strip(), {}
-    if not CLIENT_ID.fullmatch(client_id) or GROUPS_OF_UUID.fullmatch(client_id):
-        errors["client_id"] = "must be 1 to 255 printable ASCII characters without blank or colon, and not look like a UUID"
+    errors["client_id"] = check_client_id(client_id)
     if wanted.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
         errors["client_type"] = "must be confidential or public"
     public = wanted.client_type == PUBLIC_CLIENT
@@ -2460,8 +2484,7 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
     scopes = [idp.store.find_scope(normalise(name)) for name in wanted.scopes or ()]
     if None in scopes:
         errors["scopes"] = "must all exist"
-    if errors:
-        raise Problem("invalid_request", errors=errors)
+    reject(**errors)
     made = "" if public or secret else random_handle()
     now = idp.now()
     row = ClientRow(
@@ -2496,8 +2519,7 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
         errors["new_secret"] = "must have 16 to 255 characters"
     if not 0 <= wanted.overlap_seconds <= 31 * 86400:
         errors["overlap_seconds"] = "must be from 0 to 2678400"
-    if errors:
-        raise Problem("invalid_request", errors=errors)
+    reject(**errors)
     secret = secret or random_handle()
     secret_hash, now = idp.hasher.hash(secret), idp.now()
     with idp.store.transaction(identity=True):
@@ -2509,8 +2531,7 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
 
 def create_scope(idp: Idp, origin: Origin, actor: str, wanted: CreateScope) -> Scope:
     name = normalise(wanted.name)
-    if not SCOPE_TOKEN.fullmatch(name) or GROUPS_OF_UUID.fullmatch(name):
-        raise Problem("invalid_request", errors={"name": "must be a scope-token of RFC 6749 §3.3: printable ASCII without blank, quote or backslash"})
+    reject(name=check_scope_name(name))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:

@@ -59,7 +59,7 @@ def errors():
 
 
 def commands():
-    return table(("Command", "What it does"), [(f"`mad {name}`", told) for name, _, told in mad.describe_commands(mad.COMMANDS)])
+    return table(("Command", "What it does"), [(f"`{usage}`", told) for usage, told, _ in mad.describe_commands(mad.COMMANDS)])
 
 
 TABLES = {
