@@ -1489,10 +1489,17 @@ class Store:
         )
 
     def list_secrets(self, client_id, now):
-        return self.all(Secret, "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC, id DESC", client_id=client_id, now=now)
+        return self.all(Secret, "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC", client_id=client_id, now=now)
 
     def add_secret(self, id, client_id, secret_hash, now):
-        self.run("INSERT INTO client_secret VALUES (:id, :client_id, :secret_hash, :now, :forever)", id=id, client_id=client_id, secret_hash=secret_hash, now=now, forever=FOREVER)
+        # Two of one second keep their order.
+        self.run(
+            """
+            INSERT INTO client_secret
+            SELECT :id, :client_id, :secret_hash, max(:now, 1 + coalesce(max(created_at), 0)), :forever FROM client_secret WHERE client_id = :client_id
+            """,
+            id=id, client_id=client_id, secret_hash=secret_hash, now=now, forever=FOREVER,
+        )
 
     def retire_secrets(self, client_id, expires_at, now):
         """Let the newest living secret go on until `expires_at`; the older ones end now. Two live at most."""
@@ -1500,7 +1507,7 @@ class Store:
             """
             UPDATE client_secret
                SET expires_at = CASE WHEN id = (SELECT id FROM client_secret WHERE client_id = :client_id AND expires_at > :now
-                                                 ORDER BY created_at DESC, id DESC LIMIT 1)
+                                                 ORDER BY created_at DESC LIMIT 1)
                                      THEN min(expires_at, :expires_at) ELSE min(expires_at, :now) END
              WHERE client_id = :client_id
             """,
@@ -2940,52 +2947,6 @@ def decode_component(raw: bytes) -> str:
     return word
 
 
-class Params:
-    """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
-
-    __slots__ = ("environ", "path", "values", "body", "origin")
-
-    def __init__(self, environ, path, route):
-        self.environ, self.path, self.body = environ, path, None
-        peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
-        self.origin = Origin(
-            peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1"),
-        )
-        self.values = {}
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
-            self.values = parse_form(environ.get("QUERY_STRING", "").encode("latin-1"))
-            return
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if route.takes is not None:
-            if media != "application/json":
-                raise Problem("unsupported_media_type")
-            self.body = decode_body(body, route.takes)
-        elif body and route.form:
-            if media != "application/x-www-form-urlencoded":
-                raise Problem("invalid_request", log="not a form")
-            self.values = parse_form(body)
-
-    def get(self, name: str) -> str | None:
-        return self.values.get(name)
-
-    def need(self, name: str) -> str:
-        """Return a parameter that must be there and not be empty."""
-        value = self.values.get(name)
-        if not value:
-            raise Problem("invalid_request", log=f"no {name}")
-        return value
-
-    def whole(self, name: str, default: int, most: int) -> int:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not re.fullmatch(r"[0-9]{1,9}", value):
-            raise Problem("invalid_request", errors={name: "must be a whole number"})
-        return min(int(value), most)
-
-
 def decode_body(body: bytes, struct_type):
     """Decode a JSON object; member names match without regard to case, unknown ones are ignored.
 
@@ -3005,6 +2966,56 @@ def decode_body(body: bytes, struct_type):
         member = re.search(r"required field `(\w+)`", sentence)
         name = re.split(r"[`.\[]", where)[0] or (member.group(1) if member else "body")
         raise Problem("invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}) from None
+
+
+class Params:
+    """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
+
+    __slots__ = ("environ", "path", "values", "body", "origin", "route", "raw")
+
+    def __init__(self, environ, path, route):
+        self.environ, self.path, self.route, self.body, self.raw = environ, path, route, None, b""
+        peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
+        self.origin = Origin(
+            peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
+            peer in ("127.0.0.1", "::1"),
+        )
+        self.values = {}
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
+            self.values = parse_form(environ.get("QUERY_STRING", "").encode("latin-1"))
+            return
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        if route.takes is not None:
+            self.raw = body if media == "application/json" else None
+        elif body and route.form:
+            if media != "application/x-www-form-urlencoded":
+                raise Problem("invalid_request", log="not a form")
+            self.values = parse_form(body)
+
+    def decode(self):
+        """Decode the JSON body into the object the route takes. After the guard: strangers learn nothing of our objects."""
+        if self.raw is None:
+            raise Problem("unsupported_media_type")
+        self.body = decode_body(self.raw, self.route.takes)
+
+    def get(self, name: str) -> str | None:
+        return self.values.get(name)
+
+    def need(self, name: str) -> str:
+        """Return a parameter that must be there and not be empty."""
+        value = self.values.get(name)
+        if not value:
+            raise Problem("invalid_request", log=f"no {name}")
+        return value
+
+    def whole(self, name: str, default: int, most: int) -> int:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not re.fullmatch(r"[0-9]{1,9}", value):
+            raise Problem("invalid_request", errors={name: "must be a whole number"})
+        return min(int(value), most)
 
 
 # -- guards: who is calling --
@@ -3123,7 +3134,10 @@ class Answer:
             environ = bottle.request.environ
             try:
                 params = Params(environ, path, route)
-                result = handler(idp, params) if public else handler(idp, guard(idp, params), params)
+                caller = () if public else (guard(idp, params),)
+                if route.takes is not None:
+                    params.decode()
+                result = handler(idp, *caller, params)
             except Problem as problem:
                 result = refuse(problem, route.oauth)
                 self.tell(environ, problem.code, problem.status, problem.log)
@@ -3177,7 +3191,8 @@ class Answer:
 
 def build_app(idp: Idp, routes: Routes) -> bottle.Bottle:
     """Return the Bottle app of a port, a WSGI callable."""
-    app = bottle.Bottle(autojson=False)
+    app = bottle.Bottle()
+    app.uninstall(True)  # JSON and templates: Answer speaks alone
     answer = Answer(idp)
     app.install(answer)
     for route in routes.routes:

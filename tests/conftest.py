@@ -1,0 +1,220 @@
+"""Fixtures: an Idp on a temporary database with a clock that tests move, and both apps called in process."""
+
+import base64
+import io
+import json
+import os
+from urllib.parse import urlencode
+
+import microauthd as m
+import pytest
+
+PASSWORD = "correct horse battery"
+CHEAP = {"argon2id_memory": 64, "argon2id_time": 1, "argon2id_parallelism": 1}
+
+
+class Clock:
+    """Seconds since the epoch, moved by hand."""
+
+    def __init__(self, now):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+    def pass_(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture(scope="session")
+def rings():
+    return [m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], [m.make_key("ES256", 2048, 0)]
+
+
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory):
+    """A fresh database to copy: making one takes longer than a test."""
+    path = tmp_path_factory.mktemp("blank") / "blank.db3"
+    m.Store.make(path, "", m.RELEASED_AT).close()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def clock():
+    return Clock(m.RELEASED_AT + 1000.0)
+
+
+@pytest.fixture
+def options():
+    return m.Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
+
+
+@pytest.fixture
+def make_idp(tmp_path, blank, rings, clock):
+    """Make an Idp; another one with the same path is the same database after a restart."""
+    made = []
+
+    def make(options, path=tmp_path / "mad.db3"):
+        if not path.exists():
+            path.write_bytes(blank)
+        stream = io.StringIO()
+        store = m.Store(path, "", log=m.Log(stream=stream))
+        idp = m.Idp(options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)), clock, store.log)
+        idp.stream = stream
+        made.append(idp)
+        return idp
+
+    yield make
+    for idp in made:
+        idp.store.close()
+
+
+@pytest.fixture
+def idp(make_idp, options):
+    return make_idp(options)
+
+
+class Answered:
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    def __repr__(self):
+        return f"<{self.status} {self.body[:200]}>"
+
+
+class Caller:
+    """Calls a WSGI app as the Serve section would."""
+
+    def __init__(self, app, host="localhost:9041"):
+        self.app, self.host = app, host
+
+    def __call__(self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7"):
+        path, _, query = path.partition("?")
+        environ = {
+            "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query, "SERVER_NAME": "localhost", "SERVER_PORT": "80",
+            "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": self.host, "REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO(),
+            "microauthd.peer": peer, "microauthd.server": "test", "microauthd.request_id": "r1",
+        }
+        body = b""
+        if json_body is not None:
+            body = json.dumps(json_body).encode() if not isinstance(json_body, bytes) else json_body
+            environ["CONTENT_TYPE"] = "application/json"
+        elif data is not None:
+            body = data if isinstance(data, bytes) else (data if isinstance(data, str) else urlencode(data)).encode()
+            environ["CONTENT_TYPE"] = "application/x-www-form-urlencoded"
+        if auth:
+            environ["HTTP_AUTHORIZATION"] = "Basic " + base64.b64encode(":".join(auth).encode()).decode()
+        if bearer:
+            environ["HTTP_AUTHORIZATION"] = "Bearer " + bearer
+        for name, value in headers:
+            environ[name if name.isupper() and name.startswith("CONTENT") else "HTTP_" + name.upper().replace("-", "_")] = value
+        environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
+        started = []
+        chunks = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+        content = b"".join(chunks)
+        return Answered(int(started[-1][0][:3]), {name.lower(): value for name, value in started[-1][1]}, content)
+
+    def get(self, path, **more):
+        return self("GET", path, **more)
+
+    def post(self, path, data=None, **more):
+        return self("POST", path, data, **more)
+
+
+@pytest.fixture
+def auth(idp):
+    return Caller(m.build_app(idp, m.AUTH))
+
+
+@pytest.fixture
+def admin(idp):
+    return Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
+
+
+class Someone:
+    def __init__(self, account, password=PASSWORD):
+        self.account, self.password = account, password
+        self.id, self.username = account.id, account.username
+
+
+@pytest.fixture
+def new_user(idp):
+    def make(username, scopes=(), admin=False):
+        account = m.create_user(idp, m.LOCAL, "test", m.CreateUser(username, f"{username}@example.org", PASSWORD))
+        if scopes:
+            m.assign_scopes(idp, m.LOCAL, "test", account, scopes)
+        if admin:
+            idp.store.assign_role(account.id, m.MAD_ADMIN_ROLE_ID, idp.now())
+        return Someone(account)
+
+    return make
+
+
+@pytest.fixture
+def scopes(idp):
+    for name in ("api:read", "api:write", "api:secret"):
+        m.create_scope(idp, m.LOCAL, "test", m.CreateScope(name))
+
+
+@pytest.fixture
+def new_client(idp, scopes):
+    def make(client_id, **more):
+        client, secret = m.create_client(idp, m.LOCAL, "test", m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more))
+        return (client_id, secret)
+
+    return make
+
+
+@pytest.fixture
+def service(new_client):
+    """A confidential client with every grant: (client_id, secret)."""
+    return new_client("service")
+
+
+@pytest.fixture
+def alice(new_user, scopes):
+    return new_user("alice", ["api:read"])
+
+
+@pytest.fixture
+def root(new_user):
+    return new_user("root", admin=True)
+
+
+@pytest.fixture
+def log_in(auth, service):
+    """Log a user in by password: the token answer."""
+
+    def call(someone, client=None, **more):
+        answer = auth.post("/token", {"grant_type": "password", "username": someone.username, "password": someone.password} | more, auth=client or service)
+        assert answer.status == 200, answer
+        return answer.json
+
+    return call
+
+
+@pytest.fixture
+def admin_token(admin, root):
+    answer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "test"})
+    assert answer.status == 200, answer
+    return answer.json["access_token"]
+
+
+@pytest.fixture
+def machine(auth, service):
+    answer = auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
+    assert answer.status == 200, answer
+    return answer.json
+
+
+@pytest.fixture(autouse=True)
+def no_secret_in_the_log(request):
+    yield
+    idp = request.node.funcargs.get("idp")
+    if idp is not None:
+        assert PASSWORD not in idp.stream.getvalue()
+        assert "traceback" not in idp.stream.getvalue()
