@@ -1143,9 +1143,9 @@ def batch_audit(batch):
     wear the flash of a busy box.
     """
     groups = {}
-    for session, audit in batch:
-        if audit is not None:
-            groups.setdefault(audit[:3], []).append((session, audit))
+    for session, caller in batch:
+        if caller is not None:
+            groups.setdefault(caller[:3], []).append((session, caller))
     rows = []
     for (client_id, peer, user_agent), members in groups.items():
         first, last = members[0][0], members[-1][0]
@@ -1314,7 +1314,7 @@ class Store:
             small = os.path.getsize(self.path) < 32_000_000
             (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
-                raise Refusal(f"the database {self.path} is damaged ({verdict}): restore a backup; it is left as it is")
+                raise Refusal(f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is")
             self.migrate()
         except (sqlcipher3.Error, Problem) as error:
             reason = error.log if isinstance(error, Problem) else error
@@ -1635,15 +1635,15 @@ class Store:
 
     # -- batches: the rows of machine tokens --
 
-    def enqueue(self, session: tuple, audit: tuple | None):
+    def enqueue(self, session: tuple, caller: tuple | None):
         """Queue the row of a machine token, on the disk within BATCH_SECONDS.
 
-        `audit` is (actor_id, ip_address, user_agent, request_id). Refused when the disk refuses:
+        `caller` is (actor_id, ip_address, user_agent, request_id), for its audit row. Refused when the disk refuses:
         a token that cannot be recorded is not issued.
         """
         if not self.writable or len(self.queue) > BATCH_MAX:
             raise Problem("temporarily_unavailable", log="token rows cannot be written", retry_after=5)
-        self.queue.append((session, audit))
+        self.queue.append((session, caller))
         if not self.wake.is_set():
             self.wake.set()
 
@@ -1999,7 +1999,7 @@ def write_ring(entries, passphrase: str) -> bytes:
     for entry in entries:
         encryption = serialization.NoEncryption()
         if passphrase:
-            encryption = serialization.PrivateFormat.PKCS8.encryption_builder().kdf_rounds(100_000).build(passphrase.encode())
+            encryption = serialization.BestAvailableEncryption(passphrase.encode())
         key = serialization.load_der_private_key(entry.der, None)
         pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
         blocks.append(b"# state=%s since=%d\n" % (entry.state.encode(), entry.since) + pem)

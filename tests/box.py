@@ -1,0 +1,165 @@
+"""A set-up appliance in a folder of its own, on free ports, run from the built archive."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from pathlib import Path
+from urllib.parse import urlencode
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHIVE = Path(os.environ.get("MICROAUTHD_PYZ", ROOT / "build" / "out" / "microauthd.pyz"))
+PROGRAM = [sys.executable, "-I", str(ARCHIVE)]
+CHEAP = {"MAD_ARGON2ID_TIME": "1", "MAD_ARGON2ID_MEMORY": "8192", "MAD_ARGON2ID_PARALLELISM": "1"}
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Answer:
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    def __repr__(self):
+        return f"<{self.status} {self.body[:200]}>"
+
+
+class Box:
+    """`settings` are lines of mad.conf. Used as a context manager: set up, started, and ended."""
+
+    PASSWORD = "an administrator's phrase"
+
+    def __init__(self, folder, **settings):
+        self.folder = Path(folder)
+        self.auth_port, self.admin_port = free_port(), free_port()
+        self.settings = {"auth-port": self.auth_port, "admin-port": self.admin_port, "db-pass": "a database phrase"} | {name.replace("_", "-"): value for name, value in settings.items()}
+        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | CHEAP | {"HOME": str(self.folder), "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
+        self.process = None
+
+    def set_up(self):
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        conf = self.folder / "mad.conf"
+        conf.write_text("".join(f"{name} = {value}\n" for name, value in self.settings.items()))
+        conf.chmod(0o600)
+        answers = self.folder / "answers.toml"
+        answers.write_text(f'[admin]\nusername = "root"\nemail = "root@example.org"\n[client]\nclient_id = "app"\naudience = "api"\nscopes = ["api:read", "api:write"]\n')
+        done = self.run("setup", "--answers", str(answers), "--admin-password-stdin", input=self.PASSWORD + "\n")
+        assert done.returncode == 0, done.stderr
+        said = dict(line.split("=", 1) for line in done.stdout.splitlines())
+        self.client = (said["client_id"], said["client_secret"])
+        return self
+
+    def run(self, *words, input=None, **environ):
+        return subprocess.run([*PROGRAM, *words], cwd=self.folder, env=self.environ | environ, input=input, capture_output=True, text=True, timeout=60)
+
+    def mad(self, *words, input=None, **environ):
+        return self.run("mad", *words, input=input, MAD_ADMIN_URL=f"http://127.0.0.1:{self.admin_port}", MAD_AUTH_URL=f"http://127.0.0.1:{self.auth_port}", **environ)
+
+    def start(self, wait=True):
+        self.output = open(self.folder / "output.txt", "ab")
+        self.process = subprocess.Popen([*PROGRAM, "serve"], cwd=self.folder, env=self.environ, stdout=self.output, stderr=self.output, stdin=subprocess.DEVNULL, start_new_session=True)
+        if wait:
+            self.await_ready()
+        return self
+
+    def await_ready(self, seconds=15):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.said()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.call(self.auth_port, "GET", "/health/ready").status == 200 and self.call(self.admin_port, "GET", "/health").status == 200:
+                    return
+            time.sleep(0.02)
+        raise AssertionError("not ready: " + self.said())
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        status = self.process.wait(10)
+        self.output.close()
+        return status
+
+    def kill(self):
+        """kill -9 of the supervisor; its children end by themselves."""
+        pids = self.pids()
+        self.process.kill()
+        self.process.wait(10)
+        self.output.close()
+        end = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in pids[1:]) and time.monotonic() < end:
+            time.sleep(0.01)
+        return not any(Path(f"/proc/{pid}").exists() for pid in pids[1:])
+
+    def pids(self):
+        """The supervisor and its children, in the order they were started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [self.process.pid, *map(int, children)]
+
+    def said(self):
+        return (self.folder / "output.txt").read_text() + self.log()
+
+    def log(self):
+        path = self.folder / "microauthd.log"
+        return path.read_text() if path.exists() else ""
+
+    def call(self, port, method, path, form=None, *, client=None, bearer=None, json_body=None, timeout=15):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+        headers, body = {}, None
+        if form is not None:
+            body, headers["Content-Type"] = urlencode(form), "application/x-www-form-urlencoded"
+        if json_body is not None:
+            body, headers["Content-Type"] = json.dumps(json_body), "application/json"
+        if client:
+            headers["Authorization"] = "Basic " + b64encode(":".join(client).encode()).decode()
+        if bearer:
+            headers["Authorization"] = "Bearer " + bearer
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
+        finally:
+            connection.close()
+
+    def auth(self, path, form=None, **more):
+        return self.call(self.auth_port, "GET" if form is None and not more.pop("post", False) else "POST", path, form, **more)
+
+    def admin(self, method, path, form=None, **more):
+        return self.call(self.admin_port, method, path, form, **more)
+
+    def token(self, **form):
+        return self.auth("/token", {"grant_type": "client_credentials"} | form, client=self.client)
+
+    def admin_token(self):
+        answer = self.admin("POST", "/token", {"username": "root", "password": self.PASSWORD, "client_id": "test"})
+        assert answer.status == 200, answer
+        return answer.json["access_token"]
+
+    def new_user(self, username, password="correct horse battery"):
+        answer = self.admin("POST", "/users", json_body={"username": username, "email": f"{username}@example.org", "password": password}, bearer=self.admin_token())
+        assert answer.status == 200, answer
+        return answer.json
+
+    def log_in(self, username, password="correct horse battery", **form):
+        return self.auth("/token", {"grant_type": "password", "username": username, "password": password} | form, client=self.client)
+
+    def __enter__(self):
+        return self.set_up().start()
+
+    def __exit__(self, *_):
+        if self.process and self.process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.stop()
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)

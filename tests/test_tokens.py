@@ -1,0 +1,166 @@
+"""Keys and JWTs."""
+
+import base64
+import hashlib
+import hmac
+import json
+
+import jwt
+import microauthd as m
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CLAIMS = {"iss": "https://idp.example", "sub": "s", "aud": "api", "exp": 4102444800, "iat": 1, "jti": "0" * 32}
+
+
+@pytest.fixture(scope="module")
+def ring():
+    return m.KeyRing([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)])
+
+
+@pytest.fixture(scope="module")
+def token(ring):
+    return ring.mint(ring.access, m.AT_JWT, CLAIMS)
+
+
+def encode(value):
+    return m.b64url(json.dumps(value).encode() if isinstance(value, dict) else value)
+
+
+class TestVerifying:
+    """RFC 8725 §3"""
+
+    def forge(self, ring, token, case):
+        header, body, signature = token.split(".")
+        key = ring.access
+        pem = key.public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        if case == "alg none":
+            return f"{encode({'alg': 'none', 'typ': 'at+jwt', 'kid': key.kid})}.{body}."
+        if case == "HS256 with the public key":
+            head = encode({"alg": "HS256", "typ": "at+jwt", "kid": key.kid})
+            return f"{head}.{body}.{encode(hmac.digest(pem, f'{head}.{body}'.encode(), 'sha256'))}"
+        if case == "another key":
+            other = m.KeyRing([m.make_key("ES256", 2048, 0)])
+            return other.mint(other.access, m.AT_JWT, CLAIMS)
+        if case == "our kid, another key":
+            other = m.KeyRing([m.make_key("ES256", 2048, 0)])
+            return f"{header}.{body}." + m.b64url(other.access.sign(f"{header}.{body}".encode()))
+        if case == "an ID token":
+            return ring.mint(key, m.JWT, CLAIMS)
+        if case == "the same header, spelled otherwise":
+            head = encode({"kid": key.kid, "typ": "at+jwt", "alg": "ES256"})
+            return f"{head}.{body}." + m.b64url(key.sign(f"{head}.{body}".encode()))
+        if case == "another body":
+            return f"{header}.{encode(CLAIMS | {'sub': 'root'})}.{signature}"
+        if case == "padding":
+            return token + "="
+        if case == "a DER signature":
+            from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+
+            raw = m.unb64url(signature)
+            der = encode_dss_signature(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
+            return f"{header}.{body}.{m.b64url(der)}"
+        if case == "line break":
+            return token + "\n"
+        return {"empty": "", "two parts": f"{header}.{body}", "four parts": token + ".x", "too long": token + "A" * 9000}[case]
+
+    @pytest.mark.parametrize("case", [
+        "alg none", "HS256 with the public key", "another key", "our kid, another key", "an ID token", "the same header, spelled otherwise",
+        "another body", "padding", "a DER signature", "line break", "empty", "two parts", "four parts", "too long",
+    ])
+    def test_a_forgery_is_an_invalid_token(self, ring, token, case):
+        with pytest.raises(m.Problem) as caught:
+            ring.verify(self.forge(ring, token, case), m.AT_JWT)
+        assert caught.value.code == "invalid_token"
+        assert ring.verify(token, m.AT_JWT) == CLAIMS
+
+    @settings(max_examples=300)
+    @given(at=st.integers(0, 10_000), to=st.characters(min_codepoint=32, max_codepoint=126))
+    def test_no_changed_character_verifies(self, ring, token, at, to):
+        at %= len(token)
+        changed = token[:at] + to + token[at + 1 :]
+        if changed != token:
+            with pytest.raises(m.Problem):
+                ring.verify(changed, m.AT_JWT)
+
+    def test_a_remembered_signature_does_not_change_the_type(self, ring):
+        token = ring.mint(ring.access, m.JWT, CLAIMS)
+        ring.verify(token, m.JWT)
+        with pytest.raises(m.Problem):
+            ring.verify(token, m.AT_JWT)
+
+
+class TestKeys:
+    def test_a_kid_is_the_thumbprint(self, ring):
+        """RFC 7638 §3"""
+        from authlib.jose import JsonWebKey
+
+        for jwk in json.loads(ring.jwks())["keys"]:
+            assert JsonWebKey.import_key(jwk).thumbprint() == jwk["kid"]
+            assert not any(value in ("", None) for value in jwk.values()) and "d" not in jwk
+
+    @pytest.mark.parametrize("alg", ["ES256", "RS256"])
+    def test_strangers_verify_our_tokens(self, ring, alg):
+        from authlib.jose import JsonWebKey, JsonWebToken
+        from jose import jwt as jose
+
+        token = ring.mint(ring.signer(alg), m.AT_JWT, CLAIMS)
+        keys = json.loads(ring.jwks())
+        kid = jwt.get_unverified_header(token)["kid"]
+        assert jwt.decode(token, jwt.PyJWKSet.from_dict(keys)[kid].key, algorithms=[alg], audience="api", issuer=CLAIMS["iss"]) == CLAIMS
+        assert jose.decode(token, next(key for key in keys["keys"] if key["kid"] == kid), algorithms=[alg], audience="api") == CLAIMS
+        assert dict(JsonWebToken([alg]).decode(token, JsonWebKey.import_key_set(keys))) == CLAIMS
+
+    @pytest.mark.parametrize("passphrase", ["", "phrase \u00e4"])
+    def test_a_ring_survives_its_file(self, tmp_path, passphrase):
+        entries = [m.make_key("ES256", 2048, 5), m.make_key("RS256", 2048, 6)]
+        path = tmp_path / "token.pem"
+        path.write_bytes(m.write_ring(entries, passphrase))
+        path.chmod(0o600)
+        assert m.read_ring(str(path), passphrase) == entries
+        assert passphrase == "" or b"BEGIN PRIVATE KEY" not in path.read_bytes()
+
+    @pytest.mark.parametrize("kind, form", [("ec", "TraditionalOpenSSL"), ("ec", "PKCS8"), ("rsa", "TraditionalOpenSSL"), ("rsa", "PKCS8")])
+    @pytest.mark.parametrize("passphrase", ["", "phrase"])
+    def test_a_single_key_of_the_original_is_a_ring(self, tmp_path, kind, form, passphrase):
+        key = ec.generate_private_key(ec.SECP256R1()) if kind == "ec" else rsa.generate_private_key(65537, 2048)
+        encryption = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+        path = tmp_path / "token.pem"
+        path.write_bytes(key.private_bytes(serialization.Encoding.PEM, getattr(serialization.PrivateFormat, form), encryption))
+        path.chmod(0o600)
+        ring = m.KeyRing(m.read_ring(str(path), passphrase))
+        assert ring.verify(ring.mint(ring.access, m.AT_JWT, CLAIMS), m.AT_JWT) == CLAIMS
+
+    @pytest.mark.parametrize("case", ["missing", "empty", "garbage", "truncated", "wrong passphrase", "no passphrase", "another curve", "a short RSA key"])
+    def test_a_bad_file_stops_the_start_and_stays(self, tmp_path, case):
+        path = tmp_path / "token.pem"
+        content = m.write_ring([m.make_key("ES256", 2048, 0)], "phrase" if "passphrase" in case else "")
+        if case == "another curve":
+            content = ec.generate_private_key(ec.SECP384R1()).private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        if case == "a short RSA key":
+            content = rsa.generate_private_key(65537, 1024).private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        content = {"empty": b"", "garbage": b"\0" * 100, "truncated": content[:120]}.get(case, content)
+        if case != "missing":
+            path.write_bytes(content)
+            path.chmod(0o600)
+        with pytest.raises(m.Refusal) as caught:
+            m.read_ring(str(path), {"wrong passphrase": "other"}.get(case, ""))
+        assert "\n" not in str(caught.value)
+        assert not path.exists() if case == "missing" else path.read_bytes() == content
+
+
+class TestIdentifiers:
+    @given(st.integers(0, 2**48 - 1))
+    def test_a_jti_is_a_uuid_of_version_7_and_keeps_its_milliseconds(self, ms):
+        """RFC 9562 §5.7"""
+        import uuid
+
+        jti = m.new_jti(ms)
+        assert len(jti) == 32 and uuid.UUID(jti).version == 7 and uuid.UUID(jti).variant == uuid.RFC_4122 and m.jti_ms(jti) == ms
+
+    def test_handles_have_256_bits(self):
+        assert len(base64.urlsafe_b64decode(m.random_handle() + "=")) == 32
+        assert m.sha256("x") == hashlib.sha256(b"x").hexdigest()
