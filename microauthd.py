@@ -4362,9 +4362,7 @@ class Server(cheroot.wsgi.Server):
         if not connection.out:
             if connection.requests:
                 environ, keep = connection.requests.popleft()
-                keep = keep and not self._draining
-                connection.out = self._answer(environ, keep)
-                connection.last = not keep
+                connection.out, connection.last = self._answer(environ, keep)
             elif connection.refusal is not None:
                 connection.out = self._refuse(connection)
                 connection.last = True
@@ -4455,7 +4453,7 @@ class Server(cheroot.wsgi.Server):
         return self._date[1]
 
     def _answer(self, environ, keep):
-        """Call the application. Return the whole response as octets."""
+        """Call the application. Return the whole response as octets, and whether it is the connection's last."""
         started, parts = [], []
 
         def start_response(status, headers, exc_info=None):
@@ -4470,13 +4468,14 @@ class Server(cheroot.wsgi.Server):
             finally:
                 if hasattr(result, "close"):
                     result.close()
-            return self._write(environ, keep, *started, b"".join(parts))
+            keep = keep and not self._draining  # asked after the call, which may have taken its time
+            return self._write(environ, keep, *started, b"".join(parts)), not keep
         except BaseException:  # a thread of ours must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = REFUSALS[500]
             body = b'{"success":false,"message":"%b","error":"%b"}' % (message.encode(), code.encode())
             headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
-            return self._write(environ, keep, "500 Internal Server Error", headers, body)
+            return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
 
     def _write(self, environ, keep, status, headers, body):
         lines, length = [], len(body)
