@@ -1183,6 +1183,7 @@ class Store:
             f"file:{urlencode({'': self.path})[1:]}?mode=rw", uri=True, isolation_level=None,
             check_same_thread=False, timeout=5, cached_statements=256,
         )
+        connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
         if self.key:
             connection.execute(f"PRAGMA key = \"x'{self.key}'\"")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -4131,6 +4132,7 @@ class Server(cheroot.wsgi.Server):
         with self._lock:
             for _ in range(self.threads):
                 self._hire()
+        self._ending = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_on, name=f"{self.name}-sweep", daemon=True)
         self._sweeper.start()
 
@@ -4163,6 +4165,7 @@ class Server(cheroot.wsgi.Server):
                 self._close(connection)
                 connection.lock.release()
         self._ended = True
+        self._ending.set()
         os.eventfd_write(self._wake, 1)
         for thread in [self._sweeper, *self._pool]:
             thread.join(max(0.1, end - time.monotonic()))
@@ -4524,7 +4527,7 @@ class Server(cheroot.wsgi.Server):
     def _sweep_on(self):
         said = 0
         while not self._ended:
-            time.sleep(SWEEP)
+            self._ending.wait(SWEEP)
             try:
                 self._sweep()
                 for fd in list(self._paused):
@@ -4725,6 +4728,10 @@ class Supervisor:
                     os.close(descriptor)
                 plan = self.plan
                 auth = plan.auth_sockets[number] if number < len(plan.auth_sockets) else None
+                # Those of the others too, or connections to a port that is closing would wait in vain.
+                for other in (*plan.auth_sockets, plan.admin_socket):
+                    if other is not (auth or plan.admin_socket):
+                        other.close()
                 run_child(plan, number + 1, auth, None if auth else plan.admin_socket, self.ready_in, self.lifeline)
             finally:
                 os._exit(1)

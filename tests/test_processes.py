@@ -1,0 +1,304 @@
+"""Processes: start, stop, kill -9, races. Against the built archive."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from base64 import b64encode
+from pathlib import Path
+from urllib.parse import urlencode
+
+import microauthd as m
+import pytest
+from box import Box
+
+REFRESH = {"grant_type": "refresh_token"}
+
+
+@pytest.fixture
+def box(tmp_path):
+    with Box(tmp_path / "data", workers="2") as box:
+        yield box
+
+
+class Load:
+    """Fetches machine tokens over kept connections until stopped; remembers what was not a 200."""
+
+    def __init__(self, box, threads=4):
+        self.box, self.bad, self.good, self.ending, self.stopping = box, [], 0, threading.Event(), False
+        self.threads = [threading.Thread(target=self.run) for _ in range(threads)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        time.sleep(0.3)
+        return self
+
+    def __exit__(self, *_):
+        self.ending.set()
+        for thread in self.threads:
+            thread.join()
+
+    def run(self):
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "Authorization": "Basic " + b64encode(":".join(self.box.client).encode()).decode()}
+        connection, used = None, False
+        while not self.ending.is_set():
+            try:
+                if connection is None:
+                    connection = http.client.HTTPConnection("127.0.0.1", self.box.auth_port, timeout=10)
+                    connection.connect()
+                    used = False
+            except OSError:
+                return  # nobody listens any more
+            try:
+                connection.request("POST", "/token", "grant_type=client_credentials", headers)
+                response = connection.getresponse()
+                response.read()
+                used = True
+                if response.status == 200:
+                    self.good += 1
+                else:
+                    self.bad.append(response.status)
+                if response.will_close:
+                    connection.close()
+                    connection = None
+            except (OSError, http.client.HTTPException) as error:
+                # A connection that came while the port was closing was never accepted.
+                if used or not self.stopping:
+                    self.bad.append(repr(error))
+                connection.close()
+                connection = None
+
+
+class TestStarting:
+    def test_a_second_start_is_refused_with_the_pid(self, box):
+        done = box.run("serve")
+        assert done.returncode == 1 and str(box.process.pid) in done.stderr and box.token().status == 200
+
+    def test_a_taken_port_is_a_sentence_and_nothing_serves(self, tmp_path):
+        box = Box(tmp_path / "data").set_up()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", box.admin_port))
+            taken.listen()
+            done = box.run("serve")
+        assert done.returncode == 1 and f"port {box.admin_port}" in done.stderr and done.stderr.count("\n") == 1
+        with pytest.raises(OSError):
+            box.token()
+
+    @pytest.mark.parametrize("case, word", [
+        ("wrong passphrase", "db-pass"), ("flipped header", "damaged"), ("truncated", "truncated"), ("no key", "missing"), ("empty key", "empty or damaged"),
+        ("no database", "missing"), ("no seal key", "seal key"), ("bad config", "mad.conf:1"),
+    ])
+    def test_what_is_damaged_is_a_sentence_and_stays(self, tmp_path, case, word):
+        box = Box(tmp_path / "data").set_up()
+        database, key, seal, conf = (box.folder / name for name in ("mad.db3", "token.pem", "seal.key", "mad.conf"))
+        if case == "wrong passphrase":
+            conf.write_text(conf.read_text().replace("a database phrase", "another phrase"))
+        elif case == "flipped header":
+            content = bytearray(database.read_bytes())
+            content[20] ^= 255
+            database.write_bytes(content)
+        elif case == "truncated":
+            os.truncate(database, 100)
+        elif case in ("no key", "empty key"):
+            key.unlink() if case == "no key" else key.write_bytes(b"")
+        elif case == "no database":
+            database.unlink()
+        elif case == "no seal key":
+            seal.unlink()
+        else:
+            conf.write_text("auth-prot = 1\n")
+        before = {path.name: path.read_bytes() for path in box.folder.iterdir() if path.is_file() and path.suffix in (".db3", ".pem", ".key", ".conf")}
+        done = box.run("serve")
+        assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        after = {path.name: path.read_bytes() for path in box.folder.iterdir() if path.is_file() and path.suffix in (".db3", ".pem", ".key", ".conf")}
+        assert after == before
+
+    def test_readable_secrets_are_repaired_with_a_warning(self, tmp_path):
+        box = Box(tmp_path / "data").set_up()
+        for name in ("mad.conf", "token.pem"):
+            (box.folder / name).chmod(0o644)
+        box.start()
+        try:
+            assert box.said().count("readable by others") >= 2
+            assert all((box.folder / name).stat().st_mode & 0o077 == 0 for name in ("mad.conf", "token.pem"))
+        finally:
+            box.stop()
+
+
+class TestStopping:
+    def test_under_load_every_accepted_request_is_answered(self, box):
+        with Load(box) as load:
+            began, load.stopping = time.monotonic(), True
+            assert box.stop() == 0
+            assert time.monotonic() - began < 5
+        assert load.good > 100 and not load.bad
+        listed = open_store(box)
+        tokens = listed.connection.execute("SELECT count(*) FROM session WHERE user_id IS NULL").fetchone()[0]
+        listed.close()
+        assert tokens >= load.good, "every token that was answered is on the disk"
+
+    def test_ctrl_c_ends_all_of_the_terminals_group(self, box):
+        pids = box.pids()
+        os.killpg(box.process.pid, signal.SIGINT)
+        assert box.process.wait(6) == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def open_store(box):
+    path = str(box.folder / "mad.db3")
+    return m.Store(path, m.read_database_key(path, "a database phrase", False))
+
+
+class TestKilling:
+    def test_a_worker_is_replaced_and_others_notice_nothing(self, box):
+        with Load(box) as load:
+            victim = box.pids()[1]
+            os.kill(victim, signal.SIGKILL)
+            began = time.monotonic()
+            while len(box.pids()) < 4 or victim in box.pids():
+                assert time.monotonic() - began < 3
+                time.sleep(0.01)
+            time.sleep(0.5)
+        # Only what the victim had in hand can fail: at most one request a connection.
+        assert len(load.bad) <= 4 and load.good > 100
+        assert all(box.token().status == 200 for _ in range(20))
+
+    def test_a_dead_supervisor_leaves_nobody_and_a_restart_works(self, box):
+        assert box.kill() is True
+        box.start()
+        assert box.token().status == 200
+
+    def test_what_was_acknowledged_survives(self, box):
+        acknowledged, revoked, spent = [], [], []
+        box.new_user("ann")
+        for number in range(8):
+            bearer = box.admin_token()
+            stop = threading.Event()
+
+            def change(bearer=bearer, stop=stop, number=number):
+                count = 0
+                while not stop.is_set():
+                    with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+                        name = f"user{number}x{count}"
+                        count += 1
+                        if box.admin("POST", "/users", json_body={"username": name, "email": f"{name}@example.org", "password": "correct horse battery"}, bearer=bearer).status == 200:
+                            acknowledged.append(name)
+
+            def turn(stop=stop):
+                with contextlib.suppress(OSError, http.client.HTTPException, KeyError, ValueError):
+                    token = box.log_in("ann").json["refresh_token"]
+                    while not stop.is_set():
+                        answer = box.auth("/token", REFRESH | {"refresh_token": token}, client=box.client)
+                        if answer.status == 200:
+                            spent.append(token)
+                            token = answer.json["refresh_token"]
+                        machine = box.token().json["access_token"]
+                        if box.auth("/revoke", {"token": machine}, client=box.client).status == 200:
+                            revoked.append(machine)
+
+            threads = [threading.Thread(target=change), threading.Thread(target=turn)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.15 + 0.05 * number)
+            assert box.kill()
+            stop.set()
+            for thread in threads:
+                thread.join()
+            box.start()
+        store = open_store(box)
+        assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        created = {row.target for row in store.list_audit("user_created", 10_000)}
+        assert len(acknowledged) > 20 and all(store.find_account_by_name(name) and name in created for name in acknowledged)
+        store.close()
+        assert len(revoked) > 10 and all(box.auth("/introspect", {"token": token}, client=box.client).json == {"active": False} for token in revoked)
+        assert len(spent) > 10 and all(box.auth("/token", REFRESH | {"refresh_token": token}, client=box.client).status == 400 for token in spent[-50:])
+
+
+class TestRaces:
+    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path):
+        """200 rounds of 32 at once."""
+        with Box(tmp_path / "data", workers="2", max_login_failures="0") as box, concurrent.futures.ThreadPoolExecutor(32) as pool:
+            box.new_user("ann")
+            local = threading.local()
+
+            def spend(token):
+                if not hasattr(local, "connection"):
+                    local.connection = http.client.HTTPConnection("127.0.0.1", box.auth_port, timeout=30)
+                body = urlencode(REFRESH | {"refresh_token": token, "client_id": box.client[0], "client_secret": box.client[1]})
+                local.connection.request("POST", "/token", body, {"Content-Type": "application/x-www-form-urlencoded"})
+                response = local.connection.getresponse()
+                return response.status, json.loads(response.read())
+
+            for _ in range(200):
+                token = box.log_in("ann").json["refresh_token"]
+                answers = list(pool.map(spend, [token] * 32))
+                statuses = [status for status, _ in answers]
+                assert statuses.count(200) == 1 and statuses.count(400) == 31, statuses
+                (winner,) = [body for status, body in answers if status == 200]
+                assert box.auth("/me", bearer=winner["access_token"]).status == 401, "its reuse ended the family"
+
+    def test_the_same_name_is_made_once(self, box):
+        bearer = box.admin_token()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            make = lambda _: box.admin("POST", "/users", json_body={"username": "twin", "email": "twin@example.org", "password": "correct horse battery"}, bearer=bearer).status  # noqa: E731
+            assert sorted(pool.map(make, range(8))) == [200] + [409] * 7
+
+    def test_parallel_wrong_passwords_lock(self, box):
+        box.new_user("ann")
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            statuses = list(pool.map(lambda _: box.log_in("ann", "wrong wrong").status, range(32)))
+        assert set(statuses) <= {403, 429}
+        assert box.log_in("ann").status in (403, 429)
+
+
+class TestOneProcess:
+    def test_workers_0_does_all_of_it(self, tmp_path):
+        with Box(tmp_path / "data", workers="0", log_format="json") as box:
+            assert len(box.pids()) == 1
+            box.new_user("ann")
+            assert box.token().status == box.log_in("ann").status == 200
+            assert box.auth("/nowhere").status == 404
+            box.auth("/me")
+            assert box.stop() == 0
+            lines = [json.loads(line) for line in box.log().splitlines()]
+            assert {"serving", "stopped", "refused"} <= {line["event"] for line in lines} and all(line["at"].endswith("Z") for line in lines)
+
+
+class TestTrouble:
+    def test_a_full_disk_is_a_503_and_heals(self, tmp_path):
+        folder = tmp_path / "small"
+        folder.mkdir()
+        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,mode=0700", "tmpfs", str(folder)], capture_output=True).returncode:
+            pytest.skip("a tmpfs cannot be mounted here")
+        try:
+            outside = tmp_path / "data"
+            with Box(outside, db_file=folder / "mad.db3", workers="1") as box:
+                token = box.token().json["access_token"]
+                with contextlib.suppress(OSError), open(folder / "filler", "wb") as filler:
+                    while True:
+                        filler.write(bytes(4096))
+                        filler.flush()
+                statuses = []
+                for _ in range(400):
+                    statuses.append(box.token().status)
+                    if statuses[-1] == 503:
+                        break
+                answer = box.token()
+                assert answer.status == 503 and answer.headers["Retry-After"]
+                assert box.auth("/revoke", {"token": token}, client=box.client).status == 503
+                assert box.auth("/jwks.json").status == 200 and box.auth("/me", bearer=token).status == 200
+                (folder / "filler").unlink()
+                end = time.monotonic() + 8
+                while box.token().status != 200:
+                    assert time.monotonic() < end
+                    time.sleep(0.1)
+                assert box.auth("/revoke", {"token": token}, client=box.client).status == 200
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
