@@ -4153,7 +4153,7 @@ class Server(cheroot.wsgi.Server):
                     self._epoll.unregister(sock)
                 sock.close()
             self._listeners.clear()
-        # A client that has connected and said nothing yet is about to: it gets a moment.
+        # A client that keeps its connection may be about to use it: it gets a moment, and a last answer.
         self._draining = time.monotonic() + min(0.5, seconds / 2)
         while self._open and time.monotonic() < end:
             self._sweep()
@@ -4395,7 +4395,7 @@ class Server(cheroot.wsgi.Server):
             connection.deadline = connection.began + self.limits.request_seconds
         elif not connection.fresh or self._draining:
             now = time.monotonic()
-            if self._draining and not (connection.fresh and now < self._draining):
+            if self._draining and now >= self._draining:
                 return 0
             connection.deadline = now + self.limits.idle_seconds
         if self.tls and connection.sock.pending():
@@ -4546,7 +4546,7 @@ class Server(cheroot.wsgi.Server):
         for connection in list(self._open.values()):
             idle = connection.environ is None and not (connection.out or connection.requests or connection.handshaking)
             late = now > connection.deadline - (0.8 * self.limits.idle_seconds if crowded and idle and not connection.lingering else 0)
-            if not (late or self._draining and idle) or not connection.lock.acquire(blocking=False):
+            if not (late or idle and 0 < self._draining <= now) or not connection.lock.acquire(blocking=False):
                 continue
             try:
                 if connection.fd < 0:
