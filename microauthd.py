@@ -4909,7 +4909,7 @@ def write_durably(path: str, content: bytes):
 
 
 def journal_of(config: str) -> str:
-    return config + ".setup-journal"
+    return config + ".setting-up"
 
 
 def recover_setup(config: str):
@@ -4918,6 +4918,8 @@ def recover_setup(config: str):
     The journal, beside the config file, says which: it lists the staged files and whether all of
     them were complete.
     """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(journal_of(config) + ".new")  # of a cut in the middle of writing it
     try:
         journal = msgspec.json.decode(Path(journal_of(config)).read_bytes())
     except FileNotFoundError:

@@ -377,9 +377,10 @@ def read_answers(path, options, own, values):
     secret = read_secret_file(client["secret_file"], "secret_file") if "secret_file" in client else options.oidc_client_secret
     client_id = client.get("client_id", "")
     scopes = client.get("scopes", [])
-    if not isinstance(client_id, str) or not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-        raise Refusal(f"{path}: in [client], client_id is a string and scopes a list of strings")
-    answers = Answers(admin["username"], admin["email"], password, client_id=client_id, client_secret=secret, audience=client.get("audience") or client_id or "microauthd", scopes=scopes)
+    audience = client.get("audience", client_id) or "microauthd"
+    if not isinstance(audience, str) or not isinstance(client_id, str) or not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
+        raise Refusal(f"{path}: in [client], client_id and audience are strings and scopes a list of strings")
+    answers = Answers(admin["username"], admin["email"], password, client_id=client_id, client_secret=secret, audience=audience, scopes=scopes)
     return chosen, answers
 
 
