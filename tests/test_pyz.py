@@ -1,0 +1,148 @@
+"""The archive: what it is made of, how it unpacks, what it refuses."""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from box import ARCHIVE, ROOT, Box
+from microauthd import VERSION
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "home").mkdir(mode=0o700)
+    return tmp_path / "home"
+
+
+def run(*words, home, archive=ARCHIVE, **environ):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAD_", "MICROAUTHD_"))}
+    return subprocess.run([sys.executable, "-I", str(archive), *words], env=clean | {"HOME": str(home)} | environ, cwd=home, capture_output=True, text=True, timeout=60)
+
+
+def trees(root):
+    return sorted(name for name in os.listdir(root) if not name.startswith("."))
+
+
+class TestBuilding:
+    def test_the_same_sources_give_the_same_bytes(self, tmp_path):
+        digests = set()
+        for mask, number in (("022", 1), ("077", 2)):
+            target = tmp_path / f"{number}.pyz"
+            subprocess.run(["sh", "-c", f"umask {mask}; exec {sys.executable} {ROOT}/build/pyz.py --out {target}"], check=True, capture_output=True)
+            digests.add(hashlib.sha256(target.read_bytes()).hexdigest())
+        assert len(digests) == 1
+
+    def test_what_is_native_is_kept_by_platform_and_nothing_needless_is_in(self):
+        names = zipfile.ZipFile(ARCHIVE).namelist()
+        assert all(name.startswith("native/") for name in names if name.endswith(".so"))
+        assert not [name for name in names if "/tests/" in name or "/bin/" in name or name.endswith((".pyi", "direct_url.json")) or "/pip/" in name or "setuptools/" in name]
+        assert {"site-packages/microauthd.py", "site-packages/mad.py", "site-packages/public/login.html", "site-packages/appliance/oobe.py"} <= set(names)
+
+
+class TestMad:
+    def test_it_runs_without_unpacking(self, home):
+        for words in (("mad", "--help"), ("mad", "user", "create", "--help"), ("mad", "--version")):
+            assert run(*words, home=home).returncode == 0
+        assert os.listdir(home) == []
+
+    def test_a_symlink_named_mad_is_mad(self, home, tmp_path):
+        (tmp_path / "mad").symlink_to(ARCHIVE)
+        done = run("--version", home=home, archive=tmp_path / "mad")
+        assert done.returncode == 0 and done.stdout.strip() == VERSION and os.listdir(home) == []
+
+
+class TestUnpacking:
+    def test_it_is_done_once_compiled_and_private(self, home):
+        assert run("version", home=home).returncode == 0
+        root = home / ".cache" / "microauthd"
+        (tree,) = trees(root)
+        assert (root / tree / "__pycache__").is_dir() and (root / tree / "public" / "login.html").exists()
+        assert stat.S_IMODE((root / tree).stat().st_mode) == 0o700
+        before = (root / tree).stat().st_ctime_ns
+        assert run("version", home=home).returncode == 0
+        assert (root / tree).stat().st_ctime_ns == before
+
+    def test_the_variables_of_shiv_are_not_obeyed(self, home, tmp_path):
+        evil = tmp_path / "evil"
+        done = run("version", home=home, SHIV_ENTRY_POINT="os:getcwd", SHIV_ROOT=str(evil), SHIV_MODULE="this", SHIV_INTERPRETER="1", SHIV_PREPEND_PYTHONPATH=str(evil))
+        assert done.stdout.startswith("microauthd ") and not evil.exists()
+
+    def test_two_first_starts_at_once_make_one_tree(self, home):
+        words = [sys.executable, "-I", str(ARCHIVE), "version"]
+        started = [subprocess.Popen(words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        assert all(process.communicate()[0].startswith("microauthd") for process in started)
+        assert len(trees(home / ".cache" / "microauthd")) == 1
+
+    @pytest.mark.parametrize("case", ["a root others can write", "a parent others can write"])
+    def test_a_folder_others_can_write_is_refused(self, tmp_path, home, case):
+        parent = tmp_path / "parent"
+        root = parent / "root"
+        root.mkdir(parents=True)
+        (root if case.startswith("a root") else parent).chmod(0o777)
+        done = run("version", home=home, MICROAUTHD_CACHE=str(root))
+        assert done.returncode == 1 and "can be written by others" in done.stderr and trees(root) == []
+
+    def test_a_tree_that_others_can_write_is_refused(self, home):
+        run("version", home=home)
+        root = home / ".cache" / "microauthd"
+        (root / trees(root)[0]).chmod(0o777)
+        done = run("version", home=home)
+        assert done.returncode == 1 and "can be written by others" in done.stderr
+
+    def test_a_symlink_in_place_of_the_tree_is_refused(self, home, tmp_path):
+        run("version", home=home)
+        root = home / ".cache" / "microauthd"
+        (tree,) = trees(root)
+        shutil.move(root / tree, tmp_path / "elsewhere")
+        (root / tree).symlink_to(tmp_path / "elsewhere")
+        assert run("version", home=home).returncode == 1
+
+    def test_what_an_interruption_and_other_releases_left_is_removed(self, home):
+        root = home / ".cache" / "microauthd"
+        for name in ("tmp.abc", "tree.0123.old"):
+            (root / name).mkdir(parents=True)
+            (root / name / ".lock").touch()
+        (home / ".cache").chmod(0o700)
+        assert run("version", home=home).returncode == 0
+        assert [name for name in trees(root) if name.startswith(("tmp.", "tree.0123"))] == []
+
+    def test_a_tree_in_use_is_left_alone(self, home):
+        import fcntl
+
+        root = home / ".cache" / "microauthd"
+        (root / "tree.0123.old").mkdir(parents=True)
+        lock = open(root / "tree.0123.old" / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert run("version", home=home).returncode == 0
+        assert "tree.0123.old" in trees(root)
+
+    def test_a_home_that_is_not_there_is_a_sentence(self, home):
+        done = run("version", home=home, HOME="/nonexistent")
+        assert done.returncode == 1 and "MICROAUTHD_CACHE" in done.stderr and "Traceback" not in done.stderr
+
+    def test_an_old_python_is_told_in_one_line(self, tmp_path):
+        source = (ROOT / "build" / "main.py").read_text().replace("sys.version_info < (3, 11)", "(3, 9) < (3, 11)")
+        (tmp_path / "main.py").write_text(source)
+        done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("microauthd needs Python 3.11") and done.stderr.count("\n") == 1
+
+
+class TestServing:
+    def test_the_archive_may_be_removed_while_it_serves(self, tmp_path, monkeypatch):
+        copy = tmp_path / "copy.pyz"
+        shutil.copyfile(ARCHIVE, copy)
+        import box as kit
+
+        monkeypatch.setattr(kit, "PROGRAM", [sys.executable, "-I", str(copy)])
+        with Box(tmp_path / "data", workers="1") as box:
+            copy.unlink()
+            os.kill(box.pids()[1], 9)
+            time.sleep(0.6)
+            box.new_user("ann")
+            assert box.token().status == box.log_in("ann").status == 200
