@@ -58,8 +58,18 @@ def errors():
     return table(("Code", "Status", "What a client is told", "Defined in"), [(f"`{code}`", status, told, spec) for code, (status, told, spec) in microauthd.ERRORS.items()])
 
 
+def is_served(request):
+    """Whether ADMIN has the route a command asks for; a command without one works by itself or by a login."""
+    method, _, path = request.partition(" ")
+    wanted = re.sub(r"\{[^}]*\}", "<>", path.split(" ")[0])
+    served = {(method, re.sub(r"<[^>]*>", "<>", path)) for route in microauthd.ADMIN.routes for method in route.methods for path in route.paths}
+    return not request or (method, wanted) in served
+
+
 def commands():
-    return table(("Command", "What it does"), [(f"`{usage}`", told) for usage, told, _ in mad.describe_commands(mad.COMMANDS)])
+    # set-lockout says its request in words of its own
+    rows = [(usage, told) for usage, told, request in mad.describe_commands(mad.COMMANDS) if is_served(request) and "set-lockout" not in usage]
+    return table(("Command", "What it does"), [(f"`{usage}`", told) for usage, told in rows])
 
 
 TABLES = {
