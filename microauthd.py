@@ -4693,7 +4693,7 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
 
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         node.start()
-        os.write(ready, b"+")
+        os.write(ready, bytes([slot - 1]))
         # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
         signal.sigwait({signal.SIGTERM})
         node.stop()
@@ -4744,14 +4744,17 @@ class Supervisor:
         gc.freeze()  # so that the collector does not touch, and thereby copy, the pages we share
         for number in range(self.roles()):
             self.fork(number)
-        waiting = self.roles()
-        while waiting:
-            readable, _, _ = select.select([self.ready], [], [], 0.05)
-            if readable:
-                waiting -= len(os.read(self.ready, waiting))
-            if any(self.reap()):
-                self.end()
-                return 1
+        reported = set()
+        while len(reported) < self.roles():
+            dead = list(self.reap())  # before the pipe is read, so that what a dead one had reported is known
+            while select.select([self.ready], [], [], 0 if dead else 0.05)[0]:
+                reported |= set(os.read(self.ready, 64))
+            for number, _, _, status in dead:
+                if number not in reported and os.WIFEXITED(status):  # it could not start, and has said why
+                    self.end()
+                    return 1
+                reported.discard(number)
+                self.fork(number)
             if signal.sigtimedwait(STOPPING, 0):
                 return self.end()
         announce(self.plan)
