@@ -392,7 +392,7 @@ OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *op
 # Names that meant nothing in the original and were ignored there: said, not obeyed.
 IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
 # The variables of mad, which share our prefix.
-MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE", "ADMIN_PASSWORD_FILE")
+MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE")
 
 
 class Options:
@@ -5015,7 +5015,7 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
             for name in answers.scopes:
                 if store.find_scope(normalise(name)) is None:
                     create_scope(idp, LOCAL, "setup", CreateScope(name))
-            wanted = CreateClient(answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes, may_introspect=True)
+            wanted = CreateClient(answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes)
             client, secret = create_client(idp, LOCAL, "setup", wanted)
             made = MadeClient(client.client_id, secret)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
