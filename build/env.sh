@@ -42,3 +42,14 @@ make_archive() {
     "$python" "$root/build/pyz.py" >&2
     printf '%s' "$stamp" >"$out/stamp"
 }
+
+# The browser tests drive Debian's chromium; nothing else is asked of the system.
+need_browser() {
+    command -v chromium >/dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing chromium for the browser tests ..."
+        apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null
+    else
+        fail "chromium is missing: the browser tests need it (on Debian: apt install chromium)"
+    fi
+}

@@ -1,0 +1,72 @@
+"""The pages of public/ in a real browser, against the built archive."""
+
+import json
+
+import pytest
+from box import Box
+from playwright.sync_api import expect, sync_playwright
+
+PASSWORD = "correct horse battery"
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    with Box(tmp_path_factory.mktemp("browser") / "data", serve_public_auth_files="true", workers="1") as box:
+        bearer = box.admin_token()
+        made = box.admin("POST", "/clients", json_body={"client_id": "web", "client_type": "public", "grant_types": ["password", "refresh_token"]}, bearer=bearer)
+        assert made.status == 200
+        box.new_user("ann", PASSWORD)
+        yield box
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(box, browser):
+    page = browser.new_page(viewport={"width": 320, "height": 700})
+    page.troubles = []
+    page.on("pageerror", lambda error: page.troubles.append(str(error)))
+    page.goto(f"http://127.0.0.1:{box.auth_port}/login.html")
+    yield page
+    page.close()
+
+
+def sign_in(page, password=PASSWORD):
+    page.get_by_label("User name").fill("ann")
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button", name="Sign in").click()
+
+
+class TestLoginPage:
+    def test_sign_in_refresh_sign_out(self, box, page):
+        sign_in(page)
+        claims = page.locator("#claims")
+        expect(claims).to_contain_text("ann")
+        before = claims.inner_text()
+        page.get_by_role("button", name="Refresh").click()
+        expect(claims).not_to_have_text(before)
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_label("User name")).to_be_visible()
+        assert page.troubles == []
+
+    def test_a_refusal_is_said_in_words_and_announced(self, page):
+        sign_in(page, "wrong wrong")
+        expect(page.get_by_role("alert")).to_contain_text("That did not work")
+
+    def test_no_token_is_kept_where_a_script_could_find_it_later(self, page):
+        sign_in(page)
+        expect(page.locator("#claims")).to_contain_text("ann")
+        kept = page.evaluate("JSON.stringify([Object.keys(localStorage), Object.keys(sessionStorage), document.cookie])")
+        assert json.loads(kept) == [[], [], ""]
+
+    def test_it_fits_320_pixels(self, page):
+        sign_in(page)
+        expect(page.locator("#claims")).to_contain_text("ann")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
