@@ -434,7 +434,7 @@ def parse_config(content: str, where: str) -> dict:
     Raises Refusal naming file and line.
     """
     found = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         line = line.strip()
         if not line or line[0] in "#;":
             continue
@@ -606,7 +606,7 @@ def write_config(options: Options) -> str:
             word = "auto"
         else:
             word = str(value).lower() if isinstance(value, bool) else str(value)
-        if any(ord(letter) < 32 for letter in word):
+        if any(ord(letter) < 32 or letter == "\x7f" for letter in word) or len(word.splitlines()) > 1:
             raise Refusal(f"{option.name} contains a control character, which a config file cannot hold")
         if word != word.strip() or re.search('[#;"]', word):
             word = f'"{word}"'
@@ -632,7 +632,14 @@ class LogFile(logging.Handler):
         self.path, self.max_bytes, self.keep = str(path), max_bytes, keep
         self.descriptor = self.inode = None
 
+    def shut(self):
+        """Close the file, once: the number may be somebody else's a moment later."""
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
     def open(self):
+        self.shut()
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.inode = os.fstat(self.descriptor).st_ino
 
@@ -642,7 +649,6 @@ class LogFile(logging.Handler):
             if self.descriptor is None:
                 self.open()
             elif not self.same_file():
-                os.close(self.descriptor)
                 self.open()
             if os.fstat(self.descriptor).st_size > self.max_bytes:
                 self.rotate()
@@ -664,7 +670,6 @@ class LogFile(logging.Handler):
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(f"{self.path}.{number}", f"{self.path}.{number + 1}")
                 os.replace(self.path, f"{self.path}.1")
-        os.close(self.descriptor)
         self.open()
 
 
@@ -1206,7 +1211,10 @@ class Store:
         self.wake.set()
         if self.flusher:
             self.flusher.join(5)
-        self.flush()
+        while self.queue and self.writable:
+            self.flush()
+        if self.queue:
+            self.log("store.lost", "error", rows=len(self.queue))
         for connection in self.connections:
             with contextlib.suppress(sqlcipher3.Error):
                 connection.close()
@@ -1429,16 +1437,24 @@ class Store:
             id=id, password_hash=password_hash, now=now,
         ) == 1
 
-    def list_active_admins(self, limit):
+    def list_able_admins(self, now, but):
+        """The administrators other than one who could log in now."""
         with self.guard():
             rows = self.connection.execute(
-                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id AND is_active = 1 LIMIT :limit",
-                {"role_id": MAD_ADMIN_ROLE_ID, "limit": limit},
+                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id AND is_active = 1 AND lockout_until <= :now AND user_id <> :but LIMIT 1",
+                {"role_id": MAD_ADMIN_ROLE_ID, "now": now, "but": but},
             )
             return [user_id for (user_id,) in rows]
 
-    def set_password_hash(self, id, password_hash, now):
-        self.run("UPDATE account SET password_hash = :password_hash, modified_at = :now WHERE id = :id", id=id, password_hash=password_hash, now=now)
+    def set_password_hash(self, id, password_hash, now, instead_of=None):
+        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone."""
+        self.run(
+            """
+            UPDATE account SET password_hash = :password_hash, modified_at = :now
+             WHERE id = :id AND (:instead_of IS NULL OR password_hash = :instead_of)
+            """,
+            id=id, password_hash=password_hash, now=now, instead_of=instead_of,
+        )
 
     def set_totp(self, id, sealed, now):
         self.run("UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now WHERE id = :id", id=id, sealed=sealed, now=now)
@@ -1601,8 +1617,8 @@ class Store:
         return self.all(Family, "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL", user_id=user_id, client_id=client_id)
 
     def revoke_account(self, user_id, now, now_ms):
-        """End everything that was issued to a user, up to this millisecond, on both ports."""
-        self.run("UPDATE account SET revoked_before = max(revoked_before, :now_ms) WHERE id = :user_id", user_id=user_id, now_ms=now_ms)
+        """End everything that was issued to a user, on both ports. The epoch always grows: what was issued just after the last one dies too."""
+        self.run("UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id, now_ms=now_ms)
         for table in ("family", "refresh_token", "session", "browser_session"):
             self.run(f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL", user_id=user_id, now=now)
 
@@ -1682,7 +1698,7 @@ class Store:
                         with contextlib.suppress(sqlcipher3.Error):
                             connection.execute("ROLLBACK")
                         raise
-            except sqlcipher3.Error as error:
+            except Exception as error:  # whatever it is, the rows wait and the thread lives
                 self.queue.extendleft(reversed(batch))
                 if self.writable:
                     self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
@@ -1839,7 +1855,7 @@ class Digests:
 
     def learn(self, stored_hash, secret, now):
         if len(self.seen) >= self.size:
-            self.seen = {digest: until for digest, until in self.seen.items() if until >= now}
+            self.seen = {digest: until for digest, until in list(self.seen.items()) if until >= now}
             if len(self.seen) >= self.size:
                 self.seen = {}
         self.seen[self.digest(stored_hash, secret)] = now + self.ttl
@@ -1858,9 +1874,13 @@ class Throttle:
         self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
 
     def keys(self, peer, name):
-        yield ("name", peer, name)
-        if not ipaddress.ip_address(peer).is_loopback:
-            yield ("peer", peer, "")
+        address = ipaddress.ip_address(peer)
+        if address.version == 6 and not address.is_loopback:
+            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # whoever has one address of it has them all
+        # A digest: strangers choose the name, and its length.
+        yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
+        if not address.is_loopback:
+            yield ("peer", peer, b"")
 
     def level(self, key, now):
         burst, rate = self.RATES[key[0]]
@@ -2036,6 +2056,9 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
             raise Refusal(f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048")
         der = key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
+    begun, stated = len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M)), len(re.findall(rb"^# state=", content, re.M))
+    if begun != len(entries) or stated not in (0, len(entries)) or any(entry.state not in ("next", "active", "retired") for entry in entries):
+        raise Refusal(f"the signing key {path} is damaged: a part of it is missing; restore a backup")
     if not any(entry.state == "active" for entry in entries):
         raise Refusal(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
     return entries
@@ -2179,9 +2202,9 @@ class Idp:
     def revoked_before(self) -> int:
         """Nothing issued up to this millisecond is alive: what a restore sets. Cached with the clients."""
         cache = self.cache()
-        if "" not in cache:
-            cache[""] = int(self.store.meta("revoked_before", "0"))
-        return cache[""]
+        if None not in cache:  # a key that no client_id can be
+            cache[None] = int(self.store.meta("revoked_before", "0"))
+        return cache[None]
 
     def cache(self) -> dict:
         """Return the dict of what is cached for the present generation.
@@ -2225,7 +2248,8 @@ def is_admin(idp: Idp, user_id: str) -> bool:
 
 
 def is_last_admin(idp: Idp, user_id: str) -> bool:
-    return idp.store.list_active_admins(2) == [user_id]
+    """Is this an administrator, and none other could log in now?"""
+    return is_admin(idp, user_id) and not idp.store.list_able_admins(idp.now(), user_id)
 
 
 def is_good(account: Account | None, issued_ms: int) -> bool:
@@ -2259,22 +2283,24 @@ def why_not(idp, origin, account, client, admin) -> str:
     return ""
 
 
+WRONG_CODE = "one-time code missing, wrong or used"
+
+
 def check_totp(idp, account, code) -> str:
-    """Spend a one-time code. Return what is wrong, or nothing. RFC 6238 §5.2."""
+    """Spend a one-time code. Return what is wrong, or nothing; the caller counts it. RFC 6238 §5.2."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
     step = totp_step(idp.seal.open(account.totp_sealed, account.id), code, now)
     if step is not None and idp.store.spend_totp_step(account.id, step):
         return ""
-    idp.store.count_failed_totp(account.id, now, TOTP_TRIES, idp.options.failed_password_lockout_duration)
-    return "one-time code missing, wrong or used"
+    return WRONG_CODE
 
 
 def rehash(idp, account, password):
     """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
     with contextlib.suppress(Problem):
-        idp.store.set_password_hash(account.id, idp.hasher.hash(password), idp.now())
+        idp.store.set_password_hash(account.id, idp.hasher.hash(password), idp.now(), account.password_hash)
 
 
 def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, totp="", client: Client | None = None, admin=False) -> tuple[Account, list]:
@@ -2308,15 +2334,20 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
             failure = "changed meanwhile"
         if failure:
             idp.throttle.spend(origin.peer, name)
+            # One durable write whatever was wrong, or its time would tell.
             with idp.store.transaction():
+                options = idp.options
+                if failure == WRONG_CODE:
+                    idp.store.count_failed_totp(account.id, now, TOTP_TRIES, max(TOTP_STEP, options.failed_password_lockout_duration))
                 if failure == "wrong password":
-                    options = idp.options
                     counted = idp.store.count_failed_login(
                         account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
                         options.failed_password_lockout_duration, LOCKOUT_MAX,
                     )
                     if counted.lockouts > account.lockouts:
                         audit(idp, origin, account.id, "user_locked_out", account.id, f"until={counted.lockout_until}")
+                if not options.enable_audit_logging:
+                    idp.store.put_meta("last_failure_at", now)
                 audit(idp, origin, account.id if account else "anonymous", "user_login_failed", client.client_id if client else "", f"reason={failure}")
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}")
         if idp.options.enable_pass_cache and not second_factor:
@@ -2585,7 +2616,7 @@ def living_claims(idp: Idp, ring: KeyRing, issuer: str, token: str) -> dict:
     now = idp.now()
     if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
-    issued_ms, asks = jti_ms(claims["jti"]), idp.options.enable_token_revocation
+    issued_ms, asks = jti_ms(claims["jti"]), idp.options.enable_token_revocation or ring is idp.admin_ring
     if issued_ms <= idp.revoked_before or asks and idp.store.is_revoked(claims["jti"]):
         raise Problem("invalid_token", log="revoked")
     if claims["mad"] == "auth":
@@ -2780,8 +2811,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     roles = idp.store.list_roles_of(account.id)
     with idp.store.transaction():
         # Inside the transaction, so that a revocation that came first is seen and one that comes later sees us.
-        if not is_good(idp.store.find_account(account.id), ms):
-            raise Problem("invalid_grant", log="the user was deactivated or revoked meanwhile")
+        check_unchanged(idp, account, ms)
         family = take_family(idp, client, granted, origin, ms)
         refresh_token = ""
         if family and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
@@ -2803,6 +2833,13 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     if OPENID in granted.scope.split():
         answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
     return answer
+
+
+def check_unchanged(idp: Idp, account: Account, ms: int):
+    """Raise invalid_grant where the user was ended, revoked or deactivated since `account` was read. Within the issuing transaction."""
+    fresh = idp.store.find_account(account.id)
+    if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
+        raise Problem("invalid_grant", status=403, log="the user was deactivated or revoked meanwhile")
 
 
 def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
@@ -2955,7 +2992,7 @@ def decode_body(body: bytes, struct_type):
     """
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem("invalid_request", log="not JSON") from None
     if not isinstance(found, dict):
         raise Problem("invalid_request", log="not a JSON object")
@@ -2979,7 +3016,7 @@ class Params:
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         self.origin = Origin(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1"),
+            peer in ("127.0.0.1", "::1") and environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied"),
         )
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
@@ -3040,6 +3077,8 @@ def read_client_credentials(params) -> tuple[str, str | None]:
         client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
         if not colon or form_secret is not None or form_id not in (None, client_id):
             raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
+        if not client_id:
+            raise Problem("invalid_client", log="an empty client_id")
         return client_id, secret or None
     if not form_id:
         raise Problem("invalid_client", log="no client_id")
@@ -3480,9 +3519,10 @@ def admin_token(idp, params):
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
     family = Family(random_handle()[:22], account.id, "mad:admin", "", " ".join(amr), now, "", ms, now + lifetime, None)
     with idp.store.transaction():
+        check_unchanged(idp, account, ms)
         idp.store.add_family(family)
         idp.store.add_session(Session(jti, account.id, (params.get("client_id") or "")[:255], family.sid, "", "access", "admin", "otp" if "otp" in amr else "pwd", now, now + lifetime, None))
-        audit(idp, params.origin, account.id, "admin_token_issued", params.get("client_id") or "(no client id)", f"jti={jti}")
+        audit(idp, params.origin, account.id, "admin_token_issued", (params.get("client_id") or "(no client id)")[:255], f"jti={jti}")
     claims = {
         "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti,
         "mad": "admin", "token_use": "access", "username": account.username, "preferred_username": account.username, "email": account.email,
@@ -3939,7 +3979,13 @@ class Connection:
             self.environ[key] += ("; " if key == "HTTP_COOKIE" else ", ") + value.decode("latin-1").rstrip(" \t")
         elif key:
             self.environ[key] = value.decode("latin-1").rstrip(" \t")
-        elif name.lower() in Names.FORWARDED:
+            if key.startswith(("HTTP_X_FORWARDED", "HTTP_FORWARDED")):
+                self.environ["microauthd.proxied"] = True
+        elif b"forwarded" in name.lower():
+            # Not believed, but a sign that the peer is a proxy: then it is not the person at the machine.
+            self.environ["microauthd.proxied"] = True
+            if name.lower() not in Names.FORWARDED:
+                return
             if name.lower() in self.dropped:
                 raise Refused(400, "repeated header field")
             self.dropped += (name.lower(),)
@@ -4915,7 +4961,28 @@ def journal_of(config: str) -> str:
     return config + ".setting-up"
 
 
+@contextlib.contextmanager
+def hold_setup(config: str):
+    """Hold the lock of the journal: what looks like an interrupted set-up may be one that still runs."""
+    descriptor = os.open(journal_of(config) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal("another process is setting up here right now: wait until it is done") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def recover_setup(config: str):
+    """Finish or remove what an interrupted set-up left; nothing to do, and no lock, where there is no journal."""
+    if os.path.exists(journal_of(config)) or os.path.exists(journal_of(config) + ".new"):
+        with hold_setup(config):
+            finish_setup(config)
+
+
+def finish_setup(config: str):
     """Finish a set-up that a power cut interrupted after its commit, or remove what one left before it.
 
     The journal, beside the config file, says which: it lists the staged files and whether all of
@@ -4947,33 +5014,35 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
     one rename; then the files take their names. `checkpoint` is called between the steps.
     """
     config = options.origins.get("config", "mad.conf")
-    recover_setup(config)
-    if os.path.exists(options.db_file):
-        raise Refusal(f"this is set up already: the database {options.db_file} is there, and is left as it is")
-    if not options.db_pass and not options.no_db_pass:
-        raise Refusal("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
-    if options.db_pass and options.no_db_pass:
-        raise Refusal("db-pass and no-db-pass contradict each other")
-    finals = [config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, options.db_file]
-    if len({os.path.abspath(path) for path in finals}) != len(finals):
-        raise Refusal("config, keys and database must be different files")
-    for path in finals:
-        folder = os.path.dirname(os.path.abspath(path))
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    staged = {path: os.path.abspath(path) + ".setup" for path in finals}
-    now = int(time.time())
-    with hold_database(options.db_file):
-        files = [(staged[path], os.path.abspath(path)) for path in finals]
-        write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
-        checkpoint("journal")
-        try:
-            made = stage(options, answers, staged, config, now, checkpoint)
-        except BaseException:
-            recover_setup(config)
-            raise
-        write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
-        checkpoint("committed")
-        recover_setup(config)
+    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    with hold_setup(config):
+        finish_setup(config)
+        if os.path.exists(options.db_file):
+            raise Refusal(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+        if not options.db_pass and not options.no_db_pass:
+            raise Refusal("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+        if options.db_pass and options.no_db_pass:
+            raise Refusal("db-pass and no-db-pass contradict each other")
+        finals = [config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, options.db_file]
+        if len({os.path.abspath(path) for path in finals}) != len(finals):
+            raise Refusal("config, keys and database must be different files")
+        for path in finals:
+            folder = os.path.dirname(os.path.abspath(path))
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        staged = {path: os.path.abspath(path) + ".setup" for path in finals}
+        now = int(time.time())
+        with hold_database(options.db_file):
+            files = [(staged[path], os.path.abspath(path)) for path in finals]
+            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
+            checkpoint("journal")
+            try:
+                made = stage(options, answers, staged, config, now, checkpoint)
+            except BaseException:
+                finish_setup(config)
+                raise
+            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
+            checkpoint("committed")
+            finish_setup(config)
     return made
 
 

@@ -86,7 +86,39 @@ def hold(tree, exclusively):
     except OSError:
         os.close(descriptor)
         return None
+    if not os.fstat(descriptor).st_nlink:  # the tree was removed between the two calls: this is no lock on anything
+        os.close(descriptor)
+        return None
     return descriptor
+
+
+def compile_tree(folder, tree):
+    """Compile every module of a folder that will be called `tree`.
+
+    Not by compileall: on a full disk its writes fall short without an error, and a module cut off is
+    refused at every start from then on. Unchecked, because nothing here changes once it has its name.
+    """
+    import marshal
+    import warnings
+    from importlib.util import MAGIC_NUMBER, source_hash
+
+    for base, _, names in os.walk(folder):
+        for name in names:
+            if not name.endswith(".py"):
+                continue
+            path = os.path.join(base, name)
+            with open(path, "rb") as file:
+                source = file.read()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    code = compile(source, tree + path[len(folder) :], "exec", dont_inherit=True)
+            except (SyntaxError, ValueError):
+                continue  # meant for another Python; the source stands
+            cache = os.path.join(base, "__pycache__")
+            os.makedirs(cache, exist_ok=True)
+            with open(os.path.join(cache, name[:-2] + sys.implementation.cache_tag + ".pyc"), "xb") as file:
+                file.write(MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))  # flags: PEP 552
 
 
 def unpack(archive, root, tree):
@@ -112,10 +144,7 @@ def unpack(archive, root, tree):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with archive.open(name) as source, open(path, "xb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-        import compileall
-
-        # Later starts, and users who may not write here, find everything compiled.
-        compileall.compile_dir(temporary, quiet=2, stripdir=temporary, prependdir=tree)
+        compile_tree(temporary, tree)  # later starts, and users who may not write here, find everything compiled
         open(os.path.join(temporary, ".lock"), "x").close()
         # Data before the name: a power cut leaves a tmp folder or a whole tree.
         os.sync()
@@ -139,7 +168,10 @@ def clean(root, tree):
         elif name.startswith("tree."):
             descriptor = hold(path, exclusively=True)
             if descriptor is not None:
-                shutil.rmtree(path, ignore_errors=True)
+                # It loses its name first: a power cut must not leave half a tree under the name of a whole one.
+                doomed = tempfile.mkdtemp(prefix="tmp.", dir=root)
+                os.rename(path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
                 os.close(descriptor)
 
 

@@ -218,3 +218,75 @@ class TestNewUsers:
         idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
         with pytest.raises(m.Problem):
             m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+
+
+class TestFailures:
+    """What a failure writes, and what it must not undo."""
+
+    @pytest.mark.parametrize("audited", [True, False])
+    @pytest.mark.parametrize("case", ["unknown user", "wrong password", "wrong code", "inactive"])
+    def test_every_refusal_is_one_durable_write(self, make_idp, idp, alice, case, audited):
+        if case == "wrong code":
+            give_totp(idp, alice)
+        if case == "inactive":
+            with idp.store.transaction():
+                idp.store.run("UPDATE account SET is_active = 0 WHERE id = :id", id=alice.id)
+        from conftest import CHEAP
+
+        other = make_idp(m.Options(**CHEAP, enable_audit_logging=audited))
+        commits = []
+        other.store.connection.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
+        before = other.store.connection.total_changes
+        with pytest.raises(m.Problem):
+            m.authenticate_user(other, m.LOCAL, "nobody" if case == "unknown user" else "alice", "wrong wrong" if case == "wrong password" else PASSWORD, "12345x")
+        assert len(commits) == 1 and other.store.connection.total_changes > before
+
+    def test_a_rehash_never_undoes_a_newer_password(self, idp, alice, monkeypatch):
+        newer = idp.hasher.hash("a newer password")
+        idp.store.set_password_hash(alice.id, idp.hasher.hash(PASSWORD), idp.now())
+        account = idp.store.find_account(alice.id)
+        idp.store.set_password_hash(alice.id, newer, idp.now())
+        m.rehash(idp, account, PASSWORD)
+        assert idp.store.find_account(alice.id).password_hash == newer
+
+    def test_what_was_ended_between_password_and_token_is_not_reborn(self, idp, auth, admin, service, root, monkeypatch):
+        authenticate = m.authenticate_user
+
+        def slow(*words, **more):
+            found = authenticate(*words, **more)
+            m.end_user(idp, m.LOCAL, "test", root.id, "logout_all")
+            return found
+
+        monkeypatch.setattr(m, "authenticate_user", slow)
+        assert auth.post("/token", GOOD | {"username": "root"}, auth=service).status == 403
+        assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 403
+
+    def test_two_locked_administrators_can_still_try_at_the_machine(self, idp, root, new_user):
+        other = new_user("second", admin=True)
+        with idp.store.transaction():
+            idp.store.run("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
+        for someone in (root, other):
+            assert m.authenticate_user(idp, m.LOCAL, someone.username, PASSWORD, admin=True)
+
+    def test_what_a_proxy_brings_is_not_the_machine_itself(self, idp, admin, root):
+        with idp.store.transaction():
+            idp.store.run("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
+        form = {"username": "root", "password": PASSWORD}
+        app = admin.app
+
+        def proxied(environ, start_response):
+            return app(environ | {"microauthd.proxied": True}, start_response)
+
+        admin.app = proxied
+        assert admin.post("/token", form, peer="127.0.0.1").status == 403
+        admin.app = app
+        assert admin.post("/token", form, peer="127.0.0.1").status == 200
+
+    def test_names_of_any_length_cost_the_throttle_nothing(self):
+        throttle = m.Throttle(lambda: 0.0)
+        throttle.spend("192.0.2.1", "x" * 60_000)
+        assert all(len(part) < 40 for key in throttle.buckets for part in key)
+        for number in range(1, 122):
+            throttle.spend(f"2001:db8::{number:x}", f"name{number}")
+        with pytest.raises(m.Problem):
+            throttle.check("2001:db8::ffff", "another")

@@ -70,6 +70,13 @@ class TestBearer:
         assert auth.get("/whoami", bearer=machine["access_token"]).json == {"message": "Hello, service"}
 
 
+    def test_an_empty_client_id_is_no_client(self, auth, machine):
+        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=("", "x")).status == 401
+
+    def test_a_tower_of_brackets_is_not_json(self, admin, admin_token):
+        assert admin("POST", "/users", bearer=admin_token, json_body=b"[" * 60_000).status == 400
+
+
 class TestSelf:
     def test_own_sessions_and_refresh_tokens(self, auth, log_in, alice):
         answer = log_in(alice)

@@ -272,6 +272,19 @@ class TestPowerCut:
             os.chdir(here)
         assert len(outcomes) > 8 and outcomes == sorted(outcomes), "nothing up to a point, everything from there on"
 
+    def test_a_command_beside_a_running_set_up_does_not_harm_it(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        refused = []
+
+        def beside(name):
+            done = subprocess.run([*PROGRAM, "options"], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True)
+            refused.append((name, done.returncode, done.stderr))
+
+        options = m.Options({"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192, argon2id_parallelism=1)
+        m.set_up(options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), beside)
+        assert all(status == 1 and "setting up" in said for _, status, said in refused) and len(refused) > 5
+        log_in(tmp_path)
+
     @pytest.mark.parametrize("number", range(1, 14))
     def test_at_every_rename(self, tmp_path, monkeypatch, number):
         here = os.getcwd()

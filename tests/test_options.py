@@ -79,9 +79,12 @@ class TestFile:
         found = {name: word for name, (word, _) in m.parse_config(written, "x").items()}
         assert found["db-pass"] == value and found["auth-port"] == "81" and found["docker"] == "true" and found["trusted-proxies"] == "10.0.0.0/8, 192.168.1.1/32"
 
-    def test_a_control_character_cannot_be_written(self):
+    @pytest.mark.parametrize("mark", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x7f"])
+    def test_what_ends_a_line_cannot_be_written_nor_begin_another(self, mark):
         with pytest.raises(m.Refusal):
-            m.write_config(m.Options(db_pass="a\nauth-ip = 0.0.0.0"))
+            m.write_config(m.Options(db_pass=f"a{mark}auth-ip = 0.0.0.0"))
+        if mark != "\n":
+            assert list(m.parse_config(f"db-pass = a{mark}auth-ip = 0.0.0.0", "x")) == ["db-pass"]
 
 
 class TestEnvironment:

@@ -122,6 +122,37 @@ class TestUnpacking:
         assert run("version", home=home).returncode == 0
         assert "tree.0123.old" in trees(root)
 
+    def test_a_release_cut_off_while_removed_is_not_taken_for_whole(self, home):
+        root = home / ".cache" / "microauthd"
+        old = root / "tree.0123.old"
+        old.mkdir(parents=True)
+        (old / ".lock").touch()
+        for number in range(20000):
+            (old / f"{number}.py").touch()
+        whole = len(os.listdir(old))
+        words = [sys.executable, "-I", str(ARCHIVE), "version"]
+        process = subprocess.Popen(words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, stdout=subprocess.DEVNULL)
+        while process.poll() is None and old.exists() and len(os.listdir(old)) == whole:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not old.exists()
+        assert run("version", home=home).returncode == 0
+        assert len(trees(root)) == 1
+
+    @pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="needs a mount namespace of its own")
+    def test_a_full_disk_is_a_sentence_and_leaves_nothing_broken(self, home):
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            unpacked = sum(4096 * -(-info.file_size // 4096) for info in archive.infolist() if info.filename.startswith(("native/", "site-packages/"))) // 2**20
+        outcomes = set()
+        for spare in range(0, 16, 2):  # megabytes: full while unpacking, while compiling, not at all
+            script = 'mount -t tmpfs -o size=$1m,mode=700 none "$HOME" && cd / && "$2" -I "$3" version && "$2" -I "$3" version'
+            words = ["unshare", "-rm", "sh", "-c", script, "sh", str(unpacked + spare), sys.executable, str(ARCHIVE)]
+            done = subprocess.run(words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+            assert "Traceback" not in done.stderr, (spare, done.stderr)
+            outcomes.add("works twice" if done.returncode == 0 else done.stderr.partition(";")[0])
+        assert outcomes == {"works twice", "microauthd: no room to unpack the program"}
+
     def test_a_home_that_is_not_there_is_a_sentence(self, home):
         done = run("version", home=home, HOME="/nonexistent")
         assert done.returncode == 1 and "MICROAUTHD_CACHE" in done.stderr and "Traceback" not in done.stderr
@@ -131,6 +162,14 @@ class TestUnpacking:
         (tmp_path / "main.py").write_text(source)
         done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("microauthd needs Python 3.11") and done.stderr.count("\n") == 1
+
+
+class TestCommands:
+    def test_selftest_finds_everything_working(self, home):
+        done = run("selftest", home=home)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines and all(line.startswith("ok ") for line in lines)
 
 
 class TestServing:

@@ -141,6 +141,20 @@ class TestWriting:
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         assert len(store.queue) == 1
 
+    def test_closing_writes_all_that_waits(self, make_idp, idp, service):
+        for number in range(12_000):
+            idp.store.queue.append(((f"{number:032x}", "service", "", 1, 2), None))
+        idp.store.close()
+        again = make_idp(idp.options)
+        assert again.store.connection.execute("SELECT count(*) FROM session").fetchone() == (12_000,)
+
+    def test_no_error_loses_a_batch(self, idp, auth, service, machine, monkeypatch):
+        monkeypatch.setattr(m, "batch_audit", lambda batch: 1 / 0)
+        auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
+        waiting = len(idp.store.queue)
+        idp.store.flush()
+        assert len(idp.store.queue) == waiting and not idp.store.writable
+
     def test_a_durable_write_that_fails_says_so(self, idp, auth, service, machine):
         idp.store.connection.execute("PRAGMA query_only = ON")
         answer = auth.post("/revoke", {"token": machine["access_token"]}, auth=service)

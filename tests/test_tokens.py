@@ -152,6 +152,16 @@ class TestKeys:
         assert not path.exists() if case == "missing" else path.read_bytes() == content
 
 
+    def test_a_ring_that_lost_a_key_is_damaged(self, tmp_path):
+        path = tmp_path / "token.pem"
+        content = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
+        for cut in (content[:-40], content[: content.rindex(b"-----BEGIN")], content.replace(b"state=active", b"state=other", 1)):
+            path.write_bytes(cut)
+            path.chmod(0o600)
+            with pytest.raises(m.Refusal):
+                m.read_ring(str(path), "")
+
+
 class TestIdentifiers:
     @given(st.integers(0, 2**48 - 1))
     def test_a_jti_is_a_uuid_of_version_7_and_keeps_its_milliseconds(self, ms):
