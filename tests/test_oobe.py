@@ -1,42 +1,61 @@
 """The first start: the wizard on a pseudo-terminal, the answers file, and kill -9 at every step."""
 
+import contextlib
+import datetime
+import hashlib
+import io
 import os
 import re
 import signal
 import stat
 import subprocess
 import sys
+import time
 
 import microauthd as m
 import pexpect
 import pyotp
 import pytest
-from box import CHEAP, ROOT
+import segno
+from appliance import oobe
+from box import CHEAP, ROOT, free_port
 
 PASSWORD = "correct horse"
+PHRASE = "a long phrase"
 PROGRAM = [sys.executable, str(ROOT / "microauthd.py")]
-ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | CHEAP | {"PYTHONDONTWRITEBYTECODE": "1"}
+LOCALE = ("LANG", "LC_ALL", "LC_CTYPE", "NO_COLOR", "TERM")
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("MAD_") and name not in LOCALE} | CHEAP | {"PYTHONDONTWRITEBYTECODE": "1"}
+WHOLE = {"mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"}
+ALL = "\x01\x0b"  # goes to the start of the line and clears it
+COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:[134][0-9]|9[0-7]|10[0-7]|[1-9])(?:;[0-9;]*)?m")  # SGR other than reset, ECMA-48 §8.3.117
 
-QUICK = (  # (question, answer)
-    ("Go through every setting?", "n"), ("Database file?", ""), ("Database passphrase?", "a long phrase"), ("The same again:", "a long phrase"),
-    ("user name?", ""), ("e-mail?", "root@box.example"), ("password?", PASSWORD), ("The same again:", PASSWORD), ("second factor", "n"),
-    ("client_id of the first service", ""), ("Its audience", ""), ("Its scopes", "a:read"), ("Set it up?", "y"),
-)
+DATABASE = (("Database file?", ""), ("Database passphrase?", PHRASE), ("The same again:", PHRASE))
+ADMINISTRATOR = (("user name?", ""), ("e-mail?", "root@box.example"), ("Administrator's password?", PASSWORD), ("The same again:", PASSWORD), ("second factor", "n"))
+CLIENT = (("client_id of the first service", ""), ("Its audience", ""), ("Its scopes", "a:read"))
+QUICK = (*DATABASE, ("Go through every setting?", "n"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y"))  # (question, answer)
 
 
 class Console:
     """A terminal of 80 by 24 that is answered by hand."""
 
-    def __init__(self, folder, *words, term="vt100"):
-        self.child = pexpect.spawn(PROGRAM[0], [PROGRAM[1], "setup", *words], cwd=folder, env=ENVIRON | {"TERM": term}, dimensions=(24, 80), encoding="utf-8", timeout=10)
+    def __init__(self, folder, *words, term="vt100", **environ):
+        self.lines = term == "dumb"  # whole lines, as on a terminal that cannot move its cursor
+        self.child = pexpect.spawn(PROGRAM[0], [PROGRAM[1], "setup", *words], cwd=folder, env=ENVIRON | {"TERM": term} | environ, dimensions=(24, 80), encoding="utf-8", timeout=30)
+        self.child.delaybeforesend = None
+        self.child.ptyproc.delayafterclose = self.child.delayafterclose = 0.01
         self.screen = []
         self.child.logfile_read = type("Tape", (), {"write": lambda _, text: self.screen.append(text), "flush": lambda _: None})()
 
     def answer(self, question, words):
-        self.child.expect_exact(question)
-        self.child.send(words + "\r")
-        # prompt_toolkit draws the line once more when it is accepted
-        self.child.expect_exact("\x1b[?2004l")
+        self.child.expect(r"\s+".join(map(re.escape, question.split())))  # a sentence may be folded anywhere
+        self.child.send((words.replace(ALL, "") if self.lines else words) + "\r")
+        if not self.lines:
+            # prompt_toolkit draws the line once more when it is accepted
+            self.child.expect_exact("\x1b[?2004l")
+
+    def answers(self, pairs):
+        for question, words in pairs:
+            self.answer(question, words)
 
     def end(self):
         self.child.expect(pexpect.EOF)
@@ -48,229 +67,468 @@ class Console:
         return "".join(self.screen)
 
 
-def log_in(folder, username="admin", password=PASSWORD, totp=""):
+def log_in(folder, username="admin", password=PASSWORD, totp="", config="mad.conf"):
     """Open what was set up and let the administrator in."""
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        options = m.load_options({"config": ("mad.conf", "test")}, CHEAP)
+    with contextlib.chdir(folder):
+        options = m.load_options({"config": (config, "test")}, CHEAP)
         store = m.Store(options.db_file, m.read_database_key(options.db_file, options.db_pass, options.no_db_pass))
         store.open()
-        rings = [m.KeyRing(m.read_ring(path, phrase)) for path, phrase in ((options.token_signing_key_file, options.token_signing_key_pass), (options.admin_token_signing_key_file, options.admin_token_signing_key_pass))]
-        idp = m.Idp(options, store, *rings, m.Seal(m.read_seal_key(options.seal_key_file)))
-        account, _ = m.authenticate_user(idp, m.LOCAL, username, password, totp, admin=True)
-        store.close()
+        auth = m.KeyRing(m.read_ring(options.token_signing_key_file, options.token_signing_key_pass))
+        admin = m.KeyRing(m.read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass))
+        idp = m.Idp(options, store, auth, admin, m.Seal(m.read_seal_key(options.seal_key_file)))
+        try:
+            account, _ = m.authenticate_user(idp, m.LOCAL, username, password, totp, admin=True)
+        finally:
+            store.close()
         return options, account
-    finally:
-        os.chdir(here)
 
 
 def left(folder):
     return {name for name in os.listdir(folder) if not name.endswith(".lock")}
 
 
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir() if path.is_file()}
+
+
 class TestWizard:
+    """Everything asked, checked as it is answered, written at the end or not at all."""
+
     @pytest.mark.parametrize("term", ["dumb", "vt100", "linux"])
     def test_the_quick_path(self, tmp_path, term):
         console = Console(tmp_path, term=term)
-        for question, words in QUICK:
-            console.answer(question, words)
+        console.answers(QUICK)
         assert console.end() == 0
         options, account = log_in(tmp_path)
-        assert account.email == "root@box.example" and options.enable_token_refresh and options.oidc_issuer == "http://localhost:9040"
-        assert left(tmp_path) == {"mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"}
-        assert re.search(r"client_secret  \S{43}", console.text) and "mad token get --client-id app" in console.text
-        assert PASSWORD not in console.text and "a long phrase" not in console.text
-        assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", console.text), "no colours"
-        assert console.text.isascii()
+        assert account.email == "root@box.example" and options.enable_token_refresh
+        assert options.oidc_issuer == "http://localhost:9040" and options.admin_domain_no_ssl
+        assert left(tmp_path) == WHOLE
+        assert len(re.findall(r"client_secret  \S{43}\r?\n", console.text)) == 1
+        for hint in ("microauthd serve", "mad session login", "mad token get --client-id app"):
+            assert hint in console.text
+        assert PASSWORD not in console.text and PHRASE not in console.text
+        assert not COLOUR.search(console.text) and console.text.isascii()
+        assert "\x1b[6n" not in console.text, "never asked where its cursor is"
+        if term == "dumb":
+            assert "\x1b" not in console.text
 
-    def test_answers_are_checked_as_they_are_given(self, tmp_path):
-        console = Console(tmp_path, "--quick")
-        console.answer("Database file?", "")
-        console.answer("Database passphrase?", "short")
-        console.answer("at least 8 characters", "a long phrase")
-        console.answer("The same again:", "another phrase")
-        console.answer("not the same", "")
-        console.answer("Really keep the database unencrypted?", "maybe")
-        console.answer("please answer yes or no", "yes")
-        console.answer("user name?", "\x0b" + "x" * 101)
-        console.answer("1 to 100", "\x01\x0bRoot")
-        console.answer("e-mail?", "nonsense")
-        console.answer("must be an e-mail", "\x01\x0bRoot@Box.example")
-        for wrong, sentence in (("short", "at least 8"), ("password123", "most common"), ("root@box.example", "must not be the user name")):
-            console.answer("password?", wrong)
-            console.child.expect_exact(sentence)
-        console.answer("password?", PASSWORD)
-        console.answer("The same again:", PASSWORD)
-        console.answer("second factor", "")
-        console.answer("client_id of the first service", "\x01\x0ba b")
-        console.answer("without blank", "\x01\x0bsvc")
-        console.answer("Its audience", "")
-        console.answer("Its scopes", 'bad"one')
-        console.answer("without blank", "\x01\x0b")
-        console.answer("Set it up?", "")
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_answers_are_checked_as_they_are_given(self, tmp_path, term):
+        (tmp_path / "there").write_bytes(b"")
+        console = Console(tmp_path, "--quick", term=term)
+        console.answers((
+            ("Database file?", ALL + "there"), ("there is there already", ALL + "mad.conf"), ("different files", ALL + "there/mad.db3"), ("is not a folder", ALL + "mad.db3"),
+            ("Database passphrase?", "short"), ("at least 8 characters", PHRASE), ("The same again:", "another phrase"), ("not the same", ""),
+            ("Really keep the database unencrypted?", "maybe"), ("please answer yes or no", "no"),
+            ("Database file?", ""), ("Database passphrase?", ""), ("Really keep the database unencrypted?", "yes"),
+            ("user name?", ALL + "x" * 101), ("1 to 100", ALL + "Root"), ("e-mail?", "nonsense"), ("must be an e-mail", ALL + "Root@Box.example"),
+            ("password?", "short"), ("at least 8", "password123"), ("most common", "madadmin1"), ("most common", "root@box.example"), ("must not be the user name", PASSWORD),
+            ("The same again:", "something else"), ("not the same", PASSWORD), ("The same again:", PASSWORD), ("second factor", ""),
+            ("client_id of the first service", ALL + "a b"), ("without blank", ALL + "svc"), ("Its audience", ""),
+            ("Its scopes", 'bad"one'), ("without blank", ALL + "openid"), ("leave it out", '""' if term == "dumb" else ALL), ("Set it up?", ""),
+        ))  # fmt: skip
         assert console.end() == 0
         options, account = log_in(tmp_path, "root")
         assert options.no_db_pass and not options.db_pass and account.username == "root"
+        assert PASSWORD not in console.text and "something else" not in console.text
 
-    def test_a_second_factor_is_confirmed_by_a_code(self, tmp_path):
-        console = Console(tmp_path, "--quick", term="dumb")
-        for question, words in QUICK[1:8]:
-            console.answer(question, words)
-        console.answer("second factor", "y")
-        console.child.expect_exact("authenticator:")
-        console.child.expect(r"((?:[A-Z2-7]{4} ?){8})")
-        seed = console.child.match[1].replace(" ", "")
-        console.answer("The code it shows?", "000000")
-        console.answer("not the code", "\x01\x0b" + pyotp.TOTP(seed).now())
-        for question, words in QUICK[9:]:
-            console.answer(question, words)
-        assert console.end() == 0
+    @pytest.mark.parametrize("term, lang", [("dumb", ""), ("vt100", "C.UTF-8")])
+    def test_a_second_factor_is_confirmed_by_a_code(self, tmp_path, term, lang):
+        console = Console(tmp_path, "--quick", term=term, LANG=lang)
+        console.answers((*DATABASE, *ADMINISTRATOR[:-1], ("second factor", "y")))
+        console.child.expect_exact("The code it shows?")
+        drawn = console.text[console.text.index("second factor (TOTP)") :].splitlines()
+        words = "".join(re.findall(r"(?<![A-Z2-7])(?:[A-Z2-7]{4} ?){4,8}(?![A-Z2-7])", "\n".join(drawn)))
+        seed = re.sub(r"\s", "", words)[:32]
+        code = segno.make(m.totp_uri(seed, "admin", "microauthd"), error="l", micro=False)
+        if lang:
+            rows = [row[0] for line in drawn if (row := re.search("[\u2580\u2584\u2588 ]{41}", line))]
+            assert len(rows) == 21, "it fits on one screen, the question below it"
+            dark = [[sign in pair for sign in row] for row in rows for pair in ("\u2584 ", "\u2580 ")][:41]
+            border = 2
+        else:
+            rows = [line for line in drawn if re.fullmatch(r"(##|  ){39}", line)]
+            dark = [[row[column] == " " for column in range(0, 78, 2)] for row in rows]
+            border = 1
+            assert console.text.isascii()
+        assert dark == [[bool(module) for module in row] for row in code.matrix_iter(border=border)], "what is drawn is the code"
+        console.child.send("000000\r")
+        console.answer("not the code", ALL + pyotp.TOTP(seed).now())
+        console.answers((*CLIENT, ("with a second factor", "y")))
+        assert console.end() == 0 and not COLOUR.search(console.text)
         with pytest.raises(m.Problem):
             log_in(tmp_path)
-        import time
-
         assert log_in(tmp_path, totp=pyotp.TOTP(seed).at(int(time.time()) + 30))[1].username == "admin"
+        assert seed.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
-    def test_the_guided_path_asks_every_option(self, tmp_path):
-        console = Console(tmp_path, "--guided")
-        for question, words in QUICK[1:4]:
-            console.answer(question, words)
-        asked = [option for option in m.OPTIONS if option.ask and option.name not in ("db-file", "db-pass", "oidc-client-id")]
-        skipped = {"auth-ssl-cert-pass", "admin-ssl-cert-pass", "admin-token-signing-key-length-rsa", "refresh-token-expiration", "refresh-token-purge-days"}
-        values = {"auth-port": "9140", "token-expiration": "600", "max-login-failures": "3", "auth-domain": "box.example"}
-        for option in asked:
-            if option.name in skipped:
-                continue
-            if option.name == "auth-port":
-                console.answer(option.ask, "\x01\x0b70000")
-                console.child.expect_exact("from 1 to 65535")
-            console.answer(option.ask, "\x01\x0b" + values[option.name] if option.name in values else "")
-        for question, words in QUICK[4:]:
-            console.answer(question, words)
-        assert console.end() == 0
+    def test_a_slow_answer_does_not_spoil_the_code(self, tmp_path, monkeypatch):
+        """RFC 6238 §5.2: a code is good for its step; the proof is the wizard's, and the rest may take long."""
+        seed, asked, made = m.new_totp_seed(), [], []
+
+        class Slow(oobe.Asker):
+            def __init__(self):
+                pass
+
+            def say(self, *_):
+                pass
+
+            def read(self, question, default="", hidden=False):
+                asked.append(question)
+                if question == "The code it shows?":
+                    return pyotp.TOTP(seed).at(int(time.time()) - 30)  # all but run out
+                given = {"e-mail": "root@box.example", "password?": PASSWORD, "passphrase": PHRASE, "again": PHRASE if len(asked) < 5 else PASSWORD, "TOTP": "y", "Its scopes": ""}
+                return next((words for part, words in given.items() if part in question), default)
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(oobe, "asker_for_terminal", Slow)
+        monkeypatch.setattr(m, "new_totp_seed", lambda: seed)
+        monkeypatch.setattr(m, "set_up", lambda options, answers: made.append(answers) or m.MadeClient("", ""))
+        assert oobe.wizard(m.Options({"config": "mad.conf"}), ["--quick"]) == 0
+        assert made[0].totp_seed == seed and m.totp_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
+
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_answers_typed_ahead_are_taken_and_never_shown(self, tmp_path, term):
+        console = Console(tmp_path, "--quick", term=term)
+        console.child.expect_exact("Database file?")
+        console.child.send("".join(words + "\r" for _, words in (*DATABASE, *QUICK[4:])))
+        assert console.end() == 0 and log_in(tmp_path)
+        if term != "dumb":  # there the terminal itself shows what arrives while an open question waits
+            assert PASSWORD not in console.text and PHRASE not in console.text
+
+    def test_what_config_and_environment_say_is_kept(self, tmp_path):
+        (tmp_path / "mad.conf").write_text(f'auth-port = 9999\ndb-pass = "{PHRASE}"\nenable-token-refresh = false\n')
+        (tmp_path / "mad.conf").chmod(0o600)
+        console = Console(tmp_path, "--quick", MAD_DB_FILE="other.db3")
+        console.answers((("Database file?", ALL + "mine.db3"), ("environment MAD_DB_FILE", ALL + "other.db3"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "")))
+        assert console.end() == 0 and "passphrase?" not in console.text
         options, _ = log_in(tmp_path)
-        assert (options.auth_port, options.token_expiration, options.max_login_failures, options.auth_issuer) == (9140, 600, 3, "https://box.example")
-        assert options.refresh_token_expiration == 259200, "what was not asked keeps its default"
+        assert (options.auth_port, options.db_pass, options.enable_token_refresh, options.db_file) == (9999, PHRASE, False, "other.db3")
 
-    @pytest.mark.parametrize("key, status", [("\x03", 130), ("\x04", 1)])
-    @pytest.mark.parametrize("number", range(len(QUICK)))
-    def test_leaving_at_any_question_leaves_nothing(self, tmp_path, key, status, number):
-        console = Console(tmp_path)
-        for question, words in QUICK[:number]:
-            console.answer(question, words)
-        console.child.expect_exact(QUICK[number][0])
-        # Ctrl-D deletes forward where there is text, and ends the input on an empty line
-        console.child.send("\x01\x0b" + key if key == "\x04" else key)
-        assert console.end() == status
-        assert os.listdir(tmp_path) == []
+    @pytest.mark.parametrize("term, keys", [("vt100", "\x03"), ("vt100", "\x04"), ("dumb", "\x03\x04")])
+    def test_leaving_at_any_question_leaves_nothing(self, tmp_path, term, keys):
+        folders = [tmp_path / str(number) for number in range(len(QUICK))]
+        for folder in folders:
+            folder.mkdir()
+        # all at once: most of the time is theirs to start
+        for number, console in enumerate([Console(folder, term=term) for folder in folders]):
+            console.answers(QUICK[:number])
+            console.child.expect_exact(QUICK[number][0])
+            key = keys[number % len(keys)]
+            # Ctrl-D deletes forward where there is text, and ends the input on an empty line
+            console.child.send(ALL + key if key == "\x04" and term != "dumb" else key)
+            assert console.end() == {"\x03": 130, "\x04": 1}[key], QUICK[number]
+            assert os.listdir(folders[number]) == [], QUICK[number]
+            assert "nothing was written" in console.text.lower()
+            assert not COLOUR.search(console.text)
+
+    def test_saying_no_at_the_end_leaves_nothing(self, tmp_path):
+        console = Console(tmp_path, "--quick", term="dumb")
+        console.answers((*DATABASE, *QUICK[4:-1], ("Set it up?", "n")))
+        assert console.end() == 1 and os.listdir(tmp_path) == []
 
     def test_it_refuses_before_any_question_when_it_is_done(self, tmp_path):
         (tmp_path / "mad.db3").write_bytes(b"there")
         console = Console(tmp_path)
         assert console.end() == 1 and "set up already" in console.text and "?" not in console.text
+        assert left(tmp_path) == {"mad.db3"} and (tmp_path / "mad.db3").read_bytes() == b"there"
 
-    def test_without_a_terminal_it_says_what_to_do(self, tmp_path):
-        done = subprocess.run([*PROGRAM, "setup"], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        assert done.returncode == 1 and "--answers" in done.stderr and "--demo" in done.stderr and os.listdir(tmp_path) == []
+    @pytest.mark.parametrize("words, sentence", [
+        ([], "--answers FILE, or --demo"), (["--quick", "--guided"], "contradict"), (["--admin-password-stdin"], "--answers"), (["--answers", "x", "--quick"], "nothing is asked"),
+        (["--answers", "nowhere.toml"], "nowhere.toml"), (["--answers", "x", "--admin-password-stdin", "--admin-password-file", "y"], "contradict"),
+    ])
+    def test_without_a_terminal_it_says_what_to_do(self, tmp_path, words, sentence):
+        done = subprocess.run([*PROGRAM, "setup", *words], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1 and os.listdir(tmp_path) == []
 
 
-GOOD = '[options]\ndb-pass = "a long phrase"\n[admin]\nusername = "admin"\nemail = "root@box.example"\npassword = "correct horse"\n[client]\nclient_id = "app"\nscopes = ["a:read"]\n'
+def certificate(path, phrase):
+    """Write a self-signed certificate and its encrypted key into one PEM file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes as algorithms
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime.datetime(2026, 1, 1)
+    signed = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    signed = signed.not_valid_before(now).not_valid_after(now + datetime.timedelta(9999)).sign(key, algorithms.SHA256())
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(phrase.encode()))
+    path.write_bytes(signed.public_bytes(serialization.Encoding.PEM) + secret)
 
 
-def unattended(folder, content, *words, input="", mode=0o600):
+class TestGuided:
+    """The order and the ranges of the original's wizard."""
+
+    ARGON = (("Argon2id passes?", ""), ("Argon2id memory", ""), ("Argon2id lanes?", ""), ("Hash length", ""), ("Salt length", ""))
+
+    def test_every_question_of_the_options_is_asked(self):
+        asked = {*oobe.BY_HAND, *oobe.BEFORE_CLIENT, *oobe.AFTER_CLIENT}
+        assert asked == {option.name for option in m.OPTIONS if option.ask} | set(oobe.QUESTIONS)
+        assert set(oobe.RANGES) <= asked and set(oobe.MATTERS) <= asked
+
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_the_whole_path(self, tmp_path, term):
+        certificate(tmp_path / "admin.pem", "opens the certificate")
+        console = Console(tmp_path, "--config", "box.conf", term=term)
+        console.answers((
+            *DATABASE, ("Go through every setting?", "y"),
+            ("Log file?", ALL + "box.log"),
+            ("TOTP QR files", "relative"), ("absolute path", ALL + "/var/qr"), ("audit log?", "y"), ("Days to keep it?", ALL + "10000"), ("from 0 to 9999", ALL + "60"),
+            ("AUTH address?", ALL + "localhost"), ("IP address", ALL + "127.0.0.1"), ("AUTH port?", ALL + "70000"), ("from 1 to 65535", ALL + "9140"),
+            ("host name of AUTH?", ALL + "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", ""),
+            ("ADMIN address?", ""), ("ADMIN port?", ALL + "9140"), ("already", ALL + "9141"), ("Host name of ADMIN?", ALL + "box.example"),
+            ("ADMIN certificate", "nowhere.pem"), ("no file nowhere.pem", ALL + "admin.pem"), ("Its private key", ""),
+            ("certificate's key?", "wrong"), ("ADMIN certificate", ""), ("Its private key", ""), ("certificate's key?", "opens the certificate"),
+            ("Argon2id passes?", ALL + "3"), ("MAD_ARGON2ID_TIME", ALL + "1"), *self.ARGON[1:],
+            ("AUTH key file?", ALL + "keys/auth.pem"), ("Sign AUTH tokens", "n"), ("RSA bits of AUTH?", ALL + "1024"), ("from 2048 to 16384", ALL + "2048"),
+            ("Passphrase of the AUTH keys?", "of the key ring"), ("The same again:", "of the key ring"),
+            ("ADMIN key file?", ALL + "keys/auth.pem"), ("different files", ALL + "keys/admin.pem"), ("Sign ADMIN tokens", "y"), ("Passphrase of the ADMIN keys?", ""),
+            ("Lifetime of an access token", ALL + "59"), ("from 60 to 604800", ALL + "600"), ("Lifetime of an ADMIN token", ""), ("expired sessions?", ALL + "366"), ("from 0 to 365", ALL + "9"),
+            ("revocation", "y"), ("Issue refresh", "y"), ("Lifetime of a refresh token", ALL + "299"), ("from 300 to 2592000", ALL + "300"), ("expired refresh tokens?", ""),
+            ("before a lockout?", ALL + "3"), ("count restarts?", ""), ("Seconds of a lockout?", ""),
+            ("client_id of the first service", ALL + "svc"), ("Its audience", ALL + "svc-api"), ("Its scopes", "a:read b:read"),
+            ("Trusted proxies", "10.0.0.x"), ("IP addresses or networks", ALL + "10.0.0.1, 192.168.7.0/24"), ("example pages", "n"), ("authorization code flow", "n"), ("Remember verified", "n"),
+            *ADMINISTRATOR, ("Set it up?", "y"),
+        ))  # fmt: skip
+        assert console.end() == 0
+        assert left(tmp_path) == {"box.conf", "mad.db3", "seal.key", "admin.pem", "keys"} and left(tmp_path / "keys") == {"auth.pem", "admin.pem"}
+        options, _ = log_in(tmp_path, config="box.conf")
+        expected = {
+            "log_file": "box.log", "totp_qr_output_root": "/var/qr", "audit_log_retention_days": 60, "auth_port": 9140, "auth_issuer": "https://box.example", "admin_port": 9141,
+            "admin_issuer": "https://box.example:9141", "admin_ssl_cert_pass": "opens the certificate", "prefer_ec_token_signer": False, "token_signing_key_pass": "of the key ring",
+            "token_expiration": 600, "token_purge_days": 9, "enable_token_refresh": True, "refresh_token_expiration": 300, "max_login_failures": 3, "enable_pkce": False, "enable_pass_cache": False,
+        }  # fmt: skip
+        assert {name: getattr(options, name) for name in expected} == expected
+        kept = ("pkce_code_lifetime", "pass_cache_duration", "admin_token_signing_key_length_rsa")
+        assert [getattr(options, name) for name in kept] == [120, 300, 2048], "what was not asked keeps its default"
+        assert [str(network) for network in options.trusted_proxies] == ["10.0.0.1/32", "192.168.7.0/24"]
+        assert re.search(r"client_secret  \S{43}\r?\n", console.text) and "microauthd serve --config box.conf" in console.text
+        for secret in (PASSWORD, PHRASE, "opens the certificate", "of the key ring"):
+            assert secret not in console.text
+        assert not COLOUR.search(console.text) and console.text.isascii()
+
+    def test_plain_http_beyond_the_machine_is_never_a_slip(self, tmp_path):
+        console = Console(tmp_path, "--guided", term="dumb")
+        console.answers((
+            *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"),
+            ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", "n"), ("Allow it?", ""),
+            ("Then it needs", "127.0.0.1"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("AUTH certificate", ""), ("reach AUTH by https", "n"),
+            ("ADMIN address?", "0.0.0.0"), ("ADMIN port?", ""), ("Host name of ADMIN?", ""), ("ADMIN certificate", ""), ("reach ADMIN by https", ""), ("Allow it?", "y"),
+            *self.ARGON, ("AUTH key file?", ""), ("Sign AUTH", ""), ("AUTH keys?", ""), ("ADMIN key file?", ""), ("Sign ADMIN", ""), ("ADMIN keys?", ""),
+            ("access token", ""), ("ADMIN token", ""), ("expired sessions", ""), ("revocation", ""), ("Issue refresh", "n"),
+            ("before a lockout?", ""), ("restarts?", ""), ("lockout?", ""), ("client_id", '""'), ("proxies", ""), ("example pages", ""), ("code flow", ""), ("Life of", ""), ("Remember", ""), ("Seconds to", ""),
+            *ADMINISTRATOR, ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, _ = log_in(tmp_path)
+        assert (options.auth_ip, options.auth_insecure_http, options.admin_ip, options.admin_insecure_http) == ("127.0.0.1", False, "0.0.0.0", True)
+        assert options.log_file == "" and not options.enable_token_refresh and options.auth_issuer == "http://localhost:9040"
+        assert (options.refresh_token_expiration, options.audit_log_retention_days) == (259200, 30)
+        assert "client_secret" not in console.text
+
+
+GOOD = f"""\
+[options]
+db-pass = "{PHRASE}"
+[admin]
+username = "admin"
+email = "root@box.example"
+password = "{PASSWORD}"
+totp = false
+[client]
+client_id = "app"
+scopes = ["a:read"]
+"""
+NO_PASSWORD = GOOD.replace(f'password = "{PASSWORD}"\n', "")
+
+
+def unattended(folder, content, *words, input="", mode=0o600, **environ):
     path = folder / "answers.toml"
     path.write_text(content)
     path.chmod(mode)
-    return subprocess.run([*PROGRAM, "setup", "--answers", str(path), *words], cwd=folder, env=ENVIRON, input=input, capture_output=True, text=True, umask=0)
+    return subprocess.run([*PROGRAM, "setup", "--answers", str(path), *words], cwd=folder, env=ENVIRON | environ, input=input, capture_output=True, text=True, umask=0)
 
 
 class TestUnattended:
+    """--answers FILE: what is wrong is a sentence a problem, and then nothing is made."""
+
     def test_from_a_private_file(self, tmp_path):
-        done = unattended(tmp_path, GOOD)
-        assert done.returncode == 0 and "administrator=admin" in done.stdout and re.search(r"client_secret=\S{43}\n", done.stdout), done.stderr
-        log_in(tmp_path)
-        for path in tmp_path.iterdir():
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+        content = GOOD.replace("[options]", '[options]\ndb-file = "data/deep/mad.db3"\nseal-key-file = "keys/seal.key"')
+        done = unattended(tmp_path, content)
+        assert done.returncode == 0 and re.fullmatch(r"administrator=admin\nclient_id=app\nclient_secret=\S{43}\n", done.stdout), done.stderr
+        options, _ = log_in(tmp_path)
+        assert options.enable_token_refresh and options.oidc_issuer == "http://localhost:9040"
+        for path in tmp_path.rglob("*"):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
-    def test_passwords_from_files_or_stdin(self, tmp_path):
-        (tmp_path / "one").write_text("a long phrase\n")
-        content = GOOD.replace('db-pass = "a long phrase"', f'db-pass-file = "{tmp_path / "one"}"').replace('password = "correct horse"\n', "")
-        assert unattended(tmp_path, content, "--admin-password-stdin", input=PASSWORD + "\n", mode=0o644).returncode == 0
-        assert log_in(tmp_path)[0].db_pass == "a long phrase"
+    def test_secrets_from_files_stdin_or_environment(self, tmp_path):
+        for name, content in (("phrase", PHRASE), ("password", PASSWORD), ("secret", "s" * 40)):
+            (tmp_path / name).write_text(content + "\n")
+        for number, (content, words, environ) in enumerate((
+            (NO_PASSWORD.replace(f'db-pass = "{PHRASE}"', 'db-pass-file = "../phrase"'), ["--admin-password-stdin"], {}),
+            (NO_PASSWORD.replace(f'db-pass = "{PHRASE}"', ""), ["--admin-password-file", "../password"], {"MAD_DB_PASS": PHRASE}),
+            (NO_PASSWORD.replace("[options]", "").replace(f'db-pass = "{PHRASE}"', 'db-pass-file = "../phrase"').replace("totp", 'password_file = "../password"\ntotp') + 'secret_file = "../secret"\n', [], {}),
+        )):  # fmt: skip
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            done = unattended(folder, content, *words, input=PASSWORD + "\n", mode=0o644, **environ)
+            assert done.returncode == 0, done.stderr
+            assert ("client_secret" in done.stdout) == ("secret_file" not in content), "shown only where it was made here"
+            assert log_in(folder)[0].db_pass == PHRASE
 
-    @pytest.mark.parametrize("content, mode, sentence", [
-        (GOOD, 0o644, "chmod 600"), (GOOD.replace("db-pass", "db-pas"), 0o600, "unknown option 'db-pas'"), (GOOD + "\n[extra]\n", 0o600, "extra"),
-        (GOOD.replace('password = "correct horse"', 'password = "short"'), 0o600, "password must have at least 8"), (GOOD.replace("username", "user"), 0o600, "unknown key 'user'"),
-        (GOOD.replace('db-pass = "a long phrase"', ""), 0o600, "db-pass"), ("[options]\nnonsense\n", 0o600, "line 2"), (GOOD.replace('"app"', '"a b"'), 0o600, "client_id"),
-        (GOOD.replace("[client]", "[client]\naudience = 5"), 0o600, "audience"), (GOOD.replace('scopes = ["a:read"]', 'scopes = ["a b"]'), 0o600, "name"),
-        (GOOD.replace("[options]", "[options]\nauth-port = 99999"), 0o600, "auth-port"), (GOOD.replace('"root@box.example"', '"x"'), 0o600, "email"),
+    def test_options_may_stand_at_the_top_under_any_of_their_names(self, tmp_path):
+        content = 'auth-port = 9140\nadmin-port = "9141"\nenable-token-refresh = false\ntrusted-proxies = ["10.0.0.1", "10.1.0.0/16"]\nargon2-salt-length = 32\n'
+        content += 'oidc-client-id = "first"\n' + GOOD[: GOOD.index("[client]")]
+        done = unattended(tmp_path, content)
+        assert done.returncode == 0 and "client_id=first" in done.stdout, done.stderr
+        options, _ = log_in(tmp_path)
+        assert (options.auth_port, options.admin_port, options.enable_token_refresh, options.argon2id_salt_length) == (9140, 9141, False, 32)
+        assert len(options.trusted_proxies) == 2 and options.oidc_issuer == "http://localhost:9140"
+
+    def test_without_a_client_none_is_made(self, tmp_path):
+        done = unattended(tmp_path, GOOD[: GOOD.index("[client]")])
+        assert done.returncode == 0 and done.stdout == "administrator=admin\n"
+
+    @pytest.mark.parametrize("content, mode, sentences", [
+        (GOOD, 0o644, ["answers.toml:2: it holds the secret db-pass and can be read by others: chmod 600", "answers.toml:6: it holds the secret password"]),
+        (GOOD.replace("db-pass", "db-pas"), 0o600, ["answers.toml:2: unknown option 'db-pas'; did you mean 'db-pass'?"]),
+        (GOOD + "[extra]\n", 0o600, ["answers.toml:11: unknown table 'extra'"]),
+        (GOOD.replace("username", "user"), 0o600, ["answers.toml:4: unknown key 'user'", "[admin] needs username"]),
+        (GOOD.replace("false", "true"), 0o600, ["answers.toml:7: totp can only be false"]),
+        (GOOD.replace(PASSWORD, "password123"), 0o600, ["answers.toml:6: the password is one of the most common"]),
+        (NO_PASSWORD, 0o600, ["the administrator needs a password"]),
+        (GOOD.replace(f'db-pass = "{PHRASE}"', ""), 0o600, ["the database needs db-pass"]),
+        (GOOD.replace(PHRASE, "short"), 0o600, ["answers.toml:2: db-pass must have at least 8"]),
+        (GOOD.replace(PHRASE, "a long\\u2028phrase"), 0o600, ["line separators"]),
+        (GOOD.replace("[options]", '[options]\ndb-pass-file = "x"'), 0o600, ["cannot be read", "set twice"]),
+        (GOOD.replace("[options]", "[options]\nlog-file = {a = 1}\ndb-file = true\nauth-ip = 1.5"), 0o600, ["log-file must be", "db-file is not", "auth-ip must be"]),
+        (GOOD.replace("[options]", "[options]\nauth-port = 99999\nadmin-port = 9040"), 0o600, ["answers.toml:2: auth-port must be a whole number", "already"]),
+        (GOOD.replace("[options]", '[options]\nauth-ip = "0.0.0.0"'), 0o600, ["is not loopback"]),
+        (GOOD.replace("[options]", '[options]\ndb-file = "answers.toml/mad.db3"'), 0o600, ["is not a folder"]),
+        (GOOD.replace("[options]", "options = 5\n[option]"), 0o600, ["options must be a table", "unknown table 'option'"]),
+        ("[options]\nnonsense\n", 0o600, ["answers.toml:2: "]), ('a = "', 0o600, ["answers.toml:1: "]), ("admin = 3\nclient = 4", 0o600, ["admin must be a table", "client must be a table"]),
+        (GOOD.replace("root@box.example", "x").replace('"app"', '"a b"').replace("a:read", "a b"), 0o600, [":5: the address must be", ":9: the client_id must be", ":10: the scope 'a b' must be one word"]),
+        (GOOD.replace("[client]", "[client]\naudience = 5"), 0o600, ["answers.toml:9: audience in [client] must be a string"]),
+        (GOOD.replace('["a:read"]', "[1]"), 0o600, ["list of strings"]), (GOOD.replace("a:read", "openid"), 0o600, ["leave it out"]),
+        (GOOD.replace("[client]", '[client]\nsecret_file = "answers.toml"'), 0o600, ["16 to 255"]), (GOOD.replace("[client]", "[client]\nsecret_file = 1"), 0o600, ["name of a file"]),
     ])
-    def test_what_is_wrong_is_a_sentence_and_nothing_is_made(self, tmp_path, content, mode, sentence):
+    def test_what_is_wrong_is_said_and_nothing_is_made(self, tmp_path, content, mode, sentences):
         done = unattended(tmp_path, content, mode=mode)
-        assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
+        for sentence in sentences:
+            assert sentence in done.stderr
+        for line in done.stderr.splitlines():
+            assert line.startswith("microauthd: ") and PHRASE not in line and PASSWORD not in line
         assert left(tmp_path) == {"answers.toml"}
 
+    def test_a_passphrase_that_the_environment_would_overrule_is_refused(self, tmp_path):
+        done = unattended(tmp_path, GOOD, MAD_DB_PASS="another phrase")
+        assert done.returncode == 1 and "environment MAD_DB_PASS, which overrules" in done.stderr and left(tmp_path) == {"answers.toml"}
+
     def test_running_it_again_refuses_and_changes_nothing(self, tmp_path):
-        unattended(tmp_path, GOOD)
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert unattended(tmp_path, GOOD).returncode == 0
+        before = hashes(tmp_path)
         done = unattended(tmp_path, GOOD)
-        assert done.returncode == 1 and "set up already" in done.stderr
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert done.returncode == 1 and "set up already" in done.stderr and done.stdout == ""
+        assert hashes(tmp_path) == before
 
     def test_a_config_that_is_there_keeps_its_settings(self, tmp_path):
         (tmp_path / "mad.conf").write_text("auth-port = 9999\n")
         assert unattended(tmp_path, GOOD).returncode == 0
         assert log_in(tmp_path)[0].auth_port == 9999
 
+    def test_secrets_appear_neither_in_the_log_nor_in_options(self, tmp_path):
+        done = unattended(tmp_path, f"auth-port = {free_port()}\nadmin-port = {free_port()}\nworkers = 0\nlog-level = 'debug'\n" + GOOD)
+        assert done.returncode == 0, done.stderr
+        secrets = [PASSWORD, PHRASE, re.search("client_secret=(.*)", done.stdout)[1]]
+        seen = "".join(subprocess.run([*PROGRAM, "options", *words], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True, check=True).stdout for words in ([], ["--json"]))
+        server = subprocess.Popen([*PROGRAM, "serve"], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            deadline = time.monotonic() + 15
+            while not (tmp_path / "microauthd.log").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.5)
+        finally:
+            server.terminate()
+            seen += server.communicate(timeout=15)[0]
+        seen += (tmp_path / "microauthd.log").read_text()
+        assert "db-pass" in seen and len(seen) > 1000
+        for secret in secrets:
+            assert secret not in seen and secret not in done.stderr
+
 
 class TestPowerCut:
     """Either no set-up or a whole one."""
 
-    def die(self, tmp_path, monkeypatch, prepare):
-        """Set up in a child that kills itself where `prepare` says; returns whether it died."""
+    def die(self, folder, checkpoint=lambda name: None, replace=os.replace, work=None):
+        """Set up in a child, which dies where a hook kills it; return whether it died."""
         pid = os.fork()
         if pid == 0:
             try:
-                os.chdir(tmp_path)
-                options = m.Options({"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192, argon2id_parallelism=1)
-                m.set_up(options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), prepare())
+                os.chdir(folder)
+                m.os.replace = replace
+                options = m.Options({"config": "mad.conf", "db-pass": "x"}, db_pass=PHRASE, argon2id_time=1, argon2id_memory=8192, argon2id_parallelism=1)
+                (work or (lambda: m.set_up(options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), checkpoint)))()
             finally:
                 os._exit(0)
         _, status = os.waitpid(pid, 0)
         return os.WIFSIGNALED(status)
 
-    def check(self, tmp_path, died):
-        os.chdir(tmp_path)
-        m.recover_setup("mad.conf")
-        names = left(tmp_path)
-        assert names in (set(), {"mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"}), names
-        if names:
-            log_in(tmp_path)
-        else:
-            assert died
-            self.die(tmp_path, None, lambda: lambda name: None)
-            log_in(tmp_path)
+    @staticmethod
+    def nth(number, act=lambda *words: None):
+        """Return a hook that does `act`, and dies instead when it is called the nth time."""
+        calls = iter(range(1, 1000))
+
+        def hook(*words):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(*words)
+
+        return hook
+
+    def check(self, folder, died):
+        """An ordinary command clears up: nothing remains, or a set-up that lets its administrator in. Return which."""
+        before = os.umask(0o077)
+        try:
+            with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+                assert m.main(["options"]) == 0
+        finally:
+            os.umask(before)
+        names = left(folder)
+        assert names in (set(), WHOLE), names
+        if not names:
+            assert died and not self.die(folder) and left(folder) == WHOLE, "and then a set-up succeeds"
+        log_in(folder)
+        for name in WHOLE:
+            assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         return bool(names)
 
-    def test_at_every_checkpoint(self, tmp_path, monkeypatch):
-        here, outcomes = os.getcwd(), []
-        try:
-            for number in range(1, 20):
-                folder = tmp_path / str(number)
-                folder.mkdir()
+    def walk(self, tmp_path, attempt):
+        """Die at step 1, 2, … until one try lives; return what was left each time."""
+        outcomes = []
+        for number in range(1, 40):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            died = attempt(folder, number)
+            outcomes.append(self.check(folder, died))
+            if not died:
+                return outcomes
+        raise AssertionError("it never lived")
 
-                def prepare(number=number):
-                    count = iter(range(1, 100))
-                    return lambda name: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None
-
-                died = self.die(folder, monkeypatch, prepare)
-                outcomes.append(self.check(folder, died))
-                if not died:
-                    break
-        finally:
-            os.chdir(here)
+    def test_at_every_checkpoint(self, tmp_path):
+        outcomes = self.walk(tmp_path, lambda folder, number: self.die(folder, checkpoint=self.nth(number)))
         assert len(outcomes) > 8 and outcomes == sorted(outcomes), "nothing up to a point, everything from there on"
+
+    def test_at_every_rename(self, tmp_path):
+        outcomes = self.walk(tmp_path, lambda folder, number: self.die(folder, replace=self.nth(number, os.replace)))
+        assert outcomes.count(True) > 5 and outcomes == sorted(outcomes), "the roll-forward among them"
+
+    def test_again_while_the_next_start_clears_up(self, tmp_path):
+        def attempt(folder, number):
+            committed = self.die(folder, checkpoint=lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == "committed" else None)
+            assert committed and not (folder / "mad.db3").exists()
+            return self.die(folder, replace=self.nth(number, os.replace), work=lambda: m.recover_setup("mad.conf"))
+
+        assert all(self.walk(tmp_path, attempt)), "once committed, always whole"
 
     def test_a_command_beside_a_running_set_up_does_not_harm_it(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -285,23 +543,13 @@ class TestPowerCut:
         assert all(status == 1 and "setting up" in said for _, status, said in refused) and len(refused) > 5
         log_in(tmp_path)
 
-    @pytest.mark.parametrize("number", range(1, 14))
-    def test_at_every_rename(self, tmp_path, monkeypatch, number):
-        here = os.getcwd()
-        replace = os.replace
 
-        def prepare():
-            count = iter(range(1, 100))
+class TestCommonPasswords:
+    """NIST SP 800-63B §5.1.1.2"""
 
-            def dying(*words):
-                if next(count) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                replace(*words)
-
-            m.os.replace = dying
-            return lambda name: None
-
-        try:
-            self.check(tmp_path, self.die(tmp_path, monkeypatch, prepare))
-        finally:
-            os.chdir(here)
+    def test_the_list_holds_what_the_minimum_length_lets_through(self):
+        words = (ROOT / "appliance" / "common_passwords.txt").read_text("utf-8").splitlines()
+        assert len(words) == len(set(words)) > 5000
+        assert all(len(word) >= 8 and word == m.fold(word) and len(word.split()) == 1 for word in words)
+        assert {"password", "qwertyuiop", "1qaz2wsx", "microauthd", "madadmin1"} <= set(words)
+        assert "MIT" in (ROOT / "appliance" / "NOTICE").read_text("utf-8")
