@@ -417,8 +417,8 @@ class MadClient:
             value = answer  # Bytes: no JSON value is.
         if status >= 400:
             raise _failure(status, fields, value, bool(self.token) and not anonymous)
-        if want is dict and value is None:
-            return {"success": True, "message": ""}  # 204, or an old server's empty 200.
+        if want is dict and status == 204:
+            return {"success": True, "message": ""}
         if want is dict and isinstance(value, dict) and value.get("success") is False:
             raise _failure(status, fields, value, False)
         if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
@@ -1136,7 +1136,8 @@ def parse(command: Command, words: list[str]) -> Parsed:
             parsed.errors.append("--%s is blank" % option.name)
         if option.required and option.kind != "secret" and given is None:
             parsed.errors.append("--%s is missing" % option.name)
-        if option.of and any(not item.strip() for item in (given if isinstance(given, list) else [given or "-"])):
+        if option.of and any(not item.strip() for item in (
+                given if isinstance(given, list) else [] if given is None else [given])):
             parsed.errors.append("--%s is blank" % option.name)
         if isinstance(given, int) and option.least is not None and given < option.least:
             parsed.errors.append("--%s is at least %d" % (option.name, option.least))
@@ -1321,15 +1322,26 @@ def _spellings(option: Option) -> list[tuple[str, str]]:
     return found
 
 
+def wrap(text: str, width: int, margin: str) -> list[str]:
+    """Return the words of `text` in lines of at most `width` columns."""
+    lines = [margin]
+    for word in text.split():
+        if len(lines[-1]) + len(word) > width and lines[-1] != margin:
+            lines.append(margin)
+        lines[-1] += word + " "
+    return [line.rstrip() for line in lines]
+
+
 def help_overview(commands) -> str:
     """Return the text of `mad --help`."""
     verbs = [(noun, ", ".join(command.name.partition(" ")[2] or "(inspect)" for command in commands
                               if command.name.split()[0] == noun)) for noun in nouns(commands)]
     return "\n".join(
         ["usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "", "commands:"]
-        + ["  %s\n      %s" % pair for pair in verbs]
-        + ["", "options of every command:"] + _rows(pair for option in COMMON for pair in _spellings(option))
-        + ["  --help         say more about a command", "", "environment:"] + _rows(ENVIRONMENT)
+        + [text for noun, words in verbs for text in ["  " + noun] + wrap(words, 76, "      ")]
+        + ["", "options of every command:"]
+        + _rows([pair for option in COMMON for pair in _spellings(option)] + [("--help", "say more about a command")])
+        + ["", "environment:"] + _rows(ENVIRONMENT)
         + ["", "exit status:"] + _rows((str(code), text) for code, text in EXIT_STATUSES)
         + ["", "for example:", "  mad user create --help"])
 
@@ -2122,7 +2134,8 @@ def _run_command(command: Command, words: list[str]) -> int:
         return _fail(shell.json, problem.exit_status, problem.error, problem.messages, hint=problem.hint)
     except MadError as problem:
         status = UNREACHABLE if isinstance(problem, Unreachable) else LOGIN if problem.status == 401 else REFUSED
-        hint = problem.hint or ("log in with: mad session login" if status == LOGIN and not command.local else "")
+        hint = problem.hint or (
+            "log in with: mad session login" if status == LOGIN and command.call not in (session_login, token_get) else "")
         return _fail(shell.json, status, problem.error, [problem.message], problem.errors, hint)
     except BadValue as problem:
         return _fail(shell.json, USAGE, "usage", [str(problem)])
