@@ -64,15 +64,14 @@ import traceback
 import unicodedata
 import uuid
 from pathlib import Path
-from urllib.parse import unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import bottle
-import cheroot.ssl.builtin
 import cheroot.wsgi
 import httptools
 import msgspec
 import sqlcipher3
-from argon2.exceptions import Argon2Error, InvalidHashError
+from argon2.exceptions import Argon2Error, VerificationError
 from argon2.low_level import Type as Argon2Type
 from argon2.low_level import hash_secret as argon2_hash
 from argon2.low_level import verify_secret as argon2_verify
@@ -81,7 +80,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.serialization import pkcs12
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -277,6 +275,8 @@ def issuer(value):
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
         raise ValueError("must be an http(s) URL without query or fragment (RFC 8414 §2)")
+    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path):
+        raise ValueError("must have a path of letters, digits, and . _ ~ - only")
     return value.rstrip("/")
 
 
@@ -471,8 +471,9 @@ def did_you_mean(key: str) -> str:
 
 def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
     """Return `{option name: (text value, "flag --name")}` and the words that are no flags."""
-    found, rest, words = {}, [], iter(argv)
-    for word in words:
+    found, rest, words = {}, [], collections.deque(argv)
+    while words:
+        word = words.popleft()
         if not word.startswith("--") or word == "--":
             rest.append(word)
             continue
@@ -490,11 +491,11 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
             if option.secret:
                 raise Refusal(f"--{key} is a secret and cannot be a flag: put it into the config file or the environment")
             if option.parse is boolean and not equals:
-                value, equals = "true", "="
+                value, equals = words.popleft() if words and words[0].lower() in ("true", "false") else "true", "="
         if not equals:
-            value = next(words, None)
-            if value is None:
+            if not words:
                 raise Refusal(f"--{key} needs a value")
+            value = words.popleft()
         if name in found and name != "trusted-proxies":
             raise Refusal(f"--{key} is given twice")
         found[name] = (f"{found[name][0]},{value}" if name in found else value, f"flag --{key}")
@@ -527,6 +528,7 @@ def load_options(flags: dict, environ: dict) -> Options:
     else:
         if any(OPTION_NAMES[name].secret for name in given):
             guard_private(path, "it holds secrets")
+    named = {}
     for variable, value in environ.items():
         if not variable.upper().startswith(prefix.upper()):
             continue
@@ -535,6 +537,9 @@ def load_options(flags: dict, environ: dict) -> Options:
             continue
         if key not in OPTION_NAMES:
             raise Refusal(f"unknown environment variable {variable}{did_you_mean(key)}")
+        other = named.setdefault(OPTION_NAMES[key].name, variable)
+        if other != variable:
+            raise Refusal(f"the environment variables {other} and {variable} set the same option")
         given[OPTION_NAMES[key].name] = (value, f"environment {variable}")
     given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
     values, origins = {}, {"config": path}
@@ -1072,6 +1077,7 @@ MIGRATIONS = (
 )
 
 SQLITE_MAGIC = b"SQLite format 3\0"
+SPARE_CONNECTIONS = 4  # each holds up to a megabyte
 KDF_ROUNDS = 256_000  # SQLCipher 4's own derivation, so that its tools open the file with the passphrase
 
 
@@ -1159,6 +1165,29 @@ def batch_audit(batch):
     return rows
 
 
+class Borrowed:
+    """A connection in the hands of a thread: it goes back to the store when the thread ends."""
+
+    __slots__ = ("store", "connection")
+
+    def __init__(self, store):
+        self.store = store
+        try:
+            self.connection = store.spare.pop()
+        except IndexError:
+            self.connection = store.connect()
+
+    def __del__(self):
+        store, connection = self.store, getattr(self, "connection", None)
+        if connection is None or store.closing:
+            return  # close() has it
+        if len(store.spare) < SPARE_CONNECTIONS and not connection.in_transaction:
+            store.spare.append(connection)
+        else:
+            store.connections.discard(connection)
+            connection.close()
+
+
 class Store:
     """The database. One connection a thread; writers of this process queue on a lock, processes on the busy timeout.
 
@@ -1173,19 +1202,43 @@ class Store:
         self.log = log or Log()
         self.local = threading.local()
         self.write_lock = threading.RLock()
+        self.turns = None  # a descriptor, where several processes write
         self.queue = collections.deque()
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
         self.writable = True
         self.closing = False
         self.flusher = None
-        self.connections = []
+        self.connections = set()
+        self.spare = collections.deque()  # connections of threads that have ended, for those to come
 
     # -- connections and transactions --
 
+    def take_turns(self):
+        """Let the writers of several processes queue in the kernel. After a fork, never before.
+
+        SQLite's own lock makes a waiter sleep and try again, up to 100 ms apart. This one is on
+        the `.lock` file, by fcntl, which knows nothing of the flock that says who serves it; it is
+        gone with the process that held it.
+        """
+        self.turns = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Hold the turn to write, of this process and of all. Not entered twice by a thread."""
+        with self.write_lock:
+            if self.turns is None:
+                yield
+                return
+            fcntl.lockf(self.turns, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self.turns, fcntl.LOCK_UN)
+
     def connect(self, synchronous="FULL"):
         connection = sqlcipher3.connect(
-            f"file:{urlencode({'': self.path})[1:]}?mode=rw", uri=True, isolation_level=None,
+            f"file:{quote(self.path)}?mode=rw", uri=True, isolation_level=None,
             check_same_thread=False, timeout=5, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
@@ -1195,16 +1248,16 @@ class Store:
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA cache_size = -1024")
-        self.connections.append(connection)
+        self.connections.add(connection)
         return connection
 
     @property
     def connection(self):
         try:
-            return self.local.connection
+            return self.local.borrowed.connection
         except AttributeError:
-            self.local.connection = self.connect()
-            return self.local.connection
+            self.local.borrowed = Borrowed(self)
+            return self.local.borrowed.connection
 
     def close(self):
         self.closing = True
@@ -1215,10 +1268,11 @@ class Store:
             self.flush()
         if self.queue:
             self.log("store.lost", "error", rows=len(self.queue))
-        for connection in self.connections:
+        for connection in list(self.connections):
             with contextlib.suppress(sqlcipher3.Error):
                 connection.close()
         self.connections.clear()
+        self.spare.clear()
         self.local = threading.local()
 
     @contextlib.contextmanager
@@ -1244,7 +1298,7 @@ class Store:
             yield
             return
         with self.guard():
-            with self.write_lock:
+            with self.writing():
                 connection.execute("BEGIN IMMEDIATE")
                 self.local.identity = identity
                 try:
@@ -1349,7 +1403,7 @@ class Store:
 
     def probe(self):
         """Raise Problem unless a write could be made now: not read-only, not locked, batches going through, room left."""
-        with self.guard(), self.write_lock:
+        with self.guard(), self.writing():
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 self.connection.execute("UPDATE meta SET value = value WHERE name = 'created_at'")
@@ -1685,7 +1739,7 @@ class Store:
             if not batch and self.writable:
                 return
             try:
-                with self.write_lock:
+                with self.writing():
                     connection = self.__dict__.get("batch_connection")
                     if connection is None:
                         connection = self.batch_connection = self.connect("NORMAL")
@@ -1824,10 +1878,9 @@ class Hasher:
         with self.gate.place(), self.gate.room:
             try:
                 return argon2_verify(phc.encode(), password.encode(), Argon2Type.ID) and known
-            except InvalidHashError:
-                return False
             except (Argon2Error, MemoryError) as error:
-                if "match" in str(error):
+                # A wrong password, or a stored hash that is none; what else fails is the machine.
+                if isinstance(error, VerificationError) and "allocation" not in str(error).lower():
                     return False
                 raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
 
@@ -2498,6 +2551,11 @@ def check_scope_name(name: str) -> str:
     return ""
 
 
+def check_label(label: str) -> str:
+    """Return what is wrong with a text that people read, or nothing."""
+    return "" if label.isprintable() and len(label) <= 255 else "must be at most 255 printable characters"
+
+
 def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) -> tuple[Client, str]:
     """Register a client. Return it and its secret where one was made. Raises invalid_request or conflict."""
     client_id, errors = wanted.client_id.strip(), {}
@@ -2516,8 +2574,7 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
     if not set(grant_types) <= set(GRANT_TYPES) or public and CLIENT_CREDENTIALS in grant_types:
         errors["grant_types"] = "must be among " + ", ".join(grant for grant in GRANT_TYPES if not public or grant != CLIENT_CREDENTIALS)
     audience = (wanted.audience or "microauthd").strip()
-    if not audience.isprintable() or len(audience) > 255:
-        errors["audience"] = "must be at most 255 printable characters"
+    errors["audience"], errors["display_name"] = check_label(audience), check_label(wanted.display_name or "")
     if public and wanted.may_introspect:
         errors["may_introspect"] = "a public client cannot have this right"
     scopes = [idp.store.find_scope(normalise(name)) for name in wanted.scopes or ()]
@@ -2570,7 +2627,7 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
 
 def create_scope(idp: Idp, origin: Origin, actor: str, wanted: CreateScope) -> Scope:
     name = normalise(wanted.name)
-    reject(name=check_scope_name(name))
+    reject(name=check_scope_name(name), description=check_label(wanted.desc or wanted.description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:
@@ -2605,7 +2662,7 @@ def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account
 # Refresh-token families, revocation, and the one answer to "is this token alive?".
 
 
-def living_claims(idp: Idp, ring: KeyRing, issuer: str, token: str) -> dict:
+def living_claims(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
     """Is this access token alive? Return its claims. RFC 9068 §4, RFC 8725 §3.
 
     Alive by signature, `typ`, `iss`, `exp`, an `iat` that is not in the future, no tombstone for
@@ -2616,12 +2673,12 @@ def living_claims(idp: Idp, ring: KeyRing, issuer: str, token: str) -> dict:
     now = idp.now()
     if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
-    issued_ms, asks = jti_ms(claims["jti"]), idp.options.enable_token_revocation or ring is idp.admin_ring
+    issued_ms, asks = jti_ms(claims["jti"]), asks or idp.options.enable_token_revocation or ring is idp.admin_ring
     if issued_ms <= idp.revoked_before or asks and idp.store.is_revoked(claims["jti"]):
         raise Problem("invalid_token", log="revoked")
     if claims["mad"] == "auth":
         client = find_client(idp, claims["client_id"])
-        if client is None or issued_ms <= client.row.revoked_before:
+        if client is None or issued_ms <= client.row.revoked_before or claims["aud"] != client.row.audience:
             raise Problem("invalid_token", log="its client is gone, inactive or was revoked")
     if claims["sub"] != claims.get("client_id"):
         if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
@@ -2681,7 +2738,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     """Return RFC 7662 §2.2 claims to the token's own client or one with the introspect right; else exactly {"active": false}."""
     inactive = {"active": False}
     try:
-        claims = living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token)
+        claims = living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
     except Problem as problem:
         if problem.code != "invalid_token":
             raise
@@ -2767,6 +2824,9 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     family = living_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
+    if found.rotated_at is not None:  # before anything else can be refused: whoever asks learns nothing, and the family ends
+        revoke_family(idp, params.origin, family.user_id, family.sid, "refresh_token_reused", client.client_id)
+        raise Problem("invalid_grant", log="refresh token used again; its login is ended")
     account = idp.store.find_account(family.user_id)
     # What was granted, less what has been taken away since; a request may narrow it.
     held = frozenset(family.scope.split())
@@ -2811,7 +2871,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     roles = idp.store.list_roles_of(account.id)
     with idp.store.transaction():
         # Inside the transaction, so that a revocation that came first is seen and one that comes later sees us.
-        check_unchanged(idp, account, ms)
+        check_unchanged(idp, account, ms, 400 if granted.spends else 403)
         family = take_family(idp, client, granted, origin, ms)
         refresh_token = ""
         if family and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
@@ -2835,11 +2895,11 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     return answer
 
 
-def check_unchanged(idp: Idp, account: Account, ms: int):
+def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     """Raise invalid_grant where the user was ended, revoked or deactivated since `account` was read. Within the issuing transaction."""
     fresh = idp.store.find_account(account.id)
     if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
-        raise Problem("invalid_grant", status=403, log="the user was deactivated or revoked meanwhile")
+        raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
 
 
 def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
@@ -3156,37 +3216,32 @@ def refuse(problem: Problem, oauth: bool) -> Reply:
     return Reply(problem.as_oauth() if oauth else problem.as_err(), headers, problem.status)
 
 
-class Answer:
-    """The Bottle plugin through which every answer goes: it runs the guard and the handler, and speaks for both."""
+STATUS = {code: f"{code} {phrase}" for code, phrase in bottle.HTTP_CODES.items()}
+NO_STORE = ("Cache-Control", "no-store")
+JSON_HEADERS = (*BASE_HEADERS, ("Content-Type", "application/json"), NO_STORE, ("Pragma", "no-cache"))
+HSTS = ("Strict-Transport-Security", "max-age=31536000")
 
-    api = 2
-    name = "answer"
+
+class Answer:
+    """Through which every answer goes: it runs the guard and the handler of a route, and speaks for both."""
 
     def __init__(self, idp):
         self.idp = idp
 
-    def apply(self, callback, bottle_route):
-        idp, route = self.idp, bottle_route.config["route"]
-        handler, guard = route.handler, route.guard
-        public = guard is anyone
-
-        def answer(**path):
-            environ = bottle.request.environ
-            try:
-                params = Params(environ, path, route)
-                caller = () if public else (guard(idp, params),)
-                if route.takes is not None:
-                    params.decode()
-                result = handler(idp, *caller, params)
-            except Problem as problem:
-                result = refuse(problem, route.oauth)
-                self.tell(environ, problem.code, problem.status, problem.log)
-            except Exception as error:
-                self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
-                result = refuse(Problem("server_error"), route.oauth)
-            return self.speak(result, environ)
-
-        return answer
+    def run(self, route, environ, path):
+        """Return what the handler returns, a Problem rendered."""
+        try:
+            params = Params(environ, path, route)
+            caller = () if route.guard is anyone else (route.guard(self.idp, params),)
+            if route.takes is not None:
+                params.decode()
+            return route.handler(self.idp, *caller, params)
+        except Problem as problem:
+            self.tell(environ, problem.code, problem.status, problem.log)
+            return refuse(problem, route.oauth)
+        except Exception as error:
+            self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
+            return refuse(Problem("server_error"), route.oauth)
 
     def tell(self, environ, code, status, why):
         self.idp.log(
@@ -3196,67 +3251,90 @@ class Answer:
 
     @staticmethod
     def speak(result, environ):
-        """Put a result into bottle.response and return its bytes."""
-        response = bottle.response
-        for name, value in BASE_HEADERS:
-            response.set_header(name, value)
-        if environ.get("wsgi.url_scheme") == "https":
-            response.set_header("Strict-Transport-Security", "max-age=31536000")
-        if isinstance(result, bottle.HTTPResponse):  # a static file
-            result.set_header("Content-Security-Policy", PAGE_POLICY)
-            result.set_header("X-Content-Type-Options", "nosniff")
-            result.set_header("Referrer-Policy", "no-referrer")
-            result.set_header("Cache-Control", "no-cache")
-            return result
+        """Return the status, headers and body that a result stands for."""
+        status, headers = 200, JSON_HEADERS
         if isinstance(result, Page):
-            response.status = result.status
-            response.content_type = result.content_type
-            response.set_header("Cache-Control", f"public, max-age={result.cache}" if result.cache else "no-store")
+            status, body = result.status, result.content
+            headers = (*BASE_HEADERS, ("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE)
             if result.etag:
-                response.set_header("ETag", result.etag)
-                if environ.get("HTTP_IF_NONE_MATCH") == result.etag:
-                    response.status = 304
-                    return b""
-            return result.content
-        response.content_type = "application/json"
-        response.set_header("Cache-Control", "no-store")
-        response.set_header("Pragma", "no-cache")
-        if isinstance(result, Reply):
-            response.status = result.status
-            for name, value in result.headers:
-                response.add_header(name, value)
-            result = result.body
-        return ENCODE(result)
+                headers += (("ETag", result.etag),)
+            if result.etag and environ.get("HTTP_IF_NONE_MATCH") == result.etag:
+                status, body = 304, b""
+            else:
+                headers += (("Content-Type", result.content_type),)
+        elif isinstance(result, Reply):
+            status, headers, body = result.status, JSON_HEADERS + tuple(result.headers), ENCODE(result.body)
+        else:
+            body = ENCODE(result)
+        if environ.get("wsgi.url_scheme") == "https":
+            headers += (HSTS,)
+        return status, headers, body
 
 
-def build_app(idp: Idp, routes: Routes) -> bottle.Bottle:
-    """Return the Bottle app of a port, a WSGI callable."""
-    app = bottle.Bottle()
+def build_app(idp: Idp, routes: Routes):
+    """Return the WSGI callable of a port.
+
+    A path without variables is looked up in a table; Bottle has the rest: variables, HEAD, files,
+    and what is not there. It costs a third of a request, and a token needs none of it.
+    """
+    app, answer, table = bottle.Bottle(), Answer(idp), {}
     app.uninstall(True)  # JSON and templates: Answer speaks alone
-    answer = Answer(idp)
-    app.install(answer)
+
+    def through_bottle(route):
+        def answered(**path):
+            environ = bottle.request.environ
+            result = answer.run(route, environ, path)
+            if isinstance(result, bottle.HTTPResponse):  # a static file
+                for name, value in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
+                    result.set_header(name, value)
+                if environ.get("wsgi.url_scheme") == "https":
+                    result.set_header(*HSTS)
+                return result
+            return spoken(result, environ)
+
+        return answered
+
+    def spoken(result, environ):
+        """Put what is to be said into bottle.response."""
+        bottle.response.status, headers, body = answer.speak(result, environ)
+        for name, value in headers:
+            (bottle.response.add_header if name == "WWW-Authenticate" else bottle.response.set_header)(name, value)
+        return body
+
+    issuer_path = urlsplit(idp.options.auth_issuer).path
     for route in routes.routes:
         if route.option and not getattr(idp.options, route.option):
             continue
-        for path in route.paths:
-            app.route(path, list(route.methods), route.handler, route=route)
+        # RFC 8414 §3.1: the path of an issuer stands behind the well-known one.
+        behind = tuple(path + issuer_path for path in route.paths if issuer_path and path == "/.well-known/oauth-authorization-server")
+        for path in route.paths + behind:
+            app.route(path, list(route.methods), through_bottle(route))
+            if not any("<" in other for other in route.paths):
+                table |= {(method, path): route for method in route.methods}
 
     def nowhere(error):
         """Unknown path, wrong method, or a failure of Bottle itself."""
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request" if error.status_code < 500 else "server_error")
         if code == "server_error":
             idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
-        result = refuse(Problem(code), False)
         # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
+        content = spoken(refuse(Problem(code), False), bottle.request.environ)
         allow = error.get_header("Allow")
-        bottle.response.status = result.status
-        content = answer.speak(result, bottle.request.environ)
         if allow:
             bottle.response.set_header("Allow", allow)
         return content
 
     app.default_error_handler = nowhere
-    return app
+
+    def dispatch(environ, start_response):
+        route = table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        if route is None:
+            return app(environ, start_response)
+        status, headers, body = answer.speak(answer.run(route, environ, {}), environ)
+        start_response(STATUS[status], [*headers, ("Content-Length", str(len(body)))])
+        return [body]
+
+    return dispatch
 
 
 def admit_hosts(app, idp: Idp):
@@ -3475,7 +3553,11 @@ def public_file(idp, params):
     """A file of public/: of the working directory where there is one, else the bundled examples."""
     path = params.path.get("path", "index.html")
     root = Path("public") if Path("public").is_dir() else PUBLIC
-    found = bottle.static_file(path, root=str(root.resolve()))
+    root = os.path.realpath(root)
+    real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
+    if not real.startswith(root + os.sep) or any(part.startswith(".") for part in path.split("/")) or path.endswith("/"):
+        raise Problem("not_found")
+    found = bottle.static_file(path, root=root)
     if found.status_code in (403, 404):
         raise Problem("not_found")
     return found
@@ -3759,7 +3841,7 @@ PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # R
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 # What the server says itself, and the fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
-OURS = frozenset(("date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te"))
+OURS = frozenset(("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te"))
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 REFUSALS = {  # status: (reason phrase, code, what the client is told)
     400: ("Bad Request", "invalid_request", "The request is not valid HTTP."),
@@ -3842,7 +3924,7 @@ def tls_context(cert_file: str, key_file: str | None = None, password: str | Non
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ValueError(f"The TLS key does not belong to the certificate {cert_file}.") from None
-        if error.reason == "NO_START_LINE" or error.reason is None and not key_file:
+        if error.reason == "NO_START_LINE" or error.reason is None and not key_file and b"PRIVATE KEY-----" not in certificate:
             raise ValueError(f"The TLS file {key_file or cert_file} has no private key or no certificate in it.") from None
         raise ValueError(f"The TLS key of {cert_file} cannot be opened: the passphrase is wrong or missing, or the file is damaged.") from None
     except (ValueError, OSError) as error:
@@ -3851,6 +3933,8 @@ def tls_context(cert_file: str, key_file: str | None = None, password: str | Non
 
 
 def _load_pkcs12(context, content, password):
+    from cryptography.hazmat.primitives.serialization import pkcs12  # seldom needed, and it has its share of the start-up
+
     key, certificate, chain = pkcs12.load_key_and_certificates(content, password.encode() or None)
     if key is None or certificate is None:
         raise ValueError("no key or no certificate")
@@ -3936,7 +4020,7 @@ class Connection:
     __slots__ = (
         "server", "limits", "lock", "sock", "fd", "address", "base", "names", "trusted", "counted", "parser",
         "handshaking", "lingering", "fresh", "deadline",             # where it stands
-        "seen", "wire", "environ", "target", "body", "length", "size", "count", "dropped",  # the request that is arriving
+        "seen", "place", "wire", "environ", "target", "body", "length", "size", "count", "dropped",  # the request that is arriving
         "headed", "chunked", "expecting", "began",
         "requests", "refusal", "out", "last")                        # what is still to be done, in this order
 
@@ -3996,9 +4080,11 @@ class Connection:
         token, version = parser.get_method(), parser.get_http_version()
         if version != "1.1" and version != "1.0":
             raise Refused(505, "version")
-        # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space.
-        if b"%b %b HTTP/%b\r\n" % (token, target, version.encode()) not in self.seen:
+        # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space. `place` keeps out the requests before.
+        start = self.seen.find(b"\n%b %b HTTP/%b\r\n" % (token, target, version.encode()), self.place)
+        if start < 0:
             raise Refused(400, "request line")
+        self.place = self.seen.find(b"\r\n\r\n", start) + 3  # the last line feed of the header
         method = METHODS.get(token)
         if method is None:
             raise Refused(501, "method")
@@ -4057,6 +4143,7 @@ class Connection:
 
     def on_body(self, piece):
         self.expecting = False  # it does not wait for us. RFC 9110 §10.1.1
+        self.place = max(self.place, self.seen.find(piece, self.place) + len(piece) - 1)
         self.body.append(piece)
         if self.chunked:
             self.length += len(piece)
@@ -4084,7 +4171,10 @@ class Connection:
                 self.refusal = Refused(400, "empty lines")
                 return
         before = self.environ
-        self.seen = self.seen + data if before is not None and not self.headed else data
+        if before is not None and not self.headed:
+            self.seen += data
+        else:
+            self.seen, self.place = b"\n" + data, 0
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -4141,6 +4231,7 @@ class Server(cheroot.wsgi.Server):
         self.log = log or (lambda event, **fields: None)
         self._names = {trusted: Names(trusted) for trusted in (False, True)}
         self._date = (0, "")
+        self._blocks = {}                   # headers: their lines
         self._lock = threading.Lock()       # guards the counts of threads, the lead and the peers
         self._second = threading.Lock()     # held by the thread that watches the leader
         self._accepting = threading.Lock()  # a listener is not closed while somebody accepts from it
@@ -4224,6 +4315,8 @@ class Server(cheroot.wsgi.Server):
     def _start_cheroot(self):
         """Development only, where there is no epoll: cheroot's own loop, with none of the promises above."""
         if self.tls:
+            import cheroot.ssl.builtin
+
             self.ssl_adapter = cheroot.ssl.builtin.BuiltinSSLAdapter.__new__(cheroot.ssl.builtin.BuiltinSSLAdapter)
             self.ssl_adapter.context, self.ssl_adapter._server_env = self.tls, {}
         self.prepare()
@@ -4399,7 +4492,7 @@ class Server(cheroot.wsgi.Server):
         try:
             if connection.handshaking:
                 self._shake_hands(connection)
-            if not connection.out and not connection.requests and connection.refusal is None:
+            if not (connection.out or connection.requests or connection.refusal is not None or connection.expecting):
                 data = connection.sock.recv(RECEIVE)
                 if not data:
                     return 0
@@ -4429,7 +4522,7 @@ class Server(cheroot.wsgi.Server):
             return select.EPOLLIN
         if connection.last:
             return self._part(connection)
-        if connection.requests or connection.refusal is not None:
+        if connection.requests or connection.refusal is not None or connection.expecting:
             return select.EPOLLOUT  # at once, but others come first
         return self._rest(connection)
 
@@ -4527,33 +4620,38 @@ class Server(cheroot.wsgi.Server):
             return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
 
     def _write(self, environ, keep, status, headers, body):
-        lines, length = [], len(body)
         head_only = environ["REQUEST_METHOD"] == "HEAD"
-        for name, value in headers:
-            lower = name.lower()
-            if lower == "content-length":
-                if head_only:
-                    length = int(value)
-            elif lower not in OURS:
-                lines.append(f"{name}: {value}\r\n")
-        fields = "".join(lines)
-        # A field is one line, or it is two fields. RFC 9110 §5.5
-        if not (fields.count("\r") == fields.count("\n") == len(lines)) or "\0" in fields or not status.isprintable():
-            raise ValueError("a response header has a line break in it")
+        length = len(body)
+        own = [(name, value) for name, value in headers if name != "Content-Length"]
+        if head_only:
+            length = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
+        fields = self._blocks.get((status, *own)) or self._block(status, tuple(own))
         if not keep:
             fields += "Connection: close\r\n"
         elif environ["SERVER_PROTOCOL"] == "HTTP/1.0":
             fields += "Connection: keep-alive\r\n"
         code = status[:3]
-        if code < "200":
-            raise ValueError("an application cannot give an interim response")
         if code == "204" or code == "304":  # RFC 9110 §8.6
             body = b""
         else:
             fields += f"Content-Length: {length}\r\n"
             if head_only:
                 body = b""
-        return f"HTTP/1.1 {status}\r\nDate: {self._now()}\r\n{fields}\r\n".encode("latin-1") + body
+        return f"{fields}Date: {self._now()}\r\n\r\n".encode("latin-1") + body
+
+    def _block(self, status, headers):
+        """Return the status line and the fields of an answer, checked; remembered, because they repeat."""
+        if status[:3] < "200":
+            raise ValueError("an application cannot give an interim response")
+        lines = [f"{name}: {value}\r\n" for name, value in headers if name.lower() not in OURS]
+        fields = "".join(lines)
+        # A field is one line, or it is two fields. RFC 9110 §5.5
+        if not (fields.count("\r") == fields.count("\n") == len(lines)) or "\0" in fields or not status.isprintable():
+            raise ValueError("a response header has a line break in it")
+        if len(self._blocks) >= 256:  # some are made up of what the request says
+            self._blocks = {}
+        block = self._blocks[(status, *headers)] = f"HTTP/1.1 {status}\r\n{fields}"
+        return block
 
     def _refuse(self, connection):
         """Log a refusal. Return its response, empty for a peer that does not speak HTTP."""
@@ -4684,6 +4782,8 @@ class Node:
         plan.generation.slot = slot
         self.log = plan.log
         self.store = Store(options.db_file, plan.database_key, plan.generation, plan.log)
+        if options.worker_processes:
+            self.store.take_turns()
         self.store.start_flusher()
         self.upkeep, self.servers = None, []
         auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)

@@ -3,13 +3,19 @@
 import base64
 import io
 import json
-import os
 from urllib.parse import urlencode
 
 import microauthd as m
+import pyotp
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadline: the box is shared, and what is slow once is not wrong.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 PASSWORD = "correct horse battery"
+DATABASE_KEY = m.derive_key("a database phrase", bytes(range(16)))
 CHEAP = {"argon2id_memory": 64, "argon2id_time": 1, "argon2id_parallelism": 1}
 
 
@@ -35,7 +41,7 @@ def rings():
 def blank(tmp_path_factory):
     """A fresh database to copy: making one takes longer than a test."""
     path = tmp_path_factory.mktemp("blank") / "blank.db3"
-    m.Store.make(path, "", m.RELEASED_AT).close()
+    m.Store.make(path, DATABASE_KEY, m.RELEASED_AT).close()
     return path.read_bytes()
 
 
@@ -50,6 +56,19 @@ def options():
 
 
 @pytest.fixture
+def give_totp():
+    """Turn the second factor of somebody on: the seed."""
+
+    def call(idp, account):
+        seed = m.new_totp_seed()
+        SECRETS.add(seed)
+        m.enable_totp(idp, account, seed, pyotp.TOTP(seed).at(idp.now()))
+        return seed
+
+    return call
+
+
+@pytest.fixture
 def make_idp(tmp_path, blank, rings, clock):
     """Make an Idp; another one with the same path is the same database after a restart."""
     made = []
@@ -58,7 +77,7 @@ def make_idp(tmp_path, blank, rings, clock):
         if not path.exists():
             path.write_bytes(blank)
         stream = io.StringIO()
-        store = m.Store(path, "", log=m.Log(stream=stream))
+        store = m.Store(path, DATABASE_KEY, log=m.Log(stream=stream))
         idp = m.Idp(options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)), clock, store.log)
         idp.stream = stream
         made.append(idp)
@@ -67,6 +86,9 @@ def make_idp(tmp_path, blank, rings, clock):
     yield make
     for idp in made:
         idp.store.close()
+        said = idp.stream.getvalue()
+        assert "traceback" not in said, said
+        assert not [secret for secret in SECRETS if secret in said], "a secret is in the log"
 
 
 @pytest.fixture
@@ -74,9 +96,18 @@ def idp(make_idp, options):
     return make_idp(options)
 
 
+SECRETS = {PASSWORD}  # what must never be logged: grows with every answer that carries one
+CARRY_SECRETS = ("access_token", "refresh_token", "id_token", "client_secret")
+
+
 class Answered:
+    """What a WSGI app answered. Every answer of every test is looked at: no password, no traceback."""
+
     def __init__(self, status, headers, body):
         self.status, self.headers, self.body = status, headers, body
+        assert PASSWORD.encode() not in body and b"Traceback" not in body, body
+        if headers.get("content-type") == "application/json" and body[:1] == b"{":
+            SECRETS.update(value for name in CARRY_SECRETS if isinstance(value := json.loads(body).get(name), str) and value)
 
     @property
     def json(self):
@@ -164,6 +195,7 @@ def scopes(idp):
 def new_client(idp, scopes):
     def make(client_id, **more):
         client, secret = m.create_client(idp, m.LOCAL, "test", m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more))
+        SECRETS.update({secret} - {""})
         return (client_id, secret)
 
     return make
@@ -173,6 +205,12 @@ def new_client(idp, scopes):
 def service(new_client):
     """A confidential client with every grant: (client_id, secret)."""
     return new_client("service")
+
+
+@pytest.fixture
+def public(new_client):
+    """A public client for people: (client_id, "")."""
+    return new_client("spa", client_type="public", grant_types=["password", "refresh_token"])
 
 
 @pytest.fixture
@@ -198,6 +236,23 @@ def log_in(auth, service):
 
 
 @pytest.fixture
+def bearer(log_in, alice):
+    """An access token of alice."""
+    return log_in(alice)["access_token"]
+
+
+@pytest.fixture
+def change(idp):
+    """Run a statement as another process would, and let every cache know."""
+
+    def call(sql, **parameters):
+        with idp.store.transaction(identity=True):
+            return idp.store.run(sql, **parameters)
+
+    return call
+
+
+@pytest.fixture
 def admin_token(admin, root):
     answer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "test"})
     assert answer.status == 200, answer
@@ -209,12 +264,3 @@ def machine(auth, service):
     answer = auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
     assert answer.status == 200, answer
     return answer.json
-
-
-@pytest.fixture(autouse=True)
-def no_secret_in_the_log(request):
-    yield
-    idp = request.node.funcargs.get("idp")
-    if idp is not None:
-        assert PASSWORD not in idp.stream.getvalue()
-        assert "traceback" not in idp.stream.getvalue()

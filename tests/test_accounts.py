@@ -5,77 +5,193 @@ import threading
 import microauthd as m
 import pyotp
 import pytest
-from conftest import PASSWORD
+from conftest import CHEAP, PASSWORD, Caller
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
-
-
-def give_totp(idp, someone):
-    seed = m.new_totp_seed()
-    m.enable_totp(idp, someone.account, seed, pyotp.TOTP(seed).at(idp.now()))
-    return seed
 
 
 def fail(auth, service, **more):
     return auth.post("/token", GOOD | {"password": "wrong wrong"} | more, auth=service)
 
 
+def commits(idp, work):
+    """How many transactions that changed a row were committed while it worked, and what it returned."""
+    connection, found = idp.store.connection, []
+    changed = [connection.total_changes]
+
+    def trace(sql):
+        if sql.strip() == "COMMIT":
+            found.append(connection.total_changes > changed[0])
+            changed[0] = connection.total_changes
+
+    connection.set_trace_callback(trace)
+    try:
+        answer = work()
+    finally:
+        connection.set_trace_callback(None)
+    return found.count(True), answer
+
+
+REFUSALS = ["wrong password", "inactive", "locked", "locked for ever", "one-time code missing", "one-time code wrong", "one-time code used", "one-time code locked"]
+
+
 class TestOneAnswer:
-    """Whatever is wrong, an attacker hears the same."""
+    """Whatever is wrong, an attacker hears the same, after the same work, on both ports."""
 
-    def refusals(self, idp, auth, service, new_client, new_user, case):
-        store, now = idp.store, idp.now()
-        if case == "unknown user":
-            return GOOD | {"username": "nobody"}, service
-        if case == "wrong password":
-            return GOOD | {"password": "wrong wrong"}, service
-        alice = store.find_account_by_name("alice")
-        with store.transaction():
+    @pytest.fixture
+    def spoil(self, idp, give_totp, change):
+        """Make something wrong with a user; the form that then must be refused."""
+
+        def call(case, username):
+            account, now = idp.store.find_account_by_name(username), idp.now()
+            form = {"username": username, "password": PASSWORD}
+            if case == "wrong password":
+                return form | {"password": "wrong wrong"}
             if case == "inactive":
-                store.run("UPDATE account SET is_active = 0 WHERE id = :id", id=alice.id)
-            if case == "locked":
-                store.run("UPDATE account SET lockout_until = :until WHERE id = :id", id=alice.id, until=now + 60)
+                change("UPDATE account SET is_active = 0 WHERE id = :id", id=account.id)
+            if case.startswith("locked"):
+                change("UPDATE account SET lockout_until = :until WHERE id = :id", id=account.id, until=m.FOREVER if "ever" in case else now + 60)
             if case == "client demands a second factor":
-                store.put_feature(store.find_client("service").id, "ENABLE_TOTP", True, "")
-        idp.store.generation.bump()
-        if case.startswith("one-time code"):
-            seed = m.new_totp_seed()
-            code = pyotp.TOTP(seed).at(now)
-            m.enable_totp(idp, alice, seed, code)
-            return GOOD | {"one-time code missing": {}, "one-time code wrong": {"totp": "000000" if code != "000000" else "000001"}, "one-time code used": {"totp": code}}[case], service
-        return GOOD, service
+                with idp.store.transaction(identity=True):
+                    idp.store.put_feature(idp.store.find_client("service").id, "ENABLE_TOTP", True, "")
+            if case == "not an administrator":
+                change("DELETE FROM user_role WHERE user_id = :id", id=account.id)
+            if case.startswith("one-time code"):
+                seed = give_totp(idp, account)
+                used, wrong = pyotp.TOTP(seed).at(now), "000000"
+                while wrong in {pyotp.TOTP(seed).at(now + offset) for offset in (-30, 0, 30)}:
+                    wrong = f"{int(wrong) + 1:06d}"
+                if case.endswith("locked"):
+                    change("UPDATE account SET totp_locked_until = :until, totp_last_step = 0 WHERE id = :id", id=account.id, until=now + 60)
+                return form | {"one-time code missing": {}, "one-time code wrong": {"totp": wrong}, "one-time code used": {"totp": used}, "one-time code locked": {"totp": used}}[case]
+            return form
 
-    @pytest.mark.parametrize("case", [
-        "wrong password", "inactive", "locked", "client demands a second factor",
-        "one-time code missing", "one-time code wrong", "one-time code used",
-    ])
-    def test_every_refusal_is_that_of_an_unknown_user(self, idp, auth, service, alice, new_client, new_user, case, monkeypatch):
+        return call
+
+    @pytest.fixture
+    def hashes(self, idp, monkeypatch):
+        done, verify = [], idp.hasher.verify
+        monkeypatch.setattr(idp.hasher, "verify", lambda *words: done.append(words) or verify(*words))
+        return done
+
+    @pytest.mark.parametrize("case", [*REFUSALS, "client demands a second factor"])
+    def test_of_the_password_grant(self, auth, service, alice, spoil, hashes, case):
         unknown = auth.post("/token", GOOD | {"username": "nobody"}, auth=service)
         assert unknown.status == 403 and unknown.json["error"] == "invalid_grant"
-        form, client = self.refusals(idp, auth, service, new_client, new_user, case)
-        hashes = []
-        verify = idp.hasher.verify
-        monkeypatch.setattr(idp.hasher, "verify", lambda phc, password: hashes.append(phc) or verify(phc, password))
-        refused = auth.post("/token", form, auth=client)
+        form = spoil(case, "alice")
+        hashes.clear()
+        refused = auth.post("/token", GOOD | form, auth=service)
         assert (refused.status, refused.body, refused.headers) == (unknown.status, unknown.body, unknown.headers)
         assert len(hashes) == 1, "the same Argon2 work"
 
-    def test_an_unknown_user_costs_a_hash_too(self, idp, auth, service, monkeypatch):
-        auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
-        calls = []
-        monkeypatch.setattr(m, "argon2_verify", lambda *words: calls.append(words) or m.argon2_hash and (_ for _ in ()).throw(m.Argon2Error("does not match")))
-        auth.post("/token", GOOD | {"username": "nobody"}, auth=service)
-        assert len(calls) == 1
+    @pytest.mark.parametrize("case", [*REFUSALS, "not an administrator"])
+    def test_of_the_admin_port(self, admin, root, new_user, spoil, hashes, case):
+        new_user("second", admin=True)
+        unknown = admin.post("/token", {"username": "nobody", "password": PASSWORD})
+        assert unknown.status == 403 and unknown.json["success"] is False and "errors" not in unknown.json
+        form = spoil(case, "root")
+        hashes.clear()
+        refused = admin.post("/token", form)
+        assert (refused.status, refused.body, refused.headers) == (unknown.status, unknown.body, unknown.headers)
+        assert len(hashes) == 1
 
-    def test_a_remembered_password_does_not_tell_that_it_is_right(self, idp, auth, service, alice, log_in, monkeypatch):
+    @pytest.mark.parametrize("audited", [True, False])
+    @pytest.mark.parametrize("case", ["unknown user", *REFUSALS])
+    def test_every_refusal_is_one_durable_write(self, make_idp, service, alice, spoil, case, audited):
+        """A commit waits for the flash: one more or one less tells by time what was wrong."""
+        idp = make_idp(m.Options(**CHEAP, enable_audit_logging=audited))
+        auth = Caller(m.build_app(idp, m.AUTH))
+        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
+        form = {"username": "nobody", "password": PASSWORD} if case == "unknown user" else spoil(case, "alice")
+        count, refused = commits(idp, lambda: auth.post("/token", GOOD | form, auth=service))
+        assert refused.status == 403 and count == 1
+
+    @pytest.mark.parametrize("case", ["locked", "inactive", "one-time code missing"])
+    def test_a_remembered_password_does_not_tell_that_it_is_right(self, auth, service, alice, log_in, spoil, hashes, case):
         log_in(alice)
-        with idp.store.transaction():
-            idp.store.run("UPDATE account SET lockout_until = :until WHERE id = :id", id=alice.id, until=idp.now() + 60)
-        hashes = []
+        form = spoil(case, "alice")
+        hashes.clear()
+        assert auth.post("/token", GOOD | form, auth=service).status == 403
+        assert len(hashes) == 1
+
+    def test_the_log_says_what_was_wrong_and_not_who_tried_what(self, idp, auth, service, alice):
+        auth.post("/token", GOOD | {"username": "my password by mistake", "password": "wrong wrong"}, auth=service)
+        auth.post("/token", GOOD | {"password": "wrong wrong"}, auth=service)
+        said = idp.stream.getvalue()
+        assert "unknown user" in said and "wrong password" in said and "by mistake" not in said and "wrong wrong" not in said
+        assert not any("by mistake" in str(row) for row in idp.store.list_audit(limit=100))
+
+
+class TestRemembered:
+    """Good passwords are remembered as digests, for a while."""
+
+    def counted(self, idp, monkeypatch):
+        done, verify = [], idp.hasher.verify
+        monkeypatch.setattr(idp.hasher, "verify", lambda *words: done.append(1) or verify(*words))
+        return done
+
+    def test_the_second_login_needs_no_argon2_and_a_pause_ends_that(self, idp, alice, clock, monkeypatch):
+        done = self.counted(idp, monkeypatch)
+        for pause, hashes in ((0, 1), (0, 1), (299, 1), (301, 2)):
+            clock.pass_(pause)
+            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+            assert len(done) == hashes
+
+    def test_it_is_an_option(self, make_idp, idp, alice, monkeypatch):
+        other = make_idp(m.Options(**CHEAP, enable_pass_cache=False))
+        done = self.counted(other, monkeypatch)
+        for _ in range(2):
+            m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
+        assert len(done) == 2
+
+    def test_a_user_with_a_second_factor_is_never_remembered(self, idp, alice, clock, give_totp, monkeypatch):
+        m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+        seed, done = give_totp(idp, alice.account), self.counted(idp, monkeypatch)
+        for number in (1, 2):
+            clock.pass_(60)
+            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, pyotp.TOTP(seed).at(idp.now()))
+            assert len(done) == number
+
+    def test_a_changed_password_is_forgotten(self, idp, alice):
+        """contract/auth D-09"""
+        m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+        idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+
+
+class TestRehash:
+    def test_a_login_brings_the_hash_up_to_the_parameters_in_force(self, idp, make_idp, alice):
+        other = make_idp(m.Options(**CHEAP | {"argon2id_time": 2}))
+        m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
+        assert "t=2" in idp.store.find_account(alice.id).password_hash
+        assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+
+    def test_a_rehash_never_overwrites_a_newer_password(self, idp, make_idp, alice, monkeypatch):
+        other = make_idp(m.Options(**CHEAP | {"argon2id_time": 2}))
+        new, hash_ = other.hasher.hash("the new password"), other.hasher.hash
+
+        def while_an_operator_resets(password):
+            hashed = hash_(password)
+            idp.store.set_password_hash(alice.id, new, idp.now())
+            return hashed
+
+        monkeypatch.setattr(other.hasher, "hash", while_an_operator_resets)
+        m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
+        assert idp.store.find_account(alice.id).password_hash == new
+
+    @pytest.mark.parametrize("statement", ["UPDATE account SET password_hash = 'another'", "UPDATE account SET is_active = 0", "DELETE FROM account"])
+    def test_an_account_that_changes_while_it_is_verified_is_refused(self, idp, alice, change, monkeypatch, statement):
         verify = idp.hasher.verify
-        monkeypatch.setattr(idp.hasher, "verify", lambda *words: hashes.append(1) or verify(*words))
-        assert auth.post("/token", GOOD, auth=service).status == 403
-        assert hashes
+
+        def slowly(phc, password):
+            right = verify(phc, password)
+            change(statement)
+            return right
+
+        monkeypatch.setattr(idp.hasher, "verify", slowly)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
 
 
 class TestLockout:
@@ -117,6 +233,12 @@ class TestLockout:
             fail(auth, service)
         assert idp.store.find_account(alice.id).lockout_until == m.FOREVER
 
+    def test_a_count_that_locks_leaves_a_longer_lockout(self, idp, alice, change):
+        for until in (idp.now() + 90_000, m.FOREVER):
+            change("UPDATE account SET failed_logins = 4, last_failed_at = :now, lockout_until = :until WHERE id = :id", now=idp.now(), until=until, id=alice.id)
+            with idp.store.transaction():
+                assert idp.store.count_failed_login(alice.id, idp.now(), 300, 5, 300, m.LOCKOUT_MAX).lockout_until == until
+
     def test_parallel_failures_are_all_counted(self, idp, alice):
         def attempt(number):
             with pytest.raises(m.Problem):
@@ -130,6 +252,74 @@ class TestLockout:
         assert idp.store.find_account(alice.id).lockout_until > idp.now()
         actions = [row.action for row in idp.store.list_audit(limit=50)]
         assert actions.count("user_locked_out") == 1 and actions.count("user_login_failed") == 8
+
+    def test_a_success_resets_the_count(self, auth, service, alice, idp):
+        for _ in range(3):
+            for _ in range(4):
+                fail(auth, service)
+            assert auth.post("/token", GOOD, auth=service).status == 200
+        assert idp.store.find_account(alice.id).failed_logins == 0
+
+    def test_failures_on_both_ports_count_together(self, auth, admin, service, root, new_user):
+        new_user("second", admin=True)
+        for _ in range(3):
+            admin.post("/token", {"username": "root", "password": "wrong wrong"})
+        for _ in range(2):
+            fail(auth, service, username="ROOT")
+        assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 403
+
+    def test_a_long_first_lockout_is_not_cut_to_the_cap(self, make_idp, idp, alice):
+        other = make_idp(m.Options(**CHEAP, failed_password_lockout_duration=86400))
+        for _ in range(5):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(other, m.LOCAL, "alice", "wrong wrong")
+        assert idp.store.find_account(alice.id).lockout_until == idp.now() + 86400
+
+    def test_zero_failures_never_lock(self, make_idp, idp, alice):
+        other = make_idp(m.Options(**CHEAP, max_login_failures=0))
+        for number in range(30):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(other, m.Origin(f"198.51.100.{number}"), "alice", "wrong wrong")
+        assert m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
+
+    def test_trying_while_locked_does_not_prolong_it(self, idp, auth, service, alice):
+        for _ in range(12):
+            fail(auth, service)
+        assert idp.store.find_account(alice.id).lockout_until == idp.now() + 300
+
+    def test_no_stranger_can_lock_every_administrator_out_of_the_machine(self, idp, root, new_user):
+        second, remote = new_user("second", admin=True), m.Origin("203.0.113.9", is_local=False)
+        for name in ("root", "second"):
+            for _ in range(5):
+                with pytest.raises(m.Problem):
+                    m.authenticate_user(idp, remote, name, "wrong wrong", admin=True)
+        for someone in (root, second):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(idp, remote, someone.username, PASSWORD, admin=True)
+        entered = []
+        for someone in (root, second):
+            try:
+                entered.append(m.authenticate_user(idp, m.LOCAL, someone.username, PASSWORD, admin=True))
+            except m.Problem:
+                pass
+        assert entered
+
+    def test_who_is_no_administrator_is_not_the_last_one(self, idp, alice, root, change):
+        change("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+
+    def test_what_an_administrator_locked_for_ever_is_locked_at_the_machine_too(self, idp, root, change):
+        change("UPDATE account SET lockout_until = :until WHERE id = :id", until=m.FOREVER, id=root.id)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
+
+    @pytest.mark.parametrize("more, status", [({}, 200), ({"microauthd.proxied": True}, 403), ({"REMOTE_ADDR": "203.0.113.9"}, 403), ({"microauthd.peer": "203.0.113.9"}, 403)])
+    def test_what_a_proxy_brings_is_not_the_person_at_the_machine(self, idp, admin, root, change, more, status):
+        change("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
+        app = admin.app
+        admin.app = lambda environ, start: app(environ | more, start)
+        assert admin.post("/token", {"username": "root", "password": PASSWORD}, peer="127.0.0.1").status == status
 
     def test_the_last_administrator_can_try_at_the_machine_itself(self, idp, root):
         remote = m.Origin("203.0.113.9", is_local=False)
@@ -148,8 +338,8 @@ class TestLockout:
 class TestSecondFactor:
     """RFC 6238, on every path that takes the password."""
 
-    def test_it_is_asked_and_a_code_works_once(self, idp, auth, admin, service, root, clock):
-        seed = give_totp(idp, root)
+    def test_it_is_asked_and_a_code_works_once(self, idp, auth, admin, service, root, clock, give_totp):
+        seed = give_totp(idp, root.account)
         clock.pass_(90)
         code = pyotp.TOTP(seed).at(idp.now())
         form = GOOD | {"username": "root"}
@@ -160,8 +350,8 @@ class TestSecondFactor:
         clock.pass_(30)
         assert admin.post("/token", {"username": "root", "password": PASSWORD, "totp": pyotp.TOTP(seed).at(idp.now())}).status == 200
 
-    def test_guessing_codes_locks_it(self, idp, alice, clock):
-        seed = give_totp(idp, alice)
+    def test_guessing_codes_locks_it(self, idp, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
         clock.pass_(90)
         code = pyotp.TOTP(seed).at(idp.now())
         for number in range(m.TOTP_TRIES):
@@ -171,15 +361,74 @@ class TestSecondFactor:
             m.authenticate_user(idp, m.Origin("198.51.100.99"), "alice", PASSWORD, code)
         assert "second factor locked" in caught.value.log
 
-    def test_the_seed_is_sealed(self, idp, alice):
-        seed = give_totp(idp, alice)
+    def test_its_lock_ends_and_doubles_and_is_not_that_of_the_password(self, idp, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
+        for duration in (300, 600, 1200):
+            clock.pass_(90)
+            for number in range(m.TOTP_TRIES):
+                with pytest.raises(m.Problem):
+                    m.authenticate_user(idp, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")
+            account = idp.store.find_account(alice.id)
+            assert account.totp_locked_until == idp.now() + duration and account.failed_logins == 0
+            clock.pass_(duration)
+        clock.pass_(90)
+        assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, pyotp.TOTP(seed).at(idp.now()))
+        assert idp.store.find_account(alice.id).totp_failures == 0
+
+    def test_guesses_are_bounded_whatever_the_lockout_of_passwords(self, make_idp, idp, alice, give_totp):
+        give_totp(idp, alice.account)
+        other = make_idp(m.Options(**CHEAP, failed_password_lockout_duration=0, max_login_failures=0))
+        for number in range(m.TOTP_TRIES):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(other, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")
+        assert idp.store.find_account(alice.id).totp_locked_until > idp.now()
+
+    def test_one_code_lets_one_of_many_in(self, idp, make_idp, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
+        clock.pass_(90)
+        code, entered = pyotp.TOTP(seed).at(idp.now()), []
+        idps = [idp, make_idp(idp.options)]
+
+        def enter(number):
+            try:
+                entered.append(m.authenticate_user(idps[number % 2], m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, code))
+            except m.Problem:
+                pass
+
+        threads = [threading.Thread(target=enter, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(entered) == 1
+
+    def test_an_earlier_code_is_dead_once_a_later_was_used(self, idp, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
+        clock.pass_(90)
+        earlier = pyotp.TOTP(seed).at(idp.now() - 30)
+        m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, pyotp.TOTP(seed).at(idp.now()))
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, earlier)
+
+    def test_the_original_calls_it_totp_code(self, idp, auth, service, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
+        clock.pass_(90)
+        assert auth.post("/token", GOOD | {"totp_code": pyotp.TOTP(seed).at(idp.now())}, auth=service).status == 200
+
+    def test_it_is_turned_on_only_by_who_holds_the_seed(self, idp, alice):
+        with pytest.raises(m.Problem):
+            m.enable_totp(idp, alice.account, m.new_totp_seed(), "12345x")
+        assert idp.store.find_account(alice.id).totp_sealed == ""
+
+    def test_the_seed_is_sealed(self, idp, alice, give_totp):
+        seed = give_totp(idp, alice.account)
         sealed = idp.store.find_account(alice.id).totp_sealed
         assert seed not in sealed and idp.seal.open(sealed, alice.id) == seed
         with pytest.raises(m.Problem):
             m.Seal(bytes(31) + b"1").open(sealed, alice.id)
 
-    def test_amr_tells_it(self, idp, alice, clock):
-        seed = give_totp(idp, alice)
+    def test_amr_tells_it(self, idp, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
         clock.pass_(90)
         assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, pyotp.TOTP(seed).at(idp.now()))[1] == ["pwd", "otp", "mfa"]
 
@@ -203,6 +452,22 @@ class TestThrottle:
 
 
 class TestNewUsers:
+    def test_a_name_is_folded_once_and_can_log_in(self, idp):
+        """contract/auth B-10"""
+        made = m.create_user(idp, m.LOCAL, "test", m.CreateUser(" \uff21nn\u00c4 ", "Ann@Example.ORG", PASSWORD))
+        assert (made.username, made.email) == ("ann\u00e4", "ann@example.org")
+        assert m.authenticate_user(idp, m.LOCAL, "ANNA\u0308", PASSWORD)[0].id == made.id
+
+    @pytest.mark.parametrize("username, email", [("ALICE", "other@example.org"), ("other", "Alice@Example.org")])
+    def test_names_and_addresses_are_taken_once(self, idp, alice, username, email):
+        with pytest.raises(m.Problem) as caught:
+            m.create_user(idp, m.LOCAL, "test", m.CreateUser(username, email, PASSWORD))
+        assert caught.value.code == "conflict" and "alice" not in str(caught.value.as_err())
+
+    def test_each_leaves_a_row_with_its_maker(self, idp, alice):
+        row = idp.store.list_audit("user_created")[0]
+        assert (row.actor_id, row.target, row.secondary) == ("test", "alice", alice.id)
+
     @pytest.mark.parametrize("member, value", [
         ("username", ""), ("username", "x" * 101), ("username", "a\x07b"), ("username", "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"),
         ("email", "nobody"), ("email", "a b@c"), ("password", "short"), ("password", "password1"), ("password", "newcomer"), ("password", "x" * 256),
@@ -212,81 +477,3 @@ class TestNewUsers:
         with pytest.raises(m.Problem) as caught:
             m.create_user(idp, m.LOCAL, "test", m.CreateUser(**(good | {member: value})))
         assert list(caught.value.errors) == [member]
-
-    def test_a_changed_password_is_forgotten_by_the_cache(self, idp, alice):
-        m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
-        idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
-        with pytest.raises(m.Problem):
-            m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
-
-
-class TestFailures:
-    """What a failure writes, and what it must not undo."""
-
-    @pytest.mark.parametrize("audited", [True, False])
-    @pytest.mark.parametrize("case", ["unknown user", "wrong password", "wrong code", "inactive"])
-    def test_every_refusal_is_one_durable_write(self, make_idp, idp, alice, case, audited):
-        if case == "wrong code":
-            give_totp(idp, alice)
-        if case == "inactive":
-            with idp.store.transaction():
-                idp.store.run("UPDATE account SET is_active = 0 WHERE id = :id", id=alice.id)
-        from conftest import CHEAP
-
-        other = make_idp(m.Options(**CHEAP, enable_audit_logging=audited))
-        commits = []
-        other.store.connection.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
-        before = other.store.connection.total_changes
-        with pytest.raises(m.Problem):
-            m.authenticate_user(other, m.LOCAL, "nobody" if case == "unknown user" else "alice", "wrong wrong" if case == "wrong password" else PASSWORD, "12345x")
-        assert len(commits) == 1 and other.store.connection.total_changes > before
-
-    def test_a_rehash_never_undoes_a_newer_password(self, idp, alice, monkeypatch):
-        newer = idp.hasher.hash("a newer password")
-        idp.store.set_password_hash(alice.id, idp.hasher.hash(PASSWORD), idp.now())
-        account = idp.store.find_account(alice.id)
-        idp.store.set_password_hash(alice.id, newer, idp.now())
-        m.rehash(idp, account, PASSWORD)
-        assert idp.store.find_account(alice.id).password_hash == newer
-
-    def test_what_was_ended_between_password_and_token_is_not_reborn(self, idp, auth, admin, service, root, monkeypatch):
-        authenticate = m.authenticate_user
-
-        def slow(*words, **more):
-            found = authenticate(*words, **more)
-            m.end_user(idp, m.LOCAL, "test", root.id, "logout_all")
-            return found
-
-        monkeypatch.setattr(m, "authenticate_user", slow)
-        assert auth.post("/token", GOOD | {"username": "root"}, auth=service).status == 403
-        assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 403
-
-    def test_two_locked_administrators_can_still_try_at_the_machine(self, idp, root, new_user):
-        other = new_user("second", admin=True)
-        with idp.store.transaction():
-            idp.store.run("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
-        for someone in (root, other):
-            assert m.authenticate_user(idp, m.LOCAL, someone.username, PASSWORD, admin=True)
-
-    def test_what_a_proxy_brings_is_not_the_machine_itself(self, idp, admin, root):
-        with idp.store.transaction():
-            idp.store.run("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
-        form = {"username": "root", "password": PASSWORD}
-        app = admin.app
-
-        def proxied(environ, start_response):
-            return app(environ | {"microauthd.proxied": True}, start_response)
-
-        admin.app = proxied
-        assert admin.post("/token", form, peer="127.0.0.1").status == 403
-        admin.app = app
-        assert admin.post("/token", form, peer="127.0.0.1").status == 200
-
-    def test_names_of_any_length_cost_the_throttle_nothing(self):
-        throttle = m.Throttle(lambda: 0.0)
-        throttle.spend("192.0.2.1", "x" * 60_000)
-        assert all(len(part) < 40 for key in throttle.buckets for part in key)
-        for number in range(1, 122):
-            throttle.spend(f"2001:db8::{number:x}", f"name{number}")
-        with pytest.raises(m.Problem):
-            throttle.check("2001:db8::ffff", "another")

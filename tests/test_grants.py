@@ -1,174 +1,142 @@
-"""The token endpoint and what becomes of its tokens."""
+"""Grants: what the token endpoint answers and what becomes of refresh tokens."""
 
 import hashlib
+import threading
 
 import jwt
 import microauthd as m
+import pyotp
 import pytest
-from conftest import PASSWORD
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import CHEAP, PASSWORD, Caller
 
+MACHINE = {"grant_type": "client_credentials"}
 REFRESH = {"grant_type": "refresh_token"}
 
 
-def introspect(auth, token, client):
-    return auth.post("/introspect", {"token": token}, auth=client).json
-
-
-class TestScopes:
-    """RFC 6749 §3.3: requested ∩ client's ∩ user's."""
-
-    names = st.frozensets(st.sampled_from(["a", "b", "c", "openid", "profile", "email"]))
-
-    @given(client=names, user=st.one_of(st.none(), names), asked=st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c", "openid", "profile", "x"]))))
-    def test_never_more_than_allowed(self, client, user, asked):
-        allowed = client if user is None else client & user
-        if user is not None and asked and "openid" in asked:
-            allowed = allowed | set(m.OIDC_SCOPES)
-        wanted = set(asked) if asked else allowed
-        requested = None if asked is None else " ".join(asked)
-        if wanted <= allowed:
-            assert m.decide_scopes(requested, client, user).split() == sorted(wanted)
-        else:
-            with pytest.raises(m.Problem) as caught:
-                m.decide_scopes(requested, client, user)
-            assert caught.value.code == "invalid_scope"
-
-    @pytest.mark.parametrize("scope, granted", [
-        (None, "api:read api:write"), ("api:read", "api:read"), ("api:write api:read", "api:read api:write"),
-        ("api:secret", None), ("nonsense", None), ("openid", None), ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", None),
-    ])
-    def test_of_a_machine(self, auth, service, scope, granted):
-        answer = auth.post("/token", {"grant_type": "client_credentials"} | ({"scope": scope} if scope else {}), auth=service)
-        if granted is None:
-            assert (answer.status, answer.json["error"]) == (400, "invalid_scope")
-        else:
-            assert answer.json["scope"] == granted
-
-    @pytest.mark.parametrize("scope, granted", [(None, "api:read"), ("api:read", "api:read"), ("api:write", None), ("openid api:read", "api:read openid"), ("profile", None)])
-    def test_of_a_user(self, auth, service, alice, scope, granted):
-        form = {"grant_type": "password", "username": "alice", "password": PASSWORD} | ({"scope": scope} if scope else {})
-        answer = auth.post("/token", form, auth=service)
-        assert (answer.json.get("scope"), answer.status) == ((granted, 200) if granted else (None, 400))
-
-
-class TestClientTypes:
-    """            password  client_credentials  refresh_token   what else
-    confidential     yes          yes               yes          only those on its list
-    public           if listed    never             yes          no secret
-    """
-
-    def test_a_grant_that_is_not_on_its_list_is_refused(self, auth, new_client):
-        client = new_client("narrow", grant_types=["client_credentials"])
-        answer = auth.post("/token", {"grant_type": "password", "username": "x", "password": "y"}, auth=client)
-        assert (answer.status, answer.json["error"]) == (400, "unauthorized_client")
-
-    def test_a_public_client_has_no_secret_and_no_machine_tokens(self, auth, new_client, alice):
-        new_client("spa", client_type="public", grant_types=["password", "refresh_token"])
-        form = {"client_id": "spa", "grant_type": "password", "username": "alice", "password": PASSWORD}
-        answer = auth.post("/token", form)
-        assert answer.status == 200
-        assert auth.post("/token", REFRESH | {"client_id": "spa", "refresh_token": answer.json["refresh_token"]}).status == 200
-        assert auth.post("/token", {"client_id": "spa", "grant_type": "client_credentials"}).json["error"] == "unauthorized_client"
-        assert auth.post("/token", form | {"client_secret": "guess"}).json["error"] == "invalid_client"
-
-    def test_a_public_client_cannot_be_given_machine_tokens(self, new_client):
-        with pytest.raises(m.Problem) as caught:
-            new_client("spa", client_type="public", grant_types=["client_credentials"])
-        assert "grant_types" in caught.value.errors
-
-    def test_unknown_grants(self, auth, service):
-        assert auth.post("/token", {"grant_type": "implicit"}, auth=service).json["error"] == "unsupported_grant_type"
-        assert auth.post("/token", {}, auth=service).json["error"] == "invalid_request"
-
-
-class TestClientAuthentication:
-    """RFC 6749 §2.3"""
-
-    def test_by_basic_or_form_never_both(self, auth, service):
-        form = {"grant_type": "client_credentials"}
-        both = {"client_id": service[0], "client_secret": service[1]}
-        assert auth.post("/token", form, auth=service).status == 200
-        assert auth.post("/token", form | both).status == 200
-        assert auth.post("/token", form | both, auth=service).json["error"] == "invalid_request"
-
-    def test_a_401_says_how(self, auth, service):
-        for client in (None, ("service", "wrong"), ("nobody", "wrong"), ("service", "")):
-            answer = auth.post("/token", {"grant_type": "client_credentials"}, auth=client)
-            assert (answer.status, answer.json["error"]) == (401, "invalid_client")
-            assert answer.headers["www-authenticate"].startswith("Basic ")
-
-    def test_both_parts_of_basic_are_form_decoded(self, auth, new_client):
-        secret = "p:%+ \u00e4 sixteen more"
-        new_client("a%b+c", client_secret=secret)
-        from urllib.parse import quote_plus
-
-        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=(quote_plus("a%b+c"), quote_plus(secret))).status == 200
-
-    def test_two_secrets_live_for_the_overlap(self, idp, auth, service, clock):
-        form = {"grant_type": "client_credentials"}
-        assert auth.post("/token", form, auth=service).status == 200
-        second = m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
-        third = m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
-        assert auth.post("/token", form, auth=service).status == 401, "two live, not three"
-        assert auth.post("/token", form, auth=("service", second)).status == 200
-        assert auth.post("/token", form, auth=("service", third)).status == 200
-        clock.pass_(61)
-        assert auth.post("/token", form, auth=("service", second)).status == 401
-        assert auth.post("/token", form, auth=("service", third)).status == 200
-
-    def test_a_changed_secret_is_dead_at_once(self, idp, auth, service):
-        form = {"grant_type": "client_credentials"}
-        assert auth.post("/token", form, auth=service).status == 200
-        m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service"))
-        assert auth.post("/token", form, auth=service).status == 401
-
-    def test_an_inactive_client_is_no_client(self, idp, auth, service, machine):
-        with idp.store.transaction(identity=True):
-            idp.store.set_client_active(idp.store.find_client("service").id, False, idp.now())
-        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 401
-        assert auth.get("/me", bearer=machine["access_token"]).status == 401
+def claims_of(token):
+    return jwt.decode(token, options={"verify_signature": False})
 
 
 class TestTokenAnswer:
     """RFC 6749 §5.1, RFC 9068 §2"""
 
-    def test_no_member_is_null_and_nothing_is_stored_by_caches(self, auth, service, log_in, alice):
-        for form in ({"grant_type": "client_credentials"}, {"grant_type": "password", "username": "alice", "password": PASSWORD}):
-            answer = auth.post("/token", form, auth=service)
-            assert None not in answer.json.values() and answer.json["token_type"] == "Bearer"
-            assert answer.headers["cache-control"] == "no-store"
+    @pytest.mark.parametrize("form", [MACHINE, MACHINE | {"scope": "api:read"}, {"grant_type": "password", "username": "alice", "password": PASSWORD}, {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid"}])
+    @pytest.mark.parametrize("scopes_of_client", [["api:read", "api:write"], []])
+    def test_no_member_is_null_or_empty_and_nothing_is_stored_by_caches(self, auth, new_client, alice, form, scopes_of_client):
+        if not scopes_of_client:
+            form = {name: value for name, value in form.items() if value != "api:read"}
+        answer = auth.post("/token", form, auth=new_client("c", scopes=scopes_of_client))
+        assert answer.status == 200 and not {None, ""} & set(answer.json.values()) and answer.json["token_type"] == "Bearer"
+        assert (answer.headers["cache-control"], answer.headers["pragma"]) == ("no-store", "no-cache")
+        assert set(answer.json) <= {"access_token", "token_type", "expires_in", "jti", "aud", "scope", "refresh_token", "id_token"}
+
+    def test_both_paths_are_one(self, auth, service):
+        assert auth.post("/oidc/token", MACHINE, auth=service).json.keys() == auth.post("/token", MACHINE, auth=service).json.keys()
 
     def test_the_claims_of_a_machine(self, idp, machine):
-        claims = jwt.decode(machine["access_token"], options={"verify_signature": False})
-        assert jwt.get_unverified_header(machine["access_token"])["typ"] == "at+jwt"
-        assert claims == {
+        assert jwt.get_unverified_header(machine["access_token"]) == {"alg": "ES256", "typ": "at+jwt", "kid": idp.auth_ring.access.kid}
+        assert claims_of(machine["access_token"]) == {
             "iss": "https://idp.example", "sub": "service", "client_id": "service", "aud": "microauthd", "iat": idp.now(), "nbf": idp.now(),
             "exp": idp.now() + 3600, "jti": machine["jti"], "scope": "api:read api:write", "mad": "auth", "token_use": "access",
         }
-        assert "refresh_token" not in machine
+        assert "refresh_token" not in machine and (machine["expires_in"], machine["aud"]) == (3600, "microauthd")
 
-    def test_the_claims_of_a_user(self, idp, log_in, alice):
-        claims = jwt.decode(log_in(alice)["access_token"], options={"verify_signature": False})
-        assert claims["sub"] == alice.id and claims["username"] == "alice" and claims["amr"] == ["pwd"]
-        assert isinstance(claims["role"], list) and isinstance(claims["auth_time"], int) and claims["sid"]
+    def test_the_claims_of_a_user(self, idp, log_in, root, alice):
+        claims = claims_of(log_in(root)["access_token"])
+        assert (claims["sub"], claims["username"], claims["preferred_username"], claims["amr"], claims["auth_time"]) == (root.id, "root", "root", ["pwd"], idp.now())
+        assert (claims["role"], claims["roles"]) == ([m.MAD_ADMIN_ROLE_ID], ["MadAdmin"]) and claims["sid"] and claims["mad"] == "auth"
+        assert claims_of(log_in(alice)["access_token"])["role"] == []
 
-    def test_the_id_token(self, idp, log_in, alice):
-        """OpenID Connect Core §2"""
-        answer = log_in(alice, scope="openid email")
-        claims = jwt.decode(answer["id_token"], options={"verify_signature": False})
-        header = jwt.get_unverified_header(answer["id_token"])
-        assert (header["typ"], header["alg"]) == ("JWT", "RS256")
-        assert claims["aud"] == claims["azp"] == "service" and claims["email"] == "alice@example.org" and claims["email_verified"] is False
-        assert claims["at_hash"] == m.b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16])
-        assert "name" not in claims and claims["exp"] == idp.now() + 600
-        assert "id_token" not in log_in(alice)
+    def test_time_is_whole_seconds(self, log_in, alice, clock):
+        clock.pass_(0.7)
+        answer = log_in(alice, scope="openid")
+        for token in (answer["access_token"], answer["id_token"]):
+            assert all(type(claims_of(token)[name]) is int for name in ("iat", "exp", "auth_time"))
 
-    def test_a_client_sets_its_own_lifetime(self, idp, auth, service):
-        with idp.store.transaction(identity=True):
-            idp.store.put_feature(idp.store.find_client("service").id, "TOKEN_EXPIRATION", True, "120")
-        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).json["expires_in"] == 120
+    def test_every_token_has_its_own_jti(self, auth, service):
+        assert len({auth.post("/token", MACHINE, auth=service).json["jti"] for _ in range(50)}) == 50
+
+    def test_a_client_may_ask_for_less(self, auth, service):
+        answer = auth.post("/token", MACHINE | {"scope": "api:read"}, auth=service).json
+        assert answer["scope"] == claims_of(answer["access_token"])["scope"] == "api:read"
+
+    @pytest.mark.parametrize("scope", ["openid", "api:read openid", m.SEEDED_SCOPES[0][0], "admin:provision_users", "api:secret", "*", "api:read\tapi:write", "API:READ"])
+    def test_nobody_is_granted_what_was_not_assigned(self, auth, service, alice, scope):
+        """contract/auth D-02"""
+        assert auth.post("/token", MACHINE | {"scope": scope}, auth=service).json["error"] == "invalid_scope"
+        if "openid" not in scope:
+            assert auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": scope}, auth=service).json["error"] == "invalid_scope"
+
+    def test_a_refused_scope_leaves_no_login_behind(self, idp, auth, service, alice):
+        auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "api:secret"}, auth=service)
+        assert idp.store.list_families_of(alice.id) == [] and idp.store.list_sessions_of(alice.id) == []
+
+    def test_a_born_token_is_not_before_a_revocation(self, idp, auth, service, change):
+        change("UPDATE client SET revoked_before = :ms", ms=idp.now_ms() + 5)
+        assert auth.get("/me", bearer=auth.post("/token", MACHINE, auth=service).json["access_token"]).status == 200
+
+    @pytest.mark.parametrize("meanwhile", ["deactivated", "deleted", "password reset", "logged out everywhere"])
+    @pytest.mark.parametrize("grant, status", [("password", 403), ("refresh_token", 400)])
+    def test_what_happens_to_a_user_between_login_and_issue_counts(self, idp, auth, service, alice, log_in, clock, change, monkeypatch, meanwhile, grant, status):
+        form = {"grant_type": grant, "username": "alice", "password": PASSWORD, "refresh_token": log_in(alice)["refresh_token"]}
+        proven = m.GRANTS[grant]
+
+        def slowly(idp, client, params):
+            granted = proven(idp, client, params)
+            clock.pass_(1)
+            if meanwhile == "deactivated":
+                change("UPDATE account SET is_active = 0")
+            if meanwhile == "deleted":
+                change("DELETE FROM account WHERE id = :id", id=alice.id)
+            if meanwhile == "password reset":
+                idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
+            if meanwhile in ("password reset", "logged out everywhere"):
+                m.end_user(idp, m.LOCAL, "root", alice.id, "reset")
+            clock.pass_(1)
+            return granted
+
+        monkeypatch.setitem(m.GRANTS, grant, slowly)
+        answer = auth.post("/token", form, auth=service)
+        assert (answer.status, answer.json["error"]) == (status, "invalid_grant")
+
+
+class TestIdToken:
+    """OpenID Connect Core §2, §3.1.3.6, §5.4"""
+
+    def test_it_comes_with_openid_only(self, log_in, alice):
+        assert "id_token" in log_in(alice, scope="openid") and "id_token" not in log_in(alice)
+
+    def test_its_claims_have_the_types_of_the_standard(self, idp, log_in, alice):
+        answer = log_in(alice, scope="openid")
+        assert claims_of(answer["id_token"]) == {
+            "iss": "https://idp.example", "sub": alice.id, "aud": "service", "azp": "service", "iat": idp.now(), "exp": idp.now() + 600, "auth_time": idp.now(), "amr": ["pwd"],
+            "sid": claims_of(answer["access_token"])["sid"], "token_use": "id", "at_hash": m.b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16]),
+        }
+        assert jwt.get_unverified_header(answer["id_token"]) == {"alg": "RS256", "typ": "JWT", "kid": idp.auth_ring.signer("RS256").kid}
+
+    @pytest.mark.parametrize("scope, more", [
+        ("openid email", {"email": "alice@example.org", "email_verified": False}), ("openid roles", {"roles": []}),
+        ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": m.RELEASED_AT + 1000}), ("openid address phone offline_access", {}),
+    ])
+    def test_a_scope_opens_its_claims(self, log_in, alice, scope, more):
+        plain = claims_of(log_in(alice, scope="openid")["id_token"])
+        claims = claims_of(log_in(alice, scope=scope)["id_token"])
+        assert {name: value for name, value in claims.items() if name not in plain} == more
+
+    def test_a_refreshed_one_tells_of_the_same_login(self, auth, service, log_in, alice, clock):
+        """OpenID Connect Core §12.2"""
+        answer = log_in(alice, scope="openid")
+        clock.pass_(100)
+        first, second = claims_of(answer["id_token"]), claims_of(auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).json["id_token"])
+        assert all(first[name] == second[name] for name in ("iss", "sub", "aud", "azp", "auth_time", "amr", "sid")) and second["iat"] == first["iat"] + 100
+        assert "nonce" not in second
+
+    def test_an_amr_of_two_factors_lasts(self, idp, auth, service, log_in, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
+        clock.pass_(90)
+        answer = log_in(alice, scope="openid", totp=pyotp.TOTP(seed).at(idp.now()))
+        again = auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).json
+        assert claims_of(answer["id_token"])["amr"] == claims_of(again["id_token"])["amr"] == ["pwd", "otp", "mfa"]
 
 
 class TestRefresh:
@@ -233,9 +201,7 @@ class TestRefresh:
     def test_the_login_page_of_the_original_calls_it_token(self, auth, service, log_in, alice):
         assert auth.post("/token", REFRESH | {"token": log_in(alice)["refresh_token"]}, auth=service).status == 200
 
-    def test_it_is_off_unless_turned_on(self, make_idp, tmp_path, service, alice):
-        from conftest import CHEAP, Caller
-
+    def test_it_is_off_unless_turned_on(self, make_idp, service, alice):
         idp = make_idp(m.Options(**CHEAP))
         auth = Caller(m.build_app(idp, m.AUTH))
         answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service)
@@ -243,108 +209,125 @@ class TestRefresh:
         assert auth.post("/token", REFRESH | {"refresh_token": "x"}, auth=service).json["error"] == "unsupported_grant_type"
         assert "refresh_token" not in auth.get("/.well-known/openid-configuration").json["grant_types_supported"]
 
-
-class TestIntrospection:
-    """RFC 7662 §2"""
-
-    def test_only_its_own_client_or_one_with_the_right_learns_anything(self, auth, service, new_client, machine):
-        assert introspect(auth, machine["access_token"], service)["active"] is True
-        assert introspect(auth, machine["access_token"], new_client("resource", may_introspect=True))["client_id"] == "service"
-        stranger = auth.post("/introspect", {"token": machine["access_token"]}, auth=new_client("stranger"))
-        assert stranger.status == 200 and stranger.body == b'{"active":false}'
-
-    def test_members_have_their_types(self, auth, service, log_in, alice):
-        claims = introspect(auth, log_in(alice)["access_token"], service)
-        assert claims["scope"] == "api:read" and claims["username"] == "alice" and claims["token_type"] == "Bearer"
-        assert all(isinstance(claims[name], int) for name in ("exp", "iat", "nbf"))
-
-    @pytest.mark.parametrize("token", ["", "x", "a.b.c", "e30.e30.e30", "\u00e4.b.c"])
-    def test_rubbish_is_inactive(self, auth, service, token):
-        answer = auth.post("/introspect", {"token": token}, auth=service)
-        assert answer.body == b'{"active":false}' or (not token and answer.status == 400)
-
-    def test_a_refresh_token_is_active_until_spent(self, auth, service, log_in, alice):
+    def test_its_absolute_end_is_that_of_the_login(self, idp, auth, service, log_in, alice, clock):
         token = log_in(alice)["refresh_token"]
-        assert introspect(auth, token, service)["token_use"] == "refresh"
-        auth.post("/token", REFRESH | {"refresh_token": token}, auth=service)
-        assert introspect(auth, token, service) == {"active": False}
+        (family,) = idp.store.list_families_of(alice.id)
+        assert family.expires_at == idp.now() + 2592000
+        while idp.now() + 259000 < family.expires_at:
+            clock.pass_(259000)
+            token = self.turn(auth, service, token).json["refresh_token"]
+        assert idp.store.find_refresh_token(m.sha256(token)).expires_at == family.expires_at
 
-    def test_a_public_client_cannot_ask(self, auth, new_client, machine):
-        new_client("spa", client_type="public", grant_types=["password"])
-        assert auth.post("/introspect", {"token": machine["access_token"], "client_id": "spa"}).status == 401
+    def test_the_statement_that_spends_it_asks_everything(self, idp, log_in, alice, clock):
+        """Whatever was read before it."""
+        digest = m.sha256(log_in(alice)["refresh_token"])
 
+        def rotate(client_id, now):
+            with idp.store.transaction():
+                return idp.store.rotate_refresh_token(digest, client_id, now)
 
-class TestRevocation:
-    """RFC 7009 §2"""
+        assert rotate("thief", idp.now()) is None and rotate("service", idp.now() + 259200) is None
+        assert rotate("service", idp.now()) and rotate("service", idp.now()) is None
 
-    def test_a_revoked_access_token_is_dead_everywhere(self, auth, service, machine):
-        token = machine["access_token"]
-        assert auth.post("/revoke", {"token": token}, auth=service).json["success"] is True
-        assert introspect(auth, token, service) == {"active": False}
-        assert auth.get("/me", bearer=token).status == 401
+    def test_only_its_hash_is_kept(self, idp, log_in, alice):
+        token = log_in(alice)["refresh_token"]
+        assert idp.store.find_refresh_token(token) is None and idp.store.find_refresh_token(m.sha256(token)).user_id == alice.id
 
-    def test_a_revoked_refresh_token_takes_its_family_along(self, auth, service, log_in, alice):
-        answer = log_in(alice)
-        auth.post("/revoke", {"token": answer["refresh_token"]}, auth=service)
-        assert auth.get("/me", bearer=answer["access_token"]).status == 401
-        assert auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).status == 400
+    def test_a_spent_one_in_the_hands_of_another_client_ends_nothing(self, auth, service, new_client, log_in, alice):
+        first = log_in(alice)
+        second = self.turn(auth, service, first["refresh_token"]).json
+        assert self.turn(auth, new_client("thief"), first["refresh_token"]).json["error"] == "invalid_grant"
+        assert self.turn(auth, service, second["refresh_token"]).status == 200
 
-    def test_a_token_of_another_client_is_refused_and_lives(self, auth, service, new_client, machine, log_in, alice):
-        thief, user = new_client("thief"), log_in(alice)
-        for token in (machine["access_token"], user["refresh_token"]):
-            assert auth.post("/revoke", {"token": token}, auth=thief).json["error"] == "unauthorized_client"
-            assert introspect(auth, token, service)["active"] is True
+    def test_a_refused_scope_does_not_spend_it(self, auth, service, log_in, alice):
+        token = log_in(alice)["refresh_token"]
+        assert self.turn(auth, service, token, scope="api:secret").json["error"] == "invalid_scope"
+        assert self.turn(auth, service, token).status == 200
 
-    def test_an_unknown_or_forged_token_is_no_error(self, auth, service, machine):
-        head, body, signature = machine["access_token"].split(".")
-        for token in ("x", f"{head}.{body}.{'A' * len(signature)}"):
-            assert auth.post("/revoke", {"token": token}, auth=service).status == 200
-        assert introspect(auth, machine["access_token"], service)["active"] is True
+    def test_a_spent_one_ends_its_family_whatever_scope_it_asks_for(self, auth, service, log_in, alice):
+        first = log_in(alice)
+        second = self.turn(auth, service, first["refresh_token"]).json
+        assert self.turn(auth, service, first["refresh_token"], scope="api:secret").status == 400
+        assert self.turn(auth, service, second["refresh_token"]).json["error"] == "invalid_grant"
 
+    def test_narrowing_is_for_one_token_only(self, auth, service, log_in, alice):
+        """RFC 6749 §6: the new refresh token has the scope of the old."""
+        answer = log_in(alice, scope="openid api:read")
+        narrow = self.turn(auth, service, answer["refresh_token"], scope="openid").json
+        assert self.turn(auth, service, narrow["refresh_token"]).json["scope"] == "api:read openid"
 
-class TestAlive:
-    """RFC 9068 §4"""
+    def test_a_scope_taken_from_the_client_is_gone_and_one_given_since_is_not_added(self, idp, auth, service, log_in, alice, change):
+        token = log_in(alice)["refresh_token"]
+        m.assign_scopes(idp, m.LOCAL, "test", alice.account, ["api:write"])
+        answer = self.turn(auth, service, token).json
+        assert answer["scope"] == "api:read"
+        change("DELETE FROM client_scope")
+        assert "scope" not in self.turn(auth, service, answer["refresh_token"]).json
 
-    def test_a_token_dies_with_its_second(self, auth, machine, clock):
-        clock.pass_(3599)
-        assert auth.get("/me", bearer=machine["access_token"]).status == 200
-        clock.pass_(1)
-        assert auth.get("/me", bearer=machine["access_token"]).status == 401
+    @pytest.mark.parametrize("statement", ["UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999", "UPDATE family SET revoked_at = 1", "UPDATE client SET revoked_before = 9999999999999", "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'"])
+    def test_it_dies_with_what_it_hangs_on_and_is_not_spent(self, idp, auth, service, log_in, alice, change, statement):
+        token = log_in(alice)["refresh_token"]
+        change(statement)
+        assert self.turn(auth, service, token).json["error"] == "invalid_grant"
+        assert idp.store.find_refresh_token(m.sha256(token)).rotated_at is None
 
-    def test_a_token_from_the_future_is_refused(self, auth, machine, clock):
-        clock.pass_(-61)
-        assert auth.get("/me", bearer=machine["access_token"]).status == 401
+    @pytest.mark.parametrize("form", [{"refresh_token": "unknown"}, {"refresh_token": "x" * 60_000}, {"refresh_token": "\u00e4"}, {"token": "unknown"}])
+    def test_an_unknown_one_is_invalid_grant(self, auth, service, form):
+        assert auth.post("/token", REFRESH | form, auth=service).json["error"] == "invalid_grant"
 
-    def test_what_is_issued_after_a_revocation_in_the_same_millisecond_lives(self, idp, auth, service, log_in, alice):
-        before = log_in(alice)["access_token"]
-        m.end_user(idp, m.LOCAL, "test", alice.id, "logout_all")
-        assert auth.get("/me", bearer=before).status == 401
-        assert auth.get("/me", bearer=log_in(alice)["access_token"]).status == 200
+    def test_none_is_invalid_request(self, auth, service):
+        assert auth.post("/token", REFRESH, auth=service).json["error"] == "invalid_request"
 
-    def test_an_epoch_of_the_whole_server_ends_everything(self, idp, auth, machine):
+    def test_an_access_token_is_none(self, auth, service, log_in, alice):
+        assert self.turn(auth, service, log_in(alice)["access_token"]).json["error"] == "invalid_grant"
+
+    def test_a_client_without_the_grant_gets_none(self, auth, new_client, alice):
+        client = new_client("once", grant_types=["password"])
+        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=client)
+        assert answer.status == 200 and "refresh_token" not in answer.json
+
+    def test_of_many_at_once_one_wins_and_the_family_ends(self, make_idp, idp, service, log_in, alice, auth):
+        token, answers = log_in(alice)["refresh_token"], []
+        callers = [auth, Caller(m.build_app(make_idp(idp.options), m.AUTH))]
+        threads = [threading.Thread(target=lambda caller=caller: answers.append(self.turn(caller, service, token))) for caller in callers * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        good = [answer for answer in answers if answer.status == 200]
+        assert len(good) == 1 and {answer.json["error"] for answer in answers if answer not in good} == {"invalid_grant"}
+        assert auth.get("/me", bearer=good[0].json["access_token"]).status == 401
+        assert self.turn(auth, service, good[0].json["refresh_token"]).json["error"] == "invalid_grant"
+
+    def test_its_reuse_is_written_down(self, idp, auth, service, log_in, alice):
+        token = log_in(alice)["refresh_token"]
+        for _ in range(2):
+            self.turn(auth, service, token)
+        assert "refresh_token_reused" in {row.action for row in idp.store.list_audit(limit=5)}
+
+    def test_a_client_sets_its_lifetime(self, idp, auth, service, log_in, alice, clock):
         with idp.store.transaction(identity=True):
-            idp.store.put_meta("revoked_before", idp.now_ms())
-        assert auth.get("/me", bearer=machine["access_token"]).status == 401
+            idp.store.put_feature(idp.store.find_client("service").id, "REFRESH_TOKEN_EXPIRATION", True, "60")
+        token = log_in(alice)["refresh_token"]
+        clock.pass_(60)
+        assert self.turn(auth, service, token).json["error"] == "invalid_grant"
 
-    def test_an_id_token_is_no_access_token(self, auth, log_in, alice):
-        assert auth.get("/me", bearer=log_in(alice, scope="openid")["id_token"]).status == 401
 
-
-class TestAudit:
-    def test_tokens_failures_and_lockouts_leave_a_row(self, idp, auth, service, machine, log_in, alice):
+class TestAuditRows:
+    def test_tokens_failures_and_lockouts_leave_one(self, idp, auth, service, machine, log_in, alice):
         answer = log_in(alice)
         auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service)
-        auth.post("/token", {"grant_type": "client_credentials"}, auth=("service", "wrong"))
-        auth.post("/token", {"grant_type": "password", "username": "alice", "password": "wrong wrong"}, auth=service)
+        auth.post("/token", MACHINE, auth=("service", "wrong"))
+        for _ in range(5):
+            auth.post("/token", {"grant_type": "password", "username": "alice", "password": "wrong wrong"}, auth=service)
         idp.store.flush()
-        actions = {row.action for row in idp.store.list_audit(limit=100)}
-        assert {"oidc_token_issued", "user_token_issued", "refresh_token_used", "client_authentication_failed", "user_login_failed"} <= actions
-        assert any(row.ip_address == "192.0.2.7" and row.request_id == "r1" for row in idp.store.list_audit(limit=100))
+        rows = idp.store.list_audit(limit=100)
+        assert {"oidc_token_issued", "user_token_issued", "refresh_token_used", "client_authentication_failed", "user_login_failed", "user_locked_out"} <= {row.action for row in rows}
+        (issued,) = [row for row in rows if row.action == "oidc_token_issued"]
+        assert (issued.ip_address, issued.request_id, issued.actor_id, issued.at) == ("192.0.2.7", "r1", "service", idp.now()) and machine["jti"] in issued.secondary
 
-    def test_each_row_carries_the_hash_of_the_row_before(self, idp, service, alice):
-        rows = list(reversed(idp.store.list_audit(limit=1000)))
-        digest = ""
-        for row in rows:
-            values = m.msgspec.structs.astuple(row)
-            digest = m.chain(digest, row.seq, values[1:-1])
-            assert digest == row.row_sha256
+    def test_a_user_agent_is_cut_and_cannot_forge(self, idp, auth, service):
+        auth.post("/token", MACHINE, auth=service, headers=[("User-Agent", "a\x1b[31m\nb" + "x" * 5000)])
+        idp.store.flush()
+        row = idp.store.list_audit(limit=1)[0]
+        assert len(row.user_agent) == 200 and row.user_agent.isprintable()

@@ -1,13 +1,15 @@
-"""Params, guards, answers; the two apps in process."""
+"""HTTP: Params, guards, answers."""
 
 import json
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 import microauthd as m
 import pytest
-from conftest import PASSWORD, Caller
+from conftest import Caller
 from hypothesis import given
 from hypothesis import strategies as st
+
+MACHINE = {"grant_type": "client_credentials"}
 
 
 class TestForms:
@@ -18,6 +20,16 @@ class TestForms:
     @given(st.dictionaries(clean, clean, max_size=10))
     def test_what_was_encoded_is_what_is_read(self, values):
         assert m.parse_form(urlencode(values).encode()) == values
+        assert m.parse_form(urlencode(values, quote_via=quote).encode()) == values
+
+    @given(st.text("ab=&+%20;\u00e4", max_size=30).map(str.encode))
+    def test_what_is_read_is_what_the_standard_library_reads(self, body):
+        try:
+            found = m.parse_form(body)
+        except m.Problem:
+            return
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=False)
+        assert found == dict(pairs) and len(pairs) == len(found)
 
     @given(st.binary(max_size=80))
     def test_any_octets_are_read_or_refused(self, octets):
@@ -26,211 +38,181 @@ class TestForms:
         except m.Problem as problem:
             assert problem.code == "invalid_request"
 
-    @pytest.mark.parametrize("body", ["a=1&a=2", "a=%", "a=%4", "a=%zz", "a=%ff", "a=%00", "&".join(f"a{n}=1" for n in range(65))])
+    @pytest.mark.parametrize("body", ["a=1&a=2", "a=1&%61=2", "a&a", "a=%", "a=%4", "a=%zz", "a=%ff", "a=%c0%80", "a=%ed%a0%80", "a=%00", "%00=a", "&".join(f"a{n}=1" for n in range(65))])
     def test_what_could_be_misread_is_refused(self, auth, service, body):
         answer = auth.post("/token", "grant_type=client_credentials&" + body, auth=service)
         assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
-    def test_a_post_reads_its_body_never_its_query(self, auth, service):
-        assert auth.post("/token?grant_type=client_credentials", "", auth=service).json["error"] == "invalid_request"
+    @pytest.mark.parametrize("name", ["grant_type", "scope", "client_id", "client_secret", "username", "password", "refresh_token"])
+    def test_a_repeated_parameter_is_refused(self, auth, service, name):
+        """RFC 6749 §3.2"""
+        answer = auth.post("/token", urlencode([("grant_type", "client_credentials"), (name, "x"), (name, "x")]), auth=service)
+        assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
-    def test_another_content_type_is_refused(self, auth, service):
-        assert auth("POST", "/token", json_body={"grant_type": "client_credentials"}, auth=service).json["error"] == "invalid_request"
+    def test_parameters_nobody_knows_are_ignored(self, auth, service):
+        """RFC 6749 §3.2"""
+        assert auth.post("/token", MACHINE | {"resource": "x", "is_active": "1"}, auth=service).status == 200
+
+    @pytest.mark.parametrize("query", ["grant_type=client_credentials", "grant_type=password&username=x", "a=1&a=2", "%zz"])
+    def test_a_post_reads_its_body_never_its_query(self, auth, service, query):
+        assert auth.post(f"/token?{query}", "", auth=service).json["error"] == "invalid_request"
+        assert auth.post(f"/token?{query}", MACHINE, auth=service).status == 200
+        assert auth.post(f"/token?{query}&client_id=service&client_secret={service[1]}", MACHINE).status == 401
+
+    @pytest.mark.parametrize("media", ["application/json", "text/plain", "multipart/form-data; boundary=x", "", "application/x-www-form-urlencoded2"])
+    def test_another_content_type_is_refused(self, auth, service, media):
+        answer = auth.post("/token", MACHINE, auth=service, headers=[("CONTENT_TYPE", media)])
+        assert (answer.status, answer.json["error"]) == (400, "invalid_request")
+
+    @pytest.mark.parametrize("media", ["application/x-www-form-urlencoded; charset=UTF-8", "Application/X-WWW-Form-Urlencoded"])
+    def test_the_content_type_is_compared_as_its_standard_says(self, auth, service, media):
+        assert auth.post("/token", MACHINE, auth=service, headers=[("CONTENT_TYPE", media)]).status == 200
+
+
+class TestJson:
+    """An object of the wire, read tolerantly; what is at fault is named."""
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"x"', b"null", b"\xff", b"{}{}", b"[" * 60_000, b'{"a":' * 10_000, b'{"username":"\\ud800"}', b'{"username":1e999}', b"NaN"], ids=lambda body: repr(body[:12]))
+    def test_what_is_no_object_is_invalid_request(self, body):
+        with pytest.raises(m.Problem) as caught:
+            m.decode_body(body, m.CreateUser)
+        assert caught.value.code == "invalid_request"
+
+    @pytest.mark.parametrize("body, member", [
+        ({}, "username"), ({"username": None}, "username"), ({"username": 5}, "username"), ({"username": ["x"]}, "username"), ({"username": {"a": 1}}, "username"),
+        ({"username": "x", "EMAIL": 5}, "email"), ({"username": "x", "password": True}, "password"),
+    ])
+    def test_the_member_at_fault_is_named(self, body, member):
+        with pytest.raises(m.Problem) as caught:
+            m.decode_body(json.dumps(body).encode(), m.CreateUser)
+        assert list(caught.value.errors) == [member]
+
+    def test_a_bad_item_of_a_list_is_named_by_its_list(self):
+        with pytest.raises(m.Problem) as caught:
+            m.decode_body(b'{"client_id": "x", "scopes": ["a", 5]}', m.CreateClient)
+        assert list(caught.value.errors) == ["scopes"]
+
+    def test_names_match_in_any_case_and_unknown_ones_are_ignored(self):
+        assert m.decode_body(b'{"UserName": "x", "is_admin": true, "id": 5, "__class__": "y"}', m.CreateUser) == m.CreateUser("x")
+
+    @given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["client_id", "SCOPES", "x", "overlap_seconds", "new_secret"]), inner, max_size=4)))
+    def test_anything_is_read_or_refused(self, value):
+        for kind in (m.CreateClient, m.ChangeSecret, m.AssignScopes):
+            try:
+                m.decode_body(json.dumps(value).encode(), kind)
+            except m.Problem as problem:
+                assert problem.code == "invalid_request"
 
 
 class TestBearer:
-    """RFC 6750 §3"""
+    """RFC 6750 §2 and §3"""
 
     def test_no_token_hears_how_and_no_error(self, auth):
-        answer = auth.get("/me")
-        assert answer.status == 401 and answer.headers["www-authenticate"] == 'Bearer realm="microauthd"'
+        for _ in range(2):
+            answer = auth.get("/me")
+            assert (answer.status, answer.headers["www-authenticate"], answer.json["success"]) == (401, 'Bearer realm="microauthd"', False)
 
-    def test_a_bad_token_hears_invalid_token(self, auth):
-        answer = auth.get("/me", bearer="a.b.c")
-        assert 'error="invalid_token"' in answer.headers["www-authenticate"] and answer.json["success"] is False
+    @pytest.mark.parametrize("word", ["a.b.c", "", " ", "x y", "\xe4"])
+    def test_a_bad_token_hears_invalid_token(self, auth, word):
+        answer = auth.get("/me", headers=[("Authorization", f"Bearer {word}")])
+        assert answer.status == 401 and 'error="invalid_token"' in answer.headers["www-authenticate"] and answer.json["error"] == "invalid_token"
 
-    def test_userinfo_needs_openid(self, auth, log_in, alice):
-        answer = auth.get("/userinfo", bearer=log_in(alice)["access_token"])
-        assert answer.status == 403 and 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+    def test_the_scheme_is_known_in_any_case(self, auth, bearer):
+        for scheme in ("bearer", "BEARER"):
+            assert auth.get("/me", headers=[("Authorization", f"{scheme} {bearer}")]).status == 200
 
-    def test_userinfo_by_get_and_post_and_by_scope(self, auth, log_in, alice):
-        token = log_in(alice, scope="openid email")["access_token"]
-        wanted = {"sub": alice.id, "email": "alice@example.org", "email_verified": False}
-        assert auth.get("/userinfo", bearer=token).json == wanted
-        assert auth.post("/userinfo", bearer=token).json == wanted
-        assert auth.post("/userinfo", {"access_token": token}).json == wanted
+    @pytest.mark.parametrize("scheme", ["Basic", "Token", "Bearer,"])
+    def test_another_scheme_is_no_token(self, auth, bearer, scheme):
+        assert auth.get("/me", headers=[("Authorization", f"{scheme} {bearer}")]).status == 401
+
+    def test_a_token_comes_by_header_or_form_never_both_never_by_query(self, auth, log_in, alice):
+        token = log_in(alice, scope="openid")["access_token"]
+        assert auth.post("/userinfo", {"access_token": token}).status == 200
         assert auth.post("/userinfo", {"access_token": token}, bearer=token).status == 400
-        assert auth.get(f"/userinfo?access_token={token}").status == 401
+        for answer in (auth.get(f"/userinfo?access_token={token}"), auth.post(f"/userinfo?access_token={token}", ""), auth.get(f"/me?access_token={token}")):
+            assert answer.status == 401
 
-    def test_a_machine_is_no_user(self, auth, machine):
-        for path in ("/me/sessions", "/me/refresh-tokens"):
-            assert auth.get(path, bearer=machine["access_token"]).status == 403
-        assert auth.post("/logout", bearer=machine["access_token"]).status == 403
-        assert auth.get("/me", bearer=machine["access_token"]).json["sub"] == "service"
-        assert auth.get("/whoami", bearer=machine["access_token"]).json == {"message": "Hello, service"}
-
-
-    def test_an_empty_client_id_is_no_client(self, auth, machine):
-        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=("", "x")).status == 401
-
-    def test_a_tower_of_brackets_is_not_json(self, admin, admin_token):
-        assert admin("POST", "/users", bearer=admin_token, json_body=b"[" * 60_000).status == 400
+    def test_a_scope_that_is_missing_is_named(self, auth, bearer):
+        answer = auth.get("/userinfo", bearer=bearer)
+        assert (answer.status, answer.json["error"]) == (403, "insufficient_scope")
+        assert answer.headers["www-authenticate"] == 'Bearer realm="microauthd", error="insufficient_scope", scope="openid"'
 
 
-class TestSelf:
-    def test_own_sessions_and_refresh_tokens(self, auth, log_in, alice):
-        answer = log_in(alice)
-        (session,) = auth.get("/me/sessions", bearer=answer["access_token"]).json
-        assert session["id"] == answer["jti"] and session["username"] == "alice" and session["client_id"] == "service" and not session["is_revoked"]
-        (refresh,) = auth.get("/me/refresh-tokens", bearer=answer["access_token"]).json
-        assert refresh["session_id"] == answer["jti"] and answer["refresh_token"] not in json.dumps(refresh)
+class TestProblem:
+    @pytest.mark.parametrize("code", sorted(m.ERRORS))
+    def test_each_has_two_forms_and_keeps_what_is_for_the_operator(self, code):
+        problem = m.Problem(code, log="only for the operator")
+        assert problem.as_oauth() == {"error": code, "error_description": m.ERRORS[code][1]}
+        assert problem.as_err() == {"success": False, "message": m.ERRORS[code][1], "error": code}
 
-    def test_logout_ends_this_client_only(self, auth, log_in, new_client, alice):
-        other = log_in(alice, client=new_client("other"))
-        here = log_in(alice)
-        assert auth.post("/logout", bearer=here["access_token"]).json["success"] is True
-        assert auth.get("/me", bearer=here["access_token"]).status == 401
-        assert auth.get("/me", bearer=other["access_token"]).status == 200
-
-    def test_logout_all_ends_everything_on_both_ports(self, auth, admin, log_in, root, admin_token):
-        user = log_in(root)
-        assert auth.post("/logout-all", bearer=user["access_token"]).status == 200
-        assert auth.get("/me", bearer=user["access_token"]).status == 401
-        assert admin.get("/users", bearer=admin_token).status == 401
-
-
-class TestDiscovery:
-    """RFC 8414 §3"""
-
-    def test_every_url_is_built_from_the_issuer(self, make_idp, tmp_path):
-        from conftest import CHEAP
-
-        auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH), host="evil.example")
-        metadata = auth.get("/.well-known/openid-configuration").json
-        assert metadata["issuer"] == "https://box.example/auth"
-        assert all(value.startswith("https://box.example/auth/") for name, value in metadata.items() if name.endswith(("_endpoint", "_uri")))
-
-    def test_what_it_lists_is_there(self, idp, auth):
-        metadata = auth.get("/.well-known/oauth-authorization-server").json
-        for name, value in metadata.items():
-            if name.endswith(("_endpoint", "_uri")):
-                path = value.removeprefix(idp.options.auth_issuer)
-                assert auth.get(path).status != 404 or auth.post(path).status != 404
-        assert set(metadata["grant_types_supported"]) == set(m.GRANTS)
-        assert "authorization_endpoint" not in metadata
-
-    def test_it_is_cached_and_revalidated(self, auth):
-        answer = auth.get("/jwks.json")
-        assert answer.headers["cache-control"] == "public, max-age=300"
-        again = auth.get("/jwks.json", headers=[("If-None-Match", answer.headers["etag"])])
-        assert (again.status, again.body) == (304, b"")
-        assert auth.get("/.well-known/jwks.json").body == answer.body
+    def test_nothing_at_fault_is_no_problem(self):
+        m.reject(a="", b=None)
+        with pytest.raises(m.Problem) as caught:
+            m.reject(a="", b="wrong")
+        assert caught.value.errors == {"b": "wrong"}
 
 
 class TestAnswers:
-    def test_unknown_paths_and_methods_speak_err(self, auth, admin):
+    @pytest.mark.parametrize("path", ["/nowhere", "/token/", "/PING", "//ping", "/\xe4", "/\xff", "/%00", "/a\0b"])
+    def test_unknown_paths_speak_err(self, auth, admin, path):
         for app in (auth, admin):
-            missing = app.get("/nowhere")
+            missing = app.get(path)
             assert (missing.status, missing.json) == (404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"})
-            wrong = app("PUT", "/ping")
-            assert wrong.status == 405 and wrong.json["error"] == "method_not_allowed" and "GET" in wrong.headers["allow"]
 
-    def test_security_headers_are_on_all(self, auth, service):
-        for answer in (auth.get("/ping"), auth.get("/nowhere"), auth.get("/jwks.json"), auth.post("/token", {}, auth=service)):
-            assert answer.headers["x-content-type-options"] == "nosniff" and "default-src 'none'" in answer.headers["content-security-policy"]
+    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST"])
+    def test_wrong_methods_speak_err_and_say_which(self, auth, admin, method):
+        for app in (auth, admin):
+            wrong = app(method, "/ping")
+            assert wrong.status == 405 and wrong.json["error"] == "method_not_allowed" and "GET" in wrong.headers["allow"]
+        assert auth.get("/token").headers["allow"] == "POST"
+
+    def test_a_head_is_a_get(self, auth):
+        answer = auth("HEAD", "/jwks.json")
+        assert answer.status == 200 and answer.headers["etag"]
+
+    def test_security_headers_are_on_all(self, auth, admin, service):
+        for answer in (auth.get("/ping"), auth.get("/nowhere"), auth.get("/jwks.json"), auth.post("/token", {}, auth=service), auth.post("/token", MACHINE, auth=service), auth.get("/me"), auth("PUT", "/ping"), admin.get("/users"), admin.get("/nowhere")):
+            headers = answer.headers
+            assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer" and headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+            assert headers["content-type"] == "application/json" and "set-cookie" not in headers and "strict-transport-security" not in headers
+
+    def test_https_is_remembered_by_browsers(self, idp):
+        app = m.build_app(idp, m.AUTH)
+        secure = Caller(lambda environ, start: app(environ | {"wsgi.url_scheme": "https"}, start))
+        assert secure.get("/ping").headers["strict-transport-security"] == "max-age=31536000"
+
+    def test_only_what_is_public_may_be_stored(self, auth, service, bearer):
+        for answer in (auth.post("/token", MACHINE, auth=service), auth.post("/token", {}), auth.get("/me", bearer=bearer), auth.get("/me"), auth.get("/nowhere"), auth.post("/introspect", {"token": "x"}, auth=service)):
+            assert answer.headers["cache-control"] == "no-store"
 
     def test_a_bug_is_a_bare_server_error(self, idp, auth, service, monkeypatch):
-        monkeypatch.setattr(m, "issue", lambda *words: 1 / 0)
-        answer = auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
-        assert (answer.status, answer.json["error"]) == (500, "server_error")
-        assert b"Zero" not in answer.body and "ZeroDivisionError" in idp.stream.getvalue()
-        idp.stream.truncate(0)
+        def fail(*_):
+            raise ValueError("the secret of the universe")
 
-    def test_health(self, auth, idp, clock):
-        assert auth.get("/health").json == {"status": "ok"}
-        assert auth.get("/health/ready").status == 200
-        clock.now = 1000.0
-        idp.readiness = (0.0, {})
-        answer = auth.get("/health/ready")
-        assert answer.status == 503 and answer.json["checks"]["clock"] is False and answer.headers["retry-after"]
+        monkeypatch.setattr(m, "issue", fail)
+        answer = auth.post("/token", MACHINE, auth=service)
+        assert (answer.status, answer.json) == (500, {"error": "server_error", "error_description": m.ERRORS["server_error"][1]})
+        assert b"universe" not in answer.body and "ValueError" in idp.stream.getvalue() and "request_id=r1" in idp.stream.getvalue()
+        idp.stream.seek(0)
+        idp.stream.truncate()
 
+    def test_what_is_refused_is_in_the_log_with_peer_and_reason(self, idp, auth):
+        auth.post("/token", MACHINE, auth=("nobody", "wrong"))
+        (line,) = [line for line in idp.stream.getvalue().splitlines() if " refused " in line]
+        assert all(word in line for word in ("peer=192.0.2.7", "method=POST", "path=/token", "status=401", "error=invalid_client", "request_id=r1", "reason="))
 
-class TestPublicFiles:
-    def test_they_are_off_unless_turned_on(self, auth, make_idp):
-        from conftest import CHEAP
+    def test_the_log_holds_no_form_header_or_query(self, idp, auth, service):
+        auth.post("/token?hidden=1", MACHINE | {"scope": "hidden"}, auth=("service", "hidden"), headers=[("X-Hidden", "hidden"), ("User-Agent", "hidden"), ("Cookie", "hidden")])
+        assert "hidden" not in idp.stream.getvalue()
 
-        assert auth.get("/login.html").status == 404
-        served = Caller(m.build_app(make_idp(m.Options(**CHEAP, serve_public_auth_files=True)), m.AUTH))
-        page = served.get("/login.html")
-        assert page.status == 200 and b"Sign in" in page.body and "default-src 'self'" in page.headers["content-security-policy"]
-        for path in ("/../microauthd.py", "/..%2fmicroauthd.py", "//etc/passwd", "/.ssh"):
-            assert served.get(path).status == 404
-        assert served.get("/jwks.json").json["keys"]
+    @pytest.mark.parametrize("etag, status", [("same", 304), ('"other"', 200), ("", 200)])
+    def test_what_does_not_change_is_revalidated(self, auth, etag, status):
+        first = auth.get("/jwks.json")
+        assert first.headers["cache-control"] == "public, max-age=300"
+        again = auth.get("/jwks.json", headers=[("If-None-Match", first.headers["etag"] if etag == "same" else etag)])
+        assert again.status == status and (again.body == b"") is (status == 304) and again.headers["etag"] == first.headers["etag"]
 
-
-class TestAdmin:
-    """contract/admin"""
-
-    @pytest.mark.parametrize("route", [route for route in m.ADMIN.routes if route.guard is not m.anyone], ids=lambda route: f"{route.methods[0]} {route.paths[0]}")
-    def test_every_route_refuses_strangers(self, admin, auth, log_in, root, alice, admin_token, idp, clock, route):
-        path = route.paths[0].replace("<id>", "x").replace("<name>", "x")
-
-        def status(token):
-            return admin(route.methods[0], path, bearer=token, json_body={} if route.takes else None).status
-
-        assert status(None) == 401 and status("x.y.z") == 401
-        assert status(log_in(root)["access_token"]) == 401, "an AUTH token means nothing here"
-        with idp.store.transaction():
-            idp.store.run("DELETE FROM user_role WHERE user_id = :id", id=root.id)
-        assert status(admin_token) == 401, "a demoted administrator"
-
-    def test_an_admin_token_means_nothing_on_auth(self, auth, admin_token):
-        assert auth.get("/me", bearer=admin_token).status == 401
-
-    def test_only_administrators_log_in(self, admin, alice, root):
-        refused = admin.post("/token", {"username": "alice", "password": PASSWORD})
-        wrong = admin.post("/token", {"username": "root", "password": "wrong wrong"})
-        assert (refused.status, refused.body) == (wrong.status, wrong.body) == (403, refused.body)
-
-    @pytest.mark.parametrize("host, status", [("localhost:9041", 200), ("127.0.0.1", 200), ("[::1]:9041", 200), ("LOCALHOST", 200), ("evil.example", 421), ("", 421), ("localhost.evil.example:9041", 421)])
-    def test_it_answers_only_to_its_own_names(self, idp, admin, host, status):
-        assert Caller(admin.app, host).get("/ping").status == status
-
-    def test_users(self, admin, admin_token):
-        made = admin("POST", "/users", bearer=admin_token, json_body={"username": "Bob", "email": "Bob@Example.org", "password": PASSWORD, "is_active": False, "id": "mine"})
-        assert made.status == 200 and made.json["username"] == "bob" and made.json["is_active"] is True and made.json["id"] != "mine"
-        assert set(made.json) == {"id", "username", "email", "created_at", "lockout_until", "is_active", "email_verified", "totp_enabled"}
-        assert admin.get("/users/id-by-name/BOB", bearer=admin_token).json == {"result": made.json["id"]}
-        assert admin.get(f"/users/{made.json['id']}", bearer=admin_token).json == made.json
-        listed = admin.get("/users?q=bo%25", bearer=admin_token)
-        assert listed.json == [] and listed.headers["x-total-count"] == "0"
-        again = admin("POST", "/users", bearer=admin_token, json_body={"user_email": "x@example.org", "USERNAME": "bob", "user_password": PASSWORD})
-        assert again.status == 409
-
-    @pytest.mark.parametrize("body, member", [
-        ({"email": "a@b", "password": PASSWORD}, "username"), ({"username": 5}, "username"), ({"username": "x", "email": ["a"]}, "email"),
-        (b"[]", None), (b"{", None), (b"", None), (b'"x"', None), ({"username": "new", "email": "a@b", "password": "short"}, "password"),
-    ])
-    def test_a_bad_body_names_its_member(self, admin, admin_token, body, member):
-        answer = admin("POST", "/users", bearer=admin_token, json_body=body)
-        assert (answer.status, answer.json["error"]) == (400, "invalid_request")
-        assert list(answer.json.get("errors", {None: 0})) == [member]
-
-    def test_a_body_of_another_type_is_415(self, admin, admin_token):
-        assert admin.post("/users", {"username": "x"}, bearer=admin_token).status == 415
-
-    def test_clients_and_scopes(self, admin, auth, admin_token):
-        scope = admin("POST", "/scopes", bearer=admin_token, json_body={"name": "door:open", "desc": None}).json
-        made = admin("POST", "/clients", bearer=admin_token, json_body={"client_id": "door", "audience": None}).json
-        assert made["audience"] == "microauthd"
-        assert admin("POST", "/clients/door/scopes", bearer=admin_token, json_body={"scope_ids": [scope["id"]]}).json["success"] is True
-        assert admin("POST", "/clients/door/scopes", bearer=admin_token, json_body={"scope_ids": ["nonsense"]}).status == 400
-        token = auth.post("/token", {"grant_type": "client_credentials"}, auth=("door", made["client_secret"]))
-        assert token.json["scope"] == "door:open"
-        secret = admin("POST", "/clients/secret", bearer=admin_token, json_body={"client_id": made["id"]}).json["message"]
-        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=("door", secret)).status == 200
-        assert made["client_secret"] not in admin.get("/clients", bearer=admin_token).body.decode()
-
-    def test_logout_ends_the_token(self, admin, admin_token):
-        assert admin.post("/logout", bearer=admin_token).status == 200
-        assert admin.get("/users", bearer=admin_token).status == 401
+    @pytest.mark.parametrize("word", ["-1", "1.5", "x", "", " 5", "\u0665", "9999999999"])
+    def test_a_number_that_is_none_is_named(self, admin, admin_token, word):
+        answer = admin.get("/users?" + urlencode({"limit": word}), bearer=admin_token)
+        assert (answer.status, list(answer.json["errors"])) == (400, ["limit"])

@@ -1,46 +1,164 @@
-"""Log lines and the file they go to."""
+"""Log: one line an event, to one file for all processes."""
 
+import io
+import json
+import logging
 import os
+import re
+import shutil
 
 import microauthd as m
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ANYTHING = st.one_of(st.text(max_size=30), st.integers(), st.none(), st.binary(max_size=10))
+
+
+def lines(stream):
+    return stream.getvalue().split("\n")[:-1]
+
+
+def said(*events, **options):
+    """What a Log writes when it is told events: (name, level, fields)."""
+    stream = io.StringIO()
+    log = m.Log(m.Options(log_file="", **options), stream)
+    for event, level, fields in events:
+        log(event, level, **fields)
+    return stream
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """A second that does not pass, and a way to the next."""
+    now = [1795392000.25]
+    monkeypatch.setattr(m.time, "time", lambda: now[0])
+    return lambda: now.__setitem__(0, now[0] + 1)
+
+
+class TestLine:
+    def test_text(self, second):
+        stream = said(("refused", "info", {"peer": "192.0.2.1", "reason": 'two "words"', "user": "", "no": None, "count": 0}))
+        assert lines(stream) == ['2026-11-23T00:00:00.250Z INFO    refused peer=192.0.2.1 reason="two \\"words\\"" count=0']
+
+    def test_json(self, second):
+        stream = said(("refused", "error", {"reason": "a\nb", "path": os}), log_format="json")
+        (line,) = map(json.loads, lines(stream))
+        assert line["at"] == "2026-11-23T00:00:00.250Z" and (line["level"], line["event"], line["pid"], line["reason"]) == ("error", "refused", os.getpid(), "a\nb")
+
+    @given(st.dictionaries(st.sampled_from(["peer", "reason", "path"]), ANYTHING), st.sampled_from(["text", "json"]))
+    def test_whatever_is_said_is_one_line_without_control_characters(self, fields, log_format):
+        (line,) = lines(said(("event", "info", fields), log_format=log_format))
+        assert line.isprintable() and line.splitlines() == [line]
+
+    @given(st.text(max_size=30))
+    def test_no_value_looks_like_another_field(self, value):
+        (line,) = lines(said(("event", "info", {"reason": value, "peer": "192.0.2.1"})))
+        rest = line.partition(" event ")[2]
+        assert len(re.findall(r'(?:^| )(?:reason|peer)=', re.sub(r'"(?:[^"\\]|\\.)*"', "", rest))) == (2 if value else 1)
+
+    def test_a_traceback_is_part_of_the_line(self):
+        stream = io.StringIO()
+        try:
+            1 / 0
+        except ZeroDivisionError as error:
+            m.Log(stream=stream)("bug", "error", exc_info=error)
+        assert len(lines(stream)) == 1 and "ZeroDivisionError" in stream.getvalue()
+
+    @pytest.mark.parametrize("least, heard", [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+    def test_the_least_severe_level_is_an_option(self, least, heard):
+        assert len(lines(said(*((level, level, {}) for level in ("debug", "info", "warning", "error")), log_level=least))) == heard
+
+
+class TestFlood:
+    """What strangers can cause at will does not wear the flash out."""
+
+    def test_lines_of_a_second_are_limited_and_the_rest_is_counted(self, second):
+        stream = io.StringIO()
+        log = m.Log(stream=stream)
+        for number in range(m.Log.LINES + 50):
+            log("refused", number=number)
+        assert len(lines(stream)) == m.Log.LINES
+        second()
+        log("refused")
+        assert lines(stream)[-1].endswith("left_out_before=50")
+
+    def test_errors_are_always_said(self, second):
+        stream = said(*[("refused", "info", {})] * (m.Log.LINES + 1), ("bug", "error", {}))
+        assert lines(stream)[-1].endswith("bug")
+
+
+def record(message):
+    return logging.LogRecord("microauthd", logging.INFO, "", 1, message, (), None)
 
 
 class TestFile:
-    def test_a_file_that_cannot_be_opened_again_closes_nobody_elses(self, tmp_path):
-        log = m.Log(m.Options(log_file=str(tmp_path / "sub" / "x.log")))
-        (tmp_path / "sub").mkdir()
-        log("one")
-        os.rename(tmp_path / "sub", tmp_path / "gone")
-        log("two")
-        held = os.open("/dev/null", os.O_RDONLY)
-        for _ in range(3):
-            log("three")
-        os.fstat(held)
-        os.close(held)
-        (tmp_path / "sub").mkdir()
-        log("four")
-        assert "four" in (tmp_path / "sub" / "x.log").read_text()
+    @pytest.fixture
+    def path(self, tmp_path):
+        (tmp_path / "log").mkdir()
+        return tmp_path / "log" / "microauthd.log"
 
-    def test_it_is_rotated_and_old_ones_are_kept(self, tmp_path):
-        handler = m.LogFile(tmp_path / "x.log", max_bytes=200, keep=3)
+    def test_it_is_its_owners_alone(self, path):
+        m.LogFile(path).emit(record("hello"))
+        assert path.read_text() == "hello\n" and path.stat().st_mode & 0o777 == 0o600
+
+    def test_it_is_rotated_and_a_few_are_kept(self, path):
+        handler = m.LogFile(path, max_bytes=40, keep=3)
         for number in range(100):
-            handler.handle(m.logging.makeLogRecord({"msg": f"line {number:04d}", "levelno": 20}))
-        assert {"x.log", "x.log.1", "x.log.2", "x.log.3"} <= set(os.listdir(tmp_path)) and not (tmp_path / "x.log.4").exists()
-        assert "line 0099" in (tmp_path / "x.log").read_text()
+            handler.emit(record(f"line {number:03d} of a hundred"))
+        kept = sorted(name.name for name in path.parent.iterdir() if not name.name.endswith(".lock"))
+        assert kept == ["microauthd.log", "microauthd.log.1", "microauthd.log.2", "microauthd.log.3"]
+        assert "line 099" in path.read_text()
 
+    def test_another_process_notices_the_rotation(self, path):
+        one, other = m.LogFile(path, max_bytes=40), m.LogFile(path, max_bytes=40)
+        for number in range(10):
+            one.emit(record(f"one {number} xxxxxxxxxxxxxxxx"))
+            other.emit(record(f"other {number} xxxxxxxxxxxxxx"))
+        everything = "".join(name.read_text() for name in path.parent.glob("microauthd.log*") if name.suffix != ".lock")
+        assert all(f"{who} {number} " in everything for who in ("one", "other") for number in range(10))
 
-class TestLines:
-    def test_what_strangers_send_cannot_forge_a_line(self, tmp_path):
-        path = tmp_path / "x.log"
-        m.Log(m.Options(log_file=str(path)))("refused", peer='1.2.3.4"\n2026 INFO serving', reason="\x1b[2J")
-        (line,) = path.read_text().splitlines()
-        assert "\x1b" not in line
+    def test_lines_of_several_processes_do_not_mix(self, path):
+        children = []
+        for who in "abc":
+            pid = os.fork()
+            if pid == 0:
+                handler = m.LogFile(path, max_bytes=20_000)
+                for _ in range(200):
+                    handler.emit(record(who * 100))
+                os._exit(0)
+            children.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+        found = [line for name in path.parent.glob("microauthd.log*") if name.suffix != ".lock" for line in name.read_text().splitlines()]
+        assert sorted(found) == ["a" * 100] * 200 + ["b" * 100] * 200 + ["c" * 100] * 200
 
-    def test_knocking_is_limited_and_counted(self, tmp_path):
-        path = tmp_path / "x.log"
-        log = m.Log(m.Options(log_file=str(path)))
-        for _ in range(1000):
-            log("refused")
-        assert len(path.read_text().splitlines()) <= 2 * m.Log.LINES
-        log("worker.died", "error")
-        assert "worker.died" in path.read_text()
+    def test_a_file_that_was_taken_away_is_made_anew(self, path):
+        handler = m.LogFile(path)
+        handler.emit(record("before"))
+        path.unlink()
+        handler.emit(record("after"))
+        assert path.read_text() == "after\n"
+
+    def test_a_log_that_cannot_be_opened_again_closes_nobody_elses_file(self, path):
+        handler = m.LogFile(path)
+        handler.emit(record("before"))
+        shutil.rmtree(path.parent)
+        handler.emit(record("lost"))
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]  # take the number that became free
+        handler.emit(record("lost too"))
+        try:
+            for descriptor in others:
+                os.fstat(descriptor)
+        finally:
+            for descriptor in others:
+                try:
+                    os.close(descriptor)
+                except OSError:
+                    pass
+        path.parent.mkdir()
+        handler.emit(record("back"))
+        assert path.read_text() == "back\n", "it goes on when the folder is back"
+
+    def test_a_log_that_cannot_be_written_stops_nobody(self, tmp_path):
+        log = m.Log(m.Options(log_file=str(tmp_path / "no" / "such" / "folder.log")))
+        log("event")

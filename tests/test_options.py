@@ -4,7 +4,7 @@ import os
 
 import microauthd as m
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 
@@ -71,20 +71,117 @@ class TestFile:
         with pytest.raises(m.Refusal):
             m.load_options({"config": (str(tmp_path / "missing"), "flag")}, {})
 
-    @settings(max_examples=200)
-    @given(st.text(st.characters(min_codepoint=32, exclude_categories=("Cs", "Cc", "Zl", "Zp")), max_size=30))
-    def test_what_is_written_is_what_is_read(self, value):
-        origins = {"db-pass": "setup", "auth-port": "setup"}
-        written = m.write_config(m.Options(origins, db_pass=value, auth_port=81, docker=True, trusted_proxies=m.networks("10.0.0.0/8, 192.168.1.1")))
-        found = {name: word for name, (word, _) in m.parse_config(written, "x").items()}
-        assert found["db-pass"] == value and found["auth-port"] == "81" and found["docker"] == "true" and found["trusted-proxies"] == "10.0.0.0/8, 192.168.1.1/32"
+    @pytest.mark.parametrize("letter", ["\n", "\r", "\0", "\t", "\x0b", "\x1b", "\x7f", "\x85", "\u2028", "\u2029"])
+    def test_a_control_character_cannot_be_written(self, letter):
+        with pytest.raises(m.Refusal) as caught:
+            m.write_config(m.Options(db_pass=f"a{letter}auth-ip = 0.0.0.0"))
+        assert "db-pass" in str(caught.value) and "0.0.0.0" not in str(caught.value)
+        if letter != "\n":
+            assert list(m.parse_config(f"db-pass = a{letter}auth-ip = 0.0.0.0", "x")) == ["db-pass"], "nor does it begin another line"
 
-    @pytest.mark.parametrize("mark", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x7f"])
-    def test_what_ends_a_line_cannot_be_written_nor_begin_another(self, mark):
-        with pytest.raises(m.Refusal):
-            m.write_config(m.Options(db_pass=f"a{mark}auth-ip = 0.0.0.0"))
-        if mark != "\n":
-            assert list(m.parse_config(f"db-pass = a{mark}auth-ip = 0.0.0.0", "x")) == ["db-pass"]
+    def test_the_sample_file_of_the_original_means_what_it_says(self, tmp_path):
+        """contract/config §7: a quoted value before a comment, capital booleans, keys in any case."""
+        content = '; a comment\nToken-Signing-Key-Pass = ""   # none\nENABLE-AUDIT-LOGGING = True\nauth-domain-no-ssl=YES ; behind nginx\nauth-use-ssl = true\n'
+        options = load(tmp_path, content)
+        assert (options.token_signing_key_pass, options.enable_audit_logging, options.auth_domain_no_ssl) == ("", True, True)
+
+    def test_lines_may_end_as_on_windows(self, tmp_path):
+        path = tmp_path / "mad.conf"
+        path.write_bytes(b"auth-port = 81\r\ndb-pass = a b\r\n")
+        path.chmod(0o600)
+        options = m.load_options({"config": (str(path), "flag")}, {})
+        assert (options.auth_port, options.db_pass) == (81, "a b")
+
+    @pytest.mark.parametrize("content", [b"auth-port = \xff\xfe", b"db-pass = \xff"])
+    def test_what_is_not_utf8_is_refused_in_a_sentence(self, tmp_path, content):
+        path = tmp_path / "mad.conf"
+        path.write_bytes(content)
+        with pytest.raises(m.Refusal) as caught:
+            m.load_options({"config": (str(path), "flag")}, {})
+        assert "cannot be read" in str(caught.value)
+
+    def test_a_file_that_is_not_ours_to_repair_is_refused(self, tmp_path, monkeypatch):
+        path = tmp_path / "mad.conf"
+        path.write_text("db-pass = secret")
+        path.chmod(0o644)
+        monkeypatch.setattr(m.os, "geteuid", lambda: 12345)
+        with pytest.raises(m.Refusal) as caught:
+            m.load_options({"config": (str(path), "flag")}, {})
+        assert "chmod 600" in str(caught.value) and path.stat().st_mode & 0o777 == 0o644
+
+    def test_a_file_without_secrets_may_be_read_by_all(self, tmp_path, capsys):
+        path = tmp_path / "mad.conf"
+        path.write_text("auth-port = 81")
+        path.chmod(0o644)
+        m.load_options({"config": (str(path), "flag")}, {})
+        assert path.stat().st_mode & 0o777 == 0o644 and capsys.readouterr().err == ""
+
+
+TEXT = st.text(st.one_of(st.sampled_from("\"#;= \\'\x85\u2028\u2029\ufeff\xa0ab"), st.characters(exclude_categories=("Cs", "Cc"))), max_size=20)
+VALUES = {
+    m.text: TEXT, m.boolean: st.booleans(), m.absolute: st.one_of(st.just(""), TEXT.map("/".__add__)), m.address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]),
+    m.port: st.integers(1, 65535), m.seconds: st.integers(1, 315360000), m.days: st.integers(0, 9999), m.worker_count: st.integers(-1, 64),
+    m.networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3).map(", ".join).map(m.networks),
+    m.domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]), m.issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
+}
+
+
+def values_of(option):
+    if option.parse in VALUES:
+        return VALUES[option.parse]
+    if isinstance(option.default, int):  # bounds of its own: the default and what lies above it
+        return st.integers(option.default, option.default + 20).filter(lambda value: parses(option, str(value)))
+    return st.sampled_from([word for word in ("text", "json", "debug", "info", "warning", "error") if parses(option, word)])
+
+
+def parses(option, word):
+    try:
+        option.parse(word)
+    except ValueError:
+        return False
+    return True
+
+
+class TestWriting:
+    """contract/config §7.6: what the wizard writes is what the server reads."""
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_every_option_is_read_as_it_was_written_or_refused(self, tmp_path_factory, data):
+        chosen = data.draw(st.lists(st.sampled_from(m.OPTIONS), max_size=12, unique_by=lambda option: option.name))
+        values = {option.attribute: data.draw(values_of(option), label=option.name) for option in chosen}
+        wanted = m.Options({option.name: "setup" for option in chosen}, **values)
+        try:
+            m.check_options(wanted)
+            written = m.write_config(wanted)
+        except m.Refusal:
+            assert wanted.auth_port == wanted.admin_port or any(ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029" for value in values.values() for letter in str(value))
+            return
+        path = tmp_path_factory.mktemp("written") / "mad.conf"
+        path.write_text(written, "utf-8", newline="")
+        path.chmod(0o600)
+        read = m.load_options({"config": (str(path), "flag")}, {})
+        assert {option.attribute: getattr(read, option.attribute) for option in m.OPTIONS} == {option.attribute: getattr(wanted, option.attribute) for option in m.OPTIONS}
+
+    @pytest.mark.parametrize("value", [
+        "a#b", "a;b", '"', '""', '"a"', 'a"b', '" #', 'a" # "b', " a", "a ", "a = b", "# a", "\\", "\\n", "'a'", "\xe4\u20ac\U0001f511", "\ufeffa", "\xa0a\xa0",
+        "a\x85auth-insecure-http = true", "a\u2028auth-insecure-http = true", "a\u2029b", "a\x7fb",
+    ])
+    @pytest.mark.parametrize("option", [option for option in m.OPTIONS if option.parse is m.text], ids=lambda option: option.name)
+    def test_a_hostile_text_comes_back_or_is_refused(self, option, value):
+        try:
+            written = m.write_config(m.Options({}, **{option.attribute: value}))
+        except m.Refusal:
+            assert not value.isprintable()
+        else:
+            assert {name: word for name, (word, _) in m.parse_config(written, "x").items()} == {option.name: value}
+
+    def test_what_is_at_its_default_is_a_comment(self):
+        assert all(line.startswith("#") or not line for line in m.write_config(m.Options()).splitlines())
+
+    def test_every_option_stands_in_it_with_its_help(self):
+        written = m.write_config(m.Options())
+        assert all(f"# {option.help}\n# {option.name} =" in written for option in m.OPTIONS)
 
 
 class TestEnvironment:
@@ -92,7 +189,74 @@ class TestEnvironment:
         with pytest.raises(m.Refusal) as caught:
             load(tmp_path, "", {"MAD_AUTH_PROT": "1"})
         assert "MAD_AUTH_PROT" in str(caught.value) and "auth-port" in str(caught.value)
+        assert "1" not in str(caught.value).replace("did", ""), "its value may be a secret"
         load(tmp_path, "", {"MAD_ADMIN_TOKEN": "x", "MAD_ADMIN_URL": "x", "MAD_AUTH_URL": "x", "MAD_CLIENT_ID": "x", "MAD_CLIENT_SECRET": "x", "MAD_CA_FILE": "x", "PATH": "/"})
+
+
+    def test_names_are_compared_without_case_and_booleans_read(self, tmp_path):
+        assert load(tmp_path, "", {"mad_Docker": "TRUE"}).docker is True
+
+    def test_one_option_under_two_names_is_refused(self, tmp_path):
+        with pytest.raises(m.Refusal):
+            load(tmp_path, "", {"MAD_ARGON2_TIME": "3", "MAD_ARGON2ID_TIME": "4"})
+
+    def test_the_file_can_be_named_there(self, tmp_path):
+        path = tmp_path / "other.conf"
+        path.write_text("auth-port = 82")
+        assert m.load_options({}, {"MAD_CONFIG": str(path)}).auth_port == 82
+
+
+class TestFlags:
+    @pytest.mark.parametrize("argv, name, value", [
+        (["--auth-port", "3"], "auth-port", "3"), (["--auth-port=3"], "auth-port", "3"), (["--docker"], "docker", "true"), (["--docker=false"], "docker", "false"),
+        (["--docker", "false"], "docker", "false"), (["--log-file="], "log-file", ""), (["--trusted-proxies", "10.0.0.1", "--trusted-proxies", "10.0.0.2"], "trusted-proxies", "10.0.0.1,10.0.0.2"),
+    ])
+    def test_forms(self, argv, name, value):
+        found, rest = m.parse_flags(argv)
+        assert found[name][0] == value and rest == []
+
+    @pytest.mark.parametrize("argv", [["--auth-port"], ["--auth-prot", "1"], ["--auth-port", "1", "--auth-port", "2"], ["--argon2-time", "1", "--argon2id-time", "1"], ["--config"]])
+    def test_what_is_refused(self, argv):
+        with pytest.raises(m.Refusal):
+            m.parse_flags(argv)
+
+    def test_words_that_are_no_flags_are_handed_back(self):
+        assert m.parse_flags(["extra", "--docker"])[1] == ["extra"]
+
+    @pytest.mark.parametrize("option", [option for option in m.OPTIONS if not option.secret], ids=lambda option: option.name)
+    def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
+        """contract/config §7.1 and 2"""
+        word = {m.boolean: "true", m.text: "x", m.networks: "10.0.0.1", m.worker_count: "2", m.issuer: "https://x"}.get(option.parse, str(option.default))
+        for found in (
+            load(tmp_path, "", {}, [f"--{option.name}={word}"]), load(tmp_path, "", {"MAD_" + option.name.upper().replace("-", "_"): word}), load(tmp_path, f"{option.name} = {word}"),
+        ):
+            assert getattr(found, option.attribute) == option.parse(word) and option.name in found.origins
+
+
+class TestChecks:
+    """Settings that contradict each other stop the start. contract/config §7.11"""
+
+    @pytest.mark.parametrize("values, refused", [
+        ({"auth_ip": "0.0.0.0"}, True), ({"auth_ip": "0.0.0.0", "auth_insecure_http": True}, False), ({"auth_ip": "0.0.0.0", "auth_ssl_cert_file": "x.pem"}, False),
+        ({"auth_ip": "0.0.0.0", "admin_insecure_http": True}, True), ({"admin_ip": "192.0.2.1"}, True), ({"admin_ip": "::"}, True), ({"admin_ip": "::1"}, False), ({"auth_ip": "127.0.0.9"}, False),
+        ({"admin_port": 9040}, True), ({"admin_port": 9040, "admin_ip": "::1"}, False),
+        ({"argon2id_memory": 8192, "argon2id_parallelism": 64}, False), ({"argon2id_memory": 100, "argon2id_parallelism": 64}, True),
+    ])
+    def test_table(self, values, refused):
+        try:
+            m.check_options(m.Options(**values))
+        except m.Refusal:
+            assert refused
+        else:
+            assert not refused
+
+    def test_options_do_not_change_while_the_server_runs(self):
+        with pytest.raises(AttributeError):
+            m.Options().auth_port = 1
+
+    def test_an_option_that_does_not_exist_is_a_bug(self):
+        with pytest.raises(TypeError):
+            m.Options(auth_prot=1)
 
 
 class TestSecrets:
@@ -102,6 +266,12 @@ class TestSecrets:
                 with pytest.raises(m.Refusal) as caught:
                     m.parse_flags([f"--{option.name}", "x"])
                 assert "secret" in str(caught.value)
+
+    def test_a_value_that_is_refused_is_not_echoed(self, tmp_path):
+        for content, environ, argv in (("auth-port = hush-hush", {}, ()), ("hush = hush-hush", {}, ()), ("", {"MAD_DB_PASSWORT": "hush-hush"}, ())):
+            with pytest.raises(m.Refusal) as caught:
+                load(tmp_path, content, environ, argv)
+            assert "hush-hush" not in str(caught.value)
 
     def test_they_are_never_shown(self):
         values = {option.attribute: "hush-hush" for option in m.OPTIONS if option.secret}

@@ -3,10 +3,11 @@
 import os
 import re
 import shutil
+import threading
+import time
 
 import microauthd as m
 import pytest
-import pyotp
 import sqlcipher3
 from conftest import PASSWORD
 
@@ -83,6 +84,26 @@ class TestOpening:
         assert b"CREATE TABLE" not in encrypted.read_bytes() and not encrypted.read_bytes().startswith(b"SQLite")
 
 
+    def test_a_path_may_hold_any_character(self, tmp_path):
+        path = tmp_path / "a?b=c&d%41#e \xe4.db3"
+        m.Store.make(path, "", 1).close()
+        assert path.exists() and sorted(os.listdir(tmp_path)) == [path.name] and open_it(path, "") == "1"
+
+    def test_a_database_is_never_made_over_another(self, encrypted):
+        before = encrypted.read_bytes()
+        with pytest.raises(FileExistsError):
+            m.Store.make(encrypted, "", 1)
+        assert encrypted.read_bytes() == before
+
+    def test_it_is_its_owners_alone_whatever_the_umask(self, tmp_path):
+        mask = os.umask(0)
+        try:
+            m.Store.make(tmp_path / "mad.db3", "", 1).close()
+        finally:
+            os.umask(mask)
+        assert (tmp_path / "mad.db3").stat().st_mode & 0o777 == 0o600
+
+
 class TestSchema:
     @pytest.mark.parametrize("record, table", [
         (m.Account, "account"), (m.Role, "role"), (m.Scope, "scope"), (m.ClientRow, "client"), (m.Secret, "client_secret"), (m.Session, "session"),
@@ -95,6 +116,25 @@ class TestSchema:
     def test_every_table_is_strict(self, idp):
         for name, strict in idp.store.connection.execute("SELECT name, strict FROM pragma_table_list WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"):
             assert strict, name
+
+    def test_the_rows_every_database_begins_with_have_their_identifiers(self, idp):
+        assert {scope.id: scope.name for scope in idp.store.list_scopes()} == {id: name for id, name, _ in m.SEEDED_SCOPES}
+        assert idp.store.connection.execute("SELECT id, name, is_protected FROM role").fetchall() == [(m.MAD_ADMIN_ROLE_ID, "MadAdmin", 1)]
+        assert len(idp.store.meta("instance_id")) == 36
+
+    def test_foreign_keys_are_on_and_time_is_whole_seconds(self, idp, alice):
+        assert idp.store.connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
+        with pytest.raises(m.Conflict):
+            idp.store.assign_role("nobody", m.MAD_ADMIN_ROLE_ID, 1)
+        with pytest.raises((m.Problem, m.Conflict)):
+            idp.store.run("UPDATE account SET created_at = 'now' WHERE id = :id", id=alice.id)
+
+    def test_steps_that_are_missing_are_run_and_the_rest_is_not(self, idp, monkeypatch):
+        monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE second_step (x TEXT) STRICT;", "INSERT INTO second_step VALUES ('a;b');\nINSERT INTO second_step VALUES ('c');"))
+        idp.store.migrate()
+        idp.store.migrate()
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (3,)
+        assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n"))
@@ -109,6 +149,47 @@ class TestWriting:
         idp.store.flush()
         assert idp.store.connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert idp.store.batch_connection.execute("PRAGMA synchronous").fetchone() == (1,)
+
+    def test_every_thread_is_durable(self, idp):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(idp.store.connection.execute("PRAGMA synchronous").fetchone()))
+        thread.start()
+        thread.join()
+        assert found == [(2,)]
+
+    def test_an_inner_transaction_joins_the_outer(self, idp):
+        with pytest.raises(ZeroDivisionError), idp.store.transaction():
+            with idp.store.transaction(identity=True):
+                idp.store.put_meta("inner", 1)
+            1 / 0
+        assert idp.store.meta("inner") == ""
+
+    def test_only_a_change_of_identity_bumps_the_generation_and_only_when_committed(self, idp):
+        before = idp.store.generation.read()
+        idp.store.put_meta("x", 1)
+        with pytest.raises(ZeroDivisionError), idp.store.transaction(identity=True):
+            1 / 0
+        assert idp.store.generation.read() == before
+        with idp.store.transaction():
+            with idp.store.transaction(identity=True):
+                pass
+            assert idp.store.generation.read() == before, "not before the commit"
+        assert idp.store.generation.read() != before
+
+    def test_threads_write_one_after_the_other(self, idp):
+        idp.store.put_meta("count", 0)
+
+        def add():
+            for _ in range(20):
+                with idp.store.transaction():
+                    idp.store.put_meta("count", int(idp.store.meta("count")) + 1)
+
+        threads = [threading.Thread(target=add) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert idp.store.meta("count") == "80"
 
     def test_a_transaction_is_all_or_nothing(self, idp):
         with pytest.raises(ZeroDivisionError), idp.store.transaction():
@@ -141,26 +222,66 @@ class TestWriting:
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         assert len(store.queue) == 1
 
-    def test_closing_writes_all_that_waits(self, make_idp, idp, service):
-        for number in range(12_000):
-            idp.store.queue.append(((f"{number:032x}", "service", "", 1, 2), None))
-        idp.store.close()
-        again = make_idp(idp.options)
-        assert again.store.connection.execute("SELECT count(*) FROM session").fetchone() == (12_000,)
-
-    def test_no_error_loses_a_batch(self, idp, auth, service, machine, monkeypatch):
-        monkeypatch.setattr(m, "batch_audit", lambda batch: 1 / 0)
-        auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
-        waiting = len(idp.store.queue)
-        idp.store.flush()
-        assert len(idp.store.queue) == waiting and not idp.store.writable
-
     def test_a_durable_write_that_fails_says_so(self, idp, auth, service, machine):
         idp.store.connection.execute("PRAGMA query_only = ON")
         answer = auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
         idp.store.connection.execute("PRAGMA query_only = OFF")
         assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable")
         assert auth.post("/introspect", {"token": machine["access_token"]}, auth=service).json["active"] is True
+
+    def test_what_waits_at_the_end_is_written_however_much_it_is(self, make_idp, options):
+        idp = make_idp(options)
+        for number in range(5001):
+            idp.store.enqueue((m.new_jti(number), "service", "", 1, 2), None)
+        idp.store.close()
+        assert make_idp(options).store.connection.execute("SELECT count(*) FROM session").fetchone() == (5001,)
+
+    @pytest.mark.parametrize("error", [sqlcipher3.OperationalError("disk I/O error"), MemoryError(), OSError("no room"), UnicodeEncodeError("utf-8", "", 0, 0, "")])
+    def test_a_batch_is_never_dropped(self, idp, monkeypatch, error):
+        store = idp.store
+        store.enqueue((m.new_jti(5), "service", "", 1, 2), ("service", "192.0.2.1", "", ""))
+
+        def fail(*_):
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "append_audit", fail)
+            try:
+                store.flush()
+            except Exception:
+                pass
+            assert len(store.queue) == 1 and not store.writable
+        store.flush()
+        assert not store.queue and store.writable and store.connection.execute("SELECT count(*) FROM session").fetchone() == (1,)
+
+    def test_the_flusher_outlives_a_failure(self, idp, monkeypatch):
+        store, calls = idp.store, []
+        append = store.append_audit
+        monkeypatch.setattr(m, "BATCH_SECONDS", 0.001)
+
+        def fail_once(*words):
+            calls.append(1)
+            if len(calls) == 1:
+                raise sqlcipher3.OperationalError("database or disk is full")
+            append(*words)
+
+        monkeypatch.setattr(store, "append_audit", fail_once)
+        store.start_flusher()
+        store.enqueue((m.new_jti(5), "service", "", 1, 2), ("service", "192.0.2.1", "", ""))
+        store.wake.set()
+        deadline = time.monotonic() + 5
+        while store.queue or not store.writable or not calls:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert "store.unwritable" in idp.stream.getvalue() and "store.writable" in idp.stream.getvalue()
+
+    def test_a_queue_that_grows_too_long_stops_the_issuing(self, idp, monkeypatch):
+        monkeypatch.setattr(m, "BATCH_MAX", 1)
+        idp.store.enqueue((m.new_jti(5), "c", "", 1, 2), None)
+        idp.store.enqueue((m.new_jti(5), "c", "", 1, 2), None)
+        with pytest.raises(m.Problem) as caught:
+            idp.store.enqueue((m.new_jti(5), "c", "", 1, 2), None)
+        assert (caught.value.code, caught.value.status) == ("temporarily_unavailable", 503)
 
     def test_a_change_is_seen_by_the_other_process(self, idp, make_idp, service):
         other = make_idp(idp.options)
@@ -188,38 +309,95 @@ class TestWriting:
 
 
 class TestSecrecy:
-    def test_no_secret_stands_in_any_table(self, idp, auth, service, alice, log_in, machine):
-        seed = m.new_totp_seed()
-        answer = log_in(alice)
-        m.enable_totp(idp, alice.account, seed, pyotp.TOTP(seed).at(idp.now()))
+    def test_no_secret_stands_in_any_table(self, idp, auth, admin, service, alice, log_in, machine, give_totp, admin_token):
+        answer = log_in(alice, scope="openid")
+        seed = give_totp(idp, alice.account)
+        changed = m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
+        auth.post("/token", {"grant_type": "refresh_token", "refresh_token": answer["refresh_token"]}, auth=service)
+        auth.post("/token", {"grant_type": "password", "username": PASSWORD, "password": PASSWORD}, auth=service)
+        auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
         idp.store.flush()
         dump = []
         for (table,) in idp.store.connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
             dump += [str(row) for row in idp.store.connection.execute(f"SELECT * FROM {table}").fetchall()]
         dump = "\n".join(dump)
-        for secret in (PASSWORD, service[1], seed, answer["access_token"], answer["refresh_token"], machine["access_token"]):
+        for secret in (PASSWORD, service[1], changed, seed, answer["access_token"], answer["refresh_token"], answer["id_token"], machine["access_token"], admin_token):
             assert secret not in dump
         assert not re.search(r"eyJ[A-Za-z0-9_-]+\.", dump)
 
 
-class TestPurge:
-    def test_what_is_over_goes_and_the_rest_stays(self, idp, auth, service, machine, log_in, alice, clock):
-        answer = log_in(alice)
-        auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
-        idp.store.flush()
-        m.purge(idp, lambda seconds: None)
-        assert idp.store.find_session(answer["jti"]) and idp.store.is_revoked(machine["jti"])
-        clock.pass_(3600 + 8 * 86400)
-        m.purge(idp, lambda seconds: None)
-        assert idp.store.find_session(answer["jti"]) is None and not idp.store.is_revoked(machine["jti"])
-        assert idp.store.find_session(machine["jti"]) is None
-        clock.pass_(40 * 86400)
-        m.purge(idp, lambda seconds: None)
-        assert idp.store.list_refresh_tokens_of(alice.id) == []
+class TestAuditChain:
+    """Append-only; each row carries the hash of the row before."""
 
-    def test_a_clock_that_cannot_be_right_purges_nothing(self, idp, machine, clock):
+    def rows(self, idp):
+        return list(reversed(idp.store.list_audit(limit=10_000)))
+
+    def broken_at(self, rows):
+        digest = ""
+        for row in rows:
+            digest = m.chain(digest, row.seq, m.msgspec.structs.astuple(row)[1:-1])
+            if digest != row.row_sha256:
+                return row.seq
+        return None
+
+    def test_every_way_of_writing_continues_it(self, idp, auth, service, alice, machine, log_in):
+        log_in(alice)
         idp.store.flush()
-        before = idp.store.list_audit(limit=1000)
-        clock.now = 86400.0
-        m.purge(idp, lambda seconds: None)
-        assert idp.store.list_audit(limit=1000) == before and "clock.behind" in idp.stream.getvalue()
+        m.audit(idp, m.LOCAL, "test", "last")
+        rows = self.rows(idp)
+        assert self.broken_at(rows) is None and [row.seq for row in rows] == list(range(1, len(rows) + 1))
+
+    @pytest.mark.parametrize("statement", [
+        "UPDATE audit SET actor_id = 'somebody else' WHERE seq = 3", "UPDATE audit SET at = at + 1 WHERE seq = 3", "UPDATE audit SET secondary = 'x' WHERE seq = 3", "DELETE FROM audit WHERE seq = 2",
+    ])
+    def test_a_change_shows(self, idp, service, alice, change, statement):
+        change(statement)
+        assert self.broken_at(self.rows(idp)) == 3
+
+    def test_columns_do_not_run_into_each_other(self):
+        assert m.chain("", 1, (0, "a", "bc")) != m.chain("", 1, (0, "ab", "c")) and m.chain("", 1, (0, "1")) != m.chain("", 10, (0, ""))
+
+    def test_two_processes_write_one_chain(self, idp, make_idp):
+        other = make_idp(idp.options)
+
+        def write(one):
+            for _ in range(20):
+                m.audit(one, m.LOCAL, "test", "parallel")
+
+        threads = [threading.Thread(target=write, args=(one,)) for one in (idp, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert self.broken_at(self.rows(idp)) is None and len(self.rows(idp)) >= 40
+
+    def test_it_is_written_only_when_wanted(self, make_idp):
+        from conftest import CHEAP
+
+        idp = make_idp(m.Options(**CHEAP, enable_audit_logging=False))
+        m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
+        assert self.rows(idp) == []
+
+
+class TestConnections:
+    def test_a_thread_that_ends_gives_its_connection_back(self, idp):
+        import threading
+
+        from microauthd import SPARE_CONNECTIONS
+
+        idp.store.meta("created_at")
+        before = len(idp.store.connections)
+        for _ in range(5):
+            gate = threading.Barrier(20)
+
+            def read(gate=gate):
+                gate.wait()
+                assert idp.store.meta("created_at")
+                gate.wait()
+
+            threads = [threading.Thread(target=read) for _ in range(20)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(idp.store.connections) <= before + SPARE_CONNECTIONS

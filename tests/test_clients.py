@@ -1,0 +1,331 @@
+"""Clients: registration, authentication, scopes."""
+
+import base64
+from urllib.parse import quote_plus
+
+import microauthd as m
+import pytest
+from conftest import CHEAP, PASSWORD, SECRETS, Caller
+from hypothesis import given
+from hypothesis import strategies as st
+
+MACHINE = {"grant_type": "client_credentials"}
+
+
+def basic(client_id, secret):
+    return base64.b64encode(f"{client_id}:{secret}".encode()).decode()
+
+
+class TestScopes:
+    """RFC 6749 §3.3: requested ∩ client's ∩ user's."""
+
+    names = st.frozensets(st.sampled_from(["a", "b", "c", "openid", "profile", "email"]))
+
+    @given(client=names, user=st.one_of(st.none(), names), asked=st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c", "openid", "profile", "x"]))))
+    def test_never_more_than_allowed(self, client, user, asked):
+        allowed = client if user is None else client & user
+        if user is not None and asked and "openid" in asked:
+            allowed = allowed | set(m.OIDC_SCOPES)
+        wanted = set(asked) if asked else allowed
+        requested = None if asked is None else " ".join(asked)
+        if wanted <= allowed:
+            assert m.decide_scopes(requested, client, user).split() == sorted(wanted)
+        else:
+            with pytest.raises(m.Problem) as caught:
+                m.decide_scopes(requested, client, user)
+            assert caught.value.code == "invalid_scope"
+
+    @pytest.mark.parametrize("scope, granted", [
+        (None, "api:read api:write"), ("api:read", "api:read"), ("api:write api:read", "api:read api:write"),
+        ("api:secret", None), ("nonsense", None), ("openid", None), ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", None),
+    ])
+    def test_of_a_machine(self, auth, service, scope, granted):
+        answer = auth.post("/token", {"grant_type": "client_credentials"} | ({"scope": scope} if scope else {}), auth=service)
+        if granted is None:
+            assert (answer.status, answer.json["error"]) == (400, "invalid_scope")
+        else:
+            assert answer.json["scope"] == granted
+
+    @pytest.mark.parametrize("scope, granted", [(None, "api:read"), ("api:read", "api:read"), ("api:write", None), ("openid api:read", "api:read openid"), ("profile", None)])
+    def test_of_a_user(self, auth, service, alice, scope, granted):
+        form = {"grant_type": "password", "username": "alice", "password": PASSWORD} | ({"scope": scope} if scope else {})
+        answer = auth.post("/token", form, auth=service)
+        assert (answer.json.get("scope"), answer.status) == ((granted, 200) if granted else (None, 400))
+
+
+class TestClientTypes:
+    """The grants of a client are those on its list, and its type bounds the list.
+
+                     password  client_credentials  refresh_token  authorization_code
+    confidential     listed    listed              listed         listed, not served yet
+    public           listed    never               listed         listed, not served yet
+    """
+
+    @pytest.mark.parametrize("client_type", ["confidential", "public"])
+    @pytest.mark.parametrize("listed", [True, False])
+    @pytest.mark.parametrize("grant", ["password", "client_credentials", "refresh_token", "authorization_code", "implicit"])
+    def test_table(self, auth, new_client, alice, client_type, listed, grant):
+        never = grant == "implicit" or client_type == "public" and grant == "client_credentials"
+        others = [other for other in m.GRANT_TYPES if other != grant and not (client_type == "public" and other == "client_credentials")]
+        client_id, secret = new_client("c", client_type=client_type, grant_types=others + ([grant] if listed and not never else []))
+        form = {"grant_type": grant, "client_id": client_id, "username": "alice", "password": PASSWORD, "refresh_token": "x"} | ({"client_secret": secret} if secret else {})
+        answer = auth.post("/token", form)
+        if grant in ("authorization_code", "implicit"):
+            assert answer.json["error"] == "unsupported_grant_type"
+        elif not listed or never:
+            assert (answer.status, answer.json["error"]) == (400, "unauthorized_client")
+        elif grant == "refresh_token":
+            assert answer.json["error"] == "invalid_grant"
+        else:
+            assert answer.status == 200
+
+    def test_a_public_client_has_no_secret(self, auth, public, alice):
+        form = {"client_id": "spa", "grant_type": "password", "username": "alice", "password": PASSWORD}
+        answer = auth.post("/token", form)
+        assert answer.status == 200
+        assert auth.post("/token", {"grant_type": "refresh_token", "client_id": "spa", "refresh_token": answer.json["refresh_token"]}).status == 200
+        assert auth.post("/token", form | {"client_secret": "guess"}).json["error"] == "invalid_client"
+        assert auth.post("/token", {name: value for name, value in form.items() if name != "client_id"}, auth=("spa", "")).status == 200
+
+    def test_a_public_client_gets_no_machine_token_whatever_its_row_says(self, auth, public, change):
+        change("UPDATE client SET grant_types = 'client_credentials' WHERE client_id = 'spa'")
+        answer = auth.post("/token", MACHINE | {"client_id": "spa"})
+        assert (answer.status, answer.json["error"]) == (400, "unauthorized_client")
+
+    def test_no_grant_is_invalid_request(self, auth, service):
+        for form in ({}, {"grant_type": ""}):
+            assert auth.post("/token", form, auth=service).json["error"] == "invalid_request"
+
+
+class TestAuthentication:
+    """RFC 6749 §2.3"""
+
+    def test_by_basic_or_form_never_both(self, auth, service):
+        both = {"client_id": service[0], "client_secret": service[1]}
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+        assert auth.post("/token", MACHINE | both).status == 200
+        assert auth.post("/token", MACHINE | {"client_id": "service"}, auth=service).status == 200, "the same client_id beside Basic does no harm"
+        assert auth.post("/token", MACHINE | both, auth=service).json["error"] == "invalid_request"
+        assert auth.post("/token", MACHINE | {"client_id": "other"}, auth=service).json["error"] == "invalid_request"
+
+    def test_basic_is_known_in_any_case(self, auth, service):
+        for word in ("basic", "BASIC"):
+            assert auth.post("/token", MACHINE, headers=[("Authorization", f"{word} {basic(*service)}")]).status == 200
+
+    @pytest.mark.parametrize("client", [None, ("service", "wrong"), ("nobody", "wrong"), ("service", ""), ("nobody", ""), ("", "secret"), ("", "")])
+    def test_a_401_says_how_and_nothing_else(self, auth, service, client):
+        for answer in (auth.post("/token", MACHINE, auth=client), auth.post("/token", MACHINE | ({"client_id": client[0], "client_secret": client[1]} if client else {}))):
+            assert (answer.status, answer.json) == (401, {"error": "invalid_client", "error_description": m.ERRORS["invalid_client"][1]})
+            assert answer.headers["www-authenticate"] == 'Basic realm="microauthd"'
+
+    def test_an_empty_client_id_is_nobody_whatever_is_cached(self, auth, machine):
+        assert auth.get("/me", bearer=machine["access_token"]).status == 200
+        assert auth.post("/token", MACHINE, auth=("", "x")).status == 401
+
+    @pytest.mark.parametrize("word", ["", "!!!", "c2VydmljZQ==", "c2VydmljZTp4=", "\xe4", base64.b64encode(b"\xff:\xff").decode(), base64.b64encode(b"service:%zz").decode(), base64.b64encode(b"service:%00").decode()])
+    def test_malformed_basic_is_refused(self, auth, service, word):
+        answer = auth.post("/token", MACHINE, headers=[("Authorization", f"Basic {word}")])
+        assert answer.status in (400, 401) and answer.json["error"] in ("invalid_client", "invalid_request")
+
+    @pytest.mark.parametrize("client_id, secret", [("a%b+c", "p:%+ \xe4 sixteen more"), ("x", ":::::::::::::::::"), ("x", "sixteen=and&more"), ("x", "\U0001f511" * 16), ("a=b&c", "%41%41%41%41%41%41")])
+    def test_both_parts_of_basic_are_form_decoded(self, auth, new_client, client_id, secret):
+        new_client(client_id, client_secret=secret)
+        assert auth.post("/token", MACHINE, auth=(quote_plus(client_id), quote_plus(secret))).status == 200
+        assert auth.post("/token", MACHINE | {"client_id": client_id, "client_secret": secret}).status == 200
+
+    @pytest.mark.parametrize("client_id", ["nobody", "service", "spa", "idle"])
+    def test_an_unknown_client_costs_what_a_known_one_costs(self, auth, service, public, new_client, client_id, monkeypatch, change):
+        new_client("idle")
+        change("UPDATE client SET is_active = 0 WHERE client_id = 'idle'")
+        calls, verify = [], m.argon2_verify
+        monkeypatch.setattr(m, "argon2_verify", lambda *words: calls.append(1) or verify(*words))
+        answer = auth.post("/token", MACHINE, auth=(client_id, "wrong"))
+        assert (answer.status, len(calls)) == (401, 1)
+
+    def test_a_good_secret_is_verified_once_and_then_remembered(self, auth, service, monkeypatch):
+        calls, verify = [], m.argon2_verify
+        monkeypatch.setattr(m, "argon2_verify", lambda *words: calls.append(1) or verify(*words))
+        for _ in range(5):
+            assert auth.post("/token", MACHINE, auth=service).status == 200
+        assert len(calls) == 1
+
+    def test_guessing_is_slowed_and_the_good_secret_is_not(self, auth, service):
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+        statuses = [auth.post("/token", MACHINE, auth=("service", "wrong")).status for _ in range(22)]
+        assert statuses == [401] * 20 + [429] * 2
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+
+    def test_names_that_do_not_exist_are_slowed_alike(self, auth, service):
+        assert [auth.post("/token", MACHINE, auth=("nobody", "wrong")).status for _ in range(22)] == [401] * 20 + [429] * 2
+
+    def test_a_restart_asks_argon2_again(self, make_idp, idp, service):
+        auth = Caller(m.build_app(make_idp(idp.options), m.AUTH))
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+
+    def test_an_inactive_client_is_no_client_anywhere(self, auth, service, public, machine, alice, log_in, change):
+        user = log_in(alice)
+        change("UPDATE client SET is_active = 0")
+        for path, form in (("/token", MACHINE), ("/token", {"grant_type": "refresh_token", "refresh_token": user["refresh_token"]}), ("/introspect", {"token": "x"}), ("/revoke", {"token": "x"})):
+            assert auth.post(path, form, auth=service).status == 401
+        assert auth.post("/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": PASSWORD}).status == 401
+        for token in (machine["access_token"], user["access_token"]):
+            assert auth.get("/me", bearer=token).status == 401
+
+    @pytest.mark.parametrize("name", ["SERVICE", " service", "service "])
+    def test_a_client_id_is_compared_octet_by_octet(self, auth, service, name):
+        assert auth.post("/token", MACHINE, auth=(quote_plus(name), service[1])).status == 401
+
+    def test_its_internal_id_is_no_client_id(self, idp, auth, service):
+        row = idp.store.find_client("service")
+        assert auth.post("/token", MACHINE, auth=(row.id, service[1])).status == 401
+
+
+class TestSecrets:
+    def test_two_live_for_the_overlap(self, idp, auth, service, clock):
+        def good(secret):
+            return auth.post("/token", MACHINE, auth=("service", secret)).status == 200
+
+        assert good(service[1])
+        second, third = (m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60)) for _ in range(2))
+        SECRETS.update((second, third))
+        assert not good(service[1]), "two live, not three"
+        assert good(second) and good(third)
+        clock.pass_(59)
+        assert good(second)
+        clock.pass_(1)
+        assert not good(second) and good(third)
+
+    def test_a_changed_one_is_dead_at_once(self, idp, auth, service):
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+        m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service"))
+        assert auth.post("/token", MACHINE, auth=service).status == 401
+
+    def test_tokens_live_on(self, idp, auth, machine):
+        m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service"))
+        assert auth.get("/me", bearer=machine["access_token"]).status == 200
+
+    @pytest.mark.parametrize("wanted, member", [
+        ({"client_id": "spa"}, "client_id"), ({"new_secret": "x" * 15}, "new_secret"), ({"new_secret": "x" * 256}, "new_secret"), ({"overlap_seconds": -1}, "overlap_seconds"), ({"overlap_seconds": 2678401}, "overlap_seconds"),
+    ])
+    def test_what_is_refused_names_the_member_and_changes_nothing(self, idp, auth, service, public, wanted, member):
+        with pytest.raises(m.Problem) as caught:
+            m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret(**{"client_id": "service"} | wanted))
+        assert list(caught.value.errors) == [member]
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+
+    @pytest.mark.parametrize("client_id", ["nobody", "", "idle"])
+    def test_of_nobody(self, idp, new_client, change, client_id):
+        new_client("idle")
+        change("UPDATE client SET is_active = 0 WHERE client_id = 'idle'")
+        with pytest.raises(m.Problem) as caught:
+            m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret(client_id))
+        assert caught.value.code == "not_found"
+
+
+class TestRegistration:
+    def test_a_secret_is_made_unless_one_is_given(self, idp, scopes):
+        _, made = m.create_client(idp, m.LOCAL, "test", m.CreateClient("one"))
+        _, none = m.create_client(idp, m.LOCAL, "test", m.CreateClient("two", client_secret="sixteen characters"))
+        client, public = m.create_client(idp, m.LOCAL, "test", m.CreateClient("three", client_type="public"))
+        assert len(made) == 43 and none == "" and public == "" and client.secret_hashes == ()
+        assert client.grant_types == ["authorization_code", "refresh_token"] and client.row.audience == "microauthd"
+
+    @pytest.mark.parametrize("wanted, member", [
+        ({"client_id": ""}, "client_id"), ({"client_id": "a b"}, "client_id"), ({"client_id": "a:b"}, "client_id"), ({"client_id": "\xe4"}, "client_id"), ({"client_id": "x" * 256}, "client_id"),
+        ({"client_id": m.MAD_ADMIN_ROLE_ID}, "client_id"), ({"client_id": m.MAD_ADMIN_ROLE_ID.upper()}, "client_id"), ({"client_type": "native"}, "client_type"),
+        ({"client_secret": "too short"}, "client_secret"), ({"client_secret": "x" * 256}, "client_secret"), ({"client_type": "public", "client_secret": "x" * 20}, "client_secret"),
+        ({"client_type": "public", "grant_types": ["client_credentials"]}, "grant_types"), ({"grant_types": ["implicit"]}, "grant_types"),
+        ({"scopes": ["api:read", "nonsense"]}, "scopes"), ({"scopes": ["openid"]}, "scopes"), ({"client_type": "public", "may_introspect": True}, "may_introspect"),
+        ({"audience": "x" * 256}, "audience"), ({"audience": "a\nb"}, "audience"), ({"display_name": "x" * 256}, "display_name"), ({"display_name": "a\x1b[31mb"}, "display_name"),
+    ])
+    def test_what_is_refused_names_the_member_and_leaves_nothing(self, idp, scopes, wanted, member):
+        with pytest.raises(m.Problem) as caught:
+            m.create_client(idp, m.LOCAL, "test", m.CreateClient(**{"client_id": "new"} | wanted))
+        assert list(caught.value.errors) == [member] and idp.store.list_clients() == []
+
+    def test_a_client_id_is_taken_once(self, idp, service):
+        with pytest.raises(m.Problem) as caught:
+            m.create_client(idp, m.LOCAL, "test", m.CreateClient("service"))
+        assert caught.value.code == "conflict" and len(idp.store.list_clients()) == 1
+
+    @pytest.mark.parametrize("name", ["", "a b", 'a"b', "a\\b", "\xe4", "x" * 256, m.SEEDED_SCOPES[0][0]])
+    def test_a_scope_is_a_scope_token(self, idp, name):
+        """RFC 6749 §3.3"""
+        with pytest.raises(m.Problem) as caught:
+            m.create_scope(idp, m.LOCAL, "test", m.CreateScope(name))
+        assert list(caught.value.errors) == ["name"]
+
+    @pytest.mark.parametrize("name", ["openid", "offline_access", "api:read", "admin:read_user"])
+    def test_a_scope_is_taken_once_and_those_of_openid_are_nobodys(self, idp, scopes, name):
+        with pytest.raises(m.Problem) as caught:
+            m.create_scope(idp, m.LOCAL, "test", m.CreateScope(name))
+        assert caught.value.code == "conflict"
+
+    def test_scopes_are_assigned_by_name_or_id_all_or_none(self, idp, service):
+        client, (id, name, _) = m.get_client(idp, "service"), m.SEEDED_SCOPES[3]
+        for ids in ([id, "nonsense"], [], ["openid"]):
+            with pytest.raises(m.Problem) as caught:
+                m.assign_scopes(idp, m.LOCAL, "test", client, ids)
+            assert list(caught.value.errors) == ["scope_ids"] and m.find_client(idp, "service").scopes == {"api:read", "api:write"}
+        assert m.assign_scopes(idp, m.LOCAL, "test", client, [id, "api:read"]) == 1
+        assert m.find_client(idp, "service").scopes == {"api:read", "api:write", name}
+
+    def test_each_change_leaves_a_row_in_its_transaction(self, idp, service, monkeypatch):
+        m.change_secret(idp, m.LOCAL, "root", m.ChangeSecret("service", overlap_seconds=5))
+        row = idp.store.list_audit(limit=1)[0]
+        assert (row.action, row.actor_id, row.target) == ("client_secret_changed", "root", "service")
+        monkeypatch.setattr(idp.store, "append_audit", lambda rows: 1 / 0)
+        for work in (
+            lambda: m.create_client(idp, m.LOCAL, "root", m.CreateClient("unaudited")), lambda: m.create_scope(idp, m.LOCAL, "root", m.CreateScope("unaudited")),
+            lambda: m.create_user(idp, m.LOCAL, "root", m.CreateUser("unaudited", "un@audited", PASSWORD)),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                work()
+        assert idp.store.find_client("unaudited") is None and idp.store.find_scope("unaudited") is None and idp.store.find_account_by_name("unaudited") is None
+
+
+class TestCache:
+    """What a process remembers of a client is good for a generation."""
+
+    def test_it_asks_the_database_once(self, idp, service, monkeypatch):
+        m.find_client(idp, "service")
+        monkeypatch.setattr(idp.store, "find_client", lambda client_id: 1 / 0)
+        assert m.find_client(idp, "service").client_id == "service"
+
+    def test_names_made_up_by_strangers_are_not_remembered(self, idp):
+        for number in range(100):
+            assert m.find_client(idp, f"nobody{number}") is None
+        assert len(idp.cache()) <= 1
+
+    def test_what_was_read_before_a_change_never_counts_after_it(self, idp, service, monkeypatch):
+        load = m.load_client
+
+        def slowly(idp, client_id):
+            client = load(idp, client_id)
+            idp.store.generation.bump()
+            return client
+
+        idp.store.generation.bump()
+        monkeypatch.setattr(m, "load_client", slowly)
+        m.find_client(idp, "service")
+        assert "service" not in idp.cache()
+
+
+class TestFlags:
+    @pytest.mark.parametrize("option, lifetime", [("120", 120), ("0", 3600), ("", 3600), ("-5", 3600), ("1e3", 3600), ("nonsense", 3600), ("9999999999", 3600)])
+    def test_a_client_sets_its_own_lifetime_where_it_is_a_positive_number(self, idp, auth, service, option, lifetime):
+        with idp.store.transaction(identity=True):
+            idp.store.put_feature(idp.store.find_client("service").id, "TOKEN_EXPIRATION", True, option)
+        assert auth.post("/token", MACHINE, auth=service).json["expires_in"] == lifetime
+
+    def test_a_flag_that_is_off_does_nothing(self, idp, auth, service):
+        with idp.store.transaction(identity=True):
+            idp.store.put_feature(idp.store.find_client("service").id, "TOKEN_EXPIRATION", False, "120")
+        assert auth.post("/token", MACHINE, auth=service).json["expires_in"] == 3600
+
+    def test_a_client_may_sign_with_rs256(self, make_idp, auth, service, change):
+        import jwt
+
+        change("UPDATE client SET access_token_signed_alg = 'RS256'")
+        assert jwt.get_unverified_header(auth.post("/token", MACHINE, auth=service).json["access_token"])["alg"] == "RS256"
+        assert make_idp(m.Options(**CHEAP, prefer_ec_token_signer=False)).auth_ring.access.alg == "RS256"

@@ -1,0 +1,324 @@
+"""Secrets: hashes, what bounds them, what remembers them; seals, one-time codes, new passwords."""
+
+import base64
+import hashlib
+import re
+import threading
+import unicodedata
+import uuid
+
+import microauthd as m
+import pyotp
+import pytest
+from conftest import CHEAP, PASSWORD, Clock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def hasher():
+    return m.Hasher(m.Options(**CHEAP))
+
+
+def is_slow_down(caught):
+    return caught.value.code == "slow_down" and caught.value.status == 429 and int(dict(caught.value.headers)["Retry-After"]) >= 1
+
+
+class TestArgon2:
+    """RFC 9106"""
+
+    @pytest.mark.parametrize("memory, time, lanes, length, salt", [(64, 1, 1, 32, 16), (128, 3, 2, 16, 8), (256, 2, 4, 64, 32)])
+    def test_a_hash_carries_the_parameters_in_force(self, memory, time, lanes, length, salt):
+        hasher = m.Hasher(m.Options(argon2id_memory=memory, argon2id_time=time, argon2id_parallelism=lanes, argon2id_hash_length=length, argon2id_salt_length=salt))
+        phc = hasher.hash("x")
+        _, kind, version, parameters, salted, hashed = phc.split("$")
+        assert (kind, version, parameters) == ("argon2id", "v=19", f"m={memory},t={time},p={lanes}") and phc.startswith(hasher.parameters())
+        assert len(base64.b64decode(salted + "==")) == salt and len(base64.b64decode(hashed + "==")) == length
+        assert hasher.verify(phc, "x") and not hasher.verify(phc, "y")
+
+    def test_two_hashes_of_one_password_differ(self, hasher):
+        assert hasher.hash("x") != hasher.hash("x")
+
+    @settings(deadline=None, max_examples=30)
+    @given(st.text(max_size=30), st.text(max_size=30))
+    def test_only_the_same_word_verifies(self, one, other):
+        hasher = m.Hasher(m.Options(**CHEAP))
+        assert hasher.verify(hasher.hash(one), other) == (one == other)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_nobody_costs_what_somebody_costs(self, hasher, monkeypatch, known):
+        phc, calls = hasher.hash("right"), []
+        verify = m.argon2_verify
+        monkeypatch.setattr(m, "argon2_verify", lambda word, password, kind: calls.append(re.sub(rb"\$[^$]+\$[^$]+$", b"", word)) or verify(word, password, kind))
+        assert hasher.verify(phc if known else None, "wrong") is False
+        assert calls == [b"$argon2id$v=19$m=64,t=1,p=1"]
+
+    def test_nobody_has_no_password(self, hasher, monkeypatch):
+        monkeypatch.setattr(m, "argon2_verify", lambda *_: True)
+        assert hasher.verify(None, "any") is False
+
+    @pytest.mark.parametrize("phc", ["", "x", "$argon2id$v=19$m=64,t=1,p=1$$", "plain text"])
+    def test_a_hash_that_is_none_verifies_nothing(self, hasher, phc):
+        assert hasher.verify(phc, "x") is False
+
+    def test_no_memory_is_said_and_passes(self, hasher, monkeypatch):
+        def fail(*_):
+            raise m.Argon2Error("Memory allocation error")
+
+        phc = hasher.hash("x")
+        monkeypatch.setattr(m, "argon2_verify", fail)
+        monkeypatch.setattr(m, "argon2_hash", fail)
+        for work in (lambda: hasher.hash("x"), lambda: hasher.verify(phc, "x")):
+            with pytest.raises(m.Problem) as caught:
+                work()
+            assert caught.value.code == "temporarily_unavailable"
+
+
+class TestGate:
+    def test_those_who_find_no_place_are_told_to_come_back(self):
+        gate, entered, leave = m.HashGate(1, 2), threading.Semaphore(0), threading.Event()
+
+        def stay():
+            with gate.place():
+                entered.release()
+                leave.wait(5)
+
+        threads = [threading.Thread(target=stay) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            entered.acquire(timeout=5)
+        with pytest.raises(m.Problem) as caught, gate.place():
+            pass
+        assert is_slow_down(caught)
+        leave.set()
+        for thread in threads:
+            thread.join()
+        with gate.place():
+            pass
+
+    def test_a_thread_needs_one_place_only(self):
+        gate = m.HashGate(1, 0)
+        with gate.place(), gate.place(), gate.place():
+            pass
+        with gate.place():
+            pass
+
+    def test_a_failure_gives_the_place_back(self, hasher):
+        hasher.gate = m.HashGate(1, 0)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError), hasher.gate.place():
+                1 / 0
+        assert hasher.verify(hasher.hash("x"), "x")
+
+    def test_no_more_run_at_once_than_there_are_cores(self, monkeypatch):
+        hasher, running, most = m.Hasher(m.Options(**CHEAP)), [], []
+        hasher.gate = m.HashGate(2, 60)
+
+        def slow(*_):
+            running.append(1)
+            most.append(len(running))
+            threading.Event().wait(0.005)
+            running.pop()
+            return b"$argon2id$"
+
+        monkeypatch.setattr(m, "argon2_hash", slow)
+        threads = [threading.Thread(target=hasher.hash, args=("x",)) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(most) == 16 and max(most) <= 2
+
+
+class TestDigests:
+    def test_what_was_learned_is_known_for_a_while(self):
+        digests = m.Digests(300, 10)
+        assert not digests.knows("hash", "secret", 0)
+        digests.learn("hash", "secret", 0)
+        assert digests.knows("hash", "secret", 300) and not digests.knows("hash", "secret", 601)
+
+    def test_a_changed_secret_is_forgotten_by_itself(self):
+        digests = m.Digests(300, 10)
+        digests.learn("hash", "secret", 0)
+        assert not digests.knows("another hash", "secret", 0) and not digests.knows("hash", "another", 0)
+
+    def test_hash_and_secret_do_not_run_into_each_other(self):
+        digests = m.Digests(300, 10)
+        digests.learn("hash", "a\0b", 0)
+        assert not digests.knows("hash\0a", "b", 0) or "\0" in "hash\0a", "a stored hash never holds a NUL"
+
+    def test_nothing_is_remembered_in_clear_and_each_process_has_its_key(self):
+        one, other = m.Digests(300, 10), m.Digests(300, 10)
+        one.learn("hash", PASSWORD, 0)
+        other.learn("hash", PASSWORD, 0)
+        assert PASSWORD not in repr(vars(one)) and one.seen.keys().isdisjoint(other.seen)
+
+    def test_it_does_not_grow_without_bound(self):
+        digests = m.Digests(300, 10)
+        for number in range(100):
+            digests.learn("hash", str(number), number)
+            assert len(digests.seen) <= 10 and digests.knows("hash", str(number), number)
+
+    def test_threads_may_learn_at_once(self):
+        digests, errors = m.Digests(300, 50), []
+
+        def learn(who):
+            try:
+                for number in range(400):
+                    digests.learn("hash", f"{who} {number}", 0)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=learn, args=(who,)) for who in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+
+
+class TestThrottle:
+    @pytest.fixture
+    def clock(self):
+        return Clock(1000.0)
+
+    @pytest.fixture
+    def throttle(self, clock):
+        return m.Throttle(clock, size=50)
+
+    def spend(self, throttle, times, peer="192.0.2.1", name="alice"):
+        for _ in range(times):
+            throttle.check(peer, name)
+            throttle.spend(peer, name)
+
+    def is_spent(self, throttle, peer="192.0.2.1", name="alice"):
+        try:
+            throttle.check(peer, name)
+        except m.Problem as problem:
+            assert problem.code == "slow_down"
+            return int(dict(problem.headers)["Retry-After"])
+        return 0
+
+    def test_a_name_of_a_peer_has_twenty_and_one_more_every_three_seconds(self, throttle, clock):
+        self.spend(throttle, 20)
+        wait = self.is_spent(throttle)
+        assert 1 <= wait <= 4
+        clock.pass_(wait)
+        assert not self.is_spent(throttle)
+        self.spend(throttle, 1)
+        assert self.is_spent(throttle)
+
+    def test_others_are_not_slowed(self, throttle):
+        self.spend(throttle, 20)
+        assert not self.is_spent(throttle, name="bob") and not self.is_spent(throttle, peer="192.0.2.2")
+
+    def test_a_peer_that_tries_many_names_is_slowed(self, throttle):
+        for number in range(120):
+            self.spend(throttle, 1, name=f"user{number}")
+        assert self.is_spent(throttle, name="another") and not self.is_spent(throttle, peer="192.0.2.2")
+
+    @pytest.mark.parametrize("peer", ["127.0.0.1", "::1"])
+    def test_loopback_is_everybody_and_has_no_bucket_of_its_own(self, throttle, peer):
+        for number in range(200):
+            self.spend(throttle, 1, peer, f"user{number}")
+        assert not self.is_spent(throttle, peer, "another")
+
+    def test_it_does_not_grow_without_bound(self, throttle):
+        for number in range(500):
+            throttle.spend(f"192.0.2.{number % 250}", f"user{number}")
+        assert len(throttle.buckets) <= 50
+
+    def test_a_long_name_costs_no_memory(self, throttle):
+        for number in range(20):
+            throttle.spend("192.0.2.1", f"{number}" + "x" * 60_000)
+        assert sum(len(str(key)) for key in throttle.buckets) < 20_000
+
+    def test_a_network_of_ipv6_is_one_peer(self, throttle):
+        """Whoever has one address of IPv6 has 2^64."""
+        for number in range(120):
+            self.spend(throttle, 1, f"2001:db8::{number:x}", f"user{number}")
+        assert self.is_spent(throttle, "2001:db8::ffff", "another") and not self.is_spent(throttle, "2001:db8:0:1::1", "another")
+
+    def test_a_clock_that_goes_back_gives_and_takes_nothing(self, throttle, clock):
+        self.spend(throttle, 20)
+        clock.pass_(-500)
+        assert self.is_spent(throttle)
+        assert self.is_spent(throttle) <= 4
+
+
+class TestSeal:
+    def test_what_is_sealed_opens_for_its_owner_only(self):
+        seal = m.Seal(bytes(32))
+        sealed = seal.close("seed", "alice")
+        assert seal.open(sealed, "alice") == "seed" and "seed" not in sealed and seal.close("seed", "alice") != sealed
+        for key, owner, word in ((bytes(32), "bob", sealed), (b"\1" * 32, "alice", sealed), (bytes(32), "alice", sealed[:-4] + "AAA=")):
+            with pytest.raises(m.Problem) as caught:
+                m.Seal(key).open(word, owner)
+            assert caught.value.code == "server_error" and "seed" not in str(caught.value)
+
+
+class TestOneTimeCodes:
+    """RFC 6238"""
+
+    def test_the_vectors_of_the_standard(self):
+        seed = base64.b32encode(b"12345678901234567890").decode()
+        for now, code in ((59, "287082"), (1111111109, "081804"), (1234567890, "005924"), (2000000000, "279037")):
+            assert m.totp_step(seed, code, now) == now // 30
+
+    @pytest.mark.parametrize("offset, good", [(-61, False), (-30, True), (0, True), (30, True), (61, False)])
+    def test_a_step_before_and_after_is_allowed(self, offset, good):
+        seed, now = m.new_totp_seed(), 1795392015
+        step = m.totp_step(seed, pyotp.TOTP(seed).at(now + offset), now)
+        assert (step == (now + offset) // 30) if good else step is None
+
+    @pytest.mark.parametrize("code", ["", "12345", "1234567", " 123456", "12345a", "\uff11\uff12\uff13\uff14\uff15\uff16", "123456\n", "-12345"])
+    def test_what_is_no_code(self, code):
+        assert m.totp_step(m.new_totp_seed(), code, 0) is None
+
+    def test_seeds_have_160_bits_and_a_uri(self):
+        seed = m.new_totp_seed()
+        assert len(base64.b32decode(seed)) == 20
+        assert m.totp_uri(seed, "alice", "My Box").startswith("otpauth://totp/My%20Box:alice?secret=" + seed)
+
+
+class TestNewPasswords:
+    """NIST SP 800-63B §5.1.1.2"""
+
+    @pytest.mark.parametrize("password, word", [
+        ("short", "at least 8"), ("x" * 256, "at most 255"), ("with\0nul and more", "NUL"), ("password", "common"), ("PassWord", "common"), ("12345678", "common"),
+        ("newcomer", "user name"), ("NewComer", "user name"), ("new@example.org", "user name"), (PASSWORD, ""), ("x" * 255, ""), ("\u00e4\u00f6\u00fc\u20ac blanks too", ""),
+    ])
+    def test_table(self, password, word):
+        found = m.check_new_password(m.Options(), password, "newcomer", "new@example.org")
+        assert word in found and bool(found) == bool(word)
+
+    def test_the_least_length_is_an_option(self):
+        assert m.check_new_password(m.Options(password_min_length=20), "nineteen characters")
+
+
+class TestNames:
+    @given(st.text(max_size=10))
+    def test_folding_again_changes_nothing(self, name):
+        assert m.fold(m.fold(name)) == m.fold(name) and m.normalise(m.normalise(name)) == m.normalise(name)
+
+    @given(st.text("abcABC\u00e4\u00c4\u00df\uff21 ", max_size=10))
+    def test_case_width_and_blanks_around_do_not_matter(self, name):
+        assert m.fold(name) == m.fold(f"  {name.upper()}  ") == m.fold(unicodedata.normalize("NFD", name))
+
+
+class TestHandles:
+    def test_a_handle_has_256_bits_and_is_stored_as_sha256(self):
+        handles = {m.random_handle() for _ in range(100)}
+        assert len(handles) == 100 and all(re.fullmatch(r"[A-Za-z0-9_-]{43}", handle) for handle in handles)
+        assert m.sha256("x") == hashlib.sha256(b"x").hexdigest()
+
+    @given(st.integers(0, 2**48 - 1))
+    def test_a_jti_is_a_uuid_of_version_7_and_keeps_its_milliseconds(self, ms):
+        """RFC 9562 §5.7"""
+        jti = m.new_jti(ms)
+        assert re.fullmatch("[0-9a-f]{32}", jti) and uuid.UUID(jti).version == 7 and uuid.UUID(jti).variant == uuid.RFC_4122 and m.jti_ms(jti) == ms
+
+    def test_those_of_one_millisecond_differ_and_later_ones_sort_after(self):
+        assert len({m.new_jti(5) for _ in range(1000)}) == 1000
+        assert m.new_jti(5) < m.new_jti(6) < m.new_jti(16**11)
