@@ -855,6 +855,16 @@ class RefreshToken(Record):
     revoked_at: int | None
 
 
+class ClientUri(Record):
+    """A URI of a client; `kind` is redirect, post_logout or cors_origin."""
+
+    id: str
+    client_id: str
+    kind: str
+    uri: str
+    created_at: int
+
+
 class AuditRow(Record):
     seq: int
     at: int
@@ -875,6 +885,9 @@ class Client(msgspec.Struct, frozen=True):
     secret_hashes: tuple  # of the secrets alive when it was read, with their expiry: ((hash, expires_at), …)
     scopes: frozenset
     flags: dict  # enabled flag -> option
+    redirect_uris: tuple = ()
+    post_logout_redirect_uris: tuple = ()
+    cors_origins: tuple = ()
 
     @property
     def client_id(self):
@@ -1598,6 +1611,19 @@ class Store:
             """,
             client_id=client_id, flag=flag, is_enabled=int(is_enabled), options=options,
         )
+
+    def list_uris(self, client_id, kind=None):
+        """The URIs of a client, by its internal id."""
+        return self.all(ClientUri, "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri", client_id=client_id, kind=kind)
+
+    def find_uri(self, id):
+        return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
+
+    def add_uri(self, id, client_id, kind, uri, now):
+        return self.one(ClientUri, "INSERT INTO client_uri VALUES (:id, :client_id, :kind, :uri, :now) RETURNING *", id=id, client_id=client_id, kind=kind, uri=uri, now=now)
+
+    def delete_uri(self, id):
+        return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
 
     def set_client_active(self, id, is_active, now):
         return self.run("UPDATE client SET is_active = :is_active, modified_at = :now WHERE id = :id", id=id, is_active=int(is_active), now=now)
@@ -2480,7 +2506,9 @@ def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
         return None
     hashes = tuple((secret.secret_hash, secret.expires_at) for secret in store.list_secrets(row.id, idp.now()))
     scopes = frozenset(scope.name for scope in store.list_scopes_of_client(row.id))
-    return Client(row, hashes, scopes, store.list_features(row.id))
+    uris = store.list_uris(row.id)
+    redirect, post_logout, origins = (tuple(uri.uri for uri in uris if uri.kind == kind) for kind in ("redirect", "post_logout", "cors_origin"))
+    return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins)
 
 
 def get_client(idp: Idp, id_or_client_id: str) -> Client:
@@ -2554,6 +2582,91 @@ def check_scope_name(name: str) -> str:
 def check_label(label: str) -> str:
     """Return what is wrong with a text that people read, or nothing."""
     return "" if label.isprintable() and len(label) <= 255 else "must be at most 255 printable characters"
+
+
+DANGEROUS_SCHEMES = ("javascript", "data", "vbscript", "file", "blob", "about", "filesystem", "view-source")
+
+
+def check_redirect_uri(uri: str) -> str:
+    """Return what is wrong with a URI we would send a browser to, or nothing. RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1.
+
+    https anywhere; http for loopback only; a scheme of a native application must be a reversed domain name.
+    """
+    if len(uri) > 2000 or not re.fullmatch(r"[\x21-\x7e]+", uri) or re.search(r'["<>\\^`{|}]', uri):
+        return "must be a URI of at most 2000 characters, everything else percent-encoded"
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port
+    except ValueError:
+        return "is not a URI"
+    if "#" in uri:
+        return "must not have a fragment"
+    if not parts.scheme or parts.scheme in DANGEROUS_SCHEMES or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri):
+        return "must be an absolute URI"
+    if parts.scheme in ("http", "https"):
+        if not parts.hostname or "@" in parts.netloc or not uri.lower().startswith(parts.scheme + "://"):
+            return "must name a host, and no user"
+        if parts.scheme == "http" and not is_loopback_host(parts.hostname):
+            return "must be https, or http to this machine (localhost, 127.0.0.1 or [::1])"
+        return ""
+    return "" if "." in parts.scheme else "must be https, or a scheme in the form of a reversed domain name"
+
+
+def is_loopback_host(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+
+
+def check_origin(uri: str) -> str:
+    """Return what is wrong with an origin a browser may call us from, or nothing. RFC 6454 §6.1."""
+    found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([0-9]{1,5}))?", uri)
+    if not found:
+        return "must be scheme, host and port in lower case, such as https://app.example, and nothing more"
+    scheme, host, port_word = found.groups()
+    if port_word == ("443" if scheme == "https" else "80"):
+        return "must leave out the default port, as browsers do"
+    return "" if scheme == "https" or is_loopback_host(host.strip("[]")) else "must be https, or http to this machine"
+
+
+def is_registered_uri(uri: str, registered) -> bool:
+    """Is this redirect URI registered? Exact octets; for a loopback IP literal any port. RFC 9700 §2.1, RFC 8252 §7.3."""
+    if uri in registered:
+        return True
+    loopback = re.compile(r"http://(127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?((?:[/?].*)?)", re.S)
+    found = loopback.fullmatch(uri)
+    if not found or "#" in uri or found[2] and not 0 < int(found[2]) < 65536:
+        return False
+    others = (loopback.fullmatch(other) for other in registered)
+    return any(other and (other[1], other[3]) == (found[1], found[3]) for other in others)
+
+
+URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_uri), ("cors_origin", check_origin))
+
+
+def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
+    """Register a URI of a client. Raises invalid_request, not_found, or conflict where it has it already."""
+    client, uri = get_client(idp, id_or_client_id), uri.strip()
+    wrong = dict(URI_CHECKS)[kind](uri)
+    if not wrong and kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
+        wrong = "is for public clients: a confidential one has no place in a browser"
+    reject(uri=wrong)
+    try:
+        with idp.store.transaction(identity=True):
+            row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
+            audit(idp, origin, actor, f"{kind}_uri_added", client.client_id, uri)
+    except Conflict:
+        raise Problem("conflict", log="the client has this URI") from None
+    return row
+
+
+def delete_uri(idp: Idp, origin: Origin, actor: str, record_id: str, kind: str, id_or_client_id: str | None = None):
+    """Take a URI from a client, by the id of its record. Raises not_found."""
+    with idp.store.transaction(identity=True):
+        found = idp.store.find_uri(record_id)
+        owner = get_client(idp, id_or_client_id or found.client_id) if found else None
+        if found is None or found.kind != kind or owner.row.id != found.client_id:
+            raise Problem("not_found")
+        idp.store.delete_uri(record_id)
+        audit(idp, origin, actor, f"{kind}_uri_removed", owner.client_id, found.uri)
 
 
 def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) -> tuple[Client, str]:
@@ -2957,6 +3070,9 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
 BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"
+
+
 class Page(msgspec.Struct):
     """A body that is not JSON: bytes already made. `cache` is seconds; 0 forbids storing."""
 
@@ -2983,8 +3099,13 @@ class Route(msgspec.Struct, frozen=True):
     guard: object
     spec: str
     handler: object
-    takes: object = None  # Struct of the JSON body
-    form: bool = True  # a POST without `takes` reads a form
+    takes: object = None  # type of the body, decoded before the handler runs
+    media: tuple = (JSON,)  # in which that is taken
+    form: object = None  # Struct that names the members of a form the handler reads itself
+    query: object = None  # Struct of the query, decoded before the handler runs
+    gives: object = dict  # type of the answer
+    gives_media: str = JSON
+    status: int = 200
     oauth: bool = False  # failures in the form of RFC 6749 §5.2
     option: str = ""  # served only when this option is on
 
@@ -3045,20 +3166,28 @@ def decode_component(raw: bytes) -> str:
     return word
 
 
-def decode_body(body: bytes, struct_type):
-    """Decode a JSON object; member names match without regard to case, unknown ones are ignored.
+def members_of(wanted) -> dict:
+    """Return {lower-case name: name} of the members of the object a type is or may be."""
+    structs = [part for part in getattr(wanted, "__args__", (wanted,)) if isinstance(part, type) and issubclass(part, msgspec.Struct)]
+    return {field.encode_name.lower(): field.encode_name for struct_type in structs for field in msgspec.structs.fields(struct_type)}
 
-    Raises invalid_request naming the member at fault.
+
+def convert(found, wanted, strict=True):
+    """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are ignored.
+
+    Raises invalid_request naming the member at fault. Not strict: text may stand for numbers and truth values.
     """
+    if isinstance(found, dict):
+        names, seen = members_of(wanted), {}
+        for key, value in found.items():
+            name = names.get(key.lower())
+            if name in seen:
+                reject(**{name: "is there twice"})
+            if name:
+                seen[name] = value
+        found = seen
     try:
-        found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Problem("invalid_request", log="not JSON") from None
-    if not isinstance(found, dict):
-        raise Problem("invalid_request", log="not a JSON object")
-    names = {field.lower(): field for field in struct_type.__struct_fields__}
-    try:
-        return msgspec.convert({names[key.lower()]: value for key, value in found.items() if key.lower() in names}, struct_type)
+        return msgspec.convert(found, wanted, strict=strict)
     except msgspec.ValidationError as error:
         sentence, _, where = str(error).partition(" - at `$.")
         member = re.search(r"required field `(\w+)`", sentence)
@@ -3066,13 +3195,22 @@ def decode_body(body: bytes, struct_type):
         raise Problem("invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}) from None
 
 
+def decode_body(body: bytes, wanted):
+    """Decode a JSON body. Raises invalid_request."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Problem("invalid_request", log="not JSON") from None
+    return convert(found, wanted)
+
+
 class Params:
     """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
 
-    __slots__ = ("environ", "path", "values", "body", "origin", "route", "raw")
+    __slots__ = ("environ", "path", "values", "body", "query", "origin", "route", "raw")
 
     def __init__(self, environ, path, route):
-        self.environ, self.path, self.route, self.body, self.raw = environ, path, route, None, b""
+        self.environ, self.path, self.route, self.body, self.query, self.raw = environ, path, route, None, None, b""
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         self.origin = Origin(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
@@ -3081,21 +3219,27 @@ class Params:
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
             self.values = parse_form(environ.get("QUERY_STRING", "").encode("latin-1"))
-            return
+            if route.takes is None:
+                return
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if route.takes is not None:
-            self.raw = body if media == "application/json" else None
-        elif body and route.form:
-            if media != "application/x-www-form-urlencoded":
+            self.raw = (media, body)
+        elif body:
+            if media != FORM:
                 raise Problem("invalid_request", log="not a form")
             self.values = parse_form(body)
 
     def decode(self):
-        """Decode the JSON body into the object the route takes. After the guard: strangers learn nothing of our objects."""
-        if self.raw is None:
-            raise Problem("unsupported_media_type")
-        self.body = decode_body(self.raw, self.route.takes)
+        """Decode body and query into the objects the route declares. After the guard: strangers learn nothing of our objects."""
+        route = self.route
+        if route.query is not None:
+            self.query = convert(parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1")), route.query, strict=False)
+        if route.takes is not None:
+            media, body = self.raw
+            if media not in route.media:
+                raise Problem("unsupported_media_type")
+            self.body = decode_body(body, route.takes) if media == JSON else convert(parse_form(body), route.takes, strict=False)
 
     def get(self, name: str) -> str | None:
         return self.values.get(name)
@@ -3233,9 +3377,10 @@ class Answer:
         try:
             params = Params(environ, path, route)
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
-            if route.takes is not None:
+            if route.takes is not None or route.query is not None:
                 params.decode()
-            return route.handler(self.idp, *caller, params)
+            result = route.handler(self.idp, *caller, params)
+            return result if route.status == 200 else Reply(result, status=route.status)
         except Problem as problem:
             self.tell(environ, problem.code, problem.status, problem.log)
             return refuse(problem, route.oauth)
@@ -3318,7 +3463,9 @@ def build_app(idp: Idp, routes: Routes):
         if code == "server_error":
             idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
         # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
-        content = spoken(refuse(Problem(code), False), bottle.request.environ)
+        # A client can tell an unknown route from an unknown thing.
+        unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
+        content = spoken(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
         allow = error.get_header("Allow")
         if allow:
             bottle.response.set_header("Allow", allow)

@@ -329,3 +329,55 @@ class TestFlags:
         change("UPDATE client SET access_token_signed_alg = 'RS256'")
         assert jwt.get_unverified_header(auth.post("/token", MACHINE, auth=service).json["access_token"])["alg"] == "RS256"
         assert make_idp(m.Options(**CHEAP, prefer_ec_token_signer=False)).auth_ring.access.alg == "RS256"
+
+
+class TestUris:
+    """RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1, RFC 6454 §6.1"""
+
+    @pytest.mark.parametrize("uri", [
+        "https://app.example/cb", "https://app.example", "https://app.example:8443/cb?tenant=a%20b", "http://localhost/cb", "http://127.0.0.1:7000/cb", "http://[::1]/cb", "com.example.app:/cb", "com.example.app://cb",
+    ])
+    def test_may_be_registered(self, uri):
+        assert m.check_redirect_uri(uri) == ""
+
+    @pytest.mark.parametrize("uri", [
+        "", "/cb", "app.example/cb", "//app.example/cb", "http://app.example/cb", "https://app.example/cb#x", "https://app.example/#", "javascript:alert(1)", "JavaScript:alert(1)", "data:text/html,x", "myapp:/cb",
+        "https://user@app.example/cb", "https:/app.example", "https:app.example", "https://", "https://app.example/a b", "https://app.example/\n", "https://app.example/ü", "https://app.example/<script>", "https://app.example:99999/",
+        "http://127.0.0.1.evil.example/", "http://localhost.evil.example/", "https://app.example\\@evil.example/", "x" * 3000, "file:///etc/passwd",
+    ])
+    def test_may_not(self, uri):
+        assert m.check_redirect_uri(uri) != ""
+
+    @pytest.mark.parametrize("uri, ok", [
+        ("https://app.example", True), ("https://app.example:8443", True), ("http://localhost:3000", True), ("http://[::1]:3000", True), ("http://app.example", False), ("https://app.example/", False), ("https://APP.example", False),
+        ("https://app.example:443", False), ("http://localhost:80", False), ("null", False), ("*", False), ("https://*.example", False), ("https://app.example,https://b.example", False), ("", False),
+    ])
+    def test_origins(self, uri, ok):
+        assert (m.check_origin(uri) == "") is ok
+
+    @pytest.mark.parametrize("uri, registered, ok", [
+        ("https://a/cb", ["https://a/cb"], True), ("https://a/cb?x=1", ["https://a/cb"], False), ("https://a/CB", ["https://a/cb"], False), ("https://A/cb", ["https://a/cb"], False), ("https://a/cb/", ["https://a/cb"], False),
+        ("https://a:443/cb", ["https://a/cb"], False), ("https://a/%63b", ["https://a/cb"], False), ("https://a/x/../cb", ["https://a/cb"], False),
+        ("http://127.0.0.1:5000/cb", ["http://127.0.0.1/cb"], True), ("http://127.0.0.1/cb", ["http://127.0.0.1:1/cb"], True), ("http://[::1]:5000/cb", ["http://[::1]/cb"], True), ("http://127.0.0.1:5000/cb?x", ["http://127.0.0.1/cb"], False),
+        ("http://127.0.0.1:5000/cb", ["http://[::1]/cb"], False), ("http://localhost:5000/cb", ["http://localhost/cb"], False), ("http://127.0.0.1:0/cb", ["http://127.0.0.1/cb"], False), ("http://127.0.0.1:99999/cb", ["http://127.0.0.1/cb"], False),
+        ("http://127.0.0.1:5000@evil.example/cb", ["http://127.0.0.1/cb"], False), ("http://127.0.0.1:5000/cb#x", ["http://127.0.0.1/cb"], False), ("https://127.0.0.1:5000/cb", ["https://127.0.0.1/cb"], False), ("http://127.0.0.2/cb", ["http://127.0.0.1/cb"], False),
+    ])
+    def test_a_match_is_exact_but_for_the_port_of_loopback(self, uri, registered, ok):
+        assert m.is_registered_uri(uri, registered) is ok
+
+    def test_they_belong_to_their_client_and_count_at_once(self, idp, service, public):
+        row = m.add_uri(idp, m.LOCAL, "test", "spa", "redirect", " https://app.example/cb ")
+        assert m.find_client(idp, "spa").redirect_uris == ("https://app.example/cb",) and m.find_client(idp, "service").redirect_uris == ()
+        with pytest.raises(m.Problem, match="conflict"):
+            m.add_uri(idp, m.LOCAL, "test", "spa", "redirect", "https://app.example/cb")
+        for kind, owner in (("post_logout", None), ("redirect", "service")):
+            with pytest.raises(m.Problem, match="not_found"):
+                m.delete_uri(idp, m.LOCAL, "test", row.id, kind, owner)
+        m.delete_uri(idp, m.LOCAL, "test", row.id, "redirect", "spa")
+        assert m.find_client(idp, "spa").redirect_uris == ()
+        assert [(found.action, found.target, found.secondary) for found in idp.store.list_audit(limit=2)] == [("redirect_uri_removed", "spa", "https://app.example/cb"), ("redirect_uri_added", "spa", "https://app.example/cb")]
+
+    def test_cors_is_for_public_clients(self, idp, service, public):
+        m.add_uri(idp, m.LOCAL, "test", "spa", "cors_origin", "https://app.example")
+        with pytest.raises(m.Problem, match="invalid_request"):
+            m.add_uri(idp, m.LOCAL, "test", "service", "cors_origin", "https://app.example")
