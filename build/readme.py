@@ -48,6 +48,8 @@ def routes(routes):
 
 def guard_of(route):
     name = getattr(route.guard, "__qualname__", "").split(".")[0]
+    if name == "by_scope":
+        return f"scope `{route.guard.scope}`"
     return {
         "anyone": "anyone", "by_client": "client", "by_confidential_client": "confidential client",
         "by_bearer": "access token", "by_admin": "administrator",

@@ -10,6 +10,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, Caller
 
 PROTECTED = [(method, route.paths[0]) for route in m.AUTH.routes if route.guard not in (m.anyone, m.by_client, m.by_confidential_client) for method in route.methods]
+SCOPED = {path for route in m.AUTH.routes if getattr(route.guard, "scope", "") for path in route.paths}
 
 
 def metadata_of(auth):
@@ -32,9 +33,9 @@ class TestEveryBearerRoute:
         change("UPDATE client SET is_active = 0")
         assert status(answer["access_token"]) == 401
         change("UPDATE client SET is_active = 1")
-        assert status(answer["access_token"]) == 200
+        assert status(answer["access_token"]) == (200 if path not in SCOPED else 403)
 
-    @pytest.mark.parametrize("method, path", PROTECTED)
+    @pytest.mark.parametrize("method, path", [row for row in PROTECTED if row[1] not in SCOPED])
     def test_a_machine_is_no_user(self, auth, machine, method, path):
         assert auth(method, path, bearer=machine["access_token"]).status == (200 if path in ("/me", "/whoami") else 403)
 
@@ -259,3 +260,71 @@ class TestPublicFiles:
         (tmp_path / "outside").write_text("secret")
         os.symlink(tmp_path / "outside", folder / "link.html")
         assert served.get(path).status == 404
+
+
+class TestScopedAdministration:
+    """contract/auth §1.4"""
+
+    NEEDS = {"admin:provision_users": ("POST", "/user"), "admin:list_users": ("GET", "/users"), "admin:read_user": ("GET", "/user/alice"), "admin:reset_passwords": ("POST", "/user/alice/reset"), "admin:deactivate_users": ("POST", "/user/alice/deactivate")}
+    BODIES = {"/user": {"username": "bob", "email": "bob@example.org", "password": PASSWORD}, "/user/alice/reset": {"new_password": "another battery staple"}}
+
+    def ask(self, auth, scope, token):
+        method, path = self.NEEDS[scope]
+        return auth(method, path, bearer=token, json_body=self.BODIES.get(path))
+
+    @pytest.fixture
+    def holder(self, idp, auth, new_client, new_user):
+        """A token with a seeded scope, of a machine or of a user."""
+
+        def token(scope, kind):
+            client = new_client("provisioner", scopes=[scope, "api:read"])
+            if kind == "machine":
+                return auth.post("/token", {"grant_type": "client_credentials"}, auth=client).json["access_token"]
+            new_user("clerk", [scope])
+            return auth.post("/token", {"grant_type": "password", "username": "clerk", "password": PASSWORD}, auth=client).json["access_token"]
+
+        return token
+
+    @pytest.mark.parametrize("kind", ["machine", "user"])
+    @pytest.mark.parametrize("scope", NEEDS)
+    def test_each_route_needs_its_scope_and_no_other_will_do(self, auth, alice, holder, scope, kind):
+        token = holder(scope, kind)
+        for other in self.NEEDS:
+            if other != scope:
+                answer = self.ask(auth, other, token)
+                assert answer.status == 403 and answer.json["error"] == "insufficient_scope" and f'scope="{other}"' in answer.headers["www-authenticate"]
+        assert self.ask(auth, scope, token).status == 200
+
+    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in m.SEEDED_SCOPES])
+    def test_the_id_of_a_scope_stands_for_its_name(self, idp, auth, alice, holder, id, name):
+        claims = jwt.decode(holder(name, "machine"), options={"verify_signature": False})
+        assert self.ask(auth, name, idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | {"scope": f"x {id}"})).status == 200
+
+    def test_what_they_do(self, idp, auth, service, alice, log_in, holder, new_client):
+        token = holder("admin:provision_users", "machine")
+        made = auth("POST", "/user", bearer=token, json_body=self.BODIES["/user"] | {"is_active": False, "roles": [m.MAD_ADMIN_ROLE_ID], "email_verified": True, "id": "x"}).json
+        assert made == {"id": made["id"], "username": "bob", "email": "bob@example.org", "created_at": made["created_at"], "lockout_until": None, "is_active": True, "email_verified": False, "totp_enabled": False}
+        assert not m.is_admin(idp, made["id"]) and idp.store.list_audit("user_created")[0].actor_id == "provisioner"
+        assert auth("POST", "/user", bearer=token, json_body=self.BODIES["/user"]).status == 409
+
+    def test_a_reset_and_a_deactivation_end_what_the_user_had(self, auth, alice, log_in, holder):
+        before = log_in(alice)["access_token"]
+        token = holder("admin:reset_passwords", "machine")
+        assert self.ask(auth, "admin:reset_passwords", token).json["success"] is True and auth.get("/me", bearer=before).status == 401
+        assert auth("POST", "/user/nobody/reset", bearer=token, json_body={"new_password": "another battery staple"}).status == 404
+        assert auth("POST", "/user/alice/reset", bearer=token, json_body={}).json["errors"].keys() == {"new_password"}
+
+    def test_a_deactivated_user_is_out(self, auth, service, alice, log_in, holder):
+        before = log_in(alice)["access_token"]
+        token = holder("admin:deactivate_users", "machine")
+        assert self.ask(auth, "admin:deactivate_users", token).json["success"] is True and auth.get("/me", bearer=before).status == 401
+        assert self.ask(auth, "admin:deactivate_users", token).status == 400 and auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service).status == 403
+
+    @pytest.mark.parametrize("scope, path", [("admin:reset_passwords", "reset"), ("admin:deactivate_users", "deactivate")])
+    def test_administrators_are_out_of_reach(self, idp, admin, auth, root, new_user, holder, scope, path):
+        new_user("second", admin=True)
+        token = holder(scope, "machine")
+        for key in (root.id, "root", "ROOT"):
+            answer = auth("POST", f"/user/{key}/{path}", bearer=token, json_body={"new_password": "another battery staple"} if path == "reset" else None)
+            assert (answer.status, answer.json["error"]) == (403, "access_denied")
+        assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 200
