@@ -118,7 +118,7 @@ class TestSchema:
             assert strict, name
 
     def test_the_rows_every_database_begins_with_have_their_identifiers(self, idp):
-        assert {scope.id: scope.name for scope in idp.store.list_scopes()} == {id: name for id, name, _ in m.SEEDED_SCOPES}
+        assert {scope.id: scope.name for scope in idp.store.list_scopes()[0]} == {id: name for id, name, _ in m.SEEDED_SCOPES}
         assert idp.store.connection.execute("SELECT id, name, is_protected FROM role").fetchall() == [(m.MAD_ADMIN_ROLE_ID, "MadAdmin", 1)]
         assert len(idp.store.meta("instance_id")) == 36
 
@@ -133,14 +133,14 @@ class TestSchema:
         monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE second_step (x TEXT) STRICT;", "INSERT INTO second_step VALUES ('a;b');\nINSERT INTO second_step VALUES ('c');"))
         idp.store.migrate()
         idp.store.migrate()
-        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (3,)
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(m.MIGRATIONS),)
         assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n"))
         with pytest.raises((m.Problem, m.Conflict)):
             idp.store.migrate()
-        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(m.MIGRATIONS) - 1,)
         assert not idp.store.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'new_one'").fetchone()
 
 
@@ -335,7 +335,7 @@ class TestAuditChain:
     def broken_at(self, rows):
         digest = ""
         for row in rows:
-            digest = m.chain(digest, row.seq, m.msgspec.structs.astuple(row)[1:-1])
+            digest = m.chain(digest, row.seq, (*m.msgspec.structs.astuple(row)[1:9], row.result))
             if digest != row.row_sha256:
                 return row.seq
         return None
@@ -355,7 +355,10 @@ class TestAuditChain:
         assert self.broken_at(self.rows(idp)) == 3
 
     def test_columns_do_not_run_into_each_other(self):
-        assert m.chain("", 1, (0, "a", "bc")) != m.chain("", 1, (0, "ab", "c")) and m.chain("", 1, (0, "1")) != m.chain("", 10, (0, ""))
+        assert m.chain("", 1, (0, "a", "bc", "")) != m.chain("", 1, (0, "ab", "c", "")) and m.chain("", 1, (0, "1", "")) != m.chain("", 10, (0, "", ""))
+
+    def test_rows_of_before_there_was_a_result_are_covered_as_they_were(self):
+        assert m.chain("", 1, (0, "a", "")) != m.chain("", 1, (0, "a", "success")) == m.chain("", 1, (0, "a", "success")) and m.chain("", 1, (0, "a", "")) == m.chain("", 1, (0, "a", None))
 
     def test_two_processes_write_one_chain(self, idp, make_idp):
         other = make_idp(idp.options)

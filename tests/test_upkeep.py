@@ -83,7 +83,7 @@ class TestPurge:
         assert rows[0].seq == last.seq, "the newest stays: the next continues its hash"
         digest = rows[0].row_sha256
         for row in rows[1:]:
-            digest = m.chain(digest, row.seq, m.msgspec.structs.astuple(row)[1:-1])
+            digest = m.chain(digest, row.seq, (*m.msgspec.structs.astuple(row)[1:9], row.result))
             assert digest == row.row_sha256
         assert rows[-1].action == "purged" and "audit=" in rows[-1].secondary
 
