@@ -1580,6 +1580,24 @@ class TokenObject(msgspec.Struct):
     audience: str | Maybe = UNSET
 
 
+class Jwk(msgspec.Struct):
+    """RFC 7517 §4, RFC 7518 §6: `n` and `e` of an RSA key, `crv`, `x` and `y` of an EC key."""
+
+    kty: str
+    kid: str
+    use: str
+    alg: str
+    n: str | Maybe = UNSET
+    e: str | Maybe = UNSET
+    crv: str | Maybe = UNSET
+    x: str | Maybe = UNSET
+    y: str | Maybe = UNSET
+
+
+class Jwks(msgspec.Struct):
+    keys: list[Jwk]
+
+
 class Introspection(msgspec.Struct):
     """RFC 7662 §2.2. Of a token that is not active, or not the caller's to know of, `active` alone."""
 
@@ -4827,6 +4845,7 @@ class Route(msgspec.Struct, frozen=True):
     gives: object = dict  # type of the answer
     gives_media: str = JSON
     status: int = 200
+    versioned: bool = False  # what is shown has an entity tag; what changes it asks for it by If-Match
     oauth: bool = False  # failures in the form of RFC 6749 §5.2
     option: str = ""  # served only when this option is on
 
@@ -5097,11 +5116,6 @@ def etag(shown) -> str:
     return f'"{hashlib.sha256(ENCODE(shown)).hexdigest()[:32]}"'
 
 
-def versioned(shown) -> Reply:
-    """Answer with an object and its entity tag, for a later If-Match."""
-    return Reply(shown, [("ETag", etag(shown))])
-
-
 @contextlib.contextmanager
 def if_match(idp, params, show):
     """Let a change be made while nobody else can, if what `show` returns is what If-Match names. RFC 9110 §13.1.1.
@@ -5166,6 +5180,8 @@ class Answer:
             if route.takes is not None or route.query is not None:
                 params.decode()
             result = route.handler(self.idp, *caller, params)
+            if route.versioned and environ["REQUEST_METHOD"] != "DELETE":
+                return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except Problem as problem:
             self.tell(environ, problem.code, problem.status, problem.log)
@@ -5202,6 +5218,127 @@ class Answer:
         return status, headers, body
 
 
+def mounted(idp: Idp, routes: Routes):
+    """Yield the routes that are served, each with every path it is served at."""
+    issuer_path = urlsplit(idp.options.auth_issuer).path
+    for route in routes.routes:
+        if route.option and not getattr(idp.options, route.option):
+            continue
+        for path in route.paths:
+            yield route, path
+            if issuer_path and path == "/.well-known/oauth-authorization-server":
+                yield route, path + issuer_path  # RFC 8414 §3.1: the path of an issuer stands behind the well-known one
+
+
+# -- the API describes itself --
+# OpenAPI 3.1, made of the declarations and of nothing else.
+
+REF = "#/components/schemas/{name}"
+FRAMING = (400, 408, 413, 414, 417, 431, 500, 501, 503, 505)  # what any request may hear
+SECURITY = {
+    "client_basic": {"type": "http", "scheme": "basic", "description": "client_id and client_secret, each form-encoded; or as members of the form; a public client sends its client_id alone. RFC 6749 §2.3.1."},
+    "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "An access token of this port. RFC 6750, RFC 9068."},
+}
+
+
+def schema_of(wanted) -> dict:
+    """Return the schema of a type; structs are referred to."""
+    if wanted is bytes:
+        return {}
+    (schema,), _ = msgspec.json.schema_components([wanted], ref_template=REF)
+    return schema
+
+
+def guard_name(route: Route) -> str:
+    return getattr(route.guard, "__qualname__", "").split(".")[0]
+
+
+def possible_statuses(route: Route, method: str, path: str, port_name: str) -> set:
+    """Return the statuses a route may refuse with."""
+    guard, found = guard_name(route), set(FRAMING)
+    if guard != "anyone":
+        found |= {401, 403}
+    if "<" in path or route.takes is not None or route.query is not None and guard != "anyone":
+        found.add(404)
+    if route.takes is not None:
+        found.add(415)
+    if method in ("POST", "PUT", "DELETE") and guard != "anyone":
+        found.add(409)
+    if route.form is not None or route.takes is not None:
+        found |= {403, 429}
+    if route.versioned and method != "GET":
+        found.add(412)
+    if port_name == "admin":
+        found.add(421)
+    return found
+
+
+def describe_operation(route: Route, method: str, path: str, port_name: str, number: int) -> dict:
+    """Return the operation object of one method at one path. OpenAPI 3.1 §4.8.10."""
+    doc = " ".join(route.handler.__doc__.split())
+    operation = {
+        "operationId": route.handler.__name__ + (f"_{number}" if number else ""), "summary": doc.partition(".")[0] + ".", "description": doc,
+        "tags": [(path.strip("/").split("/")[0] or "files").strip("<>.")], "x-specification": route.spec, "parameters": [], "responses": {},
+    }
+    for name, kind in re.findall(r"<(\w+)(?::(\w+))?>", path):
+        operation["parameters"].append({"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
+    if route.query is not None:
+        (_,), components = msgspec.json.schema_components([route.query], ref_template=REF)
+        for name, schema in components[route.query.__name__]["properties"].items():
+            operation["parameters"].append({"name": name, "in": "query", "required": False, "schema": schema})
+    if route.versioned and method != "GET":
+        operation["parameters"].append({"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}})
+    guard = guard_name(route)
+    if guard in ("by_client", "by_confidential_client"):
+        operation["security"] = [{"client_basic": []}, {}]  # or by members of the form, which OpenAPI has no word for
+    elif guard != "anyone":
+        operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
+    if route.takes is not None:
+        operation["requestBody"] = {"required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media}}
+    elif route.form is not None and method == "POST":
+        operation["requestBody"] = {"required": any(field.required for field in msgspec.structs.fields(route.form)), "content": {FORM: {"schema": schema_of(route.form)}}}
+    headers = {}
+    if route.query is not None and "offset" in route.query.__struct_fields__ and getattr(route.gives, "__origin__", None) is list:
+        headers |= {"X-Total-Count": {"schema": {"type": "string"}}, "Link": {"description": "RFC 8288; rel=next where there is more.", "schema": {"type": "string"}}}
+    if route.versioned and method != "DELETE":
+        headers["ETag"] = {"schema": {"type": "string"}}
+    operation["responses"][str(route.status)] = {
+        "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}}, **({"headers": headers} if headers else {}),
+    }
+    for status in sorted(possible_statuses(route, method, path, port_name)):
+        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{'oauth' if route.oauth and status < 500 and status not in (408, 413, 414, 417, 431) else 'err'}"}
+    if path.startswith("/health/ready"):
+        operation["responses"]["503"] = {"description": "Not ready.", "content": {JSON: {"schema": schema_of(Health)}}}
+    return operation
+
+
+def describe_api(idp: Idp, routes: Routes) -> dict:
+    """Return the OpenAPI 3.1 document of a port: exactly the routes that are mounted."""
+    paths, used, numbers = {}, [Err, OAuthError], {}
+    for route, path in mounted(idp, routes):
+        shown = paths.setdefault(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", path), {})
+        for method in route.methods:
+            number = numbers[route.handler.__name__] = numbers.get(route.handler.__name__, -1) + 1
+            shown[method.lower()] = describe_operation(route, method, path, routes.name, number)
+        used += [part for part in (route.takes, route.form, route.gives) if part not in (None, bytes)]
+    _, schemas = msgspec.json.schema_components(used, ref_template=REF)
+    either = {"anyOf": [schema_of(OAuthError), schema_of(Err)]}  # what Serve refuses has both sets of members
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"microauthd {routes.name} API", "version": VERSION},
+        "servers": [{"url": idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {
+                "err": {"description": "Refused.", "content": {JSON: {"schema": schema_of(Err)}}},
+                "oauth": {"description": "Refused. RFC 6749 §5.2.", "content": {JSON: {"schema": either}}},
+            },
+            "securitySchemes": SECURITY,
+        },
+    }
+
+
 def build_app(idp: Idp, routes: Routes):
     """Return the WSGI callable of a port.
 
@@ -5232,16 +5369,10 @@ def build_app(idp: Idp, routes: Routes):
             (bottle.response.add_header if name == "WWW-Authenticate" else bottle.response.set_header)(name, value)
         return body
 
-    issuer_path = urlsplit(idp.options.auth_issuer).path
-    for route in routes.routes:
-        if route.option and not getattr(idp.options, route.option):
-            continue
-        # RFC 8414 §3.1: the path of an issuer stands behind the well-known one.
-        behind = tuple(path + issuer_path for path in route.paths if issuer_path and path == "/.well-known/oauth-authorization-server")
-        for path in route.paths + behind:
-            app.route(path, list(route.methods), through_bottle(route))
-            if not any("<" in other for other in route.paths):
-                table |= {(method, path): route for method in route.methods}
+    for route, path in mounted(idp, routes):
+        app.route(path, list(route.methods), through_bottle(route))
+        if not any("<" in other for other in route.paths):
+            table |= {(method, path): route for method in route.methods}
 
     def nowhere(error):
         """Unknown path, wrong method, or a failure of Bottle itself."""
@@ -5358,7 +5489,7 @@ def ready(idp, params):
     return Reply({"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")], 200 if good else 503)
 
 
-@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5")
+@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks)
 def jwks(idp, params):
     """The public keys by which anybody verifies our tokens."""
     return prebuilt(idp, "jwks", idp.auth_ring.jwks)
@@ -5530,6 +5661,12 @@ def scoped_deactivate_user(idp, claims, params):
 # -- files --
 
 
+@AUTH("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_auth_swagger")
+def auth_openapi(idp, params):
+    """What this port serves, made from the declarations of its routes."""
+    return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_api(idp, AUTH)))
+
+
 @AUTH("GET", ("/", "/<path:path>"), guard=anyone, spec="contract/auth §1.1", gives=bytes, gives_media="*/*", option="serve_public_auth_files")
 def public_file(idp, params):
     """A file of public/: of the working directory where there is one, else the bundled examples."""
@@ -5622,10 +5759,10 @@ def admin_list_users(idp, claims, params):
     return list_users(idp, params)
 
 
-@ADMIN("GET", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", gives=UserObject)
+@ADMIN("GET", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", gives=UserObject, versioned=True)
 def admin_get_user(idp, claims, params):
     """One user, by id or name."""
-    return versioned(user_object(get_user(idp, params.path["id"])))
+    return user_object(get_user(idp, params.path["id"]))
 
 
 @ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.2", gives=Found)
@@ -5634,14 +5771,14 @@ def admin_user_id(idp, claims, params):
     return Found(get_user(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject)
+@ADMIN("PUT", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject, versioned=True)
 def admin_update_user(idp, claims, params):
     """Change what is sent of a user; the id of the path counts. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
-        return versioned(user_object(update_user(idp, params.origin, claims["sub"], params.path["id"], params.body)))
+        return user_object(update_user(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", gives=Msg)
+@ADMIN("DELETE", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", gives=Msg, versioned=True)
 def admin_delete_user(idp, claims, params):
     """Delete a user and everything that hangs on it. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
@@ -5820,10 +5957,10 @@ def admin_list_roles(idp, claims, params):
     return listed(params, [role_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=RoleObject)
+@ADMIN("GET", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=RoleObject, versioned=True)
 def admin_get_role(idp, claims, params):
     """One role, by id or name."""
-    return versioned(role_object(get_role(idp, params.path["id"])))
+    return role_object(get_role(idp, params.path["id"]))
 
 
 @ADMIN("GET", "/roles/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.6", gives=Found)
@@ -5832,14 +5969,14 @@ def admin_role_id(idp, claims, params):
     return Found(get_role(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject)
+@ADMIN("PUT", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject, versioned=True)
 def admin_update_role(idp, claims, params):
     """Change what is sent of a role. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
-        return versioned(role_object(update_role(idp, params.origin, claims["sub"], params.path["id"], params.body)))
+        return role_object(update_role(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=Msg)
+@ADMIN("DELETE", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=Msg, versioned=True)
 def admin_delete_role(idp, claims, params):
     """Delete a role; whoever had it logs in anew. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
@@ -5917,10 +6054,10 @@ def admin_retrieve_permissions(idp, claims, params):
     return [name_ref(row) for row in idp.store.list_permissions()[0]]
 
 
-@ADMIN("GET", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=NameRef)
+@ADMIN("GET", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=NameRef, versioned=True)
 def admin_get_permission(idp, claims, params):
     """One permission, by id or name."""
-    return versioned(name_ref(get_permission(idp, params.path["id"])))
+    return name_ref(get_permission(idp, params.path["id"]))
 
 
 @ADMIN("GET", "/permissions/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.7", gives=Found)
@@ -5929,14 +6066,14 @@ def admin_permission_id(idp, claims, params):
     return Found(get_permission(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef)
+@ADMIN("PUT", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef, versioned=True)
 def admin_update_permission(idp, claims, params):
     """Rename a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
-        return versioned(name_ref(update_permission(idp, params.origin, claims["sub"], params.path["id"], params.body)))
+        return name_ref(update_permission(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=Msg)
+@ADMIN("DELETE", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=Msg, versioned=True)
 def admin_delete_permission(idp, claims, params):
     """Delete a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
@@ -6017,10 +6154,10 @@ def admin_list_scopes(idp, claims, params):
     return listed(params, [scope_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", gives=ScopeObject)
+@ADMIN("GET", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", gives=ScopeObject, versioned=True)
 def admin_get_scope(idp, claims, params):
     """One scope, by id or name."""
-    return versioned(scope_object(get_scope(idp, params.path["id"])))
+    return scope_object(get_scope(idp, params.path["id"]))
 
 
 @ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.8", gives=Found)
@@ -6029,14 +6166,14 @@ def admin_scope_id(idp, claims, params):
     return Found(get_scope(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject)
+@ADMIN("PUT", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject, versioned=True)
 def admin_update_scope(idp, claims, params):
     """Change what is sent of a scope; a protected one keeps its name. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
-        return versioned(scope_object(update_scope(idp, params.origin, claims["sub"], params.path["id"], params.body)))
+        return scope_object(update_scope(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", gives=Msg)
+@ADMIN("DELETE", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", gives=Msg, versioned=True)
 def admin_delete_scope(idp, claims, params):
     """Delete a scope. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
@@ -6144,10 +6281,10 @@ def admin_list_clients(idp, claims, params):
     return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
-@ADMIN("GET", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", gives=ClientObject)
+@ADMIN("GET", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", gives=ClientObject, versioned=True)
 def admin_get_client(idp, claims, params):
     """One client, by id or client_id."""
-    return versioned(client_object(get_client(idp, params.path["id"])))
+    return client_object(get_client(idp, params.path["id"]))
 
 
 @ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.9", gives=Found)
@@ -6156,14 +6293,14 @@ def admin_client_id(idp, claims, params):
     return Found(get_client(idp, params.path["name"]).row.id)
 
 
-@ADMIN("PUT", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject)
+@ADMIN("PUT", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject, versioned=True)
 def admin_update_client(idp, claims, params):
     """Change what is sent of a client; switched off, renamed or given another audience it loses what it holds. Honours If-Match."""
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
-        return versioned(client_object(update_client(idp, params.origin, claims["sub"], params.path["id"], params.body)))
+        return client_object(update_client(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", gives=Msg, versioned=True)
 def admin_delete_client(idp, claims, params):
     """Delete a client, by id or client_id, and end what it holds. Honours If-Match."""
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
@@ -6522,6 +6659,15 @@ def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days, which is itself written down."""
     count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, time.sleep)
     return msg(f"{count} rows purged.")
+
+
+# -- description --
+
+
+@ADMIN("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_admin_swagger")
+def admin_openapi(idp, params):
+    """What this port serves, made from the declarations of its routes."""
+    return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_api(idp, ADMIN)))
 
 
 # == Upkeep ====================================================================

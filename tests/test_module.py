@@ -87,7 +87,7 @@ class TestOrder:
 class TestState:
     """No module-level state: threads share the Idp, tests build their own."""
 
-    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "AUTH", "ADMIN"}
+    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "SECURITY", "AUTH", "ADMIN"}
 
     def mutable(self):
         for node in STATEMENTS:
@@ -135,9 +135,9 @@ class TestRoutes:
         assert public == {
             *(("auth", path) for path in (
                 "/ping", "/version", "/health", "/health/ready", "/jwks.json", "/.well-known/jwks.json",
-                "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>",
+                "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>", "/openapi.json", "/swagger/v1/swagger.json",
             )),
-            *(("admin", path) for path in ("/ping", "/version", "/health", "/health/ready", "/token")),
+            *(("admin", path) for path in ("/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json", "/swagger/v1/swagger.json")),
         }
 
     def test_errors_have_a_status_a_sentence_and_a_source(self):
