@@ -10,7 +10,9 @@ Contents
   Errors       MadError (the server's or the network's), Refusal (ours)
   Wire         one HTTP exchange on one connection
   Tokens       reading a JWT without verifying it
-  MadClient    every request as a method
+  Bindings     what the two classes below share: a request, a list in pages
+  MadClient    every request to ADMIN as a method
+  AuthClient   every request to AUTH as a method
   Profile      the saved login, the cached tokens
   Arguments    Option, Command, parse()
   Output       tables and lines that no server can use to drive a terminal
@@ -24,6 +26,18 @@ from __future__ import annotations
 
 import os
 import sys
+
+TYPE_CHECKING = False  # What typing says to those who check types; loading it costs 5 ms.
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypedDict, Unpack
+
+    class Search(TypedDict, total=False):
+        """What every list takes."""
+        limit: int | None
+        offset: int | None
+        q: str | None
+        sort: str | None
 
 # == Vocabulary ================================================================
 # The constants the rest of the file speaks in.
@@ -53,6 +67,8 @@ TIMEOUT = 30.0             # seconds for a whole exchange: a server that drips b
 MAX_HEAD = 64 * 1024
 MAX_BODY = 16 * 1024 * 1024
 MAX_SECRET = 64 * 1024     # of a file or a line that holds a secret
+PAGE = 1000                # rows the server gives at most in one answer
+EXPORT = 5000              # rows of an export to ask for at once: some 3 MB
 CACHE_MARGIN = 30          # seconds of life a cached token must have left, so that it outlives the request it is for
 
 
@@ -64,11 +80,14 @@ class MadError(Exception):
 
     `status` is the HTTP status, 0 when there was no answer. `error` is the machine-readable code (`http_<status>` when
     the server named none), `message` a sentence, `errors` maps bad members to sentences. `hint` may be empty.
+    `retry_after` is the seconds the server asks to wait, 0 when it does not say.
     """
 
-    def __init__(self, status: int, error: str, message: str, errors: dict | None = None, hint: str = ""):
+    def __init__(self, status: int, error: str, message: str, errors: dict | None = None, hint: str = "",
+                 retry_after: int = 0):
         super().__init__(status, error, message)
         self.status, self.error, self.message, self.errors, self.hint = status, error, message, errors or {}, hint
+        self.retry_after = retry_after
 
     def __str__(self) -> str:
         return self.message
@@ -76,6 +95,10 @@ class MadError(Exception):
 
 class Unreachable(MadError):
     """No usable answer: `error` is `unreachable`, `timeout`, `untrusted` or `bad_answer`."""
+
+
+class NoRoute(MadError):
+    """The server has no such route (404 with `X-Not-Found: route`), which says nothing about what was asked for."""
 
 
 class BadValue(ValueError):
@@ -320,7 +343,7 @@ def decode_jwt(token: str) -> tuple[dict, dict, str]:
     return found[0], found[1], parts[2]
 
 
-def utc(seconds: int, mark: str = "Z") -> str:
+def utc(seconds: float, mark: str = "Z") -> str:
     """Return Unix seconds as `YYYY-MM-DD HH:MM:SS` and `mark`, or as digits when no calendar holds them."""
     import time
     try:
@@ -329,8 +352,8 @@ def utc(seconds: int, mark: str = "Z") -> str:
         return str(seconds)
 
 
-# == MadClient =================================================================
-# The requests. Knows nothing of terminals, files or environment.
+# == Bindings ==================================================================
+# What MadClient and AuthClient share. Knows nothing of terminals, files or environment.
 
 def _at(*parts: str) -> str:
     """Return a path of these segments. An empty one would turn 'one user' into 'all users', so it is an error."""
@@ -352,50 +375,56 @@ def is_uuid(text: str) -> bool:
     return [len(part) for part in parts] == [8, 4, 4, 4, 12] and not "".join(parts).strip("0123456789abcdefABCDEF")
 
 
-class MadClient:
-    """The ADMIN API of a microauthd, and of AUTH what a machine client needs.
+def next_query(link: str) -> str | None:
+    """Return the query of the `rel="next"` of a Link header, None when there is no next page. RFC 8288 §3."""
+    for part in link.split(","):
+        target, _, parameters = part.strip().partition(">")
+        names = [name.strip().lower().replace('"', "") for name in parameters.split(";")]
+        if target.startswith("<") and "rel=next" in names and "?" in target:
+            return target.partition("?")[2].partition("#")[0]
+    return None
 
-        admin = MadClient("http://localhost:9041")
-        admin.token = admin.login("alice", password)["access_token"]
-        admin.create_user("bob", "bob@example.org", "correct horse")
 
-    Every method is one request on a connection of its own; an instance may be shared by threads. Objects are dicts with
-    the members of the wire:
+def listing(method):
+    """Make of a method that yields pages one that returns all rows in one list. `pages` stays the former."""
+    def whole(self, *args, **parameters):
+        return [row for page in method(self, *args, **parameters) for row in page]
+    whole.__name__, whole.__qualname__, whole.__doc__ = method.__name__, method.__qualname__, method.__doc__
+    whole.__wrapped__ = whole.pages = method  # type: ignore[attr-defined]
+    return whole
 
-      User          id username email created_at lockout_until is_active email_verified totp_enabled
-      Role          id name description is_protected is_active
-      Permission    id name
-      Scope         id name desc is_active is_protected created_at
-      Client        id client_id display_name is_active created_at audience
-      RedirectUri   id client_id redirect_uri
-      ExternalIdp   id client_id provider_key display_name issuer client_identifier scopes created_at modified_at
-      Session       id user_id username client_id issued_at expires_at is_revoked token_use mad_use login_method …
-      RefreshToken  id user_id username session_id client_id issued_at expires_at is_revoked is_openid_token
-      AuditLog      id actor_id action secondary target timestamp ip_address user_agent
-      Msg           success message
 
-    Ids are those of the server (`find_id` turns a name into one); timestamps are ISO 8601 in UTC.
-    Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, BadValue for a
-    blank id or an unusable URL. Redirects are not followed, proxies are not asked.
-    """
+class Answer:
+    """What came back: `status`, `headers` (lower-case names), `value` (of the JSON)."""
+    __slots__ = ("status", "headers", "value")
 
-    def __init__(self, admin_url: str = ADMIN_URL, token: str | None = None, *, auth_url: str = AUTH_URL,
-                 ca_file: str | None = None, timeout: float | None = None):
-        self.admin_url, self.token, self.auth_url = admin_url, token, auth_url
+    def __init__(self, status: int, headers: dict, value):
+        self.status, self.headers, self.value = status, headers, value
+
+
+class Binding:
+    """A server at `url`, and the bearer `token` to show it. MadClient and AuthClient are the two there are."""
+
+    def __init__(self, url: str, token: str | None, ca_file: str | None, timeout: float | None):
+        self.url, self.token = url, token
         self.ca_file, self.timeout = ca_file, TIMEOUT if timeout is None else timeout
 
-    def request(self, method: str, path: str, *, json=None, form: dict | None = None, query: dict | None = None,
-                want: type = dict, auth: bool = False, anonymous: bool = False, headers: dict | None = None):
-        """Send a request to ADMIN (to AUTH with `auth`) and return its JSON answer, which must be a `want`.
+    def send(self, method: str, path: str, *, json=None, form: dict | None = None, query: dict | str | None = None,
+             want: type = dict, anonymous: bool = False, headers: dict | None = None) -> Answer:
+        """Send a request and return its Answer, whose JSON must be a `want` (bytes: whatever it is, unread).
 
-        `path` is already escaped. The bearer goes along unless `anonymous`.
+        `path` is already escaped. The bearer goes along unless `anonymous`. For what no method does, such as
+        a change that must not undo somebody else's:
+
+            etag = admin.send("GET", "/users/" + id).headers["etag"]
+            admin.send("PUT", "/users/" + id, json={"email": email}, headers={"If-Match": etag})  # or 412
         """
-        url = Url(self.auth_url if auth else self.admin_url)
-        headers, body = dict(headers or {}), None
+        url = Url(self.url)
+        headers, body, target = dict(headers or {}), None, path
         if query or form is not None:
             from urllib.parse import urlencode
             if query:
-                path += "?" + urlencode(query)
+                target += "?" + (query if isinstance(query, str) else urlencode(query))
             if form is not None:
                 headers["Content-Type"] = "application/x-www-form-urlencoded"
                 body = urlencode(form).encode("ascii")
@@ -403,27 +432,118 @@ class MadClient:
             from json import dumps
             headers["Content-Type"] = "application/json"
             body = dumps(json, separators=(",", ":")).encode("ascii")
-        if self.token and not anonymous and not auth:
-            if not is_token(self.token):
+        with_token = bool(self.token) and not anonymous
+        if with_token:
+            if not is_token(self.token or ""):
                 raise BadValue("the token has characters no token has")
-            headers["Authorization"] = "Bearer " + self.token
-        status, fields, answer = exchange(url, method, url.base + path, headers, body, self.timeout, self.ca_file)
+            headers["Authorization"] = "Bearer " + (self.token or "")
+        if any(not (text.isascii() and text.isprintable()) for item in headers.items() for text in item):
+            raise BadValue("a header has characters no header has")
+        status, fields, answer = exchange(url, method, url.base + target, headers, body, self.timeout, self.ca_file)
         if 300 <= status < 400:
             raise Unreachable(status, "bad_answer", "%s redirects elsewhere, which is not followed" % url.text,
                               hint="give the address it leads to, if you trust it")
+        if want is bytes and status < 300:
+            return Answer(status, fields, answer)
         try:
             value = read_json(answer) if answer else None
         except ValueError:
             value = answer  # Bytes: no JSON value is.
         if status >= 400:
-            raise _failure(status, fields, value, bool(self.token) and not anonymous)
+            if status == 404 and fields.get("x-not-found") == "route":
+                raise NoRoute(404, "not_found", "this server has no %s %s" % (method, path),
+                              hint="is it older than this mad, or is the feature switched off there?")
+            raise _failure(status, fields, value, with_token)
         if want is dict and status == 204:
-            return {"success": True, "message": ""}
+            return Answer(status, fields, {"success": True, "message": ""})
         if want is dict and isinstance(value, dict) and value.get("success") is False:
             raise _failure(status, fields, value, False)
         if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
             raise _bad_answer("the answer is not the JSON it should be")
-        return value
+        return Answer(status, fields, value)
+
+    def request(self, method: str, path: str, **how):
+        """Send a request as `send` does, and return the value of its JSON answer alone."""
+        return self.send(method, path, **how).value
+
+    def pages(self, path: str, query: dict | None = None, *, limit: int | None = None, offset: int | None = None,
+              q: str | None = None, sort: str | None = None) -> Iterator[list[dict]]:
+        """Yield a list of objects page by page, at most `limit` rows in all; a negative one, or none, means all."""
+        if limit == 0:
+            raise BadValue("a limit is at least 1; a negative one means all")
+        left = limit if limit is not None and limit > 0 else None
+        wanted: dict | str | None = _given(**(query or {}), limit=None if left is None else min(left, PAGE), offset=offset,
+                                           q=q, sort=sort)
+        asked = set()
+        while True:
+            answer = self.send("GET", path, query=wanted, want=list)
+            rows = answer.value if left is None else answer.value[:left]
+            # Only the query is taken: an address would send the token to wherever it says.
+            wanted = next_query(answer.headers.get("link", ""))
+            yield rows
+            if left is not None:
+                left -= len(rows)
+            if not wanted or not rows or left == 0:
+                return
+            if wanted in asked:
+                raise _bad_answer("the pages of the list go round in a circle", hint="")
+            asked.add(wanted)
+
+    def each(self, method, *args, **parameters) -> Iterator[dict]:
+        """Yield the rows of a list one by one, so that only a page of them is in memory.
+
+            for user in admin.each(admin.list_users, q="ann"): ...
+        """
+        for page in method.__func__.pages(self, *args, **parameters):
+            yield from page
+
+
+# == MadClient =================================================================
+# The requests of ADMIN.
+
+class MadClient(Binding):
+    """The ADMIN API of a microauthd. Its AUTH API is AuthClient, which `auth` makes.
+
+        admin = MadClient("http://localhost:9041")
+        admin.token = admin.login("alice", password)["access_token"]
+        admin.create_user("bob", "bob@example.org", "correct horse")
+        token = admin.auth("sensor", secret).client_credentials()["access_token"]
+
+    Every method is one request on a connection of its own (a list of more than 1,000 rows: one for each 1,000); an
+    instance may be shared by threads. Objects are dicts with the members of the wire:
+
+      User          id username email created_at lockout_until is_active email_verified totp_enabled
+      Role          id name description is_protected is_active
+      Permission    id name
+      Scope         id name desc is_active is_protected created_at
+      Client        id client_id display_name is_active created_at audience client_type grant_types …
+      ClientUri     id client_id uri (redirect URIs: redirect_uri too)
+      ExternalIdp   id client_id provider_key display_name issuer client_identifier scopes created_at modified_at
+      Session       id user_id username client_id issued_at expires_at is_revoked token_use mad_use login_method …
+      RefreshToken  id user_id username session_id client_id issued_at expires_at is_revoked is_openid_token
+      AuditLog      id actor_id action secondary target timestamp ip_address user_agent
+      Msg           success message
+
+    Where an id is asked, the server takes a name too, except for what has none; `find_id` turns one into the other.
+    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), `offset`, `q` (search text) and `sort`
+    (a member, `-` before it for descending), returns a list, and follows the pages of the server by itself; `each`
+    yields the same rows without keeping them.
+    Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, NoRoute when the
+    server lacks the route, BadValue for a blank id or an unusable URL. Redirects are not followed, proxies not asked.
+    """
+
+    def __init__(self, admin_url: str = ADMIN_URL, token: str | None = None, *, auth_url: str = AUTH_URL,
+                 ca_file: str | None = None, timeout: float | None = None):
+        super().__init__(admin_url, token, ca_file, timeout)
+        self.auth_url = auth_url
+
+    @property
+    def admin_url(self) -> str:
+        return self.url
+
+    def auth(self, client_id: str | None = None, client_secret: str | None = None, token: str | None = None) -> AuthClient:
+        """Return an AuthClient for the AUTH server of this microauthd. Asks nobody."""
+        return AuthClient(self.auth_url, client_id, client_secret, token=token, ca_file=self.ca_file, timeout=self.timeout)
 
     # -- login --
 
@@ -436,17 +556,6 @@ class MadClient:
     def logout(self) -> dict:
         """POST /logout. Return Msg. The token is revoked."""
         return self.request("POST", "/logout")
-
-    def client_credentials(self, client_id: str, client_secret: str, scope: str | None = None) -> dict:
-        """POST /token on AUTH with HTTP Basic. Return Token. RFC 6749 §4.4, §2.3.1."""
-        from binascii import b2a_base64
-        from urllib.parse import quote_plus
-        # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
-        pair = quote_plus(client_id) + ":" + quote_plus(client_secret)
-        basic = b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
-        form = _given(grant_type="client_credentials", scope=scope or None)
-        token = self.request("POST", "/token", form=form, auth=True, headers={"Authorization": "Basic " + basic})
-        return _checked_token(token)
 
     def find_id(self, kind: str, name: str) -> str:
         """GET /{kind}/id-by-name/{name}. `kind`: users, roles, permissions, scopes, clients. Return the id; 404 if none."""
@@ -462,9 +571,10 @@ class MadClient:
         """POST /users. Return the new User."""
         return self.request("POST", "/users", json={"username": username, "email": email, "password": password})
 
-    def list_users(self) -> list[dict]:
-        """GET /users. Return [User]."""
-        return self.request("GET", "/users", want=list)
+    @listing
+    def list_users(self, is_active: str | None = None, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /users. Return [User]. `is_active`: "true" (when None), "false" or "all"."""
+        return self.pages("/users", _given(is_active=is_active), **search)
 
     def get_user(self, id: str) -> dict:
         """GET /users/{id}. Return User."""
@@ -500,22 +610,41 @@ class MadClient:
         return self.request("POST", _at("users", id, "set-lockout"), json={"lockout_until": lockout_until})
 
     def clear_lockout(self, id: str) -> dict:
-        """POST /users/{id}/set-lockout with the year 1, which clears it. Return Msg."""
-        return self.set_lockout(id, "0001-01-01T00:00:00")
+        """POST /users/{id}/clear-lockout. Return Msg."""
+        return self.request("POST", _at("users", id, "clear-lockout"))
 
-    def generate_totp(self, id: str, client_id: str, qr_output_path: str = ".") -> dict:
+    def verify_password(self, user: str, password: str, totp: str | None = None) -> dict:
+        """POST /users/verify-password. Return {valid, user_id, email, totp_required}; a wrong one is 403.
+
+        `user` is an id or a name. Nobody is logged in by it; a wrong password counts towards the lockout.
+        """
+        who = {"user_id" if is_uuid(user) else "username": user}
+        return self.request("POST", "/users/verify-password", json=who | _given(password=password, totp=totp))
+
+    def revoke_user(self, id: str) -> dict:
+        """POST /users/{id}/revoke. Return Msg. Ends every session, token and login of the user."""
+        return self.request("POST", _at("users", id, "revoke"))
+
+    def generate_totp(self, id: str, client_id: str | None = None, qr_output_path: str = ".") -> dict:
         """POST /users/{id}/totp/generate. Return TotpQr: `success`, `filename`. The file is written by the server."""
         return self.request("POST", _at("users", id, "totp", "generate"),
-                            json={"user_id": id, "client_id": client_id, "qr_output_path": qr_output_path})
+                            json=_given(user_id=id, client_id=client_id, qr_output_path=qr_output_path))
 
-    def verify_totp(self, user_id: str, client_id: str, code: str) -> dict:
+    def enroll_totp(self, id: str, client_id: str | None = None) -> dict:
+        """POST /users/{id}/totp/enroll. Return {success, otpauth_uri, secret, svg}: never told again.
+
+        The second factor counts from the first code on that `verify_totp` is given.
+        """
+        return self.request("POST", _at("users", id, "totp", "enroll"), json=_given(client_id=client_id))
+
+    def verify_totp(self, user_id: str, code: str, client_id: str | None = None) -> dict:
         """POST /users/totp/verify. Return Msg. A wrong code is 403."""
-        return self.request("POST", "/users/totp/verify",
-                            json={"user_id": user_id, "client_id": client_id, "code": code})
+        return self.request("POST", "/users/totp/verify", json=_given(user_id=user_id, client_id=client_id, code=code))
 
-    def disable_totp(self, user_id: str, client_id: str) -> dict:
-        """POST /users/{user_id}/{client_id}/disable-totp. Return Msg."""
-        return self.request("POST", _at("users", user_id, client_id, "disable-totp"))
+    def disable_totp(self, user_id: str, client_id: str | None = None) -> dict:
+        """POST /users/{user_id}/disable-totp. Return Msg."""
+        client = [] if client_id is None else [client_id]
+        return self.request("POST", _at("users", user_id, *client, "disable-totp"))
 
     # -- roles --
 
@@ -527,9 +656,10 @@ class MadClient:
         """PUT /roles/{id}. Return Role. What is None stays as it is."""
         return self.request("PUT", _at("roles", id), json=_given(name=name, description=description))
 
-    def list_roles(self) -> list[dict]:
+    @listing
+    def list_roles(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /roles. Return [Role]."""
-        return self.request("GET", "/roles", want=list)
+        return self.pages("/roles", **search)
 
     def get_role(self, id: str) -> dict:
         """GET /roles/{id}. Return Role."""
@@ -547,9 +677,19 @@ class MadClient:
         """POST /roles/unassign. Return Msg."""
         return self.request("POST", "/roles/unassign", json={"user_id": user_id, "role_id": role_id})
 
-    def list_roles_of_user(self, user_id: str) -> list[dict]:
+    def set_roles_of_user(self, user_id: str, role_ids: list[str]) -> dict:
+        """PUT /users/{user_id}/roles. Return Msg. These and no others are the roles of the user from now on."""
+        return self.request("PUT", _at("users", user_id, "roles"), json=[{"id": role_id} for role_id in role_ids])
+
+    @listing
+    def list_users_of_role(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /roles/{id}/users. Return [User]."""
+        return self.pages(_at("roles", id, "users"), **search)
+
+    @listing
+    def list_roles_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /users/{user_id}/roles. Return [{id, name}]."""
-        return self.request("GET", _at("users", user_id, "roles"), query={"all": "false"}, want=list)
+        return self.pages(_at("users", user_id, "roles"), {"all": "false"}, **search)
 
     # -- permissions --
 
@@ -561,9 +701,10 @@ class MadClient:
         """PUT /permissions/{id}. Return Permission."""
         return self.request("PUT", _at("permissions", id), json={"name": name})
 
-    def list_permissions(self) -> list[dict]:
+    @listing
+    def list_permissions(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /permissions. Return [Permission]."""
-        return self.request("GET", "/permissions", want=list)
+        return self.pages("/permissions", **search)
 
     def get_permission(self, id: str) -> dict:
         """GET /permissions/{id}. Return Permission."""
@@ -581,13 +722,20 @@ class MadClient:
         """DELETE /roles/{role_id}/permissions/{permission_id}. Return Msg."""
         return self.request("DELETE", _at("roles", role_id, "permissions", permission_id))
 
-    def list_permissions_of_role(self, role_id: str) -> list[dict]:
-        """GET /roles/{role_id}/permissions. Return [Permission]."""
-        return self.request("GET", _at("roles", role_id, "permissions"), want=list)
+    @listing
+    def list_roles_of_permission(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /permissions/{id}/roles. Return [Role]."""
+        return self.pages(_at("permissions", id, "roles"), **search)
 
-    def list_permissions_of_user(self, user_id: str) -> list[dict]:
+    @listing
+    def list_permissions_of_role(self, role_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /roles/{role_id}/permissions. Return [Permission]."""
+        return self.pages(_at("roles", role_id, "permissions"), **search)
+
+    @listing
+    def list_permissions_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /permissions/user/{user_id}. Return [Permission]: those of all roles of the user."""
-        return self.request("GET", _at("permissions", "user", user_id), want=list)
+        return self.pages(_at("permissions", "user", user_id), **search)
 
     def check_access(self, user_id: str, permission_id: str) -> dict:
         """POST /check-access. Return {user_id, permission_id, allowed}."""
@@ -606,9 +754,10 @@ class MadClient:
         """PUT /scopes/{id}. Return Scope. What is None stays as it is."""
         return self.request("PUT", _at("scopes", id), json=_given(name=name, desc=description))
 
-    def list_scopes(self) -> list[dict]:
+    @listing
+    def list_scopes(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /scopes. Return [Scope]."""
-        return self.request("GET", "/scopes", want=list)
+        return self.pages("/scopes", **search)
 
     def get_scope(self, id: str) -> dict:
         """GET /scopes/{id}. Return Scope."""
@@ -618,13 +767,24 @@ class MadClient:
         """DELETE /scopes/{id}. Return Msg."""
         return self.request("DELETE", _at("scopes", id))
 
+    @listing
+    def list_users_of_scope(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /scopes/{id}/users. Return [User]."""
+        return self.pages(_at("scopes", id, "users"), **search)
+
+    @listing
+    def list_clients_of_scope(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /scopes/{id}/clients. Return [Client]."""
+        return self.pages(_at("scopes", id, "clients"), **search)
+
     def assign_scopes_to_user(self, user_id: str, scope_ids: list[str]) -> dict:
         """POST /users/{user_id}/scopes. Return Msg."""
         return self.request("POST", _at("users", user_id, "scopes"), json={"scope_ids": scope_ids})
 
-    def list_scopes_of_user(self, user_id: str) -> list[dict]:
+    @listing
+    def list_scopes_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /users/{user_id}/scopes. Return [Scope]."""
-        return self.request("GET", _at("users", user_id, "scopes"), want=list)
+        return self.pages(_at("users", user_id, "scopes"), **search)
 
     def remove_scope_from_user(self, user_id: str, scope_id: str) -> dict:
         """DELETE /users/{user_id}/scopes/{scope_id}. Return Msg."""
@@ -634,9 +794,10 @@ class MadClient:
         """POST /clients/{client_id}/scopes. Return Msg. `client_id` is the internal id."""
         return self.request("POST", _at("clients", client_id, "scopes"), json={"scope_ids": scope_ids})
 
-    def list_scopes_of_client(self, client_id: str) -> list[dict]:
+    @listing
+    def list_scopes_of_client(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /clients/{client_id}/scopes. Return [Scope]. `client_id` is the internal id."""
-        return self.request("GET", _at("clients", client_id, "scopes"), want=list)
+        return self.pages(_at("clients", client_id, "scopes"), **search)
 
     def remove_scope_from_client(self, client_id: str, scope_id: str) -> dict:
         """DELETE /clients/{client_id}/scopes/{scope_id}. Return Msg. `client_id` is the internal id."""
@@ -657,14 +818,19 @@ class MadClient:
             may_introspect=may_introspect))
 
     def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
-                      audience: str | None = None, is_active: bool | None = None) -> dict:
-        """PUT /clients/{id}. Return Client. What is None stays as it is."""
+                      audience: str | None = None, is_active: bool | None = None, *, grant_types: list[str] | None = None,
+                      may_introspect: bool | None = None, is_first_party: bool | None = None,
+                      access_token_signed_alg: str | None = None, id_token_signed_response_alg: str | None = None) -> dict:
+        """PUT /clients/{id}. Return Client. What is None stays as it is. An algorithm of "" is the server's choice."""
         return self.request("PUT", _at("clients", id), json=_given(
-            client_id=client_id, display_name=display_name, audience=audience, is_active=is_active))
+            client_id=client_id, display_name=display_name, audience=audience, is_active=is_active,
+            grant_types=grant_types, may_introspect=may_introspect, is_first_party=is_first_party,
+            access_token_signed_alg=access_token_signed_alg, id_token_signed_response_alg=id_token_signed_response_alg))
 
-    def list_clients(self) -> list[dict]:
+    @listing
+    def list_clients(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /clients. Return [Client]."""
-        return self.request("GET", "/clients", want=list)
+        return self.pages("/clients", **search)
 
     def get_client(self, id: str) -> dict:
         """GET /clients/{id}. Return Client."""
@@ -673,6 +839,10 @@ class MadClient:
     def delete_client(self, id: str) -> dict:
         """DELETE /clients/{id}. Return Msg. Ends its sessions."""
         return self.request("DELETE", _at("clients", id))
+
+    def revoke_client(self, id: str) -> dict:
+        """POST /clients/{id}/revoke. Return Msg. Ends everything issued to the client."""
+        return self.request("POST", _at("clients", id, "revoke"))
 
     def change_client_secret(self, id: str, new_secret: str | None = None, overlap_seconds: int | None = None) -> dict:
         """POST /clients/secret. Return Msg whose `message` is the new secret; the server makes one when none is given.
@@ -685,17 +855,62 @@ class MadClient:
             raise _bad_answer("the answer is not the JSON it should be")
         return answer
 
+    @listing
+    def list_client_secrets(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /clients/{id}/secrets. Return [{id, created_at, expires_at}], never the secrets themselves."""
+        return self.pages(_at("clients", id, "secrets"), **search)
+
+    def delete_client_secret(self, id: str, secret_id: str) -> dict:
+        """DELETE /clients/{id}/secrets/{secret_id}. Return Msg. It stops working at once."""
+        return self.request("DELETE", _at("clients", id, "secrets", secret_id))
+
     def add_redirect_uri(self, id: str, uri: str) -> dict:
-        """POST /clients/{id}/redirect-uris. Return the new RedirectUri."""
+        """POST /clients/{id}/redirect-uris. Return the new ClientUri."""
         return self.request("POST", _at("clients", id, "redirect-uris"), json=uri)
 
-    def list_redirect_uris(self, client_id: str) -> list[dict]:
-        """GET /clients/{client_id}/redirect-uris. Return [RedirectUri]. `client_id` is the internal id."""
-        return self.request("GET", _at("clients", client_id, "redirect-uris"), want=list)
+    @listing
+    def list_redirect_uris(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /clients/{client_id}/redirect-uris. Return [ClientUri]. `client_id` is the internal id."""
+        return self.pages(_at("clients", client_id, "redirect-uris"), **search)
 
-    def delete_redirect_uri(self, id: str) -> dict:
+    def delete_redirect_uri(self, id: str, client_id: str | None = None) -> dict:
         """DELETE /clients/redirect-uris. Return Msg. `id` is that of the record, not the URI."""
-        return self.request("DELETE", "/clients/redirect-uris", json=id)
+        if client_id is None:
+            return self.request("DELETE", "/clients/redirect-uris", json=id)
+        return self.request("DELETE", _at("clients", client_id, "redirect-uris", id))
+
+    def add_post_logout_uri(self, id: str, uri: str) -> dict:
+        """POST /clients/{id}/post-logout-redirect-uris. Return the new ClientUri."""
+        return self.request("POST", _at("clients", id, "post-logout-redirect-uris"), json=uri)
+
+    @listing
+    def list_post_logout_uris(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /clients/{client_id}/post-logout-redirect-uris. Return [ClientUri]. `client_id` is the internal id."""
+        return self.pages(_at("clients", client_id, "post-logout-redirect-uris"), **search)
+
+    def delete_post_logout_uri(self, client_id: str, id: str) -> dict:
+        """DELETE /clients/{client_id}/post-logout-redirect-uris/{id}. Return Msg. `id` is that of the record."""
+        return self.request("DELETE", _at("clients", client_id, "post-logout-redirect-uris", id))
+
+    def add_cors_origin(self, id: str, uri: str) -> dict:
+        """POST /clients/{id}/cors-origins. Return the new ClientUri."""
+        return self.request("POST", _at("clients", id, "cors-origins"), json=uri)
+
+    @listing
+    def list_cors_origins(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /clients/{client_id}/cors-origins. Return [ClientUri]. `client_id` is the internal id."""
+        return self.pages(_at("clients", client_id, "cors-origins"), **search)
+
+    def delete_cors_origin(self, client_id: str, id: str) -> dict:
+        """DELETE /clients/{client_id}/cors-origins/{id}. Return Msg. `id` is that of the record."""
+        return self.request("DELETE", _at("clients", client_id, "cors-origins", id))
+
+    def list_flags(self, client_id: str) -> dict:
+        """GET /clients/{client_id}/options. Return {flag: {is_enabled, options}}. `client_id` is the internal id."""
+        answer = self.request("GET", _at("clients", client_id, "options"))
+        if not all(isinstance(value, dict) for value in answer.values()):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
 
     def set_flag(self, client_id: str, flag: str, enabled: bool) -> dict:
         """POST /client/options/{flag}. Return Msg. `client_id` is the internal id."""
@@ -731,9 +946,14 @@ class MadClient:
             "provider_key": provider_key, "display_name": display_name, "issuer": issuer,
             "client_identifier": external_client_id, "scopes": scopes})
 
-    def list_idps(self, id: str) -> list[dict]:
+    @listing
+    def list_idps(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /clients/{id}/idp. Return [ExternalIdp]."""
-        return self.request("GET", _at("clients", id, "idp"), want=list)
+        return self.pages(_at("clients", id, "idp"), **search)
+
+    def get_idp(self, id: str, idp_id: str) -> dict:
+        """GET /clients/{id}/idp/{idp_id}. Return ExternalIdp."""
+        return self.request("GET", _at("clients", id, "idp", idp_id))
 
     def delete_idp(self, id: str, idp_id: str) -> dict:
         """DELETE /clients/{id}/idp/{idp_id}. Return Msg."""
@@ -741,21 +961,28 @@ class MadClient:
 
     # -- sessions and refresh tokens --
 
-    def list_sessions(self) -> list[dict]:
-        """GET /sessions. Return [Session], newest first."""
-        return self.request("GET", "/sessions", want=list)
+    @listing
+    def list_sessions(self, user_id: str | None = None, client_id: str | None = None,
+                      **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /sessions. Return [Session], newest first, of this user and this client only when they are given."""
+        return self.pages("/sessions", _given(user_id=user_id, client_id=client_id), **search)
 
     def get_session(self, id: str) -> dict:
         """GET /sessions/{id}. Return Session. `id` is the token's `jti`."""
         return self.request("GET", _at("sessions", id))
 
-    def list_sessions_of_user(self, user_id: str) -> list[dict]:
+    @listing
+    def list_sessions_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /sessions/user/{user_id}. Return [Session], newest first."""
-        return self.request("GET", _at("sessions", "user", user_id), want=list)
+        return self.pages(_at("sessions", "user", user_id), **search)
 
     def revoke_session(self, id: str) -> dict:
         """DELETE /sessions/{id}. Return {jti, status, message}."""
         return self.request("DELETE", _at("sessions", id))
+
+    def revoke_token(self, token: str) -> dict:
+        """POST /revoke. Return Msg. `token` is one of AUTH, or an admin token."""
+        return self.request("POST", "/revoke", json={"token": token})
 
     def introspect(self, token: str) -> dict:
         """POST /introspect. Return the claims of an AUTH token, with `valid` and `expired`."""
@@ -766,17 +993,23 @@ class MadClient:
         return self.request("POST", "/sessions/purge", json={
             "older_than_seconds": older_than, "purge_expired": expired, "purge_revoked": revoked})
 
-    def list_refresh_tokens(self) -> list[dict]:
+    @listing
+    def list_refresh_tokens(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /refresh-tokens. Return [RefreshToken], newest first."""
-        return self.request("GET", "/refresh-tokens", want=list)
+        return self.pages("/refresh-tokens", **search)
 
-    def list_refresh_tokens_of_user(self, user_id: str) -> list[dict]:
-        """GET /refresh-tokens/user/{user_id}. Return [RefreshToken]."""
-        return self.request("GET", _at("refresh-tokens", "user", user_id), want=list)
+    @listing
+    def list_refresh_tokens_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /refresh-tokens/user/{user_id}. Return [RefreshToken], newest first."""
+        return self.pages(_at("refresh-tokens", "user", user_id), **search)
 
     def get_refresh_token(self, id: str) -> dict:
         """GET /refresh-tokens/{id}. Return RefreshToken."""
         return self.request("GET", _at("refresh-tokens", id))
+
+    def revoke_refresh_token(self, id: str) -> dict:
+        """DELETE /refresh-tokens/{id}. Return Msg. The login it belongs to ends."""
+        return self.request("DELETE", _at("refresh-tokens", id))
 
     def purge_refresh_tokens(self, older_than: int, expired: bool = False, revoked: bool = False) -> dict:
         """POST /refresh-tokens/purge. Return Msg. `older_than` in seconds."""
@@ -785,14 +1018,48 @@ class MadClient:
 
     # -- audit --
 
-    def list_audit_logs(self, user_id: str | None = None, action: str | None = None,
-                        limit: int | None = None) -> list[dict]:
-        """GET /audit-logs. Return [AuditLog], newest first. `user_id` is the actor, `action` an exact name."""
-        return self.request("GET", "/audit-logs", query=_given(userId=user_id, action=action, limit=limit), want=list)
+    @listing
+    def list_audit_logs(self, user_id: str | None = None, action: str | None = None, limit: int | None = 100, *,
+                        target: str | None = None, since: str | None = None, until: str | None = None,
+                        after: str | None = None, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /audit-logs. Return [AuditLog], newest first; with `after` only those with a greater id, oldest first.
+
+        `user_id` is the actor, `action` and `target` are exact, `since` and `until` ISO 8601 or Unix seconds.
+        """
+        return self.pages("/audit-logs", _given(userId=user_id, action=action, target=target, since=since, until=until,
+                                                after=after), limit=limit, **search)
 
     def get_audit_log(self, id: str) -> dict:
         """GET /audit-logs/{id}. Return AuditLog."""
         return self.request("GET", _at("audit-logs", id))
+
+    def verify_audit_logs(self) -> dict:
+        """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}: whether the chain is whole."""
+        answer = self.request("GET", "/audit-logs/verify")
+        if not isinstance(answer.get("valid"), bool):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
+
+    @listing
+    def export_audit_logs(self, after: str | None = None, limit: int | None = None) -> Iterator[list[dict]]:
+        """GET /audit-logs/export. Return [AuditLog], oldest first, of ids greater than `after`: all of them."""
+        left = limit
+        while left is None or left > 0:
+            answer = self.send("GET", "/audit-logs/export", want=bytes, query=_given(
+                after=after, limit=EXPORT if left is None else min(left, EXPORT)))
+            try:
+                rows = [read_json(text) for text in answer.value.split(b"\n") if text.strip()]
+            except ValueError:
+                rows = [None]
+            if not all(isinstance(row, dict) for row in rows):
+                raise _bad_answer("the answer is not the NDJSON it should be")
+            yield rows if left is None else rows[:left]
+            left = None if left is None else left - len(rows)
+            before, after = after, answer.headers.get("x-next-after")
+            if not after:
+                return
+            if after == before or not rows:
+                raise _bad_answer("the pages of the export go round in a circle", hint="")
 
     def purge_audit_logs(self, days: int) -> dict:
         """POST /audit-logs/purge. Return Msg. `days` > 0."""
@@ -815,8 +1082,8 @@ def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
     errors = value.get("errors")
     errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
     wait = fields.get("retry-after", "")
-    hint = "try again in %s seconds" % wait if wait.isascii() and wait.isdigit() else ""
-    return MadError(status, error, message, errors, hint)
+    wait = wait if wait.isascii() and wait.isdigit() and len(wait) < 10 else ""
+    return MadError(status, error, message, errors, "try again in %s seconds" % wait if wait else "", int(wait or 0))
 
 
 def _checked_token(answer: dict) -> dict:
@@ -824,6 +1091,140 @@ def _checked_token(answer: dict) -> dict:
     if not isinstance(token, str) or not is_token(token):
         raise _bad_answer("the answer has no access token")
     return answer
+
+
+# == AuthClient ================================================================
+# The requests of AUTH.
+
+class AuthClient(Binding):
+    """The AUTH API of a microauthd, as a client of it; the ADMIN API is MadClient.
+
+        auth = AuthClient("http://localhost:9040", "app", secret)
+        answer = auth.password_login("bob", password, scope="openid email")
+        auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
+        auth.userinfo()["email"]
+
+    `client_id` and `client_secret` authenticate the client where AUTH asks for it (Basic; without a secret the client is
+    a public one). `token` is the access token to speak for, and never set behind your back. Objects are those of
+    MadClient, and Token: `access_token token_type expires_in scope jti` with `refresh_token` and `id_token` when
+    they exist. Raises as MadClient does; `error` is a code of RFC 6749 §5.2 where AUTH speaks OAuth.
+    """
+
+    def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
+                 token: str | None = None, ca_file: str | None = None, timeout: float | None = None):
+        super().__init__(auth_url, token, ca_file, timeout)
+        self.client_id, self.client_secret = client_id, client_secret
+
+    @property
+    def auth_url(self) -> str:
+        return self.url
+
+    def _as_client(self, path: str, **form) -> dict:
+        """POST a form as the client: Basic with a secret, `client_id` in the form without one. RFC 6749 §2.3.1."""
+        form, headers = _given(**form), {}
+        if not self.client_id:
+            raise BadValue("a client_id is needed here")
+        if self.client_secret is None:
+            form["client_id"] = self.client_id
+        else:
+            from binascii import b2a_base64
+            from urllib.parse import quote_plus
+            # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
+            pair = quote_plus(self.client_id) + ":" + quote_plus(self.client_secret)
+            headers["Authorization"] = "Basic " + b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
+        return self.request("POST", path, form=form, headers=headers, anonymous=True)
+
+    # -- what anybody may ask --
+
+    def discovery(self) -> dict:
+        """GET /.well-known/openid-configuration. Return the metadata of OpenID Connect Discovery §3."""
+        return self.request("GET", "/.well-known/openid-configuration", anonymous=True)
+
+    def jwks(self) -> dict:
+        """GET /jwks.json. Return {"keys": […]}, the public keys of AUTH. RFC 7517 §5."""
+        return self.request("GET", "/jwks.json", anonymous=True)
+
+    # -- tokens --
+
+    def client_credentials(self, scope: str | None = None) -> dict:
+        """POST /token. Return Token, for the client itself. RFC 6749 §4.4."""
+        return _checked_token(self._as_client("/token", grant_type="client_credentials", scope=scope or None))
+
+    def password_login(self, username: str, password: str, scope: str | None = None, totp: str | None = None) -> dict:
+        """POST /token. Return Token, for a user. A failed login is 403, whatever was wrong. RFC 6749 §4.3."""
+        return _checked_token(self._as_client("/token", grant_type="password", username=username, password=password,
+                                              scope=scope, totp=totp))
+
+    def exchange_code(self, code: str, redirect_uri: str, code_verifier: str | None = None) -> dict:
+        """POST /token. Return Token, for the code that came to `redirect_uri`. RFC 6749 §4.1.3, RFC 7636 §4.5."""
+        return _checked_token(self._as_client("/token", grant_type="authorization_code", code=code,
+                                              redirect_uri=redirect_uri, code_verifier=code_verifier))
+
+    def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
+        """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
+        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token, scope=scope))
+
+    def introspect(self, token: str) -> dict:
+        """POST /introspect. Return the claims with `active` true, or {"active": false}. RFC 7662 §2."""
+        answer = self._as_client("/introspect", token=token)
+        if not isinstance(answer.get("active"), bool):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
+
+    def revoke(self, token: str) -> dict:
+        """POST /revoke. Return Msg. A refresh token takes its family along; an unknown token is no failure. RFC 7009 §2."""
+        return self._as_client("/revoke", token=token)
+
+    # -- whom the token speaks for --
+
+    def userinfo(self) -> dict:
+        """GET /userinfo. Return the claims the scopes of the token open. OpenID Connect Core §5.3."""
+        return self.request("GET", "/userinfo")
+
+    def me(self) -> dict:
+        """GET /me. Return {sub, email, roles, scopes}."""
+        return self.request("GET", "/me")
+
+    @listing
+    def list_my_sessions(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /me/sessions. Return [Session], newest first."""
+        return self.pages("/me/sessions", **search)
+
+    @listing
+    def list_my_refresh_tokens(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /me/refresh-tokens. Return [RefreshToken], newest first; never the tokens themselves."""
+        return self.pages("/me/refresh-tokens", **search)
+
+    def logout(self) -> dict:
+        """POST /logout. Return Msg. Ends every login of the user at the client of the token."""
+        return self.request("POST", "/logout")
+
+    def logout_all(self) -> dict:
+        """POST /logout-all. Return Msg. Ends every login of the user, everywhere."""
+        return self.request("POST", "/logout-all")
+
+    # -- users, for a token with one of the admin: scopes --
+
+    def create_user(self, username: str, email: str, password: str) -> dict:
+        """POST /user. Return the new User. Scope admin:provision_users."""
+        return self.request("POST", "/user", json={"username": username, "email": email, "password": password})
+
+    @listing
+    def list_users(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /users. Return [User]. Scope admin:list_users."""
+        return self.pages("/users", **search)
+
+    def get_user(self, id: str) -> dict:
+        """GET /user/{id}. Return User. Scope admin:read_user."""
+        return self.request("GET", _at("user", id))
+
+    def reset_password(self, id: str, new_password: str) -> dict:
+        """POST /user/{id}/reset. Return Msg. Scope admin:reset_passwords."""
+        return self.request("POST", _at("user", id, "reset"), json={"new_password": new_password})
+
+    def deactivate_user(self, id: str) -> dict:
+        """POST /user/{id}/deactivate. Return Msg. Scope admin:deactivate_users."""
+        return self.request("POST", _at("user", id, "deactivate"))
 
 
 # == Profile ===================================================================
@@ -1521,7 +1922,7 @@ class Shell:
             tell("warning", "cannot tell when the saved token expires")
             return
         if expires_at <= time():
-            raise Refusal(LOGIN, "token_expired", "the saved login expired at " + utc(int(expires_at)), hint=hint)
+            raise Refusal(LOGIN, "token_expired", "the saved login expired at " + utc(expires_at), hint=hint)
 
     def client(self, url: Url | None = None, token: str | None = None) -> MadClient:
         """Return a client for ADMIN, with the token in force unless another one is given."""
@@ -1682,7 +2083,7 @@ def _name_in(claims: dict) -> str:
 
 def _expiry_in(claims: dict) -> str:
     expires_at = claims.get("exp")
-    return utc(int(expires_at)) if isinstance(expires_at, (int, float)) else ""
+    return utc(expires_at) if isinstance(expires_at, (int, float)) else ""
 
 
 def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_password: int | None = None,
@@ -1760,10 +2161,10 @@ def token_get(shell: Shell, client_id: str | None = None, secret: str | None = N
     cache = None if no_cache else TokenCache(url.text, client_id, scope, secret)
     if cache and (answer := cache.find(int(time()))):
         return answer
-    client = MadClient(auth_url=url.text, ca_file=os.environ.get("MAD_CA_FILE") or None)
+    client = AuthClient(url.text, client_id, secret, ca_file=os.environ.get("MAD_CA_FILE") or None)
     asked_at = int(time())
     try:
-        answer = client.client_credentials(client_id, secret, scope)
+        answer = client.client_credentials(scope)
     except MadError as problem:
         if problem.status == 401:
             problem.hint = "check the client id and its secret"
