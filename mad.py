@@ -49,7 +49,7 @@ AUTH_URL = "http://localhost:9040"
 DONE, REFUSED, USAGE, LOGIN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_STATUSES = (
     (DONE, "done"),
-    (REFUSED, "refused by the server"),
+    (REFUSED, "refused by the server, or found to be wrong by audit verify"),
     (USAGE, "bad usage; nothing was sent"),
     (LOGIN, "not logged in: no token, or it expired or was not accepted"),
     (UNREACHABLE, "no usable answer: connection, TLS, time-out, or not a microauthd"),
@@ -1400,45 +1400,38 @@ class TokenCache:
 
 # == Arguments =================================================================
 # Long options only, as `--name value`, `--name=value` or `--name:value`; booleans bare or with true/false.
+# `@file` where an option could stand is replaced by the words in that file; where a value stands it is the value, so
+# that a password may begin with @ (the original took it for a file there too).
 
 class Option:
     """One option of a command.
 
-    `kind` is text, number, flag, list, secret or token (of which `-` means standard input). `dest` is the parameter it becomes. `of` is the collection whose ids
-    it takes, so that a name may stand for one; with `loose` an unknown name is taken as it stands. A secret has a
-    second spelling, the flag `stdin`, and is asked for on a terminal when `required`.
+    `kind` is text, number, flag, list, moment, lockout (a moment, or for good), secret or token (of which `-` means
+    standard input). `dest` is the parameter it becomes, `choices` are the values there are. `of` is the collection whose
+    ids it takes, so that a name may stand for one; with `loose` an unknown name is taken as it stands. `within` says
+    that of a part of something: the option that names the whole, the list of its parts, the members that are names.
+    A secret has a second spelling, the flag `stdin`, and is asked for on a terminal when `required`: twice, unless it
+    is `known` already.
     """
-    __slots__ = ("name", "kind", "help", "required", "dest", "of", "loose", "stdin", "metavar", "least")
+    __slots__ = ("name", "kind", "help", "required", "dest", "of", "loose", "within", "stdin", "known", "metavar",
+                 "least", "choices")
 
-    def __init__(self, name, help, kind="text", *, required=False, dest=None, of=None, loose=False, stdin=None,
-                 metavar=None, least=None):
+    def __init__(self, name, help, kind="text", *, required=False, dest=None, of=None, loose=False, within=None,
+                 stdin=None, known=False, metavar=None, least=None, choices=()):
         self.name, self.help, self.kind, self.required, self.of, self.loose = name, help, kind, required, of, loose
         self.dest = dest or (name or stdin).replace("-", "_")
-        self.stdin, self.least = stdin, least
-        self.metavar = metavar or {"number": "N", "secret": "SECRET"}.get(kind) or (
+        self.within, self.stdin, self.known, self.least, self.choices = within, stdin, known, least, choices
+        self.metavar = metavar or "|".join(choices) or {
+            "number": "N", "secret": "SECRET", "moment": "MOMENT", "lockout": "MOMENT|permanent"}.get(kind) or (
             "ID|NAME" if of else (name or "").rpartition("-")[2].upper())
 
 
-class Command:
-    """One row of COMMANDS.
-
-    `name` is what is typed. `call` gets the options as parameters, after a MadClient, or after the Shell when `local`.
-    `shape` may first bring the result into the form it has here. `show` turns it into lines, `quiet` into those of
-    --quiet (the ids, unless given); with --json the result itself is printed. `at_least_one` is for updates.
-    """
-    __slots__ = ("name", "help", "call", "options", "show", "example", "local", "at_least_one", "shape", "quiet")
-
-    def __init__(self, name, help, call, options, show, example="", *, local=False, at_least_one=False, shape=None,
-                 quiet=None):
-        self.name, self.help, self.call, self.show, self.example = name, help, call, show, example
-        self.local, self.at_least_one, self.shape, self.quiet = local, at_least_one, shape, quiet
-        self.options = tuple(options)
-
-    def all_options(self) -> tuple:
-        """Return its options and the common ones."""
-        return self.options + (COMMON if self.local else SERVER + COMMON)
-
-
+LIST = (
+    Option("limit", "at most so many in all; a negative number means all, which is what it does without", "number"),
+    Option("offset", "leave out so many first", "number", least=0),
+    Option("q", "only those in which this text occurs", metavar="TEXT"),
+    Option("sort", "by this member; - before it turns the order round", metavar="MEMBER"),
+)
 COMMON = (
     Option("json", "print one JSON document, also on failure", "flag"),
     Option("quiet", "print ids only", "flag"),
@@ -1447,6 +1440,41 @@ SERVER = (
     Option("admin-url", "address of the ADMIN server"),
     Option("admin-token", "admin token to use instead of the saved login", "secret"),
 )
+YES = Option("yes", "do not ask before doing it; where there is no terminal nothing is asked", "flag")
+
+
+class Command:
+    """One row of COMMANDS.
+
+    `name` is what is typed. `call` gets the options as parameters, after a MadClient; after the Shell when `local`; after
+    both when a `verb`. `shape` may first bring the result into the form it has here. `show` turns it into lines,
+    `quiet` into those of --quiet (the ids, unless given); with --json the result itself is printed. A call that has
+    `pages` is a list, printed while it comes; one that `flows` yields pages too, and with --json a document a line.
+    `at_least_one` is for updates. `danger` marks what is asked about on a terminal: it names the option whose value
+    is to be typed again, or is "" for a plain question.
+    """
+    __slots__ = ("name", "help", "call", "options", "show", "example", "local", "verb", "at_least_one", "shape", "quiet",
+                 "flows", "danger")
+
+    def __init__(self, name, help, call, options, show, example="", *, local=False, verb=False, at_least_one=False,
+                 shape=None, quiet=None, flows=False, danger=None):
+        self.name, self.help, self.call, self.show, self.example = name, help, call, show, example
+        self.local, self.verb, self.at_least_one, self.shape, self.quiet = local, verb, at_least_one, shape, quiet
+        self.flows, self.danger = flows, danger
+        self.options = tuple(options)
+        if self.is_list:
+            given = [option.name for option in options]
+            self.options += tuple(option for option in LIST if option.name not in given)
+
+    @property
+    def is_list(self) -> bool:
+        return hasattr(self.call, "pages") and not self.flows
+
+    def all_options(self) -> tuple:
+        """Return its options and the common ones."""
+        return (self.options + (() if self.danger is None else (YES,)) + (() if self.local else SERVER) + COMMON)
+
+
 HELP_WORDS = ("-h", "--help", "-?", "/?", "/h")
 
 
@@ -1463,8 +1491,51 @@ def near(word: str, words) -> str:
     return (get_close_matches(word, list(words), 1, 0.6) or [""])[0]
 
 
+def moment(text: str) -> str | None:
+    """Return a date-time as ISO 8601 in UTC: one of ISO 8601, in UTC unless it says otherwise, or Unix seconds."""
+    from datetime import datetime, timezone
+    try:
+        if text.isascii() and text.isdigit() and len(text) > 8:
+            found = datetime.fromtimestamp(int(text), timezone.utc)
+        else:
+            found = datetime.fromisoformat(text)
+            found = found.astimezone(timezone.utc) if found.tzinfo else found
+    except (ValueError, OverflowError, OSError):
+        return None
+    return found.strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)
+
+
+def words_in(path: str) -> list[str]:
+    """Return the words of a response file: blanks part them, double quotes group them, a line of # is a comment.
+
+    Raises ValueError with a sentence.
+    """
+    from shlex import shlex
+    try:
+        with open(path, "rb") as file:
+            octets = file.read(MAX_SECRET + 1)
+        text = octets.decode("utf-8-sig")
+    except OSError as problem:
+        raise ValueError("cannot read %s: %s" % (path, problem.strerror)) from None
+    except ValueError:
+        raise ValueError("%s is not text in UTF-8" % path) from None
+    if len(octets) > MAX_SECRET:
+        raise ValueError("%s is too long" % path)
+    found = []
+    for row in text.splitlines():
+        if not row.lstrip().startswith("#"):
+            lexer = shlex(row, posix=True)
+            lexer.whitespace_split, lexer.commenters, lexer.quotes, lexer.escape = True, "", '"', ""
+            try:
+                found += list(lexer)
+            except ValueError:
+                raise ValueError("%s has a quote without its end" % path) from None
+    return found
+
+
 def parse(command: Command, words: list[str]) -> Parsed:
     """Read the words after the command. Collects every error instead of stopping at the first."""
+    words, files = list(words), 0
     kinds: dict = {}
     for option in command.all_options():
         if option.name:
@@ -1481,6 +1552,15 @@ def parse(command: Command, words: list[str]) -> Parsed:
         if word == "--":
             parsed.errors += ["unexpected word '%s'" % extra for extra in words[position:]]
             break
+        if word.startswith("@") and len(word) > 1:
+            files += 1
+            try:
+                words[position:position] = words_in(word[1:]) if files <= 10 else []
+            except ValueError as problem:
+                parsed.errors.append(str(problem))
+            if files == 11:
+                parsed.errors.append("too many files of words")
+            continue
         if not word.startswith("--"):
             parsed.errors.append("unknown option '%s'" % word if word.startswith("-") else "unexpected word '%s'" % word)
             continue
@@ -1521,6 +1601,13 @@ def parse(command: Command, words: list[str]) -> Parsed:
                     found = int(value)
                 else:
                     parsed.errors.append("--%s is a whole number" % name)
+            elif kind == "lockout" and value.lower() == "permanent":
+                found = "9999-12-31T23:59:59Z"
+            elif kind in ("moment", "lockout"):
+                found = moment(value)
+                if found is None:
+                    parsed.errors.append("--%s is an ISO 8601 date-time, such as 2030-01-31T12:00:00Z%s" % (
+                        name, ", or the word permanent" if kind == "lockout" else ", or Unix seconds"))
         if any("\ud800" <= ch <= "\udfff" for ch in ("".join(found) if kind == "list" else value or "")):
             parsed.errors.append("--%s is not valid UTF-8" % name)
         if kind == "list":
@@ -1537,7 +1624,9 @@ def parse(command: Command, words: list[str]) -> Parsed:
             parsed.errors.append("--%s is blank" % option.name)
         if option.required and option.kind != "secret" and given is None:
             parsed.errors.append("--%s is missing" % option.name)
-        if option.of and any(not item.strip() for item in (
+        if option.choices and given is not None and given.lower() not in option.choices:
+            parsed.errors.append("--%s is one of %s" % (option.name, ", ".join(option.choices)))
+        if (option.of or option.within) and any(not item.strip() for item in (
                 given if isinstance(given, list) else [] if given is None else [given])):
             parsed.errors.append("--%s is blank" % option.name)
         if isinstance(given, int) and option.least is not None and given < option.least:
@@ -1615,14 +1704,19 @@ def _titled(spec: str) -> tuple[str, str]:
 
 
 def table(what: str, *specs: str):
-    """Return a `show` for a list of objects, with a column for each of `specs`."""
-    def show(rows: list[dict]) -> list[str]:
-        if not rows:
-            return ["(no %s)" % what]
-        titles, members = zip(*map(_titled, specs))
-        cells = [[title.upper() for title in titles]]
-        cells += [[cell(member, row.get(member)) for member in members] for row in rows]
-        widths = [max(columns_of(line[i]) for line in cells) for i in range(len(members))]
+    """Return a `show` for a list of objects, with a column for each of `specs`. `show.lines` takes them as they come."""
+    titles, members = zip(*map(_titled, specs))
+
+    def lines(rows) -> Iterator[str]:
+        from itertools import chain, islice
+        # The first rows decide how wide the columns are: the rest of a long list is not there yet.
+        rows = ([cell(member, row.get(member)) for member in members] for row in rows)
+        first = list(islice(rows, PAGE))
+        if not first:
+            yield "(no %s)" % what
+            return
+        first.insert(0, [title.upper() for title in titles])
+        widths = [max(columns_of(texts[i]) for texts in first) for i in range(len(members))]
         limit = terminal_width()
         if limit:
             # Ids are there to be copied: they give way last.
@@ -1633,10 +1727,17 @@ def table(what: str, *specs: str):
                     if widest is None or widths[widest] <= least:
                         break
                     widths[widest] -= 1
-        lines = ["  ".join(fit(text, width) + " " * (width - columns_of(fit(text, width)))
-                           for text, width in zip(line, widths)).rstrip() for line in cells]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return [fit(line, limit) for line in lines] if limit else lines
+        first.insert(1, ["-" * width for width in widths])
+        for texts in chain(first, rows):
+            if limit:
+                texts = [fit(text, width) for text, width in zip(texts, widths)]
+            text = "  ".join(text + " " * (width - columns_of(text)) for text, width in zip(texts, widths)).rstrip()
+            yield fit(text, limit) if limit else text
+
+    def show(rows: list[dict]) -> list[str]:
+        return list(lines(rows))
+
+    show.lines = lines  # type: ignore[attr-defined]
     return show
 
 
@@ -1682,6 +1783,17 @@ def ids(result) -> list[str]:
     return [plain(row["id"]) for row in rows if isinstance(row, dict) and row.get("id")]
 
 
+def document(value) -> str:
+    """Return a value as one line of JSON."""
+    from json import dumps
+    return dumps(value, separators=(",", ":"))
+
+
+def documents(rows: list[dict]) -> list[str]:
+    """Return the rows as NDJSON."""
+    return [document(row) for row in rows]
+
+
 def tell(kind: str, text: str) -> None:
     """Say something on stderr. Server sentences become lower case without a full stop, as all talk of mad is."""
     text = plain(text)
@@ -1714,7 +1826,7 @@ def _spellings(option: Option) -> list[tuple[str, str]]:
     found = []
     if option.name:
         kind = {"flag": " [true|false]", "list": " %s ..." % option.metavar}.get(option.kind, " " + option.metavar)
-        must = " (required)" if option.required and option.kind != "secret" else ""
+        must = " (required)" if option.required and (option.kind != "secret" or not option.stdin) else ""
         found.append(("--" + option.name + kind, option.help + must))
     if option.stdin:
         what = option.help if not option.name else "read it from standard input" + (
@@ -1740,6 +1852,7 @@ def help_overview(commands) -> str:
     return "\n".join(
         ["usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "", "commands:"]
         + [text for noun, words in verbs for text in ["  " + noun] + wrap(words, 76, "      ")]
+        + ["", "where an id is asked, a name does; @file among the options stands for the words in that file"]
         + ["", "options of every command:"]
         + _rows([pair for option in COMMON for pair in _spellings(option)] + [("--help", "say more about a command")])
         + ["", "environment:"] + _rows(ENVIRONMENT)
@@ -1759,23 +1872,30 @@ def help_noun(commands, noun: str) -> str:
 
 def help_command(command: Command) -> str:
     """Return the text of `mad <noun> <verb> --help`."""
+    more = [] if not command.flows else ["", "prints line by line while it goes; with --json each line is a document"]
+    if command.danger is not None:
+        more = ["", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask"]
     return "\n".join(
-        ["usage: mad %s [options]" % command.name, "", command.help, "", "options:"]
+        ["usage: mad %s [options]" % command.name, "", command.help] + more + ["", "options:"]
         + _rows(pair for option in command.all_options() for pair in _spellings(option))
         + ["", "for example:", "  " + command.example])
 
 
 def describe_commands(commands) -> list[tuple[str, str, str]]:
-    """Return a row for each command: how it is typed, what it does, the request it makes ("" when none)."""
+    """Return a row for each command: how it is typed, what it does, the request it makes ("" when none of ADMIN).
+
+    What every list takes, and what every command takes, is left out.
+    """
     found = []
     for command in commands:
         words = ["mad " + command.name]
         for option in command.options:
-            if option not in SERVER:
+            if option not in SERVER and option not in LIST:
                 text = " | ".join(left for left, _ in _spellings(option))
                 words.append(text if option.required and "|" not in text else "[%s]" % text)
-        request = "" if command.local else (command.call.__doc__ or "").partition(". ")[0].partition(".\n")[0]
-        found.append((" ".join(words), command.help, request))
+        request = (command.call.__doc__ or "").partition(". ")[0].partition(".\n")[0]
+        found.append((" ".join(words), command.help,
+                      request if request.startswith(("GET /", "POST /", "PUT /", "DELETE /")) else ""))
     return found
 
 
@@ -1943,6 +2063,8 @@ class Shell:
         if not on_terminal():
             ways = " or ".join("--" + name for name in (option.stdin, option.name) if name)
             raise Refusal(USAGE, "usage", "%s is missing" % ways, hint="pipe it in with --" + option.stdin)
+        if option.known:
+            return ask_secret("password: ")
         first = ask_secret("new password: ")
         if ask_secret("once more: ") != first:
             raise Refusal(USAGE, "usage", "the two passwords differ")
@@ -1955,12 +2077,34 @@ class Shell:
         try:
             return client.find_id(option.of, value)
         except MadError as problem:
-            if problem.status != 404:
+            if problem.status != 404 or isinstance(problem, NoRoute):
                 raise
             if option.loose:
                 return value
             raise MadError(404, problem.error, "there is no %s '%s'" % (option.of[:-1], value),
                            hint="see: mad %s list" % option.of[:-1]) from None
+
+
+    def resolve_within(self, client: MadClient, option: Option, value: str, whole: str | None) -> str:
+        """Return the id of the part of `whole` that `value` is or names."""
+        if is_uuid(value):
+            return value.lower()
+        owner, parts, members = option.within
+        if whole is None:
+            raise Refusal(USAGE, "usage", "--%s is no id, and to look it up --%s is missing" % (option.name, owner))
+        for row in client.each(getattr(client, parts.__name__), whole):
+            if value in [row.get(member) for member in members] and isinstance(row.get("id"), str):
+                return row["id"]
+        raise MadError(404, "not_found", "there is no '%s' there" % value)
+
+    def confirm(self, command: Command) -> None:
+        """Ask whoever sits at the terminal before something is destroyed. Raises Refusal when it shall not be."""
+        if command.danger is None or self.values.get("yes") or not on_terminal():
+            return
+        sys.stderr.write("mad %s: %s\n" % (command.name, command.help))
+        word = (self.values.get(command.danger) or "").strip() if command.danger else ""
+        if not (ask("type %s to confirm: " % plain(word)) == word if word else ask("go on? [y/N] ").lower() in ("y", "yes")):
+            raise Refusal(USAGE, "not_confirmed", "not confirmed; nothing was sent")
 
 
 def on_terminal() -> bool:
@@ -2106,21 +2250,104 @@ def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_p
     return client
 
 
-def user_set_lockout(shell: Shell, id: str, until: str) -> dict:
-    """Lock a user out until a date-time (UTC unless it says otherwise), or for good."""
-    if until.lower() == "permanent":
-        moment = "9999-12-31T23:59:59Z"
-    else:
-        from datetime import datetime, timezone
+def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | None = None, svg: str | None = None) -> dict:
+    """POST /users/{id}/totp/enroll. Make a second-factor secret; put its QR code into a file when one is named."""
+    handle = None
+    if svg is not None:
+        # Before anything is sent: the secret is told once, and the old one may be gone then.
         try:
-            found = datetime.fromisoformat(until)
-            found = found.astimezone(timezone.utc) if found.tzinfo else found
-        except (ValueError, OverflowError):
-            raise Refusal(USAGE, "usage", "--until is an ISO 8601 date-time or the word permanent",
-                          hint="for example 2030-01-31T12:00:00Z") from None
-        moment = found.strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)
-    client = shell.client()
-    return client.set_lockout(shell.resolve(client, USER_ID, id), moment)
+            handle = os.open(svg, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as problem:
+            raise Refusal(USAGE, "usage", "cannot make %s: %s" % (svg, problem.strerror)) from None
+    try:
+        answer = client.enroll_totp(id, client_id)
+        if not isinstance(answer.get("otpauth_uri"), str):
+            raise _bad_answer("the answer is not the JSON it should be")
+    except BaseException:
+        if handle is not None:
+            os.close(handle)
+            os.unlink(svg)
+        raise
+    if handle is not None:
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(str(answer.get("svg") or ""))
+        except OSError as problem:
+            tell("warning", "cannot write %s: %s" % (svg, problem.strerror))
+    if on_terminal() and not shell.json:
+        tell("hint", "put it into an authenticator, then confirm it with: mad user totp-verify --user-id %s --code CODE"
+             % shell.values["id"])
+    return answer
+
+
+def show_enrolment(answer: dict) -> list[str]:
+    return ["shown this once", "uri:     " + plain(answer["otpauth_uri"]), "secret:  " + plain(answer.get("secret"))]
+
+
+def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
+               action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
+    """GET /audit-logs. Yield what is written to the audit log, until nobody reads it any more."""
+    def rows_of(**how) -> list[dict]:
+        return client.list_audit_logs(user_id, action, target=target, **how)
+    rows = rows_of(limit=max(lines, 1))
+    after = max(map(_seq, rows), default=0)
+    yield rows[:lines][::-1]
+    pause, is_down = interval, False
+    while _wait(pause):
+        pause = interval
+        try:
+            rows = rows_of(after=str(after), limit=PAGE)
+        except MadError as problem:
+            # A server that starts anew is waited for; what will not get better by itself is not.
+            if not (isinstance(problem, Unreachable) and problem.error != "untrusted" or problem.status in (429, 500, 503)):
+                raise
+            if not is_down:
+                tell("warning", "%s; trying on" % problem)
+            is_down, pause = True, max(interval, min(problem.retry_after, 60))
+            continue
+        if is_down:
+            tell("warning", "the server answers again")
+            is_down = False
+        rows = [row for row in rows if _seq(row) > after]
+        after = max(map(_seq, rows), default=after)
+        yield rows
+        if len(rows) == PAGE:
+            pause = 0
+
+
+def _seq(row: dict) -> int:
+    number = str(row.get("id"))
+    if not (number.isascii() and number.isdigit() and len(number) < 20):
+        raise _bad_answer("the entries of this server have no numbers to go on from", hint="")
+    return int(number)
+
+
+def _wait(seconds: float) -> bool:
+    """Wait. Return whether stdout still has a reader, the moment it has none."""
+    import time
+    try:
+        from select import poll
+        poller = poll()
+        poller.register(sys.stdout.fileno(), 0)  # Errors and hang-ups are told in any case.
+    except (ImportError, AttributeError, OSError, ValueError):
+        time.sleep(seconds)
+        return True
+    return not poller.poll(seconds * 1000)
+
+
+def show_entries(rows: list[dict]) -> list[str]:
+    return [" ".join([cell("timestamp", row.get("timestamp")), plain(row.get("action"))] + [
+        "%s=%s" % (title, plain(row[member])) for title, member in (
+            ("user", "actor_id"), ("target", "target"), ("secondary", "secondary"), ("ip", "ip_address")) if row.get(member)])
+        for row in rows]
+
+
+def chain_verdict(answer: dict) -> dict:
+    if answer["valid"]:
+        return {"success": True, "message": "the audit log is whole: %s rows" % plain(answer.get("rows")), **answer}
+    return {"success": False, "message": plain(answer.get("reason")) or "the audit log was changed",
+            "error": "audit_log_changed", **answer}
 
 
 def token_inspect(shell: Shell, token: str) -> dict:
@@ -2215,6 +2442,17 @@ RENAME = Option("name", "its new name")
 FLAG = Option("flag", "ENABLE_TOTP, TOTP_ISSUER, TOKEN_EXPIRATION, REFRESH_TOKEN_EXPIRATION, SESSION_BASED_AUTH "
               "or SESSION_BASED_MAX_AGE", required=True)
 RECORD = Option("id", "its id", required=True, metavar="ID")
+MAYBE_CLIENT = Option("client-id", "only for this client", of="clients")
+IDP_ID = Option("idp-id", "its id or its key", required=True, metavar="ID|KEY",
+                within=("id", MadClient.list_idps, ("provider_key",)))
+URI = Option("uri", "the URI, exactly as the client will send it", required=True)
+CLIENT_RIGHTS = (
+    Option("grant", "a grant type it may use, one or more", "list", dest="grant_types"),
+    Option("introspect", "may introspect tokens of other clients", "flag", dest="may_introspect"),
+    Option("first-party", "is our own, so that nobody is asked for consent", "flag", dest="is_first_party"),
+    Option("access-token-signed-alg", "how its access tokens are signed; blank leaves it to the server", metavar="ES256|RS256"),
+    Option("id-token-signed-response-alg", "how its ID tokens are signed; blank leaves it to the server", metavar="ES256|RS256"),
+)
 IDP = (
     Option("provider-key", "short key, such as google", required=True),
     Option("display-name", "what people read", required=True),
@@ -2227,6 +2465,10 @@ PURGE = (
     Option("expired", "purge what expired before then", "flag"),
     Option("revoked", "purge what was revoked and expired before then", "flag"),
 )
+WHO_DID = (
+    Option("user-id", "who did it", of="users", loose=True), Option("action", "exactly this action"),
+    Option("target", "exactly this target"),
+)
 NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret", stdin="secret-stdin")
 
 USER = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until", "created_at")
@@ -2236,11 +2478,83 @@ PERMISSIONS = table("permissions", "id", "name")
 SCOPE = fields("id", "name", "description=desc", "created_at", "is_active")
 SCOPES = table("scopes", "id", "name", "description=desc")
 CLIENT = fields("id", "client_id", "display_name", "audience", "client_type", "grant_types", "is_active", "created_at")
+USERS = table("users", "id", "username", "email", "is_active")
+CLIENTS = table("clients", "id", "client_id", "is_active", "display_name")
 REDIRECT_URIS = table("redirect URIs", "id", "redirect_uri")
+URIS = table("URIs", "id", "uri")
+IDPS = ("id", "key=provider_key", "display_name", "issuer")
+FLAGS = table("flags", "flag", "is_enabled", "options")
 SESSION = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked", "issued_at", "expires_at")
 SESSIONS = table("sessions", "id", "user_id", "use=token_use", "is_revoked", "expires=expires_at")
 REFRESH_TOKENS = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
 AUDIT = ("id", "user=actor_id", "action", "target", "secondary", "time=timestamp")
+
+
+def of_client(verb: str, what: str, bound, uri: str) -> tuple:
+    """Return the commands for one kind of URI of a client."""
+    add, list_, delete = bound
+    whole = ("client-id", list_, ("uri", "redirect_uri"))
+    return (
+        Command("client add-" + verb, "allow a client " + what, add, (CLIENT_ID, URI), line("added {uri} with id {id}"),
+                "mad client add-%s --id app --uri %s" % (verb, uri)),
+        Command("client list-%ss" % verb, "list what was added with add-" + verb, list_, (OF_CLIENT,), URIS,
+                "mad client list-%ss --client-id app" % verb),
+        Command("client delete-" + verb, "remove " + what, delete, (
+            OF_CLIENT, Option("id", "its id, or the URI itself", required=True, metavar="ID|URI", within=whole),
+        ), said, "mad client delete-%s --client-id app --id %s" % (verb, uri), danger=""),
+    )
+
+
+def of_sessions(noun: str) -> tuple:
+    """Return the commands on sessions under one of their two nouns."""
+    return (
+        Command(noun + " list", "list the sessions, newest first", MadClient.list_sessions, (
+            Option("user-id", "only those of this user", of="users"),
+            Option("client-id", "only those at this client", metavar="ID|NAME"),
+        ), SESSIONS, "mad %s list --user-id bob" % noun),
+        Command(noun + " get", "show a session", MadClient.get_session, (RECORD,), SESSION,
+                "mad %s get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c" % noun),
+        Command(noun + " list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (OF_USER,),
+                SESSIONS, "mad %s list-by-user --user-id bob" % noun),
+        Command(noun + " introspect", "have the server read an AUTH token", MadClient.introspect, (JWT,),
+                lambda claims: ["%s: %s" % (plain(name), plain(value)) for name, value in claims.items()],
+                "mad %s introspect --token -" % noun),
+        Command(noun + " revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD,), said,
+                "mad %s revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c" % noun, shape=outcome),
+        Command(noun + " purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE, said,
+                "mad %s purge --older-than 86400 --expired" % noun, danger=""),
+    )
+
+
+def of_audit(noun: str) -> tuple:
+    """Return the commands on the audit log under one of its two nouns."""
+    return (
+        Command(noun + " list", "list what was done, newest first", MadClient.list_audit_logs, WHO_DID + (
+            Option("since", "not before this: ISO 8601 in UTC unless it says otherwise, or Unix seconds", "moment"),
+            Option("until", "not after this", "moment"),
+            Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
+            Option("limit", "at most so many in all (100); a negative number means all", "number"),
+        ), table("entries", *AUDIT), "mad %s list --action user_created --since 2030-01-31" % noun),
+        Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD,),
+                fields(*AUDIT, "ip_address", "user_agent", "request_id", "row_sha256"), "mad %s get --id 17" % noun),
+        Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs, (),
+                lambda row: [plain(row["message"]), "last entry: %s" % plain(row.get("last_seq")), "head: %s" % plain(row.get("head"))],
+                "mad %s verify" % noun, shape=chain_verdict),
+        Command(noun + " export", "print the whole log as NDJSON, oldest first", MadClient.export_audit_logs, (
+            Option("after", "only entries with a greater id", metavar="ID"),
+            Option("limit", "at most so many in all", "number", least=1),
+        ), documents, "mad %s export > audit.ndjson" % noun, flows=True),
+        Command(noun + " tail", "follow what is done, until Ctrl-C", audit_tail, WHO_DID + (
+            Option("lines", "begin with so many that are there (10)", "number", least=0, metavar="N"),
+            Option("interval", "ask every so many seconds (1)", "number", least=1, metavar="SECONDS"),
+        ), show_entries, "mad %s tail --lines 50" % noun, verb=True, flows=True),
+        Command(noun + " purge", "delete old entries", MadClient.purge_audit_logs, (
+            Option("days", "older than so many days", "number", required=True, least=1),
+        ), said, "mad %s purge --days 365" % noun, danger=""),
+    )
+
+
+JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 
 COMMANDS = (
     # -- session --
@@ -2256,6 +2570,7 @@ COMMANDS = (
         Option("admin-url", "address of the ADMIN server"),
     ), fields("subject=sub", "username", "roles", "expires=expires_at", "token_use", "url"),
         "mad session status --json", local=True, quiet=lambda status: [plain(status["sub"])]),
+    *of_sessions("session"),
 
     # -- user --
     Command("user create", "create a user", MadClient.create_user, (
@@ -2265,8 +2580,9 @@ COMMANDS = (
                dest="password", stdin="password-stdin", metavar="PASSWORD"),
     ), line("created user {username} with id {id}"),
         "mad user create --username bob --user-email bob@example.org --password-stdin < password.txt"),
-    Command("user list", "list the users", MadClient.list_users, (),
-            table("users", "id", "username", "email", "is_active"), "mad user list --json"),
+    Command("user list", "list the users", MadClient.list_users, (
+        Option("is-active", "those who may log in (true), those who may not, or all", choices=("true", "false", "all")),
+    ), USERS, "mad user list --is-active all --q example.org --sort -created_at"),
     Command("user get", "show a user", MadClient.get_user, (USER_ID,), USER, "mad user get --id bob"),
     Command("user update", "change name, e-mail or state of a user", MadClient.update_user, (
         USER_ID, Option("username", "new name"), Option("email", "new e-mail address"),
@@ -2283,21 +2599,37 @@ COMMANDS = (
     Command("user activate", "let a deactivated user log in again", MadClient.activate_user, (USER_ID,), said,
             "mad user activate --id bob"),
     Command("user delete", "delete a user and everything that is theirs", MadClient.delete_user, (USER_ID,), said,
-            "mad user delete --id bob"),
-    Command("user set-lockout", "lock a user out for a time", user_set_lockout, (
-        Option("id", "the user", required=True, metavar="ID|NAME"),
-        Option("until", "ISO 8601 date-time, in UTC unless it says otherwise, or permanent", required=True),
-    ) + SERVER, said, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z", local=True),
+            "mad user delete --id bob", danger="id"),
+    Command("user revoke", "end every session, token and login of a user", MadClient.revoke_user, (USER_ID,), said,
+            "mad user revoke --id bob", danger=""),
+    Command("user verify-password", "tell whether this is the password of a user", MadClient.verify_password, (
+        Option("id", "the user", required=True, dest="user", metavar="ID|NAME"),
+        Option("password", "better from stdin: an argument is visible to every process", "secret", required=True,
+               stdin="password-stdin", known=True),
+        Option("totp", "one-time code, when a second factor is set up", metavar="CODE"),
+    ), line("right for {email}, id {user_id}"), "mad user verify-password --id bob --password-stdin < password.txt",
+        quiet=lambda row: [plain(row.get("user_id"))]),
+    Command("user set-lockout", "lock a user out for a time", MadClient.set_lockout, (
+        USER_ID, Option("until", "ISO 8601 date-time, in UTC unless it says otherwise, or permanent", "lockout",
+                        required=True, dest="lockout_until"),
+    ), said, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z"),
     Command("user clear-lockout", "end the lockout of a user", MadClient.clear_lockout, (USER_ID,), said,
             "mad user clear-lockout --id bob"),
+    Command("user unlock", "end the lockout of a user, as clear-lockout does", MadClient.clear_lockout, (USER_ID,), said,
+            "mad user unlock --id bob"),
+    Command("user totp-enroll", "make a second-factor secret and show it once", user_totp_enroll, (
+        USER_ID, MAYBE_CLIENT, Option("svg", "write its QR code into this new file, which only its owner can read",
+                                      metavar="FILE"),
+    ), show_enrolment, "mad user totp-enroll --id bob --svg bob.svg", verb=True,
+        quiet=lambda answer: [plain(answer["otpauth_uri"])]),
     Command("user totp-qr", "make a second-factor secret, and a QR code on the server", MadClient.generate_totp, (
-        USER_ID, OF_CLIENT, Option("output-path", "folder on the server (.)", dest="qr_output_path"),
-    ), line("wrote {filename}"), "mad user totp-qr --id bob --client-id app"),
+        USER_ID, MAYBE_CLIENT, Option("output-path", "folder on the server (.)", dest="qr_output_path"),
+    ), line("wrote {filename}"), "mad user totp-qr --id bob"),
     Command("user totp-verify", "confirm a second factor with its first code", MadClient.verify_totp, (
-        OF_USER, OF_CLIENT, Option("code", "the six digits", required=True),
-    ), said, "mad user totp-verify --user-id bob --client-id app --code 123456"),
-    Command("user disable-totp", "remove the second factor of a user", MadClient.disable_totp, (OF_USER, OF_CLIENT),
-            said, "mad user disable-totp --user-id bob --client-id app"),
+        OF_USER, MAYBE_CLIENT, Option("code", "the six digits", required=True),
+    ), said, "mad user totp-verify --user-id bob --code 123456"),
+    Command("user disable-totp", "remove the second factor of a user", MadClient.disable_totp, (OF_USER, MAYBE_CLIENT),
+            said, "mad user disable-totp --user-id bob", danger=""),
 
     # -- role --
     Command("role create", "create a role", MadClient.create_role, (NAME, DESCRIPTION),
@@ -2306,13 +2638,18 @@ COMMANDS = (
             "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
     Command("role list", "list the roles", MadClient.list_roles, (), ROLES, "mad role list"),
     Command("role get", "show a role", MadClient.get_role, (ROLE_ID,), ROLE, "mad role get --id Operator"),
-    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator"),
+    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator", danger="id"),
     Command("role assign", "give a user a role", MadClient.assign_role, (OF_USER, OF_ROLE), said,
             "mad role assign --user-id bob --role-id Operator"),
     Command("role unassign", "take a role from a user", MadClient.unassign_role, (OF_USER, OF_ROLE), said,
             "mad role unassign --user-id bob --role-id Operator"),
     Command("role list-for-user", "list the roles of a user", MadClient.list_roles_of_user, (OF_USER,),
             table("roles", "id", "name"), "mad role list-for-user --user-id bob"),
+    Command("role list-users", "list the users who have a role", MadClient.list_users_of_role, (ROLE_ID,), USERS,
+            "mad role list-users --id Operator"),
+    Command("role set-for-user", "make these the roles of a user, and no others", MadClient.set_roles_of_user, (
+        OF_USER, Option("role-id", "the roles, one or more", "list", required=True, of="roles", dest="role_ids"),
+    ), said, "mad role set-for-user --user-id bob --role-id Operator Guest"),
 
     # -- permission --
     Command("permission create", "create a permission", MadClient.create_permission, (NAME,),
@@ -2324,13 +2661,15 @@ COMMANDS = (
     Command("permission get", "show a permission", MadClient.get_permission, (PERMISSION_ID,), fields("id", "name"),
             "mad permission get --id door.open"),
     Command("permission delete", "delete a permission", MadClient.delete_permission, (PERMISSION_ID,), said,
-            "mad permission delete --id door.open"),
+            "mad permission delete --id door.open", danger="id"),
     Command("permission assign", "give a role a permission", MadClient.assign_permission, (OF_ROLE, OF_PERMISSION),
             said, "mad permission assign --role-id Operator --permission-id door.open"),
     Command("permission remove", "take a permission from a role", MadClient.remove_permission,
             (OF_ROLE, OF_PERMISSION), said, "mad permission remove --role-id Operator --permission-id door.open"),
     Command("permission list-for-role", "list the permissions of a role", MadClient.list_permissions_of_role,
             (OF_ROLE,), PERMISSIONS, "mad permission list-for-role --role-id Operator"),
+    Command("permission list-roles", "list the roles that have a permission", MadClient.list_roles_of_permission,
+            (PERMISSION_ID,), ROLES, "mad permission list-roles --id door.open"),
     Command("permission list-for-user", "list what a user may do", MadClient.list_permissions_of_user, (OF_USER,),
             PERMISSIONS, "mad permission list-for-user --user-id bob"),
     Command("permission check-access", "tell whether a user has a permission", MadClient.check_access,
@@ -2349,13 +2688,12 @@ COMMANDS = (
         Option("introspect", "may introspect tokens of other clients", "flag"),
     ) + SERVER, with_secret(line("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", local=True),
-    Command("client list", "list the clients", MadClient.list_clients, (),
-            table("clients", "id", "client_id", "is_active", "display_name"), "mad client list"),
+    Command("client list", "list the clients", MadClient.list_clients, (), CLIENTS, "mad client list"),
     Command("client get", "show a client", MadClient.get_client, (CLIENT_ID,), CLIENT, "mad client get --id sensor"),
     Command("client update", "change a client", MadClient.update_client, (
         CLIENT_ID, Option("client-id", "new public identifier", metavar="ID"), Option("display-name", "what people read"),
         Option("audience", "audience of its tokens"), Option("is-active", "whether it may get tokens", "flag"),
-    ), CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
+    ) + CLIENT_RIGHTS, CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
     Command("client change-secret", "give a client a new secret; one is made unless given", MadClient.change_client_secret, (
         CLIENT_ID, Option("secret", "better from stdin: an argument is visible to every process", "secret",
                           stdin="secret-stdin", dest="new_secret"),
@@ -2363,14 +2701,32 @@ COMMANDS = (
     ), lambda row: ["the new secret, shown this once: " + plain(row["message"])],
         "mad client change-secret --id sensor --overlap 3600", quiet=said),
     Command("client delete", "delete a client and end its sessions", MadClient.delete_client, (CLIENT_ID,), said,
-            "mad client delete --id sensor"),
-    Command("client add-redirect-uri", "allow a client a redirect URI", MadClient.add_redirect_uri, (
-        CLIENT_ID, Option("uri", "the URI, exactly as the client will send it", required=True),
-    ), line("added {redirect_uri} with id {id}"), "mad client add-redirect-uri --id app --uri https://app.example/callback"),
+            "mad client delete --id sensor", danger="id"),
+    Command("client secrets", "list the secrets of a client: since when and until when they work",
+            MadClient.list_client_secrets, (CLIENT_ID,), table("secrets", "id", "created_at", "expires_at"),
+            "mad client secrets --id sensor"),
+    Command("client delete-secret", "make a secret of a client work no more", MadClient.delete_client_secret, (
+        CLIENT_ID, Option("secret-id", "its id, of mad client secrets", required=True, metavar="ID"),
+    ), said, "mad client delete-secret --id sensor --secret-id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11", danger=""),
+    Command("client revoke", "end everything issued to a client", MadClient.revoke_client, (CLIENT_ID,), said,
+            "mad client revoke --id sensor", danger=""),
+    Command("client add-redirect-uri", "allow a client a redirect URI", MadClient.add_redirect_uri, (CLIENT_ID, URI),
+            line("added {redirect_uri} with id {id}"),
+            "mad client add-redirect-uri --id app --uri https://app.example/callback"),
     Command("client list-redirect-uris", "list the redirect URIs of a client", MadClient.list_redirect_uris, (OF_CLIENT,),
             REDIRECT_URIS, "mad client list-redirect-uris --client-id app"),
-    Command("client delete-redirect-uri", "remove a redirect URI", MadClient.delete_redirect_uri, (RECORD,), said,
-            "mad client delete-redirect-uri --id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11"),
+    Command("client delete-redirect-uri", "remove a redirect URI", MadClient.delete_redirect_uri, (
+        Option("client-id", "the client, needed when the URI is given instead of its id", of="clients"),
+        Option("id", "its id, or the URI itself", required=True, metavar="ID|URI",
+               within=("client-id", MadClient.list_redirect_uris, ("redirect_uri", "uri"))),
+    ), said, "mad client delete-redirect-uri --client-id app --id https://app.example/callback", danger=""),
+    *of_client("post-logout-uri", "a URI to send people to after logout", (
+        MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri), "https://app.example/bye"),
+    *of_client("cors-origin", "an origin whose pages may call AUTH as this client", (
+        MadClient.add_cors_origin, MadClient.list_cors_origins, MadClient.delete_cors_origin), "https://app.example"),
+    Command("client list-flags", "list the features of a client and their values", MadClient.list_flags, (OF_CLIENT,),
+            lambda flags: FLAGS([{"flag": name} | value for name, value in flags.items()]),
+            "mad client list-flags --client-id app", quiet=lambda flags: [plain(name) for name in flags]),
     Command("client set-flag", "switch a feature of a client", MadClient.set_flag, (
         OF_CLIENT, FLAG, Option("enable", "true or false", "flag", required=True, dest="enabled"),
     ), said, "mad client set-flag --client-id app --flag ENABLE_TOTP --enable true"),
@@ -2385,14 +2741,16 @@ COMMANDS = (
             line("added {provider_key} with id {id}"),
             "mad client add-idp --id app --provider-key google --display-name Google "
             "--issuer https://accounts.google.com --external-client-id 123"),
-    Command("client update-idp", "change an external identity provider", MadClient.update_idp, (
-        CLIENT_ID, Option("idp-id", "its id", required=True, metavar="ID")) + IDP, line("updated {provider_key}"),
-        "mad client update-idp --id app --idp-id ID --provider-key google --display-name Google "
-        "--issuer https://accounts.google.com --external-client-id 123"),
+    Command("client update-idp", "change an external identity provider", MadClient.update_idp, (CLIENT_ID, IDP_ID) + IDP,
+            line("updated {provider_key}"),
+            "mad client update-idp --id app --idp-id google --provider-key google --display-name Google "
+            "--issuer https://accounts.google.com --external-client-id 123"),
     Command("client list-idps", "list the external identity providers", MadClient.list_idps, (CLIENT_ID,),
-            table("external providers", "id", "key=provider_key", "display_name", "issuer"), "mad client list-idps --id app"),
-    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (
-        CLIENT_ID, Option("idp-id", "its id", required=True, metavar="ID")), said, "mad client delete-idp --id app --idp-id ID"),
+            table("external providers", *IDPS), "mad client list-idps --id app"),
+    Command("client get-idp", "show an external identity provider", MadClient.get_idp, (CLIENT_ID, IDP_ID),
+            fields(*IDPS, "client_identifier", "scopes", "created_at"), "mad client get-idp --id app --idp-id google"),
+    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (CLIENT_ID, IDP_ID), said,
+            "mad client delete-idp --id app --idp-id google", danger=""),
     Command("client assign-scope", "let a client ask for scopes", MadClient.assign_scopes_to_client, (OF_CLIENT, OF_SCOPES),
             said, "mad client assign-scope --client-id sensor --scope-id read write"),
     Command("client list-scopes", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
@@ -2407,7 +2765,7 @@ COMMANDS = (
             "mad scope update --id read --description 'read all meters'", at_least_one=True),
     Command("scope list", "list the scopes", MadClient.list_scopes, (), SCOPES, "mad scope list"),
     Command("scope get", "show a scope", MadClient.get_scope, (SCOPE_ID,), SCOPE, "mad scope get --id read"),
-    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read"),
+    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read", danger="id"),
     Command("scope assign-to-user", "give a user scopes", MadClient.assign_scopes_to_user, (OF_USER, OF_SCOPES), said,
             "mad scope assign-to-user --user-id bob --scope-id read write"),
     Command("scope list-for-user", "list the scopes of a user", MadClient.list_scopes_of_user, (OF_USER,), SCOPES,
@@ -2421,20 +2779,13 @@ COMMANDS = (
     Command("scope remove-from-client", "take a scope from a client", MadClient.remove_scope_from_client,
             (OF_CLIENT, OF_SCOPE), said, "mad scope remove-from-client --client-id sensor --scope-id write"),
 
-    # -- sessionctl, refreshtoken, auditlog --
-    Command("sessionctl list", "list the sessions, newest first", MadClient.list_sessions, (), SESSIONS, "mad sessionctl list"),
-    Command("sessionctl get", "show a session", MadClient.get_session, (RECORD,), SESSION,
-            "mad sessionctl get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
-    Command("sessionctl list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (OF_USER,), SESSIONS,
-            "mad sessionctl list-by-user --user-id bob"),
-    Command("sessionctl introspect", "have the server read an AUTH token", MadClient.introspect, (
-        Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT"),
-    ), lambda claims: ["%s: %s" % (plain(name), plain(value)) for name, value in claims.items()],
-        "mad sessionctl introspect --token -"),
-    Command("sessionctl revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD,), said,
-            "mad sessionctl revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c", shape=outcome),
-    Command("sessionctl purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE, said,
-            "mad sessionctl purge --older-than 86400 --expired"),
+    Command("scope list-users", "list the users who have a scope", MadClient.list_users_of_scope, (SCOPE_ID,), USERS,
+            "mad scope list-users --id read"),
+    Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope, (SCOPE_ID,),
+            CLIENTS, "mad scope list-clients --id read"),
+
+    # -- sessionctl, refreshtoken, audit --
+    *of_sessions("sessionctl"),
     Command("refreshtoken list", "list the refresh tokens, newest first", MadClient.list_refresh_tokens, (),
             REFRESH_TOKENS, "mad refreshtoken list"),
     Command("refreshtoken list-by-user", "list the refresh tokens of a user", MadClient.list_refresh_tokens_of_user,
@@ -2442,22 +2793,16 @@ COMMANDS = (
     Command("refreshtoken get", "show a refresh token", MadClient.get_refresh_token, (RECORD,),
             fields("id", "user_id", "client_id", "issued_at", "expires_at", "is_revoked"),
             "mad refreshtoken get --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
-    Command("refreshtoken purge-refresh", "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE,
-            said, "mad refreshtoken purge-refresh --older-than 86400 --expired"),
-    Command("auditlog list", "list what was done, newest first", MadClient.list_audit_logs, (
-        Option("user-id", "who did it", of="users", loose=True), Option("action", "exactly this action"),
-        Option("limit", "at most so many (100)", "number"),
-    ), table("entries", *AUDIT), "mad auditlog list --action user_created --limit 20"),
-    Command("auditlog get", "show an entry", MadClient.get_audit_log, (RECORD,), fields(*AUDIT, "ip_address", "user_agent"),
-            "mad auditlog get --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
-    Command("auditlog purge", "delete old entries", MadClient.purge_audit_logs, (
-        Option("days", "older than so many days", "number", required=True, least=1),
-    ), said, "mad auditlog purge --days 365"),
+    Command("refreshtoken revoke", "revoke a refresh token and the login it belongs to", MadClient.revoke_refresh_token,
+            (RECORD,), said, "mad refreshtoken revoke --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
+    *(Command("refreshtoken " + verb, "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE, said,
+              "mad refreshtoken %s --older-than 86400 --expired" % verb, danger="") for verb in ("purge", "purge-refresh")),
+    *of_audit("audit"),
+    *of_audit("auditlog"),
 
     # -- token, completion --
-    Command("token", "take a JWT apart, without verifying it", token_inspect, (
-        Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT"),
-    ), show_token, "mad token get | mad token --token -", local=True),
+    Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), show_token, "mad token get | mad token --token -", local=True),
+    Command("token revoke", "end a token", MadClient.revoke_token, (JWT,), said, "mad token revoke --token -"),
     Command("token get", "print an access token for a machine client, cached while it lasts", token_get, (
         Option("auth-url", "address of the AUTH server"), Option("client-id", "the client", metavar="ID"),
         Option(None, "read the client secret from standard input", "secret", stdin="secret-stdin", dest="secret"),
@@ -2483,7 +2828,7 @@ NOT_PARAMETERS = {"admin-url", "admin-token", "auth-url"}  # These say where and
 def run(command: Command, shell: Shell):
     """Do what a command says and return its result."""
     client = None if command.local else shell.client()
-    parameters = {}
+    parameters, parts = {}, []
     for option in command.options:
         if option.name in NOT_PARAMETERS:
             continue
@@ -2492,25 +2837,58 @@ def run(command: Command, shell: Shell):
             continue
         if option.kind == "token" and value == "-":
             value = read_secret("--%s -" % option.name)
+        if option.choices:
+            value = value.lower()
         if option.of and client:
             value = ([shell.resolve(client, option, item) for item in value] if isinstance(value, list)
                      else shell.resolve(client, option, value))
+        if option.within:
+            parts.append(option)
         parameters[option.dest] = value
-    result = command.call(client or shell, **parameters)
+    for option in parts:
+        whole = next((parameters.get(one.dest) for one in command.options if one.name == option.within[0]), None)
+        parameters[option.dest] = shell.resolve_within(client, option, parameters[option.dest], whole)
+    call = getattr(command.call, "pages", command.call)
+    result = call(*([shell] if command.local or command.verb else []), *([client] if client else []), **parameters)
     return command.shape(result) if command.shape else result
 
 
-def _document(value) -> None:
-    from json import dumps
-    print(dumps(value, separators=(",", ":")))
+def show_result(command: Command, shell: Shell, result) -> int:
+    """Print a result in the form that is asked for. Return the exit status it means."""
+    if command.flows:
+        for page in result:
+            for text in documents(page) if shell.json else (command.quiet or ids)(page) if shell.quiet else command.show(page):
+                print(text)
+            sys.stdout.flush()
+    elif command.is_list and shell.json:
+        # As text, a fifth of what the objects would take; only once all of it is there is it the one document.
+        texts = [document(page)[1:-1] for page in result]
+        sys.stdout.write("[")
+        for number, text in enumerate(texts):
+            sys.stdout.write("," + text if number and text else text)
+        print("]")
+    elif command.is_list:
+        lines = ((text for page in result for text in (command.quiet or ids)(page)) if shell.quiet
+                 else command.show.lines(row for page in result for row in page))
+        for text in lines:
+            print(text)
+    elif shell.json:
+        print(document(result))
+    else:
+        is_bad = isinstance(result, dict) and result.get("success") is False
+        for text in (command.quiet or ids)(result) if shell.quiet else [] if is_bad else command.show(result):
+            print(text)
+        if is_bad:
+            tell("error", result.get("message", ""))
+    return REFUSED if isinstance(result, dict) and result.get("success") is False else DONE
 
 
 def _fail(as_json: bool, exit_status: int, error: str, messages, errors: dict | None = None, hint: str = "") -> int:
     if as_json:
-        document = {"success": False, "message": "; ".join(messages), "error": error}
+        refusal = {"success": False, "message": "; ".join(messages), "error": error}
         if errors:
-            document["errors"] = errors
-        _document(document)
+            refusal["errors"] = errors
+        print(document(refusal))
     for message in messages:
         tell("error", message)
     for name, text in (errors or {}).items():
@@ -2530,7 +2908,8 @@ def _run_command(command: Command, words: list[str]) -> int:
                      hint=parsed.hint or "see: mad %s --help" % command.name)
     shell = Shell(parsed.values, COMMANDS)
     try:
-        result = run(command, shell)
+        shell.confirm(command)
+        return show_result(command, shell, run(command, shell))
     except Refusal as problem:
         return _fail(shell.json, problem.exit_status, problem.error, problem.messages, hint=problem.hint)
     except MadError as problem:
@@ -2542,15 +2921,15 @@ def _run_command(command: Command, words: list[str]) -> int:
         return _fail(shell.json, USAGE, "usage", [str(problem)])
     except UnicodeEncodeError:
         return _fail(shell.json, USAGE, "usage", ["a value in the environment is not valid UTF-8"])
-    if shell.json:
-        _document(result)
-    else:
-        for text in (command.quiet or ids)(result) if shell.quiet else command.show(result):
-            print(text)
-    return DONE
 
 
 def _dispatch(argv: list[str]) -> int:
+    for place in (0, 1):
+        if argv[place:] and len(argv[place]) > 1 and argv[place].startswith("@"):
+            try:
+                argv[place:place + 1] = words_in(argv[place][1:])
+            except ValueError as problem:
+                return _fail("--json" in argv, USAGE, "usage", [str(problem)])
     if not argv:
         print(help_overview(COMMANDS), file=sys.stderr)
         return USAGE
@@ -2562,7 +2941,8 @@ def _dispatch(argv: list[str]) -> int:
         return DONE
     by_name = {command.name: command for command in COMMANDS}
     noun, verb = argv[0], argv[1] if len(argv) > 1 else ""
-    if command := by_name.get(noun + " " + verb):
+    # Whether a list is in the plural is nothing to remember.
+    if command := by_name.get(noun + " " + verb) or by_name.get(noun + " " + verb + "s"):
         return _run_command(command, argv[2:])
     as_json = "--json" in argv
     if noun not in nouns(COMMANDS):
