@@ -918,7 +918,7 @@ class MadClient(Binding):
                             form={"client_id": client_id, "enabled": "true" if enabled else "false"})
 
     def get_flag(self, client_id: str, flag: str) -> bool:
-        """GET /client/options/{flag}. The answer is in the Msg's `message`: "True" or "False"."""
+        """GET /client/options/{flag}. Return whether it is on: the Msg's `message` is "True" or "False"."""
         answer = self.request("GET", _at("client", "options", flag), query={"client_id": client_id})
         return str(answer.get("message")).lower() == "true"
 
@@ -2233,7 +2233,7 @@ def _expiry_in(claims: dict) -> str:
 def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_password: int | None = None,
                   public: bool = False, introspect: bool | None = None, grant: list | None = None,
                   scope: list | None = None, **others) -> dict:
-    """Create a client. A secret nobody chose is in the result as `client_secret`, this once."""
+    """POST /clients. Create a client. A secret nobody chose is in the result as `client_secret`, this once."""
     if public and (secret is not None or gen_password is not None):
         raise Refusal(USAGE, "usage", "a public client has no secret")
     generated = None
@@ -2282,7 +2282,8 @@ def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | 
 
 
 def show_enrolment(answer: dict) -> list[str]:
-    return ["shown this once", "uri:     " + plain(answer["otpauth_uri"]), "secret:  " + plain(answer.get("secret"))]
+    return ["otpauth URI, shown this once: " + plain(answer["otpauth_uri"]),
+            "secret, shown this once: " + plain(answer.get("secret"))]
 
 
 def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
@@ -2303,7 +2304,7 @@ def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int =
             if not (isinstance(problem, Unreachable) and problem.error != "untrusted" or problem.status in (429, 500, 503)):
                 raise
             if not is_down:
-                tell("warning", "%s; trying on" % problem)
+                tell("warning", "%s; trying again" % str(problem).rstrip("."))
             is_down, pause = True, max(interval, min(problem.retry_after, 60))
             continue
         if is_down:

@@ -5,6 +5,7 @@ import datetime
 import http.server
 import json
 import os
+import re
 import socket
 import ssl
 import stat
@@ -437,6 +438,27 @@ class TestEveryCommand:
         assert done.returncode == 1 and json.loads(done.stdout) == {"success": False, "message": "There is no such thing here.", "error": "not_found"}
         assert len(fake.seen) == 1, "one command is one request"
 
+    @pytest.mark.parametrize("command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name)
+    def test_the_request_is_the_one_it_declares(self, here, fake, command):
+        (_, _, request), = mad.describe_commands([command])
+        method, _, path = request.partition(" ")
+        here(*words_of(command), MAD_ADMIN_URL=fake.url)
+        assert fake.seen[0][0] == method and re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), fake.seen[0][1].partition("?")[0])
+
+    @pytest.mark.parametrize("command", [command for command in ASKING if not command.flows], ids=lambda command: command.name)
+    def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
+        thing = USER | {"uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.", "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {}}
+        listed = command.is_list or command.options and any(option.within for option in command.options)
+        fake.answer = lambda method, path: (200, {"result": USER["id"]} if "/id-by-name/" in path else {"X": {}} if path.endswith("/options") else [thing] if listed and method == "GET" and "/idp/" not in path else thing, {})
+        words = ["bob" if word == USER["id"] else word for word in words_of(command)] + (["--client-id", "bob"] if command.name == "client delete-redirect-uri" else [])
+        environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
+        for more in ([], ["--quiet"], ["--json"]):
+            if more == ["--quiet"] and command.name == "client create":
+                continue  # it would lose the secret, and says so
+            done = here(*words, *more, **environ)
+            assert done.returncode == 0 and done.stderr == "", (more, done)
+        assert done.stdout.count("\n") == 1 and json.loads(done.stdout) is not None
+
     @pytest.mark.parametrize("command", mad.COMMANDS, ids=lambda command: command.name)
     def test_bad_usage_is_one_json_document(self, here, command):
         done = here(*command.name.split(), "--json", "--nonsense")
@@ -455,6 +477,425 @@ class TestEveryCommand:
         assert json.loads(fake.seen[-1][3]) == {"user_id": "u", "role_id": "r"} and len(fake.seen) == 3
         done = here("role", "assign", "--user-id", "bob", "--role-id", "Boss")
         assert done.returncode == 1 and done.stderr == "mad: error: there is no user 'bob'\nmad: hint: see: mad user list\n"
+
+
+ORIGINAL = """
+session login --admin-url http://localhost:9041 --json
+session logout --json
+session status --json
+user create --username ann --user-email a@b --user-password hush
+user totp-qr --id ID --client-id ID --output-path qr
+user totp-verify --user-id ID --client-id ID --code 123456
+user disable-totp --user-id ID --client-id ID
+user update --id ID --username bea --email b@c --is-active
+user update --id ID --is-active False
+user verify-email --id ID
+user reset-password --id ID --new-password hush
+user list --admin-token TOKEN --admin-url:http://localhost:9041/
+user get --id:ID
+user deactivate --id ID
+user activate --id ID
+user delete --id ID
+user set-lockout --id ID --until PERMANENT
+user set-lockout --id ID --until 2030-01-31T12:00:00+01:00
+user clear-lockout --id ID
+role create --name Operator --description x
+role create --name=Operator --json
+role update --id ID --name x --description y
+role list --json=true
+role get --id ID
+role delete --id ID
+role assign --user-id ID --role-id ID
+role unassign --role-id ID --user-id ID
+permission create --name door
+permission update --id ID --name gate
+permission list
+permission get --id ID
+permission delete --id ID
+permission assign --role-id ID --permission-id ID
+permission remove --role-id ID --permission-id ID
+permission list-for-role --role-id ID
+permission list-for-user --user-id ID
+permission check-access --user-id ID --permission-id ID
+scope create --name read
+scope update --id ID --description x
+scope list
+scope get --id ID
+scope delete --id ID
+scope assign-to-user --user-id ID --scope-id ID ID --scope-id ID
+scope list-for-user --user-id ID
+scope remove-from-user --user-id ID --scope-id ID
+scope assign-to-client --client-id ID --scope-id ID ID
+scope list-for-client --client-id ID
+scope remove-from-client --client-id ID --scope-id ID
+client create --client-id app --secret hush --display-name App --audience api
+client create --client-id app --gen-password 32
+client update --id ID --client-id new --display-name x --is-active true --audience y
+client change-secret --id ID --secret hush
+client change-secret --id ID
+client list
+client get --id ID
+client delete --id ID
+client add-redirect-uri --id ID --uri https://app.example/callback
+client list-redirect-uris --client-id ID
+client delete-redirect-uri --id ID
+client set-flag --client-id ID --flag ENABLE_TOTP --enable true
+client get-flag --client-id ID --flag ENABLE_TOTP
+client set-flag-options --client-id ID --flag TOKEN_EXPIRATION --options 600
+client get-flag-options --client-id ID --flag TOKEN_EXPIRATION
+client add-idp --id ID --provider-key google --display-name Google --issuer https://accounts.google.com --external-client-id 1
+client update-idp --id ID --idp-id ID --provider-key google --display-name Google --issuer https://accounts.google.com --external-client-id 1 --scopes openid
+client list-idps --id ID
+client delete-idp --id ID --idp-id ID
+client assign-scope --client-id ID --scope-id ID ID
+client list-scopes --client-id ID
+client remove-scope --client-id ID --scope-id ID
+sessionctl list
+sessionctl introspect --token TOKEN
+sessionctl get --id ID
+sessionctl list-by-user --user-id ID
+sessionctl revoke --id ID
+sessionctl purge --older-than 3600 --expired --revoked
+refreshtoken list
+refreshtoken list-by-user --user-id ID
+refreshtoken get --id ID
+refreshtoken purge-refresh --older-than 3600 --expired
+auditlog list --user-id ID --action user_created --limit -1
+auditlog get --id ID
+auditlog purge --days 30
+token --token TOKEN
+"""
+
+
+class TestTheOriginal:
+    @pytest.mark.parametrize("typed", ORIGINAL.strip().splitlines())
+    def test_its_command_lines_are_understood(self, typed):
+        words = typed.replace("ID", USER["id"]).replace("TOKEN", TOKEN).split()
+        command = next(one for one in mad.COMMANDS if one.name in (" ".join(words[:2]), words[0]))
+        assert mad.parse(command, words[len(command.name.split()) :]).errors == []
+
+    def test_its_scripts_are_asked_nothing(self, run, fake):
+        fake.answers[f"DELETE /users/{USER['id']}"] = (200, {"success": True, "message": "Gone."}, {})
+        assert run("user", "delete", "--id", USER["id"], "--json").stdout == '{"success":true,"message":"Gone."}\n'
+
+
+class TestFilesOfWords:
+    def test_stand_for_their_words_among_the_options(self, tmp_path):
+        (tmp_path / "words").write_text('# of ann\n--user-email "ann of home@b"\n\n  --user-password @hush\n')
+        parsed = TestOptions.of("--username", "@ann", f"@{tmp_path}/words", "--json", name="user create")
+        assert parsed.errors == [] and parsed.values == {"username": "@ann", "user-email": "ann of home@b", "user-password": "@hush", "json": True}
+
+    def test_may_hold_the_command_itself(self, here, fake, tmp_path):
+        fake.answers["GET /users"] = (200, [USER], {})
+        (tmp_path / "words").write_text("user list --quiet")
+        assert here(f"@{tmp_path}/words", MAD_ADMIN_URL=fake.url).stdout == USER["id"] + "\n"
+
+    @pytest.mark.parametrize("content, told", [(None, "cannot read"), (b"\xff", "is not text"), (b'--q "x', "a quote without its end"), (b"x" * 70_000, "too long"), (b"@words", "too many files")])
+    def test_that_are_none_are_bad_usage(self, here, tmp_path, monkeypatch, content, told):
+        monkeypatch.chdir(tmp_path)
+        if content:
+            (tmp_path / "words").write_bytes(content)
+        done = here("user", "list", "@words", "--json")
+        assert done.returncode == 2 and told in json.loads(done.stdout)["message"]
+
+
+class TestPages:
+    """RFC 8288 §3: a list is followed by its rel="next"."""
+
+    @pytest.fixture
+    def many(self, fake):
+        rows = [USER | {"id": f"8b1c0000-0000-4000-8000-{number:012}", "username": f"user{number}"} for number in range(2500)]
+
+        def answer(method, path):
+            query = dict(pair.split("=") for pair in path.partition("?")[2].split("&") if pair)
+            limit, offset = int(query.get("limit", 1000)), int(query.get("offset", 0))
+            more = {"Link": f'<http://127.0.0.1:9/elsewhere?limit={limit}&offset={offset + limit}>; title="a"; rel="next"'} if offset + limit < len(rows) else {}
+            return fake.answers.get(offset) or (200, rows[offset : offset + limit], more)
+
+        fake.answer, fake.rows = answer, rows
+        return fake
+
+    def test_every_row_comes_once_and_in_order(self, here, many):
+        ids = [row["id"] for row in many.rows]
+        assert here("user", "list", "--quiet", MAD_ADMIN_URL=many.url).stdout.split() == ids
+        assert json.loads(here("user", "list", "--json").stdout) == many.rows
+        assert [line.split()[0] for line in here("user", "list").stdout.splitlines()[2:]] == ids
+        assert [path for _, path, _, _ in many.seen[:3]] == ["/users", "/users?limit=1000&offset=1000", "/users?limit=1000&offset=2000"], "never to another path or host"
+
+    def test_a_limit_is_for_the_whole(self, here, many):
+        assert json.loads(here("user", "list", "--json", "--limit", "1200", MAD_ADMIN_URL=many.url).stdout) == many.rows[:1200]
+        assert json.loads(here("user", "list", "--json", "--limit", "2", "--offset", "5").stdout) == many.rows[5:7]
+        assert [path for _, path, _, _ in many.seen] == ["/users?limit=1000", "/users?limit=1000&offset=1000", "/users?limit=2&offset=5"]
+        assert here("user", "list", "--limit", "0").returncode == 2 and len(many.seen) == 3
+
+    def test_what_is_looked_for_goes_along(self, here, many):
+        here("user", "list", "--q", "a&b", "--sort", "-created_at", "--is-active", "ALL", MAD_ADMIN_URL=many.url)
+        assert many.seen[0][1] == "/users?is_active=all&q=a%26b&sort=-created_at"
+        assert here("user", "list", "--is-active", "perhaps").returncode == 2
+
+    def test_a_failure_on_the_way_is_the_one_document(self, here, many):
+        many.answers[2000] = (503, {"success": False, "message": "Full.", "error": "unavailable"}, {})
+        done = here("user", "list", "--json", MAD_ADMIN_URL=many.url)
+        assert done.returncode == 1 and json.loads(done.stdout) == {"success": False, "message": "Full.", "error": "unavailable"}
+        done = here("user", "list", "--quiet")
+        assert done.returncode == 1 and len(done.stdout.split()) == 2000 and "mad: error: full" in done.stderr
+
+    def test_a_circle_ends(self, here, fake):
+        fake.answers["GET /users"] = (200, [USER], {"Link": "</users?offset=1>; rel=next"})
+        done = here("user", "list", "--json", MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 4 and len(fake.seen) == 2 and json.loads(done.stdout)["success"] is False
+
+    def test_rows_can_be_had_one_by_one(self, many):
+        admin = mad.MadClient(many.url, TOKEN)
+        assert next(admin.each(admin.list_users, q="x"))["username"] == "user0" and len(many.seen) == 1
+        assert admin.list_users(limit=3) == many.rows[:3]
+
+    @pytest.mark.parametrize("link, query", [
+        ('</users?a=1>; rel="next"', "a=1"), ("</users?a=1>;rel=next", "a=1"), ('</x?b>; rel="prev", </x?c>; rel="next"', "c"), ('</users?a=1>; rel="prev"', None), ("", None), ("nonsense; rel=next", None), ("</users>; rel=next", None),
+    ])
+    def test_only_what_is_next_is_next(self, link, query):
+        assert mad.next_query(link) == query
+
+
+class TestRoutes:
+    def test_a_missing_route_is_not_told_as_a_missing_thing(self, here, fake):
+        fake.answer = lambda *_: (404, {"success": False, "message": "No.", "error": "not_found"}, {"X-Not-Found": "route"})
+        for words in (("role", "get", "--id", "Boss"), ("role", "get", "--id", USER["id"])):
+            done = here(*words, "--json", MAD_ADMIN_URL=fake.url)
+            assert done.returncode == 1 and "there is no role" not in done.stderr
+            assert json.loads(done.stdout)["error"] == "not_found" and json.loads(done.stdout)["message"].startswith("this server has no GET /roles/")
+
+    def test_a_part_is_known_by_its_name(self, here, fake):
+        client, record = "/clients/" + USER["id"], "8b1c0000-0000-4000-8000-000000000002"
+        fake.answers = {
+            "GET /clients/id-by-name/app": (200, {"result": USER["id"]}, {}), f"GET {client}/idp": (200, [{"id": record, "provider_key": "google"}], {}), f"DELETE {client}/idp/{record}": (200, {"success": True, "message": "Gone."}, {}),
+            f"GET {client}/redirect-uris": (200, [{"id": record, "redirect_uri": "https://a/b"}], {}), f"DELETE {client}/redirect-uris/{record}": (200, {"success": True, "message": "Gone."}, {}),
+            "DELETE /clients/redirect-uris": (200, {"success": True, "message": "Gone."}, {}),
+        }
+        assert here("client", "delete-idp", "--id", "app", "--idp-id", "google", MAD_ADMIN_URL=fake.url).returncode == 0
+        assert here("client", "delete-redirect-uri", "--id", "https://a/b", "--client-id", "app").returncode == 0
+        assert here("client", "delete-redirect-uri", "--id", record).returncode == 0 and fake.seen[-1][3] == f'"{record}"'
+        before = len(fake.seen)
+        assert here("client", "delete-redirect-uri", "--id", "https://a/b").returncode == 2 and len(fake.seen) == before
+        assert here("client", "get-idp", "--id", "app", "--idp-id", "apple").stderr == "mad: error: there is no 'apple' there\n"
+
+    def test_a_list_may_be_called_in_the_singular(self, here, fake):
+        fake.answers[f"GET /clients/{USER['id']}/cors-origins"] = (200, [], {})
+        assert here("client", "list-cors-origin", "--client-id", USER["id"], MAD_ADMIN_URL=fake.url).stdout == "(no URIs)\n"
+
+    def test_moments_are_sent_in_utc(self, here, fake):
+        fake.answers["GET /audit-logs"] = (200, [], {})
+        for typed, sent in (("2030-01-31T12:00:00+01:00", "2030-01-31T11:00:00Z"), ("2030-01-31", "2030-01-31T00:00:00Z"), ("1900000000", "2030-03-17T17:46:40Z")):
+            assert here("audit", "list", "--since", typed, MAD_ADMIN_URL=fake.url).returncode == 0
+            assert fake.seen[-1][1] == "/audit-logs?since=" + sent.replace(":", "%3A") + "&limit=100"
+        assert here("audit", "list", "--until", "soon").returncode == here("user", "set-lockout", "--id", "bob", "--until", "soon").returncode == 2
+
+    def test_a_password_is_checked_not_chosen(self, fake, tmp_path):
+        fake.answers["POST /users/verify-password"] = (200, {"valid": True, "user_id": USER["id"], "email": "a@b", "totp_required": False}, {})
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+        child = pexpect.spawn(sys.executable, [str(ROOT / "mad.py"), "user", "verify-password", "--id", "ann"], env=env, encoding="utf-8", timeout=10)
+        child.expect_exact("password: ")
+        child.waitnoecho()
+        child.sendline("hush hush")
+        assert "right for a@b" in child.read()
+        assert json.loads(fake.seen[0][3]) == {"username": "ann", "password": "hush hush"}
+
+
+class TestEnrolment:
+    ANSWER = {"success": True, "otpauth_uri": "otpauth://totp/x?secret=GEZDGNBV", "secret": "GEZDGNBV", "svg": "<svg>\u00fc</svg>"}
+    PATH = f"POST /users/{USER['id']}/totp/enroll"
+
+    def test_the_secret_is_shown_in_each_form(self, here, fake):
+        fake.answers[self.PATH] = (200, self.ANSWER, {})
+        words = ("user", "totp-enroll", "--id", USER["id"])
+        assert "secret, shown this once: GEZDGNBV" in here(*words, MAD_ADMIN_URL=fake.url).stdout
+        assert json.loads(here(*words, "--json").stdout) == self.ANSWER and here(*words, "--quiet").stdout == self.ANSWER["otpauth_uri"] + "\n"
+
+    def test_the_picture_is_its_owners(self, here, fake, tmp_path):
+        fake.answers[self.PATH] = (200, self.ANSWER, {})
+        picture = tmp_path / "ann.svg"
+        mask = os.umask(0)
+        try:
+            assert here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture), MAD_ADMIN_URL=fake.url).returncode == 0
+        finally:
+            os.umask(mask)
+        assert picture.read_text("utf-8") == self.ANSWER["svg"] and stat.S_IMODE(picture.stat().st_mode) == 0o600
+        assert here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture)).returncode == 2 and len(fake.seen) == 1, "and never written over: nothing is sent"
+
+    def test_a_refusal_leaves_no_picture(self, here, fake, tmp_path):
+        assert here("user", "totp-enroll", "--id", USER["id"], "--svg", str(tmp_path / "ann.svg"), MAD_ADMIN_URL=fake.url).returncode == 1
+        assert not (tmp_path / "ann.svg").exists()
+
+
+ENTRY = {"id": "7", "actor_id": "root", "action": "user_created", "secondary": None, "target": "ann", "timestamp": "2026-01-01T00:00:00Z", "ip_address": "::1", "user_agent": "mad"}
+
+
+class TestAudit:
+    def test_a_log_that_was_changed_is_a_failure(self, here, fake):
+        fake.answers["GET /audit-logs/verify"] = (200, {"valid": False, "rows": 9, "first_seq": 1, "last_seq": 9, "head": "ab", "reason": "Row 4 was changed."}, {})
+        done = here("audit", "verify", "--json", MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 1 and json.loads(done.stdout)["success"] is False and json.loads(done.stdout)["rows"] == 9
+        done = here("auditlog", "verify")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "mad: error: row 4 was changed\n")
+
+    def test_an_export_goes_on_where_a_page_ends(self, here, fake):
+        pages = {"limit=5000": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}), "after=2&limit=5000": (b'{"id":"3"}\n', {}), "limit=1": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"})}
+        fake.answer = lambda method, path: (200, *pages[path.partition("?")[2]])
+        assert here("audit", "export", MAD_ADMIN_URL=fake.url).stdout == '{"id":"1"}\n{"id":"2"}\n{"id":"3"}\n'
+        assert here("audit", "export", "--limit", "1").stdout == '{"id":"1"}\n'
+
+    @pytest.mark.parametrize("body", [b"[1]\n", b"<html>", b'{"id":1'])
+    def test_an_export_that_is_none_is_refused(self, here, fake, body):
+        fake.answers["GET /audit-logs/export"] = (200, body, {})
+        done = here("audit", "export", "--json", MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 4 and json.loads(done.stdout)["error"] == "bad_answer"
+
+
+class TestTail:
+    @pytest.fixture
+    def follow(self, here, fake, monkeypatch):
+        """Run audit tail over these answers, one a request; it ends after the last."""
+
+        def call(answers, *words):
+            answers = list(answers)
+            waits = iter([True] * (len(answers) - 1))
+            monkeypatch.setattr(mad, "_wait", lambda seconds: next(waits, False))
+            fake.answer = lambda *_: answers.pop(0)
+            return here("audit", "tail", *words, MAD_ADMIN_URL=fake.url)
+
+        return call
+
+    def test_it_goes_on_after_what_it_has_shown(self, follow, fake):
+        done = follow([(200, [ENTRY | {"id": "10"}, ENTRY], {}), (200, [ENTRY | {"id": "11"}], {}), (200, [], {}), (200, [ENTRY, ENTRY | {"id": "12"}], {})], "--quiet", "--action", "user_created")
+        assert done.stdout.split() == ["7", "10", "11", "12"], "oldest first, and nothing twice"
+        assert [path.partition("?")[2] for _, path, _, _ in fake.seen] == ["action=user_created&limit=10"] + [f"action=user_created&after={after}&limit=1000" for after in (10, 11, 11)]
+
+    def test_a_server_that_starts_anew_is_waited_for(self, follow):
+        down = (503, {"success": False, "message": "Later.", "error": "unavailable"}, {"Retry-After": "9"})
+        done = follow([(200, [], {}), down, down, (200, [ENTRY], {})], "--quiet")
+        assert (done.returncode, done.stdout) == (0, "7\n")
+        assert done.stderr == "mad: warning: later; trying again\nmad: warning: the server answers again\n", "said once"
+
+    def test_a_token_that_is_no_longer_good_ends_it(self, follow):
+        done = follow([(200, [ENTRY], {}), (401, {"success": False, "message": "Log in.", "error": "invalid_token"}, {})], "--json")
+        assert done.returncode == 3 and [json.loads(line).get("id") for line in done.stdout.splitlines()] == ["7", None]
+
+    def test_what_it_shows_cannot_drive_a_terminal(self, follow):
+        done = follow([(200, [ENTRY | {"target": "a\x1b[2J\nb"}], {})])
+        assert done.stdout == "2026-01-01 00:00:00Z user_created user=root target=a\\x1b[2J\\nb ip=::1\n"
+
+    def test_none_are_shown_first_when_none_are_wanted(self, follow):
+        assert follow([(200, [ENTRY], {}), (200, [ENTRY | {"id": "8"}], {})], "--lines", "0", "--quiet").stdout == "8\n"
+
+    def test_a_server_that_is_not_there_from_the_start_is_an_error(self, here):
+        assert here("audit", "tail", MAD_ADMIN_URL="http://127.0.0.1:9").returncode == 4
+
+    def test_it_ends_with_its_reader(self, fake, tmp_path):
+        fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
+        env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+        done = subprocess.run(["bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", sys.executable, str(ROOT / "mad.py"), "audit", "tail", "--quiet", "--interval", "600"], env=env, capture_output=True, text=True, timeout=60)
+        assert done.stdout == "7\n0\n" and done.stderr == ""
+
+    def test_ctrl_c_ends_it(self, fake, tmp_path):
+        fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
+        env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+        child = pexpect.spawn(sys.executable, [str(ROOT / "mad.py"), "audit", "tail", "--interval", "600"], env=env, encoding="utf-8", timeout=10)
+        child.expect_exact("user_created")
+        child.sendintr()
+        assert "Traceback" not in child.read()
+        child.close()
+        assert child.exitstatus == 130
+
+
+class TestConfirmation:
+    """Nothing destructive happens on a terminal without the name typed or --yes."""
+
+    @pytest.fixture
+    def typed(self, fake, tmp_path):
+        fake.answer = lambda method, path: (200, {"result": USER["id"]} if method == "GET" else {"success": True, "message": "Gone."}, {})
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+
+        def call(words, question=None, answer=""):
+            fake.seen.clear()
+            child = pexpect.spawn(sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=10)
+            if question:
+                child.expect_exact(question)
+                child.sendline(answer)
+            child.expect(pexpect.EOF)
+            child.close()
+            return child.exitstatus, len(fake.seen)
+
+        return call
+
+    @pytest.mark.parametrize("words, question, answer, ended", [
+        ("user delete --id bob", "type bob to confirm: ", "bob", (0, 2)), ("user delete --id bob", "type bob to confirm: ", "bo", (2, 0)), ("user delete --id bob", "type bob to confirm: ", "", (2, 0)),
+        ("user delete --id bob --yes", None, "", (0, 2)), ("audit purge --days 3", "go on? [y/N] ", "y", (0, 1)), ("audit purge --days 3", "go on? [y/N] ", "", (2, 0)), ("user deactivate --id bob", None, "", (0, 2)),
+    ])
+    def test_is_asked_for(self, typed, words, question, answer, ended):
+        assert typed(words, question, answer) == ended
+
+    def test_what_destroys_is_marked(self):
+        marked = {command.name for command in mad.COMMANDS if command.danger is not None}
+        destructive = {command.name for command in mad.COMMANDS if command.name.split()[-1].startswith(("delete", "purge", "disable-")) or command.name in ("user revoke", "client revoke")}
+        assert marked == destructive
+
+
+class TestAuthClient:
+    """The binding of AUTH. Its client is authenticated as RFC 6749 §2.3.1 has it."""
+
+    MADE = {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "success": True, "message": "x", "active": True}
+
+    @pytest.mark.parametrize("call, request_, form", [
+        (lambda auth: auth.client_credentials("a b"), "POST /token", "grant_type=client_credentials&scope=a+b"),
+        (lambda auth: auth.password_login("ann", "h&h", totp="1"), "POST /token", "grant_type=password&username=ann&password=h%26h&totp=1"),
+        (lambda auth: auth.refresh("r"), "POST /token", "grant_type=refresh_token&refresh_token=r"),
+        (lambda auth: auth.exchange_code("c", "https://a/b", "v"), "POST /token", "grant_type=authorization_code&code=c&redirect_uri=https%3A%2F%2Fa%2Fb&code_verifier=v"),
+        (lambda auth: auth.introspect("t"), "POST /introspect", "token=t"), (lambda auth: auth.revoke("t"), "POST /revoke", "token=t"),
+    ])
+    def test_a_client_says_who_it_is(self, fake, call, request_, form):
+        fake.answers[request_] = (200, self.MADE, {})
+        call(mad.AuthClient(fake.url, "app", "s:", token=TOKEN))
+        assert fake.seen[0][3] == form and fake.seen[0][2]["Authorization"] == "Basic YXBwOnMlM0E="
+        call(mad.AuthClient(fake.url, "app", token=TOKEN))
+        assert fake.seen[1][3] == form + "&client_id=app" and "Authorization" not in fake.seen[1][2], "a public client has no secret, and no token of a user stands for it"
+
+    @pytest.mark.parametrize("call, request_, body", [
+        (lambda auth: auth.userinfo(), "GET /userinfo", ""), (lambda auth: auth.me(), "GET /me", ""), (lambda auth: auth.logout(), "POST /logout", ""), (lambda auth: auth.logout_all(), "POST /logout-all", ""),
+        (lambda auth: auth.list_my_sessions(), "GET /me/sessions", ""), (lambda auth: auth.list_my_refresh_tokens(), "GET /me/refresh-tokens", ""), (lambda auth: auth.list_users(), "GET /users", ""), (lambda auth: auth.get_user("u"), "GET /user/u", ""),
+        (lambda auth: auth.create_user("a", "b", "c"), "POST /user", '{"username":"a","email":"b","password":"c"}'), (lambda auth: auth.reset_password("u", "p"), "POST /user/u/reset", '{"new_password":"p"}'),
+        (lambda auth: auth.deactivate_user("u"), "POST /user/u/deactivate", ""),
+    ])
+    def test_a_user_is_spoken_for_by_a_token(self, fake, call, request_, body):
+        fake.answers[request_] = (200, [USER] if "sessions" in request_ or "tokens" in request_ or request_ == "GET /users" else USER, {})
+        assert call(mad.MadClient(auth_url=fake.url).auth(token=TOKEN)) in (USER, [USER])
+        assert fake.seen[0][2]["Authorization"] == "Bearer " + TOKEN and fake.seen[0][3] == body
+
+    def test_what_is_public_is_asked_without_a_token(self, fake):
+        for path in ("/jwks.json", "/.well-known/openid-configuration"):
+            fake.answers["GET " + path] = (200, {"keys": []}, {})
+        auth = mad.AuthClient(fake.url, "app", "s", token=TOKEN)
+        assert auth.jwks() == auth.discovery() == {"keys": []} and not any("Authorization" in headers for *_, headers, _ in fake.seen)
+
+    def test_nothing_is_sent_for_nobody(self, fake):
+        with pytest.raises(mad.BadValue):
+            mad.AuthClient(fake.url).client_credentials()
+        assert fake.seen == []
+
+    def test_a_change_may_depend_on_what_was_read(self, fake):
+        path = "/users/" + USER["id"]
+        fake.answers[f"GET {path}"], fake.answers[f"PUT {path}"] = (200, USER, {"ETag": '"7"'}), (412, {"success": False, "message": "No.", "error": "precondition_failed"}, {})
+        admin = mad.MadClient(fake.url, TOKEN)
+        with pytest.raises(mad.MadError) as caught:
+            admin.send("PUT", path, json={"email": "x@y"}, headers={"If-Match": admin.send("GET", path).headers["etag"]})
+        assert caught.value.status == 412 and fake.seen[-1][2]["If-Match"] == '"7"'
+
+    @pytest.mark.parametrize("kind", [mad.MadClient, mad.AuthClient])
+    def test_every_method_says_its_request_and_its_types(self, kind):
+        for name, method in vars(kind).items():
+            if not name.startswith("_") and callable(method) and name not in ("auth",):
+                assert re.match(r"(GET|POST|PUT|DELETE) /", method.__doc__), name
+                hints = getattr(method, "pages", method).__annotations__
+                assert "return" in hints and "Return" in method.__doc__, name
 
 
 class TestOptions:
