@@ -32,12 +32,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TypedDict, Unpack
 
-    class Search(TypedDict, total=False):
-        """What every list takes."""
+    class Limited(TypedDict, total=False):
+        """What a list takes: `limit` rows in all."""
         limit: int | None
+
+    class Paged(Limited, total=False):
+        """What a list takes that may be long: `offset` rows are left out."""
         offset: int | None
-        q: str | None
+
+    class Sorted(Paged, total=False):
+        """`sort` is a member, `-` before it for descending."""
         sort: str | None
+
+    class Search(Sorted, total=False):
+        """`q` is text to look for."""
+        q: str | None
 
 # == Vocabulary ================================================================
 # The constants the rest of the file speaks in.
@@ -385,13 +394,22 @@ def next_query(link: str) -> str | None:
     return None
 
 
-def listing(method):
-    """Make of a method that yields pages one that returns all rows in one list. `pages` stays the former."""
-    def whole(self, *args, **parameters):
-        return [row for page in method(self, *args, **parameters) for row in page]
-    whole.__name__, whole.__qualname__, whole.__doc__ = method.__name__, method.__qualname__, method.__doc__
-    whole.__wrapped__ = whole.pages = method  # type: ignore[attr-defined]
-    return whole
+LIMITED, PAGED, SORTED, SEARCH = ("limit",), ("limit", "offset"), ("limit", "offset", "sort"), ("limit", "offset", "q", "sort")
+
+
+def listing(*takes: str):
+    """Make of a method that yields pages one that returns all rows in one list.
+
+    `pages` stays the former; `takes` are the members of Search that the server heeds there.
+    """
+    def decorate(method):
+        def whole(self, *args, **parameters):
+            return [row for page in method(self, *args, **parameters) for row in page]
+        whole.__name__, whole.__qualname__, whole.__doc__ = method.__name__, method.__qualname__, method.__doc__
+        whole.__wrapped__ = whole.pages = method  # type: ignore[attr-defined]
+        whole.takes = takes  # type: ignore[attr-defined]
+        return whole
+    return decorate
 
 
 class Answer:
@@ -525,9 +543,9 @@ class MadClient(Binding):
       Msg           success message
 
     Where an id is asked, the server takes a name too, except for what has none; `find_id` turns one into the other.
-    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), `offset`, `q` (search text) and `sort`
-    (a member, `-` before it for descending), returns a list, and follows the pages of the server by itself; `each`
-    yields the same rows without keeping them.
+    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), long ones `offset`, those of the five nouns
+    `q` (search text) and `sort` (a member, `-` before it for descending); it returns a list, and follows the pages of
+    the server by itself. `each` yields the same rows without keeping them.
     Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, NoRoute when the
     server lacks the route, BadValue for a blank id or an unusable URL. Redirects are not followed, proxies not asked.
     """
@@ -571,7 +589,7 @@ class MadClient(Binding):
         """POST /users. Return the new User."""
         return self.request("POST", "/users", json={"username": username, "email": email, "password": password})
 
-    @listing
+    @listing(*SEARCH)
     def list_users(self, is_active: str | None = None, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /users. Return [User]. `is_active`: "true" (when None), "false" or "all"."""
         return self.pages("/users", _given(is_active=is_active), **search)
@@ -656,7 +674,7 @@ class MadClient(Binding):
         """PUT /roles/{id}. Return Role. What is None stays as it is."""
         return self.request("PUT", _at("roles", id), json=_given(name=name, description=description))
 
-    @listing
+    @listing(*SEARCH)
     def list_roles(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /roles. Return [Role]."""
         return self.pages("/roles", **search)
@@ -681,13 +699,13 @@ class MadClient(Binding):
         """PUT /users/{user_id}/roles. Return Msg. These and no others are the roles of the user from now on."""
         return self.request("PUT", _at("users", user_id, "roles"), json=[{"id": role_id} for role_id in role_ids])
 
-    @listing
-    def list_users_of_role(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_users_of_role(self, id: str, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /roles/{id}/users. Return [User]."""
         return self.pages(_at("roles", id, "users"), **search)
 
-    @listing
-    def list_roles_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_roles_of_user(self, user_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /users/{user_id}/roles. Return [{id, name}]."""
         return self.pages(_at("users", user_id, "roles"), {"all": "false"}, **search)
 
@@ -701,7 +719,7 @@ class MadClient(Binding):
         """PUT /permissions/{id}. Return Permission."""
         return self.request("PUT", _at("permissions", id), json={"name": name})
 
-    @listing
+    @listing(*SEARCH)
     def list_permissions(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /permissions. Return [Permission]."""
         return self.pages("/permissions", **search)
@@ -722,18 +740,18 @@ class MadClient(Binding):
         """DELETE /roles/{role_id}/permissions/{permission_id}. Return Msg."""
         return self.request("DELETE", _at("roles", role_id, "permissions", permission_id))
 
-    @listing
-    def list_roles_of_permission(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_roles_of_permission(self, id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /permissions/{id}/roles. Return [Role]."""
         return self.pages(_at("permissions", id, "roles"), **search)
 
-    @listing
-    def list_permissions_of_role(self, role_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_permissions_of_role(self, role_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /roles/{role_id}/permissions. Return [Permission]."""
         return self.pages(_at("roles", role_id, "permissions"), **search)
 
-    @listing
-    def list_permissions_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_permissions_of_user(self, user_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /permissions/user/{user_id}. Return [Permission]: those of all roles of the user."""
         return self.pages(_at("permissions", "user", user_id), **search)
 
@@ -754,7 +772,7 @@ class MadClient(Binding):
         """PUT /scopes/{id}. Return Scope. What is None stays as it is."""
         return self.request("PUT", _at("scopes", id), json=_given(name=name, desc=description))
 
-    @listing
+    @listing(*SEARCH)
     def list_scopes(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /scopes. Return [Scope]."""
         return self.pages("/scopes", **search)
@@ -767,13 +785,13 @@ class MadClient(Binding):
         """DELETE /scopes/{id}. Return Msg."""
         return self.request("DELETE", _at("scopes", id))
 
-    @listing
-    def list_users_of_scope(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_users_of_scope(self, id: str, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /scopes/{id}/users. Return [User]."""
         return self.pages(_at("scopes", id, "users"), **search)
 
-    @listing
-    def list_clients_of_scope(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_clients_of_scope(self, id: str, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /scopes/{id}/clients. Return [Client]."""
         return self.pages(_at("scopes", id, "clients"), **search)
 
@@ -781,8 +799,8 @@ class MadClient(Binding):
         """POST /users/{user_id}/scopes. Return Msg."""
         return self.request("POST", _at("users", user_id, "scopes"), json={"scope_ids": scope_ids})
 
-    @listing
-    def list_scopes_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_scopes_of_user(self, user_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /users/{user_id}/scopes. Return [Scope]."""
         return self.pages(_at("users", user_id, "scopes"), **search)
 
@@ -794,8 +812,8 @@ class MadClient(Binding):
         """POST /clients/{client_id}/scopes. Return Msg. `client_id` is the internal id."""
         return self.request("POST", _at("clients", client_id, "scopes"), json={"scope_ids": scope_ids})
 
-    @listing
-    def list_scopes_of_client(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_scopes_of_client(self, client_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /clients/{client_id}/scopes. Return [Scope]. `client_id` is the internal id."""
         return self.pages(_at("clients", client_id, "scopes"), **search)
 
@@ -827,7 +845,7 @@ class MadClient(Binding):
             grant_types=grant_types, may_introspect=may_introspect, is_first_party=is_first_party,
             access_token_signed_alg=access_token_signed_alg, id_token_signed_response_alg=id_token_signed_response_alg))
 
-    @listing
+    @listing(*SEARCH)
     def list_clients(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /clients. Return [Client]."""
         return self.pages("/clients", **search)
@@ -855,8 +873,8 @@ class MadClient(Binding):
             raise _bad_answer("the answer is not the JSON it should be")
         return answer
 
-    @listing
-    def list_client_secrets(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_client_secrets(self, id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /clients/{id}/secrets. Return [{id, created_at, expires_at}], never the secrets themselves."""
         return self.pages(_at("clients", id, "secrets"), **search)
 
@@ -868,8 +886,8 @@ class MadClient(Binding):
         """POST /clients/{id}/redirect-uris. Return the new ClientUri."""
         return self.request("POST", _at("clients", id, "redirect-uris"), json=uri)
 
-    @listing
-    def list_redirect_uris(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_redirect_uris(self, client_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /clients/{client_id}/redirect-uris. Return [ClientUri]. `client_id` is the internal id."""
         return self.pages(_at("clients", client_id, "redirect-uris"), **search)
 
@@ -883,8 +901,8 @@ class MadClient(Binding):
         """POST /clients/{id}/post-logout-redirect-uris. Return the new ClientUri."""
         return self.request("POST", _at("clients", id, "post-logout-redirect-uris"), json=uri)
 
-    @listing
-    def list_post_logout_uris(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_post_logout_uris(self, client_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /clients/{client_id}/post-logout-redirect-uris. Return [ClientUri]. `client_id` is the internal id."""
         return self.pages(_at("clients", client_id, "post-logout-redirect-uris"), **search)
 
@@ -896,8 +914,8 @@ class MadClient(Binding):
         """POST /clients/{id}/cors-origins. Return the new ClientUri."""
         return self.request("POST", _at("clients", id, "cors-origins"), json=uri)
 
-    @listing
-    def list_cors_origins(self, client_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_cors_origins(self, client_id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /clients/{client_id}/cors-origins. Return [ClientUri]. `client_id` is the internal id."""
         return self.pages(_at("clients", client_id, "cors-origins"), **search)
 
@@ -946,8 +964,8 @@ class MadClient(Binding):
             "provider_key": provider_key, "display_name": display_name, "issuer": issuer,
             "client_identifier": external_client_id, "scopes": scopes})
 
-    @listing
-    def list_idps(self, id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*LIMITED)
+    def list_idps(self, id: str, **search: Unpack[Limited]) -> Iterator[list[dict]]:
         """GET /clients/{id}/idp. Return [ExternalIdp]."""
         return self.pages(_at("clients", id, "idp"), **search)
 
@@ -961,9 +979,9 @@ class MadClient(Binding):
 
     # -- sessions and refresh tokens --
 
-    @listing
+    @listing(*SORTED)
     def list_sessions(self, user_id: str | None = None, client_id: str | None = None,
-                      **search: Unpack[Search]) -> Iterator[list[dict]]:
+                      **search: Unpack[Sorted]) -> Iterator[list[dict]]:
         """GET /sessions. Return [Session], newest first, of this user and this client only when they are given."""
         return self.pages("/sessions", _given(user_id=user_id, client_id=client_id), **search)
 
@@ -971,8 +989,8 @@ class MadClient(Binding):
         """GET /sessions/{id}. Return Session. `id` is the token's `jti`."""
         return self.request("GET", _at("sessions", id))
 
-    @listing
-    def list_sessions_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_sessions_of_user(self, user_id: str, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /sessions/user/{user_id}. Return [Session], newest first."""
         return self.pages(_at("sessions", "user", user_id), **search)
 
@@ -993,13 +1011,13 @@ class MadClient(Binding):
         return self.request("POST", "/sessions/purge", json={
             "older_than_seconds": older_than, "purge_expired": expired, "purge_revoked": revoked})
 
-    @listing
-    def list_refresh_tokens(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_refresh_tokens(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /refresh-tokens. Return [RefreshToken], newest first."""
         return self.pages("/refresh-tokens", **search)
 
-    @listing
-    def list_refresh_tokens_of_user(self, user_id: str, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_refresh_tokens_of_user(self, user_id: str, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /refresh-tokens/user/{user_id}. Return [RefreshToken], newest first."""
         return self.pages(_at("refresh-tokens", "user", user_id), **search)
 
@@ -1018,16 +1036,33 @@ class MadClient(Binding):
 
     # -- audit --
 
-    @listing
+    @listing(*PAGED)
     def list_audit_logs(self, user_id: str | None = None, action: str | None = None, limit: int | None = 100, *,
                         target: str | None = None, since: str | None = None, until: str | None = None,
-                        after: str | None = None, **search: Unpack[Search]) -> Iterator[list[dict]]:
+                        after: str | None = None, offset: int | None = None) -> Iterator[list[dict]]:
         """GET /audit-logs. Return [AuditLog], newest first; with `after` only those with a greater id, oldest first.
 
         `user_id` is the actor, `action` and `target` are exact, `since` and `until` ISO 8601 or Unix seconds.
         """
-        return self.pages("/audit-logs", _given(userId=user_id, action=action, target=target, since=since, until=until,
-                                                after=after), limit=limit, **search)
+        if limit == 0:
+            raise BadValue("a limit is at least 1; a negative one means all")
+        left = limit if limit is not None and limit > 0 else None
+        seen: set = set()
+        while True:
+            size = PAGE if left is None else min(left, PAGE)
+            rows = self.request("GET", "/audit-logs", want=list, query=_given(
+                userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size, offset=offset))
+            # What is written meanwhile moves the entries on to the next page: some come twice.
+            fresh = [row for row in rows[:size] if row.get("id") not in seen]
+            yield fresh
+            left = None if left is None else left - len(fresh)
+            if len(rows) < size or not fresh or left == 0:
+                return
+            seen = {row.get("id") for row in rows}
+            if after is None:
+                offset = (offset or 0) + size
+            else:
+                after = str(rows[-1].get("id"))
 
     def get_audit_log(self, id: str) -> dict:
         """GET /audit-logs/{id}. Return AuditLog."""
@@ -1040,7 +1075,7 @@ class MadClient(Binding):
             raise _bad_answer("the answer is not the JSON it should be")
         return answer
 
-    @listing
+    @listing(*LIMITED)
     def export_audit_logs(self, after: str | None = None, limit: int | None = None) -> Iterator[list[dict]]:
         """GET /audit-logs/export. Return [AuditLog], oldest first, of ids greater than `after`: all of them."""
         left = limit
@@ -1185,13 +1220,13 @@ class AuthClient(Binding):
         """GET /me. Return {sub, email, roles, scopes}."""
         return self.request("GET", "/me")
 
-    @listing
-    def list_my_sessions(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_my_sessions(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /me/sessions. Return [Session], newest first."""
         return self.pages("/me/sessions", **search)
 
-    @listing
-    def list_my_refresh_tokens(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+    @listing(*PAGED)
+    def list_my_refresh_tokens(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
         """GET /me/refresh-tokens. Return [RefreshToken], newest first; never the tokens themselves."""
         return self.pages("/me/refresh-tokens", **search)
 
@@ -1209,7 +1244,7 @@ class AuthClient(Binding):
         """POST /user. Return the new User. Scope admin:provision_users."""
         return self.request("POST", "/user", json={"username": username, "email": email, "password": password})
 
-    @listing
+    @listing(*SEARCH)
     def list_users(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
         """GET /users. Return [User]. Scope admin:list_users."""
         return self.pages("/users", **search)
@@ -1464,7 +1499,7 @@ class Command:
         self.options = tuple(options)
         if self.is_list:
             given = [option.name for option in options]
-            self.options += tuple(option for option in LIST if option.name not in given)
+            self.options += tuple(option for option in LIST if option.name in call.takes and option.name not in given)
 
     @property
     def is_list(self) -> bool:
@@ -2340,7 +2375,8 @@ def _wait(seconds: float) -> bool:
 def show_entries(rows: list[dict]) -> list[str]:
     return [" ".join([cell("timestamp", row.get("timestamp")), plain(row.get("action"))] + [
         "%s=%s" % (title, plain(row[member])) for title, member in (
-            ("user", "actor_id"), ("target", "target"), ("secondary", "secondary"), ("ip", "ip_address")) if row.get(member)])
+            ("result", "result"), ("user", "actor_id"), ("target", "target"), ("secondary", "secondary"),
+            ("ip", "ip_address")) if row.get(member)])
         for row in rows]
 
 
@@ -2537,7 +2573,7 @@ def of_audit(noun: str) -> tuple:
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
         ), table("entries", *AUDIT), "mad %s list --action user_created --since 2030-01-31" % noun),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD,),
-                fields(*AUDIT, "ip_address", "user_agent", "request_id", "row_sha256"), "mad %s get --id 17" % noun),
+                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"), "mad %s get --id 17" % noun),
         Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs, (),
                 lambda row: [plain(row["message"]), "last entry: %s" % plain(row.get("last_seq")), "head: %s" % plain(row.get("head"))],
                 "mad %s verify" % noun, shape=chain_verdict),

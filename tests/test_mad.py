@@ -628,6 +628,10 @@ class TestPages:
         assert [path for _, path, _, _ in many.seen] == ["/users?limit=1000", "/users?limit=1000&offset=1000", "/users?limit=2&offset=5"]
         assert here("user", "list", "--limit", "0").returncode == 2 and len(many.seen) == 3
 
+    def test_a_list_takes_only_what_the_server_heeds_there(self):
+        assert TestOptions.of("--q", "x", name="session list").errors == ["unknown option '--q'"]
+        assert TestOptions.of("--user-id", "x", "--offset", "3", "--limit", "-1", name="role list-users").errors == ["unknown option '--user-id'", "--id is missing"]
+
     def test_what_is_looked_for_goes_along(self, here, many):
         here("user", "list", "--q", "a&b", "--sort", "-created_at", "--is-active", "ALL", MAD_ADMIN_URL=many.url)
         assert many.seen[0][1] == "/users?is_active=all&q=a%26b&sort=-created_at"
@@ -743,6 +747,20 @@ class TestAudit:
         fake.answer = lambda method, path: (200, *pages[path.partition("?")[2]])
         assert here("audit", "export", MAD_ADMIN_URL=fake.url).stdout == '{"id":"1"}\n{"id":"2"}\n{"id":"3"}\n'
         assert here("audit", "export", "--limit", "1").stdout == '{"id":"1"}\n'
+
+    def test_a_list_goes_on_by_itself(self, here, fake):
+        entries = [ENTRY | {"id": str(number)} for number in range(2100, 0, -1)]
+
+        def answer(method, path):
+            query = {name: int(value) for name, _, value in (pair.partition("=") for pair in path.partition("?")[2].split("&"))}
+            fake.grown = entries if not query.get("offset") and "after" not in query else [ENTRY | {"id": "2101"}, *entries]
+            found = fake.grown[query.get("offset", 0) :] if "after" not in query else [row for row in reversed(fake.grown) if int(row["id"]) > query["after"]]
+            return 200, found[: query["limit"]], {}
+
+        fake.answer = answer
+        assert [row["id"] for row in json.loads(here("audit", "list", "--limit", "-1", "--json", MAD_ADMIN_URL=fake.url).stdout)] == [row["id"] for row in entries], "none twice, though one was written meanwhile"
+        assert len(here("audit", "list", "--quiet").stdout.split()) == 100
+        assert here("audit", "list", "--quiet", "--after", "99", "--limit", "1500").stdout.split() == [str(number) for number in range(100, 1600)]
 
     @pytest.mark.parametrize("body", [b"[1]\n", b"<html>", b'{"id":1'])
     def test_an_export_that_is_none_is_refused(self, here, fake, body):
