@@ -29,8 +29,10 @@ import sys
 
 TYPE_CHECKING = False  # What typing says to those who check types; loading it costs 5 ms.
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import TypedDict, Unpack
+    from collections.abc import Callable, Iterator
+    from typing import ParamSpec, TypedDict, Unpack
+
+    P = ParamSpec("P")
 
     class Limited(TypedDict, total=False):
         """What a list takes: `limit` rows in all."""
@@ -397,7 +399,7 @@ def next_query(link: str) -> str | None:
 LIMITED, PAGED, SORTED, SEARCH = ("limit",), ("limit", "offset"), ("limit", "offset", "sort"), ("limit", "offset", "q", "sort")
 
 
-def listing(*takes: str):
+def listing(*takes: str) -> Callable[[Callable[P, Iterator[list[dict]]]], Callable[P, list[dict]]]:
     """Make of a method that yields pages one that returns all rows in one list.
 
     `pages` stays the former; `takes` are the members of Search that the server heeds there.
@@ -407,6 +409,7 @@ def listing(*takes: str):
             return [row for page in method(self, *args, **parameters) for row in page]
         whole.__name__, whole.__qualname__, whole.__doc__ = method.__name__, method.__qualname__, method.__doc__
         whole.__wrapped__ = whole.pages = method  # type: ignore[attr-defined]
+        method.__annotations__["return"] = "list[dict]"  # What help() shows of a wrapped one.
         whole.takes = takes  # type: ignore[attr-defined]
         return whole
     return decorate
@@ -1469,7 +1472,7 @@ LIST = (
 )
 COMMON = (
     Option("json", "print one JSON document, also on failure", "flag"),
-    Option("quiet", "print ids only", "flag"),
+    Option("quiet", "print ids only, or the one thing that was asked for", "flag"),
 )
 SERVER = (
     Option("admin-url", "address of the ADMIN server"),
@@ -1887,7 +1890,8 @@ def help_overview(commands) -> str:
     return "\n".join(
         ["usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "", "commands:"]
         + [text for noun, words in verbs for text in ["  " + noun] + wrap(words, 76, "      ")]
-        + ["", "where an id is asked, a name does; @file among the options stands for the words in that file"]
+        + ["", "where an id is asked, a name does; @file among the options stands for the words in that file",
+           "what cannot be undone is asked about on a terminal, unless --yes is given"]
         + ["", "options of every command:"]
         + _rows([pair for option in COMMON for pair in _spellings(option)] + [("--help", "say more about a command")])
         + ["", "environment:"] + _rows(ENVIRONMENT)
