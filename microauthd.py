@@ -17,6 +17,7 @@ Contents
     Clients           registration, authentication, scopes
     Sessions          refresh-token families, revocation, "is this token alive?"
     Grants            one function per grant_type, issue()
+    Login             how people prove who they are: transactions, browser sessions, codes, consent
     HTTP              Routes, Params, guards, throttle, Answer
     AUTH endpoints    the routes of the auth port
     ADMIN endpoints   the routes of the admin port
@@ -138,6 +139,10 @@ IAT_SKEW = 60  # seconds a token's `iat` may lie in the future: two cores, two r
 LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, so that an attacker cannot close an account for days
 TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
+CODE_TTL = 60  # seconds an authorization code lives, where pkce-code-lifetime does not say less. RFC 6749 §4.1.2
+LOGIN_TTL = 600  # seconds somebody may take to log in
+LOGIN_TRIES = 10  # failures that end a login transaction
+RECOVERY_CODES = 10
 SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
 BATCH_SECONDS = 0.02
 BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
@@ -167,6 +172,14 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "unauthorized_client": (400, "This client may not do this.", "RFC 6749 §5.2"),
     "unsupported_grant_type": (400, "This grant type is not supported.", "RFC 6749 §5.2"),
     "invalid_scope": (400, "The scope is unknown, malformed or exceeds what may be granted.", "RFC 6749 §5.2"),
+    "unsupported_response_type": (400, "This response type is not supported.", "RFC 6749 §4.1.2.1"),
+    "login_required": (400, "The user has to log in.", "OpenID Connect Core §3.1.2.6"),
+    "consent_required": (400, "The user has to consent.", "OpenID Connect Core §3.1.2.6"),
+    "interaction_required": (400, "The user has to do something.", "OpenID Connect Core §3.1.2.6"),
+    "account_selection_required": (400, "The user has to choose an account.", "OpenID Connect Core §3.1.2.6"),
+    "request_not_supported": (400, "The request parameter is not supported.", "OpenID Connect Core §3.1.2.6"),
+    "request_uri_not_supported": (400, "The request_uri parameter is not supported.", "OpenID Connect Core §3.1.2.6"),
+    "registration_not_supported": (400, "The registration parameter is not supported.", "OpenID Connect Core §3.1.2.6"),
     "invalid_token": (401, "The access token is missing, malformed, expired or revoked.", "RFC 6750 §3.1"),
     "insufficient_scope": (403, "The access token does not carry the scope this needs.", "RFC 6750 §3.1"),
     "access_denied": (403, "This caller may not do this.", "RFC 6749 §4.1.2.1"),
@@ -306,6 +319,18 @@ def one_of(*words):
     return parse
 
 
+def label(value):
+    if len(value) > 80 or not value.isprintable():
+        raise ValueError("must be at most 80 printable characters")
+    return value
+
+
+def color(value):
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", value.strip()):
+        raise ValueError("must be a colour such as #1f5fbf")
+    return value.strip().lower()
+
+
 def absolute(value):
     if value and not os.path.isabs(value):
         raise ValueError("must be an absolute path")
@@ -401,6 +426,13 @@ OPTIONS = (
     Option("audit-log-retention-days", 30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?", group="Login"),
     Option("enable-pkce", True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?", group="Login"),
     Option("pkce-code-lifetime", 120, whole(1, 600), "Longest life of an authorization code, seconds.", "Life of an authorization code, seconds?", group="Login"),
+    Option("allow-plain-pkce", False, boolean, "Accept the PKCE method plain; S256 protects more. RFC 7636 §7.2.", group="Login"),
+    Option("session-idle-expiration", 28800, seconds, "Seconds without use after which a browser has to log in again.", group="Login"),
+    Option("session-absolute-expiration", 86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"),
+    Option("brand-name", "", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages"),
+    Option("brand-logo", "", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages"),
+    Option("brand-color", "#1f5fbf", color, "Colour of the login pages, #rrggbb.", group="Pages"),
+    Option("pages-folder", "", text, "Folder whose templates, styles and languages replace the bundled login pages.", group="Pages"),
     Option("totp-qr-output-root", "", absolute, "The only folder QR files may be written to.", "Absolute folder for TOTP QR files (empty: none)?", group="Login"),
     Option("oidc-client-id", "app", text, "client_id of the first client, made by setup.", "client_id of the first client?", group="Login"),
     Option("oidc-client-secret", "", text, "Secret of the first client; empty makes one.", secret=True, group="Login"),
@@ -865,6 +897,61 @@ class Family(Record):
     created_ms: int
     expires_at: int
     revoked_at: int | None
+    browser: str = ""  # the browser session it began in, if any
+    claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
+
+
+class LoginTransaction(Record):
+    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was proven."""
+
+    id: str
+    binding_sha256: str
+    client_id: str
+    state: str  # select | password | totp | enrol | codes | consent | ready | done
+    request: str
+    user_id: str | None
+    amr: str
+    auth_time: int
+    failures: int
+    created_at: int
+    expires_at: int
+    proven_ms: int
+    pending: str  # sealed: a seed that waits for its first code
+
+
+class BrowserSession(Record):
+    """Somebody logged in at a browser; its cookie holds what `id_sha256` is the hash of."""
+
+    id_sha256: str
+    user_id: str
+    amr: str
+    auth_time: int
+    created_ms: int
+    last_seen_at: int
+    expires_at: int
+    revoked_at: int | None
+    ip_address: str
+    user_agent: str
+
+
+class AuthorizationCode(Record):
+    code_sha256: str
+    client_id: str
+    user_id: str
+    sid: str
+    redirect_uri: str
+    scope: str
+    nonce: str
+    code_challenge: str
+    code_challenge_method: str
+    claims: str
+    amr: str
+    auth_time: int
+    issued_ms: int
+    expires_at: int
+    spent_at: int | None
+    browser: str
+    offline: int  # whether a refresh token may come of it
 
 
 class RefreshToken(Record):
@@ -1260,6 +1347,92 @@ class BearerForm(msgspec.Struct):
     access_token: str = ""
 
 
+class AuthorizeForm(msgspec.Struct):
+    """RFC 6749 §4.1.1, RFC 7636 §4.3, OpenID Connect Core §3.1.2.1. Others are ignored."""
+
+    client_id: str
+    redirect_uri: str
+    response_type: str = "code"
+    response_mode: str = "query"
+    scope: str = ""
+    state: str = ""
+    nonce: str = ""
+    code_challenge: str = ""
+    code_challenge_method: str = ""
+    prompt: str = ""
+    max_age: str = ""
+    login_hint: str = ""
+    id_token_hint: str = ""
+    ui_locales: str = ""
+    acr_values: str = ""
+    claims: str = ""
+    display: str = ""
+
+
+class StepForm(msgspec.Struct):
+    """`tx` names a login under way, `form` proves that our page was filled in."""
+
+    tx: str
+    form: str
+
+
+class PasswordForm(StepForm):
+    username: str
+    password: str
+
+
+class CodeForm(StepForm):
+    totp: str
+
+
+class SelectForm(StepForm):
+    choice: str = ""
+
+
+class ConsentForm(StepForm):
+    decision: str = ""
+
+
+class HeadlessForm(msgspec.Struct):
+    jti: str
+
+
+class HeadlessPasswordForm(HeadlessForm):
+    username: str
+    password: str
+    redirect_uri: str = ""
+
+
+class HeadlessCodeForm(HeadlessForm):
+    totp_code: str
+    redirect_uri: str = ""
+
+
+class EndSessionForm(msgspec.Struct):
+    """OpenID Connect RP-Initiated Logout §2."""
+
+    id_token_hint: str = ""
+    client_id: str = ""
+    post_logout_redirect_uri: str = ""
+    state: str = ""
+    logout_hint: str = ""
+    ui_locales: str = ""
+    form: str = ""
+
+
+class AccountForm(msgspec.Struct):
+    action: str
+    form: str
+    id: str = ""
+    password: str = ""
+    new_password: str = ""
+    totp: str = ""
+
+
+class LogoutForm(BearerForm):
+    form: str = ""
+
+
 class AdminTokenForm(msgspec.Struct):
     """`client_id` is for the record, `totp` where the user has a second factor."""
 
@@ -1580,6 +1753,32 @@ class TokenObject(msgspec.Struct):
     audience: str | Maybe = UNSET
 
 
+class PkceStep(msgspec.Struct):
+    """Where the login of an application with screens of its own stands; `jti` is the secret it is bound to."""
+
+    jti: str
+    client_id: str
+    redirect_uri: str
+    requires_totp: bool
+    is_session_based: bool
+
+
+class AuthSession(msgspec.Struct):
+    jti: str
+    client_id: str
+    redirect_uri: str
+    totp_required: bool
+    nonce: str
+    scope: str
+    state: str | None
+    code_challenge: str
+    code_challenge_method: str
+    created_at_utc: str
+    expires_at_utc: str
+    login_state: str
+    max_age: int | None
+
+
 class Jwk(msgspec.Struct):
     """RFC 7517 §4, RFC 7518 §6: `n` and `e` of an RSA key, `crv`, `x` and `y` of an EC key."""
 
@@ -1802,6 +2001,20 @@ MIGRATIONS = (
     # Step 2. Whether what an audit row tells of succeeded; empty in the rows of before.
     """
     ALTER TABLE audit ADD COLUMN result TEXT NOT NULL DEFAULT '';
+    """,
+    # Step 3. What logins at a browser leave behind.
+    """
+    ALTER TABLE family ADD COLUMN browser TEXT NOT NULL DEFAULT '';
+    ALTER TABLE family ADD COLUMN claims TEXT NOT NULL DEFAULT '';
+    ALTER TABLE login_transaction ADD COLUMN proven_ms INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE login_transaction ADD COLUMN pending TEXT NOT NULL DEFAULT '';
+    ALTER TABLE browser_session ADD COLUMN ip_address TEXT NOT NULL DEFAULT '';
+    ALTER TABLE browser_session ADD COLUMN user_agent TEXT NOT NULL DEFAULT '';
+    ALTER TABLE authorization_code ADD COLUMN browser TEXT NOT NULL DEFAULT '';
+    ALTER TABLE authorization_code ADD COLUMN offline INTEGER NOT NULL DEFAULT 1;
+    CREATE INDEX login_transaction_binding ON login_transaction (binding_sha256);
+    CREATE INDEX authorization_code_user ON authorization_code (user_id);
+    CREATE INDEX login_transaction_user ON login_transaction (user_id) WHERE user_id IS NOT NULL;
     """,
 )
 
@@ -2606,7 +2819,7 @@ class Store:
     # -- sessions and refresh tokens --
 
     def add_family(self, family: Family):
-        self.run("INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at)", **msgspec.structs.asdict(family))
+        self.run("INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at, :browser, :claims)", **msgspec.structs.asdict(family))
 
     def find_family(self, sid):
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
@@ -2685,6 +2898,130 @@ class Store:
     def is_revoked(self, jti) -> bool:
         with self.guard():
             return self.connection.execute("SELECT 1 FROM revoked_token WHERE jti = :jti", {"jti": jti}).fetchone() is not None
+
+    # -- people: logins under way, browser sessions, codes, consent --
+
+    def add_login(self, login: LoginTransaction):
+        self.run(
+            """
+            INSERT INTO login_transaction VALUES (:id, :binding_sha256, :client_id, :state, :request, :user_id, :amr, :auth_time,
+                :failures, :created_at, :expires_at, :proven_ms, :pending)
+            """,
+            **msgspec.structs.asdict(login),
+        )
+
+    def find_login(self, id, binding_sha256, now):
+        """Look a login under way up; only for who began it."""
+        return self.one(LoginTransaction, "SELECT * FROM login_transaction WHERE id = :id AND binding_sha256 = :binding_sha256 AND expires_at > :now", id=id, binding_sha256=binding_sha256, now=now)
+
+    def find_headless_login(self, binding_sha256, now):
+        """Look up the login of an application with screens of its own: it has one secret for each."""
+        return self.one(LoginTransaction, "SELECT * FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now LIMIT 1", binding_sha256=binding_sha256, now=now)
+
+    def advance_login(self, login: LoginTransaction, state, user_id, amr, auth_time, proven_ms, now, pending=""):
+        """Take one step from the state that was read, once. Return it as it is then, or None where somebody was first."""
+        return self.one(
+            LoginTransaction,
+            """
+            UPDATE login_transaction
+               SET state = :state, user_id = :user_id, amr = :amr, auth_time = :auth_time, proven_ms = :proven_ms, pending = :pending
+             WHERE id = :id AND binding_sha256 = :binding_sha256 AND state = :was AND expires_at > :now
+            RETURNING *
+            """,
+            id=login.id, binding_sha256=login.binding_sha256, was=login.state, state=state, user_id=user_id, amr=amr, auth_time=auth_time,
+            proven_ms=proven_ms, pending=pending, now=now,
+        )
+
+    def count_failed_step(self, id, most):
+        """Count a failure of a login under way; too many end it."""
+        self.run("UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most THEN 0 ELSE expires_at END WHERE id = :id", id=id, most=most)
+
+    def count_logins(self, binding_sha256, now) -> int:
+        with self.guard():
+            return self.connection.execute("SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding AND expires_at > :now", {"binding": binding_sha256, "now": now}).fetchone()[0]
+
+    def add_browser_session(self, session: BrowserSession):
+        self.run(
+            "INSERT INTO browser_session VALUES (:id_sha256, :user_id, :amr, :auth_time, :created_ms, :last_seen_at, :expires_at, :revoked_at, :ip_address, :user_agent)",
+            **msgspec.structs.asdict(session),
+        )
+
+    def find_browser_session(self, id_sha256):
+        return self.one(BrowserSession, "SELECT * FROM browser_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256)
+
+    def list_browser_sessions(self, user_id, now):
+        return self.all(BrowserSession, "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now ORDER BY last_seen_at DESC", user_id=user_id, now=now)
+
+    def touch_browser_session(self, id_sha256, now):
+        self.run("UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now", id_sha256=id_sha256, now=now)
+
+    def strengthen_browser_session(self, id_sha256, amr, now):
+        self.run("UPDATE browser_session SET amr = :amr, last_seen_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL", id_sha256=id_sha256, amr=amr, now=now)
+
+    def revoke_browser_session(self, id_sha256, now) -> bool:
+        """End a browser session and every login that began in it. Whether it was alive."""
+        for sid in [family.sid for family in self.all(Family, "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)", browser=id_sha256)]:
+            self.revoke_family(sid, now)
+        return self.run("UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL", id_sha256=id_sha256, now=now) == 1
+
+    def add_code(self, code: AuthorizationCode):
+        self.run(
+            """
+            INSERT INTO authorization_code VALUES (:code_sha256, :client_id, :user_id, :sid, :redirect_uri, :scope, :nonce, :code_challenge, :code_challenge_method,
+                :claims, :amr, :auth_time, :issued_ms, :expires_at, :spent_at, :browser, :offline)
+            """,
+            **msgspec.structs.asdict(code),
+        )
+
+    def spend_code(self, code_sha256, client_id, now):
+        """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
+        return self.one(
+            AuthorizationCode,
+            """
+            UPDATE authorization_code
+               SET spent_at = :now
+             WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
+            RETURNING *
+            """,
+            code_sha256=code_sha256, client_id=client_id, now=now,
+        )
+
+    def find_code(self, code_sha256):
+        return self.one(AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256", code_sha256=code_sha256)
+
+    def consented(self, user_id, client_id) -> str:
+        """The scope a user has consented to, of a client by its internal id."""
+        with self.guard():
+            row = self.connection.execute("SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id", {"user_id": user_id, "client_id": client_id}).fetchone()
+        return row[0] if row else ""
+
+    def put_consent(self, user_id, client_id, scope, now):
+        self.run(
+            """
+            INSERT INTO consent VALUES (:user_id, :client_id, :scope, :now)
+            ON CONFLICT (user_id, client_id) DO UPDATE SET scope = excluded.scope, given_at = excluded.given_at
+            """,
+            user_id=user_id, client_id=client_id, scope=scope, now=now,
+        )
+
+    def replace_recovery_codes(self, user_id, hashes, now):
+        self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
+        for code_sha256 in hashes:
+            self.run("INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256, user_id=user_id, now=now)
+
+    def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
+        return self.run("UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 AND spent_at IS NULL", user_id=user_id, code_sha256=code_sha256, now=now) == 1
+
+    def count_recovery_codes(self, user_id) -> int:
+        with self.guard():
+            return self.connection.execute("SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}).fetchone()[0]
+
+    def list_cors_origins(self) -> frozenset:
+        """The origins of all active public clients."""
+        with self.guard():
+            return frozenset(uri for (uri,) in self.connection.execute(
+                "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
+            ))
 
     # -- audit --
 
@@ -3428,7 +3765,7 @@ def remembers(idp, account, password) -> bool:
     return idp.password_digests.knows(account.password_hash, password, idp.now())
 
 
-def why_not(idp, origin, account, client, admin) -> str:
+def why_not(idp, origin, account, admin=False) -> str:
     """Return what keeps this account out whatever its password, for the log."""
     if account is None:
         return "unknown user"
@@ -3439,8 +3776,6 @@ def why_not(idp, origin, account, client, admin) -> str:
         return "locked"
     if admin and not is_admin(idp, account.id):
         return "not an administrator"
-    if client and "ENABLE_TOTP" in client.flags and not account.totp_sealed:
-        return "the client demands a second factor, and the user has none"
     return ""
 
 
@@ -3470,18 +3805,22 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
     Every path that takes a password calls this. Whatever is wrong - no such user, wrong password,
     inactive, locked, no or a wrong or a used one-time code - the caller learns nothing but
     invalid_grant with status 403, after the same Argon2 work and one durable write.
-    `admin` demands the MadAdmin role too. `only_password` leaves the second factor out, for an
-    administrator who asks about a password: nothing is issued on it.
+    `admin` demands the MadAdmin role too. `only_password` leaves the second factor out: for an
+    administrator who asks about a password, and for the login pages, which ask for it next, by
+    check_second_factor().
     """
     name = fold(username)
     idp.throttle.check(origin.peer, name)
     account = idp.store.find_account_by_name(name)
-    if not why_not(idp, origin, account, client, admin) and remembers(idp, account, password):
+    demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
+    if not demanded and not why_not(idp, origin, account, admin) and remembers(idp, account, password):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
     with idp.hasher.gate.place(), idp.locks[hash(name) % len(idp.locks)]:
         account = idp.store.find_account_by_name(name)
-        obstacle = why_not(idp, origin, account, client, admin)
+        obstacle = why_not(idp, origin, account, admin)
+        if not obstacle and demanded and not account.totp_sealed:
+            obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and remembers(idp, account, password):
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
@@ -3517,6 +3856,59 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
         if not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
         return account, amr
+
+
+def check_second_factor(idp: Idp, origin: Origin, user_id: str, proven_ms: int, code: str, client_id="") -> tuple[Account, list]:
+    """May this user, whose password was proven at that millisecond, in by this one-time or recovery code?
+
+    Everything is asked again: that the user exists, is active, not locked, and that nothing of it
+    was ended since. Guesses are counted on the account, whatever login they belong to. Raises
+    invalid_grant with 403.
+    """
+    idp.throttle.check(origin.peer, user_id)
+    with idp.locks[hash(user_id) % len(idp.locks)]:
+        account, now, used = idp.store.find_account(user_id), idp.now(), ""
+        failure = why_not(idp, origin, account)
+        if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
+            failure = "changed meanwhile"
+        if not failure and re.fullmatch(r"[0-9]{6}", code):
+            failure = check_totp(idp, account, code)
+            used = "otp"
+        elif not failure:
+            failure = check_recovery_code(idp, account, code)
+        if failure:
+            idp.throttle.spend(origin.peer, user_id)
+            with idp.store.transaction():
+                if failure == WRONG_CODE:
+                    idp.store.count_failed_totp(account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration))
+                audit(idp, origin, user_id, "user_login_failed", client_id, f"reason={failure}", FAILURE)
+            raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
+        if not used:
+            audit(idp, origin, user_id, "recovery_code_used", user_id, f"left={idp.store.count_recovery_codes(user_id)}")
+    return account, ["pwd", *([used] if used else []), "mfa"]
+
+
+def fold_recovery_code(code: str) -> str:
+    """Return a recovery code as it was made, however it was typed."""
+    return re.sub(r"[\s-]", "", code).lower()
+
+
+def check_recovery_code(idp, account, code) -> str:
+    """Spend a recovery code. Return what is wrong, or nothing."""
+    now = idp.now()
+    if account.totp_locked_until > now:
+        return "second factor locked"
+    return "" if idp.store.spend_recovery_code(account.id, sha256(fold_recovery_code(code)), now) else WRONG_CODE
+
+
+def make_recovery_codes(idp: Idp, origin: Origin, user_id: str) -> list[str]:
+    """Make ten codes of 79 random bits that stand for a lost authenticator, each once. Those of before are void."""
+    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is taken for another
+    codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
+    with idp.store.transaction():
+        idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
+        audit(idp, origin, user_id, "recovery_codes_made", user_id)
+    return ["-".join(re.findall("....", code)) for code in codes]
 
 
 def check_username(username: str) -> str:
@@ -4642,6 +5034,7 @@ class Granted(msgspec.Struct):
     nonce: str = ""
     family: Family | None = None  # the login to go on with; None begins one
     spends: str = ""  # SHA-256 of the refresh token to rotate within the issuing transaction
+    code: AuthorizationCode | None = None  # what the login begins with, where it was at a browser
 
 
 def client_credentials(idp: Idp, client: Client, params) -> Granted:
@@ -4687,7 +5080,52 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     return Granted(scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256)
 
 
-GRANTS = {CLIENT_CREDENTIALS: client_credentials, PASSWORD: password_grant, REFRESH_TOKEN: refresh_grant}
+CODE_VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")  # RFC 7636 §4.1
+
+
+def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
+    """Return what is wrong with a code verifier, or nothing. RFC 7636 §4.6, RFC 9700 §2.1.1."""
+    if not code.code_challenge:
+        return "a verifier without a challenge" if verifier is not None else ""
+    if verifier is None or not CODE_VERIFIER.fullmatch(verifier):
+        return "no verifier, or a malformed one"
+    expected = b64url(hashlib.sha256(verifier.encode()).digest()) if code.code_challenge_method == "S256" else verifier
+    return "" if hmac.compare_digest(expected, code.code_challenge) else "the verifier does not match"
+
+
+def code_grant(idp: Idp, client: Client, params) -> Granted:
+    """RFC 6749 §4.1.3. The code is spent before anything else is asked: a failed attempt must not be repeatable. §10.5."""
+    code_sha256, now = sha256(params.need("code")), idp.now()
+    code = idp.store.spend_code(code_sha256, client.client_id, now)
+    if code is None:
+        found = idp.store.find_code(code_sha256)
+        if found is not None and found.client_id == client.client_id:
+            end_code(idp, params.origin, found)
+        raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=found is not None)
+    account = idp.store.find_account(code.user_id)
+    wrong = (
+        "expired" if code.expires_at <= now
+        else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
+        else check_verifier(code, params.get("code_verifier"))
+        or ("its user is gone, inactive or was revoked" if not is_good(account, code.issued_ms) else "")
+        or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
+    )
+    if wrong:
+        raise Problem("invalid_grant", log=f"code: {wrong}")
+    return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
+
+
+def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
+    """End the login a code began that is presented again, begun or still beginning. RFC 6749 §4.1.2."""
+    with idp.store.transaction():
+        if idp.store.find_family(code.sid) is None:
+            # The first exchange has spent it and is about to begin this login: it finds the name taken, and dead.
+            now = idp.now()
+            idp.store.add_family(Family(code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms, now, now))
+        revoke_family(idp, origin, code.user_id, code.sid, "authorization_code_reused", code.client_id, FAILURE)
+
+
+GRANTS = {CLIENT_CREDENTIALS: client_credentials, PASSWORD: password_grant, REFRESH_TOKEN: refresh_grant, AUTHORIZATION_CODE: code_grant}
 
 
 def ttl(client: Client, flag: str, default: int) -> int:
@@ -4722,10 +5160,11 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     roles = idp.store.list_roles_of(account.id)
     with idp.store.transaction():
         # Inside the transaction, so that a revocation that came first is seen and one that comes later sees us.
-        check_unchanged(idp, account, ms, 400 if granted.spends else 403)
+        check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
         family = take_family(idp, client, granted, origin, ms)
         refresh_token = ""
-        if family and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
+        may_refresh = granted.code is None or granted.code.offline
+        if family and may_refresh and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
             refresh_token = random_handle()
             until = min(family.expires_at, now + ttl(client, "REFRESH_TOKEN_EXPIRATION", options.refresh_token_expiration))
             idp.store.add_refresh_token(RefreshToken(new_jti(ms), sha256(refresh_token), family.sid, account.id, row.client_id, jti, now, until, None, None))
@@ -4766,16 +5205,26 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
         if idp.store.find_refresh_token(granted.spends).rotated_at is not None:
             revoke_family(idp, origin, granted.account.id, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE)
         return None
+    code = granted.code
     family = Family(
-        sid=random_handle()[:22], user_id=granted.account.id, client_id=client.client_id, scope=granted.scope, amr=" ".join(granted.amr),
+        sid=code.sid if code else random_handle()[:22], user_id=granted.account.id, client_id=client.client_id, scope=granted.scope, amr=" ".join(granted.amr),
         auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms, expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
+        browser=code.browser if code else "", claims=code.claims if code else "",
     )
+    if code and idp.store.find_family(code.sid) is not None:
+        raise Problem("invalid_grant", log="the code was presented again meanwhile")
     idp.store.add_family(family)
     return family
 
 
-def user_claims(idp: Idp, account: Account, scope: str) -> dict:
-    """Return the claims of a user that a scope opens. OpenID Connect Core §5.4."""
+USER_CLAIMS = {"name": "profile", "preferred_username": "profile", "updated_at": "profile", "email": "email", "email_verified": "email", "roles": "roles"}  # claim -> scope that opens it
+
+
+def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
+    """Return the claims of a user that a scope opens, and those asked for one by one. OpenID Connect Core §5.4 and §5.5."""
+    if also:
+        one_by_one = user_claims(idp, account, " ".join({USER_CLAIMS[name] for name in also if name in USER_CLAIMS}))
+        return user_claims(idp, account, scope) | {name: value for name, value in one_by_one.items() if name in also}
     scopes, claims = scope.split(), {"sub": account.id}
     if "profile" in scopes:
         claims |= {"name": account.username, "preferred_username": account.username, "updated_at": account.modified_at}
@@ -4786,11 +5235,17 @@ def user_claims(idp: Idp, account: Account, scope: str) -> dict:
     return claims
 
 
+def asked_claims(claims: str, of: str) -> tuple:
+    """Return the names that the claims parameter asks for in `id_token` or `userinfo`."""
+    return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
+
+
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str, ms: int) -> str:
     """OpenID Connect Core §2 and §3.1.3.6."""
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    claims = user_claims(idp, granted.account, granted.scope) | {
+    also = asked_claims(family.claims, "id_token")
+    claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now, "exp": now + ID_TOKEN_TTL,
         "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid, "token_use": "id",
         # The left half of the digest that goes with the algorithm; SHA-256 for both of ours.
@@ -4799,6 +5254,326 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     if granted.nonce:
         claims["nonce"] = granted.nonce
     return idp.auth_ring.mint(key, JWT, claims)
+
+
+# == Login =====================================================================
+# How people prove who they are, at a browser or in an application with screens of its own: one
+# transaction, bound to whoever began it, walks
+#
+#     select -> password -> totp | enrol -> codes -> consent -> ready -> done
+#
+# and cannot skip a state: each step is one conditional statement. OpenID Connect Core §3.1.2.
+
+
+class AuthorizeRequest(msgspec.Struct):
+    """What a client asks for, once it is proven who it is and where the answer goes. RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1."""
+
+    client_id: str
+    redirect_uri: str
+    response_mode: str = "query"
+    state: str | None = None
+    scope: str | None = None
+    nonce: str = ""
+    code_challenge: str = ""
+    code_challenge_method: str = ""
+    prompt: list[str] = []
+    max_age: int | None = None
+    login_hint: str = ""
+    hinted_sub: str = ""  # of the id_token_hint
+    claims: str = ""
+    ui_locales: str = ""
+    headless: bool = False
+
+
+class Login(msgspec.Struct):
+    """A transaction and what it is about. `request` is None for a login to the account page."""
+
+    row: LoginTransaction
+    request: AuthorizeRequest | None
+    client: Client | None
+
+
+PROMPTS = ("none", "login", "consent", "select_account")
+RESPONSE_MODES = ("query", "form_post")
+
+
+def prove_client(idp: Idp, params) -> tuple[Client, str]:
+    """Return client and redirect URI of an authorization request. Until this returns, nobody is redirected. RFC 6749 §4.1.2.1."""
+    client = find_client(idp, params.need("client_id"))
+    if client is None:
+        raise Problem("invalid_request", log="authorize: unknown or inactive client")
+    redirect_uri = params.need("redirect_uri")
+    if not is_registered_uri(redirect_uri, client.redirect_uris):
+        raise Problem("invalid_request", log=f"authorize: a redirect_uri that {client.client_id} has not registered")
+    return client, redirect_uri
+
+
+def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
+    """Read the rest of an authorization request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
+    get = params.get
+    response_mode = get("response_mode") or "query"
+    if response_mode not in RESPONSE_MODES:
+        raise Problem("invalid_request", log="unknown response_mode")
+    for name in ("request", "request_uri", "registration"):
+        if get(name):
+            raise Problem(f"{name}_not_supported")
+    if not get("response_type"):
+        raise Problem("invalid_request", log="no response_type")
+    if get("response_type") != "code":
+        raise Problem("unsupported_response_type")
+    if AUTHORIZATION_CODE not in client.grant_types:
+        raise Problem("unauthorized_client", log="the client may not use codes")
+    challenge, method = get("code_challenge") or "", get("code_challenge_method") or ""
+    if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
+        raise Problem("invalid_request", log="PKCE is required")
+    if challenge:
+        method = method or "plain"  # RFC 7636 §4.3
+        if method != "S256" and not (method == "plain" and idp.options.allow_plain_pkce):
+            raise Problem("invalid_request", log="this code_challenge_method is not accepted")
+        if not CODE_VERIFIER.fullmatch(challenge) or method == "S256" and len(challenge) != 43:
+            raise Problem("invalid_request", log="malformed code_challenge")
+    prompt = (get("prompt") or "").split()
+    if set(prompt) - set(PROMPTS) or "none" in prompt and len(prompt) > 1:
+        raise Problem("invalid_request", log="bad prompt")
+    max_age = get("max_age")
+    if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
+        raise Problem("invalid_request", log="bad max_age")
+    if get("scope") and any(not SCOPE_TOKEN.fullmatch(word) for word in get("scope").split(" ") if word):
+        raise Problem("invalid_scope", log="malformed scope")
+    wanted = set((get("scope") or "").split())
+    if not wanted <= client.scopes | (set(OIDC_SCOPES) if OPENID in wanted else set()):
+        raise Problem("invalid_scope", log="asked for more than the client may")
+    for name, most in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
+        if len(get(name) or "") > most:
+            raise Problem("invalid_request", log=f"{name} is too long")
+    hinted = read_hint(idp, get("id_token_hint"))
+    if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
+        raise Problem("invalid_request", log="id_token_hint is not an ID token of this client")
+    return AuthorizeRequest(
+        client.client_id, redirect_uri, response_mode, get("state"), get("scope"), get("nonce") or "", challenge, method, prompt,
+        int(max_age) if max_age else None, get("login_hint") or "", hinted["sub"] if hinted else "", read_claims_parameter(get("claims")), get("ui_locales") or "",
+    )
+
+
+def read_hint(idp: Idp, token: str | None) -> dict | None:
+    """Return the claims of an ID token of ours, an expired one too, or None. OpenID Connect RP-Initiated Logout §2."""
+    try:
+        return idp.auth_ring.verify(token, JWT) if token else None
+    except Problem:
+        return None
+
+
+def read_claims_parameter(claims: str | None) -> str:
+    """Return the names the claims parameter asks for, as JSON, in a bounded form. OpenID Connect Core §5.5."""
+    if not claims:
+        return ""
+    try:
+        found = msgspec.json.decode(claims, type=dict[str, dict[str, dict | None] | None])
+    except (msgspec.DecodeError, RecursionError):
+        raise Problem("invalid_request", log="malformed claims parameter") from None
+    asked = {of: [name for name in (found.get(of) or ()) if name in USER_CLAIMS] for of in ("id_token", "userinfo")}
+    sub = ((found.get("id_token") or {}).get("sub") or {}).get("value")
+    return msgspec.json.encode(asked | ({"sub": sub} if isinstance(sub, str) else {})).decode()
+
+
+# -- browser sessions --
+
+
+def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, Account] | None:
+    """Return the living session a cookie names, and its user: not ended, not idle too long, nothing of the user ended since."""
+    if not handle or len(handle) > 100:
+        return None
+    session, now = idp.store.find_browser_session(sha256(handle)), idp.now()
+    if session is None or session.revoked_at is not None or session.expires_at <= now or session.last_seen_at + idp.options.session_idle_expiration <= now:
+        return None
+    if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
+        return None
+    account = idp.store.find_account(session.user_id)
+    if not is_good(account, session.created_ms) or account.lockout_until > now:
+        return None
+    if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
+        idp.store.touch_browser_session(session.id_sha256, now)
+    return session, account
+
+
+def begin_browser_session(idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None) -> str:
+    """Log somebody in at a browser: always a fresh session. The one this browser had ends. Return the handle for the cookie."""
+    handle, now = random_handle(), idp.now()
+    ms = max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
+    with idp.store.transaction():
+        check_unchanged(idp, account, ms)
+        if replaces:
+            idp.store.revoke_browser_session(sha256(replaces), now)
+        idp.store.add_browser_session(BrowserSession(sha256(handle), account.id, " ".join(amr), auth_time, ms, now, now + idp.options.session_absolute_expiration, None, origin.peer, origin.user_agent[:200]))
+        audit(idp, origin, account.id, "user_logged_in", account.id, "amr=" + ",".join(amr))
+    return handle
+
+
+def end_browser_session(idp: Idp, origin: Origin, actor: str, id_sha256: str):
+    """Log a browser out, and end every login at a client that began in it."""
+    with idp.store.transaction():
+        if idp.store.revoke_browser_session(id_sha256, idp.now()):
+            audit(idp, origin, actor, "browser_logged_out", actor)
+
+
+def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
+    """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core §3.1.2.3."""
+    age = idp.now() - session.auth_time
+    own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
+    if request.max_age is not None and age > request.max_age or request.max_age == 0 or own and age > own:
+        return False
+    if "login" in request.prompt or request.hinted_sub and request.hinted_sub != session.user_id:
+        return False
+    wanted_sub = msgspec.json.decode(request.claims).get("sub") if request.claims else None
+    return not wanted_sub or wanted_sub == session.user_id
+
+
+# -- transactions --
+
+
+def begin_login(idp: Idp, binding: str, request: AuthorizeRequest | None, state="password", session: BrowserSession | None = None) -> LoginTransaction:
+    """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
+    now, binding_sha256 = idp.now(), sha256(binding)
+    if idp.store.count_logins(binding_sha256, now) >= 50:
+        raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
+    row = LoginTransaction(
+        random_handle()[:22], binding_sha256, request.client_id if request else "", state, msgspec.json.encode(request).decode(),
+        session.user_id if session else None, session.amr if session else "", session.auth_time if session else 0, 0, now, now + LOGIN_TTL,
+        session.created_ms if session else 0, new_pending(idp, session.user_id, state) if session else "",
+    )
+    idp.store.add_login(row)
+    return row
+
+
+def get_login(idp: Idp, id: str, binding: str | None) -> Login:
+    """Return a login under way, to whoever began it. Raises not_found: whatever is wrong, it is to be begun anew."""
+    row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
+    if row is None or row.state == "done":
+        raise Problem("not_found", log="no such login under way, or not in this browser")
+    return as_login(idp, row)
+
+
+def as_login(idp: Idp, row: LoginTransaction) -> Login:
+    request = msgspec.json.decode(row.request, type=AuthorizeRequest | None)
+    client = find_client(idp, row.client_id) if request else None
+    if request and (client is None or not is_registered_uri(request.redirect_uri, client.redirect_uris)):
+        raise Problem("not_found", log="the client of this login is gone, or its redirect URI")
+    return Login(row, request, client)
+
+
+def step(idp: Idp, login: Login, state: str, user_id, amr, auth_time=0, proven_ms=0, pending="") -> Login:
+    """Take a login one state on. Raises conflict where somebody else took that step."""
+    row = idp.store.advance_login(login.row, state, user_id, " ".join(amr), auth_time, proven_ms, idp.now(), pending)
+    if row is None:
+        raise Problem("conflict", log="this step of the login was taken already")
+    return as_login(idp, row)
+
+
+def fail_step(idp: Idp, login: Login):
+    idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
+
+
+def give_password(idp: Idp, origin: Origin, login: Login, username: str, password: str) -> Login:
+    """The first step. Raises invalid_grant as authenticate_user does."""
+    if login.row.state != "password":
+        raise Problem("conflict", log="no password is asked for in this state")
+    try:
+        account, amr = authenticate_user(idp, origin, username, password, client=login.client, only_password=True)
+    except Problem as problem:
+        if problem.code == "invalid_grant":
+            fail_step(idp, login)
+        raise
+    demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
+    state = "totp" if account.totp_sealed else "enrol" if demanded else after_factors(idp, login, account)
+    return step(idp, login, state, account.id, ["pwd"], idp.now(), max(idp.now_ms(), account.revoked_before + 1), new_pending(idp, account.id, state))
+
+
+def new_pending(idp, user_id, state) -> str:
+    return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
+
+
+def give_code(idp: Idp, origin: Origin, login: Login, code: str) -> Login:
+    """The second step of a user who has a second factor: a one-time or a recovery code. Raises invalid_grant."""
+    if login.row.state != "totp":
+        raise Problem("conflict", log="no code is asked for in this state")
+    try:
+        account, amr = check_second_factor(idp, origin, login.row.user_id, login.row.proven_ms, code, login.row.client_id)
+    except Problem as problem:
+        if problem.code == "invalid_grant":
+            fail_step(idp, login)
+        raise
+    return step(idp, login, after_factors(idp, login, account), account.id, amr, login.row.auth_time or idp.now(), login.row.proven_ms)
+
+
+def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, list[str]]:
+    """The second step of a user who gets a second factor now, by its first code. Return the recovery codes, shown once."""
+    if login.row.state != "enrol":
+        raise Problem("conflict", log="no second factor is set up in this state")
+    account = idp.store.find_account(login.row.user_id)
+    if why_not(idp, origin, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
+        raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
+    seed = idp.seal.open(login.row.pending, account.id)
+    found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
+    if found is None:
+        fail_step(idp, login)
+        idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration))
+        raise Problem("invalid_grant", status=403, log="wrong first code")
+    with idp.store.transaction():
+        login = step(idp, login, "codes", account.id, ["pwd", "otp", "mfa"], login.row.auth_time, login.row.proven_ms)
+        idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
+        idp.store.spend_totp_step(account.id, found)
+        audit(idp, origin, account.id, "totp_enabled", account.id)
+        return login, make_recovery_codes(idp, origin, account.id)
+
+
+def after_factors(idp: Idp, login: Login, account: Account) -> str:
+    """Return the state after the last factor: consent where it is needed, else done; an application with its own screens says when."""
+    if login.request and login.request.headless:
+        return "ready"
+    return "consent" if login.request and needs_consent(idp, login.client, account.id, login.request) else "done"
+
+
+def scope_for(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> str:
+    return decide_scopes(request.scope, client.scopes, scopes_of_user(idp, account.id))
+
+
+def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
+    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the client asks."""
+    if "consent" in request.prompt:
+        return True
+    if client.row.is_first_party:
+        return False
+    wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
+    agreed = idp.store.consented(user_id, client.row.id)
+    return not agreed or not wanted <= set(agreed.split())
+
+
+def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int, browser="") -> str:
+    """Return a fresh authorization code for somebody who is in. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    scope = scope_for(idp, client, account, request)
+    code, now = random_handle(), idp.now()
+    ms = max(idp.now_ms(), account.revoked_before + 1, client.row.revoked_before + 1, idp.revoked_before + 1)
+    # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a native
+    # application with screens of its own, by its grant.
+    offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
+    with idp.store.transaction():
+        check_unchanged(idp, account, ms)
+        idp.store.add_code(AuthorizationCode(
+            sha256(code), client.client_id, account.id, random_handle()[:22], request.redirect_uri, scope, request.nonce, request.code_challenge, request.code_challenge_method,
+            request.claims, " ".join(amr), auth_time, ms, now + min(CODE_TTL, idp.options.pkce_code_lifetime), None, browser, int(offline),
+        ))
+        audit(idp, origin, account.id, "authorization_code_issued", client.client_id)
+    return code
+
+
+def finish_login(idp: Idp, origin: Origin, login: Login) -> Account:
+    """Return the user of a login whose every state was walked, once. Raises conflict or invalid_grant."""
+    if login.row.state != "done" or not login.row.user_id:
+        raise Problem("conflict", log="this login is not done")
+    account = idp.store.find_account(login.row.user_id)
+    if not is_good(account, login.row.proven_ms) or why_not(idp, origin, account):
+        raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
+    return account
 
 
 # == HTTP ======================================================================
@@ -4820,6 +5595,15 @@ class Page(msgspec.Struct):
     etag: str = ""
     status: int = 200
     headers: list = []
+    policy: str = ""  # Content-Security-Policy, where it is not the strictest
+
+
+class Redirect(msgspec.Struct):
+    """RFC 9110 §15.4.4: to be fetched by GET, whatever the request was."""
+
+    location: str
+    cookies: list = []
+    status: int = 303
 
 
 class Reply(msgspec.Struct):
@@ -4847,6 +5631,8 @@ class Route(msgspec.Struct, frozen=True):
     status: int = 200
     versioned: bool = False  # what is shown has an entity tag; what changes it asks for it by If-Match
     oauth: bool = False  # failures in the form of RFC 6749 §5.2
+    html: bool = False  # failures as a page for people
+    cors: bool = False  # for the origins that public clients have registered
     option: str = ""  # served only when this option is on
 
 
@@ -4984,6 +5770,11 @@ class Params:
     def get(self, name: str) -> str | None:
         return self.values.get(name)
 
+    def cookie(self, name: str) -> str | None:
+        """Return a cookie; none where it is there twice, because one of the two is not ours. RFC 6265 §5.4."""
+        found = [value for pair in self.environ.get("HTTP_COOKIE", "").split(";") for key, _, value in [pair.strip().partition("=")] if key == name]
+        return found[0] if len(found) == 1 else None
+
     def need(self, name: str) -> str:
         """Return a parameter that must be there and not be empty."""
         value = self.values.get(name)
@@ -5078,6 +5869,18 @@ def by_bearer(scope="", user=False):
         if user and claims["sub"] == claims["client_id"]:
             raise Problem("access_denied", log="a machine token where a user's is needed")
         return claims
+
+    return guard
+
+
+def by_bearer_or_form():
+    """A guard for a user's access token; without one the caller is None, and the handler asks for a form of ours."""
+    bearer = by_bearer(user=True)
+
+    def guard(idp, params):
+        if "HTTP_AUTHORIZATION" not in params.environ and params.get("access_token") is None and params.get("form") is not None:
+            return None
+        return bearer(idp, params)
 
     return guard
 
@@ -5184,11 +5987,12 @@ class Answer:
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except Problem as problem:
+            refused = problem
             self.tell(environ, problem.code, problem.status, problem.log)
-            return refuse(problem, route.oauth)
         except Exception as error:
+            refused = Problem("server_error")
             self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
-            return refuse(Problem("server_error"), route.oauth)
+        return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
 
     def tell(self, environ, code, status, why):
         self.idp.log(
@@ -5202,13 +6006,17 @@ class Answer:
         status, headers = 200, JSON_HEADERS
         if isinstance(result, Page):
             status, body = result.status, result.content
-            headers = (*BASE_HEADERS, ("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE)
+            headers = BASE_HEADERS if not result.policy else (*BASE_HEADERS[:2], ("Content-Security-Policy", result.policy))
+            headers += (("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE,)
             if result.etag:
                 headers += (("ETag", result.etag),)
             if result.etag and environ.get("HTTP_IF_NONE_MATCH") == result.etag:
                 status, body = 304, b""
             else:
                 headers += (("Content-Type", result.content_type), *result.headers)
+        elif isinstance(result, Redirect):
+            status, body = result.status, b""
+            headers = (*BASE_HEADERS, NO_STORE, ("Location", result.location), *(("Set-Cookie", cookie) for cookie in result.cookies))
         elif isinstance(result, Reply):
             status, headers, body = result.status, JSON_HEADERS + tuple(result.headers), ENCODE(result.body)
         else:
@@ -5228,6 +6036,151 @@ def mounted(idp: Idp, routes: Routes):
             yield route, path
             if issuer_path and path == "/.well-known/oauth-authorization-server":
                 yield route, path + issuer_path  # RFC 8414 §3.1: the path of an issuer stands behind the well-known one
+
+
+def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
+    """Return the headers that let a page of a registered origin read an answer. Fetch Standard §3.3."""
+    origin = environ.get("HTTP_ORIGIN", "")
+    cache = idp.cache()
+    if ("cors",) not in cache:
+        cache[("cors",)] = idp.store.list_cors_origins()
+    headers = (("Vary", "Origin"),)
+    if origin not in cache[("cors",)]:
+        return headers
+    headers += (("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"))
+    if preflight:
+        headers += (("Access-Control-Allow-Methods", "GET, POST"), ("Access-Control-Allow-Headers", "Authorization, Content-Type"), ("Access-Control-Max-Age", "600"))
+    return headers
+
+
+# -- pages: what people see --
+# Templates of appliance/pages, escaped by themselves; no script, no style but ours.
+
+PAGES = APPLIANCE / "pages"
+LOGO_TYPES = (("png", "image/png"), ("svg", "image/svg+xml"), ("jpg", "image/jpeg"), ("jpeg", "image/jpeg"), ("webp", "image/webp"))
+
+
+def page_file(idp: Idp, name: str) -> Path:
+    """Return a file of the pages: of `pages-folder` where it is there, else the bundled one."""
+    own = Path(idp.options.pages_folder) / name if idp.options.pages_folder else None
+    return own if own and own.is_file() else PAGES / name
+
+
+def page_texts(idp: Idp) -> dict:
+    """Return {language: {key: text}} of every language there is a file for; what one does not say, English says."""
+    texts = idp.pages.get("texts")
+    if texts is None:
+        english = msgspec.json.decode((PAGES / "en.json").read_bytes())
+        folders = [PAGES, *([Path(idp.options.pages_folder)] if idp.options.pages_folder else [])]
+        texts = {path.stem.lower(): english | msgspec.json.decode(path.read_bytes()) for folder in folders for path in sorted(folder.glob("*.json"))}
+        idp.pages["texts"] = texts
+    return texts
+
+
+def choose_language(idp: Idp, environ, ui_locales="") -> str:
+    """Return the language of a page: ui_locales, else Accept-Language, else English. OpenID Connect Core §3.1.2.1, RFC 9110 §12.5.4."""
+    texts, wanted = page_texts(idp), []
+    for part in environ.get("HTTP_ACCEPT_LANGUAGE", "")[:200].split(","):
+        name, _, quality = part.strip().partition(";q=")
+        with contextlib.suppress(ValueError):
+            wanted.append((-float(quality or 1), name))
+    for name in [*ui_locales.split(), *(name for quality, name in sorted(wanted, key=lambda pair: pair[0]) if quality)]:
+        for candidate in (name.lower(), name.lower().partition("-")[0]):
+            if candidate in texts:
+                return candidate
+    return "en"
+
+
+def page_style(idp: Idp) -> tuple[str, bytes]:
+    """Return the name of the style sheet, which changes with it, and its content."""
+    found = idp.pages.get("style")
+    if found is None:
+        brand = idp.options.brand_color
+        red, green, blue = (int(brand[at : at + 2], 16) / 255 for at in (1, 3, 5))
+        linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in (red, green, blue)]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        # Whichever of black and white stands out more. WCAG 2.2 §1.4.3
+        on_brand = "#ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
+        content = f":root {{ --brand: {brand}; --on-brand: {on_brand}; }}\n".encode() + page_file(idp, "pages.css").read_bytes()
+        found = idp.pages["style"] = (f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content)
+    return found
+
+
+def template(idp: Idp, name: str) -> bottle.SimpleTemplate:
+    found = idp.pages.get(f"template {name}")
+    if found is None:
+        found = idp.pages[f"template {name}"] = bottle.SimpleTemplate(page_file(idp, f"{name}.html").read_text("utf-8"))
+    return found
+
+
+def show_page(idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words) -> Page:
+    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a redirect, too."""
+    language = choose_language(idp, environ, ui_locales)
+    base = idp.options.auth_issuer
+    common = {
+        "text": page_texts(idp)[language], "language": language, "base": base, "style": f"{base}/pages/{page_style(idp)[0]}", "script": f"{base}/pages/{script}" if script else "",
+        "brand": idp.options.brand_name or urlsplit(base).hostname, "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
+    } | words
+    content = template(idp, "layout").render(body=template(idp, name).render(**common), name=name, **common)
+    parts = urlsplit(target)
+    leads = f" {parts.scheme}://{parts.netloc}" if parts.scheme in ("http", "https") else f" {parts.scheme}:" if parts.scheme else ""
+    policy = (
+        "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
+        f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
+    )
+    return Page(content.encode(), "text/html; charset=utf-8", status=status, headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy)
+
+
+def show_problem(idp: Idp, problem: Problem, environ) -> Page:
+    """Return the page of what went wrong: never a redirect, never what was sent."""
+    page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
+    page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
+    return page
+
+
+def draw_qr(uri: str) -> bytes:
+    """Return the SVG of a QR code, error correction Q."""
+    import segno
+
+    image = io.BytesIO()
+    segno.make(uri, error="q").save(image, kind="svg", scale=5, xmldecl=True)
+    return image.getvalue()
+
+
+# -- cookies of people --
+
+
+def cookie_name(idp: Idp, name: str) -> str:
+    """Return the name of a cookie; under https one that no other host and no plain page can set. RFC 6265bis §4.1.3.2."""
+    return ("__Host-" if idp.options.auth_issuer.startswith("https:") else "") + name
+
+
+def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> str:
+    """Return a Set-Cookie value. Lax: a login begins with a link from somewhere else."""
+    secure = "; Secure" if idp.options.auth_issuer.startswith("https:") else ""
+    return f"{cookie_name(idp, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}" + (f"; Max-Age={max_age}" if max_age is not None else "")
+
+
+SESSION_COOKIE, LOGIN_COOKIE = "mad-session", "mad-login"
+
+
+def session_handle(idp, params) -> str | None:
+    return params.cookie(cookie_name(idp, SESSION_COOKIE))
+
+
+def login_binding(idp, params) -> str | None:
+    return params.cookie(cookie_name(idp, LOGIN_COOKIE))
+
+
+def form_token(secret: str, purpose: str) -> str:
+    """Return what a form carries to prove that it was made for this browser: only who has the cookie could make it."""
+    return b64url(hmac.digest(secret.encode(), purpose.encode(), "sha256")[:18])
+
+
+def check_form(params, secret: str | None, purpose: str):
+    """Raise access_denied unless a form carries its token."""
+    if not secret or not hmac.compare_digest(form_token(secret, purpose), params.get("form") or ""):
+        raise Problem("access_denied", log="a form without its token, or of another browser")
 
 
 # -- the API describes itself --
@@ -5366,7 +6319,7 @@ def build_app(idp: Idp, routes: Routes):
         """Put what is to be said into bottle.response."""
         bottle.response.status, headers, body = answer.speak(result, environ)
         for name, value in headers:
-            (bottle.response.add_header if name == "WWW-Authenticate" else bottle.response.set_header)(name, value)
+            (bottle.response.add_header if name in ("WWW-Authenticate", "Set-Cookie") else bottle.response.set_header)(name, value)
         return body
 
     for route, path in mounted(idp, routes):
@@ -5390,11 +6343,19 @@ def build_app(idp: Idp, routes: Routes):
 
     app.default_error_handler = nowhere
 
+    shared = {path for (_, path), route in table.items() if route.cors}
+
     def dispatch(environ, start_response):
         route = table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
+            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in shared:
+                headers = allow_origin(idp, environ, preflight=True)
+                start_response("204 No Content", [*BASE_HEADERS, *headers])
+                return [b""]
             return app(environ, start_response)
         status, headers, body = answer.speak(answer.run(route, environ, {}), environ)
+        if route.cors and ("HTTP_ORIGIN" in environ or status == 304 or NO_STORE not in headers):
+            headers += allow_origin(idp, environ)
         start_response(STATUS[status], [*headers, ("Content-Length", str(len(body)))])
         return [body]
 
@@ -5489,18 +6450,18 @@ def ready(idp, params):
     return Reply({"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")], 200 if good else 503)
 
 
-@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks)
+@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks, cors=True)
 def jwks(idp, params):
     """The public keys by which anybody verifies our tokens."""
     return prebuilt(idp, "jwks", idp.auth_ring.jwks)
 
 
 def describe_server(idp: Idp) -> dict:
-    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3."""
-    base = idp.options.auth_issuer
-    grants = [CLIENT_CREDENTIALS, PASSWORD] + ([REFRESH_TOKEN] if idp.options.enable_token_refresh else [])
+    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3: only what works."""
+    base, options = idp.options.auth_issuer, idp.options
+    grants = [CLIENT_CREDENTIALS, PASSWORD] + ([REFRESH_TOKEN] if options.enable_token_refresh else [])
     methods = ["client_secret_basic", "client_secret_post"]
-    return {
+    found = {
         "issuer": base,
         "token_endpoint": base + "/token",
         "jwks_uri": base + "/jwks.json",
@@ -5514,26 +6475,45 @@ def describe_server(idp: Idp) -> dict:
         "introspection_endpoint_auth_methods_supported": methods,
         "revocation_endpoint_auth_methods_supported": [*methods, "none"],
         "id_token_signing_alg_values_supported": sorted(idp.auth_ring.active, reverse=True),
-        "scopes_supported": ["openid", "profile", "email", "roles"],
+        "scopes_supported": ["openid", "profile", "email", "roles", *(["offline_access"] if options.enable_token_refresh else [])],
         "claims_supported": [
-            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "name", "preferred_username", "updated_at",
+            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "nonce", "name", "preferred_username", "updated_at",
             "email", "email_verified", "roles",
         ],
+        "claim_types_supported": ["normal"],
+        "claims_parameter_supported": False,
+        "request_parameter_supported": False,
+        "request_uri_parameter_supported": False,
+    }
+    if not options.enable_pkce:
+        return found
+    return found | {
+        "authorization_endpoint": base + "/authorize",
+        "end_session_endpoint": base + "/end-session",
+        "grant_types_supported": [AUTHORIZATION_CODE, *grants],
+        "response_types_supported": ["code"],
+        "response_modes_supported": list(RESPONSE_MODES),
+        "code_challenge_methods_supported": ["S256", *(["plain"] if options.allow_plain_pkce else [])],
+        "authorization_response_iss_parameter_supported": True,
+        "prompt_values_supported": list(PROMPTS),
+        "claims_parameter_supported": True,
+        "ui_locales_supported": sorted(page_texts(idp)),
     }
 
 
-@AUTH("GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone, spec="RFC 8414 §3, OpenID Connect Discovery §4")
+@AUTH("GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone, spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True)
 def discovery(idp, params):
     """What this server can do; only what works."""
     return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
 
 
-@AUTH("POST", ("/token", "/oidc/token"), guard=by_client, spec="RFC 6749 §3.2", form=TokenForm, gives=TokenObject, oauth=True)
+@AUTH("POST", ("/token", "/oidc/token"), guard=by_client, spec="RFC 6749 §3.2", form=TokenForm, gives=TokenObject, oauth=True, cors=True)
 def token(idp, client, params):
     """Exchange an authorization grant for tokens."""
     try:
         grant_type = params.need("grant_type")
-        if grant_type not in GRANTS or grant_type == REFRESH_TOKEN and not idp.options.enable_token_refresh:
+        off = {REFRESH_TOKEN: not idp.options.enable_token_refresh, AUTHORIZATION_CODE: not idp.options.enable_pkce}
+        if grant_type not in GRANTS or off.get(grant_type):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
@@ -5551,17 +6531,18 @@ def introspect(idp, client, params):
     return introspect_token(idp, client, params.need("token"))
 
 
-@AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", form=TokenHintForm, gives=Msg, oauth=True)
+@AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", form=TokenHintForm, gives=Msg, oauth=True, cors=True)
 def revoke(idp, client, params):
     """End a token of this client; a refresh token takes its family along."""
     revoke_token(idp, params.origin, client, params.need("token"))
     return msg("Token revoked.")
 
 
-@AUTH("GET POST", "/userinfo", guard=by_bearer(OPENID, user=True), spec="OpenID Connect Core §5.3", form=BearerForm, gives=UserInfo)
+@AUTH("GET POST", "/userinfo", guard=by_bearer(OPENID, user=True), spec="OpenID Connect Core §5.3", form=BearerForm, gives=UserInfo, cors=True)
 def userinfo(idp, claims, params):
     """The claims about the user that the token's scope opens."""
-    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"])
+    family = idp.store.find_family(claims["sid"])
+    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ())
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec="contract/auth §1.3", gives=Me)
@@ -5609,18 +6590,574 @@ def my_refresh_tokens(idp, claims, params):
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-@AUTH("POST", "/logout", guard=by_bearer(user=True), spec="contract/auth §5.6", form=BearerForm, gives=Msg)
+@AUTH("POST", "/logout", guard=by_bearer_or_form(), spec="contract/auth §5.6", form=LogoutForm, gives=Msg)
 def logout(idp, claims, params):
-    """End every login of this user at the token's client."""
+    """End every login of this user at the token's client; from our own page, the session of the browser."""
+    if claims is None:
+        return log_browser_out(idp, params)
     end_logins(idp, params.origin, claims["sub"], claims["client_id"])
     return msg("Logged out of this client.")
 
 
-@AUTH("POST", "/logout-all", guard=by_bearer(user=True), spec="contract/auth §5.6", form=BearerForm, gives=Msg)
+@AUTH("POST", "/logout-all", guard=by_bearer_or_form(), spec="contract/auth §5.6", form=LogoutForm, gives=Msg)
 def logout_all(idp, claims, params):
     """End every login of this user, everywhere."""
+    if claims is None:
+        held = find_browser_session(idp, session_handle(idp, params))
+        check_form(params, session_handle(idp, params), "session")
+        if held:
+            end_user(idp, params.origin, held[1].id, held[1].id, "logout_all")
+        return log_browser_out(idp, params)
     end_user(idp, params.origin, claims["sub"], claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
+
+
+# -- people: authorization --
+
+
+def answer_client(idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, members: dict, cookies=()):
+    """Send a browser back to its client, with `state` and `iss`. RFC 6749 §4.1.2, RFC 9207 §2, OAuth 2.0 Form Post Response Mode."""
+    members = members | ({"state": state} if state is not None else {}) | {"iss": idp.options.auth_issuer}
+    if response_mode == "form_post":
+        return show_page(idp, params.environ, "form_post", target=redirect_uri, script="form_post.js", action=redirect_uri, members=members, cookies=cookies)
+    separator = "&" if "?" in redirect_uri else "?"
+    return Redirect(redirect_uri + separator + urlencode(members, quote_via=quote), list(cookies))
+
+
+def refuse_client(idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()):
+    """Tell a client by way of the browser what went wrong. RFC 6749 §4.1.2.1."""
+    Answer(idp).tell(params.environ, problem.code, 302, problem.log)
+    members = {"error": problem.code, "error_description": problem.message}
+    return answer_client(idp, params, redirect_uri, response_mode if response_mode in RESPONSE_MODES else "query", state, members, cookies)
+
+
+@AUTH("GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def authorize(idp, params):
+    """Let a user log in for a client. A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON."""
+    headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
+    if headless:
+        return begin_headless(idp, params)
+    client, redirect_uri = prove_client(idp, params)
+    try:
+        request = read_request(idp, client, redirect_uri, params)
+        if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
+            # A POST from another site brings no cookies; the GET it becomes does. So it finds the session.
+            return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
+        return admit(idp, params, client, request)
+    except Problem as problem:
+        if problem.status >= 429:
+            raise
+        return refuse_client(idp, params, redirect_uri, params.get("response_mode"), params.get("state"), problem)
+
+
+def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
+    """Answer with a code where the browser's session does, or begin a login with what is left to do."""
+    held = find_browser_session(idp, session_handle(idp, params))
+    serves = held is not None and session_serves(idp, held[0], client, request)
+    missing = second_factor_missing(client, *held) if serves else ""
+    if "none" in request.prompt:
+        if not serves:
+            raise Problem("login_required")
+        if missing:
+            raise Problem("interaction_required")
+        if needs_consent(idp, client, held[1].id, request):
+            raise Problem("consent_required")
+    if serves and "select_account" not in request.prompt and not missing and not needs_consent(idp, client, held[1].id, request):
+        session, account = held
+        code = issue_code(idp, params.origin, client, request, account, session.amr.split(), session.auth_time, session.id_sha256)
+        return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
+    if held and "select_account" in request.prompt and (serves or not request.hinted_sub):
+        state, session = "select", None
+    elif serves:
+        state, session = missing or "consent", held[0]
+    else:
+        state, session = "password", None
+    return open_login(idp, params, request, state, session)
+
+
+def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
+    """Return the state that is left where a client demands a second factor and the session was begun without."""
+    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
+        return ""
+    return "totp" if account.totp_sealed else "enrol"
+
+
+def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
+    """Begin a login in this browser, and lead to its page."""
+    binding, cookies = login_binding(idp, params), []
+    if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
+        binding = random_handle()
+        cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
+    row = begin_login(idp, binding, request, state, session)
+    return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
+
+
+# -- people: the pages of a login --
+
+
+def held_login(idp, params) -> Login:
+    login = get_login(idp, params.get("tx") or params.get("jti") or "", login_binding(idp, params))
+    if login.request and login.request.headless:
+        raise Problem("not_found")
+    return login
+
+
+def posted_login(idp, params, *states) -> Login:
+    """Return the login a form belongs to. Raises access_denied without its token, conflict in another state."""
+    login = held_login(idp, params)
+    check_form(params, login_binding(idp, params), f"{login.row.id} {login.row.state}")
+    if login.row.state not in states:
+        raise Problem("conflict", log="the form of another state")
+    return login
+
+
+def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words) -> Page:
+    """Return the page of the state a login is in."""
+    request, client, row = login.request, login.client, login.row
+    binding = login_binding(idp, params)
+    if row.state in ("enrol",):
+        account = idp.store.find_account(row.user_id)
+        seed = idp.seal.open(row.pending, row.user_id) if account else ""
+        issuer_name = client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
+        words |= {"secret": seed, "qr": picture(totp_uri(seed, account.username, issuer_name)) if account else ""}
+    if row.state == "consent":
+        wanted = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
+        words["scopes"] = [describe_scope(idp, name) for name in wanted]
+    if row.state in ("consent", "totp", "codes"):
+        account = idp.store.find_account(row.user_id)
+        words["username"] = account.username if account else ""
+    if row.state == "select":
+        held = find_browser_session(idp, session_handle(idp, params))
+        words["username"] = held[1].username if held else ""
+    return show_page(
+        idp, params.environ, {"password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent", "select": "select"}[row.state],
+        status=status, error=error, ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "",
+        tx=row.id, form=form_token(binding, f"{row.id} {row.state}"), client=(client.row.display_name or client.client_id) if client else "",
+        **({"username": request.login_hint if request else ""} | {"recovery": []} | words),
+    )
+
+
+def describe_scope(idp, name) -> dict:
+    scope = idp.store.find_scope(name)
+    return {"name": name, "description": scope.description if scope else ""}
+
+
+def picture(uri: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
+
+
+def go_on(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
+    """Lead a login on: to its next page, or back to its client. With an account its last factor was just proven: the browser is logged in."""
+    cookies, handle = [], session_handle(idp, params)
+    row = login.row
+    if account is not None:
+        handle = begin_browser_session(idp, params.origin, account, row.amr.split(), row.auth_time, handle)
+        cookies.append(make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration))
+    if recovery:
+        page = show_login(idp, params, login, recovery=recovery)
+        page.headers.extend(("Set-Cookie", cookie) for cookie in cookies)
+        return page
+    if row.state != "done":
+        return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
+    account = finish_login(idp, params.origin, login)
+    if login.request is None:
+        return Redirect(f"{idp.options.auth_issuer}/account", cookies)
+    request = login.request
+    held = find_browser_session(idp, handle)
+    browser = held[0].id_sha256 if held and held[1].id == account.id else ""
+    try:
+        code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time, browser)
+    except Problem as problem:
+        return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem, cookies)
+    return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code}, cookies)
+
+
+def refused_step(idp, params, login: Login, problem: Problem, error: str, **words) -> Page:
+    """Show the page again with what to say, the same whatever was wrong; or that the login is over."""
+    if problem.code not in ("invalid_grant", "slow_down"):
+        raise problem
+    Answer(idp).tell(params.environ, problem.code, problem.status, problem.log)
+    again = get_login(idp, login.row.id, login_binding(idp, params))
+    page = show_login(idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **words)
+    page.headers.extend(problem.headers)
+    return page
+
+
+@AUTH("GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_page(idp, params):
+    """The page of a login under way: password, second factor, consent, whatever is next."""
+    return show_login(idp, params, held_login(idp, params))
+
+
+@AUTH("POST", "/login", guard=anyone, spec="contract/auth §5.3", form=PasswordForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_password(idp, params):
+    """The first page of a login: user name and password."""
+    login = posted_login(idp, params, "password")
+    try:
+        after = give_password(idp, params.origin, login, params.get("username") or "", params.get("password") or "")
+    except Problem as problem:
+        return refused_step(idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255])
+    return go_on(idp, params, after, idp.store.find_account(after.row.user_id) if after.row.state in ("done", "consent") else None)
+
+
+@AUTH("POST", "/totp", guard=anyone, spec="contract/auth §5.3", form=CodeForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_totp(idp, params):
+    """The second page of a login: a one-time code, or a recovery code."""
+    login = posted_login(idp, params, "totp")
+    try:
+        after = give_code(idp, params.origin, login, (params.get("totp") or "").strip())
+    except Problem as problem:
+        return refused_step(idp, params, login, problem, "wrong_code")
+    return go_on(idp, params, after, idp.store.find_account(after.row.user_id))
+
+
+@AUTH("POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=CodeForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_enrol(idp, params):
+    """Set a second factor up in the middle of a login, by its first code; shows the recovery codes once."""
+    login = posted_login(idp, params, "enrol")
+    try:
+        after, recovery = enrol(idp, params.origin, login, (params.get("totp") or "").strip())
+    except Problem as problem:
+        return refused_step(idp, params, login, problem, "wrong_code")
+    return go_on(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
+
+
+@AUTH("POST", "/login/codes", guard=anyone, spec="recovery codes", form=StepForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_codes(idp, params):
+    """Go on after the recovery codes were noted."""
+    login = posted_login(idp, params, "codes")
+    row = login.row
+    account = idp.store.find_account(row.user_id)
+    if not is_good(account, row.proven_ms):
+        raise Problem("not_found", log="the user changed meanwhile")
+    return go_on(idp, params, step(idp, login, after_factors(idp, login, account), row.user_id, row.amr.split(), row.auth_time, row.proven_ms))
+
+
+@AUTH("POST", "/login/select", guard=anyone, spec="OpenID Connect Core §3.1.2.1", form=SelectForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_select(idp, params):
+    """Go on as who is logged in, or as somebody else."""
+    login = posted_login(idp, params, "select")
+    held = find_browser_session(idp, session_handle(idp, params))
+    if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
+        return go_on(idp, params, step(idp, login, "password", None, []))
+    session, account = held
+    state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
+    return go_on(idp, params, step(idp, login, state, account.id, session.amr.split(), session.auth_time, session.created_ms, new_pending(idp, account.id, state)))
+
+
+@AUTH("POST", "/login/consent", guard=anyone, spec="OpenID Connect Core §3.1.2.4", form=ConsentForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def login_consent(idp, params):
+    """Agree to what a client asks for, or not."""
+    login = posted_login(idp, params, "consent")
+    row, request = login.row, login.request
+    decided = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
+    if params.get("decision") != "allow":
+        audit(idp, params.origin, row.user_id, "consent_denied", row.client_id, "", FAILURE)
+        return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, Problem("access_denied", log="the user said no"))
+    account = finish_login(idp, params.origin, decided)
+    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(idp.store.consented(account.id, login.client.row.id).split())
+    with idp.store.transaction():
+        idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
+        audit(idp, params.origin, row.user_id, "consent_given", row.client_id, " ".join(sorted(wanted)))
+    return go_on(idp, params, decided)
+
+
+@AUTH("GET", "/pages/<name>", guard=anyone, spec="style of the pages", gives=bytes, gives_media="*/*", html=True, option="enable_pkce")
+def page_asset(idp, params):
+    """The style sheet, the one script and the logo of the pages."""
+    name = params.path["name"]
+    style, content = page_style(idp)
+    if name == style:
+        return Page(content, "text/css; charset=utf-8", cache=31536000)
+    if name == "form_post.js":
+        return Page(page_file(idp, name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
+    kind = dict(LOGO_TYPES).get(idp.options.brand_logo.rpartition(".")[2].lower())
+    if name == "logo" and kind:
+        try:
+            return Page(Path(idp.options.brand_logo).read_bytes(), kind, cache=300, policy="default-src 'none'; style-src 'unsafe-inline'")
+        except OSError as error:
+            raise Problem("not_found", log=f"brand-logo: {error.strerror}") from None
+    raise Problem("not_found")
+
+
+# -- people: applications with screens of their own --
+
+
+def as_err(handler):
+    """Failures of these routes are one answer without detail, whatever was wrong. contract/auth §5.2."""
+
+    @functools.wraps(handler)
+    def wrapped(idp, params):
+        try:
+            return handler(idp, params)
+        except Problem as problem:
+            if problem.code in ("not_found", "conflict", "invalid_grant"):
+                raise Problem("invalid_grant", log=problem.log, audited=problem.audited) from None
+            raise
+
+    return wrapped
+
+
+def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
+    return PkceStep(jti, login.row.client_id, login.request.redirect_uri, requires_totp, False)
+
+
+def begin_headless(idp: Idp, params) -> Reply:
+    """Begin a login for a first-party application; the `jti` in the answer is the secret it is bound to."""
+    try:
+        client, redirect_uri = prove_client(idp, params)
+        if not params.get("response_type"):
+            params.values["response_type"] = "code"  # the original never asked for it
+        request = read_request(idp, client, redirect_uri, params)
+        if not client.row.is_first_party or not request.code_challenge:
+            raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
+        request.headless = True
+        jti = random_handle()
+        row = begin_login(idp, jti, request)
+        return Reply(headless_step(as_login(idp, row), jti, False))
+    except Problem as problem:
+        return refuse(problem, False)
+
+
+def headless_login(idp, params) -> tuple[Login, str]:
+    jti = params.need("jti")
+    row = idp.store.find_headless_login(sha256(jti), idp.now())
+    login = as_login(idp, row) if row else None
+    if login is None or login.request is None or not login.request.headless or login.row.state == "done":
+        raise Problem("invalid_grant", log="no such login under way")
+    if params.get("redirect_uri") not in (None, login.request.redirect_uri):
+        raise Problem("invalid_grant", log="another redirect_uri")
+    return login, jti
+
+
+@AUTH("POST", "/login/password", guard=anyone, spec="contract/auth §5.2", form=HeadlessPasswordForm, gives=PkceStep, option="enable_pkce")
+@as_err
+def headless_password(idp, params):
+    """The first step of an application with screens of its own."""
+    username, password = params.need("username"), params.need("password")
+    login, jti = headless_login(idp, params)
+    after = give_password(idp, params.origin, login, username, password)
+    if after.row.state == "enrol":
+        raise Problem("invalid_grant", log="the client demands a second factor, and the user has none")
+    return headless_step(after, jti, after.row.state == "totp")
+
+
+@AUTH("POST", "/login/totp", guard=anyone, spec="contract/auth §5.2", form=HeadlessCodeForm, gives=PkceStep, option="enable_pkce")
+@as_err
+def headless_totp(idp, params):
+    """The second step of an application with screens of its own."""
+    code = params.need("totp_code")
+    login, jti = headless_login(idp, params)
+    return headless_step(give_code(idp, params.origin, login, code.strip()), jti, False)
+
+
+@AUTH("POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessForm, gives=bytes, gives_media="*/*", option="enable_pkce")
+@as_err
+def headless_finalize(idp, params):
+    """The last step: a redirect with the code, once, and only after every factor."""
+    login, _ = headless_login(idp, params)
+    row, request = login.row, login.request
+    if row.state != "ready":
+        raise Problem("invalid_grant", log="finalize before every factor was proven")
+    done = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
+    account = finish_login(idp, params.origin, done)
+    code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time)
+    answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
+    answer.status = 302  # what published clients look for
+    return answer
+
+
+@AUTH("GET", "/auth-session/<jti>", guard=anyone, spec="contract/auth §5.2", gives=AuthSession, option="enable_pkce")
+def auth_session(idp, params):
+    """What is under way, for the holder of its secret alone."""
+    row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())
+    login = as_login(idp, row) if row else None
+    if login is None or login.request is None or not login.request.headless:
+        raise Problem("not_found")
+    request = login.request
+    return AuthSession(
+        params.path["jti"], request.client_id, request.redirect_uri, row.state == "totp", request.nonce, request.scope or "", request.state,
+        request.code_challenge, request.code_challenge_method, iso(row.created_at), iso(row.expires_at), row.state, request.max_age,
+    )
+
+
+# -- people: logout --
+
+
+def log_browser_out(idp: Idp, params, location=""):
+    """End the session of this browser, from a form of ours, and say so."""
+    handle = session_handle(idp, params)
+    if handle:
+        check_form(params, handle, "session")
+        held = find_browser_session(idp, handle)
+        end_browser_session(idp, params.origin, held[1].id if held else "anonymous", sha256(handle))
+    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)]
+    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies)
+
+
+def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
+    """Return the claims of the id_token_hint, and where to go afterwards: a registered URI or nowhere. Raises invalid_request."""
+    hint = read_hint(idp, params.get("id_token_hint"))
+    if params.get("id_token_hint") and hint is None:
+        raise Problem("invalid_request", log="id_token_hint is no ID token of ours")
+    client_id = params.get("client_id") or (hint["aud"] if hint else "")
+    if hint and client_id != hint["aud"]:
+        raise Problem("invalid_request", log="client_id and id_token_hint disagree")
+    location = params.get("post_logout_redirect_uri") or ""
+    if location:
+        client = find_client(idp, client_id) if client_id else None
+        if client is None or location not in client.post_logout_redirect_uris:
+            raise Problem("invalid_request", log="a post_logout_redirect_uri that is not registered")
+        if params.get("state") is not None:
+            location += ("&" if "?" in location else "?") + urlencode({"state": params.get("state")}, quote_via=quote)
+    return hint, location
+
+
+@AUTH("GET POST", "/end-session", guard=anyone, spec="OpenID Connect RP-Initiated Logout §2", form=EndSessionForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def end_session(idp, params):
+    """Log a user out for a client: at once where its ID token shows who it means, else after asking."""
+    hint, location = read_logout(idp, params)
+    handle = session_handle(idp, params)
+    held = find_browser_session(idp, handle)
+    if held and params.get("form") is not None:
+        return log_browser_out(idp, params, location)
+    if held and not (hint and hint["sub"] == held[1].id):
+        again = {name: value for name, value in params.values.items() if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state")}
+        return show_page(idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again, action="end-session", target=location)
+    if held:
+        end_browser_session(idp, params.origin, held[1].id, sha256(handle))
+    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)]
+    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies)
+
+
+@AUTH("GET", "/logout", guard=anyone, spec="contract/auth §5.6", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def logout_page(idp, params):
+    """Ask whether to log this browser out."""
+    handle = session_handle(idp, params)
+    held = find_browser_session(idp, handle)
+    if held is None:
+        return show_page(idp, params.environ, "signed_out")
+    return show_page(idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again={}, action="logout")
+
+
+# -- people: their account --
+
+
+def show_account(idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()) -> Page:
+    session, account = held
+    account = idp.store.find_account(account.id)
+    pending = idp.seal.open(account.totp_pending_sealed, account.id) if account.totp_pending_sealed and not account.totp_sealed else ""
+    return show_page(
+        idp, params.environ, "account", status=status, account=account, form=form_token(handle or session_handle(idp, params), "session"), notice=notice, error=error,
+        sessions=[(row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at)) for row in idp.store.list_browser_sessions(account.id, idp.now())],
+        logins=[(family, client_name(idp, family.client_id), iso(family.created_ms // 1000)) for family in idp.store.list_families_of(account.id) if family.expires_at > idp.now() and family.client_id != ADMIN_CLIENT],
+        has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
+        secret=pending, qr=picture(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "", cookies=cookies,
+    )
+
+
+def client_name(idp, client_id) -> str:
+    client = find_client(idp, client_id)
+    return (client.row.display_name if client else "") or client_id
+
+
+@AUTH("GET", "/account", guard=anyone, spec="self-service", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def account_page(idp, params):
+    """One's own sessions, password and second factor; whoever is not logged in logs in first."""
+    held = find_browser_session(idp, session_handle(idp, params))
+    return show_account(idp, params, held) if held else open_login(idp, params, None)
+
+
+@AUTH("POST", "/account", guard=anyone, spec="self-service", form=AccountForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+def account_change(idp, params):
+    """End sessions, change the password, set up or take away the second factor. What weakens asks for the password and the code."""
+    handle = session_handle(idp, params)
+    held = find_browser_session(idp, handle)
+    if held is None:
+        return open_login(idp, params, None)
+    check_form(params, handle, "session")
+    session, account = held
+    try:
+        return ACCOUNT_CHANGES[params.need("action")](idp, params, session, account) if params.get("action") in ACCOUNT_CHANGES else show_account(idp, params, held, status=400, error="unknown")
+    except Problem as problem:
+        if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
+            raise
+        Answer(idp).tell(params.environ, problem.code, problem.status, problem.log)
+        said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
+        return show_account(idp, params, held, status=problem.status, error="weak_password" if "new_password" in (problem.errors or {}) else said)
+
+
+def end_own_session(idp, params, session, account):
+    row = idp.store.find_browser_session(params.need("id"))
+    if row is None or row.user_id != account.id:
+        raise Problem("not_found")
+    end_browser_session(idp, params.origin, account.id, row.id_sha256)
+    return Redirect(f"{idp.options.auth_issuer}/account")
+
+
+def end_own_login(idp, params, session, account):
+    family = idp.store.find_family(params.need("id"))
+    if family is None or family.user_id != account.id:
+        raise Problem("not_found")
+    revoke_family(idp, params.origin, account.id, family.sid, "logout", family.client_id)
+    return Redirect(f"{idp.options.auth_issuer}/account")
+
+
+def stay(idp, params, session, account, **words) -> Page:
+    """Show the account page in a fresh session, after everything else of the user was ended."""
+    account = idp.store.find_account(account.id)
+    handle = begin_browser_session(idp, params.origin, account, session.amr.split(), session.auth_time, None)
+    cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
+    return show_account(idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie], **words)
+
+
+def end_all_others(idp, params, session, account):
+    end_user(idp, params.origin, account.id, account.id, "logout_all")
+    return stay(idp, params, session, account, notice="ended")
+
+
+def prove_again(idp, params, account):
+    authenticate_user(idp, params.origin, account.username, params.get("password") or "", params.get("totp") or "")
+
+
+def change_own_password(idp, params, session, account):
+    prove_again(idp, params, account)
+    reset_password(idp, params.origin, account.id, account.id, params.get("new_password") or "")
+    return stay(idp, params, session, account, notice="password_changed")
+
+
+def begin_own_totp(idp, params, session, account):
+    if account.totp_sealed:
+        raise Problem("invalid_request", log="there is a second factor already")
+    begin_totp(idp, params.origin, account.id, account)
+    return Redirect(f"{idp.options.auth_issuer}/account")
+
+
+def confirm_own_totp(idp, params, session, account):
+    if account.totp_sealed:
+        raise Problem("invalid_request", log="there is a second factor already")
+    confirm_totp(idp, params.origin, account.id, account, (params.get("totp") or "").strip())
+    recovery = make_recovery_codes(idp, params.origin, account.id)
+    return show_account(idp, params, (session, account), notice="totp_on", recovery=recovery)
+
+
+def disable_own_totp(idp, params, session, account):
+    prove_again(idp, params, account)
+    disable_totp(idp, params.origin, account.id, account)
+    return show_account(idp, params, (session, account), notice="totp_off")
+
+
+def renew_own_codes(idp, params, session, account):
+    if not account.totp_sealed:
+        raise Problem("invalid_request", log="recovery codes without a second factor")
+    prove_again(idp, params, account)
+    return show_account(idp, params, (session, account), recovery=make_recovery_codes(idp, params.origin, account.id))
+
+
+ACCOUNT_CHANGES = {
+    "end_session": end_own_session, "end_login": end_own_login, "end_all": end_all_others, "password": change_own_password,
+    "begin_totp": begin_own_totp, "confirm_totp": confirm_own_totp, "disable_totp": disable_own_totp, "recovery_codes": renew_own_codes,
+}
 
 
 # -- administration by scope --
@@ -5843,15 +7380,6 @@ def admin_verify_password(idp, claims, params):
 
 
 # -- second factor --
-
-
-def draw_qr(uri: str) -> bytes:
-    """Return the SVG of a QR code, error correction Q."""
-    import segno
-
-    image = io.BytesIO()
-    segno.make(uri, error="q").save(image, kind="svg", scale=5, xmldecl=True)
-    return image.getvalue()
 
 
 def write_below(root: str, folder: str, name: str, content: bytes):

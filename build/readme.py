@@ -52,7 +52,7 @@ def guard_of(route):
         return f"scope `{route.guard.scope}`"
     return {
         "anyone": "anyone", "by_client": "client", "by_confidential_client": "confidential client",
-        "by_bearer": "access token", "by_admin": "administrator",
+        "by_bearer": "access token", "by_admin": "administrator", "by_bearer_or_form": "access token, or a form of ours",
     }[name]
 
 
@@ -69,8 +69,7 @@ def is_served(request):
 
 
 def commands():
-    # set-lockout says its request in words of its own
-    rows = [(usage, told) for usage, told, request in mad.describe_commands(mad.COMMANDS) if is_served(request) and "set-lockout" not in usage]
+    rows = [(usage, told) for usage, told, request in mad.describe_commands(mad.COMMANDS) if is_served(request)]
     return table(("Command", "What it does"), [(f"`{usage}`", told) for usage, told in rows])
 
 

@@ -103,8 +103,8 @@ CARRY_SECRETS = ("access_token", "refresh_token", "id_token", "client_secret")
 class Answered:
     """What a WSGI app answered. Every answer of every test is looked at: no password, no traceback."""
 
-    def __init__(self, status, headers, body):
-        self.status, self.headers, self.body = status, headers, body
+    def __init__(self, status, headers, body, cookies=()):
+        self.status, self.headers, self.body, self.cookies = status, headers, body, cookies
         assert PASSWORD.encode() not in body and b"Traceback" not in body, body
         if headers.get("content-type") == "application/json" and body[:1] == b"{":
             SECRETS.update(value for name in CARRY_SECRETS if isinstance(value := json.loads(body).get(name), str) and value)
@@ -147,7 +147,7 @@ class Caller:
         started = []
         chunks = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
         content = b"".join(chunks)
-        return Answered(int(started[-1][0][:3]), {name.lower(): value for name, value in started[-1][1]}, content)
+        return Answered(int(started[-1][0][:3]), {name.lower(): value for name, value in started[-1][1]}, content, [value for name, value in started[-1][1] if name == "Set-Cookie"])
 
     def get(self, path, **more):
         return self("GET", path, **more)

@@ -96,7 +96,7 @@ class TestDiscovery:
     def test_scopes_and_claims_it_lists_are_given(self, auth, log_in, alice):
         metadata = metadata_of(auth)
         answer = log_in(alice, scope=" ".join(metadata["scopes_supported"]))
-        assert set(metadata["claims_supported"]) == set(jwt.decode(answer["id_token"], options={"verify_signature": False})) - {"token_use"}
+        assert set(metadata["claims_supported"]) == set(jwt.decode(answer["id_token"], options={"verify_signature": False})) - {"token_use"} | {"nonce"}, "a nonce needs the code flow"
         assert jwt.get_unverified_header(answer["id_token"])["alg"] in metadata["id_token_signing_alg_values_supported"]
 
     def test_its_keys_verify_every_kind_of_token(self, auth, machine, log_in, alice):
@@ -197,7 +197,7 @@ class TestLogout:
 
     @pytest.mark.parametrize("path", ["/logout", "/logout-all"])
     def test_a_link_cannot_do_it(self, auth, bearer, path):
-        assert auth.get(path, bearer=bearer).status == 405
+        assert auth.get(path, bearer=bearer).status == (200 if path == "/logout" else 405), "a page that asks, at most"
         assert auth.get("/me", bearer=bearer).status == 200
 
 

@@ -57,8 +57,8 @@ class TestClientTypes:
     """The grants of a client are those on its list, and its type bounds the list.
 
                      password  client_credentials  refresh_token  authorization_code
-    confidential     listed    listed              listed         listed, not served yet
-    public           listed    never               listed         listed, not served yet
+    confidential     listed    listed              listed         listed
+    public           listed    never               listed         listed
     """
 
     @pytest.mark.parametrize("client_type", ["confidential", "public"])
@@ -68,13 +68,13 @@ class TestClientTypes:
         never = grant == "implicit" or client_type == "public" and grant == "client_credentials"
         others = [other for other in m.GRANT_TYPES if other != grant and not (client_type == "public" and other == "client_credentials")]
         client_id, secret = new_client("c", client_type=client_type, grant_types=others + ([grant] if listed and not never else []))
-        form = {"grant_type": grant, "client_id": client_id, "username": "alice", "password": PASSWORD, "refresh_token": "x"} | ({"client_secret": secret} if secret else {})
+        form = {"grant_type": grant, "client_id": client_id, "username": "alice", "password": PASSWORD, "refresh_token": "x", "code": "x"} | ({"client_secret": secret} if secret else {})
         answer = auth.post("/token", form)
-        if grant in ("authorization_code", "implicit"):
+        if grant == "implicit":
             assert answer.json["error"] == "unsupported_grant_type"
         elif not listed or never:
             assert (answer.status, answer.json["error"]) == (400, "unauthorized_client")
-        elif grant == "refresh_token":
+        elif grant in ("refresh_token", "authorization_code"):
             assert answer.json["error"] == "invalid_grant"
         else:
             assert answer.status == 200

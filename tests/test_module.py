@@ -87,7 +87,7 @@ class TestOrder:
 class TestState:
     """No module-level state: threads share the Idp, tests build their own."""
 
-    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "SECURITY", "AUTH", "ADMIN"}
+    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN"}
 
     def mutable(self):
         for node in STATEMENTS:
@@ -136,13 +136,15 @@ class TestRoutes:
             *(("auth", path) for path in (
                 "/ping", "/version", "/health", "/health/ready", "/jwks.json", "/.well-known/jwks.json",
                 "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>", "/openapi.json", "/swagger/v1/swagger.json",
+                "/authorize", "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent", "/pages/<name>", "/end-session", "/logout", "/account",
+                "/login/password", "/login/totp", "/login/finalize", "/auth-session/<jti>",
             )),
             *(("admin", path) for path in ("/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json", "/swagger/v1/swagger.json")),
         }
 
     def test_errors_have_a_status_a_sentence_and_a_source(self):
         for code, (status, sentence, source) in m.ERRORS.items():
-            assert re.fullmatch(r"[a-z_]+", code) and 400 <= status <= 599 and re.match(r"RFC \d+ §", source)
+            assert re.fullmatch(r"[a-z_]+", code) and 400 <= status <= 599 and re.match(r"(RFC \d+|OpenID Connect Core) §", source)
             assert re.fullmatch(r"""[\x20\x21\x23-\x5b\x5d-\x7e]+\.""", sentence) and "'" not in sentence, "RFC 6749 §5.2: what error_description may hold"
 
     def test_every_code_that_is_raised_is_in_the_table(self):
