@@ -326,9 +326,10 @@ def label(value):
 
 
 def color(value):
-    if not re.fullmatch(r"#[0-9a-fA-F]{6}", value.strip()):
-        raise ValueError("must be a colour such as #1f5fbf")
-    return value.strip().lower()
+    found = re.fullmatch(r"#?([0-9a-fA-F]{6})", value.strip())
+    if not found:
+        raise ValueError("must be a colour such as 1f5fbf; in a file a # needs quotes around the value")
+    return "#" + found[1].lower()
 
 
 def absolute(value):
@@ -431,7 +432,7 @@ OPTIONS = (
     Option("session-absolute-expiration", 86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"),
     Option("brand-name", "", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages"),
     Option("brand-logo", "", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages"),
-    Option("brand-color", "#1f5fbf", color, "Colour of the login pages, #rrggbb.", group="Pages"),
+    Option("brand-color", "#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages"),
     Option("pages-folder", "", text, "Folder whose templates, styles and languages replace the bundled login pages.", group="Pages"),
     Option("totp-qr-output-root", "", absolute, "The only folder QR files may be written to.", "Absolute folder for TOTP QR files (empty: none)?", group="Login"),
     Option("oidc-client-id", "app", text, "client_id of the first client, made by setup.", "client_id of the first client?", group="Login"),

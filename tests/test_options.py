@@ -119,7 +119,7 @@ class TestFile:
 
 TEXT = st.text(st.one_of(st.sampled_from("\"#;= \\'\x85\u2028\u2029\ufeff\xa0ab"), st.characters(exclude_categories=("Cs", "Cc"))), max_size=20)
 VALUES = {
-    m.text: TEXT, m.boolean: st.booleans(), m.absolute: st.one_of(st.just(""), TEXT.map("/".__add__)), m.address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]),
+    m.color: st.from_regex(r"[0-9a-f]{6}", fullmatch=True).map("#".__add__), m.label: st.just("Box & Co #1"), m.text: TEXT, m.boolean: st.booleans(), m.absolute: st.one_of(st.just(""), TEXT.map("/".__add__)), m.address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]),
     m.port: st.integers(1, 65535), m.seconds: st.integers(1, 315360000), m.days: st.integers(0, 9999), m.worker_count: st.integers(-1, 64),
     m.networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3).map(", ".join).map(m.networks),
     m.domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]), m.issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
@@ -226,7 +226,7 @@ class TestFlags:
     @pytest.mark.parametrize("option", [option for option in m.OPTIONS if not option.secret], ids=lambda option: option.name)
     def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
         """contract/config §7.1 and 2"""
-        word = {m.boolean: "true", m.text: "x", m.networks: "10.0.0.1", m.worker_count: "2", m.issuer: "https://x"}.get(option.parse, str(option.default))
+        word = {m.boolean: "true", m.text: "x", m.networks: "10.0.0.1", m.worker_count: "2", m.issuer: "https://x", m.color: "1f5fbf"}.get(option.parse, str(option.default))
         for found in (
             load(tmp_path, "", {}, [f"--{option.name}={word}"]), load(tmp_path, "", {"MAD_" + option.name.upper().replace("-", "_"): word}), load(tmp_path, f"{option.name} = {word}"),
         ):
