@@ -6293,6 +6293,18 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
     }
 
 
+SWAGGER = APPLIANCE / "swagger"
+# The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
+SWAGGER_POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def swagger_file(name: str) -> Page:
+    """Return the page that shows the description, or its one script."""
+    if name == "index.html":
+        return Page((SWAGGER / name).read_bytes(), "text/html; charset=utf-8", policy=SWAGGER_POLICY)
+    return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
+
+
 def build_app(idp: Idp, routes: Routes):
     """Return the WSGI callable of a port.
 
@@ -7203,6 +7215,18 @@ def scoped_deactivate_user(idp, claims, params):
 def auth_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
     return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_api(idp, AUTH)))
+
+
+@AUTH("GET", "/swagger", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/html", option="enable_auth_swagger")
+def auth_swagger(idp, params):
+    """The description, to be read in a browser."""
+    return swagger_file("index.html")
+
+
+@AUTH("GET", "/swagger/rapidoc-min.js", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/javascript", option="enable_auth_swagger")
+def auth_swagger_script(idp, params):
+    """The viewer of that page."""
+    return swagger_file("rapidoc-min.js")
 
 
 @AUTH("GET", ("/", "/<path:path>"), guard=anyone, spec="contract/auth §1.1", gives=bytes, gives_media="*/*", option="serve_public_auth_files")
@@ -8197,6 +8221,18 @@ def admin_purge_audit(idp, claims, params):
 def admin_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
     return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_api(idp, ADMIN)))
+
+
+@ADMIN("GET", "/swagger", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/html", option="enable_admin_swagger")
+def admin_swagger(idp, params):
+    """The description, to be read in a browser."""
+    return swagger_file("index.html")
+
+
+@ADMIN("GET", "/swagger/rapidoc-min.js", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/javascript", option="enable_admin_swagger")
+def admin_swagger_script(idp, params):
+    """The viewer of that page."""
+    return swagger_file("rapidoc-min.js")
 
 
 # == Upkeep ====================================================================

@@ -135,11 +135,11 @@ class TestRoutes:
         assert public == {
             *(("auth", path) for path in (
                 "/ping", "/version", "/health", "/health/ready", "/jwks.json", "/.well-known/jwks.json",
-                "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>", "/openapi.json", "/swagger/v1/swagger.json",
+                "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>", "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
                 "/authorize", "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent", "/pages/<name>", "/end-session", "/logout", "/account",
                 "/login/password", "/login/totp", "/login/finalize", "/auth-session/<jti>",
             )),
-            *(("admin", path) for path in ("/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json", "/swagger/v1/swagger.json")),
+            *(("admin", path) for path in ("/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js")),
         }
 
     def test_errors_have_a_status_a_sentence_and_a_source(self):
