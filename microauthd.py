@@ -5633,6 +5633,7 @@ class Route(msgspec.Struct, frozen=True):
     versioned: bool = False  # what is shown has an entity tag; what changes it asks for it by If-Match
     oauth: bool = False  # failures in the form of RFC 6749 §5.2
     html: bool = False  # failures as a page for people
+    redirects: bool = False  # answers with 302, as the contract says; pages redirect with 303
     cors: bool = False  # for the origins that public clients have registered
     option: str = ""  # served only when this option is on
 
@@ -6222,6 +6223,8 @@ def possible_statuses(route: Route, method: str, path: str, port_name: str) -> s
         found |= {403, 429}
     if route.versioned and method != "GET":
         found.add(412)
+    if route.html:
+        found |= {403, 404, 409, 429}
     if port_name == "admin":
         found.add(421)
     return found
@@ -6259,8 +6262,13 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     operation["responses"][str(route.status)] = {
         "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}}, **({"headers": headers} if headers else {}),
     }
+    if route.html and route.gives is not bytes:
+        operation["responses"]["200"]["content"] = {"text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)}}
+    if route.html or route.redirects:
+        operation["responses"]["303" if route.html else "302"] = {"description": "To be fetched by GET.", "headers": {"Location": {"schema": {"type": "string"}}}}
     for status in sorted(possible_statuses(route, method, path, port_name)):
-        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{'oauth' if route.oauth and status < 500 and status not in (408, 413, 414, 417, 431) else 'err'}"}
+        form = "page" if route.html else "oauth" if route.oauth and status < 500 and status not in (408, 413, 414, 417, 431) else "err"
+        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{form}"}
     if path.startswith("/health/ready"):
         operation["responses"]["503"] = {"description": "Not ready.", "content": {JSON: {"schema": schema_of(Health)}}}
     return operation
@@ -6287,6 +6295,7 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
             "responses": {
                 "err": {"description": "Refused.", "content": {JSON: {"schema": schema_of(Err)}}},
                 "oauth": {"description": "Refused. RFC 6749 §5.2.", "content": {JSON: {"schema": either}}},
+                "page": {"description": "Refused, in words for people.", "content": {"text/html": {"schema": {}}, JSON: {"schema": schema_of(Err)}}},
             },
             "securitySchemes": SECURITY,
         },
@@ -6644,7 +6653,7 @@ def refuse_client(idp: Idp, params, redirect_uri: str, response_mode: str, state
     return answer_client(idp, params, redirect_uri, response_mode if response_mode in RESPONSE_MODES else "query", state, members, cookies)
 
 
-@AUTH("GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH("GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm, gives=PkceStep, html=True, option="enable_pkce")
 def authorize(idp, params):
     """Let a user log in for a client. A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON."""
     headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
@@ -6964,7 +6973,7 @@ def headless_totp(idp, params):
     return headless_step(give_code(idp, params.origin, login, code.strip()), jti, False)
 
 
-@AUTH("POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessForm, gives=bytes, gives_media="*/*", option="enable_pkce")
+@AUTH("POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessForm, gives=bytes, gives_media="*/*", redirects=True, option="enable_pkce")
 @as_err
 def headless_finalize(idp, params):
     """The last step: a redirect with the code, once, and only after every factor."""
