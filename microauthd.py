@@ -2965,6 +2965,18 @@ class Store:
             self.revoke_family(sid, now)
         return self.run("UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL", id_sha256=id_sha256, now=now) == 1
 
+    def replace_browser_session(self, old, new, user_id, now):
+        """Let one browser session follow another: of the same user it hands its logins over, of another it ends with them."""
+        found = self.find_browser_session(old)
+        if found is None:
+            return
+        if found.user_id != user_id:
+            self.revoke_browser_session(old, now)
+            return
+        self.run("UPDATE family SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old, user_id=user_id)
+        self.run("UPDATE authorization_code SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old, user_id=user_id)
+        self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
+
     def add_code(self, code: AuthorizationCode):
         self.run(
             """
@@ -3341,7 +3353,10 @@ class Throttle:
     Loopback has no bucket of its own: every service of the box shares it.
     """
 
-    RATES = {"name": (20, 20 / 60), "peer": (120, 2.0)}  # burst, refill a second
+    RATES = {  # burst, refill a second
+        "name": (20, 20 / 60), "peer": (120, 2.0),
+        "login": (60, 1.0), "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
+    }
 
     def __init__(self, clock, size=20_000):
         self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
@@ -3368,6 +3383,17 @@ class Throttle:
             if level < 1:
                 wait = int((1 - level) / self.RATES[key[0]][1]) + 1
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
+
+    def begin_login(self, peer: str):
+        """Spend one login begun. Raises slow_down where there were too many."""
+        now = self.clock()
+        with self.lock:
+            for key in [("logins", "", b""), *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer")]:
+                level = self.level(key, now)
+                if level < 1:
+                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1)
+                self.buckets[key] = (level - 1, now)
+                self.buckets.move_to_end(key)
 
     def spend(self, peer: str, name: str):
         now = self.clock()
@@ -5109,11 +5135,17 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
         or ("its user is gone, inactive or was revoked" if not is_good(account, code.issued_ms) else "")
+        or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
     if wrong:
         raise Problem("invalid_grant", log=f"code: {wrong}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
+
+
+def is_logged_out(idp: Idp, id_sha256: str) -> bool:
+    session = idp.store.find_browser_session(id_sha256)
+    return session is None or session.revoked_at is not None
 
 
 def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
@@ -5390,7 +5422,7 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms) or account.lockout_until > now:
+    if not is_good(account, session.created_ms):  # a lockout keeps guesses out, not who is in
         return None
     if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
         idp.store.touch_browser_session(session.id_sha256, now)
@@ -5398,13 +5430,13 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 
 
 def begin_browser_session(idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None) -> str:
-    """Log somebody in at a browser: always a fresh session. The one this browser had ends. Return the handle for the cookie."""
+    """Log somebody in at a browser: always a fresh session. The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the cookie."""
     handle, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
         if replaces:
-            idp.store.revoke_browser_session(sha256(replaces), now)
+            idp.store.replace_browser_session(sha256(replaces), sha256(handle), account.id, now)
         idp.store.add_browser_session(BrowserSession(sha256(handle), account.id, " ".join(amr), auth_time, ms, now, now + idp.options.session_absolute_expiration, None, origin.peer, origin.user_agent[:200]))
         audit(idp, origin, account.id, "user_logged_in", account.id, "amr=" + ",".join(amr))
     return handle
@@ -5423,18 +5455,22 @@ def session_serves(idp: Idp, session: BrowserSession, client: Client, request: A
     own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
     if request.max_age is not None and age > request.max_age or request.max_age == 0 or own and age > own:
         return False
-    if "login" in request.prompt or request.hinted_sub and request.hinted_sub != session.user_id:
-        return False
-    wanted_sub = msgspec.json.decode(request.claims).get("sub") if request.claims else None
-    return not wanted_sub or wanted_sub == session.user_id
+    return "login" not in request.prompt and named_user(request) in ("", session.user_id)
+
+
+def named_user(request: AuthorizeRequest) -> str:
+    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it names none."""
+    return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
 
 # -- transactions --
 
 
-def begin_login(idp: Idp, binding: str, request: AuthorizeRequest | None, state="password", session: BrowserSession | None = None) -> LoginTransaction:
+def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeRequest | None, state="password", session: BrowserSession | None = None) -> LoginTransaction:
     """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
     now, binding_sha256 = idp.now(), sha256(binding)
+    idp.throttle.begin_login(origin.peer)
+    idp.store.purge_expired("login_transaction", "id", now, 20)  # what is over makes room for what begins
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
@@ -5551,6 +5587,8 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
 
 def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int, browser="") -> str:
     """Return a fresh authorization code for somebody who is in. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    if named_user(request) not in ("", account.id):
+        raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, client.row.revoked_before + 1, idp.revoked_before + 1)
@@ -5567,12 +5605,12 @@ def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeReque
     return code
 
 
-def finish_login(idp: Idp, origin: Origin, login: Login) -> Account:
+def finish_login(idp: Idp, login: Login) -> Account:
     """Return the user of a login whose every state was walked, once. Raises conflict or invalid_grant."""
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
-    if not is_good(account, login.row.proven_ms) or why_not(idp, origin, account):
+    if not is_good(account, login.row.proven_ms):
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     return account
 
@@ -6711,7 +6749,7 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
     if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
         binding = random_handle()
         cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
-    row = begin_login(idp, binding, request, state, session)
+    row = begin_login(idp, params.origin, binding, request, state, session)
     return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
 
 
@@ -6782,7 +6820,7 @@ def go_on(idp: Idp, params, login: Login, account: Account | None = None, recove
         return page
     if row.state != "done":
         return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
-    account = finish_login(idp, params.origin, login)
+    account = finish_login(idp, login)
     if login.request is None:
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
     request = login.request
@@ -6877,7 +6915,7 @@ def login_consent(idp, params):
     if params.get("decision") != "allow":
         audit(idp, params.origin, row.user_id, "consent_denied", row.client_id, "", FAILURE)
         return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, Problem("access_denied", log="the user said no"))
-    account = finish_login(idp, params.origin, decided)
+    account = finish_login(idp, decided)
     wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(idp.store.consented(account.id, login.client.row.id).split())
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
@@ -6936,7 +6974,7 @@ def begin_headless(idp: Idp, params) -> Reply:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
         request.headless = True
         jti = random_handle()
-        row = begin_login(idp, jti, request)
+        row = begin_login(idp, params.origin, jti, request)
         return Reply(headless_step(as_login(idp, row), jti, False))
     except Problem as problem:
         return refuse(problem, False)
@@ -6983,7 +7021,7 @@ def headless_finalize(idp, params):
     if row.state != "ready":
         raise Problem("invalid_grant", log="finalize before every factor was proven")
     done = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
-    account = finish_login(idp, params.origin, done)
+    account = finish_login(idp, done)
     code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
     answer.status = 302  # what published clients look for

@@ -306,6 +306,28 @@ class TestSession:
         assert sent_back(other.open(request(prompt="none", id_token_hint=hint)))[1]["error"] == "login_required"
         assert title(other.open(request(id_token_hint=hint))) == "Sign in"
 
+    def test_who_is_meant_and_nobody_else_gets_in(self, spa, alice, new_user, browser, other, exchange):
+        hint = exchange(code_of(sign_in(browser))).json["id_token"]
+        new_user("bob")
+        assert sent_back(sign_in(other, request(id_token_hint=hint), "bob"))[1]["error"] == "login_required"
+        claims = json.dumps({"id_token": {"sub": {"value": alice.id}}})
+        assert sent_back(other.open(request(prompt="none", claims=claims)))[1]["error"] == "login_required" and code_of(browser.open(request(prompt="none", claims=claims)))
+
+    def test_logging_in_again_ends_nothing_of_the_same_user(self, auth, spa, alice, new_user, browser, exchange):
+        bought = exchange(code_of(sign_in(browser))).json["access_token"]
+        unspent = code_of(browser.open(request()))
+        sign_in(browser, request(prompt="login"))
+        assert auth.get("/me", bearer=bought).status == 200 and exchange(unspent).status == 200
+        new_user("bob")
+        sign_in(browser, request(prompt="login"), "bob")
+        assert auth.get("/me", bearer=bought).status == 401, "of another, everything"
+
+    def test_a_code_dies_with_the_logout(self, spa, alice, browser, exchange):
+        code = code_of(sign_in(browser))
+        browser.open("/logout")
+        browser.submit()
+        assert exchange(code).json["error"] == "invalid_grant"
+
     def test_a_login_hint_is_written_into_the_form(self, spa, browser):
         browser.open(request(login_hint='al"><b>'))
         assert browser.forms().forms[0]["fields"]["username"] == 'al"><b>' and b"<b>" not in browser.answer.body
@@ -595,10 +617,22 @@ class TestAttacks:
                 assert browser("GET", request(client, prompt="none")).status == 303
             browser.open(request()).status == 200 and browser.submit(username="alice", password=PASSWORD)
 
-    def test_logins_under_way_are_bounded(self, spa, browser):
+    def test_logins_under_way_are_bounded(self, idp, spa, browser, other, clock):
         for _ in range(50):
             browser("GET", request())
-        assert browser("GET", request()).status == 429
+        assert browser("GET", request()).status == 429, "in one browser"
+        statuses = [other("GET", request()).status for _ in range(20) if other.cookies.clear() is None]
+        assert statuses[0] == 303 and statuses[-1] == 429 and int(other.answer.headers["retry-after"]) >= 1, "from one address"
+        clock.pass_(m.LOGIN_TTL + 1)
+        for _ in range(10):
+            other("GET", request())
+        assert idp.store.connection.execute("SELECT count(*) FROM login_transaction").fetchone()[0] <= 10, "what is over makes room"
+
+    def test_a_lockout_keeps_guesses_out_and_not_who_is_in(self, auth, service, spa, alice, browser):
+        sign_in(browser)
+        for _ in range(5):
+            auth.post("/token", {"grant_type": "password", "username": "alice", "password": "wrong password"}, auth=service)
+        assert code_of(browser.open(request(prompt="none")))
 
 
 class TestLogout:
