@@ -2091,6 +2091,11 @@ SESSION_INSERT_ROW = "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access',
 SUCCESS, FAILURE = "success", "failure"
 
 
+AUDIT_FILTER = """
+    WHERE seq > :after AND at >= :since AND at <= :until
+      AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
+      AND (:target IS NULL OR target = :target OR secondary = :target)
+"""
 LISTED_SESSIONS = """
     SELECT session.*, coalesce(username, '') AS username,
            max(coalesce(account.revoked_before, 0), CASE WHEN mad_use = 'admin' THEN 0 ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
@@ -3061,16 +3066,19 @@ class Store:
         """Audit rows, newest first; those after a `seq` oldest first, for whoever follows them."""
         direction = "ASC" if after is not None else "DESC"
         return self.all(
-            AuditRow,
-            f"""
-            SELECT * FROM audit
-             WHERE seq > :after AND at >= :since AND at <= :until
-               AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
-               AND (:target IS NULL OR target = :target OR secondary = :target)
-             ORDER BY seq {direction} LIMIT :limit OFFSET :offset
-            """,
+            AuditRow, f"SELECT * FROM audit {AUDIT_FILTER} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
             action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1 if after is None else after, limit=limit, offset=offset,
         )
+
+    def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
+        """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
+        with self.guard():
+            if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
+                return self.connection.execute("SELECT coalesce(max(seq) - min(seq) + 1, 0) FROM audit").fetchone()[0]
+            return self.connection.execute(
+                f"SELECT count(*) FROM audit {AUDIT_FILTER}",
+                {"action": action, "actor_id": actor_id, "target": target, "since": since, "until": until, "after": -1},
+            ).fetchone()[0]
 
     def find_audit(self, seq):
         return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
@@ -8224,11 +8232,10 @@ def read_moment(value, member, default) -> int:
 def admin_list_audit(idp, claims, params):
     """Audit rows, newest first; with `after` those that came since, oldest first."""
     query = params.query
-    rows = idp.store.list_audit(
-        query.action, query.limit if 0 <= query.limit <= 1000 else 1000, query.userId or query.user_id, query.target,
-        read_moment(query.since, "since", 0), read_moment(query.until, "until", FOREVER), query.after, query.offset,
-    )
-    return [audit_object(row) for row in rows]
+    query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
+    wanted = (query.userId or query.user_id, query.target, read_moment(query.since, "since", 0), read_moment(query.until, "until", FOREVER))
+    rows = [audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)]
+    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin(), spec="append-only audit log", gives=AuditVerdict)
@@ -8319,6 +8326,20 @@ def purge(idp: Idp, pause=time.sleep):
     idp.log("upkeep", **counts)
 
 
+def note_configuration(idp: Idp):
+    """Write down that the server started, and with which options changed since it last did: their names, never a secret."""
+    shown = {option.name: str(getattr(idp.options, option.attribute)) for option in OPTIONS if not option.secret}
+    known = idp.store.meta("options")
+    with idp.store.transaction():
+        before = msgspec.json.decode(known) if known else shown
+        changed = [f"{name}={value}" for name, value in shown.items() if before.get(name) != value]
+        if changed:
+            audit(idp, LOCAL, "system", "configuration_changed", "", "; ".join(changed)[:2000])
+        if shown != before or not known:
+            idp.store.put_meta("options", msgspec.json.encode(shown).decode())
+        audit(idp, LOCAL, "system", "server_started", f"version={VERSION}")
+
+
 class Upkeep(threading.Thread):
     """Purges at the start and every hour. A purge that fails is logged and tried again next time."""
 
@@ -8327,6 +8348,8 @@ class Upkeep(threading.Thread):
         self.idp, self.ending = idp, threading.Event()
 
     def run(self):
+        with contextlib.suppress(Problem):  # a disk that refuses now must not keep the server from starting
+            note_configuration(self.idp)
         wait = 60
         while not self.ending.wait(wait):
             wait = UPKEEP_SECONDS

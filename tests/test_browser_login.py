@@ -139,6 +139,7 @@ def with_totp(box, person):
 
 def look(page, name):
     """Axe finds nothing serious, the page fits its width; a screenshot where somebody wants to look."""
+    page.wait_for_load_state()
     if SHOTS:
         page.screenshot(path=f"{SHOTS}/{name}-{page.viewport_size['width']}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -264,11 +265,12 @@ class TestJourneys:
         page.get_by_role("button", name="Change password").click()
         expect(page.get_by_role("status")).to_contain_text("password was changed")
         page.get_by_role("button", name="Turn on").click()
+        expect(page.locator(".secret")).to_be_visible()
         look(page, "account_enrol")
         seed = page.locator(".secret").inner_text().replace(" ", "")
         page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
         page.get_by_role("button", name="Continue").click()
-        assert len(page.locator(".codes code").all_inner_texts()) == 10
+        expect(page.locator(".codes code")).to_have_count(10)
         look(page, "account_codes")
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_role("heading")).to_have_text("Signed out")
@@ -285,11 +287,14 @@ class TestEveryScreen:
         page, (name, seed) = visit("third", width=width, scheme=scheme), with_totp()
         look(page, f"{scheme}-sign_in")
         sign_in(page, name, "wrong")
+        expect(page.get_by_role("alert")).to_be_visible()
         look(page, f"{scheme}-wrong")
         sign_in(page, name)
+        expect(page.get_by_role("heading")).to_have_text("Second factor")
         look(page, f"{scheme}-second_factor")
         page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
         page.keyboard.press("Enter")
+        expect(page.get_by_role("heading")).to_have_text("Permission")
         look(page, f"{scheme}-consent")
         page.get_by_role("button", name="Allow").click()
         arrived(page, application)
