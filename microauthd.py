@@ -24,6 +24,7 @@ Contents
     Upkeep            purging what has expired
     Serve             the two servers, their connection loop, workers, TLS, signals
     Setup             the first start: everything or nothing
+    Recovery          back up, restore, begin anew, rotate keys, let an administrator in again
     Command line      main()
 
 The life of a request
@@ -415,6 +416,7 @@ OPTIONS = (
     Option("prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.", "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens"),
     Option("admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"), group="Keys and tokens"),
     Option("admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?", secret=True, group="Keys and tokens"),
+    Option("key-overlap", 900, whole(1, 604800), "Seconds a new signing key is published before it signs; more than caches keep the key set (300).", group="Keys and tokens"),
     Option("admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.", "Lifetime of an ADMIN token, seconds?", group="Keys and tokens"),
     # -- login, audit, flows --
     Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
@@ -2019,6 +2021,7 @@ MIGRATIONS = (
     """,
 )
 
+BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
 SQLITE_MAGIC = b"SQLite format 3\0"
 SPARE_CONNECTIONS = 4  # each holds up to a megabyte
 KDF_ROUNDS = 256_000  # SQLCipher 4's own derivation, so that its tools open the file with the passphrase
@@ -2369,6 +2372,53 @@ class Store:
                     if statement.strip():
                         self.connection.execute(statement)
                 self.connection.execute(f"PRAGMA user_version = {number:d}")
+
+    def copy_to(self, path, files: dict, now):
+        """Copy the database into an empty file as it is now, with these files in a table of the copy. Writers go on meanwhile."""
+        copy = Store(path, self.key)
+        try:
+            self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
+            copy.connection.execute("PRAGMA journal_mode = DELETE")
+            with copy.transaction():
+                copy.connection.execute(BACKUP_SCHEMA)
+                copy.connection.executemany("INSERT INTO backup VALUES (?, ?)", list(files.items()))
+                copy.put_meta("backed_up_at", now)
+        finally:
+            copy.close()
+
+    def take_backup_files(self) -> dict:
+        """Take the files out of a copy again; none where it is no backup."""
+        with self.guard():
+            if not self.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'backup'").fetchone():
+                return {}
+            files = dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
+        with self.transaction():
+            self.connection.execute("DROP TABLE backup")
+        return files
+
+    def forget_logins(self):
+        """Drop what was under way: logins and codes."""
+        self.run("DELETE FROM login_transaction")
+        self.run("DELETE FROM authorization_code")
+
+    def check_whole(self) -> str:
+        """Read every page and row. Return what is damaged, or nothing."""
+        try:
+            if self.key:
+                broken = self.connection.execute("PRAGMA cipher_integrity_check").fetchall()
+                if broken:
+                    return str(broken[0][0])
+            (verdict,) = self.connection.execute("PRAGMA integrity_check(1)").fetchone()
+            return "" if verdict == "ok" else verdict.splitlines()[-1]
+        except sqlcipher3.Error as error:
+            return str(error)
+
+    def settle(self):
+        """Leave one file: everything in it, nothing beside it."""
+        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
 
     def meta(self, name, default=""):
         with self.guard():
@@ -3034,6 +3084,11 @@ class Store:
         with self.guard():
             return self.connection.execute("SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}).fetchone()[0]
 
+    def list_token_lifetimes(self) -> list:
+        """The TOKEN_EXPIRATION of every client that has one, as text."""
+        with self.guard():
+            return [option for (option,) in self.connection.execute("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")]
+
     def list_cors_origins(self) -> frozenset:
         """The origins of all active public clients."""
         with self.guard():
@@ -3571,6 +3626,24 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     return entries
 
 
+def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
+    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who signed retires."""
+    entries = list(entries)
+    for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
+        alg, at = alg_of(entry), entry.since + overlap
+        entries = [
+            msgspec.structs.replace(other, state="retired", since=at) if other.state == "active" and alg_of(other) == alg
+            else msgspec.structs.replace(other, state="active", since=at) if other is entry else other
+            for other in entries
+        ]
+    return entries
+
+
+def alg_of(entry: KeyEntry) -> str:
+    key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+    return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
+
+
 class Key:
     """A key at work."""
 
@@ -3661,6 +3734,39 @@ class KeyRing:
         return known[1]
 
 
+def sync_directory(path):
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: str, content: bytes):
+    """Put a private file in place at once or not at all, through a temporary one beside it."""
+    temporary = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
+@contextlib.contextmanager
+def hold_ring(path: str):
+    """Let one at a time change a ring: a command at the machine, or the upkeep of a server."""
+    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 # == Idp =======================================================================
 # What every function below is handed.
 
@@ -3677,6 +3783,14 @@ class Origin(msgspec.Struct, frozen=True):
 LOCAL = Origin()
 
 
+def ring_files(options: Options) -> dict:
+    """Return {port: (path, passphrase, prefers ES256)} of the key rings."""
+    return {
+        "auth": (options.token_signing_key_file, options.token_signing_key_pass, options.prefer_ec_token_signer),
+        "admin": (options.admin_token_signing_key_file, options.admin_token_signing_key_pass, options.prefer_ec_admin_token_signer),
+    }
+
+
 class Idp:
     """One process of the identity provider: settings, store, keys and clock.
 
@@ -3685,7 +3799,9 @@ class Idp:
 
     def __init__(self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time, log=None):
         self.options, self.store, self.seal, self.clock = options, store, seal, clock
-        self.auth_ring, self.admin_ring = auth_ring, admin_ring
+        self.rings = {"auth": auth_ring, "admin": admin_ring}
+        self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
+        self.rings_until = 0.0  # monotonic seconds until the files are looked at again
         self.log = log or Log()
         self.hasher = Hasher(options)
         self.throttle = Throttle(clock)
@@ -3697,6 +3813,44 @@ class Idp:
         self.replays = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True
         self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
+
+    @property
+    def auth_ring(self) -> KeyRing:
+        """The keys of AUTH, as its file has them now."""
+        if self.ring_files and time.monotonic() >= self.rings_until:
+            self.follow_rings()
+        return self.rings["auth"]
+
+    @property
+    def admin_ring(self) -> KeyRing:
+        """The keys of ADMIN, as its file has them now."""
+        if self.ring_files and time.monotonic() >= self.rings_until:
+            self.follow_rings()
+        return self.rings["admin"]
+
+    def follow_rings(self):
+        """Take up a ring whose file changed, or whose next key has come of age. Asked once a second at most.
+
+        A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
+        """
+        self.rings_until = time.monotonic() + 1
+        for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
+            try:
+                info = os.stat(path)
+                seen, due = self.ring_files[port_name]
+                mark = (info.st_mtime_ns, info.st_ino, info.st_size)
+                if mark == seen and (due is None or self.now() < due):
+                    continue
+                entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
+            except (OSError, Refusal) as error:
+                self.log("keys.unreadable", "error", path=path, reason=error)
+                continue
+            ages = [entry.since + self.options.key_overlap for entry in entries if entry.state == "next"]
+            self.ring_files[port_name] = (mark, min(ages, default=None))
+            if seen is not None:
+                self.rings[port_name] = KeyRing(entries, prefer_ec)
+                self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
+                self.log("keys.changed", port=port_name, kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys))
 
     def now(self) -> int:
         """Unix seconds."""
@@ -8340,6 +8494,22 @@ def note_configuration(idp: Idp):
         audit(idp, LOCAL, "system", "server_started", f"version={VERSION}")
 
 
+def tend_rings(idp: Idp):
+    """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead."""
+    options, now = idp.options, idp.now()
+    if not idp.ring_files or not idp.check_clock():
+        return
+    lives = [options.token_expiration, ID_TOKEN_TTL, *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit())]
+    for port_name, (path, passphrase, _) in ring_files(options).items():
+        longest = max(lives) if port_name == "auth" else options.admin_token_expiration
+        with hold_ring(path):
+            before = read_ring(path, passphrase)
+            after = [entry for entry in promote(before, now, options.key_overlap) if entry.state != "retired" or entry.since + longest + IAT_SKEW > now]
+            if after != before:
+                write_durably(path, write_ring(after, passphrase))
+                idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
+
+
 class Upkeep(threading.Thread):
     """Purges at the start and every hour. A purge that fails is logged and tried again next time."""
 
@@ -8350,14 +8520,19 @@ class Upkeep(threading.Thread):
     def run(self):
         with contextlib.suppress(Problem):  # a disk that refuses now must not keep the server from starting
             note_configuration(self.idp)
-        wait = 60
-        while not self.ending.wait(wait):
-            wait = UPKEEP_SECONDS
-            try:
-                purge(self.idp, self.ending.wait)
-            except Exception as error:
-                reason = error.log if isinstance(error, Problem) else repr(error)
-                self.idp.log("upkeep.failed", "error", reason=reason)
+        for minute in itertools.count():
+            if self.ending.wait(60):
+                return
+            self.attempt(tend_rings, self.idp)
+            if minute % (UPKEEP_SECONDS // 60) == 0:
+                self.attempt(purge, self.idp, self.ending.wait)
+
+    def attempt(self, work, *words):
+        try:
+            work(*words)
+        except Exception as error:
+            reason = error.log if isinstance(error, Problem) else repr(error)
+            self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
 # == Serve =====================================================================
@@ -9333,6 +9508,9 @@ class Node:
                 continue
             # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
             idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), log=plan.log)
+            idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+            # What was read before the fork is what is there; a change since is found by the first request.
+            idp.follow_rings()
             app = build_app(idp, routes)
             if name == "admin":
                 app = admit_hosts(app, idp)
@@ -9575,28 +9753,6 @@ class MadeClient(msgspec.Struct):
     secret: str
 
 
-def sync_directory(path):
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: str, content: bytes):
-    """Put a private file in place at once or not at all, through a temporary one beside it."""
-    temporary = path + ".new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(os.path.dirname(os.path.abspath(path)))
-
-
 def journal_of(config: str) -> str:
     return config + ".setting-up"
 
@@ -9636,7 +9792,10 @@ def finish_setup(config: str):
         return
     for staged, final in journal["files"]:
         if journal["committed"]:
-            with contextlib.suppress(FileNotFoundError):
+            if os.path.exists(staged):
+                for suffix in ("-wal", "-shm"):  # of a database that is replaced
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(final + suffix)
                 os.replace(staged, final)
         else:
             for suffix in ("", "-wal", "-shm", "-journal", ".lock", ".new"):
@@ -9759,10 +9918,257 @@ def set_up_demo(options: Options):
     print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}\nThese are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
 
 
+# == Recovery ==================================================================
+# At the machine, as the user who owns the files: back up, restore, begin anew, rotate keys, let an
+# administrator in again. Nothing of this has a path from the network.
+
+
+def open_idp(options: Options) -> Idp:
+    """Return the identity provider of the files, for a command beside a running server or without one. Raises Refusal."""
+    require_owner(options)
+    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+    try:
+        store.open()
+        rings = [KeyRing(read_ring(path, passphrase), prefer_ec) for path, passphrase, prefer_ec in ring_files(options).values()]
+        return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)))
+    except BaseException:
+        store.close()
+        raise
+
+
+def require_owner(options: Options):
+    """Raise Refusal unless this is the user whose server it is."""
+    try:
+        owner = os.stat(options.db_file).st_uid
+    except OSError as error:
+        raise Refusal(f"the database {options.db_file} cannot be read: {error.strerror}") from None
+    if os.geteuid() not in (0, owner):
+        raise Refusal(f"the database {options.db_file} belongs to user {owner}: run this as that user")
+
+
+def check_copy(path: str, key: str):
+    """Read a database through, page by page and row by row. Raises Refusal where it is not whole."""
+    copy = Store(path, key)
+    try:
+        damage = copy.check_whole()
+    finally:
+        copy.close()
+    if damage:
+        raise Refusal(f"{path} is damaged: {damage}")
+
+
+def back_up(options: Options, path: str, force=False) -> dict:
+    """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
+
+    Beside a server that writes. Encrypted as the database is; read through after writing; in place
+    at once or not at all. Return `bytes` and `newest_at`. Raises Refusal.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refusal(f"{path} is there already, and is no file")
+    if os.path.exists(path) and not force:
+        raise Refusal(f"{path} is there already: --force writes over it")
+    idp, temporary = open_idp(options), path + ".new"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            files = {name: Path(file).read_bytes() for name, file in backup_files(options).items() if os.path.exists(file)}
+            idp.store.copy_to(temporary, files, idp.now())
+            check_copy(temporary, idp.store.key)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_directory(os.path.dirname(path))
+        except OSError as error:
+            raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
+        except sqlcipher3.Error as error:
+            raise Refusal(f"the backup {path} cannot be written: {error}") from None
+        audit(idp, LOCAL, "machine", "backup_made", os.path.basename(path))
+        return {"bytes": os.path.getsize(path), "newest_at": idp.store.newest_at()}
+    finally:
+        idp.store.close()
+        for leftover in (temporary, temporary + "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+
+
+def backup_files(options: Options) -> dict:
+    return {
+        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
+    }
+
+
+def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
+    """Put the box back to what a backup holds, all of it or nothing; the server must not run.
+
+    Nothing that was issued before lives on, whenever that was. The settings of the backup are
+    taken where there are none here. Return `restored_from` and `newest_at`. Raises Refusal, and
+    then everything is as it was.
+    """
+    key = read_database_key(source, options.db_pass, options.no_db_pass)
+    config = options.origins.get("config", "mad.conf")
+    os.makedirs(os.path.dirname(os.path.abspath(options.db_file)), mode=0o700, exist_ok=True)
+    with hold_setup(config), hold_database(options.db_file):
+        finish_setup(config)
+        finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
+        if os.path.exists(finals["config"]):
+            del finals["config"]  # this box has settings of its own, and they open this backup
+        staged = {name: final + ".setup" for name, final in finals.items()} | {"database": os.path.abspath(options.db_file) + ".setup"}
+        finals["database"] = os.path.abspath(options.db_file)
+        write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}))
+        checkpoint("journal")
+        try:
+            write_durably(staged["database"], Path(source).read_bytes())
+            check_copy(staged["database"], key)
+            store = Store(staged["database"], key)
+            try:
+                store.open()
+                files = store.take_backup_files()
+                if not {"seal", "auth", "admin"} <= files.keys():
+                    raise Refusal(f"{source} is a database, and no backup: the keys are not in it")
+                for name in finals.keys() - {"database"}:
+                    write_durably(staged[name], files[name])
+                    checkpoint(name)
+                rings = [KeyRing(read_ring(staged[name], passphrase)) for name, (_, passphrase, _) in ring_files(options).items()]
+                idp = Idp(options, store, *rings, Seal(read_seal_key(staged["seal"])))
+                newest = store.newest_at()
+                with store.transaction():
+                    # Later than anything that was ever issued, by this box or by the one the backup was made of.
+                    store.put_meta("revoked_before", max(idp.now_ms(), newest * 1000 + 999))
+                    store.forget_logins()
+                    audit(idp, LOCAL, "machine", "restored", os.path.basename(source), f"newest_row={iso(newest)}")
+                store.settle()
+            finally:
+                store.close()
+            checkpoint("staged")
+        except BaseException:
+            finish_setup(config)
+            raise
+        write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}))
+        checkpoint("committed")
+        finish_setup(config)
+    return {"restored_from": source, "newest_at": newest}
+
+
+def factory_reset(options: Options) -> list[str]:
+    """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what went.
+
+    Flash may keep old copies of what is overwritten; what protects those is the passphrase.
+    """
+    require_owner(options)
+    gone = []
+    with hold_database(options.db_file):
+        # The keys first: without them, whatever is left opens nothing.
+        for path in (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, *(options.db_file + suffix for suffix in ("", "-wal", "-shm"))):
+            try:
+                with open(path, "r+b") as file:
+                    left = os.fstat(file.fileno()).st_size
+                    while left > 0:
+                        left -= file.write(os.urandom(min(left, 1 << 20)))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileNotFoundError:
+                continue
+            os.unlink(path)
+            sync_directory(os.path.dirname(os.path.abspath(path)))
+            gone.append(path)
+    return gone
+
+
+def describe_keys(options: Options) -> list[dict]:
+    """Return a row for each signing key: port, alg, kid, state, since (Unix seconds)."""
+    now, rows = int(time.time()), []
+    for port_name, (path, passphrase, _) in ring_files(options).items():
+        for entry in promote(read_ring(path, passphrase), now, options.key_overlap):
+            key = Key(entry)
+            rows.append({"port": port_name, "alg": key.alg, "kid": key.kid, "state": entry.state, "since": entry.since})
+    return rows
+
+
+def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
+    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids."""
+    idp, made = open_idp(options), []
+    try:
+        for port_name in ports:
+            path, passphrase, _ = ring_files(options)[port_name]
+            bits = options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
+            with hold_ring(path):
+                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
+                waiting = {alg_of(entry) for entry in entries if entry.state == "next"}
+                signing = sorted({alg_of(entry) for entry in entries if entry.state == "active"})
+                wanted = [alg for alg in signing if not algorithms or alg in algorithms]
+                if waiting & set(wanted):
+                    raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
+                fresh = [msgspec.structs.replace(make_key(alg, bits, idp.now()), state="next") for alg in wanted]
+                # The audit row first: a change that nobody knows of is worse than a row too many.
+                audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
+                write_durably(path, write_ring([*entries, *fresh], passphrase))
+                made += [Key(entry).kid for entry in fresh]
+    finally:
+        idp.store.close()
+    return made
+
+
+def revoke_key(options: Options, kid: str) -> str:
+    """Take a stolen key out of its ring: no token it signed is good any more, from now on. Where it signed, a new one does. Return its port."""
+    idp = open_idp(options)
+    try:
+        for port_name, (path, passphrase, _) in ring_files(options).items():
+            bits = options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
+            with hold_ring(path):
+                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
+                stolen = [entry for entry in entries if Key(entry).kid == kid]
+                if not stolen:
+                    continue
+                rest = [entry for entry in entries if entry is not stolen[0]]
+                alg = alg_of(stolen[0])
+                if stolen[0].state == "active":
+                    waiting = next((entry for entry in rest if entry.state == "next" and alg_of(entry) == alg), None)
+                    fresh = msgspec.structs.replace(waiting, state="active", since=idp.now()) if waiting else make_key(alg, bits, idp.now())
+                    rest = [entry for entry in rest if entry is not waiting] + [fresh]
+                audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
+                write_durably(path, write_ring(rest, passphrase))
+                return port_name
+    finally:
+        idp.store.close()
+    raise Refusal(f"there is no key {kid}; see microauthd keys list")
+
+
+def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:
+    """Let an administrator in again, or make one: a new password, active, not locked, the role. Ends what the account had. Return what was done."""
+    idp = open_idp(options)
+    try:
+        name = fold(username)
+        account = idp.store.find_account_by_name(name)
+        if account is None:
+            account, done = create_user(idp, LOCAL, "machine", CreateUser(name, "", password, user_email=None)), "made"
+        else:
+            reject(password=check_new_password(options, password, account.username, account.email))
+            done = "recovered"
+        password_hash = idp.hasher.hash(password)
+        with idp.store.transaction(identity=True):
+            idp.store.set_password_hash(account.id, password_hash, idp.now())
+            idp.store.set_account_active(account.id, 1, idp.now())
+            idp.store.set_lockout(account.id, 0, idp.now())
+            idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
+            if drop_totp:
+                idp.store.clear_totp(account.id, idp.now())
+            end_user(idp, LOCAL, "machine", account.id, "admin_recovered", done + (" totp=removed" if drop_totp else ""))
+        return done
+    finally:
+        idp.store.close()
+
+
 # == Command line ==============================================================
 
-OWN_FLAGS = {"setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",)}
-OWN_VALUES = {"setup": ("--answers", "--admin-password-file")}
+OWN_FLAGS = {
+    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",), "backup": ("--force",), "factory-reset": ("--yes",),
+    "keys": ("--json",), "admin": ("--password-stdin", "--disable-totp"),
+}
+OWN_VALUES = {"setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",)}
+OWN_WORDS = {"backup": 1, "restore": 1, "keys": 1, "admin": 1}  # how many words a command takes
 
 USAGE = """\
 usage: microauthd COMMAND [--OPTION VALUE ...]
@@ -9774,6 +10180,11 @@ commands:
   options [--json]   each setting, its value and where it comes from
   version            print the version
   selftest           check that everything the program needs works here
+  backup FILE        one file that restores the box; beside a running server (--force writes over FILE)
+  restore FILE       put the box back to a backup, all or nothing; the server must be stopped
+  factory-reset      overwrite and remove database and keys (--yes does not ask)
+  keys list          the signing keys; keys rotate [--ring auth|admin] [--alg ES256|RS256]; keys revoke --kid KID
+  admin recover      let an administrator in again: --username NAME [--password-stdin] [--disable-totp]
 
 options (also key = value lines of mad.conf, and MAD_ variables of the environment):
   --config FILE          config file (mad.conf)
@@ -9870,6 +10281,80 @@ def setup(options: Options, flags: dict, own: list, values: dict) -> int:
     return oobe.run(options, flags, own, values)
 
 
+def run_backup(options, words, own, values) -> int:
+    done = back_up(options, words[0], "--force" in own)
+    print(f"{words[0]}: {done['bytes']} bytes, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing")
+    return 0
+
+
+def run_restore(options, words, own, values) -> int:
+    if not os.path.exists(words[0]):
+        raise Refusal(f"there is no file {words[0]}")
+    if not options.db_pass and not options.no_db_pass and Path(words[0]).read_bytes()[:16] != SQLITE_MAGIC:
+        if not sys.stdin.isatty():
+            raise Refusal("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
+        import getpass
+
+        values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+        options = Options(options.origins, **(values | {"db_pass": getpass.getpass("passphrase of the backup: ")}))
+    done = restore(options, words[0])
+    print(f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was issued before is good any more")
+    return 0
+
+
+def run_factory_reset(options, words, own, values) -> int:
+    if "--yes" not in own:
+        if not sys.stdin.isatty():
+            raise Refusal("factory-reset destroys every account and key: --yes says that this is meant")
+        if input(f"This destroys every account and key of {options.auth_issuer}. Type reset to go on: ").strip() != "reset":
+            print("microauthd: nothing was done", file=sys.stderr)
+            return 1
+    for path in factory_reset(options):
+        print(f"overwritten and removed: {path}")
+    return 0
+
+
+def run_keys(options, words, own, values) -> int:
+    ring, alg = values.get("--ring", ""), values.get("--alg", "")
+    if words[0] not in ("list", "rotate", "revoke") or ring not in ("", "auth", "admin") or alg not in ("", "ES256", "RS256") or (words[0] == "revoke") != bool(values.get("--kid")):
+        print("microauthd: keys list | keys rotate [--ring auth|admin] [--alg ES256|RS256] | keys revoke --kid KID", file=sys.stderr)
+        return 2
+    if words[0] == "rotate":
+        for kid in rotate_keys(options, [ring] if ring else ["auth", "admin"], [alg] if alg else ()):
+            print(kid)
+        print(f"microauthd: published now, signing in {options.key_overlap} seconds", file=sys.stderr)
+    elif words[0] == "revoke":
+        print(f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches forget it within 300 seconds")
+    elif "--json" in own:
+        print(json.dumps(describe_keys(options), indent=1))
+    else:
+        for row in describe_keys(options):
+            print(f"{row['port']:5}  {row['alg']}  {row['state']:7}  {iso(row['since']) or 'always':20}  {row['kid']}")
+    return 0
+
+
+def run_admin(options, words, own, values) -> int:
+    if words[0] != "recover" or not values.get("--username"):
+        print("microauthd: admin recover --username NAME [--password-stdin] [--disable-totp]", file=sys.stderr)
+        return 2
+    if "--password-stdin" in own:
+        password = sys.stdin.readline().rstrip("\n")
+    elif sys.stdin.isatty():
+        import getpass
+
+        password = getpass.getpass("new password: ")
+        if getpass.getpass("once more: ") != password:
+            raise Refusal("the two passwords differ")
+    else:
+        raise Refusal("without a terminal the password comes by --password-stdin")
+    done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
+    print(f"administrator {fold(values['--username'])} {done}; everything issued to the account before is ended")
+    return 0
+
+
+COMMANDS_AT_THE_MACHINE = {"backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys, "admin": run_admin}
+
+
 def first_start(options: Options, flags: dict):
     """There is no database: set up on a terminal where there never was one; else say what to do."""
     keys = [path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)]
@@ -9892,7 +10377,7 @@ def run(command: str, argv: list[str]) -> int:
             values[name] = value if equals else next(words, "")
         else:
             rest.append(word)
-    if command not in ("serve", "setup", "options", "selftest"):
+    if command not in ("serve", "setup", "options", "selftest", "factory-reset", *OWN_WORDS):
         print(f"microauthd: unknown command {command!r}; see microauthd --help", file=sys.stderr)
         return 2
     try:
@@ -9900,18 +10385,22 @@ def run(command: str, argv: list[str]) -> int:
     except Refusal as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
         return 2
-    if words:
-        print(f"microauthd: {words[0]!r} is not understood; see microauthd --help", file=sys.stderr)
+    takes = OWN_WORDS.get(command, 0)
+    if len(words) != takes:
+        said = f"{words[takes]!r} is not understood" if len(words) > takes else f"{command} needs one more word"
+        print(f"microauthd: {said}; see microauthd --help", file=sys.stderr)
         return 2
     if command == "selftest":
         return selftest()
     if "print-effective-config" in flags:
         command = "options"
-    if command == "setup":
+    if command in ("setup", "restore"):
         flags["config-may-be-missing"] = True
     config = config_path(flags, os.environ)
     recover_setup(config)
     options = load_options(flags, os.environ)
+    if command in COMMANDS_AT_THE_MACHINE:
+        return COMMANDS_AT_THE_MACHINE[command](options, words, own, values)
     if command == "options":
         return show_options(options, "--json" in own)
     if command == "setup":
