@@ -9929,6 +9929,7 @@ def open_idp(options: Options) -> Idp:
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
         store.open()
+        store.take_turns()  # a server beside us writes all the time
         rings = [KeyRing(read_ring(path, passphrase), prefer_ec) for path, passphrase, prefer_ec in ring_files(options).values()]
         return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)))
     except BaseException:

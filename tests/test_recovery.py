@@ -77,6 +77,7 @@ class TestBackup:
             while not stop.is_set():
                 m.audit(idp, m.LOCAL, "test", "write", str(len(done)))
                 done.append(1)
+                time.sleep(0.001)  # within one process writers have no turns
             idp.store.close()
 
         thread = threading.Thread(target=write)
