@@ -203,7 +203,6 @@ REFUSED = {
     "a fragment": (400, b"GET /#x HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an asterisk": (400, b"OPTIONS * HTTP/1.1\r\nHost: box\r\n\r\n"),
     "CONNECT": (501, b"CONNECT box:80 HTTP/1.1\r\nHost: box:80\r\n\r\n"),
-    "TRACE": (501, b"TRACE / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an unknown method": (400, b"FETCH / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "NUL in the path": (400, b"GET /%00 HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an encoded slash": (400, b"GET /a%2fb HTTP/1.1\r\nHost: box\r\n\r\n"),
