@@ -12,11 +12,17 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    with Box(tmp_path_factory.mktemp("browser") / "data", serve_public_auth_files="true", workers="1") as box:
+    box = Box(tmp_path_factory.mktemp("browser") / "data", serve_public_auth_files="true", workers="1", enable_token_refresh="true")
+    box.settings["oidc-issuer"] = f"http://127.0.0.1:{box.auth_port}"
+    with box:
         bearer = box.admin_token()
         made = box.admin("POST", "/clients", json_body={"client_id": "web", "client_type": "public", "grant_types": ["password", "refresh_token"]}, bearer=bearer)
         assert made.status == 200
         box.new_user("ann", PASSWORD)
+        demo = f"http://127.0.0.1:{box.auth_port}/pkce_demo/index.html"
+        assert box.admin("POST", "/clients", json_body={"client_id": "spa", "client_type": "public"}, bearer=bearer).status == 200
+        for kind in ("redirect-uris", "post-logout-redirect-uris"):
+            assert box.admin("POST", f"/clients/spa/{kind}", json_body=demo, bearer=bearer).status == 201
         yield box
 
 
@@ -70,3 +76,35 @@ class TestLoginPage:
         sign_in(page)
         expect(page.locator("#claims")).to_contain_text("ann")
         assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+class TestPkceDemo:
+    """public/pkce_demo: a single-page application in plain modules."""
+
+    def test_sign_in_userinfo_refresh_renewal_and_sign_out(self, box, browser):
+        page = browser.new_page(viewport={"width": 320, "height": 800})
+        troubles = []
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" and "favicon" not in message.text else None)
+        page.goto(f"http://127.0.0.1:{box.auth_port}/pkce_demo/index.html")
+        page.get_by_role("button", name="Sign in").click()
+        sign_in(page)
+        expect(page.get_by_role("heading", name="Signed in as ann")).to_be_visible()
+        assert "code=" not in page.url and "n" in page.locator("#id_token").inner_text()
+        before = page.locator("#access_token").inner_text()
+        page.get_by_role("button", name="Ask userinfo").click()
+        expect(page.locator("#said")).to_contain_text("ann@example.org")
+        page.get_by_role("button", name="Refresh").click()
+        expect(page.locator("#access_token")).not_to_have_text(before)
+        before = page.locator("#access_token").inner_text()
+        page.get_by_role("button", name="Renew silently").click()
+        expect(page.locator("#access_token")).not_to_have_text(before)
+        kept = page.evaluate("JSON.stringify([Object.values(localStorage), Object.values(sessionStorage), document.cookie])")
+        assert "eyJ" not in kept and "verifier" not in kept
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_label("User name")).to_be_visible()
+        assert troubles == []
+        page.close()

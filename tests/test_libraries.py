@@ -1,8 +1,10 @@
 """Strangers' software uses us as it uses anybody."""
 
 import os
+from html.parser import HTMLParser
 
 import pytest
+import requests
 from box import Box
 
 PASSWORD = "correct horse battery"
@@ -49,6 +51,44 @@ class TestAuthlib:
         )
         claims.validate_at_hash()
         assert claims["iss"] == metadata["issuer"] and claims["email"] == "ann@example.org"
+
+
+class Form(HTMLParser):
+    """The one form of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.action, self.fields = "", {}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "form":
+            self.action = attributes["action"]
+        if tag == "input":
+            self.fields[attributes["name"]] = attributes.get("value", "")
+
+
+class TestAuthlibCodeFlow:
+    """A stock web application, as README shows it."""
+
+    def test_it_logs_people_in(self, tmp_path):
+        from authlib.integrations.requests_client import OAuth2Session
+
+        box = Box(tmp_path / "data", workers="0", enable_token_refresh="true")
+        box.settings["oidc-issuer"] = issuer = f"http://127.0.0.1:{box.auth_port}"
+        callback = "http://127.0.0.1:1/cb"
+        with box:
+            box.new_user("ann", PASSWORD)
+            assert box.admin("POST", "/clients/app/redirect-uris", json_body=callback, bearer=box.admin_token()).status == 201
+            session = OAuth2Session(*box.client, scope="openid email offline_access", redirect_uri=callback, code_challenge_method="S256")
+            url, state = session.create_authorization_url(issuer + "/authorize", code_verifier="v" * 48, nonce="n")
+            person = requests.Session()
+            form = Form(person.get(url).text)
+            back = person.post(form.action, form.fields | {"username": "ann", "password": PASSWORD}, allow_redirects=False).headers["Location"]
+            assert back.startswith(callback)
+            token = session.fetch_token(issuer + "/token", authorization_response=back, state=state, code_verifier="v" * 48)
+            assert session.get(issuer + "/userinfo").json()["email"] == "ann@example.org" and session.refresh_token(issuer + "/token", refresh_token=token["refresh_token"])["id_token"]
 
 
 class TestRequestsOauthlib:
