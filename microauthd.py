@@ -2306,8 +2306,11 @@ class Store:
             return [record(*row) for row in self.connection.execute(sql, parameters)]
 
     def run(self, sql, **parameters) -> int:
-        """Run a writing statement; the number of rows it touched. Always inside transaction()."""
-        with self.transaction():
+        """Run a writing statement; the number of rows it touched. Always inside transaction().
+
+        Raises Conflict here too, not only at the end of the transaction it joins: whoever catches it is on the way.
+        """
+        with self.transaction(), self.guard():
             return self.connection.execute(sql, parameters).rowcount
 
     # -- schema --
@@ -7460,6 +7463,8 @@ def write_below(root: str, folder: str, name: str, content: bytes):
     except OSError as error:
         if error.errno == errno.ELOOP:
             reject(qr_output_path="must be folders, and no symbolic link")
+        if error.errno == errno.ENAMETOOLONG:
+            reject(qr_output_path="has a name that is too long")
         raise
     finally:
         os.close(held)

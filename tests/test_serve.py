@@ -363,6 +363,12 @@ class TestRequests:
         said = shared.say(b"HEAD / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
         assert said.endswith(b"\r\n\r\n") and b"Content-Length: " in said
 
+    @pytest.mark.parametrize("method", [b"PATCH", b"TRACE", b"QUERY"])
+    def test_a_method_we_know_is_left_to_the_application_which_offers_it_nowhere(self, shared, method):
+        """405 with Allow is for what is known, 501 for what is not. RFC 9110 §9.1"""
+        said = shared.say(method + b" / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+        assert statuses(said) == [200] and b'"method": "%b"' % method in said
+
     def test_100_continue_comes_only_when_the_body_will_be_taken(self, shared):
         with shared.connect() as sock:
             sock.sendall(post(b"Content-Length: 5", b"Expect: 100-continue", b"Connection: close"))
