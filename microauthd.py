@@ -1331,6 +1331,9 @@ class TokenForm(msgspec.Struct):
     totp_code: str = ""
     refresh_token: str = ""
     token: str = ""
+    code: str = ""
+    redirect_uri: str = ""
+    code_verifier: str = ""
     client_id: str = ""
     client_secret: str = ""
 
@@ -1372,6 +1375,12 @@ class AuthorizeForm(msgspec.Struct):
     display: str = ""
 
 
+class LoginPageForm(msgspec.Struct):
+    """`tx` names a login under way; only the browser that began it is shown its page."""
+
+    tx: str
+
+
 class StepForm(msgspec.Struct):
     """`tx` names a login under way, `form` proves that our page was filled in."""
 
@@ -1398,6 +1407,10 @@ class ConsentForm(StepForm):
 
 class HeadlessForm(msgspec.Struct):
     jti: str
+
+
+class HeadlessLastForm(HeadlessForm):
+    redirect_uri: str = ""
 
 
 class HeadlessPasswordForm(HeadlessForm):
@@ -2301,8 +2314,11 @@ class Store:
             return [record(*row) for row in self.connection.execute(sql, parameters)]
 
     def run(self, sql, **parameters) -> int:
-        """Run a writing statement; the number of rows it touched. Always inside transaction()."""
-        with self.transaction():
+        """Run a writing statement; the number of rows it touched. Always inside transaction().
+
+        Raises Conflict here too, not only at the end of the transaction it joins: whoever catches it is on the way.
+        """
+        with self.transaction(), self.guard():
             return self.connection.execute(sql, parameters).rowcount
 
     # -- schema --
@@ -5825,7 +5841,7 @@ class Route(msgspec.Struct, frozen=True):
     handler: object
     takes: object = None  # type of the body, decoded before the handler runs
     media: tuple = (JSON,)  # in which that is taken
-    form: object = None  # Struct that names the members of a form the handler reads itself
+    form: object = None  # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
     query: object = None  # Struct of the query, decoded before the handler runs
     gives: object = dict  # type of the answer
     gives_media: str = JSON
@@ -5834,6 +5850,7 @@ class Route(msgspec.Struct, frozen=True):
     oauth: bool = False  # failures in the form of RFC 6749 §5.2
     html: bool = False  # failures as a page for people
     redirects: bool = False  # answers with 302, as the contract says; pages redirect with 303
+    tagged: bool = False  # does not change while the server runs: 304 to who has it already
     cors: bool = False  # for the origins that public clients have registered
     option: str = ""  # served only when this option is on
 
@@ -6424,6 +6441,8 @@ def possible_statuses(route: Route, method: str, path: str, port_name: str) -> s
         found |= {403, 429}
     if route.versioned and method != "GET":
         found.add(412)
+    if route.gives_media == "*/*" and method == "GET":
+        found.add(404)  # a file that is not there
     if route.html:
         found |= {403, 404, 409, 429}
     if port_name == "admin":
@@ -6440,12 +6459,18 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     }
     for name, kind in re.findall(r"<(\w+)(?::(\w+))?>", path):
         operation["parameters"].append({"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
-    if route.query is not None:
-        (_,), components = msgspec.json.schema_components([route.query], ref_template=REF)
-        for name, schema in components[route.query.__name__]["properties"].items():
-            operation["parameters"].append({"name": name, "in": "query", "required": False, "schema": schema})
+    # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
+    query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
+    if query is not None:
+        (_,), components = msgspec.json.schema_components([query], ref_template=REF)
+        described = components[query.__name__]
+        for name, schema in described["properties"].items():
+            operation["parameters"].append({"name": name, "in": "query", "required": name in described["required"], "schema": schema})
     if route.versioned and method != "GET":
         operation["parameters"].append({"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}})
+    if route.tagged:
+        operation["parameters"].append({"name": "If-None-Match", "in": "header", "required": False, "schema": {"type": "string"}})
+        operation["responses"]["304"] = {"description": "As you have it.", "headers": {"ETag": {"schema": {"type": "string"}}}}
     guard = guard_name(route)
     if guard in ("by_client", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by members of the form, which OpenAPI has no word for
@@ -6458,7 +6483,7 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     headers = {}
     if route.query is not None and "offset" in route.query.__struct_fields__ and getattr(route.gives, "__origin__", None) is list:
         headers |= {"X-Total-Count": {"schema": {"type": "string"}}, "Link": {"description": "RFC 8288; rel=next where there is more.", "schema": {"type": "string"}}}
-    if route.versioned and method != "DELETE":
+    if route.tagged or route.versioned and method != "DELETE":
         headers["ETag"] = {"schema": {"type": "string"}}
     operation["responses"][str(route.status)] = {
         "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}}, **({"headers": headers} if headers else {}),
@@ -6673,7 +6698,7 @@ def ready(idp, params):
     return Reply({"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")], 200 if good else 503)
 
 
-@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks, cors=True)
+@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks, cors=True, tagged=True)
 def jwks(idp, params):
     """The public keys by which anybody verifies our tokens."""
     return prebuilt(idp, "jwks", idp.auth_ring.jwks)
@@ -6724,7 +6749,7 @@ def describe_server(idp: Idp) -> dict:
     }
 
 
-@AUTH("GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone, spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True)
+@AUTH("GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone, spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True, tagged=True)
 def discovery(idp, params):
     """What this server can do; only what works."""
     return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
@@ -7006,7 +7031,7 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
     return page
 
 
-@AUTH("GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH("GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", form=LoginPageForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
 def login_page(idp, params):
     """The page of a login under way: password, second factor, consent, whatever is next."""
     return show_login(idp, params, held_login(idp, params))
@@ -7174,7 +7199,7 @@ def headless_totp(idp, params):
     return headless_step(give_code(idp, params.origin, login, code.strip()), jti, False)
 
 
-@AUTH("POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessForm, gives=bytes, gives_media="*/*", redirects=True, option="enable_pkce")
+@AUTH("POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessLastForm, gives=bytes, gives_media="*/*", redirects=True, option="enable_pkce")
 @as_err
 def headless_finalize(idp, params):
     """The last step: a redirect with the code, once, and only after every factor."""
@@ -7421,7 +7446,7 @@ def scoped_deactivate_user(idp, claims, params):
 # -- files --
 
 
-@AUTH("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_auth_swagger")
+@AUTH("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_auth_swagger", tagged=True)
 def auth_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
     return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_api(idp, AUTH)))
@@ -7638,6 +7663,8 @@ def write_below(root: str, folder: str, name: str, content: bytes):
     except OSError as error:
         if error.errno == errno.ELOOP:
             reject(qr_output_path="must be folders, and no symbolic link")
+        if error.errno == errno.ENAMETOOLONG:
+            reject(qr_output_path="has a name that is too long")
         raise
     finally:
         os.close(held)
@@ -8426,7 +8453,7 @@ def admin_purge_audit(idp, claims, params):
 # -- description --
 
 
-@ADMIN("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_admin_swagger")
+@ADMIN("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_admin_swagger", tagged=True)
 def admin_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
     return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_api(idp, ADMIN)))
@@ -8546,7 +8573,8 @@ RECEIVE = 16384  # octets read at once: a whole TLS record; it also bounds what 
 LINGER = 2       # seconds a closed connection still reads, so that the client gets the last answer. RFC 9112 §9.6
 SWEEP = 0.5      # seconds between two looks at the deadlines
 PATIENCE = 0.002  # seconds a thread may stay with one request before another polls in its place
-METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
+# The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
+METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")}
 # Fields whose repetition changes who is asking or what is asked. RFC 9110 §5.3 allows joining only lists.
 SINGLE = frozenset((
     "HTTP_HOST", "HTTP_AUTHORIZATION", "HTTP_ORIGIN", "HTTP_FORWARDED", "HTTP_X_FORWARDED_PROTO",

@@ -562,6 +562,11 @@ class TestTotp:
         assert made == {"success": True, "filename": file.name, "qr_code_filename": file.name} and re.fullmatch(r"totp_qr_[0-9a-f]{12}\.svg", file.name)
         assert file.stat().st_mode & 0o777 == 0o600 and "<svg" in file.read_text()
 
+    def test_a_name_too_long_for_a_folder_is_the_callers_fault(self, filed):
+        folder, generate = filed
+        answer = generate({"qr_output_path": "a" * 300})
+        assert (answer.status, list(answer.json["errors"])) == (400, ["qr_output_path"]) and list(folder.iterdir()) == []
+
     @pytest.mark.parametrize("path", ["..", "../x", "a/../../x", "/etc", "/", "", " ", "link", "link/x", "{root}x", "{root}/../x", "a\x00b", "file"])
     def test_no_path_leaves_the_root(self, filed, tmp_path, path):
         folder, generate = filed
@@ -574,6 +579,20 @@ class TestTotp:
 
     def test_without_a_root_it_says_so_and_makes_nothing(self, call, idp, alice):
         assert call("POST", "/users/alice/totp/generate", {}).status == 503 and idp.store.find_account(alice.id).totp_pending_sealed == ""
+
+
+class TestTakenNames:
+    """RFC 9110 §15.5.10"""
+
+    @pytest.mark.parametrize("path, name", [("users", "username"), ("roles", "name"), ("permissions", "name"), ("scopes", "name"), ("clients", "client_id")])
+    def test_a_name_that_is_taken_is_a_conflict_with_and_without_if_match(self, call, path, name):
+        one, other = [call("POST", f"/{path}", {name: word, "email": f"{word}@example.org", "password": OTHER}) for word in ("one", "other")]
+        assert {one.status, other.status} <= {200, 201}
+        before = call("GET", f"/{path}/{one.json['id']}")
+        for headers in ((), [("If-Match", before.headers["etag"])]):
+            answer = call("PUT", f"/{path}/{one.json['id']}", {name: "other"}, headers=headers)
+            assert (answer.status, answer.json["error"]) == (409, "conflict")
+        assert call("GET", f"/{path}/{one.json['id']}").json == before.json
 
 
 class TestSessions:

@@ -159,7 +159,7 @@ class TestAnswers:
             missing = app.get(path)
             assert (missing.status, missing.json) == (404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"})
 
-    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST"])
+    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST", "TRACE", "QUERY"])
     def test_wrong_methods_speak_err_and_say_which(self, auth, admin, method):
         for app in (auth, admin):
             wrong = app(method, "/ping")

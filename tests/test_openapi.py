@@ -1,9 +1,11 @@
 """The API describes itself: the document is what is mounted, and the answers are what it says."""
 
+import inspect
 import json
 import re
 
 import microauthd as m
+import msgspec
 import pytest
 from conftest import CHEAP, Caller
 
@@ -65,6 +67,27 @@ def conforms(document, schema, value):
     return "enum" not in schema or value in schema["enum"]
 
 
+class TestRequests:
+    """What may be sent is described."""
+
+    def test_every_member_a_handler_reads_is_described(self, described):
+        """Of forms, and of queries that have no type of their own."""
+        read = set(re.findall(r'params\.(?:get|need)\("(\w+)"\)', inspect.getsource(m)))
+        described = {field.encode_name for routes in (m.AUTH, m.ADMIN) for route in routes.routes if route.form for field in msgspec.structs.fields(route.form)}
+        assert len(read) > 20 and read <= described
+
+    def test_every_member_of_every_grant_is_described(self):
+        needed = {name for grant in m.GRANTS.values() for name in re.findall(r'params\.(?:get|need)\("(\w+)"\)', inspect.getsource(grant))}
+        assert {"code", "code_verifier", "redirect_uri", "refresh_token", "username"} <= needed <= set(m.TokenForm.__struct_fields__)
+
+    def test_what_a_get_reads_is_its_query_and_an_access_token_is_never_there(self, described):
+        """RFC 9700 §4.3.2"""
+        paths = m.describe_api(described, m.AUTH)["paths"]
+        queries = {path: {part["name"]: part["required"] for part in methods["get"]["parameters"] if part["in"] == "query"} for path, methods in paths.items() if "get" in methods}
+        assert queries["/authorize"]["client_id"] and not queries["/authorize"]["state"] and queries["/login"] == {"tx": True} and "id_token_hint" in queries["/end-session"]
+        assert [path for path, query in queries.items() if "access_token" in query] == []
+
+
 class TestAnswers:
     """No member is answered that is not described, and none is missing."""
 
@@ -103,6 +126,18 @@ class TestAnswers:
             assert conforms(document, {"$ref": "#/components/schemas/TokenObject"}, token)
         refused = auth.post("/token", {"grant_type": "x"}, auth=service).json
         assert conforms(document, {"$ref": "#/components/schemas/OAuthError"}, refused) and conforms(document, {"$ref": "#/components/schemas/Err"}, auth.get("/me").json)
+
+    @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
+    def test_exactly_what_has_a_lasting_tag_is_described_as_having_one(self, make_idp, routes):
+        """RFC 9110 §15.4.5"""
+        idp = make_idp(m.Options(**CHEAP, **OPTIONS))
+        caller = Caller(m.build_app(idp, routes))
+        for path, methods in m.describe_api(idp, routes)["paths"].items():
+            if "get" in methods and "{" not in path:
+                tag = caller.get(path).headers.get("etag")
+                assert ("304" in methods["get"]["responses"]) == (tag is not None), path
+                if tag:
+                    assert caller.get(path, headers=[("If-None-Match", tag)]).status == 304
 
     def test_the_check_itself_can_fail(self, idp):
         document = m.describe_api(idp, m.ADMIN)

@@ -203,7 +203,6 @@ REFUSED = {
     "a fragment": (400, b"GET /#x HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an asterisk": (400, b"OPTIONS * HTTP/1.1\r\nHost: box\r\n\r\n"),
     "CONNECT": (501, b"CONNECT box:80 HTTP/1.1\r\nHost: box:80\r\n\r\n"),
-    "TRACE": (501, b"TRACE / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an unknown method": (400, b"FETCH / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "NUL in the path": (400, b"GET /%00 HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an encoded slash": (400, b"GET /a%2fb HTTP/1.1\r\nHost: box\r\n\r\n"),
@@ -363,6 +362,12 @@ class TestRequests:
     def test_head_has_a_length_and_no_body(self, shared):
         said = shared.say(b"HEAD / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
         assert said.endswith(b"\r\n\r\n") and b"Content-Length: " in said
+
+    @pytest.mark.parametrize("method", [b"PATCH", b"TRACE", b"QUERY"])
+    def test_a_method_we_know_is_left_to_the_application_which_offers_it_nowhere(self, shared, method):
+        """405 with Allow is for what is known, 501 for what is not. RFC 9110 §9.1"""
+        said = shared.say(method + b" / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+        assert statuses(said) == [200] and b'"method": "%b"' % method in said
 
     def test_100_continue_comes_only_when_the_body_will_be_taken(self, shared):
         with shared.connect() as sock:

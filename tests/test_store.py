@@ -164,6 +164,12 @@ class TestWriting:
             1 / 0
         assert idp.store.meta("inner") == ""
 
+    def test_a_conflict_is_one_at_its_statement_in_a_joined_transaction_too(self, idp):
+        with idp.store.transaction():
+            with pytest.raises(m.Conflict):
+                idp.store.run("UPDATE role SET name = NULL")
+        assert m.get_role(idp, m.MAD_ADMIN_ROLE_ID).name
+
     def test_only_a_change_of_identity_bumps_the_generation_and_only_when_committed(self, idp):
         before = idp.store.generation.read()
         idp.store.put_meta("x", 1)
