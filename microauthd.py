@@ -6342,8 +6342,9 @@ def show_page(idp: Idp, environ, name: str, *, status=200, ui_locales="", target
         "brand": idp.options.brand_name or urlsplit(base).hostname, "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
     } | words
     content = template(idp, "layout").render(body=template(idp, name).render(**common), name=name, **common)
-    parts = urlsplit(target)
-    leads = f" {parts.scheme}://{parts.netloc}" if parts.scheme in ("http", "https") else f" {parts.scheme}:" if parts.scheme else ""
+    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
+    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
+    leads = f" {urlsplit(target).scheme}:" if target else ""
     policy = (
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
         f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
@@ -6945,8 +6946,15 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
 
 def held_login(idp, params) -> Login:
     login = get_login(idp, params.get("tx") or params.get("jti") or "", login_binding(idp, params))
+    row = login.row
     if login.request and login.request.headless:
         raise Problem("not_found")
+    # Past the factors, or where a session stood for the password, the login is worth what the session is worth: it ends
+    # with it, and whoever has but the login's cookie cannot go on.
+    if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
+        held = find_browser_session(idp, session_handle(idp, params))
+        if held is None or held[1].id != row.user_id:
+            raise Problem("not_found", log="the browser session of this login is over")
     return login
 
 
@@ -7033,7 +7041,9 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
 
 @AUTH("GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", form=LoginPageForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
 def login_page(idp, params):
-    """The page of a login under way: password, second factor, consent, whatever is next."""
+    """The page of a login under way: password, second factor, consent, whatever is next. Without one, the way to the account page."""
+    if params.get("tx") is None and params.get("jti") is None:
+        return Redirect(f"{idp.options.auth_issuer}/account")
     return show_login(idp, params, held_login(idp, params))
 
 
@@ -7237,10 +7247,19 @@ def log_browser_out(idp: Idp, params, location=""):
     handle = session_handle(idp, params)
     if handle:
         check_form(params, handle, "session")
+    return forget_browser(idp, params, handle, location)
+
+
+def forget_browser(idp: Idp, params, handle: str | None, location: str):
+    """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
+
+    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log anybody out.
+    """
+    if handle:
         held = find_browser_session(idp, handle)
         end_browser_session(idp, params.origin, held[1].id if held else "anonymous", sha256(handle))
-    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)]
-    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies)
+    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
+    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
 
 
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
@@ -7267,15 +7286,22 @@ def end_session(idp, params):
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
     held = find_browser_session(idp, handle)
+    again = {name: value for name, value in params.values.items() if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")}
+    if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
+        # As at /authorize: a POST from the client brings no cookie, the GET it becomes does.
+        return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
     if held and params.get("form") is not None:
-        return log_browser_out(idp, params, location)
-    if held and not (hint and hint["sub"] == held[1].id):
-        again = {name: value for name, value in params.values.items() if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state")}
-        return show_page(idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again, action="end-session", target=location)
-    if held:
-        end_browser_session(idp, params.origin, held[1].id, sha256(handle))
-    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)]
-    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies)
+        check_form(params, handle, "session")
+    elif held and not (hint and hint["sub"] == held[1].id):
+        return show_page(
+            idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again, action="end-session", target=location,
+            ui_locales=params.get("ui_locales") or "",
+        )
+    family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
+    if family and family.revoked_at is None and family.client_id == hint["aud"]:
+        # The login the client speaks of ends even where the session it began in is over already.
+        revoke_family(idp, params.origin, family.user_id, family.sid, "logout", family.client_id)
+    return forget_browser(idp, params, handle, location)
 
 
 @AUTH("GET", "/logout", guard=anyone, spec="contract/auth §5.6", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
@@ -7365,7 +7391,10 @@ def end_all_others(idp, params, session, account):
 
 
 def prove_again(idp, params, account):
-    authenticate_user(idp, params.origin, account.username, params.get("password") or "", params.get("totp") or "")
+    """Ask for the password, and the second factor of who has one. A recovery code does, or a lost authenticator could never be replaced."""
+    account, _ = authenticate_user(idp, params.origin, account.username, params.get("password") or "", only_password=True)
+    if account.totp_sealed:
+        check_second_factor(idp, params.origin, account.id, max(idp.now_ms(), account.revoked_before + 1), (params.get("totp") or "").strip())
 
 
 def change_own_password(idp, params, session, account):
@@ -7377,6 +7406,7 @@ def change_own_password(idp, params, session, account):
 def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
+    prove_again(idp, params, account)  # a browser left open is not enough to lock its owner out
     begin_totp(idp, params.origin, account.id, account)
     return Redirect(f"{idp.options.auth_issuer}/account")
 

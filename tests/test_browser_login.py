@@ -264,6 +264,7 @@ class TestJourneys:
         page.get_by_label("New password").fill("another battery staple")
         page.get_by_role("button", name="Change password").click()
         expect(page.get_by_role("status")).to_contain_text("password was changed")
+        page.get_by_label("Current password").last.fill("another battery staple")
         page.get_by_role("button", name="Turn on").click()
         expect(page.locator(".secret")).to_be_visible()
         look(page, "account_enrol")

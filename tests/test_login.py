@@ -259,7 +259,7 @@ class TestRequest:
 
     def test_form_post(self, spa, alice, browser, exchange):
         answer = sign_in(browser, request(response_mode="form_post", state="<&\">"))
-        assert answer.status == 200 and "form-action 'self' https://app.example;" in answer.headers["content-security-policy"] + ";" and "script-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.status == 200 and "form-action 'self' https:;" in answer.headers["content-security-policy"] + ";" and "script-src 'self'" in answer.headers["content-security-policy"]
         form = browser.forms().forms[0]
         assert form["action"] == CALLBACK and form["fields"]["state"] == "<&\">" and form["fields"]["iss"] == "https://idp.example" and exchange(form["fields"]["code"]).status == 200
         assert b'document.getElementById("answer").submit' in browser("GET", "/pages/form_post.js").body
@@ -437,7 +437,8 @@ class TestFirstFactor:
         tx = browser.forms().forms[0]["fields"]["tx"]
         for path in (f"/login?jti={tx}", f"/totp?tx={tx}"):
             assert title(browser("GET", path)) == "Sign in"
-        assert browser("GET", "/login").status == 404 and browser("GET", "/login?tx=x").status == 404
+        assert browser("GET", "/login?tx=x").status == 404
+        assert title(browser.open("/login")) == "Sign in" and title(browser.submit(username="alice", password=PASSWORD)) == "Your account", "by itself it leads to the account page"
 
 
 class TestSecondFactor:
@@ -553,6 +554,42 @@ class TestAttacks:
         for form in ({}, {"tx": mine["tx"]}, {"tx": mine["tx"], "form": ""}, {"tx": mine["tx"], "form": theirs["form"]}, theirs):
             answer = browser("POST", "/login", form | {"username": "alice", "password": PASSWORD})
             assert answer.status in (403, 404) and answer.cookies == []
+
+    @pytest.mark.parametrize("begun", ["password", "session"])
+    def test_a_logout_ends_the_login_that_waits_for_consent(self, register, spa, alice, browser, clock, begun):
+        register("third", is_first_party=False)
+        if begun == "session":
+            sign_in(browser)
+            clock.pass_(5)
+            browser.open(request("third"))
+        else:
+            sign_in(browser, request("third"))
+        consent = browser.forms().forms[0]["fields"]
+        browser.open("/logout")
+        browser.submit()
+        answer = browser("POST", "/login/consent", consent | {"decision": "allow"})
+        assert answer.status == 404 and "location" not in answer.headers
+
+    def test_the_cookie_of_a_login_alone_does_not_finish_it(self, register, alice, new_user, browser, other):
+        register("third", is_first_party=False)
+        new_user("mallory")
+        sign_in(browser, request("third"))
+        consent = browser.forms().forms[0]["fields"]
+        other.cookies["__Host-mad-login"] = browser.cookies["__Host-mad-login"]
+        assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, "without a session"
+        sign_in(other, "/account", username="mallory")
+        assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, "in a session of somebody else"
+        assert code_of(browser.submit(button=("decision", "allow")))
+
+    def test_a_second_factor_asked_for_by_a_session_ends_with_it(self, idp, register, spa, alice, browser, give_totp, clock):
+        register("bank", flags={"ENABLE_TOTP": ""})
+        sign_in(browser)
+        code = second_factor(idp, alice, give_totp, clock)
+        browser.open(request("bank"))
+        form = browser.forms().forms[0]["fields"]
+        browser.open("/logout")
+        browser.submit()
+        assert browser("POST", "/totp", form | {"totp": code()}).status == 404
 
     def test_no_session_is_fixed(self, idp, spa, alice, browser):
         browser.cookies["__Host-mad-session"] = browser.cookies["__Host-mad-login"] = "a" * 43
@@ -679,6 +716,31 @@ class TestLogout:
         for path in ("/end-session", "/logout", "/logout-all", "/account"):
             assert browser("POST", path, {"form": "wrong", "action": "end_all"}).status in (401, 403)
         assert code_of(browser.open(request(prompt="none")))
+
+    @pytest.mark.parametrize("path", ["/end-session", "/logout", "/logout-all", "/account"])
+    def test_a_form_of_another_site_comes_without_cookies_and_takes_none_away(self, bye, alice, browser, path):
+        sign_in(browser)
+        held = dict(browser.cookies)
+        browser.cookies.clear()
+        browser("POST", path, {"form": "x", "action": "end_all"})
+        assert "__Host-mad-session" not in "".join(browser.answer.cookies)
+        browser.cookies.update(held)
+        assert code_of(browser.open(request(prompt="none")))
+
+    def test_a_post_of_the_client_becomes_a_get_that_finds_the_session(self, auth, bye, alice, browser, exchange):
+        bought = exchange(code_of(sign_in(browser))).json
+        held = dict(browser.cookies)
+        browser.cookies.clear()
+        answer = browser("POST", "/end-session", {"id_token_hint": bought["id_token"], "post_logout_redirect_uri": "https://app.example/bye", "state": "s&t"})
+        assert answer.status == 303 and answer.headers["location"].startswith("https://idp.example/end-session?")
+        browser.cookies.update(held)
+        assert browser.follow(answer).headers["location"] == "https://app.example/bye?state=s%26t" and auth.get("/me", bearer=bought["access_token"]).status == 401
+
+    def test_a_hint_ends_its_login_where_the_session_is_over_already(self, idp, auth, bye, alice, browser, exchange, clock):
+        bought = exchange(code_of(sign_in(browser, request(scope="openid offline_access")))).json
+        clock.pass_(idp.options.session_idle_expiration)
+        assert title(browser.open(f"/end-session?id_token_hint={bought['id_token']}")) == "Signed out"
+        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}).status == 400
 
     def test_the_page_and_everywhere(self, auth, bye, alice, browser, other, exchange):
         bought = exchange(code_of(sign_in(browser))).json
@@ -819,7 +881,8 @@ class TestAccount:
     def test_the_second_factor_on_and_off(self, idp, spa, alice, browser, clock):
         sign_in(browser)
         browser.open("/account")
-        page = browser.submit(self.form(browser, "begin_totp"))
+        assert browser.submit(self.form(browser, "begin_totp"), password="wrong").status == 403 and not idp.store.find_account(alice.id).totp_pending_sealed
+        page = browser.submit(self.form(browser, "begin_totp"), password=PASSWORD)
         seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', page.body)[1].decode().replace(" ", "")
         SECRETS.add(seed)
         assert browser.submit(self.form(browser, "confirm_totp"), totp="000000").status == 403 and not idp.store.find_account(alice.id).totp_sealed
@@ -833,6 +896,21 @@ class TestAccount:
         assert len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10
         clock.pass_(60)
         assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now())).status == 200 and not idp.store.find_account(alice.id).totp_sealed
+
+    def test_a_lost_authenticator_is_replaced_by_recovery_codes(self, idp, spa, alice, browser, give_totp, clock):
+        second_factor(idp, alice, give_totp, clock)
+        codes = iter(m.make_recovery_codes(idp, m.LOCAL, alice.id))
+        sign_in(browser)
+        spent = next(codes)
+        assert code_of(browser.submit(totp=spent))
+        browser.open("/account")
+        number = self.form(browser, "disable_totp")
+        assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp=spent).status == 403
+        assert browser.submit(number, ("action", "disable_totp"), password="wrong", totp=next(codes)).status == 403
+        page = browser.submit(self.form(browser, "password"), password=PASSWORD, totp=next(codes), new_password=NEW_PASSWORD)
+        assert b"The password was changed" in page.body
+        assert browser.submit(self.form(browser, "disable_totp"), ("action", "disable_totp"), password=NEW_PASSWORD, totp=next(codes)).status == 200
+        assert not idp.store.find_account(alice.id).totp_sealed
 
 
 class TestPages:
