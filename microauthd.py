@@ -6529,6 +6529,17 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
     }
 
 
+class Router(bottle.Router):
+    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of a start."""
+
+    def _compile(self, method):
+        """Nothing yet."""
+
+    def settle(self):
+        for method in self.dyna_routes:
+            super()._compile(method)
+
+
 SWAGGER = APPLIANCE / "swagger"
 # The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
 SWAGGER_POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -6549,6 +6560,7 @@ def build_app(idp: Idp, routes: Routes):
     """
     app, answer, table = bottle.Bottle(), Answer(idp), {}
     app.uninstall(True)  # JSON and templates: Answer speaks alone
+    vars(app)["router"] = Router()  # Bottle lets nobody replace an attribute
 
     def through_bottle(route):
         def answered(**path):
@@ -6575,6 +6587,7 @@ def build_app(idp: Idp, routes: Routes):
         app.route(path, list(route.methods), through_bottle(route))
         if not any("<" in other for other in route.paths):
             table |= {(method, path): route for method in route.methods}
+    app.router.settle()
 
     def nowhere(error):
         """Unknown path, wrong method, or a failure of Bottle itself."""
