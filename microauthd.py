@@ -3145,7 +3145,7 @@ class Store:
         """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
         with self.guard():
             if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
-                return self.connection.execute("SELECT coalesce(max(seq) - min(seq) + 1, 0) FROM audit").fetchone()[0]
+                return self.connection.execute("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)").fetchone()[0]
             return self.connection.execute(
                 f"SELECT count(*) FROM audit {AUDIT_FILTER}",
                 {"action": action, "actor_id": actor_id, "target": target, "since": since, "until": until, "after": -1},
