@@ -938,6 +938,18 @@ class TestPages:
         assert sheet.headers["content-type"].startswith("text/css") and b"--brand: #ffee00; --on-brand: #000000" in sheet.body and "max-age=31536000" in sheet.headers["cache-control"]
         assert browser("GET", "/pages/logo").headers["content-type"] == "image/svg+xml" and browser("GET", "/pages/../en.json").status == 404 and browser("GET", "/pages/en.json").status == 404
 
+    def test_under_a_path_every_address_is_made_of_the_issuer(self, make_idp, spa, alice):
+        """The proxy in front takes the path away; what a browser is told carries it."""
+        issuer = "https://idp.example/sso"
+        browser = Browser(Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer=issuer)), m.AUTH), "idp.example").app, issuer)
+        assert sent_back(sign_in(browser))[1]["iss"] == issuer
+        for path in ("/account", "/logout", "/end-session", "/login", "/authorize?client_id=nobody"):
+            page = browser.open(path)
+            addresses = re.findall(r' (?:action|href|src)="([^"]*)"', page.body.decode())
+            assert addresses and all(address.startswith(issuer + "/") for address in addresses), path
+        browser.open("/logout")
+        assert title(browser.submit()) == "Signed out" and title(browser.open(request())) == "Sign in"
+
     def test_over_plain_http_the_cookies_have_plain_names(self, make_idp, spa, alice):
         browser = Browser(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH), "http://localhost:9040", "localhost:9040")
         assert code_of(sign_in(browser)) and set(browser.cookies) == {"mad-session", "mad-login"}
