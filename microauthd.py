@@ -6607,7 +6607,12 @@ def build_app(idp: Idp, routes: Routes):
 
     shared = {path for (_, path), route in table.items() if route.cors}
 
+    # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
+    below = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
+
     def dispatch(environ, start_response):
+        if below and environ["PATH_INFO"].startswith(below + "/"):
+            environ["SCRIPT_NAME"], environ["PATH_INFO"] = below, environ["PATH_INFO"][len(below) :]
         route = table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
             if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in shared:

@@ -950,6 +950,19 @@ class TestPages:
         browser.open("/logout")
         assert title(browser.submit()) == "Signed out" and title(browser.open(request())) == "Sign in"
 
+    def test_an_issuer_with_a_path_is_served_below_it_with_a_proxy_and_without(self, make_idp, spa, alice, exchange):
+        app = m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH)
+        code = code_of(sign_in(Browser(app, "https://box.example/auth")))  # this browser strips the path, as a proxy may
+
+        def direct(method, path, data=None, headers=()):
+            return Caller(app, "box.example")(method, path.removeprefix("https://box.example"), data, headers=headers)
+
+        found = direct("GET", "/auth/.well-known/openid-configuration").json
+        assert found["issuer"] == "https://box.example/auth" and all(direct("GET", found[name]).status in (200, 400, 401, 405) for name in found if name.endswith(("_endpoint", "_uri")))
+        answer = direct("POST", found["token_endpoint"], {"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER, "client_id": "spa"})
+        assert answer.status == 200 and claims_of(answer.json["id_token"])["iss"] == found["issuer"]
+        assert direct("GET", "/auth" + request()).headers["location"].startswith("https://box.example/auth/login?tx=") and direct("GET", "/authx/ping").status == 404 and direct("GET", "/auth/auth/ping").status == 404
+
     def test_over_plain_http_the_cookies_have_plain_names(self, make_idp, spa, alice):
         browser = Browser(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH), "http://localhost:9040", "localhost:9040")
         assert code_of(sign_in(browser)) and set(browser.cookies) == {"mad-session", "mad-login"}
