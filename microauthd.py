@@ -3073,11 +3073,11 @@ class Store:
     def find_code(self, code_sha256):
         return self.one(AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256", code_sha256=code_sha256)
 
-    def consented(self, user_id, client_id) -> str:
-        """The scope a user has consented to, of a client by its internal id."""
+    def consented(self, user_id, client_id) -> str | None:
+        """The scope a user has consented to, of a client by its internal id; None where it never did."""
         with self.guard():
             row = self.connection.execute("SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id", {"user_id": user_id, "client_id": client_id}).fetchone()
-        return row[0] if row else ""
+        return row[0] if row else None
 
     def put_consent(self, user_id, client_id, scope, now):
         self.run(
@@ -5760,7 +5760,7 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
         return False
     wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
     agreed = idp.store.consented(user_id, client.row.id)
-    return not agreed or not wanted <= set(agreed.split())
+    return agreed is None or not wanted <= set(agreed.split())
 
 
 def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int, browser="") -> str:
@@ -7131,7 +7131,7 @@ def login_consent(idp, params):
         audit(idp, params.origin, row.user_id, "consent_denied", row.client_id, "", FAILURE)
         return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, Problem("access_denied", log="the user said no"))
     account = finish_login(idp, decided)
-    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(idp.store.consented(account.id, login.client.row.id).split())
+    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set((idp.store.consented(account.id, login.client.row.id) or "").split())
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
         audit(idp, params.origin, row.user_id, "consent_given", row.client_id, " ".join(sorted(wanted)))

@@ -524,10 +524,15 @@ class TestConsent:
         assert exchange(code_of(browser.submit(button=("decision", "allow"))), "third").status == 200
         assert code_of(browser.open(request("third", prompt="none"))) and title(browser.open(request("third", scope="openid roles"))) == "Permission" == title(browser.open(request("third", prompt="consent")))
 
+    def test_who_asks_for_nothing_asks_once_too(self, register, alice, browser):
+        register("bare", is_first_party=False, scopes=[])
+        assert title(sign_in(browser, request("bare", scope=None))) == "Permission"
+        assert code_of(browser.submit(button=("decision", "allow"))) and code_of(browser.open(request("bare", scope=None)))
+
     def test_no_is_an_answer(self, idp, third, alice, browser):
         sign_in(browser, request("third"))
         _, members = sent_back(browser.submit(button=("decision", "deny")))
-        assert members["error"] == "access_denied" and members["state"] == "st&te" and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) == ""
+        assert members["error"] == "access_denied" and members["state"] == "st&te" and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) is None
         browser.open(request("third"))
         assert sent_back(browser.submit())[1]["error"] == "access_denied", "no button is no yes"
 
