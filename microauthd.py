@@ -3655,6 +3655,17 @@ def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
     return entries
 
 
+def next_due(entries, overlap: int) -> int | None:
+    """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
+    return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
+
+
+def mark_of(path: str) -> tuple:
+    """Return what tells one version of a file from another."""
+    info = os.stat(path)
+    return info.st_mtime_ns, info.st_ino, info.st_size
+
+
 def alg_of(entry: KeyEntry) -> str:
     key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
     return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
@@ -3852,21 +3863,18 @@ class Idp:
         self.rings_until = time.monotonic() + 1
         for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
             try:
-                info = os.stat(path)
                 seen, due = self.ring_files[port_name]
-                mark = (info.st_mtime_ns, info.st_ino, info.st_size)
+                mark = mark_of(path)
                 if mark == seen and (due is None or self.now() < due):
                     continue
                 entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
             except (OSError, Refusal) as error:
                 self.log("keys.unreadable", "error", path=path, reason=error)
                 continue
-            ages = [entry.since + self.options.key_overlap for entry in entries if entry.state == "next"]
-            self.ring_files[port_name] = (mark, min(ages, default=None))
-            if seen is not None:
-                self.rings[port_name] = KeyRing(entries, prefer_ec)
-                self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
-                self.log("keys.changed", port=port_name, kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys))
+            self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
+            self.rings[port_name] = KeyRing(entries, prefer_ec)
+            self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
+            self.log("keys.changed", port=port_name, kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys))
 
     def now(self) -> int:
         """Unix seconds."""
@@ -8593,8 +8601,8 @@ class Upkeep(threading.Thread):
         self.idp, self.ending = idp, threading.Event()
 
     def run(self):
-        with contextlib.suppress(Problem):  # a disk that refuses now must not keep the server from starting
-            note_configuration(self.idp)
+        if not self.ending.wait(1):  # a start has more urgent things to write
+            self.attempt(note_configuration, self.idp)
         for minute in itertools.count():
             if self.ending.wait(60):
                 return
@@ -9509,6 +9517,7 @@ class Plan(msgspec.Struct):
 
     options: Options
     database_key: str
+    ring_marks: dict
     auth_entries: list
     admin_entries: list
     seal_key: bytes
@@ -9528,6 +9537,7 @@ def prepare(options: Options) -> Plan:
         store.open()
     finally:
         store.close()
+    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
     auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
     admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
     for side in ("auth", "admin"):
@@ -9540,7 +9550,7 @@ def prepare(options: Options) -> Plan:
     except OSError as error:
         where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
         raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(options, database_key, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
+    return Plan(options, database_key, marks, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
 
 
 def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
@@ -9584,9 +9594,9 @@ class Node:
                 continue
             # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
             idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), log=plan.log)
-            idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-            # What was read before the fork is what is there; a change since is found by the first request.
-            idp.follow_rings()
+            # What changed since it was read is found by the first request.
+            entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
+            idp.ring_files = {port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap)) for port_name in entries}
             app = build_app(idp, routes)
             if name == "admin":
                 app = admit_hosts(app, idp)
