@@ -145,6 +145,7 @@ LOGIN_TTL = 600  # seconds somebody may take to log in
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
+SCATTERED = 25  # the same for rows that do not lie beside each other in every index
 BATCH_SECONDS = 0.02
 BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
 
@@ -2492,7 +2493,8 @@ class Store:
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
-        order = f"{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
+        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a page of the disk.
+        order = f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
         rows = self.all(record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset, **parameters)
         if offset == 0 and len(rows) < limit:
             return rows, len(rows)
@@ -3265,24 +3267,39 @@ class Store:
                 self.connection.executemany("DELETE FROM session WHERE id = ?", dead)
         return (ids[-1][0] if len(ids) == limit else None), len(dead)
 
-    def purge_expired(self, table, key, before, limit):
-        """Delete up to `limit` rows of a table of short-lived things. Table and key are our own words."""
-        return self.run(f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE expires_at < :before LIMIT :limit)", before=before, limit=limit)
+    def purge_walk(self, table, key, dead, after, limit, **parameters):
+        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our own words.
 
-    def purge_refresh_tokens(self, before, limit, revoked=False, user_id=None, client_id=None):
-        """Delete up to `limit` refresh tokens that expired before `before`; only revoked ones, of one user or client, where that is asked.
-
-        None before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        The rows are looked at before the turn to write is taken, so that nobody waits for those
+        that live, and again when they are deleted; not many at once, for they may lie anywhere in
+        the indexes. Returns (key to go on after or None, rows deleted).
         """
-        return self.run(
+        with self.guard():
+            rows = self.connection.execute(f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit", {"after": after, "limit": limit, **parameters}).fetchall()
+        found, deleted = [it for it, is_dead in rows if is_dead][:SCATTERED], 0
+        if found:
+            with self.transaction():
+                deleted = self.connection.executemany(f"DELETE FROM {table} WHERE {key} = :key AND {dead}", [{"key": it, **parameters} for it in found]).rowcount
+        if len(found) == SCATTERED:
+            return found[-1], deleted
+        return (rows[-1][0] if len(rows) == limit else None), deleted
+
+    def purge_expired(self, table, key, before, after, limit):
+        """Walk a table of short-lived things."""
+        return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
+
+    def purge_refresh_tokens(self, before, after, limit, revoked=False, user_id=None, client_id=None):
+        """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
+
+        None is deleted before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        """
+        return self.purge_walk(
+            "refresh_token", "id",
             """
-            DELETE FROM refresh_token WHERE id IN (
-                SELECT id FROM refresh_token
-                 WHERE expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
-                   AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
-                 LIMIT :limit)
+            expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
+            AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
             """,
-            before=before, revoked=int(revoked), user_id=user_id, client_id=client_id, limit=limit,
+            after, limit, before=before, revoked=int(revoked), user_id=user_id, client_id=client_id,
         )
 
     def purge_audit(self, before, limit):
@@ -3927,13 +3944,17 @@ def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondar
 
 def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambda seconds: None) -> int:
     """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
-    done = deleted = idp.store.purge_audit(idp.now() - days * 86400, SLICE)
+    before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
-        pause(0.01)
-        deleted = idp.store.purge_audit(idp.now() - days * 86400, SLICE)
-        done += deleted
-    if done:
-        audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
+        if done:
+            pause(0.01)
+        with idp.store.transaction():
+            deleted = idp.store.purge_audit(before, SLICE)
+            if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
+                audit(idp, origin, actor, "audit_purge_begun", "", f"older_than_days={days}")
+            done += deleted
+            if deleted < SLICE and done:
+                audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
     return done
 
 
@@ -4298,7 +4319,7 @@ def begin_totp(idp: Idp, origin: Origin, actor: str, account: Account, seed="") 
     """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
-        idp.store.set_pending_totp(account.id, idp.seal.close(seed, account.id), idp.now())
+        idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
         audit(idp, origin, actor, "totp_generated", account.id)
     return seed
 
@@ -4659,13 +4680,13 @@ URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_u
 
 def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
     """Register a URI of a client. Raises invalid_request, not_found, or conflict where it has it already."""
-    client, uri = get_client(idp, id_or_client_id), uri.strip()
-    wrong = dict(URI_CHECKS)[kind](uri)
-    if not wrong and kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
-        wrong = "is for public clients: a confidential one has no place in a browser"
-    reject(uri=wrong)
+    uri = uri.strip()
+    reject(uri=dict(URI_CHECKS)[kind](uri))
     try:
         with idp.store.transaction(identity=True):
+            client = get_client(idp, id_or_client_id)
+            if kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
+                reject(uri="is for public clients: a confidential one has no place in a browser")
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
             audit(idp, origin, actor, f"{kind}_uri_added", client.client_id, uri)
     except Conflict:
@@ -4766,6 +4787,9 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
     secret = secret or random_handle()
     secret_hash, now = idp.hasher.hash(secret), idp.now()
     with idp.store.transaction(identity=True):
+        client = get_client(idp, client.row.id)  # hashing took its time
+        if not client.row.is_active:
+            raise Problem("not_found", log="the client is inactive")
         idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
         audit(idp, origin, actor, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
@@ -5147,6 +5171,8 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
     if not (wanted.purge_expired or wanted.purge_revoked):
         return 0
     narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
+    # Before anything goes: whatever ends the slices, who began is known.
+    audit(idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "", f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}")
     if "session" in kinds:
         after, done = "", 0
         while after is not None:
@@ -5155,11 +5181,11 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
             pause(0.001)
         total += audit_purge(idp, origin, actor, "sessions_purged", done, wanted)
     if "refresh_token" in kinds:
-        done = deleted = idp.store.purge_refresh_tokens(before, SLICE, **narrowed)
-        while deleted == SLICE:
-            pause(0.001)
-            deleted = idp.store.purge_refresh_tokens(before, SLICE, **narrowed)
+        after, done = "", 0
+        while after is not None:
+            after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
+            pause(0.001)
         total += audit_purge(idp, origin, actor, "refresh_tokens_purged", done, wanted)
     return total
 
@@ -5368,7 +5394,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     }
     if granted.scope:
         claims["scope"] = granted.scope
-    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience}
+    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience, "audience": row.audience}
     if granted.scope:
         answer["scope"] = granted.scope
     if account is None:
@@ -5656,7 +5682,8 @@ def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeReques
     """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(origin.peer)
-    idp.store.purge_expired("login_transaction", "id", now, 20)  # what is over makes room for what begins
+    # What is over makes room for what begins: of the rows after a point that nobody can choose.
+    idp.store.purge_expired("login_transaction", "id", now, random_handle()[:22], 20)
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
@@ -6112,13 +6139,22 @@ def by_bearer_or_form():
     return guard
 
 
+def held_scopes(idp, claims) -> frozenset:
+    """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
+    client = find_client(idp, claims["client_id"])
+    scopes = client.scopes if client else frozenset()
+    if claims["sub"] == claims["client_id"]:
+        return scopes
+    return scopes & {scope.name for scope in idp.store.list_scopes_of_user(claims["sub"])}
+
+
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope: by its name or its id."""
+    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and whose bearer holds it still."""
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()):
+        if not {name, id} & set(claims.get("scope", "").split()) or name not in held_scopes(idp, claims):
             raise lacks_scope(name)
         return claims
 
@@ -7684,7 +7720,8 @@ def admin_clear_lockout(idp, claims, params):
 @ADMIN("POST", "/users/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
-    end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
+    with idp.store.transaction():
+        end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
@@ -8157,7 +8194,8 @@ def admin_delete_client(idp, claims, params):
 @ADMIN("POST", "/clients/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
-    end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
+    with idp.store.transaction(identity=True):
+        end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 
@@ -8405,9 +8443,9 @@ def admin_revoke_token(idp, claims, params):
 @ADMIN("POST", "/introspect", guard=by_admin(), spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
-    claims = describe_token(idp, params.body.token)
-    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", claims["sub"], f"jti={claims.get('jti', '')}")
-    return claims
+    found = describe_token(idp, params.body.token)
+    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
+    return found
 
 
 @ADMIN("GET", "/refresh-tokens", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject], option="enable_token_refresh")
@@ -8551,9 +8589,9 @@ def purge(idp: Idp, pause=time.sleep):
         before = now - options.refresh_token_purge_days * 86400
         cutoffs += [("refresh_token", "id", before), ("family", "sid", before)]
     for table, key, before in cutoffs:
-        done = SLICE
-        while done == SLICE:
-            done = store.purge_expired(table, key, before, SLICE)
+        after = ""
+        while after is not None:
+            after, done = store.purge_expired(table, key, before, after, SLICE)
             counts[table] = counts.get(table, 0) + done
             pause(0.01)
     if options.audit_log_retention_days:
@@ -8785,6 +8823,10 @@ def _path_info(path):
                 or any(part in (b".", b"..") for part in whole.split(b"/"))
                 or not PATH.fullmatch(PERCENT.sub(b"x", path))):
             raise Refused(400, "path")
+        try:
+            whole.decode("utf-8")  # Bottle drops what is not: /users/%ffann would be ann
+        except UnicodeDecodeError:
+            raise Refused(400, "path") from None
         path = whole
     return path.decode("latin-1")
 
