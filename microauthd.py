@@ -144,6 +144,7 @@ LOGIN_TTL = 600  # seconds somebody may take to log in
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
+SCATTERED = 25  # the same for rows that do not lie beside each other in every index
 BATCH_SECONDS = 0.02
 BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
 
@@ -3194,24 +3195,47 @@ class Store:
                 self.connection.executemany("DELETE FROM session WHERE id = ?", dead)
         return (ids[-1][0] if len(ids) == limit else None), len(dead)
 
-    def purge_expired(self, table, key, before, limit):
-        """Delete up to `limit` rows of a table of short-lived things. Table and key are our own words."""
-        return self.run(f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE expires_at < :before LIMIT :limit)", before=before, limit=limit)
+    def purge_walk(self, table, key, dead, after, limit, **parameters):
+        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our own words.
 
-    def purge_refresh_tokens(self, before, limit, revoked=False, user_id=None, client_id=None):
-        """Delete up to `limit` refresh tokens that expired before `before`; only revoked ones, of one user or client, where that is asked.
-
-        None before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        The rows are looked at before the turn to write is taken, so that nobody waits for those
+        that live, and again when they are deleted; not many at once, for they may lie anywhere in
+        the indexes. Returns (key to go on after or None, rows deleted).
         """
-        return self.run(
+        with self.guard():
+            rows = self.connection.execute(f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit", {"after": after, "limit": limit, **parameters}).fetchall()
+        found, deleted = [it for it, is_dead in rows if is_dead][:SCATTERED], 0
+        if found:
+            with self.transaction():
+                deleted = self.connection.executemany(f"DELETE FROM {table} WHERE {key} = :key AND {dead}", [{"key": it, **parameters} for it in found]).rowcount
+        if len(found) == SCATTERED:
+            return found[-1], deleted
+        return (rows[-1][0] if len(rows) == limit else None), deleted
+
+    def purge_expired(self, table, key, before, after, limit):
+        """Walk a table of short-lived things."""
+        return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
+
+    def purge_logins(self, before, limit):
+        """Delete up to `limit` logins that are over, found before the turn to write is taken."""
+        with self.guard():
+            found = self.connection.execute("SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)).fetchall()
+        if found:
+            with self.transaction():
+                self.connection.executemany("DELETE FROM login_transaction WHERE id = ?", found)
+
+    def purge_refresh_tokens(self, before, after, limit, revoked=False, user_id=None, client_id=None):
+        """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
+
+        None is deleted before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        """
+        return self.purge_walk(
+            "refresh_token", "id",
             """
-            DELETE FROM refresh_token WHERE id IN (
-                SELECT id FROM refresh_token
-                 WHERE expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
-                   AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
-                 LIMIT :limit)
+            expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
+            AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
             """,
-            before=before, revoked=int(revoked), user_id=user_id, client_id=client_id, limit=limit,
+            after, limit, before=before, revoked=int(revoked), user_id=user_id, client_id=client_id,
         )
 
     def purge_audit(self, before, limit):
@@ -4977,11 +5001,11 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
             pause(0.001)
         total += audit_purge(idp, origin, actor, "sessions_purged", done, wanted)
     if "refresh_token" in kinds:
-        done = deleted = idp.store.purge_refresh_tokens(before, SLICE, **narrowed)
-        while deleted == SLICE:
-            pause(0.001)
-            deleted = idp.store.purge_refresh_tokens(before, SLICE, **narrowed)
+        after, done = "", 0
+        while after is not None:
+            after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
+            pause(0.001)
         total += audit_purge(idp, origin, actor, "refresh_tokens_purged", done, wanted)
     return total
 
@@ -5478,7 +5502,7 @@ def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeReques
     """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(origin.peer)
-    idp.store.purge_expired("login_transaction", "id", now, 20)  # what is over makes room for what begins
+    idp.store.purge_logins(now, 20)  # what is over makes room for what begins
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
@@ -8314,9 +8338,9 @@ def purge(idp: Idp, pause=time.sleep):
         before = now - options.refresh_token_purge_days * 86400
         cutoffs += [("refresh_token", "id", before), ("family", "sid", before)]
     for table, key, before in cutoffs:
-        done = SLICE
-        while done == SLICE:
-            done = store.purge_expired(table, key, before, SLICE)
+        after = ""
+        while after is not None:
+            after, done = store.purge_expired(table, key, before, after, SLICE)
             counts[table] = counts.get(table, 0) + done
             pause(0.01)
     if options.audit_log_retention_days:
