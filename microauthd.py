@@ -2427,7 +2427,8 @@ class Store:
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
-        order = f"{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
+        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a page of the disk.
+        order = f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
         rows = self.all(record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset, **parameters)
         if offset == 0 and len(rows) < limit:
             return rows, len(rows)
