@@ -3774,13 +3774,17 @@ def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondar
 
 def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambda seconds: None) -> int:
     """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
-    done = deleted = idp.store.purge_audit(idp.now() - days * 86400, SLICE)
+    before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
-        pause(0.01)
-        deleted = idp.store.purge_audit(idp.now() - days * 86400, SLICE)
-        done += deleted
-    if done:
-        audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
+        if done:
+            pause(0.01)
+        with idp.store.transaction():
+            deleted = idp.store.purge_audit(before, SLICE)
+            if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
+                audit(idp, origin, actor, "audit_purge_begun", "", f"older_than_days={days}")
+            done += deleted
+            if deleted < SLICE and done:
+                audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
     return done
 
 
@@ -4994,6 +4998,8 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
     if not (wanted.purge_expired or wanted.purge_revoked):
         return 0
     narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
+    # Before anything goes: whatever ends the slices, who began is known.
+    audit(idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "", f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}")
     if "session" in kinds:
         after, done = "", 0
         while after is not None:
