@@ -8199,9 +8199,9 @@ def admin_revoke_token(idp, claims, params):
 @ADMIN("POST", "/introspect", guard=by_admin(), spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
-    claims = describe_token(idp, params.body.token)
-    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", claims["sub"], f"jti={claims.get('jti', '')}")
-    return claims
+    found = describe_token(idp, params.body.token)
+    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
+    return found
 
 
 @ADMIN("GET", "/refresh-tokens", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject], option="enable_token_refresh")
