@@ -4149,7 +4149,7 @@ def begin_totp(idp: Idp, origin: Origin, actor: str, account: Account, seed="") 
     """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
-        idp.store.set_pending_totp(account.id, idp.seal.close(seed, account.id), idp.now())
+        idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
         audit(idp, origin, actor, "totp_generated", account.id)
     return seed
 
@@ -4510,13 +4510,13 @@ URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_u
 
 def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
     """Register a URI of a client. Raises invalid_request, not_found, or conflict where it has it already."""
-    client, uri = get_client(idp, id_or_client_id), uri.strip()
-    wrong = dict(URI_CHECKS)[kind](uri)
-    if not wrong and kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
-        wrong = "is for public clients: a confidential one has no place in a browser"
-    reject(uri=wrong)
+    uri = uri.strip()
+    reject(uri=dict(URI_CHECKS)[kind](uri))
     try:
         with idp.store.transaction(identity=True):
+            client = get_client(idp, id_or_client_id)
+            if kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
+                reject(uri="is for public clients: a confidential one has no place in a browser")
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
             audit(idp, origin, actor, f"{kind}_uri_added", client.client_id, uri)
     except Conflict:
@@ -4617,6 +4617,9 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
     secret = secret or random_handle()
     secret_hash, now = idp.hasher.hash(secret), idp.now()
     with idp.store.transaction(identity=True):
+        client = get_client(idp, client.row.id)  # hashing took its time
+        if not client.row.is_active:
+            raise Problem("not_found", log="the client is inactive")
         idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
         audit(idp, origin, actor, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
@@ -7480,7 +7483,8 @@ def admin_clear_lockout(idp, claims, params):
 @ADMIN("POST", "/users/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
-    end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
+    with idp.store.transaction():
+        end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
@@ -7951,7 +7955,8 @@ def admin_delete_client(idp, claims, params):
 @ADMIN("POST", "/clients/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
-    end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
+    with idp.store.transaction(identity=True):
+        end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 
