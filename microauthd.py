@@ -5967,13 +5967,22 @@ def by_bearer_or_form():
     return guard
 
 
+def held_scopes(idp, claims) -> frozenset:
+    """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
+    client = find_client(idp, claims["client_id"])
+    scopes = client.scopes if client else frozenset()
+    if claims["sub"] == claims["client_id"]:
+        return scopes
+    return scopes & {scope.name for scope in idp.store.list_scopes_of_user(claims["sub"])}
+
+
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope: by its name or its id."""
+    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and whose bearer holds it still."""
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()):
+        if not {name, id} & set(claims.get("scope", "").split()) or name not in held_scopes(idp, claims):
             raise lacks_scope(name)
         return claims
 
