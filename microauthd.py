@@ -8571,6 +8571,10 @@ def _path_info(path):
                 or any(part in (b".", b"..") for part in whole.split(b"/"))
                 or not PATH.fullmatch(PERCENT.sub(b"x", path))):
             raise Refused(400, "path")
+        try:
+            whole.decode("utf-8")  # Bottle drops what is not: /users/%ffann would be ann
+        except UnicodeDecodeError:
+            raise Refused(400, "path") from None
         path = whole
     return path.decode("latin-1")
 
