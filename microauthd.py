@@ -3288,6 +3288,14 @@ class Store:
         """Walk a table of short-lived things."""
         return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
 
+    def purge_logins(self, before, limit):
+        """Delete up to `limit` logins that are over, found before the turn to write is taken."""
+        with self.guard():
+            found = self.connection.execute("SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)).fetchall()
+        if found:
+            with self.transaction():
+                self.connection.executemany("DELETE FROM login_transaction WHERE id = ?", found)
+
     def purge_refresh_tokens(self, before, after, limit, revoked=False, user_id=None, client_id=None):
         """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
 
@@ -5394,7 +5402,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     }
     if granted.scope:
         claims["scope"] = granted.scope
-    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience, "audience": row.audience}
+    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience}
     if granted.scope:
         answer["scope"] = granted.scope
     if account is None:
@@ -5682,8 +5690,7 @@ def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeReques
     """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(origin.peer)
-    # What is over makes room for what begins: of the rows after a point that nobody can choose.
-    idp.store.purge_expired("login_transaction", "id", now, random_handle()[:22], 20)
+    idp.store.purge_logins(now, 20)  # what is over makes room for what begins
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(

