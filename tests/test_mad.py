@@ -132,7 +132,10 @@ class TestWords:
 
     def test_ids_cannot_leave_their_path(self, run, fake):
         run("user", "get", "--id", "../clients?x=#y")
-        assert all(path.startswith("/users/") and "/../" not in path and "?" not in path for _, path, _, _ in fake.seen)
+        for path, _, query in [seen[1].partition("?") for seen in fake.seen]:
+            assert path in ("/users", "/users/id-by-name") and not set("/?#") & set(query), "one with a slash is a word of a query"
+        run("user", "get", "--id", "..?x=#y")
+        assert fake.seen[-1][1].startswith("/users/id-by-name/") and not set("?#") & set(fake.seen[-1][1])
 
     def test_quiet_prints_ids(self, run, fake):
         fake.answers["GET /users"] = (200, [USER], {})
@@ -1132,3 +1135,23 @@ class TestStart:
     @pytest.fixture
     def env_of_nobody(self, tmp_path):
         return {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "PATH": os.environ["PATH"]}
+
+
+class TestNamesNoPathCarries:
+    @pytest.mark.parametrize("words, path, row", [
+        (("scope", "get", "--id", "https://api.example/read"), "/scopes", {"id": USER["id"], "name": "https://api.example/read"}),
+        (("client", "get", "--id", "a/b"), "/clients", {"id": USER["id"], "client_id": "a/b"}),
+        (("user", "get", "--id", "HOME\\Ann"), "/users", {"id": USER["id"], "username": "home\\ann"}),
+    ])
+    def test_are_looked_up_in_the_list(self, run, fake, words, path, row):
+        """The server refuses a slash in a path, encoded or not."""
+        fake.answers[f"GET {path}"] = (200, [row | {"id": "another", next(name for name in row if name != "id"): words[-1] + "x"}, row], {})
+        fake.answers[f"GET {path}/{USER['id']}"] = (200, row, {})
+        done = run(*words, "--json")
+        assert done.returncode == 0 and json.loads(done.stdout) == row, done
+        assert [seen[1].partition("?")[0] for seen in fake.seen] == [path, f"{path}/{USER['id']}"] and not any("%2" in seen[1].partition("?")[0] for seen in fake.seen)
+
+    def test_one_that_is_not_there_is_said_to_be(self, run, fake):
+        fake.answers["GET /roles"] = (200, [], {})
+        done = run("role", "get", "--id", "a/b")
+        assert done.returncode == 1 and "there is no role 'a/b'" in done.stderr
