@@ -24,6 +24,7 @@ Contents
     Upkeep            purging what has expired
     Serve             the two servers, their connection loop, workers, TLS, signals
     Setup             the first start: everything or nothing
+    Recovery          back up, restore, begin anew, rotate keys, let an administrator in again
     Command line      main()
 
 The life of a request
@@ -144,6 +145,7 @@ LOGIN_TTL = 600  # seconds somebody may take to log in
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
+SCATTERED = 25  # the same for rows that do not lie beside each other in every index
 BATCH_SECONDS = 0.02
 BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
 
@@ -415,6 +417,7 @@ OPTIONS = (
     Option("prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.", "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens"),
     Option("admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"), group="Keys and tokens"),
     Option("admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?", secret=True, group="Keys and tokens"),
+    Option("key-overlap", 900, whole(1, 604800), "Seconds a new signing key is published before it signs; more than caches keep the key set (300).", group="Keys and tokens"),
     Option("admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.", "Lifetime of an ADMIN token, seconds?", group="Keys and tokens"),
     # -- login, audit, flows --
     Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
@@ -2032,6 +2035,7 @@ MIGRATIONS = (
     """,
 )
 
+BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
 SQLITE_MAGIC = b"SQLite format 3\0"
 SPARE_CONNECTIONS = 4  # each holds up to a megabyte
 KDF_ROUNDS = 256_000  # SQLCipher 4's own derivation, so that its tools open the file with the passphrase
@@ -2104,6 +2108,11 @@ SESSION_INSERT_ROW = "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access',
 SUCCESS, FAILURE = "success", "failure"
 
 
+AUDIT_FILTER = """
+    WHERE seq > :after AND at >= :since AND at <= :until
+      AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
+      AND (:target IS NULL OR target = :target OR secondary = :target)
+"""
 LISTED_SESSIONS = """
     SELECT session.*, coalesce(username, '') AS username,
            max(coalesce(account.revoked_before, 0), CASE WHEN mad_use = 'admin' THEN 0 ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
@@ -2381,6 +2390,53 @@ class Store:
                         self.connection.execute(statement)
                 self.connection.execute(f"PRAGMA user_version = {number:d}")
 
+    def copy_to(self, path, files: dict, now):
+        """Copy the database into an empty file as it is now, with these files in a table of the copy. Writers go on meanwhile."""
+        copy = Store(path, self.key)
+        try:
+            self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
+            copy.connection.execute("PRAGMA journal_mode = DELETE")
+            with copy.transaction():
+                copy.connection.execute(BACKUP_SCHEMA)
+                copy.connection.executemany("INSERT INTO backup VALUES (?, ?)", list(files.items()))
+                copy.put_meta("backed_up_at", now)
+        finally:
+            copy.close()
+
+    def take_backup_files(self) -> dict:
+        """Take the files out of a copy again; none where it is no backup."""
+        with self.guard():
+            if not self.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'backup'").fetchone():
+                return {}
+            files = dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
+        with self.transaction():
+            self.connection.execute("DROP TABLE backup")
+        return files
+
+    def forget_logins(self):
+        """Drop what was under way: logins and codes."""
+        self.run("DELETE FROM login_transaction")
+        self.run("DELETE FROM authorization_code")
+
+    def check_whole(self) -> str:
+        """Read every page and row. Return what is damaged, or nothing."""
+        try:
+            if self.key:
+                broken = self.connection.execute("PRAGMA cipher_integrity_check").fetchall()
+                if broken:
+                    return str(broken[0][0])
+            (verdict,) = self.connection.execute("PRAGMA integrity_check(1)").fetchone()
+            return "" if verdict == "ok" else verdict.splitlines()[-1]
+        except sqlcipher3.Error as error:
+            return str(error)
+
+    def settle(self):
+        """Leave one file: everything in it, nothing beside it."""
+        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+
     def meta(self, name, default=""):
         with self.guard():
             row = self.connection.execute("SELECT value FROM meta WHERE name = :name", {"name": name}).fetchone()
@@ -2437,7 +2493,8 @@ class Store:
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
-        order = f"{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
+        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a page of the disk.
+        order = f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
         rows = self.all(record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset, **parameters)
         if offset == 0 and len(rows) < limit:
             return rows, len(rows)
@@ -2981,6 +3038,18 @@ class Store:
             self.revoke_family(sid, now)
         return self.run("UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL", id_sha256=id_sha256, now=now) == 1
 
+    def replace_browser_session(self, old, new, user_id, now):
+        """Let one browser session follow another: of the same user it hands its logins over, of another it ends with them."""
+        found = self.find_browser_session(old)
+        if found is None:
+            return
+        if found.user_id != user_id:
+            self.revoke_browser_session(old, now)
+            return
+        self.run("UPDATE family SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old, user_id=user_id)
+        self.run("UPDATE authorization_code SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old, user_id=user_id)
+        self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
+
     def add_code(self, code: AuthorizationCode):
         self.run(
             """
@@ -3006,11 +3075,11 @@ class Store:
     def find_code(self, code_sha256):
         return self.one(AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256", code_sha256=code_sha256)
 
-    def consented(self, user_id, client_id) -> str:
-        """The scope a user has consented to, of a client by its internal id."""
+    def consented(self, user_id, client_id) -> str | None:
+        """The scope a user has consented to, of a client by its internal id; None where it never did."""
         with self.guard():
             row = self.connection.execute("SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id", {"user_id": user_id, "client_id": client_id}).fetchone()
-        return row[0] if row else ""
+        return row[0] if row else None
 
     def put_consent(self, user_id, client_id, scope, now):
         self.run(
@@ -3032,6 +3101,11 @@ class Store:
     def count_recovery_codes(self, user_id) -> int:
         with self.guard():
             return self.connection.execute("SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}).fetchone()[0]
+
+    def list_token_lifetimes(self) -> list:
+        """The TOKEN_EXPIRATION of every client that has one, as text."""
+        with self.guard():
+            return [option for (option,) in self.connection.execute("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")]
 
     def list_cors_origins(self) -> frozenset:
         """The origins of all active public clients."""
@@ -3065,16 +3139,19 @@ class Store:
         """Audit rows, newest first; those after a `seq` oldest first, for whoever follows them."""
         direction = "ASC" if after is not None else "DESC"
         return self.all(
-            AuditRow,
-            f"""
-            SELECT * FROM audit
-             WHERE seq > :after AND at >= :since AND at <= :until
-               AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
-               AND (:target IS NULL OR target = :target OR secondary = :target)
-             ORDER BY seq {direction} LIMIT :limit OFFSET :offset
-            """,
+            AuditRow, f"SELECT * FROM audit {AUDIT_FILTER} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
             action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1 if after is None else after, limit=limit, offset=offset,
         )
+
+    def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
+        """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
+        with self.guard():
+            if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
+                return self.connection.execute("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)").fetchone()[0]
+            return self.connection.execute(
+                f"SELECT count(*) FROM audit {AUDIT_FILTER}",
+                {"action": action, "actor_id": actor_id, "target": target, "since": since, "until": until, "after": -1},
+            ).fetchone()[0]
 
     def find_audit(self, seq):
         return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
@@ -3190,24 +3267,47 @@ class Store:
                 self.connection.executemany("DELETE FROM session WHERE id = ?", dead)
         return (ids[-1][0] if len(ids) == limit else None), len(dead)
 
-    def purge_expired(self, table, key, before, limit):
-        """Delete up to `limit` rows of a table of short-lived things. Table and key are our own words."""
-        return self.run(f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE expires_at < :before LIMIT :limit)", before=before, limit=limit)
+    def purge_walk(self, table, key, dead, after, limit, **parameters):
+        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our own words.
 
-    def purge_refresh_tokens(self, before, limit, revoked=False, user_id=None, client_id=None):
-        """Delete up to `limit` refresh tokens that expired before `before`; only revoked ones, of one user or client, where that is asked.
-
-        None before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        The rows are looked at before the turn to write is taken, so that nobody waits for those
+        that live, and again when they are deleted; not many at once, for they may lie anywhere in
+        the indexes. Returns (key to go on after or None, rows deleted).
         """
-        return self.run(
+        with self.guard():
+            rows = self.connection.execute(f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit", {"after": after, "limit": limit, **parameters}).fetchall()
+        found, deleted = [it for it, is_dead in rows if is_dead][:SCATTERED], 0
+        if found:
+            with self.transaction():
+                deleted = self.connection.executemany(f"DELETE FROM {table} WHERE {key} = :key AND {dead}", [{"key": it, **parameters} for it in found]).rowcount
+        if len(found) == SCATTERED:
+            return found[-1], deleted
+        return (rows[-1][0] if len(rows) == limit else None), deleted
+
+    def purge_expired(self, table, key, before, after, limit):
+        """Walk a table of short-lived things."""
+        return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
+
+    def purge_logins(self, before, limit):
+        """Delete up to `limit` logins that are over, found before the turn to write is taken."""
+        with self.guard():
+            found = self.connection.execute("SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)).fetchall()
+        if found:
+            with self.transaction():
+                self.connection.executemany("DELETE FROM login_transaction WHERE id = ?", found)
+
+    def purge_refresh_tokens(self, before, after, limit, revoked=False, user_id=None, client_id=None):
+        """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
+
+        None is deleted before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        """
+        return self.purge_walk(
+            "refresh_token", "id",
             """
-            DELETE FROM refresh_token WHERE id IN (
-                SELECT id FROM refresh_token
-                 WHERE expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
-                   AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
-                 LIMIT :limit)
+            expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
+            AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
             """,
-            before=before, revoked=int(revoked), user_id=user_id, client_id=client_id, limit=limit,
+            after, limit, before=before, revoked=int(revoked), user_id=user_id, client_id=client_id,
         )
 
     def purge_audit(self, before, limit):
@@ -3357,7 +3457,10 @@ class Throttle:
     Loopback has no bucket of its own: every service of the box shares it.
     """
 
-    RATES = {"name": (20, 20 / 60), "peer": (120, 2.0)}  # burst, refill a second
+    RATES = {  # burst, refill a second
+        "name": (20, 20 / 60), "peer": (120, 2.0),
+        "login": (60, 1.0), "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
+    }
 
     def __init__(self, clock, size=20_000):
         self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
@@ -3384,6 +3487,17 @@ class Throttle:
             if level < 1:
                 wait = int((1 - level) / self.RATES[key[0]][1]) + 1
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
+
+    def begin_login(self, peer: str):
+        """Spend one login begun. Raises slow_down where there were too many."""
+        now = self.clock()
+        with self.lock:
+            for key in [("logins", "", b""), *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer")]:
+                level = self.level(key, now)
+                if level < 1:
+                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1)
+                self.buckets[key] = (level - 1, now)
+                self.buckets.move_to_end(key)
 
     def spend(self, peer: str, name: str):
         now = self.clock()
@@ -3553,6 +3667,35 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     return entries
 
 
+def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
+    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who signed retires."""
+    entries = list(entries)
+    for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
+        alg, at = alg_of(entry), entry.since + overlap
+        entries = [
+            msgspec.structs.replace(other, state="retired", since=at) if other.state == "active" and alg_of(other) == alg
+            else msgspec.structs.replace(other, state="active", since=at) if other is entry else other
+            for other in entries
+        ]
+    return entries
+
+
+def next_due(entries, overlap: int) -> int | None:
+    """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
+    return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
+
+
+def mark_of(path: str) -> tuple:
+    """Return what tells one version of a file from another."""
+    info = os.stat(path)
+    return info.st_mtime_ns, info.st_ino, info.st_size
+
+
+def alg_of(entry: KeyEntry) -> str:
+    key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+    return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
+
+
 class Key:
     """A key at work."""
 
@@ -3643,6 +3786,39 @@ class KeyRing:
         return known[1]
 
 
+def sync_directory(path):
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: str, content: bytes):
+    """Put a private file in place at once or not at all, through a temporary one beside it."""
+    temporary = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
+@contextlib.contextmanager
+def hold_ring(path: str):
+    """Let one at a time change a ring: a command at the machine, or the upkeep of a server."""
+    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 # == Idp =======================================================================
 # What every function below is handed.
 
@@ -3659,6 +3835,14 @@ class Origin(msgspec.Struct, frozen=True):
 LOCAL = Origin()
 
 
+def ring_files(options: Options) -> dict:
+    """Return {port: (path, passphrase, prefers ES256)} of the key rings."""
+    return {
+        "auth": (options.token_signing_key_file, options.token_signing_key_pass, options.prefer_ec_token_signer),
+        "admin": (options.admin_token_signing_key_file, options.admin_token_signing_key_pass, options.prefer_ec_admin_token_signer),
+    }
+
+
 class Idp:
     """One process of the identity provider: settings, store, keys and clock.
 
@@ -3667,7 +3851,9 @@ class Idp:
 
     def __init__(self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time, log=None):
         self.options, self.store, self.seal, self.clock = options, store, seal, clock
-        self.auth_ring, self.admin_ring = auth_ring, admin_ring
+        self.rings = {"auth": auth_ring, "admin": admin_ring}
+        self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
+        self.rings_until = 0.0  # monotonic seconds until the files are looked at again
         self.log = log or Log()
         self.hasher = Hasher(options)
         self.throttle = Throttle(clock)
@@ -3679,6 +3865,41 @@ class Idp:
         self.replays = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True
         self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
+
+    @property
+    def auth_ring(self) -> KeyRing:
+        """The keys of AUTH, as its file has them now."""
+        if self.ring_files and time.monotonic() >= self.rings_until:
+            self.follow_rings()
+        return self.rings["auth"]
+
+    @property
+    def admin_ring(self) -> KeyRing:
+        """The keys of ADMIN, as its file has them now."""
+        if self.ring_files and time.monotonic() >= self.rings_until:
+            self.follow_rings()
+        return self.rings["admin"]
+
+    def follow_rings(self):
+        """Take up a ring whose file changed, or whose next key has come of age. Asked once a second at most.
+
+        A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
+        """
+        self.rings_until = time.monotonic() + 1
+        for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
+            try:
+                seen, due = self.ring_files[port_name]
+                mark = mark_of(path)
+                if mark == seen and (due is None or self.now() < due):
+                    continue
+                entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
+            except (OSError, Refusal) as error:
+                self.log("keys.unreadable", "error", path=path, reason=error)
+                continue
+            self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
+            self.rings[port_name] = KeyRing(entries, prefer_ec)
+            self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
+            self.log("keys.changed", port=port_name, kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys))
 
     def now(self) -> int:
         """Unix seconds."""
@@ -3731,13 +3952,17 @@ def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondar
 
 def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambda seconds: None) -> int:
     """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
-    done = deleted = idp.store.purge_audit(idp.now() - days * 86400, SLICE)
+    before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
-        pause(0.01)
-        deleted = idp.store.purge_audit(idp.now() - days * 86400, SLICE)
-        done += deleted
-    if done:
-        audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
+        if done:
+            pause(0.01)
+        with idp.store.transaction():
+            deleted = idp.store.purge_audit(before, SLICE)
+            if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
+                audit(idp, origin, actor, "audit_purge_begun", "", f"older_than_days={days}")
+            done += deleted
+            if deleted < SLICE and done:
+                audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
     return done
 
 
@@ -4102,7 +4327,7 @@ def begin_totp(idp: Idp, origin: Origin, actor: str, account: Account, seed="") 
     """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
-        idp.store.set_pending_totp(account.id, idp.seal.close(seed, account.id), idp.now())
+        idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
         audit(idp, origin, actor, "totp_generated", account.id)
     return seed
 
@@ -4463,13 +4688,13 @@ URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_u
 
 def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
     """Register a URI of a client. Raises invalid_request, not_found, or conflict where it has it already."""
-    client, uri = get_client(idp, id_or_client_id), uri.strip()
-    wrong = dict(URI_CHECKS)[kind](uri)
-    if not wrong and kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
-        wrong = "is for public clients: a confidential one has no place in a browser"
-    reject(uri=wrong)
+    uri = uri.strip()
+    reject(uri=dict(URI_CHECKS)[kind](uri))
     try:
         with idp.store.transaction(identity=True):
+            client = get_client(idp, id_or_client_id)
+            if kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
+                reject(uri="is for public clients: a confidential one has no place in a browser")
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
             audit(idp, origin, actor, f"{kind}_uri_added", client.client_id, uri)
     except Conflict:
@@ -4570,6 +4795,9 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
     secret = secret or random_handle()
     secret_hash, now = idp.hasher.hash(secret), idp.now()
     with idp.store.transaction(identity=True):
+        client = get_client(idp, client.row.id)  # hashing took its time
+        if not client.row.is_active:
+            raise Problem("not_found", log="the client is inactive")
         idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
         audit(idp, origin, actor, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
@@ -4951,6 +5179,8 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
     if not (wanted.purge_expired or wanted.purge_revoked):
         return 0
     narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
+    # Before anything goes: whatever ends the slices, who began is known.
+    audit(idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "", f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}")
     if "session" in kinds:
         after, done = "", 0
         while after is not None:
@@ -4959,11 +5189,11 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
             pause(0.001)
         total += audit_purge(idp, origin, actor, "sessions_purged", done, wanted)
     if "refresh_token" in kinds:
-        done = deleted = idp.store.purge_refresh_tokens(before, SLICE, **narrowed)
-        while deleted == SLICE:
-            pause(0.001)
-            deleted = idp.store.purge_refresh_tokens(before, SLICE, **narrowed)
+        after, done = "", 0
+        while after is not None:
+            after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
+            pause(0.001)
         total += audit_purge(idp, origin, actor, "refresh_tokens_purged", done, wanted)
     return total
 
@@ -5125,11 +5355,17 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
         or ("its user is gone, inactive or was revoked" if not is_good(account, code.issued_ms) else "")
+        or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
     if wrong:
         raise Problem("invalid_grant", log=f"code: {wrong}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
+
+
+def is_logged_out(idp: Idp, id_sha256: str) -> bool:
+    session = idp.store.find_browser_session(id_sha256)
+    return session is None or session.revoked_at is not None
 
 
 def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
@@ -5406,7 +5642,7 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms) or account.lockout_until > now:
+    if not is_good(account, session.created_ms):  # a lockout keeps guesses out, not who is in
         return None
     if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
         idp.store.touch_browser_session(session.id_sha256, now)
@@ -5414,13 +5650,13 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 
 
 def begin_browser_session(idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None) -> str:
-    """Log somebody in at a browser: always a fresh session. The one this browser had ends. Return the handle for the cookie."""
+    """Log somebody in at a browser: always a fresh session. The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the cookie."""
     handle, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
         if replaces:
-            idp.store.revoke_browser_session(sha256(replaces), now)
+            idp.store.replace_browser_session(sha256(replaces), sha256(handle), account.id, now)
         idp.store.add_browser_session(BrowserSession(sha256(handle), account.id, " ".join(amr), auth_time, ms, now, now + idp.options.session_absolute_expiration, None, origin.peer, origin.user_agent[:200]))
         audit(idp, origin, account.id, "user_logged_in", account.id, "amr=" + ",".join(amr))
     return handle
@@ -5439,18 +5675,22 @@ def session_serves(idp: Idp, session: BrowserSession, client: Client, request: A
     own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
     if request.max_age is not None and age > request.max_age or request.max_age == 0 or own and age > own:
         return False
-    if "login" in request.prompt or request.hinted_sub and request.hinted_sub != session.user_id:
-        return False
-    wanted_sub = msgspec.json.decode(request.claims).get("sub") if request.claims else None
-    return not wanted_sub or wanted_sub == session.user_id
+    return "login" not in request.prompt and named_user(request) in ("", session.user_id)
+
+
+def named_user(request: AuthorizeRequest) -> str:
+    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it names none."""
+    return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
 
 # -- transactions --
 
 
-def begin_login(idp: Idp, binding: str, request: AuthorizeRequest | None, state="password", session: BrowserSession | None = None) -> LoginTransaction:
+def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeRequest | None, state="password", session: BrowserSession | None = None) -> LoginTransaction:
     """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
     now, binding_sha256 = idp.now(), sha256(binding)
+    idp.throttle.begin_login(origin.peer)
+    idp.store.purge_logins(now, 20)  # what is over makes room for what begins
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
@@ -5562,11 +5802,13 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
         return False
     wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
     agreed = idp.store.consented(user_id, client.row.id)
-    return not agreed or not wanted <= set(agreed.split())
+    return agreed is None or not wanted <= set(agreed.split())
 
 
 def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int, browser="") -> str:
     """Return a fresh authorization code for somebody who is in. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    if named_user(request) not in ("", account.id):
+        raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, client.row.revoked_before + 1, idp.revoked_before + 1)
@@ -5583,12 +5825,12 @@ def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeReque
     return code
 
 
-def finish_login(idp: Idp, origin: Origin, login: Login) -> Account:
+def finish_login(idp: Idp, login: Login) -> Account:
     """Return the user of a login whose every state was walked, once. Raises conflict or invalid_grant."""
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
-    if not is_good(account, login.row.proven_ms) or why_not(idp, origin, account):
+    if not is_good(account, login.row.proven_ms):
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     return account
 
@@ -5904,13 +6146,22 @@ def by_bearer_or_form():
     return guard
 
 
+def held_scopes(idp, claims) -> frozenset:
+    """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
+    client = find_client(idp, claims["client_id"])
+    scopes = client.scopes if client else frozenset()
+    if claims["sub"] == claims["client_id"]:
+        return scopes
+    return scopes & {scope.name for scope in idp.store.list_scopes_of_user(claims["sub"])}
+
+
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope: by its name or its id."""
+    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and whose bearer holds it still."""
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()):
+        if not {name, id} & set(claims.get("scope", "").split()) or name not in held_scopes(idp, claims):
             raise lacks_scope(name)
         return claims
 
@@ -6142,8 +6393,9 @@ def show_page(idp: Idp, environ, name: str, *, status=200, ui_locales="", target
         "brand": idp.options.brand_name or urlsplit(base).hostname, "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
     } | words
     content = template(idp, "layout").render(body=template(idp, name).render(**common), name=name, **common)
-    parts = urlsplit(target)
-    leads = f" {parts.scheme}://{parts.netloc}" if parts.scheme in ("http", "https") else f" {parts.scheme}:" if parts.scheme else ""
+    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
+    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
+    leads = f" {urlsplit(target).scheme}:" if target else ""
     policy = (
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
         f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
@@ -6328,6 +6580,17 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
     }
 
 
+class Router(bottle.Router):
+    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of a start."""
+
+    def _compile(self, method):
+        """Nothing yet."""
+
+    def settle(self):
+        for method in self.dyna_routes:
+            super()._compile(method)
+
+
 SWAGGER = APPLIANCE / "swagger"
 # The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
 SWAGGER_POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -6348,6 +6611,7 @@ def build_app(idp: Idp, routes: Routes):
     """
     app, answer, table = bottle.Bottle(), Answer(idp), {}
     app.uninstall(True)  # JSON and templates: Answer speaks alone
+    vars(app)["router"] = Router()  # Bottle lets nobody replace an attribute
 
     def through_bottle(route):
         def answered(**path):
@@ -6374,6 +6638,7 @@ def build_app(idp: Idp, routes: Routes):
         app.route(path, list(route.methods), through_bottle(route))
         if not any("<" in other for other in route.paths):
             table |= {(method, path): route for method in route.methods}
+    app.router.settle()
 
     def nowhere(error):
         """Unknown path, wrong method, or a failure of Bottle itself."""
@@ -6393,7 +6658,12 @@ def build_app(idp: Idp, routes: Routes):
 
     shared = {path for (_, path), route in table.items() if route.cors}
 
+    # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
+    below = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
+
     def dispatch(environ, start_response):
+        if below and environ["PATH_INFO"].startswith(below + "/"):
+            environ["SCRIPT_NAME"], environ["PATH_INFO"] = below, environ["PATH_INFO"][len(below) :]
         route = table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
             if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in shared:
@@ -6736,7 +7006,7 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
     if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
         binding = random_handle()
         cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
-    row = begin_login(idp, binding, request, state, session)
+    row = begin_login(idp, params.origin, binding, request, state, session)
     return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
 
 
@@ -6745,8 +7015,15 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
 
 def held_login(idp, params) -> Login:
     login = get_login(idp, params.get("tx") or params.get("jti") or "", login_binding(idp, params))
+    row = login.row
     if login.request and login.request.headless:
         raise Problem("not_found")
+    # Past the factors, or where a session stood for the password, the login is worth what the session is worth: it ends
+    # with it, and whoever has but the login's cookie cannot go on.
+    if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
+        held = find_browser_session(idp, session_handle(idp, params))
+        if held is None or held[1].id != row.user_id:
+            raise Problem("not_found", log="the browser session of this login is over")
     return login
 
 
@@ -6807,7 +7084,7 @@ def go_on(idp: Idp, params, login: Login, account: Account | None = None, recove
         return page
     if row.state != "done":
         return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
-    account = finish_login(idp, params.origin, login)
+    account = finish_login(idp, login)
     if login.request is None:
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
     request = login.request
@@ -6833,7 +7110,9 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
 
 @AUTH("GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", form=LoginPageForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
 def login_page(idp, params):
-    """The page of a login under way: password, second factor, consent, whatever is next."""
+    """The page of a login under way: password, second factor, consent, whatever is next. Without one, the way to the account page."""
+    if params.get("tx") is None and params.get("jti") is None:
+        return Redirect(f"{idp.options.auth_issuer}/account")
     return show_login(idp, params, held_login(idp, params))
 
 
@@ -6902,8 +7181,8 @@ def login_consent(idp, params):
     if params.get("decision") != "allow":
         audit(idp, params.origin, row.user_id, "consent_denied", row.client_id, "", FAILURE)
         return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, Problem("access_denied", log="the user said no"))
-    account = finish_login(idp, params.origin, decided)
-    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(idp.store.consented(account.id, login.client.row.id).split())
+    account = finish_login(idp, decided)
+    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set((idp.store.consented(account.id, login.client.row.id) or "").split())
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
         audit(idp, params.origin, row.user_id, "consent_given", row.client_id, " ".join(sorted(wanted)))
@@ -6961,7 +7240,7 @@ def begin_headless(idp: Idp, params) -> Reply:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
         request.headless = True
         jti = random_handle()
-        row = begin_login(idp, jti, request)
+        row = begin_login(idp, params.origin, jti, request)
         return Reply(headless_step(as_login(idp, row), jti, False))
     except Problem as problem:
         return refuse(problem, False)
@@ -7008,7 +7287,7 @@ def headless_finalize(idp, params):
     if row.state != "ready":
         raise Problem("invalid_grant", log="finalize before every factor was proven")
     done = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
-    account = finish_login(idp, params.origin, done)
+    account = finish_login(idp, done)
     code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
     answer.status = 302  # what published clients look for
@@ -7037,10 +7316,19 @@ def log_browser_out(idp: Idp, params, location=""):
     handle = session_handle(idp, params)
     if handle:
         check_form(params, handle, "session")
+    return forget_browser(idp, params, handle, location)
+
+
+def forget_browser(idp: Idp, params, handle: str | None, location: str):
+    """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
+
+    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log anybody out.
+    """
+    if handle:
         held = find_browser_session(idp, handle)
         end_browser_session(idp, params.origin, held[1].id if held else "anonymous", sha256(handle))
-    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)]
-    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies)
+    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
+    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
 
 
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
@@ -7067,15 +7355,22 @@ def end_session(idp, params):
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
     held = find_browser_session(idp, handle)
+    again = {name: value for name, value in params.values.items() if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")}
+    if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
+        # As at /authorize: a POST from the client brings no cookie, the GET it becomes does.
+        return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
     if held and params.get("form") is not None:
-        return log_browser_out(idp, params, location)
-    if held and not (hint and hint["sub"] == held[1].id):
-        again = {name: value for name, value in params.values.items() if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state")}
-        return show_page(idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again, action="end-session", target=location)
-    if held:
-        end_browser_session(idp, params.origin, held[1].id, sha256(handle))
-    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)]
-    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies)
+        check_form(params, handle, "session")
+    elif held and not (hint and hint["sub"] == held[1].id):
+        return show_page(
+            idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again, action="end-session", target=location,
+            ui_locales=params.get("ui_locales") or "",
+        )
+    family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
+    if family and family.revoked_at is None and family.client_id == hint["aud"]:
+        # The login the client speaks of ends even where the session it began in is over already.
+        revoke_family(idp, params.origin, family.user_id, family.sid, "logout", family.client_id)
+    return forget_browser(idp, params, handle, location)
 
 
 @AUTH("GET", "/logout", guard=anyone, spec="contract/auth §5.6", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
@@ -7165,7 +7460,10 @@ def end_all_others(idp, params, session, account):
 
 
 def prove_again(idp, params, account):
-    authenticate_user(idp, params.origin, account.username, params.get("password") or "", params.get("totp") or "")
+    """Ask for the password, and the second factor of who has one. A recovery code does, or a lost authenticator could never be replaced."""
+    account, _ = authenticate_user(idp, params.origin, account.username, params.get("password") or "", only_password=True)
+    if account.totp_sealed:
+        check_second_factor(idp, params.origin, account.id, max(idp.now_ms(), account.revoked_before + 1), (params.get("totp") or "").strip())
 
 
 def change_own_password(idp, params, session, account):
@@ -7177,6 +7475,7 @@ def change_own_password(idp, params, session, account):
 def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
+    prove_again(idp, params, account)  # a browser left open is not enough to lock its owner out
     begin_totp(idp, params.origin, account.id, account)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
@@ -7428,7 +7727,8 @@ def admin_clear_lockout(idp, claims, params):
 @ADMIN("POST", "/users/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
-    end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
+    with idp.store.transaction():
+        end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
@@ -7901,7 +8201,8 @@ def admin_delete_client(idp, claims, params):
 @ADMIN("POST", "/clients/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
-    end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
+    with idp.store.transaction(identity=True):
+        end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 
@@ -8149,9 +8450,9 @@ def admin_revoke_token(idp, claims, params):
 @ADMIN("POST", "/introspect", guard=by_admin(), spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
-    claims = describe_token(idp, params.body.token)
-    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", claims["sub"], f"jti={claims.get('jti', '')}")
-    return claims
+    found = describe_token(idp, params.body.token)
+    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
+    return found
 
 
 @ADMIN("GET", "/refresh-tokens", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject], option="enable_token_refresh")
@@ -8213,11 +8514,10 @@ def read_moment(value, member, default) -> int:
 def admin_list_audit(idp, claims, params):
     """Audit rows, newest first; with `after` those that came since, oldest first."""
     query = params.query
-    rows = idp.store.list_audit(
-        query.action, query.limit if 0 <= query.limit <= 1000 else 1000, query.userId or query.user_id, query.target,
-        read_moment(query.since, "since", 0), read_moment(query.until, "until", FOREVER), query.after, query.offset,
-    )
-    return [audit_object(row) for row in rows]
+    query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
+    wanted = (query.userId or query.user_id, query.target, read_moment(query.since, "since", 0), read_moment(query.until, "until", FOREVER))
+    rows = [audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)]
+    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin(), spec="append-only audit log", gives=AuditVerdict)
@@ -8296,9 +8596,9 @@ def purge(idp: Idp, pause=time.sleep):
         before = now - options.refresh_token_purge_days * 86400
         cutoffs += [("refresh_token", "id", before), ("family", "sid", before)]
     for table, key, before in cutoffs:
-        done = SLICE
-        while done == SLICE:
-            done = store.purge_expired(table, key, before, SLICE)
+        after = ""
+        while after is not None:
+            after, done = store.purge_expired(table, key, before, after, SLICE)
             counts[table] = counts.get(table, 0) + done
             pause(0.01)
     if options.audit_log_retention_days:
@@ -8306,6 +8606,36 @@ def purge(idp: Idp, pause=time.sleep):
     if any(counts.values()):
         audit(idp, LOCAL, "system", "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count))
     idp.log("upkeep", **counts)
+
+
+def note_configuration(idp: Idp):
+    """Write down that the server started, and with which options changed since it last did: their names, never a secret."""
+    shown = {option.name: str(getattr(idp.options, option.attribute)) for option in OPTIONS if not option.secret}
+    known = idp.store.meta("options")
+    with idp.store.transaction():
+        before = msgspec.json.decode(known) if known else shown
+        changed = [f"{name}={value}" for name, value in shown.items() if before.get(name) != value]
+        if changed:
+            audit(idp, LOCAL, "system", "configuration_changed", "", "; ".join(changed)[:2000])
+        if shown != before or not known:
+            idp.store.put_meta("options", msgspec.json.encode(shown).decode())
+        audit(idp, LOCAL, "system", "server_started", f"version={VERSION}")
+
+
+def tend_rings(idp: Idp):
+    """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead."""
+    options, now = idp.options, idp.now()
+    if not idp.ring_files or not idp.check_clock():
+        return
+    lives = [options.token_expiration, ID_TOKEN_TTL, *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit())]
+    for port_name, (path, passphrase, _) in ring_files(options).items():
+        longest = max(lives) if port_name == "auth" else options.admin_token_expiration
+        with hold_ring(path):
+            before = read_ring(path, passphrase)
+            after = [entry for entry in promote(before, now, options.key_overlap) if entry.state != "retired" or entry.since + longest + IAT_SKEW > now]
+            if after != before:
+                write_durably(path, write_ring(after, passphrase))
+                idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
 
 
 class Upkeep(threading.Thread):
@@ -8316,14 +8646,21 @@ class Upkeep(threading.Thread):
         self.idp, self.ending = idp, threading.Event()
 
     def run(self):
-        wait = 60
-        while not self.ending.wait(wait):
-            wait = UPKEEP_SECONDS
-            try:
-                purge(self.idp, self.ending.wait)
-            except Exception as error:
-                reason = error.log if isinstance(error, Problem) else repr(error)
-                self.idp.log("upkeep.failed", "error", reason=reason)
+        if not self.ending.wait(1):  # a start has more urgent things to write
+            self.attempt(note_configuration, self.idp)
+        for minute in itertools.count():
+            if self.ending.wait(60):
+                return
+            self.attempt(tend_rings, self.idp)
+            if minute % (UPKEEP_SECONDS // 60) == 0:
+                self.attempt(purge, self.idp, self.ending.wait)
+
+    def attempt(self, work, *words):
+        try:
+            work(*words)
+        except Exception as error:
+            reason = error.log if isinstance(error, Problem) else repr(error)
+            self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
 # == Serve =====================================================================
@@ -8493,6 +8830,10 @@ def _path_info(path):
                 or any(part in (b".", b"..") for part in whole.split(b"/"))
                 or not PATH.fullmatch(PERCENT.sub(b"x", path))):
             raise Refused(400, "path")
+        try:
+            whole.decode("utf-8")  # Bottle drops what is not: /users/%ffann would be ann
+        except UnicodeDecodeError:
+            raise Refused(400, "path") from None
         path = whole
     return path.decode("latin-1")
 
@@ -9225,6 +9566,7 @@ class Plan(msgspec.Struct):
 
     options: Options
     database_key: str
+    ring_marks: dict
     auth_entries: list
     admin_entries: list
     seal_key: bytes
@@ -9244,6 +9586,7 @@ def prepare(options: Options) -> Plan:
         store.open()
     finally:
         store.close()
+    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
     auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
     admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
     for side in ("auth", "admin"):
@@ -9256,7 +9599,7 @@ def prepare(options: Options) -> Plan:
     except OSError as error:
         where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
         raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(options, database_key, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
+    return Plan(options, database_key, marks, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
 
 
 def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
@@ -9300,6 +9643,9 @@ class Node:
                 continue
             # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
             idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), log=plan.log)
+            # What changed since it was read is found by the first request.
+            entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
+            idp.ring_files = {port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap)) for port_name in entries}
             app = build_app(idp, routes)
             if name == "admin":
                 app = admit_hosts(app, idp)
@@ -9542,28 +9888,6 @@ class MadeClient(msgspec.Struct):
     secret: str
 
 
-def sync_directory(path):
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: str, content: bytes):
-    """Put a private file in place at once or not at all, through a temporary one beside it."""
-    temporary = path + ".new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(os.path.dirname(os.path.abspath(path)))
-
-
 def journal_of(config: str) -> str:
     return config + ".setting-up"
 
@@ -9603,7 +9927,10 @@ def finish_setup(config: str):
         return
     for staged, final in journal["files"]:
         if journal["committed"]:
-            with contextlib.suppress(FileNotFoundError):
+            if os.path.exists(staged):
+                for suffix in ("-wal", "-shm"):  # of a database that is replaced
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(final + suffix)
                 os.replace(staged, final)
         else:
             for suffix in ("", "-wal", "-shm", "-journal", ".lock", ".new"):
@@ -9726,10 +10053,258 @@ def set_up_demo(options: Options):
     print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}\nThese are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
 
 
+# == Recovery ==================================================================
+# At the machine, as the user who owns the files: back up, restore, begin anew, rotate keys, let an
+# administrator in again. Nothing of this has a path from the network.
+
+
+def open_idp(options: Options) -> Idp:
+    """Return the identity provider of the files, for a command beside a running server or without one. Raises Refusal."""
+    require_owner(options)
+    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+    try:
+        store.open()
+        store.take_turns()  # a server beside us writes all the time
+        rings = [KeyRing(read_ring(path, passphrase), prefer_ec) for path, passphrase, prefer_ec in ring_files(options).values()]
+        return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)))
+    except BaseException:
+        store.close()
+        raise
+
+
+def require_owner(options: Options):
+    """Raise Refusal unless this is the user whose server it is."""
+    try:
+        owner = os.stat(options.db_file).st_uid
+    except OSError as error:
+        raise Refusal(f"the database {options.db_file} cannot be read: {error.strerror}") from None
+    if os.geteuid() not in (0, owner):
+        raise Refusal(f"the database {options.db_file} belongs to user {owner}: run this as that user")
+
+
+def check_copy(path: str, key: str):
+    """Read a database through, page by page and row by row. Raises Refusal where it is not whole."""
+    copy = Store(path, key)
+    try:
+        damage = copy.check_whole()
+    finally:
+        copy.close()
+    if damage:
+        raise Refusal(f"{path} is damaged: {damage}")
+
+
+def back_up(options: Options, path: str, force=False) -> dict:
+    """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
+
+    Beside a server that writes. Encrypted as the database is; read through after writing; in place
+    at once or not at all. Return `bytes` and `newest_at`. Raises Refusal.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refusal(f"{path} is there already, and is no file")
+    if os.path.exists(path) and not force:
+        raise Refusal(f"{path} is there already: --force writes over it")
+    idp, temporary = open_idp(options), path + ".new"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            files = {name: Path(file).read_bytes() for name, file in backup_files(options).items() if os.path.exists(file)}
+            idp.store.copy_to(temporary, files, idp.now())
+            check_copy(temporary, idp.store.key)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_directory(os.path.dirname(path))
+        except OSError as error:
+            raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
+        except sqlcipher3.Error as error:
+            raise Refusal(f"the backup {path} cannot be written: {error}") from None
+        audit(idp, LOCAL, "machine", "backup_made", os.path.basename(path))
+        return {"bytes": os.path.getsize(path), "newest_at": idp.store.newest_at()}
+    finally:
+        idp.store.close()
+        for leftover in (temporary, temporary + "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+
+
+def backup_files(options: Options) -> dict:
+    return {
+        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
+    }
+
+
+def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
+    """Put the box back to what a backup holds, all of it or nothing; the server must not run.
+
+    Nothing that was issued before lives on, whenever that was. The settings of the backup are
+    taken where there are none here. Return `restored_from` and `newest_at`. Raises Refusal, and
+    then everything is as it was.
+    """
+    key = read_database_key(source, options.db_pass, options.no_db_pass)
+    config = options.origins.get("config", "mad.conf")
+    os.makedirs(os.path.dirname(os.path.abspath(options.db_file)), mode=0o700, exist_ok=True)
+    with hold_setup(config), hold_database(options.db_file):
+        finish_setup(config)
+        finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
+        if os.path.exists(finals["config"]):
+            del finals["config"]  # this box has settings of its own, and they open this backup
+        staged = {name: final + ".setup" for name, final in finals.items()} | {"database": os.path.abspath(options.db_file) + ".setup"}
+        finals["database"] = os.path.abspath(options.db_file)
+        write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}))
+        checkpoint("journal")
+        try:
+            write_durably(staged["database"], Path(source).read_bytes())
+            check_copy(staged["database"], key)
+            store = Store(staged["database"], key)
+            try:
+                store.open()
+                files = store.take_backup_files()
+                if not {"seal", "auth", "admin"} <= files.keys():
+                    raise Refusal(f"{source} is a database, and no backup: the keys are not in it")
+                for name in finals.keys() - {"database"}:
+                    write_durably(staged[name], files[name])
+                    checkpoint(name)
+                rings = [KeyRing(read_ring(staged[name], passphrase)) for name, (_, passphrase, _) in ring_files(options).items()]
+                idp = Idp(options, store, *rings, Seal(read_seal_key(staged["seal"])))
+                newest = store.newest_at()
+                with store.transaction():
+                    # Later than anything that was ever issued, by this box or by the one the backup was made of.
+                    store.put_meta("revoked_before", max(idp.now_ms(), newest * 1000 + 999))
+                    store.forget_logins()
+                    audit(idp, LOCAL, "machine", "restored", os.path.basename(source), f"newest_row={iso(newest)}")
+                store.settle()
+            finally:
+                store.close()
+            checkpoint("staged")
+        except BaseException:
+            finish_setup(config)
+            raise
+        write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}))
+        checkpoint("committed")
+        finish_setup(config)
+    return {"restored_from": source, "newest_at": newest}
+
+
+def factory_reset(options: Options) -> list[str]:
+    """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what went.
+
+    Flash may keep old copies of what is overwritten; what protects those is the passphrase.
+    """
+    require_owner(options)
+    gone = []
+    with hold_database(options.db_file):
+        # The keys first: without them, whatever is left opens nothing.
+        for path in (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, *(options.db_file + suffix for suffix in ("", "-wal", "-shm"))):
+            try:
+                with open(path, "r+b") as file:
+                    left = os.fstat(file.fileno()).st_size
+                    while left > 0:
+                        left -= file.write(os.urandom(min(left, 1 << 20)))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileNotFoundError:
+                continue
+            os.unlink(path)
+            sync_directory(os.path.dirname(os.path.abspath(path)))
+            gone.append(path)
+    return gone
+
+
+def describe_keys(options: Options) -> list[dict]:
+    """Return a row for each signing key: port, alg, kid, state, since (Unix seconds)."""
+    now, rows = int(time.time()), []
+    for port_name, (path, passphrase, _) in ring_files(options).items():
+        for entry in promote(read_ring(path, passphrase), now, options.key_overlap):
+            key = Key(entry)
+            rows.append({"port": port_name, "alg": key.alg, "kid": key.kid, "state": entry.state, "since": entry.since})
+    return rows
+
+
+def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
+    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids."""
+    idp, made = open_idp(options), []
+    try:
+        for port_name in ports:
+            path, passphrase, _ = ring_files(options)[port_name]
+            bits = options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
+            with hold_ring(path):
+                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
+                waiting = {alg_of(entry) for entry in entries if entry.state == "next"}
+                signing = sorted({alg_of(entry) for entry in entries if entry.state == "active"})
+                wanted = [alg for alg in signing if not algorithms or alg in algorithms]
+                if waiting & set(wanted):
+                    raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
+                fresh = [msgspec.structs.replace(make_key(alg, bits, idp.now()), state="next") for alg in wanted]
+                # The audit row first: a change that nobody knows of is worse than a row too many.
+                audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
+                write_durably(path, write_ring([*entries, *fresh], passphrase))
+                made += [Key(entry).kid for entry in fresh]
+    finally:
+        idp.store.close()
+    return made
+
+
+def revoke_key(options: Options, kid: str) -> str:
+    """Take a stolen key out of its ring: no token it signed is good any more, from now on. Where it signed, a new one does. Return its port."""
+    idp = open_idp(options)
+    try:
+        for port_name, (path, passphrase, _) in ring_files(options).items():
+            bits = options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
+            with hold_ring(path):
+                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
+                stolen = [entry for entry in entries if Key(entry).kid == kid]
+                if not stolen:
+                    continue
+                rest = [entry for entry in entries if entry is not stolen[0]]
+                alg = alg_of(stolen[0])
+                if stolen[0].state == "active":
+                    waiting = next((entry for entry in rest if entry.state == "next" and alg_of(entry) == alg), None)
+                    fresh = msgspec.structs.replace(waiting, state="active", since=idp.now()) if waiting else make_key(alg, bits, idp.now())
+                    rest = [entry for entry in rest if entry is not waiting] + [fresh]
+                audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
+                write_durably(path, write_ring(rest, passphrase))
+                return port_name
+    finally:
+        idp.store.close()
+    raise Refusal(f"there is no key {kid}; see microauthd keys list")
+
+
+def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:
+    """Let an administrator in again, or make one: a new password, active, not locked, the role. Ends what the account had. Return what was done."""
+    idp = open_idp(options)
+    try:
+        name = fold(username)
+        account = idp.store.find_account_by_name(name)
+        if account is None:
+            account, done = create_user(idp, LOCAL, "machine", CreateUser(name, "", password, user_email=None)), "made"
+        else:
+            reject(password=check_new_password(options, password, account.username, account.email))
+            done = "recovered"
+        password_hash = idp.hasher.hash(password)
+        with idp.store.transaction(identity=True):
+            idp.store.set_password_hash(account.id, password_hash, idp.now())
+            idp.store.set_account_active(account.id, 1, idp.now())
+            idp.store.set_lockout(account.id, 0, idp.now())
+            idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
+            if drop_totp:
+                idp.store.clear_totp(account.id, idp.now())
+            end_user(idp, LOCAL, "machine", account.id, "admin_recovered", done + (" totp=removed" if drop_totp else ""))
+        return done
+    finally:
+        idp.store.close()
+
+
 # == Command line ==============================================================
 
-OWN_FLAGS = {"setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",)}
-OWN_VALUES = {"setup": ("--answers", "--admin-password-file")}
+OWN_FLAGS = {
+    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",), "backup": ("--force",), "factory-reset": ("--yes",),
+    "keys": ("--json",), "admin": ("--password-stdin", "--disable-totp"),
+}
+OWN_VALUES = {"setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",)}
+OWN_WORDS = {"backup": 1, "restore": 1, "keys": 1, "admin": 1}  # how many words a command takes
 
 USAGE = """\
 usage: microauthd COMMAND [--OPTION VALUE ...]
@@ -9741,6 +10316,11 @@ commands:
   options [--json]   each setting, its value and where it comes from
   version            print the version
   selftest           check that everything the program needs works here
+  backup FILE        one file that restores the box; beside a running server (--force writes over FILE)
+  restore FILE       put the box back to a backup, all or nothing; the server must be stopped
+  factory-reset      overwrite and remove database and keys (--yes does not ask)
+  keys list          the signing keys; keys rotate [--ring auth|admin] [--alg ES256|RS256]; keys revoke --kid KID
+  admin recover      let an administrator in again: --username NAME [--password-stdin] [--disable-totp]
 
 options (also key = value lines of mad.conf, and MAD_ variables of the environment):
   --config FILE          config file (mad.conf)
@@ -9837,6 +10417,80 @@ def setup(options: Options, flags: dict, own: list, values: dict) -> int:
     return oobe.run(options, flags, own, values)
 
 
+def run_backup(options, words, own, values) -> int:
+    done = back_up(options, words[0], "--force" in own)
+    print(f"{words[0]}: {done['bytes']} bytes, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing")
+    return 0
+
+
+def run_restore(options, words, own, values) -> int:
+    if not os.path.exists(words[0]):
+        raise Refusal(f"there is no file {words[0]}")
+    if not options.db_pass and not options.no_db_pass and Path(words[0]).read_bytes()[:16] != SQLITE_MAGIC:
+        if not sys.stdin.isatty():
+            raise Refusal("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
+        import getpass
+
+        values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+        options = Options(options.origins, **(values | {"db_pass": getpass.getpass("passphrase of the backup: ")}))
+    done = restore(options, words[0])
+    print(f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was issued before is good any more")
+    return 0
+
+
+def run_factory_reset(options, words, own, values) -> int:
+    if "--yes" not in own:
+        if not sys.stdin.isatty():
+            raise Refusal("factory-reset destroys every account and key: --yes says that this is meant")
+        if input(f"This destroys every account and key of {options.auth_issuer}. Type reset to go on: ").strip() != "reset":
+            print("microauthd: nothing was done", file=sys.stderr)
+            return 1
+    for path in factory_reset(options):
+        print(f"overwritten and removed: {path}")
+    return 0
+
+
+def run_keys(options, words, own, values) -> int:
+    ring, alg = values.get("--ring", ""), values.get("--alg", "")
+    if words[0] not in ("list", "rotate", "revoke") or ring not in ("", "auth", "admin") or alg not in ("", "ES256", "RS256") or (words[0] == "revoke") != bool(values.get("--kid")):
+        print("microauthd: keys list | keys rotate [--ring auth|admin] [--alg ES256|RS256] | keys revoke --kid KID", file=sys.stderr)
+        return 2
+    if words[0] == "rotate":
+        for kid in rotate_keys(options, [ring] if ring else ["auth", "admin"], [alg] if alg else ()):
+            print(kid)
+        print(f"microauthd: published now, signing in {options.key_overlap} seconds", file=sys.stderr)
+    elif words[0] == "revoke":
+        print(f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches forget it within 300 seconds")
+    elif "--json" in own:
+        print(json.dumps(describe_keys(options), indent=1))
+    else:
+        for row in describe_keys(options):
+            print(f"{row['port']:5}  {row['alg']}  {row['state']:7}  {iso(row['since']) or 'always':20}  {row['kid']}")
+    return 0
+
+
+def run_admin(options, words, own, values) -> int:
+    if words[0] != "recover" or not values.get("--username"):
+        print("microauthd: admin recover --username NAME [--password-stdin] [--disable-totp]", file=sys.stderr)
+        return 2
+    if "--password-stdin" in own:
+        password = sys.stdin.readline().rstrip("\n")
+    elif sys.stdin.isatty():
+        import getpass
+
+        password = getpass.getpass("new password: ")
+        if getpass.getpass("once more: ") != password:
+            raise Refusal("the two passwords differ")
+    else:
+        raise Refusal("without a terminal the password comes by --password-stdin")
+    done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
+    print(f"administrator {fold(values['--username'])} {done}; everything issued to the account before is ended")
+    return 0
+
+
+COMMANDS_AT_THE_MACHINE = {"backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys, "admin": run_admin}
+
+
 def first_start(options: Options, flags: dict):
     """There is no database: set up on a terminal where there never was one; else say what to do."""
     keys = [path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)]
@@ -9859,7 +10513,7 @@ def run(command: str, argv: list[str]) -> int:
             values[name] = value if equals else next(words, "")
         else:
             rest.append(word)
-    if command not in ("serve", "setup", "options", "selftest"):
+    if command not in ("serve", "setup", "options", "selftest", "factory-reset", *OWN_WORDS):
         print(f"microauthd: unknown command {command!r}; see microauthd --help", file=sys.stderr)
         return 2
     try:
@@ -9867,18 +10521,22 @@ def run(command: str, argv: list[str]) -> int:
     except Refusal as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
         return 2
-    if words:
-        print(f"microauthd: {words[0]!r} is not understood; see microauthd --help", file=sys.stderr)
+    takes = OWN_WORDS.get(command, 0)
+    if len(words) != takes:
+        said = f"{words[takes]!r} is not understood" if len(words) > takes else f"{command} needs one more word"
+        print(f"microauthd: {said}; see microauthd --help", file=sys.stderr)
         return 2
     if command == "selftest":
         return selftest()
     if "print-effective-config" in flags:
         command = "options"
-    if command == "setup":
+    if command in ("setup", "restore"):
         flags["config-may-be-missing"] = True
     config = config_path(flags, os.environ)
     recover_setup(config)
     options = load_options(flags, os.environ)
+    if command in COMMANDS_AT_THE_MACHINE:
+        return COMMANDS_AT_THE_MACHINE[command](options, words, own, values)
     if command == "options":
         return show_options(options, "--json" in own)
     if command == "setup":

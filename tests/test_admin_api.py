@@ -699,6 +699,15 @@ class TestAudit:
         since = call("GET", "/audit-logs?action=role_created&target=b").json[0]
         assert names(f"action=role_created&since={since['timestamp']}") == ["c", "b"] and names(f"action=role_created&until={since['timestamp']}") == ["b", "a"] and names(f"after={since['id']}") == ["c"]
         assert list(call("GET", "/audit-logs?since=yesterday").json["errors"]) == ["since"]
+        page = call("GET", "/audit-logs?action=role_created&limit=2")
+        assert page.headers["x-total-count"] == "3" and "offset=2" in page.headers["link"] and "link" not in call("GET", "/audit-logs?action=role_created&limit=2&offset=2").headers
+        assert int(call("GET", "/audit-logs?limit=1").headers["x-total-count"]) == len(call("GET", "/audit-logs?limit=-1").json)
+
+    def test_a_start_and_what_changed_since_the_last_are_written_down(self, make_idp):
+        for brand, secret in (("One", "x"), ("One", "y"), ("Two", "y")):
+            m.note_configuration(idp := make_idp(m.Options(**CHEAP, brand_name=brand, db_pass=secret)))
+        rows = idp.store.list_audit(limit=10)
+        assert [row.action for row in rows][:4] == ["server_started", "configuration_changed", "server_started", "server_started"] and rows[1].secondary == "brand-name=Two"
 
     @pytest.mark.parametrize("attack, says", [
         ("UPDATE audit SET target = 'x' WHERE seq = 3", "row 3 was altered"), ("UPDATE audit SET result = 'success' WHERE action = 'user_login_failed'", "was altered"), ("UPDATE audit SET result = '' WHERE seq = 3", "row 3 was altered"),

@@ -32,11 +32,20 @@ class Application(HTTPServer):
     def callback(self):
         return f"http://127.0.0.1:{self.server_port}/cb"
 
+    @property
+    def elsewhere(self):
+        """Another site, for a browser."""
+        return f"http://localhost:{self.server_port}"
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self, body=""):
             parts = urlsplit(self.path)
             if parts.path in ("/cb", "/bye"):
                 self.server.brought.append(dict(parse_qsl(body or parts.query)))
+            if parts.path == "/cb" and "state=away" in (body or parts.query):
+                self.send_response(302)
+                self.send_header("Location", f"{self.server.elsewhere}/home")
+                return self.end_headers()
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
@@ -139,6 +148,7 @@ def with_totp(box, person):
 
 def look(page, name):
     """Axe finds nothing serious, the page fits its width; a screenshot where somebody wants to look."""
+    page.wait_for_load_state()
     if SHOTS:
         page.screenshot(path=f"{SHOTS}/{name}-{page.viewport_size['width']}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -263,15 +273,57 @@ class TestJourneys:
         page.get_by_label("New password").fill("another battery staple")
         page.get_by_role("button", name="Change password").click()
         expect(page.get_by_role("status")).to_contain_text("password was changed")
+        page.get_by_label("Current password").last.fill("another battery staple")
         page.get_by_role("button", name="Turn on").click()
+        expect(page.locator(".secret")).to_be_visible()
         look(page, "account_enrol")
         seed = page.locator(".secret").inner_text().replace(" ", "")
         page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
         page.get_by_role("button", name="Continue").click()
-        assert len(page.locator(".codes code").all_inner_texts()) == 10
+        expect(page.locator(".codes code")).to_have_count(10)
         look(page, "account_codes")
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_role("heading")).to_have_text("Signed out")
+
+    def test_a_callback_may_lead_on_to_another_host(self, visit, with_totp, application):
+        page, (name, seed) = visit("third", state="away"), with_totp()
+        sign_in(page, name)
+        page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
+        page.get_by_role("button", name="Continue").click()
+        page.get_by_role("button", name="Allow").click()
+        assert "code" in arrived(page, application) and page.url == f"{application.elsewhere}/home"
+        page.goto(page.url_of(state="away", response_mode="form_post", prompt="login"))
+        sign_in(page, name)
+        page.get_by_label("Code").fill(pyotp.TOTP(seed).at(time.time() + 30))
+        page.get_by_role("button", name="Continue").click()
+        arrived(page, application)
+        assert page.url == f"{application.elsewhere}/home"
+
+    def post(self, page, application, url, **fields):
+        """Send a form from a page of another site."""
+        page.goto(application.elsewhere)
+        with page.expect_navigation():
+            page.evaluate("""([url, fields]) => {
+                const form = document.createElement("form"); form.method = "post"; form.action = url;
+                for (const [name, value] of Object.entries(fields)) { const input = document.createElement("input"); input.name = name; input.value = value; form.append(input); }
+                document.body.append(form); HTMLFormElement.prototype.submit.call(form);
+            }""", [url, fields])
+        page.wait_for_load_state()
+
+    def test_forms_of_another_site_find_the_session_and_do_not_end_it(self, visit, person, application):
+        page, name = visit(), person()
+        sign_in(page, name)
+        arrived(page, application)
+        base, _, query = page.url_of().partition("/authorize?")
+        for path in ("/logout", "/logout-all", "/end-session", "/account"):
+            self.post(page, application, base + path, form="x", action="end_all")
+        self.post(page, application, base + "/authorize", **dict(parse_qsl(query)), prompt="none")
+        assert "code" in arrived(page, application), "still logged in, and found by a POST"
+        self.post(page, application, base + "/end-session", client_id="web", post_logout_redirect_uri=application.callback.replace("/cb", "/bye"), state="over")
+        page.get_by_role("button", name="Sign out").click()
+        assert arrived(page, application) == {"state": "over"}
+        page.goto(page.url_of(prompt="none"))
+        assert arrived(page, application)["error"] == "login_required"
 
     def test_the_error_page(self, visit):
         page = visit(path="/authorize?client_id=nobody")
@@ -285,11 +337,14 @@ class TestEveryScreen:
         page, (name, seed) = visit("third", width=width, scheme=scheme), with_totp()
         look(page, f"{scheme}-sign_in")
         sign_in(page, name, "wrong")
+        expect(page.get_by_role("alert")).to_be_visible()
         look(page, f"{scheme}-wrong")
         sign_in(page, name)
+        expect(page.get_by_role("heading")).to_have_text("Second factor")
         look(page, f"{scheme}-second_factor")
         page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
         page.keyboard.press("Enter")
+        expect(page.get_by_role("heading")).to_have_text("Permission")
         look(page, f"{scheme}-consent")
         page.get_by_role("button", name="Allow").click()
         arrived(page, application)

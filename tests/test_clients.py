@@ -1,6 +1,7 @@
 """Clients: registration, authentication, scopes."""
 
 import base64
+import re
 from urllib.parse import quote_plus
 
 import microauthd as m
@@ -364,6 +365,18 @@ class TestUris:
     ])
     def test_a_match_is_exact_but_for_the_port_of_loopback(self, uri, registered, ok):
         assert m.is_registered_uri(uri, registered) is ok
+
+    @given(st.sampled_from(["https://app.example/cb", "http://127.0.0.1/cb", "http://[::1]:8000/cb?x=1", "http://localhost/cb", "com.example.app:/cb"]), st.integers(0, 40), st.sampled_from(["", "/", "@evil.example/", ".evil.example", "%2e", "#", "?", ":1", ":99999", "\\", "\t", "\n", " ", "\0", "//", "..", "A", "[", "user@", "\u200b", "\uff0e"]), st.integers(0, 3))
+    def test_whatever_is_put_into_one_it_is_no_longer_registered(self, registered, at, word, cut):
+        """But for a port of a loopback literal, which may be any."""
+        changed = registered[:at] + word + registered[at + cut :]
+        if m.is_registered_uri(changed, (registered,)) and changed != registered:
+            without = re.compile(r"(http://(?:127\.0\.0\.1|\[::1\])):?[0-9]*(?=[/?]|$)")
+            assert without.fullmatch(registered.partition("/cb")[0]) and without.sub(r"\1", changed) == without.sub(r"\1", registered)
+
+    @given(st.text(max_size=60))
+    def test_no_text_is_registered_by_accident(self, text):
+        assert m.is_registered_uri(text, ("https://app.example/cb", "http://127.0.0.1/cb")) is (text == "https://app.example/cb") or re.fullmatch(r"http://127\.0\.0\.1(:\d{1,5})?/cb", text)
 
     def test_they_belong_to_their_client_and_count_at_once(self, idp, service, public):
         row = m.add_uri(idp, m.LOCAL, "test", "spa", "redirect", " https://app.example/cb ")

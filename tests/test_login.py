@@ -259,7 +259,7 @@ class TestRequest:
 
     def test_form_post(self, spa, alice, browser, exchange):
         answer = sign_in(browser, request(response_mode="form_post", state="<&\">"))
-        assert answer.status == 200 and "form-action 'self' https://app.example;" in answer.headers["content-security-policy"] + ";" and "script-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.status == 200 and "form-action 'self' https:;" in answer.headers["content-security-policy"] + ";" and "script-src 'self'" in answer.headers["content-security-policy"]
         form = browser.forms().forms[0]
         assert form["action"] == CALLBACK and form["fields"]["state"] == "<&\">" and form["fields"]["iss"] == "https://idp.example" and exchange(form["fields"]["code"]).status == 200
         assert b'document.getElementById("answer").submit' in browser("GET", "/pages/form_post.js").body
@@ -305,6 +305,28 @@ class TestSession:
         sign_in(other, username="bob")
         assert sent_back(other.open(request(prompt="none", id_token_hint=hint)))[1]["error"] == "login_required"
         assert title(other.open(request(id_token_hint=hint))) == "Sign in"
+
+    def test_who_is_meant_and_nobody_else_gets_in(self, spa, alice, new_user, browser, other, exchange):
+        hint = exchange(code_of(sign_in(browser))).json["id_token"]
+        new_user("bob")
+        assert sent_back(sign_in(other, request(id_token_hint=hint), "bob"))[1]["error"] == "login_required"
+        claims = json.dumps({"id_token": {"sub": {"value": alice.id}}})
+        assert sent_back(other.open(request(prompt="none", claims=claims)))[1]["error"] == "login_required" and code_of(browser.open(request(prompt="none", claims=claims)))
+
+    def test_logging_in_again_ends_nothing_of_the_same_user(self, auth, spa, alice, new_user, browser, exchange):
+        bought = exchange(code_of(sign_in(browser))).json["access_token"]
+        unspent = code_of(browser.open(request()))
+        sign_in(browser, request(prompt="login"))
+        assert auth.get("/me", bearer=bought).status == 200 and exchange(unspent).status == 200
+        new_user("bob")
+        sign_in(browser, request(prompt="login"), "bob")
+        assert auth.get("/me", bearer=bought).status == 401, "of another, everything"
+
+    def test_a_code_dies_with_the_logout(self, spa, alice, browser, exchange):
+        code = code_of(sign_in(browser))
+        browser.open("/logout")
+        browser.submit()
+        assert exchange(code).json["error"] == "invalid_grant"
 
     def test_a_login_hint_is_written_into_the_form(self, spa, browser):
         browser.open(request(login_hint='al"><b>'))
@@ -415,7 +437,8 @@ class TestFirstFactor:
         tx = browser.forms().forms[0]["fields"]["tx"]
         for path in (f"/login?jti={tx}", f"/totp?tx={tx}"):
             assert title(browser("GET", path)) == "Sign in"
-        assert browser("GET", "/login").status == 404 and browser("GET", "/login?tx=x").status == 404
+        assert browser("GET", "/login?tx=x").status == 404
+        assert title(browser.open("/login")) == "Sign in" and title(browser.submit(username="alice", password=PASSWORD)) == "Your account", "by itself it leads to the account page"
 
 
 class TestSecondFactor:
@@ -501,10 +524,15 @@ class TestConsent:
         assert exchange(code_of(browser.submit(button=("decision", "allow"))), "third").status == 200
         assert code_of(browser.open(request("third", prompt="none"))) and title(browser.open(request("third", scope="openid roles"))) == "Permission" == title(browser.open(request("third", prompt="consent")))
 
+    def test_who_asks_for_nothing_asks_once_too(self, register, alice, browser):
+        register("bare", is_first_party=False, scopes=[])
+        assert title(sign_in(browser, request("bare", scope=None))) == "Permission"
+        assert code_of(browser.submit(button=("decision", "allow"))) and code_of(browser.open(request("bare", scope=None)))
+
     def test_no_is_an_answer(self, idp, third, alice, browser):
         sign_in(browser, request("third"))
         _, members = sent_back(browser.submit(button=("decision", "deny")))
-        assert members["error"] == "access_denied" and members["state"] == "st&te" and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) == ""
+        assert members["error"] == "access_denied" and members["state"] == "st&te" and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) is None
         browser.open(request("third"))
         assert sent_back(browser.submit())[1]["error"] == "access_denied", "no button is no yes"
 
@@ -531,6 +559,42 @@ class TestAttacks:
         for form in ({}, {"tx": mine["tx"]}, {"tx": mine["tx"], "form": ""}, {"tx": mine["tx"], "form": theirs["form"]}, theirs):
             answer = browser("POST", "/login", form | {"username": "alice", "password": PASSWORD})
             assert answer.status in (403, 404) and answer.cookies == []
+
+    @pytest.mark.parametrize("begun", ["password", "session"])
+    def test_a_logout_ends_the_login_that_waits_for_consent(self, register, spa, alice, browser, clock, begun):
+        register("third", is_first_party=False)
+        if begun == "session":
+            sign_in(browser)
+            clock.pass_(5)
+            browser.open(request("third"))
+        else:
+            sign_in(browser, request("third"))
+        consent = browser.forms().forms[0]["fields"]
+        browser.open("/logout")
+        browser.submit()
+        answer = browser("POST", "/login/consent", consent | {"decision": "allow"})
+        assert answer.status == 404 and "location" not in answer.headers
+
+    def test_the_cookie_of_a_login_alone_does_not_finish_it(self, register, alice, new_user, browser, other):
+        register("third", is_first_party=False)
+        new_user("mallory")
+        sign_in(browser, request("third"))
+        consent = browser.forms().forms[0]["fields"]
+        other.cookies["__Host-mad-login"] = browser.cookies["__Host-mad-login"]
+        assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, "without a session"
+        sign_in(other, "/account", username="mallory")
+        assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, "in a session of somebody else"
+        assert code_of(browser.submit(button=("decision", "allow")))
+
+    def test_a_second_factor_asked_for_by_a_session_ends_with_it(self, idp, register, spa, alice, browser, give_totp, clock):
+        register("bank", flags={"ENABLE_TOTP": ""})
+        sign_in(browser)
+        code = second_factor(idp, alice, give_totp, clock)
+        browser.open(request("bank"))
+        form = browser.forms().forms[0]["fields"]
+        browser.open("/logout")
+        browser.submit()
+        assert browser("POST", "/totp", form | {"totp": code()}).status == 404
 
     def test_no_session_is_fixed(self, idp, spa, alice, browser):
         browser.cookies["__Host-mad-session"] = browser.cookies["__Host-mad-login"] = "a" * 43
@@ -595,10 +659,22 @@ class TestAttacks:
                 assert browser("GET", request(client, prompt="none")).status == 303
             browser.open(request()).status == 200 and browser.submit(username="alice", password=PASSWORD)
 
-    def test_logins_under_way_are_bounded(self, spa, browser):
+    def test_logins_under_way_are_bounded(self, idp, spa, browser, other, clock):
         for _ in range(50):
             browser("GET", request())
-        assert browser("GET", request()).status == 429
+        assert browser("GET", request()).status == 429, "in one browser"
+        statuses = [other("GET", request()).status for _ in range(20) if other.cookies.clear() is None]
+        assert statuses[0] == 303 and statuses[-1] == 429 and int(other.answer.headers["retry-after"]) >= 1, "from one address"
+        clock.pass_(m.LOGIN_TTL + 1)
+        for _ in range(10):
+            other("GET", request())
+        assert idp.store.connection.execute("SELECT count(*) FROM login_transaction").fetchone()[0] <= 10, "what is over makes room"
+
+    def test_a_lockout_keeps_guesses_out_and_not_who_is_in(self, auth, service, spa, alice, browser):
+        sign_in(browser)
+        for _ in range(5):
+            auth.post("/token", {"grant_type": "password", "username": "alice", "password": "wrong password"}, auth=service)
+        assert code_of(browser.open(request(prompt="none")))
 
 
 class TestLogout:
@@ -645,6 +721,31 @@ class TestLogout:
         for path in ("/end-session", "/logout", "/logout-all", "/account"):
             assert browser("POST", path, {"form": "wrong", "action": "end_all"}).status in (401, 403)
         assert code_of(browser.open(request(prompt="none")))
+
+    @pytest.mark.parametrize("path", ["/end-session", "/logout", "/logout-all", "/account"])
+    def test_a_form_of_another_site_comes_without_cookies_and_takes_none_away(self, bye, alice, browser, path):
+        sign_in(browser)
+        held = dict(browser.cookies)
+        browser.cookies.clear()
+        browser("POST", path, {"form": "x", "action": "end_all"})
+        assert "__Host-mad-session" not in "".join(browser.answer.cookies)
+        browser.cookies.update(held)
+        assert code_of(browser.open(request(prompt="none")))
+
+    def test_a_post_of_the_client_becomes_a_get_that_finds_the_session(self, auth, bye, alice, browser, exchange):
+        bought = exchange(code_of(sign_in(browser))).json
+        held = dict(browser.cookies)
+        browser.cookies.clear()
+        answer = browser("POST", "/end-session", {"id_token_hint": bought["id_token"], "post_logout_redirect_uri": "https://app.example/bye", "state": "s&t"})
+        assert answer.status == 303 and answer.headers["location"].startswith("https://idp.example/end-session?")
+        browser.cookies.update(held)
+        assert browser.follow(answer).headers["location"] == "https://app.example/bye?state=s%26t" and auth.get("/me", bearer=bought["access_token"]).status == 401
+
+    def test_a_hint_ends_its_login_where_the_session_is_over_already(self, idp, auth, bye, alice, browser, exchange, clock):
+        bought = exchange(code_of(sign_in(browser, request(scope="openid offline_access")))).json
+        clock.pass_(idp.options.session_idle_expiration)
+        assert title(browser.open(f"/end-session?id_token_hint={bought['id_token']}")) == "Signed out"
+        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}).status == 400
 
     def test_the_page_and_everywhere(self, auth, bye, alice, browser, other, exchange):
         bought = exchange(code_of(sign_in(browser))).json
@@ -785,7 +886,8 @@ class TestAccount:
     def test_the_second_factor_on_and_off(self, idp, spa, alice, browser, clock):
         sign_in(browser)
         browser.open("/account")
-        page = browser.submit(self.form(browser, "begin_totp"))
+        assert browser.submit(self.form(browser, "begin_totp"), password="wrong").status == 403 and not idp.store.find_account(alice.id).totp_pending_sealed
+        page = browser.submit(self.form(browser, "begin_totp"), password=PASSWORD)
         seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', page.body)[1].decode().replace(" ", "")
         SECRETS.add(seed)
         assert browser.submit(self.form(browser, "confirm_totp"), totp="000000").status == 403 and not idp.store.find_account(alice.id).totp_sealed
@@ -799,6 +901,21 @@ class TestAccount:
         assert len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10
         clock.pass_(60)
         assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now())).status == 200 and not idp.store.find_account(alice.id).totp_sealed
+
+    def test_a_lost_authenticator_is_replaced_by_recovery_codes(self, idp, spa, alice, browser, give_totp, clock):
+        second_factor(idp, alice, give_totp, clock)
+        codes = iter(m.make_recovery_codes(idp, m.LOCAL, alice.id))
+        sign_in(browser)
+        spent = next(codes)
+        assert code_of(browser.submit(totp=spent))
+        browser.open("/account")
+        number = self.form(browser, "disable_totp")
+        assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp=spent).status == 403
+        assert browser.submit(number, ("action", "disable_totp"), password="wrong", totp=next(codes)).status == 403
+        page = browser.submit(self.form(browser, "password"), password=PASSWORD, totp=next(codes), new_password=NEW_PASSWORD)
+        assert b"The password was changed" in page.body
+        assert browser.submit(self.form(browser, "disable_totp"), ("action", "disable_totp"), password=NEW_PASSWORD, totp=next(codes)).status == 200
+        assert not idp.store.find_account(alice.id).totp_sealed
 
 
 class TestPages:
@@ -825,6 +942,31 @@ class TestPages:
         sheet = browser("GET", style)
         assert sheet.headers["content-type"].startswith("text/css") and b"--brand: #ffee00; --on-brand: #000000" in sheet.body and "max-age=31536000" in sheet.headers["cache-control"]
         assert browser("GET", "/pages/logo").headers["content-type"] == "image/svg+xml" and browser("GET", "/pages/../en.json").status == 404 and browser("GET", "/pages/en.json").status == 404
+
+    def test_under_a_path_every_address_is_made_of_the_issuer(self, make_idp, spa, alice):
+        """The proxy in front takes the path away; what a browser is told carries it."""
+        issuer = "https://idp.example/sso"
+        browser = Browser(Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer=issuer)), m.AUTH), "idp.example").app, issuer)
+        assert sent_back(sign_in(browser))[1]["iss"] == issuer
+        for path in ("/account", "/logout", "/end-session", "/login", "/authorize?client_id=nobody"):
+            page = browser.open(path)
+            addresses = re.findall(r' (?:action|href|src)="([^"]*)"', page.body.decode())
+            assert addresses and all(address.startswith(issuer + "/") for address in addresses), path
+        browser.open("/logout")
+        assert title(browser.submit()) == "Signed out" and title(browser.open(request())) == "Sign in"
+
+    def test_an_issuer_with_a_path_is_served_below_it_with_a_proxy_and_without(self, make_idp, spa, alice, exchange):
+        app = m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH)
+        code = code_of(sign_in(Browser(app, "https://box.example/auth")))  # this browser strips the path, as a proxy may
+
+        def direct(method, path, data=None, headers=()):
+            return Caller(app, "box.example")(method, path.removeprefix("https://box.example"), data, headers=headers)
+
+        found = direct("GET", "/auth/.well-known/openid-configuration").json
+        assert found["issuer"] == "https://box.example/auth" and all(direct("GET", found[name]).status in (200, 400, 401, 405) for name in found if name.endswith(("_endpoint", "_uri")))
+        answer = direct("POST", found["token_endpoint"], {"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER, "client_id": "spa"})
+        assert answer.status == 200 and claims_of(answer.json["id_token"])["iss"] == found["issuer"]
+        assert direct("GET", "/auth" + request()).headers["location"].startswith("https://box.example/auth/login?tx=") and direct("GET", "/authx/ping").status == 404 and direct("GET", "/auth/auth/ping").status == 404
 
     def test_over_plain_http_the_cookies_have_plain_names(self, make_idp, spa, alice):
         browser = Browser(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH), "http://localhost:9040", "localhost:9040")

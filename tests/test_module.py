@@ -87,7 +87,7 @@ class TestOrder:
 class TestState:
     """No module-level state: threads share the Idp, tests build their own."""
 
-    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN"}
+    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "OWN_WORDS", "COMMANDS_AT_THE_MACHINE", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN"}
 
     def mutable(self):
         for node in STATEMENTS:

@@ -206,6 +206,7 @@ REFUSED = {
     "an unknown method": (400, b"FETCH / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "NUL in the path": (400, b"GET /%00 HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an encoded slash": (400, b"GET /a%2fb HTTP/1.1\r\nHost: box\r\n\r\n"),
+    "octets of a path that are not UTF-8": (400, b"GET /a%ffb HTTP/1.1\r\nHost: box\r\n\r\n"),
     "a backslash": (400, b"GET /a%5cb HTTP/1.1\r\nHost: box\r\n\r\n"),
     "dot segments": (400, b"GET /a/../b HTTP/1.1\r\nHost: box\r\n\r\n"),
     "encoded dot segments": (400, b"GET /a/%2e%2e/b HTTP/1.1\r\nHost: box\r\n\r\n"),

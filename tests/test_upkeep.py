@@ -121,14 +121,14 @@ class TestThread:
     def test_a_failure_is_said_and_the_next_one_comes(self, idp, monkeypatch):
         calls = []
 
-        def fail(idp, pause):
+        def fail(idp, pause):  # a name of its own: it is in the log
             calls.append(1)
             raise m.Problem("temporarily_unavailable", log="disk full")
 
         monkeypatch.setattr(m, "purge", fail)
         upkeep = m.Upkeep(idp)
         wait = upkeep.ending.wait
-        upkeep.ending.wait = lambda seconds: wait(min(seconds, 0.01))
+        upkeep.ending.wait = lambda seconds: wait(min(seconds, 0.001))
         upkeep.start()
         deadline = time.monotonic() + 5
         while len(calls) < 2:

@@ -1,0 +1,347 @@
+"""At the machine: back up, restore, begin anew, rotate keys, let an administrator in again."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import jwt
+import microauthd as m
+import pyotp
+import pytest
+from box import Box
+from conftest import CHEAP
+
+PASSWORD = "correct horse battery"
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A set-up box in this process, without a server: its options."""
+    monkeypatch.chdir(tmp_path)
+    options = m.Options({"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase", key_overlap=900, oidc_issuer="https://idp.example")
+    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    return options
+
+
+def opened(options, clock=None):
+    idp = m.open_idp(options)
+    if clock:
+        idp.clock = clock
+    return idp
+
+
+def digest_of(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))}
+
+
+@pytest.fixture
+def backup(house, tmp_path):
+    (tmp_path / "out").mkdir()
+    m.back_up(house, str(tmp_path / "out" / "box.backup"))
+    return tmp_path / "out" / "box.backup"
+
+
+class TestBackup:
+    def test_it_is_one_private_encrypted_file(self, backup, tmp_path):
+        assert os.listdir(tmp_path / "out") == ["box.backup"] and backup.stat().st_mode & 0o777 == 0o600
+        content = backup.read_bytes()
+        for word in (b"root", b"PRIVATE KEY", b"SQLite format", b"a phrase"):
+            assert word not in content
+
+    def test_it_does_not_write_over_what_is_there(self, house, backup):
+        before = backup.read_bytes()
+        with pytest.raises(m.Refusal, match="--force"):
+            m.back_up(house, str(backup))
+        assert backup.read_bytes() == before
+        m.back_up(house, str(backup), force=True)
+
+    def test_it_is_written_down(self, house, backup):
+        idp = opened(house)
+        assert idp.store.list_audit(limit=1)[0].action == "backup_made"
+        idp.store.close()
+
+    @pytest.mark.parametrize("where", ["/nonexistent/x", "/dev/null", "/proc/x", "/"])
+    def test_where_it_cannot_be_written_it_says_so(self, house, where):
+        with pytest.raises(m.Refusal):
+            m.back_up(house, where, force=True)
+
+    def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
+        stop, done = threading.Event(), []
+
+        def write():
+            idp = opened(house)
+            while not stop.is_set():
+                m.audit(idp, m.LOCAL, "test", "write", str(len(done)))
+                done.append(1)
+                time.sleep(0.001)  # within one process writers have no turns
+            idp.store.close()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        while len(done) < 20:
+            time.sleep(0.001)
+        counts = []
+        for number in range(3):
+            counts.append(len(done))
+            m.back_up(house, str(tmp_path / f"{number}.backup"))
+        stop.set()
+        thread.join()
+        for number, count in enumerate(counts):
+            copy = m.Store(tmp_path / f"{number}.backup", m.read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False))
+            assert len(copy.list_audit("write", 100_000)) >= count and copy.verify_audit()["valid"]
+            copy.close()
+
+
+class TestRestore:
+    def everything(self, house):
+        """What a box has issued, to look whether it lives on: (idp, access token, refresh token)."""
+        idp = opened(house)
+        account, client = m.get_user(idp, "root"), m.find_client(idp, "app")
+        idp.options.__dict__["enable_token_refresh"] = True
+        answer = m.issue(idp, client, m.Granted("api:read", "pwd", account, ["pwd"], idp.now()), m.LOCAL)
+        return idp, answer
+
+    def test_accounts_come_back_and_nothing_issued_lives_on(self, house, tmp_path):
+        idp, before = self.everything(house)
+        m.back_up(house, str(tmp_path / "b"))
+        later = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "pwd", m.get_user(idp, "root"), ["pwd"], idp.now()), m.LOCAL)
+        m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+        idp.store.close()
+        time.sleep(0.002)
+        m.restore(house, str(tmp_path / "b"))
+        idp = opened(house)
+        assert m.get_user(idp, "root") and idp.store.find_account_by_name("late") is None and idp.store.list_audit(limit=1)[0].action == "restored" and idp.store.verify_audit()["valid"]
+        for answer in (before, later):
+            with pytest.raises(m.Problem, match="invalid_token"):
+                m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, answer["access_token"])
+            assert m.introspect_refresh_token(idp, m.find_client(idp, "app"), answer["refresh_token"]) is None
+        fresh = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
+        assert m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, fresh["access_token"])
+        idp.store.close()
+
+    def test_on_a_new_box_one_file_is_enough(self, house, backup, tmp_path, monkeypatch):
+        new = tmp_path / "new"
+        new.mkdir()
+        kids = [row["kid"] for row in m.describe_keys(house)]
+        monkeypatch.chdir(new)
+        m.restore(m.Options({"config": str(new / "mad.conf")}, **CHEAP, db_pass="a phrase"), str(backup))
+        options = m.load_options(m.parse_flags(["--config", str(new / "mad.conf")])[0], {})
+        assert [row["kid"] for row in m.describe_keys(options)] == kids and all((new / name).stat().st_mode & 0o077 == 0 for name in ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"))
+        idp = opened(options)
+        assert m.get_user(idp, "root")
+        idp.store.close()
+
+    def test_a_wrong_passphrase_is_refused_and_everything_stays(self, house, backup, tmp_path):
+        before = digest_of(tmp_path)
+        with pytest.raises(m.Refusal):
+            m.restore(m.Options(house.origins, **CHEAP, db_pass="another"), str(backup))
+        assert digest_of(tmp_path) == before
+
+    @pytest.mark.parametrize("at", [0, 20, 100, 4095, 4096, 5000, 20_000, 70_000, 150_000, -4096, -100, -1])
+    def test_a_flipped_byte_is_refused_and_everything_stays(self, house, backup, tmp_path, at):
+        content = bytearray(backup.read_bytes())
+        content[at] ^= 1
+        bad = tmp_path / "bad"
+        bad.write_bytes(content)
+        before = digest_of(tmp_path)
+        with pytest.raises(m.Refusal):
+            m.restore(house, str(bad))
+        assert digest_of(tmp_path) == before
+
+    @pytest.mark.parametrize("cut", [0, 100, 4096, 100_000])
+    def test_a_cut_one_too(self, house, backup, tmp_path, cut):
+        (tmp_path / "bad").write_bytes(backup.read_bytes()[:cut])
+        with pytest.raises(m.Refusal):
+            m.restore(house, str(tmp_path / "bad"))
+
+    def test_a_database_is_no_backup(self, house, tmp_path):
+        shutil.copy(house.db_file, tmp_path / "plain")
+        with pytest.raises(m.Refusal, match="no backup"):
+            m.restore(house, str(tmp_path / "plain"))
+
+    @pytest.mark.parametrize("when", ["journal", "seal", "auth", "admin", "staged", "committed"])
+    def test_killed_at_any_point_it_is_all_or_nothing(self, house, backup, tmp_path, when):
+        idp = opened(house)
+        m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+        idp.store.close()
+        pid = os.fork()
+        if not pid:
+            m.restore(house, str(backup), lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == when else None)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        m.recover_setup(house.origins["config"])
+        idp = opened(house)
+        assert (idp.store.find_account_by_name("late") is None) is (when == "committed") and m.get_user(idp, "root")
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith((".setup", ".new", ".setting-up"))]
+        idp.store.close()
+
+
+class TestKeys:
+    def test_the_next_key_is_published_before_it_signs_and_the_old_one_until_its_last_token_is_dead(self, house):
+        """A client that caches the key set for its max-age never meets a kid it does not know."""
+        now = [float(m.RELEASED_AT + 10_000)]
+        idp = opened(house, lambda: now[0])
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        cached, cached_at, tokens, signed_by = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0], [], set()
+        rotated = False
+        for _ in range(120):
+            now[0] += 60
+            idp.rings_until = 0
+            if now[0] >= cached_at + 300:
+                cached, cached_at = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0]
+            if not rotated and now[0] > m.RELEASED_AT + 11_000:
+                real, m.open_idp = m.open_idp, lambda options: opened_with(real, options, now)
+                try:
+                    m.rotate_keys(house, ["auth"])
+                finally:
+                    m.open_idp = real
+                rotated = True
+            token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)["access_token"]
+            tokens.append((token, now[0]))
+            signed_by.add(jwt.get_unverified_header(token)["kid"])
+            for old, at in tokens:
+                if at + 3600 > now[0]:
+                    jwt.decode(old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"], options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False})
+            m.tend_rings(idp)
+        assert len(signed_by) == 2 and [row["state"] for row in m.describe_keys(house) if row["port"] == "auth"] == ["active", "active"], "the retired ones are gone"
+        idp.store.close()
+
+    def test_a_clock_set_back_undoes_nothing(self, house):
+        now = [time.time()]
+        m.rotate_keys(house, ["auth"], ["ES256"])
+        idp = opened(house, lambda: now[0])
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        before = idp.auth_ring.access.kid
+        now[0] += 901
+        m.tend_rings(idp)
+        idp.rings_until = 0
+        after = idp.auth_ring.access.kid
+        now[0] -= 5000
+        idp.rings_until = 0
+        m.tend_rings(idp)
+        assert before != after == idp.auth_ring.access.kid
+        idp.store.close()
+
+    def test_two_rotations_at_once_are_one(self, house):
+        m.rotate_keys(house, ["auth"])
+        with pytest.raises(m.Refusal, match="waits to sign"):
+            m.rotate_keys(house, ["auth"])
+
+    @pytest.mark.parametrize("waiting", [False, True])
+    def test_a_revoked_key_signs_and_verifies_nothing_any_more(self, house, waiting):
+        idp = opened(house)
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)["access_token"]
+        if waiting:
+            m.rotate_keys(house, ["auth"], ["ES256"])
+        kid = jwt.get_unverified_header(token)["kid"]
+        assert m.revoke_key(house, kid) == "auth"
+        idp.rings_until = 0
+        with pytest.raises(m.Problem, match="invalid_token"):
+            m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token)
+        assert kid not in idp.auth_ring.jwks().decode() and idp.auth_ring.access.alg == "ES256" and idp.store.list_audit(limit=1)[0].action == "key_revoked"
+        with pytest.raises(m.Refusal):
+            m.revoke_key(house, kid)
+        idp.store.close()
+
+    def test_a_ring_that_cannot_be_read_leaves_the_keys_at_work(self, house, tmp_path):
+        idp = opened(house)
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        kid = idp.auth_ring.access.kid
+        (tmp_path / "token.pem").write_text("nonsense")
+        idp.rings_until = 0
+        assert idp.auth_ring.access.kid == kid
+        idp.store.close()
+
+
+class TestAdminRecovery:
+    def test_a_locked_out_administrator_gets_in_again_and_nobody_elses_session_lives_on(self, house):
+        idp = opened(house)
+        account = m.get_user(idp, "root")
+        seed = m.new_totp_seed()
+        m.enable_totp(idp, account, seed, pyotp.TOTP(seed).now())
+        idp.store.set_account_active(account.id, 0, idp.now())
+        idp.store.set_lockout(account.id, m.FOREVER, idp.now())
+        idp.store.unassign_role(account.id, m.MAD_ADMIN_ROLE_ID)
+        before = idp.store.find_account(account.id).revoked_before
+        assert m.recover_admin(house, "ROOT", "another battery staple", drop_totp=True) == "recovered"
+        found, amr = m.authenticate_user(idp, m.LOCAL, "root", "another battery staple", admin=True)
+        assert amr == ["pwd"] and found.revoked_before > before and idp.store.list_audit("admin_recovered")[0].actor_id == "machine"
+        idp.store.close()
+
+    def test_one_is_made_where_there_is_none_of_that_name(self, house):
+        assert m.recover_admin(house, "second", "another battery staple") == "made"
+        idp = opened(house)
+        assert m.authenticate_user(idp, m.LOCAL, "second", "another battery staple", admin=True)
+        idp.store.close()
+
+    def test_a_weak_password_is_refused_and_changes_nothing(self, house):
+        with pytest.raises(m.Problem):
+            m.recover_admin(house, "root", "short")
+
+    def test_it_is_for_the_user_whose_server_it_is(self, house, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        for act in (lambda: m.recover_admin(house, "root", "another battery staple"), lambda: m.back_up(house, "x"), lambda: m.factory_reset(house), lambda: m.rotate_keys(house, ["auth"])):
+            with pytest.raises(m.Refusal, match="belongs to user"):
+                act()
+
+
+class TestFactoryReset:
+    def test_nothing_of_before_is_left(self, house, tmp_path):
+        gone = m.factory_reset(house)
+        assert {os.path.basename(path) for path in gone} >= {"mad.db3", "token.pem", "admin_token.pem", "seal.key"} and not (tmp_path / "mad.db3").exists() and (tmp_path / "mad.conf").exists()
+        m.set_up(house, m.Answers("root", "root@example.org", PASSWORD))
+
+
+def opened_with(real, options, now):
+    idp = real(options)
+    idp.clock = lambda: now[0]
+    return idp
+
+
+class TestBesideARunningServer:
+    """The commands as an operator types them."""
+
+    def test_back_up_rotate_recover_and_restore(self, tmp_path):
+        with Box(tmp_path / "data", workers="2", key_overlap="1") as box:
+            old = box.token().json["access_token"]
+            assert box.run("backup", "box.backup").returncode == 0 and box.run("backup", "box.backup").returncode == 1
+            assert box.run("restore", "box.backup").returncode == 1 and "running" in box.run("restore", "box.backup").stderr
+            assert box.run("factory-reset", "--yes").returncode == 1
+            kid = jwt.get_unverified_header(old)["kid"]
+            done = box.run("keys", "rotate", "--ring", "auth", "--alg", "ES256")
+            assert done.returncode == 0, done.stderr
+            end = time.monotonic() + 15
+            while jwt.get_unverified_header(box.token().json["access_token"])["kid"] == kid:
+                assert time.monotonic() < end, "every worker takes the new key up"
+                time.sleep(0.05)
+            assert box.auth("/me", bearer=old).status == 200 and kid in box.auth("/jwks.json").body.decode()
+            assert box.run("keys", "revoke", "--kid", kid).returncode == 0
+            end = time.monotonic() + 15
+            while box.auth("/me", bearer=old).status == 200:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert {row["state"] for row in json.loads(box.run("keys", "list", "--json").stdout)} == {"active"}
+            token = box.admin_token()
+            done = box.run("admin", "recover", "--username", "root", "--password-stdin", input="another battery staple\n")
+            assert done.returncode == 0 and box.admin("GET", "/users", bearer=token).status == 401, done.stderr
+            box.PASSWORD = "another battery staple"
+            fresh = box.token().json["access_token"]
+            assert box.admin("GET", "/audit-logs/verify", bearer=box.admin_token()).json["valid"] is True
+            box.stop()
+            done = box.run("restore", "box.backup")
+            assert done.returncode == 0, done.stderr
+            box.PASSWORD = Box.PASSWORD
+            box.start()
+            assert box.auth("/me", bearer=fresh).status == box.auth("/me", bearer=old).status == 401 and box.token().status == 200 and box.admin_token()
+            box.stop()
+            assert box.run("factory-reset", "--yes").returncode == 0 and box.run("serve").returncode == 1
+
+    @pytest.mark.parametrize("words", [["backup"], ["backup", "a", "b"], ["restore"], ["keys"], ["keys", "turn"], ["keys", "revoke"], ["keys", "rotate", "--ring", "x"], ["admin"], ["admin", "recover"], ["admin", "destroy", "--username", "x"]])
+    def test_bad_usage_is_two(self, tmp_path, words):
+        box = Box(tmp_path / "data").set_up()
+        assert box.run(*words).returncode == 2
