@@ -100,6 +100,7 @@ def probe(operation, headers, seed, mode, rejects=True):
     @hypothesis.settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate])
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode), dice=hypothesis.strategies.randoms(use_true_random=False))
     def call(case, dice):
+        hypothesis.assume(PASSWORD not in str(case.path_parameters))  # it picks words out of this folder, and a path is logged
         if mode is POSITIVE:
             make_known(case, dice)
         response = case.call(headers=headers if dice.random() < 0.85 else {"Authorization": "Bearer x"})
@@ -160,4 +161,4 @@ def test_every_corner_of_the_description_holds_on_sockets(box, port, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parent), "SCHEMATHESIS_SPARE": f"root {claims['sub']} {claims['jti']}"})
     assert done.returncode == 0 and int(re.search(r"Tested: (\d+)", done.stdout)[1]) > (40 if port == "auth" else 125), done.stdout + done.stderr
     assert box.call(number, "GET", path, bearer=bearer).status == 200, "whoever asked was let in to the end"
-    assert "traceback=" not in box.said()
+    assert 'traceback="Traceback' not in box.said()
