@@ -1377,9 +1377,10 @@ class AuthorizeForm(msgspec.Struct):
 
 
 class LoginPageForm(msgspec.Struct):
-    """`tx` names a login under way; only the browser that began it is shown its page."""
+    """`tx` or `jti` names a login under way; only the browser that began it is shown its page. Without it one's own account is shown."""
 
-    tx: str
+    tx: str = ""
+    jti: str = ""
 
 
 class StepForm(msgspec.Struct):

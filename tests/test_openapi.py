@@ -84,7 +84,7 @@ class TestRequests:
         """RFC 9700 §4.3.2"""
         paths = m.describe_api(described, m.AUTH)["paths"]
         queries = {path: {part["name"]: part["required"] for part in methods["get"]["parameters"] if part["in"] == "query"} for path, methods in paths.items() if "get" in methods}
-        assert queries["/authorize"]["client_id"] and not queries["/authorize"]["state"] and queries["/login"] == {"tx": True} and "id_token_hint" in queries["/end-session"]
+        assert queries["/authorize"]["client_id"] and not queries["/authorize"]["state"] and queries["/login"] == {"tx": False, "jti": False} and "id_token_hint" in queries["/end-session"]
         assert [path for path, query in queries.items() if "access_token" in query] == []
 
 

@@ -5,82 +5,160 @@ SCHEMATHESIS_EXAMPLES and SCHEMATHESIS_SEED run it longer and elsewhere.
 """
 
 import base64
+import itertools
+import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import microauthd as m
 import openapi_spec_validator
 import pytest
 import schemathesis
-from conftest import CHEAP, PASSWORD
+from box import Box
+from conftest import CHEAP, PASSWORD, Caller
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, response_headers_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.core.parameters import ParameterLocation
+from schemathesis.specs.openapi.checks import content_type_conformance, negative_data_rejection, response_headers_conformance, response_schema_conformance, status_code_conformance
 
 EXAMPLES, SEED = int(os.environ.get("SCHEMATHESIS_EXAMPLES", 4)), int(os.environ.get("SCHEMATHESIS_SEED", 20261123))
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
-# They would end the administrator whose token makes every other call; each has tests of its own.
-SPARED = {("admin", "POST", "/logout")}
-KNOWN = {"id": ["alice", "ops", "door.open", "api:read", "service", "nobody", "1"], "flag": list(m.FLAGS), "name": ["alice", "service", "pages.css", "form_post.js"], "client_id": ["service", "spa"], "scope_id": ["api:read"], "permission_id": ["door.open"]}
+POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+# What is there in `world`, so that not every call is about something unknown. Never root: its token makes the calls.
+KNOWN = {
+    "flag": list(m.FLAGS), "email": ["new@example.org"], "new_password": ["another battery staple"], "lockout_until": ["9999-12-31T23:59:59Z"],
+    "client_id": ["service", "spa"], "user_id": ["alice"], "role_id": ["ops"], "permission_id": ["door.open"], "scope_id": ["api:read"], "idp_id": ["google"], "path": ["login.html"],
+    "username": ["alice"], "password": [PASSWORD], "grant_type": ["client_credentials", "password", "refresh_token"], "redirect_uri": ["https://app.example/cb"], "response_type": ["code"],
+    "scope_ids": [["api:read"]], "role_ids": [["ops"]], "record_id": ["https://app.example/cb"], "uri": ["https://app.example/cb"],
+}
+NAMED = {"user": "alice", "role": "ops", "permission": "door.open", "scope": "api:read", "client": "service", "audit": "1", "page": "form_post.js"}  # the {id} or {name} behind it in a path
+# Whoever is not logged in is asked to log in, whatever was sent: no way of refusing what does not fit.
+ASKS_FIRST = {("auth", "POST", "/account")}
 
 
 @pytest.fixture
-def options():
-    return m.Options(**CHEAP, enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True, admin_domain="localhost", oidc_issuer="http://localhost")
+def options(tmp_path):
+    return m.Options(**CHEAP, enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True, serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost", totp_qr_output_root=str(tmp_path))
 
 
 @pytest.fixture
-def world(idp, auth, admin, service, alice, root, public):
-    """Something of everything, so that not every identifier is unknown."""
+def world(idp, make_idp, options, service, alice, root, public, tmp_path):
+    """Something of everything, so that not every identifier is unknown. Call it for a copy: what one operation ends, the next has again."""
     m.create_role(idp, m.LOCAL, "test", m.CreateRole("ops"))
     m.create_permission(idp, m.LOCAL, "test", m.CreatePermission("door.open"))
     m.add_uri(idp, m.LOCAL, "test", "service", "redirect", "https://app.example/cb")
     m.put_idp(idp, m.LOCAL, "test", "service", m.PutIdp("google"))
-    m.reset_password(idp, m.LOCAL, "test", "root", PASSWORD)
-    return service
+    m.assign_scopes(idp, m.LOCAL, "test", m.find_client(idp, "service"), [name for _, name, _ in m.SEEDED_SCOPES])
+    idp.store.close()
+    filled, copies = (tmp_path / "mad.db3").read_bytes(), itertools.count()
+
+    def call():
+        path = tmp_path / f"{next(copies)}.db3"
+        path.write_bytes(filled)
+        idp = make_idp(options, path)
+        return {"auth": m.build_app(idp, m.AUTH), "admin": m.build_app(idp, m.ADMIN)}
+
+    call.service = service
+    return call
 
 
-def tokens_of(auth, admin, service):
-    for scope in (None, "openid profile email roles"):
-        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD} | ({"scope": scope} if scope else {}), auth=service)
-    access = answer.json.get("access_token", "") if answer.status == 200 else ""
-    return access, admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
+def credentials(operation, apps, port, service):
+    """Return the header of somebody who may call this: an administrator, a client, a machine with the scope, a user."""
+    wanted, auth, admin = operation.definition.raw.get("security", []), Caller(apps["auth"]), Caller(apps["admin"])
+    if {"client_basic": []} in wanted:
+        return {"Authorization": "Basic " + base64.b64encode(":".join(service).encode()).decode()}
+    if port == "admin":
+        answer = admin.post("/token", {"username": "root", "password": PASSWORD})
+    elif any(part.get("bearer") for part in wanted):
+        answer = auth.post("/token", {"grant_type": "client_credentials", "scope": wanted[0]["bearer"][0]}, auth=service)
+    else:
+        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid profile email roles"}, auth=service)
+    assert answer.status == 200, answer
+    return {"Authorization": f"Bearer {answer.json['access_token']}"}
 
 
-def probe(operation, headers, seed):
-    """Call one operation with what its description allows, now and then without a right to."""
+def make_known(case, dice):
+    """Let what is asked for be there, mostly."""
+    before = reversed(re.split(r"\{(?:id|name)\}", case.path)[0].split("/"))
+    named = [NAMED[word] for part in before for word in NAMED if part.startswith(word)][:1]
+    for found in (case.path_parameters, case.query, case.body):
+        if isinstance(found, dict):
+            for name in found:
+                known = named if found is case.path_parameters and name in ("id", "name") else KNOWN.get(name)
+                if known and dice.random() < 0.8:
+                    found[name] = dice.choice(known)
+
+
+def probe(operation, headers, seed, mode, rejects=True):
+    """Call one operation with what its description allows or forbids, now and then without a right to. Return the statuses."""
+    found = set()
 
     @hypothesis.seed(seed)
     @hypothesis.settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate])
-    @hypothesis.given(case=operation.as_strategy(), dice=hypothesis.strategies.randoms(use_true_random=False))
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode), dice=hypothesis.strategies.randoms(use_true_random=False))
     def call(case, dice):
-        for name in case.path_parameters or {}:
-            if name in KNOWN and dice.random() < 0.7:
-                case.path_parameters[name] = dice.choice(KNOWN[name])
+        hypothesis.assume(PASSWORD not in str(case.path_parameters))  # it picks words out of this folder, and a path is logged
+        if mode is POSITIVE:
+            make_known(case, dice)
         response = case.call(headers=headers if dice.random() < 0.85 else {"Authorization": "Bearer x"})
-        case.validate_response(response, checks=CHECKS)
+        found.add(response.status_code)
+        part = case.meta.components.get(ParameterLocation.BODY)
+        # Members of a query that nobody knows are ignored: RFC 6749 §3.1. So only a body that does not fit must be refused.
+        refused = rejects and mode is NEGATIVE and part is not None and part.mode is NEGATIVE
+        case.validate_response(response, checks=CHECKS + [negative_data_rejection] * refused)
 
     call()
+    return found
 
 
 @pytest.mark.parametrize("port", ["auth", "admin"])
-def test_the_document_is_valid(world, auth, admin, port):
-    openapi_spec_validator.validate({"auth": auth, "admin": admin}[port].get("/openapi.json").json)
+def test_the_document_is_valid(world, port):
+    openapi_spec_validator.validate(Caller(world()[port]).get("/openapi.json").json)
 
 
 @pytest.mark.parametrize("port", ["auth", "admin"])
-def test_no_answer_is_a_server_error_or_undocumented(idp, world, auth, admin, port):
-    app = m.build_app(idp, {"auth": m.AUTH, "admin": m.ADMIN}[port])
-    schema = schemathesis.openapi.from_wsgi("/openapi.json", app)
-    asked = 0
+def test_no_answer_is_a_server_error_or_undocumented(world, port):
+    apps = world()
+    schema = schemathesis.openapi.from_wsgi("/openapi.json", lambda environ, start_response: apps[port](environ, start_response))
+    asked, never = 0, []
     for found in schema.get_all_operations():
-        operation = found.ok()
-        if (port, operation.method.upper(), operation.path) in SPARED:
-            continue
-        access, token = tokens_of(auth, admin, world)
-        headers = {"Authorization": f"Bearer {token if port == 'admin' else access}"}
-        if "client_basic" in str(operation.definition.raw.get("security")):
-            headers = {"Authorization": "Basic " + base64.b64encode(":".join(world).encode()).decode()}
-
-        probe(operation, headers, SEED + asked)
+        operation, apps = found.ok(), world()
+        name, headers = (port, operation.method.upper(), operation.path), credentials(operation, apps, port, world.service)
         asked += 1
-    assert asked > (30 if port == "auth" else 100)
+        if operation.body:
+            probe(operation, headers, SEED - asked, NEGATIVE, name not in ASKS_FIRST)
+        if not any(status < 400 for status in probe(operation, headers, SEED + asked, POSITIVE)):
+            never.append(name)
+    assert asked > (45 if port == "auth" else 125)
+    assert len(never) < asked / 2, ("hardly anything was answered but refusals", never)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schemathesis")
+    (folder / "qr").mkdir()
+    settings = {"enable_auth_swagger": "true", "enable_admin_swagger": "true", "enable_token_refresh": "true", "serve_public_auth_files": "true", "totp_qr_output_root": folder / "qr"}
+    with Box(folder / "data", workers="1", **settings) as box:
+        box.new_user("ann")
+        yield box
+
+
+@pytest.mark.parametrize("port", ["auth", "admin"])
+def test_every_corner_of_the_description_holds_on_sockets(box, port, tmp_path):
+    """Each value at its limits, each member missing, methods that are not offered: through the whole server.
+
+    Left out are what ends the login that asks (above, they are not), and what asks whoever comes to log in first.
+    """
+    number, path = (box.auth_port, "/me") if port == "auth" else (box.admin_port, "/users")
+    bearer = box.admin_token() if port == "admin" else box.log_in("ann", scope="openid profile email").json["access_token"]
+    claims = json.loads(base64.urlsafe_b64decode(bearer.split(".")[1] + "=="))
+    words = ["--phases", "coverage", "--seed", str(SEED), "--no-color", "--checks", ",".join(check.__name__ for check in [*CHECKS, negative_data_rejection]), "--exclude-path-regex", "^/(logout|logout-all|account)$"]
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{number}/openapi.json", "--url", f"http://127.0.0.1:{number}", "-H", f"Authorization: Bearer {bearer}", *words],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parent), "SCHEMATHESIS_SPARE": f"root {claims['sub']} {claims['jti']}"})
+    assert done.returncode == 0 and int(re.search(r"Tested: (\d+)", done.stdout)[1]) > (40 if port == "auth" else 125), done.stdout + done.stderr
+    assert box.call(number, "GET", path, bearer=bearer).status == 200, "whoever asked was let in to the end"
+    assert 'traceback="Traceback' not in box.said()
