@@ -11,7 +11,7 @@ import jwt
 import microauthd as m
 import pytest
 from box import Box
-from conftest import CHEAP
+from conftest import CHEAP, die, in_child
 
 PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -63,12 +63,12 @@ class TestWhatABackupIs:
 
     def test_a_kill_in_the_middle_leaves_no_backup_and_the_next_one_is_good(self, house, tmp_path):
         for name in ("check_copy", "sync_directory"):
-            pid = os.fork()
-            if not pid:
-                setattr(m, name, lambda *words: os.kill(os.getpid(), signal.SIGKILL))
+
+            def work():
+                setattr(m, name, die)
                 m.back_up(house, "b", force=True)
-                os._exit(0)
-            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+            assert in_child(work) == signal.SIGKILL
             assert (tmp_path / "b").exists() is (name == "sync_directory")
         (tmp_path / "b.backing-up-journal").write_bytes(os.urandom(5000))
         assert m.back_up(house, "b", force=True)["users"] == 1
@@ -78,20 +78,13 @@ class TestWhatABackupIs:
         """The limit of a file's size: the same error on the way, at many places of it."""
         whole = m.back_up(house, "whole")["bytes"]
         for room in (40_000, 80_000, whole // 2, whole - 4096):
-            read, write = os.pipe()
-            pid = os.fork()
-            if not pid:
+
+            def work():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-                try:
+                with pytest.raises(m.Refusal, match="cannot be written"):
                     m.back_up(house, "b")
-                except m.Refusal as refusal:
-                    os.write(write, str(refusal).encode())
-                    os._exit(0)
-                os._exit(1)
-            os.close(write)
-            with os.fdopen(read) as said:
-                assert "cannot be written" in said.read()
-            assert os.waitpid(pid, 0)[1] == 0
+
+            assert in_child(work) == 0
             assert not (tmp_path / "b").exists() and not list(tmp_path.glob("b*"))
         assert m.check_copy(house.db_file, m.read_database_key(house.db_file, "a phrase", False))["users"] == 1
 
@@ -164,20 +157,17 @@ class TestRestore:
 
     def test_what_a_killed_server_left_in_its_log_does_not_get_into_the_restored_database(self, house, tmp_path):
         m.back_up(house, "b")
-        pid = os.fork()
-        if not pid:
+
+        def write():
             idp = m.open_idp(house)
             m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(pid, 0)
+            die()
+
+        assert in_child(write) == signal.SIGKILL
         assert (tmp_path / "mad.db3-wal").stat().st_size
         for name in ("mad.db3", "mad.db3-wal"):
             shutil.copy(tmp_path / name, tmp_path / f"{name}.kept")
-        child = os.fork()
-        if not child:
-            m.restore(house, "b", lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == "committed" else None)
-            os._exit(0)
-        os.waitpid(child, 0)
+        assert in_child(lambda: m.restore(house, "b", lambda name: name == "committed" and die())) == signal.SIGKILL
         shutil.copy(tmp_path / "mad.db3-wal.kept", tmp_path / "mad.db3-wal")
         m.recover_setup(house.origins["config"])
         idp = m.open_idp(house)
@@ -218,22 +208,19 @@ class TestRestore:
         before = states(tmp_path)
         size = (tmp_path / "b").stat().st_size
         for room in (2000, 50_000, size - 1):
-            pid = os.fork()
-            if not pid:
+
+            def work():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-                os._exit(m.main(["restore", "b", "--config", str(tmp_path / "mad.conf")]))
-            assert os.waitpid(pid, 0)[1] == 1 << 8, "refused, with a sentence"
+                assert m.main(["restore", "b", "--config", str(tmp_path / "mad.conf")]) == 1, "refused, with a sentence"
+
+            assert in_child(work) == 0
             assert states(tmp_path) == before
 
     @pytest.mark.parametrize("when", ["journal", "database", "config", "seal", "auth", "admin", "staged", "committed"])
     def test_killed_on_a_new_machine_there_is_all_or_nothing(self, house, tmp_path, monkeypatch, when):
         m.back_up(house, "b")
         folder, options = fresh_machine(tmp_path, monkeypatch)
-        pid = os.fork()
-        if not pid:
-            m.restore(options, str(tmp_path / "b"), lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == when else None)
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        assert in_child(lambda: m.restore(options, str(tmp_path / "b"), lambda name: name == when and die())) == signal.SIGKILL
         m.recover_setup(options.origins["config"])
         assert set(states(folder)) == (set(FILES) if when == "committed" else set())
 
@@ -260,20 +247,20 @@ class TestRestore:
 class TestFactoryReset:
     @pytest.mark.parametrize("nth", range(1, 5))
     def test_cut_off_in_the_middle_it_is_done_by_doing_it_again(self, house, tmp_path, nth):
-        pid = os.fork()
-        if not pid:
+
+        def work():
             real, calls = os.unlink, []
 
             def deadly(path):
                 real(path)
                 calls.append(path)
                 if len(calls) == nth:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die()
 
             os.unlink = deadly
             m.factory_reset(house)
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+        assert in_child(work) == signal.SIGKILL
         assert not (tmp_path / "seal.key").exists()
         m.factory_reset(house)
         assert set(states(tmp_path)) == {"mad.conf"}
@@ -331,7 +318,7 @@ class TestBesideARunningServer:
             last = tokens[-1]
             box.stop()
             done = box.run("restore", "1.backup")
-            assert done.returncode == 0 and f"up to" in done.stdout, done.stderr
+            assert done.returncode == 0 and "up to" in done.stdout, done.stderr
             box.start()
             assert box.auth("/me", bearer=last).status == 401 and box.admin("GET", "/users", bearer=bearer).status == 401
             assert jwt.get_unverified_header(box.token().json["access_token"])["kid"] == jwt.get_unverified_header(last)["kid"]

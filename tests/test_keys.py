@@ -10,7 +10,7 @@ import jwt
 import microauthd as m
 import pytest
 from box import Box
-from conftest import CHEAP, Caller
+from conftest import CHEAP, Caller, die, in_child
 
 PASSWORD = "correct horse battery"
 
@@ -76,23 +76,22 @@ class TestRotation:
     def test_killed_at_any_point_a_ring_is_whole_and_the_command_can_be_repeated(self, house, monkeypatch, act, step, nth):
         before = rows(house)
         name = step.split(".")[-1]
-        pid = os.fork()
-        if not pid:
+
+        def work():
             real, calls = getattr(os, name), []
 
             def deadly(*words):
                 calls.append(1)
                 if len(calls) == nth and not step.startswith("after"):
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die()
                 real(*words)
                 if len(calls) == nth:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die()
 
             setattr(os, name, deadly)
             m.rotate_keys(house, ["auth", "admin"]) if act == "rotate" else m.revoke_key(house, before[0][2])
-            os._exit(0)
-        status = os.waitpid(pid, 0)[1]
-        assert status == (0 if act == "revoke" and name == "replace" and nth == 2 else signal.SIGKILL), "a revocation replaces one file"
+
+        assert in_child(work) == (0 if act == "revoke" and name == "replace" and nth == 2 else signal.SIGKILL), "a revocation replaces one file"
         for port in ("auth", "admin"):
             states = [state for _, state, _ in rows(house, port)]
             assert states.count("active") == (2 if port == "auth" else 1) and len(states) - states.count("active") in (0, states.count("next"))
