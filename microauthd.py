@@ -13,6 +13,7 @@ Contents
     Tokens            key rings, JWKS, minting and verifying JWTs
     Idp               options, store, keys, clock: what every function below is handed
     Audit             audit()
+    Backup            one verified file that restores the box
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
     Sessions          refresh-token families, revocation, "is this token alive?"
@@ -369,6 +370,7 @@ OPTIONS = (
     Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
     Option("db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"),
     Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
+    Option("backup-folder", "", absolute, "Absolute folder of the backups that are made over ADMIN; empty: none are.", group="Files"),
     Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
     Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
     # -- AUTH --
@@ -1743,6 +1745,23 @@ class AuditObject(msgspec.Struct):
     row_sha256: str
     user_id: str
     ip: str
+
+
+class BackupPiece(msgspec.Struct):
+    """Where in a backup the piece begins that is asked for."""
+
+    offset: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
+
+
+class BackupObject(msgspec.Struct):
+    """A backup as it lies in `backup-folder`; `newest_at` is the time of the last thing it knows of."""
+
+    name: str
+    bytes: int
+    sha256: str
+    users: int
+    clients: int
+    newest_at: str | None
 
 
 class AuditVerdict(msgspec.Struct):
@@ -3969,6 +3988,147 @@ def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambd
     if done:
         audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
     return done
+
+
+# == Backup ====================================================================
+# One file that restores the box, made beside everything that writes. Recovery puts it back.
+
+
+def check_copy(path: str, key: str) -> dict:
+    """Read a database through, page by page and row by row. Return what it holds. Raises Refusal where it is not whole."""
+    copy = Store(path, key)
+    try:
+        damage = copy.check_whole()
+        if damage:
+            raise Refusal(f"{path} is damaged: {damage}")
+        return copy.describe_copy()
+    except (Problem, sqlcipher3.Error) as error:
+        raise Refusal(f"{path} is damaged: {error.log if isinstance(error, Problem) else error}") from None
+    finally:
+        copy.close()
+
+
+def backup_files(options: Options) -> dict:
+    return {
+        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
+    }
+
+
+def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, without_keys=False) -> dict:
+    """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
+
+    Beside a server that writes. Encrypted as the database is; read through after writing, from the disk and not from
+    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises Refusal.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refusal(f"{path} is there already, and is no file")
+    if os.path.exists(path) and not force:
+        raise Refusal(f"{path} is there already: --force writes over it")
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in (idp.store.path, *backup_files(idp.options).values())):
+        raise Refusal(f"{path} is what is to be backed up")
+    if not idp.store.key and not without_keys:
+        raise Refusal("the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out")
+    files = {}
+    for name, file in {} if without_keys else backup_files(idp.options).items():
+        try:
+            files[name] = Path(file).read_bytes()
+        except OSError as error:
+            if name != "config" or not isinstance(error, FileNotFoundError):  # settings may come from the environment
+                raise Refusal(f"{file} cannot be backed up: {error.strerror}") from None
+    temporary = path + ".backing-up"
+    leftovers = [temporary + suffix for suffix in ("", "-journal", "-wal", "-shm")]
+    try:
+        for leftover in leftovers:  # of one that was killed: a journal of it would be rolled back into ours
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        idp.store.copy_to(temporary, files, idp.now())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        held = check_copy(temporary, idp.store.key)
+        os.replace(temporary, path)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
+    except (sqlcipher3.Error, Problem) as error:
+        raise Refusal(f"the backup {path} cannot be written: {error.log if isinstance(error, Problem) else error}") from None
+    finally:
+        for leftover in leftovers:
+            with contextlib.suppress(OSError):
+                os.unlink(leftover)
+    audit(idp, origin, actor, "backup_made", os.path.basename(path))
+    return {"bytes": os.path.getsize(path), **held}
+
+
+BACKUP_NAME = re.compile(r"microauthd-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.backup")
+BACKUP_PIECE = 1 << 20
+
+
+@contextlib.contextmanager
+def hold_backup_folder(options: Options):
+    """Hold the folder of the backups made over ADMIN, for one at a time: each reads and writes the whole database.
+
+    Gives its descriptor. Raises not_found where none is set.
+    """
+    if not options.backup_folder:
+        raise Problem("not_found", log="backup-folder is not set")
+    try:
+        descriptor = os.open(options.backup_folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Problem("temporarily_unavailable", log=f"backup-folder: {error.strerror}", retry_after=60) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem("temporarily_unavailable", log="another backup is being made or read", retry_after=5) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def make_backup(idp: Idp, origin: Origin, actor: str) -> BackupObject:
+    """Write a backup into `backup-folder`, with room to spare beside it."""
+    with hold_backup_folder(idp.options) as folder:
+        room = os.fstatvfs(folder)
+        if room.f_bavail * room.f_frsize < 2 * os.path.getsize(idp.store.path) + 16_000_000:
+            raise Problem("temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600)
+        name = time.strftime("microauthd-%Y%m%dT%H%M%SZ-", time.gmtime(idp.now())) + secrets.token_hex(4) + ".backup"
+        path = os.path.join(idp.options.backup_folder, name)
+        try:
+            done = write_backup(idp, origin, actor, path)
+        except Refusal as refusal:
+            raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
+        with open(path, "rb") as file:
+            return BackupObject(name, done["bytes"], hashlib.file_digest(file, "sha256").hexdigest(), done["users"], done["clients"], iso(done["newest_at"]))
+
+
+def read_backup_piece(idp: Idp, name: str, offset: int) -> tuple[bytes, int]:
+    """Return a piece of a backup in `backup-folder`, and where the next begins, 0 after the last. Raises not_found."""
+    with hold_backup_folder(idp.options) as folder:
+        if not BACKUP_NAME.fullmatch(name):
+            raise Problem("not_found")
+        try:
+            with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+                piece, size = os.pread(file.fileno(), BACKUP_PIECE, offset), os.fstat(file.fileno()).st_size
+        except OSError:
+            raise Problem("not_found") from None
+    return piece, offset + len(piece) if piece and offset + len(piece) < size else 0
+
+
+def delete_backup(idp: Idp, origin: Origin, actor: str, name: str):
+    """Remove a backup from `backup-folder`. Raises not_found."""
+    with hold_backup_folder(idp.options) as folder:
+        if not BACKUP_NAME.fullmatch(name):
+            raise Problem("not_found")
+        try:
+            os.stat(name, dir_fd=folder, follow_symlinks=False)
+            audit(idp, origin, actor, "backup_deleted", name)
+            os.unlink(name, dir_fd=folder)
+        except OSError:
+            raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None
 
 
 # == Accounts ==================================================================
@@ -8551,6 +8711,27 @@ def admin_purge_audit(idp, claims, params):
 # -- description --
 
 
+@ADMIN("POST", "/backup", guard=by_admin(), spec="online backup", gives=BackupObject)
+def admin_make_backup(idp, claims, params):
+    """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is set."""
+    with idp.hasher.gate.blocking():
+        return make_backup(idp, params.origin, claims["sub"])
+
+
+@ADMIN("GET", "/backup/<name>", guard=by_admin(), spec="online backup", query=BackupPiece, gives=bytes, gives_media="application/octet-stream")
+def admin_read_backup(idp, claims, params):
+    """A backup, a mebibyte at a time, from `offset` on; X-Next-Offset where there is more."""
+    piece, following = read_backup_piece(idp, params.path["name"], params.query.offset)
+    return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
+
+
+@ADMIN("DELETE", "/backup/<name>", guard=by_admin(), spec="online backup", gives=Msg)
+def admin_delete_backup(idp, claims, params):
+    """Remove a backup from `backup-folder`."""
+    delete_backup(idp, params.origin, claims["sub"], params.path["name"])
+    return msg("Backup deleted.")
+
+
 @ADMIN("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_admin_swagger", tagged=True)
 def admin_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
@@ -10085,71 +10266,13 @@ def require_owner(options: Options):
         raise Refusal(f"{place} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
 
 
-def check_copy(path: str, key: str) -> dict:
-    """Read a database through, page by page and row by row. Return what it holds. Raises Refusal where it is not whole."""
-    copy = Store(path, key)
-    try:
-        damage = copy.check_whole()
-        if damage:
-            raise Refusal(f"{path} is damaged: {damage}")
-        return copy.describe_copy()
-    except (Problem, sqlcipher3.Error) as error:
-        raise Refusal(f"{path} is damaged: {error.log if isinstance(error, Problem) else error}") from None
-    finally:
-        copy.close()
-
-
 def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
-    """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
-
-    Beside a server that writes. Encrypted as the database is; read through after writing, from the disk and not from
-    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises Refusal.
-    """
-    path = os.path.abspath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise Refusal(f"{path} is there already, and is no file")
-    if os.path.exists(path) and not force:
-        raise Refusal(f"{path} is there already: --force writes over it")
-    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in (options.db_file, *backup_files(options).values())):
-        raise Refusal(f"{path} is what is to be backed up")
-    idp, temporary = open_idp(options), path + ".backing-up"
-    leftovers = [temporary + suffix for suffix in ("", "-journal", "-wal", "-shm")]
+    """Write one file that restores the box, at the machine. See write_backup()."""
+    idp = open_idp(options)
     try:
-        if not idp.store.key and not without_keys:
-            raise Refusal("the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out")
-        try:
-            for leftover in leftovers:  # of one that was killed: a journal of it would be rolled back into ours
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(leftover)
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            files = {name: Path(file).read_bytes() for name, file in backup_files(options).items() if os.path.exists(file) and not without_keys}
-            idp.store.copy_to(temporary, files, idp.now())
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            held = check_copy(temporary, idp.store.key)
-            os.replace(temporary, path)
-            sync_directory(os.path.dirname(path))
-        except OSError as error:
-            raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
-        except sqlcipher3.Error as error:
-            raise Refusal(f"the backup {path} cannot be written: {error}") from None
-        except Problem as error:
-            raise Refusal(f"the backup {path} cannot be written: {error.log}") from None
-        audit(idp, LOCAL, "machine", "backup_made", os.path.basename(path))
-        return {"bytes": os.path.getsize(path), **held}
+        return write_backup(idp, LOCAL, "machine", path, force, without_keys)
     finally:
         idp.store.close()
-        for leftover in leftovers:
-            with contextlib.suppress(OSError):
-                os.unlink(leftover)
-
-
-def backup_files(options: Options) -> dict:
-    return {
-        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
-    }
 
 
 def read_backup(source: str, key: str) -> dict:

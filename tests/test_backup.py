@@ -1,5 +1,6 @@
 """Backup, restore and reset where it hurts: other machines, full disks, kills, stolen keys, other users."""
 
+import hashlib
 import os
 import random
 import resource
@@ -11,7 +12,7 @@ import jwt
 import microauthd as m
 import pytest
 from box import Box
-from conftest import CHEAP, die, in_child
+from conftest import CHEAP, Caller, die, in_child
 
 PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -110,6 +111,17 @@ class TestWhatABackupIs:
         with pytest.raises(m.Refusal, match="without keys"):
             m.restore(other, str(tmp_path / "b"))
         assert states(folder) == {}
+
+
+    @pytest.mark.parametrize("name", ["seal.key", "token.pem", "admin_token.pem"])
+    def test_with_a_key_missing_it_is_refused(self, house, tmp_path, name):
+        """A backup that cannot restore the box is none."""
+        idp = m.open_idp(house)
+        os.unlink(name)
+        with pytest.raises(m.Refusal, match=name):
+            m.write_backup(idp, m.LOCAL, "t", str(tmp_path / "b"))
+        idp.store.close()
+        assert not list(tmp_path.glob("b*"))
 
 
 class TestRestore:
@@ -325,6 +337,26 @@ class TestBesideARunningServer:
             answer = box.admin("GET", "/users?limit=1000", bearer=box.admin_token())
             assert answer.status == 200 and all(f'"{name}"'.encode() in answer.body for name in promised[1])
 
+    def test_one_made_over_admin_comes_whole_through_the_network(self, tmp_path):
+        folder = tmp_path / "backups"
+        folder.mkdir()
+        with Box(tmp_path / "data", workers="2", backup_folder=str(folder)) as box:
+            bearer = box.admin_token()
+            made = box.admin("POST", "/backup", bearer=bearer)
+            assert made.status == 200, made
+            large = folder / "microauthd-20260101T000000Z-00000000.backup"
+            large.write_bytes(os.urandom(2_500_000))
+            for path in (folder / made.json["name"], large):
+                content, offset = b"", "0"
+                while offset:
+                    piece = box.admin("GET", f"/backup/{path.name}?offset={offset}", bearer=bearer)
+                    assert piece.status == 200, piece
+                    content, offset = content + piece.body, piece.headers.get("X-Next-Offset")
+                assert content == path.read_bytes()
+            box.stop()
+            done = box.run("restore", str(folder / made.json["name"]))
+            assert done.returncode == 0, done.stderr
+
     def test_typed_wrongly_it_destroys_nothing(self, tmp_path):
         box = Box(tmp_path / "data").set_up()
         assert box.run("factory-reset").returncode == 1 and (box.folder / "mad.db3").exists()
@@ -332,3 +364,69 @@ class TestBesideARunningServer:
         box.run("backup", "b")
         done = box.run("restore", "b", MAD_DB_PASS="another")
         assert done.returncode == 1 and "Traceback" not in done.stderr and "another" not in done.stderr
+
+
+class TestOverAdmin:
+    """POST /backup: into a folder the operator chose, fetched in pieces."""
+
+    @pytest.fixture
+    def call(self, house, tmp_path):
+        (tmp_path / "backups").mkdir()
+        options = m.Options(house.origins, **{option.attribute: getattr(house, option.attribute) for option in m.OPTIONS} | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"})
+        idp = m.open_idp(options)
+        admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
+        bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
+
+        def call(method, path):
+            return admin(method, path, bearer=bearer)
+
+        call.idp = idp
+        yield call
+        idp.store.close()
+
+    def test_it_is_made_fetched_in_pieces_restored_and_removed(self, house, call, tmp_path, monkeypatch):
+        monkeypatch.setattr(m, "BACKUP_PIECE", 50_000)
+        made = call("POST", "/backup")
+        assert made.status == 200 and made.json["users"] == 1, made
+        (path,) = (tmp_path / "backups").iterdir()
+        assert path.name == made.json["name"] and path.stat().st_mode & 0o777 == 0o600
+        content, offset, pieces = b"", 0, 0
+        while offset is not None:
+            piece = call("GET", f"/backup/{path.name}?offset={offset}")
+            assert piece.status == 200 and len(piece.body) <= 50_000 and piece.headers["cache-control"] == "no-store"
+            content, pieces = content + piece.body, pieces + 1
+            offset = int(piece.headers["x-next-offset"]) if "x-next-offset" in piece.headers else None
+        assert pieces > 2 and hashlib.sha256(content).hexdigest() == made.json["sha256"] and len(content) == made.json["bytes"]
+        assert call("DELETE", f"/backup/{path.name}").status == 200 and not path.exists()
+        assert [row.action for row in call.idp.store.list_audit(limit=2)] == ["backup_deleted", "backup_made"] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id
+        call.idp.store.close()
+        (tmp_path / "fetched").write_bytes(content)
+        m.restore(house, "fetched")
+        assert [row["state"] for row in m.describe_keys(house)] == ["active"] * 3
+
+    @pytest.mark.parametrize("name", ["mad.db3", "..%2Fmad.db3", "microauthd-20260101T000000Z-00000000.backup", "linked", "x" * 300])
+    def test_nothing_else_is_read_or_removed(self, call, tmp_path, name):
+        if name == "linked":
+            name = "microauthd-20260101T000000Z-0000000a.backup"
+            (tmp_path / "backups" / name).symlink_to(tmp_path / "token.pem")
+            assert call("GET", f"/backup/{name}").status == 404
+            return
+        (tmp_path / "backups" / "mad.db3").write_text("x")
+        assert call("GET", f"/backup/{name}").status == call("DELETE", f"/backup/{name}").status == 404
+
+    def test_one_at_a_time_and_with_room_to_spare(self, call, tmp_path, monkeypatch):
+        with m.hold_backup_folder(call.idp.options):
+            answer = call("POST", "/backup")
+            assert answer.status == 503 and answer.headers["retry-after"] == "5"
+        real = os.fstatvfs
+        monkeypatch.setattr(os, "fstatvfs", lambda descriptor: os.statvfs_result((*real(descriptor)[:4], 1, *real(descriptor)[5:])))
+        assert call("POST", "/backup").status == 503
+        monkeypatch.undo()
+        os.chdir(tmp_path)
+        (tmp_path / "seal.key").unlink()
+        answer = call("POST", "/backup")
+        assert answer.status == 503 and str(tmp_path) not in str(answer.json) and not list((tmp_path / "backups").iterdir())
+
+    def test_without_a_folder_there_is_nothing_there(self, admin, admin_token):
+        for method, path in (("POST", "/backup"), ("GET", "/backup/x"), ("DELETE", "/backup/x")):
+            assert admin(method, path, bearer=admin_token).status == 404
