@@ -13,6 +13,7 @@ Contents
     Tokens            key rings, JWKS, minting and verifying JWTs
     Idp               options, store, keys, clock: what every function below is handed
     Audit             audit()
+    Backup            one verified file that restores the box
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
     Sessions          refresh-token families, revocation, "is this token alive?"
@@ -56,6 +57,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -369,6 +371,7 @@ OPTIONS = (
     Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
     Option("db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"),
     Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
+    Option("backup-folder", "", absolute, "Absolute folder of the backups that are made over ADMIN; empty: none are.", group="Files"),
     Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
     Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
     # -- AUTH --
@@ -417,7 +420,7 @@ OPTIONS = (
     Option("prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.", "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens"),
     Option("admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"), group="Keys and tokens"),
     Option("admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?", secret=True, group="Keys and tokens"),
-    Option("key-overlap", 900, whole(1, 604800), "Seconds a new signing key is published before it signs; more than caches keep the key set (300).", group="Keys and tokens"),
+    Option("key-overlap", 900, whole(1, 604800), "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set shorter.", group="Keys and tokens"),
     Option("admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.", "Lifetime of an ADMIN token, seconds?", group="Keys and tokens"),
     # -- login, audit, flows --
     Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
@@ -1746,6 +1749,23 @@ class AuditObject(msgspec.Struct):
     ip: str
 
 
+class BackupPiece(msgspec.Struct):
+    """Where in a backup the piece begins that is asked for."""
+
+    offset: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
+
+
+class BackupObject(msgspec.Struct):
+    """A backup as it lies in `backup-folder`; `newest_at` is the time of the last thing it knows of."""
+
+    name: str
+    bytes: int
+    sha256: str
+    users: int
+    clients: int
+    newest_at: str | None
+
+
 class AuditVerdict(msgspec.Struct):
     """`head` is the hash of the last row: note it elsewhere, and nobody can rewrite what it covers unseen."""
 
@@ -2396,7 +2416,7 @@ class Store:
         copy = Store(path, self.key)
         try:
             self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
-            copy.connection.execute("PRAGMA journal_mode = DELETE")
+            copy.connection.execute("PRAGMA journal_mode = DELETE")  # one file, and readable where nothing can be written
             with copy.transaction():
                 copy.connection.execute(BACKUP_SCHEMA)
                 copy.connection.executemany("INSERT INTO backup VALUES (?, ?)", list(files.items()))
@@ -2404,15 +2424,23 @@ class Store:
         finally:
             copy.close()
 
-    def take_backup_files(self) -> dict:
-        """Take the files out of a copy again; none where it is no backup."""
+    def read_backup_files(self) -> dict | None:
+        """Return the files that travel in a copy, by name; None where it is no backup."""
         with self.guard():
             if not self.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'backup'").fetchone():
-                return {}
-            files = dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
+                return None
+            return dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
+
+    def drop_backup_files(self):
+        """Make a database of a copy again: keys and settings have no place in one that serves."""
         with self.transaction():
             self.connection.execute("DROP TABLE backup")
-        return files
+
+    def describe_copy(self) -> dict:
+        """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
+        with self.guard():
+            users, clients = self.connection.execute("SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM client)").fetchone()
+        return {"users": users, "clients": clients, "newest_at": self.newest_at()}
 
     def forget_logins(self):
         """Drop what was under way: logins and codes."""
@@ -3737,6 +3765,17 @@ class Key:
             self.public.verify(encode_dss_signature(r, s), message, ECDSA_SHA256)
 
 
+def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
+    """Return a ring without these keys. Where one of them signed, the next of its algorithm does, or a new one."""
+    gone = [entry for entry in entries if Key(entry).kid in kids]
+    rest = [entry for entry in entries if entry not in gone]
+    for alg in sorted({alg_of(entry) for entry in gone if entry.state == "active"}):
+        waiting = next((entry for entry in rest if entry.state == "next" and alg_of(entry) == alg), None)
+        fresh = msgspec.structs.replace(waiting, state="active", since=now) if waiting else make_key(alg, rsa_bits, now)
+        rest = [entry for entry in rest if entry is not waiting] + [fresh]
+    return rest
+
+
 class KeyRing:
     """The keys of one port."""
 
@@ -3855,6 +3894,7 @@ class Idp:
         self.rings = {"auth": auth_ring, "admin": admin_ring}
         self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
         self.rings_until = 0.0  # monotonic seconds until the files are looked at again
+        self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
         self.throttle = Throttle(clock)
@@ -3867,18 +3907,21 @@ class Idp:
         self.clock_is_sane = True
         self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
 
+    def look_at_rings(self):
+        """Take up changed key rings, where it is time to look."""
+        if self.ring_files and time.monotonic() >= self.rings_until:
+            self.follow_rings()
+
     @property
     def auth_ring(self) -> KeyRing:
         """The keys of AUTH, as its file has them now."""
-        if self.ring_files and time.monotonic() >= self.rings_until:
-            self.follow_rings()
+        self.look_at_rings()
         return self.rings["auth"]
 
     @property
     def admin_ring(self) -> KeyRing:
         """The keys of ADMIN, as its file has them now."""
-        if self.ring_files and time.monotonic() >= self.rings_until:
-            self.follow_rings()
+        self.look_at_rings()
         return self.rings["admin"]
 
     def follow_rings(self):
@@ -3886,7 +3929,16 @@ class Idp:
 
         A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
         """
-        self.rings_until = time.monotonic() + 1
+        # One at a time: of two that read different versions, the slower could leave the older one in place.
+        if not self.rings_lock.acquire(blocking=False):
+            return
+        try:
+            self.rings_until = time.monotonic() + 1
+            self.read_changed_rings()
+        finally:
+            self.rings_lock.release()
+
+    def read_changed_rings(self):
         for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
             try:
                 seen, due = self.ring_files[port_name]
@@ -3899,6 +3951,7 @@ class Idp:
                 continue
             self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
+            # After the ring: who holds the dict of before may have built a page from the ring of before. See prebuilt().
             self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
             self.log("keys.changed", port=port_name, kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys))
 
@@ -3965,6 +4018,147 @@ def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambd
             if deleted < SLICE and done:
                 audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
     return done
+
+
+# == Backup ====================================================================
+# One file that restores the box, made beside everything that writes. Recovery puts it back.
+
+
+def check_copy(path: str, key: str) -> dict:
+    """Read a database through, page by page and row by row. Return what it holds. Raises Refusal where it is not whole."""
+    copy = Store(path, key)
+    try:
+        damage = copy.check_whole()
+        if damage:
+            raise Refusal(f"{path} is damaged: {damage}")
+        return copy.describe_copy()
+    except (Problem, sqlcipher3.Error) as error:
+        raise Refusal(f"{path} is damaged: {error.log if isinstance(error, Problem) else error}") from None
+    finally:
+        copy.close()
+
+
+def backup_files(options: Options) -> dict:
+    return {
+        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
+    }
+
+
+def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, without_keys=False) -> dict:
+    """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
+
+    Beside a server that writes. Encrypted as the database is; read through after writing, from the disk and not from
+    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises Refusal.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise Refusal(f"{path} is there already, and is no file")
+    if os.path.exists(path) and not force:
+        raise Refusal(f"{path} is there already: --force writes over it")
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in (idp.store.path, *backup_files(idp.options).values())):
+        raise Refusal(f"{path} is what is to be backed up")
+    if not idp.store.key and not without_keys:
+        raise Refusal("the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out")
+    files = {}
+    for name, file in {} if without_keys else backup_files(idp.options).items():
+        try:
+            files[name] = Path(file).read_bytes()
+        except OSError as error:
+            if name != "config" or not isinstance(error, FileNotFoundError):  # settings may come from the environment
+                raise Refusal(f"{file} cannot be backed up: {error.strerror}") from None
+    temporary = path + ".backing-up"
+    leftovers = [temporary + suffix for suffix in ("", "-journal", "-wal", "-shm")]
+    try:
+        for leftover in leftovers:  # of one that was killed: a journal of it would be rolled back into ours
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        idp.store.copy_to(temporary, files, idp.now())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        held = check_copy(temporary, idp.store.key)
+        os.replace(temporary, path)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
+    except (sqlcipher3.Error, Problem) as error:
+        raise Refusal(f"the backup {path} cannot be written: {error.log if isinstance(error, Problem) else error}") from None
+    finally:
+        for leftover in leftovers:
+            with contextlib.suppress(OSError):
+                os.unlink(leftover)
+    audit(idp, origin, actor, "backup_made", os.path.basename(path))
+    return {"bytes": os.path.getsize(path), **held}
+
+
+BACKUP_NAME = re.compile(r"microauthd-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.backup")
+BACKUP_PIECE = 1 << 20
+
+
+@contextlib.contextmanager
+def hold_backup_folder(options: Options):
+    """Hold the folder of the backups made over ADMIN, for one at a time: each reads and writes the whole database.
+
+    Gives its descriptor. Raises not_found where none is set.
+    """
+    if not options.backup_folder:
+        raise Problem("not_found", log="backup-folder is not set")
+    try:
+        descriptor = os.open(options.backup_folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Problem("temporarily_unavailable", log=f"backup-folder: {error.strerror}", retry_after=60) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem("temporarily_unavailable", log="another backup is being made or read", retry_after=5) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def make_backup(idp: Idp, origin: Origin, actor: str) -> BackupObject:
+    """Write a backup into `backup-folder`, with room to spare beside it."""
+    with hold_backup_folder(idp.options) as folder:
+        room = os.fstatvfs(folder)
+        if room.f_bavail * room.f_frsize < 2 * os.path.getsize(idp.store.path) + 16_000_000:
+            raise Problem("temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600)
+        name = time.strftime("microauthd-%Y%m%dT%H%M%SZ-", time.gmtime(idp.now())) + secrets.token_hex(4) + ".backup"
+        path = os.path.join(idp.options.backup_folder, name)
+        try:
+            done = write_backup(idp, origin, actor, path)
+        except Refusal as refusal:
+            raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
+        with open(path, "rb") as file:
+            return BackupObject(name, done["bytes"], hashlib.file_digest(file, "sha256").hexdigest(), done["users"], done["clients"], iso(done["newest_at"]))
+
+
+def read_backup_piece(idp: Idp, name: str, offset: int) -> tuple[bytes, int]:
+    """Return a piece of a backup in `backup-folder`, and where the next begins, 0 after the last. Raises not_found."""
+    with hold_backup_folder(idp.options) as folder:
+        if not BACKUP_NAME.fullmatch(name):
+            raise Problem("not_found")
+        try:
+            with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+                piece, size = os.pread(file.fileno(), BACKUP_PIECE, offset), os.fstat(file.fileno()).st_size
+        except OSError:
+            raise Problem("not_found") from None
+    return piece, offset + len(piece) if piece and offset + len(piece) < size else 0
+
+
+def delete_backup(idp: Idp, origin: Origin, actor: str, name: str):
+    """Remove a backup from `backup-folder`. Raises not_found."""
+    with hold_backup_folder(idp.options) as folder:
+        if not BACKUP_NAME.fullmatch(name):
+            raise Problem("not_found")
+        try:
+            os.stat(name, dir_fd=folder, follow_symlinks=False)
+            audit(idp, origin, actor, "backup_deleted", name)
+            os.unlink(name, dir_fd=folder)
+        except OSError:
+            raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None
 
 
 # == Accounts ==================================================================
@@ -6725,12 +6919,18 @@ def list_users(idp: Idp, params) -> Reply:
 AUTH = Routes("auth")
 
 
-def prebuilt(idp: Idp, name: str, make) -> Page:
-    """Return an answer that does not change while the server runs, for caches to keep five minutes."""
-    page = idp.pages.get(name)
+def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
+    """Return an answer that does not change until the keys do, for caches to keep five minutes.
+
+    `make` is called after the dict was taken: what is made of the keys of before a change never lands in the dict of
+    after it, where it would stay.
+    """
+    idp.look_at_rings()
+    pages = idp.pages
+    page = pages.get(name)
     if page is None:
         content = make()
-        page = idp.pages[name] = Page(content, cache=300, etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        page = pages[name] = Page(content, cache=cache, etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     return page
 
 
@@ -6772,7 +6972,9 @@ def ready(idp, params):
 @AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks, cors=True, tagged=True)
 def jwks(idp, params):
     """The public keys by which anybody verifies our tokens."""
-    return prebuilt(idp, "jwks", idp.auth_ring.jwks)
+    # Who keeps the set this long has met a key before it signs: processes take a ring up within a second. RFC 7517 §5.
+    cache = max(0, min(300, idp.options.key_overlap - 2))
+    return prebuilt(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
 
 
 def describe_server(idp: Idp) -> dict:
@@ -8555,6 +8757,27 @@ def admin_purge_audit(idp, claims, params):
 # -- description --
 
 
+@ADMIN("POST", "/backup", guard=by_admin(), spec="online backup", gives=BackupObject)
+def admin_make_backup(idp, claims, params):
+    """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is set."""
+    with idp.hasher.gate.blocking():
+        return make_backup(idp, params.origin, claims["sub"])
+
+
+@ADMIN("GET", "/backup/<name>", guard=by_admin(), spec="online backup", query=BackupPiece, gives=bytes, gives_media="application/octet-stream")
+def admin_read_backup(idp, claims, params):
+    """A backup, a mebibyte at a time, from `offset` on; X-Next-Offset where there is more."""
+    piece, following = read_backup_piece(idp, params.path["name"], params.query.offset)
+    return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
+
+
+@ADMIN("DELETE", "/backup/<name>", guard=by_admin(), spec="online backup", gives=Msg)
+def admin_delete_backup(idp, claims, params):
+    """Remove a backup from `backup-folder`."""
+    delete_backup(idp, params.origin, claims["sub"], params.path["name"])
+    return msg("Backup deleted.")
+
+
 @ADMIN("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_admin_swagger", tagged=True)
 def admin_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
@@ -9894,14 +10117,23 @@ def journal_of(config: str) -> str:
 
 
 @contextlib.contextmanager
-def hold_setup(config: str):
-    """Hold the lock of the journal: what looks like an interrupted set-up may be one that still runs."""
-    descriptor = os.open(journal_of(config) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def hold_setup(config: str, beside_others=False):
+    """Hold the lock of the journal: what looks like an interrupted set-up may be one that still runs.
+
+    Commands that leave the files where they are hold it beside each other, and keep a restore waiting.
+    """
+    try:
+        descriptor = os.open(journal_of(config) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        if not beside_others:
+            raise
+        yield  # whoever cannot lock here cannot write a journal either
+        return
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal("another process is setting up here right now: wait until it is done") from None
+            raise Refusal("another process is setting up, restoring or at work on the files here right now: wait until it is done") from None
         yield
     finally:
         os.close(descriptor)
@@ -10074,131 +10306,169 @@ def open_idp(options: Options) -> Idp:
 
 
 def require_owner(options: Options):
-    """Raise Refusal unless this is the user whose server it is."""
+    """Raise Refusal unless this is the user whose server it is: not even root, whose files that user could not read."""
+    place = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
     try:
-        owner = os.stat(options.db_file).st_uid
-    except OSError as error:
-        raise Refusal(f"the database {options.db_file} cannot be read: {error.strerror}") from None
-    if os.geteuid() not in (0, owner):
-        raise Refusal(f"the database {options.db_file} belongs to user {owner}: run this as that user")
+        owner = os.stat(place).st_uid
+    except OSError:
+        return  # nobody's yet
+    if os.geteuid() != owner and (place == options.db_file or os.geteuid() == 0):
+        raise Refusal(f"{place} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
 
 
-def check_copy(path: str, key: str):
-    """Read a database through, page by page and row by row. Raises Refusal where it is not whole."""
-    copy = Store(path, key)
+def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
+    """Write one file that restores the box, at the machine. See write_backup()."""
+    idp = open_idp(options)
     try:
-        damage = copy.check_whole()
-    finally:
-        copy.close()
-    if damage:
-        raise Refusal(f"{path} is damaged: {damage}")
-
-
-def back_up(options: Options, path: str, force=False) -> dict:
-    """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
-
-    Beside a server that writes. Encrypted as the database is; read through after writing; in place
-    at once or not at all. Return `bytes` and `newest_at`. Raises Refusal.
-    """
-    path = os.path.abspath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise Refusal(f"{path} is there already, and is no file")
-    if os.path.exists(path) and not force:
-        raise Refusal(f"{path} is there already: --force writes over it")
-    idp, temporary = open_idp(options), path + ".new"
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        try:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            files = {name: Path(file).read_bytes() for name, file in backup_files(options).items() if os.path.exists(file)}
-            idp.store.copy_to(temporary, files, idp.now())
-            check_copy(temporary, idp.store.key)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_directory(os.path.dirname(path))
-        except OSError as error:
-            raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
-        except sqlcipher3.Error as error:
-            raise Refusal(f"the backup {path} cannot be written: {error}") from None
-        audit(idp, LOCAL, "machine", "backup_made", os.path.basename(path))
-        return {"bytes": os.path.getsize(path), "newest_at": idp.store.newest_at()}
+        return write_backup(idp, LOCAL, "machine", path, force, without_keys)
     finally:
         idp.store.close()
-        for leftover in (temporary, temporary + "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leftover)
 
 
-def backup_files(options: Options) -> dict:
-    return {
-        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
-    }
+def read_backup(source: str, key: str) -> dict:
+    """Return the files that travel in a backup. Raises Refusal where it is none, or does not open."""
+    copy = Store(source, key)
+    try:
+        files = copy.read_backup_files()
+    except (Problem, sqlcipher3.Error):
+        raise Refusal(f"{source} does not open: the passphrase is wrong, or the file is damaged") from None
+    finally:
+        copy.close()
+    if files is None:
+        raise Refusal(f"{source} is a database, and no backup: the keys are not in it")
+    return files
+
+
+def settle_options(options: Options, content: bytes, where: str) -> Options:
+    """Return the options with the settings of a backup for what nobody says here: they name the files and open the keys."""
+    values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+    for name, (value, origin) in parse_config(content.decode("utf-8"), where).items():
+        if name not in options.origins:
+            try:
+                values[OPTION_NAMES[name].attribute] = OPTION_NAMES[name].parse(value)
+            except ValueError as error:
+                raise Refusal(f"{origin}: {name} {error}") from None
+    return Options(options.origins, **values)
+
+
+def last_issued_ms(store: Store) -> int:
+    """Return a millisecond that nothing this database knows of was issued after. See issue(): a clock may be behind its epoch."""
+    return max(store.newest_at() * 1000 + 999, int(store.meta("revoked_before", "0")) + 1)
+
+
+def look_back(options: Options) -> tuple[set, int, bool]:
+    """Return the keys that were revoked here, when something was issued last, and whether the database could be asked."""
+    if not os.path.exists(options.db_file):
+        return set(), 0, True
+    store = None
+    try:
+        store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+        return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
+    except (Refusal, Problem, sqlcipher3.Error):
+        return set(), 0, False
+    finally:
+        if store:
+            store.close()
 
 
 def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
     """Put the box back to what a backup holds, all of it or nothing; the server must not run.
 
-    Nothing that was issued before lives on, whenever that was. The settings of the backup are
-    taken where there are none here. Return `restored_from` and `newest_at`. Raises Refusal, and
-    then everything is as it was.
+    Nothing that was issued before lives on, whenever that was, and a key that was revoked here stays so. The settings of
+    the backup are taken where there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether it
+    could be seen which keys were revoked here. Raises Refusal, and then everything is as it was.
     """
     key = read_database_key(source, options.db_pass, options.no_db_pass)
     config = options.origins.get("config", "mad.conf")
-    os.makedirs(os.path.dirname(os.path.abspath(options.db_file)), mode=0o700, exist_ok=True)
-    with hold_setup(config), hold_database(options.db_file):
+    require_owner(options)
+    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    with hold_setup(config):
         finish_setup(config)
+        files = read_backup(source, key)
+        if not os.path.exists(config) and "config" in files:
+            options = settle_options(options, files["config"], f"mad.conf in {source}")
+            require_owner(options)
         finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
-        if os.path.exists(finals["config"]):
-            del finals["config"]  # this box has settings of its own, and they open this backup
-        staged = {name: final + ".setup" for name, final in finals.items()} | {"database": os.path.abspath(options.db_file) + ".setup"}
-        finals["database"] = os.path.abspath(options.db_file)
-        write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}))
-        checkpoint("journal")
-        try:
-            write_durably(staged["database"], Path(source).read_bytes())
-            check_copy(staged["database"], key)
-            store = Store(staged["database"], key)
+        if os.path.exists(config):
+            files.pop("config", None)  # this box has settings of its own, and they open this backup
+        lost = [finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])]
+        if lost:
+            raise Refusal(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
+        finals = {name: finals[name] for name in finals if name in files} | {"database": os.path.abspath(options.db_file)}
+        for final in finals.values():
+            os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
+        staged = {name: final + ".setup" for name, final in finals.items()}
+        with hold_database(options.db_file), contextlib.ExitStack() as rings_held:
+            for path, _, _ in ring_files(options).values():
+                rings_held.enter_context(hold_ring(path))
+            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}))
+            checkpoint("journal")
             try:
-                store.open()
-                files = store.take_backup_files()
-                if not {"seal", "auth", "admin"} <= files.keys():
-                    raise Refusal(f"{source} is a database, and no backup: the keys are not in it")
-                for name in finals.keys() - {"database"}:
-                    write_durably(staged[name], files[name])
-                    checkpoint(name)
-                rings = [KeyRing(read_ring(staged[name], passphrase)) for name, (_, passphrase, _) in ring_files(options).items()]
-                idp = Idp(options, store, *rings, Seal(read_seal_key(staged["seal"])))
-                newest = store.newest_at()
-                with store.transaction():
-                    # Later than anything that was ever issued, by this box or by the one the backup was made of.
-                    store.put_meta("revoked_before", max(idp.now_ms(), newest * 1000 + 999))
-                    store.forget_logins()
-                    audit(idp, LOCAL, "machine", "restored", os.path.basename(source), f"newest_row={iso(newest)}")
-                store.settle()
-            finally:
-                store.close()
-            checkpoint("staged")
-        except BaseException:
+                newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
+                checkpoint("staged")
+            except BaseException:
+                finish_setup(config)
+                raise
+            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}))
+            checkpoint("committed")
             finish_setup(config)
-            raise
-        write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}))
-        checkpoint("committed")
-        finish_setup(config)
-    return {"restored_from": source, "newest_at": newest}
+    return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
+
+
+def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
+    """Write what a backup holds under staging names. Return its newest row, and whether it is known what was revoked here."""
+    revoked, issued_here, knows_revoked = look_back(options)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(staged["database"])
+    with open(source, "rb") as backup, os.fdopen(os.open(staged["database"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        shutil.copyfileobj(backup, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
+    checkpoint("database")
+    check_copy(staged["database"], key)
+    store = Store(staged["database"], key)
+    try:
+        store.open()
+        files = store.read_backup_files()  # of the copy that was read through
+        store.drop_backup_files()
+        for name in names:
+            write_durably(staged[name], files[name])
+            checkpoint(name)
+        places = backup_files(options) | {name: staged[name] for name in names}
+        revoked |= set(store.meta("revoked_kids").split())
+        rings, replaced = [], []
+        for port_name, (_, passphrase, _) in ring_files(options).items():
+            entries = read_ring(places[port_name], passphrase)
+            kept = replace_keys(entries, revoked, rsa_bits_of(options, port_name), int(time.time()))
+            if kept != entries and port_name in names:  # the ring that is here has lost them already
+                replaced += [Key(entry).kid for entry in entries if entry not in kept and Key(entry).kid in revoked]
+                write_durably(staged[port_name], write_ring(kept, passphrase))
+            rings.append(KeyRing(kept))
+        idp = Idp(options, store, *rings, Seal(read_seal_key(places["seal"])))
+        newest = store.newest_at()
+        with store.transaction():
+            # Later than anything that was ever issued, by this box or by the one the backup was made of.
+            store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
+            store.put_meta("revoked_kids", " ".join(sorted(revoked)))
+            store.forget_logins()
+            audit(idp, LOCAL, "machine", "restored", os.path.basename(source), f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced))
+        store.settle()
+    finally:
+        store.close()
+    return newest, knows_revoked
 
 
 def factory_reset(options: Options) -> list[str]:
     """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what went.
 
-    Flash may keep old copies of what is overwritten; what protects those is the passphrase.
+    Flash may keep old copies of what is overwritten; what protects those is the passphrase. Cut off in
+    the middle, it is done again by running it again.
     """
     require_owner(options)
     gone = []
     with hold_database(options.db_file):
-        # The keys first: without them, whatever is left opens nothing.
-        for path in (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, *(options.db_file + suffix for suffix in ("", "-wal", "-shm"))):
+        # The keys first: without them, whatever is left opens nothing. The database last: it says whose all this is.
+        for path in (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, *(options.db_file + suffix for suffix in ("-wal", "-shm", ""))):
             try:
                 with open(path, "r+b") as file:
                     left = os.fstat(file.fileno()).st_size
@@ -10214,6 +10484,10 @@ def factory_reset(options: Options) -> list[str]:
     return gone
 
 
+def rsa_bits_of(options: Options, port_name: str) -> int:
+    return options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
+
+
 def describe_keys(options: Options) -> list[dict]:
     """Return a row for each signing key: port, alg, kid, state, since (Unix seconds)."""
     now, rows = int(time.time()), []
@@ -10225,24 +10499,34 @@ def describe_keys(options: Options) -> list[dict]:
 
 
 def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
-    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids."""
+    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids.
+
+    Refused for all where it is refused for one. A clock behind the times would let a key sign as soon as it is put right.
+    """
     idp, made = open_idp(options), []
     try:
-        for port_name in ports:
-            path, passphrase, _ = ring_files(options)[port_name]
-            bits = options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
-            with hold_ring(path):
+        if not idp.check_clock():
+            raise Refusal("the clock of this machine is behind the newest row of the database: put it right first")
+        with contextlib.ExitStack() as held:
+            rings = {}
+            for port_name in ports:
+                path, passphrase, _ = ring_files(options)[port_name]
+                held.enter_context(hold_ring(path))
                 entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
-                waiting = {alg_of(entry) for entry in entries if entry.state == "next"}
-                signing = sorted({alg_of(entry) for entry in entries if entry.state == "active"})
-                wanted = [alg for alg in signing if not algorithms or alg in algorithms]
-                if waiting & set(wanted):
+                signing = {alg_of(entry) for entry in entries if entry.state == "active"}
+                rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
+                if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
                     raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
-                fresh = [msgspec.structs.replace(make_key(alg, bits, idp.now()), state="next") for alg in wanted]
-                # The audit row first: a change that nobody knows of is worse than a row too many.
-                audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
-                write_durably(path, write_ring([*entries, *fresh], passphrase))
-                made += [Key(entry).kid for entry in fresh]
+            if not any(wanted for _, wanted in rings.values()):
+                raise Refusal(f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list")
+            for port_name, (entries, wanted) in rings.items():
+                if wanted:
+                    path, passphrase, _ = ring_files(options)[port_name]
+                    fresh = [msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next") for alg in wanted]
+                    # The audit row first: a change that nobody knows of is worse than a row too many.
+                    audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
+                    write_durably(path, write_ring([*entries, *fresh], passphrase))
+                    made += [Key(entry).kid for entry in fresh]
     finally:
         idp.store.close()
     return made
@@ -10253,19 +10537,15 @@ def revoke_key(options: Options, kid: str) -> str:
     idp = open_idp(options)
     try:
         for port_name, (path, passphrase, _) in ring_files(options).items():
-            bits = options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
             with hold_ring(path):
                 entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
-                stolen = [entry for entry in entries if Key(entry).kid == kid]
-                if not stolen:
+                rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
+                if rest == entries:
                     continue
-                rest = [entry for entry in entries if entry is not stolen[0]]
-                alg = alg_of(stolen[0])
-                if stolen[0].state == "active":
-                    waiting = next((entry for entry in rest if entry.state == "next" and alg_of(entry) == alg), None)
-                    fresh = msgspec.structs.replace(waiting, state="active", since=idp.now()) if waiting else make_key(alg, bits, idp.now())
-                    rest = [entry for entry in rest if entry is not waiting] + [fresh]
-                audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
+                with idp.store.transaction():
+                    # Remembered, for a backup that was made before still holds it: whoever has it could sign what comes after.
+                    idp.store.put_meta("revoked_kids", " ".join(sorted({*idp.store.meta("revoked_kids").split(), kid})))
+                    audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
                 write_durably(path, write_ring(rest, passphrase))
                 return port_name
     finally:
@@ -10301,7 +10581,7 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
 # == Command line ==============================================================
 
 OWN_FLAGS = {
-    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",), "backup": ("--force",), "factory-reset": ("--yes",),
+    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",), "backup": ("--force", "--without-keys"), "factory-reset": ("--yes",),
     "keys": ("--json",), "admin": ("--password-stdin", "--disable-totp"),
 }
 OWN_VALUES = {"setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",)}
@@ -10317,7 +10597,8 @@ commands:
   options [--json]   each setting, its value and where it comes from
   version            print the version
   selftest           check that everything the program needs works here
-  backup FILE        one file that restores the box; beside a running server (--force writes over FILE)
+  backup FILE        one file that restores the box; beside a running server (--force writes over FILE,
+                     --without-keys leaves keys and settings out: needed where the database is not encrypted)
   restore FILE       put the box back to a backup, all or nothing; the server must be stopped
   factory-reset      overwrite and remove database and keys (--yes does not ask)
   keys list          the signing keys; keys rotate [--ring auth|admin] [--alg ES256|RS256]; keys revoke --kid KID
@@ -10419,15 +10700,20 @@ def setup(options: Options, flags: dict, own: list, values: dict) -> int:
 
 
 def run_backup(options, words, own, values) -> int:
-    done = back_up(options, words[0], "--force" in own)
-    print(f"{words[0]}: {done['bytes']} bytes, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing")
+    done = back_up(options, words[0], "--force" in own, "--without-keys" in own)
+    print(f"{words[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing")
+    if "--without-keys" in own:
+        print("microauthd: without keys: token.pem, admin_token.pem, seal.key and mad.conf must be kept elsewhere", file=sys.stderr)
     return 0
 
 
 def run_restore(options, words, own, values) -> int:
-    if not os.path.exists(words[0]):
-        raise Refusal(f"there is no file {words[0]}")
-    if not options.db_pass and not options.no_db_pass and Path(words[0]).read_bytes()[:16] != SQLITE_MAGIC:
+    try:
+        with open(words[0], "rb") as file:
+            is_plain = file.read(16) == SQLITE_MAGIC
+    except OSError as error:
+        raise Refusal(f"the backup {words[0]} cannot be read: {error.strerror}") from None
+    if not options.db_pass and not options.no_db_pass and not is_plain:
         if not sys.stdin.isatty():
             raise Refusal("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
         import getpass
@@ -10436,14 +10722,17 @@ def run_restore(options, words, own, values) -> int:
         options = Options(options.origins, **(values | {"db_pass": getpass.getpass("passphrase of the backup: ")}))
     done = restore(options, words[0])
     print(f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was issued before is good any more")
+    if not done["knows_revoked"]:
+        print("microauthd: warning: the database that was here could not be read: a key revoked since the backup must be revoked again", file=sys.stderr)
     return 0
 
 
 def run_factory_reset(options, words, own, values) -> int:
+    name = socket.gethostname()
     if "--yes" not in own:
         if not sys.stdin.isatty():
             raise Refusal("factory-reset destroys every account and key: --yes says that this is meant")
-        if input(f"This destroys every account and key of {options.auth_issuer}. Type reset to go on: ").strip() != "reset":
+        if input(f"This destroys every account and key of {options.auth_issuer}. Type the name of this machine, {name}, to go on: ").strip() != name:
             print("microauthd: nothing was done", file=sys.stderr)
             return 1
     for path in factory_reset(options):
@@ -10485,7 +10774,7 @@ def run_admin(options, words, own, values) -> int:
     else:
         raise Refusal("without a terminal the password comes by --password-stdin")
     done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
-    print(f"administrator {fold(values['--username'])} {done}; everything issued to the account before is ended")
+    print(f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, {'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the account before is ended")
     return 0
 
 
@@ -10537,7 +10826,14 @@ def run(command: str, argv: list[str]) -> int:
     recover_setup(config)
     options = load_options(flags, os.environ)
     if command in COMMANDS_AT_THE_MACHINE:
-        return COMMANDS_AT_THE_MACHINE[command](options, words, own, values)
+        try:
+            require_owner(options)
+            if command == "restore":  # holds it itself, against all others
+                return run_restore(options, words, own, values)
+            with hold_setup(config, beside_others=command != "factory-reset"):
+                return COMMANDS_AT_THE_MACHINE[command](options, words, own, values)
+        except OSError as error:
+            raise Refusal(f"{error.filename or options.db_file}: {error.strerror}") from None
     if command == "options":
         return show_options(options, "--json" in own)
     if command == "setup":

@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import os
+import signal
+import traceback
 from urllib.parse import urlencode
 
 import microauthd as m
@@ -30,6 +33,25 @@ class Clock:
 
     def pass_(self, seconds):
         self.now += seconds
+
+
+def in_child(work):
+    """Run something in a forked process, which ends with it whatever happens: its wait status, 0 when it returned."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def die(*words):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,432 @@
+"""Backup, restore and reset where it hurts: other machines, full disks, kills, stolen keys, other users."""
+
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import threading
+
+import jwt
+import microauthd as m
+import pytest
+from box import Box
+from conftest import CHEAP, Caller, die, in_child
+
+PASSWORD = "correct horse battery"
+FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
+
+
+def made(folder, **more):
+    """A set-up box in this process, without a server: its options."""
+    config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
+    options = m.Options(config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more)
+    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    return options
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return made(tmp_path)
+
+
+def fresh_machine(tmp_path, monkeypatch, **more):
+    """An empty folder, and the options of somebody who knows nothing but the passphrase."""
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder, m.Options({"config": str(folder / "mad.conf"), "db-pass": "environment MAD_DB_PASS"}, db_pass="a phrase", **more)
+
+
+def kids(options):
+    return {row["kid"] for row in m.describe_keys(options)}
+
+
+def states(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))}
+
+
+class TestWhatABackupIs:
+    def test_it_tells_of_the_copy_and_not_of_the_database(self, house, monkeypatch):
+        """Whoever reads "up to" must find it in there."""
+        real = m.Store.copy_to
+
+        def copy_then_write(store, *words):
+            real(store, *words)
+            idp = m.open_idp(house)
+            m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+            idp.store.close()
+
+        monkeypatch.setattr(m.Store, "copy_to", copy_then_write)
+        assert m.back_up(house, "b")["users"] == 1
+
+    def test_a_kill_in_the_middle_leaves_no_backup_and_the_next_one_is_good(self, house, tmp_path):
+        for name in ("check_copy", "sync_directory"):
+
+            def work():
+                setattr(m, name, die)
+                m.back_up(house, "b", force=True)
+
+            assert in_child(work) == signal.SIGKILL
+            assert (tmp_path / "b").exists() is (name == "sync_directory")
+        (tmp_path / "b.backing-up-journal").write_bytes(os.urandom(5000))
+        assert m.back_up(house, "b", force=True)["users"] == 1
+        assert not list(tmp_path.glob("*.backing-up*"))
+
+    def test_a_full_disk_leaves_no_half_file_and_a_sentence(self, house, tmp_path):
+        """The limit of a file's size: the same error on the way, at many places of it."""
+        whole = m.back_up(house, "whole")["bytes"]
+        for room in (40_000, 80_000, whole // 2, whole - 4096):
+
+            def work():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+                with pytest.raises(m.Refusal, match="cannot be written"):
+                    m.back_up(house, "b")
+
+            assert in_child(work) == 0
+            assert not (tmp_path / "b").exists() and not list(tmp_path.glob("b*"))
+        assert m.check_copy(house.db_file, m.read_database_key(house.db_file, "a phrase", False))["users"] == 1
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_it_never_writes_over_what_it_reads(self, house, tmp_path, name):
+        before = states(tmp_path)
+        with pytest.raises(m.Refusal, match="what is to be backed up"):
+            m.back_up(house, name, force=True)
+        assert states(tmp_path) == before
+
+    def test_without_a_passphrase_keys_stay_out_of_it_and_are_needed_beside_it(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = made(tmp_path, db_pass="", no_db_pass=True)
+        with pytest.raises(m.Refusal, match="--without-keys"):
+            m.back_up(options, "b")
+        m.back_up(options, "b", without_keys=True)
+        content = (tmp_path / "b").read_bytes()
+        assert b"PRIVATE KEY" not in content and b"oidc-issuer" not in content and (tmp_path / "seal.key").read_bytes().strip() not in content
+        before = kids(options)
+        m.restore(options, "b")
+        assert kids(options) == before
+        folder, other = fresh_machine(tmp_path, monkeypatch, no_db_pass=True)
+        with pytest.raises(m.Refusal, match="without keys"):
+            m.restore(other, str(tmp_path / "b"))
+        assert states(folder) == {}
+
+
+    @pytest.mark.parametrize("name", ["seal.key", "token.pem", "admin_token.pem"])
+    def test_with_a_key_missing_it_is_refused(self, house, tmp_path, name):
+        """A backup that cannot restore the box is none."""
+        idp = m.open_idp(house)
+        os.unlink(name)
+        with pytest.raises(m.Refusal, match=name):
+            m.write_backup(idp, m.LOCAL, "t", str(tmp_path / "b"))
+        idp.store.close()
+        assert not list(tmp_path.glob("b*"))
+
+
+class TestRestore:
+    def test_on_a_new_machine_the_settings_within_it_say_where_and_open_the_keys(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = made(tmp_path, db_file="data/accounts.db3", token_signing_key_pass="ring phrase", seal_key_file="data/seal")
+        m.back_up(options, "b")
+        folder, knows_only_the_passphrase = fresh_machine(tmp_path, monkeypatch)
+        m.restore(knows_only_the_passphrase, str(tmp_path / "b"))
+        assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")} == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
+        found = m.load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
+        idp = m.open_idp(found)
+        assert found.oidc_issuer == "https://idp.example" and m.get_user(idp, "root")
+        idp.store.close()
+
+    def test_what_is_said_at_the_machine_goes_before_the_settings_within(self, house, tmp_path, monkeypatch):
+        m.back_up(house, "b")
+        folder, options = fresh_machine(tmp_path, monkeypatch)
+        options = m.Options(options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3")
+        m.restore(options, str(tmp_path / "b"))
+        assert (folder / "elsewhere.db3").exists() and not (folder / "mad.db3").exists()
+
+    def test_a_revoked_key_does_not_come_back(self, house):
+        """Whoever stole it could sign what is issued after the restore."""
+        stolen = next(row["kid"] for row in m.describe_keys(house) if row["alg"] == "ES256" and row["port"] == "auth")
+        m.back_up(house, "b")
+        m.revoke_key(house, stolen)
+        for _ in range(2):  # and the box that was restored still knows it
+            assert m.restore(house, "b")["knows_revoked"] is True
+            assert stolen not in kids(house)
+            assert [row["state"] for row in m.describe_keys(house)] == ["active"] * 3
+            idp = m.open_idp(house)
+            assert f"still_revoked={stolen}" in idp.store.list_audit("restored", 1)[0].secondary
+            idp.store.close()
+
+    def test_where_what_was_here_cannot_be_read_it_says_so_and_restores(self, house, tmp_path):
+        m.back_up(house, "b")
+        content = bytearray((tmp_path / "mad.db3").read_bytes())
+        content[100:200] = bytes(100)
+        (tmp_path / "mad.db3").write_bytes(content)
+        assert m.restore(house, "b")["knows_revoked"] is False
+        idp = m.open_idp(house)
+        assert m.get_user(idp, "root")
+        idp.store.close()
+
+    def test_what_a_killed_server_left_in_its_log_does_not_get_into_the_restored_database(self, house, tmp_path):
+        m.back_up(house, "b")
+
+        def write():
+            idp = m.open_idp(house)
+            m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+            die()
+
+        assert in_child(write) == signal.SIGKILL
+        assert (tmp_path / "mad.db3-wal").stat().st_size
+        for name in ("mad.db3", "mad.db3-wal"):
+            shutil.copy(tmp_path / name, tmp_path / f"{name}.kept")
+        assert in_child(lambda: m.restore(house, "b", lambda name: name == "committed" and die())) == signal.SIGKILL
+        shutil.copy(tmp_path / "mad.db3-wal.kept", tmp_path / "mad.db3-wal")
+        m.recover_setup(house.origins["config"])
+        idp = m.open_idp(house)
+        assert idp.store.find_account_by_name("late") is None and idp.store.verify_audit()["valid"] and idp.store.check_whole() == ""
+        idp.store.close()
+
+    def test_its_epoch_is_later_than_what_either_box_issued_whatever_the_clock_says(self, house):
+        m.back_up(house, "b")
+        idp = m.open_idp(house)
+        idp.store.put_meta("revoked_before", 9_000_000_000_000)
+        idp.store.close()
+        m.restore(house, "b")
+        idp = m.open_idp(house)
+        answer = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
+        assert idp.revoked_before > 9_000_000_000_000 and m.living_claims(idp, idp.auth_ring, house.auth_issuer, answer["access_token"])
+        idp.store.close()
+
+    def test_a_flipped_byte_anywhere_is_refused(self, house, tmp_path):
+        """Every page in order, a byte of it by chance."""
+        m.back_up(house, "b")
+        content, before = (tmp_path / "b").read_bytes(), None
+        chance = random.Random(1)
+        key = m.read_database_key("b", "a phrase", False)
+        for page in range(0, len(content), 4096):
+            at = page + chance.randrange(16 if page == 0 else 0, 4096)
+            bad = bytearray(content)
+            bad[at] ^= 1 << chance.randrange(8)
+            (tmp_path / "bad").write_bytes(bad)
+            with pytest.raises(m.Refusal):
+                m.check_copy("bad", key)
+        before = states(tmp_path)
+        with pytest.raises(m.Refusal):
+            m.restore(house, "bad")
+        assert states(tmp_path) == before
+
+    def test_a_full_disk_leaves_everything_as_it_was(self, house, tmp_path):
+        m.back_up(house, "b")
+        before = states(tmp_path)
+        size = (tmp_path / "b").stat().st_size
+        for room in (2000, 50_000, size - 1):
+
+            def work():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+                assert m.main(["restore", "b", "--config", str(tmp_path / "mad.conf")]) == 1, "refused, with a sentence"
+
+            assert in_child(work) == 0
+            assert states(tmp_path) == before
+
+    @pytest.mark.parametrize("when", ["journal", "database", "config", "seal", "auth", "admin", "staged", "committed"])
+    def test_killed_on_a_new_machine_there_is_all_or_nothing(self, house, tmp_path, monkeypatch, when):
+        m.back_up(house, "b")
+        folder, options = fresh_machine(tmp_path, monkeypatch)
+        assert in_child(lambda: m.restore(options, str(tmp_path / "b"), lambda name: name == when and die())) == signal.SIGKILL
+        m.recover_setup(options.origins["config"])
+        assert set(states(folder)) == (set(FILES) if when == "committed" else set())
+
+    def test_it_waits_for_nobody_and_nobody_works_beside_it(self, house, tmp_path):
+        m.back_up(house, "b")
+        with m.hold_setup(house.origins["config"], beside_others=True), m.hold_setup(house.origins["config"], beside_others=True):
+            with pytest.raises(m.Refusal, match="at work"):
+                m.restore(house, "b")
+        with m.hold_setup(house.origins["config"]):
+            for words in (["backup", "c"], ["keys", "list"], ["factory-reset", "--yes"]):
+                assert m.main([*words, "--config", str(tmp_path / "mad.conf")]) == 1
+        assert not (tmp_path / "c").exists() and (tmp_path / "mad.db3").exists()
+
+    def test_root_leaves_no_file_that_the_user_of_the_server_could_not_read(self, house, monkeypatch):
+        m.back_up(house, "b")
+        if not os.stat(house.db_file).st_uid:
+            os.chown(house.db_file, 12345, -1)
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        for act in (lambda: m.restore(house, "b"), lambda: m.back_up(house, "c"), lambda: m.rotate_keys(house, ["auth"])):
+            with pytest.raises(m.Refusal, match="belongs to user"):
+                act()
+
+
+class TestFactoryReset:
+    @pytest.mark.parametrize("nth", range(1, 5))
+    def test_cut_off_in_the_middle_it_is_done_by_doing_it_again(self, house, tmp_path, nth):
+
+        def work():
+            real, calls = os.unlink, []
+
+            def deadly(path):
+                real(path)
+                calls.append(path)
+                if len(calls) == nth:
+                    die()
+
+            os.unlink = deadly
+            m.factory_reset(house)
+
+        assert in_child(work) == signal.SIGKILL
+        assert not (tmp_path / "seal.key").exists()
+        m.factory_reset(house)
+        assert set(states(tmp_path)) == {"mad.conf"}
+
+    def test_what_lay_there_is_overwritten_before_it_goes(self, house, tmp_path):
+        """A second name of the same file shows what is left on the disk."""
+        before = {}
+        for name in FILES[1:]:
+            os.link(tmp_path / name, tmp_path / f"kept {name}")
+            before[name] = (tmp_path / name).read_bytes()
+        m.factory_reset(house)
+        for name, content in before.items():
+            left = (tmp_path / f"kept {name}").read_bytes()
+            assert len(left) == len(content) and not any(content[at : at + 32] in left for at in range(0, len(content) - 31, 512))
+
+
+class TestBesideARunningServer:
+    def test_every_change_that_was_acknowledged_is_in_the_backup(self, tmp_path):
+        """Users made over ADMIN and tokens issued by two workers, while the backup is made."""
+        with Box(tmp_path / "data", workers="2") as box:
+            stop, users, tokens = threading.Event(), [], []
+            bearer = box.admin_token()
+
+            def make_users():
+                while not stop.is_set():
+                    name = f"user{len(users)}"
+                    answer = box.admin("POST", "/users", json_body={"username": name, "email": f"{name}@example.org", "password": PASSWORD}, bearer=bearer)
+                    assert answer.status == 200, answer
+                    users.append(name)
+
+            def make_tokens():
+                while not stop.is_set():
+                    tokens.append(box.token().json["access_token"])
+
+            threads = [threading.Thread(target=make_users), threading.Thread(target=make_tokens)]
+            for thread in threads:
+                thread.start()
+            try:
+                while len(users) < 5 or len(tokens) < 20:
+                    assert all(thread.is_alive() for thread in threads)
+                promised = []
+                for number in range(2):
+                    promised.append(list(users))
+                    done = box.run("backup", f"{number}.backup")
+                    assert done.returncode == 0, done.stderr
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
+            key = m.read_database_key(str(box.folder / "1.backup"), "a database phrase", False)
+            for number, names in enumerate(promised):
+                copy = m.Store(box.folder / f"{number}.backup", key)
+                assert names and all(copy.find_account_by_name(name) for name in names) and copy.verify_audit()["valid"]
+                copy.close()
+            last = tokens[-1]
+            box.stop()
+            done = box.run("restore", "1.backup")
+            assert done.returncode == 0 and "up to" in done.stdout, done.stderr
+            box.start()
+            assert box.auth("/me", bearer=last).status == 401 and box.admin("GET", "/users", bearer=bearer).status == 401
+            assert jwt.get_unverified_header(box.token().json["access_token"])["kid"] == jwt.get_unverified_header(last)["kid"]
+            answer = box.admin("GET", "/users?limit=1000", bearer=box.admin_token())
+            assert answer.status == 200 and all(f'"{name}"'.encode() in answer.body for name in promised[1])
+
+    def test_one_made_over_admin_comes_whole_through_the_network(self, tmp_path):
+        folder = tmp_path / "backups"
+        folder.mkdir()
+        with Box(tmp_path / "data", workers="2", backup_folder=str(folder)) as box:
+            bearer = box.admin_token()
+            made = box.admin("POST", "/backup", bearer=bearer)
+            assert made.status == 200, made
+            large = folder / "microauthd-20260101T000000Z-00000000.backup"
+            large.write_bytes(os.urandom(2_500_000))
+            for path in (folder / made.json["name"], large):
+                content, offset = b"", "0"
+                while offset:
+                    piece = box.admin("GET", f"/backup/{path.name}?offset={offset}", bearer=bearer)
+                    assert piece.status == 200, piece
+                    content, offset = content + piece.body, piece.headers.get("X-Next-Offset")
+                assert content == path.read_bytes()
+            box.stop()
+            done = box.run("restore", str(folder / made.json["name"]))
+            assert done.returncode == 0, done.stderr
+
+    def test_typed_wrongly_it_destroys_nothing(self, tmp_path):
+        box = Box(tmp_path / "data").set_up()
+        assert box.run("factory-reset").returncode == 1 and (box.folder / "mad.db3").exists()
+        assert box.run("restore", "nothing").returncode == 1
+        box.run("backup", "b")
+        done = box.run("restore", "b", MAD_DB_PASS="another")
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "another" not in done.stderr
+
+
+class TestOverAdmin:
+    """POST /backup: into a folder the operator chose, fetched in pieces."""
+
+    @pytest.fixture
+    def call(self, house, tmp_path):
+        (tmp_path / "backups").mkdir()
+        options = m.Options(house.origins, **{option.attribute: getattr(house, option.attribute) for option in m.OPTIONS} | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"})
+        idp = m.open_idp(options)
+        admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
+        bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
+
+        def call(method, path):
+            return admin(method, path, bearer=bearer)
+
+        call.idp = idp
+        yield call
+        idp.store.close()
+
+    def test_it_is_made_fetched_in_pieces_restored_and_removed(self, house, call, tmp_path, monkeypatch):
+        monkeypatch.setattr(m, "BACKUP_PIECE", 50_000)
+        made = call("POST", "/backup")
+        assert made.status == 200 and made.json["users"] == 1, made
+        (path,) = (tmp_path / "backups").iterdir()
+        assert path.name == made.json["name"] and path.stat().st_mode & 0o777 == 0o600
+        content, offset, pieces = b"", 0, 0
+        while offset is not None:
+            piece = call("GET", f"/backup/{path.name}?offset={offset}")
+            assert piece.status == 200 and len(piece.body) <= 50_000 and piece.headers["cache-control"] == "no-store"
+            content, pieces = content + piece.body, pieces + 1
+            offset = int(piece.headers["x-next-offset"]) if "x-next-offset" in piece.headers else None
+        assert pieces > 2 and hashlib.sha256(content).hexdigest() == made.json["sha256"] and len(content) == made.json["bytes"]
+        assert call("DELETE", f"/backup/{path.name}").status == 200 and not path.exists()
+        assert [row.action for row in call.idp.store.list_audit(limit=2)] == ["backup_deleted", "backup_made"] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id
+        call.idp.store.close()
+        (tmp_path / "fetched").write_bytes(content)
+        m.restore(house, "fetched")
+        assert [row["state"] for row in m.describe_keys(house)] == ["active"] * 3
+
+    @pytest.mark.parametrize("name", ["mad.db3", "..%2Fmad.db3", "microauthd-20260101T000000Z-00000000.backup", "linked", "x" * 300])
+    def test_nothing_else_is_read_or_removed(self, call, tmp_path, name):
+        if name == "linked":
+            name = "microauthd-20260101T000000Z-0000000a.backup"
+            (tmp_path / "backups" / name).symlink_to(tmp_path / "token.pem")
+            assert call("GET", f"/backup/{name}").status == 404
+            return
+        (tmp_path / "backups" / "mad.db3").write_text("x")
+        assert call("GET", f"/backup/{name}").status == call("DELETE", f"/backup/{name}").status == 404
+
+    def test_one_at_a_time_and_with_room_to_spare(self, call, tmp_path, monkeypatch):
+        with m.hold_backup_folder(call.idp.options):
+            answer = call("POST", "/backup")
+            assert answer.status == 503 and answer.headers["retry-after"] == "5"
+        real = os.fstatvfs
+        monkeypatch.setattr(os, "fstatvfs", lambda descriptor: os.statvfs_result((*real(descriptor)[:4], 1, *real(descriptor)[5:])))
+        assert call("POST", "/backup").status == 503
+        monkeypatch.undo()
+        os.chdir(tmp_path)
+        (tmp_path / "seal.key").unlink()
+        answer = call("POST", "/backup")
+        assert answer.status == 503 and str(tmp_path) not in str(answer.json) and not list((tmp_path / "backups").iterdir())
+
+    def test_without_a_folder_there_is_nothing_there(self, admin, admin_token):
+        for method, path in (("POST", "/backup"), ("GET", "/backup/x"), ("DELETE", "/backup/x")):
+            assert admin(method, path, bearer=admin_token).status == 404
