@@ -43,13 +43,27 @@ make_archive() {
     printf '%s' "$stamp" >"$out/stamp"
 }
 
-# The browser tests drive Debian's chromium; nothing else is asked of the system.
-need_browser() {
-    command -v chromium >/dev/null && return
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing chromium for the browser tests ..."
-        apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null
-    else
-        fail "chromium is missing: the browser tests need it (on Debian: apt install chromium)"
+# Debian's packages that tests need, installed where we may; words: what for, a command or file of theirs, the packages.
+need_packages() {
+    local reason=$1 proof=$2
+    shift 2
+    if command -v "$proof" >/dev/null || [ -e "$proof" ]; then
+        return
     fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing $* for $reason ..."
+        apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+    else
+        fail "$* is missing: $reason need it (on Debian: apt install $*)"
+    fi
+}
+
+need_browser() {
+    need_packages "the browser tests" chromium chromium fonts-dejavu-core
+}
+
+# A compiler for the file layer that loses writes, and a clock that lies.
+need_fault_tools() {
+    need_packages "the fault tests" cc gcc libc6-dev
+    need_packages "the fault tests" faketime faketime
 }
