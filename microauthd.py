@@ -371,7 +371,7 @@ OPTIONS = (
     Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
     Option("db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"),
     Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
-    Option("backup-folder", "", absolute, "Absolute folder of the backups that are made over ADMIN; empty: none are.", group="Files"),
+    Option("backup-folder", "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.", group="Files"),
     Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
     Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
     # -- AUTH --
@@ -1747,6 +1747,12 @@ class AuditObject(msgspec.Struct):
     row_sha256: str
     user_id: str
     ip: str
+
+
+class MakeBackup(msgspec.Struct):
+    """`without_keys` leaves keys and settings out, which is needed where the database is not encrypted."""
+
+    without_keys: bool = False
 
 
 class BackupPiece(msgspec.Struct):
@@ -4098,7 +4104,7 @@ BACKUP_PIECE = 1 << 20
 
 
 @contextlib.contextmanager
-def hold_backup_folder(options: Options):
+def hold_backup_folder(options: Options, make=False):
     """Hold the folder of the backups made over ADMIN, for one at a time: each reads and writes the whole database.
 
     Gives its descriptor. Raises not_found where none is set.
@@ -4106,7 +4112,12 @@ def hold_backup_folder(options: Options):
     if not options.backup_folder:
         raise Problem("not_found", log="backup-folder is not set")
     try:
+        if make:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(options.backup_folder, 0o700)
         descriptor = os.open(options.backup_folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Problem("not_found", log="backup-folder is not there") from None
     except OSError as error:
         raise Problem("temporarily_unavailable", log=f"backup-folder: {error.strerror}", retry_after=60) from None
     try:
@@ -4119,16 +4130,21 @@ def hold_backup_folder(options: Options):
         os.close(descriptor)
 
 
-def make_backup(idp: Idp, origin: Origin, actor: str) -> BackupObject:
+def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> BackupObject:
     """Write a backup into `backup-folder`, with room to spare beside it."""
-    with hold_backup_folder(idp.options) as folder:
+    if idp.options.backup_folder and not idp.store.key and not without_keys:
+        reject(without_keys="the database is not encrypted, so its backup would hold the keys for all to read: true leaves them out")
+    with hold_backup_folder(idp.options, make=True) as folder:
+        for name in os.listdir(folder):  # of one that was killed
+            if BACKUP_NAME.fullmatch(name.partition(".backup")[0] + ".backup") and ".backing-up" in name:
+                os.unlink(name, dir_fd=folder)
         room = os.fstatvfs(folder)
         if room.f_bavail * room.f_frsize < 2 * os.path.getsize(idp.store.path) + 16_000_000:
             raise Problem("temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600)
         name = time.strftime("microauthd-%Y%m%dT%H%M%SZ-", time.gmtime(idp.now())) + secrets.token_hex(4) + ".backup"
         path = os.path.join(idp.options.backup_folder, name)
         try:
-            done = write_backup(idp, origin, actor, path)
+            done = write_backup(idp, origin, actor, path, without_keys=without_keys)
         except Refusal as refusal:
             raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
         with open(path, "rb") as file:
@@ -8757,11 +8773,11 @@ def admin_purge_audit(idp, claims, params):
 # -- description --
 
 
-@ADMIN("POST", "/backup", guard=by_admin(), spec="online backup", gives=BackupObject)
+@ADMIN("POST", "/backup", guard=by_admin(), spec="online backup", takes=MakeBackup, gives=BackupObject)
 def admin_make_backup(idp, claims, params):
     """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is set."""
     with idp.hasher.gate.blocking():
-        return make_backup(idp, params.origin, claims["sub"])
+        return make_backup(idp, params.origin, claims["sub"], params.body.without_keys)
 
 
 @ADMIN("GET", "/backup/<name>", guard=by_admin(), spec="online backup", query=BackupPiece, gives=bytes, gives_media="application/octet-stream")
