@@ -2118,8 +2118,31 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
             raise Refusal(f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true")
         return ""
     if unencrypted or not passphrase:
-        raise Refusal(f"the database {path} is encrypted, and no db-pass is given")
+        raise Refusal(f"the database {path} is encrypted or damaged, and no db-pass is given")
     return derive_key(passphrase, head)
+
+
+def check_log(path: str):
+    """Raise Refusal where the write-ahead log beside a database begins with a damaged header.
+
+    SQLite would take it for an empty one and begin it anew, and what was acknowledged last would be
+    gone without a word. No power cut leaves one: the header is synced before anything follows it.
+    https://www.sqlite.org/fileformat2.html#walformat
+    """
+    for _ in range(3):  # a server beside us may be writing it
+        try:
+            with open(path + "-wal", "rb") as file:
+                head = file.read(32)
+        except FileNotFoundError:
+            return
+        magic = int.from_bytes(head[:4], "big")
+        one = two = 0
+        for word, other in struct.iter_unpack(">II" if magic & 1 else "<II", head[:24].ljust(24)):
+            one = one + word + two & 0xFFFFFFFF
+            two = two + other + one & 0xFFFFFFFF
+        if not head or magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two):
+            return
+    raise Refusal(f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it away to go on without; it is left as it is")
 
 
 SESSION_INSERT = "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, :issued_at, :expires_at, :revoked_at)"
@@ -2251,9 +2274,9 @@ class Store:
             finally:
                 fcntl.lockf(self.turns, fcntl.LOCK_UN)
 
-    def connect(self, synchronous="FULL"):
+    def connect(self, synchronous="FULL", mode="rw"):
         connection = sqlcipher3.connect(
-            f"file:{quote(self.path)}?mode=rw", uri=True, isolation_level=None,
+            f"file:{quote(self.path)}?mode={mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=5, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
@@ -2379,9 +2402,14 @@ class Store:
 
         Raises Refusal with one sentence; the file is left as it is.
         """
+        check_log(self.path)
+        # The last writer that closes puts what a crash left in the log into the database, whatever either holds:
+        # so as long as they may be damaged, nobody here is one.
+        left = os.path.exists(self.path + "-wal") and os.path.getsize(self.path + "-wal") > 0
         try:
-            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
-            self.connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            connection = self.connect(mode="ro") if left else self.connection
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlcipher3.Error as error:
             if self.key:
                 raise Refusal(f"the database {self.path} does not open: db-pass is wrong, or the file is damaged") from None
@@ -2389,13 +2417,16 @@ class Store:
         if version > len(MIGRATIONS):
             raise Refusal(f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one")
         try:
-            if version == 0 or self.connection.execute("SELECT count(*) FROM meta").fetchone() is None:
+            if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
                 raise Refusal(f"the file {self.path} is not a microauthd database")
             # A large database is not read through at every start; a damaged page of it refuses when it is read.
             small = os.path.getsize(self.path) < 32_000_000
-            (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
                 raise Refusal(f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is")
+            if left:
+                self.connections.discard(connection)
+                connection.close()
             self.migrate()
         except (sqlcipher3.Error, Problem) as error:
             reason = error.log if isinstance(error, Problem) else error
