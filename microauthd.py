@@ -81,7 +81,7 @@ from argon2.exceptions import Argon2Error, VerificationError
 from argon2.low_level import Type as Argon2Type
 from argon2.low_level import hash_secret as argon2_hash
 from argon2.low_level import verify_secret as argon2_verify
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
@@ -3711,7 +3711,7 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
             raise Refusal(f"the signing key {path} is encrypted, and no passphrase for it is given")
         try:
             key = serialization.load_pem_private_key(pem, passphrase.encode() if encrypted else None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # the last where a byte of the name of its kind is damaged
             raise Refusal(f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged") from None
         if not isinstance(key, rsa.RSAPrivateKey) and not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
             raise Refusal(f"the signing key {path} is neither RSA nor P-256")
