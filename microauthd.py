@@ -483,12 +483,19 @@ class Options:
         return min(4, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
 
 
+CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
+CONFIG_END = "# end"
+
+
 def parse_config(content: str, where: str) -> dict:
     """Return `{option name: (text value, "file:line")}` of an INI file.
 
     `key = value` a line; `#` and `;` begin comments; a value in double quotes is literal.
-    Raises Refusal naming file and line.
+    Raises Refusal naming file and line, and where a file that we wrote has lost its end: what
+    is missing would be a default, and nobody would know.
     """
+    if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
+        raise Refusal(f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line")
     found = {}
     for number, line in enumerate(content.split("\n"), 1):
         line = line.strip()
@@ -655,7 +662,7 @@ def describe_options(options: Options) -> dict:
 
 def write_config(options: Options) -> str:
     """Return the text of a config file: what differs from the defaults in force, the rest as comments."""
-    lines, group = ["# microauthd. One key = value a line; # and ; begin comments; quote what contains them.", ""], ""
+    lines, group = [CONFIG_HEAD, ""], ""
     for option in OPTIONS:
         if option.group != group:
             group = option.group
@@ -674,7 +681,7 @@ def write_config(options: Options) -> str:
         lines.append(f"# {option.help}")
         mark = "" if option.name in options.origins or value != option.default else "# "
         lines.append(f"{mark}{option.name} = {word}".rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", CONFIG_END]) + "\n"
 
 
 # == Log =======================================================================
