@@ -9843,16 +9843,18 @@ def prepare(options: Options) -> Plan:
     log = Log(options)
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
     guard_private(options.db_file, "it is the database")
+    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
+    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
+    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
+    seal_key = read_seal_key(options.seal_key_file)
+    for side in ("auth", "admin"):
+        tls_of(options, side)
+    # After all that is only read: an opened database takes in its log.
     store = Store(options.db_file, database_key, log=log)
     try:
         store.open()
     finally:
         store.close()
-    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
-    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
-    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
-    for side in ("auth", "admin"):
-        tls_of(options, side)
     workers = max(1, options.worker_processes)
     auth_sockets = []
     try:
@@ -9861,7 +9863,7 @@ def prepare(options: Options) -> Plan:
     except OSError as error:
         where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
         raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(options, database_key, marks, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
+    return Plan(options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(), log)
 
 
 def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
