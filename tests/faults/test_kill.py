@@ -45,7 +45,7 @@ def test_what_was_acknowledged_survives_kill_9_at_any_moment(killed, kills):
     line = Line(killed)
     for number in range(kills):
         ledger.start()
-        time.sleep(dice.uniform(0.02, 0.5))
+        time.sleep(dice.uniform(0.02, 0.35))
         kill(killed)
         ledger.ending.set()
         ledger.join()

@@ -128,7 +128,7 @@ def test_what_was_acknowledged_survives_a_power_cut(run):
     dice = random.Random(run.seed)
     cuts, ledger = Cuts(run.entries, run.box.folder, run.box.base), run.ledger
     key, looked = None, 0
-    for place in run.places(dice, 500 if run.is_long else 15):
+    for place in run.places(dice, 500 if run.is_long else 12):
         cuts.cut(place, dice, run.box.folder)
         box = again(run, run.time_of(place))
         here = f"cut at {place} of {run.ended}"
@@ -140,7 +140,7 @@ def test_what_was_acknowledged_survives_a_power_cut(run):
             line = Line(box)
             begun = sorted((thing for thing in ledger.things if thing.facts and thing.facts[0].began <= place), key=lambda thing: max(fact.began for fact in thing.facts if fact.began <= place))
             # What went on about the cut, and some of what was long before.
-            things = begun[-30:] + dice.sample(begun[:-30], min(10, max(0, len(begun) - 30)))
+            things = begun[-20:] + dice.sample(begun[:-20], min(10, max(0, len(begun) - 20)))
             ledger.box = box
             audit = ledger.read_audit(line, Audit())
             wrong = [sentence for thing in begun for sentence in audit.missing(thing.standing(place))]
@@ -163,7 +163,7 @@ def test_a_power_cut_during_setup_leaves_nothing_or_everything(run):
     print(f"POWER_SEED={run.seed}")
     dice = random.Random(run.seed)
     ends = [entry.end for entry in run.entries if entry.end <= run.was_set_up]
-    places = sorted([*dice.sample(ends, 60 if run.is_long else 3), run.was_set_up])
+    places = sorted([*dice.sample(ends, 60 if run.is_long else 2), run.was_set_up])
     cuts, found = Cuts(run.entries, run.box.folder, run.box.base), []
     for place in places:
         folder, here = run.box.folder, f"cut at {place} of {run.was_set_up}"
