@@ -290,7 +290,9 @@ class Ledger:
     def read_audit(self, line, audit):
         """Add the rows that came since to what is known of the audit log."""
         while True:
-            page = line.admin("GET", f"/audit-logs?after={audit.last}&limit=1000", bearer=self.bearer).json
+            answer = line.admin("GET", f"/audit-logs?after={audit.last}&limit=1000", bearer=self.bearer)
+            assert answer.status == 200, f"the administrator cannot read the audit log: {answer}"
+            page = answer.json
             for row in page:
                 audit.add(int(row["id"]), row["action"], row["target"], row["secondary"])
             if len(page) < 1000:

@@ -110,9 +110,9 @@ class Disk:
             self.names[other] = self.names.pop(path)
             self.moves.append((entry.end, "moved", path, other))
 
-    def cut(self, dice, target):
-        """Write the folder into `target` as a cut now leaves it."""
-        keep = dice.choice([0, 0, 0.5, 0.5, 1])  # how much of what is not synced is there
+    def cut(self, dice, target, keep=None):
+        """Write the folder into `target` as a cut now leaves it; `keep` is how much of what is not synced is there."""
+        keep = dice.choice([0, 0, 0.5, 0.5, 1]) if keep is None else keep
         loose = [move for move in self.moves if move[0] > self.synced]
         left = [move for move in self.moves if move[0] <= self.synced] + loose[: dice.randint(0, len(loose)) if keep else 0]
         names = dict(self.base)
@@ -162,10 +162,10 @@ class Cuts:
     def __init__(self, entries, folder, base):
         self.entries, self.disk, self.at = entries, Disk(folder, base), 0
 
-    def cut(self, place, dice, target):
+    def cut(self, place, dice, target, keep=None):
         """Everything whose record ends by `place` was done; what is left of it."""
         shutil.rmtree(target, ignore_errors=True)
         while self.at < len(self.entries) and self.entries[self.at].end <= place:
             self.disk.apply(self.entries[self.at])
             self.at += 1
-        self.disk.cut(dice, target)
+        self.disk.cut(dice, target, keep)

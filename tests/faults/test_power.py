@@ -67,10 +67,11 @@ class Run:
         return self.times[max(0, bisect.bisect(self.times, (place, float("inf"))) - 1)][1]
 
     def places(self, dice, count):
-        """Where to cut: half of them the moment an answer was read, before anything else could be written."""
+        """Where to cut, and how much of what is not synced is kept: half of them the moment an answer was read, before anything else could be written."""
         marks = [fact.done for thing in self.ledger.things for fact in thing.facts if fact.done] + [self.kids.done]
         ends = [entry.end for entry in self.entries if entry.end >= self.began]
-        return sorted(dice.choice(marks if number % 2 else ends) for number in range(count))
+        places = [(dice.choice(marks if number % 2 else ends), dice.choice([0, 0, 0.5, 0.5, 1])) for number in range(count)]
+        return sorted([*places, (self.kids.done, 0)])
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(40, marks=LONG)])
@@ -114,10 +115,9 @@ class TestLayer:
 
     def test_with_everything_kept_the_folder_is_the_one_that_was_left(self, run, tmp_path):
         class Keep(random.Random):
-            choice = staticmethod(lambda options: options[-1])
             randint = staticmethod(lambda least, most: most)
 
-        Cuts(run.entries, run.box.folder, run.box.base).cut(run.ended, Keep(), tmp_path / "data")
+        Cuts(run.entries, run.box.folder, run.box.base).cut(run.ended, Keep(), tmp_path / "data", keep=1)
         for path in (tmp_path / "data").iterdir():
             assert path.read_bytes() == (run.left / path.name).read_bytes(), path.name
         assert {"mad.db3", "mad.db3-wal", "token.pem", "admin_token.pem", "seal.key", "mad.conf"} <= set(os.listdir(tmp_path / "data"))
@@ -128,10 +128,10 @@ def test_what_was_acknowledged_survives_a_power_cut(run):
     dice = random.Random(run.seed)
     cuts, ledger = Cuts(run.entries, run.box.folder, run.box.base), run.ledger
     key, looked = None, 0
-    for place in run.places(dice, 500 if run.is_long else 12):
-        cuts.cut(place, dice, run.box.folder)
+    for place, keep in run.places(dice, 500 if run.is_long else 12):
+        cuts.cut(place, dice, run.box.folder, keep)
         box = again(run, run.time_of(place))
-        here = f"cut at {place} of {run.ended}"
+        here = f"cut at {place} of {run.ended}, {keep} of what was not synced kept"
         try:
             box.start()
             store = m.Store(str(box.folder / "mad.db3"), key := key or m.read_database_key(str(box.folder / "mad.db3"), "a database phrase", False))
@@ -167,7 +167,7 @@ def test_a_power_cut_during_setup_leaves_nothing_or_everything(run):
     cuts, found = Cuts(run.entries, run.box.folder, run.box.base), []
     for place in places:
         folder, here = run.box.folder, f"cut at {place} of {run.was_set_up}"
-        cuts.cut(place, dice, folder)
+        cuts.cut(place, dice, folder, 0 if place == run.was_set_up else None)
         box = again(run)
         done = box.run("options", "--json")  # finishes or removes what was begun
         assert done.returncode == 0, f"{here}: {done.stderr}"
