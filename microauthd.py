@@ -483,12 +483,19 @@ class Options:
         return min(4, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
 
 
+CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
+CONFIG_END = "# end"
+
+
 def parse_config(content: str, where: str) -> dict:
     """Return `{option name: (text value, "file:line")}` of an INI file.
 
     `key = value` a line; `#` and `;` begin comments; a value in double quotes is literal.
-    Raises Refusal naming file and line.
+    Raises Refusal naming file and line, and where a file that we wrote has lost its end: what
+    is missing would be a default, and nobody would know.
     """
+    if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
+        raise Refusal(f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line")
     found = {}
     for number, line in enumerate(content.split("\n"), 1):
         line = line.strip()
@@ -655,7 +662,7 @@ def describe_options(options: Options) -> dict:
 
 def write_config(options: Options) -> str:
     """Return the text of a config file: what differs from the defaults in force, the rest as comments."""
-    lines, group = ["# microauthd. One key = value a line; # and ; begin comments; quote what contains them.", ""], ""
+    lines, group = [CONFIG_HEAD, ""], ""
     for option in OPTIONS:
         if option.group != group:
             group = option.group
@@ -674,7 +681,7 @@ def write_config(options: Options) -> str:
         lines.append(f"# {option.help}")
         mark = "" if option.name in options.origins or value != option.default else "# "
         lines.append(f"{mark}{option.name} = {word}".rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", CONFIG_END]) + "\n"
 
 
 # == Log =======================================================================
@@ -2124,8 +2131,33 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
             raise Refusal(f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true")
         return ""
     if unencrypted or not passphrase:
-        raise Refusal(f"the database {path} is encrypted, and no db-pass is given")
+        raise Refusal(f"the database {path} is encrypted or damaged, and no db-pass is given")
     return derive_key(passphrase, head)
+
+
+def check_log(path: str):
+    """Raise Refusal where the write-ahead log beside a database begins with a damaged header.
+
+    SQLite would take it for an empty one and begin it anew, and what was acknowledged last would be
+    gone without a word. No power cut leaves one: the header is synced before anything follows it.
+    https://www.sqlite.org/fileformat2.html#walformat
+    """
+    for _ in range(3):  # a server beside us may be writing it
+        try:
+            with open(path + "-wal", "rb") as file:
+                head = file.read(32)
+                if not any(head) and not any(map(any, iter(lambda: file.read(1 << 16), b""))):
+                    return  # empty, or made longer by a file system whose power went before the content was there
+        except FileNotFoundError:
+            return
+        magic = int.from_bytes(head[:4], "big")
+        one = two = 0
+        for word, other in struct.iter_unpack(">II" if magic & 1 else "<II", head[:24].ljust(24)):
+            one = one + word + two & 0xFFFFFFFF
+            two = two + other + one & 0xFFFFFFFF
+        if not head or magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two):
+            return
+    raise Refusal(f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it away to go on without; it is left as it is")
 
 
 SESSION_INSERT = "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, :issued_at, :expires_at, :revoked_at)"
@@ -2257,9 +2289,9 @@ class Store:
             finally:
                 fcntl.lockf(self.turns, fcntl.LOCK_UN)
 
-    def connect(self, synchronous="FULL"):
+    def connect(self, synchronous="FULL", mode="rw"):
         connection = sqlcipher3.connect(
-            f"file:{quote(self.path)}?mode=rw", uri=True, isolation_level=None,
+            f"file:{quote(self.path)}?mode={mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=5, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
@@ -2385,9 +2417,14 @@ class Store:
 
         Raises Refusal with one sentence; the file is left as it is.
         """
+        check_log(self.path)
+        # The last writer that closes puts what a crash left in the log into the database, whatever either holds:
+        # so as long as they may be damaged, nobody here is one.
+        left = os.path.exists(self.path + "-wal") and os.path.getsize(self.path + "-wal") > 0
         try:
-            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
-            self.connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            connection = self.connect(mode="ro") if left else self.connection
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlcipher3.Error as error:
             if self.key:
                 raise Refusal(f"the database {self.path} does not open: db-pass is wrong, or the file is damaged") from None
@@ -2395,13 +2432,16 @@ class Store:
         if version > len(MIGRATIONS):
             raise Refusal(f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one")
         try:
-            if version == 0 or self.connection.execute("SELECT count(*) FROM meta").fetchone() is None:
+            if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
                 raise Refusal(f"the file {self.path} is not a microauthd database")
             # A large database is not read through at every start; a damaged page of it refuses when it is read.
             small = os.path.getsize(self.path) < 32_000_000
-            (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
                 raise Refusal(f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is")
+            if left:
+                self.connections.discard(connection)
+                connection.close()
             self.migrate()
         except (sqlcipher3.Error, Problem) as error:
             reason = error.log if isinstance(error, Problem) else error
@@ -3696,7 +3736,7 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
             raise Refusal(f"the signing key {path} is encrypted, and no passphrase for it is given")
         try:
             key = serialization.load_pem_private_key(pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # the last where a byte of the name of its kind is damaged
             raise Refusal(f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged") from None
         if not isinstance(key, rsa.RSAPrivateKey) and not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
             raise Refusal(f"the signing key {path} is neither RSA nor P-256")
@@ -9833,16 +9873,18 @@ def prepare(options: Options) -> Plan:
     log = Log(options)
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
     guard_private(options.db_file, "it is the database")
+    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
+    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
+    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
+    seal_key = read_seal_key(options.seal_key_file)
+    for side in ("auth", "admin"):
+        tls_of(options, side)
+    # After all that is only read: an opened database takes in its log.
     store = Store(options.db_file, database_key, log=log)
     try:
         store.open()
     finally:
         store.close()
-    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
-    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
-    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
-    for side in ("auth", "admin"):
-        tls_of(options, side)
     workers = max(1, options.worker_processes)
     auth_sockets = []
     try:
@@ -9851,7 +9893,7 @@ def prepare(options: Options) -> Plan:
     except OSError as error:
         where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
         raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(options, database_key, marks, auth_entries, admin_entries, read_seal_key(options.seal_key_file), auth_sockets, admin_socket, Generation(), log)
+    return Plan(options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(), log)
 
 
 def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
