@@ -2146,8 +2146,6 @@ def check_log(path: str):
         try:
             with open(path + "-wal", "rb") as file:
                 head = file.read(32)
-                if not any(head) and not any(map(any, iter(lambda: file.read(1 << 16), b""))):
-                    return  # empty, or made longer by a file system whose power went before the content was there
         except FileNotFoundError:
             return
         magic = int.from_bytes(head[:4], "big")
