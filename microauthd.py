@@ -93,6 +93,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 VERSION = "0.1.0"
 # A clock that shows an earlier time than this is wrong, whatever it says. Unix seconds.
 RELEASED_AT = 1795392000  # 2026-11-23
+CLOCK_FAR = 45 * 86400    # seconds: a clock that leaps further is not trusted with what cannot be undone, for a day
 
 HERE = Path(__file__).parent
 PUBLIC = HERE / "public"
@@ -2530,8 +2531,36 @@ class Store:
         if not self.writable or room.f_bavail * room.f_frsize < 1_000_000:
             raise Problem("temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5)
 
+    def clock_floor(self) -> int:
+        """The latest time that is known to have been, Unix seconds: no honest clock is before it.
+
+        It is `clock` of meta, which only a clock that is believed writes, or a later row; but not one far
+        later, for that was written under a clock that was wrong.
+        """
+        known, newest = int(self.meta("clock", "0")), self.newest_at()
+        return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
+
+    def end_what_is_later(self, now, now_ms, step):
+        """End and forget what was done under a clock that ran ahead: it would live on until that time comes. Return how much."""
+        later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
+        done = 0
+        with self.transaction(identity=True):
+            done += self.run("UPDATE family SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now, later_ms=later_ms)
+            done += self.run("UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now, later_ms=later_ms)
+            done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
+            done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
+            # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
+            done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
+            # Nobody could log in before that time comes.
+            done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
+            done += self.run("UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms, later_ms=later_ms)
+            done += self.run("UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms, later_ms=later_ms)
+            if int(self.meta("revoked_before", "0")) > later_ms:
+                self.put_meta("revoked_before", now_ms)
+        return done
+
     def newest_at(self) -> int:
-        """The latest time anything was written, Unix seconds: the clock cannot honestly be before it."""
+        """The latest time anything was written, Unix seconds."""
         with self.guard():
             row = self.connection.execute(
                 "SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),"
@@ -3939,6 +3968,102 @@ def ring_files(options: Options) -> dict:
     }
 
 
+class Timekeeper:
+    """What time it is, as far as the machine's clock can be believed. One for all processes of a server.
+
+    now = seconds since boot, which nobody can set, + an offset that follows the clock:
+
+        the clock is                        the offset
+        up to two minutes ahead             follows at once
+        further ahead                       follows when the clock has kept that time for ten minutes
+        up to a day behind                  goes back at half speed, so that time never does
+        further behind                      stays, at the pace of the seconds since boot
+        ahead after a time that was guessed follows at once: a start without a clock, before NTP
+
+    After a leap of more than CLOCK_FAR comes a day of probation: nothing is purged, no key retires, and
+    the clock may still go back to where it was; what was done in between is ended then. At a start whose
+    clock is behind what is known to have been, time goes on from there, and what was under way is over.
+    """
+
+    NEAR, STEADY, PROBATION = 120, 600, 86400  # seconds
+    FIELDS = "offset", "trusted", "since", "candidate", "steady_since", "looked", "uptime", "guessed"
+    OFFSET = struct.Struct("<d")  # the first field
+
+    def __init__(self, floor: int, wall=time.time, monotonic=None, uptime=None):
+        self.shared = mmap.mmap(-1, 8 * len(self.FIELDS))
+        since_boot = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+        self.wall, self.monotonic, self.uptime = wall, monotonic or since_boot, uptime or self.read_uptime
+        monotonic, wall = self.monotonic(), self.wall()
+        offset = wall - monotonic
+        self.put(offset=offset, trusted=offset, candidate=offset, steady_since=monotonic, looked=monotonic, uptime=monotonic - self.uptime(), since=0.0, guessed=0.0)
+        if wall < floor - IAT_SKEW:
+            self.put(offset=floor - monotonic, trusted=floor - monotonic, guessed=1.0)
+        elif wall > floor + CLOCK_FAR and floor > RELEASED_AT:
+            self.put(trusted=floor - monotonic, since=monotonic)
+
+    def read_uptime(self) -> float:
+        try:
+            with open("/proc/uptime", "rb") as file:
+                return float(file.read().split()[0])
+        except (OSError, ValueError, IndexError):
+            return self.monotonic()
+
+    def get(self, name) -> float:
+        return struct.unpack_from("<d", self.shared, 8 * self.FIELDS.index(name))[0]
+
+    def put(self, **values):
+        for name, value in values.items():
+            struct.pack_into("<d", self.shared, 8 * self.FIELDS.index(name), value)
+
+    def __call__(self) -> float:
+        """Unix seconds. Called several times a request."""
+        return self.monotonic() + self.OFFSET.unpack_from(self.shared)[0]
+
+    @property
+    def state(self) -> str:
+        """`right`; `guessed` or `behind` where the clock is behind; `ahead`; `probation`."""
+        off = self.get("candidate") - self.get("offset")
+        if self.get("guessed"):
+            return "guessed"
+        if abs(off) > self.NEAR:
+            return "ahead" if off > 0 else "behind"
+        return "probation" if self.get("since") else "right"
+
+    def look(self) -> bool:
+        """Follow the clock as the table says; one process does, twice a second. Return whether time went back."""
+        monotonic = self.monotonic()
+        slip = monotonic - self.uptime() - self.get("uptime")
+        if abs(slip) > 5:  # even the seconds since boot were set, as a debugger or an emulator can
+            self.put(uptime=self.get("uptime") + slip, **{name: self.get(name) - slip for name in ("offset", "trusted", "candidate")})
+            self.put(**{name: self.get(name) + slip for name in ("since", "steady_since", "looked") if self.get(name)})
+        offset, at = self.wall() - monotonic, self.get("offset")
+        passed = min(60.0, max(0.0, monotonic - self.get("looked")))
+        if abs(offset - self.get("candidate")) > 2:
+            self.put(steady_since=monotonic)
+        self.put(candidate=offset, looked=monotonic)
+        went_back = False
+        if self.get("since") and self.get("trusted") - self.NEAR <= offset < at - self.NEAR:
+            self.put(offset=max(offset, self.get("trusted")), since=0.0)
+            went_back = True
+        elif offset < at:
+            if at - offset <= 86400:
+                self.put(offset=max(offset, at - passed / 2), guessed=0.0)
+        elif offset - at <= self.NEAR or self.get("guessed") or monotonic - self.get("steady_since") >= self.STEADY:
+            if offset - at > CLOCK_FAR:
+                self.put(since=monotonic)
+            self.put(offset=offset, guessed=0.0)
+        if self.get("since") and monotonic - self.get("since") >= self.PROBATION:
+            self.put(since=0.0)
+        if not self.get("since"):
+            self.put(trusted=self.get("offset"))
+        return went_back
+
+    def accept(self):
+        """Take the clock as it stands: an operator says that it is right."""
+        offset = self.wall() - self.monotonic()
+        self.put(offset=offset, trusted=offset, candidate=offset, since=0.0, guessed=0.0)
+
+
 class Idp:
     """One process of the identity provider: settings, store, keys and clock.
 
@@ -3960,7 +4085,7 @@ class Idp:
         self.locks = [threading.Lock() for _ in range(64)]  # by name: one verification of an account or client at a time
         self.pages = {}  # prebuilt answers
         self.replays = set()  # jti of dead tokens whose use was written down
-        self.clock_is_sane = True
+        self.clock_is_sane = True  # where no Timekeeper looks
         self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
 
     def look_at_rings(self):
@@ -4040,12 +4165,18 @@ class Idp:
             self.client_cache = (generation, cache)
         return cache
 
-    def check_clock(self):
-        """Note whether the clock can be believed. It cannot be before our release or our newest row."""
-        newest = max(RELEASED_AT, self.store.newest_at() - IAT_SKEW)
-        sane = self.now() >= newest
+    def check_clock(self, for_good=True) -> bool:
+        """Return whether the clock can be trusted; `for_good` with what cannot be undone: to purge, to retire a key.
+
+        A server asks its Timekeeper. A command at the machine has only the clock, which is never before our
+        release or the latest time that is known to have been.
+        """
+        if isinstance(self.clock, Timekeeper):
+            return self.clock.state in (("right",) if for_good else ("right", "probation"))
+        floor = max(RELEASED_AT, self.store.clock_floor() - IAT_SKEW)
+        sane = self.now() >= floor
         if sane != self.clock_is_sane:
-            self.log("clock.sane" if sane else "clock.behind", "info" if sane else "error", now=self.now(), newest=newest)
+            self.log("clock.right" if sane else "clock.behind", "info" if sane else "error", now=self.now(), floor=floor)
         self.clock_is_sane = sane
         return sane
 
@@ -7024,7 +7155,7 @@ def ready(idp, params):
     # Asked at most once a second: the probe takes the write lock, and anybody may ask.
     until, checks = idp.readiness
     if time.monotonic() >= until:
-        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(), "database": True}
+        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(for_good=False), "database": True}
         try:
             idp.store.probe()
         except Problem as problem:
@@ -8953,6 +9084,56 @@ class Upkeep(threading.Thread):
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
+class Clockwork(threading.Thread):
+    """Looks at the machine's clock twice a second, says what is wrong with it, and notes twice an hour what time it is."""
+
+    LOOK, NOTE = 0.5, 1800
+
+    def __init__(self, idp):
+        super().__init__(name="clockwork", daemon=True)
+        self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
+        self.said, self.said_at, self.noted_at = "right", 0.0, -float(self.NOTE)
+        self.accepted = idp.store.meta("clock_accepted")
+
+    def run(self):
+        while not self.ending.wait(self.LOOK):
+            try:
+                self.step()
+            except Exception as error:
+                self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Problem) else repr(error))
+                self.ending.wait(5)
+
+    def step(self):
+        idp, keeper = self.idp, self.keeper
+        went_back = keeper.look()
+        if keeper.state != "right":
+            stamp = idp.store.meta("clock_accepted")
+            if stamp != self.accepted:
+                keeper.accept()
+                self.accepted, went_back = stamp, True
+        if went_back:
+            settle_clock(idp)
+        state, monotonic = keeper.state, keeper.monotonic()
+        if state != self.said or state != "right" and monotonic - self.said_at >= 3600:
+            idp.log("clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error", now=idp.now(), clock=int(keeper.wall()))
+            self.said, self.said_at = state, monotonic
+        if state == "right" and monotonic - self.noted_at >= self.NOTE:
+            self.note()
+
+    def note(self):
+        """Write down what time it is, for a start whose clock does not know."""
+        if self.keeper.state == "right":
+            self.idp.store.put_meta("clock", self.idp.now())
+            self.noted_at = self.keeper.monotonic()
+
+
+def settle_clock(idp: Idp):
+    """End what was done at times that are not yet: the clock ran ahead, and has gone back."""
+    ended = idp.store.end_what_is_later(idp.now(), idp.now_ms(), idp.now() // 30)
+    audit(idp, LOCAL, "system", "clock_went_back", "", f"ended={ended}")
+    idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)
+
+
 # == Serve =====================================================================
 # The two servers, their connections, and the processes they run in.
 
@@ -9863,6 +10044,7 @@ class Plan(msgspec.Struct):
     auth_sockets: list
     admin_socket: object
     generation: Generation
+    clock: Timekeeper
     log: Log
 
 
@@ -9881,6 +10063,7 @@ def prepare(options: Options) -> Plan:
     store = Store(options.db_file, database_key, log=log)
     try:
         store.open()
+        clock = start_clock(store, log)
     finally:
         store.close()
     workers = max(1, options.worker_processes)
@@ -9891,7 +10074,23 @@ def prepare(options: Options) -> Plan:
     except OSError as error:
         where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
         raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(), log)
+    return Plan(options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(), clock, log)
+
+
+def start_clock(store: Store, log: Log) -> Timekeeper:
+    """Return what tells the time, and end what no clock can be asked about."""
+    clock = Timekeeper(max(RELEASED_AT, store.clock_floor()))
+    now = int(clock())
+    if clock.state != "right":
+        log("clock." + clock.state, "warning" if clock.state == "probation" else "error", now=now, clock=int(time.time()))
+    try:
+        if clock.state == "guessed":  # how long it was off, nobody knows: longer than a code lives
+            store.forget_logins()
+        elif store.newest_at() > now + IAT_SKEW:
+            store.end_what_is_later(now, int(clock() * 1000), now // 30)
+    except Problem as problem:  # what serves goes on reading
+        log("clock.failed", "error", reason=problem.log)
+    return clock
 
 
 def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
@@ -9927,24 +10126,23 @@ class Node:
         if options.worker_processes:
             self.store.take_turns()
         self.store.start_flusher()
-        self.upkeep, self.servers = None, []
+        self.upkeep, self.clockwork, self.servers = None, None, []
         auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
             if listening is None:
                 continue
             # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
-            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), log=plan.log)
+            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), plan.clock, plan.log)
             # What changed since it was read is found by the first request.
             entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
             idp.ring_files = {port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap)) for port_name in entries}
             app = build_app(idp, routes)
             if name == "admin":
                 app = admit_hosts(app, idp)
-                self.upkeep = Upkeep(idp)
+                self.upkeep, self.clockwork = Upkeep(idp), Clockwork(idp)
             server = Server(name, [listening], app, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
             idp.hasher.gate.blocking = server.blocking
-            idp.check_clock()
             self.servers.append(server)
 
     def refused(self, event, **fields):
@@ -9955,6 +10153,7 @@ class Node:
             server.start()
         if self.upkeep:
             self.upkeep.start()
+            self.clockwork.start()
 
     def stop(self):
         """Answer what is in flight, then write what is queued."""
@@ -9965,6 +10164,10 @@ class Node:
             thread.start()
         for thread in stopping:
             thread.join()
+        if self.clockwork:
+            self.clockwork.ending.set()
+            with contextlib.suppress(Problem):
+                self.clockwork.note()
         self.store.close()
 
 
@@ -10635,6 +10838,27 @@ def revoke_key(options: Options, kid: str) -> str:
     raise Refusal(f"there is no key {kid}; see microauthd keys list")
 
 
+def accept_clock(options: Options) -> dict:
+    """Say that the machine's clock is right, whatever was noted under a wrong one. A running server goes by it within a second.
+
+    What was done at times that are not yet is ended. Return `now` and how much was `ended`.
+    """
+    idp = open_idp(options)
+    try:
+        now = idp.now()
+        if now < RELEASED_AT:
+            raise Refusal(f"the clock of this machine says {iso(now)}, which is before this program was made: put it right first")
+        with idp.store.transaction():
+            ended = idp.store.end_what_is_later(now, idp.now_ms(), now // 30)
+            idp.store.forget_logins()
+            idp.store.put_meta("clock", now)
+            idp.store.put_meta("clock_accepted", uuid.uuid4())
+            audit(idp, LOCAL, "machine", "clock_accepted", "", f"ended={ended}")
+    finally:
+        idp.store.close()
+    return {"now": now, "ended": ended}
+
+
 def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:
     """Let an administrator in again, or make one: a new password, active, not locked, the role. Ends what the account had. Return what was done."""
     idp = open_idp(options)
@@ -10667,7 +10891,7 @@ OWN_FLAGS = {
     "keys": ("--json",), "admin": ("--password-stdin", "--disable-totp"),
 }
 OWN_VALUES = {"setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",)}
-OWN_WORDS = {"backup": 1, "restore": 1, "keys": 1, "admin": 1}  # how many words a command takes
+OWN_WORDS = {"backup": 1, "restore": 1, "keys": 1, "admin": 1, "clock": 1}  # how many words a command takes
 
 USAGE = """\
 usage: microauthd COMMAND [--OPTION VALUE ...]
@@ -10685,6 +10909,7 @@ commands:
   factory-reset      overwrite and remove database and keys (--yes does not ask)
   keys list          the signing keys; keys rotate [--ring auth|admin] [--alg ES256|RS256]; keys revoke --kid KID
   admin recover      let an administrator in again: --username NAME [--password-stdin] [--disable-totp]
+  clock accept       the clock of this machine is right: go by it at once, where the server holds it for wrong
 
 options (also key = value lines of mad.conf, and MAD_ variables of the environment):
   --config FILE          config file (mad.conf)
@@ -10841,6 +11066,15 @@ def run_keys(options, words, own, values) -> int:
     return 0
 
 
+def run_clock(options, words, own, values) -> int:
+    if words[0] != "accept":
+        print("microauthd: clock accept", file=sys.stderr)
+        return 2
+    done = accept_clock(options)
+    print(f"it is {iso(done['now'])}; {done['ended']} things of later times are ended")
+    return 0
+
+
 def run_admin(options, words, own, values) -> int:
     if words[0] != "recover" or not values.get("--username"):
         print("microauthd: admin recover --username NAME [--password-stdin] [--disable-totp]", file=sys.stderr)
@@ -10860,7 +11094,7 @@ def run_admin(options, words, own, values) -> int:
     return 0
 
 
-COMMANDS_AT_THE_MACHINE = {"backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys, "admin": run_admin}
+COMMANDS_AT_THE_MACHINE = {"backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys, "admin": run_admin, "clock": run_clock}
 
 
 def first_start(options: Options, flags: dict):
