@@ -1115,6 +1115,26 @@ class MadClient(Binding):
         """POST /audit-logs/purge. Return Msg. `days` > 0."""
         return self.request("POST", "/audit-logs/purge", json={"older_than_days": days})
 
+    # -- backups --
+
+    def make_backup(self, without_keys: bool = False) -> dict:
+        """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`. It lies on the server."""
+        return self.request("POST", "/backup", json={"without_keys": without_keys})
+
+    def read_backup(self, name: str) -> Iterator[bytes]:
+        """GET /backup/{name}. Return its octets, a piece at a time."""
+        offset: str | None = "0"
+        while offset is not None:
+            answer = self.send("GET", _at("backup", name), query={"offset": offset}, want=bytes)
+            yield answer.value
+            before, offset = offset, answer.headers.get("x-next-offset")
+            if offset is not None and not (offset.isascii() and offset.isdigit() and int(offset) == int(before) + len(answer.value) > int(before)):
+                raise _bad_answer("the pieces of the backup do not follow each other")
+
+    def delete_backup(self, name: str) -> dict:
+        """DELETE /backup/{name}. Return Msg."""
+        return self.request("DELETE", _at("backup", name))
+
 
 def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
     """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
@@ -1500,17 +1520,17 @@ class Command:
     both when a `verb`. `shape` may first bring the result into the form it has here. `show` turns it into lines,
     `quiet` into those of --quiet (the ids, unless given); with --json the result itself is printed. A call that has
     `pages` is a list, printed while it comes; one that `flows` yields pages too, and with --json a document a line.
-    `at_least_one` is for updates. `danger` marks what is asked about on a terminal: it names the option whose value
+    `at_least_one` is for updates. `word` names the option that a bare word is taken for. `danger` marks what is asked about on a terminal: it names the option whose value
     is to be typed again, or is "" for a plain question.
     """
     __slots__ = ("name", "help", "call", "options", "show", "example", "local", "verb", "at_least_one", "shape", "quiet",
-                 "flows", "danger")
+                 "flows", "danger", "word")
 
     def __init__(self, name, help, call, options, show, example="", *, local=False, verb=False, at_least_one=False,
-                 shape=None, quiet=None, flows=False, danger=None):
+                 shape=None, quiet=None, flows=False, danger=None, word=""):
         self.name, self.help, self.call, self.show, self.example = name, help, call, show, example
         self.local, self.verb, self.at_least_one, self.shape, self.quiet = local, verb, at_least_one, shape, quiet
-        self.flows, self.danger = flows, danger
+        self.flows, self.danger, self.word = flows, danger, word
         self.options = tuple(options)
         if self.is_list:
             given = [option.name for option in options]
@@ -1610,6 +1630,9 @@ def parse(command: Command, words: list[str]) -> Parsed:
                 parsed.errors.append(str(problem))
             if files == 11:
                 parsed.errors.append("too many files of words")
+            continue
+        if command.word and not word.startswith("-") and command.word not in parsed.values:
+            parsed.values[command.word] = word
             continue
         if not word.startswith("--"):
             parsed.errors.append("unknown option '%s'" % word if word.startswith("-") else "unexpected word '%s'" % word)
@@ -2337,6 +2360,45 @@ def show_enrolment(answer: dict) -> list[str]:
             "secret, shown this once: " + plain(answer.get("secret"))]
 
 
+def backup(shell: Shell, client: MadClient, file: str, force: bool = False, without_keys: bool = False) -> dict:
+    """POST /backup. Have the server make a backup, fetch it into `file`, and remove it there."""
+    from hashlib import sha256
+    if os.path.lexists(file) and not force:
+        raise Refusal(USAGE, "usage", "%s is there already" % file, hint="--force writes over it")
+    temporary = "%s.%d.new" % (file, os.getpid())
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as problem:
+        raise Refusal(USAGE, "usage", "cannot make %s: %s" % (file, problem.strerror)) from None
+    made = None
+    try:
+        client.timeout = max(client.timeout, 600)  # A large one is written and read through before the answer.
+        made = client.make_backup(without_keys)
+        digest = sha256()
+        with os.fdopen(handle, "wb", closefd=False) as target:
+            for piece in client.read_backup(str(made.get("name"))):
+                digest.update(piece)
+                target.write(piece)
+        if digest.hexdigest() != made.get("sha256"):
+            raise _bad_answer("what came is not the backup that was made")
+        os.fsync(handle)
+        os.rename(temporary, file)
+    except OSError as problem:
+        raise Refusal(REFUSED, "cannot_write", "cannot write %s: %s" % (file, problem.strerror)) from None
+    finally:
+        os.close(handle)
+        try:
+            os.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        if made is not None:
+            try:
+                client.delete_backup(str(made.get("name")))
+            except MadError as problem:
+                tell("warning", "the server keeps its copy: %s" % problem.message)
+    return made
+
+
 def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
                action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
     """GET /audit-logs. Yield what is written to the audit log, until nobody reads it any more."""
@@ -2854,6 +2916,14 @@ COMMANDS = (
     *of_audit("audit"),
     *of_audit("auditlog"),
 
+    # -- backup --
+    Command("backup", "make a backup of the whole box and fetch it", backup, (
+        Option("file", "where to put it; the word after backup says it too", required=True, metavar="FILE"),
+        Option("force", "write over a file that is there", "flag"),
+        Option("without-keys", "leave keys and settings out: needed where the database is not encrypted", "flag"),
+    ), lambda made: ["%s: %s bytes, %s users, %s clients" % tuple(plain(made.get(name)) for name in ("name", "bytes", "users", "clients"))],
+        "mad backup box.backup", verb=True, word="file", quiet=lambda made: [plain(made.get("name"))]),
+
     # -- token, completion --
     Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), show_token, "mad token get | mad token --token -", local=True),
     Command("token revoke", "end a token", MadClient.revoke_token, (JWT,), said, "mad token revoke --token -"),
@@ -2998,6 +3068,8 @@ def _dispatch(argv: list[str]) -> int:
     # Whether a list is in the plural is nothing to remember.
     if command := by_name.get(noun + " " + verb) or by_name.get(noun + " " + verb + "s"):
         return _run_command(command, argv[2:])
+    if noun in by_name and by_name[noun].word:
+        return _run_command(by_name[noun], argv[1:])
     as_json = "--json" in argv
     if noun not in nouns(COMMANDS):
         hint = "options stand after the command: mad <noun> <verb> [options]"

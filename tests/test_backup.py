@@ -338,11 +338,10 @@ class TestBesideARunningServer:
             assert answer.status == 200 and all(f'"{name}"'.encode() in answer.body for name in promised[1])
 
     def test_one_made_over_admin_comes_whole_through_the_network(self, tmp_path):
-        folder = tmp_path / "backups"
-        folder.mkdir()
-        with Box(tmp_path / "data", workers="2", backup_folder=str(folder)) as box:
+        folder = tmp_path / "data" / "backups"
+        with Box(tmp_path / "data", workers="2") as box:
             bearer = box.admin_token()
-            made = box.admin("POST", "/backup", bearer=bearer)
+            made = box.admin("POST", "/backup", json_body={}, bearer=bearer)
             assert made.status == 200, made
             large = folder / "microauthd-20260101T000000Z-00000000.backup"
             large.write_bytes(os.urandom(2_500_000))
@@ -353,8 +352,11 @@ class TestBesideARunningServer:
                     assert piece.status == 200, piece
                     content, offset = content + piece.body, piece.headers.get("X-Next-Offset")
                 assert content == path.read_bytes()
+            fetched = box.mad("backup", "fetched", MAD_ADMIN_TOKEN=bearer)
+            assert fetched.returncode == 0 and "1 users, 1 clients" in fetched.stdout, fetched
+            assert sorted(path.name for path in folder.iterdir()) == sorted((made.json["name"], large.name)), "what was fetched is not kept"
             box.stop()
-            done = box.run("restore", str(folder / made.json["name"]))
+            done = box.run("restore", "fetched")
             assert done.returncode == 0, done.stderr
 
     def test_typed_wrongly_it_destroys_nothing(self, tmp_path):
@@ -378,7 +380,7 @@ class TestOverAdmin:
         bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
 
         def call(method, path):
-            return admin(method, path, bearer=bearer)
+            return admin(method, path, json_body={} if method == "POST" else None, bearer=bearer)
 
         call.idp = idp
         yield call
@@ -427,6 +429,27 @@ class TestOverAdmin:
         answer = call("POST", "/backup")
         assert answer.status == 503 and str(tmp_path) not in str(answer.json) and not list((tmp_path / "backups").iterdir())
 
-    def test_without_a_folder_there_is_nothing_there(self, admin, admin_token):
-        for method, path in (("POST", "/backup"), ("GET", "/backup/x"), ("DELETE", "/backup/x")):
-            assert admin(method, path, bearer=admin_token).status == 404
+    def test_what_a_kill_left_is_cleared_away(self, call, tmp_path):
+        left = [tmp_path / "backups" / f"microauthd-20260101T000000Z-00000000.backup.backing-up{suffix}" for suffix in ("", "-journal")]
+        kept = tmp_path / "backups" / "mine.backup.backing-up"
+        for path in (*left, kept):
+            path.write_text("x")
+        assert call("POST", "/backup").status == 200 and not any(path.exists() for path in left) and kept.exists()
+
+    def test_an_unencrypted_one_holds_no_keys(self, options, rings, clock, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        idp = m.Idp(options, m.Store.make(tmp_path / "plain.db3", "", m.RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]), m.Seal(bytes(32)), clock)
+        try:
+            with pytest.raises(m.Problem) as refused:
+                m.make_backup(idp, m.LOCAL, "test")
+            assert "without_keys" in refused.value.errors and not (tmp_path / "backups").exists()
+            made = m.make_backup(idp, m.LOCAL, "test", without_keys=True)
+            assert (tmp_path / "backups" / made.name).stat().st_size == made.bytes and (tmp_path / "backups").stat().st_mode & 0o777 == 0o700
+        finally:
+            idp.store.close()
+
+    def test_without_a_folder_there_is_nothing_there(self, make_idp, options):
+        idp = make_idp(m.Options(options.origins, **{option.attribute: getattr(options, option.attribute) for option in m.OPTIONS} | {"backup_folder": ""}))
+        for call in (lambda: m.make_backup(idp, m.LOCAL, "test"), lambda: m.read_backup_piece(idp, "x", 0), lambda: m.delete_backup(idp, m.LOCAL, "test", "x")):
+            with pytest.raises(m.Problem, match="not_found"):
+                call()

