@@ -62,8 +62,8 @@ class Box:
         self.client = (said["client_id"], said["client_secret"])
         return self
 
-    def run(self, *words, input=None, **environ):
-        return subprocess.run([*PROGRAM, *words], cwd=self.folder, env=self.environ | environ, input=input, capture_output=True, text=True, timeout=60)
+    def run(self, *words, input=None, timeout=60, **environ):
+        return subprocess.run([*PROGRAM, *words], cwd=self.folder, env=self.environ | environ, input=input, capture_output=True, text=True, timeout=timeout)
 
     def mad(self, *words, input=None, **environ):
         return self.run("mad", *words, input=input, MAD_ADMIN_URL=f"http://127.0.0.1:{self.admin_port}", MAD_AUTH_URL=f"http://127.0.0.1:{self.auth_port}", **environ)
@@ -108,7 +108,8 @@ class Box:
         return [self.process.pid, *map(int, children)]
 
     def said(self):
-        return (self.folder / "output.txt").read_text() + self.log()
+        output = self.folder / "output.txt"
+        return (output.read_text() if output.exists() else "") + self.log()
 
     def log(self):
         path = self.folder / "microauthd.log"

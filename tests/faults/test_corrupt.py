@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 
 import microauthd as m
 import pytest
@@ -64,7 +65,10 @@ def digests(folder):
 def refuses(box, *words):
     """The start is refused: one sentence that has these words, status 1, and every file is as it was."""
     before = digests(box.folder)
-    done = box.run("serve")
+    try:
+        done = box.run("serve", timeout=20)
+    except subprocess.TimeoutExpired:
+        raise AssertionError("it serves: " + box.said()) from None
     assert done.returncode == 1 and done.stderr.startswith("microauthd: ") and done.stderr.count("\n") == 1, done.stderr
     assert "Traceback" not in done.stderr + done.stdout + box.log() and all(word in done.stderr for word in words), done.stderr
     assert digests(box.folder) == before
