@@ -167,6 +167,11 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFKC", normalise(name).casefold())
 
 
+def nap(seconds: float):
+    """Sleep. Not by time.sleep, which counts in absolute time: it raises where something sets the clocks of this process."""
+    select.select([], [], [], seconds)
+
+
 # == Errors ====================================================================
 # One exception. What a client is told stands here and nowhere else.
 
@@ -3309,7 +3314,7 @@ class Store:
     def flush_loop(self):
         while not self.closing:
             self.wake.wait(None if self.writable else 1)
-            time.sleep(BATCH_SECONDS)
+            nap(BATCH_SECONDS)
             self.wake.clear()
             self.flush()
 
@@ -5508,7 +5513,7 @@ def get_session(idp: Idp, jti: str) -> ListedSession:
     if session is None and re.fullmatch(r"[0-9a-f]{32}", jti) and abs(idp.now_ms() - jti_ms(jti)) < 1000:
         # The row of a machine token this young may still wait for its batch.
         idp.store.flush()
-        time.sleep(2 * BATCH_SECONDS)
+        nap(2 * BATCH_SECONDS)
         session = idp.store.find_session(jti)
     if session is None:
         raise Problem("not_found")
@@ -8836,7 +8841,7 @@ def admin_revoke_session(idp, claims, params):
 def admin_purge_sessions(idp, claims, params):
     """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
-    count = purge_tokens(idp, params.origin, claims["sub"], params.body, kinds, time.sleep)
+    count = purge_tokens(idp, params.origin, claims["sub"], params.body, kinds, nap)
     return msg(f"{count} rows purged.")
 
 
@@ -8889,7 +8894,7 @@ def admin_revoke_refresh_token(idp, claims, params):
 @ADMIN("POST", "/refresh-tokens/purge", guard=by_admin(), spec="contract/admin §3.5", takes=PurgeTokens, gives=Msg, option="enable_token_refresh")
 def admin_purge_refresh_tokens(idp, claims, params):
     """Delete the rows of refresh tokens that expired long enough ago."""
-    count = purge_tokens(idp, params.origin, claims["sub"], params.body, ('refresh_token',), time.sleep)
+    count = purge_tokens(idp, params.origin, claims["sub"], params.body, ('refresh_token',), nap)
     return msg(f"{count} rows purged.")
 
 
@@ -8947,7 +8952,7 @@ def admin_get_audit(idp, claims, params):
 @ADMIN("POST", "/audit-logs/purge", guard=by_admin(), spec="contract/admin §3.13", takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days, which is itself written down."""
-    count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, time.sleep)
+    count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, nap)
     return msg(f"{count} rows purged.")
 
 
@@ -8999,7 +9004,7 @@ def admin_swagger_script(idp, params):
 UPKEEP_SECONDS = 3600
 
 
-def purge(idp: Idp, pause=time.sleep):
+def purge(idp: Idp, pause=nap):
     """Delete what is over. A clock that cannot be believed purges nothing."""
     options, store, now = idp.options, idp.store, idp.now()
     if not idp.check_clock():
@@ -9613,7 +9618,7 @@ class Server(cheroot.wsgi.Server):
         self._draining = time.monotonic() + min(0.5, seconds / 2)
         while self._open and time.monotonic() < end:
             self._sweep()
-            time.sleep(0.02)
+            nap(0.02)
         self.ready = False
         ended = not self._open
         for connection in list(self._open.values()):
@@ -9701,7 +9706,7 @@ class Server(cheroot.wsgi.Server):
                     # Nobody takes the events of a leader that is busy; an idle server wakes nobody.
                     events.poll()
                     turn = self._turn
-                    time.sleep(PATIENCE)
+                    nap(PATIENCE)
                     if self._leader is not None and self._turn != turn:
                         continue
                 with self._lock:
@@ -10280,7 +10285,7 @@ class Supervisor:
                     self.end()
                     return 1
                 if early:
-                    time.sleep(0.2)
+                    nap(0.2)
                 self.fork(number)
 
     def end(self) -> int:
@@ -10295,7 +10300,7 @@ class Supervisor:
         while self.children and time.monotonic() < deadline:
             for _ in self.reap():
                 pass
-            time.sleep(0.005)
+            nap(0.005)
         for pid in self.children:
             self.plan.log("worker.killed", "error", pid=pid)
             os.kill(pid, signal.SIGKILL)

@@ -41,7 +41,7 @@ ASKS_FIRST = {("auth", "POST", "/account")}
 
 @pytest.fixture
 def options(tmp_path):
-    return m.Options(**CHEAP, enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True, serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost", totp_qr_output_root=str(tmp_path))
+    return m.Options(**CHEAP, backup_folder="", enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True, serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost", totp_qr_output_root=str(tmp_path))
 
 
 @pytest.fixture
