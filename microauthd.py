@@ -4005,6 +4005,7 @@ class Timekeeper:
             self.put(offset=floor - monotonic, trusted=floor - monotonic, guessed=1.0)
         elif wall > floor + CLOCK_FAR and floor > RELEASED_AT:
             self.put(trusted=floor - monotonic, since=monotonic)
+        self.began = self.state
 
     def read_uptime(self) -> float:
         try:
@@ -9097,7 +9098,7 @@ class Clockwork(threading.Thread):
     def __init__(self, idp):
         super().__init__(name="clockwork", daemon=True)
         self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
-        self.said, self.said_at, self.noted_at = "right", 0.0, -float(self.NOTE)
+        self.said, self.said_at, self.noted_at = self.keeper.began, self.keeper.monotonic(), -float(self.NOTE)
         self.accepted = idp.store.meta("clock_accepted")
 
     def run(self):
