@@ -55,6 +55,7 @@ import logging
 import mmap
 import os
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -9916,6 +9917,24 @@ def read_seal_key(path: str) -> bytes:
     return key
 
 
+DESCRIPTORS_KEPT = 256  # for the database connections of all threads, the log, pipes: a crowd must not take them
+
+
+def grant_connections(servers: int) -> Limits:
+    """Return the limits of each server of this process: as many connections as it may have descriptors for.
+
+    The usual soft limit of 1024 is for programs that use select(); it is raised as far as is of use and allowed.
+    """
+    most, many = Limits().connections, 1 << 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed, wanted = (many if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    wanted = min(wanted, servers * most + DESCRIPTORS_KEPT)
+    if allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        allowed = wanted
+    return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
+
+
 class Node:
     """The servers of one process, and what they share."""
 
@@ -9928,6 +9947,7 @@ class Node:
             self.store.take_turns()
         self.store.start_flusher()
         self.upkeep, self.servers = None, []
+        limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
         auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
@@ -9942,7 +9962,7 @@ class Node:
             if name == "admin":
                 app = admit_hosts(app, idp)
                 self.upkeep = Upkeep(idp)
-            server = Server(name, [listening], app, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
+            server = Server(name, [listening], app, limits=limits, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
             idp.hasher.gate.blocking = server.blocking
             idp.check_clock()
             self.servers.append(server)
