@@ -47,7 +47,7 @@ class Box:
         self.auth_port, self.admin_port = free_port(), free_port()
         self.settings = {"auth-port": self.auth_port, "admin-port": self.admin_port, "db-pass": "a database phrase"} | {name.replace("_", "-"): value for name, value in settings.items()}
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | CHEAP | {"HOME": str(self.folder), "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
-        self.process = None
+        self.process, self.tls = None, None  # a context where both ports speak TLS
 
     def set_up(self):
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -115,7 +115,10 @@ class Box:
         return path.read_text() if path.exists() else ""
 
     def call(self, port, method, path, form=None, *, client=None, bearer=None, json_body=None, timeout=15):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+        if self.tls:
+            connection = http.client.HTTPSConnection("localhost", port, timeout=timeout, context=self.tls)
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
         headers, body = {}, None
         if form is not None:
             body, headers["Content-Type"] = urlencode(form), "application/x-www-form-urlencoded"
