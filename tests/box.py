@@ -44,7 +44,8 @@ class Box:
 
     def __init__(self, folder, **settings):
         self.folder = Path(folder)
-        self.auth_port, self.admin_port = free_port(), free_port()
+        self.auth_port = free_port()
+        self.admin_port = next(port for port in iter(free_port, None) if port != self.auth_port)
         self.settings = {"auth-port": self.auth_port, "admin-port": self.admin_port, "db-pass": "a database phrase"} | {name.replace("_", "-"): value for name, value in settings.items()}
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | CHEAP | {"HOME": str(self.folder), "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
         self.process, self.tls = None, None  # a context where both ports speak TLS

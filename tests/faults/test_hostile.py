@@ -17,11 +17,12 @@ from crowd import ELSEWHERE, HERE, Administrator, Crowd, Memory, Service, await_
 from test_flows import make_certificate
 
 LONG = pytest.mark.long
-SECONDS = [1.2, pytest.param(30, marks=LONG)]
+SECONDS = [0.6, pytest.param(30, marks=LONG)]
 # Behind a proxy that is not in trusted-proxies, and on the box itself, everybody has one address: what is promised there is the same.
 SOURCES = pytest.mark.parametrize("sources", [ELSEWHERE, HERE], ids=["elsewhere", "one address"])
-ROOM = 150_000  # KiB for all processes of the box together: Argon2 at its default cost takes 32 MB in each that hashes
-CALM = 110_000  # where nobody hashes but the administrator
+HASHERS = 3 * max(1, len(os.sched_getaffinity(0)) // 2)  # of two workers and ADMIN, two lanes each
+CALM = 115_000  # KiB for all processes together: nobody hashes
+ROOM = 100_000 + 32_768 * HASHERS
 
 
 def start(box):
@@ -56,7 +57,7 @@ def box(tmp_path_factory):
 def sealed(tmp_path_factory):
     """A box that speaks TLS on both ports."""
     folder = tmp_path_factory.mktemp("sealed")
-    make_certificate(folder)
+    make_certificate(folder, b"phrase")
     box = Box(folder / "data", workers="2", **{f"{port}_ssl_cert_file": folder / "box.pem" for port in ("auth", "admin")})
     box.tls = ssl.create_default_context(cafile=str(folder / "ca.pem"))
     with contextlib.ExitStack() as stack:
@@ -89,12 +90,9 @@ def unharmed(box, room=CALM, p99=1.0):
         assert patron.p99() < p99, (patron.fresh, patron.p99())
     assert patrons[2].times and max(patrons[2].times) < 5, "ADMIN is held up"
     assert memory.most < room, f"{memory.most} KiB"
-    back_to(box, began)
-
-
-def back_to(box, began):
-    """Nothing is kept of a crowd that has gone: threads that were hired give a descriptor or two back late."""
-    await_true(lambda: all(descriptors(pid) <= before + 24 for pid, before in zip(box.pids(), began)), 8, (began, [descriptors(pid) for pid in box.pids()]))
+    # Nothing is kept of a crowd that has gone. SQLite keeps what a thread that has ended had open until another needs it.
+    slack = 24 if room == CALM else 100
+    await_true(lambda: all(descriptors(pid) <= before + slack for pid, before in zip(box.pids(), began)), 8, (began, [descriptors(pid) for pid in box.pids()]))
 
 
 class TestSlowClients:
@@ -278,11 +276,13 @@ def names():
 class TestGuesses:
     """400 a second, at the default cost of a hash; who is guessing may have the address of the patrons."""
 
-    @SOURCES
-    @pytest.mark.parametrize("which", ["one client", "any client"])
-    @pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=LONG)])
-    def test_400_wrong_secrets_a_second(self, box, sources, which, seconds):
-        # A client nobody of the box has seen yet. It has an address of its own, or the guesses about it and its own would be one.
+    @pytest.mark.parametrize("which, sources, seconds", [
+        ("one client", HERE, 1), ("any client", ELSEWHERE, 1),
+        pytest.param("one client", HERE, 30, marks=LONG), pytest.param("any client", ELSEWHERE, 30, marks=LONG),
+        pytest.param("one client", ELSEWHERE, 30, marks=LONG), pytest.param("any client", HERE, 30, marks=LONG),
+    ])
+    def test_400_wrong_secrets_a_second(self, box, which, sources, seconds):
+        # Another client, whose secret no worker remembers yet.
         new = ("late" + secrets.token_hex(3), "a secret of a late client")
         made = box.admin("POST", "/clients", json_body={"client_id": new[0], "client_secret": new[1], "grant_types": ["client_credentials"]}, bearer=box.admin_token())
         assert made.status == 200, made
@@ -307,7 +307,7 @@ class TestGuesses:
             assert time.monotonic() - began < seconds, f"kept out, {tries} times"
             time.sleep(int(answer.headers["Retry-After"]))
 
-    @pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=LONG)])
+    @pytest.mark.parametrize("seconds", [1, pytest.param(30, marks=LONG)])
     def test_64_logins_at_a_time_hash_a_few_at_a_time(self, box, seconds):
         """Each of them asks for 32 MB."""
         requests = (request("POST", "/token", f"grant_type=password&username={name}&password=x", Authorization=basic(box.client)) for name in names())
