@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -258,17 +259,13 @@ class Crowd:
                     said += more
         return int(said[9:12]) if said else None
 
-    def keep_sending(self, requests, threads, rate=None):
-        """Send these (they may have no end) from so many threads, `rate` a second together where that is given."""
-        requests = iter(requests)
-        began, sent = time.monotonic(), itertools.count()
+    def keep_sending(self, requests, threads):
+        """Send these again and again (they have no end) from so many threads, each waiting for its answer."""
 
         def run():
             while not self.ending.is_set():
                 with self.lock:
-                    octets, number = next(requests), next(sent)
-                if rate and self.ending.wait(max(0, began + number / rate - time.monotonic())):
-                    break
+                    octets = next(requests)
                 try:
                     self.answers.append(self.send(octets))
                 except OSError as error:
@@ -276,6 +273,31 @@ class Crowd:
 
         for _ in range(threads):
             self.go(run)
+
+    def fire(self, requests, rate):
+        """Send so many of these a second, whether they are answered or not; answers are taken as they come."""
+
+        def run():
+            waiting, events, began, sent = {}, select.poll(), time.monotonic(), 0
+            while waiting or not self.ending.is_set():
+                while not self.ending.is_set() and sent < rate * (time.monotonic() - began):
+                    sock = self.connect()
+                    sock.sendall(next(requests))
+                    waiting[sock.fileno()] = sock
+                    events.register(sock, select.POLLIN)
+                    sent += 1
+                found = events.poll(5)
+                for fd, _ in found:
+                    events.unregister(fd)
+                    with waiting.pop(fd) as sock:
+                        try:
+                            said = sock.recv(65536)
+                            self.answers.append(int(said[9:12]) if said else None)
+                        except OSError as error:
+                            self.lost.append(repr(error))
+            self.sent = sent
+
+        self.go(run)
 
 
 def request(method, path, body=b"", *, content_type=FORM, **headers):

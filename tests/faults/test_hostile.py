@@ -22,7 +22,7 @@ SECONDS = [0.6, pytest.param(30, marks=LONG)]
 SOURCES = pytest.mark.parametrize("sources", [ELSEWHERE, HERE], ids=["elsewhere", "one address"])
 HASHERS = 3 * max(1, len(os.sched_getaffinity(0)) // 2)  # of two workers and ADMIN, two lanes each
 CALM = 115_000  # KiB for all processes together: nobody hashes
-ROOM = 100_000 + 32_768 * HASHERS
+ROOM = CALM + 32_768 * HASHERS
 
 
 def start(box):
@@ -78,7 +78,7 @@ def warm(box):
 def unharmed(box, room=CALM, p99=1.0):
     """Whatever goes on inside: patrons are answered in time, memory is bounded, and afterwards the box is as before."""
     began = [descriptors(pid) for pid in box.pids()]
-    patrons = [Service(box), Service(box, fresh=True), Administrator(box)]
+    patrons = [Service(box, pause=0.005), Service(box, fresh=True, pause=0.005), Administrator(box)]
     with contextlib.ExitStack() as stack:
         memory = stack.enter_context(Memory(box))
         for patron in patrons:
@@ -277,7 +277,7 @@ class TestGuesses:
     """400 a second, at the default cost of a hash; who is guessing may have the address of the patrons."""
 
     @pytest.mark.parametrize("which, sources, seconds", [
-        ("one client", HERE, 1), ("any client", ELSEWHERE, 1),
+        ("one client", HERE, 1),
         pytest.param("one client", HERE, 30, marks=LONG), pytest.param("any client", ELSEWHERE, 30, marks=LONG),
         pytest.param("one client", ELSEWHERE, 30, marks=LONG), pytest.param("any client", HERE, 30, marks=LONG),
     ])
@@ -288,11 +288,13 @@ class TestGuesses:
         assert made.status == 200, made
         warm(box)
         with unharmed(box, room=ROOM), Crowd(box.auth_port, sources) as crowd:
-            crowd.keep_sending(wrong_secrets(itertools.repeat(box.client[0]) if which == "one client" else names()), threads=60, rate=400)
+            # More than is hashed in a second: those who come new stand in line with them, those who are known do not.
+            crowd.fire(wrong_secrets(itertools.repeat(box.client[0]) if which == "one client" else names()), 400)
             time.sleep(seconds / 2)
-            self.gets_in(box, new, 10)
+            if which == "one client" or sources is ELSEWHERE:
+                self.gets_in(box, new, 8)  # else nothing tells it from those who guess: it may have to come again for long
             time.sleep(seconds / 2)
-        assert set(crowd.answers) <= {401, 429} and len(crowd.answers) > 100, (len(crowd.answers), set(crowd.answers))
+        assert set(crowd.answers) <= {401, 429} and crowd.sent > 200 * seconds, (crowd.sent, set(crowd.answers))
         assert not crowd.lost, crowd.lost[:3]
 
     def gets_in(self, box, client, seconds):
