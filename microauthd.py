@@ -3434,25 +3434,36 @@ class HashGate:
 
     def __init__(self, running, waiting=60):
         self.room = threading.Semaphore(running)
-        self.places = threading.Semaphore(running + waiting)
+        self.places, self.taken, self.of = running + waiting, 0, collections.Counter()  # places in all; taken in all, and by peer
+        self.lock = threading.Lock()
         self.held = threading.local()
         self.blocking = contextlib.nullcontext
 
     @contextlib.contextmanager
-    def place(self):
-        """Hold one of the places while waiting or hashing; a thread needs one only. Raises slow_down when all are taken."""
+    def place(self, peer=""):
+        """Hold one of the places while waiting or hashing; a thread needs one only. Raises slow_down when all are taken.
+
+        The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
+        """
         if getattr(self.held, "place", False):
             yield
             return
-        if not self.places.acquire(blocking=False):
-            raise Problem("slow_down", log="the Argon2 gate is full", retry_after=1)
+        with self.lock:
+            if self.taken >= self.places or peer and self.taken >= self.places // 2 and self.of[peer]:
+                raise Problem("slow_down", log="the Argon2 gate is full", retry_after=1)
+            self.taken += 1
+            self.of[peer] += 1
         self.held.place = True
         try:
             with self.blocking():
                 yield
         finally:
             self.held.place = False
-            self.places.release()
+            with self.lock:
+                self.taken -= 1
+                self.of[peer] -= 1
+                if not self.of[peer]:
+                    del self.of[peer]
 
 
 class Hasher:
@@ -4320,7 +4331,7 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
     if not demanded and not why_not(idp, origin, account, admin) and remembers(idp, account, password):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with idp.hasher.gate.place(), idp.locks[hash(name) % len(idp.locks)]:
+    with idp.hasher.gate.place(origin.peer), idp.locks[hash(name) % len(idp.locks)]:
         account = idp.store.find_account_by_name(name)
         obstacle = why_not(idp, origin, account, admin)
         if not obstacle and demanded and not account.totp_sealed:
@@ -4847,7 +4858,7 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
             return client
     idp.throttle.check(origin.peer, client_id)
     # One verification of a client at a time: after a restart the first to come does the work for all who wait.
-    with idp.hasher.gate.place(), idp.locks[hash(client_id) % len(idp.locks)]:
+    with idp.hasher.gate.place(origin.peer), idp.locks[hash(client_id) % len(idp.locks)]:
         # At least one verification for an unknown client, one a living secret for a known one.
         for stored in hashes or [None]:
             if stored and idp.client_digests.knows(stored, secret, now) or idp.hasher.verify(stored, secret):
