@@ -9384,7 +9384,7 @@ class Server(cheroot.wsgi.Server):
         self._blocks = {}                   # headers: their lines
         self._lock = threading.Lock()       # guards the counts of threads, the lead and the peers
         self._second = threading.Lock()     # held by the thread that watches the leader
-        self._accepting = threading.Lock()  # a listener is not closed while somebody accepts from it
+        self._accepting = threading.RLock()  # a listener is not closed while somebody accepts from it
         self._running = self._waiting = self._turn = 0
         self._leader = None
         self._pool = set()
@@ -9432,10 +9432,9 @@ class Server(cheroot.wsgi.Server):
             super().stop()
             return True
         end = time.monotonic() + seconds
-        for fd in list(self._listeners):
-            self._accept(fd)  # who has connected already is served: closing would reset them
         with self._accepting:
-            for sock in self._listeners.values():
+            for fd, sock in list(self._listeners.items()):
+                self._accept(fd, 4096)  # who has connected already is served: closing would reset them
                 with contextlib.suppress(OSError):
                     self._epoll.unregister(sock)
                 sock.close()
@@ -9558,12 +9557,12 @@ class Server(cheroot.wsgi.Server):
 
     # -- connections: accept, arm, close --
 
-    def _accept(self, fd):
+    def _accept(self, fd, most=64):
         with self._accepting:
             listener = self._listeners.get(fd)
             if listener is None:
                 return
-            for _ in range(64):
+            for _ in range(most):
                 try:
                     sock, address = listener.accept()
                 except BlockingIOError:
