@@ -145,6 +145,7 @@ def bombs_of(client):
         "a gigabyte announced and sent": (request("POST", "/token").replace(b"Content-Length: 0", b"Content-Length: 1000000000") + bytes(4_000_000), {413}),
         "chunks without end": (request("POST", "/token").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + (b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 200, {413}),
         "chunks of one octet": (request("POST", "/token").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 200_000, {413}),
+        "chunk extensions without end": (request("POST", "/token").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + (b"1;" + b"a" * 4000 + b"\r\nx\r\n") * 1000, {413}),
         "a thousand header fields": (b"GET /ping HTTP/1.1\r\nHost: box\r\n" + b"".join(b"X-%d: y\r\n" % number for number in range(1000)) + b"\r\n", {431}),
         "a header line without end": (b"GET /ping HTTP/1.1\r\nHost: box\r\nX: " + b"y" * 4_000_000, {431}),
         "a header name without end": (b"GET /ping HTTP/1.1\r\nHost: box\r\n" + b"y" * 4_000_000, {431}),

@@ -109,6 +109,7 @@ def test_nothing_grows_and_nothing_fails(tmp_path, seconds):
     with Box(tmp_path / "data", workers="2", enable_token_refresh="true", token_expiration="60", refresh_token_expiration="120") as box:
         for number in range(clients):
             box.new_user(f"user{number}")
+        calm, _ = sample(box)
         temporary = set(os.listdir("/tmp"))
         files = {path.name for path in box.folder.iterdir()}
         most = load(box, clients, None, 2)
@@ -140,8 +141,9 @@ def test_nothing_grows_and_nothing_fails(tmp_path, seconds):
             assert fds[1] <= fds[0] + 4 and running[1] <= running[0] + 2, (slot, fds, running)
         assert max(wal for _, wal in samples) < WAL, max(wal for _, wal in samples)
         # With the load gone, its connections and what was hired for it are gone.
-        await_true(lambda: all(found <= before + 2 for (_, _, found), (_, _, before) in zip(sample(box)[0], samples[0][0])), 5, "threads stay")
-        assert {path.name for path in box.folder.iterdir()} <= files | {"mad.db3-wal", "mad.db3-shm", "microauthd.log", "output.txt"}
+        await_true(lambda: all(found <= before + 2 for (_, _, found), (_, _, before) in zip(sample(box)[0], calm)), 5, "threads stay")
+        made = {path.name for path in box.folder.iterdir()} - files
+        assert not {name for name in made if not name.endswith((".lock", "-wal", "-shm")) and not name.startswith(("microauthd.log", "output"))}, made
         assert not {name for name in set(os.listdir("/tmp")) - temporary if "microauthd" in name or "etilqs" in name}
         said = box.said()
         assert "Traceback" not in said and "worker.died" not in said and "error" not in {word for line in said.splitlines() for word in line.split()[1:3]}, said[-2000:]

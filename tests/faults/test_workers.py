@@ -209,7 +209,7 @@ def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, worker
             time.sleep(0.1)
             rest = request("POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client)).removeprefix(b"POST /token HTTP/1.1\r\nHo")
             for sock in crowd.sockets[20:]:
-                sock.sendall(rest)
+                sock.sendall(rest + b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)  # what follows is not read, and must not eat the answer
             late = [read_to_end(sock) for sock in crowd.sockets[20:]]
             assert [said[:13] for said in late] == [b"HTTP/1.1 200 "] * 5, late
             # Who had nothing to ask is told by an end, not by a reset.
@@ -226,6 +226,27 @@ def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, worker
             assert (after[0] - before[0], after[1] - before[1]) == answered
             assert answered[0] > 50 and answered[1] >= 4
         assert "Traceback" not in box.said()
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=LONG)])
+def test_who_has_connected_before_the_stop_is_served(box, rounds):
+    """Its requests wait in the kernel, where nobody has taken them yet."""
+    for number in range(rounds):
+        if number:
+            box.start()
+        workers = box.pids()[1:-1]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        with Crowd(box.auth_port, ["127.0.0.1"]) as crowd:
+            crowd.hold(400, request("POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client)))
+            box.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+            said = [read_to_end(sock)[:13] for sock in crowd.sockets]
+        assert said == [b"HTTP/1.1 200 "] * 400, said.count(b"HTTP/1.1 200 ")
+        assert box.process.wait(10) == 0
+        box.output.close()
 
 
 def read_to_end(sock):
