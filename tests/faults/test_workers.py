@@ -234,7 +234,7 @@ def test_who_has_connected_before_the_stop_is_served(box, rounds):
     for number in range(rounds):
         if number:
             box.start()
-        workers = box.pids()[1:-1]
+        workers, before = box.pids()[1:-1], rows(box)[0]
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         with Crowd(box.auth_port, ["127.0.0.1"]) as crowd:
@@ -243,10 +243,14 @@ def test_who_has_connected_before_the_stop_is_served(box, rounds):
             time.sleep(0.1)
             for pid in workers:
                 os.kill(pid, signal.SIGCONT)
-            said = [read_to_end(sock)[:13] for sock in crowd.sockets]
+            said = []
+            for sock in crowd.sockets:
+                said.append(read_to_end(sock)[:13])
+                sock.close()
         assert said == [b"HTTP/1.1 200 "] * 400, said.count(b"HTTP/1.1 200 ")
         assert box.process.wait(10) == 0
         box.output.close()
+        assert rows(box)[0] == before + 400
 
 
 def read_to_end(sock):
