@@ -55,6 +55,7 @@ import logging
 import mmap
 import os
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -3467,25 +3468,36 @@ class HashGate:
 
     def __init__(self, running, waiting=60):
         self.room = threading.Semaphore(running)
-        self.places = threading.Semaphore(running + waiting)
+        self.places, self.taken, self.of = running + waiting, 0, collections.Counter()  # places in all; taken in all, and by peer
+        self.lock = threading.Lock()
         self.held = threading.local()
         self.blocking = contextlib.nullcontext
 
     @contextlib.contextmanager
-    def place(self):
-        """Hold one of the places while waiting or hashing; a thread needs one only. Raises slow_down when all are taken."""
+    def place(self, peer=""):
+        """Hold one of the places while waiting or hashing; a thread needs one only. Raises slow_down when all are taken.
+
+        The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
+        """
         if getattr(self.held, "place", False):
             yield
             return
-        if not self.places.acquire(blocking=False):
-            raise Problem("slow_down", log="the Argon2 gate is full", retry_after=1)
+        with self.lock:
+            if self.taken >= self.places or peer and self.taken >= self.places // 2 and self.of[peer]:
+                raise Problem("slow_down", log="the Argon2 gate is full", retry_after=1)
+            self.taken += 1
+            self.of[peer] += 1
         self.held.place = True
         try:
             with self.blocking():
                 yield
         finally:
             self.held.place = False
-            self.places.release()
+            with self.lock:
+                self.taken -= 1
+                self.of[peer] -= 1
+                if not self.of[peer]:
+                    del self.of[peer]
 
 
 class Hasher:
@@ -4456,7 +4468,7 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
     if not demanded and not why_not(idp, origin, account, admin) and remembers(idp, account, password):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with idp.hasher.gate.place(), idp.locks[hash(name) % len(idp.locks)]:
+    with idp.hasher.gate.place(origin.peer), idp.locks[hash(name) % len(idp.locks)]:
         account = idp.store.find_account_by_name(name)
         obstacle = why_not(idp, origin, account, admin)
         if not obstacle and demanded and not account.totp_sealed:
@@ -4983,7 +4995,7 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
             return client
     idp.throttle.check(origin.peer, client_id)
     # One verification of a client at a time: after a restart the first to come does the work for all who wait.
-    with idp.hasher.gate.place(), idp.locks[hash(client_id) % len(idp.locks)]:
+    with idp.hasher.gate.place(origin.peer), idp.locks[hash(client_id) % len(idp.locks)]:
         # At least one verification for an unknown client, one a living secret for a known one.
         for stored in hashes or [None]:
             if stored and idp.client_digests.knows(stored, secret, now) or idp.hasher.verify(stored, secret):
@@ -9559,7 +9571,7 @@ class Server(cheroot.wsgi.Server):
         self._blocks = {}                   # headers: their lines
         self._lock = threading.Lock()       # guards the counts of threads, the lead and the peers
         self._second = threading.Lock()     # held by the thread that watches the leader
-        self._accepting = threading.Lock()  # a listener is not closed while somebody accepts from it
+        self._accepting = threading.RLock()  # a listener is not closed while somebody accepts from it
         self._running = self._waiting = self._turn = 0
         self._leader = None
         self._pool = set()
@@ -9607,10 +9619,9 @@ class Server(cheroot.wsgi.Server):
             super().stop()
             return True
         end = time.monotonic() + seconds
-        for fd in list(self._listeners):
-            self._accept(fd)  # who has connected already is served: closing would reset them
         with self._accepting:
-            for sock in self._listeners.values():
+            for fd, sock in list(self._listeners.items()):
+                self._accept(fd, 4096)  # who has connected already is served: closing would reset them
                 with contextlib.suppress(OSError):
                     self._epoll.unregister(sock)
                 sock.close()
@@ -9733,12 +9744,12 @@ class Server(cheroot.wsgi.Server):
 
     # -- connections: accept, arm, close --
 
-    def _accept(self, fd):
+    def _accept(self, fd, most=64):
         with self._accepting:
             listener = self._listeners.get(fd)
             if listener is None:
                 return
-            for _ in range(64):
+            for _ in range(most):
                 try:
                     sock, address = listener.accept()
                 except BlockingIOError:
@@ -10121,6 +10132,24 @@ def read_seal_key(path: str) -> bytes:
     return key
 
 
+DESCRIPTORS_KEPT = 256  # for the database connections of all threads, the log, pipes: a crowd must not take them
+
+
+def grant_connections(servers: int) -> Limits:
+    """Return the limits of each server of this process: as many connections as it may have descriptors for.
+
+    The usual soft limit of 1024 is for programs that use select(); it is raised as far as is of use and allowed.
+    """
+    most, many = Limits().connections, 1 << 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed, wanted = (many if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    wanted = min(wanted, servers * most + DESCRIPTORS_KEPT)
+    if allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        allowed = wanted
+    return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
+
+
 class Node:
     """The servers of one process, and what they share."""
 
@@ -10133,6 +10162,7 @@ class Node:
             self.store.take_turns()
         self.store.start_flusher()
         self.upkeep, self.clockwork, self.servers = None, None, []
+        limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
         auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
@@ -10147,7 +10177,7 @@ class Node:
             if name == "admin":
                 app = admit_hosts(app, idp)
                 self.upkeep, self.clockwork = Upkeep(idp), Clockwork(idp)
-            server = Server(name, [listening], app, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
+            server = Server(name, [listening], app, limits=limits, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
             idp.hasher.gate.blocking = server.blocking
             self.servers.append(server)
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,9 +21,12 @@ CHEAP = {"MAD_ARGON2ID_TIME": "1", "MAD_ARGON2ID_MEMORY": "8192", "MAD_ARGON2ID_
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port nobody has, below those the kernel gives to clients: one of a crowd could have it before the box listens."""
+    while True:
+        port = random.randrange(10240, 32768)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Answer:
@@ -44,10 +48,11 @@ class Box:
 
     def __init__(self, folder, **settings):
         self.folder = Path(folder)
-        self.auth_port, self.admin_port = free_port(), free_port()
+        self.auth_port = free_port()
+        self.admin_port = next(port for port in iter(free_port, None) if port != self.auth_port)
         self.settings = {"auth-port": self.auth_port, "admin-port": self.admin_port, "db-pass": "a database phrase"} | {name.replace("_", "-"): value for name, value in settings.items()}
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | CHEAP | {"HOME": str(self.folder), "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
-        self.process = None
+        self.process, self.tls = None, None  # a context where both ports speak TLS
 
     def set_up(self):
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -116,7 +121,10 @@ class Box:
         return path.read_text() if path.exists() else ""
 
     def call(self, port, method, path, form=None, *, client=None, bearer=None, json_body=None, timeout=15):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+        if self.tls:
+            connection = http.client.HTTPSConnection("localhost", port, timeout=timeout, context=self.tls)
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
         headers, body = {}, None
         if form is not None:
             body, headers["Content-Type"] = urlencode(form), "application/x-www-form-urlencoded"

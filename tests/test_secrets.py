@@ -97,6 +97,29 @@ class TestGate:
         with gate.place():
             pass
 
+    def test_the_second_half_is_for_peers_that_hold_none(self):
+        gate, entered, leave = m.HashGate(1, 7), threading.Semaphore(0), threading.Event()
+
+        def stay():
+            with gate.place("192.0.2.1"):
+                entered.release()
+                leave.wait(5)
+
+        threads = [threading.Thread(target=stay) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            entered.acquire(timeout=5)
+        with pytest.raises(m.Problem) as caught, gate.place("192.0.2.1"):
+            pass
+        assert is_slow_down(caught)
+        with gate.place("192.0.2.2"):
+            pass
+        leave.set()
+        for thread in threads:
+            thread.join()
+        assert not gate.of and not gate.taken
+
     def test_a_thread_needs_one_place_only(self):
         gate = m.HashGate(1, 0)
         with gate.place(), gate.place(), gate.place():

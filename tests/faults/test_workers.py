@@ -1,0 +1,262 @@
+"""A process that dies is replaced within a second and nobody else fails; a stop under load answers every request that was read."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+
+import microauthd as m
+import pytest
+from box import Box
+from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
+
+LONG = pytest.mark.long
+
+
+@pytest.fixture
+def box(tmp_path):
+    with Box(tmp_path / "data", workers="2") as box:
+        for _ in range(24):  # every worker knows the client
+            assert box.token().status == 200
+        yield box
+        assert "Traceback" not in box.said()
+
+
+def kill(box, pid):
+    """kill -9, when what it holds is known: the local ports of its clients' connections, and when it died."""
+    os.kill(pid, signal.SIGSTOP)
+    await_true(lambda: open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "T", 2, "it does not stop")
+    held = sockets_of(pid)
+    os.kill(pid, signal.SIGKILL)
+    return held, time.monotonic()
+
+
+def replaced(box, dead, role, known):
+    """Wait for the process in its place, and for the first connection it takes. How long it took is not looked at here."""
+    (new,) = await_true(lambda: set(box.pids()) - known, 5, "nobody is in its place")
+    with contextlib.ExitStack() as stack:
+
+        def takes():
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", box.auth_port if role == "auth" else box.admin_port), 5))
+            sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in sock.recv(65536)
+            return sock.getsockname()[1] in sockets_of(new)
+
+        await_true(takes, 5, "the new one takes no connection")
+    assert dead not in box.pids()
+    return new
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=LONG)])
+def test_each_process_in_turn_is_replaced_within_a_second_and_only_its_own_connections_end(box, kills):
+    patrons = [*(Service(box) for _ in range(4)), *(Service(box, fresh=True) for _ in range(3)), Administrator(box), Administrator(box, fresh=False, pause=0.01)]
+    deaths, slots = [], box.pids()[1:]  # two workers and ADMIN
+    with contextlib.ExitStack() as stack:
+        for patron in patrons:
+            stack.enter_context(patron)
+        for number in range(kills):
+            time.sleep(0.3 if kills < 10 else 2.2)  # one that dies young ten times over is given up
+            slot = number % 3
+            known = set(box.pids())
+            held, died = kill(box, slots[slot])
+            slots[slot] = replaced(box, slots[slot], "auth" if slot < 2 else "admin", known)
+            deaths.append((died, time.monotonic() - died, held))
+        time.sleep(0.3)
+    for patron in patrons:
+        for port, began, error in patron.bad:
+            # A connection ended, nothing else; it was in the hands of one that died; and what failed was begun before.
+            assert any(port in held and began < died for died, _, held in deaths), (type(patron).__name__, port, began, error, deaths)
+            assert "answered" not in error, error
+        assert len(patron.bad) <= kills
+        assert max(patron.times) < 1.5, "who came while nobody was there has waited, and was served"
+        assert len(patron.times) > 20 * kills / 3
+    assert max(took for _, took, _ in deaths) < 1, [took for _, took, _ in deaths]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(9, marks=LONG)])
+def test_deaths_in_quick_succession_do_not_end_the_service(box, kills):
+    with Service(box, fresh=True, pause=0.01) as patron:
+        for _ in range(kills):
+            known = set(box.pids())
+            victim = box.pids()[-1]
+            role = "admin" if sockets_listening(victim) == {box.admin_port} else "auth"
+            kill(box, victim)
+            replaced(box, victim, role, known)
+    assert len(patron.bad) <= kills and max(patron.times) < 2, patron.bad
+    assert box.stop() == 0
+
+
+def sockets_listening(pid):
+    inodes = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    rows = (line.split() for line in open(f"/proc/{pid}/net/tcp").read().splitlines()[1:])
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
+# -- SIGTERM --
+
+
+class Last(Patron):
+    """Asks for tokens until its connection is the last one that was served; counts what was answered.
+
+    `doubt` are requests that got not one octet of an answer on a connection that was good until then.
+    """
+
+    def __init__(self, box, **more):
+        super().__init__(box, pause=0, **more)
+        self.answered, self.jtis, self.refused = 0, [], []
+
+    def run(self):
+        octets = request("POST", "/token", self.form(), Authorization=basic(self.box.client))
+        while not self.ending.is_set():
+            try:
+                sock = socket.create_connection(("127.0.0.1", self.port), 10)
+            except OSError:
+                break  # nobody listens any more
+            with sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if not self.use(sock, octets):
+                    break
+
+    def form(self):
+        return "grant_type=client_credentials"
+
+    def use(self, sock, octets):
+        """Go on until the server says that it was the last answer, or ends the connection; false when it went wrong."""
+        served = 0
+        while True:
+            said = b""
+            try:
+                sock.sendall(octets)
+                while b"\r\n\r\n" not in said or len(said) < self.length(said):
+                    more = sock.recv(65536)
+                    if not more:
+                        break
+                    said += more
+            except OSError:
+                pass
+            if not said.startswith(b"HTTP/1.1 "):
+                # One that came while the port was closing was never accepted; one that had been served was.
+                if served or said:
+                    self.bad.append((sock.fileno(), served, said[:100]))
+                return False
+            if said.startswith(b"HTTP/1.1 200 "):
+                if len(said) != self.length(said):
+                    self.bad.append((sock.fileno(), served, said[-100:]))
+                self.answered += 1
+            else:
+                self.refused.append(said[:200])
+            served += 1
+            if b"\r\nConnection: close\r\n" in said:
+                with contextlib.suppress(OSError):
+                    assert sock.recv(1) == b""  # not a reset: the answer is never eaten
+                return True
+
+    @staticmethod
+    def length(said):
+        head, _, _ = said.partition(b"\r\n\r\n")
+        return len(head) + 4 + int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))[15:])
+
+
+class Person(Last):
+    """Logs in, with a password that is hashed each time."""
+
+    def form(self):
+        return f"grant_type=password&username=ann&password={'correct horse battery'.replace(' ', '+')}"
+
+
+def rows(box):
+    """How many tokens of machines and of people are stored."""
+    path = str(box.folder / "mad.db3")
+    store = m.Store(path, m.read_database_key(path, "a database phrase", False))
+    try:
+        return tuple(store.connection.execute(f"SELECT count(*) FROM session WHERE user_id IS {word} NULL").fetchone()[0] for word in ("", "NOT"))
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("workers", ["2", "0"])
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=LONG)])
+def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, workers, rounds):
+    """What is stored is what was answered, to the token: nothing was done for an answer that was not given, and nothing answered is lost."""
+    box = Box(tmp_path / "data", workers=workers, enable_pass_cache="false")
+    box.set_up()
+    with contextlib.ExitStack() as stack:
+        stack.callback(box.__exit__)
+        for number in range(rounds):
+            box.start()
+            if not number:
+                box.new_user("ann")
+            before = rows(box)
+            machines, people = [Last(box) for _ in range(10)], [Person(box) for _ in range(4)]
+            crowd = Crowd(box.auth_port, ["127.0.0.1"])
+            crowd.hold(20, b"")                         # connections that were never used
+            crowd.hold(5, b"POST /token HTTP/1.1\r\nHo")  # requests whose rest comes while the stop is under way
+            idle = Crowd(box.auth_port, ["127.0.0.1"])
+            idle.hold(10, b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for sock in idle.sockets:
+                assert b" 200 " in sock.recv(65536)
+            for patron in (*machines, *people):
+                patron.start()
+            time.sleep(0.3 + 0.01 * number)
+            stopping = threading.Timer(0, box.process.send_signal, [signal.SIGTERM])
+            began = time.monotonic()
+            stopping.start()
+            time.sleep(0.1)
+            rest = request("POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client)).removeprefix(b"POST /token HTTP/1.1\r\nHo")
+            for sock in crowd.sockets[20:]:
+                sock.sendall(rest + b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)  # what follows is not read, and must not eat the answer
+            late = [read_to_end(sock) for sock in crowd.sockets[20:]]
+            assert [said[:13] for said in late] == [b"HTTP/1.1 200 "] * 5, late
+            # Who had nothing to ask is told by an end, not by a reset.
+            assert [read_to_end(sock) for sock in (*crowd.sockets[:20], *idle.sockets)] == [b""] * 30
+            assert box.process.wait(10) == 0 and time.monotonic() - began < 5
+            for patron in (*machines, *people):
+                patron.join()
+                assert not patron.bad and not patron.refused, (type(patron).__name__, patron.bad, patron.refused[:2])
+            crowd.__exit__()
+            idle.__exit__()
+            box.output.close()
+            after = rows(box)
+            answered = sum(patron.answered for patron in machines) + len(late), sum(patron.answered for patron in people)
+            assert (after[0] - before[0], after[1] - before[1]) == answered
+            assert answered[0] > 50 and answered[1] >= 4
+        assert "Traceback" not in box.said()
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=LONG)])
+def test_who_has_connected_before_the_stop_is_served(box, rounds):
+    """Its requests wait in the kernel, where nobody has taken them yet."""
+    for number in range(rounds):
+        if number:
+            box.start()
+        workers, before = box.pids()[1:-1], rows(box)[0]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        with Crowd(box.auth_port, ["127.0.0.1"]) as crowd:
+            crowd.hold(400, request("POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client)))
+            box.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+            said = []
+            for sock in crowd.sockets:
+                said.append(read_to_end(sock)[:13])
+                sock.close()
+        assert said == [b"HTTP/1.1 200 "] * 400, said.count(b"HTTP/1.1 200 ")
+        assert box.process.wait(10) == 0
+        box.output.close()
+        assert rows(box)[0] == before + 400
+
+
+def read_to_end(sock):
+    """All that the server says. Raises ConnectionResetError when it ends by a reset."""
+    sock.settimeout(5)
+    said = b""
+    while more := sock.recv(65536):
+        said += more
+    return said
