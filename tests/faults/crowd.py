@@ -223,7 +223,8 @@ class Crowd:
         for sock in self.sockets:
             sock.setblocking(False)
             try:
-                count += bool(sock.recv(1, socket.MSG_PEEK))
+                while sock.recv(65536):
+                    pass
             except BlockingIOError:
                 count += 1
             except OSError:
