@@ -74,7 +74,7 @@ def clock():
 
 @pytest.fixture
 def options():
-    return m.Options(**CHEAP, backup_folder="", enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
+    return m.Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
 
 
 @pytest.fixture
