@@ -93,32 +93,53 @@ def hold(tree, exclusively):
 
 
 def compile_tree(folder, tree):
-    """Compile every module of a folder that will be called `tree`.
+    """Compile every module of a folder that will be called `tree`, on all cores.
 
     Not by compileall: on a full disk its writes fall short without an error, and a module cut off is
     refused at every start from then on. Unchecked, because nothing here changes once it has its name.
     """
+    paths = [os.path.join(base, name) for base, _, names in os.walk(folder) for name in names if name.endswith(".py")]
+    paths.sort(key=os.path.getsize, reverse=True)
+    for base in {os.path.dirname(path) for path in paths}:
+        os.makedirs(os.path.join(base, "__pycache__"), exist_ok=True)
+    hands, children = len(os.sched_getaffinity(0)), []
+    try:
+        for number in range(1, hands):
+            child = os.fork()
+            if child == 0:
+                status = 255
+                try:
+                    compile_all(paths[number::hands], folder, tree)
+                    status = 0
+                except OSError as error:
+                    status = error.errno or status
+                finally:
+                    os._exit(status)
+            children.append(child)
+        compile_all(paths[::hands], folder, tree)
+    finally:
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    for status in filter(None, statuses):
+        raise OSError(status, os.strerror(status)) if 0 < status < 255 else OSError("compiling it failed")
+
+
+def compile_all(paths, folder, tree):
     import marshal
     import warnings
     from importlib.util import MAGIC_NUMBER, source_hash
 
-    for base, _, names in os.walk(folder):
-        for name in names:
-            if not name.endswith(".py"):
-                continue
-            path = os.path.join(base, name)
-            with open(path, "rb") as file:
-                source = file.read()
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    code = compile(source, tree + path[len(folder) :], "exec", dont_inherit=True)
-            except (SyntaxError, ValueError):
-                continue  # meant for another Python; the source stands
-            cache = os.path.join(base, "__pycache__")
-            os.makedirs(cache, exist_ok=True)
-            with open(os.path.join(cache, name[:-2] + sys.implementation.cache_tag + ".pyc"), "xb") as file:
-                file.write(MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))  # flags: PEP 552
+    for path in paths:
+        with open(path, "rb") as file:
+            source = file.read()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                code = compile(source, tree + path[len(folder) :], "exec", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            continue  # meant for another Python; the source stands
+        base, name = os.path.split(path)
+        with open(os.path.join(base, "__pycache__", name[:-2] + sys.implementation.cache_tag + ".pyc"), "xb") as file:
+            file.write(MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))  # flags: PEP 552
 
 
 def unpack(archive, root, tree):
