@@ -283,35 +283,42 @@ def argon2_floor(seconds):
     return max(rates)
 
 
-def first_logins(ours, count):
-    """`count` people log in once each, 64 at a time: no password is remembered. Return logins a second and the peak PSS, MB."""
+def first_logins(ours, count, letter="p"):
+    """`count` people log in once each, 64 at a time: no password is remembered. Return logins a second."""
     for number in range(count):
-        body = json.dumps({"username": f"p{number}", "email": f"p{number}@example.org", "password": PASSWORD})
+        body = json.dumps({"username": f"{letter}{number}", "email": f"{letter}{number}@example.org", "password": PASSWORD})
         call(ours.admin, "/users", body, **{"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer})
-    peak, going = [0.0], True
-
-    def watch():
-        while going:
-            peak[0] = max(peak[0], pss_mb(ours.pid))
-            time.sleep(0.05)
 
     def log_in(number):
         while True:  # past the gate a login is told to come again; a person would
-            status, _ = call(ours.port, "/token", f"grant_type=password&username=p{number}&password={PASSWORD.replace(' ', '+')}", Authorization=ours.auth)
+            status, _ = call(ours.port, "/token", f"grant_type=password&username={letter}{number}&password={PASSWORD.replace(' ', '+')}", Authorization=ours.auth)
             if status != 429:
                 return status
             time.sleep(0.05)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         began = time.perf_counter()
         statuses = list(pool.map(log_in, range(count)))
         took = time.perf_counter() - began
-    going = False
-    watcher.join()
     assert set(statuses) == {200}, set(statuses)
-    return count / took, peak[0]
+    return count / took
+
+
+def peak_memory(ours, work):
+    """The most memory in MB while `work` goes on. Looking takes time that the work then lacks."""
+    peak, ended = 0.0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not ended.wait(0.05):
+            peak = max(peak, pss_mb(ours.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    ended.set()
+    watcher.join()
+    return peak
 
 
 def purge_waits(ours):
@@ -345,9 +352,12 @@ def purge_waits(ours):
 
 
 def soak(ours, seconds, rate):
-    """Tokens at a rate, beside logins, refreshes, introspection and revocation. Return PSS, descriptors, threads, WAL bytes at the first minute and at the end."""
+    """Tokens at a rate, beside logins, refreshes, introspection and revocation.
+
+    Return PSS, descriptors, threads, WAL bytes after the first minute and at the end; errors; tokens.
+    """
     form = f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}"
-    end, bad, found = time.time() + seconds, [], []
+    end, bad, found, count = time.time() + seconds, [], [], 0
 
     def journey():
         while time.time() < end:
@@ -365,10 +375,11 @@ def soak(ours, seconds, rate):
     while time.time() < end:
         left = end - time.time()
         result = wrk(ours.port, "/token", "grant_type=client_credentials", ours.auth, max(1, min(60, round(left))), pause=max(1, round(50_000 / rate)))
+        count += result["requests"]
         bad.extend([0] * (result["bad"] + result["errors"]))
         found.append((pss_mb(ours.pid), *resident(ours.pid), os.path.getsize(ours.folder / "mad.db3-wal")))
     people.join()
-    return found[0], found[-1], len(bad)
+    return found[0], found[-1], len(bad), count
 
 
 def costs(ours, seconds=1.0):
@@ -466,9 +477,11 @@ def main():
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-grown", action="store_true", help="leave out the box with a million sessions")
-    parser.add_argument("--idle", type=int, default=90, help="seconds to watch what an idle box writes")
-    parser.add_argument("--soak", type=int, default=0, help="seconds of mixed load at half the maximum rate, at the end")
+    parser.add_argument("--idle", type=int, metavar="SECONDS", help="only watch what an idle box writes; an hour or more tells")
+    parser.add_argument("--soak", type=int, metavar="SECONDS", help="only mixed load at half the maximum rate")
     asked = parser.parse_args()
+    if asked.idle or asked.soak:
+        return alone(asked)
     peers, folder = OUT / "bench-peers", Path(tempfile.mkdtemp(prefix="bench."))
     main_key, grown_key = ("microauthd", 2, "ES256"), ("grown", 2, "ES256")
     servers = {main_key: Ours(folder / "two", 2), ("microauthd", 1, "ES256"): Ours(folder / "one", 0), ("microauthd", 2, "RS256"): Ours(folder / "rsa", 2, ec=False)}
@@ -527,24 +540,13 @@ def main():
         fresh = Ours(Path(tempfile.mkdtemp(dir=folder)) / "box", 2)
         fresh.start()
         fresh.prepare()
-        rate, peak = first_logins(fresh, 192)
+        logins.append(first_logins(fresh, 192))
+        peaks.append(peak_memory(fresh, lambda: first_logins(fresh, 96, "q")))
         fresh.stop()
         floors.append(argon2_floor(2))
-        logins.append(rate)
-        peaks.append(peak)
     ours.start()
     ours.prepare()
     commands = {words: mad_cpu(ours, *words.split()) for words in ("--help", "session status", "user list")}
-    ours.stop()
-    ours.start()
-    time.sleep(5)
-    before = written(ours.pid)
-    time.sleep(asked.idle)
-    a_day = (written(ours.pid) - before) * 86400 / max(1, asked.idle) / 1e6
-    soaked = None
-    if asked.soak:
-        ours.prepare()
-        soaked = soak(ours, asked.soak, statistics.median(rates[*main_key, "token"]) / 2)
     ours.stop()
     parts = costs(ours)
     purged = None
@@ -592,18 +594,37 @@ def main():
         lines.append(f"| CPU of `mad {words}` from the archive | {spread(values)} ms |")
     lines.append(f"| the archive | {ARCHIVE.stat().st_size / 1e6:.1f} MB |")
     lines.append(f"| written to disk a machine token (100,000 at full rate) | {spread(written_each)} bytes |")
-    lines.append(f"| written to disk by an idle box ({asked.idle} s watched) | {a_day:.2f} MB a day |")
-    if soaked:
-        (pss, fds, threads, wal), (end_pss, end_fds, end_threads, end_wal), wrong = soaked
-        lines.append(
-            f"| {asked.soak} s of mixed load at half the maximum rate: after the first minute, at the end | {pss:.0f}, {end_pss:.0f} MB PSS; {fds}, {end_fds} descriptors; {threads}, {end_threads} threads; "
-            f"WAL {wal / 1e6:.1f}, {end_wal / 1e6:.1f} MB; {wrong} errors |"
-        )
     lines += ["", f"Parts of a token's {statistics.median(cpu[*main_key, 'token']):.0f} us, each timed by itself in one process:", "", "| Part | us |", "| --- | --- |"]
     lines += [f"| {name} | {value:.1f} |" for name, value in parts.items()]
     text = "\n".join(lines) + "\n"
     (OUT / "bench.md").write_text(text)
     print(text)
+
+
+def alone(asked):
+    """What takes an hour to tell, each by itself: one line in a file of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="bench."))
+    ours = Ours(folder / "two", 2)
+    ours.start()
+    if asked.idle:
+        time.sleep(90)  # the start, and the first purging
+        before = written(ours.pid)
+        time.sleep(asked.idle)
+        line = f"written to disk by an idle box, {asked.idle} s watched | **{(written(ours.pid) - before) * 86400 / asked.idle / 1e6:.2f}** MB a day"
+    else:
+        ours.prepare()
+        most = wrk(ours.port, "/token", "grant_type=client_credentials", ours.auth, 5)
+        rate = most["requests"] / (most["us"] / 1e6) / 2
+        (pss, fds, threads, wal), (end_pss, end_fds, end_threads, end_wal), wrong, count = soak(ours, asked.soak, rate)
+        line = (
+            f"{asked.soak} s of mixed load at half the maximum rate, {count:,} tokens: after the first minute, at the end | {pss:.0f}, **{end_pss:.0f}** MB PSS; {fds}, **{end_fds}** descriptors; "
+            f"{threads}, **{end_threads}** threads; WAL {wal / 1e6:.1f}, **{end_wal / 1e6:.1f}** MB; **{wrong}** errors"
+        )
+    ours.stop()
+    shutil.rmtree(folder)
+    line = f"| {line} |\n"
+    (OUT / ("bench-idle.md" if asked.idle else "bench-soak.md")).write_text(line)
+    print(line)
 
 
 def cpu_model():
