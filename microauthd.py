@@ -3535,7 +3535,7 @@ class Hasher:
                 return argon2_verify(phc.encode(), password.encode(), Argon2Type.ID) and known
             except (Argon2Error, MemoryError) as error:
                 # A wrong password, or a stored hash that is none; what else fails is the machine.
-                if isinstance(error, VerificationError) and "allocation" not in str(error).lower():
+                if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
                     return False
                 raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
 

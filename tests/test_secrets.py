@@ -61,9 +61,10 @@ class TestArgon2:
     def test_a_hash_that_is_none_verifies_nothing(self, hasher, phc):
         assert hasher.verify(phc, "x") is False
 
-    def test_no_memory_is_said_and_passes(self, hasher, monkeypatch):
+    @pytest.mark.parametrize("error", [m.VerificationError("Memory allocation error"), m.VerificationError("Threading failure"), m.Argon2Error("Memory allocation error"), MemoryError()])
+    def test_a_machine_that_fails_is_no_wrong_password(self, hasher, monkeypatch, error):
         def fail(*_):
-            raise m.Argon2Error("Memory allocation error")
+            raise error
 
         phc = hasher.hash("x")
         monkeypatch.setattr(m, "argon2_verify", fail)
