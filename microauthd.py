@@ -3169,16 +3169,17 @@ class Store:
 
     def spend_code(self, code_sha256, client_id, now):
         """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
-        return self.one(
-            AuthorizationCode,
-            """
-            UPDATE authorization_code
-               SET spent_at = :now
-             WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
-            RETURNING *
-            """,
-            code_sha256=code_sha256, client_id=client_id, now=now,
-        )
+        with self.transaction():
+            return self.one(
+                AuthorizationCode,
+                """
+                UPDATE authorization_code
+                   SET spent_at = :now
+                 WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
+                RETURNING *
+                """,
+                code_sha256=code_sha256, client_id=client_id, now=now,
+            )
 
     def find_code(self, code_sha256):
         return self.one(AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256", code_sha256=code_sha256)
@@ -5751,14 +5752,14 @@ def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.1.3. The code is spent before anything else is asked: a failed attempt must not be repeatable. §10.5."""
+    """RFC 6749 §4.1.3. A failed attempt spends the code too: it must not be repeatable (§10.5). A good one does within the
+    transaction that issues: where that cannot be stored, the client comes again."""
     code_sha256, now = sha256(params.need("code")), idp.now()
-    code = idp.store.spend_code(code_sha256, client.client_id, now)
-    if code is None:
-        found = idp.store.find_code(code_sha256)
-        if found is not None and found.client_id == client.client_id:
-            end_code(idp, params.origin, found)
-        raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=found is not None)
+    code = idp.store.find_code(code_sha256)
+    if code is None or code.client_id != client.client_id or code.spent_at is not None:
+        if code is not None and code.client_id == client.client_id:
+            end_code(idp, params.origin, code)
+        raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=code is not None)
     account = idp.store.find_account(code.user_id)
     wrong = (
         "expired" if code.expires_at <= now
@@ -5769,6 +5770,8 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
     if wrong:
+        if idp.store.spend_code(code_sha256, client.client_id, now) is None:
+            end_code(idp, params.origin, code)
         raise Problem("invalid_grant", log=f"code: {wrong}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
@@ -5834,17 +5837,18 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
         if family:
             idp.store.add_session(Session(jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method, now, now + lifetime, None))
             audit(idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id, f"jti={jti}")
+            # Here, because nothing may fail once a code or a refresh token is spent: the client would have neither it nor an answer.
+            claims |= {
+                "username": account.username, "preferred_username": account.username, "amr": granted.amr, "auth_time": granted.auth_time,
+                "sid": family.sid, "role": [role.id for role in roles], "roles": [role.name for role in roles],
+            }
+            answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
+            if refresh_token:
+                answer["refresh_token"] = refresh_token
+            if OPENID in granted.scope.split():
+                answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
     if family is None:
-        raise Problem("invalid_grant", log="refresh token spent, expired or revoked")
-    claims |= {
-        "username": account.username, "preferred_username": account.username, "amr": granted.amr, "auth_time": granted.auth_time,
-        "sid": family.sid, "role": [role.id for role in roles], "roles": [role.name for role in roles],
-    }
-    answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
-    if refresh_token:
-        answer["refresh_token"] = refresh_token
-    if OPENID in granted.scope.split():
-        answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
+        raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
     return answer
 
 
@@ -5856,7 +5860,7 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
 
 
 def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
-    """Begin a login, or go on with one by spending its refresh token; None when that cannot be spent.
+    """Begin a login, or go on with one, by spending its code or refresh token; None when that cannot be spent.
 
     A spent token that comes back ends its family: whoever holds the newer one may be the thief.
     RFC 9700 §4.14.2.
@@ -5874,8 +5878,9 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
         auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms, expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
         browser=code.browser if code else "", claims=code.claims if code else "",
     )
-    if code and idp.store.find_family(code.sid) is not None:
-        raise Problem("invalid_grant", log="the code was presented again meanwhile")
+    if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
+        end_code(idp, origin, code)  # presented again meanwhile
+        return None
     idp.store.add_family(family)
     return family
 
