@@ -5512,8 +5512,9 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
         return
     if len(idp.replays) >= 4096:
         idp.replays.clear()
-    idp.replays.add(claims["jti"])
-    audit(idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log, FAILURE)
+    with contextlib.suppress(Problem):  # where nothing can be written, a dead token is refused all the same
+        audit(idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log, FAILURE)
+        idp.replays.add(claims["jti"])
 
 
 def is_session_dead(session: ListedSession) -> bool:
