@@ -3937,17 +3937,27 @@ def sync_directory(path):
         os.close(descriptor)
 
 
-def write_durably(path: str, content: bytes):
-    """Put a private file in place at once or not at all, through a temporary one beside it."""
+def write_beside(path: str, content: bytes) -> str:
+    """Write what is to take the place of a private file, synced, beside it, and return its path. Nothing is left where that fails."""
     temporary = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, path) from None
+    return temporary
+
+
+def write_durably(path: str, content: bytes):
+    """Put a private file in place at once or not at all."""
+    os.replace(write_beside(path, content), path)
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
@@ -10846,14 +10856,19 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                     raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
             if not any(wanted for _, wanted in rings.values()):
                 raise Refusal(f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list")
+            staged = {}  # a disk that is full between two rings must not leave one rotated
+            held.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
             for port_name, (entries, wanted) in rings.items():
                 if wanted:
                     path, passphrase, _ = ring_files(options)[port_name]
                     fresh = [msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next") for alg in wanted]
                     # The audit row first: a change that nobody knows of is worse than a row too many.
                     audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
-                    write_durably(path, write_ring([*entries, *fresh], passphrase))
+                    staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
                     made += [Key(entry).kid for entry in fresh]
+            for path, temporary in staged.items():
+                os.replace(temporary, path)
+                sync_directory(os.path.dirname(os.path.abspath(path)))
     finally:
         idp.store.close()
     return made
