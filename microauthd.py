@@ -4295,6 +4295,7 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         held = check_copy(temporary, idp.store.key)
+        audit(idp, origin, actor, "backup_made", os.path.basename(path))  # before: no backup that nobody knows of
         os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:
@@ -4305,7 +4306,6 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
         for leftover in leftovers:
             with contextlib.suppress(OSError):
                 os.unlink(leftover)
-    audit(idp, origin, actor, "backup_made", os.path.basename(path))
     return {"bytes": os.path.getsize(path), **held}
 
 
