@@ -10377,15 +10377,21 @@ def announce(plan: Plan):
 @contextlib.contextmanager
 def hold_database(path: str):
     """Hold the lock of a database while it is served or set up. Raises Refusal naming the pid that holds it."""
-    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
             raise Refusal(f"microauthd is running on {path} already, as process {pid}") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
         yield descriptor
     finally:
         os.close(descriptor)
