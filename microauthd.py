@@ -776,6 +776,10 @@ class Log:
             self.logger.addHandler(handler)
 
     def __call__(self, event: str, level: str = "info", exc_info=None, **fields):
+        with contextlib.suppress(MemoryError):  # where there is none for a line, who says it goes on
+            self.say(event, level, exc_info, fields)
+
+    def say(self, event, level, exc_info, fields):
         number = getattr(logging, level.upper())
         if not self.logger.isEnabledFor(number):
             return
@@ -6686,6 +6690,9 @@ class Answer:
         except Problem as problem:
             refused = problem
             self.tell(environ, problem.code, problem.status, problem.log)
+        except MemoryError as error:
+            refused = Problem("temporarily_unavailable", retry_after=1)
+            self.tell(environ, refused.code, refused.status, f"no memory {error}".rstrip())
         except Exception as error:
             refused = Problem("server_error")
             self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
@@ -9688,7 +9695,7 @@ class Server(cheroot.wsgi.Server):
         self._pool.add(thread)
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no more of them
+        except (RuntimeError, MemoryError) as error:  # the system has no more of them
             self._running -= 1
             self._pool.discard(thread)
             self.log("error", server=self.name, exc_info=(type(error), error, error.__traceback__))
@@ -9712,8 +9719,11 @@ class Server(cheroot.wsgi.Server):
         me = threading.current_thread()
         try:
             while not self._ended:
-                self._stand_by(me)
-                self._lead(me)
+                try:
+                    self._stand_by(me)
+                    self._lead(me)
+                except MemoryError:  # one that ended for it would be missing when there is some again
+                    nap(PATIENCE)
                 with self._lock:
                     if self._running - self._waiting > self.threads:
                         break  # hired while others waited, and they are back
