@@ -152,6 +152,8 @@ SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
 SCATTERED = 25  # the same for rows that do not lie beside each other in every index
 BATCH_SECONDS = 0.02
 BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
+LOCK_SECONDS = 5  # how long a write waits for a lock that others hold on the database
+PROBE_SECONDS = 30  # a readiness probe writes something where nothing else was written for so long: flash wears out
 
 GROUPS_OF_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)
 SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
@@ -2091,6 +2093,14 @@ def like(q: str) -> str:
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
+SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = 5, 8, 10, 13, 14  # https://www.sqlite.org/rescode.html
+
+
+def is_busy(error: sqlcipher3.Error) -> bool:
+    """Is somebody else at the database, and nothing wrong with it?"""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY
+
+
 class Conflict(Exception):
     """A row with this name or id is there already, or one it refers to is not."""
 
@@ -2099,17 +2109,24 @@ class Generation:
     """A counter in memory shared by all processes, which says that cached identity data may be stale.
 
     Each process adds to a slot of its own, so no bump is lost; all slots together are the value.
+    Behind them stands what is wrong with the database, where whoever writes next has to know it:
+
+        FAILED    a write has failed, and none has gone through since
+        LOCKED    somebody else holds its lock, and has held it for LOCK_SECONDS
+        UNSYNCED  a sync has failed: what the kernel was to write it may have thrown away
+        HEALED    counts how often writes went through again; connections of before are not used any more
     """
 
     SLOTS = 66
+    FAILED, LOCKED, UNSYNCED, HEALED = range(8 * SLOTS, 8 * SLOTS + 4)
 
     def __init__(self):
-        self.map = mmap.mmap(-1, 8 * self.SLOTS)
+        self.map = mmap.mmap(-1, 8 * self.SLOTS + 4)
         self.slot = 0
         self.lock = threading.Lock()
 
     def read(self) -> bytes:
-        return self.map[:]
+        return self.map[: 8 * self.SLOTS]
 
     def bump(self):
         with self.lock:
@@ -2230,21 +2247,25 @@ def batch_audit(batch):
 class Borrowed:
     """A connection in the hands of a thread: it goes back to the store when the thread ends."""
 
-    __slots__ = ("store", "connection")
+    __slots__ = ("store", "connection", "since")
 
     def __init__(self, store):
-        self.store = store
-        try:
-            self.connection = store.spare.pop()
-        except IndexError:
-            self.connection = store.connect()
+        self.store, self.since = store, store.generation.map[store.generation.HEALED]
+        while store.spare:
+            with contextlib.suppress(IndexError):
+                since, self.connection = store.spare.pop()
+                if since == self.since:
+                    return
+                store.connections.discard(self.connection)
+                self.connection.close()
+        self.connection = store.connect()
 
     def __del__(self):
         store, connection = self.store, getattr(self, "connection", None)
         if connection is None or store.closing:
             return  # close() has it
         if len(store.spare) < SPARE_CONNECTIONS and not connection.in_transaction:
-            store.spare.append(connection)
+            store.spare.append((self.since, connection))
         else:
             store.connections.discard(connection)
             connection.close()
@@ -2262,6 +2283,8 @@ class Store:
         self.path, self.key = str(path), key
         self.generation = generation or Generation()
         self.log = log or Log()
+        self.blocking = contextlib.nullcontext  # set by Serve: entered by who is about to wait, gives whether somebody is left to serve
+        self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.turns = None  # a descriptor, where several processes write
@@ -2288,7 +2311,12 @@ class Store:
     @contextlib.contextmanager
     def writing(self):
         """Hold the turn to write, of this process and of all. Not entered twice by a thread."""
-        with self.write_lock:
+        if not self.write_lock.acquire(timeout=0.05):
+            with self.blocking() as others:  # a write hangs: who only reads needs threads
+                if others is False:
+                    raise Problem("temporarily_unavailable", log="too many wait to write", retry_after=LOCK_SECONDS)
+                self.write_lock.acquire()
+        try:
             if self.turns is None:
                 yield
                 return
@@ -2297,11 +2325,50 @@ class Store:
                 yield
             finally:
                 fcntl.lockf(self.turns, fcntl.LOCK_UN)
+        finally:
+            self.write_lock.release()
+
+    @contextlib.contextmanager
+    def committing(self, connection):
+        """BEGIN, and COMMIT or ROLLBACK. The turn is held."""
+        trouble, flags = self.generation, self.generation.map
+        if flags[trouble.UNSYNCED]:
+            # What the failed sync covered counts as clean now, so no later one writes it, and it may stand before what is
+            # acknowledged next: after a power cut the log would end there. So it goes into the database, and the log begins
+            # anew; what was refused and lies behind its end is gone with it. https://www.sqlite.org/wal.html
+            if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                raise sqlcipher3.OperationalError("the write-ahead log cannot be begun anew while somebody reads")
+            flags[trouble.UNSYNCED] = 0
+        # One has waited for all: as long as the lock is held, nobody else waits as long.
+        if was_locked := flags[trouble.LOCKED]:
+            connection.execute("PRAGMA busy_timeout = 50")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlcipher3.OperationalError as error:
+            if is_busy(error):
+                flags[trouble.LOCKED] = 1
+            raise
+        finally:
+            if was_locked:
+                connection.execute(f"PRAGMA busy_timeout = {int(1000 * LOCK_SECONDS)}")
+        flags[trouble.LOCKED] = 0
+        try:
+            yield
+            try:
+                connection.execute("COMMIT")
+            except sqlcipher3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_IOERR:
+                    flags[trouble.UNSYNCED] = 1
+                raise
+        except BaseException:
+            with contextlib.suppress(sqlcipher3.Error):
+                connection.execute("ROLLBACK")
+            raise
 
     def connect(self, synchronous="FULL", mode="rw"):
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode}", uri=True, isolation_level=None,
-            check_same_thread=False, timeout=5, cached_statements=256,
+            check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
         if self.key:
@@ -2316,10 +2383,23 @@ class Store:
     @property
     def connection(self):
         try:
-            return self.local.borrowed.connection
+            borrowed = self.local.borrowed
+            if borrowed.since == self.generation.map[self.generation.HEALED] or borrowed.connection.in_transaction:
+                return borrowed.connection
+            self.discard()
         except AttributeError:
-            self.local.borrowed = Borrowed(self)
-            return self.local.borrowed.connection
+            pass
+        self.local.borrowed = Borrowed(self)
+        return self.local.borrowed.connection
+
+    def discard(self):
+        """Close the connection of this thread: one that has met an error of the disk, or was opened meanwhile, stays read-only or without its key."""
+        borrowed = self.local.__dict__.pop("borrowed", None)
+        if borrowed is not None:
+            connection, borrowed.connection = borrowed.connection, None
+            self.connections.discard(connection)
+            with contextlib.suppress(sqlcipher3.Error):
+                connection.close()
 
     def close(self):
         self.closing = True
@@ -2345,6 +2425,9 @@ class Store:
         except sqlcipher3.IntegrityError as error:
             raise Conflict(str(error)) from None
         except sqlcipher3.Error as error:
+            borrowed = self.local.__dict__.get("borrowed")
+            if not is_busy(error) and borrowed is not None and not borrowed.connection.in_transaction:
+                self.discard()  # within a transaction, when that is rolled back
             raise Problem("temporarily_unavailable", log=f"database: {error}", retry_after=5) from error
 
     @contextlib.contextmanager
@@ -2353,25 +2436,40 @@ class Store:
 
         `identity` says that data other processes cache (clients, scopes) is changed.
         """
-        connection = self.connection
+        with self.guard():
+            connection = self.connection
         if connection.in_transaction:
             if identity:
                 self.local.identity = True
             yield
             return
+        self.local.identity = identity
         with self.guard():
-            with self.writing():
-                connection.execute("BEGIN IMMEDIATE")
-                self.local.identity = identity
-                try:
+            try:
+                with self.writing(), self.committing(connection):
                     yield
-                    connection.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlcipher3.Error):
-                        connection.execute("ROLLBACK")
-                    raise
+            except sqlcipher3.IntegrityError:
+                raise
+            except (sqlcipher3.Error, Problem) as error:
+                cause = error.__cause__ if isinstance(error, Problem) else error  # of a statement within, or our own
+                if isinstance(cause, sqlcipher3.Error):
+                    self.note_failure(cause)
+                    if not is_busy(cause):
+                        self.discard()
+                raise
+        self.written_at, trouble, flags = time.monotonic(), self.generation, self.generation.map
+        if flags[trouble.FAILED]:
+            flags[trouble.FAILED], flags[trouble.HEALED] = 0, flags[trouble.HEALED] + 1 & 0xFF
         if self.local.identity:
             self.generation.bump()
+
+    def note_failure(self, error):
+        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush() tries."""
+        self.generation.map[self.generation.FAILED] = 1
+        was_writable, self.writable = self.writable, False
+        if was_writable and self.flusher:  # a command says it in its own sentence
+            self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
+            self.wake.set()
 
     def one(self, record, sql, **parameters):
         with self.guard():
@@ -2435,7 +2533,7 @@ class Store:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlcipher3.Error as error:
-            if self.key:
+            if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN):
                 raise Refusal(f"the database {self.path} does not open: db-pass is wrong, or the file is damaged") from None
             raise Refusal(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
@@ -2529,16 +2627,16 @@ class Store:
     def put_meta(self, name, value):
         self.run("INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value", name=name, value=str(value))
 
+    def write_something(self):
+        """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
+        self.put_meta("written", secrets.token_hex(8))
+
     def probe(self):
-        """Raise Problem unless a write could be made now: not read-only, not locked, batches going through, room left."""
-        with self.guard(), self.writing():
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
-                self.connection.execute("UPDATE meta SET value = value WHERE name = 'created_at'")
-            finally:
-                self.connection.execute("ROLLBACK")
+        """Raise Problem unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
+        if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
+            self.write_something()
         room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
-        if not self.writable or room.f_bavail * room.f_frsize < 1_000_000:
+        if not self.writable or self.generation.map[self.generation.FAILED] or room.f_flag & os.ST_RDONLY or room.f_bavail * room.f_frsize < 1_000_000:
             raise Problem("temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5)
 
     def clock_floor(self) -> int:
@@ -3333,24 +3431,23 @@ class Store:
             if not batch and self.writable:
                 return
             try:
+                if not self.writable:
+                    self.write_something()  # a batch is not synced, and may be empty
                 with self.writing():
                     connection = self.__dict__.get("batch_connection")
                     if connection is None:
                         connection = self.batch_connection = self.connect("NORMAL")
-                    connection.execute("BEGIN IMMEDIATE")
-                    try:
+                    with self.committing(connection):
                         connection.executemany(SESSION_INSERT_ROW, [session for session, _ in batch])
                         self.append_audit(batch_audit(batch), connection)
-                        connection.execute("COMMIT")
-                    except BaseException:
-                        with contextlib.suppress(sqlcipher3.Error):
-                            connection.execute("ROLLBACK")
-                        raise
             except Exception as error:  # whatever it is, the rows wait and the thread lives
                 self.queue.extendleft(reversed(batch))
-                if self.writable:
-                    self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
-                self.writable = False
+                if isinstance(error, sqlcipher3.Error) and not is_busy(error) and "batch_connection" in self.__dict__:
+                    connection = self.__dict__.pop("batch_connection")  # as in discard()
+                    self.connections.discard(connection)
+                    with contextlib.suppress(sqlcipher3.Error):
+                        connection.close()
+                self.note_failure(error)
                 return
             if not self.writable:
                 self.log("store.writable", waiting=len(self.queue))
@@ -9595,7 +9692,8 @@ class Server(cheroot.wsgi.Server):
         self._lock = threading.Lock()       # guards the counts of threads, the lead and the peers
         self._second = threading.Lock()     # held by the thread that watches the leader
         self._accepting = threading.RLock()  # a listener is not closed while somebody accepts from it
-        self._running = self._waiting = self._turn = 0
+        self._running = self._turn = 0
+        self._waiting = set()               # threads
         self._leader = None
         self._pool = set()
         self._open, self._peers = {}, collections.Counter()  # fd: Connection; address: number of connections
@@ -9698,22 +9796,30 @@ class Server(cheroot.wsgi.Server):
         except (RuntimeError, MemoryError) as error:  # the system has no more of them
             self._running -= 1
             self._pool.discard(thread)
-            self.log("error", server=self.name, exc_info=(type(error), error, error.__traceback__))
+            self.log("error", server=self.name, reason=error, threads=self._running)
 
     @contextlib.contextmanager
     def blocking(self):
-        """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free."""
+        """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free.
+
+        Gives whether there is another. Means nothing to a thread that is not ours, or waits already.
+        """
+        me = threading.current_thread()
+        if me not in self._pool or me in self._waiting:
+            yield True
+            return
         with self._lock:
-            self._waiting += 1
-            if self._leader is threading.current_thread():
-                self._leader = None  # the second finds the lead free at the next event
-            if self._running - self._waiting < self.threads and self._running < self.max_threads:
+            self._waiting.add(me)
+            if self._running - len(self._waiting) < self.threads and self._running < self.max_threads:
                 self._hire()
+            if self._leader is me:
+                self._leader = None  # the second finds the lead free at the next event
+            others = self._running - len(self._waiting)
         try:
-            yield
+            yield others > 0
         finally:
             with self._lock:
-                self._waiting -= 1
+                self._waiting.discard(me)
 
     def _work(self):
         me = threading.current_thread()
@@ -9725,7 +9831,9 @@ class Server(cheroot.wsgi.Server):
                 except MemoryError:  # one that ended for it would be missing when there is some again
                     nap(PATIENCE)
                 with self._lock:
-                    if self._running - self._waiting > self.threads:
+                    if self._leader is me:
+                        self._leader = None
+                    if self._running - len(self._waiting) > self.threads:
                         break  # hired while others waited, and they are back
         finally:
             with self._lock:
@@ -10206,6 +10314,13 @@ class Node:
             server = Server(name, [listening], app, limits=limits, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
             idp.hasher.gate.blocking = server.blocking
             self.servers.append(server)
+        self.store.blocking = self.blocking
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """Tell the server whose thread this is that it is about to wait."""
+        with contextlib.ExitStack() as stack:
+            yield all([stack.enter_context(server.blocking()) for server in self.servers])
 
     def refused(self, event, **fields):
         self.log(event, "error" if event == "error" else "info", **fields)
