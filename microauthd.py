@@ -152,6 +152,8 @@ SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
 SCATTERED = 25  # the same for rows that do not lie beside each other in every index
 BATCH_SECONDS = 0.02
 BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
+LOCK_SECONDS = 5  # how long a write waits for a lock that others hold on the database
+PROBE_SECONDS = 30  # a readiness probe writes something where nothing else was written for so long: flash wears out
 
 GROUPS_OF_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)
 SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
@@ -776,6 +778,10 @@ class Log:
             self.logger.addHandler(handler)
 
     def __call__(self, event: str, level: str = "info", exc_info=None, **fields):
+        with contextlib.suppress(MemoryError):  # where there is none for a line, who says it goes on
+            self.say(event, level, exc_info, fields)
+
+    def say(self, event, level, exc_info, fields):
         number = getattr(logging, level.upper())
         if not self.logger.isEnabledFor(number):
             return
@@ -2087,6 +2093,14 @@ def like(q: str) -> str:
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
+SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = 5, 8, 10, 13, 14  # https://www.sqlite.org/rescode.html
+
+
+def is_busy(error: sqlcipher3.Error) -> bool:
+    """Is somebody else at the database, and nothing wrong with it?"""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY
+
+
 class Conflict(Exception):
     """A row with this name or id is there already, or one it refers to is not."""
 
@@ -2095,17 +2109,24 @@ class Generation:
     """A counter in memory shared by all processes, which says that cached identity data may be stale.
 
     Each process adds to a slot of its own, so no bump is lost; all slots together are the value.
+    Behind them stands what is wrong with the database, where whoever writes next has to know it:
+
+        FAILED    a write has failed, and none has gone through since
+        LOCKED    somebody else holds its lock, and has held it for LOCK_SECONDS
+        UNSYNCED  a sync has failed: what the kernel was to write it may have thrown away
+        HEALED    counts how often writes went through again; connections of before are not used any more
     """
 
     SLOTS = 66
+    FAILED, LOCKED, UNSYNCED, HEALED = range(8 * SLOTS, 8 * SLOTS + 4)
 
     def __init__(self):
-        self.map = mmap.mmap(-1, 8 * self.SLOTS)
+        self.map = mmap.mmap(-1, 8 * self.SLOTS + 4)
         self.slot = 0
         self.lock = threading.Lock()
 
     def read(self) -> bytes:
-        return self.map[:]
+        return self.map[: 8 * self.SLOTS]
 
     def bump(self):
         with self.lock:
@@ -2226,21 +2247,25 @@ def batch_audit(batch):
 class Borrowed:
     """A connection in the hands of a thread: it goes back to the store when the thread ends."""
 
-    __slots__ = ("store", "connection")
+    __slots__ = ("store", "connection", "since")
 
     def __init__(self, store):
-        self.store = store
-        try:
-            self.connection = store.spare.pop()
-        except IndexError:
-            self.connection = store.connect()
+        self.store, self.since = store, store.generation.map[store.generation.HEALED]
+        while store.spare:
+            with contextlib.suppress(IndexError):
+                since, self.connection = store.spare.pop()
+                if since == self.since:
+                    return
+                store.connections.discard(self.connection)
+                self.connection.close()
+        self.connection = store.connect()
 
     def __del__(self):
         store, connection = self.store, getattr(self, "connection", None)
         if connection is None or store.closing:
             return  # close() has it
         if len(store.spare) < SPARE_CONNECTIONS and not connection.in_transaction:
-            store.spare.append(connection)
+            store.spare.append((self.since, connection))
         else:
             store.connections.discard(connection)
             connection.close()
@@ -2258,6 +2283,8 @@ class Store:
         self.path, self.key = str(path), key
         self.generation = generation or Generation()
         self.log = log or Log()
+        self.blocking = contextlib.nullcontext  # set by Serve: entered by who is about to wait, gives whether somebody is left to serve
+        self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.turns = None  # a descriptor, where several processes write
@@ -2284,7 +2311,12 @@ class Store:
     @contextlib.contextmanager
     def writing(self):
         """Hold the turn to write, of this process and of all. Not entered twice by a thread."""
-        with self.write_lock:
+        if not self.write_lock.acquire(timeout=0.05):
+            with self.blocking() as others:  # a write hangs: who only reads needs threads
+                if others is False:
+                    raise Problem("temporarily_unavailable", log="too many wait to write", retry_after=LOCK_SECONDS)
+                self.write_lock.acquire()
+        try:
             if self.turns is None:
                 yield
                 return
@@ -2293,11 +2325,50 @@ class Store:
                 yield
             finally:
                 fcntl.lockf(self.turns, fcntl.LOCK_UN)
+        finally:
+            self.write_lock.release()
+
+    @contextlib.contextmanager
+    def committing(self, connection):
+        """BEGIN, and COMMIT or ROLLBACK. The turn is held."""
+        trouble, flags = self.generation, self.generation.map
+        if flags[trouble.UNSYNCED]:
+            # What the failed sync covered counts as clean now, so no later one writes it, and it may stand before what is
+            # acknowledged next: after a power cut the log would end there. So it goes into the database, and the log begins
+            # anew; what was refused and lies behind its end is gone with it. https://www.sqlite.org/wal.html
+            if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                raise sqlcipher3.OperationalError("the write-ahead log cannot be begun anew while somebody reads")
+            flags[trouble.UNSYNCED] = 0
+        # One has waited for all: as long as the lock is held, nobody else waits as long.
+        if was_locked := flags[trouble.LOCKED]:
+            connection.execute("PRAGMA busy_timeout = 50")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlcipher3.OperationalError as error:
+            if is_busy(error):
+                flags[trouble.LOCKED] = 1
+            raise
+        finally:
+            if was_locked:
+                connection.execute(f"PRAGMA busy_timeout = {int(1000 * LOCK_SECONDS)}")
+        flags[trouble.LOCKED] = 0
+        try:
+            yield
+            try:
+                connection.execute("COMMIT")
+            except sqlcipher3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_IOERR:
+                    flags[trouble.UNSYNCED] = 1
+                raise
+        except BaseException:
+            with contextlib.suppress(sqlcipher3.Error):
+                connection.execute("ROLLBACK")
+            raise
 
     def connect(self, synchronous="FULL", mode="rw"):
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode}", uri=True, isolation_level=None,
-            check_same_thread=False, timeout=5, cached_statements=256,
+            check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
         if self.key:
@@ -2312,10 +2383,23 @@ class Store:
     @property
     def connection(self):
         try:
-            return self.local.borrowed.connection
+            borrowed = self.local.borrowed
+            if borrowed.since == self.generation.map[self.generation.HEALED] or borrowed.connection.in_transaction:
+                return borrowed.connection
+            self.discard()
         except AttributeError:
-            self.local.borrowed = Borrowed(self)
-            return self.local.borrowed.connection
+            pass
+        self.local.borrowed = Borrowed(self)
+        return self.local.borrowed.connection
+
+    def discard(self):
+        """Close the connection of this thread: one that has met an error of the disk, or was opened meanwhile, stays read-only or without its key."""
+        borrowed = self.local.__dict__.pop("borrowed", None)
+        if borrowed is not None:
+            connection, borrowed.connection = borrowed.connection, None
+            self.connections.discard(connection)
+            with contextlib.suppress(sqlcipher3.Error):
+                connection.close()
 
     def close(self):
         self.closing = True
@@ -2341,6 +2425,9 @@ class Store:
         except sqlcipher3.IntegrityError as error:
             raise Conflict(str(error)) from None
         except sqlcipher3.Error as error:
+            borrowed = self.local.__dict__.get("borrowed")
+            if not is_busy(error) and borrowed is not None and not borrowed.connection.in_transaction:
+                self.discard()  # within a transaction, when that is rolled back
             raise Problem("temporarily_unavailable", log=f"database: {error}", retry_after=5) from error
 
     @contextlib.contextmanager
@@ -2349,25 +2436,40 @@ class Store:
 
         `identity` says that data other processes cache (clients, scopes) is changed.
         """
-        connection = self.connection
+        with self.guard():
+            connection = self.connection
         if connection.in_transaction:
             if identity:
                 self.local.identity = True
             yield
             return
+        self.local.identity = identity
         with self.guard():
-            with self.writing():
-                connection.execute("BEGIN IMMEDIATE")
-                self.local.identity = identity
-                try:
+            try:
+                with self.writing(), self.committing(connection):
                     yield
-                    connection.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlcipher3.Error):
-                        connection.execute("ROLLBACK")
-                    raise
+            except sqlcipher3.IntegrityError:
+                raise
+            except (sqlcipher3.Error, Problem) as error:
+                cause = error.__cause__ if isinstance(error, Problem) else error  # of a statement within, or our own
+                if isinstance(cause, sqlcipher3.Error):
+                    self.note_failure(cause)
+                    if not is_busy(cause):
+                        self.discard()
+                raise
+        self.written_at, trouble, flags = time.monotonic(), self.generation, self.generation.map
+        if flags[trouble.FAILED]:
+            flags[trouble.FAILED], flags[trouble.HEALED] = 0, flags[trouble.HEALED] + 1 & 0xFF
         if self.local.identity:
             self.generation.bump()
+
+    def note_failure(self, error):
+        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush() tries."""
+        self.generation.map[self.generation.FAILED] = 1
+        was_writable, self.writable = self.writable, False
+        if was_writable and self.flusher:  # a command says it in its own sentence
+            self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
+            self.wake.set()
 
     def one(self, record, sql, **parameters):
         with self.guard():
@@ -2431,7 +2533,7 @@ class Store:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlcipher3.Error as error:
-            if self.key:
+            if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN):
                 raise Refusal(f"the database {self.path} does not open: db-pass is wrong, or the file is damaged") from None
             raise Refusal(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
@@ -2525,16 +2627,16 @@ class Store:
     def put_meta(self, name, value):
         self.run("INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value", name=name, value=str(value))
 
+    def write_something(self):
+        """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
+        self.put_meta("written", secrets.token_hex(8))
+
     def probe(self):
-        """Raise Problem unless a write could be made now: not read-only, not locked, batches going through, room left."""
-        with self.guard(), self.writing():
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
-                self.connection.execute("UPDATE meta SET value = value WHERE name = 'created_at'")
-            finally:
-                self.connection.execute("ROLLBACK")
+        """Raise Problem unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
+        if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
+            self.write_something()
         room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
-        if not self.writable or room.f_bavail * room.f_frsize < 1_000_000:
+        if not self.writable or self.generation.map[self.generation.FAILED] or room.f_flag & os.ST_RDONLY or room.f_bavail * room.f_frsize < 1_000_000:
             raise Problem("temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5)
 
     def clock_floor(self) -> int:
@@ -3169,16 +3271,17 @@ class Store:
 
     def spend_code(self, code_sha256, client_id, now):
         """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
-        return self.one(
-            AuthorizationCode,
-            """
-            UPDATE authorization_code
-               SET spent_at = :now
-             WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
-            RETURNING *
-            """,
-            code_sha256=code_sha256, client_id=client_id, now=now,
-        )
+        with self.transaction():
+            return self.one(
+                AuthorizationCode,
+                """
+                UPDATE authorization_code
+                   SET spent_at = :now
+                 WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
+                RETURNING *
+                """,
+                code_sha256=code_sha256, client_id=client_id, now=now,
+            )
 
     def find_code(self, code_sha256):
         return self.one(AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256", code_sha256=code_sha256)
@@ -3328,24 +3431,23 @@ class Store:
             if not batch and self.writable:
                 return
             try:
+                if not self.writable:
+                    self.write_something()  # a batch is not synced, and may be empty
                 with self.writing():
                     connection = self.__dict__.get("batch_connection")
                     if connection is None:
                         connection = self.batch_connection = self.connect("NORMAL")
-                    connection.execute("BEGIN IMMEDIATE")
-                    try:
+                    with self.committing(connection):
                         connection.executemany(SESSION_INSERT_ROW, [session for session, _ in batch])
                         self.append_audit(batch_audit(batch), connection)
-                        connection.execute("COMMIT")
-                    except BaseException:
-                        with contextlib.suppress(sqlcipher3.Error):
-                            connection.execute("ROLLBACK")
-                        raise
             except Exception as error:  # whatever it is, the rows wait and the thread lives
                 self.queue.extendleft(reversed(batch))
-                if self.writable:
-                    self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
-                self.writable = False
+                if isinstance(error, sqlcipher3.Error) and not is_busy(error) and "batch_connection" in self.__dict__:
+                    connection = self.__dict__.pop("batch_connection")  # as in discard()
+                    self.connections.discard(connection)
+                    with contextlib.suppress(sqlcipher3.Error):
+                        connection.close()
+                self.note_failure(error)
                 return
             if not self.writable:
                 self.log("store.writable", waiting=len(self.queue))
@@ -3936,17 +4038,27 @@ def sync_directory(path):
         os.close(descriptor)
 
 
-def write_durably(path: str, content: bytes):
-    """Put a private file in place at once or not at all, through a temporary one beside it."""
+def write_beside(path: str, content: bytes) -> str:
+    """Write what is to take the place of a private file, synced, beside it, and return its path. Nothing is left where that fails."""
     temporary = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, path) from None
+    return temporary
+
+
+def write_durably(path: str, content: bytes):
+    """Put a private file in place at once or not at all."""
+    os.replace(write_beside(path, content), path)
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
@@ -4284,6 +4396,7 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         held = check_copy(temporary, idp.store.key)
+        audit(idp, origin, actor, "backup_made", os.path.basename(path))  # before: no backup that nobody knows of
         os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:
@@ -4294,7 +4407,6 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
         for leftover in leftovers:
             with contextlib.suppress(OSError):
                 os.unlink(leftover)
-    audit(idp, origin, actor, "backup_made", os.path.basename(path))
     return {"bytes": os.path.getsize(path), **held}
 
 
@@ -5511,8 +5623,9 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
         return
     if len(idp.replays) >= 4096:
         idp.replays.clear()
-    idp.replays.add(claims["jti"])
-    audit(idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log, FAILURE)
+    with contextlib.suppress(Problem):  # where nothing can be written, a dead token is refused all the same
+        audit(idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log, FAILURE)
+        idp.replays.add(claims["jti"])
 
 
 def is_session_dead(session: ListedSession) -> bool:
@@ -5751,14 +5864,14 @@ def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.1.3. The code is spent before anything else is asked: a failed attempt must not be repeatable. §10.5."""
+    """RFC 6749 §4.1.3. A failed attempt spends the code too: it must not be repeatable (§10.5). A good one does within the
+    transaction that issues: where that cannot be stored, the client comes again."""
     code_sha256, now = sha256(params.need("code")), idp.now()
-    code = idp.store.spend_code(code_sha256, client.client_id, now)
-    if code is None:
-        found = idp.store.find_code(code_sha256)
-        if found is not None and found.client_id == client.client_id:
-            end_code(idp, params.origin, found)
-        raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=found is not None)
+    code = idp.store.find_code(code_sha256)
+    if code is None or code.client_id != client.client_id or code.spent_at is not None:
+        if code is not None and code.client_id == client.client_id:
+            end_code(idp, params.origin, code)
+        raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=code is not None)
     account = idp.store.find_account(code.user_id)
     wrong = (
         "expired" if code.expires_at <= now
@@ -5769,6 +5882,8 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
     if wrong:
+        if idp.store.spend_code(code_sha256, client.client_id, now) is None:
+            end_code(idp, params.origin, code)
         raise Problem("invalid_grant", log=f"code: {wrong}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
@@ -5834,17 +5949,18 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
         if family:
             idp.store.add_session(Session(jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method, now, now + lifetime, None))
             audit(idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id, f"jti={jti}")
+            # Here, because nothing may fail once a code or a refresh token is spent: the client would have neither it nor an answer.
+            claims |= {
+                "username": account.username, "preferred_username": account.username, "amr": granted.amr, "auth_time": granted.auth_time,
+                "sid": family.sid, "role": [role.id for role in roles], "roles": [role.name for role in roles],
+            }
+            answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
+            if refresh_token:
+                answer["refresh_token"] = refresh_token
+            if OPENID in granted.scope.split():
+                answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
     if family is None:
-        raise Problem("invalid_grant", log="refresh token spent, expired or revoked")
-    claims |= {
-        "username": account.username, "preferred_username": account.username, "amr": granted.amr, "auth_time": granted.auth_time,
-        "sid": family.sid, "role": [role.id for role in roles], "roles": [role.name for role in roles],
-    }
-    answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
-    if refresh_token:
-        answer["refresh_token"] = refresh_token
-    if OPENID in granted.scope.split():
-        answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
+        raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
     return answer
 
 
@@ -5856,7 +5972,7 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
 
 
 def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
-    """Begin a login, or go on with one by spending its refresh token; None when that cannot be spent.
+    """Begin a login, or go on with one, by spending its code or refresh token; None when that cannot be spent.
 
     A spent token that comes back ends its family: whoever holds the newer one may be the thief.
     RFC 9700 §4.14.2.
@@ -5874,8 +5990,9 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
         auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms, expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
         browser=code.browser if code else "", claims=code.claims if code else "",
     )
-    if code and idp.store.find_family(code.sid) is not None:
-        raise Problem("invalid_grant", log="the code was presented again meanwhile")
+    if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
+        end_code(idp, origin, code)  # presented again meanwhile
+        return None
     idp.store.add_family(family)
     return family
 
@@ -6670,6 +6787,9 @@ class Answer:
         except Problem as problem:
             refused = problem
             self.tell(environ, problem.code, problem.status, problem.log)
+        except MemoryError as error:
+            refused = Problem("temporarily_unavailable", retry_after=1)
+            self.tell(environ, refused.code, refused.status, f"no memory {error}".rstrip())
         except Exception as error:
             refused = Problem("server_error")
             self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
@@ -9572,7 +9692,8 @@ class Server(cheroot.wsgi.Server):
         self._lock = threading.Lock()       # guards the counts of threads, the lead and the peers
         self._second = threading.Lock()     # held by the thread that watches the leader
         self._accepting = threading.RLock()  # a listener is not closed while somebody accepts from it
-        self._running = self._waiting = self._turn = 0
+        self._running = self._turn = 0
+        self._waiting = set()               # threads
         self._leader = None
         self._pool = set()
         self._open, self._peers = {}, collections.Counter()  # fd: Connection; address: number of connections
@@ -9672,34 +9793,47 @@ class Server(cheroot.wsgi.Server):
         self._pool.add(thread)
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no more of them
+        except (RuntimeError, MemoryError) as error:  # the system has no more of them
             self._running -= 1
             self._pool.discard(thread)
-            self.log("error", server=self.name, exc_info=(type(error), error, error.__traceback__))
+            self.log("error", server=self.name, reason=error, threads=self._running)
 
     @contextlib.contextmanager
     def blocking(self):
-        """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free."""
+        """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free.
+
+        Gives whether there is another. Means nothing to a thread that is not ours, or waits already.
+        """
+        me = threading.current_thread()
+        if me not in self._pool or me in self._waiting:
+            yield True
+            return
         with self._lock:
-            self._waiting += 1
-            if self._leader is threading.current_thread():
-                self._leader = None  # the second finds the lead free at the next event
-            if self._running - self._waiting < self.threads and self._running < self.max_threads:
+            self._waiting.add(me)
+            if self._running - len(self._waiting) < self.threads and self._running < self.max_threads:
                 self._hire()
+            if self._leader is me:
+                self._leader = None  # the second finds the lead free at the next event
+            others = self._running - len(self._waiting)
         try:
-            yield
+            yield others > 0
         finally:
             with self._lock:
-                self._waiting -= 1
+                self._waiting.discard(me)
 
     def _work(self):
         me = threading.current_thread()
         try:
             while not self._ended:
-                self._stand_by(me)
-                self._lead(me)
+                try:
+                    self._stand_by(me)
+                    self._lead(me)
+                except MemoryError:  # one that ended for it would be missing when there is some again
+                    nap(PATIENCE)
                 with self._lock:
-                    if self._running - self._waiting > self.threads:
+                    if self._leader is me:
+                        self._leader = None
+                    if self._running - len(self._waiting) > self.threads:
                         break  # hired while others waited, and they are back
         finally:
             with self._lock:
@@ -10180,6 +10314,13 @@ class Node:
             server = Server(name, [listening], app, limits=limits, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
             idp.hasher.gate.blocking = server.blocking
             self.servers.append(server)
+        self.store.blocking = self.blocking
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """Tell the server whose thread this is that it is about to wait."""
+        with contextlib.ExitStack() as stack:
+            yield all([stack.enter_context(server.blocking()) for server in self.servers])
 
     def refused(self, event, **fields):
         self.log(event, "error" if event == "error" else "info", **fields)
@@ -10362,15 +10503,21 @@ def announce(plan: Plan):
 @contextlib.contextmanager
 def hold_database(path: str):
     """Hold the lock of a database while it is served or set up. Raises Refusal naming the pid that holds it."""
-    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
             raise Refusal(f"microauthd is running on {path} already, as process {pid}") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
         yield descriptor
     finally:
         os.close(descriptor)
@@ -10863,14 +11010,19 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                     raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
             if not any(wanted for _, wanted in rings.values()):
                 raise Refusal(f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list")
+            staged = {}  # a disk that is full between two rings must not leave one rotated
+            held.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
             for port_name, (entries, wanted) in rings.items():
                 if wanted:
                     path, passphrase, _ = ring_files(options)[port_name]
                     fresh = [msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next") for alg in wanted]
                     # The audit row first: a change that nobody knows of is worse than a row too many.
                     audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
-                    write_durably(path, write_ring([*entries, *fresh], passphrase))
+                    staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
                     made += [Key(entry).kid for entry in fresh]
+            for path, temporary in staged.items():
+                os.replace(temporary, path)
+                sync_directory(os.path.dirname(os.path.abspath(path)))
     finally:
         idp.store.close()
     return made

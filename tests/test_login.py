@@ -8,6 +8,7 @@ import jwt
 import microauthd as m
 import pyotp
 import pytest
+import sqlcipher3
 from browser import CALLBACK, CHALLENGE, VERIFIER, Browser, request, sent_back, title
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 
@@ -126,11 +127,29 @@ class TestAuthorizationCode:
 
         def slowly(idp, client, granted, origin):
             if not within:
-                within.append(exchange(code).status)
+                within.append(None)
+                within[0] = exchange(code)
             return issue(idp, client, granted, origin)
 
         monkeypatch.setattr(m, "issue", slowly)
-        assert exchange(code).status == 400 and within == [400]
+        assert exchange(code).status == 400 and within[0].status == 200
+        assert auth.get("/me", bearer=within[0].json["access_token"]).status == 401
+        assert exchange(code).status == 400
+
+    def test_it_is_not_spent_where_nothing_can_be_issued(self, idp, auth, spa, alice, browser, exchange, monkeypatch):
+        code = code_of(sign_in(browser))
+
+        def fail(*_):
+            raise sqlcipher3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(idp.store, "add_session", fail)
+            assert exchange(code).status == 503
+        idp.store.flush()
+        with monkeypatch.context() as broken:
+            broken.setattr(idp.auth_ring, "mint", fail)
+            assert exchange(code).status == 503
+        assert exchange(code).status == 200 and exchange(code).status == 400
 
     @pytest.mark.parametrize("change", [
         {"redirect_uri": "https://app.example/other"}, {"redirect_uri": None}, {"code_verifier": "w" * 43}, {"code_verifier": None}, {"code_verifier": "v" * 42}, {"code_verifier": "v" * 129}, {"code_verifier": CHALLENGE}, {"code_verifier": "ü" * 43},

@@ -213,17 +213,21 @@ class TestWriting:
         rows = idp.store.list_audit(limit=1000)[: len(idp.store.list_audit(limit=1000)) - before]
         assert sorted((row.ip_address, row.secondary.partition(" ")[0]) for row in rows) == [("192.0.2.1", "count=2"), ("192.0.2.2", f"jti={answers[2]['jti']}")]
 
-    def test_what_cannot_be_recorded_is_not_issued(self, idp, auth, service, machine):
-        store = idp.store
+    def test_what_cannot_be_recorded_is_not_issued(self, idp, auth, service, machine, monkeypatch):
+        store, append = idp.store, idp.store.append_audit
         store.flush()
-        store.batch_connection.execute("PRAGMA query_only = ON")
+
+        def fail(*_):
+            raise sqlcipher3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(store, "append_audit", fail)
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         store.flush()
         refused = auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
         assert (refused.status, refused.json["error"]) == (503, "temporarily_unavailable") and refused.headers["retry-after"]
         assert auth.get("/jwks.json").status == 200 and auth.get("/me", bearer=machine["access_token"]).status == 200
         assert auth.get("/health/ready").status == 503
-        store.batch_connection.execute("PRAGMA query_only = OFF")
+        monkeypatch.setattr(store, "append_audit", append)
         store.flush()
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         assert len(store.queue) == 1
@@ -234,6 +238,67 @@ class TestWriting:
         idp.store.connection.execute("PRAGMA query_only = OFF")
         assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable")
         assert auth.post("/introspect", {"token": machine["access_token"]}, auth=service).json["active"] is True
+
+    def test_a_probe_writes_where_nothing_was_written_lately(self, idp, auth, monkeypatch):
+        store, written = idp.store, []
+        write = store.write_something
+        monkeypatch.setattr(store, "write_something", lambda: written.append(write()))
+        store.probe()
+        store.put_meta("x", 1)
+        store.probe()
+        assert len(written) <= 1, "flash wears out"
+        store.written_at = -1e9
+        store.connection.execute("PRAGMA query_only = ON")
+        with pytest.raises(m.Problem):
+            store.probe()
+        assert auth.get("/health/ready").status == 503
+        with pytest.raises(m.Problem):
+            store.enqueue((m.new_jti(5), "service", "", 1, 2), None)
+        store.flush()
+        store.probe()
+
+    def test_without_memory_the_answer_is_503_and_a_line_of_the_log_is_left_out(self, idp, auth, service, machine, monkeypatch):
+        def fail(*_, **__):
+            raise MemoryError
+
+        monkeypatch.setattr(idp.store, "is_revoked", fail)
+        answer = auth.post("/introspect", {"token": machine["access_token"]}, auth=service)
+        assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable") and answer.headers["retry-after"]
+        monkeypatch.setattr(m.json, "dumps", fail)
+        monkeypatch.setattr(m, "escape", fail)
+        idp.log("refused", reason="two words")
+
+    def test_connections_of_a_failure_and_of_before_are_not_used_again(self, idp):
+        store = idp.store
+        first = store.connection
+        first.execute("PRAGMA query_only = ON")
+        with pytest.raises(m.Problem):
+            store.put_meta("x", 1)
+        second = store.connection
+        assert second is not first and first not in store.connections
+        store.put_meta("x", 1)
+        assert store.connection is not second and second not in store.connections, "it may have been opened while the disk was read-only"
+        third = store.connection
+        store.put_meta("x", 2)
+        assert store.connection is third
+
+    def test_one_waits_for_a_lock_of_others_and_the_rest_ask(self, idp, monkeypatch):
+        monkeypatch.setattr(m, "LOCK_SECONDS", 0.3)
+        store, other = m.Store(idp.store.path, idp.store.key), sqlcipher3.connect(idp.store.path, isolation_level=None)
+        other.execute(f"PRAGMA key = \"x'{idp.store.key}'\"")
+        other.execute("BEGIN IMMEDIATE")
+        times = []
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(m.Problem):
+                store.put_meta("x", 1)
+            times.append(time.monotonic() - began)
+        assert times[0] > 0.25 and max(times[1:]) < 0.2, times
+        other.execute("ROLLBACK")
+        other.close()
+        store.put_meta("x", 1)
+        assert not store.generation.map[store.generation.LOCKED] and store.connection.execute("PRAGMA busy_timeout").fetchone() == (300,)
+        store.close()
 
     def test_what_waits_at_the_end_is_written_however_much_it_is(self, make_idp, options):
         idp = make_idp(options)

@@ -21,10 +21,10 @@ SECTOR = 512
 NOT_KEPT = (".log", "output.txt", ".lock")  # nothing is promised of them
 
 
-def compile_layer(folder):
-    """Compile the file layer: its path. Without a compiler this fails; it is never left out."""
-    target = Path(folder) / "losing.so"
-    done = subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(Path(__file__).with_name("losing.c")), "-ldl"], capture_output=True, text=True)
+def compile_layer(folder, name="losing"):
+    """Compile a layer for LD_PRELOAD: its path. Without a compiler this fails; it is never left out."""
+    target = Path(folder) / f"{name}.so"
+    done = subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(Path(__file__).with_name(f"{name}.c")), "-ldl"], capture_output=True, text=True)
     assert done.returncode == 0, "the fault tests need a C compiler (on Debian: apt install gcc libc6-dev): " + done.stderr
     return target
 
