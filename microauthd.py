@@ -2288,6 +2288,7 @@ class Store:
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.turns = None  # a descriptor, where several processes write
+        self.place = None  # device and inode of the file, where a server serves it
         self.queue = collections.deque()
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
@@ -2353,6 +2354,7 @@ class Store:
                 connection.execute(f"PRAGMA busy_timeout = {int(1000 * LOCK_SECONDS)}")
         flags[trouble.LOCKED] = 0
         try:
+            self.check_place()
             yield
             try:
                 connection.execute("COMMIT")
@@ -2364,6 +2366,20 @@ class Store:
             with contextlib.suppress(sqlcipher3.Error):
                 connection.execute("ROLLBACK")
             raise
+
+    def look_up(self):
+        """Return which file the database is, by its path; None where it, or the log that belongs to it, is gone."""
+        try:
+            info = os.stat(self.path)
+            os.stat(self.path + "-wal")
+        except OSError:
+            return None
+        return info.st_dev, info.st_ino
+
+    def check_place(self):
+        """Raise Problem where the file that is open is not the one that the next start would find: it was moved, removed or replaced."""
+        if self.place and self.place != self.look_up():
+            raise Problem("temporarily_unavailable", log=f"{self.path} or its -wal was moved, removed or replaced", retry_after=LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode="rw"):
         connection = sqlcipher3.connect(
@@ -2633,6 +2649,7 @@ class Store:
 
     def probe(self):
         """Raise Problem unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
+        self.check_place()
         if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
             self.write_something()
         room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
@@ -3412,6 +3429,8 @@ class Store:
 
     def start_flusher(self):
         """Start the thread that writes the batches. After a fork, never before."""
+        self.meta("created_at")  # opens it, which makes the -wal
+        self.place = self.look_up()
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
         self.flusher.start()
 

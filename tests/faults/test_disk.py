@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -377,6 +378,37 @@ class TestLock:
             assert slowest < 2, "readers wait"
             concurrent.futures.wait(asked)
             assert well(box, stock, 3)
+
+
+class TestPlace:
+    """What goes into a file that has lost its name is gone at the next start."""
+
+    @pytest.mark.parametrize("workers, name", [("2", "mad.db3"), ("2", "mad.db3-wal"), ("0", "mad.db3")])
+    def test_a_database_that_was_moved_takes_no_more_changes(self, boxes, workers, name):
+        box = boxes(workers)
+        stock, path = Stock(box), box.folder / name
+        with outlived(box):
+            path.rename(path.with_name("aside"))
+            try:
+                for _ in range(3):
+                    for what, ask in stock.durable().items():
+                        assert refused(ask(Line(box)), what)
+                assert stock.line.auth("/jwks.json").status == 200
+                time.sleep(1.1)
+                assert ready(box) == {503}
+            finally:
+                path.with_name("aside").rename(path)
+            assert well(box, stock)
+
+    def test_nor_does_one_that_was_replaced(self, boxes):
+        box = boxes()
+        stock, path = Stock(box), box.folder / "mad.db3"
+        with outlived(box):
+            path.rename(path.with_name("aside"))
+            shutil.copy(path.with_name("aside"), path)
+            assert all(refused(ask(Line(box)), what) for what, ask in stock.durable().items())
+            path.with_name("aside").rename(path)
+            assert well(box, stock)
 
 
 class TestMachine:
