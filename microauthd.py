@@ -9216,21 +9216,54 @@ def tend_rings(idp: Idp):
                 idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
 
 
+class Code:
+    """The unpacked program, some of which is read when it is first asked for. It lies in a cache, and caches are cleaned."""
+
+    def __init__(self, log):
+        archive = getattr(sys.modules["__main__"], "ARCHIVE", None)  # of the archive's own start
+        self.archive, self.log, self.lock, self.lost = archive and os.path.abspath(archive), log, None, False
+
+    def keep(self):
+        """Where files of it were removed, have the archive unpack itself again. What cannot be had back is logged once."""
+        if not self.archive or all(path.exists() for path in (HERE / ".lock", PAGES / "en.json")):
+            self.lost = False
+            return
+        import subprocess
+
+        environ = os.environ | {"MICROAUTHD_CACHE": str(HERE.parent)}
+        done = subprocess.run([sys.executable, "-I", self.archive, "version"], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
+        with contextlib.suppress(OSError):
+            held = os.open(HERE / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(held, fcntl.LOCK_SH)  # or the next release would take it for abandoned
+            self.lock, before = held, self.lock
+            if before is not None:
+                os.close(before)
+            self.log("code.unpacked_again", "warning", folder=str(HERE))
+            return
+        if not self.lost:
+            self.log("code.lost", "error", folder=str(HERE), reason=done.stderr.strip()[-300:] or "the archive is another release: restart")
+        self.lost = True
+
+
 class Upkeep(threading.Thread):
-    """Purges at the start and every hour. A purge that fails is logged and tried again next time."""
+    """Looks after the code every few seconds, the rings every minute; purges at the start and every hour. What fails is logged and tried again."""
+
+    LOOK = 5
 
     def __init__(self, idp):
         super().__init__(name="upkeep", daemon=True)
-        self.idp, self.ending = idp, threading.Event()
+        self.idp, self.code, self.ending = idp, Code(idp.log), threading.Event()
 
     def run(self):
         if not self.ending.wait(1):  # a start has more urgent things to write
             self.attempt(note_configuration, self.idp)
-        for minute in itertools.count():
-            if self.ending.wait(60):
+        for look in itertools.count(1):
+            if self.ending.wait(self.LOOK):
                 return
-            self.attempt(tend_rings, self.idp)
-            if minute % (UPKEEP_SECONDS // 60) == 0:
+            self.attempt(self.code.keep)
+            if look * self.LOOK % 60 == 0:
+                self.attempt(tend_rings, self.idp)
+            if look * self.LOOK % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
 
     def attempt(self, work, *words):

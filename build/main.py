@@ -43,6 +43,7 @@ from _imp import extension_suffixes  # noqa: E402
 SUFFIX = extension_suffixes()[0]  # .cpython-311-x86_64-linux-gnu.so
 TAG = SUFFIX[1:-3]
 PLATFORM = TAG.split("-", 2)[2]  # x86_64-linux-gnu
+DOUBTED = "MICROAUTHD_DOUBTED_TREE"  # from a start that could not load this tree to itself
 
 
 def refuse(sentence):
@@ -142,11 +143,12 @@ def compile_all(paths, folder, tree):
             file.write(MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))  # flags: PEP 552
 
 
-def unpack(archive, root, tree):
-    """Unpack, compile and sync into a fresh folder, then give it its name. The root's lock is held."""
+def members_of(archive):
+    """Return (name in the archive, path in the tree, bytes) of each file that this Python and this machine need."""
     native = "native/" + PLATFORM + "/"
     members = []
-    for name in archive.namelist():
+    for info in archive.infolist():
+        name = info.filename
         if name.startswith(native):
             inside = name[len(native) :]
         elif name.startswith("site-packages/"):
@@ -155,12 +157,26 @@ def unpack(archive, root, tree):
             continue
         if ".cpython-" in inside and inside.endswith(".so") and not inside.endswith(SUFFIX):
             continue  # for another Python
-        members.append((name, inside))
-    if not any(name.startswith(native) and name.endswith(SUFFIX) for name, _ in members):
+        members.append((name, inside, info.file_size))
+    if not any(name.startswith(native) and name.endswith(SUFFIX) for name, _, _ in members):
         refuse("this file has no build for %s" % TAG)
+    return members
+
+
+def use(members, tree):
+    """Return the shared lock of a tree, or None where a file is missing or cut off: caches are cleaned, a file at a time, too."""
+    try:
+        whole = all(os.lstat(tree + "/" + inside).st_size == size for _, inside, size in members)
+    except OSError:
+        whole = False
+    return hold(tree, exclusively=False) if whole else None
+
+
+def unpack(archive, members, root, tree):
+    """Unpack, compile and sync into a fresh folder, then give it its name. The root's lock is held."""
     temporary = tempfile.mkdtemp(prefix="tmp.", dir=root)
     try:
-        for name, inside in members:
+        for name, inside, _ in members:
             path = os.path.join(temporary, inside)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with archive.open(name) as source, open(path, "xb") as target:
@@ -178,6 +194,13 @@ def unpack(archive, root, tree):
         raise
 
 
+def discard(root, path):
+    """Remove a tree. It loses its name first: a power cut must not leave half a tree under the name of a whole one."""
+    doomed = tempfile.mkdtemp(prefix="tmp.", dir=root)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def clean(root, tree):
     """Remove what a power cut left and the trees of other releases, except one that a process runs from."""
     for name in os.listdir(root):
@@ -189,10 +212,7 @@ def clean(root, tree):
         elif name.startswith("tree."):
             descriptor = hold(path, exclusively=True)
             if descriptor is not None:
-                # It loses its name first: a power cut must not leave half a tree under the name of a whole one.
-                doomed = tempfile.mkdtemp(prefix="tmp.", dir=root)
-                os.rename(path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                discard(root, path)
                 os.close(descriptor)
 
 
@@ -205,18 +225,23 @@ def main():
         root = cache_root()
         with zipfile.ZipFile(ARCHIVE) as archive:
             tree = os.path.join(root, "tree." + archive.read("build-id").decode() + "." + TAG)
-            lock = None
+            members, lock = members_of(archive), None
+            doubted = os.environ.pop(DOUBTED, "") == tree
             if os.path.isdir(tree):
                 check_folder(tree)
-                lock = hold(tree, exclusively=False)
+                lock = None if doubted else use(members, tree)
             if lock is None:
                 with open(os.path.join(root, ".lock"), "a") as gate:
                     fcntl.flock(gate, fcntl.LOCK_EX)
                     clean(root, tree)
-                    if not os.path.isdir(tree):
-                        unpack(archive, root, tree)
+                    if os.path.isdir(tree):
+                        lock = None if doubted else use(members, tree)
+                        if lock is None:
+                            discard(root, tree)
+                    if lock is None:
+                        unpack(archive, members, root, tree)
+                        lock = use(members, tree)
                     check_folder(tree)
-                    lock = hold(tree, exclusively=False)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             refuse("no room to unpack the program; free some, or name another folder in MICROAUTHD_CACHE")
@@ -229,10 +254,16 @@ def main():
     sys.path[0] = tree
     try:
         import microauthd
-    except ImportError as error:
+    except Exception as error:
         if "failed to map segment" in str(error):
             refuse("%s is on a file system mounted noexec; name another folder in MICROAUTHD_CACHE" % tree)
-        raise
+        if doubted:
+            raise
+        # A bit of it flipped, most likely: once more from the archive.
+        sys.stderr.write("microauthd: the unpacked program does not load (%r); unpacking it again\n" % error)
+        os.environ[DOUBTED] = tree
+        os.close(lock)
+        os.execv(sys.executable, sys.orig_argv)
     sys.exit(microauthd.main())
 
 
