@@ -2288,7 +2288,7 @@ class Store:
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.turns = None  # a descriptor, where several processes write
-        self.place = None  # device and inode of the file, where a server serves it
+        self.place = None  # device and inode of each file, where a server serves them
         self.queue = collections.deque()
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
@@ -2368,18 +2368,16 @@ class Store:
             raise
 
     def look_up(self):
-        """Return which file the database is, by its path; None where it, or the log that belongs to it, is gone."""
+        """Return which files the database, its log and the index of that are, by their paths; None where one is gone."""
         try:
-            info = os.stat(self.path)
-            os.stat(self.path + "-wal")
+            return [(info.st_dev, info.st_ino) for info in (os.stat(self.path + end) for end in ("", "-wal", "-shm"))]
         except OSError:
             return None
-        return info.st_dev, info.st_ino
 
     def check_place(self):
-        """Raise Problem where the file that is open is not the one that the next start would find: it was moved, removed or replaced."""
+        """Raise Problem where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
         if self.place and self.place != self.look_up():
-            raise Problem("temporarily_unavailable", log=f"{self.path} or its -wal was moved, removed or replaced", retry_after=LOCK_SECONDS)
+            raise Problem("temporarily_unavailable", log=f"{self.path}, its -wal or its -shm was moved, removed or replaced", retry_after=LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode="rw"):
         connection = sqlcipher3.connect(
@@ -3429,7 +3427,8 @@ class Store:
 
     def start_flusher(self):
         """Start the thread that writes the batches. After a fork, never before."""
-        self.meta("created_at")  # opens it, which makes the -wal
+        # This opens the database, which makes the -wal and the -shm; they stay as long as this thread's connection does.
+        self.meta("created_at")
         self.place = self.look_up()
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
         self.flusher.start()
@@ -4223,6 +4222,7 @@ class Idp:
         self.options, self.store, self.seal, self.clock = options, store, seal, clock
         self.rings = {"auth": auth_ring, "admin": admin_ring}
         self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
+        self.rings_said = {}  # port: why its file cannot be read, as it was logged
         self.rings_until = 0.0  # monotonic seconds until the files are looked at again
         self.rings_lock = threading.Lock()
         self.log = log or Log()
@@ -4277,8 +4277,11 @@ class Idp:
                     continue
                 entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
             except (OSError, Refusal) as error:
-                self.log("keys.unreadable", "error", path=path, reason=error)
+                if str(error) != self.rings_said.get(port_name):
+                    self.log("keys.unreadable", "error", path=path, reason=error)
+                self.rings_said[port_name] = str(error)
                 continue
+            self.rings_said.pop(port_name, None)
             self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
             # After the ring: who holds the dict of before may have built a page from the ring of before. See prebuilt().
@@ -9221,17 +9224,15 @@ class Code:
 
     def __init__(self, log):
         archive = getattr(sys.modules["__main__"], "ARCHIVE", None)  # of the archive's own start
-        self.archive, self.log, self.lock, self.lost = archive and os.path.abspath(archive), log, None, False
+        self.archive, self.log, self.lock, self.again = archive and os.path.abspath(archive), log, None, 0.0
 
     def keep(self):
-        """Where files of it were removed, have the archive unpack itself again. What cannot be had back is logged once."""
-        if not self.archive or all(path.exists() for path in (HERE / ".lock", PAGES / "en.json")):
-            self.lost = False
+        """Where files of it were removed, have the archive unpack itself again. What cannot be had back is tried again every ten minutes."""
+        if not self.archive or time.monotonic() < self.again or all(path.exists() for path in (HERE / ".lock", PAGES / "en.json")):
             return
         import subprocess
 
-        environ = os.environ | {"MICROAUTHD_CACHE": str(HERE.parent)}
-        done = subprocess.run([sys.executable, "-I", self.archive, "version"], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-I", self.archive, "version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
         with contextlib.suppress(OSError):
             held = os.open(HERE / ".lock", os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(held, fcntl.LOCK_SH)  # or the next release would take it for abandoned
@@ -9240,9 +9241,8 @@ class Code:
                 os.close(before)
             self.log("code.unpacked_again", "warning", folder=str(HERE))
             return
-        if not self.lost:
-            self.log("code.lost", "error", folder=str(HERE), reason=done.stderr.strip()[-300:] or "the archive is another release: restart")
-        self.lost = True
+        self.log("code.lost", "error", folder=str(HERE), reason=done.stderr.strip()[-300:] or "the archive is another release: restart")
+        self.again = time.monotonic() + 600
 
 
 class Upkeep(threading.Thread):
@@ -10435,6 +10435,7 @@ class Supervisor:
     def __init__(self, plan: Plan, close_in_child=()):
         self.plan, self.close_in_child = plan, close_in_child
         self.children = {}  # pid -> (role number, started)
+        self.owed = []  # role numbers for which there was no process to be had
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
 
@@ -10442,7 +10443,13 @@ class Supervisor:
         return len(self.plan.auth_sockets) + 1  # AUTH workers, then ADMIN
 
     def fork(self, number):
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or as many processes as are allowed
+            if number not in self.owed:
+                self.plan.log("worker.owed", "error", reason=error.strerror)
+                self.owed.append(number)
+            return
         if pid == 0:
             # No exception may climb out of a child into the supervisor's code.
             try:
@@ -10459,6 +10466,8 @@ class Supervisor:
             finally:
                 os._exit(1)
         self.children[pid] = (number, time.monotonic())
+        if number in self.owed:
+            self.owed.remove(number)
 
     def run(self) -> int:
         import gc
@@ -10479,6 +10488,9 @@ class Supervisor:
                     return 1
                 reported.discard(number)
                 self.fork(number)
+            for number in list(self.owed):
+                nap(0.2)
+                self.fork(number)
             if signal.sigtimedwait(STOPPING, 0):
                 return self.end()
         announce(self.plan)
@@ -10495,8 +10507,10 @@ class Supervisor:
     def watch(self) -> int:
         early = 0
         while True:
-            # The time-out only guards against a SIGCHLD that came between reap() and here.
+            # The time-out guards against a SIGCHLD that came between reap() and here.
             info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 1.0)
+            for number in list(self.owed):
+                self.fork(number)
             if info and info.si_signo in STOPPING:
                 return self.end()
             if info and info.si_signo == signal.SIGHUP:

@@ -31,6 +31,7 @@ static volatile struct control {
     int64_t sync;     /* errno of fsync and fdatasync */
     int64_t read;
     int64_t accept;   /* errno of accept */
+    int64_t fork;
     int64_t memory;   /* allocations of so many octets or more fail; 0 for none */
     int64_t met;      /* failures so far */
 } nothing, *control = &nothing;
@@ -204,6 +205,11 @@ int mkdir(const char *path, mode_t mode) {
 int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags) {
     REAL(int, "accept4", int, struct sockaddr *, socklen_t *, int);
     return control->accept ? fail(control->accept) : real(fd, address, length, flags);
+}
+
+pid_t fork(void) {
+    REAL(pid_t, "fork", void);
+    return control->fork ? fail(control->fork) : real();
 }
 
 #define TOO_LARGE(n) (control->memory && (int64_t)(n) >= control->memory)

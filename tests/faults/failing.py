@@ -6,7 +6,7 @@ import struct
 
 from box import Box
 
-WORDS = ("files", "write", "room", "create", "sync", "read", "accept", "memory", "met")
+WORDS = ("files", "write", "room", "create", "sync", "read", "accept", "fork", "memory", "met")
 DATABASE, LOG, OTHER = 1, 2, 4
 
 
@@ -26,7 +26,7 @@ class Faults:
 
     def set(self, **words):
         """These faults and no others, of the database where nothing else is said. A fault is on when all that tells its kind is there."""
-        for word in ("write", "create", "sync", "read", "accept", "memory"):
+        for word in ("write", "create", "sync", "read", "accept", "fork", "memory"):
             self[word] = 0
         self["files"], self["room"], self["met"] = words.pop("files", DATABASE), words.pop("room", -1), 0
         for word, value in words.items():

@@ -383,7 +383,7 @@ class TestLock:
 class TestPlace:
     """What goes into a file that has lost its name is gone at the next start."""
 
-    @pytest.mark.parametrize("workers, name", [("2", "mad.db3"), ("2", "mad.db3-wal"), ("0", "mad.db3")])
+    @pytest.mark.parametrize("workers, name", [("2", "mad.db3"), ("2", "mad.db3-wal"), ("2", "mad.db3-shm"), ("0", "mad.db3"), ("0", "mad.db3-shm")])
     def test_a_database_that_was_moved_takes_no_more_changes(self, boxes, workers, name):
         box = boxes(workers)
         stock, path = Stock(box), box.folder / name
@@ -400,9 +400,10 @@ class TestPlace:
                 path.with_name("aside").rename(path)
             assert well(box, stock)
 
-    def test_nor_does_one_that_was_replaced(self, boxes):
+    @pytest.mark.parametrize("name", ["mad.db3", "mad.db3-wal", "mad.db3-shm"])
+    def test_nor_does_one_that_was_replaced(self, boxes, name):
         box = boxes()
-        stock, path = Stock(box), box.folder / "mad.db3"
+        stock, path = Stock(box), box.folder / name
         with outlived(box):
             path.rename(path.with_name("aside"))
             shutil.copy(path.with_name("aside"), path)
@@ -427,6 +428,18 @@ class TestMachine:
                 assert sum(map(cpu, box.pids())) - spent < 0.5, "it spins"
             assert all(good(one.result()) for one in waiting)
             assert well(box, stock, 1)
+
+    @pytest.mark.parametrize("which", [1, 3], ids=["AUTH", "ADMIN"])
+    def test_a_process_that_cannot_be_replaced_yet_is_replaced_later(self, tmp_path, layer, which):
+        with FailingBox(tmp_path / "data", layer, workers="2", **SETTINGS) as box:
+            stock, pids = Stock(box), box.pids()
+            with box.faults.on(fork=errno.EAGAIN):
+                os.kill(pids[which], signal.SIGKILL)
+                await_true(lambda: box.faults["met"] > 2, 10, "no fork is tried")
+                assert len(box.pids()) == 3 and box.process.poll() is None
+            await_true(lambda: len(box.pids()) == 4, 5, "it stays away")
+            assert box.said().count("worker.owed") == 1
+            assert well(box, stock)
 
     @pytest.mark.parametrize("workers", ["2", "0"])
     def test_without_descriptors_who_is_connected_goes_on(self, boxes, workers):
