@@ -180,7 +180,8 @@ def unpack(archive, members, root, tree):
             path = os.path.join(temporary, inside)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with archive.open(name) as source, open(path, "xb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+                # In small pieces: what is written at once, the page cache maps at once, and then it counts as used.
+                shutil.copyfileobj(source, target, 1 << 14)
         compile_tree(temporary, tree)  # later starts, and users who may not write here, find everything compiled
         open(os.path.join(temporary, ".lock"), "x").close()
         # Data before the name: a power cut leaves a tmp folder or a whole tree.

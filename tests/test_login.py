@@ -857,6 +857,18 @@ class TestCors:
     def test_what_is_cached_varies(self, auth, origin):
         assert auth.get("/jwks.json").headers["vary"] == "Origin"
 
+    @pytest.mark.parametrize("method, status", [("GET", 200), ("OPTIONS", 204)])
+    def test_origins_that_cannot_be_read_keep_the_keys_from_nobody(self, idp, auth, origin, monkeypatch, method, status):
+        def fail():
+            raise m.Problem("temporarily_unavailable", log="unable to open database file")
+
+        monkeypatch.setattr(idp.store, "list_cors_origins", fail)
+        for headers in ((), [("Origin", "https://app.example")]):
+            answer = auth(method, "/jwks.json", headers=headers)
+            assert answer.status == status and "access-control-allow-origin" not in answer.headers and answer.headers["vary"] == "Origin"
+        monkeypatch.undo()
+        assert "access-control-allow-origin" in auth(method, "/jwks.json", headers=[("Origin", "https://app.example")]).headers
+
     def test_an_origin_counts_as_long_as_its_client(self, idp, auth, origin, change):
         m.update_client(idp, m.LOCAL, "t", "spa", m.UpdateClient(is_active=False))
         assert "access-control-allow-origin" not in auth("GET", "/jwks.json", headers=[("Origin", "https://app.example")]).headers

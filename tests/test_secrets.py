@@ -1,15 +1,19 @@
 """Secrets: hashes, what bounds them, what remembers them; seals, one-time codes, new passwords."""
 
 import base64
+import concurrent.futures
+import errno
 import hashlib
 import re
 import threading
 import unicodedata
 import uuid
+from pathlib import Path
 
 import microauthd as m
 import pyotp
 import pytest
+from argon2.low_level import hash_secret_raw
 from conftest import CHEAP, PASSWORD, Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,26 +52,53 @@ class TestArgon2:
     @pytest.mark.parametrize("known", [True, False])
     def test_nobody_costs_what_somebody_costs(self, hasher, monkeypatch, known):
         phc, calls = hasher.hash("right"), []
-        verify = m.argon2_verify
-        monkeypatch.setattr(m, "argon2_verify", lambda word, password, kind: calls.append(re.sub(rb"\$[^$]+\$[^$]+$", b"", word)) or verify(word, password, kind))
+        compute = hasher.memory.compute
+        monkeypatch.setattr(hasher.memory, "compute", lambda password, salt, *cost: calls.append((password, len(salt), *cost)) or compute(password, salt, *cost))
         assert hasher.verify(phc if known else None, "wrong") is False
-        assert calls == [b"$argon2id$v=19$m=64,t=1,p=1"]
+        assert calls == [(b"wrong", 16, 1, 64, 1, 32)]
 
     def test_nobody_has_no_password(self, hasher, monkeypatch):
-        monkeypatch.setattr(m, "argon2_verify", lambda *_: True)
+        monkeypatch.setattr(hasher, "matches", lambda *_: True)
         assert hasher.verify(None, "any") is False
 
-    @pytest.mark.parametrize("phc", ["", "x", "$argon2id$v=19$m=64,t=1,p=1$$", "plain text"])
+    @settings(deadline=None, max_examples=100)
+    @given(st.binary(max_size=300), st.binary(min_size=8, max_size=64), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3000), st.integers(4, 64))
+    def test_it_computes_what_the_library_computes(self, password, salt, passes, lanes, more, length):
+        computed = m.Hasher(m.Options(**CHEAP)).memory.compute(password, salt, passes, 8 * lanes + more, lanes, length)
+        assert computed == hash_secret_raw(password, salt, passes, 8 * lanes + more, lanes, length, m.Argon2Type.ID)
+
+    def test_many_threads_do_not_meet_in_its_memory(self):
+        memory = m.Argon2Memory()
+        words = [b"%d" % number for number in range(200)]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            computed = list(pool.map(lambda word: memory.compute(word, b"saltsalt", 1, 1024, 2, 32), words))
+        assert computed == [hash_secret_raw(word, b"saltsalt", 1, 1024, 2, 32, m.Argon2Type.ID) for word in words]
+
+    def test_its_memory_goes_back(self, hasher):
+        def mapped():
+            return int(re.search(r"VmSize:\s+([0-9]+)", Path("/proc/self/status").read_text())[1])
+
+        hasher.memory.compute(b"x", b"saltsalt", 1, 65536, 1, 32)
+        before = mapped()
+        for _ in range(5):
+            hasher.memory.compute(b"x", b"saltsalt", 1, 65536, 1, 32)
+        assert mapped() < before + 65536
+
+    @pytest.mark.parametrize("parameters", ["m=64,t=0,p=1", "m=7,t=1,p=1", "m=64,t=1,p=0", "m=64,t=1,p=64", "m=0,t=1,p=1"])
+    def test_parameters_that_cannot_be_verify_nothing(self, hasher, parameters):
+        assert hasher.verify(f"$argon2id$v=19${parameters}$c2FsdHNhbHQ$aGFzaGhhc2g", "x") is False
+
+    @pytest.mark.parametrize("phc", ["", "x", "$argon2id$v=19$m=64,t=1,p=1$$", "$argon2id$v=19$m=64,t=1,p=1$c2FsdHNhbHQ$a", "$argon2id$v=19$m=64,t=1,p=1$c2Fs$aGFzaGhhc2g", "plain text"])
     def test_a_hash_that_is_none_verifies_nothing(self, hasher, phc):
         assert hasher.verify(phc, "x") is False
 
-    @pytest.mark.parametrize("error", [m.VerificationError("Memory allocation error"), m.VerificationError("Threading failure"), m.Argon2Error("Memory allocation error"), MemoryError()])
+    @pytest.mark.parametrize("error", [m.VerificationError("Memory allocation error"), m.VerificationError("Threading failure"), m.Argon2Error("Memory allocation error"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
     def test_a_machine_that_fails_is_no_wrong_password(self, hasher, monkeypatch, error):
         def fail(*_):
             raise error
 
         phc = hasher.hash("x")
-        monkeypatch.setattr(m, "argon2_verify", fail)
+        monkeypatch.setattr(hasher.memory, "compute", fail)
         monkeypatch.setattr(m, "argon2_hash", fail)
         for work in (lambda: hasher.hash("x"), lambda: hasher.verify(phc, "x")):
             with pytest.raises(m.Problem) as caught:

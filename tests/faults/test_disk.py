@@ -439,6 +439,7 @@ class TestMachine:
                 assert len(box.pids()) == 3 and box.process.poll() is None
             await_true(lambda: len(box.pids()) == 4, 5, "it stays away")
             assert box.said().count("worker.owed") == 1
+            stock.line = Line(box)  # what it held to the one that died has ended
             assert well(box, stock)
 
     @pytest.mark.parametrize("workers", ["2", "0"])
