@@ -84,6 +84,7 @@ from argon2.low_level import core as argon2_core
 from argon2.low_level import error_to_str as argon2_error
 from argon2.low_level import ffi as argon2_ffi
 from argon2.low_level import hash_secret as argon2_hash
+from argon2.low_level import hash_secret_raw as argon2_raw
 from argon2.low_level import verify_secret as argon2_verify
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -3631,10 +3632,12 @@ class Argon2Memory:
     """Memory for Argon2 in huge pages, where the kernel gives them: 16 page faults a hash instead of 8192, a quarter less CPU."""
 
     def __init__(self):
-        self.local = threading.local()
-        # Argon2 asks in the thread that called it, once a hash, for what compute() has made.
-        self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.give, error=-1)
-        self.free = argon2_ffi.callback("void(uint8_t *, size_t)", lambda address, size: None)
+        self.local, self.allocate, self.free = threading.local(), None, None
+        # Argon2 asks in the thread that called it, once a hash, for what compute() has made. Where memory is never
+        # written and executed both (systemd's MemoryDenyWriteExecute), there is no asking back: it takes its own.
+        with contextlib.suppress(MemoryError, SystemError):
+            self.free = argon2_ffi.callback("void(uint8_t *, size_t)", lambda address, size: None)
+            self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.give, error=-1)
 
     def give(self, address, size):
         begin, room = self.local.area
@@ -3645,6 +3648,8 @@ class Argon2Memory:
 
     def compute(self, password: bytes, salt: bytes, passes, memory, lanes, length) -> bytes:
         """Return Argon2id of a password; `memory` in KiB. RFC 9106 §3.1. Raises Argon2Error, MemoryError, OSError."""
+        if self.allocate is None:
+            return argon2_raw(password, salt, passes, memory, lanes, length, Argon2Type.ID)
         room = 1024 * memory
         area = mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):

@@ -5,6 +5,8 @@ import concurrent.futures
 import errno
 import hashlib
 import re
+import subprocess
+import sys
 import threading
 import unicodedata
 import uuid
@@ -66,6 +68,23 @@ class TestArgon2:
     def test_it_computes_what_the_library_computes(self, password, salt, passes, lanes, more, length):
         computed = m.Hasher(m.Options(**CHEAP)).memory.compute(password, salt, passes, 8 * lanes + more, lanes, length)
         assert computed == hash_secret_raw(password, salt, passes, 8 * lanes + more, lanes, length, m.Argon2Type.ID)
+
+    def test_where_nothing_may_be_written_and_executed_it_works_as_well(self):
+        """As systemd's MemoryDenyWriteExecute has it: prctl(2), PR_SET_MDWE."""
+        script = (
+            "import sys; sys.path[:0] = sys.argv[1:]\n"
+            "import _cffi_backend as c, microauthd as m\n"
+            "library = c.load_library(None)\n"
+            "kind = c.new_primitive_type('int')\n"
+            "prctl = library.load_function(c.new_function_type((kind,) * 5, kind), 'prctl')\n"
+            "refused = prctl(65, 1, 0, 0, 0)\n"
+            "hasher = m.Hasher(m.Options(argon2id_memory=64, argon2id_time=1, argon2id_parallelism=1))\n"
+            "stored = hasher.hash('x')\n"
+            "print(refused, hasher.memory.allocate is None, hasher.verify(stored, 'x'), hasher.verify(stored, 'y'))"
+        )
+        done = subprocess.run([sys.executable, "-c", script, *sys.path], capture_output=True, text=True, timeout=60)
+        refused, without, right, wrong = done.stdout.split()
+        assert (right, wrong) == ("True", "False") and (refused != "0" or without == "True"), done  # a kernel before 6.3 knows no such prctl
 
     def test_many_threads_do_not_meet_in_its_memory(self):
         memory = m.Argon2Memory()
