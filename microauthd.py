@@ -9304,7 +9304,7 @@ class Code:
         import subprocess
 
         done = subprocess.run([sys.executable, "-I", self.archive, "version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
-        with contextlib.suppress(OSError):
+        if done.returncode == 0 and (HERE / ".lock").exists():
             held = os.open(HERE / ".lock", os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(held, fcntl.LOCK_SH)  # or the next release would take it for abandoned
             self.lock, before = held, self.lock
