@@ -10907,12 +10907,17 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
     return Options(origins, **(values | chosen)), answers
 
 
-def set_up_demo(options: Options):
-    """Set up a trial and say its secrets once. The client's stand in demo.env too, for scripts."""
+def set_up_demo(options: Options, make):
+    """Set up a trial and say its secrets once. The client's stand in demo.env too, for scripts. `make` is set_up() that refuses in a sentence."""
     options, answers = demo_answers(options)
-    made = set_up(options, answers)
-    write_durably(os.path.join(os.path.dirname(os.path.abspath(options.origins.get("config", "mad.conf"))), "demo.env"), f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
-    print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}\nThese are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
+    made = make(options, answers)
+    print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}", file=sys.stderr)
+    path = os.path.join(os.path.dirname(os.path.abspath(options.origins.get("config", "mad.conf"))), "demo.env")
+    try:
+        write_durably(path, f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
+    except OSError as error:
+        raise Refusal(f"it is set up, and these are shown once; {path} cannot be written: {error.strerror}") from None
+    print("These are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
 
 
 # == Recovery ==================================================================
@@ -11347,11 +11352,11 @@ def show_options(options: Options, as_json: bool) -> int:
 
 
 def setup(options: Options, flags: dict, own: list, values: dict) -> int:
-    if "--demo" in own:
-        set_up_demo(options)
-        return 0
     from appliance import oobe
 
+    if "--demo" in own:
+        set_up_demo(options, oobe.make)
+        return 0
     return oobe.run(options, flags, own, values)
 
 

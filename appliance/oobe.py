@@ -601,7 +601,7 @@ def make(settled, answers):
         what = f"{error.filename or 'the disk'}: {error.strerror or error}"
     except microauthd.sqlcipher3.Error as error:
         what = f"the database {settled.db_file} cannot be made: {error}"
-    raise Refusal(f"{ended(settled.origins['config'])} {what}")
+    raise Refusal(f"{ended(settled.origins.get('config', 'mad.conf'))} {what}")
 
 
 def ended(config):

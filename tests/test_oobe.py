@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import io
 import os
@@ -553,3 +554,30 @@ class TestCommonPasswords:
         assert all(len(word) >= 8 and word == m.fold(word) and len(word.split()) == 1 for word in words)
         assert {"password", "qwertyuiop", "1qaz2wsx", "microauthd", "madadmin1"} <= set(words)
         assert "MIT" in (ROOT / "appliance" / "NOTICE").read_text("utf-8")
+
+
+class TestDemo:
+    """setup --demo where the disk refuses."""
+
+    def test_nothing_is_set_up_in_a_sentence(self, tmp_path, monkeypatch):
+        def refused(*_):
+            raise PermissionError(errno.EACCES, "Permission denied", "mad.conf.setting-up.lock")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(m, "set_up", refused)
+        with pytest.raises(m.Refusal, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
+            m.setup(m.Options(), {}, ["--demo"], {})
+
+    def test_its_secrets_are_said_where_their_file_cannot_be_written(self, tmp_path, monkeypatch, capsys):
+        write = m.write_durably
+
+        def refused(path, *words):
+            if os.path.basename(path) == "demo.env":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(path, *words)
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(m, "write_durably", refused)
+        with pytest.raises(m.Refusal, match="it is set up"):
+            m.setup(m.load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {})
+        assert "client_secret  " in capsys.readouterr().err and (tmp_path / "mad.db3").exists()
