@@ -2119,13 +2119,14 @@ class Generation:
         LOCKED    somebody else holds its lock, and has held it for LOCK_SECONDS
         UNSYNCED  a sync has failed: what the kernel was to write it may have thrown away
         HEALED    counts how often writes went through again; connections of before are not used any more
+        BEATS     of each process a count of its own, by which the supervisor knows that it goes on; 0 until it serves
     """
 
     SLOTS = 66
-    FAILED, LOCKED, UNSYNCED, HEALED = range(8 * SLOTS, 8 * SLOTS + 4)
+    FAILED, LOCKED, UNSYNCED, HEALED, BEATS = range(8 * SLOTS, 8 * SLOTS + 5)
 
     def __init__(self):
-        self.map = mmap.mmap(-1, 8 * self.SLOTS + 4)
+        self.map = mmap.mmap(-1, self.BEATS + self.SLOTS)
         self.slot = 0
         self.lock = threading.Lock()
 
@@ -2137,6 +2138,10 @@ class Generation:
             at = 8 * self.slot
             (count,) = struct.unpack_from("<Q", self.map, at)
             struct.pack_into("<Q", self.map, at, count + 1)
+
+    def beat(self):
+        at = self.BEATS + self.slot
+        self.map[at] = self.map[at] % 255 + 1
 
 
 def derive_key(passphrase: str, salt: bytes) -> str:
@@ -9809,6 +9814,7 @@ class Server(cheroot.wsgi.Server):
         self.name, self.sockets, self.limits, self.tls = name, tuple(sockets), limits, tls
         self.trusted_proxies, self.threads, self.max_threads = tuple(trusted_proxies), threads, max_threads
         self.log = log or (lambda event, **fields: None)
+        self.beat = lambda: None  # called at every sweep
         self._names = {trusted: Names(trusted) for trusted in (False, True)}
         self._date = (0, "")
         self._blocks = {}                   # headers: their lines
@@ -10265,6 +10271,7 @@ class Server(cheroot.wsgi.Server):
         said = 0
         while not self._ended:
             self._ending.wait(SWEEP)
+            self.beat()
             try:
                 self._sweep()
                 for fd in list(self._paused):
@@ -10435,7 +10442,7 @@ class Node:
                 app = admit_hosts(app, idp)
                 self.upkeep, self.clockwork = Upkeep(idp), Clockwork(idp)
             server = Server(name, [listening], app, limits=limits, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
-            idp.hasher.gate.blocking = server.blocking
+            idp.hasher.gate.blocking, server.beat = server.blocking, plan.generation.beat
             self.servers.append(server)
         self.store.blocking = self.blocking
 
@@ -10487,6 +10494,7 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
 
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         node.start()
+        plan.generation.beat()
         os.write(ready, bytes([slot - 1]))
         give_back()
         # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
@@ -10501,12 +10509,16 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
         os._exit(status)
 
 
+STUCK_SECONDS = 20
+
+
 class Supervisor:
-    """Forks the children, replaces one that dies, ends them all."""
+    """Forks the children, replaces one that dies or hangs, ends them all."""
 
     def __init__(self, plan: Plan, close_in_child=()):
         self.plan, self.close_in_child = plan, close_in_child
         self.children = {}  # pid -> (role number, started)
+        self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
         self.owed = []  # role numbers for which there was no process to be had
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
@@ -10515,6 +10527,7 @@ class Supervisor:
         return len(self.plan.auth_sockets) + 1  # AUTH workers, then ADMIN
 
     def fork(self, number):
+        self.plan.generation.map[self.plan.generation.BEATS + number + 1] = 0
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or as many processes as are allowed
@@ -10576,13 +10589,30 @@ class Supervisor:
                 number, started = self.children.pop(pid)
                 yield number, time.monotonic() - started, pid, status
 
+    def end_stuck(self, passed):
+        """Kill what has not gone on for STUCK_SECONDS: it was stopped, or hangs, and its connections would wait for ever."""
+        generation, known = self.plan.generation, self.beats
+        self.beats = {}
+        for pid, (number, _) in self.children.items():
+            count = generation.map[generation.BEATS + number + 1]
+            before, still = known.get(pid, (count, 0.0))
+            still = still + passed if count and count == before else 0.0
+            if still > STUCK_SECONDS:
+                self.plan.log("worker.stuck", "error", pid=pid, seconds=round(still))
+                os.kill(pid, signal.SIGKILL)
+                still = 0.0
+            self.beats[pid] = count, still
+
     def watch(self) -> int:
-        early = 0
+        early, looked_at = 0, time.monotonic()
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
             info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 1.0)
             for number in list(self.owed):
                 self.fork(number)
+            # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
+            before, looked_at = looked_at, time.monotonic()
+            self.end_stuck(min(2.0, looked_at - before))
             if info and info.si_signo in STOPPING:
                 return self.end()
             if info and info.si_signo == signal.SIGHUP:

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+import types
 
 import microauthd as m
 import pytest
@@ -95,6 +96,48 @@ def test_deaths_in_quick_succession_do_not_end_the_service(box, kills):
             replaced(box, victim, role, known)
     assert len(patron.bad) <= kills and max(patron.times) < 2, patron.bad
     assert box.stop() == 0
+
+
+def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
+    supervisor, *children = box.pids()
+    stopped = {children[0], children[-1]}  # a worker and ADMIN
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    # Four of which, most likely, some wait at the one that hangs: they are served by the one in its place.
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for port in (box.auth_port,) * 4 + (box.admin_port,)]
+        for sock in waiting:
+            sock.settimeout(2 * m.STUCK_SECONDS)
+            sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for sock in waiting:
+            assert b" 200 " in sock.recv(65536)
+    now = box.pids()
+    assert len(now) == 4 and now[0] == supervisor and not stopped & set(now) and children[1] in now
+    assert box.said().count("worker.stuck") == 2
+
+
+def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
+    plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
+    supervisor, generation, killed = m.Supervisor(plan), plan.generation, []
+    supervisor.children = {101: (0, 0.0), 102: (1, 0.0), 103: (2, 0.0)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m.os, "kill", lambda pid, number: killed.append((pid, number)))
+        for second in range(m.STUCK_SECONDS * 2):
+            for slot in (1, 2):  # 103 is still at its start
+                if slot == 1 or second < 5:
+                    generation.slot = slot
+                    generation.beat()
+            supervisor.end_stuck(1.0)
+            assert killed == ([(102, signal.SIGKILL)] if second >= m.STUCK_SECONDS + 5 else []), second
+            if killed:
+                break
+        supervisor.children[104] = supervisor.children.pop(102)  # in its place, at its start
+        generation.map[generation.BEATS + 2] = 0
+        for _ in range(m.STUCK_SECONDS * 2):
+            generation.slot = 1
+            generation.beat()
+            supervisor.end_stuck(1.0)
+    assert len(killed) == 1
 
 
 def sockets_listening(pid):
