@@ -479,6 +479,11 @@ class Options:
         raise AttributeError("options do not change while the server runs")
 
     @property
+    def config_file(self) -> str:
+        """The path of the config file, whether it is there or not."""
+        return self.origins.get("config", "mad.conf")
+
+    @property
     def auth_issuer(self) -> str:
         """The `iss` of AUTH tokens and the base of every published URL. RFC 8414 §2."""
         scheme = "http" if self.auth_domain_no_ssl else "https"
@@ -3655,24 +3660,19 @@ class Argon2Memory:
         """Return Argon2id of a password; `memory` in KiB. RFC 9106 §3.1. Raises Argon2Error, MemoryError, OSError."""
         if self.allocate is None:
             return argon2_raw(password, salt, passes, memory, lanes, length, Argon2Type.ID)
-        room = 1024 * memory
-        area = mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):
-            area.madvise(mmap.MADV_HUGEPAGE)
-        begin = argon2_ffi.from_buffer("uint8_t[]", area)
-        self.local.area = begin + -int(argon2_ffi.cast("uintptr_t", begin)) % HUGE_PAGE, room
         tag, word, grain = argon2_ffi.new("uint8_t[]", length), argon2_ffi.new("uint8_t[]", password), argon2_ffi.new("uint8_t[]", salt)
         context = argon2_ffi.new("argon2_context *", {
             "out": tag, "outlen": length, "pwd": word, "pwdlen": len(password), "salt": grain, "saltlen": len(salt),
             "t_cost": passes, "m_cost": memory, "lanes": lanes, "threads": lanes, "version": 0x13, "allocate_cbk": self.allocate, "free_cbk": self.free,
         })
-        try:
-            status = argon2_core(context, Argon2Type.ID.value)
-        finally:
-            # Argon2 has wiped it; it goes back to the kernel with the last that looks into it.
-            del self.local.area
-            argon2_ffi.release(begin)
-            area.close()
+        room = 1024 * memory
+        # Begun at a huge page; kernels before 6.7 do not see to that.
+        with mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+            with contextlib.suppress(OSError):
+                area.madvise(mmap.MADV_HUGEPAGE)
+            with argon2_ffi.from_buffer("uint8_t[]", area) as begin:
+                self.local.area = begin + -int(argon2_ffi.cast("uintptr_t", begin)) % HUGE_PAGE, room
+                status = argon2_core(context, Argon2Type.ID.value)  # which wipes the area
         if status:
             raise VerificationError(argon2_error(status))
         return bytes(argon2_ffi.buffer(tag))
@@ -4449,7 +4449,7 @@ def check_copy(path: str, key: str) -> dict:
 
 def backup_files(options: Options) -> dict:
     return {
-        "config": options.origins.get("config", "mad.conf"), "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
+        "config": options.config_file, "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
     }
 
 
@@ -9310,11 +9310,8 @@ class Code:
 
         done = subprocess.run([sys.executable, "-I", self.archive, "version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
         if done.returncode == 0 and (HERE / ".lock").exists():
-            held = os.open(HERE / ".lock", os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(held, fcntl.LOCK_SH)  # or the next release would take it for abandoned
-            self.lock, before = held, self.lock
-            if before is not None:
-                os.close(before)
+            self.lock = open(HERE / ".lock", "rb")
+            fcntl.flock(self.lock, fcntl.LOCK_SH)  # or the next release would take it for abandoned
             self.log("code.unpacked_again", "warning", folder=str(HERE))
             return
         self.log("code.lost", "error", folder=str(HERE), reason=done.stderr.strip()[-300:] or "the archive is another release: restart")
@@ -10270,8 +10267,8 @@ class Server(cheroot.wsgi.Server):
     def _sweep_on(self):
         said = 0
         while not self._ended:
-            self._ending.wait(SWEEP)
             self.beat()
+            self._ending.wait(SWEEP)
             try:
                 self._sweep()
                 for fd in list(self._paused):
@@ -10494,7 +10491,6 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
 
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         node.start()
-        plan.generation.beat()
         os.write(ready, bytes([slot - 1]))
         give_back()
         # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
@@ -10519,6 +10515,7 @@ class Supervisor:
         self.plan, self.close_in_child = plan, close_in_child
         self.children = {}  # pid -> (role number, started)
         self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
+        self.beats_at = time.monotonic()  # when they were looked at
         self.owed = []  # role numbers for which there was no process to be had
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
@@ -10589,10 +10586,12 @@ class Supervisor:
                 number, started = self.children.pop(pid)
                 yield number, time.monotonic() - started, pid, status
 
-    def end_stuck(self, passed):
+    def end_stuck(self):
         """Kill what has not gone on for STUCK_SECONDS: it was stopped, or hangs, and its connections would wait for ever."""
-        generation, known = self.plan.generation, self.beats
-        self.beats = {}
+        generation, known, now = self.plan.generation, self.beats, time.monotonic()
+        # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
+        passed = min(2.0, now - self.beats_at)
+        self.beats, self.beats_at = {}, now
         for pid, (number, _) in self.children.items():
             count = generation.map[generation.BEATS + number + 1]
             before, still = known.get(pid, (count, 0.0))
@@ -10604,15 +10603,13 @@ class Supervisor:
             self.beats[pid] = count, still
 
     def watch(self) -> int:
-        early, looked_at = 0, time.monotonic()
+        early = 0
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
             info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 1.0)
             for number in list(self.owed):
                 self.fork(number)
-            # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
-            before, looked_at = looked_at, time.monotonic()
-            self.end_stuck(min(2.0, looked_at - before))
+            self.end_stuck()
             if info and info.si_signo in STOPPING:
                 return self.end()
             if info and info.si_signo == signal.SIGHUP:
@@ -10839,7 +10836,7 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
     Every file is written under a staging name and synced; then the journal says "committed", in
     one rename; then the files take their names. `checkpoint` is called between the steps.
     """
-    config = options.origins.get("config", "mad.conf")
+    config = options.config_file
     os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
     with hold_setup(config):
         finish_setup(config)
@@ -10942,7 +10939,7 @@ def set_up_demo(options: Options, make):
     options, answers = demo_answers(options)
     made = make(options, answers)
     print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}", file=sys.stderr)
-    path = os.path.join(os.path.dirname(os.path.abspath(options.origins.get("config", "mad.conf"))), "demo.env")
+    path = os.path.join(os.path.dirname(os.path.abspath(options.config_file)), "demo.env")
     try:
         write_durably(path, f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
     except OSError as error:
@@ -11043,7 +11040,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
     could be seen which keys were revoked here. Raises Refusal, and then everything is as it was.
     """
     key = read_database_key(source, options.db_pass, options.no_db_pass)
-    config = options.origins.get("config", "mad.conf")
+    config = options.config_file
     require_owner(options)
     os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
     with hold_setup(config):

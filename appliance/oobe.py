@@ -98,7 +98,7 @@ class Draft:
     """The settings as they stand while answers come in: what was chosen over what was resolved before."""
 
     def __init__(self, options):
-        self.options, self.chosen, self.config = options, {}, options.origins.get("config", "mad.conf")
+        self.options, self.chosen, self.config = options, {}, options.config_file
 
     def __getitem__(self, name):
         return self.chosen.get(name, getattr(self.options, OPTION_NAMES[name].attribute))
@@ -530,7 +530,7 @@ def draw(uri, secret):
 
 def summarise(asker, draft, settled, answers, guided):
     rows = [
-        ("config", settled.origins["config"]),
+        ("config", settled.config_file),
         ("database", f"{settled.db_file}, {'encrypted' if settled.db_pass else 'NOT encrypted'}"),
         ("AUTH", f"{settled.auth_ip}:{settled.auth_port}, issuer {settled.auth_issuer}"),
         ("ADMIN", f"{settled.admin_ip}:{settled.admin_port}"),
@@ -601,7 +601,7 @@ def make(settled, answers):
         what = f"{error.filename or 'the disk'}: {error.strerror or error}"
     except microauthd.sqlcipher3.Error as error:
         what = f"the database {settled.db_file} cannot be made: {error}"
-    raise Refusal(f"{ended(settled.origins.get('config', 'mad.conf'))} {what}")
+    raise Refusal(f"{ended(settled.config_file)} {what}")
 
 
 def ended(config):
@@ -844,7 +844,7 @@ def run(options, flags, own, values) -> int:
         with echo(False):
             return wizard(options, own)
     except KeyboardInterrupt:
-        config = options.origins.get("config", "mad.conf")
+        config = options.config_file
         print("\n" + ended(config))
         return 130
     except Ended:

@@ -31,7 +31,7 @@ static volatile struct control {
     int64_t sync;     /* errno of fsync and fdatasync */
     int64_t read;
     int64_t accept;   /* errno of accept */
-    int64_t fork;
+    int64_t fork;     /* errno of fork */
     int64_t memory;   /* allocations of so many octets or more fail; 0 for none */
     int64_t met;      /* failures so far */
 } nothing, *control = &nothing;

@@ -123,16 +123,23 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
     plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
-    supervisor, generation, killed = m.Supervisor(plan), plan.generation, []
+    supervisor, generation, killed, now = m.Supervisor(plan), plan.generation, [], time.monotonic()
+
+    def look(after):
+        nonlocal now
+        now += after
+        supervisor.end_stuck()
+
     supervisor.children = {101: (0, 0.0), 102: (1, 0.0), 103: (2, 0.0)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m.os, "kill", lambda pid, number: killed.append((pid, number)))
+        patch.setattr(m.time, "monotonic", lambda: now)
         for second in range(m.STUCK_SECONDS * 2):
             for slot in (1, 2):  # 103 is still at its start
                 if slot == 1 or second < 5:
                     generation.slot = slot
                     generation.beat()
-            supervisor.end_stuck(1.0)
+            look(after=1.0)
             assert killed == ([(102, signal.SIGKILL)] if second >= m.STUCK_SECONDS + 5 else []), second
             if killed:
                 break
@@ -141,7 +148,8 @@ def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
         for _ in range(m.STUCK_SECONDS * 2):
             generation.slot = 1
             generation.beat()
-            supervisor.end_stuck(1.0)
+            look(after=1.0)
+        look(after=3600.0)  # the machine slept: nobody has gone on, and nobody hung
     assert len(killed) == 1
 
 
