@@ -24,8 +24,10 @@ def mad():
     # Compiled for this Python where the archive has it; a hundred milliseconds of compiling otherwise.
     sys.path[0] = ARCHIVE + "/site-packages"
     sys.path.insert(0, ARCHIVE + "/pyc/" + sys.implementation.cache_tag)
-    import mad
-
+    try:
+        import mad
+    except Exception as error:
+        sys.exit("mad: error: this file is damaged, copy it anew: %s" % error)
     sys.exit(mad.main(words))
 
 
@@ -33,6 +35,7 @@ mad()
 
 import errno  # noqa: E402
 import fcntl  # noqa: E402
+import hashlib  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import stat  # noqa: E402
@@ -174,6 +177,9 @@ def use(members, tree):
 
 def unpack(archive, members, root, tree):
     """Unpack, compile and sync into a fresh folder, then give it its name. The root's lock is held."""
+    listing = "".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist())
+    if hashlib.sha256(listing.encode()).hexdigest().encode() != archive.comment:
+        raise zipfile.BadZipFile("its directory is not the one it was built with")
     temporary = tempfile.mkdtemp(prefix="tmp.", dir=root)
     try:
         for name, inside, _ in members:
@@ -247,10 +253,12 @@ def main():
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             refuse("no room to unpack the program; free some, or name another folder in MICROAUTHD_CACHE")
         refuse("the program cannot be unpacked: %s" % error)
+    except Exception as error:  # of zipfile and zlib, whose kinds are many
+        refuse("the program cannot be unpacked, this file is damaged, copy it anew: %s" % error)
     finally:
         os.umask(mask)
     if lock is None:
-        refuse("the unpacked program in %s is damaged; remove that folder" % tree)
+        refuse("the program in %s does not stay whole: this file is damaged, or somebody cleans that folder" % tree)
     os.set_inheritable(lock, True)  # held by every process that runs from the tree
     sys.path[0] = tree
     try:

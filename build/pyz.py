@@ -80,8 +80,13 @@ def compile_mad(folder: Path) -> bytes:
     return target.read_bytes()
 
 
+def directory_digest(archive) -> bytes:
+    """As build/main.py has it: names, sizes and CRCs. With the CRCs, which are checked when a member is read, it covers every byte."""
+    return hashlib.sha256("".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist()).encode()).hexdigest().encode()
+
+
 def seal(members, target: Path):
-    """Write the archive: fixed modes, times and order, and a build-id made of all content."""
+    """Write the archive: fixed modes, times and order, a build-id made of all content, and as its comment a digest of its directory."""
     members = sorted(members)
     digest = hashlib.sha256()
     for name, content in members:
@@ -96,6 +101,7 @@ def seal(members, target: Path):
             info.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
             info.compress_type = zipfile.ZIP_STORED if name == "__main__.py" else zipfile.ZIP_DEFLATED
             archive.writestr(info, content, compresslevel=9)
+        archive.comment = directory_digest(archive)
     temporary = target.with_name(target.name + ".new")
     temporary.write_bytes(buffer.getvalue())
     temporary.chmod(0o755)

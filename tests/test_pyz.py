@@ -191,6 +191,39 @@ class TestUnpacking:
             outcomes.add("works twice" if done.returncode == 0 else done.stderr.partition(";")[0])
         assert outcomes == {"works twice", "microauthd: no room to unpack the program"}
 
+    @pytest.mark.parametrize("damage", ["a module", "a library", "the directory", "a name", "a length"])
+    def test_a_damaged_archive_is_a_sentence_and_runs_nothing(self, home, tmp_path, damage):
+        """A copy over a bad line, a card that forgets: no line of it is run."""
+        content = bytearray(ARCHIVE.read_bytes())
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            directory = archive.start_dir
+        library = next(name for name in members if "sqlcipher3" in name and name.endswith(".so"))
+        at = {
+            "a module": members["site-packages/microauthd.py"].header_offset + 5000,
+            "a library": members[library].header_offset + 5000,
+            "the directory": directory,
+            "a name": content.index(b"site-packages/bottle.py", directory),
+            "a length": content.index(b"site-packages/bottle.py", directory) - 46 + 24,
+        }[damage]
+        content[at] ^= 0x10
+        (tmp_path / "damaged.pyz").write_bytes(content)
+        done = run("version", home=home, archive=tmp_path / "damaged.pyz")
+        assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr, done.stderr
+        if damage != "the directory":  # Python itself does not take it for an archive
+            assert done.stderr.startswith("microauthd: ") and done.stderr.count("\n") == 1 and "this file is damaged" in done.stderr, done.stderr
+        assert not list(home.rglob("tmp.*")) and run("selftest", home=home).returncode == 0
+
+    def test_a_damaged_mad_is_a_sentence(self, home, tmp_path):
+        content = bytearray(ARCHIVE.read_bytes())
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            for name in (f"pyc/{sys.implementation.cache_tag}/mad.pyc", "site-packages/mad.py"):
+                at = archive.getinfo(name).header_offset + 30 + len(name) + 20
+                content[at : at + 400] = b"\xff" * 400
+        (tmp_path / "damaged.pyz").write_bytes(content)
+        done = run("mad", "--version", home=home, archive=tmp_path / "damaged.pyz")
+        assert done.returncode == 1 and done.stderr.startswith("mad: error: this file is damaged") and done.stderr.count("\n") == 1, done.stderr
+
     def test_a_home_that_is_not_there_is_a_sentence(self, home):
         done = run("version", home=home, HOME="/nonexistent")
         assert done.returncode == 1 and "MICROAUTHD_CACHE" in done.stderr and "Traceback" not in done.stderr
