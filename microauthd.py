@@ -2125,13 +2125,15 @@ class Generation:
         UNSYNCED  a sync has failed: what the kernel was to write it may have thrown away
         HEALED    counts how often writes went through again; connections of before are not used any more
         BEATS     of each process a count of its own, by which the supervisor knows that it goes on; 0 until it serves
+        PLACE     device and inode of the database, its log and the index of that, which all processes have open
     """
 
     SLOTS = 66
     FAILED, LOCKED, UNSYNCED, HEALED, BEATS = range(8 * SLOTS, 8 * SLOTS + 5)
+    PLACE, FILES = BEATS + SLOTS, struct.Struct("<6Q")
 
     def __init__(self):
-        self.map = mmap.mmap(-1, self.BEATS + self.SLOTS)
+        self.map = mmap.mmap(-1, self.PLACE + self.FILES.size)
         self.slot = 0
         self.lock = threading.Lock()
 
@@ -2147,6 +2149,15 @@ class Generation:
     def beat(self):
         at = self.BEATS + self.slot
         self.map[at] = self.map[at] % 255 + 1
+
+    @property
+    def place(self) -> tuple:
+        """What PLACE says, zeros while nobody serves the database."""
+        return self.FILES.unpack_from(self.map, self.PLACE)
+
+    @place.setter
+    def place(self, files):
+        self.FILES.pack_into(self.map, self.PLACE, *files)
 
 
 def derive_key(passphrase: str, salt: bytes) -> str:
@@ -2302,7 +2313,6 @@ class Store:
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.turns = None  # a descriptor, where several processes write
-        self.place = None  # device and inode of each file, where a server serves them
         self.queue = collections.deque()
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
@@ -2384,16 +2394,17 @@ class Store:
     def look_up(self):
         """Return which files the database, its log and the index of that are, by their paths; None where one is gone."""
         try:
-            return [(info.st_dev, info.st_ino) for info in (os.stat(self.path + end) for end in ("", "-wal", "-shm"))]
+            return tuple(number for end in ("", "-wal", "-shm") for info in [os.stat(self.path + end)] for number in (info.st_dev, info.st_ino))
         except OSError:
             return None
 
     def check_place(self):
         """Raise Problem where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
-        if self.place and self.place != self.look_up():
+        if any(place := self.generation.place) and place != self.look_up():
             raise Problem("temporarily_unavailable", log=f"{self.path}, its -wal or its -shm was moved, removed or replaced", retry_after=LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode="rw"):
+        self.check_place()  # two processes that have two indexes of one log would write over each other
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
@@ -2496,7 +2507,7 @@ class Store:
         self.generation.map[self.generation.FAILED] = 1
         was_writable, self.writable = self.writable, False
         if was_writable and self.flusher:  # a command says it in its own sentence
-            self.log("store.unwritable", "error", reason=error, waiting=len(self.queue))
+            self.log("store.unwritable", "error", reason=error.log if isinstance(error, Problem) else error, waiting=len(self.queue))
             self.wake.set()
 
     def one(self, record, sql, **parameters):
@@ -3441,11 +3452,18 @@ class Store:
 
     def start_flusher(self):
         """Start the thread that writes the batches. After a fork, never before."""
-        # This opens the database, which makes the -wal and the -shm; they stay as long as this thread's connection does.
-        self.meta("created_at")
-        self.place = self.look_up()
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
+        try:
+            self.take_place()
+        except Problem as problem:  # what needs no database is served, and the thread tries again
+            self.note_failure(problem)
         self.flusher.start()
+
+    def take_place(self):
+        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does. Who is first says for all processes which they are."""
+        self.meta("created_at")
+        if not any(self.generation.place) and (files := self.look_up()):
+            self.generation.place = files
 
     def flush_loop(self):
         while not self.closing:
@@ -3464,6 +3482,7 @@ class Store:
                 return
             try:
                 if not self.writable:
+                    self.take_place()
                     self.write_something()  # a batch is not synced, and may be empty
                 with self.writing():
                     connection = self.__dict__.get("batch_connection")
@@ -9356,11 +9375,13 @@ class Clockwork(threading.Thread):
         super().__init__(name="clockwork", daemon=True)
         self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
         self.said, self.said_at, self.noted_at = self.keeper.began, self.keeper.monotonic(), -float(self.NOTE)
-        self.accepted = idp.store.meta("clock_accepted")
+        self.accepted = None
 
     def run(self):
         while not self.ending.wait(self.LOOK):
             try:
+                if self.accepted is None:
+                    self.accepted = self.idp.store.meta("clock_accepted")
                 self.step()
             except Exception as error:
                 self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Problem) else repr(error))
@@ -10509,14 +10530,16 @@ STUCK_SECONDS = 20
 
 
 class Supervisor:
-    """Forks the children, replaces one that dies or hangs, ends them all."""
+    """Forks the children, replaces one that dies or hangs, ends them all. It never gives up: one that dies as soon as it starts is tried again, every five seconds in the end."""
 
     def __init__(self, plan: Plan, close_in_child=()):
         self.plan, self.close_in_child = plan, close_in_child
         self.children = {}  # pid -> (role number, started)
         self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
         self.beats_at = time.monotonic()  # when they were looked at
-        self.owed = []  # role numbers for which there was no process to be had
+        self.owed = {}  # role number -> monotonic seconds when it is tried again
+        self.short = set()  # role numbers for which there was no process to be had
+        self.early = collections.Counter()  # role number -> how many of it died young, one after the other
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
 
@@ -10524,13 +10547,16 @@ class Supervisor:
         return len(self.plan.auth_sockets) + 1  # AUTH workers, then ADMIN
 
     def fork(self, number):
+        if not self.children:
+            self.plan.generation.place = (0,) * 6  # nobody has the database open
         self.plan.generation.map[self.plan.generation.BEATS + number + 1] = 0
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or as many processes as are allowed
-            if number not in self.owed:
+            if number not in self.short:
                 self.plan.log("worker.owed", "error", reason=error.strerror)
-                self.owed.append(number)
+                self.short.add(number)
+            self.owed[number] = time.monotonic() + 0.2
             return
         if pid == 0:
             # No exception may climb out of a child into the supervisor's code.
@@ -10548,8 +10574,14 @@ class Supervisor:
             finally:
                 os._exit(1)
         self.children[pid] = (number, time.monotonic())
-        if number in self.owed:
-            self.owed.remove(number)
+        self.owed.pop(number, None)
+        self.short.discard(number)
+
+    def fork_owed(self):
+        """Try again what is due."""
+        for number, due in list(self.owed.items()):
+            if due <= time.monotonic():
+                self.fork(number)
 
     def run(self) -> int:
         import gc
@@ -10570,9 +10602,7 @@ class Supervisor:
                     return 1
                 reported.discard(number)
                 self.fork(number)
-            for number in list(self.owed):
-                nap(0.2)
-                self.fork(number)
+            self.fork_owed()
             if signal.sigtimedwait(STOPPING, 0):
                 return self.end()
         announce(self.plan)
@@ -10603,12 +10633,10 @@ class Supervisor:
             self.beats[pid] = count, still
 
     def watch(self) -> int:
-        early = 0
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
-            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 1.0)
-            for number in list(self.owed):
-                self.fork(number)
+            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.owed else 1.0)
+            self.fork_owed()
             self.end_stuck()
             if info and info.si_signo in STOPPING:
                 return self.end()
@@ -10617,14 +10645,11 @@ class Supervisor:
                 self.plan.log("caches.dropped")
             for number, lived, pid, status in list(self.reap()):
                 self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
-                early = early + 1 if lived < 2 else 0
-                if early > 10:
-                    self.plan.log("giving.up", "error", reason="workers die as soon as they start")
-                    self.end()
-                    return 1
-                if early:
-                    nap(0.2)
-                self.fork(number)
+                self.early[number] = self.early[number] + 1 if lived < 2 else 0
+                if not self.early[number]:
+                    self.fork(number)
+                else:  # the others go on; whatever it is, it may pass
+                    self.owed[number] = time.monotonic() + (0.2 if self.early[number] <= 10 else 5)
 
     def end(self) -> int:
         """SIGTERM to all; what is still there after five seconds is killed."""

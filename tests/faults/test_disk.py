@@ -412,7 +412,62 @@ class TestPlace:
             assert well(box, stock)
 
 
+    @pytest.mark.parametrize("name", ["mad.db3", "mad.db3-wal", "mad.db3-shm"])
+    @pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])
+    def test_a_process_that_begins_meanwhile_opens_nothing_else(self, layer, tmp_path, name, again):
+        """With an index of its own, one process would write over what the others acknowledged."""
+        with FailingBox(tmp_path / "data", layer, workers="2", **SETTINGS) as box:
+            stock, path = Stock(box), box.folder / name
+            path.rename(path.with_name("aside"))
+            if again:
+                shutil.copy(path.with_name("aside"), path)
+            pids = box.pids()
+            for pid in (pids[1], pids[3]):
+                os.kill(pid, signal.SIGKILL)
+            await_true(lambda: len(set(box.pids()) - set(pids)) == 2, 5, "nobody is in their place")
+            for _ in range(12):
+                line = Line(box)
+                assert refused(line.log_in(stock.name("ann")))
+                assert line.auth("/jwks.json").status == line.auth("/.well-known/openid-configuration").status == 200
+            await_true(lambda: ready(box) == {503}, 3, "some say that they are ready")
+            assert again or name == "mad.db3-wal" or not path.exists()
+            path.with_name("aside").rename(path)
+            stock.line = Line(box)
+            assert well(box, stock)
+
+    def test_who_begins_after_all_have_ended_opens_what_is_there(self, tmp_path):
+        """As at a start: the log that a kill left is taken in."""
+        with Box(tmp_path / "data", workers="1") as box:
+            box.new_user("ann")
+            refresh = box.log_in("ann")
+            (box.folder / "mad.db3-shm").unlink()
+            for pid in box.pids()[1:]:
+                os.kill(pid, signal.SIGSTOP)
+            for pid in box.pids()[1:]:
+                os.kill(pid, signal.SIGKILL)
+            await_true(lambda: ready(box) == {200}, UNTIL_WELL, "it does not recover")
+            assert refresh.status == box.log_in("ann").status == 200
+
+
 class TestMachine:
+    @pytest.mark.parametrize("which", [1, 3], ids=["AUTH", "ADMIN"])
+    def test_a_process_that_begins_on_a_disk_that_cannot_be_read_serves_what_it_can(self, tmp_path, layer, which):
+        with FailingBox(tmp_path / "data", layer, workers="2", **SETTINGS) as box:
+            stock, pids = Stock(box), box.pids()
+            with box.faults.on(read=errno.EIO, files=DATABASE):
+                os.kill(pids[which], signal.SIGKILL)
+                await_true(lambda: set(box.pids()) - set(pids), 5, "nobody is in its place")
+                now = box.pids()
+                for _ in range(12):
+                    line = Line(box)
+                    assert line.auth("/jwks.json").status == line.admin("GET", "/ping").status == 200
+                    answer = line.log_in(stock.name("ann"))
+                    assert answer.status == 200 or refused(answer)
+                await_true(lambda: "store.unwritable" in box.said(), 5, "nobody says why")
+            assert box.pids() == now
+            stock.line = Line(box)  # what it held to the one that died has ended
+            assert well(box, stock)
+
     @pytest.mark.parametrize("error", [errno.ENFILE, errno.ENOMEM, pytest.param(errno.EMFILE, marks=LONG), pytest.param(errno.ENOBUFS, marks=LONG)])
     def test_connections_that_cannot_be_accepted_wait(self, boxes, error):
         box = boxes()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 import types
@@ -12,6 +13,7 @@ import microauthd as m
 import pytest
 from box import Box
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
+from test_flows import make_certificate
 
 LONG = pytest.mark.long
 
@@ -101,6 +103,24 @@ def test_deaths_in_quick_succession_do_not_end_the_service(box, kills):
             replaced(box, victim, role, known)
     assert len(patron.bad) <= kills and max(patron.times) < 2, patron.bad
     assert box.stop() == 0
+
+
+def test_one_that_cannot_start_is_tried_again_for_ever_and_the_others_serve(tmp_path):
+    """A certificate that is being renewed, a cache that was cleaned: whatever it is, it may pass."""
+    make_certificate(tmp_path, b"phrase")
+    certificate, aside = tmp_path / "box.pem", tmp_path / "aside"
+    box = Box(tmp_path / "data", workers="2", auth_ssl_cert_file=certificate, admin_ssl_cert_file=certificate)
+    box.tls = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with box:
+        certificate.rename(aside)
+        os.kill(box.pids()[1], signal.SIGKILL)
+        await_true(lambda: box.said().count("start.failed") > 11, 20, "it is not tried again")
+        assert box.process.poll() is None and box.admin_token()
+        aside.rename(certificate)
+        await_true(lambda: len(box.pids()) == 4, 8, "it stays away")
+        for _ in range(12):
+            assert box.token().status == 200
+        assert box.stop() == 0
 
 
 def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
