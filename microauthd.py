@@ -11566,8 +11566,23 @@ def run(command: str, argv: list[str]) -> int:
     return serve(options)
 
 
+def open_streams():
+    """Open nothing in place of each standard stream that was closed by whoever started us.
+
+    Else the next file would have its number, the database perhaps, and what a library writes to stderr would land in it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status."""
+    open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if os.path.basename(sys.argv[0]) == "mad":
         argv.insert(0, "mad")

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 import microauthd as m
 import pytest
-from box import Box
+from box import PROGRAM, Box
 
 REFRESH = {"grant_type": "refresh_token"}
 
@@ -77,6 +77,20 @@ class Load:
 
 
 class TestStarting:
+    @pytest.mark.parametrize("workers", ["2", "0"])
+    def test_closed_streams_are_opened_on_nothing(self, tmp_path, workers):
+        """Else the database would be number 1 or 2, and what a library says there would be written into it."""
+        box = Box(tmp_path / "data", workers=workers).set_up()
+        box.process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAM, "serve"], cwd=box.folder, env=box.environ, start_new_session=True)
+        box.output = open(os.devnull)
+        box.await_ready()
+        for pid in box.pids():
+            opened = {number: os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)}
+            assert all(path == os.devnull or path.endswith("/.lock") for path in opened.values()), opened
+        box.new_user("ann")
+        assert box.log_in("ann").status == box.token().status == 200
+        assert box.stop() == 0
+
     def test_a_second_start_is_refused_with_the_pid(self, box):
         done = box.run("serve")
         assert done.returncode == 1 and str(box.process.pid) in done.stderr and box.token().status == 200
