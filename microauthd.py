@@ -9428,6 +9428,7 @@ def settle_clock(idp: Idp):
 RECEIVE = 16384  # octets read at once: a whole TLS record; it also bounds what one wake can pipeline
 LINGER = 2       # seconds a closed connection still reads, so that the client gets the last answer. RFC 9112 §9.6
 SWEEP = 0.5      # seconds between two looks at the deadlines
+BACKLOG = 1024   # connections that wait to be accepted
 PATIENCE = 0.002  # seconds a thread may stay with one request before another polls in its place
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
 METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")}
@@ -9487,7 +9488,7 @@ def listen(ip: str, port: int, *, reuse_port: bool = False) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ip != "::")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by what is accepted
         sock.bind((ip, port))
-        sock.listen(1024)
+        sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError:
         sock.close()
@@ -9867,6 +9868,7 @@ class Server(cheroot.wsgi.Server):
         self._epoll.register(self._wake, select.EPOLLIN)
         for sock in self.sockets:
             sock.setblocking(False)
+            sock.listen(BACKLOG)  # again, where it did not while nobody served it
             self._listeners[sock.fileno()] = sock
             self._epoll.register(sock, select.EPOLLIN | select.EPOLLONESHOT)
         self.ready = True
@@ -10530,7 +10532,7 @@ STUCK_SECONDS = 20
 
 
 class Supervisor:
-    """Forks the children, replaces one that dies or hangs, ends them all. It never gives up: one that dies as soon as it starts is tried again, every five seconds in the end."""
+    """Forks the children, replaces one that dies or hangs, ends them all. It never gives up: one that cannot start is tried again, while the others go on."""
 
     def __init__(self, plan: Plan, close_in_child=()):
         self.plan, self.close_in_child = plan, close_in_child
@@ -10538,8 +10540,8 @@ class Supervisor:
         self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
         self.beats_at = time.monotonic()  # when they were looked at
         self.owed = {}  # role number -> monotonic seconds when it is tried again
+        self.tries = collections.Counter()  # role number -> how many came to nothing, one after the other
         self.short = set()  # role numbers for which there was no process to be had
-        self.early = collections.Counter()  # role number -> how many of it died young, one after the other
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
 
@@ -10556,7 +10558,7 @@ class Supervisor:
             if number not in self.short:
                 self.plan.log("worker.owed", "error", reason=error.strerror)
                 self.short.add(number)
-            self.owed[number] = time.monotonic() + 0.2
+            self.owe(number)
             return
         if pid == 0:
             # No exception may climb out of a child into the supervisor's code.
@@ -10576,6 +10578,17 @@ class Supervisor:
         self.children[pid] = (number, time.monotonic())
         self.owed.pop(number, None)
         self.short.discard(number)
+
+    def owe(self, number):
+        """Try again soon; after two seconds less often, and meanwhile let others have the connections that would wait."""
+        self.tries[number] += 1
+        often = self.tries[number] <= 10
+        self.owed[number] = time.monotonic() + (0.2 if often else 5)
+        sock = (*self.plan.auth_sockets, self.plan.admin_socket)[number]
+        # Once only: on one that does not listen, Linux would note for what it accepts later that nothing can be read.
+        if not often and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)  # it stays bound, and listens again when somebody serves it
 
     def fork_owed(self):
         """Try again what is due."""
@@ -10645,11 +10658,11 @@ class Supervisor:
                 self.plan.log("caches.dropped")
             for number, lived, pid, status in list(self.reap()):
                 self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
-                self.early[number] = self.early[number] + 1 if lived < 2 else 0
-                if not self.early[number]:
+                if lived < 2:
+                    self.owe(number)
+                else:
+                    self.tries[number] = 0
                     self.fork(number)
-                else:  # the others go on; whatever it is, it may pass
-                    self.owed[number] = time.monotonic() + (0.2 if self.early[number] <= 10 else 5)
 
     def end(self) -> int:
         """SIGTERM to all; what is still there after five seconds is killed."""
