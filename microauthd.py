@@ -145,6 +145,7 @@ ADMIN_CLIENT = "mad:admin"  # stands for ADMIN where a login names its client; t
 ID_TOKEN_TTL = 600
 FOREVER = 253402300799  # 9999-12-31T23:59:59Z: what the wire calls a permanent lockout
 IAT_SKEW = 60  # seconds a token's `iat` may lie in the future: two cores, two readings of a stepping clock
+OVERLAP_MAX = 31 * 86400  # seconds: a client secret that was replaced lives on for so long at most
 LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, so that an attacker cannot close an account for days
 TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
@@ -631,6 +632,10 @@ def load_options(flags: dict, environ: dict) -> Options:
         except ValueError as error:
             raise Refusal(f"{origin}: {name} {error}") from None
         origins[name] = origin
+    for attribute in ("db_file", "seal_key_file", "token_signing_key_file", "admin_token_signing_key_file"):
+        if os.path.islink(path := values.get(attribute, OPTION_NAMES[attribute.replace("_", "-")].default)):
+            # The file itself: beside it lie its locks, logs and what is to take its place.
+            values[attribute] = os.path.realpath(path)
     options = Options(origins, **values)
     check_options(options)
     return options
@@ -638,6 +643,9 @@ def load_options(flags: dict, environ: dict) -> Options:
 
 def check_options(options: Options):
     """Raise Refusal where settings contradict each other."""
+    files = [os.path.abspath(path) for path in (options.db_file, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)]
+    if len(set(files)) < len(files):
+        raise Refusal("db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file")
     if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
         raise Refusal("AUTH and ADMIN cannot listen on the same address and port")
     for side in ("auth", "admin"):
@@ -2304,8 +2312,8 @@ class Store:
     the tokens stay alive, because aliveness does not need them.
     """
 
-    def __init__(self, path, key="", generation=None, log=None):
-        self.path, self.key = str(path), key
+    def __init__(self, path, key="", generation=None, log=None, mode="rw"):
+        self.path, self.key, self.mode = str(path), key, mode
         self.generation = generation or Generation()
         self.log = log or Log()
         self.blocking = contextlib.nullcontext  # set by Serve: entered by who is about to wait, gives whether somebody is left to serve
@@ -2403,10 +2411,10 @@ class Store:
         if any(place := self.generation.place) and place != self.look_up():
             raise Problem("temporarily_unavailable", log=f"{self.path}, its -wal or its -shm was moved, removed or replaced", retry_after=LOCK_SECONDS)
 
-    def connect(self, synchronous="FULL", mode="rw"):
+    def connect(self, synchronous="FULL", mode=""):
         self.check_place()  # two processes that have two indexes of one log would write over each other
         connection = sqlcipher3.connect(
-            f"file:{quote(self.path)}?mode={mode}", uri=True, isolation_level=None,
+            f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
@@ -2558,8 +2566,8 @@ class Store:
             raise
         return store
 
-    def open(self):
-        """Check that this is our database and that it is whole, then bring its schema up to date.
+    def open(self, alone=contextlib.nullcontext):
+        """Check that this is our database and that it is whole, then bring its schema up to date, which is done `alone`.
 
         Raises Refusal with one sentence; the file is left as it is.
         """
@@ -2588,7 +2596,9 @@ class Store:
             if left:
                 self.connections.discard(connection)
                 connection.close()
-            self.migrate()
+            if version < len(MIGRATIONS):
+                with alone():
+                    self.migrate()
         except (sqlcipher3.Error, Problem) as error:
             reason = error.log if isinstance(error, Problem) else error
             raise Refusal(f"the database {self.path} cannot be used: {reason}") from None
@@ -2699,7 +2709,20 @@ class Store:
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
-            # Nobody could log in before that time comes.
+            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's stays.
+            done += self.run(
+                """
+                UPDATE account
+                   SET lockout_until = CASE WHEN lockout_until BETWEEN last_failed_at AND last_failed_at + :most
+                                            THEN lockout_until - last_failed_at + :now ELSE lockout_until END,
+                       last_failed_at = :now
+                 WHERE last_failed_at > :later
+                """,
+                now=now, later=later, most=LOCKOUT_MAX,
+            )
+            done += self.run("UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until", until=now + LOCKOUT_MAX)
+            # A secret that was replaced has at most as long to go as one that is replaced now.
+            done += self.run("UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever", until=now + OVERLAP_MAX, forever=FOREVER)
             done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
             done += self.run("UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms, later_ms=later_ms)
             done += self.run("UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms, later_ms=later_ms)
@@ -4316,7 +4339,7 @@ class Idp:
         self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
-        self.throttle = Throttle(clock)
+        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # which never goes back
         self.client_digests = Digests(900, 4096)
         self.password_digests = Digests(options.pass_cache_duration, 4096)
         self.client_cache = (b"", {})
@@ -4432,8 +4455,15 @@ def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondar
             idp.store.append_audit([(idp.now(), actor, action, target, secondary, origin.peer, origin.user_agent[:200], origin.request_id, result)])
 
 
+def require_clock(idp: Idp):
+    """Raise temporarily_unavailable where the clock cannot be believed: what is deleted by it is gone for good."""
+    if not idp.check_clock():
+        raise Problem("temporarily_unavailable", log="nothing is purged by a clock that cannot be believed; see clock accept", retry_after=600)
+
+
 def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambda seconds: None) -> int:
     """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
+    require_clock(idp)
     before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
         if done:
@@ -5422,8 +5452,8 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
         errors["client_id"] = "a public client has no secret"
     elif secret:
         errors["new_secret"] = check_client_secret(secret)
-    if not 0 <= wanted.overlap_seconds <= 31 * 86400:
-        errors["overlap_seconds"] = "must be from 0 to 2678400"
+    if not 0 <= wanted.overlap_seconds <= OVERLAP_MAX:
+        errors["overlap_seconds"] = f"must be from 0 to {OVERLAP_MAX}"
     reject(**errors)
     secret = secret or random_handle()
     secret_hash, now = idp.hasher.hash(secret), idp.now()
@@ -5805,6 +5835,7 @@ def revoke_refresh_token(idp: Idp, origin: Origin, actor: str, id: str):
 
 def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
     """Delete the rows of sessions or refresh tokens that expired long enough ago. Return how many. Nothing that lives is touched."""
+    require_clock(idp)
     if wanted.user_id:
         wanted.user_id = get_user(idp, wanted.user_id).id
     if wanted.client_id:
@@ -6050,6 +6081,9 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     with idp.store.transaction():
         # Inside the transaction, so that a revocation that came first is seen and one that comes later sees us.
         check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
+        check_client_unchanged(idp, row)
+        if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
+            raise Problem("invalid_grant", log="its browser was logged out meanwhile")
         family = take_family(idp, client, granted, origin, ms)
         refresh_token = ""
         may_refresh = granted.code is None or granted.code.offline
@@ -6080,6 +6114,13 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     fresh = idp.store.find_account(account.id)
     if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
         raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
+
+
+def check_client_unchanged(idp: Idp, row: ClientRow):
+    """Raise invalid_grant where the client was ended or switched off since `row` was read. Within the issuing transaction."""
+    fresh = idp.store.find_client(row.client_id)
+    if fresh is None or not fresh.is_active or (fresh.id, fresh.revoked_before) != (row.id, row.revoked_before):
+        raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
 def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
@@ -9375,13 +9416,12 @@ class Clockwork(threading.Thread):
         super().__init__(name="clockwork", daemon=True)
         self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
         self.said, self.said_at, self.noted_at = self.keeper.began, self.keeper.monotonic(), -float(self.NOTE)
-        self.accepted = None
+        self.accepted = None  # the last word of an operator, as it was when the clock became wrong
+        self.unsettled = False  # time went back, and what was done ahead of it is not ended yet
 
     def run(self):
         while not self.ending.wait(self.LOOK):
             try:
-                if self.accepted is None:
-                    self.accepted = self.idp.store.meta("clock_accepted")
                 self.step()
             except Exception as error:
                 self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Problem) else repr(error))
@@ -9389,14 +9429,19 @@ class Clockwork(threading.Thread):
 
     def step(self):
         idp, keeper = self.idp, self.keeper
-        went_back = keeper.look()
-        if keeper.state != "right":
+        self.unsettled |= keeper.look()
+        if keeper.state == "right":
+            self.accepted = None
+        else:
             stamp = idp.store.meta("clock_accepted")
-            if stamp != self.accepted:
+            if self.accepted is None:
+                self.accepted = stamp  # said of a clock that was right: it says nothing of this one
+            elif stamp != self.accepted:
                 keeper.accept()
-                self.accepted, went_back = stamp, True
-        if went_back:
+                self.accepted, self.unsettled = stamp, True
+        if self.unsettled:
             settle_clock(idp)
+            self.unsettled = False
         state, monotonic = keeper.state, keeper.monotonic()
         if state != self.said or state != "right" and monotonic - self.said_at >= 3600:
             idp.log("clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error", now=idp.now(), clock=int(keeper.wall()))
@@ -10626,6 +10671,7 @@ class Supervisor:
         for pid in list(self.children):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
+                self.plan.generation.bump()  # it may have died between a commit and the word of it
                 number, started = self.children.pop(pid)
                 yield number, time.monotonic() - started, pid, status
 
@@ -10995,13 +11041,28 @@ def open_idp(options: Options) -> Idp:
     require_owner(options)
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
-        store.open()
+        store.open(functools.partial(without_server, options))
         store.take_turns()  # a server beside us writes all the time
         rings = [KeyRing(read_ring(path, passphrase), prefer_ec) for path, passphrase, prefer_ec in ring_files(options).values()]
         return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)))
     except BaseException:
         store.close()
         raise
+
+
+@contextlib.contextmanager
+def without_server(options: Options):
+    """Hold the database to bring it up to date. Raises Refusal where a server of an older release goes on with what it knows."""
+    with contextlib.ExitStack() as stack:
+        for attempt in range(20):  # it may be another command that does the same
+            try:
+                stack.enter_context(hold_database(options.db_file))
+                break
+            except Refusal as refusal:
+                if attempt == 19:
+                    raise Refusal(f"{refusal}, of an older release: restart it first") from None
+                nap(0.1)
+        yield
 
 
 def require_owner(options: Options):
@@ -11019,9 +11080,26 @@ def back_up(options: Options, path: str, force=False, without_keys=False) -> dic
     """Write one file that restores the box, at the machine. See write_backup()."""
     idp = open_idp(options)
     try:
-        return write_backup(idp, LOCAL, "machine", path, force, without_keys)
+        with hold_folder(os.path.dirname(os.path.abspath(path))):
+            return write_backup(idp, LOCAL, "machine", path, force, without_keys)
     finally:
         idp.store.close()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: str):
+    """Let one backup at a time be written into a folder: two under one name would take each other's file. Raises Refusal."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Refusal(f"the folder {folder} cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Refusal(f"another backup is being written into {folder}") from None
+    finally:
+        os.close(descriptor)
 
 
 def read_backup(source: str, key: str) -> dict:
@@ -11061,7 +11139,9 @@ def look_back(options: Options) -> tuple[set, int, bool]:
         return set(), 0, True
     store = None
     try:
-        store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+        check_log(options.db_file)
+        # Only read: where the backup is refused, everything stays as it was, a log that a kill left too.
+        store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro")
         return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
     except (Refusal, Problem, sqlcipher3.Error):
         return set(), 0, False
@@ -11145,6 +11225,8 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
             rings.append(KeyRing(kept))
         idp = Idp(options, store, *rings, Seal(read_seal_key(places["seal"])))
         newest = store.newest_at()
+        if not idp.check_clock():
+            raise Refusal("the clock of this machine is behind the newest row of the backup: put it right first, for what was issued since is to end")
         with store.transaction():
             # Later than anything that was ever issued, by this box or by the one the backup was made of.
             store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
@@ -11167,7 +11249,8 @@ def factory_reset(options: Options) -> list[str]:
     gone = []
     with hold_database(options.db_file):
         # The keys first: without them, whatever is left opens nothing. The database last: it says whose all this is.
-        for path in (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, *(options.db_file + suffix for suffix in ("-wal", "-shm", ""))):
+        keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
+        for path in (*(key + suffix for key in keys for suffix in (".new", "")), *(options.db_file + suffix for suffix in ("-wal", "-shm", ""))):
             try:
                 with open(path, "r+b") as file:
                     left = os.fstat(file.fileno()).st_size
@@ -11197,6 +11280,16 @@ def describe_keys(options: Options) -> list[dict]:
     return rows
 
 
+def doubt_clock(idp: Idp) -> str:
+    """Return why the machine's clock is not to be believed, or nothing: a key would sign too early, or never."""
+    if not idp.check_clock():
+        return "is behind the newest row of the database"
+    known = idp.store.clock_floor()
+    if known > RELEASED_AT and idp.now() > known + CLOCK_FAR:
+        return f"is {(idp.now() - known) // 86400} days ahead of what was last noted, unless 'clock accept' says that it is right"
+    return ""
+
+
 def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
     """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids.
 
@@ -11204,8 +11297,8 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
     """
     idp, made = open_idp(options), []
     try:
-        if not idp.check_clock():
-            raise Refusal("the clock of this machine is behind the newest row of the database: put it right first")
+        if why := doubt_clock(idp):
+            raise Refusal(f"the clock of this machine {why}: put it right first")
         with contextlib.ExitStack() as held:
             rings = {}
             for port_name in ports:
@@ -11242,7 +11335,9 @@ def revoke_key(options: Options, kid: str) -> str:
     try:
         for port_name, (path, passphrase, _) in ring_files(options).items():
             with hold_ring(path):
-                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
+                entries = read_ring(path, passphrase)
+                if not doubt_clock(idp):
+                    entries = promote(entries, idp.now(), options.key_overlap)
                 rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
                 if rest == entries:
                     continue
@@ -11273,6 +11368,11 @@ def accept_clock(options: Options) -> dict:
             idp.store.put_meta("clock", now)
             idp.store.put_meta("clock_accepted", uuid.uuid4())
             audit(idp, LOCAL, "machine", "clock_accepted", "", f"ended={ended}")
+        for path, passphrase, _ in ring_files(options).values():
+            with hold_ring(path):
+                entries = read_ring(path, passphrase)
+                if any(entry.since > now for entry in entries):  # of that later time: a next key would wait for it
+                    write_durably(path, write_ring([msgspec.structs.replace(entry, since=min(entry.since, now)) for entry in entries], passphrase))
     finally:
         idp.store.close()
     return {"now": now, "ended": ended}

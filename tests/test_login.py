@@ -213,6 +213,30 @@ class TestAuthorizationCode:
         
 
 
+    @pytest.mark.parametrize("what", ["the browser is logged out", "the client is revoked", "the client is switched off"])
+    def test_it_buys_nothing_once_what_it_hangs_on_was_ended(self, idp, spa, auth, alice, browser, exchange, clock, monkeypatch, what):
+        """Between the look at it and the transaction that issues, which may wait for others to write."""
+        code, issue = code_of(sign_in(browser, request(scope="openid offline_access"))), m.issue
+
+        def late(idp, client, granted, origin):
+            monkeypatch.setattr(m, "issue", issue)
+            clock.pass_(1)
+            if "browser" in what:
+                browser.open("/logout")
+                browser.submit()
+            elif "revoked" in what:
+                m.end_client(idp, m.LOCAL, "test", client.row, "revoked")
+            else:
+                with idp.store.transaction(identity=True):
+                    idp.store.run("UPDATE client SET is_active = 0 WHERE id = :id", id=client.row.id)
+            clock.pass_(1)
+            return issue(idp, client, granted, origin)
+
+        monkeypatch.setattr(m, "issue", late)
+        assert exchange(code).json["error"] == "invalid_grant"
+        assert not idp.store.connection.execute("SELECT count(*) FROM refresh_token").fetchone()[0]
+
+
 class TestRequest:
     """RFC 6749 §4.1.2.1, OpenID Connect Core §3.1.2.2"""
 

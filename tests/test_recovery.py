@@ -7,15 +7,17 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import jwt
 import microauthd as m
 import pyotp
 import pytest
 from box import Box
-from conftest import CHEAP
+from conftest import CHEAP, die, in_child
 
 PASSWORD = "correct horse battery"
+YEAR = 365 * 86400
 
 
 @pytest.fixture
@@ -180,6 +182,101 @@ class TestRestore:
         idp.store.close()
 
 
+    def test_a_log_that_is_damaged_is_asked_nothing_and_left_where_the_backup_is_refused(self, house, tmp_path):
+        """What stands in it alone may be which key was revoked: then that is not known, and said."""
+        kid = m.describe_keys(house)[0]["kid"]
+        m.back_up(house, str(tmp_path / "good"))
+
+        def work():
+            held = m.open_idp(house)
+            m.revoke_key(house, kid)
+            assert held
+            die()
+
+        in_child(work)
+        log = Path(house.db_file + "-wal")
+        content = bytearray(log.read_bytes())
+        content[20] ^= 1
+        log.write_bytes(content)
+        Path(house.db_file + "-shm").unlink()
+        bad = bytearray((tmp_path / "good").read_bytes())
+        bad[30_000] ^= 1
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(m.Refusal):
+            m.restore(house, str(tmp_path / "bad"))
+        assert log.read_bytes() == content
+        assert m.restore(house, str(tmp_path / "good"))["knows_revoked"] is False
+
+    @pytest.mark.parametrize("damaged", [True, False], ids=["over a damaged database", "on an empty machine"])
+    def test_a_clock_that_is_behind_is_put_right_first(self, house, tmp_path, monkeypatch, damaged):
+        """Or what was issued after the backup would live on: nobody knows until when."""
+        m.back_up(house, str(tmp_path / "good"))
+        if damaged:
+            Path(house.db_file).write_bytes(os.urandom(100_000))
+        else:
+            m.factory_reset(house)
+        before = digest_of(tmp_path)
+        monkeypatch.setattr(m.Idp.__init__, "__defaults__", (lambda: 1000.0, *m.Idp.__init__.__defaults__[1:]))
+        with pytest.raises(m.Refusal, match="clock of this machine is behind"):
+            m.restore(house, str(tmp_path / "good"))
+        assert digest_of(tmp_path) == before
+
+    def test_a_command_of_a_newer_release_does_not_change_the_schema_beneath_a_server(self, house, tmp_path, monkeypatch):
+        idp = opened(house)
+        monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n"))
+        with m.hold_database(house.db_file):
+            with pytest.raises(m.Refusal, match="of an older release: restart it first"):
+                m.back_up(house, str(tmp_path / "copy"))
+            assert idp.store.find_account_by_name("root")
+        idp.store.close()
+        m.back_up(house, str(tmp_path / "copy"))
+
+    def test_two_backups_under_one_name_do_not_take_each_others_file(self, house, tmp_path, monkeypatch):
+        m.back_up(house, str(tmp_path / "copy"))
+        with m.hold_folder(str(tmp_path)), pytest.raises(m.Refusal, match="another backup"):
+            m.back_up(house, str(tmp_path / "copy"), force=True)
+        m.back_up(house, str(tmp_path / "copy"), force=True)
+
+
+class TestLinks:
+    """A link is followed to the file: beside that lie its locks, its log and what is to take its place."""
+
+    @pytest.fixture
+    def linked(self, house, tmp_path):
+        data = tmp_path / "data"
+        data.mkdir()
+        for name in ("mad.db3", "token.pem", "seal.key"):
+            (tmp_path / name).rename(data / name)
+            (tmp_path / name).symlink_to(data / name)
+        return m.load_options({"config": [str(tmp_path / "mad.conf")]}, {})
+
+    def test_a_damaged_log_is_found_beside_the_file(self, linked, tmp_path):
+        def work():
+            m.open_idp(linked).store.put_meta("x", "y")
+            die()
+
+        in_child(work)
+        log = tmp_path / "data" / "mad.db3-wal"
+        content = bytearray(log.read_bytes())
+        content[20] ^= 1
+        log.write_bytes(content)
+        with pytest.raises(m.Refusal, match="write-ahead log"):
+            m.open_idp(linked)
+        assert log.read_bytes() == content
+
+    def test_two_names_are_one_database(self, linked, tmp_path):
+        with m.hold_database(linked.db_file), pytest.raises(m.Refusal, match="is running on"):
+            with m.hold_database(str(tmp_path / "data" / "mad.db3")):
+                pass
+
+    def test_a_stolen_key_goes_from_the_file_and_a_reset_takes_all(self, linked, tmp_path):
+        kid = m.describe_keys(linked)[0]["kid"]
+        m.revoke_key(linked, kid)
+        assert (tmp_path / "token.pem").is_symlink() and kid not in [m.Key(entry).kid for entry in m.read_ring(str(tmp_path / "data" / "token.pem"), "")]
+        m.factory_reset(linked)
+        assert not [path.name for path in (tmp_path / "data").iterdir() if not path.name.endswith(".lock")]
+
+
 class TestKeys:
     def test_the_next_key_is_published_before_it_signs_and_the_old_one_until_its_last_token_is_dead(self, house):
         """A client that caches the key set for its max-age never meets a kid it does not know."""
@@ -259,6 +356,52 @@ class TestKeys:
         idp.store.close()
 
 
+    @pytest.fixture
+    def at(self, monkeypatch):
+        """Set the clock of the machine so many seconds off."""
+        real, rest = time.time, m.Idp.__init__.__defaults__[1:]
+
+        def call(seconds):
+            monkeypatch.setattr(m.time, "time", lambda: real() + seconds)
+            monkeypatch.setattr(m.Idp.__init__, "__defaults__", (m.time.time, *rest))
+
+        return call
+
+    def note_time(self, house):
+        idp = opened(house)
+        idp.store.put_meta("clock", int(time.time()))
+        idp.store.close()
+
+    def test_no_key_waits_for_a_time_that_a_wrong_clock_says(self, house, at):
+        self.note_time(house)
+        before = m.describe_keys(house)
+        at(10 * YEAR)
+        with pytest.raises(m.Refusal, match="days ahead"):
+            m.rotate_keys(house, ["auth"])
+        m.accept_clock(house)
+        m.rotate_keys(house, ["auth"], ["ES256"])
+        at(0)
+        m.accept_clock(house)
+        assert all(row["since"] <= time.time() for row in m.describe_keys(house))
+        at(1000)
+        assert [row["state"] for row in m.describe_keys(house) if row["kid"] == before[0]["kid"]] == ["retired"]
+        m.rotate_keys(house, ["auth"])
+
+    def test_a_revocation_under_a_wrong_clock_lets_no_other_key_sign_early(self, house, at):
+        self.note_time(house)
+        (waiting,) = m.rotate_keys(house, ["auth"], ["ES256"])
+        (stolen,) = (row["kid"] for row in m.describe_keys(house) if row["port"] == "auth" and row["alg"] == "RS256")
+        at(10 * YEAR)
+        m.revoke_key(house, stolen)
+        states = {m.Key(entry).kid: entry.state for entry in m.read_ring(house.token_signing_key_file, "")}
+        assert states[waiting] == "next" and stolen not in states
+
+    def test_the_rings_are_two_files(self, house):
+        for name in ("admin_token_signing_key_file", "seal_key_file", "db_file"):
+            with pytest.raises(m.Refusal, match="the same file"):
+                m.check_options(m.Options(house.origins, **{name: os.path.abspath(house.token_signing_key_file)}))
+
+
 class TestAdminRecovery:
     def test_a_locked_out_administrator_gets_in_again_and_nobody_elses_session_lives_on(self, house):
         idp = opened(house)
@@ -302,6 +445,17 @@ def opened_with(real, options, now):
     idp = real(options)
     idp.clock = lambda: now[0]
     return idp
+
+
+    def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
+        def work():
+            m.os.replace = die
+            m.rotate_keys(house, ["auth"])
+
+        in_child(work)
+        assert list(tmp_path.glob("*.new"))
+        m.factory_reset(house)
+        assert not list(tmp_path.glob("*.new"))
 
 
 class TestBesideARunningServer:

@@ -162,6 +162,10 @@ class Machine:
         return self.keeper()
 
 
+def refuse(*words):
+    raise m.Problem("temporarily_unavailable", log="the disk is full")
+
+
 NOON = m.RELEASED_AT + 50_000.0
 YEARS = 10 * 365 * DAY
 
@@ -305,6 +309,101 @@ class TestClockwork:
         idp.store.put_meta("clock_accepted", "1")
         clockwork.step()
         assert idp.now() == int(box.wall) and idp.check_clock()
+
+    def test_what_an_operator_said_of_a_clock_that_was_right_is_not_said_of_a_later_one(self, idp, box):
+        clockwork = m.Clockwork(idp)
+        clockwork.step()
+        idp.store.put_meta("clock_accepted", "1")
+        for _ in range(3):
+            box.pass_(3600, 60)
+            clockwork.step()
+        box.wall += YEARS
+        for _ in range(3):
+            box.pass_(1)
+            clockwork.step()
+        assert box.keeper.state == "ahead" and idp.now() < NOON + DAY
+        idp.store.put_meta("clock_accepted", "2")
+        clockwork.step()
+        assert idp.now() == int(box.wall)
+
+    def test_what_could_not_be_ended_at_once_is_ended_later(self, idp, box, service, alice, log_in, auth, monkeypatch):
+        clockwork = m.Clockwork(idp)
+        clockwork.step()
+        box.wall += YEARS
+        box.pass_(601)
+        token = log_in(alice)
+        box.wall -= YEARS
+        with monkeypatch.context() as patched:
+            patched.setattr(m.Store, "end_what_is_later", refuse)
+            with pytest.raises(m.Problem):
+                clockwork.step()
+        box.pass_(1)
+        clockwork.step()
+        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": token["refresh_token"]}, auth=service).json["error"] == "invalid_grant"
+        assert len(idp.store.list_audit("clock_went_back", 5)) == 1
+
+    def test_nobody_stays_locked_out_until_a_time_that_was_wrong(self, idp, box, service, alice, new_user, log_in, auth):
+        clockwork, bob = m.Clockwork(idp), new_user("bob")
+        clockwork.step()
+        box.wall += YEARS
+        box.pass_(601)
+        for username in ("alice", "bob"):
+            for _ in range(6):
+                auth.post("/token", {"grant_type": "password", "username": username, "password": "wrong"}, auth=service)
+        m.set_lockout(idp, m.LOCAL, "test", bob.id, idp.now() + 7 * DAY)
+        idp.store.run("UPDATE account SET totp_locked_until = :until WHERE username = 'alice'", until=idp.now() + 600)
+        left, until = idp.store.find_account(alice.id).lockout_until - idp.now(), idp.store.find_account(bob.id).lockout_until
+        assert left > 0
+        box.wall -= YEARS
+        clockwork.step()
+        found = idp.store.find_account(alice.id)
+        assert 0 < found.lockout_until - idp.now() <= left and found.totp_locked_until <= idp.now() + 3600, "as long to go as before, and no longer"
+        assert idp.store.find_account(bob.id).lockout_until == until, "what an administrator said stays"
+        box.pass_(3700, 60)
+        assert log_in(alice)
+
+    def test_a_secret_that_was_replaced_at_a_wrong_time_ends(self, idp, box, service, auth):
+        clockwork = m.Clockwork(idp)
+        clockwork.step()
+        box.wall += YEARS
+        box.pass_(601)
+        m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
+        box.wall -= YEARS
+        clockwork.step()
+        box.pass_(32 * DAY, 600)
+        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 401
+
+    def test_a_brake_on_guessing_lets_go_in_time_that_never_goes_back(self, make_idp, options, alice, auth):
+        machine = Machine(m.RELEASED_AT + 1000.0)
+        throttle = m.Idp(options, None, None, None, None, machine.keeper).throttle
+        machine.wall += YEARS
+        machine.pass_(601)
+        for _ in range(25):
+            throttle.spend("192.0.2.7", "nobody")
+        machine.wall -= YEARS
+        machine.pass_(1)
+        with pytest.raises(m.Problem):
+            throttle.check("192.0.2.7", "nobody")
+        machine.pass_(60, 1)
+        throttle.check("192.0.2.7", "nobody")
+
+    @pytest.mark.parametrize("state", ["probation", "ahead", "behind"])
+    @pytest.mark.parametrize("path, body", [("/audit-logs/purge", {"older_than_days": 90}), ("/refresh-tokens/purge", {}), ("/sessions/purge", {}), ("/tokens/purge", {})])
+    def test_nor_does_any_other_purge_when_an_administrator_asks(self, idp, box, admin, root, alice, log_in, auth, service, state, path, body):
+        kept = log_in(alice)
+        box.pass_(2 * DAY, 60)
+        box.wall += {"behind": -5000}.get(state, YEARS)
+        box.pass_(700 if state == "probation" else 1)
+        assert box.keeper.state == state
+        bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "test"}).json["access_token"]
+        before = [count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:]
+        refused = admin.post(path, json_body=body, bearer=bearer)
+        assert refused.status == 503 and refused.headers["retry-after"], refused
+        assert before == ([count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:])
+        box.wall += {"behind": 5000}.get(state, -YEARS)
+        m.Clockwork(idp).step()
+        box.pass_(1)
+        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}, auth=service).status == 200
 
     @pytest.mark.parametrize("state, purged", [("right", True), ("probation", False), ("ahead", False), ("behind", False)])
     def test_only_a_trusted_clock_purges(self, idp, box, state, purged, alice, log_in):

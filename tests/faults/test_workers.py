@@ -143,6 +143,17 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
     assert now[0] == supervisor and not stopped & set(now) and children[1] in now
 
 
+def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all(monkeypatch):
+    """The supervisor says it: that something may have changed. Between a commit and the word of it may lie a checkpoint."""
+    plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None], log=lambda *_, **__: None)
+    supervisor, before = m.Supervisor(plan), plan.generation.read()
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    supervisor.children[pid] = (0, time.monotonic())
+    assert await_true(lambda: list(supervisor.reap()), 5, "it is not reaped") and plan.generation.read() != before
+
+
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
     plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
     supervisor, generation, killed, now = m.Supervisor(plan), plan.generation, [], time.monotonic()
