@@ -734,8 +734,9 @@ class LogFile(logging.Handler):
 
     def open(self):
         self.shut()
-        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.inode = os.fstat(self.descriptor).st_ino
+        # A pipe that nobody reads would keep us waiting: at its opening, or at a line.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
 
     def emit(self, record):
         try:
@@ -772,6 +773,20 @@ def escape(value) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value))
 
 
+class Console(logging.StreamHandler):
+    """A stream of the caller's. A line that it does not take at once is lost: a terminal that is held, a pipe that nobody reads."""
+
+    def emit(self, record):
+        try:
+            events = select.poll()
+            events.register(self.stream.fileno(), select.POLLOUT)
+            if not events.poll(0):
+                return
+        except (OSError, ValueError, AttributeError):
+            pass  # it has no descriptor
+        super().emit(record)
+
+
 class Log:
     """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case.
 
@@ -789,7 +804,7 @@ class Log:
         if options and options.log_file:
             handlers.append(LogFile(options.log_file))
         if stream or not handlers or sys.stderr.isatty():
-            handlers.append(logging.StreamHandler(stream or sys.stderr))
+            handlers.append(Console(stream or sys.stderr))
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(message)s"))
             self.logger.addHandler(handler)
@@ -3846,17 +3861,20 @@ class Throttle:
                 level = self.level(key, now)
                 if level < 1:
                     raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1)
-                self.buckets[key] = (level - 1, now)
-                self.buckets.move_to_end(key)
+                self.put(key, level - 1, now)
+
+    def put(self, key, level, now):
+        # The lock is held. The longest unused goes: strangers choose how many there are.
+        self.buckets[key] = (level, now)
+        self.buckets.move_to_end(key)
+        while len(self.buckets) > self.size:
+            self.buckets.popitem(last=False)
 
     def spend(self, peer: str, name: str):
         now = self.clock()
         with self.lock:
             for key in self.keys(peer, name):
-                self.buckets[key] = (self.level(key, now) - 1, now)
-                self.buckets.move_to_end(key)
-            while len(self.buckets) > self.size:
-                self.buckets.popitem(last=False)
+                self.put(key, self.level(key, now) - 1, now)
 
 
 class Seal:
@@ -3997,7 +4015,11 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     Raises Refusal: a bad key stops the start and never makes a new identity.
     """
     try:
-        content = Path(path).read_bytes()
+        # A pipe would keep whoever opens it waiting.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not os.path.isfile(path):
+                raise OSError(errno.EINVAL, "it is not a file")
+            content = file.read()
     except FileNotFoundError:
         raise Refusal(f"the signing key {path} is missing: restore it, or run setup anew without the database") from None
     except OSError as error:
@@ -9887,10 +9909,11 @@ class Server(cheroot.wsgi.Server):
         self._accepting = threading.RLock()  # a listener is not closed while somebody accepts from it
         self._running = self._turn = 0
         self._waiting = set()               # threads
+        self._call = threading.Event()      # wakes the sweep before its time: threads are wanted, or the end has come
         self._leader = None
         self._pool = set()
         self._open, self._peers = {}, collections.Counter()  # fd: Connection; address: number of connections
-        self._listeners, self._paused = {}, set()
+        self._listeners = {}
         self._crowd = [0, ""]               # connections turned away since the last line about it, the last of their peers
         self._ended = self._draining = False
 
@@ -9918,10 +9941,8 @@ class Server(cheroot.wsgi.Server):
             self._epoll.register(sock, select.EPOLLIN | select.EPOLLONESHOT)
         self.ready = True
         self._start_time = time.time()
-        with self._lock:
-            for _ in range(self.threads):
-                self._hire()
-        self._ending = threading.Event()
+        self._swept = time.monotonic()
+        self._hire()
         self._sweeper = threading.Thread(target=self._sweep_on, name=f"{self.name}-sweep", daemon=True)
         self._sweeper.start()
 
@@ -9953,10 +9974,11 @@ class Server(cheroot.wsgi.Server):
                 self._close(connection)
                 connection.lock.release()
         self._ended = True
-        self._ending.set()
+        self._call.set()
         os.eventfd_write(self._wake, 1)
         for thread in [self._sweeper, *self._pool]:
-            thread.join(max(0.1, end - time.monotonic()))
+            with contextlib.suppress(RuntimeError):  # one that never began
+                thread.join(max(0.1, end - time.monotonic()))
             ended = ended and not thread.is_alive()
         if not any(thread.is_alive() for thread in self._pool):
             self._epoll.close()
@@ -9981,22 +10003,32 @@ class Server(cheroot.wsgi.Server):
     # -- threads --
 
     def _hire(self):
-        # The lock is held.
-        thread = threading.Thread(target=self._work, name=f"{self.name}-{self._running}", daemon=True)
-        self._running += 1
-        self._pool.add(thread)
-        try:
-            thread.start()
-        except (RuntimeError, MemoryError) as error:  # the system has no more of them
-            self._running -= 1
-            self._pool.discard(thread)
-            self.log("error", server=self.name, reason=error, threads=self._running)
+        """Start threads while too few are left free.
+
+        Holding nothing, and from the sweep: Thread.start() waits for ever for one that has no memory to begin. The sweep
+        does not go on then, which the supervisor sees.
+        """
+        while True:
+            with self._lock:
+                if self._ended or self._running - len(self._waiting) >= self.threads or self._running >= self.max_threads:
+                    return
+                thread = threading.Thread(target=self._work, name=f"{self.name}-{self._running}", daemon=True)
+                self._running += 1
+                self._pool.add(thread)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:  # the system has no more of them
+                with self._lock:
+                    self._running -= 1
+                    self._pool.discard(thread)
+                self.log("error", server=self.name, reason=error, threads=self._running)
+                return
 
     @contextlib.contextmanager
     def blocking(self):
         """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free.
 
-        Gives whether there is another. Means nothing to a thread that is not ours, or waits already.
+        Gives whether there is one besides whoever it waits for. Means nothing to a thread that is not ours, or waits already.
         """
         me = threading.current_thread()
         if me not in self._pool or me in self._waiting:
@@ -10004,13 +10036,14 @@ class Server(cheroot.wsgi.Server):
             return
         with self._lock:
             self._waiting.add(me)
-            if self._running - len(self._waiting) < self.threads and self._running < self.max_threads:
-                self._hire()
+            others = self._running - len(self._waiting)
+            short = others < self.threads and self._running < self.max_threads
             if self._leader is me:
                 self._leader = None  # the second finds the lead free at the next event
-            others = self._running - len(self._waiting)
+        if short:
+            self._call.set()
         try:
-            yield others > 0
+            yield others + short > 1  # the one that holds the turn to write is not among those that say that they wait
         finally:
             with self._lock:
                 self._waiting.discard(me)
@@ -10022,7 +10055,9 @@ class Server(cheroot.wsgi.Server):
                 try:
                     self._stand_by(me)
                     self._lead(me)
-                except MemoryError:  # one that ended for it would be missing when there is some again
+                except Exception as error:  # one that ended for it, of memory most likely, would be missing when there is some again
+                    if not isinstance(error, MemoryError):
+                        self.log("error", server=self.name, exc_info=sys.exc_info())
                     nap(PATIENCE)
                 with self._lock:
                     if self._leader is me:
@@ -10086,7 +10121,6 @@ class Server(cheroot.wsgi.Server):
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                         # Nothing left to accept with. The listener stays disarmed until the next sweep, and does not spin.
                         self._crowd = [self._crowd[0] + 1, ""]
-                        self._paused.add(fd)
                         return
                     continue  # that connection's own trouble
                 self._admit(sock, address)
@@ -10116,10 +10150,12 @@ class Server(cheroot.wsgi.Server):
                 self._peers[peer] += counted
             self._open[connection.fd] = connection
             self._epoll.register(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
-        except OSError:  # gone before it was here
+        except Exception as error:  # gone before it was here, or there is nothing to make one of
             if connection is not None:
                 self._close(connection)
             sock.close()
+            if not isinstance(error, (OSError, MemoryError)):
+                self.log("error", server=self.name, exc_info=sys.exc_info())
 
     def _close(self, connection):
         # Its lock is held. Out of the table before the descriptor is free for the next connection.
@@ -10336,11 +10372,15 @@ class Server(cheroot.wsgi.Server):
         said = 0
         while not self._ended:
             self.beat()
-            self._ending.wait(SWEEP)
+            self._call.wait(SWEEP)
+            self._call.clear()
             try:
+                self._hire()
+                if time.monotonic() - self._swept < SWEEP / 2:
+                    continue
                 self._sweep()
-                for fd in list(self._paused):
-                    self._paused.discard(fd)
+                # All of them, every time: whatever kept one from being armed again, it is over or comes again.
+                for fd in list(self._listeners):
                     self._accept(fd)
                 if self._crowd[0] and time.monotonic() - said >= 1:
                     (count, peer), self._crowd, said = self._crowd, [0, ""], time.monotonic()
@@ -10351,6 +10391,14 @@ class Server(cheroot.wsgi.Server):
     def _sweep(self):
         """End what is past its deadline. A connection somebody is handling is left alone: it is alive."""
         now = time.monotonic()
+        lost, self._swept = now - self._swept - 4 * SWEEP, now
+        if lost > 0:  # we were stopped, or the machine slept: nobody could be heard meanwhile
+            for connection in list(self._open.values()):
+                if connection.lock.acquire(blocking=False):
+                    connection.deadline += lost
+                    if connection.environ is not None:
+                        connection.began += lost
+                    connection.lock.release()
         crowded = len(self._open) > self.limits.connections // 2
         for connection in list(self._open.values()):
             idle = connection.environ is None and not (connection.out or connection.requests or connection.handshaking)
@@ -10554,9 +10602,13 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
 
         def watch():
             os.read(lifeline, 1)  # returns when the supervisor, the only writer, has died
+            signal.alarm(2)  # ends us, whatever the disk does
             node.store.flush()
             os._exit(1)
 
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            # One that is stopped goes on when the supervisor dies, and ends: its socket would share the port with the next start.
+            libc("prctl", "int", "long", "long", "long", "long")(1, signal.SIGCONT, 0, 0, 0)  # PR_SET_PDEATHSIG of <sys/prctl.h>
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         node.start()
         os.write(ready, bytes([slot - 1]))
@@ -10574,6 +10626,7 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
 
 
 STUCK_SECONDS = 20
+START_SECONDS = 120  # to begin with a large log of the database on a slow disk
 
 
 class Supervisor:
@@ -10676,7 +10729,7 @@ class Supervisor:
                 yield number, time.monotonic() - started, pid, status
 
     def end_stuck(self):
-        """Kill what has not gone on for STUCK_SECONDS: it was stopped, or hangs, and its connections would wait for ever."""
+        """Kill what has not gone on for STUCK_SECONDS, or not begun for START_SECONDS: it was stopped, or hangs, and its connections would wait for ever."""
         generation, known, now = self.plan.generation, self.beats, time.monotonic()
         # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
         passed = min(2.0, now - self.beats_at)
@@ -10684,10 +10737,10 @@ class Supervisor:
         for pid, (number, _) in self.children.items():
             count = generation.map[generation.BEATS + number + 1]
             before, still = known.get(pid, (count, 0.0))
-            still = still + passed if count and count == before else 0.0
-            if still > STUCK_SECONDS:
-                self.plan.log("worker.stuck", "error", pid=pid, seconds=round(still))
+            still = still + passed if count == before else 0.0
+            if still > (STUCK_SECONDS if count else START_SECONDS):
                 os.kill(pid, signal.SIGKILL)
+                self.plan.log("worker.stuck", "error", pid=pid, seconds=round(still))
                 still = 0.0
             self.beats[pid] = count, still
 
@@ -10695,20 +10748,31 @@ class Supervisor:
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
             info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.owed else 1.0)
-            self.fork_owed()
-            self.end_stuck()
             if info and info.si_signo in STOPPING:
                 return self.end()
-            if info and info.si_signo == signal.SIGHUP:
-                self.plan.generation.bump()
-                self.plan.log("caches.dropped")
-            for number, lived, pid, status in list(self.reap()):
-                self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
-                if lived < 2:
-                    self.owe(number)
-                else:
-                    self.tries[number] = 0
-                    self.fork(number)
+            with contextlib.suppress(MemoryError):  # what could not be done now is found again at the next turn
+                self.look_after(info and info.si_signo == signal.SIGHUP)
+
+    def look_after(self, drop_caches):
+        """One turn of the watch: replace who has died, end who hangs, try again what is owed."""
+        if drop_caches:
+            self.plan.generation.bump()
+            self.plan.log("caches.dropped")
+        for number, lived, pid, status in self.reap():
+            if lived < 2:
+                self.owe(number)
+            else:
+                self.tries[number] = 0
+                self.fork(number)
+            self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
+        while select.select([self.ready], [], [], 0)[0]:
+            os.read(self.ready, 4096)  # or who begins would wait at a pipe that is full, after 65,536 of them
+        alive = {number for number, _ in self.children.values()}
+        for number in range(self.roles()):  # none is forgotten because there was no memory to remember it
+            if number not in alive and number not in self.owed:
+                self.owed[number] = 0.0
+        self.fork_owed()
+        self.end_stuck()
 
     def end(self) -> int:
         """SIGTERM to all; what is still there after five seconds is killed."""
@@ -10810,6 +10874,7 @@ def serve(options: Options) -> int:
     """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
     # Blocked before the first thread, and waited for: a handler could run just before the wait and be missed.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored when we began, nobody would be told of a child's end
     share_one_arena()
     with hold_database(options.db_file) as lock:
         plan = prepare(options)

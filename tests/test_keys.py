@@ -117,6 +117,14 @@ class TestRotation:
         assert b"state=next" not in content and b"state=retired" in content
 
 
+    @pytest.mark.parametrize("what", ["a pipe", "a folder"])
+    def test_what_is_no_file_is_no_ring_and_keeps_nobody_waiting(self, tmp_path, what):
+        path = tmp_path / "token.pem"
+        os.mkfifo(path, 0o600) if what == "a pipe" else path.mkdir(0o700)
+        with pytest.raises(m.Refusal, match="cannot be read"):
+            m.read_ring(str(path), "")
+
+
 class TestUnderLoad:
     def test_no_verification_fails_while_both_rings_rotate_and_a_stolen_key_goes(self, tmp_path):
         """Clients of a serving box that keep the key set exactly as long as they are told."""

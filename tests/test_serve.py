@@ -517,6 +517,77 @@ class TestSlowClients:
             assert all(statuses(read_all(sock)) == [200] for sock in waiting)
 
 
+class TestWithoutMemory:
+    """For a moment there is none, at the worst place; then there is some again."""
+
+    @pytest.mark.parametrize("where, error", [("_admit", MemoryError()), ("_address", RuntimeError("can't allocate lock")), ("Connection", RuntimeError("can't allocate lock")), ("Connection", MemoryError())])
+    def test_connections_that_could_not_be_taken_leave_the_door_open(self, run, monkeypatch, where, error):
+        one, failing = run(threads=2, max_threads=4), [0]
+        owner = m.Server if where == "_admit" else m
+
+        def fail(*words):
+            failing[0] += 1
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, where, fail)
+            for _ in range(6):
+                with contextlib.suppress(OSError), one.connect(0.3) as sock:
+                    sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+                    sock.recv(1)
+                time.sleep(m.SWEEP / 4)
+        assert failing[0] > 1
+        time.sleep(2 * m.SWEEP)
+        assert all(b" 200 " in one.get() for _ in range(6))
+        assert len(one.server._pool) == one.server.threads, "a thread that ended is hired again"
+
+    def test_a_thread_that_dies_at_its_birth_holds_up_nobody(self, run, monkeypatch):
+        """Thread.start() waits for it for ever."""
+        one, born = run(threads=2, max_threads=8), threading.Event()
+        started, beats = threading.Thread.start, []
+        one.server.beat = lambda: beats.append(time.monotonic())
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: born.wait(20) if thread.name.startswith("auth-") else started(thread))
+        try:
+            with one.connect() as waiting:
+                waiting.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+                time.sleep(0.2)
+                assert all(b" 200 " in one.get() for _ in range(6))
+                sofar = len(beats)
+                time.sleep(3 * m.SWEEP)
+                assert len(beats) <= sofar + 1, "and whoever looks at the beats sees that it does not go on"
+                one.app.go.set()
+                assert b" 200 " in read_all(waiting)
+        finally:
+            born.set()
+
+
+class TestLastThread:
+    def test_it_is_told_from_the_one_that_all_wait_for(self, run):
+        """Who holds the turn to write waits for the disk and does not say so."""
+        one, go, told = run(threads=2, max_threads=3), threading.Event(), []
+
+        def app(environ, start_response):
+            if environ["PATH_INFO"] == "/holds":
+                go.wait(10)
+            elif environ["PATH_INFO"] == "/waits":
+                with one.server.blocking() as others:
+                    told.append(others)
+                    if others:
+                        go.wait(10)
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b""]
+
+        one.server.wsgi_app = app
+        with contextlib.ExitStack() as stack:
+            for path in (b"/holds", b"/waits", b"/waits"):
+                sock = stack.enter_context(one.connect())
+                sock.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+                time.sleep(0.2)
+            assert all(b" 200 " in one.get() for _ in range(4)), told
+            go.set()
+        assert told == [True, False]
+
+
 class TestStopping:
     def test_what_has_begun_to_arrive_is_answered(self, run):
         one = run()

@@ -5,13 +5,14 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
 import threading
 import time
 import types
 
 import microauthd as m
 import pytest
-from box import Box
+from box import PROGRAM, Box
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
 from test_flows import make_certificate
 
@@ -125,6 +126,186 @@ def test_one_that_cannot_start_is_tried_again_for_ever_and_the_others_serve(tmp_
         assert box.stop() == 0
 
 
+def test_a_child_that_ends_is_replaced_by_whomever_we_were_started(tmp_path):
+    """Whoever ignores SIGCHLD hands that on."""
+    box = Box(tmp_path / "data", workers="2").set_up()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        box.start()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with contextlib.closing(box.output):
+        pids = box.pids()
+        os.kill(pids[1], signal.SIGKILL)
+        await_true(lambda: len(set(box.pids()) - set(pids)) == 1, 5, "nobody is in its place")
+        assert box.token().status == 200 and box.stop() == 0
+
+
+def test_one_that_is_stopped_does_not_outlive_its_supervisor(tmp_path):
+    """Its socket would share the port with the next start, and take half of the connections with it."""
+    with Box(tmp_path / "data", workers="2") as box:
+        stop(box.pids()[1])
+        assert box.kill(), "somebody is left"
+        box.start()
+        for _ in range(24):
+            assert box.call(box.auth_port, "GET", "/ping", timeout=3).status == 200
+
+
+def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
+    """Each says that it is ready in a pipe, which has to be read."""
+    plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[], log=lambda *_, **__: None)
+    supervisor = m.Supervisor(plan)
+    supervisor.children[1] = (0, 0.0)
+    monkeypatch.setattr(m.os, "waitpid", lambda pid, flags: (0, 0))
+    os.set_blocking(supervisor.ready_in, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(supervisor.ready_in, bytes(4096))
+    supervisor.look_after(False)
+    assert os.write(supervisor.ready_in, b"\0") == 1
+
+
+class TestReplacing:
+    @pytest.fixture
+    def supervisor(self, monkeypatch):
+        """One that forks only on paper, with a clock moved by hand: `at`."""
+        plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(), log=lambda *_, **__: None)
+        supervisor, pids = m.Supervisor(plan), iter(range(100, 1000))
+        supervisor.at = time.monotonic()
+        monkeypatch.setattr(m.os, "fork", lambda: next(pids))
+        monkeypatch.setattr(m.time, "monotonic", lambda: supervisor.at)
+        yield supervisor
+        for sock in (*plan.auth_sockets, plan.admin_socket):
+            sock.close()
+
+    def dies(self, supervisor, pid, lived):
+        supervisor.at += lived
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(m.os, "waitpid", lambda one, flags: (one, 256) if one == pid else (0, 0))
+            supervisor.look_after(False)
+
+    def pid_of(self, supervisor, number):
+        return next((pid for pid, (role, _) in supervisor.children.items() if role == number), None)
+
+    def test_one_that_dies_young_again_and_again_is_tried_less_often_and_one_that_lived_at_once(self, supervisor):
+        for number in range(3):
+            supervisor.fork(number)
+        waits = []
+        for _ in range(12):
+            self.dies(supervisor, self.pid_of(supervisor, 0), 0.1)
+            assert self.pid_of(supervisor, 0) is None and self.pid_of(supervisor, 1)
+            waits.append(supervisor.owed[0] - supervisor.at)
+            supervisor.at = supervisor.owed[0]
+            supervisor.fork_owed()
+        assert all(wait < 0.3 for wait in waits[:10]) and all(4 < wait < 6 for wait in waits[10:]), waits
+        self.dies(supervisor, self.pid_of(supervisor, 0), 60)
+        assert self.pid_of(supervisor, 0), "at once"
+        self.dies(supervisor, self.pid_of(supervisor, 0), 0.1)
+        assert supervisor.owed[0] - supervisor.at < 0.3, "what was before is forgotten"
+
+    def test_a_new_one_has_not_begun_whatever_the_one_before_counted(self, supervisor):
+        generation = supervisor.plan.generation
+        generation.map[generation.BEATS + 1] = 7
+        supervisor.fork(0)
+        assert generation.map[generation.BEATS + 1] == 0
+
+    def test_none_is_forgotten_for_whom_there_was_no_memory(self, supervisor, monkeypatch):
+        for number in range(3):
+            supervisor.fork(number)
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(supervisor, "fork", no_memory)
+            self.dies(supervisor, self.pid_of(supervisor, 1), 60)
+        assert self.pid_of(supervisor, 1) is None
+        self.dies(supervisor, 0, 1)
+        assert self.pid_of(supervisor, 1)
+
+
+def no_memory(*words):
+    raise MemoryError
+
+
+def test_a_child_listens_on_its_own_socket_alone(box):
+    roles = [sockets_listening(pid) for pid in box.pids()[1:]]
+    assert sorted(map(list, roles)) == sorted([[box.auth_port], [box.auth_port], [box.admin_port]])
+    for pid in box.pids()[1:]:
+        await_true(lambda: links_of(pid) == 1, 5, "more than the one it listens on")
+
+
+def test_what_was_queued_when_the_supervisor_was_killed_is_written(box):
+    def rows():
+        with contextlib.closing(m.Store(box.folder / "mad.db3", m.read_database_key(box.folder / "mad.db3", "a database phrase", False))) as store:
+            return store.connection.execute("SELECT count(*) FROM session").fetchone()[0]
+
+    time.sleep(0.2)
+    before = rows()
+    done = sum(box.token().status == 200 for _ in range(30))
+    assert box.kill() and rows() == before + done
+
+
+def test_a_stall_of_the_whole_process_fails_no_request_that_had_come(tmp_path):
+    """The time in which nobody could be heard does not count."""
+    with Box(tmp_path / "data", workers="1") as box:
+        (pid,) = box.pids()[1:2]
+        with socket.create_connection(("127.0.0.1", box.auth_port), 5) as sock:
+            sock.sendall(b"GET /ping HTTP/1.1\r\nHo")
+            time.sleep(0.3)
+            stop(pid)
+            sock.sendall(b"st: localhost\r\n\r\n")
+            time.sleep(m.Limits().request_seconds + 1)
+            os.kill(pid, signal.SIGCONT)
+            assert b" 200 " in sock.recv(65536)
+
+
+class TestLog:
+    """A log that blocks keeps nobody from serving."""
+
+    def refused(self, box, many):
+        for _ in range(many):
+            with socket.create_connection(("127.0.0.1", box.auth_port), 5) as sock:
+                sock.sendall(b"GET /" + b"x" * 900 + b"\r\n\r\n")
+                sock.recv(100)
+
+    def serves(self, box):
+        for port in (box.auth_port, box.admin_port):
+            for _ in range(12):
+                assert box.call(port, "GET", "/ping", timeout=3).status == 200
+
+    @pytest.mark.parametrize("workers", ["2", "0"])
+    def test_a_console_that_nobody_reads(self, tmp_path, workers):
+        box = Box(tmp_path / "data", workers=workers, log_file="").set_up()
+        reads, box_writes = os.pipe()
+        box.process = subprocess.Popen([*PROGRAM, "serve"], cwd=box.folder, env=box.environ, stdout=box_writes, stderr=box_writes, stdin=subprocess.DEVNULL, start_new_session=True)
+        box.output = open(os.devnull)
+        try:
+            box.await_ready()
+            os.set_blocking(box_writes, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(box_writes, bytes(4096))
+            os.set_blocking(box_writes, True)  # shared with them: what they meet is a pipe that is full
+            self.refused(box, 40)
+            self.serves(box)
+            known = set(box.pids())
+            if workers == "2":
+                os.kill(box.pids()[1], signal.SIGKILL)
+                await_true(lambda: set(box.pids()) - known, 5, "the supervisor waits, too")
+            assert box.stop() == 0
+        finally:
+            if box.process.poll() is None:
+                os.killpg(box.process.pid, signal.SIGKILL)
+            os.close(reads)
+            os.close(box_writes)
+
+    def test_a_pipe_in_its_place(self, box):
+        path = box.folder / "microauthd.log"
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        self.refused(box, 12)
+        self.serves(box)
+        assert box.stop() == 0
+        path.unlink()
+
+
 def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
     supervisor, *children = box.pids()
     stopped = {children[0], children[-1]}  # a worker and ADMIN
@@ -183,7 +364,12 @@ def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
             generation.beat()
             look(after=1.0)
         look(after=3600.0)  # the machine slept: nobody has gone on, and nobody hung
-    assert len(killed) == 1
+        assert len(killed) == 1
+        for _ in range(m.START_SECONDS):
+            generation.slot = 1
+            generation.beat()
+            look(after=1.0)
+    assert killed[1:] == [(103, signal.SIGKILL), (104, signal.SIGKILL)], "one that never begins hangs, too"
 
 
 def sockets_listening(pid):
