@@ -521,6 +521,7 @@ def main():
                 p99.setdefault(key, []).append(result["p99"] / 1000)
             memory.setdefault((who, "after load"), []).append(pss_mb(server.pid))
             if who == main_key:
+                time.sleep(3)  # until what the logins have left to do is done
                 # About half the maximum rate: as many connections, each pausing between two requests.
                 pause = max(1, round(1000 * 50 / (statistics.median(rates[*who, "token"]) / 2)))
                 result = wrk(server.port, "/token", "grant_type=client_credentials", server.auth, asked.seconds, pause=pause)
