@@ -75,7 +75,7 @@ def test_each_process_in_turn_is_replaced_within_a_second_and_only_its_own_conne
         for patron in patrons:
             stack.enter_context(patron)
         for number in range(kills):
-            time.sleep(0.3 if kills < 10 else 2.2)  # one that dies young ten times over is given up
+            time.sleep(0.3 if kills < 10 else 2.2)  # one that dies young ten times over is tried less often
             slot = number % 3
             known = set(box.pids())
             held, died = kill(box, slots[slot])
@@ -324,7 +324,7 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
     assert now[0] == supervisor and not stopped & set(now) and children[1] in now
 
 
-def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all(monkeypatch):
+def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     """The supervisor says it: that something may have changed. Between a commit and the word of it may lie a checkpoint."""
     plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None], log=lambda *_, **__: None)
     supervisor, before = m.Supervisor(plan), plan.generation.read()
