@@ -184,7 +184,9 @@ def nap(seconds: float):
 # One exception. What a client is told stands here and nowhere else.
 
 ERRORS = {  # code: (status, what the client is told, where the code is defined)
-    "invalid_request": (400, "The request is malformed, or a parameter is missing, repeated or invalid.", "RFC 6749 §5.2"),
+    "invalid_request": (
+        400, "The request is malformed, or a parameter is missing, repeated or invalid.", "RFC 6749 §5.2",
+    ),
     "invalid_client": (401, "Client authentication failed.", "RFC 6749 §5.2"),
     "invalid_grant": (400, "The grant is invalid, expired or revoked.", "RFC 6749 §5.2"),
     "unauthorized_client": (400, "This client may not do this.", "RFC 6749 §5.2"),
@@ -381,81 +383,248 @@ OPTIONS = (
     # -- files --
     Option("log-file", "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"),
     Option("log-format", "text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files"),
-    Option("log-level", "info", one_of("debug", "info", "warning", "error"), "The least severe event that is logged.", group="Files"),
+    Option(
+        "log-level", "info", one_of("debug", "info", "warning", "error"), "The least severe event that is logged.",
+        group="Files",
+    ),
     Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
-    Option("db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"),
+    Option(
+        "db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True,
+        group="Files",
+    ),
     Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
-    Option("backup-folder", "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.", group="Files"),
+    Option(
+        "backup-folder", "backups", text,
+        "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.", group="Files",
+    ),
     Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
     Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
     # -- AUTH --
-    Option("auth-ip", "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"),
+    Option(
+        "auth-ip", "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"
+    ),
     Option("auth-port", 9040, port, "TCP port of the AUTH server.", "AUTH port?", group="AUTH server"),
-    Option("auth-domain", "localhost", domain, "Public host name of AUTH; the issuer is made of it.", "Public host name of AUTH?", group="AUTH server"),
-    Option("auth-domain-no-ssl", False, boolean, "The issuer made of auth-domain is http, not https.", group="AUTH server"),
-    Option("oidc-issuer", "", issuer, "The issuer URL, where it is not made of auth-domain; it may have a path.", group="AUTH server"),
-    Option("auth-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.", "AUTH certificate (empty: plain HTTP)?", aliases=("auth-ssl-cert",), group="AUTH server"),
-    Option("auth-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.", group="AUTH server"),
-    Option("auth-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True, aliases=("auth-ssl-pass",), group="AUTH server"),
-    Option("auth-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="AUTH server"),
-    Option("serve-public-auth-files", False, boolean, "Serve the folder public/ on AUTH.", "Serve the example pages on AUTH?", group="AUTH server"),
+    Option(
+        "auth-domain", "localhost", domain, "Public host name of AUTH; the issuer is made of it.",
+        "Public host name of AUTH?", group="AUTH server",
+    ),
+    Option(
+        "auth-domain-no-ssl", False, boolean, "The issuer made of auth-domain is http, not https.", group="AUTH server"
+    ),
+    Option(
+        "oidc-issuer", "", issuer, "The issuer URL, where it is not made of auth-domain; it may have a path.",
+        group="AUTH server",
+    ),
+    Option(
+        "auth-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.",
+        "AUTH certificate (empty: plain HTTP)?", aliases=("auth-ssl-cert",), group="AUTH server",
+    ),
+    Option(
+        "auth-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.",
+        group="AUTH server",
+    ),
+    Option(
+        "auth-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
+        aliases=("auth-ssl-pass",), group="AUTH server",
+    ),
+    Option(
+        "auth-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="AUTH server"
+    ),
+    Option(
+        "serve-public-auth-files", False, boolean, "Serve the folder public/ on AUTH.",
+        "Serve the example pages on AUTH?", group="AUTH server",
+    ),
     Option("enable-auth-swagger", False, boolean, "Serve the API description of AUTH.", group="AUTH server"),
-    Option("workers", -1, worker_count, "AUTH processes; auto is one a core, at most four; 0 serves all in one process.", group="AUTH server"),
+    Option(
+        "workers", -1, worker_count, "AUTH processes; auto is one a core, at most four; 0 serves all in one process.",
+        group="AUTH server",
+    ),
     # -- ADMIN --
-    Option("admin-ip", "127.0.0.1", address, "Address the ADMIN server listens on.", "ADMIN address?", group="ADMIN server"),
+    Option(
+        "admin-ip", "127.0.0.1", address, "Address the ADMIN server listens on.", "ADMIN address?", group="ADMIN server"
+    ),
     Option("admin-port", 9041, port, "TCP port of the ADMIN server.", "ADMIN port?", group="ADMIN server"),
-    Option("admin-domain", "localhost", domain, "Host name of ADMIN; other Host headers are refused.", "Host name of ADMIN?", group="ADMIN server"),
+    Option(
+        "admin-domain", "localhost", domain, "Host name of ADMIN; other Host headers are refused.",
+        "Host name of ADMIN?", group="ADMIN server",
+    ),
     Option("admin-domain-no-ssl", False, boolean, "ADMIN is reached by http, not https.", group="ADMIN server"),
-    Option("admin-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.", "ADMIN certificate (empty: plain HTTP)?", aliases=("admin-ssl-cert",), group="ADMIN server"),
-    Option("admin-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.", group="ADMIN server"),
-    Option("admin-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True, aliases=("admin-ssl-pass",), group="ADMIN server"),
-    Option("admin-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="ADMIN server"),
+    Option(
+        "admin-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.",
+        "ADMIN certificate (empty: plain HTTP)?", aliases=("admin-ssl-cert",), group="ADMIN server",
+    ),
+    Option(
+        "admin-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.",
+        group="ADMIN server",
+    ),
+    Option(
+        "admin-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
+        aliases=("admin-ssl-pass",), group="ADMIN server",
+    ),
+    Option(
+        "admin-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.",
+        group="ADMIN server",
+    ),
     Option("enable-admin-swagger", False, boolean, "Serve the API description of ADMIN.", group="ADMIN server"),
-    Option("trusted-proxies", (), networks, "Peers whose X-Forwarded-For and -Proto are believed.", "Trusted proxies, separated by commas?", group="ADMIN server"),
+    Option(
+        "trusted-proxies", (), networks, "Peers whose X-Forwarded-For and -Proto are believed.",
+        "Trusted proxies, separated by commas?", group="ADMIN server",
+    ),
     # -- Argon2id --
-    Option("argon2id-time", 2, whole(1, 100), "Argon2id passes.", "Argon2id passes?", aliases=("argon2-time",), group="Argon2id"),
-    Option("argon2id-memory", 32768, whole(8192, 1048576), "Argon2id memory, KiB.", "Argon2id memory, KiB?", aliases=("argon2-memory", "argon2-mem"), group="Argon2id"),
-    Option("argon2id-parallelism", 2, whole(1, 64), "Argon2id lanes.", "Argon2id lanes?", aliases=("argon2-parallelism", "argon2-parallel"), group="Argon2id"),
-    Option("argon2id-hash-length", 32, whole(16, 1024), "Length of a hash, bytes.", "Hash length, bytes?", aliases=("argon2-hash-length",), group="Argon2id"),
-    Option("argon2id-salt-length", 16, whole(8, 1024), "Length of a salt, bytes.", "Salt length, bytes?", aliases=("argon2-salt-length",), group="Argon2id"),
+    Option(
+        "argon2id-time", 2, whole(1, 100), "Argon2id passes.", "Argon2id passes?", aliases=("argon2-time",),
+        group="Argon2id",
+    ),
+    Option(
+        "argon2id-memory", 32768, whole(8192, 1048576), "Argon2id memory, KiB.", "Argon2id memory, KiB?",
+        aliases=("argon2-memory", "argon2-mem"), group="Argon2id",
+    ),
+    Option(
+        "argon2id-parallelism", 2, whole(1, 64), "Argon2id lanes.", "Argon2id lanes?",
+        aliases=("argon2-parallelism", "argon2-parallel"), group="Argon2id",
+    ),
+    Option(
+        "argon2id-hash-length", 32, whole(16, 1024), "Length of a hash, bytes.", "Hash length, bytes?",
+        aliases=("argon2-hash-length",), group="Argon2id",
+    ),
+    Option(
+        "argon2id-salt-length", 16, whole(8, 1024), "Length of a salt, bytes.", "Salt length, bytes?",
+        aliases=("argon2-salt-length",), group="Argon2id",
+    ),
     # -- keys and tokens --
-    Option("token-signing-key-file", "token.pem", text, "Key ring of AUTH.", "AUTH key file?", aliases=("auth-token-key-path",), group="Keys and tokens"),
-    Option("prefer-ec-token-signer", True, boolean, "Sign access tokens with ES256 rather than RS256.", "Sign AUTH tokens with ES256 (fast) rather than RS256?", aliases=("use-ec-auth-signer",), group="Keys and tokens"),
-    Option("token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of AUTH?", aliases=("token-signing-key-length", "auth-token-key-length-rsa"), group="Keys and tokens"),
-    Option("token-signing-key-pass", "", text, "Passphrase of the AUTH key ring.", "Passphrase of the AUTH keys?", secret=True, aliases=("auth-token-key-pass",), group="Keys and tokens"),
-    Option("token-expiration", 3600, seconds, "Lifetime of an access token, seconds.", "Lifetime of an access token, seconds?", aliases=("auth-token-expiration",), group="Keys and tokens"),
-    Option("token-purge-days", 7, days, "Days an expired session stays listed; 0 keeps it.", "Days to keep expired sessions?", group="Keys and tokens"),
-    Option("enable-token-revocation", True, boolean, "Ask the database whether a presented token was revoked.", "Check revocation of presented tokens?", aliases=("enable-revocation",), group="Keys and tokens"),
-    Option("enable-token-refresh", False, boolean, "Issue refresh tokens.", "Issue refresh tokens?", aliases=("enable-refresh",), group="Keys and tokens"),
-    Option("refresh-token-expiration", 259200, seconds, "Lifetime of a refresh token, seconds.", "Lifetime of a refresh token, seconds?", aliases=("token-refresh-expiration",), group="Keys and tokens"),
-    Option("refresh-token-absolute-expiration", 2592000, seconds, "Seconds after the login when no refresh works any more.", group="Keys and tokens"),
-    Option("refresh-token-purge-days", 7, days, "Days an expired refresh token stays listed; 0 keeps it.", "Days to keep expired refresh tokens?", group="Keys and tokens"),
-    Option("admin-token-signing-key-file", "admin_token.pem", text, "Key ring of ADMIN.", "ADMIN key file?", aliases=("admin-token-key-path",), group="Keys and tokens"),
-    Option("prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.", "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens"),
-    Option("admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"), group="Keys and tokens"),
-    Option("admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?", secret=True, group="Keys and tokens"),
-    Option("key-overlap", 900, whole(1, 604800), "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set shorter.", group="Keys and tokens"),
-    Option("admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.", "Lifetime of an ADMIN token, seconds?", group="Keys and tokens"),
+    Option(
+        "token-signing-key-file", "token.pem", text, "Key ring of AUTH.", "AUTH key file?",
+        aliases=("auth-token-key-path",), group="Keys and tokens",
+    ),
+    Option(
+        "prefer-ec-token-signer", True, boolean, "Sign access tokens with ES256 rather than RS256.",
+        "Sign AUTH tokens with ES256 (fast) rather than RS256?", aliases=("use-ec-auth-signer",),
+        group="Keys and tokens",
+    ),
+    Option(
+        "token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.",
+        "RSA bits of AUTH?", aliases=("token-signing-key-length", "auth-token-key-length-rsa"), group="Keys and tokens",
+    ),
+    Option(
+        "token-signing-key-pass", "", text, "Passphrase of the AUTH key ring.", "Passphrase of the AUTH keys?",
+        secret=True, aliases=("auth-token-key-pass",), group="Keys and tokens",
+    ),
+    Option(
+        "token-expiration", 3600, seconds, "Lifetime of an access token, seconds.",
+        "Lifetime of an access token, seconds?", aliases=("auth-token-expiration",), group="Keys and tokens",
+    ),
+    Option(
+        "token-purge-days", 7, days, "Days an expired session stays listed; 0 keeps it.",
+        "Days to keep expired sessions?", group="Keys and tokens",
+    ),
+    Option(
+        "enable-token-revocation", True, boolean, "Ask the database whether a presented token was revoked.",
+        "Check revocation of presented tokens?", aliases=("enable-revocation",), group="Keys and tokens",
+    ),
+    Option(
+        "enable-token-refresh", False, boolean, "Issue refresh tokens.", "Issue refresh tokens?",
+        aliases=("enable-refresh",), group="Keys and tokens",
+    ),
+    Option(
+        "refresh-token-expiration", 259200, seconds, "Lifetime of a refresh token, seconds.",
+        "Lifetime of a refresh token, seconds?", aliases=("token-refresh-expiration",), group="Keys and tokens",
+    ),
+    Option(
+        "refresh-token-absolute-expiration", 2592000, seconds,
+        "Seconds after the login when no refresh works any more.", group="Keys and tokens",
+    ),
+    Option(
+        "refresh-token-purge-days", 7, days, "Days an expired refresh token stays listed; 0 keeps it.",
+        "Days to keep expired refresh tokens?", group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-signing-key-file", "admin_token.pem", text, "Key ring of ADMIN.", "ADMIN key file?",
+        aliases=("admin-token-key-path",), group="Keys and tokens",
+    ),
+    Option(
+        "prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.",
+        "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.",
+        "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"),
+        group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?",
+        secret=True, group="Keys and tokens",
+    ),
+    Option(
+        "key-overlap", 900, whole(1, 604800),
+        "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set shorter.",
+        group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.",
+        "Lifetime of an ADMIN token, seconds?", group="Keys and tokens",
+    ),
     # -- login, audit, flows --
     Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
-    Option("max-login-failures", 5, whole(0, 100), "Failures before a lockout; 0 never locks.", "Failed logins before a lockout?", group="Login"),
-    Option("seconds-to-reset-login-failures", 300, whole(0, 86400), "A longer pause restarts the count.", "Seconds after which the count restarts?", group="Login"),
-    Option("failed-password-lockout-duration", 300, whole(0, 86400), "Seconds of the first lockout; each next one doubles, up to an hour.", "Seconds of a lockout?", group="Login"),
-    Option("enable-pass-cache", True, boolean, "Remember verified passwords in memory, as keyed digests.", "Remember verified passwords in memory?", group="Login"),
-    Option("pass-cache-duration", 300, whole(1, 600), "Seconds a verified password is remembered.", "Seconds to remember them?", group="Login"),
+    Option(
+        "max-login-failures", 5, whole(0, 100), "Failures before a lockout; 0 never locks.",
+        "Failed logins before a lockout?", group="Login",
+    ),
+    Option(
+        "seconds-to-reset-login-failures", 300, whole(0, 86400), "A longer pause restarts the count.",
+        "Seconds after which the count restarts?", group="Login",
+    ),
+    Option(
+        "failed-password-lockout-duration", 300, whole(0, 86400),
+        "Seconds of the first lockout; each next one doubles, up to an hour.", "Seconds of a lockout?", group="Login",
+    ),
+    Option(
+        "enable-pass-cache", True, boolean, "Remember verified passwords in memory, as keyed digests.",
+        "Remember verified passwords in memory?", group="Login",
+    ),
+    Option(
+        "pass-cache-duration", 300, whole(1, 600), "Seconds a verified password is remembered.",
+        "Seconds to remember them?", group="Login",
+    ),
     Option("enable-audit-logging", True, boolean, "Write the audit log.", "Write an audit log?", group="Login"),
-    Option("audit-log-retention-days", 30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?", group="Login"),
-    Option("enable-pkce", True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?", group="Login"),
-    Option("pkce-code-lifetime", 120, whole(1, 600), "Longest life of an authorization code, seconds.", "Life of an authorization code, seconds?", group="Login"),
-    Option("allow-plain-pkce", False, boolean, "Accept the PKCE method plain; S256 protects more. RFC 7636 §7.2.", group="Login"),
-    Option("session-idle-expiration", 28800, seconds, "Seconds without use after which a browser has to log in again.", group="Login"),
-    Option("session-absolute-expiration", 86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"),
+    Option(
+        "audit-log-retention-days", 30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?",
+        group="Login",
+    ),
+    Option(
+        "enable-pkce", True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?",
+        group="Login",
+    ),
+    Option(
+        "pkce-code-lifetime", 120, whole(1, 600), "Longest life of an authorization code, seconds.",
+        "Life of an authorization code, seconds?", group="Login",
+    ),
+    Option(
+        "allow-plain-pkce", False, boolean, "Accept the PKCE method plain; S256 protects more. RFC 7636 §7.2.",
+        group="Login",
+    ),
+    Option(
+        "session-idle-expiration", 28800, seconds, "Seconds without use after which a browser has to log in again.",
+        group="Login",
+    ),
+    Option(
+        "session-absolute-expiration", 86400, seconds, "Seconds after the login when a browser has to log in again.",
+        group="Login",
+    ),
     Option("brand-name", "", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages"),
     Option("brand-logo", "", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages"),
     Option("brand-color", "#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages"),
-    Option("pages-folder", "", text, "Folder whose templates, styles and languages replace the bundled login pages.", group="Pages"),
-    Option("totp-qr-output-root", "", absolute, "The only folder QR files may be written to.", "Absolute folder for TOTP QR files (empty: none)?", group="Login"),
-    Option("oidc-client-id", "app", text, "client_id of the first client, made by setup.", "client_id of the first client?", group="Login"),
+    Option(
+        "pages-folder", "", text, "Folder whose templates, styles and languages replace the bundled login pages.",
+        group="Pages",
+    ),
+    Option(
+        "totp-qr-output-root", "", absolute, "The only folder QR files may be written to.",
+        "Absolute folder for TOTP QR files (empty: none)?", group="Login",
+    ),
+    Option(
+        "oidc-client-id", "app", text, "client_id of the first client, made by setup.",
+        "client_id of the first client?", group="Login",
+    ),
     Option("oidc-client-secret", "", text, "Secret of the first client; empty makes one.", secret=True, group="Login"),
 )
 OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
@@ -514,7 +683,9 @@ def parse_config(content: str, where: str) -> dict:
     is missing would be a default, and nobody would know.
     """
     if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
-        raise Refusal(f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line")
+        raise Refusal(
+            f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line"
+        )
     found = {}
     for number, line in enumerate(content.split("\n"), 1):
         line = line.strip()
@@ -571,7 +742,9 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
             option = OPTION_NAMES[key]
             name = option.name
             if option.secret:
-                raise Refusal(f"--{key} is a secret and cannot be a flag: put it into the config file or the environment")
+                raise Refusal(
+                    f"--{key} is a secret and cannot be a flag: put it into the config file or the environment"
+                )
             if option.parse is boolean and not equals:
                 value, equals = words.popleft() if words and words[0].lower() in ("true", "false") else "true", "="
         if not equals:
@@ -643,9 +816,17 @@ def load_options(flags: dict, environ: dict) -> Options:
 
 def check_options(options: Options):
     """Raise Refusal where settings contradict each other."""
-    files = [os.path.abspath(path) for path in (options.db_file, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)]
+    files = [
+        os.path.abspath(path)
+        for path in (
+            options.db_file, options.seal_key_file, options.token_signing_key_file,
+            options.admin_token_signing_key_file,
+        )
+    ]
     if len(set(files)) < len(files):
-        raise Refusal("db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file")
+        raise Refusal(
+            "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
+        )
     if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
         raise Refusal("AUTH and ADMIN cannot listen on the same address and port")
     for side in ("auth", "admin"):
@@ -770,7 +951,9 @@ class LogFile(logging.Handler):
 
 def escape(value) -> str:
     """Return a value as it may stand in a log line or on a terminal: control characters shown, not sent."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value))
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value)
+    )
 
 
 class Console(logging.StreamHandler):
@@ -799,7 +982,9 @@ class Log:
     def __init__(self, options: Options | None = None, stream=None):
         self.json = bool(options) and options.log_format == "json"
         self.second, self.lines = 0, 0
-        self.logger = logging.Logger("microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO)
+        self.logger = logging.Logger(
+            "microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO
+        )
         handlers = []
         if options and options.log_file:
             handlers.append(LogFile(options.log_file))
@@ -827,11 +1012,19 @@ class Log:
             return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         if exc_info:
-            fields["traceback"] = "".join(traceback.format_exception(*exc_info) if isinstance(exc_info, tuple) else traceback.format_exception(exc_info))
+            fields["traceback"] = "".join(
+                traceback.format_exception(*exc_info)
+                if isinstance(exc_info, tuple)
+                else traceback.format_exception(exc_info)
+            )
         if self.json:
             line = json.dumps({"at": stamp, "level": level, "event": event, "pid": os.getpid(), **fields}, default=str)
         else:
-            words = " ".join(f"{key}={json.dumps(escape(value))}" if re.search(r'[\s"=]', str(value)) else f"{key}={escape(value)}" for key, value in fields.items() if value not in ("", None))
+            words = " ".join(
+                f"{key}={json.dumps(escape(value))}" if re.search(r'[\s"=]', str(value)) else f"{key}={escape(value)}"
+                for key, value in fields.items()
+                if value not in ("", None)
+            )
             line = f"{stamp} {level.upper():7} {event} {words}".rstrip()
         self.logger.log(number, "%s", line)
 
@@ -1526,7 +1719,9 @@ Offset = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 class ListUsers(msgspec.Struct):
     q: Annotated[str, msgspec.Meta(max_length=255)] = ""
     is_active: Literal["true", "false", "all"] = "true"
-    sort: Literal["username", "-username", "email", "-email", "created_at", "-created_at", "last_login_at", "-last_login_at"] = "username"
+    sort: Literal[
+        "username", "-username", "email", "-email", "created_at", "-created_at", "last_login_at", "-last_login_at"
+    ] = "username"
     limit: Limit = 1000
     offset: Offset = 0
 
@@ -1540,7 +1735,9 @@ class ListNamed(msgspec.Struct):
 
 class ListClients(msgspec.Struct):
     q: Annotated[str, msgspec.Meta(max_length=255)] = ""
-    sort: Literal["display_name", "-display_name", "client_id", "-client_id", "created_at", "-created_at"] = "display_name"
+    sort: Literal["display_name", "-display_name", "client_id", "-client_id", "created_at", "-created_at"] = (
+        "display_name"
+    )
     limit: Limit = 1000
     offset: Offset = 0
 
@@ -2125,7 +2322,9 @@ def like(q: str) -> str:
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
-SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = 5, 8, 10, 13, 14  # https://www.sqlite.org/rescode.html
+SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = (
+    5, 8, 10, 13, 14,
+)  # https://www.sqlite.org/rescode.html
 
 
 def is_busy(error: sqlcipher3.Error) -> bool:
@@ -2204,7 +2403,9 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
         raise Refusal(f"the database {path} is truncated ({size} bytes): restore a backup; it is left as it is")
     if head == SQLITE_MAGIC:
         if passphrase and not unencrypted:
-            raise Refusal(f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true")
+            raise Refusal(
+                f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true"
+            )
         return ""
     if unencrypted or not passphrase:
         raise Refusal(f"the database {path} is encrypted or damaged, and no db-pass is given")
@@ -2231,11 +2432,15 @@ def check_log(path: str):
             two = two + other + one & 0xFFFFFFFF
         if not head or magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two):
             return
-    raise Refusal(f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it away to go on without; it is left as it is")
+    raise Refusal(
+        f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it away to go on without; it is left as it is"
+    )
 
 
 SESSION_INSERT = "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, :issued_at, :expires_at, :revoked_at)"
-SESSION_INSERT_ROW = "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access', 'auth', 'client_credentials', ?, ?, NULL)"
+SESSION_INSERT_ROW = (
+    "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access', 'auth', 'client_credentials', ?, ?, NULL)"
+)
 
 
 SUCCESS, FAILURE = "success", "failure"
@@ -2288,7 +2493,9 @@ def batch_audit(batch):
     for (client_id, peer, user_agent), members in groups.items():
         first, last = members[0][0], members[-1][0]
         secondary = f"jti={first[0]}" if len(members) == 1 else f"count={len(members)} jti={first[0]}..{last[0]}"
-        rows.append((last[3], client_id, "oidc_token_issued", client_id, secondary, peer, user_agent, members[0][1][3], SUCCESS))
+        rows.append(
+            (last[3], client_id, "oidc_token_issued", client_id, secondary, peer, user_agent, members[0][1][3], SUCCESS)
+        )
     return rows
 
 
@@ -2331,7 +2538,9 @@ class Store:
         self.path, self.key, self.mode = str(path), key, mode
         self.generation = generation or Generation()
         self.log = log or Log()
-        self.blocking = contextlib.nullcontext  # set by Serve: entered by who is about to wait, gives whether somebody is left to serve
+        self.blocking = (
+            contextlib.nullcontext
+        )  # set by Serve: entered by who is about to wait, gives whether somebody is left to serve
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
@@ -2417,14 +2626,22 @@ class Store:
     def look_up(self):
         """Return which files the database, its log and the index of that are, by their paths; None where one is gone."""
         try:
-            return tuple(number for end in ("", "-wal", "-shm") for info in [os.stat(self.path + end)] for number in (info.st_dev, info.st_ino))
+            return tuple(
+                number
+                for end in ("", "-wal", "-shm")
+                for info in [os.stat(self.path + end)]
+                for number in (info.st_dev, info.st_ino)
+            )
         except OSError:
             return None
 
     def check_place(self):
         """Raise Problem where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
         if any(place := self.generation.place) and place != self.look_up():
-            raise Problem("temporarily_unavailable", log=f"{self.path}, its -wal or its -shm was moved, removed or replaced", retry_after=LOCK_SECONDS)
+            raise Problem(
+                "temporarily_unavailable", log=f"{self.path}, its -wal or its -shm was moved, removed or replaced",
+                retry_after=LOCK_SECONDS,
+            )
 
     def connect(self, synchronous="FULL", mode=""):
         self.check_place()  # two processes that have two indexes of one log would write over each other
@@ -2530,7 +2747,10 @@ class Store:
         self.generation.map[self.generation.FAILED] = 1
         was_writable, self.writable = self.writable, False
         if was_writable and self.flusher:  # a command says it in its own sentence
-            self.log("store.unwritable", "error", reason=error.log if isinstance(error, Problem) else error, waiting=len(self.queue))
+            self.log(
+                "store.unwritable", "error", reason=error.log if isinstance(error, Problem) else error,
+                waiting=len(self.queue),
+            )
             self.wake.set()
 
     def one(self, record, sql, **parameters):
@@ -2595,11 +2815,17 @@ class Store:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlcipher3.Error as error:
-            if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN):
-                raise Refusal(f"the database {self.path} does not open: db-pass is wrong, or the file is damaged") from None
+            if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (
+                SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN,
+            ):
+                raise Refusal(
+                    f"the database {self.path} does not open: db-pass is wrong, or the file is damaged"
+                ) from None
             raise Refusal(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
-            raise Refusal(f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one")
+            raise Refusal(
+                f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one"
+            )
         try:
             if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
                 raise Refusal(f"the file {self.path} is not a microauthd database")
@@ -2607,7 +2833,9 @@ class Store:
             small = os.path.getsize(self.path) < 32_000_000
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
-                raise Refusal(f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is")
+                raise Refusal(
+                    f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is"
+                )
             if left:
                 self.connections.discard(connection)
                 connection.close()
@@ -2633,7 +2861,9 @@ class Store:
         copy = Store(path, self.key)
         try:
             self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
-            copy.connection.execute("PRAGMA journal_mode = DELETE")  # one file, and readable where nothing can be written
+            copy.connection.execute(
+                "PRAGMA journal_mode = DELETE"
+            )  # one file, and readable where nothing can be written
             with copy.transaction():
                 copy.connection.execute(BACKUP_SCHEMA)
                 copy.connection.executemany("INSERT INTO backup VALUES (?, ?)", list(files.items()))
@@ -2656,7 +2886,9 @@ class Store:
     def describe_copy(self) -> dict:
         """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
         with self.guard():
-            users, clients = self.connection.execute("SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM client)").fetchone()
+            users, clients = self.connection.execute(
+                "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM client)"
+            ).fetchone()
         return {"users": users, "clients": clients, "newest_at": self.newest_at()}
 
     def forget_logins(self):
@@ -2689,7 +2921,10 @@ class Store:
         return row[0] if row else default
 
     def put_meta(self, name, value):
-        self.run("INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value", name=name, value=str(value))
+        self.run(
+            "INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            name=name, value=str(value),
+        )
 
     def write_something(self):
         """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
@@ -2701,8 +2936,15 @@ class Store:
         if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
             self.write_something()
         room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
-        if not self.writable or self.generation.map[self.generation.FAILED] or room.f_flag & os.ST_RDONLY or room.f_bavail * room.f_frsize < 1_000_000:
-            raise Problem("temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5)
+        if (
+            not self.writable
+            or self.generation.map[self.generation.FAILED]
+            or room.f_flag & os.ST_RDONLY
+            or room.f_bavail * room.f_frsize < 1_000_000
+        ):
+            raise Problem(
+                "temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5
+            )
 
     def clock_floor(self) -> int:
         """The latest time that is known to have been, Unix seconds: no honest clock is before it.
@@ -2718,8 +2960,14 @@ class Store:
         later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
         done = 0
         with self.transaction(identity=True):
-            done += self.run("UPDATE family SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now, later_ms=later_ms)
-            done += self.run("UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now, later_ms=later_ms)
+            done += self.run(
+                "UPDATE family SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now,
+                later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL",
+                now=now, later_ms=later_ms,
+            )
             done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
@@ -2735,12 +2983,24 @@ class Store:
                 """,
                 now=now, later=later, most=LOCKOUT_MAX,
             )
-            done += self.run("UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until", until=now + LOCKOUT_MAX)
+            done += self.run(
+                "UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until",
+                until=now + LOCKOUT_MAX,
+            )
             # A secret that was replaced has at most as long to go as one that is replaced now.
-            done += self.run("UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever", until=now + OVERLAP_MAX, forever=FOREVER)
+            done += self.run(
+                "UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever",
+                until=now + OVERLAP_MAX, forever=FOREVER,
+            )
             done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
-            done += self.run("UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms, later_ms=later_ms)
-            done += self.run("UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms, later_ms=later_ms)
+            done += self.run(
+                "UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
+                later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
+                later_ms=later_ms,
+            )
             if int(self.meta("revoked_before", "0")) > later_ms:
                 self.put_meta("revoked_before", now_ms)
         return done
@@ -2782,8 +3042,13 @@ class Store:
         if not column.isidentifier():
             raise ValueError(sort)
         # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a page of the disk.
-        order = f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
-        rows = self.all(record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset, **parameters)
+        order = (
+            f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
+        )
+        rows = self.all(
+            record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset,
+            **parameters,
+        )
         if offset == 0 and len(rows) < limit:
             return rows, len(rows)
         with self.guard():
@@ -2820,7 +3085,13 @@ class Store:
 
     def set_account_active(self, id, is_active, now) -> bool:
         """Whether that changed anything."""
-        return self.run("UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id AND is_active <> :is_active", id=id, is_active=is_active, now=now) == 1
+        return (
+            self.run(
+                "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id AND is_active <> :is_active",
+                id=id, is_active=is_active, now=now,
+            )
+            == 1
+        )
 
     def set_lockout(self, id, until, now):
         """Lock an account until then; 0 clears every lockout and count there is."""
@@ -2890,11 +3161,17 @@ class Store:
         )
 
     def set_totp(self, id, sealed, now):
-        self.run("UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now WHERE id = :id", id=id, sealed=sealed, now=now)
+        self.run(
+            "UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now WHERE id = :id",
+            id=id, sealed=sealed, now=now,
+        )
 
     def set_pending_totp(self, id, sealed, now):
         """Note a seed that is not confirmed yet; the one in force stays in force."""
-        self.run("UPDATE account SET totp_pending_sealed = :sealed, modified_at = :now WHERE id = :id", id=id, sealed=sealed, now=now)
+        self.run(
+            "UPDATE account SET totp_pending_sealed = :sealed, modified_at = :now WHERE id = :id", id=id, sealed=sealed,
+            now=now,
+        )
 
     def clear_totp(self, id, now) -> bool:
         """Remove the second factor and what is pending of one. Whether there was any."""
@@ -2910,7 +3187,13 @@ class Store:
 
     def spend_totp_step(self, id, step) -> bool:
         """Accept a time step once. RFC 6238 §5.2."""
-        return self.run("UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id AND totp_last_step < :step", id=id, step=step) == 1
+        return (
+            self.run(
+                "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id AND totp_last_step < :step",
+                id=id, step=step,
+            )
+            == 1
+        )
 
     def count_failed_totp(self, id, now, tries, lockout):
         self.run(
@@ -2930,10 +3213,17 @@ class Store:
         return self.one(Role, "SELECT * FROM role WHERE id = :it OR name = :it", it=id_or_name)
 
     def list_roles(self, q="", sort="name", limit=1000, offset=0):
-        return self.page(Role, r"SELECT * FROM role WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset, q=q, like=like(q))
+        return self.page(
+            Role, r"SELECT * FROM role WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset, q=q,
+            like=like(q),
+        )
 
     def add_role(self, id, name, description, now):
-        return self.one(Role, "INSERT INTO role (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *", id=id, name=name, description=description, now=now)
+        return self.one(
+            Role,
+            "INSERT INTO role (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
 
     def update_role(self, id, name, description, now):
         return self.one(
@@ -2946,41 +3236,80 @@ class Store:
         self.run("DELETE FROM role WHERE id = :id", id=id)
 
     def list_roles_of(self, user_id):
-        return self.all(Role, "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name", user_id=user_id)
+        return self.all(
+            Role,
+            "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name",
+            user_id=user_id,
+        )
 
     def has_role(self, user_id, role_id) -> bool:
         with self.guard():
-            return self.connection.execute(
-                "SELECT 1 FROM user_role JOIN role ON role.id = role_id WHERE user_id = :user_id AND role_id = :role_id AND is_active = 1", {"user_id": user_id, "role_id": role_id}
-            ).fetchone() is not None
+            return (
+                self.connection.execute(
+                    "SELECT 1 FROM user_role JOIN role ON role.id = role_id WHERE user_id = :user_id AND role_id = :role_id AND is_active = 1",
+                    {"user_id": user_id, "role_id": role_id},
+                ).fetchone()
+                is not None
+            )
 
     def assign_role(self, user_id, role_id, now) -> bool:
         """Whether that changed anything."""
-        return self.run("INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id, role_id=role_id, now=now) == 1
+        return (
+            self.run(
+                "INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
+                role_id=role_id, now=now,
+            )
+            == 1
+        )
 
     def unassign_role(self, user_id, role_id) -> bool:
-        return self.run("DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id, role_id=role_id) == 1
+        return (
+            self.run(
+                "DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id,
+                role_id=role_id,
+            )
+            == 1
+        )
 
     def find_permission(self, id_or_name):
         return self.one(Permission, "SELECT * FROM permission WHERE id = :it OR name = :it", it=id_or_name)
 
     def list_permissions(self, q="", sort="name", limit=1000, offset=0):
-        return self.page(Permission, r"SELECT * FROM permission WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset, q=q, like=like(q))
+        return self.page(
+            Permission, r"SELECT * FROM permission WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset,
+            q=q, like=like(q),
+        )
 
     def add_permission(self, id, name, now):
-        return self.one(Permission, "INSERT INTO permission (id, name, created_at, modified_at) VALUES (:id, :name, :now, :now) RETURNING *", id=id, name=name, now=now)
+        return self.one(
+            Permission,
+            "INSERT INTO permission (id, name, created_at, modified_at) VALUES (:id, :name, :now, :now) RETURNING *",
+            id=id, name=name, now=now,
+        )
 
     def update_permission(self, id, name, now):
-        return self.one(Permission, "UPDATE permission SET name = coalesce(:name, name), modified_at = :now WHERE id = :id RETURNING *", id=id, name=name, now=now)
+        return self.one(
+            Permission,
+            "UPDATE permission SET name = coalesce(:name, name), modified_at = :now WHERE id = :id RETURNING *", id=id,
+            name=name, now=now,
+        )
 
     def delete_permission(self, id):
         self.run("DELETE FROM permission WHERE id = :id", id=id)
 
     def list_permissions_of_role(self, role_id):
-        return self.all(Permission, "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id WHERE role_id = :role_id ORDER BY name", role_id=role_id)
+        return self.all(
+            Permission,
+            "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id WHERE role_id = :role_id ORDER BY name",
+            role_id=role_id,
+        )
 
     def list_roles_with(self, permission_id):
-        return self.all(Role, "SELECT role.* FROM role JOIN role_permission ON role.id = role_id WHERE permission_id = :permission_id ORDER BY name", permission_id=permission_id)
+        return self.all(
+            Role,
+            "SELECT role.* FROM role JOIN role_permission ON role.id = role_id WHERE permission_id = :permission_id ORDER BY name",
+            permission_id=permission_id,
+        )
 
     def list_permissions_of_user(self, user_id):
         """What an active user may do by the active roles it has."""
@@ -2999,25 +3328,52 @@ class Store:
         )
 
     def assign_permission(self, role_id, permission_id, now) -> bool:
-        return self.run("INSERT INTO role_permission VALUES (:role_id, :permission_id, :now) ON CONFLICT DO NOTHING", role_id=role_id, permission_id=permission_id, now=now) == 1
+        return (
+            self.run(
+                "INSERT INTO role_permission VALUES (:role_id, :permission_id, :now) ON CONFLICT DO NOTHING",
+                role_id=role_id, permission_id=permission_id, now=now,
+            )
+            == 1
+        )
 
     def remove_permission(self, role_id, permission_id) -> bool:
-        return self.run("DELETE FROM role_permission WHERE role_id = :role_id AND permission_id = :permission_id", role_id=role_id, permission_id=permission_id) == 1
+        return (
+            self.run(
+                "DELETE FROM role_permission WHERE role_id = :role_id AND permission_id = :permission_id",
+                role_id=role_id, permission_id=permission_id,
+            )
+            == 1
+        )
 
     def list_scopes_of_user(self, user_id):
-        return self.all(Scope, "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name", user_id=user_id)
+        return self.all(
+            Scope,
+            "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name",
+            user_id=user_id,
+        )
 
     def assign_scope_to_user(self, user_id, scope_id, now):
-        return self.run("INSERT INTO user_scope VALUES (:user_id, :scope_id, :now) ON CONFLICT DO NOTHING", user_id=user_id, scope_id=scope_id, now=now)
+        return self.run(
+            "INSERT INTO user_scope VALUES (:user_id, :scope_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
+            scope_id=scope_id, now=now,
+        )
 
     def remove_scope_from_user(self, user_id, scope_id) -> bool:
-        return self.run("DELETE FROM user_scope WHERE user_id = :user_id AND scope_id = :scope_id", user_id=user_id, scope_id=scope_id) == 1
+        return (
+            self.run(
+                "DELETE FROM user_scope WHERE user_id = :user_id AND scope_id = :scope_id", user_id=user_id,
+                scope_id=scope_id,
+            )
+            == 1
+        )
 
     # -- clients and scopes --
 
     def find_client(self, client_id):
         """Look a client up by its identifier or its internal id; they cannot collide."""
-        return self.one(ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id)
+        return self.one(
+            ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id
+        )
 
     def list_clients(self, q="", sort="display_name", limit=1000, offset=0, scope_id=None):
         return self.page(
@@ -3057,15 +3413,30 @@ class Store:
 
     def revoke_client(self, id, client_id, now, now_ms):
         """End everything that was issued to a client. Its sessions are not rewritten, which may be a million: the epoch ends them."""
-        self.run("UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms)
-        self.run("UPDATE family SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL", client_id=client_id, now=now)
-        self.run("UPDATE refresh_token SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL", client_id=client_id, now=now)
+        self.run(
+            "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
+        )
+        self.run(
+            "UPDATE family SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
+            client_id=client_id, now=now,
+        )
+        self.run(
+            "UPDATE refresh_token SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
+            client_id=client_id, now=now,
+        )
 
     def delete_secret(self, client_id, id) -> bool:
-        return self.run("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id) == 1
+        return (
+            self.run("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
+            == 1
+        )
 
     def list_secrets(self, client_id, now):
-        return self.all(Secret, "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC", client_id=client_id, now=now)
+        return self.all(
+            Secret,
+            "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC",
+            client_id=client_id, now=now,
+        )
 
     def add_secret(self, id, client_id, secret_hash, now):
         # Two of one second keep their order.
@@ -3089,11 +3460,19 @@ class Store:
             """,
             client_id=client_id, expires_at=expires_at, now=now,
         )
-        self.run("DELETE FROM client_secret WHERE client_id = :client_id AND expires_at <= :now", client_id=client_id, now=now)
+        self.run(
+            "DELETE FROM client_secret WHERE client_id = :client_id AND expires_at <= :now", client_id=client_id,
+            now=now,
+        )
 
     def list_features(self, client_id):
         with self.guard():
-            return dict(self.connection.execute("SELECT feature_flag, options FROM client_feature WHERE client_id = :client_id AND is_enabled = 1", {"client_id": client_id}).fetchall())
+            return dict(
+                self.connection.execute(
+                    "SELECT feature_flag, options FROM client_feature WHERE client_id = :client_id AND is_enabled = 1",
+                    {"client_id": client_id},
+                ).fetchall()
+            )
 
     def put_feature(self, client_id, flag, is_enabled=None, options=None):
         """Set a flag, its option, or both; what is None stays. An option set on a flag that was never set switches it on."""
@@ -3107,15 +3486,24 @@ class Store:
         )
 
     def list_all_features(self, client_id):
-        return self.all(Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id", client_id=client_id)
+        return self.all(
+            Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
+            client_id=client_id,
+        )
 
     # -- external identity providers --
 
     def list_idps(self, client_id):
-        return self.all(ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id ORDER BY display_name, id", client_id=client_id)
+        return self.all(
+            ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id ORDER BY display_name, id",
+            client_id=client_id,
+        )
 
     def find_idp(self, client_id, id):
-        return self.one(ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
+        return self.one(
+            ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id AND id = :id",
+            client_id=client_id, id=id,
+        )
 
     def put_idp(self, row: ExternalIdp):
         """Add a provider, or write one as it shall be from now on."""
@@ -3130,17 +3518,30 @@ class Store:
         )
 
     def delete_idp(self, client_id, id) -> bool:
-        return self.run("DELETE FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id) == 1
+        return (
+            self.run(
+                "DELETE FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id,
+                id=id,
+            )
+            == 1
+        )
 
     def list_uris(self, client_id, kind=None):
         """The URIs of a client, by its internal id."""
-        return self.all(ClientUri, "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri", client_id=client_id, kind=kind)
+        return self.all(
+            ClientUri,
+            "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri",
+            client_id=client_id, kind=kind,
+        )
 
     def find_uri(self, id):
         return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
 
     def add_uri(self, id, client_id, kind, uri, now):
-        return self.one(ClientUri, "INSERT INTO client_uri VALUES (:id, :client_id, :kind, :uri, :now) RETURNING *", id=id, client_id=client_id, kind=kind, uri=uri, now=now)
+        return self.one(
+            ClientUri, "INSERT INTO client_uri VALUES (:id, :client_id, :kind, :uri, :now) RETURNING *", id=id,
+            client_id=client_id, kind=kind, uri=uri, now=now,
+        )
 
     def delete_uri(self, id):
         return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
@@ -3150,7 +3551,10 @@ class Store:
         return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
 
     def list_scopes(self, q="", sort="name", limit=1000, offset=0):
-        return self.page(Scope, r"SELECT * FROM scope WHERE is_active = 1 AND (:q = '' OR name LIKE :like ESCAPE '\')", sort, limit, offset, q=q, like=like(q))
+        return self.page(
+            Scope, r"SELECT * FROM scope WHERE is_active = 1 AND (:q = '' OR name LIKE :like ESCAPE '\')", sort, limit,
+            offset, q=q, like=like(q),
+        )
 
     def update_scope(self, id, name, description, now):
         return self.one(
@@ -3163,7 +3567,13 @@ class Store:
         self.run("DELETE FROM scope WHERE id = :id", id=id)
 
     def remove_scope_from_client(self, client_id, scope_id) -> bool:
-        return self.run("DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id, scope_id=scope_id) == 1
+        return (
+            self.run(
+                "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
+                scope_id=scope_id,
+            )
+            == 1
+        )
 
     def add_scope(self, id, name, description, now):
         return self.one(
@@ -3173,15 +3583,25 @@ class Store:
         )
 
     def list_scopes_of_client(self, client_id):
-        return self.all(Scope, "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id AND is_active = 1 ORDER BY name", client_id=client_id)
+        return self.all(
+            Scope,
+            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id AND is_active = 1 ORDER BY name",
+            client_id=client_id,
+        )
 
     def assign_scope_to_client(self, client_id, scope_id, now):
-        return self.run("INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id, scope_id=scope_id, now=now)
+        return self.run(
+            "INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id,
+            scope_id=scope_id, now=now,
+        )
 
     # -- sessions and refresh tokens --
 
     def add_family(self, family: Family):
-        self.run("INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at, :browser, :claims)", **msgspec.structs.asdict(family))
+        self.run(
+            "INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at, :browser, :claims)",
+            **msgspec.structs.asdict(family),
+        )
 
     def find_family(self, sid):
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
@@ -3191,7 +3611,11 @@ class Store:
 
     def list_sessions(self, user_id=None, client_id=None, id=None, sort="-id", limit=1000, offset=0):
         """Sessions with what their listing shows, newest first: their ids begin with their time."""
-        wanted = {name: value for name, value in (("id", id), ("user_id", user_id), ("client_id", client_id)) if value is not None}
+        wanted = {
+            name: value
+            for name, value in (("id", id), ("user_id", user_id), ("client_id", client_id))
+            if value is not None
+        }
         # No "is null or equal": the index would not be used.
         where = " AND ".join(["1 = 1", *(f"session.{name} = :{name}" for name in wanted)])
         return self.page(ListedSession, f"{LISTED_SESSIONS} WHERE {where}", sort, limit, offset, **wanted)
@@ -3203,10 +3627,15 @@ class Store:
         return next(iter(self.list_sessions(id=id)[0]), None)
 
     def add_refresh_token(self, token: RefreshToken):
-        self.run("INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, :issued_at, :expires_at, :rotated_at, :revoked_at)", **msgspec.structs.asdict(token))
+        self.run(
+            "INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, :issued_at, :expires_at, :rotated_at, :revoked_at)",
+            **msgspec.structs.asdict(token),
+        )
 
     def find_refresh_token(self, token_sha256):
-        return self.one(RefreshToken, "SELECT * FROM refresh_token WHERE token_sha256 = :token_sha256", token_sha256=token_sha256)
+        return self.one(
+            RefreshToken, "SELECT * FROM refresh_token WHERE token_sha256 = :token_sha256", token_sha256=token_sha256
+        )
 
     def list_refresh_tokens(self, user_id=None, id=None, sort="-id", limit=1000, offset=0):
         wanted = {name: value for name, value in (("id", id), ("user_id", user_id)) if value is not None}
@@ -3239,27 +3668,49 @@ class Store:
         self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
 
     def list_families_of(self, user_id, client_id=None):
-        return self.all(Family, "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL", user_id=user_id, client_id=client_id)
+        return self.all(
+            Family,
+            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL",
+            user_id=user_id, client_id=client_id,
+        )
 
     def revoke_role_holders(self, role_id, now, now_ms):
         """End everything that was issued to whoever has a role."""
-        self.run("UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", role_id=role_id, now_ms=now_ms)
+        self.run(
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id FROM user_role WHERE role_id = :role_id)",
+            role_id=role_id, now_ms=now_ms,
+        )
         for table in ("family", "refresh_token", "session", "browser_session"):
-            self.run(f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role WHERE role_id = :role_id) AND revoked_at IS NULL", role_id=role_id, now=now)
+            self.run(
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role WHERE role_id = :role_id) AND revoked_at IS NULL",
+                role_id=role_id, now=now,
+            )
 
     def revoke_account(self, user_id, now, now_ms):
         """End everything that was issued to a user, on both ports. The epoch always grows: what was issued just after the last one dies too."""
-        self.run("UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id, now_ms=now_ms)
+        self.run(
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id,
+            now_ms=now_ms,
+        )
         for table in ("family", "refresh_token", "session", "browser_session"):
-            self.run(f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL", user_id=user_id, now=now)
+            self.run(
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL",
+                user_id=user_id, now=now,
+            )
 
     def revoke_jti(self, jti, expires_at, now):
-        self.run("INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti, expires_at=expires_at, now=now)
+        self.run(
+            "INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti,
+            expires_at=expires_at, now=now,
+        )
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
 
     def is_revoked(self, jti) -> bool:
         with self.guard():
-            return self.connection.execute("SELECT 1 FROM revoked_token WHERE jti = :jti", {"jti": jti}).fetchone() is not None
+            return (
+                self.connection.execute("SELECT 1 FROM revoked_token WHERE jti = :jti", {"jti": jti}).fetchone()
+                is not None
+            )
 
     # -- people: logins under way, browser sessions, codes, consent --
 
@@ -3274,11 +3725,19 @@ class Store:
 
     def find_login(self, id, binding_sha256, now):
         """Look a login under way up; only for who began it."""
-        return self.one(LoginTransaction, "SELECT * FROM login_transaction WHERE id = :id AND binding_sha256 = :binding_sha256 AND expires_at > :now", id=id, binding_sha256=binding_sha256, now=now)
+        return self.one(
+            LoginTransaction,
+            "SELECT * FROM login_transaction WHERE id = :id AND binding_sha256 = :binding_sha256 AND expires_at > :now",
+            id=id, binding_sha256=binding_sha256, now=now,
+        )
 
     def find_headless_login(self, binding_sha256, now):
         """Look up the login of an application with screens of its own: it has one secret for each."""
-        return self.one(LoginTransaction, "SELECT * FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now LIMIT 1", binding_sha256=binding_sha256, now=now)
+        return self.one(
+            LoginTransaction,
+            "SELECT * FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now LIMIT 1",
+            binding_sha256=binding_sha256, now=now,
+        )
 
     def advance_login(self, login: LoginTransaction, state, user_id, amr, auth_time, proven_ms, now, pending=""):
         """Take one step from the state that was read, once. Return it as it is then, or None where somebody was first."""
@@ -3290,17 +3749,23 @@ class Store:
              WHERE id = :id AND binding_sha256 = :binding_sha256 AND state = :was AND expires_at > :now
             RETURNING *
             """,
-            id=login.id, binding_sha256=login.binding_sha256, was=login.state, state=state, user_id=user_id, amr=amr, auth_time=auth_time,
-            proven_ms=proven_ms, pending=pending, now=now,
+            id=login.id, binding_sha256=login.binding_sha256, was=login.state, state=state, user_id=user_id, amr=amr,
+            auth_time=auth_time, proven_ms=proven_ms, pending=pending, now=now,
         )
 
     def count_failed_step(self, id, most):
         """Count a failure of a login under way; too many end it."""
-        self.run("UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most THEN 0 ELSE expires_at END WHERE id = :id", id=id, most=most)
+        self.run(
+            "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most THEN 0 ELSE expires_at END WHERE id = :id",
+            id=id, most=most,
+        )
 
     def count_logins(self, binding_sha256, now) -> int:
         with self.guard():
-            return self.connection.execute("SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding AND expires_at > :now", {"binding": binding_sha256, "now": now}).fetchone()[0]
+            return self.connection.execute(
+                "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding AND expires_at > :now",
+                {"binding": binding_sha256, "now": now},
+            ).fetchone()[0]
 
     def add_browser_session(self, session: BrowserSession):
         self.run(
@@ -3309,22 +3774,47 @@ class Store:
         )
 
     def find_browser_session(self, id_sha256):
-        return self.one(BrowserSession, "SELECT * FROM browser_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256)
+        return self.one(
+            BrowserSession, "SELECT * FROM browser_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256
+        )
 
     def list_browser_sessions(self, user_id, now):
-        return self.all(BrowserSession, "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now ORDER BY last_seen_at DESC", user_id=user_id, now=now)
+        return self.all(
+            BrowserSession,
+            "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now ORDER BY last_seen_at DESC",
+            user_id=user_id, now=now,
+        )
 
     def touch_browser_session(self, id_sha256, now):
-        self.run("UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now", id_sha256=id_sha256, now=now)
+        self.run(
+            "UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
+            id_sha256=id_sha256, now=now,
+        )
 
     def strengthen_browser_session(self, id_sha256, amr, now):
-        self.run("UPDATE browser_session SET amr = :amr, last_seen_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL", id_sha256=id_sha256, amr=amr, now=now)
+        self.run(
+            "UPDATE browser_session SET amr = :amr, last_seen_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
+            id_sha256=id_sha256, amr=amr, now=now,
+        )
 
     def revoke_browser_session(self, id_sha256, now) -> bool:
         """End a browser session and every login that began in it. Whether it was alive."""
-        for sid in [family.sid for family in self.all(Family, "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)", browser=id_sha256)]:
+        for sid in [
+            family.sid
+            for family in self.all(
+                Family,
+                "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)",
+                browser=id_sha256,
+            )
+        ]:
             self.revoke_family(sid, now)
-        return self.run("UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL", id_sha256=id_sha256, now=now) == 1
+        return (
+            self.run(
+                "UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
+                id_sha256=id_sha256, now=now,
+            )
+            == 1
+        )
 
     def replace_browser_session(self, old, new, user_id, now):
         """Let one browser session follow another: of the same user it hands its logins over, of another it ends with them."""
@@ -3334,8 +3824,14 @@ class Store:
         if found.user_id != user_id:
             self.revoke_browser_session(old, now)
             return
-        self.run("UPDATE family SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old, user_id=user_id)
-        self.run("UPDATE authorization_code SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old, user_id=user_id)
+        self.run(
+            "UPDATE family SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old,
+            user_id=user_id,
+        )
+        self.run(
+            "UPDATE authorization_code SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new,
+            old=old, user_id=user_id,
+        )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
 
     def add_code(self, code: AuthorizationCode):
@@ -3362,12 +3858,18 @@ class Store:
             )
 
     def find_code(self, code_sha256):
-        return self.one(AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256", code_sha256=code_sha256)
+        return self.one(
+            AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256",
+            code_sha256=code_sha256,
+        )
 
     def consented(self, user_id, client_id) -> str | None:
         """The scope a user has consented to, of a client by its internal id; None where it never did."""
         with self.guard():
-            row = self.connection.execute("SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id", {"user_id": user_id, "client_id": client_id}).fetchone()
+            row = self.connection.execute(
+                "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
+                {"user_id": user_id, "client_id": client_id},
+            ).fetchone()
         return row[0] if row else None
 
     def put_consent(self, user_id, client_id, scope, now):
@@ -3382,26 +3884,45 @@ class Store:
     def replace_recovery_codes(self, user_id, hashes, now):
         self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
         for code_sha256 in hashes:
-            self.run("INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256, user_id=user_id, now=now)
+            self.run(
+                "INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256,
+                user_id=user_id, now=now,
+            )
 
     def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
-        return self.run("UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 AND spent_at IS NULL", user_id=user_id, code_sha256=code_sha256, now=now) == 1
+        return (
+            self.run(
+                "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 AND spent_at IS NULL",
+                user_id=user_id, code_sha256=code_sha256, now=now,
+            )
+            == 1
+        )
 
     def count_recovery_codes(self, user_id) -> int:
         with self.guard():
-            return self.connection.execute("SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}).fetchone()[0]
+            return self.connection.execute(
+                "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}
+            ).fetchone()[0]
 
     def list_token_lifetimes(self) -> list:
         """The TOKEN_EXPIRATION of every client that has one, as text."""
         with self.guard():
-            return [option for (option,) in self.connection.execute("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")]
+            return [
+                option
+                for (option,) in self.connection.execute(
+                    "SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'"
+                )
+            ]
 
     def list_cors_origins(self) -> frozenset:
         """The origins of all active public clients."""
         with self.guard():
-            return frozenset(uri for (uri,) in self.connection.execute(
-                "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
-            ))
+            return frozenset(
+                uri
+                for (uri,) in self.connection.execute(
+                    "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
+                )
+            )
 
     # -- audit --
 
@@ -3422,21 +3943,29 @@ class Store:
             chained.append((seq, *row[:-1], digest, row[-1]))
         connection.executemany("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", chained)
         if connection is not self.__dict__.get("batch_connection"):
-            connection.execute("INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (f"{seq}:{digest}",))
+            connection.execute(
+                "INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (f"{seq}:{digest}",),
+            )
 
-    def list_audit(self, action=None, limit=100, actor_id=None, target=None, since=0, until=FOREVER, after=None, offset=0):
+    def list_audit(
+        self, action=None, limit=100, actor_id=None, target=None, since=0, until=FOREVER, after=None, offset=0
+    ):
         """Audit rows, newest first; those after a `seq` oldest first, for whoever follows them."""
         direction = "ASC" if after is not None else "DESC"
         return self.all(
             AuditRow, f"SELECT * FROM audit {AUDIT_FILTER} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
-            action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1 if after is None else after, limit=limit, offset=offset,
+            action=action, actor_id=actor_id, target=target, since=since, until=until,
+            after=-1 if after is None else after, limit=limit, offset=offset,
         )
 
     def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
         """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
         with self.guard():
             if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
-                return self.connection.execute("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)").fetchone()[0]
+                return self.connection.execute(
+                    "SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)"
+                ).fetchone()[0]
             return self.connection.execute(
                 f"SELECT count(*) FROM audit {AUDIT_FILTER}",
                 {"action": action, "actor_id": actor_id, "target": target, "since": since, "until": until, "after": -1},
@@ -3459,7 +3988,9 @@ class Store:
                 seq, digest, rows, first = int(anchor[0]), anchor[1], 0, None
                 seen_head = int(head[0]) < seq or int(head[0]) == seq and head[1] == digest
                 found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
-                for row in connection.execute("SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result, row_sha256 FROM audit ORDER BY seq"):
+                for row in connection.execute(
+                    "SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result, row_sha256 FROM audit ORDER BY seq"
+                ):
                     if row[0] != seq + 1:
                         return found | {"valid": False, "reason": f"rows {seq + 1} to {row[0] - 1} are missing"}
                     seq, digest = row[0], chain(digest, row[0], row[1:10])
@@ -3469,7 +4000,9 @@ class Store:
                     rows, first = rows + 1, first or seq
                     found |= {"rows": rows, "first_seq": first, "last_seq": seq, "head": digest}
                 if not seen_head:
-                    return found | {"valid": False, "reason": f"rows up to {head[0]} were written, and the chain ends before"}
+                    return found | {
+                        "valid": False, "reason": f"rows up to {head[0]} were written, and the chain ends before",
+                    }
                 return found
             finally:
                 connection.execute("ROLLBACK")
@@ -3558,7 +4091,10 @@ class Store:
                        AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
                   FROM session WHERE id > :after AND id < :older ORDER BY id LIMIT :limit
                 """,
-                {"before": before, "revoked": int(revoked), "user_id": user_id, "client_id": client_id, "after": after_id, "older": older_than_id, "limit": limit},
+                {
+                    "before": before, "revoked": int(revoked), "user_id": user_id, "client_id": client_id,
+                    "after": after_id, "older": older_than_id, "limit": limit,
+                },
             ).fetchall()
         dead = [(id,) for id, is_dead in ids if is_dead]
         if dead:
@@ -3574,11 +4110,16 @@ class Store:
         the indexes. Returns (key to go on after or None, rows deleted).
         """
         with self.guard():
-            rows = self.connection.execute(f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit", {"after": after, "limit": limit, **parameters}).fetchall()
+            rows = self.connection.execute(
+                f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit",
+                {"after": after, "limit": limit, **parameters},
+            ).fetchall()
         found, deleted = [it for it, is_dead in rows if is_dead][:SCATTERED], 0
         if found:
             with self.transaction():
-                deleted = self.connection.executemany(f"DELETE FROM {table} WHERE {key} = :key AND {dead}", [{"key": it, **parameters} for it in found]).rowcount
+                deleted = self.connection.executemany(
+                    f"DELETE FROM {table} WHERE {key} = :key AND {dead}", [{"key": it, **parameters} for it in found]
+                ).rowcount
         if len(found) == SCATTERED:
             return found[-1], deleted
         return (rows[-1][0] if len(rows) == limit else None), deleted
@@ -3590,7 +4131,9 @@ class Store:
     def purge_logins(self, before, limit):
         """Delete up to `limit` logins that are over, found before the turn to write is taken."""
         with self.guard():
-            found = self.connection.execute("SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)).fetchall()
+            found = self.connection.execute(
+                "SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)
+            ).fetchall()
         if found:
             with self.transaction():
                 self.connection.executemany("DELETE FROM login_transaction WHERE id = ?", found)
@@ -3659,7 +4202,9 @@ class HashGate:
 
     def __init__(self, running, waiting=60):
         self.room = threading.Semaphore(running)
-        self.places, self.taken, self.of = running + waiting, 0, collections.Counter()  # places in all; taken in all, and by peer
+        self.places, self.taken, self.of = (
+            running + waiting, 0, collections.Counter(),
+        )  # places in all; taken in all, and by peer
         self.lock = threading.Lock()
         self.held = threading.local()
         self.blocking = contextlib.nullcontext
@@ -3717,11 +4262,18 @@ class Argon2Memory:
         """Return Argon2id of a password; `memory` in KiB. RFC 9106 §3.1. Raises Argon2Error, MemoryError, OSError."""
         if self.allocate is None:
             return argon2_raw(password, salt, passes, memory, lanes, length, Argon2Type.ID)
-        tag, word, grain = argon2_ffi.new("uint8_t[]", length), argon2_ffi.new("uint8_t[]", password), argon2_ffi.new("uint8_t[]", salt)
-        context = argon2_ffi.new("argon2_context *", {
-            "out": tag, "outlen": length, "pwd": word, "pwdlen": len(password), "salt": grain, "saltlen": len(salt),
-            "t_cost": passes, "m_cost": memory, "lanes": lanes, "threads": lanes, "version": 0x13, "allocate_cbk": self.allocate, "free_cbk": self.free,
-        })
+        tag, word, grain = (
+            argon2_ffi.new("uint8_t[]", length), argon2_ffi.new("uint8_t[]", password),
+            argon2_ffi.new("uint8_t[]", salt),
+        )
+        context = argon2_ffi.new(
+            "argon2_context *",
+            {
+                "out": tag, "outlen": length, "pwd": word, "pwdlen": len(password), "salt": grain, "saltlen": len(salt),
+                "t_cost": passes, "m_cost": memory, "lanes": lanes, "threads": lanes, "version": 0x13,
+                "allocate_cbk": self.allocate, "free_cbk": self.free,
+            },
+        )
         room = 1024 * memory
         # Begun at a huge page; kernels before 6.7 do not see to that.
         with mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
@@ -3752,8 +4304,8 @@ class Hasher:
         with self.gate.place(), self.gate.room:
             try:
                 return argon2_hash(
-                    password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time, options.argon2id_memory,
-                    options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
+                    password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time,
+                    options.argon2id_memory, options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
                 ).decode()
             except (Argon2Error, MemoryError, OSError) as error:
                 raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
@@ -3823,8 +4375,8 @@ class Throttle:
     """
 
     RATES = {  # burst, refill a second
-        "name": (20, 20 / 60), "peer": (120, 2.0),
-        "login": (60, 1.0), "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
+        "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
+        "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
     }
 
     def __init__(self, clock, size=20_000):
@@ -3857,10 +4409,16 @@ class Throttle:
         """Spend one login begun. Raises slow_down where there were too many."""
         now = self.clock()
         with self.lock:
-            for key in [("logins", "", b""), *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer")]:
+            for key in [
+                ("logins", "", b""),
+                *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"),
+            ]:
                 level = self.level(key, now)
                 if level < 1:
-                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1)
+                    raise Problem(
+                        "slow_down", log=f"too many logins begun, the last by {peer}",
+                        retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1,
+                    )
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):
@@ -3892,7 +4450,9 @@ class Seal:
         try:
             return self.cipher.decrypt(raw[:12], raw[12:], owner.encode()).decode()
         except InvalidTag:
-            raise Problem("server_error", log="a TOTP seed does not open: the seal key is not the one it was sealed with") from None
+            raise Problem(
+                "server_error", log="a TOTP seed does not open: the seal key is not the one it was sealed with"
+            ) from None
 
 
 def new_totp_seed() -> str:
@@ -3952,7 +4512,9 @@ PKCS1 = padding.PKCS1v15()
 ECDSA_SHA256 = ec.ECDSA(SHA256)
 ENCODE = msgspec.json.Encoder().encode
 B64URL = bytes.maketrans(b"+/", b"-_")
-PEM_BLOCK = re.compile(rb"(?:^# state=(\w+) since=(\d+)[^\n]*\n)?^-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?^-----END \3-----", re.S | re.M)
+PEM_BLOCK = re.compile(
+    rb"(?:^# state=(\w+) since=(\d+)[^\n]*\n)?^-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?^-----END \3-----", re.S | re.M
+)
 
 
 class KeyEntry(msgspec.Struct, frozen=True):
@@ -4006,7 +4568,16 @@ def is_consistent(key) -> bool:
     """
     private = key.private_numbers()
     n, e, d, p, q = private.public_numbers.n, private.public_numbers.e, private.d, private.p, private.q
-    return p * q == n and p > 1 and q > 1 and all(e * d % (prime - 1) == 1 and part == d % (prime - 1) for prime, part in ((p, private.dmp1), (q, private.dmq1))) and private.iqmp * q % p == 1
+    return (
+        p * q == n
+        and p > 1
+        and q > 1
+        and all(
+            e * d % (prime - 1) == 1 and part == d % (prime - 1)
+            for prime, part in ((p, private.dmp1), (q, private.dmq1))
+        )
+        and private.iqmp * q % p == 1
+    )
 
 
 def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
@@ -4021,7 +4592,9 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
                 raise OSError(errno.EINVAL, "it is not a file")
             content = file.read()
     except FileNotFoundError:
-        raise Refusal(f"the signing key {path} is missing: restore it, or run setup anew without the database") from None
+        raise Refusal(
+            f"the signing key {path} is missing: restore it, or run setup anew without the database"
+        ) from None
     except OSError as error:
         raise Refusal(f"the signing key {path} cannot be read: {error.strerror}") from None
     guard_private(path, "it is a private key")
@@ -4033,19 +4606,36 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
         if encrypted and not passphrase:
             raise Refusal(f"the signing key {path} is encrypted, and no passphrase for it is given")
         try:
-            key = serialization.load_pem_private_key(pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True)
-        except (ValueError, TypeError, UnsupportedAlgorithm):  # the last where a byte of the name of its kind is damaged
-            raise Refusal(f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged") from None
-        if not isinstance(key, rsa.RSAPrivateKey) and not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
+            key = serialization.load_pem_private_key(
+                pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
+            )
+        except (
+            ValueError, TypeError, UnsupportedAlgorithm,
+        ):  # the last where a byte of the name of its kind is damaged
+            raise Refusal(
+                f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
+            ) from None
+        if not isinstance(key, rsa.RSAPrivateKey) and not (
+            isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"
+        ):
             raise Refusal(f"the signing key {path} is neither RSA nor P-256")
         if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
             raise Refusal(f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048")
         if isinstance(key, rsa.RSAPrivateKey) and not is_consistent(key):
             raise Refusal(f"the signing key {path} is damaged: its numbers do not belong together; restore a backup")
-        der = key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        der = key.private_bytes(
+            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
-    begun, stated = len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M)), len(re.findall(rb"^# state=", content, re.M))
-    if begun != len(entries) or stated not in (0, len(entries)) or any(entry.state not in ("next", "active", "retired") for entry in entries):
+    begun, stated = (
+        len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M)),
+        len(re.findall(rb"^# state=", content, re.M)),
+    )
+    if (
+        begun != len(entries)
+        or stated not in (0, len(entries))
+        or any(entry.state not in ("next", "active", "retired") for entry in entries)
+    ):
         raise Refusal(f"the signing key {path} is damaged: a part of it is missing; restore a backup")
     if not any(entry.state == "active" for entry in entries):
         raise Refusal(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
@@ -4058,8 +4648,11 @@ def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
     for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
         alg, at = alg_of(entry), entry.since + overlap
         entries = [
-            msgspec.structs.replace(other, state="retired", since=at) if other.state == "active" and alg_of(other) == alg
-            else msgspec.structs.replace(other, state="active", since=at) if other is entry else other
+            msgspec.structs.replace(other, state="retired", since=at)
+            if other.state == "active" and alg_of(other) == alg
+            else msgspec.structs.replace(other, state="active", since=at)
+            if other is entry
+            else other
             for other in entries
         ]
     return entries
@@ -4092,13 +4685,22 @@ class Key:
         if isinstance(self.private, rsa.RSAPrivateKey):
             self.alg = "RS256"
             size = (numbers.n.bit_length() + 7) // 8
-            self.jwk = {"e": b64url(numbers.e.to_bytes(3, "big").lstrip(b"\0")), "kty": "RSA", "n": b64url(numbers.n.to_bytes(size, "big"))}
+            self.jwk = {
+                "e": b64url(numbers.e.to_bytes(3, "big").lstrip(b"\0")), "kty": "RSA",
+                "n": b64url(numbers.n.to_bytes(size, "big")),
+            }
         else:
             self.alg = "ES256"
-            self.jwk = {"crv": "P-256", "kty": "EC", "x": b64url(numbers.x.to_bytes(32, "big")), "y": b64url(numbers.y.to_bytes(32, "big"))}
+            self.jwk = {
+                "crv": "P-256", "kty": "EC", "x": b64url(numbers.x.to_bytes(32, "big")),
+                "y": b64url(numbers.y.to_bytes(32, "big")),
+            }
         # RFC 7638 §3: the required members in lexicographic order, no white space.
         self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
-        self.headers = {typ: b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid})) for typ in (AT_JWT, JWT)}
+        self.headers = {
+            typ: b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid}))
+            for typ in (AT_JWT, JWT)
+        }
 
     def public_jwk(self):
         return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
@@ -4245,7 +4847,10 @@ def ring_files(options: Options) -> dict:
     """Return {port: (path, passphrase, prefers ES256)} of the key rings."""
     return {
         "auth": (options.token_signing_key_file, options.token_signing_key_pass, options.prefer_ec_token_signer),
-        "admin": (options.admin_token_signing_key_file, options.admin_token_signing_key_pass, options.prefer_ec_admin_token_signer),
+        "admin": (
+            options.admin_token_signing_key_file, options.admin_token_signing_key_pass,
+            options.prefer_ec_admin_token_signer,
+        ),
     }
 
 
@@ -4276,7 +4881,10 @@ class Timekeeper:
         self.wall, self.monotonic, self.uptime = wall, monotonic or since_boot, uptime or self.read_uptime
         monotonic, wall = self.monotonic(), self.wall()
         offset = wall - monotonic
-        self.put(offset=offset, trusted=offset, candidate=offset, steady_since=monotonic, looked=monotonic, uptime=monotonic - self.uptime(), since=0.0, guessed=0.0)
+        self.put(
+            offset=offset, trusted=offset, candidate=offset, steady_since=monotonic, looked=monotonic,
+            uptime=monotonic - self.uptime(), since=0.0, guessed=0.0,
+        )
         if wall < floor - IAT_SKEW:
             self.put(offset=floor - monotonic, trusted=floor - monotonic, guessed=1.0)
         elif wall > floor + CLOCK_FAR and floor > RELEASED_AT:
@@ -4316,7 +4924,10 @@ class Timekeeper:
         monotonic = self.monotonic()
         slip = monotonic - self.uptime() - self.get("uptime")
         if abs(slip) > 5:  # even the seconds since boot were set, as a debugger or an emulator can
-            self.put(uptime=self.get("uptime") + slip, **{name: self.get(name) - slip for name in ("offset", "trusted", "candidate")})
+            self.put(
+                uptime=self.get("uptime") + slip,
+                **{name: self.get(name) - slip for name in ("offset", "trusted", "candidate")},
+            )
             self.put(**{name: self.get(name) + slip for name in ("since", "steady_since", "looked") if self.get(name)})
         offset, at = self.wall() - monotonic, self.get("offset")
         passed = min(60.0, max(0.0, monotonic - self.get("looked")))
@@ -4352,7 +4963,10 @@ class Idp:
     Threads share it. Settings and keys do not change; what is cached follows the store's generation.
     """
 
-    def __init__(self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time, log=None):
+    def __init__(
+        self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time,
+        log=None,
+    ):
         self.options, self.store, self.seal, self.clock = options, store, seal, clock
         self.rings = {"auth": auth_ring, "admin": admin_ring}
         self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
@@ -4365,7 +4979,9 @@ class Idp:
         self.client_digests = Digests(900, 4096)
         self.password_digests = Digests(options.pass_cache_duration, 4096)
         self.client_cache = (b"", {})
-        self.locks = [threading.Lock() for _ in range(64)]  # by name: one verification of an account or client at a time
+        self.locks = [
+            threading.Lock() for _ in range(64)
+        ]  # by name: one verification of an account or client at a time
         self.pages = {}  # prebuilt answers
         self.replays = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True  # where no Timekeeper looks
@@ -4420,7 +5036,10 @@ class Idp:
             self.rings[port_name] = KeyRing(entries, prefer_ec)
             # After the ring: who holds the dict of before may have built a page from the ring of before. See prebuilt().
             self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
-            self.log("keys.changed", port=port_name, kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys))
+            self.log(
+                "keys.changed", port=port_name,
+                kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys),
+            )
 
     def now(self) -> int:
         """Unix seconds."""
@@ -4462,7 +5081,9 @@ class Idp:
         floor = max(RELEASED_AT, self.store.clock_floor() - IAT_SKEW)
         sane = self.now() >= floor
         if sane != self.clock_is_sane:
-            self.log("clock.right" if sane else "clock.behind", "info" if sane else "error", now=self.now(), floor=floor)
+            self.log(
+                "clock.right" if sane else "clock.behind", "info" if sane else "error", now=self.now(), floor=floor
+            )
         self.clock_is_sane = sane
         return sane
 
@@ -4474,13 +5095,23 @@ def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondar
     """Append a row, in the transaction of what it tells of."""
     if idp.options.enable_audit_logging:
         with idp.store.transaction():
-            idp.store.append_audit([(idp.now(), actor, action, target, secondary, origin.peer, origin.user_agent[:200], origin.request_id, result)])
+            idp.store.append_audit(
+                [
+                    (
+                        idp.now(), actor, action, target, secondary, origin.peer, origin.user_agent[:200],
+                        origin.request_id, result,
+                    )
+                ]
+            )
 
 
 def require_clock(idp: Idp):
     """Raise temporarily_unavailable where the clock cannot be believed: what is deleted by it is gone for good."""
     if not idp.check_clock():
-        raise Problem("temporarily_unavailable", log="nothing is purged by a clock that cannot be believed; see clock accept", retry_after=600)
+        raise Problem(
+            "temporarily_unavailable", log="nothing is purged by a clock that cannot be believed; see clock accept",
+            retry_after=600,
+        )
 
 
 def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambda seconds: None) -> int:
@@ -4520,7 +5151,8 @@ def check_copy(path: str, key: str) -> dict:
 
 def backup_files(options: Options) -> dict:
     return {
-        "config": options.config_file, "seal": options.seal_key_file, "auth": options.token_signing_key_file, "admin": options.admin_token_signing_key_file,
+        "config": options.config_file, "seal": options.seal_key_file, "auth": options.token_signing_key_file,
+        "admin": options.admin_token_signing_key_file,
     }
 
 
@@ -4535,10 +5167,15 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
         raise Refusal(f"{path} is there already, and is no file")
     if os.path.exists(path) and not force:
         raise Refusal(f"{path} is there already: --force writes over it")
-    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in (idp.store.path, *backup_files(idp.options).values())):
+    if os.path.exists(path) and any(
+        os.path.exists(file) and os.path.samefile(path, file)
+        for file in (idp.store.path, *backup_files(idp.options).values())
+    ):
         raise Refusal(f"{path} is what is to be backed up")
     if not idp.store.key and not without_keys:
-        raise Refusal("the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out")
+        raise Refusal(
+            "the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out"
+        )
     files = {}
     for name, file in {} if without_keys else backup_files(idp.options).items():
         try:
@@ -4565,7 +5202,9 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
     except OSError as error:
         raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
     except (sqlcipher3.Error, Problem) as error:
-        raise Refusal(f"the backup {path} cannot be written: {error.log if isinstance(error, Problem) else error}") from None
+        raise Refusal(
+            f"the backup {path} cannot be written: {error.log if isinstance(error, Problem) else error}"
+        ) from None
     finally:
         for leftover in leftovers:
             with contextlib.suppress(OSError):
@@ -4598,7 +5237,9 @@ def hold_backup_folder(options: Options, make=False):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Problem("temporarily_unavailable", log="another backup is being made or read", retry_after=5) from None
+            raise Problem(
+                "temporarily_unavailable", log="another backup is being made or read", retry_after=5
+            ) from None
         yield descriptor
     finally:
         os.close(descriptor)
@@ -4607,14 +5248,18 @@ def hold_backup_folder(options: Options, make=False):
 def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> BackupObject:
     """Write a backup into `backup-folder`, with room to spare beside it."""
     if idp.options.backup_folder and not idp.store.key and not without_keys:
-        reject(without_keys="the database is not encrypted, so its backup would hold the keys for all to read: true leaves them out")
+        reject(
+            without_keys="the database is not encrypted, so its backup would hold the keys for all to read: true leaves them out"
+        )
     with hold_backup_folder(idp.options, make=True) as folder:
         for name in os.listdir(folder):  # of one that was killed
             if BACKUP_NAME.fullmatch(name.partition(".backup")[0] + ".backup") and ".backing-up" in name:
                 os.unlink(name, dir_fd=folder)
         room = os.fstatvfs(folder)
         if room.f_bavail * room.f_frsize < 2 * os.path.getsize(idp.store.path) + 16_000_000:
-            raise Problem("temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600)
+            raise Problem(
+                "temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600
+            )
         name = time.strftime("microauthd-%Y%m%dT%H%M%SZ-", time.gmtime(idp.now())) + secrets.token_hex(4) + ".backup"
         path = os.path.join(idp.options.backup_folder, name)
         try:
@@ -4622,7 +5267,10 @@ def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> Bac
         except Refusal as refusal:
             raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
         with open(path, "rb") as file:
-            return BackupObject(name, done["bytes"], hashlib.file_digest(file, "sha256").hexdigest(), done["users"], done["clients"], iso(done["newest_at"]))
+            return BackupObject(
+                name, done["bytes"], hashlib.file_digest(file, "sha256").hexdigest(), done["users"], done["clients"],
+                iso(done["newest_at"]),
+            )
 
 
 def read_backup_piece(idp: Idp, name: str, offset: int) -> tuple[bytes, int]:
@@ -4698,7 +5346,9 @@ def why_not(idp, origin, account, admin=False) -> str:
         return "unknown user"
     if not account.is_active:
         return "inactive"
-    if account.lockout_until > idp.now() and not (origin.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)):
+    if account.lockout_until > idp.now() and not (
+        origin.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
+    ):
         # The last administrator can always try at the machine itself; the throttle still counts there.
         return "locked"
     if admin and not is_admin(idp, account.id):
@@ -4726,7 +5376,10 @@ def rehash(idp, account, password):
         idp.store.set_password_hash(account.id, idp.hasher.hash(password), idp.now(), account.password_hash)
 
 
-def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, totp="", client: Client | None = None, admin=False, only_password=False) -> tuple[Account, list]:
+def authenticate_user(
+    idp: Idp, origin: Origin, username: str, password: str, totp="", client: Client | None = None, admin=False,
+    only_password=False,
+) -> tuple[Account, list]:
     """May this user in now? Return the account and its `amr` (RFC 8176).
 
     Every path that takes a password calls this. Whatever is wrong - no such user, wrong password,
@@ -4766,17 +5419,25 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
             with idp.store.transaction():
                 options = idp.options
                 if failure == WRONG_CODE:
-                    idp.store.count_failed_totp(account.id, now, TOTP_TRIES, max(TOTP_STEP, options.failed_password_lockout_duration))
+                    idp.store.count_failed_totp(
+                        account.id, now, TOTP_TRIES, max(TOTP_STEP, options.failed_password_lockout_duration)
+                    )
                 if failure == "wrong password":
                     counted = idp.store.count_failed_login(
                         account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
                         options.failed_password_lockout_duration, LOCKOUT_MAX,
                     )
                     if counted.lockouts > account.lockouts:
-                        audit(idp, origin, account.id, "user_locked_out", account.id, f"until={iso(counted.lockout_until)}", FAILURE)
+                        audit(
+                            idp, origin, account.id, "user_locked_out", account.id,
+                            f"until={iso(counted.lockout_until)}", FAILURE,
+                        )
                 if not options.enable_audit_logging:
                     idp.store.put_meta("last_failure_at", now)
-                audit(idp, origin, account.id if account else "anonymous", "user_login_failed", client.client_id if client else "", f"reason={failure}", FAILURE)
+                audit(
+                    idp, origin, account.id if account else "anonymous", "user_login_failed",
+                    client.client_id if client else "", f"reason={failure}", FAILURE,
+                )
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
         if idp.options.enable_pass_cache and not second_factor:
             idp.password_digests.learn(account.password_hash, password, now)
@@ -4785,7 +5446,9 @@ def authenticate_user(idp: Idp, origin: Origin, username: str, password: str, to
         return account, amr
 
 
-def check_second_factor(idp: Idp, origin: Origin, user_id: str, proven_ms: int, code: str, client_id="") -> tuple[Account, list]:
+def check_second_factor(
+    idp: Idp, origin: Origin, user_id: str, proven_ms: int, code: str, client_id=""
+) -> tuple[Account, list]:
     """May this user, whose password was proven at that millisecond, in by this one-time or recovery code?
 
     Everything is asked again: that the user exists, is active, not locked, and that nothing of it
@@ -4807,11 +5470,15 @@ def check_second_factor(idp: Idp, origin: Origin, user_id: str, proven_ms: int, 
             idp.throttle.spend(origin.peer, user_id)
             with idp.store.transaction():
                 if failure == WRONG_CODE:
-                    idp.store.count_failed_totp(account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration))
+                    idp.store.count_failed_totp(
+                        account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
+                    )
                 audit(idp, origin, user_id, "user_login_failed", client_id, f"reason={failure}", FAILURE)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
         if not used:
-            audit(idp, origin, user_id, "recovery_code_used", user_id, f"left={idp.store.count_recovery_codes(user_id)}")
+            audit(
+                idp, origin, user_id, "recovery_code_used", user_id, f"left={idp.store.count_recovery_codes(user_id)}"
+            )
     return account, ["pwd", *([used] if used else []), "mfa"]
 
 
@@ -4902,17 +5569,25 @@ def update_user(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateUse
         with idp.store.transaction():
             account = get_user(idp, id)
             changes = {
-                "username": username, "email": email, "email_verified": None if wanted.email_verified is UNSET else int(wanted.email_verified),
+                "username": username, "email": email,
+                "email_verified": None if wanted.email_verified is UNSET else int(wanted.email_verified),
             }
-            changes = {name: value for name, value in changes.items() if value is not None and value != getattr(account, name)}
+            changes = {
+                name: value for name, value in changes.items() if value is not None and value != getattr(account, name)
+            }
             if "email" in changes:  # whoever verified the old address said nothing of this one
                 changes.setdefault("email_verified", 0)
             if changes:
-                idp.store.update_account(account.id, changes.get("username"), changes.get("email"), changes.get("email_verified"), idp.now())
+                idp.store.update_account(
+                    account.id, changes.get("username"), changes.get("email"), changes.get("email_verified"), idp.now()
+                )
                 audit(idp, origin, actor, "user_updated", account.id, " ".join(sorted(changes)))
             if wanted.is_active is not UNSET and wanted.is_active != bool(account.is_active):
                 set_user_active(idp, origin, actor, account.id, wanted.is_active)
-            if wanted.lockout_until is not UNSET and (0 if wanted.lockout_until is None else read_time(wanted.lockout_until)) != account.lockout_until:
+            if (
+                wanted.lockout_until is not UNSET
+                and (0 if wanted.lockout_until is None else read_time(wanted.lockout_until)) != account.lockout_until
+            ):
                 set_lockout(idp, origin, actor, account.id, wanted.lockout_until)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
@@ -5031,7 +5706,9 @@ def confirm_totp(idp: Idp, origin: Origin, actor: str, account: Account, code: s
             idp.store.spend_totp_step(account.id, step)
             audit(idp, origin, actor, "totp_enabled", account.id)
             return
-        idp.store.count_failed_totp(account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration))
+        idp.store.count_failed_totp(
+            account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
+        )
         audit(idp, origin, actor, "totp_enabled", account.id, "", FAILURE)
     raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
 
@@ -5137,7 +5814,9 @@ def set_roles(idp: Idp, origin: Origin, actor: str, user_id: str, role_ids):
     """Give a user exactly these roles, all or none."""
     with idp.store.transaction():
         account = get_user(idp, user_id)
-        wanted, held = {get_role(idp, id).id for id in role_ids}, {role.id for role in idp.store.list_roles_of(account.id)}
+        wanted, held = (
+            {get_role(idp, id).id for id in role_ids}, {role.id for role in idp.store.list_roles_of(account.id)},
+        )
         for role_id in sorted(wanted - held):
             assign_role(idp, origin, actor, account.id, role_id)
         for role_id in sorted(held - wanted):
@@ -5209,8 +5888,13 @@ def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
         return AccessVerdict(any(wanted.scope in (scope.name, scope.id) for scope in scopes))
     asked = wanted.permission_id or wanted.permission
     if not asked.strip() or not wanted.user_id.strip():
-        reject(permission_id="is required" if not asked.strip() else "", user_id="" if wanted.user_id.strip() else "is required")
-    allowed = any(asked in (permission.id, permission.name) for permission in idp.store.list_permissions_of_user(user_id))
+        reject(
+            permission_id="is required" if not asked.strip() else "",
+            user_id="" if wanted.user_id.strip() else "is required",
+        )
+    allowed = any(
+        asked in (permission.id, permission.name) for permission in idp.store.list_permissions_of_user(user_id)
+    )
     if wanted.permission_id:
         return AccessVerdict(allowed, wanted.user_id, wanted.permission_id, allowed)
     return AccessVerdict(allowed)
@@ -5241,12 +5925,16 @@ def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
     hashes = tuple((secret.secret_hash, secret.expires_at) for secret in store.list_secrets(row.id, idp.now()))
     scopes = frozenset(scope.name for scope in store.list_scopes_of_client(row.id))
     uris = store.list_uris(row.id)
-    redirect, post_logout, origins = (tuple(uri.uri for uri in uris if uri.kind == kind) for kind in ("redirect", "post_logout", "cors_origin"))
+    redirect, post_logout, origins = (
+        tuple(uri.uri for uri in uris if uri.kind == kind) for kind in ("redirect", "post_logout", "cors_origin")
+    )
     return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins)
 
 
 def get_client(idp: Idp, id_or_client_id: str) -> Client:
-    client = load_client(idp, id_or_client_id.lower() if GROUPS_OF_UUID.fullmatch(id_or_client_id) else id_or_client_id.strip())
+    client = load_client(
+        idp, id_or_client_id.lower() if GROUPS_OF_UUID.fullmatch(id_or_client_id) else id_or_client_id.strip()
+    )
     if client is None:
         raise Problem("not_found")
     return client
@@ -5277,7 +5965,10 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
                 idp.client_digests.learn(stored, secret, now)
                 return client
     idp.throttle.spend(origin.peer, client_id)
-    audit(idp, origin, client.client_id if client else "anonymous", "client_authentication_failed", client.client_id if client else "", "", FAILURE)
+    audit(
+        idp, origin, client.client_id if client else "anonymous", "client_authentication_failed",
+        client.client_id if client else "", "", FAILURE,
+    )
     raise Problem("invalid_client", log="unknown client, or wrong secret")
 
 
@@ -5443,9 +6134,11 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
     made = "" if public or secret else random_handle()
     now = idp.now()
     row = ClientRow(
-        id=str(uuid.uuid4()), client_id=client_id, client_type=wanted.client_type, display_name=(wanted.display_name or "").strip(),
-        audience=audience, grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect), is_first_party=int(wanted.is_first_party),
-        access_token_signed_alg="", id_token_signed_response_alg="RS256", is_active=1,
+        id=str(uuid.uuid4()), client_id=client_id, client_type=wanted.client_type,
+        display_name=(wanted.display_name or "").strip(), audience=audience,
+        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect),
+        is_first_party=int(wanted.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
+        is_active=1,
         revoked_before=idp.now_ms(),  # what a client of this name that is gone still holds is not its own
         created_at=now, modified_at=now,
     )
@@ -5525,7 +6218,10 @@ def update_client(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateC
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
                     end_client(idp, origin, actor, row, "client_revoked")
                 idp.store.update_client(msgspec.structs.replace(row, **changes, modified_at=idp.now()))
-                audit(idp, origin, actor, "client_updated", changes.get("client_id", row.client_id), " ".join(sorted(changes)))
+                audit(
+                    idp, origin, actor, "client_updated", changes.get("client_id", row.client_id),
+                    " ".join(sorted(changes)),
+                )
     except Conflict:
         raise Problem("conflict") from None
     return get_client(idp, row.id)
@@ -5581,7 +6277,12 @@ def set_flag_option(idp: Idp, origin: Origin, actor: str, id: str, flag: str, op
 def list_flags(idp: Idp, id: str) -> dict:
     """Return {flag: FlagObject} of a client, every flag there is."""
     stored = {feature.feature_flag: feature for feature in idp.store.list_all_features(get_client(idp, id).row.id)}
-    return {flag: FlagObject(bool(stored[flag].is_enabled), stored[flag].options) if flag in stored else FlagObject(False, "") for flag in FLAGS}
+    return {
+        flag: FlagObject(bool(stored[flag].is_enabled), stored[flag].options)
+        if flag in stored
+        else FlagObject(False, "")
+        for flag in FLAGS
+    }
 
 
 def totp_issuer(idp: Idp, client_id: str | None) -> str:
@@ -5596,7 +6297,9 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
 
 def check_idp(wanted: PutIdp):
     key = wanted.provider_key.strip().lower()
-    errors = {"provider_key": "" if re.fullmatch(r"[a-z0-9._-]{1,50}", key) else "must be 1 to 50 letters, digits, and . _ -"}
+    errors = {
+        "provider_key": "" if re.fullmatch(r"[a-z0-9._-]{1,50}", key) else "must be 1 to 50 letters, digits, and . _ -"
+    }
     for member in ("display_name", "issuer", "client_identifier", "scopes"):
         errors[member] = check_label(getattr(wanted, member))
     if wanted.issuer:
@@ -5617,8 +6320,9 @@ def put_idp(idp: Idp, origin: Origin, actor: str, id: str, wanted: PutIdp, idp_i
             if idp_id and found is None:
                 raise Problem("not_found")
             row = ExternalIdp(
-                found.id if found else str(uuid.uuid4()), client.row.id, key, wanted.display_name.strip(), wanted.issuer.strip(),
-                wanted.client_identifier.strip(), wanted.scopes.strip(), found.created_at if found else now, now,
+                found.id if found else str(uuid.uuid4()), client.row.id, key, wanted.display_name.strip(),
+                wanted.issuer.strip(), wanted.client_identifier.strip(), wanted.scopes.strip(),
+                found.created_at if found else now, now,
             )
             idp.store.put_idp(row)
             audit(idp, origin, actor, "external_idp_updated" if found else "external_idp_added", client.client_id, key)
@@ -5642,7 +6346,9 @@ def create_scope(idp: Idp, origin: Origin, actor: str, wanted: CreateScope) -> S
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:
         with idp.store.transaction(identity=True):
-            scope = idp.store.add_scope(str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now())
+            scope = idp.store.add_scope(
+                str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now()
+            )
             audit(idp, origin, actor, "create_scope", name, scope.id)
     except Conflict:
         raise Problem("conflict") from None
@@ -5690,7 +6396,11 @@ def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account
     scopes = [idp.store.find_scope(key_of(id)) for id in ids]
     if not scopes or None in scopes:
         raise Problem("invalid_request", errors={"scope_ids": "must name at least one scope, and each must exist"})
-    kind, id, assign = ("client", holder.row.id, idp.store.assign_scope_to_client) if isinstance(holder, Client) else ("user", holder.id, idp.store.assign_scope_to_user)
+    kind, id, assign = (
+        ("client", holder.row.id, idp.store.assign_scope_to_client)
+        if isinstance(holder, Client)
+        else ("user", holder.id, idp.store.assign_scope_to_user)
+    )
     try:
         with idp.store.transaction(identity=True):
             added = sum(assign(id, scope.id, idp.now()) for scope in scopes)
@@ -5702,7 +6412,11 @@ def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account
 
 def remove_scope(idp: Idp, origin: Origin, actor: str, holder: Client | Account, scope_id: str):
     """Take a scope from a client or a user. Raises not_found where it has it not."""
-    kind, id, remove = ("client", holder.row.id, idp.store.remove_scope_from_client) if isinstance(holder, Client) else ("user", holder.id, idp.store.remove_scope_from_user)
+    kind, id, remove = (
+        ("client", holder.row.id, idp.store.remove_scope_from_client)
+        if isinstance(holder, Client)
+        else ("user", holder.id, idp.store.remove_scope_from_user)
+    )
     with idp.store.transaction(identity=True):
         scope = get_scope(idp, scope_id)
         if not remove(id, scope.id):
@@ -5787,13 +6501,20 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
     if len(idp.replays) >= 4096:
         idp.replays.clear()
     with contextlib.suppress(Problem):  # where nothing can be written, a dead token is refused all the same
-        audit(idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log, FAILURE)
+        audit(
+            idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
+            FAILURE,
+        )
         idp.replays.add(claims["jti"])
 
 
 def is_session_dead(session: ListedSession) -> bool:
     """Was this access token ended: by itself, with its login, or by an epoch of its user or client?"""
-    return session.revoked_at is not None or session.family_revoked_at is not None or jti_ms(session.id) <= session.dead_before
+    return (
+        session.revoked_at is not None
+        or session.family_revoked_at is not None
+        or jti_ms(session.id) <= session.dead_before
+    )
 
 
 def get_session(idp: Idp, jti: str) -> ListedSession:
@@ -5867,7 +6588,10 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
         return 0
     narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
     # Before anything goes: whatever ends the slices, who began is known.
-    audit(idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "", f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}")
+    audit(
+        idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "",
+        f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}",
+    )
     if "session" in kinds:
         after, done = "", 0
         while after is not None:
@@ -5886,7 +6610,10 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
 
 
 def audit_purge(idp, origin, actor, action, done, wanted) -> int:
-    audit(idp, origin, actor, action, wanted.user_id or wanted.client_id or "", f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}")
+    audit(
+        idp, origin, actor, action, wanted.user_id or wanted.client_id or "",
+        f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
+    )
     return done
 
 
@@ -5945,7 +6672,12 @@ def introspect_refresh_token(idp, client, token) -> dict | None:
 def living_family(idp: Idp, sid: str) -> Family | None:
     """Return a login that still carries: not ended, not over, its user and client still good."""
     family = idp.store.find_family(sid)
-    if family is None or family.revoked_at is not None or family.expires_at <= idp.now() or family.created_ms <= idp.revoked_before:
+    if (
+        family is None
+        or family.revoked_at is not None
+        or family.expires_at <= idp.now()
+        or family.created_ms <= idp.revoked_before
+    ):
         return None
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:
@@ -5981,7 +6713,9 @@ def client_credentials(idp: Idp, client: Client, params) -> Granted:
 def password_grant(idp: Idp, client: Client, params) -> Granted:
     """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
     username, password = params.need("username"), params.need("password")
-    account, amr = authenticate_user(idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", client)
+    account, amr = authenticate_user(
+        idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", client
+    )
     scope = decide_scopes(params.get("scope"), client.scopes, scopes_of_user(idp, account.id))
     return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
 
@@ -6002,7 +6736,9 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     family = living_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
-    if found.rotated_at is not None:  # before anything else can be refused: whoever asks learns nothing, and the family ends
+    if (
+        found.rotated_at is not None
+    ):  # before anything else can be refused: whoever asks learns nothing, and the family ends
         revoke_family(idp, params.origin, family.user_id, family.sid, "refresh_token_reused", client.client_id, FAILURE)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
@@ -6063,11 +6799,19 @@ def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
         if idp.store.find_family(code.sid) is None:
             # The first exchange has spent it and is about to begin this login: it finds the name taken, and dead.
             now = idp.now()
-            idp.store.add_family(Family(code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms, now, now))
+            idp.store.add_family(
+                Family(
+                    code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms,
+                    now, now,
+                )
+            )
         revoke_family(idp, origin, code.user_id, code.sid, "authorization_code_reused", code.client_id, FAILURE)
 
 
-GRANTS = {CLIENT_CREDENTIALS: client_credentials, PASSWORD: password_grant, REFRESH_TOKEN: refresh_grant, AUTHORIZATION_CODE: code_grant}
+GRANTS = {
+    CLIENT_CREDENTIALS: client_credentials, PASSWORD: password_grant, REFRESH_TOKEN: refresh_grant,
+    AUTHORIZATION_CODE: code_grant,
+}
 
 
 def ttl(client: Client, flag: str, default: int) -> int:
@@ -6086,8 +6830,9 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     ms = max(idp.now_ms(), row.revoked_before + 1, idp.revoked_before + 1, account.revoked_before + 1 if account else 0)
     jti = new_jti(ms)
     claims = {
-        "iss": options.auth_issuer, "sub": account.id if account else row.client_id, "aud": row.audience, "client_id": row.client_id,
-        "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti, "mad": "auth", "token_use": "access",
+        "iss": options.auth_issuer, "sub": account.id if account else row.client_id, "aud": row.audience,
+        "client_id": row.client_id, "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti, "mad": "auth",
+        "token_use": "access",
     }
     if granted.scope:
         claims["scope"] = granted.scope
@@ -6096,7 +6841,11 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
         answer["scope"] = granted.scope
     if account is None:
         answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
-        actor = (row.client_id, origin.peer, origin.user_agent[:200], origin.request_id, now)[:4] if options.enable_audit_logging else None
+        actor = (
+            (row.client_id, origin.peer, origin.user_agent[:200], origin.request_id, now)[:4]
+            if options.enable_audit_logging
+            else None
+        )
         idp.store.enqueue((jti, row.client_id, granted.scope, now, now + lifetime), actor)
         return answer
     roles = idp.store.list_roles_of(account.id)
@@ -6111,15 +6860,31 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
         may_refresh = granted.code is None or granted.code.offline
         if family and may_refresh and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
             refresh_token = random_handle()
-            until = min(family.expires_at, now + ttl(client, "REFRESH_TOKEN_EXPIRATION", options.refresh_token_expiration))
-            idp.store.add_refresh_token(RefreshToken(new_jti(ms), sha256(refresh_token), family.sid, account.id, row.client_id, jti, now, until, None, None))
+            until = min(
+                family.expires_at, now + ttl(client, "REFRESH_TOKEN_EXPIRATION", options.refresh_token_expiration)
+            )
+            idp.store.add_refresh_token(
+                RefreshToken(
+                    new_jti(ms), sha256(refresh_token), family.sid, account.id, row.client_id, jti, now, until, None,
+                    None,
+                )
+            )
         if family:
-            idp.store.add_session(Session(jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method, now, now + lifetime, None))
-            audit(idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id, f"jti={jti}")
+            idp.store.add_session(
+                Session(
+                    jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method,
+                    now, now + lifetime, None,
+                )
+            )
+            audit(
+                idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id,
+                f"jti={jti}",
+            )
             # Here, because nothing may fail once a code or a refresh token is spent: the client would have neither it nor an answer.
             claims |= {
-                "username": account.username, "preferred_username": account.username, "amr": granted.amr, "auth_time": granted.auth_time,
-                "sid": family.sid, "role": [role.id for role in roles], "roles": [role.name for role in roles],
+                "username": account.username, "preferred_username": account.username, "amr": granted.amr,
+                "auth_time": granted.auth_time, "sid": family.sid, "role": [role.id for role in roles],
+                "roles": [role.name for role in roles],
             }
             answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
             if refresh_token:
@@ -6156,12 +6921,15 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
         if idp.store.rotate_refresh_token(granted.spends, client.client_id, now):
             return granted.family
         if idp.store.find_refresh_token(granted.spends).rotated_at is not None:
-            revoke_family(idp, origin, granted.account.id, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE)
+            revoke_family(
+                idp, origin, granted.account.id, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE
+            )
         return None
     code = granted.code
     family = Family(
-        sid=code.sid if code else random_handle()[:22], user_id=granted.account.id, client_id=client.client_id, scope=granted.scope, amr=" ".join(granted.amr),
-        auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms, expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
+        sid=code.sid if code else random_handle()[:22], user_id=granted.account.id, client_id=client.client_id,
+        scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms,
+        expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
         browser=code.browser if code else "", claims=code.claims if code else "",
     )
     if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
@@ -6171,7 +6939,10 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
     return family
 
 
-USER_CLAIMS = {"name": "profile", "preferred_username": "profile", "updated_at": "profile", "email": "email", "email_verified": "email", "roles": "roles"}  # claim -> scope that opens it
+USER_CLAIMS = {
+    "name": "profile", "preferred_username": "profile", "updated_at": "profile", "email": "email",
+    "email_verified": "email", "roles": "roles",
+}  # claim -> scope that opens it
 
 
 def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
@@ -6200,8 +6971,9 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
     also = asked_claims(family.claims, "id_token")
     claims = user_claims(idp, granted.account, granted.scope, also) | {
-        "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now, "exp": now + ID_TOKEN_TTL,
-        "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid, "token_use": "id",
+        "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
+        "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
+        "token_use": "id",
         # The left half of the digest that goes with the algorithm; SHA-256 for both of ours.
         "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
     }
@@ -6304,8 +7076,9 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
     if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
         raise Problem("invalid_request", log="id_token_hint is not an ID token of this client")
     return AuthorizeRequest(
-        client.client_id, redirect_uri, response_mode, get("state"), get("scope"), get("nonce") or "", challenge, method, prompt,
-        int(max_age) if max_age else None, get("login_hint") or "", hinted["sub"] if hinted else "", read_claims_parameter(get("claims")), get("ui_locales") or "",
+        client.client_id, redirect_uri, response_mode, get("state"), get("scope"), get("nonce") or "", challenge,
+        method, prompt, int(max_age) if max_age else None, get("login_hint") or "", hinted["sub"] if hinted else "",
+        read_claims_parameter(get("claims")), get("ui_locales") or "",
     )
 
 
@@ -6338,7 +7111,12 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if not handle or len(handle) > 100:
         return None
     session, now = idp.store.find_browser_session(sha256(handle)), idp.now()
-    if session is None or session.revoked_at is not None or session.expires_at <= now or session.last_seen_at + idp.options.session_idle_expiration <= now:
+    if (
+        session is None
+        or session.revoked_at is not None
+        or session.expires_at <= now
+        or session.last_seen_at + idp.options.session_idle_expiration <= now
+    ):
         return None
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
@@ -6350,7 +7128,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     return session, account
 
 
-def begin_browser_session(idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None) -> str:
+def begin_browser_session(
+    idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None
+) -> str:
     """Log somebody in at a browser: always a fresh session. The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the cookie."""
     handle, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
@@ -6358,7 +7138,12 @@ def begin_browser_session(idp: Idp, origin: Origin, account: Account, amr: list,
         check_unchanged(idp, account, ms)
         if replaces:
             idp.store.replace_browser_session(sha256(replaces), sha256(handle), account.id, now)
-        idp.store.add_browser_session(BrowserSession(sha256(handle), account.id, " ".join(amr), auth_time, ms, now, now + idp.options.session_absolute_expiration, None, origin.peer, origin.user_agent[:200]))
+        idp.store.add_browser_session(
+            BrowserSession(
+                sha256(handle), account.id, " ".join(amr), auth_time, ms, now,
+                now + idp.options.session_absolute_expiration, None, origin.peer, origin.user_agent[:200],
+            )
+        )
         audit(idp, origin, account.id, "user_logged_in", account.id, "amr=" + ",".join(amr))
     return handle
 
@@ -6387,7 +7172,10 @@ def named_user(request: AuthorizeRequest) -> str:
 # -- transactions --
 
 
-def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeRequest | None, state="password", session: BrowserSession | None = None) -> LoginTransaction:
+def begin_login(
+    idp: Idp, origin: Origin, binding: str, request: AuthorizeRequest | None, state="password",
+    session: BrowserSession | None = None,
+) -> LoginTransaction:
     """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(origin.peer)
@@ -6395,9 +7183,10 @@ def begin_login(idp: Idp, origin: Origin, binding: str, request: AuthorizeReques
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
-        random_handle()[:22], binding_sha256, request.client_id if request else "", state, msgspec.json.encode(request).decode(),
-        session.user_id if session else None, session.amr if session else "", session.auth_time if session else 0, 0, now, now + LOGIN_TTL,
-        session.created_ms if session else 0, new_pending(idp, session.user_id, state) if session else "",
+        random_handle()[:22], binding_sha256, request.client_id if request else "", state,
+        msgspec.json.encode(request).decode(), session.user_id if session else None, session.amr if session else "",
+        session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0,
+        new_pending(idp, session.user_id, state) if session else "",
     )
     idp.store.add_login(row)
     return row
@@ -6443,7 +7232,10 @@ def give_password(idp: Idp, origin: Origin, login: Login, username: str, passwor
         raise
     demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
     state = "totp" if account.totp_sealed else "enrol" if demanded else after_factors(idp, login, account)
-    return step(idp, login, state, account.id, ["pwd"], idp.now(), max(idp.now_ms(), account.revoked_before + 1), new_pending(idp, account.id, state))
+    return step(
+        idp, login, state, account.id, ["pwd"], idp.now(), max(idp.now_ms(), account.revoked_before + 1),
+        new_pending(idp, account.id, state),
+    )
 
 
 def new_pending(idp, user_id, state) -> str:
@@ -6455,12 +7247,17 @@ def give_code(idp: Idp, origin: Origin, login: Login, code: str) -> Login:
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
     try:
-        account, amr = check_second_factor(idp, origin, login.row.user_id, login.row.proven_ms, code, login.row.client_id)
+        account, amr = check_second_factor(
+            idp, origin, login.row.user_id, login.row.proven_ms, code, login.row.client_id
+        )
     except Problem as problem:
         if problem.code == "invalid_grant":
             fail_step(idp, login)
         raise
-    return step(idp, login, after_factors(idp, login, account), account.id, amr, login.row.auth_time or idp.now(), login.row.proven_ms)
+    return step(
+        idp, login, after_factors(idp, login, account), account.id, amr, login.row.auth_time or idp.now(),
+        login.row.proven_ms,
+    )
 
 
 def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, list[str]]:
@@ -6474,7 +7271,9 @@ def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, lis
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
         fail_step(idp, login)
-        idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration))
+        idp.store.count_failed_totp(
+            account.id, idp.now(), TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
+        )
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
         login = step(idp, login, "codes", account.id, ["pwd", "otp", "mfa"], login.row.auth_time, login.row.proven_ms)
@@ -6506,7 +7305,10 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
     return agreed is None or not wanted <= set(agreed.split())
 
 
-def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int, browser="") -> str:
+def issue_code(
+    idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
+    browser="",
+) -> str:
     """Return a fresh authorization code for somebody who is in. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
     if named_user(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
@@ -6518,10 +7320,13 @@ def issue_code(idp: Idp, origin: Origin, client: Client, request: AuthorizeReque
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
-        idp.store.add_code(AuthorizationCode(
-            sha256(code), client.client_id, account.id, random_handle()[:22], request.redirect_uri, scope, request.nonce, request.code_challenge, request.code_challenge_method,
-            request.claims, " ".join(amr), auth_time, ms, now + min(CODE_TTL, idp.options.pkce_code_lifetime), None, browser, int(offline),
-        ))
+        idp.store.add_code(
+            AuthorizationCode(
+                sha256(code), client.client_id, account.id, random_handle()[:22], request.redirect_uri, scope,
+                request.nonce, request.code_challenge, request.code_challenge_method, request.claims, " ".join(amr),
+                auth_time, ms, now + min(CODE_TTL, idp.options.pkce_code_lifetime), None, browser, int(offline),
+            )
+        )
         audit(idp, origin, account.id, "authorization_code_issued", client.client_id)
     return code
 
@@ -6584,7 +7389,9 @@ class Route(msgspec.Struct, frozen=True):
     handler: object
     takes: object = None  # type of the body, decoded before the handler runs
     media: tuple = (JSON,)  # in which that is taken
-    form: object = None  # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
+    form: object = (
+        None  # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
+    )
     query: object = None  # Struct of the query, decoded before the handler runs
     gives: object = dict  # type of the answer
     gives_media: str = JSON
@@ -6656,8 +7463,16 @@ def decode_component(raw: bytes) -> str:
 
 def members_of(wanted) -> dict:
     """Return {lower-case name: name} of the members of the object a type is or may be."""
-    structs = [part for part in getattr(wanted, "__args__", (wanted,)) if isinstance(part, type) and issubclass(part, msgspec.Struct)]
-    return {field.encode_name.lower(): field.encode_name for struct_type in structs for field in msgspec.structs.fields(struct_type)}
+    structs = [
+        part
+        for part in getattr(wanted, "__args__", (wanted,))
+        if isinstance(part, type) and issubclass(part, msgspec.Struct)
+    ]
+    return {
+        field.encode_name.lower(): field.encode_name
+        for struct_type in structs
+        for field in msgspec.structs.fields(struct_type)
+    }
 
 
 def convert(found, wanted, strict=True):
@@ -6680,7 +7495,9 @@ def convert(found, wanted, strict=True):
         sentence, _, where = str(error).partition(" - at `$.")
         member = re.search(r"required field `(\w+)`", sentence)
         name = re.split(r"[`.\[]", where)[0] or (member.group(1) if member else "body")
-        raise Problem("invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}) from None
+        raise Problem(
+            "invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}
+        ) from None
 
 
 def decode_body(body: bytes, wanted):
@@ -6702,7 +7519,9 @@ class Params:
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         self.origin = Origin(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1") and environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied"),
+            peer in ("127.0.0.1", "::1")
+            and environ.get("REMOTE_ADDR") == peer
+            and not environ.get("microauthd.proxied"),
         )
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
@@ -6722,19 +7541,30 @@ class Params:
         """Decode body and query into the objects the route declares. After the guard: strangers learn nothing of our objects."""
         route = self.route
         if route.query is not None:
-            self.query = convert(parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1")), route.query, strict=False)
+            self.query = convert(
+                parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1")), route.query, strict=False
+            )
         if route.takes is not None:
             media, body = self.raw
             if media not in route.media:
                 raise Problem("unsupported_media_type")
-            self.body = decode_body(body, route.takes) if media == JSON else convert(parse_form(body), route.takes, strict=False)
+            self.body = (
+                decode_body(body, route.takes)
+                if media == JSON
+                else convert(parse_form(body), route.takes, strict=False)
+            )
 
     def get(self, name: str) -> str | None:
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:
         """Return a cookie; none where it is there twice, because one of the two is not ours. RFC 6265 §5.4."""
-        found = [value for pair in self.environ.get("HTTP_COOKIE", "").split(";") for key, _, value in [pair.strip().partition("=")] if key == name]
+        found = [
+            value
+            for pair in self.environ.get("HTTP_COOKIE", "").split(";")
+            for key, _, value in [pair.strip().partition("=")]
+            if key == name
+        ]
         return found[0] if len(found) == 1 else None
 
     def need(self, name: str) -> str:
@@ -6797,7 +7627,10 @@ def by_confidential_client(idp, params) -> Client:
 
 def read_bearer(params) -> str:
     """Return the access token of a request: the header, or the form of a POST. RFC 6750 §2."""
-    header, form = params.environ.get("HTTP_AUTHORIZATION", ""), params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None
+    header, form = (
+        params.environ.get("HTTP_AUTHORIZATION", ""),
+        params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None,
+    )
     if header[:7].lower() == "bearer ":
         if form is not None:
             raise Problem("invalid_request", log="two access tokens")
@@ -6818,7 +7651,10 @@ def read_claims(idp, ring, issuer, params) -> dict:
 
 
 def lacks_scope(scope) -> Problem:
-    return Problem("insufficient_scope", headers=[("WWW-Authenticate", f'Bearer realm="microauthd", error="insufficient_scope", scope="{scope}"')])
+    return Problem(
+        "insufficient_scope",
+        headers=[("WWW-Authenticate", f'Bearer realm="microauthd", error="insufficient_scope", scope="{scope}"')],
+    )
 
 
 def by_bearer(scope="", user=False):
@@ -6840,7 +7676,11 @@ def by_bearer_or_form():
     bearer = by_bearer(user=True)
 
     def guard(idp, params):
-        if "HTTP_AUTHORIZATION" not in params.environ and params.get("access_token") is None and params.get("form") is not None:
+        if (
+            "HTTP_AUTHORIZATION" not in params.environ
+            and params.get("access_token") is None
+            and params.get("form") is not None
+        ):
             return None
         return bearer(idp, params)
 
@@ -6930,7 +7770,11 @@ def refuse(problem: Problem, oauth: bool) -> Reply:
     """Render a Problem in the form its route owes."""
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
-        challenge = 'Basic realm="microauthd"' if problem.code == "invalid_client" else f'Bearer realm="microauthd", error="{problem.code}", error_description="{problem.message}"'
+        challenge = (
+            'Basic realm="microauthd"'
+            if problem.code == "invalid_client"
+            else f'Bearer realm="microauthd", error="{problem.code}", error_description="{problem.message}"'
+        )
         headers.append(("WWW-Authenticate", challenge))
     return Reply(problem.as_oauth() if oauth else problem.as_err(), headers, problem.status)
 
@@ -6966,13 +7810,16 @@ class Answer:
             self.tell(environ, refused.code, refused.status, f"no memory {error}".rstrip())
         except Exception as error:
             refused = Problem("server_error")
-            self.idp.log("bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", ""))
+            self.idp.log(
+                "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
+            )
         return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
 
     def tell(self, environ, code, status, why):
         self.idp.log(
-            "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""), peer=environ.get("microauthd.peer", ""),
-            method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100], status=status, error=code, reason=why, request_id=environ.get("microauthd.request_id", ""),
+            "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
+            peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100],
+            status=status, error=code, reason=why, request_id=environ.get("microauthd.request_id", ""),
         )
 
     @staticmethod
@@ -6981,7 +7828,9 @@ class Answer:
         status, headers = 200, JSON_HEADERS
         if isinstance(result, Page):
             status, body = result.status, result.content
-            headers = BASE_HEADERS if not result.policy else (*BASE_HEADERS[:2], ("Content-Security-Policy", result.policy))
+            headers = (
+                BASE_HEADERS if not result.policy else (*BASE_HEADERS[:2], ("Content-Security-Policy", result.policy))
+            )
             headers += (("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE,)
             if result.etag:
                 headers += (("ETag", result.etag),)
@@ -6991,7 +7840,10 @@ class Answer:
                 headers += (("Content-Type", result.content_type), *result.headers)
         elif isinstance(result, Redirect):
             status, body = result.status, b""
-            headers = (*BASE_HEADERS, NO_STORE, ("Location", result.location), *(("Set-Cookie", cookie) for cookie in result.cookies))
+            headers = (
+                *BASE_HEADERS, NO_STORE, ("Location", result.location),
+                *(("Set-Cookie", cookie) for cookie in result.cookies),
+            )
         elif isinstance(result, Reply):
             status, headers, body = result.status, JSON_HEADERS + tuple(result.headers), ENCODE(result.body)
         else:
@@ -7023,14 +7875,21 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         if ("cors",) not in cache:
             cache[("cors",)] = idp.store.list_cors_origins()
         known = cache[("cors",)]
-    except Problem as problem:  # the database cannot be read: whoever is no page of another origin gets the answer all the same
+    except (
+        Problem
+    ) as problem:  # the database cannot be read: whoever is no page of another origin gets the answer all the same
         idp.log("cors.unknown", "error", reason=problem.log)
         return headers
     if origin not in known:
         return headers
-    headers += (("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"))
+    headers += (
+        ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"),
+    )
     if preflight:
-        headers += (("Access-Control-Allow-Methods", "GET, POST"), ("Access-Control-Allow-Headers", "Authorization, Content-Type"), ("Access-Control-Max-Age", "600"))
+        headers += (
+            ("Access-Control-Allow-Methods", "GET, POST"),
+            ("Access-Control-Allow-Headers", "Authorization, Content-Type"), ("Access-Control-Max-Age", "600"),
+        )
     return headers
 
 
@@ -7038,7 +7897,10 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
 # Templates of appliance/pages, escaped by themselves; no script, no style but ours.
 
 PAGES = APPLIANCE / "pages"
-LOGO_TYPES = (("png", "image/png"), ("svg", "image/svg+xml"), ("jpg", "image/jpeg"), ("jpeg", "image/jpeg"), ("webp", "image/webp"))
+LOGO_TYPES = (
+    ("png", "image/png"), ("svg", "image/svg+xml"), ("jpg", "image/jpeg"), ("jpeg", "image/jpeg"),
+    ("webp", "image/webp"),
+)
 
 
 def page_file(idp: Idp, name: str) -> Path:
@@ -7053,7 +7915,11 @@ def page_texts(idp: Idp) -> dict:
     if texts is None:
         english = msgspec.json.decode((PAGES / "en.json").read_bytes())
         folders = [PAGES, *([Path(idp.options.pages_folder)] if idp.options.pages_folder else [])]
-        texts = {path.stem.lower(): english | msgspec.json.decode(path.read_bytes()) for folder in folders for path in sorted(folder.glob("*.json"))}
+        texts = {
+            path.stem.lower(): english | msgspec.json.decode(path.read_bytes())
+            for folder in folders
+            for path in sorted(folder.glob("*.json"))
+        }
         idp.pages["texts"] = texts
     return texts
 
@@ -7078,11 +7944,17 @@ def page_style(idp: Idp) -> tuple[str, bytes]:
     if found is None:
         brand = idp.options.brand_color
         red, green, blue = (int(brand[at : at + 2], 16) / 255 for at in (1, 3, 5))
-        linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in (red, green, blue)]
+        linear = [
+            channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+            for channel in (red, green, blue)
+        ]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
         # Whichever of black and white stands out more. WCAG 2.2 §1.4.3
         on_brand = "#ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
-        content = f":root {{ --brand: {brand}; --on-brand: {on_brand}; }}\n".encode() + page_file(idp, "pages.css").read_bytes()
+        content = (
+            f":root {{ --brand: {brand}; --on-brand: {on_brand}; }}\n".encode()
+            + page_file(idp, "pages.css").read_bytes()
+        )
         found = idp.pages["style"] = (f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content)
     return found
 
@@ -7094,13 +7966,17 @@ def template(idp: Idp, name: str) -> bottle.SimpleTemplate:
     return found
 
 
-def show_page(idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words) -> Page:
+def show_page(
+    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
+) -> Page:
     """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a redirect, too."""
     language = choose_language(idp, environ, ui_locales)
     base = idp.options.auth_issuer
     common = {
-        "text": page_texts(idp)[language], "language": language, "base": base, "style": f"{base}/pages/{page_style(idp)[0]}", "script": f"{base}/pages/{script}" if script else "",
-        "brand": idp.options.brand_name or urlsplit(base).hostname, "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
+        "text": page_texts(idp)[language], "language": language, "base": base,
+        "style": f"{base}/pages/{page_style(idp)[0]}", "script": f"{base}/pages/{script}" if script else "",
+        "brand": idp.options.brand_name or urlsplit(base).hostname,
+        "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
     } | words
     content = template(idp, "layout").render(body=template(idp, name).render(**common), name=name, **common)
     # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
@@ -7110,7 +7986,10 @@ def show_page(idp: Idp, environ, name: str, *, status=200, ui_locales="", target
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
         f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
     )
-    return Page(content.encode(), "text/html; charset=utf-8", status=status, headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy)
+    return Page(
+        content.encode(), "text/html; charset=utf-8", status=status,
+        headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
+    )
 
 
 def show_problem(idp: Idp, problem: Problem, environ) -> Page:
@@ -7140,7 +8019,9 @@ def cookie_name(idp: Idp, name: str) -> str:
 def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> str:
     """Return a Set-Cookie value. Lax: a login begins with a link from somewhere else."""
     secure = "; Secure" if idp.options.auth_issuer.startswith("https:") else ""
-    return f"{cookie_name(idp, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}" + (f"; Max-Age={max_age}" if max_age is not None else "")
+    return f"{cookie_name(idp, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}" + (
+        f"; Max-Age={max_age}" if max_age is not None else ""
+    )
 
 
 SESSION_COOKIE, LOGIN_COOKIE = "mad-session", "mad-login"
@@ -7171,8 +8052,14 @@ def check_form(params, secret: str | None, purpose: str):
 REF = "#/components/schemas/{name}"
 FRAMING = (400, 408, 413, 414, 417, 431, 500, 501, 503, 505)  # what any request may hear
 SECURITY = {
-    "client_basic": {"type": "http", "scheme": "basic", "description": "client_id and client_secret, each form-encoded; or as members of the form; a public client sends its client_id alone. RFC 6749 §2.3.1."},
-    "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "An access token of this port. RFC 6750, RFC 9068."},
+    "client_basic": {
+        "type": "http", "scheme": "basic",
+        "description": "client_id and client_secret, each form-encoded; or as members of the form; a public client sends its client_id alone. RFC 6749 §2.3.1.",
+    },
+    "bearer": {
+        "type": "http", "scheme": "bearer", "bearerFormat": "JWT",
+        "description": "An access token of this port. RFC 6750, RFC 9068.",
+    },
 }
 
 
@@ -7216,46 +8103,81 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     """Return the operation object of one method at one path. OpenAPI 3.1 §4.8.10."""
     doc = " ".join(route.handler.__doc__.split())
     operation = {
-        "operationId": route.handler.__name__ + (f"_{number}" if number else ""), "summary": doc.partition(".")[0] + ".", "description": doc,
-        "tags": [(path.strip("/").split("/")[0] or "files").strip("<>.")], "x-specification": route.spec, "parameters": [], "responses": {},
+        "operationId": route.handler.__name__ + (f"_{number}" if number else ""),
+        "summary": doc.partition(".")[0] + ".", "description": doc,
+        "tags": [(path.strip("/").split("/")[0] or "files").strip("<>.")], "x-specification": route.spec,
+        "parameters": [], "responses": {},
     }
     for name, kind in re.findall(r"<(\w+)(?::(\w+))?>", path):
-        operation["parameters"].append({"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
+        operation["parameters"].append(
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        )
     # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
     query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
     if query is not None:
         (_,), components = msgspec.json.schema_components([query], ref_template=REF)
         described = components[query.__name__]
         for name, schema in described["properties"].items():
-            operation["parameters"].append({"name": name, "in": "query", "required": name in described["required"], "schema": schema})
+            operation["parameters"].append(
+                {"name": name, "in": "query", "required": name in described["required"], "schema": schema}
+            )
     if route.versioned and method != "GET":
-        operation["parameters"].append({"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}})
+        operation["parameters"].append(
+            {"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}}
+        )
     if route.tagged:
-        operation["parameters"].append({"name": "If-None-Match", "in": "header", "required": False, "schema": {"type": "string"}})
-        operation["responses"]["304"] = {"description": "As you have it.", "headers": {"ETag": {"schema": {"type": "string"}}}}
+        operation["parameters"].append(
+            {"name": "If-None-Match", "in": "header", "required": False, "schema": {"type": "string"}}
+        )
+        operation["responses"]["304"] = {
+            "description": "As you have it.", "headers": {"ETag": {"schema": {"type": "string"}}},
+        }
     guard = guard_name(route)
     if guard in ("by_client", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by members of the form, which OpenAPI has no word for
     elif guard != "anyone":
         operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
     if route.takes is not None:
-        operation["requestBody"] = {"required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media}}
+        operation["requestBody"] = {
+            "required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media},
+        }
     elif route.form is not None and method == "POST":
-        operation["requestBody"] = {"required": any(field.required for field in msgspec.structs.fields(route.form)), "content": {FORM: {"schema": schema_of(route.form)}}}
+        operation["requestBody"] = {
+            "required": any(field.required for field in msgspec.structs.fields(route.form)),
+            "content": {FORM: {"schema": schema_of(route.form)}},
+        }
     headers = {}
-    if route.query is not None and "offset" in route.query.__struct_fields__ and getattr(route.gives, "__origin__", None) is list:
-        headers |= {"X-Total-Count": {"schema": {"type": "string"}}, "Link": {"description": "RFC 8288; rel=next where there is more.", "schema": {"type": "string"}}}
+    if (
+        route.query is not None
+        and "offset" in route.query.__struct_fields__
+        and getattr(route.gives, "__origin__", None) is list
+    ):
+        headers |= {
+            "X-Total-Count": {"schema": {"type": "string"}},
+            "Link": {"description": "RFC 8288; rel=next where there is more.", "schema": {"type": "string"}},
+        }
     if route.tagged or route.versioned and method != "DELETE":
         headers["ETag"] = {"schema": {"type": "string"}}
     operation["responses"][str(route.status)] = {
-        "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}}, **({"headers": headers} if headers else {}),
+        "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}},
+        **({"headers": headers} if headers else {}),
     }
     if route.html and route.gives is not bytes:
-        operation["responses"]["200"]["content"] = {"text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)}}
+        operation["responses"]["200"]["content"] = {
+            "text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)},
+        }
     if route.html or route.redirects:
-        operation["responses"]["303" if route.html else "302"] = {"description": "To be fetched by GET.", "headers": {"Location": {"schema": {"type": "string"}}}}
+        operation["responses"]["303" if route.html else "302"] = {
+            "description": "To be fetched by GET.", "headers": {"Location": {"schema": {"type": "string"}}},
+        }
     for status in sorted(possible_statuses(route, method, path, port_name)):
-        form = "page" if route.html else "oauth" if route.oauth and status < 500 and status not in (408, 413, 414, 417, 431) else "err"
+        form = (
+            "page"
+            if route.html
+            else "oauth"
+            if route.oauth and status < 500 and status not in (408, 413, 414, 417, 431)
+            else "err"
+        )
         operation["responses"][str(status)] = {"$ref": f"#/components/responses/{form}"}
     if path.startswith("/health/ready"):
         operation["responses"]["503"] = {"description": "Not ready.", "content": {JSON: {"schema": schema_of(Health)}}}
@@ -7283,7 +8205,10 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
             "responses": {
                 "err": {"description": "Refused.", "content": {JSON: {"schema": schema_of(Err)}}},
                 "oauth": {"description": "Refused. RFC 6749 §5.2.", "content": {JSON: {"schema": either}}},
-                "page": {"description": "Refused, in words for people.", "content": {"text/html": {"schema": {}}, JSON: {"schema": schema_of(Err)}}},
+                "page": {
+                    "description": "Refused, in words for people.",
+                    "content": {"text/html": {"schema": {}}, JSON: {"schema": schema_of(Err)}},
+                },
             },
             "securitySchemes": SECURITY,
         },
@@ -7328,7 +8253,9 @@ def build_app(idp: Idp, routes: Routes):
             environ = bottle.request.environ
             result = answer.run(route, environ, path)
             if isinstance(result, bottle.HTTPResponse):  # a static file
-                for name, value in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
+                for name, value in (
+                    *BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache"),
+                ):
                     result.set_header(name, value)
                 if environ.get("wsgi.url_scheme") == "https":
                     result.set_header(*HSTS)
@@ -7341,7 +8268,9 @@ def build_app(idp: Idp, routes: Routes):
         """Put what is to be said into bottle.response."""
         bottle.response.status, headers, body = answer.speak(result, environ)
         for name, value in headers:
-            (bottle.response.add_header if name in ("WWW-Authenticate", "Set-Cookie") else bottle.response.set_header)(name, value)
+            (bottle.response.add_header if name in ("WWW-Authenticate", "Set-Cookie") else bottle.response.set_header)(
+                name, value
+            )
         return body
 
     for route, path in mounted(idp, routes):
@@ -7352,7 +8281,9 @@ def build_app(idp: Idp, routes: Routes):
 
     def nowhere(error):
         """Unknown path, wrong method, or a failure of Bottle itself."""
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request" if error.status_code < 500 else "server_error")
+        code = {404: "not_found", 405: "method_not_allowed"}.get(
+            error.status_code, "invalid_request" if error.status_code < 500 else "server_error"
+        )
         if code == "server_error":
             idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
         # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
@@ -7404,7 +8335,13 @@ def admit_hosts(app, idp: Idp):
         problem = Problem("misdirected_request")
         Answer(idp).tell(environ, problem.code, problem.status, "Host is not a name of ADMIN")
         content = ENCODE(problem.as_err())
-        start_response("421 Misdirected Request", [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("Content-Length", str(len(content)))])
+        start_response(
+            "421 Misdirected Request",
+            [
+                ("Content-Type", "application/json"), ("Cache-Control", "no-store"),
+                ("Content-Length", str(len(content))),
+            ],
+        )
         return [content]
 
     return admitted
@@ -7417,8 +8354,8 @@ def msg(message: str) -> Msg:
 
 def user_object(account: Account) -> UserObject:
     return UserObject(
-        account.id, account.username, account.email, iso(account.created_at), iso(account.lockout_until), bool(account.is_active),
-        bool(account.email_verified), bool(account.totp_sealed),
+        account.id, account.username, account.email, iso(account.created_at), iso(account.lockout_until),
+        bool(account.is_active), bool(account.email_verified), bool(account.totp_sealed),
     )
 
 
@@ -7481,10 +8418,16 @@ def ready(idp, params):
             checks["database"] = False
         idp.readiness = (time.monotonic() + 1, checks)
     good = all(checks.values())
-    return Reply({"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")], 200 if good else 503)
+    return Reply(
+        {"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")],
+        200 if good else 503,
+    )
 
 
-@AUTH("GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks, cors=True, tagged=True)
+@AUTH(
+    "GET", ("/jwks.json", "/.well-known/jwks.json"), guard=anyone, spec="RFC 7517 §5", gives=Jwks, cors=True,
+    tagged=True,
+)
 def jwks(idp, params):
     """The public keys by which anybody verifies our tokens."""
     # Who keeps the set this long has met a key before it signs: processes take a ring up within a second. RFC 7517 §5.
@@ -7511,10 +8454,12 @@ def describe_server(idp: Idp) -> dict:
         "introspection_endpoint_auth_methods_supported": methods,
         "revocation_endpoint_auth_methods_supported": [*methods, "none"],
         "id_token_signing_alg_values_supported": sorted(idp.auth_ring.active, reverse=True),
-        "scopes_supported": ["openid", "profile", "email", "roles", *(["offline_access"] if options.enable_token_refresh else [])],
+        "scopes_supported": [
+            "openid", "profile", "email", "roles", *(["offline_access"] if options.enable_token_refresh else []),
+        ],
         "claims_supported": [
-            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "nonce", "name", "preferred_username", "updated_at",
-            "email", "email_verified", "roles",
+            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "nonce", "name",
+            "preferred_username", "updated_at", "email", "email_verified", "roles",
         ],
         "claim_types_supported": ["normal"],
         "claims_parameter_supported": False,
@@ -7537,13 +8482,19 @@ def describe_server(idp: Idp) -> dict:
     }
 
 
-@AUTH("GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone, spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True, tagged=True)
+@AUTH(
+    "GET", ("/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"), guard=anyone,
+    spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True, tagged=True,
+)
 def discovery(idp, params):
     """What this server can do; only what works."""
     return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
 
 
-@AUTH("POST", ("/token", "/oidc/token"), guard=by_client, spec="RFC 6749 §3.2", form=TokenForm, gives=TokenObject, oauth=True, cors=True)
+@AUTH(
+    "POST", ("/token", "/oidc/token"), guard=by_client, spec="RFC 6749 §3.2", form=TokenForm, gives=TokenObject,
+    oauth=True, cors=True,
+)
 def token(idp, client, params):
     """Exchange an authorization grant for tokens."""
     try:
@@ -7557,11 +8508,17 @@ def token(idp, client, params):
     except Problem as problem:
         if problem.status < 429 and not problem.audited:
             grant = params.get("grant_type")
-            audit(idp, params.origin, client.client_id, "token_refused", client.client_id, f"grant_type={grant if grant in GRANTS else 'unknown'} error={problem.code}", FAILURE)
+            audit(
+                idp, params.origin, client.client_id, "token_refused", client.client_id,
+                f"grant_type={grant if grant in GRANTS else 'unknown'} error={problem.code}", FAILURE,
+            )
         raise
 
 
-@AUTH("POST", "/introspect", guard=by_confidential_client, spec="RFC 7662 §2", form=TokenHintForm, gives=Introspection, oauth=True)
+@AUTH(
+    "POST", "/introspect", guard=by_confidential_client, spec="RFC 7662 §2", form=TokenHintForm, gives=Introspection,
+    oauth=True,
+)
 def introspect(idp, client, params):
     """Tell a client about a token of its own, or any token where it has the right."""
     return introspect_token(idp, client, params.need("token"))
@@ -7574,11 +8531,16 @@ def revoke(idp, client, params):
     return msg("Token revoked.")
 
 
-@AUTH("GET POST", "/userinfo", guard=by_bearer(OPENID, user=True), spec="OpenID Connect Core §5.3", form=BearerForm, gives=UserInfo, cors=True)
+@AUTH(
+    "GET POST", "/userinfo", guard=by_bearer(OPENID, user=True), spec="OpenID Connect Core §5.3", form=BearerForm,
+    gives=UserInfo, cors=True,
+)
 def userinfo(idp, claims, params):
     """The claims about the user that the token's scope opens."""
     family = idp.store.find_family(claims["sid"])
-    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ())
+    return user_claims(
+        idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ()
+    )
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec="contract/auth §1.3", gives=Me)
@@ -7600,29 +8562,37 @@ def whoami(idp, claims, params):
 def session_object(session: ListedSession) -> SessionObject:
     issued, expires = iso(session.issued_at), iso(session.expires_at)
     return SessionObject(
-        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_dead(session), session.token_use, session.mad_use,
-        session.login_method, False, 0, None, session.client_id, issued,
+        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_dead(session),
+        session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued,
     )
 
 
 def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
     is_revoked = row.revoked_at is not None or row.rotated_at is not None or row.family_created_ms <= row.dead_before
     return RefreshTokenObject(
-        row.id, row.user_id, row.username, row.session_id, row.client_id, iso(row.issued_at), iso(row.expires_at), is_revoked, OPENID in row.scope.split(), row.client_id,
+        row.id, row.user_id, row.username, row.session_id, row.client_id, iso(row.issued_at), iso(row.expires_at),
+        is_revoked, OPENID in row.scope.split(), row.client_id,
     )
 
 
-@AUTH("GET", "/me/sessions", guard=by_bearer(user=True), spec="contract/auth §1.2", query=Paged, gives=list[SessionObject])
+@AUTH(
+    "GET", "/me/sessions", guard=by_bearer(user=True), spec="contract/auth §1.2", query=Paged, gives=list[SessionObject]
+)
 def my_sessions(idp, claims, params):
     """The access tokens of this user, newest first."""
     rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
     return listed(params, [session_object(row) for row in rows], total)
 
 
-@AUTH("GET", "/me/refresh-tokens", guard=by_bearer(user=True), spec="contract/auth §1.2", query=Paged, gives=list[RefreshTokenObject], option="enable_token_refresh")
+@AUTH(
+    "GET", "/me/refresh-tokens", guard=by_bearer(user=True), spec="contract/auth §1.2", query=Paged,
+    gives=list[RefreshTokenObject], option="enable_token_refresh",
+)
 def my_refresh_tokens(idp, claims, params):
     """The refresh tokens of this user, newest first; never the tokens themselves."""
-    rows, total = idp.store.list_refresh_tokens(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
+    rows, total = idp.store.list_refresh_tokens(
+        user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset
+    )
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
@@ -7651,23 +8621,36 @@ def logout_all(idp, claims, params):
 # -- people: authorization --
 
 
-def answer_client(idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, members: dict, cookies=()):
+def answer_client(
+    idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, members: dict, cookies=()
+):
     """Send a browser back to its client, with `state` and `iss`. RFC 6749 §4.1.2, RFC 9207 §2, OAuth 2.0 Form Post Response Mode."""
     members = members | ({"state": state} if state is not None else {}) | {"iss": idp.options.auth_issuer}
     if response_mode == "form_post":
-        return show_page(idp, params.environ, "form_post", target=redirect_uri, script="form_post.js", action=redirect_uri, members=members, cookies=cookies)
+        return show_page(
+            idp, params.environ, "form_post", target=redirect_uri, script="form_post.js", action=redirect_uri,
+            members=members, cookies=cookies,
+        )
     separator = "&" if "?" in redirect_uri else "?"
     return Redirect(redirect_uri + separator + urlencode(members, quote_via=quote), list(cookies))
 
 
-def refuse_client(idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()):
+def refuse_client(
+    idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()
+):
     """Tell a client by way of the browser what went wrong. RFC 6749 §4.1.2.1."""
     Answer(idp).tell(params.environ, problem.code, 302, problem.log)
     members = {"error": problem.code, "error_description": problem.message}
-    return answer_client(idp, params, redirect_uri, response_mode if response_mode in RESPONSE_MODES else "query", state, members, cookies)
+    return answer_client(
+        idp, params, redirect_uri, response_mode if response_mode in RESPONSE_MODES else "query", state, members,
+        cookies,
+    )
 
 
-@AUTH("GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm, gives=PkceStep, html=True, option="enable_pkce")
+@AUTH(
+    "GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm,
+    gives=PkceStep, html=True, option="enable_pkce",
+)
 def authorize(idp, params):
     """Let a user log in for a client. A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON."""
     headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
@@ -7698,9 +8681,16 @@ def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
             raise Problem("interaction_required")
         if needs_consent(idp, client, held[1].id, request):
             raise Problem("consent_required")
-    if serves and "select_account" not in request.prompt and not missing and not needs_consent(idp, client, held[1].id, request):
+    if (
+        serves
+        and "select_account" not in request.prompt
+        and not missing
+        and not needs_consent(idp, client, held[1].id, request)
+    ):
         session, account = held
-        code = issue_code(idp, params.origin, client, request, account, session.amr.split(), session.auth_time, session.id_sha256)
+        code = issue_code(
+            idp, params.origin, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
+        )
         return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
     if held and "select_account" in request.prompt and (serves or not request.hinted_sub):
         state, session = "select", None
@@ -7761,7 +8751,9 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
     if row.state in ("enrol",):
         account = idp.store.find_account(row.user_id)
         seed = idp.seal.open(row.pending, row.user_id) if account else ""
-        issuer_name = client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
+        issuer_name = (
+            client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
+        )
         words |= {"secret": seed, "qr": picture(totp_uri(seed, account.username, issuer_name)) if account else ""}
     if row.state == "consent":
         wanted = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
@@ -7773,9 +8765,14 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         held = find_browser_session(idp, session_handle(idp, params))
         words["username"] = held[1].username if held else ""
     return show_page(
-        idp, params.environ, {"password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent", "select": "select"}[row.state],
-        status=status, error=error, ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "",
-        tx=row.id, form=form_token(binding, f"{row.id} {row.state}"), client=(client.row.display_name or client.client_id) if client else "",
+        idp, params.environ,
+        {
+            "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
+            "select": "select",
+        }[row.state],
+        status=status, error=error, ui_locales=request.ui_locales if request else "",
+        target=request.redirect_uri if request else "", tx=row.id, form=form_token(binding, f"{row.id} {row.state}"),
+        client=(client.row.display_name or client.client_id) if client else "",
         **({"username": request.login_hint if request else ""} | {"recovery": []} | words),
     )
 
@@ -7812,7 +8809,9 @@ def go_on(idp: Idp, params, login: Login, account: Account | None = None, recove
         code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time, browser)
     except Problem as problem:
         return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem, cookies)
-    return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code}, cookies)
+    return answer_client(
+        idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code}, cookies
+    )
 
 
 def refused_step(idp, params, login: Login, problem: Problem, error: str, **words) -> Page:
@@ -7821,12 +8820,17 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
         raise problem
     Answer(idp).tell(params.environ, problem.code, problem.status, problem.log)
     again = get_login(idp, login.row.id, login_binding(idp, params))
-    page = show_login(idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **words)
+    page = show_login(
+        idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **words
+    )
     page.headers.extend(problem.headers)
     return page
 
 
-@AUTH("GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", form=LoginPageForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", form=LoginPageForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
 def login_page(idp, params):
     """The page of a login under way: password, second factor, consent, whatever is next. Without one, the way to the account page."""
     if params.get("tx") is None and params.get("jti") is None:
@@ -7834,18 +8838,29 @@ def login_page(idp, params):
     return show_login(idp, params, held_login(idp, params))
 
 
-@AUTH("POST", "/login", guard=anyone, spec="contract/auth §5.3", form=PasswordForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/login", guard=anyone, spec="contract/auth §5.3", form=PasswordForm, gives=bytes, gives_media="text/html",
+    html=True, option="enable_pkce",
+)
 def login_password(idp, params):
     """The first page of a login: user name and password."""
     login = posted_login(idp, params, "password")
     try:
         after = give_password(idp, params.origin, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
-        return refused_step(idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255])
-    return go_on(idp, params, after, idp.store.find_account(after.row.user_id) if after.row.state in ("done", "consent") else None)
+        return refused_step(
+            idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
+        )
+    return go_on(
+        idp, params, after,
+        idp.store.find_account(after.row.user_id) if after.row.state in ("done", "consent") else None,
+    )
 
 
-@AUTH("POST", "/totp", guard=anyone, spec="contract/auth §5.3", form=CodeForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/totp", guard=anyone, spec="contract/auth §5.3", form=CodeForm, gives=bytes, gives_media="text/html",
+    html=True, option="enable_pkce",
+)
 def login_totp(idp, params):
     """The second page of a login: a one-time code, or a recovery code."""
     login = posted_login(idp, params, "totp")
@@ -7856,7 +8871,10 @@ def login_totp(idp, params):
     return go_on(idp, params, after, idp.store.find_account(after.row.user_id))
 
 
-@AUTH("POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=CodeForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=CodeForm, gives=bytes, gives_media="text/html",
+    html=True, option="enable_pkce",
+)
 def login_enrol(idp, params):
     """Set a second factor up in the middle of a login, by its first code; shows the recovery codes once."""
     login = posted_login(idp, params, "enrol")
@@ -7867,7 +8885,10 @@ def login_enrol(idp, params):
     return go_on(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
 
 
-@AUTH("POST", "/login/codes", guard=anyone, spec="recovery codes", form=StepForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/login/codes", guard=anyone, spec="recovery codes", form=StepForm, gives=bytes, gives_media="text/html",
+    html=True, option="enable_pkce",
+)
 def login_codes(idp, params):
     """Go on after the recovery codes were noted."""
     login = posted_login(idp, params, "codes")
@@ -7875,10 +8896,18 @@ def login_codes(idp, params):
     account = idp.store.find_account(row.user_id)
     if not is_good(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return go_on(idp, params, step(idp, login, after_factors(idp, login, account), row.user_id, row.amr.split(), row.auth_time, row.proven_ms))
+    return go_on(
+        idp, params,
+        step(
+            idp, login, after_factors(idp, login, account), row.user_id, row.amr.split(), row.auth_time, row.proven_ms
+        ),
+    )
 
 
-@AUTH("POST", "/login/select", guard=anyone, spec="OpenID Connect Core §3.1.2.1", form=SelectForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/login/select", guard=anyone, spec="OpenID Connect Core §3.1.2.1", form=SelectForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
 def login_select(idp, params):
     """Go on as who is logged in, or as somebody else."""
     login = posted_login(idp, params, "select")
@@ -7887,10 +8916,19 @@ def login_select(idp, params):
         return go_on(idp, params, step(idp, login, "password", None, []))
     session, account = held
     state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
-    return go_on(idp, params, step(idp, login, state, account.id, session.amr.split(), session.auth_time, session.created_ms, new_pending(idp, account.id, state)))
+    return go_on(
+        idp, params,
+        step(
+            idp, login, state, account.id, session.amr.split(), session.auth_time, session.created_ms,
+            new_pending(idp, account.id, state),
+        ),
+    )
 
 
-@AUTH("POST", "/login/consent", guard=anyone, spec="OpenID Connect Core §3.1.2.4", form=ConsentForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/login/consent", guard=anyone, spec="OpenID Connect Core §3.1.2.4", form=ConsentForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
 def login_consent(idp, params):
     """Agree to what a client asks for, or not."""
     login = posted_login(idp, params, "consent")
@@ -7898,16 +8936,24 @@ def login_consent(idp, params):
     decided = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
     if params.get("decision") != "allow":
         audit(idp, params.origin, row.user_id, "consent_denied", row.client_id, "", FAILURE)
-        return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, Problem("access_denied", log="the user said no"))
+        return refuse_client(
+            idp, params, request.redirect_uri, request.response_mode, request.state,
+            Problem("access_denied", log="the user said no"),
+        )
     account = finish_login(idp, decided)
-    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set((idp.store.consented(account.id, login.client.row.id) or "").split())
+    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(
+        (idp.store.consented(account.id, login.client.row.id) or "").split()
+    )
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
         audit(idp, params.origin, row.user_id, "consent_given", row.client_id, " ".join(sorted(wanted)))
     return go_on(idp, params, decided)
 
 
-@AUTH("GET", "/pages/<name>", guard=anyone, spec="style of the pages", gives=bytes, gives_media="*/*", html=True, option="enable_pkce")
+@AUTH(
+    "GET", "/pages/<name>", guard=anyone, spec="style of the pages", gives=bytes, gives_media="*/*", html=True,
+    option="enable_pkce",
+)
 def page_asset(idp, params):
     """The style sheet, the one script and the logo of the pages."""
     name = params.path["name"]
@@ -7919,7 +8965,10 @@ def page_asset(idp, params):
     kind = dict(LOGO_TYPES).get(idp.options.brand_logo.rpartition(".")[2].lower())
     if name == "logo" and kind:
         try:
-            return Page(Path(idp.options.brand_logo).read_bytes(), kind, cache=300, policy="default-src 'none'; style-src 'unsafe-inline'")
+            return Page(
+                Path(idp.options.brand_logo).read_bytes(), kind, cache=300,
+                policy="default-src 'none'; style-src 'unsafe-inline'",
+            )
         except OSError as error:
             raise Problem("not_found", log=f"brand-logo: {error.strerror}") from None
     raise Problem("not_found")
@@ -7975,7 +9024,10 @@ def headless_login(idp, params) -> tuple[Login, str]:
     return login, jti
 
 
-@AUTH("POST", "/login/password", guard=anyone, spec="contract/auth §5.2", form=HeadlessPasswordForm, gives=PkceStep, option="enable_pkce")
+@AUTH(
+    "POST", "/login/password", guard=anyone, spec="contract/auth §5.2", form=HeadlessPasswordForm, gives=PkceStep,
+    option="enable_pkce",
+)
 @as_err
 def headless_password(idp, params):
     """The first step of an application with screens of its own."""
@@ -7987,7 +9039,10 @@ def headless_password(idp, params):
     return headless_step(after, jti, after.row.state == "totp")
 
 
-@AUTH("POST", "/login/totp", guard=anyone, spec="contract/auth §5.2", form=HeadlessCodeForm, gives=PkceStep, option="enable_pkce")
+@AUTH(
+    "POST", "/login/totp", guard=anyone, spec="contract/auth §5.2", form=HeadlessCodeForm, gives=PkceStep,
+    option="enable_pkce",
+)
 @as_err
 def headless_totp(idp, params):
     """The second step of an application with screens of its own."""
@@ -7996,7 +9051,10 @@ def headless_totp(idp, params):
     return headless_step(give_code(idp, params.origin, login, code.strip()), jti, False)
 
 
-@AUTH("POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessLastForm, gives=bytes, gives_media="*/*", redirects=True, option="enable_pkce")
+@AUTH(
+    "POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessLastForm, gives=bytes,
+    gives_media="*/*", redirects=True, option="enable_pkce",
+)
 @as_err
 def headless_finalize(idp, params):
     """The last step: a redirect with the code, once, and only after every factor."""
@@ -8021,8 +9079,9 @@ def auth_session(idp, params):
         raise Problem("not_found")
     request = login.request
     return AuthSession(
-        params.path["jti"], request.client_id, request.redirect_uri, row.state == "totp", request.nonce, request.scope or "", request.state,
-        request.code_challenge, request.code_challenge_method, iso(row.created_at), iso(row.expires_at), row.state, request.max_age,
+        params.path["jti"], request.client_id, request.redirect_uri, row.state == "totp", request.nonce,
+        request.scope or "", request.state, request.code_challenge, request.code_challenge_method, iso(row.created_at),
+        iso(row.expires_at), row.state, request.max_age,
     )
 
 
@@ -8046,7 +9105,11 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
         held = find_browser_session(idp, handle)
         end_browser_session(idp, params.origin, held[1].id if held else "anonymous", sha256(handle))
     cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
-    return Redirect(location, cookies) if location else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
+    return (
+        Redirect(location, cookies)
+        if location
+        else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
+    )
 
 
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
@@ -8067,13 +9130,20 @@ def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
     return hint, location
 
 
-@AUTH("GET POST", "/end-session", guard=anyone, spec="OpenID Connect RP-Initiated Logout §2", form=EndSessionForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "GET POST", "/end-session", guard=anyone, spec="OpenID Connect RP-Initiated Logout §2", form=EndSessionForm,
+    gives=bytes, gives_media="text/html", html=True, option="enable_pkce",
+)
 def end_session(idp, params):
     """Log a user out for a client: at once where its ID token shows who it means, else after asking."""
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
     held = find_browser_session(idp, handle)
-    again = {name: value for name, value in params.values.items() if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")}
+    again = {
+        name: value
+        for name, value in params.values.items()
+        if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
+    }
     if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
         # As at /authorize: a POST from the client brings no cookie, the GET it becomes does.
         return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
@@ -8081,7 +9151,8 @@ def end_session(idp, params):
         check_form(params, handle, "session")
     elif held and not (hint and hint["sub"] == held[1].id):
         return show_page(
-            idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again, action="end-session", target=location,
+            idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again,
+            action="end-session", target=location,
             ui_locales=params.get("ui_locales") or "",
         )
     family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
@@ -8091,29 +9162,51 @@ def end_session(idp, params):
     return forget_browser(idp, params, handle, location)
 
 
-@AUTH("GET", "/logout", guard=anyone, spec="contract/auth §5.6", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "GET", "/logout", guard=anyone, spec="contract/auth §5.6", gives=bytes, gives_media="text/html", html=True,
+    option="enable_pkce",
+)
 def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
     held = find_browser_session(idp, handle)
     if held is None:
         return show_page(idp, params.environ, "signed_out")
-    return show_page(idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again={}, action="logout")
+    return show_page(
+        idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again={},
+        action="logout",
+    )
 
 
 # -- people: their account --
 
 
-def show_account(idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()) -> Page:
+def show_account(
+    idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
+) -> Page:
     session, account = held
     account = idp.store.find_account(account.id)
-    pending = idp.seal.open(account.totp_pending_sealed, account.id) if account.totp_pending_sealed and not account.totp_sealed else ""
+    pending = (
+        idp.seal.open(account.totp_pending_sealed, account.id)
+        if account.totp_pending_sealed and not account.totp_sealed
+        else ""
+    )
     return show_page(
-        idp, params.environ, "account", status=status, account=account, form=form_token(handle or session_handle(idp, params), "session"), notice=notice, error=error,
-        sessions=[(row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at)) for row in idp.store.list_browser_sessions(account.id, idp.now())],
-        logins=[(family, client_name(idp, family.client_id), iso(family.created_ms // 1000)) for family in idp.store.list_families_of(account.id) if family.expires_at > idp.now() and family.client_id != ADMIN_CLIENT],
+        idp, params.environ, "account", status=status, account=account,
+        form=form_token(handle or session_handle(idp, params), "session"), notice=notice, error=error,
+        sessions=[
+            (row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at))
+            for row in idp.store.list_browser_sessions(account.id, idp.now())
+        ],
+        logins=[
+            (family, client_name(idp, family.client_id), iso(family.created_ms // 1000))
+            for family in idp.store.list_families_of(account.id)
+            if family.expires_at > idp.now() and family.client_id != ADMIN_CLIENT
+        ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
-        secret=pending, qr=picture(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "", cookies=cookies,
+        secret=pending,
+        qr=picture(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "",
+        cookies=cookies,
     )
 
 
@@ -8122,14 +9215,20 @@ def client_name(idp, client_id) -> str:
     return (client.row.display_name if client else "") or client_id
 
 
-@AUTH("GET", "/account", guard=anyone, spec="self-service", gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "GET", "/account", guard=anyone, spec="self-service", gives=bytes, gives_media="text/html", html=True,
+    option="enable_pkce",
+)
 def account_page(idp, params):
     """One's own sessions, password and second factor; whoever is not logged in logs in first."""
     held = find_browser_session(idp, session_handle(idp, params))
     return show_account(idp, params, held) if held else open_login(idp, params, None)
 
 
-@AUTH("POST", "/account", guard=anyone, spec="self-service", form=AccountForm, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
+@AUTH(
+    "POST", "/account", guard=anyone, spec="self-service", form=AccountForm, gives=bytes, gives_media="text/html",
+    html=True, option="enable_pkce",
+)
 def account_change(idp, params):
     """End sessions, change the password, set up or take away the second factor. What weakens asks for the password and the code."""
     handle = session_handle(idp, params)
@@ -8139,13 +9238,20 @@ def account_change(idp, params):
     check_form(params, handle, "session")
     session, account = held
     try:
-        return ACCOUNT_CHANGES[params.need("action")](idp, params, session, account) if params.get("action") in ACCOUNT_CHANGES else show_account(idp, params, held, status=400, error="unknown")
+        return (
+            ACCOUNT_CHANGES[params.need("action")](idp, params, session, account)
+            if params.get("action") in ACCOUNT_CHANGES
+            else show_account(idp, params, held, status=400, error="unknown")
+        )
     except Problem as problem:
         if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
             raise
         Answer(idp).tell(params.environ, problem.code, problem.status, problem.log)
         said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
-        return show_account(idp, params, held, status=problem.status, error="weak_password" if "new_password" in (problem.errors or {}) else said)
+        return show_account(
+            idp, params, held, status=problem.status,
+            error="weak_password" if "new_password" in (problem.errors or {}) else said,
+        )
 
 
 def end_own_session(idp, params, session, account):
@@ -8169,7 +9275,9 @@ def stay(idp, params, session, account, **words) -> Page:
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.origin, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
-    return show_account(idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie], **words)
+    return show_account(
+        idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie], **words
+    )
 
 
 def end_all_others(idp, params, session, account):
@@ -8179,9 +9287,14 @@ def end_all_others(idp, params, session, account):
 
 def prove_again(idp, params, account):
     """Ask for the password, and the second factor of who has one. A recovery code does, or a lost authenticator could never be replaced."""
-    account, _ = authenticate_user(idp, params.origin, account.username, params.get("password") or "", only_password=True)
+    account, _ = authenticate_user(
+        idp, params.origin, account.username, params.get("password") or "", only_password=True
+    )
     if account.totp_sealed:
-        check_second_factor(idp, params.origin, account.id, max(idp.now_ms(), account.revoked_before + 1), (params.get("totp") or "").strip())
+        check_second_factor(
+            idp, params.origin, account.id, max(idp.now_ms(), account.revoked_before + 1),
+            (params.get("totp") or "").strip(),
+        )
 
 
 def change_own_password(idp, params, session, account):
@@ -8220,21 +9333,28 @@ def renew_own_codes(idp, params, session, account):
 
 
 ACCOUNT_CHANGES = {
-    "end_session": end_own_session, "end_login": end_own_login, "end_all": end_all_others, "password": change_own_password,
-    "begin_totp": begin_own_totp, "confirm_totp": confirm_own_totp, "disable_totp": disable_own_totp, "recovery_codes": renew_own_codes,
+    "end_session": end_own_session, "end_login": end_own_login, "end_all": end_all_others,
+    "password": change_own_password, "begin_totp": begin_own_totp, "confirm_totp": confirm_own_totp,
+    "disable_totp": disable_own_totp, "recovery_codes": renew_own_codes,
 }
 
 
 # -- administration by scope --
 
 
-@AUTH("POST", "/user", guard=by_scope("admin:provision_users"), spec="contract/auth §1.4", takes=CreateUser, gives=UserObject)
+@AUTH(
+    "POST", "/user", guard=by_scope("admin:provision_users"), spec="contract/auth §1.4", takes=CreateUser,
+    gives=UserObject,
+)
 def scoped_create_user(idp, claims, params):
     """Create a user."""
     return user_object(create_user(idp, params.origin, claims["sub"], params.body))
 
 
-@AUTH("GET", "/users", guard=by_scope("admin:list_users"), spec="contract/auth §1.4", query=ListUsers, gives=list[UserObject])
+@AUTH(
+    "GET", "/users", guard=by_scope("admin:list_users"), spec="contract/auth §1.4", query=ListUsers,
+    gives=list[UserObject],
+)
 def scoped_list_users(idp, claims, params):
     """The users by name, those matching `q`, a page at a time."""
     return list_users(idp, params)
@@ -8246,10 +9366,16 @@ def scoped_get_user(idp, claims, params):
     return user_object(get_user(idp, params.path["id"]))
 
 
-@AUTH("POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec="contract/auth §1.4", takes=ResetPassword, gives=Msg)
+@AUTH(
+    "POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec="contract/auth §1.4", takes=ResetPassword,
+    gives=Msg,
+)
 def scoped_reset_password(idp, claims, params):
     """Give a user a new password; never an administrator."""
-    reset_password(idp, params.origin, claims["sub"], params.path["id"], params.body.new_password or params.body.password, but_admins=True)
+    reset_password(
+        idp, params.origin, claims["sub"], params.path["id"], params.body.new_password or params.body.password,
+        but_admins=True,
+    )
     return msg("Password reset; every login of the user is ended.")
 
 
@@ -8263,32 +9389,48 @@ def scoped_deactivate_user(idp, claims, params):
 # -- files --
 
 
-@AUTH("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_auth_swagger", tagged=True)
+@AUTH(
+    "GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1",
+    option="enable_auth_swagger", tagged=True,
+)
 def auth_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
     return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_api(idp, AUTH)))
 
 
-@AUTH("GET", "/swagger", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/html", option="enable_auth_swagger")
+@AUTH(
+    "GET", "/swagger", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/html",
+    option="enable_auth_swagger",
+)
 def auth_swagger(idp, params):
     """The description, to be read in a browser."""
     return swagger_file("index.html")
 
 
-@AUTH("GET", "/swagger/rapidoc-min.js", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/javascript", option="enable_auth_swagger")
+@AUTH(
+    "GET", "/swagger/rapidoc-min.js", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/javascript",
+    option="enable_auth_swagger",
+)
 def auth_swagger_script(idp, params):
     """The viewer of that page."""
     return swagger_file("rapidoc-min.js")
 
 
-@AUTH("GET", ("/", "/<path:path>"), guard=anyone, spec="contract/auth §1.1", gives=bytes, gives_media="*/*", option="serve_public_auth_files")
+@AUTH(
+    "GET", ("/", "/<path:path>"), guard=anyone, spec="contract/auth §1.1", gives=bytes, gives_media="*/*",
+    option="serve_public_auth_files",
+)
 def public_file(idp, params):
     """A file of public/: of the working directory where there is one, else the bundled examples."""
     path = params.path.get("path", "index.html")
     root = Path("public") if Path("public").is_dir() else PUBLIC
     root = os.path.realpath(root)
     real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
-    if not real.startswith(root + os.sep) or any(part.startswith(".") for part in path.split("/")) or path.endswith("/"):
+    if (
+        not real.startswith(root + os.sep)
+        or any(part.startswith(".") for part in path.split("/"))
+        or path.endswith("/")
+    ):
         raise Problem("not_found")
     found = bottle.static_file(path, root=root)
     if found.status_code in (403, 404):
@@ -8329,25 +9471,38 @@ def admin_ready(idp, params):
 def admin_token(idp, params):
     """Log an administrator in. Form: username, password, totp where the user has a second factor, client_id for the record."""
     username, password = params.need("username"), params.need("password")
-    account, amr = authenticate_user(idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", admin=True)
+    account, amr = authenticate_user(
+        idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", admin=True
+    )
     now, options, ms = idp.now(), idp.options, max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
-    family = Family(random_handle()[:22], account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None)
+    family = Family(
+        random_handle()[:22], account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
+    )
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
         idp.store.add_family(family)
-        idp.store.add_session(Session(jti, account.id, (params.get("client_id") or "")[:255], family.sid, "", "access", "admin", "otp" if "otp" in amr else "pwd", now, now + lifetime, None))
-        audit(idp, params.origin, account.id, "admin_token_issued", (params.get("client_id") or "(no client id)")[:255], f"jti={jti}")
+        idp.store.add_session(
+            Session(
+                jti, account.id, (params.get("client_id") or "")[:255], family.sid, "", "access", "admin",
+                "otp" if "otp" in amr else "pwd", now, now + lifetime, None,
+            )
+        )
+        audit(
+            idp, params.origin, account.id, "admin_token_issued", (params.get("client_id") or "(no client id)")[:255],
+            f"jti={jti}",
+        )
     claims = {
-        "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti,
-        "mad": "admin", "token_use": "access", "username": account.username, "preferred_username": account.username, "email": account.email,
-        "email_verified": bool(account.email_verified), "amr": amr, "auth_time": now, "sid": family.sid,
-        "role": [role.id for role in roles], "roles": [role.name for role in roles],
+        "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now,
+        "exp": now + lifetime, "jti": jti, "mad": "admin", "token_use": "access", "username": account.username,
+        "preferred_username": account.username, "email": account.email, "email_verified": bool(account.email_verified),
+        "amr": amr, "auth_time": now, "sid": family.sid, "role": [role.id for role in roles],
+        "roles": [role.name for role in roles],
     }
     ring = idp.admin_ring
     return {
-        "access_token": ring.mint(ring.access, AT_JWT, claims), "token_type": "Bearer", "expires_in": lifetime, "jti": jti,
-        "aud": options.admin_issuer, "audience": options.admin_issuer,
+        "access_token": ring.mint(ring.access, AT_JWT, claims), "token_type": "Bearer", "expires_in": lifetime,
+        "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
     }
 
 
@@ -8385,7 +9540,10 @@ def admin_user_id(idp, claims, params):
     return Found(get_user(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject, versioned=True)
+@ADMIN(
+    "PUT", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject,
+    versioned=True,
+)
 def admin_update_user(idp, claims, params):
     """Change what is sent of a user; the id of the path counts. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
@@ -8407,7 +9565,10 @@ def admin_verify_email(idp, claims, params):
     return msg("E-mail address verified.")
 
 
-@ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin(), spec="contract/admin §3.2", gives=Msg)
+@ADMIN(
+    "POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin(), spec="contract/admin §3.2",
+    gives=Msg,
+)
 def admin_deactivate_user(idp, claims, params):
     """Keep a user out, and end all it has."""
     set_user_active(idp, params.origin, claims["sub"], params.path["id"], False)
@@ -8424,7 +9585,9 @@ def admin_activate_user(idp, claims, params):
 @ADMIN("POST", "/users/<id>/reset", guard=by_admin(), spec="contract/admin §3.2", takes=ResetPassword, gives=Msg)
 def admin_reset_password(idp, claims, params):
     """Give a user a new password, and end all the old one opened."""
-    reset_password(idp, params.origin, claims["sub"], params.path["id"], params.body.new_password or params.body.password)
+    reset_password(
+        idp, params.origin, claims["sub"], params.path["id"], params.body.new_password or params.body.password
+    )
     return msg("Password reset; every login of the user is ended.")
 
 
@@ -8450,7 +9613,10 @@ def admin_revoke_user(idp, claims, params):
     return msg("Everything issued to the user is revoked.")
 
 
-@ADMIN("POST", "/users/verify-password", guard=by_admin(), spec="contract/admin §6", takes=VerifyPassword, gives=PasswordVerdict)
+@ADMIN(
+    "POST", "/users/verify-password", guard=by_admin(), spec="contract/admin §6", takes=VerifyPassword,
+    gives=PasswordVerdict,
+)
 def admin_verify_password(idp, claims, params):
     """Is this the password of a user who could log in? 403 where not, whatever is wrong."""
     account = verify_password(idp, params.origin, params.body)
@@ -8488,7 +9654,10 @@ def write_below(root: str, folder: str, name: str, content: bytes):
         os.close(held)
 
 
-@ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin(), spec="contract/admin §3.3", takes=EnrolTotp, gives=TotpEnrolment)
+@ADMIN(
+    "POST", "/users/<id>/totp/enroll", guard=by_admin(), spec="contract/admin §3.3", takes=EnrolTotp,
+    gives=TotpEnrolment,
+)
 def admin_enrol_totp(idp, claims, params):
     """Make a second factor for a user and show it once: otpauth URI, seed and QR code. It counts from its first code on."""
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
@@ -8497,17 +9666,24 @@ def admin_enrol_totp(idp, claims, params):
     return TotpEnrolment(True, uri, seed, draw_qr(uri).decode())
 
 
-@ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin(), spec="contract/admin §3.3", takes=GenerateTotp, gives=TotpQr)
+@ADMIN(
+    "POST", "/users/<id>/totp/generate", guard=by_admin(), spec="contract/admin §3.3", takes=GenerateTotp, gives=TotpQr
+)
 def admin_generate_totp(idp, claims, params):
     """Make a second factor for a user and write its QR code to a file below totp-qr-output-root."""
-    account, issuer_name, root = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id), idp.options.totp_qr_output_root
+    account, issuer_name, root = (
+        get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id), idp.options.totp_qr_output_root,
+    )
     if not account.is_active:
         raise Problem("not_found", log="the user is inactive")
     if not root:
         raise Problem("temporarily_unavailable", log="totp-qr-output-root is not set")
     name, seed = f"totp_qr_{secrets.token_hex(6)}.svg", new_totp_seed()
     try:
-        write_below(os.path.normpath(root), params.body.qr_output_path, name, draw_qr(totp_uri(seed, account.username, issuer_name)))
+        write_below(
+            os.path.normpath(root), params.body.qr_output_path, name,
+            draw_qr(totp_uri(seed, account.username, issuer_name)),
+        )
     except OSError as error:
         raise Problem("temporarily_unavailable", log=f"the QR file cannot be written: {error.strerror}") from None
     begin_totp(idp, params.origin, claims["sub"], account, seed)
@@ -8577,7 +9753,10 @@ def admin_role_id(idp, claims, params):
     return Found(get_role(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject, versioned=True)
+@ADMIN(
+    "PUT", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject,
+    versioned=True,
+)
 def admin_update_role(idp, claims, params):
     """Change what is sent of a role. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
@@ -8599,7 +9778,10 @@ def admin_assign_role(idp, claims, params):
     return msg("Role assigned.")
 
 
-@ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin(), spec="contract/admin §3.6", takes=RoleMember, gives=Msg)
+@ADMIN(
+    "POST", ("/roles/unassign", "/roles/remove"), guard=by_admin(), spec="contract/admin §3.6", takes=RoleMember,
+    gives=Msg,
+)
 def admin_unassign_role(idp, claims, params):
     """Take a role from a user, and end what was issued with it."""
     unassign_role(idp, params.origin, claims["sub"], params.body.user_id, params.body.role_id)
@@ -8616,11 +9798,17 @@ def admin_list_role_ids_of_user(idp, claims, params):
 def admin_list_roles_of_user(idp, claims, params):
     """The roles of a user, or with `all` every role there is."""
     user = get_user(idp, params.path["id"])
-    roles = [role for role in idp.store.list_roles()[0] if role.is_active] if params.query.all else idp.store.list_roles_of(user.id)
+    roles = (
+        [role for role in idp.store.list_roles()[0] if role.is_active]
+        if params.query.all
+        else idp.store.list_roles_of(user.id)
+    )
     return [NameRef(role.id, role.name) for role in roles]
 
 
-@ADMIN("PUT", "/users/<id>/roles", guard=by_admin(), spec="contract/admin §3.6", takes=list[RoleRef] | SetRoles, gives=Msg)
+@ADMIN(
+    "PUT", "/users/<id>/roles", guard=by_admin(), spec="contract/admin §3.6", takes=list[RoleRef] | SetRoles, gives=Msg
+)
 def admin_set_roles(idp, claims, params):
     """Give a user exactly these roles, all or none."""
     wanted = params.body.roles if isinstance(params.body, SetRoles) else params.body
@@ -8631,7 +9819,10 @@ def admin_set_roles(idp, claims, params):
 @ADMIN("GET", "/roles/<id>/users", guard=by_admin(), spec="contract/admin §3.6", query=Paged, gives=list[UserObject])
 def admin_list_users_of_role(idp, claims, params):
     """The users who have a role, a page at a time."""
-    rows, total = idp.store.list_accounts(is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset)
+    rows, total = idp.store.list_accounts(
+        is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
+        offset=params.query.offset,
+    )
     return listed(params, [user_object(row) for row in rows], total)
 
 
@@ -8674,7 +9865,10 @@ def admin_permission_id(idp, claims, params):
     return Found(get_permission(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef, versioned=True)
+@ADMIN(
+    "PUT", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef,
+    versioned=True,
+)
 def admin_update_permission(idp, claims, params):
     """Rename a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
@@ -8703,13 +9897,18 @@ def admin_remove_permission_from(idp, claims, params):
     return msg("Permission removed.")
 
 
-@ADMIN("GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin(), spec="contract/admin §3.7", gives=list[NameRef])
+@ADMIN(
+    "GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin(), spec="contract/admin §3.7",
+    gives=list[NameRef],
+)
 def admin_list_permissions_of_role(idp, claims, params):
     """The permissions of a role."""
     return [name_ref(row) for row in idp.store.list_permissions_of_role(get_role(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/roles/<id>/permissions", guard=by_admin(), spec="contract/admin §3.7", takes=AssignPermission, gives=Msg)
+@ADMIN(
+    "POST", "/roles/<id>/permissions", guard=by_admin(), spec="contract/admin §3.7", takes=AssignPermission, gives=Msg
+)
 def admin_assign_permission(idp, claims, params):
     """Give a role a permission."""
     assign_permission(idp, params.origin, claims["sub"], params.path["id"], params.body.permission_id)
@@ -8745,7 +9944,10 @@ def admin_check_access(idp, claims, params):
 
 
 def scope_object(scope: Scope) -> ScopeObject:
-    return ScopeObject(scope.id, scope.name, scope.description, bool(scope.is_active), bool(scope.is_protected), iso(scope.created_at), scope.description)
+    return ScopeObject(
+        scope.id, scope.name, scope.description, bool(scope.is_active), bool(scope.is_protected), iso(scope.created_at),
+        scope.description,
+    )
 
 
 @ADMIN("POST", "/scopes", guard=by_admin(), spec="contract/admin §3.8", takes=CreateScope, gives=ScopeObject)
@@ -8774,7 +9976,10 @@ def admin_scope_id(idp, claims, params):
     return Found(get_scope(idp, params.path["name"]).id)
 
 
-@ADMIN("PUT", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject, versioned=True)
+@ADMIN(
+    "PUT", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject,
+    versioned=True,
+)
 def admin_update_scope(idp, claims, params):
     """Change what is sent of a scope; a protected one keeps its name. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
@@ -8789,7 +9994,10 @@ def admin_delete_scope(idp, claims, params):
     return msg("Scope deleted.")
 
 
-@ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin(), spec="contract/admin §3.8", gives=list[ScopeObject])
+@ADMIN(
+    "GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin(), spec="contract/admin §3.8",
+    gives=list[ScopeObject],
+)
 def admin_list_scopes_of_user(idp, claims, params):
     """The scopes a user may be granted."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
@@ -8809,7 +10017,10 @@ def admin_remove_scope_from_user(idp, claims, params):
     return msg("Scope removed.")
 
 
-@ADMIN("GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin(), spec="contract/admin §3.8", gives=list[ScopeObject])
+@ADMIN(
+    "GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin(), spec="contract/admin §3.8",
+    gives=list[ScopeObject],
+)
 def admin_list_scopes_of_client(idp, claims, params):
     """The scopes a client may ask for."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
@@ -8836,14 +10047,20 @@ def holder_of(idp, wanted: ScopeMember) -> Client | Account:
     return get_user(idp, wanted.user_id) if wanted.user_id else get_client(idp, wanted.client_id)
 
 
-@ADMIN("POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin(), spec="contract/admin §6", takes=ScopeMember, gives=Msg)
+@ADMIN(
+    "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin(), spec="contract/admin §6",
+    takes=ScopeMember, gives=Msg,
+)
 def admin_assign_scope_to(idp, claims, params):
     """Assign one scope; who gets it is in the body."""
     assign_scopes(idp, params.origin, claims["sub"], holder_of(idp, params.body), [params.body.scope_id])
     return msg("Scope assigned.")
 
 
-@ADMIN("POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin(), spec="contract/admin §6", takes=ScopeMember, gives=Msg)
+@ADMIN(
+    "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin(), spec="contract/admin §6",
+    takes=ScopeMember, gives=Msg,
+)
 def admin_remove_scope_from(idp, claims, params):
     """Take one scope away; from whom is in the body."""
     remove_scope(idp, params.origin, claims["sub"], holder_of(idp, params.body), params.body.scope_id)
@@ -8853,14 +10070,21 @@ def admin_remove_scope_from(idp, claims, params):
 @ADMIN("GET", "/scopes/<id>/users", guard=by_admin(), spec="contract/admin §3.8", query=Paged, gives=list[UserObject])
 def admin_list_users_with_scope(idp, claims, params):
     """The users who may be granted a scope, a page at a time."""
-    rows, total = idp.store.list_accounts(is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset)
+    rows, total = idp.store.list_accounts(
+        is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
+        offset=params.query.offset,
+    )
     return listed(params, [user_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/scopes/<id>/clients", guard=by_admin(), spec="contract/admin §3.8", query=Paged, gives=list[ClientObject])
+@ADMIN(
+    "GET", "/scopes/<id>/clients", guard=by_admin(), spec="contract/admin §3.8", query=Paged, gives=list[ClientObject]
+)
 def admin_list_clients_with_scope(idp, claims, params):
     """The clients that may ask for a scope, a page at a time."""
-    rows, total = idp.store.list_clients(scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset)
+    rows, total = idp.store.list_clients(
+        scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
+    )
     return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
@@ -8870,8 +10094,9 @@ def admin_list_clients_with_scope(idp, claims, params):
 def client_object(client: Client, secret="") -> ClientObject:
     row = client.row
     return ClientObject(
-        row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience, row.client_type, client.grant_types,
-        bool(row.may_introspect), bool(row.is_first_party), row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
+        row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience,
+        row.client_type, client.grant_types, bool(row.may_introspect), bool(row.is_first_party),
+        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
     )
 
 
@@ -8901,7 +10126,10 @@ def admin_client_id(idp, claims, params):
     return Found(get_client(idp, params.path["name"]).row.id)
 
 
-@ADMIN("PUT", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject, versioned=True)
+@ADMIN(
+    "PUT", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject,
+    versioned=True,
+)
 def admin_update_client(idp, claims, params):
     """Change what is sent of a client; switched off, renamed or given another audience it loses what it holds. Honours If-Match."""
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
@@ -8934,7 +10162,10 @@ def admin_change_secret(idp, claims, params):
 def admin_list_secrets(idp, claims, params):
     """The secrets of a client that live, newest first; never the secrets themselves."""
     rows = idp.store.list_secrets(get_client(idp, params.path["id"]).row.id, idp.now())
-    return [SecretObject(row.id, iso(row.created_at), None if row.expires_at == FOREVER else iso(row.expires_at)) for row in rows]
+    return [
+        SecretObject(row.id, iso(row.created_at), None if row.expires_at == FOREVER else iso(row.expires_at))
+        for row in rows
+    ]
 
 
 @ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin(), spec="contract/admin §3.9", gives=Msg)
@@ -8965,7 +10196,10 @@ def admin_delete_redirect_uri_by_id(idp, claims, params):
     return msg("Redirect URI removed.")
 
 
-@ADMIN("POST", "/clients/<id>/redirect-uris", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri, gives=UriObject, status=201)
+@ADMIN(
+    "POST", "/clients/<id>/redirect-uris", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri,
+    gives=UriObject, status=201,
+)
 def admin_add_redirect_uri(idp, claims, params):
     """Give a client a redirect URI: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
@@ -8985,27 +10219,39 @@ def admin_delete_redirect_uri(idp, claims, params):
     return msg("Removed.")
 
 
-@ADMIN("POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri, gives=UriObject, status=201)
+@ADMIN(
+    "POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin(), spec="contract/admin §3.10",
+    takes=str | AddUri, gives=UriObject, status=201,
+)
 def admin_add_post_logout_redirect_uri(idp, claims, params):
     """Give a client a post-logout redirect URI: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
     return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "post_logout", uri))
 
 
-@ADMIN("GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin(), spec="contract/admin §3.10", gives=list[UriObject])
+@ADMIN(
+    "GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin(), spec="contract/admin §3.10",
+    gives=list[UriObject],
+)
 def admin_list_post_logout_redirect_uris(idp, claims, params):
     """The post-logout redirect URIs of a client."""
     return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "post_logout")]
 
 
-@ADMIN("DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin(), spec="contract/admin §3.10", gives=Msg)
+@ADMIN(
+    "DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin(), spec="contract/admin §3.10",
+    gives=Msg,
+)
 def admin_delete_post_logout_redirect_uri(idp, claims, params):
     """Take a post-logout redirect URI from a client."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "post_logout", params.path["id"])
     return msg("Removed.")
 
 
-@ADMIN("POST", "/clients/<id>/cors-origins", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri, gives=UriObject, status=201)
+@ADMIN(
+    "POST", "/clients/<id>/cors-origins", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri,
+    gives=UriObject, status=201,
+)
 def admin_add_cors_origin(idp, claims, params):
     """Give a public client an origin a browser may call from: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
@@ -9042,14 +10288,20 @@ def client_of(params) -> str:
     return client_id
 
 
-@ADMIN("POST", "/client/options/<flag>", guard=by_admin(), spec="contract/admin §3.11", takes=SetFlag, media=(JSON, FORM), query=OfClient, gives=Msg)
+@ADMIN(
+    "POST", "/client/options/<flag>", guard=by_admin(), spec="contract/admin §3.11", takes=SetFlag, media=(JSON, FORM),
+    query=OfClient, gives=Msg,
+)
 def admin_set_flag(idp, claims, params):
     """Switch a feature of a client: form or JSON."""
     wanted = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
     if wanted is UNSET or isinstance(wanted, str) and wanted.lower() not in ("true", "false"):
         reject(enabled="must be true or false")
     flag = check_flag(params.path["flag"])
-    set_flag(idp, params.origin, claims["sub"], client_of(params), flag, wanted in (True, "true") or str(wanted).lower() == "true")
+    set_flag(
+        idp, params.origin, claims["sub"], client_of(params), flag,
+        wanted in (True, "true") or str(wanted).lower() == "true",
+    )
     return msg(f"{flag} set.")
 
 
@@ -9059,7 +10311,10 @@ def admin_get_flag(idp, claims, params):
     return msg(str(list_flags(idp, client_of(params))[check_flag(params.path["flag"])].is_enabled))
 
 
-@ADMIN("POST", "/client/options/<flag>/ext", guard=by_admin(), spec="contract/admin §3.11", takes=SetFlagOption, media=(JSON, FORM), query=OfClient, gives=Msg)
+@ADMIN(
+    "POST", "/client/options/<flag>/ext", guard=by_admin(), spec="contract/admin §3.11", takes=SetFlagOption,
+    media=(JSON, FORM), query=OfClient, gives=Msg,
+)
 def admin_set_flag_option(idp, claims, params):
     """Set the option of a feature: form or JSON."""
     set_flag_option(idp, params.origin, claims["sub"], client_of(params), params.path["flag"], params.body.options)
@@ -9079,22 +10334,34 @@ def admin_get_flag_option(idp, claims, params):
 
 
 def idp_object(row: ExternalIdp) -> IdpObject:
-    return IdpObject(row.id, row.client_id, row.provider_key, row.display_name, row.issuer, row.client_identifier, row.scopes, iso(row.created_at), iso(row.modified_at))
+    return IdpObject(
+        row.id, row.client_id, row.provider_key, row.display_name, row.issuer, row.client_identifier, row.scopes,
+        iso(row.created_at), iso(row.modified_at),
+    )
 
 
-@ADMIN("GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin(), spec="contract/admin §3.12", gives=list[IdpObject])
+@ADMIN(
+    "GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin(), spec="contract/admin §3.12",
+    gives=list[IdpObject],
+)
 def admin_list_idps(idp, claims, params):
     """The external identity providers of a client."""
     return [idp_object(row) for row in idp.store.list_idps(get_client(idp, params.path["id"]).row.id)]
 
 
-@ADMIN("POST", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin(), spec="contract/admin §3.12", takes=PutIdp, gives=IdpObject, status=201)
+@ADMIN(
+    "POST", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin(), spec="contract/admin §3.12",
+    takes=PutIdp, gives=IdpObject, status=201,
+)
 def admin_add_idp(idp, claims, params):
     """Add an external identity provider to a client."""
     return idp_object(put_idp(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("GET", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(), spec="contract/admin §3.12", gives=IdpObject)
+@ADMIN(
+    "GET", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(),
+    spec="contract/admin §3.12", gives=IdpObject,
+)
 def admin_get_idp(idp, claims, params):
     """One external identity provider of a client."""
     row = idp.store.find_idp(get_client(idp, params.path["id"]).row.id, params.path["idp_id"])
@@ -9103,13 +10370,19 @@ def admin_get_idp(idp, claims, params):
     return idp_object(row)
 
 
-@ADMIN("PUT", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(), spec="contract/admin §3.12", takes=PutIdp, gives=IdpObject)
+@ADMIN(
+    "PUT", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(),
+    spec="contract/admin §3.12", takes=PutIdp, gives=IdpObject,
+)
 def admin_update_idp(idp, claims, params):
     """Change an external identity provider of a client."""
     return idp_object(put_idp(idp, params.origin, claims["sub"], params.path["id"], params.body, params.path["idp_id"]))
 
 
-@ADMIN("DELETE", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(), spec="contract/admin §3.12", gives=Msg)
+@ADMIN(
+    "DELETE", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(),
+    spec="contract/admin §3.12", gives=Msg,
+)
 def admin_delete_idp(idp, claims, params):
     """Remove an external identity provider from a client."""
     delete_idp(idp, params.origin, claims["sub"], params.path["id"], params.path["idp_id"])
@@ -9135,22 +10408,34 @@ def admin_get_session(idp, claims, params):
     return session_object(get_session(idp, params.path["jti"]))
 
 
-@ADMIN("GET", "/sessions/user/<id>", guard=by_admin(), spec="contract/admin §3.4", query=Paged, gives=list[SessionObject])
+@ADMIN(
+    "GET", "/sessions/user/<id>", guard=by_admin(), spec="contract/admin §3.4", query=Paged, gives=list[SessionObject]
+)
 def admin_list_sessions_of_user(idp, claims, params):
     """The sessions of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
-    rows, total = idp.store.list_sessions(user_id=user.id, limit=params.query.limit, offset=params.query.offset) if user else ([], 0)
+    rows, total = (
+        idp.store.list_sessions(user_id=user.id, limit=params.query.limit, offset=params.query.offset)
+        if user
+        else ([], 0)
+    )
     return listed(params, [session_object(row) for row in rows], total)
 
 
-@ADMIN("DELETE", "/sessions/<jti>", guard=by_admin(), spec="contract/admin §3.4", gives=Revoked, option="enable_token_revocation")
+@ADMIN(
+    "DELETE", "/sessions/<jti>", guard=by_admin(), spec="contract/admin §3.4", gives=Revoked,
+    option="enable_token_revocation",
+)
 def admin_revoke_session(idp, claims, params):
     """End a session, and the login it belongs to."""
     session = revoke_session(idp, params.origin, claims["sub"], params.path["jti"])
     return Revoked(session.id, "revoked", "Session revoked.")
 
 
-@ADMIN("POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin(), spec="contract/admin §3.4", takes=PurgeTokens, gives=Msg)
+@ADMIN(
+    "POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin(), spec="contract/admin §3.4", takes=PurgeTokens,
+    gives=Msg,
+)
 def admin_purge_sessions(idp, claims, params):
     """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
@@ -9158,14 +10443,19 @@ def admin_purge_sessions(idp, claims, params):
     return msg(f"{count} rows purged.")
 
 
-@ADMIN("POST", "/revoke", guard=by_admin(), spec="contract/admin §3.4", takes=TokenIn, media=(JSON, FORM), gives=Msg, option="enable_token_revocation")
+@ADMIN(
+    "POST", "/revoke", guard=by_admin(), spec="contract/admin §3.4", takes=TokenIn, media=(JSON, FORM), gives=Msg,
+    option="enable_token_revocation",
+)
 def admin_revoke_token(idp, claims, params):
     """End any token of this server, access, ADMIN or refresh: form or JSON."""
     revoke_any_token(idp, params.origin, claims["sub"], params.body.token)
     return msg("Token revoked.")
 
 
-@ADMIN("POST", "/introspect", guard=by_admin(), spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict)
+@ADMIN(
+    "POST", "/introspect", guard=by_admin(), spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict
+)
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
     found = describe_token(idp, params.body.token)
@@ -9173,14 +10463,20 @@ def admin_introspect(idp, claims, params):
     return found
 
 
-@ADMIN("GET", "/refresh-tokens", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject], option="enable_token_refresh")
+@ADMIN(
+    "GET", "/refresh-tokens", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject],
+    option="enable_token_refresh",
+)
 def admin_list_refresh_tokens(idp, claims, params):
     """The refresh tokens, newest first, a page at a time; never the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/refresh-tokens/<id>", guard=by_admin(), spec="contract/admin §3.5", gives=RefreshTokenObject, option="enable_token_refresh")
+@ADMIN(
+    "GET", "/refresh-tokens/<id>", guard=by_admin(), spec="contract/admin §3.5", gives=RefreshTokenObject,
+    option="enable_token_refresh",
+)
 def admin_get_refresh_token(idp, claims, params):
     """One refresh token, by the id of its row."""
     row = idp.store.find_refresh_token_by_id(params.path["id"])
@@ -9189,22 +10485,35 @@ def admin_get_refresh_token(idp, claims, params):
     return refresh_token_object(row)
 
 
-@ADMIN("GET", "/refresh-tokens/user/<id>", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject], option="enable_token_refresh")
+@ADMIN(
+    "GET", "/refresh-tokens/user/<id>", guard=by_admin(), spec="contract/admin §3.5", query=Paged,
+    gives=list[RefreshTokenObject], option="enable_token_refresh",
+)
 def admin_list_refresh_tokens_of_user(idp, claims, params):
     """The refresh tokens of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
-    rows, total = idp.store.list_refresh_tokens(user.id, limit=params.query.limit, offset=params.query.offset) if user else ([], 0)
+    rows, total = (
+        idp.store.list_refresh_tokens(user.id, limit=params.query.limit, offset=params.query.offset)
+        if user
+        else ([], 0)
+    )
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-@ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin(), spec="contract/admin §6", gives=Msg, option="enable_token_refresh")
+@ADMIN(
+    "DELETE", "/refresh-tokens/<id>", guard=by_admin(), spec="contract/admin §6", gives=Msg,
+    option="enable_token_refresh",
+)
 def admin_revoke_refresh_token(idp, claims, params):
     """End a refresh token and the login it belongs to."""
     revoke_refresh_token(idp, params.origin, claims["sub"], params.path["id"])
     return msg("Refresh token revoked.")
 
 
-@ADMIN("POST", "/refresh-tokens/purge", guard=by_admin(), spec="contract/admin §3.5", takes=PurgeTokens, gives=Msg, option="enable_token_refresh")
+@ADMIN(
+    "POST", "/refresh-tokens/purge", guard=by_admin(), spec="contract/admin §3.5", takes=PurgeTokens, gives=Msg,
+    option="enable_token_refresh",
+)
 def admin_purge_refresh_tokens(idp, claims, params):
     """Delete the rows of refresh tokens that expired long enough ago."""
     count = purge_tokens(idp, params.origin, claims["sub"], params.body, ('refresh_token',), nap)
@@ -9216,8 +10525,8 @@ def admin_purge_refresh_tokens(idp, claims, params):
 
 def audit_object(row: AuditRow) -> AuditObject:
     return AuditObject(
-        str(row.seq), row.actor_id, row.action, row.secondary, row.target, iso(row.at), row.ip_address, row.user_agent, row.request_id,
-        row.result, row.row_sha256, row.actor_id, row.ip_address,
+        str(row.seq), row.actor_id, row.action, row.secondary, row.target, iso(row.at), row.ip_address, row.user_agent,
+        row.request_id, row.result, row.row_sha256, row.actor_id, row.ip_address,
     )
 
 
@@ -9233,8 +10542,13 @@ def admin_list_audit(idp, claims, params):
     """Audit rows, newest first; with `after` those that came since, oldest first."""
     query = params.query
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
-    wanted = (query.userId or query.user_id, query.target, read_moment(query.since, "since", 0), read_moment(query.until, "until", FOREVER))
-    rows = [audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)]
+    wanted = (
+        query.userId or query.user_id, query.target, read_moment(query.since, "since", 0),
+        read_moment(query.until, "until", FOREVER),
+    )
+    rows = [
+        audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)
+    ]
     return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
 
 
@@ -9244,7 +10558,10 @@ def admin_verify_audit(idp, claims, params):
     return AuditVerdict(**idp.store.verify_audit())
 
 
-@ADMIN("GET", "/audit-logs/export", guard=by_admin(), spec="append-only audit log", query=ExportAudit, gives=AuditObject, gives_media="application/x-ndjson")
+@ADMIN(
+    "GET", "/audit-logs/export", guard=by_admin(), spec="append-only audit log", query=ExportAudit, gives=AuditObject,
+    gives_media="application/x-ndjson",
+)
 def admin_export_audit(idp, claims, params):
     """The audit log as JSON lines, oldest first, from `after` on; X-Next-After where there is more."""
     query = params.query
@@ -9279,7 +10596,10 @@ def admin_make_backup(idp, claims, params):
         return make_backup(idp, params.origin, claims["sub"], params.body.without_keys)
 
 
-@ADMIN("GET", "/backup/<name>", guard=by_admin(), spec="online backup", query=BackupPiece, gives=bytes, gives_media="application/octet-stream")
+@ADMIN(
+    "GET", "/backup/<name>", guard=by_admin(), spec="online backup", query=BackupPiece, gives=bytes,
+    gives_media="application/octet-stream",
+)
 def admin_read_backup(idp, claims, params):
     """A backup, a mebibyte at a time, from `offset` on; X-Next-Offset where there is more."""
     piece, following = read_backup_piece(idp, params.path["name"], params.query.offset)
@@ -9293,19 +10613,28 @@ def admin_delete_backup(idp, claims, params):
     return msg("Backup deleted.")
 
 
-@ADMIN("GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1", option="enable_admin_swagger", tagged=True)
+@ADMIN(
+    "GET", ("/openapi.json", "/swagger/v1/swagger.json"), guard=anyone, spec="OpenAPI 3.1",
+    option="enable_admin_swagger", tagged=True,
+)
 def admin_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
     return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_api(idp, ADMIN)))
 
 
-@ADMIN("GET", "/swagger", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/html", option="enable_admin_swagger")
+@ADMIN(
+    "GET", "/swagger", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/html",
+    option="enable_admin_swagger",
+)
 def admin_swagger(idp, params):
     """The description, to be read in a browser."""
     return swagger_file("index.html")
 
 
-@ADMIN("GET", "/swagger/rapidoc-min.js", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/javascript", option="enable_admin_swagger")
+@ADMIN(
+    "GET", "/swagger/rapidoc-min.js", guard=anyone, spec="OpenAPI 3.1", gives=bytes, gives_media="text/javascript",
+    option="enable_admin_swagger",
+)
 def admin_swagger_script(idp, params):
     """The viewer of that page."""
     return swagger_file("rapidoc-min.js")
@@ -9330,7 +10659,11 @@ def purge(idp: Idp, pause=nap):
             done += deleted
             pause(0.01)
         counts["session"] = done
-    cutoffs = [("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now), ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now), ("browser_session", "id_sha256", now)]
+    cutoffs = [
+        ("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now),
+        ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now),
+        ("browser_session", "id_sha256", now),
+    ]
     if options.refresh_token_purge_days:
         before = now - options.refresh_token_purge_days * 86400
         cutoffs += [("refresh_token", "id", before), ("family", "sid", before)]
@@ -9343,7 +10676,9 @@ def purge(idp: Idp, pause=nap):
     if options.audit_log_retention_days:
         counts["audit"] = purge_audit_log(idp, LOCAL, "system", options.audit_log_retention_days, pause)
     if any(counts.values()):
-        audit(idp, LOCAL, "system", "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count))
+        audit(
+            idp, LOCAL, "system", "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count)
+        )
     idp.log("upkeep", **counts)
 
 
@@ -9366,12 +10701,19 @@ def tend_rings(idp: Idp):
     options, now = idp.options, idp.now()
     if not idp.ring_files or not idp.check_clock():
         return
-    lives = [options.token_expiration, ID_TOKEN_TTL, *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit())]
+    lives = [
+        options.token_expiration, ID_TOKEN_TTL,
+        *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit()),
+    ]
     for port_name, (path, passphrase, _) in ring_files(options).items():
         longest = max(lives) if port_name == "auth" else options.admin_token_expiration
         with hold_ring(path):
             before = read_ring(path, passphrase)
-            after = [entry for entry in promote(before, now, options.key_overlap) if entry.state != "retired" or entry.since + longest + IAT_SKEW > now]
+            after = [
+                entry
+                for entry in promote(before, now, options.key_overlap)
+                if entry.state != "retired" or entry.since + longest + IAT_SKEW > now
+            ]
             if after != before:
                 write_durably(path, write_ring(after, passphrase))
                 idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
@@ -9386,17 +10728,27 @@ class Code:
 
     def keep(self):
         """Where files of it were removed, have the archive unpack itself again. What cannot be had back is tried again every ten minutes."""
-        if not self.archive or time.monotonic() < self.again or all(path.exists() for path in (HERE / ".lock", PAGES / "en.json")):
+        if (
+            not self.archive
+            or time.monotonic() < self.again
+            or all(path.exists() for path in (HERE / ".lock", PAGES / "en.json"))
+        ):
             return
         import subprocess
 
-        done = subprocess.run([sys.executable, "-I", self.archive, "version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-I", self.archive, "version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, timeout=120,
+        )
         if done.returncode == 0 and (HERE / ".lock").exists():
             self.lock = open(HERE / ".lock", "rb")
             fcntl.flock(self.lock, fcntl.LOCK_SH)  # or the next release would take it for abandoned
             self.log("code.unpacked_again", "warning", folder=str(HERE))
             return
-        self.log("code.lost", "error", folder=str(HERE), reason=done.stderr.strip()[-300:] or "the archive is another release: restart")
+        self.log(
+            "code.lost", "error", folder=str(HERE),
+            reason=done.stderr.strip()[-300:] or "the archive is another release: restart",
+        )
         self.again = time.monotonic() + 600
 
 
@@ -9466,7 +10818,10 @@ class Clockwork(threading.Thread):
             self.unsettled = False
         state, monotonic = keeper.state, keeper.monotonic()
         if state != self.said or state != "right" and monotonic - self.said_at >= 3600:
-            idp.log("clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error", now=idp.now(), clock=int(keeper.wall()))
+            idp.log(
+                "clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error",
+                now=idp.now(), clock=int(keeper.wall()),
+            )
             self.said, self.said_at = state, monotonic
         if state == "right" and monotonic - self.noted_at >= self.NOTE:
             self.note()
@@ -9498,7 +10853,9 @@ SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
 PATIENCE = 0.002  # seconds a thread may stay with one request before another polls in its place
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
-METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")}
+METHODS = {
+    name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
+}
 # Fields whose repetition changes who is asking or what is asked. RFC 9110 §5.3 allows joining only lists.
 SINGLE = frozenset((
     "HTTP_HOST", "HTTP_AUTHORIZATION", "HTTP_ORIGIN", "HTTP_FORWARDED", "HTTP_X_FORWARDED_PROTO",
@@ -9508,7 +10865,9 @@ PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # R
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 # What the server says itself, and the fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
-OURS = frozenset(("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te"))
+OURS = frozenset(
+    ("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te")
+)
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 REFUSALS = {  # status: (reason phrase, code, what the client is told)
     400: ("Bad Request", "invalid_request", "The request is not valid HTTP."),
@@ -9525,11 +10884,12 @@ REFUSALS = {  # status: (reason phrase, code, what the client is told)
 
 class Limits(msgspec.Struct, frozen=True):
     """What one port grants its clients: sizes in octets, times in seconds."""
-    header_bytes: int = 16384        # request line and header fields; 431. RFC 6585 §5
-    request_line_bytes: int = 8192   # 414. RFC 9112 §3
-    headers: int = 64                # fields, and trailer fields; 431
-    body_bytes: int = 65536          # content; 413, before any of it is read when Content-Length tells. RFC 9110 §15.5.14
-    request_seconds: float = 15      # a whole request from its first byte; 408. RFC 9110 §15.5.9
+
+    header_bytes: int = 16384  # request line and header fields; 431. RFC 6585 §5
+    request_line_bytes: int = 8192  # 414. RFC 9112 §3
+    headers: int = 64  # fields, and trailer fields; 431
+    body_bytes: int = 65536  # content; 413, before any of it is read when Content-Length tells. RFC 9110 §15.5.14
+    request_seconds: float = 15  # a whole request from its first byte; 408. RFC 9110 §15.5.9
     handshake_seconds: float = 10
     idle_seconds: float = 75         # a fifth of it when more than half of all connections are taken
     send_seconds: float = 15         # a whole answer
@@ -9591,16 +10951,29 @@ def tls_context(cert_file: str, key_file: str | None = None, password: str | Non
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ValueError(f"The TLS key does not belong to the certificate {cert_file}.") from None
-        if error.reason == "NO_START_LINE" or error.reason is None and not key_file and b"PRIVATE KEY-----" not in certificate:
-            raise ValueError(f"The TLS file {key_file or cert_file} has no private key or no certificate in it.") from None
-        raise ValueError(f"The TLS key of {cert_file} cannot be opened: the passphrase is wrong or missing, or the file is damaged.") from None
+        if (
+            error.reason == "NO_START_LINE"
+            or error.reason is None
+            and not key_file
+            and b"PRIVATE KEY-----" not in certificate
+        ):
+            raise ValueError(
+                f"The TLS file {key_file or cert_file} has no private key or no certificate in it."
+            ) from None
+        raise ValueError(
+            f"The TLS key of {cert_file} cannot be opened: the passphrase is wrong or missing, or the file is damaged."
+        ) from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"The TLS file {cert_file} cannot be used: it is neither PEM nor PKCS#12, or its passphrase is wrong.") from error
+        raise ValueError(
+            f"The TLS file {cert_file} cannot be used: it is neither PEM nor PKCS#12, or its passphrase is wrong."
+        ) from error
     return context
 
 
 def _load_pkcs12(context, content, password):
-    from cryptography.hazmat.primitives.serialization import pkcs12  # seldom needed, and it has its share of the start-up
+    from cryptography.hazmat.primitives.serialization import (
+        pkcs12,
+    )  # seldom needed, and it has its share of the start-up
 
     key, certificate, chain = pkcs12.load_key_and_certificates(content, password.encode() or None)
     if key is None or certificate is None:
@@ -9690,10 +11063,12 @@ class Connection:
     """
     __slots__ = (
         "server", "limits", "lock", "sock", "fd", "address", "base", "names", "trusted", "counted", "parser",
-        "handshaking", "lingering", "fresh", "deadline",             # where it stands
-        "seen", "place", "wire", "environ", "target", "body", "length", "size", "count", "dropped",  # the request that is arriving
-        "headed", "chunked", "expecting", "began",
-        "requests", "refusal", "out", "last")                        # what is still to be done, in this order
+        "handshaking", "lingering", "fresh",
+        "deadline",  # where it stands
+        "seen", "place", "wire", "environ", "target", "body", "length", "size", "count",
+        "dropped",  # the request that is arriving
+        "headed", "chunked", "expecting", "began", "requests", "refusal", "out", "last",
+    )  # what is still to be done, in this order
 
     def __init__(self, server, sock, address, base, names, trusted, counted):
         self.server, self.limits, self.lock = server, server.limits, threading.Lock()
@@ -9914,7 +11289,7 @@ class Server(cheroot.wsgi.Server):
         self._pool = set()
         self._open, self._peers = {}, collections.Counter()  # fd: Connection; address: number of connections
         self._listeners = {}
-        self._crowd = [0, ""]               # connections turned away since the last line about it, the last of their peers
+        self._crowd = [0, ""]  # connections turned away since the last line about it, the last of their peers
         self._ended = self._draining = False
 
     # -- life --
@@ -10010,7 +11385,11 @@ class Server(cheroot.wsgi.Server):
         """
         while True:
             with self._lock:
-                if self._ended or self._running - len(self._waiting) >= self.threads or self._running >= self.max_threads:
+                if (
+                    self._ended
+                    or self._running - len(self._waiting) >= self.threads
+                    or self._running >= self.max_threads
+                ):
                     return
                 thread = threading.Thread(target=self._work, name=f"{self.name}-{self._running}", daemon=True)
                 self._running += 1
@@ -10055,7 +11434,9 @@ class Server(cheroot.wsgi.Server):
                 try:
                     self._stand_by(me)
                     self._lead(me)
-                except Exception as error:  # one that ended for it, of memory most likely, would be missing when there is some again
+                except (
+                    Exception
+                ) as error:  # one that ended for it, of memory most likely, would be missing when there is some again
                     if not isinstance(error, MemoryError):
                         self.log("error", server=self.name, exc_info=sys.exc_info())
                     nap(PATIENCE)
@@ -10141,7 +11522,9 @@ class Server(cheroot.wsgi.Server):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.tls:
-                sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True)
+                sock = self.tls.wrap_socket(
+                    sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
+                )
             base = {**self._base, "REMOTE_ADDR": peer, "REMOTE_PORT": str(address[1]), "microauthd.peer": peer}
             connection = Connection(self, sock, peer, base, self._names[trusted], trusted, counted)
             limits = self.limits
@@ -10254,7 +11637,10 @@ class Server(cheroot.wsgi.Server):
                 connection.refusal = Refused(400, "plain HTTP on a TLS port")
                 return
             if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-                self.log("refused", server=self.name, peer=connection.address, reason=f"TLS handshake: {error.reason}", status=0)
+                self.log(
+                    "refused", server=self.name, peer=connection.address, reason=f"TLS handshake: {error.reason}",
+                    status=0,
+                )
             raise
         connection.handshaking = False
         connection.deadline = time.monotonic() + self.limits.idle_seconds
@@ -10384,7 +11770,9 @@ class Server(cheroot.wsgi.Server):
                     self._accept(fd)
                 if self._crowd[0] and time.monotonic() - said >= 1:
                     (count, peer), self._crowd, said = self._crowd, [0, ""], time.monotonic()
-                    self.log("refused", server=self.name, peer=peer, reason="too many connections", status=0, count=count)
+                    self.log(
+                        "refused", server=self.name, peer=peer, reason="too many connections", status=0, count=count
+                    )
             except Exception:
                 self.log("error", server=self.name, exc_info=sys.exc_info())
 
@@ -10402,7 +11790,9 @@ class Server(cheroot.wsgi.Server):
         crowded = len(self._open) > self.limits.connections // 2
         for connection in list(self._open.values()):
             idle = connection.environ is None and not (connection.out or connection.requests or connection.handshaking)
-            late = now > connection.deadline - (0.8 * self.limits.idle_seconds if crowded and idle and not connection.lingering else 0)
+            late = now > connection.deadline - (
+                0.8 * self.limits.idle_seconds if crowded and idle and not connection.lingering else 0
+            )
             if not (late or idle and 0 < self._draining <= now) or not connection.lock.acquire(blocking=False):
                 continue
             try:
@@ -10447,7 +11837,10 @@ def prepare(options: Options) -> Plan:
     log = Log(options)
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
     guard_private(options.db_file, "it is the database")
-    marks = {port_name: mark_of(path) if os.path.exists(path) else None for port_name, (path, _, _) in ring_files(options).items()}
+    marks = {
+        port_name: mark_of(path) if os.path.exists(path) else None
+        for port_name, (path, _, _) in ring_files(options).items()
+    }
     auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
     admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
     seal_key = read_seal_key(options.seal_key_file)
@@ -10466,9 +11859,16 @@ def prepare(options: Options) -> Plan:
         auth_sockets = [listen(options.auth_ip, options.auth_port, reuse_port=workers > 1) for _ in range(workers)]
         admin_socket = listen(options.admin_ip, options.admin_port)
     except OSError as error:
-        where = f"{options.auth_ip} port {options.auth_port}" if not auth_sockets else f"{options.admin_ip} port {options.admin_port}"
+        where = (
+            f"{options.auth_ip} port {options.auth_port}"
+            if not auth_sockets
+            else f"{options.admin_ip} port {options.admin_port}"
+        )
         raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(), clock, log)
+    return Plan(
+        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
+        clock, log,
+    )
 
 
 def start_clock(store: Store, log: Log) -> Timekeeper:
@@ -10476,7 +11876,10 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
     clock = Timekeeper(max(RELEASED_AT, store.clock_floor()))
     now = int(clock())
     if clock.state != "right":
-        log("clock." + clock.state, "warning" if clock.state == "probation" else "error", now=now, clock=int(time.time()))
+        log(
+            "clock." + clock.state, "warning" if clock.state == "probation" else "error", now=now,
+            clock=int(time.time()),
+        )
     try:
         if clock.state == "guessed":  # how long it was off, nobody knows: longer than a code lives
             store.forget_logins()
@@ -10493,7 +11896,10 @@ def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
     if not certificate:
         return None
     try:
-        return tls_context(certificate, getattr(options, f"{side}_ssl_key_file") or None, getattr(options, f"{side}_ssl_cert_pass") or None)
+        return tls_context(
+            certificate, getattr(options, f"{side}_ssl_key_file") or None,
+            getattr(options, f"{side}_ssl_cert_pass") or None,
+        )
     except ValueError as error:
         raise Refusal(f"{side}-ssl-cert-file: {error}") from None
 
@@ -10549,12 +11955,18 @@ class Node:
             idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), plan.clock, plan.log)
             # What changed since it was read is found by the first request.
             entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
-            idp.ring_files = {port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap)) for port_name in entries}
+            idp.ring_files = {
+                port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap))
+                for port_name in entries
+            }
             app = build_app(idp, routes)
             if name == "admin":
                 app = admit_hosts(app, idp)
                 self.upkeep, self.clockwork = Upkeep(idp), Clockwork(idp)
-            server = Server(name, [listening], app, limits=limits, tls=tls_of(options, name), trusted_proxies=options.trusted_proxies, log=self.refused)
+            server = Server(
+                name, [listening], app, limits=limits, tls=tls_of(options, name),
+                trusted_proxies=options.trusted_proxies, log=self.refused,
+            )
             idp.hasher.gate.blocking, server.beat = server.blocking, plan.generation.beat
             self.servers.append(server)
         self.store.blocking = self.blocking
@@ -10608,7 +12020,9 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
 
         with contextlib.suppress(ImportError, AttributeError, OSError):
             # One that is stopped goes on when the supervisor dies, and ends: its socket would share the port with the next start.
-            libc("prctl", "int", "long", "long", "long", "long")(1, signal.SIGCONT, 0, 0, 0)  # PR_SET_PDEATHSIG of <sys/prctl.h>
+            libc("prctl", "int", "long", "long", "long", "long")(
+                1, signal.SIGCONT, 0, 0, 0
+            )  # PR_SET_PDEATHSIG of <sys/prctl.h>
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         node.start()
         os.write(ready, bytes([slot - 1]))
@@ -10807,10 +12221,19 @@ def notify(state: str):
 def announce(plan: Plan):
     options = plan.options
     notify("READY=1")
-    plan.log("serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer, auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}", workers=options.worker_processes)
+    plan.log(
+        "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
+        auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}",
+        workers=options.worker_processes,
+    )
     for side in ("auth", "admin"):
-        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(options, f"{side}_ssl_cert_file"):
-            plan.log("insecure", "warning", reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows")
+        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
+            options, f"{side}_ssl_cert_file"
+        ):
+            plan.log(
+                "insecure", "warning",
+                reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",
+            )
 
 
 @contextlib.contextmanager
@@ -10843,7 +12266,9 @@ def libc(name, *types):
     """
     import _cffi_backend as c
 
-    return c.load_library(None, 0).load_function(c.new_function_type(tuple(map(c.new_primitive_type, types)), c.new_primitive_type("int"), False), name)
+    return c.load_library(None, 0).load_function(
+        c.new_function_type(tuple(map(c.new_primitive_type, types)), c.new_primitive_type("int"), False), name
+    )
 
 
 def share_one_arena():
@@ -10865,7 +12290,9 @@ def give_back():
         for line in smaps:
             if re.match("[0-9a-f]+-", line):
                 address, mode, _, _, inode, *_ = line.split()
-                begin, end = (int(word, 16) if mode in ("r-xp", "r--p") and inode != "0" else 0 for word in address.split("-"))
+                begin, end = (
+                    int(word, 16) if mode in ("r-xp", "r--p") and inode != "0" else 0 for word in address.split("-")
+                )
             elif begin and line.startswith("Anonymous:") and line.split()[1] == "0":
                 madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
@@ -10874,7 +12301,9 @@ def serve(options: Options) -> int:
     """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
     # Blocked before the first thread, and waited for: a handler could run just before the wait and be missed.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored when we began, nobody would be told of a child's end
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # where it was ignored when we began, nobody would be told of a child's end
     share_one_arena()
     with hold_database(options.db_file) as lock:
         plan = prepare(options)
@@ -10938,7 +12367,9 @@ def hold_setup(config: str, beside_others=False):
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal("another process is setting up, restoring or at work on the files here right now: wait until it is done") from None
+            raise Refusal(
+                "another process is setting up, restoring or at work on the files here right now: wait until it is done"
+            ) from None
         yield
     finally:
         os.close(descriptor)
@@ -10995,7 +12426,10 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
             raise Refusal("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
         if options.db_pass and options.no_db_pass:
             raise Refusal("db-pass and no-db-pass contradict each other")
-        finals = [config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file, options.db_file]
+        finals = [
+            config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
+            options.db_file,
+        ]
         if len({os.path.abspath(path) for path in finals}) != len(finals):
             raise Refusal("config, keys and database must be different files")
         for path in finals:
@@ -11021,8 +12455,14 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
 def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
     """Write all files of a set-up under their staging names."""
     rings = (
-        (options.token_signing_key_file, options.token_signing_key_pass, ["ES256", "RS256"], options.token_signing_key_length_rsa),
-        (options.admin_token_signing_key_file, options.admin_token_signing_key_pass, ["ES256" if options.prefer_ec_admin_token_signer else "RS256"], options.admin_token_signing_key_length_rsa),
+        (
+            options.token_signing_key_file, options.token_signing_key_pass, ["ES256", "RS256"],
+            options.token_signing_key_length_rsa,
+        ),
+        (
+            options.admin_token_signing_key_file, options.admin_token_signing_key_pass,
+            ["ES256" if options.prefer_ec_admin_token_signer else "RS256"], options.admin_token_signing_key_length_rsa,
+        ),
     )
     entries = []
     for path, passphrase, algorithms, rsa_bits in rings:
@@ -11056,7 +12496,9 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
             for name in answers.scopes:
                 if store.find_scope(normalise(name)) is None:
                     create_scope(idp, LOCAL, "setup", CreateScope(name))
-            wanted = CreateClient(answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes)
+            wanted = CreateClient(
+                answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes
+            )
             client, secret = create_client(idp, LOCAL, "setup", wanted)
             made = MadeClient(client.client_id, secret)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -11079,7 +12521,10 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
         chosen["oidc_issuer"] = f"http://localhost:{options.auth_port}"
         chosen["admin_domain_no_ssl"] = True
     origins = options.origins | {OPTION_NAMES[name.replace("_", "-")].name: "setup" for name in chosen}
-    answers = Answers("admin", "admin@localhost", secrets.token_urlsafe(12), client_id="demo", audience="demo-api", scopes=["demo:read", "demo:write"])
+    answers = Answers(
+        "admin", "admin@localhost", secrets.token_urlsafe(12), client_id="demo", audience="demo-api",
+        scopes=["demo:read", "demo:write"],
+    )
     return Options(origins, **(values | chosen)), answers
 
 
@@ -11087,7 +12532,10 @@ def set_up_demo(options: Options, make):
     """Set up a trial and say its secrets once. The client's stand in demo.env too, for scripts. `make` is set_up() that refuses in a sentence."""
     options, answers = demo_answers(options)
     made = make(options, answers)
-    print(f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}", file=sys.stderr)
+    print(
+        f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}",
+        file=sys.stderr,
+    )
     path = os.path.join(os.path.dirname(os.path.abspath(options.config_file)), "demo.env")
     try:
         write_durably(path, f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
@@ -11108,7 +12556,10 @@ def open_idp(options: Options) -> Idp:
     try:
         store.open(functools.partial(without_server, options))
         store.take_turns()  # a server beside us writes all the time
-        rings = [KeyRing(read_ring(path, passphrase), prefer_ec) for path, passphrase, prefer_ec in ring_files(options).values()]
+        rings = [
+            KeyRing(read_ring(path, passphrase), prefer_ec)
+            for path, passphrase, prefer_ec in ring_files(options).values()
+        ]
         return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)))
     except BaseException:
         store.close()
@@ -11206,7 +12657,9 @@ def look_back(options: Options) -> tuple[set, int, bool]:
     try:
         check_log(options.db_file)
         # Only read: where the backup is refused, everything stays as it was, a log that a kill left too.
-        store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro")
+        store = Store(
+            options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
+        )
         return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
     except (Refusal, Problem, sqlcipher3.Error):
         return set(), 0, False
@@ -11235,17 +12688,24 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
         finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
         if os.path.exists(config):
             files.pop("config", None)  # this box has settings of its own, and they open this backup
-        lost = [finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])]
+        lost = [
+            finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])
+        ]
         if lost:
             raise Refusal(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
-        finals = {name: finals[name] for name in finals if name in files} | {"database": os.path.abspath(options.db_file)}
+        finals = {name: finals[name] for name in finals if name in files} | {
+            "database": os.path.abspath(options.db_file)
+        }
         for final in finals.values():
             os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
         staged = {name: final + ".setup" for name, final in finals.items()}
         with hold_database(options.db_file), contextlib.ExitStack() as rings_held:
             for path, _, _ in ring_files(options).values():
                 rings_held.enter_context(hold_ring(path))
-            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}))
+            write_durably(
+                journal_of(config),
+                msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
+            )
             checkpoint("journal")
             try:
                 newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
@@ -11253,7 +12713,10 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             except BaseException:
                 finish_setup(config)
                 raise
-            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}))
+            write_durably(
+                journal_of(config),
+                msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}),
+            )
             checkpoint("committed")
             finish_setup(config)
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
@@ -11264,7 +12727,10 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
     revoked, issued_here, knows_revoked = look_back(options)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(staged["database"])
-    with open(source, "rb") as backup, os.fdopen(os.open(staged["database"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with (
+        open(source, "rb") as backup,
+        os.fdopen(os.open(staged["database"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
+    ):
         shutil.copyfileobj(backup, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())
@@ -11291,13 +12757,18 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
         idp = Idp(options, store, *rings, Seal(read_seal_key(places["seal"])))
         newest = store.newest_at()
         if not idp.check_clock():
-            raise Refusal("the clock of this machine is behind the newest row of the backup: put it right first, for what was issued since is to end")
+            raise Refusal(
+                "the clock of this machine is behind the newest row of the backup: put it right first, for what was issued since is to end"
+            )
         with store.transaction():
             # Later than anything that was ever issued, by this box or by the one the backup was made of.
             store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
             store.put_meta("revoked_kids", " ".join(sorted(revoked)))
             store.forget_logins()
-            audit(idp, LOCAL, "machine", "restored", os.path.basename(source), f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced))
+            audit(
+                idp, LOCAL, "machine", "restored", os.path.basename(source),
+                f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced),
+            )
         store.settle()
     finally:
         store.close()
@@ -11315,7 +12786,10 @@ def factory_reset(options: Options) -> list[str]:
     with hold_database(options.db_file):
         # The keys first: without them, whatever is left opens nothing. The database last: it says whose all this is.
         keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
-        for path in (*(key + suffix for key in keys for suffix in (".new", "")), *(options.db_file + suffix for suffix in ("-wal", "-shm", ""))):
+        for path in (
+            *(key + suffix for key in keys for suffix in (".new", "")),
+            *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
+        ):
             try:
                 with open(path, "r+b") as file:
                     left = os.fstat(file.fileno()).st_size
@@ -11375,13 +12849,18 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                 if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
                     raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
             if not any(wanted for _, wanted in rings.values()):
-                raise Refusal(f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list")
+                raise Refusal(
+                    f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
+                )
             staged = {}  # a disk that is full between two rings must not leave one rotated
             held.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
             for port_name, (entries, wanted) in rings.items():
                 if wanted:
                     path, passphrase, _ = ring_files(options)[port_name]
-                    fresh = [msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next") for alg in wanted]
+                    fresh = [
+                        msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next")
+                        for alg in wanted
+                    ]
                     # The audit row first: a change that nobody knows of is worse than a row too many.
                     audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
                     staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
@@ -11426,7 +12905,9 @@ def accept_clock(options: Options) -> dict:
     try:
         now = idp.now()
         if now < RELEASED_AT:
-            raise Refusal(f"the clock of this machine says {iso(now)}, which is before this program was made: put it right first")
+            raise Refusal(
+                f"the clock of this machine says {iso(now)}, which is before this program was made: put it right first"
+            )
         with idp.store.transaction():
             ended = idp.store.end_what_is_later(now, idp.now_ms(), now // 30)
             idp.store.forget_logins()
@@ -11437,7 +12918,13 @@ def accept_clock(options: Options) -> dict:
             with hold_ring(path):
                 entries = read_ring(path, passphrase)
                 if any(entry.since > now for entry in entries):  # of that later time: a next key would wait for it
-                    write_durably(path, write_ring([msgspec.structs.replace(entry, since=min(entry.since, now)) for entry in entries], passphrase))
+                    write_durably(
+                        path,
+                        write_ring(
+                            [msgspec.structs.replace(entry, since=min(entry.since, now)) for entry in entries],
+                            passphrase,
+                        ),
+                    )
     finally:
         idp.store.close()
     return {"now": now, "ended": ended}
@@ -11462,7 +12949,9 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
             idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
             if drop_totp:
                 idp.store.clear_totp(account.id, idp.now())
-            end_user(idp, LOCAL, "machine", account.id, "admin_recovered", done + (" totp=removed" if drop_totp else ""))
+            end_user(
+                idp, LOCAL, "machine", account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")
+            )
         return done
     finally:
         idp.store.close()
@@ -11471,10 +12960,13 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
 # == Command line ==============================================================
 
 OWN_FLAGS = {
-    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",), "backup": ("--force", "--without-keys"), "factory-reset": ("--yes",),
-    "keys": ("--json",), "admin": ("--password-stdin", "--disable-totp"),
+    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",),
+    "backup": ("--force", "--without-keys"), "factory-reset": ("--yes",), "keys": ("--json",),
+    "admin": ("--password-stdin", "--disable-totp"),
 }
-OWN_VALUES = {"setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",)}
+OWN_VALUES = {
+    "setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",),
+}
 OWN_WORDS = {"backup": 1, "restore": 1, "keys": 1, "admin": 1, "clock": 1}  # how many words a command takes
 
 USAGE = """\
@@ -11505,7 +12997,10 @@ def usage() -> str:
     lines = [USAGE.rstrip()]
     for option in OPTIONS:
         if not option.secret:
-            lines.append(f"  --{option.name}\n        {option.help}" + (f" [{option.default}]" if option.default not in ("", (), False, -1) else ""))
+            lines.append(
+                f"  --{option.name}\n        {option.help}"
+                + (f" [{option.default}]" if option.default not in ("", (), False, -1) else "")
+            )
     lines.append("\nexit status: 0 done, 1 refused or failed, 2 bad usage")
     return "\n".join(lines) + "\n"
 
@@ -11576,7 +13071,13 @@ def show_options(options: Options, as_json: bool) -> int:
         return 0
     width = max(map(len, described))
     for name, row in described.items():
-        value = ", ".join(row["value"]) if isinstance(row["value"], list) else str(row["value"]).lower() if isinstance(row["value"], bool) else row["value"]
+        value = (
+            ", ".join(row["value"])
+            if isinstance(row["value"], list)
+            else str(row["value"]).lower()
+            if isinstance(row["value"], bool)
+            else row["value"]
+        )
         print(f"{name:{width}}  {value}  ({row['origin']})")
     return 0
 
@@ -11592,9 +13093,14 @@ def setup(options: Options, flags: dict, own: list, values: dict) -> int:
 
 def run_backup(options, words, own, values) -> int:
     done = back_up(options, words[0], "--force" in own, "--without-keys" in own)
-    print(f"{words[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing")
+    print(
+        f"{words[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing"
+    )
     if "--without-keys" in own:
-        print("microauthd: without keys: token.pem, admin_token.pem, seal.key and mad.conf must be kept elsewhere", file=sys.stderr)
+        print(
+            "microauthd: without keys: token.pem, admin_token.pem, seal.key and mad.conf must be kept elsewhere",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -11612,9 +13118,14 @@ def run_restore(options, words, own, values) -> int:
         values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
         options = Options(options.origins, **(values | {"db_pass": getpass.getpass("passphrase of the backup: ")}))
     done = restore(options, words[0])
-    print(f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was issued before is good any more")
+    print(
+        f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was issued before is good any more"
+    )
     if not done["knows_revoked"]:
-        print("microauthd: warning: the database that was here could not be read: a key revoked since the backup must be revoked again", file=sys.stderr)
+        print(
+            "microauthd: warning: the database that was here could not be read: a key revoked since the backup must be revoked again",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -11623,7 +13134,12 @@ def run_factory_reset(options, words, own, values) -> int:
     if "--yes" not in own:
         if not sys.stdin.isatty():
             raise Refusal("factory-reset destroys every account and key: --yes says that this is meant")
-        if input(f"This destroys every account and key of {options.auth_issuer}. Type the name of this machine, {name}, to go on: ").strip() != name:
+        if (
+            input(
+                f"This destroys every account and key of {options.auth_issuer}. Type the name of this machine, {name}, to go on: "
+            ).strip()
+            != name
+        ):
             print("microauthd: nothing was done", file=sys.stderr)
             return 1
     for path in factory_reset(options):
@@ -11633,15 +13149,25 @@ def run_factory_reset(options, words, own, values) -> int:
 
 def run_keys(options, words, own, values) -> int:
     ring, alg = values.get("--ring", ""), values.get("--alg", "")
-    if words[0] not in ("list", "rotate", "revoke") or ring not in ("", "auth", "admin") or alg not in ("", "ES256", "RS256") or (words[0] == "revoke") != bool(values.get("--kid")):
-        print("microauthd: keys list | keys rotate [--ring auth|admin] [--alg ES256|RS256] | keys revoke --kid KID", file=sys.stderr)
+    if (
+        words[0] not in ("list", "rotate", "revoke")
+        or ring not in ("", "auth", "admin")
+        or alg not in ("", "ES256", "RS256")
+        or (words[0] == "revoke") != bool(values.get("--kid"))
+    ):
+        print(
+            "microauthd: keys list | keys rotate [--ring auth|admin] [--alg ES256|RS256] | keys revoke --kid KID",
+            file=sys.stderr,
+        )
         return 2
     if words[0] == "rotate":
         for kid in rotate_keys(options, [ring] if ring else ["auth", "admin"], [alg] if alg else ()):
             print(kid)
         print(f"microauthd: published now, signing in {options.key_overlap} seconds", file=sys.stderr)
     elif words[0] == "revoke":
-        print(f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches forget it within 300 seconds")
+        print(
+            f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches forget it within 300 seconds"
+        )
     elif "--json" in own:
         print(json.dumps(describe_keys(options), indent=1))
     else:
@@ -11674,20 +13200,31 @@ def run_admin(options, words, own, values) -> int:
     else:
         raise Refusal("without a terminal the password comes by --password-stdin")
     done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
-    print(f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, {'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the account before is ended")
+    print(
+        f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, {'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the account before is ended"
+    )
     return 0
 
 
-COMMANDS_AT_THE_MACHINE = {"backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys, "admin": run_admin, "clock": run_clock}
+COMMANDS_AT_THE_MACHINE = {
+    "backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys,
+    "admin": run_admin, "clock": run_clock,
+}
 
 
 def first_start(options: Options, flags: dict):
     """There is no database: set up on a terminal where there never was one; else say what to do."""
-    keys = [path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)]
+    keys = [
+        path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)
+    ]
     if keys:
-        raise Refusal(f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the database, or run setup to begin anew with these keys")
+        raise Refusal(
+            f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the database, or run setup to begin anew with these keys"
+        )
     if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise Refusal(f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with --answers FILE")
+        raise Refusal(
+            f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with --answers FILE"
+        )
     if status := setup(options, flags | {"config-may-be-missing": True}, [], {}):
         raise SystemExit(status)
 

@@ -32,7 +32,12 @@ BY_HAND = ("db-file", "db-pass", "oidc-client-id")
 
 
 def listener(side):
-    return [f"{side}-{name}" for name in ("ip", "port", "domain", "ssl-cert-file", "ssl-key-file", "ssl-cert-pass", "domain-no-ssl", "insecure-http")]
+    return [
+        f"{side}-{name}"
+        for name in (
+            "ip", "port", "domain", "ssl-cert-file", "ssl-key-file", "ssl-cert-pass", "domain-no-ssl", "insecure-http",
+        )
+    ]
 
 
 # The guided path, before and after the first client.
@@ -45,9 +50,14 @@ BEFORE_CLIENT = (
     "enable-token-refresh", "refresh-token-expiration", "refresh-token-purge-days",
     "max-login-failures", "seconds-to-reset-login-failures", "failed-password-lockout-duration",
 )  # fmt: skip
-AFTER_CLIENT = ("trusted-proxies", "serve-public-auth-files", "enable-pkce", "pkce-code-lifetime", "enable-pass-cache", "pass-cache-duration")
+AFTER_CLIENT = (
+    "trusted-proxies", "serve-public-auth-files", "enable-pkce", "pkce-code-lifetime", "enable-pass-cache",
+    "pass-cache-duration",
+)
 # An option that has a question and stands in neither is asked all the same, after them.
-AFTER_CLIENT += tuple(option.name for option in OPTIONS if option.ask and option.name not in (*BY_HAND, *BEFORE_CLIENT, *AFTER_CLIENT))
+AFTER_CLIENT += tuple(
+    option.name for option in OPTIONS if option.ask and option.name not in (*BY_HAND, *BEFORE_CLIENT, *AFTER_CLIENT)
+)
 
 # What the wizard asks although OPTIONS has no question for it: it matters only after another answer.
 QUESTIONS = {
@@ -111,7 +121,9 @@ class Draft:
     def check(self, name, value):
         """Raise ValueError where an answer could have no effect."""
         if (origin := self.overruled(name)) and value != getattr(self.options, OPTION_NAMES[name].attribute):
-            raise ValueError(f"{name} is set by the {origin}, which overrules the config file: keep that value, or unset it and begin again")
+            raise ValueError(
+                f"{name} is set by the {origin}, which overrules the config file: keep that value, or unset it and begin again"
+            )
 
     def choose(self, name, value):
         self.check(name, value)
@@ -133,8 +145,14 @@ class Draft:
         if "enable-token-refresh" not in origins:
             derived["enable-token-refresh"] = True
         # auth-domain has no port, and a box tried out at home has no proxy that would hide it
-        if not self["oidc-issuer"] and self["auth-domain"] == "localhost" and self.chosen.get("auth-domain-no-ssl", True):
-            derived["oidc-issuer"] = f"{'https' if self['auth-ssl-cert-file'] else 'http'}://localhost:{self['auth-port']}"
+        if (
+            not self["oidc-issuer"]
+            and self["auth-domain"] == "localhost"
+            and self.chosen.get("auth-domain-no-ssl", True)
+        ):
+            derived["oidc-issuer"] = (
+                f"{'https' if self['auth-ssl-cert-file'] else 'http'}://localhost:{self['auth-port']}"
+            )
         if not self["admin-ssl-cert-file"] and "admin-domain-no-ssl" not in origins:
             derived["admin-domain-no-ssl"] = True
         return self.resolve({name: value for name, value in derived.items() if not self.overruled(name)})
@@ -283,7 +301,11 @@ class Asker:
     def say(self, text="", indent=""):
         """Print lines as they are, or one sentence folded to the width of the terminal."""
         width = min(shutil.get_terminal_size().columns, 80) - 1
-        print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False) if indent else text, flush=True)
+        print(
+            textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+            if indent
+            else text, flush=True,
+        )
 
     def read(self, question, default="", hidden=False):
         """Return one answer as it was typed. Raises KeyboardInterrupt or Ended."""
@@ -380,7 +402,9 @@ def ask_option(asker, draft, name):
         return asker.confirm(question, behind_proxy, lambda yes: draft.choose(name, not yes))
     if name.endswith("-insecure-http"):
         side = name.partition("-")[0]
-        if not asker.confirm(question.format(ip=draft[f"{side}-ip"]), value, lambda yes: draft.choose(name, yes) or yes):
+        if not asker.confirm(
+            question.format(ip=draft[f"{side}-ip"]), value, lambda yes: draft.choose(name, yes) or yes
+        ):
             asker.say("Then it needs a certificate, or an address of loopback.", "  ")
             for again in listener(side):
                 if MATTERS.get(again, lambda draft: True)(draft):
@@ -406,7 +430,10 @@ def ask_key_passphrase(asker, draft, name):
         draft.check(name, value)
         return value
 
-    draft.choose(name, asker.secret(f"{OPTION_NAMES[name].ask} (empty: {kept(draft, name)})", check, twice=not os.path.exists(path)))
+    draft.choose(
+        name,
+        asker.secret(f"{OPTION_NAMES[name].ask} (empty: {kept(draft, name)})", check, twice=not os.path.exists(path)),
+    )
 
 
 def ask_certificate_passphrase(asker, draft, name):
@@ -468,7 +495,9 @@ def ask_client(asker, draft):
     client_id = asker.ask("client_id of the first service (empty: none)?", draft["oidc-client-id"], check_client_id)
     if not client_id:
         return "", "", "microauthd", []
-    audience = asker.ask("Its audience (the aud of its tokens)?", client_id, lambda answer: check_audience(answer) or client_id)
+    audience = asker.ask(
+        "Its audience (the aud of its tokens)?", client_id, lambda answer: check_audience(answer) or client_id
+    )
     scopes = asker.ask("Its scopes, separated by blanks (empty: none)?", "", check_scopes)
     return client_id, draft["oidc-client-secret"], audience, scopes
 
@@ -520,7 +549,9 @@ def draw(uri, secret):
         drawing = io.StringIO()
         code.terminal(out=drawing, compact=True, border=2)
         lines = drawing.getvalue().splitlines()
-        return "\n".join(line + "  " + word for line, word in zip(lines, ["", *words] + [""] * len(lines), strict=False))
+        return "\n".join(
+            line + "  " + word for line, word in zip(lines, ["", *words] + [""] * len(lines), strict=False)
+        )
     if 2 * (size - 2) < columns:
         lines = ["".join("  " if module else "##" for module in row) for row in code.matrix_iter(border=1)]
         lines += [f"Scan this ({len(lines)} lines), or type the secret into the authenticator:", "  " + secret]
@@ -535,13 +566,21 @@ def summarise(asker, draft, settled, answers, guided):
         ("AUTH", f"{settled.auth_ip}:{settled.auth_port}, issuer {settled.auth_issuer}"),
         ("ADMIN", f"{settled.admin_ip}:{settled.admin_port}"),
         ("administrator", answers.username + (", with a second factor" if answers.totp_seed else "")),
-        ("first client", f"{answers.client_id}, audience {answers.audience}, scopes {' '.join(answers.scopes) or 'none'}" if answers.client_id else "none"),
+        (
+            "first client",
+            f"{answers.client_id}, audience {answers.audience}, scopes {' '.join(answers.scopes) or 'none'}"
+            if answers.client_id
+            else "none",
+        ),
     ]
     if guided:  # what differs from the defaults, the rest is as everywhere
         rows += [
             (option.name, shown(draft[option.name]))
             for option in OPTIONS
-            if option.name in draft.chosen and not option.secret and option.name not in BY_HAND and draft[option.name] != option.default
+            if option.name in draft.chosen
+            and not option.secret
+            and option.name not in BY_HAND
+            and draft[option.name] != option.default
         ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -554,7 +593,11 @@ def wizard(options, own):
     asker.say("Ctrl-C leaves everything as it is.\n" + asker.introduction)
     asker.say()
     ask_database(asker, draft)
-    guided = "--guided" in own or "--quick" not in own and asker.confirm("Go through every setting? (no: the few that matter)", False)
+    guided = (
+        "--guided" in own
+        or "--quick" not in own
+        and asker.confirm("Go through every setting? (no: the few that matter)", False)
+    )
     asker.say()
     if guided:
         ask_options(asker, draft, BEFORE_CLIENT)
@@ -568,7 +611,10 @@ def wizard(options, own):
                 microauthd.read_ring(draft[name + "-file"], draft[name + "-pass"])
         username, email, password, seed = ask_administrator(asker, draft)
         client_id, secret, audience, scopes = ask_client(asker, draft)
-    answers = Answers(username, email, password, totp_seed=seed, client_id=client_id, client_secret=secret, audience=audience, scopes=scopes)
+    answers = Answers(
+        username, email, password, totp_seed=seed, client_id=client_id, client_secret=secret, audience=audience,
+        scopes=scopes,
+    )
     settled = draft.settle()
     asker.say()
     summarise(asker, draft, settled, answers, guided)
@@ -585,10 +631,15 @@ def wizard(options, own):
     made = make(settled, answers)
     asker.say(f"Done. {draft.config} holds the settings and their secrets: it is yours alone.")
     if made.secret:
-        asker.say(f"\n  client_id      {made.client_id}\n  client_secret  {made.secret}\n\nThe secret is shown this once.")
+        asker.say(
+            f"\n  client_id      {made.client_id}\n  client_secret  {made.secret}\n\nThe secret is shown this once."
+        )
     with_config = "" if draft.config == "mad.conf" else f" --config {draft.config}"
     asker.say("\nTry next:")
-    for command in (f"microauthd serve{with_config}", "mad session login", f"mad token get --client-id {made.client_id or 'CLIENT'}"):
+    for command in (
+        f"microauthd serve{with_config}", "mad session login",
+        f"mad token get --client-id {made.client_id or 'CLIENT'}",
+    ):
         asker.say(f"  {command}")
     return 0
 
@@ -622,7 +673,9 @@ def first_line(path, what):
         with open(path, encoding="utf-8") as file:
             line = file.readline().rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        raise ValueError(
+            f"{what}: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+        ) from None
     if not line:
         raise ValueError(f"{what}: the first line of {path} is empty")
     return line
@@ -690,7 +743,10 @@ class AnswersFile:
 
     def guard_inline(self, key, table):
         if not self.private:
-            self.wrong(f"it holds the secret {key} and can be read by others: chmod 600 {self.path}, or name a file that holds the secret", key, table)
+            self.wrong(
+                f"it holds the secret {key} and can be read by others: chmod 600 {self.path}, or name a file that holds the secret",
+                key, table,
+            )
 
     def table(self, name):
         table = self.document.get(name, {})
@@ -753,21 +809,33 @@ class AnswersFile:
         username = self.try_("username", "admin", check_username, words["username"]) if "username" in words else ""
         email = self.try_("email", "admin", check_email, words["email"]) if "email" in words else ""
         if admin.get("totp", False) is not False:
-            self.wrong("totp can only be false: a second factor is confirmed by its owner, so it is turned on after the set-up", "totp", "admin")
+            self.wrong(
+                "totp can only be false: a second factor is confirmed by its owner, so it is turned on after the set-up",
+                "totp", "admin",
+            )
         if "--admin-password-stdin" in own:
             key, password = "", sys.stdin.readline().rstrip("\r\n")
         elif "--admin-password-file" in values:
             key, password = "", self.try_("", "", first_line, values["--admin-password-file"], "--admin-password-file")
         elif "password_file" in admin:
-            key, password = "password_file", self.try_("password_file", "admin", first_line, admin["password_file"], "password_file")
+            key, password = (
+                "password_file",
+                self.try_("password_file", "admin", first_line, admin["password_file"], "password_file"),
+            )
         elif "password" in words:
             key, password = "password", words["password"]
             self.guard_inline("password", "admin")
         else:
-            self.wrong("the administrator needs a password: password_file in [admin], --admin-password-file or --admin-password-stdin", "admin")
+            self.wrong(
+                "the administrator needs a password: password_file in [admin], --admin-password-file or --admin-password-stdin",
+                "admin",
+            )
             return username, email, None
         if password is not None:
-            rule = ruled(lambda answer: microauthd.check_new_password(draft.options, answer, username or "", email or ""), "password", str)
+            rule = ruled(
+                lambda answer: microauthd.check_new_password(draft.options, answer, username or "", email or ""),
+                "password", str,
+            )
             password = self.try_(key, "admin", rule, password)
         return username, email, password
 
@@ -787,7 +855,9 @@ class AnswersFile:
             scopes = []
         for scope in scopes:
             if len(scope.split()) != 1:
-                self.wrong(f"the scope {scope!r} must be one word: write a list, one scope an entry", "scopes", "client")
+                self.wrong(
+                    f"the scope {scope!r} must be one word: write a list, one scope an entry", "scopes", "client"
+                )
         scopes = self.try_("scopes", "client", check_scopes, " ".join(scopes))
         secret = draft["oidc-client-secret"]
         if "secret_file" in client:
@@ -808,7 +878,10 @@ def unattended(options, own, values):
         print(f"microauthd: {problem}", file=sys.stderr)
     if file.problems:
         return 1
-    made = make(settled, Answers(username, email, password, client_id=client_id, client_secret=secret, audience=audience, scopes=scopes))
+    made = make(
+        settled,
+        Answers(username, email, password, client_id=client_id, client_secret=secret, audience=audience, scopes=scopes),
+    )
     print(f"administrator={username}")
     if made.client_id:
         print(f"client_id={made.client_id}")
@@ -838,7 +911,9 @@ def run(options, flags, own, values) -> int:
     if "--answers" in values:
         return unattended(options, own, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise Refusal("set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial")
+        raise Refusal(
+            "set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial"
+        )
     try:
         # Between two questions the terminal would show a password that is typed or pasted ahead.
         with echo(False):

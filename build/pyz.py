@@ -42,7 +42,10 @@ def run(*words, **options):
 def build_tree(folder: Path) -> Path:
     """Install the lock and our own wheel into a folder."""
     tree = folder / "tree"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--disable-pip-version-check", "--target", tree]
+    pip = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--disable-pip-version-check",
+        "--target", tree,
+    ]
     run(*pip, "--require-hashes", "--only-binary", ":all:", "-r", ROOT / "build" / "requirements.lock")
     source = folder / "source"  # hatchling writes beside what it builds, and reads .gitignore
     source.mkdir()
@@ -50,7 +53,10 @@ def build_tree(folder: Path) -> Path:
         shutil.copyfile(ROOT / name, source / name)
     for name in ("public", "appliance"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "wheel", cwd=source, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH})
+    run(
+        sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "wheel", cwd=source,
+        env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH},
+    )
     (wheel,) = (folder / "wheel").glob("*.whl")
     run(*pip, wheel)
     for path in sorted(tree.rglob("*")):
@@ -76,13 +82,22 @@ def members_of(packed: Path):
 def compile_mad(folder: Path) -> bytes:
     """Compile mad for this Python. Unchecked: there is no source beside it in the archive, and no clock goes in."""
     target = folder / "mad.pyc"
-    py_compile.compile(str(ROOT / "mad.py"), str(target), dfile="mad.py", doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    py_compile.compile(
+        str(ROOT / "mad.py"), str(target), dfile="mad.py", doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
     return target.read_bytes()
 
 
 def directory_digest(archive) -> bytes:
     """As build/main.py has it: names, sizes and CRCs. With the CRCs, which are checked when a member is read, it covers every byte."""
-    return hashlib.sha256("".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist()).encode()).hexdigest().encode()
+    return (
+        hashlib.sha256(
+            "".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist()).encode()
+        )
+        .hexdigest()
+        .encode()
+    )
 
 
 def seal(members, target: Path):
@@ -116,7 +131,10 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         packed = folder / "packed.pyz"
-        run(sys.executable, "-m", "shiv", "--site-packages", build_tree(folder), "-e", "microauthd:main", "--reproducible", "--no-modify", "-o", packed, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH})
+        run(
+            sys.executable, "-m", "shiv", "--site-packages", build_tree(folder), "-e", "microauthd:main",
+            "--reproducible", "--no-modify", "-o", packed, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH},
+        )
         members = list(members_of(packed))
         members.append(("__main__.py", (ROOT / "build" / "main.py").read_bytes()))
         members.append((f"pyc/{sys.implementation.cache_tag}/mad.pyc", compile_mad(folder)))

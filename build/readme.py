@@ -28,9 +28,18 @@ def options():
     rows = []
     for option in microauthd.OPTIONS:
         default = option.default
-        word = {-1: "auto", (): "", True: "true", False: "false"}.get(default, default) if not isinstance(default, int) or isinstance(default, bool) or default == -1 else default
+        word = (
+            {-1: "auto", (): "", True: "true", False: "false"}.get(default, default)
+            if not isinstance(default, int) or isinstance(default, bool) or default == -1
+            else default
+        )
         names = f"`{option.name}`" + "".join(f", `{alias}`" for alias in option.aliases)
-        rows.append((option.group, names, f"`{word}`" if word != "" else "", option.help + (" *Secret: file or environment only.*" if option.secret else "")))
+        rows.append(
+            (
+                option.group, names, f"`{word}`" if word != "" else "",
+                option.help + (" *Secret: file or environment only.*" if option.secret else ""),
+            )
+        )
     return table(("Group", "Name", "Default", "Meaning"), rows)
 
 
@@ -40,7 +49,12 @@ def routes(routes):
         for route in routes.routes:
             doc = route.handler.__doc__.strip().splitlines()[0]
             only = f" *Only with `{route.option.replace('_', '-')}`.*" if route.option else ""
-            rows.append((" ".join(route.methods), ", ".join(f"`{path}`" for path in route.paths), guard_of(route), route.spec, doc + only))
+            rows.append(
+                (
+                    " ".join(route.methods), ", ".join(f"`{path}`" for path in route.paths), guard_of(route),
+                    route.spec, doc + only,
+                )
+            )
         return table(("Method", "Path", "Who", "Specification", "What it does"), rows)
 
     return render
@@ -52,19 +66,28 @@ def guard_of(route):
         return f"scope `{route.guard.scope}`"
     return {
         "anyone": "anyone", "by_client": "client", "by_confidential_client": "confidential client",
-        "by_bearer": "access token", "by_admin": "administrator", "by_bearer_or_form": "access token, or a form of ours",
+        "by_bearer": "access token", "by_admin": "administrator",
+        "by_bearer_or_form": "access token, or a form of ours",
     }[name]
 
 
 def errors():
-    return table(("Code", "Status", "What a client is told", "Defined in"), [(f"`{code}`", status, told, spec) for code, (status, told, spec) in microauthd.ERRORS.items()])
+    return table(
+        ("Code", "Status", "What a client is told", "Defined in"),
+        [(f"`{code}`", status, told, spec) for code, (status, told, spec) in microauthd.ERRORS.items()],
+    )
 
 
 def is_served(request):
     """Whether ADMIN has the route a command asks for; a command without one works by itself or by a login."""
     method, _, path = request.partition(" ")
     wanted = re.sub(r"\{[^}]*\}", "<>", path.split(" ")[0])
-    served = {(method, re.sub(r"<[^>]*>", "<>", path)) for route in microauthd.ADMIN.routes for method in route.methods for path in route.paths}
+    served = {
+        (method, re.sub(r"<[^>]*>", "<>", path))
+        for route in microauthd.ADMIN.routes
+        for method in route.methods
+        for path in route.paths
+    }
     return not request or (method, wanted) in served
 
 

@@ -33,7 +33,9 @@ def alive(pid):
 
 def main(folder, pid, archive):
     microauthd = [sys.executable, "-I", archive]
-    shown = json.loads(subprocess.run([*microauthd, "options", "--json"], cwd=folder, check=True, capture_output=True).stdout)
+    shown = json.loads(
+        subprocess.run([*microauthd, "options", "--json"], cwd=folder, check=True, capture_output=True).stdout
+    )
     options = {name: row["value"] for name, row in shown.items()}
     base = {}
     for side in ("auth", "admin"):
@@ -60,7 +62,10 @@ def main(folder, pid, archive):
         print("For a token: MAD_CLIENT_SECRET=... mad token get --client-id CLIENT", file=sys.stderr)
         return None
     environment = dict(line.split("=", 1) for line in credentials.read_text().splitlines())
-    token = subprocess.run([*microauthd, "mad", "token", "get", "--auth-url", base["auth"]], cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    token = subprocess.run(
+        [*microauthd, "mad", "token", "get", "--auth-url", base["auth"]], cwd=folder, env=os.environ | environment,
+        stdout=subprocess.PIPE, text=True,
+    )
     if token.returncode:
         return "mad token get failed"
     token = token.stdout.strip()
@@ -68,7 +73,10 @@ def main(folder, pid, archive):
     keys = jwt.PyJWKSet.from_dict(get(base["auth"] + "/jwks.json"))
     header = jwt.get_unverified_header(token)
     unverified = jwt.decode(token, options={"verify_signature": False})
-    claims = jwt.decode(token, keys[header["kid"]].key, algorithms=[header["alg"]], issuer=metadata["issuer"], audience=unverified["aud"], options={"require": ["exp", "iat", "sub", "jti"]})
+    claims = jwt.decode(
+        token, keys[header["kid"]].key, algorithms=[header["alg"]], issuer=metadata["issuer"],
+        audience=unverified["aud"], options={"require": ["exp", "iat", "sub", "jti"]},
+    )
     print("header  " + json.dumps(header))
     print("claims  " + json.dumps(claims, indent=2).replace("\n", "\n        "))
     print(f"verified by PyJWT against {metadata['jwks_uri']}\n")

@@ -50,8 +50,14 @@ class Box:
         self.folder = Path(folder)
         self.auth_port = free_port()
         self.admin_port = next(port for port in iter(free_port, None) if port != self.auth_port)
-        self.settings = {"auth-port": self.auth_port, "admin-port": self.admin_port, "db-pass": "a database phrase"} | {name.replace("_", "-"): value for name, value in settings.items()}
-        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | CHEAP | {"HOME": str(self.folder), "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
+        self.settings = {"auth-port": self.auth_port, "admin-port": self.admin_port, "db-pass": "a database phrase"} | {
+            name.replace("_", "-"): value for name, value in settings.items()
+        }
+        self.environ = (
+            {name: value for name, value in os.environ.items() if not name.startswith("MAD_")}
+            | CHEAP
+            | {"HOME": str(self.folder), "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
+        )
         self.process, self.tls = None, None  # a context where both ports speak TLS
 
     def set_up(self):
@@ -60,7 +66,9 @@ class Box:
         conf.write_text("".join(f"{name} = {value}\n" for name, value in self.settings.items()))
         conf.chmod(0o600)
         answers = self.folder / "answers.toml"
-        answers.write_text(f'[admin]\nusername = "root"\nemail = "root@example.org"\n[client]\nclient_id = "app"\naudience = "api"\nscopes = ["api:read", "api:write"]\n')
+        answers.write_text(
+            f'[admin]\nusername = "root"\nemail = "root@example.org"\n[client]\nclient_id = "app"\naudience = "api"\nscopes = ["api:read", "api:write"]\n'
+        )
         done = self.run("setup", "--answers", str(answers), "--admin-password-stdin", input=self.PASSWORD + "\n")
         assert done.returncode == 0, done.stderr
         said = dict(line.split("=", 1) for line in done.stdout.splitlines())
@@ -68,14 +76,23 @@ class Box:
         return self
 
     def run(self, *words, input=None, timeout=60, **environ):
-        return subprocess.run([*PROGRAM, *words], cwd=self.folder, env=self.environ | environ, input=input, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            [*PROGRAM, *words], cwd=self.folder, env=self.environ | environ, input=input, capture_output=True,
+            text=True, timeout=timeout,
+        )
 
     def mad(self, *words, input=None, **environ):
-        return self.run("mad", *words, input=input, MAD_ADMIN_URL=f"http://127.0.0.1:{self.admin_port}", MAD_AUTH_URL=f"http://127.0.0.1:{self.auth_port}", **environ)
+        return self.run(
+            "mad", *words, input=input, MAD_ADMIN_URL=f"http://127.0.0.1:{self.admin_port}",
+            MAD_AUTH_URL=f"http://127.0.0.1:{self.auth_port}", **environ,
+        )
 
     def start(self, wait=True):
         self.output = open(self.folder / "output.txt", "ab")
-        self.process = subprocess.Popen([*PROGRAM, "serve"], cwd=self.folder, env=self.environ, stdout=self.output, stderr=self.output, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.process = subprocess.Popen(
+            [*PROGRAM, "serve"], cwd=self.folder, env=self.environ, stdout=self.output, stderr=self.output,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )
         if wait:
             self.await_ready()
         return self
@@ -85,7 +102,10 @@ class Box:
         while time.monotonic() < end:
             assert self.process.poll() is None, self.said()
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.call(self.auth_port, "GET", "/health/ready").status == 200 and self.call(self.admin_port, "GET", "/health").status == 200:
+                if (
+                    self.call(self.auth_port, "GET", "/health/ready").status == 200
+                    and self.call(self.admin_port, "GET", "/health").status == 200
+                ):
                     return
             time.sleep(0.02)
         raise AssertionError("not ready: " + self.said())
@@ -142,7 +162,9 @@ class Box:
             connection.close()
 
     def auth(self, path, form=None, **more):
-        return self.call(self.auth_port, "GET" if form is None and not more.pop("post", False) else "POST", path, form, **more)
+        return self.call(
+            self.auth_port, "GET" if form is None and not more.pop("post", False) else "POST", path, form, **more
+        )
 
     def admin(self, method, path, form=None, **more):
         return self.call(self.admin_port, method, path, form, **more)
@@ -156,12 +178,18 @@ class Box:
         return answer.json["access_token"]
 
     def new_user(self, username, password="correct horse battery"):
-        answer = self.admin("POST", "/users", json_body={"username": username, "email": f"{username}@example.org", "password": password}, bearer=self.admin_token())
+        answer = self.admin(
+            "POST", "/users",
+            json_body={"username": username, "email": f"{username}@example.org", "password": password},
+            bearer=self.admin_token(),
+        )
         assert answer.status == 200, answer
         return answer.json
 
     def log_in(self, username, password="correct horse battery", **form):
-        return self.auth("/token", {"grant_type": "password", "username": username, "password": password} | form, client=self.client)
+        return self.auth(
+            "/token", {"grant_type": "password", "username": username, "password": password} | form, client=self.client
+        )
 
     def __enter__(self):
         return self.set_up().start()

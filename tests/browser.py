@@ -40,11 +40,19 @@ class Browser:
         self.caller, self.issuer, self.cookies, self.at = Caller(app, host), issuer, {}, None
 
     def __call__(self, method, path, data=None, headers=()):
-        cookie = [("Cookie", "; ".join(f"{name}={value}" for name, value in self.cookies.items()))] if self.cookies else []
+        cookie = (
+            [("Cookie", "; ".join(f"{name}={value}" for name, value in self.cookies.items()))] if self.cookies else []
+        )
         answer = self.caller(method, path, data, headers=[HTML, ("User-Agent", "a browser"), *cookie, *headers])
         for line in answer.cookies:
             name, value = line.partition(";")[0].split("=", 1)
-            assert "HttpOnly" in line and "SameSite=Lax" in line and "Path=/" in line and ("Secure" in line) is self.issuer.startswith("https") and name.startswith("__Host-") is self.issuer.startswith("https")
+            assert (
+                "HttpOnly" in line
+                and "SameSite=Lax" in line
+                and "Path=/" in line
+                and ("Secure" in line) is self.issuer.startswith("https")
+                and name.startswith("__Host-") is self.issuer.startswith("https")
+            )
             if "Max-Age=0" in line:
                 self.cookies.pop(name, None)
             else:
@@ -78,8 +86,8 @@ class Browser:
 def request(client_id="spa", **more):
     """The path of an authorization request; a parameter that is None is left out."""
     parameters = {
-        "client_id": client_id, "redirect_uri": CALLBACK, "response_type": "code", "scope": "openid profile email", "state": "st&te", "nonce": "n0nce",
-        "code_challenge": CHALLENGE, "code_challenge_method": "S256",
+        "client_id": client_id, "redirect_uri": CALLBACK, "response_type": "code", "scope": "openid profile email",
+        "state": "st&te", "nonce": "n0nce", "code_challenge": CHALLENGE, "code_challenge_method": "S256",
     } | more
     return "/authorize?" + urlencode({name: value for name, value in parameters.items() if value is not None})
 

@@ -100,7 +100,10 @@ def make_idp(tmp_path, blank, rings, clock):
             path.write_bytes(blank)
         stream = io.StringIO()
         store = m.Store(path, DATABASE_KEY, log=m.Log(stream=stream))
-        idp = m.Idp(options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)), clock, store.log)
+        idp = m.Idp(
+            options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)),
+            clock, store.log,
+        )
         idp.stream = stream
         made.append(idp)
         return idp
@@ -129,7 +132,9 @@ class Answered:
         self.status, self.headers, self.body, self.cookies = status, headers, body, cookies
         assert PASSWORD.encode() not in body and b"Traceback" not in body, body
         if headers.get("content-type") == "application/json" and body[:1] == b"{":
-            SECRETS.update(value for name in CARRY_SECRETS if isinstance(value := json.loads(body).get(name), str) and value)
+            SECRETS.update(
+                value for name in CARRY_SECRETS if isinstance(value := json.loads(body).get(name), str) and value
+            )
 
     @property
     def json(self):
@@ -145,12 +150,15 @@ class Caller:
     def __init__(self, app, host="localhost:9041"):
         self.app, self.host = app, host
 
-    def __call__(self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7"):
+    def __call__(
+        self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7"
+    ):
         path, _, query = path.partition("?")
         environ = {
-            "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query, "SERVER_NAME": "localhost", "SERVER_PORT": "80",
-            "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": self.host, "REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO(),
-            "microauthd.peer": peer, "microauthd.server": "test", "microauthd.request_id": "r1",
+            "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
+            "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": self.host,
+            "REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO(), "microauthd.peer": peer,
+            "microauthd.server": "test", "microauthd.request_id": "r1",
         }
         body = b""
         if json_body is not None:
@@ -164,12 +172,17 @@ class Caller:
         if bearer:
             environ["HTTP_AUTHORIZATION"] = "Bearer " + bearer
         for name, value in headers:
-            environ[name if name.isupper() and name.startswith("CONTENT") else "HTTP_" + name.upper().replace("-", "_")] = value
+            environ[
+                name if name.isupper() and name.startswith("CONTENT") else "HTTP_" + name.upper().replace("-", "_")
+            ] = value
         environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
         started = []
         chunks = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
         content = b"".join(chunks)
-        return Answered(int(started[-1][0][:3]), {name.lower(): value for name, value in started[-1][1]}, content, [value for name, value in started[-1][1] if name == "Set-Cookie"])
+        return Answered(
+            int(started[-1][0][:3]), {name.lower(): value for name, value in started[-1][1]}, content,
+            [value for name, value in started[-1][1] if name == "Set-Cookie"],
+        )
 
     def get(self, path, **more):
         return self("GET", path, **more)
@@ -216,7 +229,9 @@ def scopes(idp):
 @pytest.fixture
 def new_client(idp, scopes):
     def make(client_id, **more):
-        client, secret = m.create_client(idp, m.LOCAL, "test", m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more))
+        client, secret = m.create_client(
+            idp, m.LOCAL, "test", m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more)
+        )
         SECRETS.update({secret} - {""})
         return (client_id, secret)
 
@@ -250,7 +265,10 @@ def log_in(auth, service):
     """Log a user in by password: the token answer."""
 
     def call(someone, client=None, **more):
-        answer = auth.post("/token", {"grant_type": "password", "username": someone.username, "password": someone.password} | more, auth=client or service)
+        answer = auth.post(
+            "/token", {"grant_type": "password", "username": someone.username, "password": someone.password} | more,
+            auth=client or service,
+        )
         assert answer.status == 200, answer
         return answer.json
 

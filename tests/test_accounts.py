@@ -32,7 +32,10 @@ def commits(idp, work):
     return found.count(True), answer
 
 
-REFUSALS = ["wrong password", "inactive", "locked", "locked for ever", "one-time code missing", "one-time code wrong", "one-time code used", "one-time code locked"]
+REFUSALS = [
+    "wrong password", "inactive", "locked", "locked for ever", "one-time code missing", "one-time code wrong",
+    "one-time code used", "one-time code locked",
+]
 
 
 class TestOneAnswer:
@@ -50,7 +53,10 @@ class TestOneAnswer:
             if case == "inactive":
                 change("UPDATE account SET is_active = 0 WHERE id = :id", id=account.id)
             if case.startswith("locked"):
-                change("UPDATE account SET lockout_until = :until WHERE id = :id", id=account.id, until=m.FOREVER if "ever" in case else now + 60)
+                change(
+                    "UPDATE account SET lockout_until = :until WHERE id = :id", id=account.id,
+                    until=m.FOREVER if "ever" in case else now + 60,
+                )
             if case == "client demands a second factor":
                 with idp.store.transaction(identity=True):
                     idp.store.put_feature(idp.store.find_client("service").id, "ENABLE_TOTP", True, "")
@@ -62,8 +68,17 @@ class TestOneAnswer:
                 while wrong in {pyotp.TOTP(seed).at(now + offset) for offset in (-30, 0, 30)}:
                     wrong = f"{int(wrong) + 1:06d}"
                 if case.endswith("locked"):
-                    change("UPDATE account SET totp_locked_until = :until, totp_last_step = 0 WHERE id = :id", id=account.id, until=now + 60)
-                return form | {"one-time code missing": {}, "one-time code wrong": {"totp": wrong}, "one-time code used": {"totp": used}, "one-time code locked": {"totp": used}}[case]
+                    change(
+                        "UPDATE account SET totp_locked_until = :until, totp_last_step = 0 WHERE id = :id",
+                        id=account.id, until=now + 60,
+                    )
+                return (
+                    form
+                    | {
+                        "one-time code missing": {}, "one-time code wrong": {"totp": wrong},
+                        "one-time code used": {"totp": used}, "one-time code locked": {"totp": used},
+                    }[case]
+                )
             return form
 
         return call
@@ -107,7 +122,9 @@ class TestOneAnswer:
         assert refused.status == 403 and count == 1
 
     @pytest.mark.parametrize("case", ["locked", "inactive", "one-time code missing"])
-    def test_a_remembered_password_does_not_tell_that_it_is_right(self, auth, service, alice, log_in, spoil, hashes, case):
+    def test_a_remembered_password_does_not_tell_that_it_is_right(
+        self, auth, service, alice, log_in, spoil, hashes, case
+    ):
         log_in(alice)
         form = spoil(case, "alice")
         hashes.clear()
@@ -118,7 +135,12 @@ class TestOneAnswer:
         auth.post("/token", GOOD | {"username": "my password by mistake", "password": "wrong wrong"}, auth=service)
         auth.post("/token", GOOD | {"password": "wrong wrong"}, auth=service)
         said = idp.stream.getvalue()
-        assert "unknown user" in said and "wrong password" in said and "by mistake" not in said and "wrong wrong" not in said
+        assert (
+            "unknown user" in said
+            and "wrong password" in said
+            and "by mistake" not in said
+            and "wrong wrong" not in said
+        )
         assert not any("by mistake" in str(row) for row in idp.store.list_audit(limit=100))
 
 
@@ -180,7 +202,10 @@ class TestRehash:
         m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
         assert idp.store.find_account(alice.id).password_hash == new
 
-    @pytest.mark.parametrize("statement", ["UPDATE account SET password_hash = 'another'", "UPDATE account SET is_active = 0", "DELETE FROM account"])
+    @pytest.mark.parametrize(
+        "statement",
+        ["UPDATE account SET password_hash = 'another'", "UPDATE account SET is_active = 0", "DELETE FROM account"],
+    )
     def test_an_account_that_changes_while_it_is_verified_is_refused(self, idp, alice, change, monkeypatch, statement):
         verify = idp.hasher.verify
 
@@ -235,9 +260,14 @@ class TestLockout:
 
     def test_a_count_that_locks_leaves_a_longer_lockout(self, idp, alice, change):
         for until in (idp.now() + 90_000, m.FOREVER):
-            change("UPDATE account SET failed_logins = 4, last_failed_at = :now, lockout_until = :until WHERE id = :id", now=idp.now(), until=until, id=alice.id)
+            change(
+                "UPDATE account SET failed_logins = 4, last_failed_at = :now, lockout_until = :until WHERE id = :id",
+                now=idp.now(), until=until, id=alice.id,
+            )
             with idp.store.transaction():
-                assert idp.store.count_failed_login(alice.id, idp.now(), 300, 5, 300, m.LOCKOUT_MAX).lockout_until == until
+                assert (
+                    idp.store.count_failed_login(alice.id, idp.now(), 300, 5, 300, m.LOCKOUT_MAX).lockout_until == until
+                )
 
     def test_parallel_failures_are_all_counted(self, idp, alice):
         def attempt(number):
@@ -314,7 +344,13 @@ class TestLockout:
         with pytest.raises(m.Problem):
             m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
 
-    @pytest.mark.parametrize("more, status", [({}, 200), ({"microauthd.proxied": True}, 403), ({"REMOTE_ADDR": "203.0.113.9"}, 403), ({"microauthd.peer": "203.0.113.9"}, 403)])
+    @pytest.mark.parametrize(
+        "more, status",
+        [
+            ({}, 200), ({"microauthd.proxied": True}, 403), ({"REMOTE_ADDR": "203.0.113.9"}, 403),
+            ({"microauthd.peer": "203.0.113.9"}, 403),
+        ],
+    )
     def test_what_a_proxy_brings_is_not_the_person_at_the_machine(self, idp, admin, root, change, more, status):
         change("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
         app = admin.app
@@ -348,7 +384,12 @@ class TestSecondFactor:
         assert auth.post("/token", form | {"totp": code}, auth=service).status == 403
         assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 403
         clock.pass_(30)
-        assert admin.post("/token", {"username": "root", "password": PASSWORD, "totp": pyotp.TOTP(seed).at(idp.now())}).status == 200
+        assert (
+            admin.post(
+                "/token", {"username": "root", "password": PASSWORD, "totp": pyotp.TOTP(seed).at(idp.now())}
+            ).status
+            == 200
+        )
 
     def test_guessing_codes_locks_it(self, idp, alice, clock, give_totp):
         seed = give_totp(idp, alice.account)
@@ -356,7 +397,9 @@ class TestSecondFactor:
         code = pyotp.TOTP(seed).at(idp.now())
         for number in range(m.TOTP_TRIES):
             with pytest.raises(m.Problem):
-                m.authenticate_user(idp, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "000000" if code != "000000" else "000001")
+                m.authenticate_user(
+                    idp, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "000000" if code != "000000" else "000001"
+                )
         with pytest.raises(m.Problem) as caught:
             m.authenticate_user(idp, m.Origin("198.51.100.99"), "alice", PASSWORD, code)
         assert "second factor locked" in caught.value.log
@@ -391,7 +434,9 @@ class TestSecondFactor:
 
         def enter(number):
             try:
-                entered.append(m.authenticate_user(idps[number % 2], m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, code))
+                entered.append(
+                    m.authenticate_user(idps[number % 2], m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, code)
+                )
             except m.Problem:
                 pass
 
@@ -430,7 +475,9 @@ class TestSecondFactor:
     def test_amr_tells_it(self, idp, alice, clock, give_totp):
         seed = give_totp(idp, alice.account)
         clock.pass_(90)
-        assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, pyotp.TOTP(seed).at(idp.now()))[1] == ["pwd", "otp", "mfa"]
+        assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD, pyotp.TOTP(seed).at(idp.now()))[1] == [
+            "pwd", "otp", "mfa",
+        ]
 
 
 class TestThrottle:
@@ -468,10 +515,14 @@ class TestNewUsers:
         row = idp.store.list_audit("user_created")[0]
         assert (row.actor_id, row.target, row.secondary) == ("test", "alice", alice.id)
 
-    @pytest.mark.parametrize("member, value", [
-        ("username", ""), ("username", "x" * 101), ("username", "a\x07b"), ("username", "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"),
-        ("email", "nobody"), ("email", "a b@c"), ("password", "short"), ("password", "password1"), ("password", "newcomer"), ("password", "x" * 256),
-    ])
+    @pytest.mark.parametrize(
+        "member, value",
+        [
+            ("username", ""), ("username", "x" * 101), ("username", "a\x07b"),
+            ("username", "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"), ("email", "nobody"), ("email", "a b@c"),
+            ("password", "short"), ("password", "password1"), ("password", "newcomer"), ("password", "x" * 256),
+        ],
+    )
     def test_what_is_refused_names_the_member(self, idp, member, value):
         good = {"username": "newcomer", "email": "new@example.org", "password": PASSWORD}
         with pytest.raises(m.Problem) as caught:

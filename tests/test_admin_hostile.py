@@ -14,7 +14,10 @@ OTHER, CHOSEN = "another battery staple", "a secret somebody chose"
 
 @pytest.fixture
 def options(tmp_path):
-    return m.Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost", totp_qr_output_root=str(tmp_path))
+    return m.Options(
+        **CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost",
+        totp_qr_output_root=str(tmp_path),
+    )
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ class TestEveryChangeLeavesARow:
         "PUT /users/<id>": ("/users/alice", {"email": "new@example.org"}),
         "DELETE /users/<id>": ("/users/alice", None),
         "POST /users/<id>/verify-email": ("/users/alice/verify-email", None),
-        "POST /users/deactivate/<id>": ("/users/deactivate/alice", None), "POST /users/<id>/deactivate": ("/users/alice/deactivate", None),
+        "POST /users/deactivate/<id>": ("/users/deactivate/alice", None),
+        "POST /users/<id>/deactivate": ("/users/alice/deactivate", None),
         "POST /users/<id>/activate": ("/users/carol/activate", None),
         "POST /users/<id>/reset": ("/users/alice/reset", {"new_password": OTHER}),
         "POST /users/<id>/set-lockout": ("/users/alice/set-lockout", {"lockout_until": "9999-12-31T23:59:59Z"}),
@@ -52,41 +56,83 @@ class TestEveryChangeLeavesARow:
         "POST /users/<id>/revoke": ("/users/alice/revoke", None),
         "POST /users/<id>/totp/enroll": ("/users/alice/totp/enroll", {}),
         "POST /users/<id>/totp/generate": ("/users/alice/totp/generate", {}),
-        "POST /users/<id>/totp/verify": ("/users/carol/totp/verify", {"code": "code"}), "POST /users/totp/verify": ("/users/totp/verify", {"user_id": "carol", "code": "code"}),
-        "POST /users/<id>/disable-totp": ("/users/carol/disable-totp", None), "POST /users/<id>/<client_id>/disable-totp": ("/users/carol/service/disable-totp", None),
-        "POST /roles": ("/roles", {"name": "new"}), "PUT /roles/<id>": ("/roles/ops", {"name": "renamed"}), "DELETE /roles/<id>": ("/roles/ops", None),
+        "POST /users/<id>/totp/verify": ("/users/carol/totp/verify", {"code": "code"}),
+        "POST /users/totp/verify": ("/users/totp/verify", {"user_id": "carol", "code": "code"}),
+        "POST /users/<id>/disable-totp": ("/users/carol/disable-totp", None),
+        "POST /users/<id>/<client_id>/disable-totp": ("/users/carol/service/disable-totp", None),
+        "POST /roles": ("/roles", {"name": "new"}), "PUT /roles/<id>": ("/roles/ops", {"name": "renamed"}),
+        "DELETE /roles/<id>": ("/roles/ops", None),
         "POST /roles/assign": ("/roles/assign", {"user_id": "carol", "role_id": "ops"}),
-        "POST /roles/unassign": ("/roles/unassign", {"user_id": "alice", "role_id": "ops"}), "POST /roles/remove": ("/roles/remove", {"user_id": "alice", "role_id": "ops"}),
+        "POST /roles/unassign": ("/roles/unassign", {"user_id": "alice", "role_id": "ops"}),
+        "POST /roles/remove": ("/roles/remove", {"user_id": "alice", "role_id": "ops"}),
         "PUT /users/<id>/roles": ("/users/carol/roles", [{"id": "ops"}]),
-        "POST /permissions": ("/permissions", {"name": "new"}), "PUT /permissions/<id>": ("/permissions/doc", {"name": "renamed"}), "DELETE /permissions/<id>": ("/permissions/doc", None),
-        "POST /permissions/assign": ("/permissions/assign", {"role_id": "ops", "permission_id": "page"}), "POST /roles/<id>/permissions": ("/roles/ops/permissions", {"permission_id": "page"}),
-        "POST /permissions/remove": ("/permissions/remove", {"role_id": "ops", "permission_id": "doc"}), "DELETE /roles/<id>/permissions/<permission_id>": ("/roles/ops/permissions/doc", None),
-        "POST /scopes": ("/scopes", {"name": "new"}), "PUT /scopes/<id>": ("/scopes/api:read", {"desc": "d"}), "DELETE /scopes/<id>": ("/scopes/api:read", None),
-        "POST /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}), "DELETE /users/<id>/scopes/<scope_id>": ("/users/alice/scopes/api:read", None),
-        "POST /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": ["api:secret"]}), "DELETE /clients/<id>/scopes/<scope_id>": ("/clients/service/scopes/api:read", None),
-        "POST /scopes/assign-to-user": ("/scopes/assign-to-user", {"user_id": "carol", "scope_id": "api:read"}), "POST /scopes/assign-to-client": ("/scopes/assign-to-client", {"client_id": "service", "scope_id": "api:secret"}),
-        "POST /scopes/remove-from-user": ("/scopes/remove-from-user", {"user_id": "alice", "scope_id": "api:read"}), "POST /scopes/remove-from-client": ("/scopes/remove-from-client", {"client_id": "service", "scope_id": "api:read"}),
-        "POST /clients": ("/clients", {"client_id": "new", "client_secret": CHOSEN}), "PUT /clients/<id>": ("/clients/service", {"display_name": "S"}), "DELETE /clients/<id>": ("/clients/service", None),
-        "POST /clients/<id>/revoke": ("/clients/service/revoke", None), "POST /clients/secret": ("/clients/secret", {"client_id": "service", "new_secret": CHOSEN}),
+        "POST /permissions": ("/permissions", {"name": "new"}),
+        "PUT /permissions/<id>": ("/permissions/doc", {"name": "renamed"}),
+        "DELETE /permissions/<id>": ("/permissions/doc", None),
+        "POST /permissions/assign": ("/permissions/assign", {"role_id": "ops", "permission_id": "page"}),
+        "POST /roles/<id>/permissions": ("/roles/ops/permissions", {"permission_id": "page"}),
+        "POST /permissions/remove": ("/permissions/remove", {"role_id": "ops", "permission_id": "doc"}),
+        "DELETE /roles/<id>/permissions/<permission_id>": ("/roles/ops/permissions/doc", None),
+        "POST /scopes": ("/scopes", {"name": "new"}), "PUT /scopes/<id>": ("/scopes/api:read", {"desc": "d"}),
+        "DELETE /scopes/<id>": ("/scopes/api:read", None),
+        "POST /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
+        "DELETE /users/<id>/scopes/<scope_id>": ("/users/alice/scopes/api:read", None),
+        "POST /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": ["api:secret"]}),
+        "DELETE /clients/<id>/scopes/<scope_id>": ("/clients/service/scopes/api:read", None),
+        "POST /scopes/assign-to-user": ("/scopes/assign-to-user", {"user_id": "carol", "scope_id": "api:read"}),
+        "POST /scopes/assign-to-client": (
+            "/scopes/assign-to-client", {"client_id": "service", "scope_id": "api:secret"},
+        ),
+        "POST /scopes/remove-from-user": ("/scopes/remove-from-user", {"user_id": "alice", "scope_id": "api:read"}),
+        "POST /scopes/remove-from-client": (
+            "/scopes/remove-from-client", {"client_id": "service", "scope_id": "api:read"},
+        ),
+        "POST /clients": ("/clients", {"client_id": "new", "client_secret": CHOSEN}),
+        "PUT /clients/<id>": ("/clients/service", {"display_name": "S"}),
+        "DELETE /clients/<id>": ("/clients/service", None),
+        "POST /clients/<id>/revoke": ("/clients/service/revoke", None),
+        "POST /clients/secret": ("/clients/secret", {"client_id": "service", "new_secret": CHOSEN}),
         "DELETE /clients/<id>/secrets/<secret_id>": ("/clients/service/secrets/{secret}", None),
-        "DELETE /clients/redirect-uris": ("/clients/redirect-uris", "{redirect}"), "DELETE /clients/redirect-uris/<record_id>": ("/clients/redirect-uris/{redirect}", None),
-        "POST /clients/<id>/redirect-uris": ("/clients/spa/redirect-uris", "https://app.example/other"), "DELETE /clients/<id>/redirect-uris/<record_id>": ("/clients/spa/redirect-uris/{redirect}", None),
-        "POST /clients/<id>/post-logout-redirect-uris": ("/clients/spa/post-logout-redirect-uris", "https://app.example/other"), "DELETE /clients/<id>/post-logout-redirect-uris/<record_id>": ("/clients/spa/post-logout-redirect-uris/{post_logout}", None),
-        "POST /clients/<id>/cors-origins": ("/clients/spa/cors-origins", "https://other.example"), "DELETE /clients/<id>/cors-origins/<record_id>": ("/clients/spa/cors-origins/{cors_origin}", None),
-        "POST /client/options/<flag>": ("/client/options/ENABLE_TOTP?client_id=spa", {"enabled": True}), "POST /client/options/<flag>/ext": ("/client/options/TOTP_ISSUER/ext?client_id=spa", {"options": "x"}),
-        "POST /clients/<id>/idp": ("/clients/service/idp", {"provider_key": "new"}), "POST /admin/clients/<id>/idp": ("/admin/clients/service/idp", {"provider_key": "new"}),
-        "PUT /clients/<id>/idp/<idp_id>": ("/clients/service/idp/{idp}", {"provider_key": "x"}), "PUT /admin/clients/<id>/idp/<idp_id>": ("/admin/clients/service/idp/{idp}", {"provider_key": "x"}),
-        "DELETE /clients/<id>/idp/<idp_id>": ("/clients/service/idp/{idp}", None), "DELETE /admin/clients/<id>/idp/<idp_id>": ("/admin/clients/service/idp/{idp}", None),
-        "DELETE /sessions/<jti>": ("/sessions/{jti}", None), "POST /revoke": ("/revoke", {"token": "{token}"}), "POST /introspect": ("/introspect", {"token": "{token}"}),
+        "DELETE /clients/redirect-uris": ("/clients/redirect-uris", "{redirect}"),
+        "DELETE /clients/redirect-uris/<record_id>": ("/clients/redirect-uris/{redirect}", None),
+        "POST /clients/<id>/redirect-uris": ("/clients/spa/redirect-uris", "https://app.example/other"),
+        "DELETE /clients/<id>/redirect-uris/<record_id>": ("/clients/spa/redirect-uris/{redirect}", None),
+        "POST /clients/<id>/post-logout-redirect-uris": (
+            "/clients/spa/post-logout-redirect-uris", "https://app.example/other",
+        ),
+        "DELETE /clients/<id>/post-logout-redirect-uris/<record_id>": (
+            "/clients/spa/post-logout-redirect-uris/{post_logout}", None,
+        ),
+        "POST /clients/<id>/cors-origins": ("/clients/spa/cors-origins", "https://other.example"),
+        "DELETE /clients/<id>/cors-origins/<record_id>": ("/clients/spa/cors-origins/{cors_origin}", None),
+        "POST /client/options/<flag>": ("/client/options/ENABLE_TOTP?client_id=spa", {"enabled": True}),
+        "POST /client/options/<flag>/ext": ("/client/options/TOTP_ISSUER/ext?client_id=spa", {"options": "x"}),
+        "POST /clients/<id>/idp": ("/clients/service/idp", {"provider_key": "new"}),
+        "POST /admin/clients/<id>/idp": ("/admin/clients/service/idp", {"provider_key": "new"}),
+        "PUT /clients/<id>/idp/<idp_id>": ("/clients/service/idp/{idp}", {"provider_key": "x"}),
+        "PUT /admin/clients/<id>/idp/<idp_id>": ("/admin/clients/service/idp/{idp}", {"provider_key": "x"}),
+        "DELETE /clients/<id>/idp/<idp_id>": ("/clients/service/idp/{idp}", None),
+        "DELETE /admin/clients/<id>/idp/<idp_id>": ("/admin/clients/service/idp/{idp}", None),
+        "DELETE /sessions/<jti>": ("/sessions/{jti}", None), "POST /revoke": ("/revoke", {"token": "{token}"}),
+        "POST /introspect": ("/introspect", {"token": "{token}"}),
         "DELETE /refresh-tokens/<id>": ("/refresh-tokens/{refresh}", None),
-        "POST /sessions/purge": ("/sessions/purge", {}), "POST /tokens/purge": ("/tokens/purge", {}), "POST /refresh-tokens/purge": ("/refresh-tokens/purge", {}),
+        "POST /sessions/purge": ("/sessions/purge", {}), "POST /tokens/purge": ("/tokens/purge", {}),
+        "POST /refresh-tokens/purge": ("/refresh-tokens/purge", {}),
         "POST /audit-logs/purge": ("/audit-logs/purge", {"older_than_days": 1}),
     }
     WITH_FILES = {"POST /backup", "DELETE /backup/<name>"}  # test_backup holds them to the same
-    READ_ONLY = {"POST /users/verify-password", "POST /check-access", "POST /token"}  # the first and the last write down what fails, the last what succeeds
+    READ_ONLY = {
+        "POST /users/verify-password", "POST /check-access", "POST /token",
+    }  # the first and the last write down what fails, the last what succeeds
 
     def test_the_table_has_every_route_that_changes_something(self):
-        declared = {f"{method} {path}" for route in m.ADMIN.routes for method in route.methods for path in route.paths if method != "GET"}
+        declared = {
+            f"{method} {path}"
+            for route in m.ADMIN.routes
+            for method in route.methods
+            for path in route.paths
+            if method != "GET"
+        }
         assert declared == set(self.CHANGES) | self.READ_ONLY | self.WITH_FILES
 
     @pytest.fixture
@@ -97,13 +143,27 @@ class TestEveryChangeLeavesARow:
         SECRETS.add(seed)
         call("POST", "/users/deactivate/carol")
         call("POST", "/client/options/ENABLE_TOTP", {"client_id": "service", "enabled": True})
-        for path, body in (("/roles", {"name": "ops"}), ("/permissions", {"name": "doc"}), ("/permissions", {"name": "page"}), ("/roles/ops/permissions", {"permission_id": "doc"}), ("/roles/assign", {"user_id": "alice", "role_id": "ops"})):
+        for path, body in (
+            ("/roles", {"name": "ops"}), ("/permissions", {"name": "doc"}), ("/permissions", {"name": "page"}),
+            ("/roles/ops/permissions", {"permission_id": "doc"}),
+            ("/roles/assign", {"user_id": "alice", "role_id": "ops"}),
+        ):
             assert call("POST", path, body).status == 200
-        made = {kind: call("POST", f"/clients/spa/{path}", uri).json["id"] for kind, path, uri in (("redirect", "redirect-uris", "https://app.example/cb"), ("post_logout", "post-logout-redirect-uris", "https://app.example/"), ("cors_origin", "cors-origins", "https://app.example"))}
+        made = {
+            kind: call("POST", f"/clients/spa/{path}", uri).json["id"]
+            for kind, path, uri in (
+                ("redirect", "redirect-uris", "https://app.example/cb"),
+                ("post_logout", "post-logout-redirect-uris", "https://app.example/"),
+                ("cors_origin", "cors-origins", "https://app.example"),
+            )
+        }
         made["idp"] = call("POST", "/clients/service/idp", {"provider_key": "x"}).json["id"]
         made["secret"] = call("GET", "/clients/service/secrets").json[0]["id"]
         token = log_in(alice, public)
-        made |= {"token": token["access_token"], "jti": token["jti"], "refresh": call("GET", "/refresh-tokens/user/alice").json[0]["id"], "code": pyotp.TOTP(seed).at(idp.now())}
+        made |= {
+            "token": token["access_token"], "jti": token["jti"],
+            "refresh": call("GET", "/refresh-tokens/user/alice").json[0]["id"], "code": pyotp.TOTP(seed).at(idp.now()),
+        }
         return made, seed
 
     @pytest.mark.parametrize("route", CHANGES)
@@ -113,28 +173,59 @@ class TestEveryChangeLeavesARow:
         if route == "POST /audit-logs/purge":
             change("UPDATE audit SET at = at - 1000000 WHERE seq < 5")
         fill = lambda word: re.sub(r"\{(\w+)\}", lambda found: made[found[1]], word)  # noqa: E731
-        body = {name: made["code"] if (name, value) == ("code", "code") else fill(value) if isinstance(value, str) else value for name, value in body.items()} if isinstance(body, dict) else fill(body) if isinstance(body, str) else body
+        body = (
+            {
+                name: made["code"]
+                if (name, value) == ("code", "code")
+                else fill(value)
+                if isinstance(value, str)
+                else value
+                for name, value in body.items()
+            }
+            if isinstance(body, dict)
+            else fill(body)
+            if isinstance(body, str)
+            else body
+        )
         before = idp.store.list_audit(limit=1)[0].seq
         answer = call(route.split()[0], fill(path), body)
         assert answer.status in (200, 201), answer
         rows = idp.store.list_audit(limit=100, after=before)
-        assert rows and {row.actor_id for row in rows} == {root.id} and {row.ip_address for row in rows} == {"192.0.2.7"}
+        assert (
+            rows and {row.actor_id for row in rows} == {root.id} and {row.ip_address for row in rows} == {"192.0.2.7"}
+        )
         written = " ".join(str(value) for row in rows for value in (row.target, row.secondary))
         shown = answer.json
-        for secret in (PASSWORD, OTHER, CHOSEN, seed, made["token"], made["code"], *(shown.get(name, "") for name in ("secret", "client_secret", "otpauth_uri") if isinstance(shown, dict))):
+        for secret in (
+            PASSWORD, OTHER, CHOSEN, seed, made["token"], made["code"],
+            *(shown.get(name, "") for name in ("secret", "client_secret", "otpauth_uri") if isinstance(shown, dict)),
+        ):
             assert not secret or secret not in written, route
 
     def test_reading_leaves_none(self, idp, call, furnished):
         before = idp.store.list_audit(limit=1)[0].seq
-        for path in ("/users", "/users/alice", "/clients/service/secrets", "/sessions", "/refresh-tokens", "/audit-logs", "/audit-logs/verify", "/audit-logs/export"):
+        for path in (
+            "/users", "/users/alice", "/clients/service/secrets", "/sessions", "/refresh-tokens", "/audit-logs",
+            "/audit-logs/verify", "/audit-logs/export",
+        ):
             assert call("GET", path).status == 200
         assert idp.store.list_audit(limit=1)[0].seq == before
 
-    @pytest.mark.parametrize("change", [
-        lambda *who: m.create_role(*who, m.CreateRole("x")), lambda *who: m.update_user(*who, "alice", m.UpdateUser(email="new@example.org")), lambda *who: m.delete_user(*who, "alice"), lambda *who: m.reset_password(*who, "alice", OTHER),
-        lambda *who: m.begin_totp(*who, m.get_user(who[0], "alice")), lambda *who: m.change_secret(*who, m.ChangeSecret("service")), lambda *who: m.delete_client(*who, "service"), lambda *who: m.purge_tokens(*who, m.PurgeTokens(0), ("session",)), lambda *who: m.purge_audit_log(*who, 1),
-    ])
-    def test_where_the_row_cannot_be_written_nothing_is_changed(self, idp, alice, service, machine, clock, monkeypatch, change):
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda *who: m.create_role(*who, m.CreateRole("x")),
+            lambda *who: m.update_user(*who, "alice", m.UpdateUser(email="new@example.org")),
+            lambda *who: m.delete_user(*who, "alice"), lambda *who: m.reset_password(*who, "alice", OTHER),
+            lambda *who: m.begin_totp(*who, m.get_user(who[0], "alice")),
+            lambda *who: m.change_secret(*who, m.ChangeSecret("service")),
+            lambda *who: m.delete_client(*who, "service"),
+            lambda *who: m.purge_tokens(*who, m.PurgeTokens(0), ("session",)), lambda *who: m.purge_audit_log(*who, 1),
+        ],
+    )
+    def test_where_the_row_cannot_be_written_nothing_is_changed(
+        self, idp, alice, service, machine, clock, monkeypatch, change
+    ):
         """The row and the change are one transaction."""
         idp.store.flush()
         clock.pass_(5 * 86400)
@@ -143,7 +234,9 @@ class TestEveryChangeLeavesARow:
             raise m.Problem("temporarily_unavailable", log="the disk is gone")
 
         tables = ("account", "role", "client", "client_secret", "session", "audit")
-        shown = lambda: [idp.store.connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables]  # noqa: E731
+        shown = lambda: [
+            idp.store.connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables
+        ]  # noqa: E731
         before = shown()
         monkeypatch.setattr(idp.store, "append_audit", gone)
         with pytest.raises(m.Problem, match="temporarily_unavailable"):
@@ -159,19 +252,29 @@ class TestWhoAsksIsWrittenDown:
 
     def test_a_purge_that_dies_on_the_way_has_said_who_began_it(self, idp, root, change, monkeypatch):
         now = idp.now()
-        change("WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200) INSERT INTO session SELECT printf('%032x', i), NULL, 'app', NULL, '', 'access', 'auth', 'client_credentials', 1, 2, NULL FROM n")
+        change(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200) INSERT INTO session SELECT printf('%032x', i), NULL, 'app', NULL, '', 'access', 'auth', 'client_credentials', 1, 2, NULL FROM n"
+        )
         idp.store.append_audit([(now - 10 * 86400, "app", "old", "", "", "", "", "", "success")] * 1200)
 
         def die(seconds):
             raise RuntimeError("power")
 
-        for purge in (lambda: m.purge_tokens(idp, m.LOCAL, root.id, m.PurgeTokens(0), ("session",), die), lambda: m.purge_audit_log(idp, m.LOCAL, root.id, 3, die)):
+        for purge in (
+            lambda: m.purge_tokens(idp, m.LOCAL, root.id, m.PurgeTokens(0), ("session",), die),
+            lambda: m.purge_audit_log(idp, m.LOCAL, root.id, 3, die),
+        ):
             with pytest.raises(RuntimeError):
                 purge()
-        assert [(row.action, row.actor_id) for row in idp.store.list_audit(limit=2)] == [("audit_purge_begun", root.id), ("purge_begun", root.id)]
+        assert [(row.action, row.actor_id) for row in idp.store.list_audit(limit=2)] == [
+            ("audit_purge_begun", root.id), ("purge_begun", root.id),
+        ]
 
 
-HOSTILE = ["x' OR '1'='1", '"; DROP TABLE account; --', "%", "_", "ünï-名前", "a b+c&d=e", "<script>", "{{7*7}}", "id-by-name", "user", "retrieve", "all", "..x", "-", "null", "0", "\u202ename"[1:] + "ß"]
+HOSTILE = [
+    "x' OR '1'='1", '"; DROP TABLE account; --', "%", "_", "ünï-名前", "a b+c&d=e", "<script>", "{{7*7}}", "id-by-name",
+    "user", "retrieve", "all", "..x", "-", "null", "0", "\u202ename"[1:] + "ß",
+]
 
 
 class TestHostileNames:
@@ -179,23 +282,34 @@ class TestHostileNames:
     def test_a_name_is_only_a_name(self, idp, call, name):
         """Whatever it says, it is stored, found by path, query and body, and deleted; its neighbours stay."""
         for kind, member in (("roles", "name"), ("permissions", "name"), ("users", "username")):
-            neighbour = call("POST", f"/{kind}", {member: "neighbour", "email": "n@example.org", "password": OTHER}).json["id"]
+            neighbour = call(
+                "POST", f"/{kind}", {member: "neighbour", "email": "n@example.org", "password": OTHER}
+            ).json["id"]
             made = call("POST", f"/{kind}", {member: name, "email": "x@example.org", "password": OTHER})
             assert made.status == 200, made
             id, stored = made.json["id"], made.json[member]
             assert call("GET", wire(f"/{kind}/id-by-name/{name}")).json == {"result": id}
             if not (kind, name) in (("permissions", "retrieve"), ("roles", "user")):
                 assert call("GET", wire(f"/{kind}/{name}")).json["id"] == id
-            assert [row[member] for row in call("GET", f"/{kind}?q={quote(stored, safe='')}").json if row["id"] == id] == [stored]
+            assert [
+                row[member] for row in call("GET", f"/{kind}?q={quote(stored, safe='')}").json if row["id"] == id
+            ] == [stored]
             assert call("DELETE", f"/{kind}/{id}").status == 200 and call("GET", f"/{kind}/{id}").status == 404
             assert call("DELETE", f"/{kind}/{neighbour}").status == 200
 
     @pytest.mark.parametrize("name", ["a\r\nSet-Cookie: x=1", "a\0b", "\u202eevil", "a\nb", "\x7f", "\u2028"])
     def test_what_could_end_a_line_or_turn_it_round_is_no_name(self, call, alice, service, name):
         for method, path, body in (
-            ("POST", "/users", {"username": name, "email": "x@example.org", "password": OTHER}), ("POST", "/roles", {"name": "a" + name + "b"}), ("POST", "/roles", {"name": "ok", "description": "a" + name + "b"}), ("POST", "/permissions", {"name": "a" + name + "b"}),
-            ("POST", "/scopes", {"name": "a" + name + "b"}), ("POST", "/scopes", {"name": "ok", "desc": "a" + name + "b"}), ("POST", "/clients", {"client_id": "a" + name + "b"}), ("POST", "/clients", {"client_id": "ok", "display_name": "a" + name + "b"}),
-            ("PUT", "/clients/service", {"audience": "a" + name + "b"}), ("POST", "/clients/service/redirect-uris", "https://a.example/" + name + "b"), ("POST", "/clients/service/idp", {"provider_key": "k", "display_name": "a" + name + "b"}),
+            ("POST", "/users", {"username": name, "email": "x@example.org", "password": OTHER}),
+            ("POST", "/roles", {"name": "a" + name + "b"}),
+            ("POST", "/roles", {"name": "ok", "description": "a" + name + "b"}),
+            ("POST", "/permissions", {"name": "a" + name + "b"}), ("POST", "/scopes", {"name": "a" + name + "b"}),
+            ("POST", "/scopes", {"name": "ok", "desc": "a" + name + "b"}),
+            ("POST", "/clients", {"client_id": "a" + name + "b"}),
+            ("POST", "/clients", {"client_id": "ok", "display_name": "a" + name + "b"}),
+            ("PUT", "/clients/service", {"audience": "a" + name + "b"}),
+            ("POST", "/clients/service/redirect-uris", "https://a.example/" + name + "b"),
+            ("POST", "/clients/service/idp", {"provider_key": "k", "display_name": "a" + name + "b"}),
         ):
             answer = call(method, path, body)
             assert answer.status == 400 and answer.json["errors"], (path, body)
@@ -206,29 +320,57 @@ class TestHostileNames:
         answer = call("GET", "/users?q=a%0d%0aX-Evil:%201&limit=1&is_active=all%0d%0a")
         assert answer.status == 400
         answer = call("GET", "/users?q=a&limit=1&%0d%0aX-Evil=%3E%3B%20rel%3D%22prev%22")
-        assert "\r" not in answer.headers["link"] and "\n" not in answer.headers["link"] and answer.headers["link"].count(">") == 1 and "x-evil" not in answer.headers
+        assert (
+            "\r" not in answer.headers["link"]
+            and "\n" not in answer.headers["link"]
+            and answer.headers["link"].count(">") == 1
+            and "x-evil" not in answer.headers
+        )
 
-    @pytest.mark.parametrize("name", [m.MAD_ADMIN_ROLE_ID, m.MAD_ADMIN_ROLE_ID.upper(), "\uff13" + m.MAD_ADMIN_ROLE_ID[1:]])
+    @pytest.mark.parametrize(
+        "name", [m.MAD_ADMIN_ROLE_ID, m.MAD_ADMIN_ROLE_ID.upper(), "\uff13" + m.MAD_ADMIN_ROLE_ID[1:]]
+    )
     def test_no_name_is_the_identifier_of_another(self, call, name):
         """Fullwidth digits become digits; what they spell then counts."""
-        for path, body in (("/users", {"username": name, "email": "x@example.org", "password": OTHER}), ("/roles", {"name": name}), ("/permissions", {"name": name}), ("/scopes", {"name": name}), ("/clients", {"client_id": name})):
+        for path, body in (
+            ("/users", {"username": name, "email": "x@example.org", "password": OTHER}), ("/roles", {"name": name}),
+            ("/permissions", {"name": name}), ("/scopes", {"name": name}), ("/clients", {"client_id": name}),
+        ):
             assert call("POST", path, body).status == 400, path
 
     def test_two_spellings_of_a_name_are_one(self, call):
         made = call("POST", "/users", {"username": " \uff21nn ", "email": "Ann@Example.org", "password": OTHER}).json
         assert made["username"] == "ann" and call("GET", wire("/users/\uff21NN")).json["id"] == made["id"]
-        assert call("POST", "/users", {"username": "ANN", "email": "other@example.org", "password": OTHER}).status == 409
+        assert (
+            call("POST", "/users", {"username": "ANN", "email": "other@example.org", "password": OTHER}).status == 409
+        )
 
-    @pytest.mark.parametrize("kind, body", [("users", {"username": "a/b", "email": "x@example.org", "password": OTHER}), ("roles", {"name": "a/b"}), ("permissions", {"name": "a/b"}), ("scopes", {"name": "https://api.example/read"}), ("clients", {"client_id": "a/b"}), ("roles", {"name": "a\\b"})])
+    @pytest.mark.parametrize(
+        "kind, body",
+        [
+            ("users", {"username": "a/b", "email": "x@example.org", "password": OTHER}), ("roles", {"name": "a/b"}),
+            ("permissions", {"name": "a/b"}), ("scopes", {"name": "https://api.example/read"}),
+            ("clients", {"client_id": "a/b"}), ("roles", {"name": "a\\b"}),
+        ],
+    )
     def test_a_name_with_a_slash_is_reached_by_its_id_and_found_by_a_query(self, call, kind, body):
         """Allowed, since scopes are often URLs. No path carries it: a slash that is encoded is refused by the connection, and one that is not parts the path."""
         made = call("POST", f"/{kind}", body).json
         name = body.get("name") or body.get("username") or body.get("client_id")
         for path in (f"/{kind}/{name}", f"/{kind}/id-by-name/{name}"):
             with pytest.raises(m.Refused):
-                m._path_info(("/" + "/".join(quote(part, safe="") for part in (path[1:].split("/", 2 if "by-name" in path else 1)))).encode())
+                m._path_info(
+                    (
+                        "/"
+                        + "/".join(
+                            quote(part, safe="") for part in (path[1:].split("/", 2 if "by-name" in path else 1))
+                        )
+                    ).encode()
+                )
         assert call("GET", f"/{kind}/id-by-name/a/b").status == 404
-        assert [row["id"] for row in call("GET", f"/{kind}?q={quote(name, safe='')}").json] == [made["id"]] and call("GET", f"/{kind}/{made['id']}").json.items() <= made.items()
+        assert [row["id"] for row in call("GET", f"/{kind}?q={quote(name, safe='')}").json] == [made["id"]] and call(
+            "GET", f"/{kind}/{made['id']}"
+        ).json.items() <= made.items()
         assert call("DELETE", f"/{kind}/{made['id']}").status == 200
 
     @pytest.mark.parametrize("path", [b"/users/%ffalice", b"/users/al%c0%afice", b"/users/%ed%a0%80alice"])
@@ -239,18 +381,38 @@ class TestHostileNames:
 
 
 class TestHugeInputs:
-    @pytest.mark.parametrize("method, path, body", [
-        ("POST", "/users", {"username": "x" * 101, "email": "x@example.org", "password": OTHER}), ("POST", "/users", {"username": "x", "email": "x" * 250 + "@example.org", "password": OTHER}), ("POST", "/users", {"username": "x", "email": "x@example.org", "password": "x" * 60_000}),
-        ("POST", "/roles", {"name": "x" * 256}), ("POST", "/roles", {"name": "x", "description": "x" * 60_000}), ("POST", "/clients", {"client_id": "x" * 256}), ("POST", "/clients", {"client_id": "x", "client_secret": "x" * 256}),
-        ("POST", "/clients", {"client_id": "x", "scopes": ["nonsense"] * 5000}), ("POST", "/clients", {"client_id": "x", "grant_types": ["x"] * 5000}), ("POST", "/clients/service/redirect-uris", "https://a.example/" + "x" * 2000),
-        ("POST", "/users/alice/scopes", {"scope_ids": ["nonsense"] * 5000}), ("POST", "/sessions/purge", {"older_than_seconds": 10**30}), ("POST", "/audit-logs/purge", {"older_than_days": 10**30}), ("POST", "/clients/secret", {"client_id": "service", "overlap_seconds": 10**30}),
-        ("PUT", "/users/alice", {"lockout_until": -(10**30)}), ("GET", "/users?limit=99999999999999999999", None), ("GET", "/users?offset=99999999999999999999", None), ("GET", "/audit-logs?after=99999999999999999999", None), ("GET", "/users?q=" + "x" * 300, None),
-    ])
+    @pytest.mark.parametrize(
+        "method, path, body",
+        [
+            ("POST", "/users", {"username": "x" * 101, "email": "x@example.org", "password": OTHER}),
+            ("POST", "/users", {"username": "x", "email": "x" * 250 + "@example.org", "password": OTHER}),
+            ("POST", "/users", {"username": "x", "email": "x@example.org", "password": "x" * 60_000}),
+            ("POST", "/roles", {"name": "x" * 256}), ("POST", "/roles", {"name": "x", "description": "x" * 60_000}),
+            ("POST", "/clients", {"client_id": "x" * 256}),
+            ("POST", "/clients", {"client_id": "x", "client_secret": "x" * 256}),
+            ("POST", "/clients", {"client_id": "x", "scopes": ["nonsense"] * 5000}),
+            ("POST", "/clients", {"client_id": "x", "grant_types": ["x"] * 5000}),
+            ("POST", "/clients/service/redirect-uris", "https://a.example/" + "x" * 2000),
+            ("POST", "/users/alice/scopes", {"scope_ids": ["nonsense"] * 5000}),
+            ("POST", "/sessions/purge", {"older_than_seconds": 10**30}),
+            ("POST", "/audit-logs/purge", {"older_than_days": 10**30}),
+            ("POST", "/clients/secret", {"client_id": "service", "overlap_seconds": 10**30}),
+            ("PUT", "/users/alice", {"lockout_until": -(10**30)}), ("GET", "/users?limit=99999999999999999999", None),
+            ("GET", "/users?offset=99999999999999999999", None),
+            ("GET", "/audit-logs?after=99999999999999999999", None), ("GET", "/users?q=" + "x" * 300, None),
+        ],
+    )
     def test_are_refused_by_name_and_nothing_breaks(self, call, alice, service, method, path, body):
         answer = call(method, path, body)
         assert answer.status == 400 and answer.json["errors"] and len(answer.body) < 1000
 
-    @pytest.mark.parametrize("path", ["/users/" + "x" * 5000, "/clients/" + "x" * 5000, "/sessions/" + "f" * 5000, "/audit-logs/" + "9" * 5000, "/refresh-tokens/" + "x" * 5000, "/roles/" + "\xe2\x80\xae" * 100])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/users/" + "x" * 5000, "/clients/" + "x" * 5000, "/sessions/" + "f" * 5000, "/audit-logs/" + "9" * 5000,
+            "/refresh-tokens/" + "x" * 5000, "/roles/" + "\xe2\x80\xae" * 100,
+        ],
+    )
     def test_a_huge_path_is_nothing(self, call, path):
         assert call("GET", path).status == 404
 
@@ -258,9 +420,15 @@ class TestHugeInputs:
 class TestRightsTakenAway:
     """What is taken counts at once, whatever a token says."""
 
-    @pytest.mark.parametrize("take", [
-        lambda call: call("DELETE", "/clients/provisioner/scopes/admin:list_users"), lambda call: call("POST", "/scopes/remove-from-client", {"client_id": "provisioner", "scope_id": "admin:list_users"}),
-    ])
+    @pytest.mark.parametrize(
+        "take",
+        [
+            lambda call: call("DELETE", "/clients/provisioner/scopes/admin:list_users"),
+            lambda call: call(
+                "POST", "/scopes/remove-from-client", {"client_id": "provisioner", "scope_id": "admin:list_users"}
+            ),
+        ],
+    )
     def test_a_machine_that_lost_a_scope_over_users_uses_it_no_more(self, call, auth, new_client, take):
         client = new_client("provisioner", scopes=["admin:list_users", "api:read"])
         token = auth.post("/token", {"grant_type": "client_credentials"}, auth=client).json["access_token"]
@@ -271,7 +439,10 @@ class TestRightsTakenAway:
 
     @pytest.mark.parametrize("path", ["/users/helper/scopes/admin:list_users", "/clients/desk/scopes/admin:list_users"])
     def test_nor_does_a_user_who_or_whose_client_lost_it(self, call, auth, new_client, new_user, log_in, path):
-        client, helper = new_client("desk", scopes=["admin:list_users", "api:read"]), new_user("helper", ["admin:list_users", "api:read"])
+        client, helper = (
+            new_client("desk", scopes=["admin:list_users", "api:read"]),
+            new_user("helper", ["admin:list_users", "api:read"]),
+        )
         token = log_in(helper, client)["access_token"]
         assert auth.get("/users", bearer=token).status == 200
         assert call("DELETE", path).status == 200 and auth.get("/users", bearer=token).status == 403
@@ -287,7 +458,12 @@ class TestRightsTakenAway:
         call("DELETE", "/clients/desk")
         new_client("desk", client_secret=client[1])
         assert auth.get("/me", bearer=again["access_token"]).status == 401
-        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": again["refresh_token"]}, auth=client).status == 400
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": again["refresh_token"]}, auth=client
+            ).status
+            == 400
+        )
 
 
 class TestBetweenReadAndWrite:
@@ -309,7 +485,9 @@ class TestBetweenReadAndWrite:
 
         return arrange
 
-    @pytest.mark.parametrize("deed", [("DELETE", "/clients/service", None), ("PUT", "/clients/service", {"is_active": False})])
+    @pytest.mark.parametrize(
+        "deed", [("DELETE", "/clients/service", None), ("PUT", "/clients/service", {"is_active": False})]
+    )
     def test_a_client_that_went_gets_no_new_secret(self, idp, call, service, during_hash, deed):
         during_hash(lambda: call(*deed))
         assert call("POST", "/clients/secret", {"client_id": "service"}).status == 404
@@ -318,7 +496,9 @@ class TestBetweenReadAndWrite:
     @pytest.mark.parametrize("deed", ["/users/alice"])
     def test_a_user_who_went_gets_no_new_password(self, idp, call, alice, during_hash, deed):
         during_hash(lambda: call("DELETE", deed))
-        assert call("POST", "/users/alice/reset", {"new_password": OTHER}).status == 404 and not idp.store.list_audit("user_password_reset")
+        assert call("POST", "/users/alice/reset", {"new_password": OTHER}).status == 404 and not idp.store.list_audit(
+            "user_password_reset"
+        )
 
     def test_a_user_who_went_gets_no_second_factor(self, idp, alice):
         m.delete_user(idp, m.LOCAL, "test", alice.id)
@@ -335,17 +515,31 @@ class TestBetweenReadAndWrite:
 
             def write(number, app):
                 go.wait()
-                found.append(app("PUT", "/users/alice", bearer=admin_token, json_body={"email": f"{tag[1:9]}{number}@example.org"}, headers=[("If-Match", tag)]).status)
+                found.append(
+                    app(
+                        "PUT", "/users/alice", bearer=admin_token,
+                        json_body={"email": f"{tag[1:9]}{number}@example.org"}, headers=[("If-Match", tag)],
+                    ).status
+                )
 
             threads = [threading.Thread(target=write, args=pair) for pair in enumerate(apps)]
             [thread.start() for thread in threads]
             [thread.join() for thread in threads]
             assert sorted(found) == [200, 412, 412, 412]
 
-    @pytest.mark.parametrize("tag, status", [('"other"', 412), ('W/{tag}', 412), ("{bare}", 412), ('"other", {tag}', 200), ("*", 200), ("", 412)])
+    @pytest.mark.parametrize(
+        "tag, status",
+        [('"other"', 412), ("W/{tag}", 412), ("{bare}", 412), ('"other", {tag}', 200), ("*", 200), ("", 412)],
+    )
     def test_only_the_whole_tag_matches(self, call, alice, tag, status):
         shown = call("GET", "/users/alice").headers["etag"]
-        assert call("PUT", "/users/alice", {"email": "new@example.org"}, headers=[("If-Match", tag.format(tag=shown, bare=shown.strip('"')))]).status == status
+        assert (
+            call(
+                "PUT", "/users/alice", {"email": "new@example.org"},
+                headers=[("If-Match", tag.format(tag=shown, bare=shown.strip('"')))],
+            ).status
+            == status
+        )
 
 
 class TestBigTables:
@@ -356,11 +550,19 @@ class TestBigTables:
     @pytest.fixture
     def crowded(self, idp, change, alice):
         """Refresh tokens that live, and among them some that are over."""
-        change("INSERT INTO family (sid, user_id, client_id, scope, amr, auth_time, nonce, created_ms, expires_at) VALUES ('f', :id, 'app', '', 'pwd', 1, '', 1, 99999999999)", id=alice.id)
-        change(f"WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {self.MANY}) INSERT INTO refresh_token SELECT printf('%032x', i), printf('%064x', i), 'f', :id, 'app', 'x', 1, CASE WHEN i % 10 = 0 THEN 2 ELSE 99999999999 END, NULL, NULL FROM n", id=alice.id)
+        change(
+            "INSERT INTO family (sid, user_id, client_id, scope, amr, auth_time, nonce, created_ms, expires_at) VALUES ('f', :id, 'app', '', 'pwd', 1, '', 1, 99999999999)",
+            id=alice.id,
+        )
+        change(
+            f"WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {self.MANY}) INSERT INTO refresh_token SELECT printf('%032x', i), printf('%064x', i), 'f', :id, 'app', 'x', 1, CASE WHEN i % 10 = 0 THEN 2 ELSE 99999999999 END, NULL, NULL FROM n",
+            id=alice.id,
+        )
 
     def count(self, idp):
-        return idp.store.connection.execute("SELECT count(*), count(*) FILTER (WHERE expires_at = 2) FROM refresh_token").fetchone()
+        return idp.store.connection.execute(
+            "SELECT count(*), count(*) FILTER (WHERE expires_at = 2) FROM refresh_token"
+        ).fetchone()
 
     def test_a_purge_takes_all_that_is_over_and_nothing_else(self, idp, crowded):
         assert self.count(idp) == (self.MANY, self.MANY // 10)
@@ -391,23 +593,31 @@ class TestBigTables:
             if not seen:
                 seen.append(1)
                 with honest():
-                    idp.store.connection.execute("UPDATE refresh_token SET expires_at = 99999999999 WHERE expires_at = 2")
+                    idp.store.connection.execute(
+                        "UPDATE refresh_token SET expires_at = 99999999999 WHERE expires_at = 2"
+                    )
             return honest(identity)
 
         monkeypatch.setattr(idp.store, "transaction", transaction)
         assert idp.store.purge_refresh_tokens(10, "", 100) == (f"{100:032x}", 0) and self.count(idp) == (self.MANY, 0)
 
     def test_upkeep_walks_every_table_to_its_end(self, idp, change, crowded, clock):
-        change(f"WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {self.MANY}) INSERT INTO revoked_token SELECT printf('%032x', i), CASE WHEN i > {self.MANY} - 60 THEN 2 ELSE 99999999999 END, 1 FROM n")
+        change(
+            f"WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {self.MANY}) INSERT INTO revoked_token SELECT printf('%032x', i), CASE WHEN i > {self.MANY} - 60 THEN 2 ELSE 99999999999 END, 1 FROM n"
+        )
         m.purge(idp, lambda seconds: None)
         assert idp.store.connection.execute("SELECT count(*) FROM revoked_token").fetchone() == (self.MANY - 60,)
 
     def test_a_search_through_many_users_finds_the_same_as_through_few(self, idp, call, change):
-        change("WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2500) INSERT INTO account (id, username, email, password_hash, created_at, modified_at) SELECT printf('%08x-0000-4000-8000-000000000000', i), printf('u%05d', (i * 7919) % 2500), printf('e%05d@example.org', i), 'x', i, i FROM n")
+        change(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2500) INSERT INTO account (id, username, email, password_hash, created_at, modified_at) SELECT printf('%08x-0000-4000-8000-000000000000', i), printf('u%05d', (i * 7919) % 2500), printf('e%05d@example.org', i), 'x', i, i FROM n"
+        )
         found, offset = [], 0
         while offset is not None:
             page = call("GET", f"/users?q=u0&limit=700&offset={offset}&sort=-username")
             found += [user["username"] for user in page.json]
             offset = int(re.search(r"offset=(\d+)", page.headers["link"])[1]) if "link" in page.headers else None
-        assert found == sorted(found, reverse=True) and len(found) == len(set(found)) == 2500 == int(page.headers["x-total-count"])
+        assert found == sorted(found, reverse=True) and len(found) == len(set(found)) == 2500 == int(
+            page.headers["x-total-count"]
+        )
         assert call("GET", "/users?limit=1&offset=2000").json[0]["username"] == "u01999"  # root stands before, with r

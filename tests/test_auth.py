@@ -9,7 +9,12 @@ import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, Caller
 
-PROTECTED = [(method, route.paths[0]) for route in m.AUTH.routes if route.guard not in (m.anyone, m.by_client, m.by_confidential_client) for method in route.methods]
+PROTECTED = [
+    (method, route.paths[0])
+    for route in m.AUTH.routes
+    if route.guard not in (m.anyone, m.by_client, m.by_confidential_client)
+    for method in route.methods
+]
 SCOPED = {path for route in m.AUTH.routes if getattr(route.guard, "scope", "") for path in route.paths}
 
 
@@ -19,7 +24,9 @@ def metadata_of(auth):
 
 class TestEveryBearerRoute:
     @pytest.mark.parametrize("method, path", PROTECTED)
-    def test_refuses_whatever_is_not_a_living_token_of_this_port(self, auth, log_in, alice, admin_token, change, method, path):
+    def test_refuses_whatever_is_not_a_living_token_of_this_port(
+        self, auth, log_in, alice, admin_token, change, method, path
+    ):
         answer = log_in(alice, scope="openid")
 
         def status(token):
@@ -44,19 +51,35 @@ class TestDiscovery:
     """RFC 8414 §2 and §3, OpenID Connect Discovery §3"""
 
     def test_both_addresses_say_the_same(self, auth):
-        assert auth.get("/.well-known/openid-configuration").body == auth.get("/.well-known/oauth-authorization-server").body
+        assert (
+            auth.get("/.well-known/openid-configuration").body
+            == auth.get("/.well-known/oauth-authorization-server").body
+        )
 
     def test_what_must_be_there_is_there(self, auth):
         metadata = metadata_of(auth)
-        assert metadata["issuer"] == "https://idp.example" and metadata["subject_types_supported"] == ["public"] and isinstance(metadata["response_types_supported"], list)
+        assert (
+            metadata["issuer"] == "https://idp.example"
+            and metadata["subject_types_supported"] == ["public"]
+            and isinstance(metadata["response_types_supported"], list)
+        )
         assert "RS256" in metadata["id_token_signing_alg_values_supported"] and None not in metadata.values()
 
     @pytest.mark.parametrize("host", ["evil.example", "localhost", ""])
     def test_every_url_is_built_from_the_issuer_and_never_from_the_request(self, make_idp, host):
-        auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH), host=host)
-        answer = auth.get("/.well-known/openid-configuration", headers=[("X-Forwarded-Host", "evil.example"), ("X-Forwarded-Proto", "http")])
+        auth = Caller(
+            m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH), host=host
+        )
+        answer = auth.get(
+            "/.well-known/openid-configuration",
+            headers=[("X-Forwarded-Host", "evil.example"), ("X-Forwarded-Proto", "http")],
+        )
         assert "evil" not in answer.body.decode() and answer.json["issuer"] == "https://box.example/auth"
-        assert all(value.startswith("https://box.example/auth/") for name, value in answer.json.items() if name.endswith(("_endpoint", "_uri")))
+        assert all(
+            value.startswith("https://box.example/auth/")
+            for name, value in answer.json.items()
+            if name.endswith(("_endpoint", "_uri"))
+        )
 
     def test_an_issuer_with_a_path_is_found_where_its_standard_says(self, make_idp):
         """RFC 8414 §3.1: the well-known part stands before the path."""
@@ -67,8 +90,18 @@ class TestDiscovery:
     @pytest.mark.parametrize("issuer", ["https://box.example/auth", "http://localhost:9040"])
     def test_the_issuer_of_a_token_is_the_issuer_of_the_metadata(self, make_idp, service, alice, issuer):
         auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer=issuer)), m.AUTH))
-        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid"}, auth=service).json
-        assert {jwt.decode(answer[name], options={"verify_signature": False})["iss"] for name in ("access_token", "id_token")} == {metadata_of(auth)["issuer"]} == {issuer}
+        answer = auth.post(
+            "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid"},
+            auth=service,
+        ).json
+        assert (
+            {
+                jwt.decode(answer[name], options={"verify_signature": False})["iss"]
+                for name in ("access_token", "id_token")
+            }
+            == {metadata_of(auth)["issuer"]}
+            == {issuer}
+        )
 
     def test_every_endpoint_it_lists_answers(self, idp, auth):
         for name, value in metadata_of(auth).items():
@@ -80,31 +113,50 @@ class TestDiscovery:
     def test_every_grant_it_lists_works_and_no_other(self, make_idp, service, alice, refresh):
         auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, enable_token_refresh=refresh)), m.AUTH))
         listed = set(metadata_of(auth)["grant_types_supported"])
-        for grant in ("authorization_code", "client_credentials", "password", "refresh_token", "implicit", "urn:ietf:params:oauth:grant-type:device_code"):
-            answer = auth.post("/token", {"grant_type": grant, "username": "alice", "password": PASSWORD, "refresh_token": "x"}, auth=service)
+        for grant in (
+            "authorization_code", "client_credentials", "password", "refresh_token", "implicit",
+            "urn:ietf:params:oauth:grant-type:device_code",
+        ):
+            answer = auth.post(
+                "/token", {"grant_type": grant, "username": "alice", "password": PASSWORD, "refresh_token": "x"},
+                auth=service,
+            )
             assert (answer.json.get("error") == "unsupported_grant_type") == (grant not in listed)
 
-    @pytest.mark.parametrize("endpoint, path", [("token", "/token"), ("introspection", "/introspect"), ("revocation", "/revoke")])
+    @pytest.mark.parametrize(
+        "endpoint, path", [("token", "/token"), ("introspection", "/introspect"), ("revocation", "/revoke")]
+    )
     def test_every_way_to_authenticate_it_lists_works_and_no_other(self, auth, service, public, alice, endpoint, path):
         form = {"grant_type": "password", "username": "alice", "password": PASSWORD, "token": "x"}
         ways = {
-            "client_secret_basic": auth.post(path, form, auth=service), "client_secret_post": auth.post(path, form | {"client_id": "service", "client_secret": service[1]}),
+            "client_secret_basic": auth.post(path, form, auth=service),
+            "client_secret_post": auth.post(path, form | {"client_id": "service", "client_secret": service[1]}),
             "none": auth.post(path, form | {"client_id": "spa"}),
         }
-        assert {way for way, answer in ways.items() if answer.status == 200} == set(metadata_of(auth)[f"{endpoint}_endpoint_auth_methods_supported"])
+        assert {way for way, answer in ways.items() if answer.status == 200} == set(
+            metadata_of(auth)[f"{endpoint}_endpoint_auth_methods_supported"]
+        )
 
     def test_scopes_and_claims_it_lists_are_given(self, auth, log_in, alice):
         metadata = metadata_of(auth)
         answer = log_in(alice, scope=" ".join(metadata["scopes_supported"]))
-        assert set(metadata["claims_supported"]) == set(jwt.decode(answer["id_token"], options={"verify_signature": False})) - {"token_use"} | {"nonce"}, "a nonce needs the code flow"
+        assert set(metadata["claims_supported"]) == set(
+            jwt.decode(answer["id_token"], options={"verify_signature": False})
+        ) - {"token_use"} | {"nonce"}, "a nonce needs the code flow"
         assert jwt.get_unverified_header(answer["id_token"])["alg"] in metadata["id_token_signing_alg_values_supported"]
 
     def test_its_keys_verify_every_kind_of_token(self, auth, machine, log_in, alice):
         keys = jwt.PyJWKSet.from_dict(auth.get("/jwks.json").json)
         answer = log_in(alice, scope="openid")
-        for token, audience in ((machine["access_token"], "microauthd"), (answer["access_token"], "microauthd"), (answer["id_token"], "service")):
+        for token, audience in (
+            (machine["access_token"], "microauthd"), (answer["access_token"], "microauthd"),
+            (answer["id_token"], "service"),
+        ):
             header = jwt.get_unverified_header(token)
-            assert jwt.decode(token, keys[header["kid"]].key, algorithms=[header["alg"]], audience=audience, issuer="https://idp.example", options={"verify_exp": False, "verify_iat": False, "verify_nbf": False})
+            assert jwt.decode(
+                token, keys[header["kid"]].key, algorithms=[header["alg"]], audience=audience,
+                issuer="https://idp.example", options={"verify_exp": False, "verify_iat": False, "verify_nbf": False},
+            )
 
     def test_the_keys_stand_at_both_addresses_and_hold_none_of_admin(self, auth, idp):
         answer = auth.get("/jwks.json")
@@ -116,28 +168,43 @@ class TestDiscovery:
 class TestUserinfo:
     """OpenID Connect Core §5.3"""
 
-    @pytest.mark.parametrize("scope, more", [
-        ("openid", {}), ("openid email", {"email": "alice@example.org", "email_verified": False}), ("openid roles", {"roles": []}),
-        ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": m.RELEASED_AT + 1000}), ("openid api:read", {}),
-    ])
+    @pytest.mark.parametrize(
+        "scope, more",
+        [
+            ("openid", {}), ("openid email", {"email": "alice@example.org", "email_verified": False}),
+            ("openid roles", {"roles": []}),
+            ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": m.RELEASED_AT + 1000}),
+            ("openid api:read", {}),
+        ],
+    )
     def test_by_get_and_post_and_by_scope(self, auth, log_in, alice, scope, more):
         token = log_in(alice, scope=scope)["access_token"]
-        for answer in (auth.get("/userinfo", bearer=token), auth.post("/userinfo", bearer=token), auth.post("/userinfo", {"access_token": token})):
+        for answer in (
+            auth.get("/userinfo", bearer=token), auth.post("/userinfo", bearer=token),
+            auth.post("/userinfo", {"access_token": token}),
+        ):
             assert (answer.status, answer.json) == (200, {"sub": alice.id} | more)
 
     def test_it_tells_what_is_true_now(self, auth, log_in, alice, change):
         token = log_in(alice, scope="openid email")["access_token"]
         change("UPDATE account SET email = 'new@example.org', email_verified = 1 WHERE id = :id", id=alice.id)
-        assert auth.get("/userinfo", bearer=token).json == {"sub": alice.id, "email": "new@example.org", "email_verified": True}
+        assert auth.get("/userinfo", bearer=token).json == {
+            "sub": alice.id, "email": "new@example.org", "email_verified": True,
+        }
 
 
 class TestSelf:
     """contract/auth §1.2, §1.3"""
 
     def test_me(self, auth, log_in, alice, root, machine):
-        assert auth.get("/me", bearer=log_in(root)["access_token"]).json == {"sub": root.id, "email": "root@example.org", "roles": [m.MAD_ADMIN_ROLE_ID], "role_names": ["MadAdmin"], "scopes": []}
+        assert auth.get("/me", bearer=log_in(root)["access_token"]).json == {
+            "sub": root.id, "email": "root@example.org", "roles": [m.MAD_ADMIN_ROLE_ID], "role_names": ["MadAdmin"],
+            "scopes": [],
+        }
         assert auth.get("/me", bearer=log_in(alice)["access_token"]).json["scopes"] == ["api:read"]
-        assert auth.get("/me", bearer=machine["access_token"]).json == {"sub": "service", "email": None, "roles": [], "role_names": [], "scopes": ["api:read", "api:write"]}
+        assert auth.get("/me", bearer=machine["access_token"]).json == {
+            "sub": "service", "email": None, "roles": [], "role_names": [], "scopes": ["api:read", "api:write"],
+        }
 
     def test_whoami(self, auth, machine):
         assert auth.get("/whoami", bearer=machine["access_token"]).json == {"message": "Hello, service"}
@@ -146,10 +213,20 @@ class TestSelf:
         log_in(new_user("bob"))
         answer = log_in(alice)
         (session,) = auth.get("/me/sessions", bearer=answer["access_token"]).json
-        assert (session["id"], session["username"], session["client_id"], session["user_id"], session["is_revoked"]) == (answer["jti"], "alice", "service", alice.id, False)
+        assert (
+            session["id"], session["username"], session["client_id"], session["user_id"], session["is_revoked"],
+        ) == (answer["jti"], "alice", "service", alice.id, False)
         (refresh,) = auth.get("/me/refresh-tokens", bearer=answer["access_token"]).json
-        assert refresh["session_id"] == answer["jti"] and refresh["username"] == "alice" and answer["refresh_token"] not in json.dumps(refresh)
-        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", word[name]) for word in (session, refresh) for name in ("issued_at", "expires_at"))
+        assert (
+            refresh["session_id"] == answer["jti"]
+            and refresh["username"] == "alice"
+            and answer["refresh_token"] not in json.dumps(refresh)
+        )
+        assert all(
+            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", word[name])
+            for word in (session, refresh)
+            for name in ("issued_at", "expires_at")
+        )
 
     def test_what_is_spent_or_ended_is_shown_as_such(self, auth, service, log_in, alice):
         answer = log_in(alice)
@@ -157,13 +234,22 @@ class TestSelf:
         other = log_in(alice)
         auth.post("/revoke", {"token": other["access_token"]}, auth=service)
         bearer = log_in(alice)["access_token"]
-        assert {row["id"] for row in auth.get("/me/sessions", bearer=bearer).json if row["is_revoked"]} == {other["jti"]}
-        assert {row["session_id"] for row in auth.get("/me/refresh-tokens", bearer=bearer).json if row["is_revoked"]} == {answer["jti"]}
+        assert {row["id"] for row in auth.get("/me/sessions", bearer=bearer).json if row["is_revoked"]} == {
+            other["jti"]
+        }
+        assert {
+            row["session_id"] for row in auth.get("/me/refresh-tokens", bearer=bearer).json if row["is_revoked"]
+        } == {answer["jti"]}
 
     def test_refresh_tokens_are_not_listed_where_there_are_none(self, make_idp, alice, service):
         auth = Caller(m.build_app(make_idp(m.Options(**CHEAP)), m.AUTH))
-        token = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service).json["access_token"]
-        assert auth.get("/me/refresh-tokens", bearer=token).status == 404 and auth.get("/me/sessions", bearer=token).status == 200
+        token = auth.post(
+            "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service
+        ).json["access_token"]
+        assert (
+            auth.get("/me/refresh-tokens", bearer=token).status == 404
+            and auth.get("/me/sessions", bearer=token).status == 200
+        )
 
 
 class TestLogout:
@@ -175,7 +261,12 @@ class TestLogout:
         assert (done.status, set(done.json)) == (200, {"success", "message"})
         for dead in (first, here):
             assert auth.get("/me", bearer=dead["access_token"]).status == 401
-            assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": dead["refresh_token"]}, auth=service).json["error"] == "invalid_grant"
+            assert (
+                auth.post(
+                    "/token", {"grant_type": "refresh_token", "refresh_token": dead["refresh_token"]}, auth=service
+                ).json["error"]
+                == "invalid_grant"
+            )
         assert auth.get("/me", bearer=other["access_token"]).status == 200
 
     def test_it_ends_nobody_elses(self, auth, log_in, alice, new_user):
@@ -203,11 +294,17 @@ class TestLogout:
 
 class TestHealth:
     def test_plain_answers(self, auth):
-        assert auth.get("/ping").json == {"message": "pong from auth"} and auth.get("/version").json == {"name": "microauthd", "version": m.VERSION} and auth.get("/health").json == {"status": "ok"}
+        assert (
+            auth.get("/ping").json == {"message": "pong from auth"}
+            and auth.get("/version").json == {"name": "microauthd", "version": m.VERSION}
+            and auth.get("/health").json == {"status": "ok"}
+        )
 
     @pytest.mark.parametrize("case", ["clock", "database"])
     def test_ready_says_what_is_not(self, auth, idp, clock, case):
-        assert auth.get("/health/ready").json == {"status": "ok", "checks": {"keys": True, "clock": True, "database": True}}
+        assert auth.get("/health/ready").json == {
+            "status": "ok", "checks": {"keys": True, "clock": True, "database": True},
+        }
         idp.readiness = (0.0, {})
         if case == "clock":
             clock.now = 1000.0
@@ -216,7 +313,11 @@ class TestHealth:
             idp.store.connection.execute("PRAGMA query_only = ON")
         answer = auth.get("/health/ready")
         idp.store.connection.execute("PRAGMA query_only = OFF")
-        assert answer.status == 503 and answer.json["checks"] == {"keys": True, "clock": True, "database": True} | {case: False} and answer.headers["retry-after"]
+        assert (
+            answer.status == 503
+            and answer.json["checks"] == {"keys": True, "clock": True, "database": True} | {case: False}
+            and answer.headers["retry-after"]
+        )
         assert auth.get("/health").status == 200, "alive all the same"
 
     def test_the_probe_runs_once_a_second_however_often_it_is_asked(self, auth, idp, monkeypatch):
@@ -238,11 +339,27 @@ class TestPublicFiles:
 
     def test_the_bundled_examples_are_served(self, served):
         page = served.get("/login.html")
-        assert page.status == 200 and b"Sign in" in page.body and "default-src 'self'" in page.headers["content-security-policy"] and "unsafe-inline" not in page.headers["content-security-policy"]
-        assert page.headers["x-content-type-options"] == "nosniff" and page.headers["referrer-policy"] == "no-referrer" and page.headers["cache-control"] == "no-cache"
+        assert (
+            page.status == 200
+            and b"Sign in" in page.body
+            and "default-src 'self'" in page.headers["content-security-policy"]
+            and "unsafe-inline" not in page.headers["content-security-policy"]
+        )
+        assert (
+            page.headers["x-content-type-options"] == "nosniff"
+            and page.headers["referrer-policy"] == "no-referrer"
+            and page.headers["cache-control"] == "no-cache"
+        )
         assert served.get("/jwks.json").json["keys"]
 
-    @pytest.mark.parametrize("path", ["/../microauthd.py", "/..%2fmicroauthd.py", "//etc/passwd", "/.ssh", "/pkce_demo/../../microauthd.py", "/\0", "/login.html\0", "/login.html/", "/..\\..\\etc\\passwd", "/" + "a" * 5000, "/pkce_demo"], ids=lambda path: repr(path[:30]))
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/../microauthd.py", "/..%2fmicroauthd.py", "//etc/passwd", "/.ssh", "/pkce_demo/../../microauthd.py",
+            "/\0", "/login.html\0", "/login.html/", "/..\\..\\etc\\passwd", "/" + "a" * 5000, "/pkce_demo",
+        ],
+        ids=lambda path: repr(path[:30]),
+    )
     def test_nothing_else_is(self, served, path):
         answer = served.get(path)
         assert answer.status == 404 and answer.json["error"] == "not_found"
@@ -266,8 +383,15 @@ class TestPublicFiles:
 class TestScopedAdministration:
     """contract/auth §1.4"""
 
-    NEEDS = {"admin:provision_users": ("POST", "/user"), "admin:list_users": ("GET", "/users"), "admin:read_user": ("GET", "/user/alice"), "admin:reset_passwords": ("POST", "/user/alice/reset"), "admin:deactivate_users": ("POST", "/user/alice/deactivate")}
-    BODIES = {"/user": {"username": "bob", "email": "bob@example.org", "password": PASSWORD}, "/user/alice/reset": {"new_password": "another battery staple"}}
+    NEEDS = {
+        "admin:provision_users": ("POST", "/user"), "admin:list_users": ("GET", "/users"),
+        "admin:read_user": ("GET", "/user/alice"), "admin:reset_passwords": ("POST", "/user/alice/reset"),
+        "admin:deactivate_users": ("POST", "/user/alice/deactivate"),
+    }
+    BODIES = {
+        "/user": {"username": "bob", "email": "bob@example.org", "password": PASSWORD},
+        "/user/alice/reset": {"new_password": "another battery staple"},
+    }
 
     def ask(self, auth, scope, token):
         method, path = self.NEEDS[scope]
@@ -282,7 +406,9 @@ class TestScopedAdministration:
             if kind == "machine":
                 return auth.post("/token", {"grant_type": "client_credentials"}, auth=client).json["access_token"]
             new_user("clerk", [scope])
-            return auth.post("/token", {"grant_type": "password", "username": "clerk", "password": PASSWORD}, auth=client).json["access_token"]
+            return auth.post(
+                "/token", {"grant_type": "password", "username": "clerk", "password": PASSWORD}, auth=client
+            ).json["access_token"]
 
         return token
 
@@ -293,39 +419,77 @@ class TestScopedAdministration:
         for other in self.NEEDS:
             if other != scope:
                 answer = self.ask(auth, other, token)
-                assert answer.status == 403 and answer.json["error"] == "insufficient_scope" and f'scope="{other}"' in answer.headers["www-authenticate"]
+                assert (
+                    answer.status == 403
+                    and answer.json["error"] == "insufficient_scope"
+                    and f'scope="{other}"' in answer.headers["www-authenticate"]
+                )
         assert self.ask(auth, scope, token).status == 200
 
     @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in m.SEEDED_SCOPES])
     def test_the_id_of_a_scope_stands_for_its_name(self, idp, auth, alice, holder, id, name):
         claims = jwt.decode(holder(name, "machine"), options={"verify_signature": False})
-        assert self.ask(auth, name, idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | {"scope": f"x {id}"})).status == 200
+        assert (
+            self.ask(
+                auth, name, idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | {"scope": f"x {id}"})
+            ).status
+            == 200
+        )
 
     def test_what_they_do(self, idp, auth, service, alice, log_in, holder, new_client):
         token = holder("admin:provision_users", "machine")
-        made = auth("POST", "/user", bearer=token, json_body=self.BODIES["/user"] | {"is_active": False, "roles": [m.MAD_ADMIN_ROLE_ID], "email_verified": True, "id": "x"}).json
-        assert made == {"id": made["id"], "username": "bob", "email": "bob@example.org", "created_at": made["created_at"], "lockout_until": None, "is_active": True, "email_verified": False, "totp_enabled": False}
+        made = auth(
+            "POST", "/user", bearer=token,
+            json_body=self.BODIES["/user"]
+            | {"is_active": False, "roles": [m.MAD_ADMIN_ROLE_ID], "email_verified": True, "id": "x"},
+        ).json
+        assert made == {
+            "id": made["id"], "username": "bob", "email": "bob@example.org", "created_at": made["created_at"],
+            "lockout_until": None, "is_active": True, "email_verified": False, "totp_enabled": False,
+        }
         assert not m.is_admin(idp, made["id"]) and idp.store.list_audit("user_created")[0].actor_id == "provisioner"
         assert auth("POST", "/user", bearer=token, json_body=self.BODIES["/user"]).status == 409
 
     def test_a_reset_and_a_deactivation_end_what_the_user_had(self, auth, alice, log_in, holder):
         before = log_in(alice)["access_token"]
         token = holder("admin:reset_passwords", "machine")
-        assert self.ask(auth, "admin:reset_passwords", token).json["success"] is True and auth.get("/me", bearer=before).status == 401
-        assert auth("POST", "/user/nobody/reset", bearer=token, json_body={"new_password": "another battery staple"}).status == 404
+        assert (
+            self.ask(auth, "admin:reset_passwords", token).json["success"] is True
+            and auth.get("/me", bearer=before).status == 401
+        )
+        assert (
+            auth(
+                "POST", "/user/nobody/reset", bearer=token, json_body={"new_password": "another battery staple"}
+            ).status
+            == 404
+        )
         assert auth("POST", "/user/alice/reset", bearer=token, json_body={}).json["errors"].keys() == {"new_password"}
 
     def test_a_deactivated_user_is_out(self, auth, service, alice, log_in, holder):
         before = log_in(alice)["access_token"]
         token = holder("admin:deactivate_users", "machine")
-        assert self.ask(auth, "admin:deactivate_users", token).json["success"] is True and auth.get("/me", bearer=before).status == 401
-        assert self.ask(auth, "admin:deactivate_users", token).status == 400 and auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service).status == 403
+        assert (
+            self.ask(auth, "admin:deactivate_users", token).json["success"] is True
+            and auth.get("/me", bearer=before).status == 401
+        )
+        assert (
+            self.ask(auth, "admin:deactivate_users", token).status == 400
+            and auth.post(
+                "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service
+            ).status
+            == 403
+        )
 
-    @pytest.mark.parametrize("scope, path", [("admin:reset_passwords", "reset"), ("admin:deactivate_users", "deactivate")])
+    @pytest.mark.parametrize(
+        "scope, path", [("admin:reset_passwords", "reset"), ("admin:deactivate_users", "deactivate")]
+    )
     def test_administrators_are_out_of_reach(self, idp, admin, auth, root, new_user, holder, scope, path):
         new_user("second", admin=True)
         token = holder(scope, "machine")
         for key in (root.id, "root", "ROOT"):
-            answer = auth("POST", f"/user/{key}/{path}", bearer=token, json_body={"new_password": "another battery staple"} if path == "reset" else None)
+            answer = auth(
+                "POST", f"/user/{key}/{path}", bearer=token,
+                json_body={"new_password": "another battery staple"} if path == "reset" else None,
+            )
             assert (answer.status, answer.json["error"]) == (403, "access_denied")
         assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 200

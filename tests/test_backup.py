@@ -21,7 +21,9 @@ FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
 def made(folder, **more):
     """A set-up box in this process, without a server: its options."""
     config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
-    options = m.Options(config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more)
+    options = m.Options(
+        config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
+    )
     m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
@@ -37,7 +39,9 @@ def fresh_machine(tmp_path, monkeypatch, **more):
     folder = tmp_path / "fresh"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    return folder, m.Options({"config": str(folder / "mad.conf"), "db-pass": "environment MAD_DB_PASS"}, db_pass="a phrase", **more)
+    return folder, m.Options(
+        {"config": str(folder / "mad.conf"), "db-pass": "environment MAD_DB_PASS"}, db_pass="a phrase", **more
+    )
 
 
 def kids(options):
@@ -45,7 +49,11 @@ def kids(options):
 
 
 def states(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))
+    }
 
 
 class TestWhatABackupIs:
@@ -103,7 +111,11 @@ class TestWhatABackupIs:
             m.back_up(options, "b")
         m.back_up(options, "b", without_keys=True)
         content = (tmp_path / "b").read_bytes()
-        assert b"PRIVATE KEY" not in content and b"oidc-issuer" not in content and (tmp_path / "seal.key").read_bytes().strip() not in content
+        assert (
+            b"PRIVATE KEY" not in content
+            and b"oidc-issuer" not in content
+            and (tmp_path / "seal.key").read_bytes().strip() not in content
+        )
         before = kids(options)
         m.restore(options, "b")
         assert kids(options) == before
@@ -127,11 +139,17 @@ class TestWhatABackupIs:
 class TestRestore:
     def test_on_a_new_machine_the_settings_within_it_say_where_and_open_the_keys(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        options = made(tmp_path, db_file="data/accounts.db3", token_signing_key_pass="ring phrase", seal_key_file="data/seal")
+        options = made(
+            tmp_path, db_file="data/accounts.db3", token_signing_key_pass="ring phrase", seal_key_file="data/seal"
+        )
         m.back_up(options, "b")
         folder, knows_only_the_passphrase = fresh_machine(tmp_path, monkeypatch)
         m.restore(knows_only_the_passphrase, str(tmp_path / "b"))
-        assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")} == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
+        assert {
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.endswith(".lock")
+        } == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
         found = m.load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
         idp = m.open_idp(found)
         assert found.oidc_issuer == "https://idp.example" and m.get_user(idp, "root")
@@ -140,7 +158,9 @@ class TestRestore:
     def test_what_is_said_at_the_machine_goes_before_the_settings_within(self, house, tmp_path, monkeypatch):
         m.back_up(house, "b")
         folder, options = fresh_machine(tmp_path, monkeypatch)
-        options = m.Options(options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3")
+        options = m.Options(
+            options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3"
+        )
         m.restore(options, str(tmp_path / "b"))
         assert (folder / "elsewhere.db3").exists() and not (folder / "mad.db3").exists()
 
@@ -183,7 +203,11 @@ class TestRestore:
         shutil.copy(tmp_path / "mad.db3-wal.kept", tmp_path / "mad.db3-wal")
         m.recover_setup(house.origins["config"])
         idp = m.open_idp(house)
-        assert idp.store.find_account_by_name("late") is None and idp.store.verify_audit()["valid"] and idp.store.check_whole() == ""
+        assert (
+            idp.store.find_account_by_name("late") is None
+            and idp.store.verify_audit()["valid"]
+            and idp.store.check_whole() == ""
+        )
         idp.store.close()
 
     def test_its_epoch_is_later_than_what_either_box_issued_whatever_the_clock_says(self, house):
@@ -194,7 +218,9 @@ class TestRestore:
         m.restore(house, "b")
         idp = m.open_idp(house)
         answer = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
-        assert idp.revoked_before > 9_000_000_000_000 and m.living_claims(idp, idp.auth_ring, house.auth_issuer, answer["access_token"])
+        assert idp.revoked_before > 9_000_000_000_000 and m.living_claims(
+            idp, idp.auth_ring, house.auth_issuer, answer["access_token"]
+        )
         idp.store.close()
 
     def test_a_flipped_byte_anywhere_is_refused(self, house, tmp_path):
@@ -232,13 +258,19 @@ class TestRestore:
     def test_killed_on_a_new_machine_there_is_all_or_nothing(self, house, tmp_path, monkeypatch, when):
         m.back_up(house, "b")
         folder, options = fresh_machine(tmp_path, monkeypatch)
-        assert in_child(lambda: m.restore(options, str(tmp_path / "b"), lambda name: name == when and die())) == signal.SIGKILL
+        assert (
+            in_child(lambda: m.restore(options, str(tmp_path / "b"), lambda name: name == when and die()))
+            == signal.SIGKILL
+        )
         m.recover_setup(options.origins["config"])
         assert set(states(folder)) == (set(FILES) if when == "committed" else set())
 
     def test_it_waits_for_nobody_and_nobody_works_beside_it(self, house, tmp_path):
         m.back_up(house, "b")
-        with m.hold_setup(house.origins["config"], beside_others=True), m.hold_setup(house.origins["config"], beside_others=True):
+        with (
+            m.hold_setup(house.origins["config"], beside_others=True),
+            m.hold_setup(house.origins["config"], beside_others=True),
+        ):
             with pytest.raises(m.Refusal, match="at work"):
                 m.restore(house, "b")
         with m.hold_setup(house.origins["config"]):
@@ -251,7 +283,9 @@ class TestRestore:
         if not os.stat(house.db_file).st_uid:
             os.chown(house.db_file, 12345, -1)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
-        for act in (lambda: m.restore(house, "b"), lambda: m.back_up(house, "c"), lambda: m.rotate_keys(house, ["auth"])):
+        for act in (
+            lambda: m.restore(house, "b"), lambda: m.back_up(house, "c"), lambda: m.rotate_keys(house, ["auth"]),
+        ):
             with pytest.raises(m.Refusal, match="belongs to user"):
                 act()
 
@@ -286,7 +320,9 @@ class TestFactoryReset:
         m.factory_reset(house)
         for name, content in before.items():
             left = (tmp_path / f"kept {name}").read_bytes()
-            assert len(left) == len(content) and not any(content[at : at + 32] in left for at in range(0, len(content) - 31, 512))
+            assert len(left) == len(content) and not any(
+                content[at : at + 32] in left for at in range(0, len(content) - 31, 512)
+            )
 
 
 class TestBesideARunningServer:
@@ -299,7 +335,11 @@ class TestBesideARunningServer:
             def make_users():
                 while not stop.is_set():
                     name = f"user{len(users)}"
-                    answer = box.admin("POST", "/users", json_body={"username": name, "email": f"{name}@example.org", "password": PASSWORD}, bearer=bearer)
+                    answer = box.admin(
+                        "POST", "/users",
+                        json_body={"username": name, "email": f"{name}@example.org", "password": PASSWORD},
+                        bearer=bearer,
+                    )
                     assert answer.status == 200, answer
                     users.append(name)
 
@@ -332,8 +372,13 @@ class TestBesideARunningServer:
             done = box.run("restore", "1.backup")
             assert done.returncode == 0 and "up to" in done.stdout, done.stderr
             box.start()
-            assert box.auth("/me", bearer=last).status == 401 and box.admin("GET", "/users", bearer=bearer).status == 401
-            assert jwt.get_unverified_header(box.token().json["access_token"])["kid"] == jwt.get_unverified_header(last)["kid"]
+            assert (
+                box.auth("/me", bearer=last).status == 401 and box.admin("GET", "/users", bearer=bearer).status == 401
+            )
+            assert (
+                jwt.get_unverified_header(box.token().json["access_token"])["kid"]
+                == jwt.get_unverified_header(last)["kid"]
+            )
             answer = box.admin("GET", "/users?limit=1000", bearer=box.admin_token())
             assert answer.status == 200 and all(f'"{name}"'.encode() in answer.body for name in promised[1])
 
@@ -354,7 +399,9 @@ class TestBesideARunningServer:
                 assert content == path.read_bytes()
             fetched = box.mad("backup", "fetched", MAD_ADMIN_TOKEN=bearer)
             assert fetched.returncode == 0 and "1 users, 1 clients" in fetched.stdout, fetched
-            assert sorted(path.name for path in folder.iterdir()) == sorted((made.json["name"], large.name)), "what was fetched is not kept"
+            assert sorted(path.name for path in folder.iterdir()) == sorted((made.json["name"], large.name)), (
+                "what was fetched is not kept"
+            )
             box.stop()
             done = box.run("restore", "fetched")
             assert done.returncode == 0, done.stderr
@@ -374,7 +421,11 @@ class TestOverAdmin:
     @pytest.fixture
     def call(self, house, tmp_path):
         (tmp_path / "backups").mkdir()
-        options = m.Options(house.origins, **{option.attribute: getattr(house, option.attribute) for option in m.OPTIONS} | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"})
+        options = m.Options(
+            house.origins,
+            **{option.attribute: getattr(house, option.attribute) for option in m.OPTIONS}
+            | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"},
+        )
         idp = m.open_idp(options)
         admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
         bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
@@ -398,15 +449,23 @@ class TestOverAdmin:
             assert piece.status == 200 and len(piece.body) <= 50_000 and piece.headers["cache-control"] == "no-store"
             content, pieces = content + piece.body, pieces + 1
             offset = int(piece.headers["x-next-offset"]) if "x-next-offset" in piece.headers else None
-        assert pieces > 2 and hashlib.sha256(content).hexdigest() == made.json["sha256"] and len(content) == made.json["bytes"]
+        assert (
+            pieces > 2
+            and hashlib.sha256(content).hexdigest() == made.json["sha256"]
+            and len(content) == made.json["bytes"]
+        )
         assert call("DELETE", f"/backup/{path.name}").status == 200 and not path.exists()
-        assert [row.action for row in call.idp.store.list_audit(limit=2)] == ["backup_deleted", "backup_made"] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id
+        assert [row.action for row in call.idp.store.list_audit(limit=2)] == [
+            "backup_deleted", "backup_made",
+        ] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id
         call.idp.store.close()
         (tmp_path / "fetched").write_bytes(content)
         m.restore(house, "fetched")
         assert [row["state"] for row in m.describe_keys(house)] == ["active"] * 3
 
-    @pytest.mark.parametrize("name", ["mad.db3", "..%2Fmad.db3", "microauthd-20260101T000000Z-00000000.backup", "linked", "x" * 300])
+    @pytest.mark.parametrize(
+        "name", ["mad.db3", "..%2Fmad.db3", "microauthd-20260101T000000Z-00000000.backup", "linked", "x" * 300]
+    )
     def test_nothing_else_is_read_or_removed(self, call, tmp_path, name):
         if name == "linked":
             name = "microauthd-20260101T000000Z-0000000a.backup"
@@ -421,16 +480,25 @@ class TestOverAdmin:
             answer = call("POST", "/backup")
             assert answer.status == 503 and answer.headers["retry-after"] == "5"
         real = os.fstatvfs
-        monkeypatch.setattr(os, "fstatvfs", lambda descriptor: os.statvfs_result((*real(descriptor)[:4], 1, *real(descriptor)[5:])))
+        monkeypatch.setattr(
+            os, "fstatvfs", lambda descriptor: os.statvfs_result((*real(descriptor)[:4], 1, *real(descriptor)[5:]))
+        )
         assert call("POST", "/backup").status == 503
         monkeypatch.undo()
         os.chdir(tmp_path)
         (tmp_path / "seal.key").unlink()
         answer = call("POST", "/backup")
-        assert answer.status == 503 and str(tmp_path) not in str(answer.json) and not list((tmp_path / "backups").iterdir())
+        assert (
+            answer.status == 503
+            and str(tmp_path) not in str(answer.json)
+            and not list((tmp_path / "backups").iterdir())
+        )
 
     def test_what_a_kill_left_is_cleared_away(self, call, tmp_path):
-        left = [tmp_path / "backups" / f"microauthd-20260101T000000Z-00000000.backup.backing-up{suffix}" for suffix in ("", "-journal")]
+        left = [
+            tmp_path / "backups" / f"microauthd-20260101T000000Z-00000000.backup.backing-up{suffix}"
+            for suffix in ("", "-journal")
+        ]
         kept = tmp_path / "backups" / "mine.backup.backing-up"
         for path in (*left, kept):
             path.write_text("x")
@@ -438,18 +506,32 @@ class TestOverAdmin:
 
     def test_an_unencrypted_one_holds_no_keys(self, options, rings, clock, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        idp = m.Idp(options, m.Store.make(tmp_path / "plain.db3", "", m.RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]), m.Seal(bytes(32)), clock)
+        idp = m.Idp(
+            options, m.Store.make(tmp_path / "plain.db3", "", m.RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
+            m.Seal(bytes(32)), clock,
+        )
         try:
             with pytest.raises(m.Problem) as refused:
                 m.make_backup(idp, m.LOCAL, "test")
             assert "without_keys" in refused.value.errors and not (tmp_path / "backups").exists()
             made = m.make_backup(idp, m.LOCAL, "test", without_keys=True)
-            assert (tmp_path / "backups" / made.name).stat().st_size == made.bytes and (tmp_path / "backups").stat().st_mode & 0o777 == 0o700
+            assert (tmp_path / "backups" / made.name).stat().st_size == made.bytes and (
+                tmp_path / "backups"
+            ).stat().st_mode & 0o777 == 0o700
         finally:
             idp.store.close()
 
     def test_without_a_folder_there_is_nothing_there(self, make_idp, options):
-        idp = make_idp(m.Options(options.origins, **{option.attribute: getattr(options, option.attribute) for option in m.OPTIONS} | {"backup_folder": ""}))
-        for call in (lambda: m.make_backup(idp, m.LOCAL, "test"), lambda: m.read_backup_piece(idp, "x", 0), lambda: m.delete_backup(idp, m.LOCAL, "test", "x")):
+        idp = make_idp(
+            m.Options(
+                options.origins,
+                **{option.attribute: getattr(options, option.attribute) for option in m.OPTIONS}
+                | {"backup_folder": ""},
+            )
+        )
+        for call in (
+            lambda: m.make_backup(idp, m.LOCAL, "test"), lambda: m.read_backup_piece(idp, "x", 0),
+            lambda: m.delete_backup(idp, m.LOCAL, "test", "x"),
+        ):
             with pytest.raises(m.Problem, match="not_found"):
                 call()

@@ -7,20 +7,33 @@ from box import Box
 from playwright.sync_api import expect, sync_playwright
 
 PASSWORD = "correct horse battery"
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    box = Box(tmp_path_factory.mktemp("browser") / "data", serve_public_auth_files="true", workers="1", enable_token_refresh="true")
+    box = Box(
+        tmp_path_factory.mktemp("browser") / "data", serve_public_auth_files="true", workers="1",
+        enable_token_refresh="true",
+    )
     box.settings["oidc-issuer"] = f"http://127.0.0.1:{box.auth_port}"
     with box:
         bearer = box.admin_token()
-        made = box.admin("POST", "/clients", json_body={"client_id": "web", "client_type": "public", "grant_types": ["password", "refresh_token"]}, bearer=bearer)
+        made = box.admin(
+            "POST", "/clients",
+            json_body={"client_id": "web", "client_type": "public", "grant_types": ["password", "refresh_token"]},
+            bearer=bearer,
+        )
         assert made.status == 200
         box.new_user("ann", PASSWORD)
         demo = f"http://127.0.0.1:{box.auth_port}/pkce_demo/index.html"
-        assert box.admin("POST", "/clients", json_body={"client_id": "spa", "client_type": "public"}, bearer=bearer).status == 200
+        assert (
+            box.admin("POST", "/clients", json_body={"client_id": "spa", "client_type": "public"}, bearer=bearer).status
+            == 200
+        )
         for kind in ("redirect-uris", "post-logout-redirect-uris"):
             assert box.admin("POST", f"/clients/spa/{kind}", json_body=demo, bearer=bearer).status == 201
         yield box
@@ -69,7 +82,9 @@ class TestLoginPage:
     def test_no_token_is_kept_where_a_script_could_find_it_later(self, page):
         sign_in(page)
         expect(page.locator("#claims")).to_contain_text("ann")
-        kept = page.evaluate("JSON.stringify([Object.keys(localStorage), Object.keys(sessionStorage), document.cookie])")
+        kept = page.evaluate(
+            "JSON.stringify([Object.keys(localStorage), Object.keys(sessionStorage), document.cookie])"
+        )
         assert json.loads(kept) == [[], [], ""]
 
     def test_it_fits_320_pixels(self, page):
@@ -85,7 +100,12 @@ class TestPkceDemo:
         page = browser.new_page(viewport={"width": 320, "height": 800})
         troubles = []
         page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" and "favicon" not in message.text else None)
+        page.on(
+            "console",
+            lambda message: (
+                troubles.append(message.text) if message.type == "error" and "favicon" not in message.text else None
+            ),
+        )
         page.goto(f"http://127.0.0.1:{box.auth_port}/pkce_demo/index.html")
         page.get_by_role("button", name="Sign in").click()
         sign_in(page)
@@ -99,7 +119,9 @@ class TestPkceDemo:
         before = page.locator("#access_token").inner_text()
         page.get_by_role("button", name="Renew silently").click()
         expect(page.locator("#access_token")).not_to_have_text(before)
-        kept = page.evaluate("JSON.stringify([Object.values(localStorage), Object.values(sessionStorage), document.cookie])")
+        kept = page.evaluate(
+            "JSON.stringify([Object.values(localStorage), Object.values(sessionStorage), document.cookie])"
+        )
         assert "eyJ" not in kept and "verifier" not in kept
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         page.get_by_role("button", name="Sign out").click()

@@ -78,8 +78,14 @@ def box(tmp_path_factory, application):
             return answer.json
 
         box.call_admin = call
-        for name, more in (("web", {}), ("third", {"is_first_party": False, "display_name": "A Third Party"}), ("bank", {})):
-            call("POST", "/clients", {"client_id": name, "client_type": "public", "grant_types": ["authorization_code", "refresh_token"]} | more)
+        for name, more in (
+            ("web", {}), ("third", {"is_first_party": False, "display_name": "A Third Party"}), ("bank", {}),
+        ):
+            call(
+                "POST", "/clients",
+                {"client_id": name, "client_type": "public", "grant_types": ["authorization_code", "refresh_token"]}
+                | more,
+            )
             call("POST", f"/clients/{name}/redirect-uris", application.callback)
             call("POST", f"/clients/{name}/post-logout-redirect-uris", application.callback.replace("/cb", "/bye"))
         call("POST", "/client/options/ENABLE_TOTP", {"client_id": "bank", "enabled": True})
@@ -101,16 +107,34 @@ def visit(box, application, chromium, request):
     application.brought.clear()
 
     def call(client="web", path=None, width=900, scheme="light", **more):
-        parameters = {k: more.pop(k) for k in ("prompt", "response_mode", "scope", "state", "ui_locales", "max_age") if k in more}
+        parameters = {
+            k: more.pop(k) for k in ("prompt", "response_mode", "scope", "state", "ui_locales", "max_age") if k in more
+        }
         context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, **more)
         contexts.append(context)
         page = context.new_page()
         page.troubles = []
         page.on("pageerror", lambda error: page.troubles.append(str(error)))
-        page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" and "favicon" not in message.text and "status of 4" not in message.text else None)
-        page.url_of = lambda client=client, **changed: f"http://127.0.0.1:{box.auth_port}/authorize?" + urlencode({
-            "client_id": client, "redirect_uri": application.callback, "response_type": "code", "scope": "openid profile email", "state": "s", "nonce": "n", "code_challenge": CHALLENGE, "code_challenge_method": "S256",
-        } | parameters | changed)
+        page.on(
+            "console",
+            lambda message: (
+                page.troubles.append(message.text)
+                if message.type == "error" and "favicon" not in message.text and "status of 4" not in message.text
+                else None
+            ),
+        )
+        page.url_of = lambda client=client, **changed: (
+            f"http://127.0.0.1:{box.auth_port}/authorize?"
+            + urlencode(
+                {
+                    "client_id": client, "redirect_uri": application.callback, "response_type": "code",
+                    "scope": "openid profile email", "state": "s", "nonce": "n", "code_challenge": CHALLENGE,
+                    "code_challenge_method": "S256",
+                }
+                | parameters
+                | changed
+            )
+        )
         page.goto(f"http://127.0.0.1:{box.auth_port}{path}" if path else page.url_of())
         return page
 
@@ -152,7 +176,11 @@ def look(page, name):
     if SHOTS:
         page.screenshot(path=f"{SHOTS}/{name}-{page.viewport_size['width']}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    found = [violation for violation in Axe().run(page).response["violations"] if violation["impact"] in ("serious", "critical")]
+    found = [
+        violation
+        for violation in Axe().run(page).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
     assert found == [], [(violation["id"], [node["html"] for node in violation["nodes"]]) for violation in found]
 
 
@@ -174,8 +202,16 @@ class TestJourneys:
         look(page, "sign_in")
         sign_in(page, person())
         brought = arrived(page, application)
-        answer = box.auth("/token", {"grant_type": "authorization_code", "code": brought["code"], "redirect_uri": application.callback, "code_verifier": VERIFIER, "client_id": "web"})
-        assert answer.status == 200 and brought["state"] == "s" and brought["iss"] == f"http://127.0.0.1:{box.auth_port}"
+        answer = box.auth(
+            "/token",
+            {
+                "grant_type": "authorization_code", "code": brought["code"], "redirect_uri": application.callback,
+                "code_verifier": VERIFIER, "client_id": "web",
+            },
+        )
+        assert (
+            answer.status == 200 and brought["state"] == "s" and brought["iss"] == f"http://127.0.0.1:{box.auth_port}"
+        )
 
     def test_a_wrong_password_is_said_and_announced_and_the_name_stays(self, visit, person, application):
         page, name = visit(), person()
@@ -207,7 +243,9 @@ class TestJourneys:
         page.keyboard.press("Enter")
         assert arrived(page, application)["code"]
 
-    def test_it_is_set_up_at_login_where_the_client_demands_it_and_a_recovery_code_replaces_it(self, visit, person, application):
+    def test_it_is_set_up_at_login_where_the_client_demands_it_and_a_recovery_code_replaces_it(
+        self, visit, person, application
+    ):
         page, name = visit("bank"), person()
         sign_in(page, name)
         expect(page.get_by_role("heading")).to_have_text("Set up a second factor")
@@ -250,7 +288,15 @@ class TestJourneys:
         look(page, "select")
         page.get_by_role("button", name=f"Continue as {name}").click()
         assert arrived(page, application)["code"]
-        page.goto(f"http://127.0.0.1:{box.auth_port}/end-session?" + urlencode({"client_id": "web", "post_logout_redirect_uri": application.callback.replace("/cb", "/bye"), "state": "out"}))
+        page.goto(
+            f"http://127.0.0.1:{box.auth_port}/end-session?"
+            + urlencode(
+                {
+                    "client_id": "web", "post_logout_redirect_uri": application.callback.replace("/cb", "/bye"),
+                    "state": "out",
+                }
+            )
+        )
         look(page, "sign_out")
         page.get_by_role("button", name="Sign out").click()
         assert arrived(page, application) == {"state": "out"}
@@ -319,7 +365,10 @@ class TestJourneys:
             self.post(page, application, base + path, form="x", action="end_all")
         self.post(page, application, base + "/authorize", **dict(parse_qsl(query)), prompt="none")
         assert "code" in arrived(page, application), "still logged in, and found by a POST"
-        self.post(page, application, base + "/end-session", client_id="web", post_logout_redirect_uri=application.callback.replace("/cb", "/bye"), state="over")
+        self.post(
+            page, application, base + "/end-session", client_id="web",
+            post_logout_redirect_uri=application.callback.replace("/cb", "/bye"), state="over",
+        )
         page.get_by_role("button", name="Sign out").click()
         assert arrived(page, application) == {"state": "over"}
         page.goto(page.url_of(prompt="none"))
@@ -383,7 +432,9 @@ class TestEveryScreen:
     def test_nobody_elses_site_may_frame_it(self, box, visit, application):
         page = visit(path="/authorize?client_id=nobody")
         page.goto(application.callback.replace("/cb", "/"))
-        page.evaluate("url => { const f = document.createElement('iframe'); f.src = url; document.body.append(f) }", page.url_of())
+        page.evaluate(
+            "url => { const f = document.createElement('iframe'); f.src = url; document.body.append(f) }", page.url_of()
+        )
         page.wait_for_timeout(500)
         assert "User name" not in "".join(frame.content() for frame in page.frames[1:])
         page.troubles.clear()
@@ -395,7 +446,14 @@ class TestTheDescription:
             for port, title in ((box.auth_port, "microauthd auth API"), (box.admin_port, "microauthd admin API")):
                 page = chromium.new_page()
                 troubles, asked = [], []
-                page.on("console", lambda message: troubles.append(message.text) if message.type == "error" and "favicon" not in message.text and "404" not in message.text else None)
+                page.on(
+                    "console",
+                    lambda message: (
+                        troubles.append(message.text)
+                        if message.type == "error" and "favicon" not in message.text and "404" not in message.text
+                        else None
+                    ),
+                )
                 page.on("pageerror", lambda error: troubles.append(str(error)))
                 page.on("request", lambda request: asked.append(urlsplit(request.url).netloc))
                 page.goto(f"http://127.0.0.1:{port}/swagger")

@@ -8,7 +8,10 @@ from test_browser import browser  # noqa: F401
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    with Box(tmp_path_factory.mktemp("swagger") / "data", workers="1", enable_auth_swagger="true", enable_admin_swagger="true") as box:
+    with Box(
+        tmp_path_factory.mktemp("swagger") / "data", workers="1", enable_auth_swagger="true",
+        enable_admin_swagger="true",
+    ) as box:
         yield box
 
 
@@ -21,7 +24,12 @@ def shown(box, browser, request):  # noqa: F811
     page.on("request", lambda asked: page.asked.append(asked.url))
     page.on("requestfailed", lambda asked: page.troubles.append(f"failed: {asked.url}"))
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
-    page.on("console", lambda said: page.troubles.append(f"{said.text} {said.location['url']}") if said.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda said: (
+            page.troubles.append(f"{said.text} {said.location['url']}") if said.type in ("error", "warning") else None
+        ),
+    )
     page.goto(f"{origin}/swagger")
     yield page
     page.close()
@@ -39,12 +47,16 @@ class TestSwagger:
     def test_nothing_is_asked_of_anybody_else(self, shown):
         expect(shown.get_by_text(f"microauthd {shown.port} API").first).to_be_visible()
         shown.wait_for_load_state("networkidle")
-        assert {url for url in shown.asked if not url.startswith(("data:", "blob:"))} == {f"{shown.origin}/{path}" for path in ("swagger", "swagger/rapidoc-min.js", "openapi.json")}
+        assert {url for url in shown.asked if not url.startswith(("data:", "blob:"))} == {
+            f"{shown.origin}/{path}" for path in ("swagger", "swagger/rapidoc-min.js", "openapi.json")
+        }
 
     def test_its_policy_lets_no_foreign_script_run_and_no_text_as_one(self, shown):
         policy = shown.request.get(f"{shown.origin}/swagger").headers["content-security-policy"]
         assert "default-src 'none'" in policy and "script-src 'self';" in policy and "unsafe-eval" not in policy
-        shown.evaluate("""document.body.append(Object.assign(document.createElement('script'), {textContent: "document.title = 'ran'"}))""")
+        shown.evaluate(
+            """document.body.append(Object.assign(document.createElement('script'), {textContent: "document.title = 'ran'"}))"""
+        )
         assert shown.title() == "microauthd API" and any("script-src" in trouble for trouble in shown.troubles)
 
     def test_a_call_from_the_page_goes_to_where_the_page_came_from_and_nowhere_else(self, shown):

@@ -22,7 +22,10 @@ class TestScopes:
 
     names = st.frozensets(st.sampled_from(["a", "b", "c", "openid", "profile", "email"]))
 
-    @given(client=names, user=st.one_of(st.none(), names), asked=st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c", "openid", "profile", "x"]))))
+    @given(
+        client=names, user=st.one_of(st.none(), names),
+        asked=st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c", "openid", "profile", "x"]))),
+    )
     def test_never_more_than_allowed(self, client, user, asked):
         allowed = client if user is None else client & user
         if user is not None and asked and "openid" in asked:
@@ -41,15 +44,25 @@ class TestScopes:
         ("api:secret", None), ("nonsense", None), ("openid", None), ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", None),
     ])
     def test_of_a_machine(self, auth, service, scope, granted):
-        answer = auth.post("/token", {"grant_type": "client_credentials"} | ({"scope": scope} if scope else {}), auth=service)
+        answer = auth.post(
+            "/token", {"grant_type": "client_credentials"} | ({"scope": scope} if scope else {}), auth=service
+        )
         if granted is None:
             assert (answer.status, answer.json["error"]) == (400, "invalid_scope")
         else:
             assert answer.json["scope"] == granted
 
-    @pytest.mark.parametrize("scope, granted", [(None, "api:read"), ("api:read", "api:read"), ("api:write", None), ("openid api:read", "api:read openid"), ("profile", None)])
+    @pytest.mark.parametrize(
+        "scope, granted",
+        [
+            (None, "api:read"), ("api:read", "api:read"), ("api:write", None), ("openid api:read", "api:read openid"),
+            ("profile", None),
+        ],
+    )
     def test_of_a_user(self, auth, service, alice, scope, granted):
-        form = {"grant_type": "password", "username": "alice", "password": PASSWORD} | ({"scope": scope} if scope else {})
+        form = {"grant_type": "password", "username": "alice", "password": PASSWORD} | (
+            {"scope": scope} if scope else {}
+        )
         answer = auth.post("/token", form, auth=service)
         assert (answer.json.get("scope"), answer.status) == ((granted, 200) if granted else (None, 400))
 
@@ -64,12 +77,23 @@ class TestClientTypes:
 
     @pytest.mark.parametrize("client_type", ["confidential", "public"])
     @pytest.mark.parametrize("listed", [True, False])
-    @pytest.mark.parametrize("grant", ["password", "client_credentials", "refresh_token", "authorization_code", "implicit"])
+    @pytest.mark.parametrize(
+        "grant", ["password", "client_credentials", "refresh_token", "authorization_code", "implicit"]
+    )
     def test_table(self, auth, new_client, alice, client_type, listed, grant):
         never = grant == "implicit" or client_type == "public" and grant == "client_credentials"
-        others = [other for other in m.GRANT_TYPES if other != grant and not (client_type == "public" and other == "client_credentials")]
-        client_id, secret = new_client("c", client_type=client_type, grant_types=others + ([grant] if listed and not never else []))
-        form = {"grant_type": grant, "client_id": client_id, "username": "alice", "password": PASSWORD, "refresh_token": "x", "code": "x"} | ({"client_secret": secret} if secret else {})
+        others = [
+            other
+            for other in m.GRANT_TYPES
+            if other != grant and not (client_type == "public" and other == "client_credentials")
+        ]
+        client_id, secret = new_client(
+            "c", client_type=client_type, grant_types=others + ([grant] if listed and not never else [])
+        )
+        form = {
+            "grant_type": grant, "client_id": client_id, "username": "alice", "password": PASSWORD,
+            "refresh_token": "x", "code": "x",
+        } | ({"client_secret": secret} if secret else {})
         answer = auth.post("/token", form)
         if grant == "implicit":
             assert answer.json["error"] == "unsupported_grant_type"
@@ -84,9 +108,20 @@ class TestClientTypes:
         form = {"client_id": "spa", "grant_type": "password", "username": "alice", "password": PASSWORD}
         answer = auth.post("/token", form)
         assert answer.status == 200
-        assert auth.post("/token", {"grant_type": "refresh_token", "client_id": "spa", "refresh_token": answer.json["refresh_token"]}).status == 200
+        assert (
+            auth.post(
+                "/token",
+                {"grant_type": "refresh_token", "client_id": "spa", "refresh_token": answer.json["refresh_token"]},
+            ).status
+            == 200
+        )
         assert auth.post("/token", form | {"client_secret": "guess"}).json["error"] == "invalid_client"
-        assert auth.post("/token", {name: value for name, value in form.items() if name != "client_id"}, auth=("spa", "")).status == 200
+        assert (
+            auth.post(
+                "/token", {name: value for name, value in form.items() if name != "client_id"}, auth=("spa", "")
+            ).status
+            == 200
+        )
 
     def test_a_public_client_gets_no_machine_token_whatever_its_row_says(self, auth, public, change):
         change("UPDATE client SET grant_types = 'client_credentials' WHERE client_id = 'spa'")
@@ -105,7 +140,9 @@ class TestAuthentication:
         both = {"client_id": service[0], "client_secret": service[1]}
         assert auth.post("/token", MACHINE, auth=service).status == 200
         assert auth.post("/token", MACHINE | both).status == 200
-        assert auth.post("/token", MACHINE | {"client_id": "service"}, auth=service).status == 200, "the same client_id beside Basic does no harm"
+        assert auth.post("/token", MACHINE | {"client_id": "service"}, auth=service).status == 200, (
+            "the same client_id beside Basic does no harm"
+        )
         assert auth.post("/token", MACHINE | both, auth=service).json["error"] == "invalid_request"
         assert auth.post("/token", MACHINE | {"client_id": "other"}, auth=service).json["error"] == "invalid_request"
 
@@ -113,29 +150,51 @@ class TestAuthentication:
         for word in ("basic", "BASIC"):
             assert auth.post("/token", MACHINE, headers=[("Authorization", f"{word} {basic(*service)}")]).status == 200
 
-    @pytest.mark.parametrize("client", [None, ("service", "wrong"), ("nobody", "wrong"), ("service", ""), ("nobody", ""), ("", "secret"), ("", "")])
+    @pytest.mark.parametrize(
+        "client",
+        [None, ("service", "wrong"), ("nobody", "wrong"), ("service", ""), ("nobody", ""), ("", "secret"), ("", "")],
+    )
     def test_a_401_says_how_and_nothing_else(self, auth, service, client):
-        for answer in (auth.post("/token", MACHINE, auth=client), auth.post("/token", MACHINE | ({"client_id": client[0], "client_secret": client[1]} if client else {}))):
-            assert (answer.status, answer.json) == (401, {"error": "invalid_client", "error_description": m.ERRORS["invalid_client"][1]})
+        for answer in (
+            auth.post("/token", MACHINE, auth=client),
+            auth.post("/token", MACHINE | ({"client_id": client[0], "client_secret": client[1]} if client else {})),
+        ):
+            assert (answer.status, answer.json) == (
+                401, {"error": "invalid_client", "error_description": m.ERRORS["invalid_client"][1]},
+            )
             assert answer.headers["www-authenticate"] == 'Basic realm="microauthd"'
 
     def test_an_empty_client_id_is_nobody_whatever_is_cached(self, auth, machine):
         assert auth.get("/me", bearer=machine["access_token"]).status == 200
         assert auth.post("/token", MACHINE, auth=("", "x")).status == 401
 
-    @pytest.mark.parametrize("word", ["", "!!!", "c2VydmljZQ==", "c2VydmljZTp4=", "\xe4", base64.b64encode(b"\xff:\xff").decode(), base64.b64encode(b"service:%zz").decode(), base64.b64encode(b"service:%00").decode()])
+    @pytest.mark.parametrize(
+        "word",
+        [
+            "", "!!!", "c2VydmljZQ==", "c2VydmljZTp4=", "\xe4", base64.b64encode(b"\xff:\xff").decode(),
+            base64.b64encode(b"service:%zz").decode(), base64.b64encode(b"service:%00").decode(),
+        ],
+    )
     def test_malformed_basic_is_refused(self, auth, service, word):
         answer = auth.post("/token", MACHINE, headers=[("Authorization", f"Basic {word}")])
         assert answer.status in (400, 401) and answer.json["error"] in ("invalid_client", "invalid_request")
 
-    @pytest.mark.parametrize("client_id, secret", [("a%b+c", "p:%+ \xe4 sixteen more"), ("x", ":::::::::::::::::"), ("x", "sixteen=and&more"), ("x", "\U0001f511" * 16), ("a=b&c", "%41%41%41%41%41%41")])
+    @pytest.mark.parametrize(
+        "client_id, secret",
+        [
+            ("a%b+c", "p:%+ \xe4 sixteen more"), ("x", ":::::::::::::::::"), ("x", "sixteen=and&more"),
+            ("x", "\U0001f511" * 16), ("a=b&c", "%41%41%41%41%41%41"),
+        ],
+    )
     def test_both_parts_of_basic_are_form_decoded(self, auth, new_client, client_id, secret):
         new_client(client_id, client_secret=secret)
         assert auth.post("/token", MACHINE, auth=(quote_plus(client_id), quote_plus(secret))).status == 200
         assert auth.post("/token", MACHINE | {"client_id": client_id, "client_secret": secret}).status == 200
 
     @pytest.mark.parametrize("client_id", ["nobody", "service", "spa", "idle"])
-    def test_an_unknown_client_costs_what_a_known_one_costs(self, auth, service, public, new_client, client_id, monkeypatch, change):
+    def test_an_unknown_client_costs_what_a_known_one_costs(
+        self, auth, service, public, new_client, client_id, monkeypatch, change
+    ):
         new_client("idle")
         change("UPDATE client SET is_active = 0 WHERE client_id = 'idle'")
         calls, compute = [], m.Argon2Memory.compute
@@ -157,7 +216,9 @@ class TestAuthentication:
         assert auth.post("/token", MACHINE, auth=service).status == 200
 
     def test_names_that_do_not_exist_are_slowed_alike(self, auth, service):
-        assert [auth.post("/token", MACHINE, auth=("nobody", "wrong")).status for _ in range(22)] == [401] * 20 + [429] * 2
+        assert [auth.post("/token", MACHINE, auth=("nobody", "wrong")).status for _ in range(22)] == [401] * 20 + [
+            429
+        ] * 2
 
     def test_a_restart_asks_argon2_again(self, make_idp, idp, service):
         auth = Caller(m.build_app(make_idp(idp.options), m.AUTH))
@@ -166,9 +227,17 @@ class TestAuthentication:
     def test_an_inactive_client_is_no_client_anywhere(self, auth, service, public, machine, alice, log_in, change):
         user = log_in(alice)
         change("UPDATE client SET is_active = 0")
-        for path, form in (("/token", MACHINE), ("/token", {"grant_type": "refresh_token", "refresh_token": user["refresh_token"]}), ("/introspect", {"token": "x"}), ("/revoke", {"token": "x"})):
+        for path, form in (
+            ("/token", MACHINE), ("/token", {"grant_type": "refresh_token", "refresh_token": user["refresh_token"]}),
+            ("/introspect", {"token": "x"}), ("/revoke", {"token": "x"}),
+        ):
             assert auth.post(path, form, auth=service).status == 401
-        assert auth.post("/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": PASSWORD}).status == 401
+        assert (
+            auth.post(
+                "/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": PASSWORD}
+            ).status
+            == 401
+        )
         for token in (machine["access_token"], user["access_token"]):
             assert auth.get("/me", bearer=token).status == 401
 
@@ -187,7 +256,9 @@ class TestSecrets:
             return auth.post("/token", MACHINE, auth=("service", secret)).status == 200
 
         assert good(service[1])
-        second, third = (m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60)) for _ in range(2))
+        second, third = (
+            m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60)) for _ in range(2)
+        )
         SECRETS.update((second, third))
         assert not good(service[1]), "two live, not three"
         assert good(second) and good(third)
@@ -205,9 +276,14 @@ class TestSecrets:
         m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service"))
         assert auth.get("/me", bearer=machine["access_token"]).status == 200
 
-    @pytest.mark.parametrize("wanted, member", [
-        ({"client_id": "spa"}, "client_id"), ({"new_secret": "x" * 7}, "new_secret"), ({"new_secret": "x" * 256}, "new_secret"), ({"overlap_seconds": -1}, "overlap_seconds"), ({"overlap_seconds": 2678401}, "overlap_seconds"),
-    ])
+    @pytest.mark.parametrize(
+        "wanted, member",
+        [
+            ({"client_id": "spa"}, "client_id"), ({"new_secret": "x" * 7}, "new_secret"),
+            ({"new_secret": "x" * 256}, "new_secret"), ({"overlap_seconds": -1}, "overlap_seconds"),
+            ({"overlap_seconds": 2678401}, "overlap_seconds"),
+        ],
+    )
     def test_what_is_refused_names_the_member_and_changes_nothing(self, idp, auth, service, public, wanted, member):
         with pytest.raises(m.Problem) as caught:
             m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret(**{"client_id": "service"} | wanted))
@@ -231,14 +307,23 @@ class TestRegistration:
         assert len(made) == 43 and none == "" and public == "" and client.secret_hashes == ()
         assert client.grant_types == ["authorization_code", "refresh_token"] and client.row.audience == "microauthd"
 
-    @pytest.mark.parametrize("wanted, member", [
-        ({"client_id": ""}, "client_id"), ({"client_id": "a b"}, "client_id"), ({"client_id": "a:b"}, "client_id"), ({"client_id": "\xe4"}, "client_id"), ({"client_id": "x" * 256}, "client_id"),
-        ({"client_id": m.MAD_ADMIN_ROLE_ID}, "client_id"), ({"client_id": m.MAD_ADMIN_ROLE_ID.upper()}, "client_id"), ({"client_type": "native"}, "client_type"),
-        ({"client_secret": "2 short"}, "client_secret"), ({"client_secret": "eight\tch"}, "client_secret"), ({"client_secret": "x" * 256}, "client_secret"), ({"client_type": "public", "client_secret": "x" * 20}, "client_secret"),
-        ({"client_type": "public", "grant_types": ["client_credentials"]}, "grant_types"), ({"grant_types": ["implicit"]}, "grant_types"),
-        ({"scopes": ["api:read", "nonsense"]}, "scopes"), ({"scopes": ["openid"]}, "scopes"), ({"client_type": "public", "may_introspect": True}, "may_introspect"),
-        ({"audience": "x" * 256}, "audience"), ({"audience": "a\nb"}, "audience"), ({"display_name": "x" * 256}, "display_name"), ({"display_name": "a\x1b[31mb"}, "display_name"),
-    ])
+    @pytest.mark.parametrize(
+        "wanted, member",
+        [
+            ({"client_id": ""}, "client_id"), ({"client_id": "a b"}, "client_id"), ({"client_id": "a:b"}, "client_id"),
+            ({"client_id": "\xe4"}, "client_id"), ({"client_id": "x" * 256}, "client_id"),
+            ({"client_id": m.MAD_ADMIN_ROLE_ID}, "client_id"),
+            ({"client_id": m.MAD_ADMIN_ROLE_ID.upper()}, "client_id"), ({"client_type": "native"}, "client_type"),
+            ({"client_secret": "2 short"}, "client_secret"), ({"client_secret": "eight\tch"}, "client_secret"),
+            ({"client_secret": "x" * 256}, "client_secret"),
+            ({"client_type": "public", "client_secret": "x" * 20}, "client_secret"),
+            ({"client_type": "public", "grant_types": ["client_credentials"]}, "grant_types"),
+            ({"grant_types": ["implicit"]}, "grant_types"), ({"scopes": ["api:read", "nonsense"]}, "scopes"),
+            ({"scopes": ["openid"]}, "scopes"), ({"client_type": "public", "may_introspect": True}, "may_introspect"),
+            ({"audience": "x" * 256}, "audience"), ({"audience": "a\nb"}, "audience"),
+            ({"display_name": "x" * 256}, "display_name"), ({"display_name": "a\x1b[31mb"}, "display_name"),
+        ],
+    )
     def test_what_is_refused_names_the_member_and_leaves_nothing(self, idp, scopes, wanted, member):
         with pytest.raises(m.Problem) as caught:
             m.create_client(idp, m.LOCAL, "test", m.CreateClient(**{"client_id": "new"} | wanted))
@@ -267,7 +352,9 @@ class TestRegistration:
         for ids in ([id, "nonsense"], [], ["openid"]):
             with pytest.raises(m.Problem) as caught:
                 m.assign_scopes(idp, m.LOCAL, "test", client, ids)
-            assert list(caught.value.errors) == ["scope_ids"] and m.find_client(idp, "service").scopes == {"api:read", "api:write"}
+            assert list(caught.value.errors) == ["scope_ids"] and m.find_client(idp, "service").scopes == {
+                "api:read", "api:write",
+            }
         assert m.assign_scopes(idp, m.LOCAL, "test", client, [id, "api:read"]) == 1
         assert m.find_client(idp, "service").scopes == {"api:read", "api:write", name}
 
@@ -277,12 +364,17 @@ class TestRegistration:
         assert (row.action, row.actor_id, row.target) == ("client_secret_changed", "root", "service")
         monkeypatch.setattr(idp.store, "append_audit", lambda rows: 1 / 0)
         for work in (
-            lambda: m.create_client(idp, m.LOCAL, "root", m.CreateClient("unaudited")), lambda: m.create_scope(idp, m.LOCAL, "root", m.CreateScope("unaudited")),
+            lambda: m.create_client(idp, m.LOCAL, "root", m.CreateClient("unaudited")),
+            lambda: m.create_scope(idp, m.LOCAL, "root", m.CreateScope("unaudited")),
             lambda: m.create_user(idp, m.LOCAL, "root", m.CreateUser("unaudited", "un@audited", PASSWORD)),
         ):
             with pytest.raises(ZeroDivisionError):
                 work()
-        assert idp.store.find_client("unaudited") is None and idp.store.find_scope("unaudited") is None and idp.store.find_account_by_name("unaudited") is None
+        assert (
+            idp.store.find_client("unaudited") is None
+            and idp.store.find_scope("unaudited") is None
+            and idp.store.find_account_by_name("unaudited") is None
+        )
 
 
 class TestCache:
@@ -313,7 +405,10 @@ class TestCache:
 
 
 class TestFlags:
-    @pytest.mark.parametrize("option, lifetime", [("120", 120), ("0", 3600), ("", 3600), ("-5", 3600), ("1e3", 3600), ("nonsense", 3600), ("9999999999", 3600)])
+    @pytest.mark.parametrize(
+        "option, lifetime",
+        [("120", 120), ("0", 3600), ("", 3600), ("-5", 3600), ("1e3", 3600), ("nonsense", 3600), ("9999999999", 3600)],
+    )
     def test_a_client_sets_its_own_lifetime_where_it_is_a_positive_number(self, idp, auth, service, option, lifetime):
         with idp.store.transaction(identity=True):
             idp.store.put_feature(idp.store.find_client("service").id, "TOKEN_EXPIRATION", True, option)
@@ -328,59 +423,114 @@ class TestFlags:
         import jwt
 
         change("UPDATE client SET access_token_signed_alg = 'RS256'")
-        assert jwt.get_unverified_header(auth.post("/token", MACHINE, auth=service).json["access_token"])["alg"] == "RS256"
+        assert (
+            jwt.get_unverified_header(auth.post("/token", MACHINE, auth=service).json["access_token"])["alg"] == "RS256"
+        )
         assert make_idp(m.Options(**CHEAP, prefer_ec_token_signer=False)).auth_ring.access.alg == "RS256"
 
 
 class TestUris:
     """RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1, RFC 6454 §6.1"""
 
-    @pytest.mark.parametrize("uri", [
-        "https://app.example/cb", "https://app.example", "https://app.example:8443/cb?tenant=a%20b", "http://localhost/cb", "http://127.0.0.1:7000/cb", "http://[::1]/cb", "com.example.app:/cb", "com.example.app://cb",
-    ])
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "https://app.example/cb", "https://app.example", "https://app.example:8443/cb?tenant=a%20b",
+            "http://localhost/cb", "http://127.0.0.1:7000/cb", "http://[::1]/cb", "com.example.app:/cb",
+            "com.example.app://cb",
+        ],
+    )
     def test_may_be_registered(self, uri):
         assert m.check_redirect_uri(uri) == ""
 
-    @pytest.mark.parametrize("uri", [
-        "", "/cb", "app.example/cb", "//app.example/cb", "http://app.example/cb", "https://app.example/cb#x", "https://app.example/#", "javascript:alert(1)", "JavaScript:alert(1)", "data:text/html,x", "myapp:/cb",
-        "https://user@app.example/cb", "https:/app.example", "https:app.example", "https://", "https://app.example/a b", "https://app.example/\n", "https://app.example/ü", "https://app.example/<script>", "https://app.example:99999/",
-        "http://127.0.0.1.evil.example/", "http://localhost.evil.example/", "https://app.example\\@evil.example/", "x" * 3000, "file:///etc/passwd",
-    ])
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "", "/cb", "app.example/cb", "//app.example/cb", "http://app.example/cb", "https://app.example/cb#x",
+            "https://app.example/#", "javascript:alert(1)", "JavaScript:alert(1)", "data:text/html,x", "myapp:/cb",
+            "https://user@app.example/cb", "https:/app.example", "https:app.example", "https://",
+            "https://app.example/a b", "https://app.example/\n", "https://app.example/ü",
+            "https://app.example/<script>", "https://app.example:99999/", "http://127.0.0.1.evil.example/",
+            "http://localhost.evil.example/", "https://app.example\\@evil.example/", "x" * 3000, "file:///etc/passwd",
+        ],
+    )
     def test_may_not(self, uri):
         assert m.check_redirect_uri(uri) != ""
 
-    @pytest.mark.parametrize("uri, ok", [
-        ("https://app.example", True), ("https://app.example:8443", True), ("http://localhost:3000", True), ("http://[::1]:3000", True), ("http://app.example", False), ("https://app.example/", False), ("https://APP.example", False),
-        ("https://app.example:443", False), ("http://localhost:80", False), ("null", False), ("*", False), ("https://*.example", False), ("https://app.example,https://b.example", False), ("", False),
-    ])
+    @pytest.mark.parametrize(
+        "uri, ok",
+        [
+            ("https://app.example", True), ("https://app.example:8443", True), ("http://localhost:3000", True),
+            ("http://[::1]:3000", True), ("http://app.example", False), ("https://app.example/", False),
+            ("https://APP.example", False), ("https://app.example:443", False), ("http://localhost:80", False),
+            ("null", False), ("*", False), ("https://*.example", False),
+            ("https://app.example,https://b.example", False), ("", False),
+        ],
+    )
     def test_origins(self, uri, ok):
         assert (m.check_origin(uri) == "") is ok
 
-    @pytest.mark.parametrize("uri, registered, ok", [
-        ("https://a/cb", ["https://a/cb"], True), ("https://a/cb?x=1", ["https://a/cb"], False), ("https://a/CB", ["https://a/cb"], False), ("https://A/cb", ["https://a/cb"], False), ("https://a/cb/", ["https://a/cb"], False),
-        ("https://a:443/cb", ["https://a/cb"], False), ("https://a/%63b", ["https://a/cb"], False), ("https://a/x/../cb", ["https://a/cb"], False),
-        ("http://127.0.0.1:5000/cb", ["http://127.0.0.1/cb"], True), ("http://127.0.0.1/cb", ["http://127.0.0.1:1/cb"], True), ("http://[::1]:5000/cb", ["http://[::1]/cb"], True), ("http://127.0.0.1:5000/cb?x", ["http://127.0.0.1/cb"], False),
-        ("http://127.0.0.1:5000/cb", ["http://[::1]/cb"], False), ("http://localhost:5000/cb", ["http://localhost/cb"], False), ("http://127.0.0.1:0/cb", ["http://127.0.0.1/cb"], False), ("http://127.0.0.1:99999/cb", ["http://127.0.0.1/cb"], False),
-        ("http://127.0.0.1:5000@evil.example/cb", ["http://127.0.0.1/cb"], False), ("http://127.0.0.1:5000/cb#x", ["http://127.0.0.1/cb"], False), ("https://127.0.0.1:5000/cb", ["https://127.0.0.1/cb"], False), ("http://127.0.0.2/cb", ["http://127.0.0.1/cb"], False),
-    ])
+    @pytest.mark.parametrize(
+        "uri, registered, ok",
+        [
+            ("https://a/cb", ["https://a/cb"], True), ("https://a/cb?x=1", ["https://a/cb"], False),
+            ("https://a/CB", ["https://a/cb"], False), ("https://A/cb", ["https://a/cb"], False),
+            ("https://a/cb/", ["https://a/cb"], False), ("https://a:443/cb", ["https://a/cb"], False),
+            ("https://a/%63b", ["https://a/cb"], False), ("https://a/x/../cb", ["https://a/cb"], False),
+            ("http://127.0.0.1:5000/cb", ["http://127.0.0.1/cb"], True),
+            ("http://127.0.0.1/cb", ["http://127.0.0.1:1/cb"], True),
+            ("http://[::1]:5000/cb", ["http://[::1]/cb"], True),
+            ("http://127.0.0.1:5000/cb?x", ["http://127.0.0.1/cb"], False),
+            ("http://127.0.0.1:5000/cb", ["http://[::1]/cb"], False),
+            ("http://localhost:5000/cb", ["http://localhost/cb"], False),
+            ("http://127.0.0.1:0/cb", ["http://127.0.0.1/cb"], False),
+            ("http://127.0.0.1:99999/cb", ["http://127.0.0.1/cb"], False),
+            ("http://127.0.0.1:5000@evil.example/cb", ["http://127.0.0.1/cb"], False),
+            ("http://127.0.0.1:5000/cb#x", ["http://127.0.0.1/cb"], False),
+            ("https://127.0.0.1:5000/cb", ["https://127.0.0.1/cb"], False),
+            ("http://127.0.0.2/cb", ["http://127.0.0.1/cb"], False),
+        ],
+    )
     def test_a_match_is_exact_but_for_the_port_of_loopback(self, uri, registered, ok):
         assert m.is_registered_uri(uri, registered) is ok
 
-    @given(st.sampled_from(["https://app.example/cb", "http://127.0.0.1/cb", "http://[::1]:8000/cb?x=1", "http://localhost/cb", "com.example.app:/cb"]), st.integers(0, 40), st.sampled_from(["", "/", "@evil.example/", ".evil.example", "%2e", "#", "?", ":1", ":99999", "\\", "\t", "\n", " ", "\0", "//", "..", "A", "[", "user@", "\u200b", "\uff0e"]), st.integers(0, 3))
+    @given(
+        st.sampled_from(
+            [
+                "https://app.example/cb", "http://127.0.0.1/cb", "http://[::1]:8000/cb?x=1", "http://localhost/cb",
+                "com.example.app:/cb",
+            ]
+        ),
+        st.integers(0, 40),
+        st.sampled_from(
+            [
+                "", "/", "@evil.example/", ".evil.example", "%2e", "#", "?", ":1", ":99999", "\\", "\t", "\n", " ",
+                "\0", "//", "..", "A", "[", "user@", "\u200b", "\uff0e",
+            ]
+        ),
+        st.integers(0, 3),
+    )
     def test_whatever_is_put_into_one_it_is_no_longer_registered(self, registered, at, word, cut):
         """But for a port of a loopback literal, which may be any."""
         changed = registered[:at] + word + registered[at + cut :]
         if m.is_registered_uri(changed, (registered,)) and changed != registered:
             without = re.compile(r"(http://(?:127\.0\.0\.1|\[::1\])):?[0-9]*(?=[/?]|$)")
-            assert without.fullmatch(registered.partition("/cb")[0]) and without.sub(r"\1", changed) == without.sub(r"\1", registered)
+            assert without.fullmatch(registered.partition("/cb")[0]) and without.sub(r"\1", changed) == without.sub(
+                r"\1", registered
+            )
 
     @given(st.text(max_size=60))
     def test_no_text_is_registered_by_accident(self, text):
-        assert m.is_registered_uri(text, ("https://app.example/cb", "http://127.0.0.1/cb")) is (text == "https://app.example/cb") or re.fullmatch(r"http://127\.0\.0\.1(:\d{1,5})?/cb", text)
+        assert m.is_registered_uri(text, ("https://app.example/cb", "http://127.0.0.1/cb")) is (
+            text == "https://app.example/cb"
+        ) or re.fullmatch(r"http://127\.0\.0\.1(:\d{1,5})?/cb", text)
 
     def test_they_belong_to_their_client_and_count_at_once(self, idp, service, public):
         row = m.add_uri(idp, m.LOCAL, "test", "spa", "redirect", " https://app.example/cb ")
-        assert m.find_client(idp, "spa").redirect_uris == ("https://app.example/cb",) and m.find_client(idp, "service").redirect_uris == ()
+        assert (
+            m.find_client(idp, "spa").redirect_uris == ("https://app.example/cb",)
+            and m.find_client(idp, "service").redirect_uris == ()
+        )
         with pytest.raises(m.Problem, match="conflict"):
             m.add_uri(idp, m.LOCAL, "test", "spa", "redirect", "https://app.example/cb")
         for kind, owner in (("post_logout", None), ("redirect", "service")):
@@ -388,7 +538,10 @@ class TestUris:
                 m.delete_uri(idp, m.LOCAL, "test", row.id, kind, owner)
         m.delete_uri(idp, m.LOCAL, "test", row.id, "redirect", "spa")
         assert m.find_client(idp, "spa").redirect_uris == ()
-        assert [(found.action, found.target, found.secondary) for found in idp.store.list_audit(limit=2)] == [("redirect_uri_removed", "spa", "https://app.example/cb"), ("redirect_uri_added", "spa", "https://app.example/cb")]
+        assert [(found.action, found.target, found.secondary) for found in idp.store.list_audit(limit=2)] == [
+            ("redirect_uri_removed", "spa", "https://app.example/cb"),
+            ("redirect_uri_added", "spa", "https://app.example/cb"),
+        ]
 
     def test_cors_is_for_public_clients(self, idp, service, public):
         m.add_uri(idp, m.LOCAL, "test", "spa", "cors_origin", "https://app.example")

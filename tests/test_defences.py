@@ -24,9 +24,18 @@ PEER = m.Origin("192.0.2.1", is_local=False)
 def test_all_that_was_done_at_times_that_are_not_yet_is_ended(idp, alice, service):
     store, now, late = idp.store, idp.now(), idp.now() + YEARS
     with store.transaction():
-        store.add_browser_session(m.BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", ""))
-        store.add_code(m.AuthorizationCode("c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60, None, "", 0))
-        store.add_login(m.LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, ""))
+        store.add_browser_session(
+            m.BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
+        )
+        store.add_code(
+            m.AuthorizationCode(
+                "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
+                None, "", 0,
+            )
+        )
+        store.add_login(
+            m.LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, "")
+        )
         store.run("UPDATE account SET totp_last_step = :step, revoked_before = :ms", step=late // 30, ms=1000 * late)
         store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
         store.put_meta("revoked_before", 1000 * late)
@@ -322,7 +331,14 @@ def test_no_more_threads_than_allowed(run):
 def test_without_more_threads_those_that_are_go_on(run, monkeypatch):
     one = run(threads=2, max_threads=8)
     real = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")) if self.name.startswith("auth") else real(self))
+    monkeypatch.setattr(
+        threading.Thread, "start",
+        lambda self: (
+            (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+            if self.name.startswith("auth")
+            else real(self)
+        ),
+    )
     with one.connect() as waiting:
         waiting.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
         time.sleep(0.2)
@@ -333,12 +349,19 @@ def test_without_more_threads_those_that_are_go_on(run, monkeypatch):
 
 def under_way(idp, user):
     now = idp.now()
-    idp.store.add_code(m.AuthorizationCode("c", "app", user, "s", "https://x", "", "", "", "", "", "pwd", now, 1000 * now, now + 60, None, "", 0))
+    idp.store.add_code(
+        m.AuthorizationCode(
+            "c", "app", user, "s", "https://x", "", "", "", "", "", "pwd", now, 1000 * now, now + 60, None, "", 0
+        )
+    )
     idp.store.add_login(m.LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, now, now + 60, 0, ""))
 
 
 def left(idp):
-    return [idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("authorization_code", "login_transaction")]
+    return [
+        idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        for table in ("authorization_code", "login_transaction")
+    ]
 
 
 def test_a_start_that_has_to_guess_the_time_forgets_what_was_under_way(idp, alice, service, monkeypatch):
@@ -395,21 +418,39 @@ def test_the_millisecond_of_the_epoch_of_the_server_is_dead(auth, service, alice
     issued = log_in(alice)
     change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(m.jti_ms(issued["jti"])))
     assert auth.get("/me", bearer=issued["access_token"]).status == 401
-    assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service).status == 400
+    assert (
+        auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service
+        ).status
+        == 400
+    )
 
 
 def test_the_millisecond_of_the_epoch_of_a_client_ends_its_logins(auth, service, alice, log_in, change):
     issued = log_in(alice)
     change("UPDATE client SET revoked_before = :ms", ms=m.jti_ms(issued["jti"]))
-    assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service).status == 400
+    assert (
+        auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service
+        ).status
+        == 400
+    )
 
 
 def test_a_code_of_the_millisecond_of_an_epoch_is_dead(idp, auth, service, alice, change):
     for number, gap in ((0, 1), (1, 0)):
         ms, now = idp.now_ms(), idp.now()
-        idp.store.add_code(m.AuthorizationCode(m.sha256(f"code{number}"), "service", alice.id, f"s{number}", "https://x", "", "", "", "", "", "pwd", now, ms, now + 60, None, "", 0))
+        idp.store.add_code(
+            m.AuthorizationCode(
+                m.sha256(f"code{number}"), "service", alice.id, f"s{number}", "https://x", "", "", "", "", "", "pwd",
+                now, ms, now + 60, None, "", 0,
+            )
+        )
         change("UPDATE client SET revoked_before = :ms", ms=ms - gap)
-        answer = auth.post("/token", {"grant_type": "authorization_code", "code": f"code{number}", "redirect_uri": "https://x"}, auth=service)
+        answer = auth.post(
+            "/token", {"grant_type": "authorization_code", "code": f"code{number}", "redirect_uri": "https://x"},
+            auth=service,
+        )
         assert answer.status == (200 if gap else 400), answer
 
 

@@ -27,7 +27,10 @@ class TestMachines:
         metadata = box.auth("/.well-known/openid-configuration").json
         keys = jwt.PyJWKClient(f"http://127.0.0.1:{box.auth_port}/jwks.json")
         token = answer.json["access_token"]
-        claims = jwt.decode(token, keys.get_signing_key_from_jwt(token).key, algorithms=["ES256"], audience="api", issuer=metadata["issuer"])
+        claims = jwt.decode(
+            token, keys.get_signing_key_from_jwt(token).key, algorithms=["ES256"], audience="api",
+            issuer=metadata["issuer"],
+        )
         assert claims["sub"] == "app"
         assert box.auth("/introspect", {"token": token}, client=box.client).json["active"] is True
         assert box.auth("/revoke", {"token": token}, client=box.client).json["success"] is True
@@ -41,7 +44,15 @@ class TestMachines:
         for _ in range(4):
             for _ in range(6):
                 assert box.auth("/token", {"grant_type": "client_credentials"}, client=client).status == 200
-            old, client = client, ("rotating", box.admin("POST", "/clients/secret", json_body={"client_id": made["id"]}, bearer=bearer).json["message"])
+            old, client = (
+                client,
+                (
+                    "rotating",
+                    box.admin("POST", "/clients/secret", json_body={"client_id": made["id"]}, bearer=bearer).json[
+                        "message"
+                    ],
+                ),
+            )
             for _ in range(6):
                 assert box.auth("/token", {"grant_type": "client_credentials"}, client=old).status == 401
 
@@ -55,7 +66,10 @@ class TestPeople:
         assert box.auth("/userinfo", bearer=tokens["access_token"]).json["sub"] == user["id"]
         again = box.auth("/token", REFRESH | {"refresh_token": tokens["refresh_token"]}, client=box.client)
         assert again.status == 200
-        assert box.auth("/token", REFRESH | {"refresh_token": tokens["refresh_token"]}, client=box.client).json["error"] == "invalid_grant"
+        assert (
+            box.auth("/token", REFRESH | {"refresh_token": tokens["refresh_token"]}, client=box.client).json["error"]
+            == "invalid_grant"
+        )
         assert box.auth("/me", bearer=again.json["access_token"]).status == 401, "the family is dead"
         other = box.log_in("ann").json
         assert box.auth("/logout-all", post=True, bearer=other["access_token"]).status == 200
@@ -76,19 +90,27 @@ class TestMad:
         assert done.returncode == 0, done.stderr
         assert stat.S_IMODE(os.stat(box.folder / ".mad_token").st_mode) == 0o600
         assert box.mad("session", "status", "--json").returncode == 0
-        done = box.mad("user", "create", "--username", "carl", "--user-email", "carl@example.org", "--password-stdin", "--json", input="correct horse battery\n")
+        done = box.mad(
+            "user", "create", "--username", "carl", "--user-email", "carl@example.org", "--password-stdin", "--json",
+            input="correct horse battery\n",
+        )
         assert done.returncode == 0 and json.loads(done.stdout)["username"] == "carl", done.stderr
         assert json.loads(box.mad("user", "get", "--id", "carl", "--json").stdout)["email"] == "carl@example.org"
         assert "carl" in box.mad("user", "list").stdout
         made = json.loads(box.mad("client", "create", "--client-id", "sensor", "--json").stdout)
         done = box.mad("scope", "create", "--name", "sensor:read", "--json")
         assert done.returncode == 0, done.stderr
-        assert box.mad("scope", "assign-to-client", "--client-id", "sensor", "--scope-id", "sensor:read").returncode == 0
+        assert (
+            box.mad("scope", "assign-to-client", "--client-id", "sensor", "--scope-id", "sensor:read").returncode == 0
+        )
         first = box.mad("token", "get", "--client-id", "sensor", MAD_CLIENT_SECRET=made["client_secret"])
         assert first.returncode == 0, first.stderr
         claims = jwt.decode(first.stdout.strip(), options={"verify_signature": False})
         assert claims["scope"] == "sensor:read" and claims["sub"] == "sensor"
-        assert box.mad("token", "get", "--client-id", "sensor", MAD_CLIENT_SECRET=made["client_secret"]).stdout == first.stdout, "cached"
+        assert (
+            box.mad("token", "get", "--client-id", "sensor", MAD_CLIENT_SECRET=made["client_secret"]).stdout
+            == first.stdout
+        ), "cached"
         shown = box.mad("token", "--token", first.stdout.strip())
         assert "sensor:read" in shown.stdout
         changed = box.mad("client", "change-secret", "--id", "sensor", "--json")
@@ -99,14 +121,22 @@ class TestMad:
 
     def test_exit_statuses(self, box):
         assert box.mad("user", "create").returncode == 2
-        assert box.mad("session", "login", "--username", "root", "--password-stdin", input="wrong wrong\n").returncode in (1, 3)
-        assert box.run("mad", "user", "list", MAD_ADMIN_URL="http://127.0.0.1:9", MAD_ADMIN_TOKEN="a.b.c").returncode == 4
+        assert box.mad(
+            "session", "login", "--username", "root", "--password-stdin", input="wrong wrong\n"
+        ).returncode in (1, 3)
+        assert (
+            box.run("mad", "user", "list", MAD_ADMIN_URL="http://127.0.0.1:9", MAD_ADMIN_TOKEN="a.b.c").returncode == 4
+        )
 
 
 class TestPublicFiles:
     def test_the_example_page_is_served_and_nothing_else(self, box):
         page = box.auth("/login.html")
-        assert page.status == 200 and b"Sign in" in page.body and "script-src" not in page.headers["Content-Security-Policy"]
+        assert (
+            page.status == 200
+            and b"Sign in" in page.body
+            and "script-src" not in page.headers["Content-Security-Policy"]
+        )
         assert box.auth("/login.js").status == 200 and box.auth("/mad.conf").status == 404
 
 
@@ -114,7 +144,10 @@ class TestSecrecy:
     def test_nothing_secret_is_in_log_output_or_other_files(self, box):
         tokens = [box.token().json["access_token"], box.log_in("ann").json["refresh_token"]]
         box.auth("/token", REFRESH | {"refresh_token": "a-guess-at-a-refresh-token"}, client=box.client)
-        secrets = [*tokens, box.client[1], box.PASSWORD, "correct horse battery", "a database phrase", "a-guess-at-a-refresh-token"]
+        secrets = [
+            *tokens, box.client[1], box.PASSWORD, "correct horse battery", "a database phrase",
+            "a-guess-at-a-refresh-token",
+        ]
         for path in box.folder.rglob("*"):
             if path.is_file() and "cache" not in str(path.relative_to(box.folder)):
                 content = path.read_bytes()
@@ -146,22 +179,38 @@ def make_certificate(folder, password=b""):
     )
     pem = certificate.public_bytes(serialization.Encoding.PEM)
     (folder / "ca.pem").write_bytes(pem)
-    (folder / "box.pem").write_bytes(pem + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-    (folder / "box.p12").write_bytes(pkcs12.serialize_key_and_certificates(b"box", key, certificate, None, serialization.BestAvailableEncryption(password)))
+    (folder / "box.pem").write_bytes(
+        pem
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (folder / "box.p12").write_bytes(
+        pkcs12.serialize_key_and_certificates(
+            b"box", key, certificate, None, serialization.BestAvailableEncryption(password)
+        )
+    )
 
 
 class TestTls:
     def test_both_kinds_of_certificate_and_an_issuer_with_a_path(self, tmp_path):
         make_certificate(tmp_path, b"phrase")
-        box = Box(
-            tmp_path / "data", auth_ssl_cert_file=tmp_path / "box.p12", auth_ssl_cert_pass="phrase", admin_ssl_cert_file=tmp_path / "box.pem",
-            oidc_issuer="https://box.example/auth", workers="1",
-        ).set_up().start(wait=False)
+        box = (
+            Box(
+                tmp_path / "data", auth_ssl_cert_file=tmp_path / "box.p12", auth_ssl_cert_pass="phrase",
+                admin_ssl_cert_file=tmp_path / "box.pem", oidc_issuer="https://box.example/auth", workers="1",
+            )
+            .set_up()
+            .start(wait=False)
+        )
         try:
             context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
             for _ in range(100):
                 try:
-                    metadata = json.load(urllib.request.urlopen(f"https://localhost:{box.auth_port}/.well-known/openid-configuration", context=context, timeout=5))
+                    metadata = json.load(
+                        urllib.request.urlopen(
+                            f"https://localhost:{box.auth_port}/.well-known/openid-configuration", context=context,
+                            timeout=5,
+                        )
+                    )
                     break
                 except OSError:
                     import time
@@ -172,7 +221,10 @@ class TestTls:
             assert json.load(answer) == {"message": "pong from admin"} and answer.headers["Strict-Transport-Security"]
             with pytest.raises(OSError):
                 urllib.request.urlopen(f"https://localhost:{box.admin_port}/ping", timeout=5)
-            done = box.run("mad", "session", "login", "--username", "root", "--password-stdin", "--admin-url", f"https://localhost:{box.admin_port}", input=box.PASSWORD + "\n", MAD_CA_FILE=str(tmp_path / "ca.pem"))
+            done = box.run(
+                "mad", "session", "login", "--username", "root", "--password-stdin", "--admin-url",
+                f"https://localhost:{box.admin_port}", input=box.PASSWORD + "\n", MAD_CA_FILE=str(tmp_path / "ca.pem"),
+            )
             assert done.returncode == 0, done.stderr
         finally:
             box.__exit__()
@@ -181,7 +233,11 @@ class TestTls:
         make_certificate(tmp_path, b"phrase")
         box = Box(tmp_path / "data", auth_ssl_cert_file=tmp_path / "box.p12", auth_ssl_cert_pass="wrong").set_up()
         done = box.run("serve")
-        assert done.returncode == 1 and done.stderr.startswith("microauthd: auth-ssl-cert-file:") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("microauthd: auth-ssl-cert-file:")
+            and done.stderr.count("\n") == 1
+        )
 
 
 class TestCommands:

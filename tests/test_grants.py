@@ -20,31 +20,58 @@ def claims_of(token):
 class TestTokenAnswer:
     """RFC 6749 §5.1, RFC 9068 §2"""
 
-    @pytest.mark.parametrize("form", [MACHINE, MACHINE | {"scope": "api:read"}, {"grant_type": "password", "username": "alice", "password": PASSWORD}, {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid"}])
+    @pytest.mark.parametrize(
+        "form",
+        [
+            MACHINE, MACHINE | {"scope": "api:read"},
+            {"grant_type": "password", "username": "alice", "password": PASSWORD},
+            {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid"},
+        ],
+    )
     @pytest.mark.parametrize("scopes_of_client", [["api:read", "api:write"], []])
-    def test_no_member_is_null_or_empty_and_nothing_is_stored_by_caches(self, auth, new_client, alice, form, scopes_of_client):
+    def test_no_member_is_null_or_empty_and_nothing_is_stored_by_caches(
+        self, auth, new_client, alice, form, scopes_of_client
+    ):
         if not scopes_of_client:
             form = {name: value for name, value in form.items() if value != "api:read"}
         answer = auth.post("/token", form, auth=new_client("c", scopes=scopes_of_client))
-        assert answer.status == 200 and not {None, ""} & set(answer.json.values()) and answer.json["token_type"] == "Bearer"
+        assert (
+            answer.status == 200
+            and not {None, ""} & set(answer.json.values())
+            and answer.json["token_type"] == "Bearer"
+        )
         assert (answer.headers["cache-control"], answer.headers["pragma"]) == ("no-store", "no-cache")
-        assert set(answer.json) <= {"access_token", "token_type", "expires_in", "jti", "aud", "scope", "refresh_token", "id_token"}
+        assert set(answer.json) <= {
+            "access_token", "token_type", "expires_in", "jti", "aud", "scope", "refresh_token", "id_token",
+        }
 
     def test_both_paths_are_one(self, auth, service):
-        assert auth.post("/oidc/token", MACHINE, auth=service).json.keys() == auth.post("/token", MACHINE, auth=service).json.keys()
+        assert (
+            auth.post("/oidc/token", MACHINE, auth=service).json.keys()
+            == auth.post("/token", MACHINE, auth=service).json.keys()
+        )
 
     def test_the_claims_of_a_machine(self, idp, machine):
-        assert jwt.get_unverified_header(machine["access_token"]) == {"alg": "ES256", "typ": "at+jwt", "kid": idp.auth_ring.access.kid}
+        assert jwt.get_unverified_header(machine["access_token"]) == {
+            "alg": "ES256", "typ": "at+jwt", "kid": idp.auth_ring.access.kid,
+        }
         assert claims_of(machine["access_token"]) == {
-            "iss": "https://idp.example", "sub": "service", "client_id": "service", "aud": "microauthd", "iat": idp.now(), "nbf": idp.now(),
-            "exp": idp.now() + 3600, "jti": machine["jti"], "scope": "api:read api:write", "mad": "auth", "token_use": "access",
+            "iss": "https://idp.example", "sub": "service", "client_id": "service", "aud": "microauthd",
+            "iat": idp.now(), "nbf": idp.now(), "exp": idp.now() + 3600, "jti": machine["jti"],
+            "scope": "api:read api:write", "mad": "auth", "token_use": "access",
         }
         assert "refresh_token" not in machine and (machine["expires_in"], machine["aud"]) == (3600, "microauthd")
 
     def test_the_claims_of_a_user(self, idp, log_in, root, alice):
         claims = claims_of(log_in(root)["access_token"])
-        assert (claims["sub"], claims["username"], claims["preferred_username"], claims["amr"], claims["auth_time"]) == (root.id, "root", "root", ["pwd"], idp.now())
-        assert (claims["role"], claims["roles"]) == ([m.MAD_ADMIN_ROLE_ID], ["MadAdmin"]) and claims["sid"] and claims["mad"] == "auth"
+        assert (
+            claims["sub"], claims["username"], claims["preferred_username"], claims["amr"], claims["auth_time"],
+        ) == (root.id, "root", "root", ["pwd"], idp.now())
+        assert (
+            (claims["role"], claims["roles"]) == ([m.MAD_ADMIN_ROLE_ID], ["MadAdmin"])
+            and claims["sid"]
+            and claims["mad"] == "auth"
+        )
         assert claims_of(log_in(alice)["access_token"])["role"] == []
 
     def test_time_is_whole_seconds(self, log_in, alice, clock):
@@ -60,15 +87,30 @@ class TestTokenAnswer:
         answer = auth.post("/token", MACHINE | {"scope": "api:read"}, auth=service).json
         assert answer["scope"] == claims_of(answer["access_token"])["scope"] == "api:read"
 
-    @pytest.mark.parametrize("scope", ["openid", "api:read openid", m.SEEDED_SCOPES[0][0], "admin:provision_users", "api:secret", "*", "api:read\tapi:write", "API:READ"])
+    @pytest.mark.parametrize(
+        "scope",
+        [
+            "openid", "api:read openid", m.SEEDED_SCOPES[0][0], "admin:provision_users", "api:secret", "*",
+            "api:read\tapi:write", "API:READ",
+        ],
+    )
     def test_nobody_is_granted_what_was_not_assigned(self, auth, service, alice, scope):
         """contract/auth D-02"""
         assert auth.post("/token", MACHINE | {"scope": scope}, auth=service).json["error"] == "invalid_scope"
         if "openid" not in scope:
-            assert auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": scope}, auth=service).json["error"] == "invalid_scope"
+            assert (
+                auth.post(
+                    "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": scope},
+                    auth=service,
+                ).json["error"]
+                == "invalid_scope"
+            )
 
     def test_a_refused_scope_leaves_no_login_behind(self, idp, auth, service, alice):
-        auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "api:secret"}, auth=service)
+        auth.post(
+            "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "api:secret"},
+            auth=service,
+        )
         assert idp.store.list_families_of(alice.id) == [] and idp.store.list_sessions_of(alice.id) == []
 
     def test_a_born_token_is_not_before_a_revocation(self, idp, auth, service, change):
@@ -77,8 +119,13 @@ class TestTokenAnswer:
 
     @pytest.mark.parametrize("meanwhile", ["deactivated", "deleted", "password reset", "logged out everywhere"])
     @pytest.mark.parametrize("grant, status", [("password", 403), ("refresh_token", 400)])
-    def test_what_happens_to_a_user_between_login_and_issue_counts(self, idp, auth, service, alice, log_in, clock, change, monkeypatch, meanwhile, grant, status):
-        form = {"grant_type": grant, "username": "alice", "password": PASSWORD, "refresh_token": log_in(alice)["refresh_token"]}
+    def test_what_happens_to_a_user_between_login_and_issue_counts(
+        self, idp, auth, service, alice, log_in, clock, change, monkeypatch, meanwhile, grant, status
+    ):
+        form = {
+            "grant_type": grant, "username": "alice", "password": PASSWORD,
+            "refresh_token": log_in(alice)["refresh_token"],
+        }
         proven = m.GRANTS[grant]
 
         def slowly(idp, client, params):
@@ -109,15 +156,23 @@ class TestIdToken:
     def test_its_claims_have_the_types_of_the_standard(self, idp, log_in, alice):
         answer = log_in(alice, scope="openid")
         assert claims_of(answer["id_token"]) == {
-            "iss": "https://idp.example", "sub": alice.id, "aud": "service", "azp": "service", "iat": idp.now(), "exp": idp.now() + 600, "auth_time": idp.now(), "amr": ["pwd"],
-            "sid": claims_of(answer["access_token"])["sid"], "token_use": "id", "at_hash": m.b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16]),
+            "iss": "https://idp.example", "sub": alice.id, "aud": "service", "azp": "service", "iat": idp.now(),
+            "exp": idp.now() + 600, "auth_time": idp.now(), "amr": ["pwd"],
+            "sid": claims_of(answer["access_token"])["sid"], "token_use": "id",
+            "at_hash": m.b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16]),
         }
-        assert jwt.get_unverified_header(answer["id_token"]) == {"alg": "RS256", "typ": "JWT", "kid": idp.auth_ring.signer("RS256").kid}
+        assert jwt.get_unverified_header(answer["id_token"]) == {
+            "alg": "RS256", "typ": "JWT", "kid": idp.auth_ring.signer("RS256").kid,
+        }
 
-    @pytest.mark.parametrize("scope, more", [
-        ("openid email", {"email": "alice@example.org", "email_verified": False}), ("openid roles", {"roles": []}),
-        ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": m.RELEASED_AT + 1000}), ("openid address phone offline_access", {}),
-    ])
+    @pytest.mark.parametrize(
+        "scope, more",
+        [
+            ("openid email", {"email": "alice@example.org", "email_verified": False}), ("openid roles", {"roles": []}),
+            ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": m.RELEASED_AT + 1000}),
+            ("openid address phone offline_access", {}),
+        ],
+    )
     def test_a_scope_opens_its_claims(self, log_in, alice, scope, more):
         plain = claims_of(log_in(alice, scope="openid")["id_token"])
         claims = claims_of(log_in(alice, scope=scope)["id_token"])
@@ -127,8 +182,16 @@ class TestIdToken:
         """OpenID Connect Core §12.2"""
         answer = log_in(alice, scope="openid")
         clock.pass_(100)
-        first, second = claims_of(answer["id_token"]), claims_of(auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).json["id_token"])
-        assert all(first[name] == second[name] for name in ("iss", "sub", "aud", "azp", "auth_time", "amr", "sid")) and second["iat"] == first["iat"] + 100
+        first, second = (
+            claims_of(answer["id_token"]),
+            claims_of(
+                auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).json["id_token"]
+            ),
+        )
+        assert (
+            all(first[name] == second[name] for name in ("iss", "sub", "aud", "azp", "auth_time", "amr", "sid"))
+            and second["iat"] == first["iat"] + 100
+        )
         assert "nonce" not in second
 
     def test_an_amr_of_two_factors_lasts(self, idp, auth, service, log_in, alice, clock, give_totp):
@@ -169,7 +232,9 @@ class TestRefresh:
         answer = log_in(alice, scope="openid api:read")
         narrow = self.turn(auth, service, answer["refresh_token"], scope="api:read")
         assert narrow.json["scope"] == "api:read" and "id_token" not in narrow.json
-        assert self.turn(auth, service, narrow.json["refresh_token"], scope="api:write").json["error"] == "invalid_scope"
+        assert (
+            self.turn(auth, service, narrow.json["refresh_token"], scope="api:write").json["error"] == "invalid_scope"
+        )
 
     def test_a_right_that_was_taken_away_is_gone(self, idp, auth, service, log_in, alice):
         token = log_in(alice)["refresh_token"]
@@ -204,9 +269,14 @@ class TestRefresh:
     def test_it_is_off_unless_turned_on(self, make_idp, service, alice):
         idp = make_idp(m.Options(**CHEAP))
         auth = Caller(m.build_app(idp, m.AUTH))
-        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service)
+        answer = auth.post(
+            "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service
+        )
         assert answer.status == 200 and "refresh_token" not in answer.json
-        assert auth.post("/token", REFRESH | {"refresh_token": "x"}, auth=service).json["error"] == "unsupported_grant_type"
+        assert (
+            auth.post("/token", REFRESH | {"refresh_token": "x"}, auth=service).json["error"]
+            == "unsupported_grant_type"
+        )
         assert "refresh_token" not in auth.get("/.well-known/openid-configuration").json["grant_types_supported"]
 
     def test_its_absolute_end_is_that_of_the_login(self, idp, auth, service, log_in, alice, clock):
@@ -231,7 +301,10 @@ class TestRefresh:
 
     def test_only_its_hash_is_kept(self, idp, log_in, alice):
         token = log_in(alice)["refresh_token"]
-        assert idp.store.find_refresh_token(token) is None and idp.store.find_refresh_token(m.sha256(token)).user_id == alice.id
+        assert (
+            idp.store.find_refresh_token(token) is None
+            and idp.store.find_refresh_token(m.sha256(token)).user_id == alice.id
+        )
 
     def test_a_spent_one_in_the_hands_of_another_client_ends_nothing(self, auth, service, new_client, log_in, alice):
         first = log_in(alice)
@@ -256,7 +329,9 @@ class TestRefresh:
         narrow = self.turn(auth, service, answer["refresh_token"], scope="openid").json
         assert self.turn(auth, service, narrow["refresh_token"]).json["scope"] == "api:read openid"
 
-    def test_a_scope_taken_from_the_client_is_gone_and_one_given_since_is_not_added(self, idp, auth, service, log_in, alice, change):
+    def test_a_scope_taken_from_the_client_is_gone_and_one_given_since_is_not_added(
+        self, idp, auth, service, log_in, alice, change
+    ):
         token = log_in(alice)["refresh_token"]
         m.assign_scopes(idp, m.LOCAL, "test", alice.account, ["api:write"])
         answer = self.turn(auth, service, token).json
@@ -264,14 +339,27 @@ class TestRefresh:
         change("DELETE FROM client_scope")
         assert "scope" not in self.turn(auth, service, answer["refresh_token"]).json
 
-    @pytest.mark.parametrize("statement", ["UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999", "UPDATE family SET revoked_at = 1", "UPDATE client SET revoked_before = 9999999999999", "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'"])
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999",
+            "UPDATE family SET revoked_at = 1", "UPDATE client SET revoked_before = 9999999999999",
+            "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'",
+        ],
+    )
     def test_it_dies_with_what_it_hangs_on_and_is_not_spent(self, idp, auth, service, log_in, alice, change, statement):
         token = log_in(alice)["refresh_token"]
         change(statement)
         assert self.turn(auth, service, token).json["error"] == "invalid_grant"
         assert idp.store.find_refresh_token(m.sha256(token)).rotated_at is None
 
-    @pytest.mark.parametrize("form", [{"refresh_token": "unknown"}, {"refresh_token": "x" * 60_000}, {"refresh_token": "\u00e4"}, {"token": "unknown"}])
+    @pytest.mark.parametrize(
+        "form",
+        [
+            {"refresh_token": "unknown"}, {"refresh_token": "x" * 60_000}, {"refresh_token": "\u00e4"},
+            {"token": "unknown"},
+        ],
+    )
     def test_an_unknown_one_is_invalid_grant(self, auth, service, form):
         assert auth.post("/token", REFRESH | form, auth=service).json["error"] == "invalid_grant"
 
@@ -289,13 +377,18 @@ class TestRefresh:
     def test_of_many_at_once_one_wins_and_the_family_ends(self, make_idp, idp, service, log_in, alice, auth):
         token, answers = log_in(alice)["refresh_token"], []
         callers = [auth, Caller(m.build_app(make_idp(idp.options), m.AUTH))]
-        threads = [threading.Thread(target=lambda caller=caller: answers.append(self.turn(caller, service, token))) for caller in callers * 4]
+        threads = [
+            threading.Thread(target=lambda caller=caller: answers.append(self.turn(caller, service, token)))
+            for caller in callers * 4
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         good = [answer for answer in answers if answer.status == 200]
-        assert len(good) == 1 and {answer.json["error"] for answer in answers if answer not in good} == {"invalid_grant"}
+        assert len(good) == 1 and {answer.json["error"] for answer in answers if answer not in good} == {
+            "invalid_grant"
+        }
         assert auth.get("/me", bearer=good[0].json["access_token"]).status == 401
         assert self.turn(auth, service, good[0].json["refresh_token"]).json["error"] == "invalid_grant"
 
@@ -319,12 +412,19 @@ class TestAuditRows:
         auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service)
         auth.post("/token", MACHINE, auth=("service", "wrong"))
         for _ in range(5):
-            auth.post("/token", {"grant_type": "password", "username": "alice", "password": "wrong wrong"}, auth=service)
+            auth.post(
+                "/token", {"grant_type": "password", "username": "alice", "password": "wrong wrong"}, auth=service
+            )
         idp.store.flush()
         rows = idp.store.list_audit(limit=100)
-        assert {"oidc_token_issued", "user_token_issued", "refresh_token_used", "client_authentication_failed", "user_login_failed", "user_locked_out"} <= {row.action for row in rows}
+        assert {
+            "oidc_token_issued", "user_token_issued", "refresh_token_used", "client_authentication_failed",
+            "user_login_failed", "user_locked_out",
+        } <= {row.action for row in rows}
         (issued,) = [row for row in rows if row.action == "oidc_token_issued"]
-        assert (issued.ip_address, issued.request_id, issued.actor_id, issued.at) == ("192.0.2.7", "r1", "service", idp.now()) and machine["jti"] in issued.secondary
+        assert (issued.ip_address, issued.request_id, issued.actor_id, issued.at) == (
+            "192.0.2.7", "r1", "service", idp.now(),
+        ) and machine["jti"] in issued.secondary
 
     def test_a_user_agent_is_cut_and_cannot_forge(self, idp, auth, service):
         auth.post("/token", MACHINE, auth=service, headers=[("User-Agent", "a\x1b[31m\nb" + "x" * 5000)])

@@ -34,37 +34,56 @@ class TestForms:
     @given(st.binary(max_size=80))
     def test_any_octets_are_read_or_refused(self, octets):
         try:
-            assert all(isinstance(word, str) and "\0" not in word for pair in m.parse_form(octets).items() for word in pair)
+            assert all(
+                isinstance(word, str) and "\0" not in word for pair in m.parse_form(octets).items() for word in pair
+            )
         except m.Problem as problem:
             assert problem.code == "invalid_request"
 
-    @pytest.mark.parametrize("body", ["a=1&a=2", "a=1&%61=2", "a&a", "a=%", "a=%4", "a=%zz", "a=%ff", "a=%c0%80", "a=%ed%a0%80", "a=%00", "%00=a", "&".join(f"a{n}=1" for n in range(65))])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "a=1&a=2", "a=1&%61=2", "a&a", "a=%", "a=%4", "a=%zz", "a=%ff", "a=%c0%80", "a=%ed%a0%80", "a=%00", "%00=a",
+            "&".join(f"a{n}=1" for n in range(65)),
+        ],
+    )
     def test_what_could_be_misread_is_refused(self, auth, service, body):
         answer = auth.post("/token", "grant_type=client_credentials&" + body, auth=service)
         assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
-    @pytest.mark.parametrize("name", ["grant_type", "scope", "client_id", "client_secret", "username", "password", "refresh_token"])
+    @pytest.mark.parametrize(
+        "name", ["grant_type", "scope", "client_id", "client_secret", "username", "password", "refresh_token"]
+    )
     def test_a_repeated_parameter_is_refused(self, auth, service, name):
         """RFC 6749 §3.2"""
-        answer = auth.post("/token", urlencode([("grant_type", "client_credentials"), (name, "x"), (name, "x")]), auth=service)
+        answer = auth.post(
+            "/token", urlencode([("grant_type", "client_credentials"), (name, "x"), (name, "x")]), auth=service
+        )
         assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
     def test_parameters_nobody_knows_are_ignored(self, auth, service):
         """RFC 6749 §3.2"""
         assert auth.post("/token", MACHINE | {"resource": "x", "is_active": "1"}, auth=service).status == 200
 
-    @pytest.mark.parametrize("query", ["grant_type=client_credentials", "grant_type=password&username=x", "a=1&a=2", "%zz"])
+    @pytest.mark.parametrize(
+        "query", ["grant_type=client_credentials", "grant_type=password&username=x", "a=1&a=2", "%zz"]
+    )
     def test_a_post_reads_its_body_never_its_query(self, auth, service, query):
         assert auth.post(f"/token?{query}", "", auth=service).json["error"] == "invalid_request"
         assert auth.post(f"/token?{query}", MACHINE, auth=service).status == 200
         assert auth.post(f"/token?{query}&client_id=service&client_secret={service[1]}", MACHINE).status == 401
 
-    @pytest.mark.parametrize("media", ["application/json", "text/plain", "multipart/form-data; boundary=x", "", "application/x-www-form-urlencoded2"])
+    @pytest.mark.parametrize(
+        "media",
+        ["application/json", "text/plain", "multipart/form-data; boundary=x", "", "application/x-www-form-urlencoded2"],
+    )
     def test_another_content_type_is_refused(self, auth, service, media):
         answer = auth.post("/token", MACHINE, auth=service, headers=[("CONTENT_TYPE", media)])
         assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
-    @pytest.mark.parametrize("media", ["application/x-www-form-urlencoded; charset=UTF-8", "Application/X-WWW-Form-Urlencoded"])
+    @pytest.mark.parametrize(
+        "media", ["application/x-www-form-urlencoded; charset=UTF-8", "Application/X-WWW-Form-Urlencoded"]
+    )
     def test_the_content_type_is_compared_as_its_standard_says(self, auth, service, media):
         assert auth.post("/token", MACHINE, auth=service, headers=[("CONTENT_TYPE", media)]).status == 200
 
@@ -72,16 +91,27 @@ class TestForms:
 class TestJson:
     """An object of the wire, read tolerantly; what is at fault is named."""
 
-    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"x"', b"null", b"\xff", b"{}{}", b"[" * 60_000, b'{"a":' * 10_000, b'{"username":"\\ud800"}', b'{"username":1e999}', b"NaN"], ids=lambda body: repr(body[:12]))
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"", b"{", b"[]", b"5", b'"x"', b"null", b"\xff", b"{}{}", b"[" * 60_000, b'{"a":' * 10_000,
+            b'{"username":"\\ud800"}', b'{"username":1e999}', b"NaN",
+        ],
+        ids=lambda body: repr(body[:12]),
+    )
     def test_what_is_no_object_is_invalid_request(self, body):
         with pytest.raises(m.Problem) as caught:
             m.decode_body(body, m.CreateUser)
         assert caught.value.code == "invalid_request"
 
-    @pytest.mark.parametrize("body, member", [
-        ({}, "username"), ({"username": None}, "username"), ({"username": 5}, "username"), ({"username": ["x"]}, "username"), ({"username": {"a": 1}}, "username"),
-        ({"username": "x", "EMAIL": 5}, "email"), ({"username": "x", "password": True}, "password"),
-    ])
+    @pytest.mark.parametrize(
+        "body, member",
+        [
+            ({}, "username"), ({"username": None}, "username"), ({"username": 5}, "username"),
+            ({"username": ["x"]}, "username"), ({"username": {"a": 1}}, "username"),
+            ({"username": "x", "EMAIL": 5}, "email"), ({"username": "x", "password": True}, "password"),
+        ],
+    )
     def test_the_member_at_fault_is_named(self, body, member):
         with pytest.raises(m.Problem) as caught:
             m.decode_body(json.dumps(body).encode(), m.CreateUser)
@@ -93,9 +123,21 @@ class TestJson:
         assert list(caught.value.errors) == ["scopes"]
 
     def test_names_match_in_any_case_and_unknown_ones_are_ignored(self):
-        assert m.decode_body(b'{"UserName": "x", "is_admin": true, "id": 5, "__class__": "y"}', m.CreateUser) == m.CreateUser("x")
+        assert m.decode_body(
+            b'{"UserName": "x", "is_admin": true, "id": 5, "__class__": "y"}', m.CreateUser
+        ) == m.CreateUser("x")
 
-    @given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["client_id", "SCOPES", "x", "overlap_seconds", "new_secret"]), inner, max_size=4)))
+    @given(
+        st.recursive(
+            st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["client_id", "SCOPES", "x", "overlap_seconds", "new_secret"]), inner, max_size=4
+                )
+            ),
+        )
+    )
     def test_anything_is_read_or_refused(self, value):
         for kind in (m.CreateClient, m.ChangeSecret, m.AssignScopes):
             try:
@@ -110,12 +152,18 @@ class TestBearer:
     def test_no_token_hears_how_and_no_error(self, auth):
         for _ in range(2):
             answer = auth.get("/me")
-            assert (answer.status, answer.headers["www-authenticate"], answer.json["success"]) == (401, 'Bearer realm="microauthd"', False)
+            assert (answer.status, answer.headers["www-authenticate"], answer.json["success"]) == (
+                401, 'Bearer realm="microauthd"', False,
+            )
 
     @pytest.mark.parametrize("word", ["a.b.c", "", " ", "x y", "\xe4"])
     def test_a_bad_token_hears_invalid_token(self, auth, word):
         answer = auth.get("/me", headers=[("Authorization", f"Bearer {word}")])
-        assert answer.status == 401 and 'error="invalid_token"' in answer.headers["www-authenticate"] and answer.json["error"] == "invalid_token"
+        assert (
+            answer.status == 401
+            and 'error="invalid_token"' in answer.headers["www-authenticate"]
+            and answer.json["error"] == "invalid_token"
+        )
 
     def test_the_scheme_is_known_in_any_case(self, auth, bearer):
         for scheme in ("bearer", "BEARER"):
@@ -129,13 +177,19 @@ class TestBearer:
         token = log_in(alice, scope="openid")["access_token"]
         assert auth.post("/userinfo", {"access_token": token}).status == 200
         assert auth.post("/userinfo", {"access_token": token}, bearer=token).status == 400
-        for answer in (auth.get(f"/userinfo?access_token={token}"), auth.post(f"/userinfo?access_token={token}", ""), auth.get(f"/me?access_token={token}")):
+        for answer in (
+            auth.get(f"/userinfo?access_token={token}"), auth.post(f"/userinfo?access_token={token}", ""),
+            auth.get(f"/me?access_token={token}"),
+        ):
             assert answer.status == 401
 
     def test_a_scope_that_is_missing_is_named(self, auth, bearer):
         answer = auth.get("/userinfo", bearer=bearer)
         assert (answer.status, answer.json["error"]) == (403, "insufficient_scope")
-        assert answer.headers["www-authenticate"] == 'Bearer realm="microauthd", error="insufficient_scope", scope="openid"'
+        assert (
+            answer.headers["www-authenticate"]
+            == 'Bearer realm="microauthd", error="insufficient_scope", scope="openid"'
+        )
 
 
 class TestProblem:
@@ -157,13 +211,17 @@ class TestAnswers:
     def test_unknown_paths_speak_err(self, auth, admin, path):
         for app in (auth, admin):
             missing = app.get(path)
-            assert (missing.status, missing.json) == (404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"})
+            assert (missing.status, missing.json) == (
+                404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"},
+            )
 
     @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST", "TRACE", "QUERY"])
     def test_wrong_methods_speak_err_and_say_which(self, auth, admin, method):
         for app in (auth, admin):
             wrong = app(method, "/ping")
-            assert wrong.status == 405 and wrong.json["error"] == "method_not_allowed" and "GET" in wrong.headers["allow"]
+            assert (
+                wrong.status == 405 and wrong.json["error"] == "method_not_allowed" and "GET" in wrong.headers["allow"]
+            )
         assert auth.get("/token").headers["allow"] == "POST"
 
     def test_a_head_is_a_get(self, auth):
@@ -171,10 +229,22 @@ class TestAnswers:
         assert answer.status == 200 and answer.headers["etag"]
 
     def test_security_headers_are_on_all(self, auth, admin, service):
-        for answer in (auth.get("/ping"), auth.get("/nowhere"), auth.get("/jwks.json"), auth.post("/token", {}, auth=service), auth.post("/token", MACHINE, auth=service), auth.get("/me"), auth("PUT", "/ping"), admin.get("/users"), admin.get("/nowhere")):
+        for answer in (
+            auth.get("/ping"), auth.get("/nowhere"), auth.get("/jwks.json"), auth.post("/token", {}, auth=service),
+            auth.post("/token", MACHINE, auth=service), auth.get("/me"), auth("PUT", "/ping"), admin.get("/users"),
+            admin.get("/nowhere"),
+        ):
             headers = answer.headers
-            assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer" and headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
-            assert headers["content-type"] == "application/json" and "set-cookie" not in headers and "strict-transport-security" not in headers
+            assert (
+                headers["x-content-type-options"] == "nosniff"
+                and headers["referrer-policy"] == "no-referrer"
+                and headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+            )
+            assert (
+                headers["content-type"] == "application/json"
+                and "set-cookie" not in headers
+                and "strict-transport-security" not in headers
+            )
 
     def test_https_is_remembered_by_browsers(self, idp):
         app = m.build_app(idp, m.AUTH)
@@ -182,7 +252,10 @@ class TestAnswers:
         assert secure.get("/ping").headers["strict-transport-security"] == "max-age=31536000"
 
     def test_only_what_is_public_may_be_stored(self, auth, service, bearer):
-        for answer in (auth.post("/token", MACHINE, auth=service), auth.post("/token", {}), auth.get("/me", bearer=bearer), auth.get("/me"), auth.get("/nowhere"), auth.post("/introspect", {"token": "x"}, auth=service)):
+        for answer in (
+            auth.post("/token", MACHINE, auth=service), auth.post("/token", {}), auth.get("/me", bearer=bearer),
+            auth.get("/me"), auth.get("/nowhere"), auth.post("/introspect", {"token": "x"}, auth=service),
+        ):
             assert answer.headers["cache-control"] == "no-store"
 
     def test_a_bug_is_a_bare_server_error(self, idp, auth, service, monkeypatch):
@@ -191,18 +264,33 @@ class TestAnswers:
 
         monkeypatch.setattr(m, "issue", fail)
         answer = auth.post("/token", MACHINE, auth=service)
-        assert (answer.status, answer.json) == (500, {"error": "server_error", "error_description": m.ERRORS["server_error"][1]})
-        assert b"universe" not in answer.body and "ValueError" in idp.stream.getvalue() and "request_id=r1" in idp.stream.getvalue()
+        assert (answer.status, answer.json) == (
+            500, {"error": "server_error", "error_description": m.ERRORS["server_error"][1]},
+        )
+        assert (
+            b"universe" not in answer.body
+            and "ValueError" in idp.stream.getvalue()
+            and "request_id=r1" in idp.stream.getvalue()
+        )
         idp.stream.seek(0)
         idp.stream.truncate()
 
     def test_what_is_refused_is_in_the_log_with_peer_and_reason(self, idp, auth):
         auth.post("/token", MACHINE, auth=("nobody", "wrong"))
         (line,) = [line for line in idp.stream.getvalue().splitlines() if " refused " in line]
-        assert all(word in line for word in ("peer=192.0.2.7", "method=POST", "path=/token", "status=401", "error=invalid_client", "request_id=r1", "reason="))
+        assert all(
+            word in line
+            for word in (
+                "peer=192.0.2.7", "method=POST", "path=/token", "status=401", "error=invalid_client", "request_id=r1",
+                "reason=",
+            )
+        )
 
     def test_the_log_holds_no_form_header_or_query(self, idp, auth, service):
-        auth.post("/token?hidden=1", MACHINE | {"scope": "hidden"}, auth=("service", "hidden"), headers=[("X-Hidden", "hidden"), ("User-Agent", "hidden"), ("Cookie", "hidden")])
+        auth.post(
+            "/token?hidden=1", MACHINE | {"scope": "hidden"}, auth=("service", "hidden"),
+            headers=[("X-Hidden", "hidden"), ("User-Agent", "hidden"), ("Cookie", "hidden")],
+        )
         assert "hidden" not in idp.stream.getvalue()
 
     @pytest.mark.parametrize("etag, status", [("same", 304), ('"other"', 200), ("", 200)])
@@ -210,7 +298,11 @@ class TestAnswers:
         first = auth.get("/jwks.json")
         assert first.headers["cache-control"] == "public, max-age=300"
         again = auth.get("/jwks.json", headers=[("If-None-Match", first.headers["etag"] if etag == "same" else etag)])
-        assert again.status == status and (again.body == b"") is (status == 304) and again.headers["etag"] == first.headers["etag"]
+        assert (
+            again.status == status
+            and (again.body == b"") is (status == 304)
+            and again.headers["etag"] == first.headers["etag"]
+        )
 
     @pytest.mark.parametrize("word", ["-1", "1.5", "x", "", " 5", "\u0665", "9999999999"])
     def test_a_number_that_is_none_is_named(self, admin, admin_token, word):

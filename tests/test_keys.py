@@ -19,7 +19,10 @@ PASSWORD = "correct horse battery"
 def house(tmp_path, monkeypatch):
     """A set-up box in this process, without a server: its options."""
     monkeypatch.chdir(tmp_path)
-    options = m.Options({"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase", oidc_issuer="https://idp.example")
+    options = m.Options(
+        {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
+        oidc_issuer="https://idp.example",
+    )
     m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
@@ -31,7 +34,13 @@ def rows(options, port="auth"):
 class TestKeySet:
     """RFC 7517 §5"""
 
-    @pytest.mark.parametrize("overlap, told", [(900, "public, max-age=300"), (302, "public, max-age=300"), (100, "public, max-age=98"), (2, "no-store"), (1, "no-store")])
+    @pytest.mark.parametrize(
+        "overlap, told",
+        [
+            (900, "public, max-age=300"), (302, "public, max-age=300"), (100, "public, max-age=98"), (2, "no-store"),
+            (1, "no-store"),
+        ],
+    )
     def test_caches_keep_it_for_less_than_a_new_key_waits(self, make_idp, overlap, told):
         auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, key_overlap=overlap)), m.AUTH))
         assert auth.get("/jwks.json").headers["cache-control"] == told
@@ -73,7 +82,9 @@ class TestRotation:
     @pytest.mark.parametrize("act", ["rotate", "revoke"])
     @pytest.mark.parametrize("step", ["os.fsync", "os.replace", "after os.replace"])
     @pytest.mark.parametrize("nth", [1, 2])
-    def test_killed_at_any_point_a_ring_is_whole_and_the_command_can_be_repeated(self, house, monkeypatch, act, step, nth):
+    def test_killed_at_any_point_a_ring_is_whole_and_the_command_can_be_repeated(
+        self, house, monkeypatch, act, step, nth
+    ):
         before = rows(house)
         name = step.split(".")[-1]
 
@@ -91,10 +102,14 @@ class TestRotation:
             setattr(os, name, deadly)
             m.rotate_keys(house, ["auth", "admin"]) if act == "rotate" else m.revoke_key(house, before[0][2])
 
-        assert in_child(work) == (0 if act == "revoke" and name == "replace" and nth == 2 else signal.SIGKILL), "a revocation replaces one file"
+        assert in_child(work) == (0 if act == "revoke" and name == "replace" and nth == 2 else signal.SIGKILL), (
+            "a revocation replaces one file"
+        )
         for port in ("auth", "admin"):
             states = [state for _, state, _ in rows(house, port)]
-            assert states.count("active") == (2 if port == "auth" else 1) and len(states) - states.count("active") in (0, states.count("next"))
+            assert states.count("active") == (2 if port == "auth" else 1) and len(states) - states.count("active") in (
+                0, states.count("next"),
+            )
         if act == "revoke" and before[0] in rows(house):
             m.revoke_key(house, before[0][2])
         if act == "revoke":
@@ -107,7 +122,9 @@ class TestRotation:
         (new,) = m.rotate_keys(house, ["auth"], ["ES256"])
         later = time.time() + 901
         monkeypatch.setattr(m.time, "time", lambda: later)
-        assert ("ES256", "active", new) in rows(house) and b"state=next" in open(house.token_signing_key_file, "rb").read()
+        assert ("ES256", "active", new) in rows(house) and b"state=next" in open(
+            house.token_signing_key_file, "rb"
+        ).read()
         idp = m.open_idp(house)
         idp.clock = lambda: later
         idp.ring_files = {"auth": (None, None), "admin": (None, None)}
@@ -166,7 +183,9 @@ class TestUnderLoad:
                 sofar = list(counts)
                 while any(count < before + 50 for count, before in zip(counts, sofar)):
                     assert time.monotonic() < end and not failures, failures
-                assert box.admin("GET", "/users", bearer=admin_token).status == 200, "the old ADMIN key is good until its last token is dead"
+                assert box.admin("GET", "/users", bearer=admin_token).status == 200, (
+                    "the old ADMIN key is good until its last token is dead"
+                )
             finally:
                 stop.set()
                 for thread in threads:

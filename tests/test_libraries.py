@@ -47,7 +47,8 @@ class TestAuthlib:
         metadata = box.auth("/.well-known/openid-configuration").json
         claims = JsonWebToken(metadata["id_token_signing_alg_values_supported"]).decode(
             answer["id_token"], JsonWebKey.import_key_set(box.auth("/jwks.json").json), claims_cls=ImplicitIDToken,
-            claims_options={"iss": {"values": [metadata["issuer"]]}, "aud": {"values": [box.client[0]]}}, claims_params={"access_token": answer["access_token"], "nonce": None},
+            claims_options={"iss": {"values": [metadata["issuer"]]}, "aud": {"values": [box.client[0]]}},
+            claims_params={"access_token": answer["access_token"], "nonce": None},
         )
         claims.validate_at_hash()
         assert claims["iss"] == metadata["issuer"] and claims["email"] == "ann@example.org"
@@ -80,15 +81,27 @@ class TestAuthlibCodeFlow:
         callback = "http://127.0.0.1:1/cb"
         with box:
             box.new_user("ann", PASSWORD)
-            assert box.admin("POST", "/clients/app/redirect-uris", json_body=callback, bearer=box.admin_token()).status == 201
-            session = OAuth2Session(*box.client, scope="openid email offline_access", redirect_uri=callback, code_challenge_method="S256")
+            assert (
+                box.admin("POST", "/clients/app/redirect-uris", json_body=callback, bearer=box.admin_token()).status
+                == 201
+            )
+            session = OAuth2Session(
+                *box.client, scope="openid email offline_access", redirect_uri=callback, code_challenge_method="S256"
+            )
             url, state = session.create_authorization_url(issuer + "/authorize", code_verifier="v" * 48, nonce="n")
             person = requests.Session()
             form = Form(person.get(url).text)
-            back = person.post(form.action, form.fields | {"username": "ann", "password": PASSWORD}, allow_redirects=False).headers["Location"]
+            back = person.post(
+                form.action, form.fields | {"username": "ann", "password": PASSWORD}, allow_redirects=False
+            ).headers["Location"]
             assert back.startswith(callback)
-            token = session.fetch_token(issuer + "/token", authorization_response=back, state=state, code_verifier="v" * 48)
-            assert session.get(issuer + "/userinfo").json()["email"] == "ann@example.org" and session.refresh_token(issuer + "/token", refresh_token=token["refresh_token"])["id_token"]
+            token = session.fetch_token(
+                issuer + "/token", authorization_response=back, state=state, code_verifier="v" * 48
+            )
+            assert (
+                session.get(issuer + "/userinfo").json()["email"] == "ann@example.org"
+                and session.refresh_token(issuer + "/token", refresh_token=token["refresh_token"])["id_token"]
+            )
 
 
 class TestRequestsOauthlib:
@@ -100,9 +113,13 @@ class TestRequestsOauthlib:
         session = OAuth2Session(client=BackendApplicationClient(box.client[0]))
         assert session.fetch_token(url + "/token", auth=HTTPBasicAuth(*box.client))["token_type"] == "Bearer"
         session = OAuth2Session(client=LegacyApplicationClient(box.client[0]), scope=["openid"])
-        token = session.fetch_token(url + "/token", username="ann", password=PASSWORD, scope="openid", auth=HTTPBasicAuth(*box.client))
+        token = session.fetch_token(
+            url + "/token", username="ann", password=PASSWORD, scope="openid", auth=HTTPBasicAuth(*box.client)
+        )
         assert session.get(url + "/me").json()["email"] == "ann@example.org"
-        assert session.refresh_token(url + "/token", refresh_token=token["refresh_token"], auth=HTTPBasicAuth(*box.client))["access_token"]
+        assert session.refresh_token(
+            url + "/token", refresh_token=token["refresh_token"], auth=HTTPBasicAuth(*box.client)
+        )["access_token"]
 
 
 class TestPyJwt:
@@ -111,7 +128,10 @@ class TestPyJwt:
 
         token = box.token().json["access_token"]
         key = jwt.PyJWKClient(url + "/.well-known/jwks.json").get_signing_key_from_jwt(token)
-        claims = jwt.decode(token, key.key, algorithms=["ES256", "RS256"], audience="api", issuer=box.auth("/.well-known/openid-configuration").json["issuer"])
+        claims = jwt.decode(
+            token, key.key, algorithms=["ES256", "RS256"], audience="api",
+            issuer=box.auth("/.well-known/openid-configuration").json["issuer"],
+        )
         assert claims["client_id"] == box.client[0]
 
 
@@ -120,4 +140,6 @@ class TestJose:
         from jose import jwt
 
         token = box.token().json["access_token"]
-        assert jwt.decode(token, box.auth("/jwks.json").json, algorithms=["ES256"], audience="api")["sub"] == box.client[0]
+        assert (
+            jwt.decode(token, box.auth("/jwks.json").json, algorithms=["ES256"], audience="api")["sub"] == box.client[0]
+        )

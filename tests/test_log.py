@@ -38,13 +38,19 @@ def second(monkeypatch):
 
 class TestLine:
     def test_text(self, second):
-        stream = said(("refused", "info", {"peer": "192.0.2.1", "reason": 'two "words"', "user": "", "no": None, "count": 0}))
-        assert lines(stream) == ['2026-11-23T00:00:00.250Z INFO    refused peer=192.0.2.1 reason="two \\"words\\"" count=0']
+        stream = said(
+            ("refused", "info", {"peer": "192.0.2.1", "reason": 'two "words"', "user": "", "no": None, "count": 0})
+        )
+        assert lines(stream) == [
+            '2026-11-23T00:00:00.250Z INFO    refused peer=192.0.2.1 reason="two \\"words\\"" count=0'
+        ]
 
     def test_json(self, second):
         stream = said(("refused", "error", {"reason": "a\nb", "path": os}), log_format="json")
         (line,) = map(json.loads, lines(stream))
-        assert line["at"] == "2026-11-23T00:00:00.250Z" and (line["level"], line["event"], line["pid"], line["reason"]) == ("error", "refused", os.getpid(), "a\nb")
+        assert line["at"] == "2026-11-23T00:00:00.250Z" and (
+            line["level"], line["event"], line["pid"], line["reason"],
+        ) == ("error", "refused", os.getpid(), "a\nb")
 
     @given(st.dictionaries(st.sampled_from(["peer", "reason", "path"]), ANYTHING), st.sampled_from(["text", "json"]))
     def test_whatever_is_said_is_one_line_without_control_characters(self, fields, log_format):
@@ -55,7 +61,9 @@ class TestLine:
     def test_no_value_looks_like_another_field(self, value):
         (line,) = lines(said(("event", "info", {"reason": value, "peer": "192.0.2.1"})))
         rest = line.partition(" event ")[2]
-        assert len(re.findall(r'(?:^| )(?:reason|peer)=', re.sub(r'"(?:[^"\\]|\\.)*"', "", rest))) == (2 if value else 1)
+        assert len(re.findall(r"(?:^| )(?:reason|peer)=", re.sub(r'"(?:[^"\\]|\\.)*"', "", rest))) == (
+            2 if value else 1
+        )
 
     def test_a_traceback_is_part_of_the_line(self):
         stream = io.StringIO()
@@ -67,7 +75,10 @@ class TestLine:
 
     @pytest.mark.parametrize("least, heard", [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
     def test_the_least_severe_level_is_an_option(self, least, heard):
-        assert len(lines(said(*((level, level, {}) for level in ("debug", "info", "warning", "error")), log_level=least))) == heard
+        assert (
+            len(lines(said(*((level, level, {}) for level in ("debug", "info", "warning", "error")), log_level=least)))
+            == heard
+        )
 
 
 class TestFlood:
@@ -129,7 +140,12 @@ class TestFile:
                 os._exit(0)
             children.append(pid)
         assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
-        found = [line for name in path.parent.glob("microauthd.log*") if name.suffix != ".lock" for line in name.read_text().splitlines()]
+        found = [
+            line
+            for name in path.parent.glob("microauthd.log*")
+            if name.suffix != ".lock"
+            for line in name.read_text().splitlines()
+        ]
         assert sorted(found) == ["a" * 100] * 200 + ["b" * 100] * 200 + ["c" * 100] * 200
 
     def test_a_file_that_was_taken_away_is_made_anew(self, path):

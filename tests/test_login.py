@@ -25,7 +25,11 @@ def register(idp, new_client):
     """Make a client for people; public unless it says otherwise."""
 
     def make(client_id="spa", uris=(CALLBACK,), flags=(), **more):
-        kind = {"client_type": "public", "grant_types": ["authorization_code", "refresh_token"]} if more.get("client_type", "public") == "public" else {}
+        kind = (
+            {"client_type": "public", "grant_types": ["authorization_code", "refresh_token"]}
+            if more.get("client_type", "public") == "public"
+            else {}
+        )
         new_client(client_id, **kind | more)
         for uri in uris:
             m.add_uri(idp, m.LOCAL, "test", client_id, "redirect", uri)
@@ -59,13 +63,23 @@ def exchange(auth):
     """Give a code for tokens: the answer."""
 
     def call(code, client="spa", secret=None, **more):
-        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER} | ({} if secret else {"client_id": client}) | more
-        return auth.post("/token", {name: value for name, value in form.items() if value is not None}, auth=(client, secret) if secret else None)
+        form = (
+            {"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER}
+            | ({} if secret else {"client_id": client})
+            | more
+        )
+        return auth.post(
+            "/token", {name: value for name, value in form.items() if value is not None},
+            auth=(client, secret) if secret else None,
+        )
 
     return call
 
 
-ALLOWED = {"html", "head", "meta", "title", "link", "script", "body", "header", "img", "span", "main", "h1", "p", "strong", "form", "input", "label", "button", "ul", "li", "code"}
+ALLOWED = {
+    "html", "head", "meta", "title", "link", "script", "body", "header", "img", "span", "main", "h1", "p", "strong",
+    "form", "input", "label", "button", "ul", "li", "code",
+}
 
 
 class Markup(HTMLParser):
@@ -107,22 +121,50 @@ class TestAuthorizationCode:
 
     def test_the_whole_way(self, idp, auth, spa, alice, browser, exchange):
         uri, members = sent_back(sign_in(browser))
-        assert uri == CALLBACK and members["state"] == "st&te" and members["iss"] == "https://idp.example" and set(members) == {"code", "state", "iss"}
+        assert (
+            uri == CALLBACK
+            and members["state"] == "st&te"
+            and members["iss"] == "https://idp.example"
+            and set(members) == {"code", "state", "iss"}
+        )
         answer = exchange(members["code"])
-        assert answer.status == 200 and answer.headers["cache-control"] == "no-store" and answer.json["scope"] == "email openid profile" and "refresh_token" not in answer.json
+        assert (
+            answer.status == 200
+            and answer.headers["cache-control"] == "no-store"
+            and answer.json["scope"] == "email openid profile"
+            and "refresh_token" not in answer.json
+        )
         claims = claims_of(answer.json["id_token"])
-        assert claims["nonce"] == "n0nce" and claims["aud"] == claims["azp"] == "spa" and claims["sub"] == alice.id and claims["auth_time"] == idp.now() and claims["amr"] == ["pwd"] and claims["email"] == "alice@example.org"
+        assert (
+            claims["nonce"] == "n0nce"
+            and claims["aud"] == claims["azp"] == "spa"
+            and claims["sub"] == alice.id
+            and claims["auth_time"] == idp.now()
+            and claims["amr"] == ["pwd"]
+            and claims["email"] == "alice@example.org"
+        )
         assert auth.get("/userinfo", bearer=answer.json["access_token"]).json["preferred_username"] == "alice"
-        assert {"user_logged_in", "authorization_code_issued", "user_token_issued"} <= {row.action for row in idp.store.list_audit(limit=10)}
+        assert {"user_logged_in", "authorization_code_issued", "user_token_issued"} <= {
+            row.action for row in idp.store.list_audit(limit=10)
+        }
 
-    def test_a_code_is_spent_once_and_its_second_use_ends_what_the_first_bought(self, auth, spa, alice, browser, exchange):
+    def test_a_code_is_spent_once_and_its_second_use_ends_what_the_first_bought(
+        self, auth, spa, alice, browser, exchange
+    ):
         code = code_of(sign_in(browser, request(scope="openid offline_access")))
         bought = exchange(code).json
         assert exchange(code).json["error"] == "invalid_grant"
         assert auth.get("/me", bearer=bought["access_token"]).status == 401
-        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}).json["error"] == "invalid_grant"
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
+            ).json["error"]
+            == "invalid_grant"
+        )
 
-    def test_a_second_use_while_the_first_is_under_way_leaves_nothing(self, idp, auth, spa, alice, browser, exchange, monkeypatch):
+    def test_a_second_use_while_the_first_is_under_way_leaves_nothing(
+        self, idp, auth, spa, alice, browser, exchange, monkeypatch
+    ):
         code, issue, within = code_of(sign_in(browser)), m.issue, []
 
         def slowly(idp, client, granted, origin):
@@ -151,17 +193,28 @@ class TestAuthorizationCode:
             assert exchange(code).status == 503
         assert exchange(code).status == 200 and exchange(code).status == 400
 
-    @pytest.mark.parametrize("change", [
-        {"redirect_uri": "https://app.example/other"}, {"redirect_uri": None}, {"code_verifier": "w" * 43}, {"code_verifier": None}, {"code_verifier": "v" * 42}, {"code_verifier": "v" * 129}, {"code_verifier": CHALLENGE}, {"code_verifier": "ü" * 43},
-    ])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"redirect_uri": "https://app.example/other"}, {"redirect_uri": None}, {"code_verifier": "w" * 43},
+            {"code_verifier": None}, {"code_verifier": "v" * 42}, {"code_verifier": "v" * 129},
+            {"code_verifier": CHALLENGE}, {"code_verifier": "ü" * 43},
+        ],
+    )
     def test_whatever_does_not_match_spends_it_for_nothing(self, spa, alice, browser, exchange, change):
         code = code_of(sign_in(browser))
-        assert exchange(code, **change).json["error"] == "invalid_grant" and exchange(code).json["error"] == "invalid_grant"
+        assert (
+            exchange(code, **change).json["error"] == "invalid_grant"
+            and exchange(code).json["error"] == "invalid_grant"
+        )
 
     def test_another_client_gets_nothing_and_spends_nothing(self, register, spa, alice, browser, exchange, service):
         register("other")
         code = code_of(sign_in(browser))
-        assert exchange(code, "other").json["error"] == "invalid_grant" and exchange(code, *service).json["error"] == "invalid_grant"
+        assert (
+            exchange(code, "other").json["error"] == "invalid_grant"
+            and exchange(code, *service).json["error"] == "invalid_grant"
+        )
         assert exchange(code).status == 200
 
     def test_it_lives_a_minute(self, spa, alice, browser, exchange, clock):
@@ -169,15 +222,22 @@ class TestAuthorizationCode:
         clock.pass_(60)
         assert exchange(code).json["error"] == "invalid_grant"
 
-    @pytest.mark.parametrize("statement", [
-        "UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999", "UPDATE client SET revoked_before = 9999999999999", "DELETE FROM account", "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'",
-    ])
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999",
+            "UPDATE client SET revoked_before = 9999999999999", "DELETE FROM account",
+            "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'",
+        ],
+    )
     def test_it_dies_with_its_user_and_client(self, spa, alice, browser, exchange, change, statement):
         code = code_of(sign_in(browser))
         change(statement)
         assert exchange(code).json["error"] == "invalid_grant"
 
-    def test_a_confidential_client_authenticates_and_may_leave_pkce_out(self, idp, register, new_client, alice, browser, exchange, auth):
+    def test_a_confidential_client_authenticates_and_may_leave_pkce_out(
+        self, idp, register, new_client, alice, browser, exchange, auth
+    ):
         name, secret = new_client("web")
         m.add_uri(idp, m.LOCAL, "test", "web", "redirect", CALLBACK)
         path = request("web", code_challenge=None, code_challenge_method=None, nonce=None, state=None)
@@ -186,35 +246,60 @@ class TestAuthorizationCode:
         assert exchange(members["code"], "web", "wrong secret").status == 401
         assert exchange(members["code"], "web", secret, code_verifier=None).status == 200
         code = code_of(browser.open(path))
-        assert exchange(code, "web", secret).json["error"] == "invalid_grant", "a verifier without a challenge is a downgrade somebody tried"
+        assert exchange(code, "web", secret).json["error"] == "invalid_grant", (
+            "a verifier without a challenge is a downgrade somebody tried"
+        )
 
     def test_a_client_without_the_grant_cannot(self, register, alice, browser):
         register("machine", client_type="confidential", grant_types=["client_credentials"])
         _, members = sent_back(browser.open(request("machine")))
-        assert members["error"] == "unauthorized_client" and members["state"] == "st&te" and members["iss"] == "https://idp.example"
+        assert (
+            members["error"] == "unauthorized_client"
+            and members["state"] == "st&te"
+            and members["iss"] == "https://idp.example"
+        )
 
-    def test_the_refresh_token_is_what_offline_access_is_for(self, auth, register, spa, alice, browser, exchange, new_user, idp):
+    def test_the_refresh_token_is_what_offline_access_is_for(
+        self, auth, register, spa, alice, browser, exchange, new_user, idp
+    ):
         assert "refresh_token" not in exchange(code_of(sign_in(browser))).json
         bought = exchange(code_of(browser.open(request(scope="openid offline_access")))).json
         assert "offline_access" in bought["scope"] and bought["refresh_token"]
-        again = auth.post("/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}).json
+        again = auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
+        ).json
         first, second = claims_of(bought["id_token"]), claims_of(again["id_token"])
         assert first["auth_time"] == second["auth_time"] and first["sid"] == second["sid"] and "nonce" not in second
-        assert "refresh_token" in exchange(code_of(browser.open(request(scope="api:read")))).json, "plain OAuth: by the grant"
+        assert "refresh_token" in exchange(code_of(browser.open(request(scope="api:read")))).json, (
+            "plain OAuth: by the grant"
+        )
 
     def test_discovery_says_what_works(self, auth):
         found = auth.get("/.well-known/openid-configuration").json
-        assert found["authorization_endpoint"] == "https://idp.example/authorize" and found["end_session_endpoint"] == "https://idp.example/end-session" and found["response_types_supported"] == ["code"]
-        assert found["code_challenge_methods_supported"] == ["S256"] and found["authorization_response_iss_parameter_supported"] is True and "authorization_code" in found["grant_types_supported"] and {"de", "en"} <= set(found["ui_locales_supported"])
+        assert (
+            found["authorization_endpoint"] == "https://idp.example/authorize"
+            and found["end_session_endpoint"] == "https://idp.example/end-session"
+            and found["response_types_supported"] == ["code"]
+        )
+        assert (
+            found["code_challenge_methods_supported"] == ["S256"]
+            and found["authorization_response_iss_parameter_supported"] is True
+            and "authorization_code" in found["grant_types_supported"]
+            and {"de", "en"} <= set(found["ui_locales_supported"])
+        )
 
     def test_switched_off_it_is_not_there(self, make_idp):
         auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, enable_pkce=False)), m.AUTH))
-        assert {auth.get(path).status for path in ("/authorize", "/login", "/account", "/end-session")} == {404} and "authorization_endpoint" not in auth.get("/.well-known/openid-configuration").json
-        
+        assert {auth.get(path).status for path in ("/authorize", "/login", "/account", "/end-session")} == {
+            404
+        } and "authorization_endpoint" not in auth.get("/.well-known/openid-configuration").json
 
-
-    @pytest.mark.parametrize("what", ["the browser is logged out", "the client is revoked", "the client is switched off"])
-    def test_it_buys_nothing_once_what_it_hangs_on_was_ended(self, idp, spa, auth, alice, browser, exchange, clock, monkeypatch, what):
+    @pytest.mark.parametrize(
+        "what", ["the browser is logged out", "the client is revoked", "the client is switched off"]
+    )
+    def test_it_buys_nothing_once_what_it_hangs_on_was_ended(
+        self, idp, spa, auth, alice, browser, exchange, clock, monkeypatch, what
+    ):
         """Between the look at it and the transaction that issues, which may wait for others to write."""
         code, issue = code_of(sign_in(browser, request(scope="openid offline_access"))), m.issue
 
@@ -240,30 +325,65 @@ class TestAuthorizationCode:
 class TestRequest:
     """RFC 6749 §4.1.2.1, OpenID Connect Core §3.1.2.2"""
 
-    @pytest.mark.parametrize("change", [
-        {"client_id": None}, {"client_id": "nobody"}, {"client_id": ""}, {"redirect_uri": None}, {"redirect_uri": ""}, {"redirect_uri": "https://evil.example/cb"}, {"redirect_uri": CALLBACK + "/"}, {"redirect_uri": CALLBACK + "?x"}, {"redirect_uri": CALLBACK + "#x"},
-        {"redirect_uri": "https://app.example.evil.example/cb"}, {"redirect_uri": "https://app.example@evil.example/cb"}, {"redirect_uri": "javascript:alert(1)"}, {"redirect_uri": "//app.example/cb"}, {"redirect_uri": "https://app.example/%63b"},
-    ])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"client_id": None}, {"client_id": "nobody"}, {"client_id": ""}, {"redirect_uri": None},
+            {"redirect_uri": ""}, {"redirect_uri": "https://evil.example/cb"}, {"redirect_uri": CALLBACK + "/"},
+            {"redirect_uri": CALLBACK + "?x"}, {"redirect_uri": CALLBACK + "#x"},
+            {"redirect_uri": "https://app.example.evil.example/cb"},
+            {"redirect_uri": "https://app.example@evil.example/cb"}, {"redirect_uri": "javascript:alert(1)"},
+            {"redirect_uri": "//app.example/cb"}, {"redirect_uri": "https://app.example/%63b"},
+        ],
+    )
     def test_until_client_and_redirect_uri_are_proven_nobody_is_redirected(self, spa, browser, change):
         answer = browser("GET", request(**change))
-        assert answer.status == 400 and "location" not in answer.headers and answer.headers["content-type"].startswith("text/html") and b"evil" not in answer.body and b"javascript:" not in answer.body
+        assert (
+            answer.status == 400
+            and "location" not in answer.headers
+            and answer.headers["content-type"].startswith("text/html")
+            and b"evil" not in answer.body
+            and b"javascript:" not in answer.body
+        )
 
     def test_an_inactive_client_is_none(self, spa, browser, change):
         change("UPDATE client SET is_active = 0")
         assert browser("GET", request()).status == 400
 
-    @pytest.mark.parametrize("change, error", [
-        ({"response_type": None}, "invalid_request"), ({"response_type": "token"}, "unsupported_response_type"), ({"response_type": "code id_token"}, "unsupported_response_type"), ({"response_type": "none"}, "unsupported_response_type"),
-        ({"response_mode": "fragment"}, "invalid_request"), ({"request": "eyJ"}, "request_not_supported"), ({"request_uri": "https://x.example/"}, "request_uri_not_supported"), ({"registration": "{}"}, "registration_not_supported"),
-        ({"code_challenge": None}, "invalid_request"), ({"code_challenge": None, "code_challenge_method": None}, "invalid_request"), ({"code_challenge_method": "plain"}, "invalid_request"), ({"code_challenge_method": None}, "invalid_request"), ({"code_challenge_method": "s256"}, "invalid_request"),
-        ({"code_challenge": "short"}, "invalid_request"), ({"code_challenge": "v" * 44}, "invalid_request"), ({"code_challenge": CHALLENGE[:-1] + "!"}, "invalid_request"),
-        ({"scope": "openid nonsense"}, "invalid_scope"), ({"scope": 'open"id'}, "invalid_scope"), ({"scope": "api:secret"}, "invalid_scope"), ({"scope": "email"}, "invalid_scope"),
-        ({"prompt": "none login"}, "invalid_request"), ({"prompt": "create"}, "invalid_request"), ({"max_age": "-1"}, "invalid_request"), ({"max_age": "x"}, "invalid_request"), ({"id_token_hint": "nonsense"}, "invalid_request"),
-        ({"claims": "{"}, "invalid_request"), ({"claims": "[]"}, "invalid_request"), ({"claims": '{"id_token": 5}'}, "invalid_request"), ({"nonce": "x" * 3000}, "invalid_request"), ({"prompt": "none"}, "login_required"),
-    ])
+    @pytest.mark.parametrize(
+        "change, error",
+        [
+            ({"response_type": None}, "invalid_request"), ({"response_type": "token"}, "unsupported_response_type"),
+            ({"response_type": "code id_token"}, "unsupported_response_type"),
+            ({"response_type": "none"}, "unsupported_response_type"),
+            ({"response_mode": "fragment"}, "invalid_request"), ({"request": "eyJ"}, "request_not_supported"),
+            ({"request_uri": "https://x.example/"}, "request_uri_not_supported"),
+            ({"registration": "{}"}, "registration_not_supported"), ({"code_challenge": None}, "invalid_request"),
+            ({"code_challenge": None, "code_challenge_method": None}, "invalid_request"),
+            ({"code_challenge_method": "plain"}, "invalid_request"),
+            ({"code_challenge_method": None}, "invalid_request"),
+            ({"code_challenge_method": "s256"}, "invalid_request"), ({"code_challenge": "short"}, "invalid_request"),
+            ({"code_challenge": "v" * 44}, "invalid_request"),
+            ({"code_challenge": CHALLENGE[:-1] + "!"}, "invalid_request"),
+            ({"scope": "openid nonsense"}, "invalid_scope"), ({"scope": 'open"id'}, "invalid_scope"),
+            ({"scope": "api:secret"}, "invalid_scope"), ({"scope": "email"}, "invalid_scope"),
+            ({"prompt": "none login"}, "invalid_request"), ({"prompt": "create"}, "invalid_request"),
+            ({"max_age": "-1"}, "invalid_request"), ({"max_age": "x"}, "invalid_request"),
+            ({"id_token_hint": "nonsense"}, "invalid_request"), ({"claims": "{"}, "invalid_request"),
+            ({"claims": "[]"}, "invalid_request"), ({"claims": '{"id_token": 5}'}, "invalid_request"),
+            ({"nonce": "x" * 3000}, "invalid_request"), ({"prompt": "none"}, "login_required"),
+        ],
+    )
     def test_afterwards_the_client_is_told(self, spa, browser, change, error):
         uri, members = sent_back(browser("GET", request(**change)))
-        assert uri == CALLBACK and members["error"] == error and members["state"] == "st&te" and members["iss"] == "https://idp.example" and members["error_description"].isascii() and "code" not in members
+        assert (
+            uri == CALLBACK
+            and members["error"] == error
+            and members["state"] == "st&te"
+            and members["iss"] == "https://idp.example"
+            and members["error_description"].isascii()
+            and "code" not in members
+        )
 
     def test_repeated_parameters_are_refused_and_unknown_ones_ignored(self, spa, browser):
         for repeated in ("&client_id=spa", "&redirect_uri=" + CALLBACK, "&state=x"):
@@ -284,13 +404,23 @@ class TestRequest:
         register("native", uris=["http://127.0.0.1/cb", "com.example.app:/cb"])
         code = code_of(sign_in(browser, request("native", redirect_uri="http://127.0.0.1:51004/cb")))
         assert exchange(code, "native", redirect_uri="http://127.0.0.1/cb").status == 400
-        assert browser.open(request("native", redirect_uri="com.example.app:/cb")).headers["location"].startswith("com.example.app:/cb?code=")
+        assert (
+            browser.open(request("native", redirect_uri="com.example.app:/cb"))
+            .headers["location"]
+            .startswith("com.example.app:/cb?code=")
+        )
 
     def test_plain_is_for_whoever_allows_it(self, make_idp, register, spa, alice, exchange):
         idp = make_idp(m.Options(**CHEAP, allow_plain_pkce=True, oidc_issuer="https://idp.example"))
         browser = Browser(m.build_app(idp, m.AUTH))
-        assert exchange(code_of(sign_in(browser, request(code_challenge=VERIFIER, code_challenge_method="plain")))).status == 200
-        assert idp and "plain" in browser("GET", "/.well-known/openid-configuration").json["code_challenge_methods_supported"]
+        assert (
+            exchange(code_of(sign_in(browser, request(code_challenge=VERIFIER, code_challenge_method="plain")))).status
+            == 200
+        )
+        assert (
+            idp
+            and "plain" in browser("GET", "/.well-known/openid-configuration").json["code_challenge_methods_supported"]
+        )
 
     def test_a_post_becomes_a_get_that_finds_the_session(self, spa, alice, browser):
         sign_in(browser)
@@ -301,16 +431,27 @@ class TestRequest:
         assert code_of(browser.follow())
 
     def test_form_post(self, spa, alice, browser, exchange):
-        answer = sign_in(browser, request(response_mode="form_post", state="<&\">"))
-        assert answer.status == 200 and "form-action 'self' https:;" in answer.headers["content-security-policy"] + ";" and "script-src 'self'" in answer.headers["content-security-policy"]
+        answer = sign_in(browser, request(response_mode="form_post", state='<&">'))
+        assert (
+            answer.status == 200
+            and "form-action 'self' https:;" in answer.headers["content-security-policy"] + ";"
+            and "script-src 'self'" in answer.headers["content-security-policy"]
+        )
         form = browser.forms().forms[0]
-        assert form["action"] == CALLBACK and form["fields"]["state"] == "<&\">" and form["fields"]["iss"] == "https://idp.example" and exchange(form["fields"]["code"]).status == 200
+        assert (
+            form["action"] == CALLBACK
+            and form["fields"]["state"] == '<&">'
+            and form["fields"]["iss"] == "https://idp.example"
+            and exchange(form["fields"]["code"]).status == 200
+        )
         assert b'document.getElementById("answer").submit' in browser("GET", "/pages/form_post.js").body
         refused = browser.open(request(response_mode="form_post", scope="nonsense"))
         assert browser.forms().forms[0]["fields"]["error"] == "invalid_scope" and refused.status == 200
 
     def test_what_the_claims_parameter_asks_for_is_given(self, auth, spa, alice, browser, exchange):
-        claims = json.dumps({"id_token": {"email": {"essential": True}, "nonsense": None}, "userinfo": {"preferred_username": None}})
+        claims = json.dumps(
+            {"id_token": {"email": {"essential": True}, "nonsense": None}, "userinfo": {"preferred_username": None}}
+        )
         bought = exchange(code_of(sign_in(browser, request(scope="openid", claims=claims)))).json
         token, info = claims_of(bought["id_token"]), auth.get("/userinfo", bearer=bought["access_token"]).json
         assert token["email"] == "alice@example.org" and "email_verified" not in token and "name" not in token
@@ -328,14 +469,24 @@ class TestSession:
     def test_one_login_serves_every_client(self, register, spa, alice, browser, exchange):
         sign_in(browser)
         register("second")
-        assert claims_of(exchange(code_of(browser.open(request("second"))), "second").json["id_token"])["sub"] == alice.id
+        assert (
+            claims_of(exchange(code_of(browser.open(request("second"))), "second").json["id_token"])["sub"] == alice.id
+        )
         assert code_of(browser.open(request(prompt="none")))
 
     def test_prompt_login_and_max_age_ask_again(self, spa, alice, browser, clock, exchange):
         first = claims_of(exchange(code_of(sign_in(browser))).json["id_token"])
         clock.pass_(100)
-        assert title(browser.open(request(prompt="login"))) == title(browser.open(request(max_age="99"))) == title(browser.open(request(max_age="0"))) == "Sign in"
-        assert claims_of(exchange(code_of(browser.open(request(max_age="100")))).json["id_token"])["auth_time"] == first["auth_time"]
+        assert (
+            title(browser.open(request(prompt="login")))
+            == title(browser.open(request(max_age="99")))
+            == title(browser.open(request(max_age="0")))
+            == "Sign in"
+        )
+        assert (
+            claims_of(exchange(code_of(browser.open(request(max_age="100")))).json["id_token"])["auth_time"]
+            == first["auth_time"]
+        )
         again = claims_of(exchange(code_of(sign_in(browser, request(prompt="login")))).json["id_token"])
         assert again["auth_time"] == first["auth_time"] + 100
         assert sent_back(browser.open(request(prompt="none", max_age="0")))[1]["error"] == "login_required"
@@ -354,7 +505,9 @@ class TestSession:
         new_user("bob")
         assert sent_back(sign_in(other, request(id_token_hint=hint), "bob"))[1]["error"] == "login_required"
         claims = json.dumps({"id_token": {"sub": {"value": alice.id}}})
-        assert sent_back(other.open(request(prompt="none", claims=claims)))[1]["error"] == "login_required" and code_of(browser.open(request(prompt="none", claims=claims)))
+        assert sent_back(other.open(request(prompt="none", claims=claims)))[1]["error"] == "login_required" and code_of(
+            browser.open(request(prompt="none", claims=claims))
+        )
 
     def test_logging_in_again_ends_nothing_of_the_same_user(self, auth, spa, alice, new_user, browser, exchange):
         bought = exchange(code_of(sign_in(browser))).json["access_token"]
@@ -389,10 +542,16 @@ class TestSession:
             last = sent_back(browser.open(request(prompt="none")))[1]
         assert last["error"] == "login_required", "a day is the end"
 
-    @pytest.mark.parametrize("end", [
-        lambda idp, alice: m.set_user_active(idp, m.LOCAL, "t", alice.id, False), lambda idp, alice: m.reset_password(idp, m.LOCAL, "t", alice.id, NEW_PASSWORD), lambda idp, alice: m.set_lockout(idp, m.LOCAL, "t", alice.id, "9999-12-31T00:00:00Z"),
-        lambda idp, alice: m.end_user(idp, m.LOCAL, "t", alice.id, "x"), lambda idp, alice: m.delete_user(idp, m.LOCAL, "t", alice.id),
-    ])
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda idp, alice: m.set_user_active(idp, m.LOCAL, "t", alice.id, False),
+            lambda idp, alice: m.reset_password(idp, m.LOCAL, "t", alice.id, NEW_PASSWORD),
+            lambda idp, alice: m.set_lockout(idp, m.LOCAL, "t", alice.id, "9999-12-31T00:00:00Z"),
+            lambda idp, alice: m.end_user(idp, m.LOCAL, "t", alice.id, "x"),
+            lambda idp, alice: m.delete_user(idp, m.LOCAL, "t", alice.id),
+        ],
+    )
     def test_it_ends_with_what_its_user_loses(self, idp, spa, alice, browser, end):
         sign_in(browser)
         end(idp, alice)
@@ -402,7 +561,10 @@ class TestSession:
         register("bank", flags={"SESSION_BASED_AUTH": "", "SESSION_BASED_MAX_AGE": "60"})
         sign_in(browser)
         clock.pass_(61)
-        assert code_of(browser.open(request(prompt="none"))) and sent_back(browser.open(request("bank", prompt="none")))[1]["error"] == "login_required"
+        assert (
+            code_of(browser.open(request(prompt="none")))
+            and sent_back(browser.open(request("bank", prompt="none")))[1]["error"] == "login_required"
+        )
 
     def test_each_login_is_a_fresh_session_and_the_old_one_ends(self, idp, spa, alice, browser):
         sign_in(browser)
@@ -414,15 +576,23 @@ class TestSession:
 
     def test_no_secret_of_it_stands_in_the_database_or_a_url(self, idp, spa, alice, browser):
         sign_in(browser)
-        stored = str(idp.store.connection.execute("SELECT * FROM browser_session").fetchall()) + str(idp.store.connection.execute("SELECT * FROM login_transaction").fetchall())
+        stored = str(idp.store.connection.execute("SELECT * FROM browser_session").fetchall()) + str(
+            idp.store.connection.execute("SELECT * FROM login_transaction").fetchall()
+        )
         assert browser.cookies["__Host-mad-session"] not in stored and browser.cookies["__Host-mad-login"] not in stored
         browser.open(request(prompt="login"))
-        assert browser.cookies["__Host-mad-login"].encode() not in browser.answer.body and browser.cookies["__Host-mad-session"].encode() not in browser.answer.body
+        assert (
+            browser.cookies["__Host-mad-login"].encode() not in browser.answer.body
+            and browser.cookies["__Host-mad-session"].encode() not in browser.answer.body
+        )
 
     def test_select_account(self, spa, alice, new_user, browser):
         assert title(browser.open(request(prompt="select_account"))) == "Sign in"
         browser.submit(username="alice", password=PASSWORD)
-        assert title(browser.open(request(prompt="select_account"))) == "Choose an account" and b"alice" in browser.answer.body
+        assert (
+            title(browser.open(request(prompt="select_account"))) == "Choose an account"
+            and b"alice" in browser.answer.body
+        )
         assert code_of(browser.submit(button=("choice", "same")))
         new_user("bob")
         browser.open(request(prompt="select_account"))
@@ -437,7 +607,9 @@ class TestSession:
         two = browser.answer
         browser.answer.body, saved = browser.answer.body, browser.answer.body
         form = one.forms[0]
-        _, members = sent_back(browser.follow(browser("POST", "/login", form["fields"] | {"username": "alice", "password": PASSWORD})))
+        _, members = sent_back(
+            browser.follow(browser("POST", "/login", form["fields"] | {"username": "alice", "password": PASSWORD}))
+        )
         assert members["state"] == "st&te" and exchange(members["code"]).status == 200
         browser.answer = two
         two.body = saved
@@ -455,14 +627,23 @@ class TestFirstFactor:
             answer = browser.submit(username=username, password=password)
             assert answer.status == 403
             pages.add(re.sub(rb'value="[^"]*"', b"", answer.body))
-        assert len(pages) == 1 and PASSWORD.encode() not in browser.answer.body and browser.forms().forms[0]["fields"]["password"] == ""
+        assert (
+            len(pages) == 1
+            and PASSWORD.encode() not in browser.answer.body
+            and browser.forms().forms[0]["fields"]["password"] == ""
+        )
 
     def test_guesses_lock_the_account_for_every_path(self, spa, alice, browser, auth, service):
         browser.open(request())
         for _ in range(5):
             browser.submit(username="alice", password="wrong password")
         assert browser.submit(username="alice", password=PASSWORD).status == 403
-        assert auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service).status == 403
+        assert (
+            auth.post(
+                "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service
+            ).status
+            == 403
+        )
 
     def test_too_many_failures_end_the_transaction(self, spa, alice, browser):
         browser.open(request())
@@ -481,7 +662,10 @@ class TestFirstFactor:
         for path in (f"/login?jti={tx}", f"/totp?tx={tx}"):
             assert title(browser("GET", path)) == "Sign in"
         assert browser("GET", "/login?tx=x").status == 404
-        assert title(browser.open("/login")) == "Sign in" and title(browser.submit(username="alice", password=PASSWORD)) == "Your account", "by itself it leads to the account page"
+        assert (
+            title(browser.open("/login")) == "Sign in"
+            and title(browser.submit(username="alice", password=PASSWORD)) == "Your account"
+        ), "by itself it leads to the account page"
 
 
 class TestSecondFactor:
@@ -499,9 +683,16 @@ class TestSecondFactor:
         sign_in(browser)
         form = browser.forms().forms[0]["fields"]
         for path in ("/login", "/login/consent", "/login/codes", "/login/select", "/login/enrol"):
-            answer = browser("POST", path, form | {"username": "alice", "password": PASSWORD, "decision": "allow", "choice": "same", "totp": "000000"})
+            answer = browser(
+                "POST", path,
+                form
+                | {"username": "alice", "password": PASSWORD, "decision": "allow", "choice": "same", "totp": "000000"},
+            )
             assert answer.status in (403, 409) and "location" not in answer.headers
-        assert auth.post("/login/finalize", {"jti": form["tx"]}).status == 400 and sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
+        assert (
+            auth.post("/login/finalize", {"jti": form["tx"]}).status == 400
+            and sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
+        )
 
     def test_a_code_works_once_and_guesses_lock_it(self, idp, spa, alice, browser, other, give_totp, clock):
         code = second_factor(idp, alice, give_totp, clock)
@@ -515,7 +706,14 @@ class TestSecondFactor:
             other.submit(totp="000000")
         assert other.submit(totp=code()).status == 403, "locked"
 
-    @pytest.mark.parametrize("end", [lambda idp, id: m.set_user_active(idp, m.LOCAL, "t", id, False), lambda idp, id: m.reset_password(idp, m.LOCAL, "t", id, NEW_PASSWORD), lambda idp, id: m.end_user(idp, m.LOCAL, "t", id, "x")])
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda idp, id: m.set_user_active(idp, m.LOCAL, "t", id, False),
+            lambda idp, id: m.reset_password(idp, m.LOCAL, "t", id, NEW_PASSWORD),
+            lambda idp, id: m.end_user(idp, m.LOCAL, "t", id, "x"),
+        ],
+    )
     def test_what_the_user_loses_between_the_steps_counts(self, idp, spa, alice, browser, give_totp, clock, end):
         code = second_factor(idp, alice, give_totp, clock)
         sign_in(browser)
@@ -526,9 +724,14 @@ class TestSecondFactor:
     def test_a_recovery_code_stands_for_it_once(self, idp, spa, alice, browser, other, exchange, give_totp, clock):
         second_factor(idp, alice, give_totp, clock)
         codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
-        assert len(set(codes)) == 10 and not any(code.replace("-", "") in str(idp.store.connection.execute("SELECT * FROM recovery_code").fetchall()) for code in codes)
+        assert len(set(codes)) == 10 and not any(
+            code.replace("-", "") in str(idp.store.connection.execute("SELECT * FROM recovery_code").fetchall())
+            for code in codes
+        )
         sign_in(browser)
-        claims = claims_of(exchange(code_of(browser.submit(totp=" " + codes[0].upper().replace("-", " ")))).json["id_token"])
+        claims = claims_of(
+            exchange(code_of(browser.submit(totp=" " + codes[0].upper().replace("-", " ")))).json["id_token"]
+        )
         assert claims["amr"] == ["pwd", "mfa"]
         sign_in(other)
         assert other.submit(totp=codes[0]).status == 403 and code_of(other.submit(totp=codes[1]))
@@ -536,7 +739,10 @@ class TestSecondFactor:
 
     def test_a_client_that_demands_one_has_it_set_up(self, idp, register, alice, browser, exchange):
         register("bank", flags={"ENABLE_TOTP": "", "TOTP_ISSUER": "The Bank"})
-        assert title(sign_in(browser, request("bank"))) == "Set up a second factor" and "__Host-mad-session" not in browser.cookies
+        assert (
+            title(sign_in(browser, request("bank"))) == "Set up a second factor"
+            and "__Host-mad-session" not in browser.cookies
+        )
         seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
         SECRETS.add(seed)
         assert b"data:image/svg+xml;base64," in browser.answer.body and browser.submit(totp="000000").status == 403
@@ -546,7 +752,9 @@ class TestSecondFactor:
         claims = claims_of(exchange(code_of(browser.submit()), "bank").json["id_token"])
         assert claims["amr"] == ["pwd", "otp", "mfa"] and idp.store.find_account(alice.id).totp_sealed
 
-    def test_a_session_without_one_is_not_enough_for_a_client_that_demands_one(self, idp, register, spa, alice, browser, give_totp, clock):
+    def test_a_session_without_one_is_not_enough_for_a_client_that_demands_one(
+        self, idp, register, spa, alice, browser, give_totp, clock
+    ):
         register("bank", flags={"ENABLE_TOTP": ""})
         sign_in(browser)
         assert sent_back(browser.open(request("bank", prompt="none")))[1]["error"] == "interaction_required"
@@ -562,20 +770,33 @@ class TestConsent:
 
     def test_a_third_party_asks_once(self, idp, third, alice, browser, exchange):
         page = sign_in(browser, request("third"))
-        assert title(page) == "Permission" and "Third &amp; Co" in page.body.decode() and "read your e-mail address" in page.body.decode() and sent_back(browser.open(request("third", prompt="none")))[1]["error"] == "consent_required"
+        assert (
+            title(page) == "Permission"
+            and "Third &amp; Co" in page.body.decode()
+            and "read your e-mail address" in page.body.decode()
+            and sent_back(browser.open(request("third", prompt="none")))[1]["error"] == "consent_required"
+        )
         browser.open(request("third"))
         assert exchange(code_of(browser.submit(button=("decision", "allow"))), "third").status == 200
-        assert code_of(browser.open(request("third", prompt="none"))) and title(browser.open(request("third", scope="openid roles"))) == "Permission" == title(browser.open(request("third", prompt="consent")))
+        assert code_of(browser.open(request("third", prompt="none"))) and title(
+            browser.open(request("third", scope="openid roles"))
+        ) == "Permission" == title(browser.open(request("third", prompt="consent")))
 
     def test_who_asks_for_nothing_asks_once_too(self, register, alice, browser):
         register("bare", is_first_party=False, scopes=[])
         assert title(sign_in(browser, request("bare", scope=None))) == "Permission"
-        assert code_of(browser.submit(button=("decision", "allow"))) and code_of(browser.open(request("bare", scope=None)))
+        assert code_of(browser.submit(button=("decision", "allow"))) and code_of(
+            browser.open(request("bare", scope=None))
+        )
 
     def test_no_is_an_answer(self, idp, third, alice, browser):
         sign_in(browser, request("third"))
         _, members = sent_back(browser.submit(button=("decision", "deny")))
-        assert members["error"] == "access_denied" and members["state"] == "st&te" and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) is None
+        assert (
+            members["error"] == "access_denied"
+            and members["state"] == "st&te"
+            and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) is None
+        )
         browser.open(request("third"))
         assert sent_back(browser.submit())[1]["error"] == "access_denied", "no button is no yes"
 
@@ -589,9 +810,14 @@ class TestAttacks:
     def test_a_login_under_way_is_nobody_elses(self, spa, alice, browser, other):
         browser.open(request())
         form = browser.forms().forms[0]["fields"]
-        assert other("GET", f"/login?tx={form['tx']}").status == 404 and other("POST", "/login", form | {"username": "alice", "password": PASSWORD}).status == 404
+        assert (
+            other("GET", f"/login?tx={form['tx']}").status == 404
+            and other("POST", "/login", form | {"username": "alice", "password": PASSWORD}).status == 404
+        )
         other.open(request())
-        assert other("POST", "/login", form | {"username": "alice", "password": PASSWORD}).status == 404, "with a login cookie of its own"
+        assert other("POST", "/login", form | {"username": "alice", "password": PASSWORD}).status == 404, (
+            "with a login cookie of its own"
+        )
 
     def test_a_form_of_another_site_does_nothing(self, spa, alice, new_user, browser, other):
         """Login CSRF: the attacker knows everything but the victim's cookie."""
@@ -599,7 +825,9 @@ class TestAttacks:
         theirs = other.forms().forms[0]["fields"]
         browser.open(request())
         mine = browser.forms().forms[0]["fields"]
-        for form in ({}, {"tx": mine["tx"]}, {"tx": mine["tx"], "form": ""}, {"tx": mine["tx"], "form": theirs["form"]}, theirs):
+        for form in (
+            {}, {"tx": mine["tx"]}, {"tx": mine["tx"], "form": ""}, {"tx": mine["tx"], "form": theirs["form"]}, theirs,
+        ):
             answer = browser("POST", "/login", form | {"username": "alice", "password": PASSWORD})
             assert answer.status in (403, 404) and answer.cookies == []
 
@@ -626,10 +854,14 @@ class TestAttacks:
         other.cookies["__Host-mad-login"] = browser.cookies["__Host-mad-login"]
         assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, "without a session"
         sign_in(other, "/account", username="mallory")
-        assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, "in a session of somebody else"
+        assert other("POST", "/login/consent", consent | {"decision": "allow"}).status == 404, (
+            "in a session of somebody else"
+        )
         assert code_of(browser.submit(button=("decision", "allow")))
 
-    def test_a_second_factor_asked_for_by_a_session_ends_with_it(self, idp, register, spa, alice, browser, give_totp, clock):
+    def test_a_second_factor_asked_for_by_a_session_ends_with_it(
+        self, idp, register, spa, alice, browser, give_totp, clock
+    ):
         register("bank", flags={"ENABLE_TOTP": ""})
         sign_in(browser)
         code = second_factor(idp, alice, give_totp, clock)
@@ -647,7 +879,10 @@ class TestAttacks:
     def test_a_cookie_that_is_there_twice_is_none(self, idp, spa, alice, browser, auth):
         sign_in(browser)
         good = browser.cookies["__Host-mad-session"]
-        for cookie in (f"__Host-mad-session={good}; __Host-mad-session=evil", f"__Host-mad-session=evil; __Host-mad-session={good}", f"mad-session={good}"):
+        for cookie in (
+            f"__Host-mad-session={good}; __Host-mad-session=evil",
+            f"__Host-mad-session=evil; __Host-mad-session={good}", f"mad-session={good}",
+        ):
             answer = Caller(auth.app)("GET", request(prompt="none"), headers=[("Cookie", cookie)])
             assert sent_back(answer)[1]["error"] == "login_required"
 
@@ -660,7 +895,10 @@ class TestAttacks:
         assert browser("POST", "/login", first).status in (403, 409)
         assert code_of(browser("POST", "/totp", second))
         clock.pass_(30)
-        assert browser("POST", "/totp", second | {"totp": code()}).status == 404 and browser("POST", "/login", first).status == 404
+        assert (
+            browser("POST", "/totp", second | {"totp": code()}).status == 404
+            and browser("POST", "/login", first).status == 404
+        )
 
     def test_an_expired_login_is_over(self, spa, alice, browser, clock):
         browser.open(request())
@@ -670,23 +908,51 @@ class TestAttacks:
     def test_a_code_of_an_attacker_does_not_fit_a_victims_verifier(self, spa, alice, new_user, other, exchange):
         """Code injection: RFC 9700 §2.1.1."""
         new_user("mallory")
-        assert exchange(code_of(sign_in(other, username="mallory")), code_verifier="x" * 43).json["error"] == "invalid_grant"
+        assert (
+            exchange(code_of(sign_in(other, username="mallory")), code_verifier="x" * 43).json["error"]
+            == "invalid_grant"
+        )
 
-    @pytest.mark.parametrize("word", ['"><script>alert(1)</script>', "'><img src=x onerror=alert(1)>", "{{7*7}}", "</title><script>x</script>", "javascript:alert(1)"])
+    @pytest.mark.parametrize(
+        "word",
+        [
+            '"><script>alert(1)</script>', "'><img src=x onerror=alert(1)>", "{{7*7}}", "</title><script>x</script>",
+            "javascript:alert(1)",
+        ],
+    )
     def test_nothing_reflected_is_markup(self, register, alice, browser, word):
         register("odd", display_name=word[:255], is_first_party=False)
-        pages = [browser.open(request("odd", login_hint=word, state=word, nonce=word, ui_locales=word[:80])), browser.submit(username=word, password=word), browser("GET", f"/login?tx={word.replace(' ', '+').replace('&', '')}"), browser("GET", request("odd", redirect_uri=word))]
-        pages += [sign_in(browser, request("odd", state=word)), browser.open(request("odd", response_mode="form_post", state=word, prompt="none"))]
+        pages = [
+            browser.open(request("odd", login_hint=word, state=word, nonce=word, ui_locales=word[:80])),
+            browser.submit(username=word, password=word),
+            browser("GET", f"/login?tx={word.replace(' ', '+').replace('&', '')}"),
+            browser("GET", request("odd", redirect_uri=word)),
+        ]
+        pages += [
+            sign_in(browser, request("odd", state=word)),
+            browser.open(request("odd", response_mode="form_post", state=word, prompt="none")),
+        ]
         for page in pages:
             for tag, attributes in Markup(page.body.decode()).tags:
-                assert tag in ALLOWED and not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
-                assert (attributes.get("src") or "https://idp.example/").startswith(("https://idp.example/", "data:image/")) and (tag != "script" or attributes["src"])
+                assert tag in ALLOWED and not any(name.startswith("on") or name == "style" for name in attributes), (
+                    tag, attributes,
+                )
+                assert (attributes.get("src") or "https://idp.example/").startswith(
+                    ("https://idp.example/", "data:image/")
+                ) and (tag != "script" or attributes["src"])
 
     @pytest.mark.parametrize("path", ["/login", "/account", "/logout", "/end-session", "/authorize", "/login?tx=x"])
     def test_every_page_carries_its_armour(self, spa, alice, browser, path):
         for answer in (browser("GET", path), browser.open(request())):
             policy = answer.headers.get("content-security-policy", "")
-            assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy and "unsafe" not in policy and answer.headers["referrer-policy"] == "no-referrer" and answer.headers["cache-control"] == "no-store" and answer.headers["x-content-type-options"] == "nosniff"
+            assert (
+                "frame-ancestors 'none'" in policy
+                and "default-src 'none'" in policy
+                and "unsafe" not in policy
+                and answer.headers["referrer-policy"] == "no-referrer"
+                and answer.headers["cache-control"] == "no-store"
+                and answer.headers["x-content-type-options"] == "nosniff"
+            )
 
     def test_pages_have_no_inline_script_or_style(self):
         for path in (m.PAGES).glob("*.html"):
@@ -707,16 +973,22 @@ class TestAttacks:
             browser("GET", request())
         assert browser("GET", request()).status == 429, "in one browser"
         statuses = [other("GET", request()).status for _ in range(20) if other.cookies.clear() is None]
-        assert statuses[0] == 303 and statuses[-1] == 429 and int(other.answer.headers["retry-after"]) >= 1, "from one address"
+        assert statuses[0] == 303 and statuses[-1] == 429 and int(other.answer.headers["retry-after"]) >= 1, (
+            "from one address"
+        )
         clock.pass_(m.LOGIN_TTL + 1)
         for _ in range(10):
             other("GET", request())
-        assert idp.store.connection.execute("SELECT count(*) FROM login_transaction").fetchone()[0] <= 10, "what is over makes room"
+        assert idp.store.connection.execute("SELECT count(*) FROM login_transaction").fetchone()[0] <= 10, (
+            "what is over makes room"
+        )
 
     def test_a_lockout_keeps_guesses_out_and_not_who_is_in(self, auth, service, spa, alice, browser):
         sign_in(browser)
         for _ in range(5):
-            auth.post("/token", {"grant_type": "password", "username": "alice", "password": "wrong password"}, auth=service)
+            auth.post(
+                "/token", {"grant_type": "password", "username": "alice", "password": "wrong password"}, auth=service
+            )
         assert code_of(browser.open(request(prompt="none")))
 
 
@@ -730,10 +1002,21 @@ class TestLogout:
     def test_with_a_hint_it_is_at_once(self, auth, bye, alice, browser, exchange, clock):
         bought = exchange(code_of(sign_in(browser, request(scope="openid offline_access")))).json
         clock.pass_(1000)
-        answer = browser("GET", f"/end-session?id_token_hint={bought['id_token']}&post_logout_redirect_uri=https://app.example/bye&state=x%26y")
-        assert answer.headers["location"] == "https://app.example/bye?state=x%26y" and "__Host-mad-session" not in browser.cookies
+        answer = browser(
+            "GET",
+            f"/end-session?id_token_hint={bought['id_token']}&post_logout_redirect_uri=https://app.example/bye&state=x%26y",
+        )
+        assert (
+            answer.headers["location"] == "https://app.example/bye?state=x%26y"
+            and "__Host-mad-session" not in browser.cookies
+        )
         assert auth.get("/me", bearer=bought["access_token"]).status == 401, "what began in this browser ends with it"
-        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}).status == 400
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
+            ).status
+            == 400
+        )
         assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
 
     def test_without_one_it_asks(self, bye, alice, browser):
@@ -750,14 +1033,23 @@ class TestLogout:
         sign_in(browser)
         assert title(browser.open(f"/end-session?id_token_hint={hint}")) == "Sign out"
 
-    @pytest.mark.parametrize("query", [
-        "post_logout_redirect_uri=https://evil.example/", "client_id=spa&post_logout_redirect_uri=https://evil.example/", "client_id=spa&post_logout_redirect_uri=https://app.example/cb", "client_id=nobody&post_logout_redirect_uri=https://app.example/bye",
-        "post_logout_redirect_uri=https://app.example/bye", "id_token_hint=nonsense", "client_id=spa&post_logout_redirect_uri=https://app.example/bye%3Fx",
-    ])
+    @pytest.mark.parametrize(
+        "query",
+        [
+            "post_logout_redirect_uri=https://evil.example/",
+            "client_id=spa&post_logout_redirect_uri=https://evil.example/",
+            "client_id=spa&post_logout_redirect_uri=https://app.example/cb",
+            "client_id=nobody&post_logout_redirect_uri=https://app.example/bye",
+            "post_logout_redirect_uri=https://app.example/bye", "id_token_hint=nonsense",
+            "client_id=spa&post_logout_redirect_uri=https://app.example/bye%3Fx",
+        ],
+    )
     def test_nobody_is_sent_where_it_is_not_registered(self, bye, alice, browser, query):
         sign_in(browser)
         answer = browser("GET", f"/end-session?{query}")
-        assert answer.status == 400 and "location" not in answer.headers and code_of(browser.open(request(prompt="none")))
+        assert (
+            answer.status == 400 and "location" not in answer.headers and code_of(browser.open(request(prompt="none")))
+        )
 
     def test_a_form_of_another_site_does_not_log_out(self, bye, alice, browser):
         sign_in(browser)
@@ -779,25 +1071,50 @@ class TestLogout:
         bought = exchange(code_of(sign_in(browser))).json
         held = dict(browser.cookies)
         browser.cookies.clear()
-        answer = browser("POST", "/end-session", {"id_token_hint": bought["id_token"], "post_logout_redirect_uri": "https://app.example/bye", "state": "s&t"})
+        answer = browser(
+            "POST", "/end-session",
+            {
+                "id_token_hint": bought["id_token"], "post_logout_redirect_uri": "https://app.example/bye",
+                "state": "s&t",
+            },
+        )
         assert answer.status == 303 and answer.headers["location"].startswith("https://idp.example/end-session?")
         browser.cookies.update(held)
-        assert browser.follow(answer).headers["location"] == "https://app.example/bye?state=s%26t" and auth.get("/me", bearer=bought["access_token"]).status == 401
+        assert (
+            browser.follow(answer).headers["location"] == "https://app.example/bye?state=s%26t"
+            and auth.get("/me", bearer=bought["access_token"]).status == 401
+        )
 
-    def test_a_hint_ends_its_login_where_the_session_is_over_already(self, idp, auth, bye, alice, browser, exchange, clock):
+    def test_a_hint_ends_its_login_where_the_session_is_over_already(
+        self, idp, auth, bye, alice, browser, exchange, clock
+    ):
         bought = exchange(code_of(sign_in(browser, request(scope="openid offline_access")))).json
         clock.pass_(idp.options.session_idle_expiration)
         assert title(browser.open(f"/end-session?id_token_hint={bought['id_token']}")) == "Signed out"
-        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}).status == 400
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
+            ).status
+            == 400
+        )
 
     def test_the_page_and_everywhere(self, auth, bye, alice, browser, other, exchange):
         bought = exchange(code_of(sign_in(browser))).json
         sign_in(other)
-        assert title(browser.open("/logout")) == "Sign out" and title(browser.submit()) == "Signed out" and title(browser.open("/logout")) == "Signed out"
-        assert auth.get("/me", bearer=bought["access_token"]).status == 401 and code_of(other.open(request(prompt="none")))
+        assert (
+            title(browser.open("/logout")) == "Sign out"
+            and title(browser.submit()) == "Signed out"
+            and title(browser.open("/logout")) == "Signed out"
+        )
+        assert auth.get("/me", bearer=bought["access_token"]).status == 401 and code_of(
+            other.open(request(prompt="none"))
+        )
         sign_in(browser)
         form = browser.open("/account") and browser.forms().forms[-1]["fields"]["form"]
-        assert title(browser("POST", "/logout-all", {"form": form})) == "Signed out" and sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required"
+        assert (
+            title(browser("POST", "/logout-all", {"form": form})) == "Signed out"
+            and sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required"
+        )
 
 
 class TestHeadless:
@@ -808,11 +1125,16 @@ class TestHeadless:
 
     def test_the_whole_way(self, auth, spa, alice, exchange):
         step = self.begin(auth).json
-        assert step == {"jti": step["jti"], "client_id": "spa", "redirect_uri": CALLBACK, "requires_totp": False, "is_session_based": False}
+        assert step == {
+            "jti": step["jti"], "client_id": "spa", "redirect_uri": CALLBACK, "requires_totp": False,
+            "is_session_based": False,
+        }
         SECRETS.add(step["jti"])
         told = auth.get(f"/auth-session/{step['jti']}").json
         assert told["client_id"] == "spa" and told["state"] == "st&te" and told["login_state"] == "password"
-        after = auth.post("/login/password", {"jti": step["jti"], "username": "alice", "password": PASSWORD, "redirect_uri": CALLBACK})
+        after = auth.post(
+            "/login/password", {"jti": step["jti"], "username": "alice", "password": PASSWORD, "redirect_uri": CALLBACK}
+        )
         assert after.json == step
         final = auth.post("/login/finalize", {"jti": step["jti"]})
         assert final.status == 302
@@ -826,31 +1148,56 @@ class TestHeadless:
         jti = self.begin(auth).json["jti"]
         SECRETS.add(jti)
         assert auth.post("/login/finalize", {"jti": jti}).status == 400
-        assert auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).json["requires_totp"] is True
-        assert auth.post("/login/finalize", {"jti": jti}).status == 400 and auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).status == 400
-        assert auth.post("/login/totp", {"jti": jti, "totp_code": "000000"}).status == 400 and auth.post("/login/totp", {"jti": jti, "totp_code": code()}).json["requires_totp"] is False
+        assert (
+            auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).json["requires_totp"]
+            is True
+        )
+        assert (
+            auth.post("/login/finalize", {"jti": jti}).status == 400
+            and auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).status == 400
+        )
+        assert (
+            auth.post("/login/totp", {"jti": jti, "totp_code": "000000"}).status == 400
+            and auth.post("/login/totp", {"jti": jti, "totp_code": code()}).json["requires_totp"] is False
+        )
         assert exchange(sent_back(auth.post("/login/finalize", {"jti": jti}))[1]["code"]).status == 200
 
     def test_whatever_is_wrong_is_one_answer(self, auth, spa, alice):
         jti = self.begin(auth).json["jti"]
         SECRETS.add(jti)
         answers = [
-            auth.post("/login/password", {"jti": jti, "username": "alice", "password": "wrong"}), auth.post("/login/password", {"jti": jti, "username": "nobody", "password": PASSWORD}), auth.post("/login/password", {"jti": "x", "username": "alice", "password": PASSWORD}),
-            auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD, "redirect_uri": "https://evil.example/"}), auth.post("/login/totp", {"jti": jti, "totp_code": "000000"}),
+            auth.post("/login/password", {"jti": jti, "username": "alice", "password": "wrong"}),
+            auth.post("/login/password", {"jti": jti, "username": "nobody", "password": PASSWORD}),
+            auth.post("/login/password", {"jti": "x", "username": "alice", "password": PASSWORD}),
+            auth.post(
+                "/login/password",
+                {"jti": jti, "username": "alice", "password": PASSWORD, "redirect_uri": "https://evil.example/"},
+            ),
+            auth.post("/login/totp", {"jti": jti, "totp_code": "000000"}),
         ]
-        assert {(answer.status, answer.body) for answer in answers} == {(400, answers[0].body)} and answers[0].json["success"] is False
+        assert {(answer.status, answer.body) for answer in answers} == {(400, answers[0].body)} and answers[0].json[
+            "success"
+        ] is False
 
     def test_it_is_for_first_parties_with_pkce(self, auth, register, service, idp):
         register("third", is_first_party=False)
         m.add_uri(idp, m.LOCAL, "test", "service", "redirect", CALLBACK)
-        assert [self.begin(auth, client_id=client, code_challenge=None, code_challenge_method=None).status if client == "service" else self.begin(auth, client_id=client).status for client in ("third", "service")] == [400, 400]
+        assert [
+            self.begin(auth, client_id=client, code_challenge=None, code_challenge_method=None).status
+            if client == "service"
+            else self.begin(auth, client_id=client).status
+            for client in ("third", "service")
+        ] == [400, 400]
         assert self.begin(auth, redirect_uri="https://evil.example/").json["error"] == "invalid_request"
 
     def test_a_page_login_is_not_driven_by_it_nor_the_other_way_round(self, auth, spa, alice, browser):
         browser.open(request())
         tx = browser.forms().forms[0]["fields"]["tx"]
         for jti in (tx, browser.cookies["__Host-mad-login"]):
-            assert auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).status == 400 and auth.get(f"/auth-session/{jti}").status == 404
+            assert (
+                auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).status == 400
+                and auth.get(f"/auth-session/{jti}").status == 404
+            )
         jti = self.begin(auth).json["jti"]
         SECRETS.add(jti)
         browser.cookies["__Host-mad-login"] = jti
@@ -864,60 +1211,115 @@ class TestCors:
     def origin(self, idp, spa):
         m.add_uri(idp, m.LOCAL, "test", "spa", "cors_origin", "https://app.example")
 
-    @pytest.mark.parametrize("method, path", [("POST", "/token"), ("GET", "/userinfo"), ("POST", "/revoke"), ("GET", "/jwks.json"), ("GET", "/.well-known/openid-configuration")])
+    @pytest.mark.parametrize(
+        "method, path",
+        [
+            ("POST", "/token"), ("GET", "/userinfo"), ("POST", "/revoke"), ("GET", "/jwks.json"),
+            ("GET", "/.well-known/openid-configuration"),
+        ],
+    )
     def test_a_registered_origin_may_read_and_no_other(self, auth, origin, method, path):
-        preflight = auth("OPTIONS", path, headers=[("Origin", "https://app.example"), ("Access-Control-Request-Method", method), ("Access-Control-Request-Headers", "authorization")])
-        assert preflight.status == 204 and preflight.headers["access-control-allow-origin"] == "https://app.example" and "Authorization" in preflight.headers["access-control-allow-headers"] and method in preflight.headers["access-control-allow-methods"]
+        preflight = auth(
+            "OPTIONS", path,
+            headers=[
+                ("Origin", "https://app.example"), ("Access-Control-Request-Method", method),
+                ("Access-Control-Request-Headers", "authorization"),
+            ],
+        )
+        assert (
+            preflight.status == 204
+            and preflight.headers["access-control-allow-origin"] == "https://app.example"
+            and "Authorization" in preflight.headers["access-control-allow-headers"]
+            and method in preflight.headers["access-control-allow-methods"]
+        )
         answer = auth(method, path, headers=[("Origin", "https://app.example")])
-        assert answer.headers["access-control-allow-origin"] == "https://app.example" and answer.headers["vary"] == "Origin" and "access-control-allow-credentials" not in answer.headers
-        for other in ("https://evil.example", "https://app.example.evil.example", "null", "http://app.example", "https://app.example:8443", ""):
-            assert "access-control-allow-origin" not in auth(method, path, headers=[("Origin", other)]).headers | auth("OPTIONS", path, headers=[("Origin", other)]).headers
+        assert (
+            answer.headers["access-control-allow-origin"] == "https://app.example"
+            and answer.headers["vary"] == "Origin"
+            and "access-control-allow-credentials" not in answer.headers
+        )
+        for other in (
+            "https://evil.example", "https://app.example.evil.example", "null", "http://app.example",
+            "https://app.example:8443", "",
+        ):
+            assert (
+                "access-control-allow-origin"
+                not in auth(method, path, headers=[("Origin", other)]).headers
+                | auth("OPTIONS", path, headers=[("Origin", other)]).headers
+            )
 
     @pytest.mark.parametrize("path", ["/authorize", "/login", "/introspect", "/account", "/users", "/me"])
     def test_nothing_else_is_shared(self, auth, origin, path):
         for method in ("GET", "POST", "OPTIONS"):
-            assert "access-control-allow-origin" not in auth(method, path, headers=[("Origin", "https://app.example")]).headers
+            assert (
+                "access-control-allow-origin"
+                not in auth(method, path, headers=[("Origin", "https://app.example")]).headers
+            )
 
     def test_what_is_cached_varies(self, auth, origin):
         assert auth.get("/jwks.json").headers["vary"] == "Origin"
 
     @pytest.mark.parametrize("method, status", [("GET", 200), ("OPTIONS", 204)])
-    def test_origins_that_cannot_be_read_keep_the_keys_from_nobody(self, idp, auth, origin, monkeypatch, method, status):
+    def test_origins_that_cannot_be_read_keep_the_keys_from_nobody(
+        self, idp, auth, origin, monkeypatch, method, status
+    ):
         def fail():
             raise m.Problem("temporarily_unavailable", log="unable to open database file")
 
         monkeypatch.setattr(idp.store, "list_cors_origins", fail)
         for headers in ((), [("Origin", "https://app.example")]):
             answer = auth(method, "/jwks.json", headers=headers)
-            assert answer.status == status and "access-control-allow-origin" not in answer.headers and answer.headers["vary"] == "Origin"
+            assert (
+                answer.status == status
+                and "access-control-allow-origin" not in answer.headers
+                and answer.headers["vary"] == "Origin"
+            )
         monkeypatch.undo()
-        assert "access-control-allow-origin" in auth(method, "/jwks.json", headers=[("Origin", "https://app.example")]).headers
+        assert (
+            "access-control-allow-origin"
+            in auth(method, "/jwks.json", headers=[("Origin", "https://app.example")]).headers
+        )
 
     def test_an_origin_counts_as_long_as_its_client(self, idp, auth, origin, change):
         m.update_client(idp, m.LOCAL, "t", "spa", m.UpdateClient(is_active=False))
-        assert "access-control-allow-origin" not in auth("GET", "/jwks.json", headers=[("Origin", "https://app.example")]).headers
+        assert (
+            "access-control-allow-origin"
+            not in auth("GET", "/jwks.json", headers=[("Origin", "https://app.example")]).headers
+        )
 
 
 class TestAccount:
     def test_who_is_not_logged_in_logs_in_first(self, spa, alice, browser):
         assert title(browser.open("/account")) == "Sign in"
-        assert title(browser.submit(username="alice", password=PASSWORD)) == "Your account" and b"alice@example.org" in browser.answer.body
+        assert (
+            title(browser.submit(username="alice", password=PASSWORD)) == "Your account"
+            and b"alice@example.org" in browser.answer.body
+        )
 
     def form(self, browser, action):
-        return next(number for number, form in enumerate(browser.forms().forms) if form["fields"].get("action") == action or ("action", action) in form["buttons"])
+        return next(
+            number
+            for number, form in enumerate(browser.forms().forms)
+            if form["fields"].get("action") == action or ("action", action) in form["buttons"]
+        )
 
     def test_sessions_and_logins_are_ended(self, auth, spa, alice, browser, other, exchange):
         bought = exchange(code_of(sign_in(browser))).json
         sign_in(other)
         browser.open("/account")
         browser.submit(self.form(browser, "end_session"))
-        assert sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required" and auth.get("/me", bearer=bought["access_token"]).status == 200
+        assert (
+            sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required"
+            and auth.get("/me", bearer=bought["access_token"]).status == 200
+        )
         browser.submit(self.form(browser, "end_login"))
         assert auth.get("/me", bearer=bought["access_token"]).status == 401
         sign_in(other)
         browser.open("/account")
         assert b"Everything else was ended" in browser.submit(self.form(browser, "end_all")).body
-        assert sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required" and code_of(browser.open(request(prompt="none")))
+        assert sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required" and code_of(
+            browser.open(request(prompt="none"))
+        )
 
     def test_nobody_ends_what_is_somebody_elses(self, idp, spa, alice, new_user, browser, other):
         new_user("bob")
@@ -926,36 +1328,65 @@ class TestAccount:
         sign_in(browser)
         browser.open("/account")
         form = browser.forms().forms[-1]["fields"]["form"]
-        assert browser("POST", "/account", {"form": form, "action": "end_session", "id": theirs}).status == 404 and code_of(other.open(request(prompt="none")))
+        assert browser(
+            "POST", "/account", {"form": form, "action": "end_session", "id": theirs}
+        ).status == 404 and code_of(other.open(request(prompt="none")))
 
     def test_the_password_is_changed_with_the_current_one(self, auth, service, spa, alice, browser, other):
         sign_in(browser), sign_in(other)
         browser.open("/account")
         number = self.form(browser, "password")
-        assert browser.submit(number, password="wrong", new_password=NEW_PASSWORD).status == 403 and browser.submit(number, password=PASSWORD, new_password="short").status == 400
+        assert (
+            browser.submit(number, password="wrong", new_password=NEW_PASSWORD).status == 403
+            and browser.submit(number, password=PASSWORD, new_password="short").status == 400
+        )
         page = browser.submit(number, password=PASSWORD, new_password=NEW_PASSWORD)
-        assert page.status == 200 and b"The password was changed" in page.body and code_of(browser.open(request(prompt="none"))) and sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required"
+        assert (
+            page.status == 200
+            and b"The password was changed" in page.body
+            and code_of(browser.open(request(prompt="none")))
+            and sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required"
+        )
         login = {"grant_type": "password", "username": "alice"}
-        assert [auth.post("/token", login | {"password": word}, auth=service).status for word in (PASSWORD, NEW_PASSWORD)] == [403, 200]
+        assert [
+            auth.post("/token", login | {"password": word}, auth=service).status for word in (PASSWORD, NEW_PASSWORD)
+        ] == [403, 200]
 
     def test_the_second_factor_on_and_off(self, idp, spa, alice, browser, clock):
         sign_in(browser)
         browser.open("/account")
-        assert browser.submit(self.form(browser, "begin_totp"), password="wrong").status == 403 and not idp.store.find_account(alice.id).totp_pending_sealed
+        assert (
+            browser.submit(self.form(browser, "begin_totp"), password="wrong").status == 403
+            and not idp.store.find_account(alice.id).totp_pending_sealed
+        )
         page = browser.submit(self.form(browser, "begin_totp"), password=PASSWORD)
         seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', page.body)[1].decode().replace(" ", "")
         SECRETS.add(seed)
-        assert browser.submit(self.form(browser, "confirm_totp"), totp="000000").status == 403 and not idp.store.find_account(alice.id).totp_sealed
+        assert (
+            browser.submit(self.form(browser, "confirm_totp"), totp="000000").status == 403
+            and not idp.store.find_account(alice.id).totp_sealed
+        )
         page = browser.submit(self.form(browser, "confirm_totp"), totp=pyotp.TOTP(seed).at(idp.now()))
-        assert len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10 and idp.store.find_account(alice.id).totp_sealed
+        assert (
+            len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10
+            and idp.store.find_account(alice.id).totp_sealed
+        )
         clock.pass_(60)
         browser.open("/account")
         number = self.form(browser, "disable_totp")
         assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp="000000").status == 403
-        page = browser.submit(number, ("action", "recovery_codes"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now()))
+        page = browser.submit(
+            number, ("action", "recovery_codes"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now())
+        )
         assert len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10
         clock.pass_(60)
-        assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now())).status == 200 and not idp.store.find_account(alice.id).totp_sealed
+        assert (
+            browser.submit(
+                number, ("action", "disable_totp"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now())
+            ).status
+            == 200
+            and not idp.store.find_account(alice.id).totp_sealed
+        )
 
     def test_a_lost_authenticator_is_replaced_by_recovery_codes(self, idp, spa, alice, browser, give_totp, clock):
         second_factor(idp, alice, give_totp, clock)
@@ -967,16 +1398,28 @@ class TestAccount:
         number = self.form(browser, "disable_totp")
         assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp=spent).status == 403
         assert browser.submit(number, ("action", "disable_totp"), password="wrong", totp=next(codes)).status == 403
-        page = browser.submit(self.form(browser, "password"), password=PASSWORD, totp=next(codes), new_password=NEW_PASSWORD)
+        page = browser.submit(
+            self.form(browser, "password"), password=PASSWORD, totp=next(codes), new_password=NEW_PASSWORD
+        )
         assert b"The password was changed" in page.body
-        assert browser.submit(self.form(browser, "disable_totp"), ("action", "disable_totp"), password=NEW_PASSWORD, totp=next(codes)).status == 200
+        assert (
+            browser.submit(
+                self.form(browser, "disable_totp"), ("action", "disable_totp"), password=NEW_PASSWORD, totp=next(codes)
+            ).status
+            == 200
+        )
         assert not idp.store.find_account(alice.id).totp_sealed
 
 
 class TestPages:
     def test_languages(self, spa, browser):
-        pages = {accept: browser("GET", browser.open(request()) and "/logout", headers=[("Accept-Language", accept)]) for accept in ("de-AT,de;q=0.9,en;q=0.5", "fr, en;q=0.5", "de;q=0, en", "", "x" * 5000)}
-        assert [title(page) for page in pages.values()] == ["Abgemeldet", "Signed out", "Signed out", "Signed out", "Signed out"] and b'lang="de"' in pages["de-AT,de;q=0.9,en;q=0.5"].body
+        pages = {
+            accept: browser("GET", browser.open(request()) and "/logout", headers=[("Accept-Language", accept)])
+            for accept in ("de-AT,de;q=0.9,en;q=0.5", "fr, en;q=0.5", "de;q=0, en", "", "x" * 5000)
+        }
+        assert [title(page) for page in pages.values()] == [
+            "Abgemeldet", "Signed out", "Signed out", "Signed out", "Signed out",
+        ] and b'lang="de"' in pages["de-AT,de;q=0.9,en;q=0.5"].body
         assert title(browser.open(request(ui_locales="fr de"))) == "Anmelden"
 
     def test_every_language_says_everything(self):
@@ -989,19 +1432,39 @@ class TestPages:
         (tmp_path / "own").mkdir()
         (tmp_path / "own" / "fr.json").write_text('{"sign_in": "Se connecter"}')
         (tmp_path / "logo.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-        idp = make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth", brand_name="Box & Co", brand_color="#ffee00", brand_logo=str(tmp_path / "logo.svg"), pages_folder=str(tmp_path / "own")))
+        idp = make_idp(
+            m.Options(
+                **CHEAP, oidc_issuer="https://box.example/auth", brand_name="Box & Co", brand_color="#ffee00",
+                brand_logo=str(tmp_path / "logo.svg"), pages_folder=str(tmp_path / "own"),
+            )
+        )
         browser = Browser(m.build_app(idp, m.AUTH), "https://box.example/auth")
         page = browser.open(request(ui_locales="fr"))
-        assert title(page) == "Se connecter" and b"Box &amp; Co" in page.body and b'src="https://box.example/auth/pages/logo"' in page.body and browser.forms().forms[0]["action"] == "https://box.example/auth/login"
+        assert (
+            title(page) == "Se connecter"
+            and b"Box &amp; Co" in page.body
+            and b'src="https://box.example/auth/pages/logo"' in page.body
+            and browser.forms().forms[0]["action"] == "https://box.example/auth/login"
+        )
         style = re.search(rb'href="https://box.example/auth(/pages/[^"]+)"', page.body)[1].decode()
         sheet = browser("GET", style)
-        assert sheet.headers["content-type"].startswith("text/css") and b"--brand: #ffee00; --on-brand: #000000" in sheet.body and "max-age=31536000" in sheet.headers["cache-control"]
-        assert browser("GET", "/pages/logo").headers["content-type"] == "image/svg+xml" and browser("GET", "/pages/../en.json").status == 404 and browser("GET", "/pages/en.json").status == 404
+        assert (
+            sheet.headers["content-type"].startswith("text/css")
+            and b"--brand: #ffee00; --on-brand: #000000" in sheet.body
+            and "max-age=31536000" in sheet.headers["cache-control"]
+        )
+        assert (
+            browser("GET", "/pages/logo").headers["content-type"] == "image/svg+xml"
+            and browser("GET", "/pages/../en.json").status == 404
+            and browser("GET", "/pages/en.json").status == 404
+        )
 
     def test_under_a_path_every_address_is_made_of_the_issuer(self, make_idp, spa, alice):
         """The proxy in front takes the path away; what a browser is told carries it."""
         issuer = "https://idp.example/sso"
-        browser = Browser(Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer=issuer)), m.AUTH), "idp.example").app, issuer)
+        browser = Browser(
+            Caller(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer=issuer)), m.AUTH), "idp.example").app, issuer
+        )
         assert sent_back(sign_in(browser))[1]["iss"] == issuer
         for path in ("/account", "/logout", "/end-session", "/login", "/authorize?client_id=nobody"):
             page = browser.open(path)
@@ -1012,17 +1475,36 @@ class TestPages:
 
     def test_an_issuer_with_a_path_is_served_below_it_with_a_proxy_and_without(self, make_idp, spa, alice, exchange):
         app = m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH)
-        code = code_of(sign_in(Browser(app, "https://box.example/auth")))  # this browser strips the path, as a proxy may
+        code = code_of(
+            sign_in(Browser(app, "https://box.example/auth"))
+        )  # this browser strips the path, as a proxy may
 
         def direct(method, path, data=None, headers=()):
             return Caller(app, "box.example")(method, path.removeprefix("https://box.example"), data, headers=headers)
 
         found = direct("GET", "/auth/.well-known/openid-configuration").json
-        assert found["issuer"] == "https://box.example/auth" and all(direct("GET", found[name]).status in (200, 400, 401, 405) for name in found if name.endswith(("_endpoint", "_uri")))
-        answer = direct("POST", found["token_endpoint"], {"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER, "client_id": "spa"})
+        assert found["issuer"] == "https://box.example/auth" and all(
+            direct("GET", found[name]).status in (200, 400, 401, 405)
+            for name in found
+            if name.endswith(("_endpoint", "_uri"))
+        )
+        answer = direct(
+            "POST", found["token_endpoint"],
+            {
+                "grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER,
+                "client_id": "spa",
+            },
+        )
         assert answer.status == 200 and claims_of(answer.json["id_token"])["iss"] == found["issuer"]
-        assert direct("GET", "/auth" + request()).headers["location"].startswith("https://box.example/auth/login?tx=") and direct("GET", "/authx/ping").status == 404 and direct("GET", "/auth/auth/ping").status == 404
+        assert (
+            direct("GET", "/auth" + request()).headers["location"].startswith("https://box.example/auth/login?tx=")
+            and direct("GET", "/authx/ping").status == 404
+            and direct("GET", "/auth/auth/ping").status == 404
+        )
 
     def test_over_plain_http_the_cookies_have_plain_names(self, make_idp, spa, alice):
-        browser = Browser(m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH), "http://localhost:9040", "localhost:9040")
+        browser = Browser(
+            m.build_app(make_idp(m.Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH),
+            "http://localhost:9040", "localhost:9040",
+        )
         assert code_of(sign_in(browser)) and set(browser.cookies) == {"mad-session", "mad-login"}

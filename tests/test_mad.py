@@ -23,8 +23,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-TOKEN = "eyJhbGciOiJFUzI1NiJ9." + "eyJzdWIiOiJyb290LWlkIiwidXNlcm5hbWUiOiJyb290IiwiZXhwIjo0MTAyNDQ0ODAwLCJpc3MiOiJ4In0" + ".AAAA"
-USER = {"id": "8b1c0000-0000-4000-8000-000000000001", "username": "ann", "email": "ann@example.org", "created_at": "2026-01-01T00:00:00Z", "lockout_until": None, "is_active": True, "email_verified": False, "totp_enabled": False}
+TOKEN = (
+    "eyJhbGciOiJFUzI1NiJ9."
+    + "eyJzdWIiOiJyb290LWlkIiwidXNlcm5hbWUiOiJyb290IiwiZXhwIjo0MTAyNDQ0ODAwLCJpc3MiOiJ4In0"
+    + ".AAAA"
+)
+USER = {
+    "id": "8b1c0000-0000-4000-8000-000000000001", "username": "ann", "email": "ann@example.org",
+    "created_at": "2026-01-01T00:00:00Z", "lockout_until": None, "is_active": True, "email_verified": False,
+    "totp_enabled": False,
+}
 
 
 class Fake(http.server.BaseHTTPRequestHandler):
@@ -34,7 +42,9 @@ class Fake(http.server.BaseHTTPRequestHandler):
         status, body, headers = self.server.answer(self.command, self.path)
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body))}.items() | headers.items():
+        for name, value in {
+            "Content-Type": "application/json", "Content-Length": str(len(body)),
+        }.items() | headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -56,7 +66,10 @@ def fake():
     server = Server(("127.0.0.1", 0), Fake)
     server.seen = []
     server.answers = {}
-    server.answer = lambda method, path: server.answers.get(f"{method} {path.partition('?')[0]}", (404, {"success": False, "message": "There is no such thing here.", "error": "not_found"}, {}))
+    server.answer = lambda method, path: server.answers.get(
+        f"{method} {path.partition('?')[0]}",
+        (404, {"success": False, "message": "There is no such thing here.", "error": "not_found"}, {}),
+    )
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
@@ -69,19 +82,31 @@ def fake():
 def run(tmp_path, fake):
     def call(*words, input="", **environ):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAD_", "XDG_"))}
-        env = clean | {"HOME": str(tmp_path), "MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_ADMIN_TOKEN": TOKEN} | environ
+        env = (
+            clean
+            | {"HOME": str(tmp_path), "MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_ADMIN_TOKEN": TOKEN}
+            | environ
+        )
         env = {name: value for name, value in env.items() if value is not None}
-        return subprocess.run([sys.executable, "-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", *words], cwd=ROOT, env=env, input=input, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            [sys.executable, "-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", *words], cwd=ROOT, env=env,
+            input=input, capture_output=True, text=True, timeout=30,
+        )
 
     return call
 
 
 class TestExitStatus:
-    @pytest.mark.parametrize("answer, status, code", [
-        ((200, [USER], {}), 0, None), ((403, {"success": False, "message": "no", "error": "access_denied"}, {}), 1, "access_denied"),
-        ((401, {"success": False, "message": "no", "error": "invalid_token"}, {}), 3, None), ((200, b"<html>", {}), 4, None), ((302, b"", {"Location": "http://evil.example/"}), 4, None),
-        ((200, b"", {}), 4, None), ((500, b"oops", {}), None, None),
-    ])
+    @pytest.mark.parametrize(
+        "answer, status, code",
+        [
+            ((200, [USER], {}), 0, None),
+            ((403, {"success": False, "message": "no", "error": "access_denied"}, {}), 1, "access_denied"),
+            ((401, {"success": False, "message": "no", "error": "invalid_token"}, {}), 3, None),
+            ((200, b"<html>", {}), 4, None), ((302, b"", {"Location": "http://evil.example/"}), 4, None),
+            ((200, b"", {}), 4, None), ((500, b"oops", {}), None, None),
+        ],
+    )
     def test_of_a_list(self, run, fake, answer, status, code):
         fake.answers["GET /users"] = answer
         for words in (("user", "list"), ("user", "list", "--json")):
@@ -93,7 +118,9 @@ class TestExitStatus:
             assert document == [USER]
         else:
             assert document["success"] is False and document["message"] and (code is None or document["error"] == code)
-        assert all(path.startswith("/") for _, path, _, _ in fake.seen) and len(fake.seen) == 2, "redirects are not followed"
+        assert all(path.startswith("/") for _, path, _, _ in fake.seen) and len(fake.seen) == 2, (
+            "redirects are not followed"
+        )
 
     def test_nobody_there(self, run):
         assert run("user", "list", MAD_ADMIN_URL="http://127.0.0.1:9").returncode == 4
@@ -102,12 +129,24 @@ class TestExitStatus:
         done = run("user", "list", "--json", MAD_ADMIN_TOKEN=None)
         assert done.returncode == 3 and json.loads(done.stdout)["success"] is False
 
-    @pytest.mark.parametrize("words", [(), ("nonsense",), ("user", "nonsense"), ("user", "list", "--nonsense"), ("user", "create"), ("user", "get", "--id"), ("user", "lis"), ("user", "get", "--id", "a", "--id", "b")])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            (), ("nonsense",), ("user", "nonsense"), ("user", "list", "--nonsense"), ("user", "create"),
+            ("user", "get", "--id"), ("user", "lis"), ("user", "get", "--id", "a", "--id", "b"),
+        ],
+    )
     def test_bad_usage(self, run, fake, words):
         done = run(*words)
         assert done.returncode == 2 and done.stdout == "" and done.stderr and fake.seen == []
 
-    @pytest.mark.parametrize("words", [("--help",), ("user", "--help"), ("user", "create", "--help"), ("token", "get", "--help"), ("-h",), ("--version",)])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("--help",), ("user", "--help"), ("user", "create", "--help"), ("token", "get", "--help"), ("-h",),
+            ("--version",),
+        ],
+    )
     def test_help(self, run, words):
         done = run(*words)
         assert done.returncode == 0 and done.stdout
@@ -128,13 +167,20 @@ class TestWords:
 
     def test_a_password_comes_from_stdin(self, run, fake):
         fake.answers["POST /users"] = (200, USER, {})
-        assert run("user", "create", "--username", "ann", "--user-email", "a@b", "--password-stdin", input="from stdin\n").returncode == 0
+        assert (
+            run(
+                "user", "create", "--username", "ann", "--user-email", "a@b", "--password-stdin", input="from stdin\n"
+            ).returncode
+            == 0
+        )
         assert json.loads(fake.seen[-1][3])["password"] == "from stdin"
 
     def test_ids_cannot_leave_their_path(self, run, fake):
         run("user", "get", "--id", "../clients?x=#y")
         for path, _, query in [seen[1].partition("?") for seen in fake.seen]:
-            assert path in ("/users", "/users/id-by-name") and not set("/?#") & set(query), "one with a slash is a word of a query"
+            assert path in ("/users", "/users/id-by-name") and not set("/?#") & set(query), (
+                "one with a slash is a word of a query"
+            )
         run("user", "get", "--id", "..?x=#y")
         assert fake.seen[-1][1].startswith("/users/id-by-name/") and not set("?#") & set(fake.seen[-1][1])
 
@@ -150,8 +196,18 @@ class TestOutput:
         assert "\x1b" not in done.stdout and "\u202e" not in done.stdout and "\r" not in done.stdout
 
     def test_a_secret_that_was_made_is_shown_also_as_json(self, run, fake):
-        fake.answers["POST /clients"] = (200, {"id": USER["id"], "client_id": "door", "display_name": "", "is_active": True, "created_at": "2026-01-01T00:00:00Z", "audience": "x", "client_secret": "made-by-the-server"}, {})
-        assert json.loads(run("client", "create", "--client-id", "door", "--json").stdout)["client_secret"] == "made-by-the-server"
+        fake.answers["POST /clients"] = (
+            200,
+            {
+                "id": USER["id"], "client_id": "door", "display_name": "", "is_active": True,
+                "created_at": "2026-01-01T00:00:00Z", "audience": "x", "client_secret": "made-by-the-server",
+            },
+            {},
+        )
+        assert (
+            json.loads(run("client", "create", "--client-id", "door", "--json").stdout)["client_secret"]
+            == "made-by-the-server"
+        )
         assert "made-by-the-server" in run("client", "create", "--client-id", "door").stdout
 
     def test_the_inspector(self, run):
@@ -168,8 +224,13 @@ class TestTheSavedLogin:
     """~/.mad_token: its owner's alone, never through a symlink, sent only to the server that issued it."""
 
     def log_in(self, run, fake, **environ):
-        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {})
-        return run("session", "login", "--username", "root", "--password-stdin", input="hush hush\n", MAD_ADMIN_TOKEN=None, **environ)
+        fake.answers["POST /token"] = (
+            200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {},
+        )
+        return run(
+            "session", "login", "--username", "root", "--password-stdin", input="hush hush\n", MAD_ADMIN_TOKEN=None,
+            **environ,
+        )
 
     def test_it_is_private_and_used(self, run, fake, tmp_path):
         os.umask(mask := os.umask(0))
@@ -202,9 +263,17 @@ class TestTheSavedLogin:
         assert done.returncode in (1, 3) and not (tmp_path / ".mad_token").exists() and "wrong" not in done.stderr
 
     def test_a_terminal_is_asked_and_shows_no_password(self, fake, tmp_path):
-        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {})
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {"HOME": str(tmp_path)}
-        child = pexpect.spawn(sys.executable, ["-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", "session", "login", "--admin-url", fake.url], cwd=str(ROOT), env=env, encoding="utf-8", timeout=10)
+        fake.answers["POST /token"] = (
+            200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {},
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path)
+        }
+        child = pexpect.spawn(
+            sys.executable,
+            ["-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", "session", "login", "--admin-url", fake.url],
+            cwd=str(ROOT), env=env, encoding="utf-8", timeout=10,
+        )
         child.expect("(?i)user")
         child.sendline("root")
         child.expect("(?i)password")
@@ -248,7 +317,9 @@ class TestTokenGet:
 class TestBinding:
     def test_it_raises_what_the_server_says(self, fake):
         client = mad.MadClient(fake.url, TOKEN)
-        fake.answers["POST /users"] = (409, {"success": False, "message": "The name is taken.", "error": "conflict"}, {})
+        fake.answers["POST /users"] = (
+            409, {"success": False, "message": "The name is taken.", "error": "conflict"}, {},
+        )
         with pytest.raises(mad.MadError) as caught:
             client.create_user("ann", "a@b", "correct horse")
         assert (caught.value.status, caught.value.error) == (409, "conflict")
@@ -314,34 +385,60 @@ def words_of(command):
     """The words of a command with every option it must have."""
     words = command.name.split()
     for option in command.options:
-        if option.required or (command.at_least_one and option is next(one for one in command.options if not one.required)):
+        if option.required or (
+            command.at_least_one and option is next(one for one in command.options if not one.required)
+        ):
             value = {"flag": "true", "number": "99", "token": TOKEN}.get(option.kind, USER["id"])
             words += ["--" + option.name, "permanent" if option.name == "until" else value]
     return words
 
 
-ASKING = [command for command in mad.COMMANDS if not command.name.startswith(("session ", "completion ")) and command.name != "token"]
+ASKING = [
+    command
+    for command in mad.COMMANDS
+    if not command.name.startswith(("session ", "completion ")) and command.name != "token"
+]
 
 
 class TestAnswers:
     """RFC 9112: whatever comes back, mad ends in time, with one sentence and no traceback."""
 
-    @pytest.mark.parametrize("octets", [
-        b"\x16\x03\x01garbage\r\n\r\n", b"", b"[]", OK + b"Content-Length: 10\r\n\r\n[]", OK + b"Content-Length: -1\r\n\r\n[]", OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]",
-        OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n[]\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n[]", OK + b"Transfer-Encoding: gzip\r\n\r\n[]", OK + b"\r\n[NaN]", OK + b'\r\n["a"]', OK + b"\r\n{}",
-        OK + b"\r\n" + b"[" * 100_000, OK + b"X: " + b"a" * 200_000, OK + b"Content-Length: 0\r\n\r\n", b"HTTP/1.1 502 Bad Gateway\r\n\r\n<html>",
-    ])
+    @pytest.mark.parametrize(
+        "octets",
+        [
+            b"\x16\x03\x01garbage\r\n\r\n", b"", b"[]", OK + b"Content-Length: 10\r\n\r\n[]",
+            OK + b"Content-Length: -1\r\n\r\n[]", OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]",
+            OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n[]\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n[]",
+            OK + b"Transfer-Encoding: gzip\r\n\r\n[]", OK + b"\r\n[NaN]", OK + b'\r\n["a"]', OK + b"\r\n{}",
+            OK + b"\r\n" + b"[" * 100_000, OK + b"X: " + b"a" * 200_000, OK + b"Content-Length: 0\r\n\r\n",
+            b"HTTP/1.1 502 Bad Gateway\r\n\r\n<html>",
+        ],
+    )
     def test_garbage_is_no_answer(self, here, raw, octets):
         done = here("user", "list", "--json", MAD_ADMIN_URL=raw(octets))
-        assert done.returncode == 4 and json.loads(done.stdout)["success"] is False and done.stderr.count("mad: error: ") == 1
+        assert (
+            done.returncode == 4
+            and json.loads(done.stdout)["success"] is False
+            and done.stderr.count("mad: error: ") == 1
+        )
 
-    @pytest.mark.parametrize("octets", [OK + b"Content-Length: 99999999999\r\n\r\n[", OK + b"Transfer-Encoding: chunked\r\n\r\nffffffffff\r\n[", OK + b"\r\n[" + b" " * (17 << 20)])
+    @pytest.mark.parametrize(
+        "octets",
+        [
+            OK + b"Content-Length: 99999999999\r\n\r\n[", OK + b"Transfer-Encoding: chunked\r\n\r\nffffffffff\r\n[",
+            OK + b"\r\n[" + b" " * (17 << 20),
+        ],
+    )
     def test_a_huge_one_is_cut_short(self, here, raw, octets):
         assert "longer than 16 MiB" in here("user", "list", MAD_ADMIN_URL=raw(octets)).stderr
 
-    @pytest.mark.parametrize("octets", [
-        OK + b"\r\n[]", OK + b"Transfer-Encoding: chunked\r\n\r\n1;x=y\r\n[\r\n1\r\n]\r\n0\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\n[]extra",
-    ])
+    @pytest.mark.parametrize(
+        "octets",
+        [
+            OK + b"\r\n[]", OK + b"Transfer-Encoding: chunked\r\n\r\n1;x=y\r\n[\r\n1\r\n]\r\n0\r\n\r\n",
+            b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\n[]extra",
+        ],
+    )
     def test_each_kind_of_framing_is_understood(self, here, raw, octets):
         assert json.loads(here("user", "list", "--json", MAD_ADMIN_URL=raw(octets)).stdout) == []
 
@@ -352,10 +449,18 @@ class TestAnswers:
         assert done.returncode == 4 and "no answer" in done.stderr and time.monotonic() - started < 2
 
     def test_an_empty_one_says_nothing_was_done(self, here, raw):
-        assert here("user", "get", "--id", USER["id"], MAD_ADMIN_URL=raw(OK + b"Content-Length: 0\r\n\r\n")).returncode == 4
-        assert here("user", "delete", "--id", USER["id"], MAD_ADMIN_URL=raw(b"HTTP/1.1 204 No Content\r\n\r\n")).returncode == 0
+        assert (
+            here("user", "get", "--id", USER["id"], MAD_ADMIN_URL=raw(OK + b"Content-Length: 0\r\n\r\n")).returncode
+            == 4
+        )
+        assert (
+            here("user", "delete", "--id", USER["id"], MAD_ADMIN_URL=raw(b"HTTP/1.1 204 No Content\r\n\r\n")).returncode
+            == 0
+        )
 
-    @pytest.mark.parametrize("command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name)
+    @pytest.mark.parametrize(
+        "command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name
+    )
     def test_a_token_that_is_not_accepted_needs_a_login(self, here, fake, command):
         fake.answer = lambda *_: (401, {"success": False, "message": "Log in.", "error": "invalid_token"}, {})
         done = here(*words_of(command), MAD_ADMIN_URL=fake.url)
@@ -364,24 +469,43 @@ class TestAnswers:
     def test_a_redirect_takes_the_token_nowhere(self, here, raw):
         thief = raw(OK + b"\r\n[]")
         stolen = raw.seen
-        done = here("user", "list", MAD_ADMIN_URL=raw(b"HTTP/1.1 307 Over There\r\nLocation: %s/users\r\n\r\n" % thief.encode()))
+        done = here(
+            "user", "list", MAD_ADMIN_URL=raw(b"HTTP/1.1 307 Over There\r\nLocation: %s/users\r\n\r\n" % thief.encode())
+        )
         assert done.returncode == 4 and not stolen
 
     def test_proxies_of_the_environment_are_not_asked(self, here, raw):
         proxy = raw(OK + b"\r\n[]")
         stolen = raw.seen
-        done = here("user", "list", MAD_ADMIN_URL=raw(OK + b"\r\n[]"), http_proxy=proxy, HTTP_PROXY=proxy, ALL_PROXY=proxy)
+        done = here(
+            "user", "list", MAD_ADMIN_URL=raw(OK + b"\r\n[]"), http_proxy=proxy, HTTP_PROXY=proxy, ALL_PROXY=proxy
+        )
         assert done.returncode == 0 and not stolen
 
     def test_what_the_server_says_of_each_member_is_told(self, here, fake):
-        fake.answers["GET /users"] = (400, {"success": False, "message": "That is wrong.", "error": "bad", "errors": {"email": "It is \x1b[2J none."}}, {"Retry-After": "7"})
+        fake.answers["GET /users"] = (
+            400,
+            {"success": False, "message": "That is wrong.", "error": "bad", "errors": {"email": "It is \x1b[2J none."}},
+            {"Retry-After": "7"},
+        )
         done = here("user", "list", "--json", MAD_ADMIN_URL=fake.url)
-        assert done.stderr == "mad: error: that is wrong\nmad: error: email: It is \\x1b[2J none\nmad: hint: try again in 7 seconds\n"
-        assert json.loads(done.stdout) == {"success": False, "message": "That is wrong.", "error": "bad", "errors": {"email": "It is \x1b[2J none."}}
+        assert (
+            done.stderr
+            == "mad: error: that is wrong\nmad: error: email: It is \\x1b[2J none\nmad: hint: try again in 7 seconds\n"
+        )
+        assert json.loads(done.stdout) == {
+            "success": False, "message": "That is wrong.", "error": "bad", "errors": {"email": "It is \x1b[2J none."},
+        }
 
 
 class TestAddresses:
-    @pytest.mark.parametrize("url", ["localhost:9041", "ftp://box", "http://", "http://a:b@box", "http://box/?x", "http://[::1", "http://box:99999", "http://b\u00fcx", "http://box\r\nX: y"])
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "localhost:9041", "ftp://box", "http://", "http://a:b@box", "http://box/?x", "http://[::1",
+            "http://box:99999", "http://b\u00fcx", "http://box\r\nX: y",
+        ],
+    )
     def test_what_is_no_base_url_is_bad_usage(self, here, url):
         assert here("user", "list", "--admin-url", url).returncode == 2
 
@@ -399,7 +523,13 @@ class TestAddresses:
         assert here("user", "list", "--admin-token", "another.one.x", MAD_ADMIN_URL=fake.url).returncode == 0
         assert [headers["Authorization"] for *_, headers, _ in fake.seen] == ["Bearer " + TOKEN, "Bearer another.one.x"]
 
-    @pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("127.9.9.9", False), ("localhost", False), ("[::1]", False), ("127.0.0.1.invalid", True), ("box.invalid", True)])
+    @pytest.mark.parametrize(
+        "host, warned",
+        [
+            ("127.0.0.1", False), ("127.9.9.9", False), ("localhost", False), ("[::1]", False),
+            ("127.0.0.1.invalid", True), ("box.invalid", True),
+        ],
+    )
     def test_clear_text_to_another_machine_is_warned_of(self, here, monkeypatch, host, warned):
         def refuse(*_, **__):
             raise ConnectionRefusedError(111, "Connection refused")
@@ -414,9 +544,16 @@ class TestAddresses:
         raw(OK + b"Content-Length: 2\r\n\r\n[]", context=context)
         url = f"https://localhost:{raw.port}"
         done = here("user", "list", "--json", "--admin-url", url)
-        assert done.returncode == 4 and json.loads(done.stdout)["error"] == "untrusted" and "MAD_CA_FILE" in done.stderr and not raw.seen
+        assert (
+            done.returncode == 4
+            and json.loads(done.stdout)["error"] == "untrusted"
+            and "MAD_CA_FILE" in done.stderr
+            and not raw.seen
+        )
         assert here("user", "list", "--admin-url", url, MAD_CA_FILE=certificate).returncode == 0
-        assert here("user", "list", "--admin-url", url.replace("localhost", "127.0.0.1")).returncode == 4, "the name counts"
+        assert here("user", "list", "--admin-url", url.replace("localhost", "127.0.0.1")).returncode == 4, (
+            "the name counts"
+        )
         assert here("user", "list", "--admin-url", url, MAD_CA_FILE=str(tmp_path / "none")).returncode == 4
 
 
@@ -424,8 +561,12 @@ def make_certificate(folder):
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.timezone.utc)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False).add_extension(x509.BasicConstraints(True, None), True)
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1)
+    )
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False).add_extension(
+        x509.BasicConstraints(True, None), True
+    )
     path = folder / "certificate.pem"
     path.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -439,22 +580,45 @@ class TestEveryCommand:
     def test_a_refusal_is_one_json_document(self, here, fake, command):
         environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
         done = here(*words_of(command), "--json", **environ)
-        assert done.returncode == 1 and json.loads(done.stdout) == {"success": False, "message": "There is no such thing here.", "error": "not_found"}
+        assert done.returncode == 1 and json.loads(done.stdout) == {
+            "success": False, "message": "There is no such thing here.", "error": "not_found",
+        }
         assert len(fake.seen) == 1, "one command is one request"
 
-    @pytest.mark.parametrize("command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name)
+    @pytest.mark.parametrize(
+        "command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name
+    )
     def test_the_request_is_the_one_it_declares(self, here, fake, command):
         (_, _, request), = mad.describe_commands([command])
         method, _, path = request.partition(" ")
         here(*words_of(command), MAD_ADMIN_URL=fake.url)
-        assert fake.seen[0][0] == method and re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), fake.seen[0][1].partition("?")[0])
+        assert fake.seen[0][0] == method and re.fullmatch(
+            re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), fake.seen[0][1].partition("?")[0]
+        )
 
-    @pytest.mark.parametrize("command", [command for command in ASKING if not command.flows and command.name != "backup"], ids=lambda command: command.name)
+    @pytest.mark.parametrize(
+        "command", [command for command in ASKING if not command.flows and command.name != "backup"],
+        ids=lambda command: command.name,
+    )
     def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
-        thing = USER | {"uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.", "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {}}
+        thing = USER | {
+            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
+            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {},
+        }
         listed = command.is_list or command.options and any(option.within for option in command.options)
-        fake.answer = lambda method, path: (200, {"result": USER["id"]} if "/id-by-name/" in path else {"X": {}} if path.endswith("/options") else [thing] if listed and method == "GET" and "/idp/" not in path else thing, {})
-        words = ["bob" if word == USER["id"] else word for word in words_of(command)] + (["--client-id", "bob"] if command.name == "client delete-redirect-uri" else [])
+        fake.answer = lambda method, path: (
+            200,
+            {"result": USER["id"]}
+            if "/id-by-name/" in path
+            else {"X": {}}
+            if path.endswith("/options")
+            else [thing]
+            if listed and method == "GET" and "/idp/" not in path
+            else thing, {},
+        )
+        words = ["bob" if word == USER["id"] else word for word in words_of(command)] + (
+            ["--client-id", "bob"] if command.name == "client delete-redirect-uri" else []
+        )
         environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
         for more in ([], ["--quiet"], ["--json"]):
             if more == ["--quiet"] and command.name == "client create":
@@ -477,10 +641,15 @@ class TestEveryCommand:
         fake.answers["GET /users/id-by-name/ann%40home"] = (200, {"result": "u"}, {})
         fake.answers["GET /roles/id-by-name/Boss"] = (200, "r", {})
         fake.answers["POST /roles/assign"] = (200, {"success": True, "message": "Done."}, {})
-        assert here("role", "assign", "--user-id", "ann@home", "--role-id", "Boss", MAD_ADMIN_URL=fake.url).returncode == 0
+        assert (
+            here("role", "assign", "--user-id", "ann@home", "--role-id", "Boss", MAD_ADMIN_URL=fake.url).returncode == 0
+        )
         assert json.loads(fake.seen[-1][3]) == {"user_id": "u", "role_id": "r"} and len(fake.seen) == 3
         done = here("role", "assign", "--user-id", "bob", "--role-id", "Boss")
-        assert done.returncode == 1 and done.stderr == "mad: error: there is no user 'bob'\nmad: hint: see: mad user list\n"
+        assert (
+            done.returncode == 1
+            and done.stderr == "mad: error: there is no user 'bob'\nmad: hint: see: mad user list\n"
+        )
 
 
 ORIGINAL = """
@@ -587,14 +756,22 @@ class TestFilesOfWords:
     def test_stand_for_their_words_among_the_options(self, tmp_path):
         (tmp_path / "words").write_text('# of ann\n--user-email "ann of home@b"\n\n  --user-password @hush\n')
         parsed = TestOptions.of("--username", "@ann", f"@{tmp_path}/words", "--json", name="user create")
-        assert parsed.errors == [] and parsed.values == {"username": "@ann", "user-email": "ann of home@b", "user-password": "@hush", "json": True}
+        assert parsed.errors == [] and parsed.values == {
+            "username": "@ann", "user-email": "ann of home@b", "user-password": "@hush", "json": True,
+        }
 
     def test_may_hold_the_command_itself(self, here, fake, tmp_path):
         fake.answers["GET /users"] = (200, [USER], {})
         (tmp_path / "words").write_text("user list --quiet")
         assert here(f"@{tmp_path}/words", MAD_ADMIN_URL=fake.url).stdout == USER["id"] + "\n"
 
-    @pytest.mark.parametrize("content, told", [(None, "cannot read"), (b"\xff", "is not text"), (b'--q "x', "a quote without its end"), (b"x" * 70_000, "too long"), (b"@words", "too many files")])
+    @pytest.mark.parametrize(
+        "content, told",
+        [
+            (None, "cannot read"), (b"\xff", "is not text"), (b'--q "x', "a quote without its end"),
+            (b"x" * 70_000, "too long"), (b"@words", "too many files"),
+        ],
+    )
     def test_that_are_none_are_bad_usage(self, here, tmp_path, monkeypatch, content, told):
         monkeypatch.chdir(tmp_path)
         if content:
@@ -608,12 +785,19 @@ class TestPages:
 
     @pytest.fixture
     def many(self, fake):
-        rows = [USER | {"id": f"8b1c0000-0000-4000-8000-{number:012}", "username": f"user{number}"} for number in range(2500)]
+        rows = [
+            USER | {"id": f"8b1c0000-0000-4000-8000-{number:012}", "username": f"user{number}"}
+            for number in range(2500)
+        ]
 
         def answer(method, path):
             query = dict(pair.split("=") for pair in path.partition("?")[2].split("&") if pair)
             limit, offset = int(query.get("limit", 1000)), int(query.get("offset", 0))
-            more = {"Link": f'<http://127.0.0.1:9/elsewhere?limit={limit}&offset={offset + limit}>; title="a"; rel="next"'} if offset + limit < len(rows) else {}
+            more = (
+                {"Link": f'<http://127.0.0.1:9/elsewhere?limit={limit}&offset={offset + limit}>; title="a"; rel="next"'}
+                if offset + limit < len(rows)
+                else {}
+            )
             return fake.answers.get(offset) or (200, rows[offset : offset + limit], more)
 
         fake.answer, fake.rows = answer, rows
@@ -624,17 +808,26 @@ class TestPages:
         assert here("user", "list", "--quiet", MAD_ADMIN_URL=many.url).stdout.split() == ids
         assert json.loads(here("user", "list", "--json").stdout) == many.rows
         assert [line.split()[0] for line in here("user", "list").stdout.splitlines()[2:]] == ids
-        assert [path for _, path, _, _ in many.seen[:3]] == ["/users", "/users?limit=1000&offset=1000", "/users?limit=1000&offset=2000"], "never to another path or host"
+        assert [path for _, path, _, _ in many.seen[:3]] == [
+            "/users", "/users?limit=1000&offset=1000", "/users?limit=1000&offset=2000",
+        ], "never to another path or host"
 
     def test_a_limit_is_for_the_whole(self, here, many):
-        assert json.loads(here("user", "list", "--json", "--limit", "1200", MAD_ADMIN_URL=many.url).stdout) == many.rows[:1200]
+        assert (
+            json.loads(here("user", "list", "--json", "--limit", "1200", MAD_ADMIN_URL=many.url).stdout)
+            == many.rows[:1200]
+        )
         assert json.loads(here("user", "list", "--json", "--limit", "2", "--offset", "5").stdout) == many.rows[5:7]
-        assert [path for _, path, _, _ in many.seen] == ["/users?limit=1000", "/users?limit=1000&offset=1000", "/users?limit=2&offset=5"]
+        assert [path for _, path, _, _ in many.seen] == [
+            "/users?limit=1000", "/users?limit=1000&offset=1000", "/users?limit=2&offset=5",
+        ]
         assert here("user", "list", "--limit", "0").returncode == 2 and len(many.seen) == 3
 
     def test_a_list_takes_only_what_the_server_heeds_there(self):
         assert TestOptions.of("--q", "x", name="session list").errors == ["unknown option '--q'"]
-        assert TestOptions.of("--user-id", "x", "--offset", "3", "--limit", "-1", name="role list-users").errors == ["unknown option '--user-id'", "--id is missing"]
+        assert TestOptions.of("--user-id", "x", "--offset", "3", "--limit", "-1", name="role list-users").errors == [
+            "unknown option '--user-id'", "--id is missing",
+        ]
 
     def test_what_is_looked_for_goes_along(self, here, many):
         here("user", "list", "--q", "a&b", "--sort", "-created_at", "--is-active", "ALL", MAD_ADMIN_URL=many.url)
@@ -644,7 +837,9 @@ class TestPages:
     def test_a_failure_on_the_way_is_the_one_document(self, here, many):
         many.answers[2000] = (503, {"success": False, "message": "Full.", "error": "unavailable"}, {})
         done = here("user", "list", "--json", MAD_ADMIN_URL=many.url)
-        assert done.returncode == 1 and json.loads(done.stdout) == {"success": False, "message": "Full.", "error": "unavailable"}
+        assert done.returncode == 1 and json.loads(done.stdout) == {
+            "success": False, "message": "Full.", "error": "unavailable",
+        }
         done = here("user", "list", "--quiet")
         assert done.returncode == 1 and len(done.stdout.split()) == 2000 and "mad: error: full" in done.stderr
 
@@ -658,50 +853,84 @@ class TestPages:
         assert next(admin.each(admin.list_users, q="x"))["username"] == "user0" and len(many.seen) == 1
         assert admin.list_users(limit=3) == many.rows[:3]
 
-    @pytest.mark.parametrize("link, query", [
-        ('</users?a=1>; rel="next"', "a=1"), ("</users?a=1>;rel=next", "a=1"), ('</x?b>; rel="prev", </x?c>; rel="next"', "c"), ('</users?a=1>; rel="prev"', None), ("", None), ("nonsense; rel=next", None), ("</users>; rel=next", None),
-    ])
+    @pytest.mark.parametrize(
+        "link, query",
+        [
+            ('</users?a=1>; rel="next"', "a=1"), ("</users?a=1>;rel=next", "a=1"),
+            ('</x?b>; rel="prev", </x?c>; rel="next"', "c"), ('</users?a=1>; rel="prev"', None), ("", None),
+            ("nonsense; rel=next", None), ("</users>; rel=next", None),
+        ],
+    )
     def test_only_what_is_next_is_next(self, link, query):
         assert mad.next_query(link) == query
 
 
 class TestRoutes:
     def test_a_missing_route_is_not_told_as_a_missing_thing(self, here, fake):
-        fake.answer = lambda *_: (404, {"success": False, "message": "No.", "error": "not_found"}, {"X-Not-Found": "route"})
+        fake.answer = lambda *_: (
+            404, {"success": False, "message": "No.", "error": "not_found"}, {"X-Not-Found": "route"},
+        )
         for words in (("role", "get", "--id", "Boss"), ("role", "get", "--id", USER["id"])):
             done = here(*words, "--json", MAD_ADMIN_URL=fake.url)
             assert done.returncode == 1 and "there is no role" not in done.stderr
-            assert json.loads(done.stdout)["error"] == "not_found" and json.loads(done.stdout)["message"].startswith("this server has no GET /roles/")
+            assert json.loads(done.stdout)["error"] == "not_found" and json.loads(done.stdout)["message"].startswith(
+                "this server has no GET /roles/"
+            )
 
     def test_a_part_is_known_by_its_name(self, here, fake):
         client, record = "/clients/" + USER["id"], "8b1c0000-0000-4000-8000-000000000002"
         fake.answers = {
-            "GET /clients/id-by-name/app": (200, {"result": USER["id"]}, {}), f"GET {client}/idp": (200, [{"id": record, "provider_key": "google"}], {}), f"DELETE {client}/idp/{record}": (200, {"success": True, "message": "Gone."}, {}),
-            f"GET {client}/redirect-uris": (200, [{"id": record, "redirect_uri": "https://a/b"}], {}), f"DELETE {client}/redirect-uris/{record}": (200, {"success": True, "message": "Gone."}, {}),
+            "GET /clients/id-by-name/app": (200, {"result": USER["id"]}, {}),
+            f"GET {client}/idp": (200, [{"id": record, "provider_key": "google"}], {}),
+            f"DELETE {client}/idp/{record}": (200, {"success": True, "message": "Gone."}, {}),
+            f"GET {client}/redirect-uris": (200, [{"id": record, "redirect_uri": "https://a/b"}], {}),
+            f"DELETE {client}/redirect-uris/{record}": (200, {"success": True, "message": "Gone."}, {}),
             "DELETE /clients/redirect-uris": (200, {"success": True, "message": "Gone."}, {}),
         }
         assert here("client", "delete-idp", "--id", "app", "--idp-id", "google", MAD_ADMIN_URL=fake.url).returncode == 0
         assert here("client", "delete-redirect-uri", "--id", "https://a/b", "--client-id", "app").returncode == 0
-        assert here("client", "delete-redirect-uri", "--id", record).returncode == 0 and fake.seen[-1][3] == f'"{record}"'
+        assert (
+            here("client", "delete-redirect-uri", "--id", record).returncode == 0 and fake.seen[-1][3] == f'"{record}"'
+        )
         before = len(fake.seen)
         assert here("client", "delete-redirect-uri", "--id", "https://a/b").returncode == 2 and len(fake.seen) == before
-        assert here("client", "get-idp", "--id", "app", "--idp-id", "apple").stderr == "mad: error: there is no 'apple' there\n"
+        assert (
+            here("client", "get-idp", "--id", "app", "--idp-id", "apple").stderr
+            == "mad: error: there is no 'apple' there\n"
+        )
 
     def test_a_list_may_be_called_in_the_singular(self, here, fake):
         fake.answers[f"GET /clients/{USER['id']}/cors-origins"] = (200, [], {})
-        assert here("client", "list-cors-origin", "--client-id", USER["id"], MAD_ADMIN_URL=fake.url).stdout == "(no URIs)\n"
+        assert (
+            here("client", "list-cors-origin", "--client-id", USER["id"], MAD_ADMIN_URL=fake.url).stdout
+            == "(no URIs)\n"
+        )
 
     def test_moments_are_sent_in_utc(self, here, fake):
         fake.answers["GET /audit-logs"] = (200, [], {})
-        for typed, sent in (("2030-01-31T12:00:00+01:00", "2030-01-31T11:00:00Z"), ("2030-01-31", "2030-01-31T00:00:00Z"), ("1900000000", "2030-03-17T17:46:40Z")):
+        for typed, sent in (
+            ("2030-01-31T12:00:00+01:00", "2030-01-31T11:00:00Z"), ("2030-01-31", "2030-01-31T00:00:00Z"),
+            ("1900000000", "2030-03-17T17:46:40Z"),
+        ):
             assert here("audit", "list", "--since", typed, MAD_ADMIN_URL=fake.url).returncode == 0
             assert fake.seen[-1][1] == "/audit-logs?since=" + sent.replace(":", "%3A") + "&limit=100"
-        assert here("audit", "list", "--until", "soon").returncode == here("user", "set-lockout", "--id", "bob", "--until", "soon").returncode == 2
+        assert (
+            here("audit", "list", "--until", "soon").returncode
+            == here("user", "set-lockout", "--id", "bob", "--until", "soon").returncode
+            == 2
+        )
 
     def test_a_password_is_checked_not_chosen(self, fake, tmp_path):
-        fake.answers["POST /users/verify-password"] = (200, {"valid": True, "user_id": USER["id"], "email": "a@b", "totp_required": False}, {})
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
-        child = pexpect.spawn(sys.executable, [str(ROOT / "mad.py"), "user", "verify-password", "--id", "ann"], env=env, encoding="utf-8", timeout=10)
+        fake.answers["POST /users/verify-password"] = (
+            200, {"valid": True, "user_id": USER["id"], "email": "a@b", "totp_required": False}, {},
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url,
+        }
+        child = pexpect.spawn(
+            sys.executable, [str(ROOT / "mad.py"), "user", "verify-password", "--id", "ann"], env=env, encoding="utf-8",
+            timeout=10,
+        )
         child.expect_exact("password: ")
         child.waitnoecho()
         child.sendline("hush hush")
@@ -710,44 +939,78 @@ class TestRoutes:
 
 
 class TestEnrolment:
-    ANSWER = {"success": True, "otpauth_uri": "otpauth://totp/x?secret=GEZDGNBV", "secret": "GEZDGNBV", "svg": "<svg>\u00fc</svg>"}
+    ANSWER = {
+        "success": True, "otpauth_uri": "otpauth://totp/x?secret=GEZDGNBV", "secret": "GEZDGNBV",
+        "svg": "<svg>\u00fc</svg>",
+    }
     PATH = f"POST /users/{USER['id']}/totp/enroll"
 
     def test_the_secret_is_shown_in_each_form(self, here, fake):
         fake.answers[self.PATH] = (200, self.ANSWER, {})
         words = ("user", "totp-enroll", "--id", USER["id"])
         assert "secret, shown this once: GEZDGNBV" in here(*words, MAD_ADMIN_URL=fake.url).stdout
-        assert json.loads(here(*words, "--json").stdout) == self.ANSWER and here(*words, "--quiet").stdout == self.ANSWER["otpauth_uri"] + "\n"
+        assert (
+            json.loads(here(*words, "--json").stdout) == self.ANSWER
+            and here(*words, "--quiet").stdout == self.ANSWER["otpauth_uri"] + "\n"
+        )
 
     def test_the_picture_is_its_owners(self, here, fake, tmp_path):
         fake.answers[self.PATH] = (200, self.ANSWER, {})
         picture = tmp_path / "ann.svg"
         mask = os.umask(0)
         try:
-            assert here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture), MAD_ADMIN_URL=fake.url).returncode == 0
+            assert (
+                here(
+                    "user", "totp-enroll", "--id", USER["id"], "--svg", str(picture), MAD_ADMIN_URL=fake.url
+                ).returncode
+                == 0
+            )
         finally:
             os.umask(mask)
         assert picture.read_text("utf-8") == self.ANSWER["svg"] and stat.S_IMODE(picture.stat().st_mode) == 0o600
-        assert here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture)).returncode == 2 and len(fake.seen) == 1, "and never written over: nothing is sent"
+        assert (
+            here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture)).returncode == 2
+            and len(fake.seen) == 1
+        ), "and never written over: nothing is sent"
 
     def test_a_refusal_leaves_no_picture(self, here, fake, tmp_path):
-        assert here("user", "totp-enroll", "--id", USER["id"], "--svg", str(tmp_path / "ann.svg"), MAD_ADMIN_URL=fake.url).returncode == 1
+        assert (
+            here(
+                "user", "totp-enroll", "--id", USER["id"], "--svg", str(tmp_path / "ann.svg"), MAD_ADMIN_URL=fake.url
+            ).returncode
+            == 1
+        )
         assert not (tmp_path / "ann.svg").exists()
 
 
-ENTRY = {"id": "7", "actor_id": "root", "action": "user_created", "secondary": None, "target": "ann", "timestamp": "2026-01-01T00:00:00Z", "ip_address": "::1", "user_agent": "mad"}
+ENTRY = {
+    "id": "7", "actor_id": "root", "action": "user_created", "secondary": None, "target": "ann",
+    "timestamp": "2026-01-01T00:00:00Z", "ip_address": "::1", "user_agent": "mad",
+}
 
 
 class TestAudit:
     def test_a_log_that_was_changed_is_a_failure(self, here, fake):
-        fake.answers["GET /audit-logs/verify"] = (200, {"valid": False, "rows": 9, "first_seq": 1, "last_seq": 9, "head": "ab", "reason": "Row 4 was changed."}, {})
+        fake.answers["GET /audit-logs/verify"] = (
+            200,
+            {"valid": False, "rows": 9, "first_seq": 1, "last_seq": 9, "head": "ab", "reason": "Row 4 was changed."},
+            {},
+        )
         done = here("audit", "verify", "--json", MAD_ADMIN_URL=fake.url)
-        assert done.returncode == 1 and json.loads(done.stdout)["success"] is False and json.loads(done.stdout)["rows"] == 9
+        assert (
+            done.returncode == 1
+            and json.loads(done.stdout)["success"] is False
+            and json.loads(done.stdout)["rows"] == 9
+        )
         done = here("auditlog", "verify")
         assert (done.returncode, done.stdout, done.stderr) == (1, "", "mad: error: row 4 was changed\n")
 
     def test_an_export_goes_on_where_a_page_ends(self, here, fake):
-        pages = {"limit=5000": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}), "after=2&limit=5000": (b'{"id":"3"}\n', {}), "limit=1": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"})}
+        pages = {
+            "limit=5000": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}),
+            "after=2&limit=5000": (b'{"id":"3"}\n', {}),
+            "limit=1": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}),
+        }
         fake.answer = lambda method, path: (200, *pages[path.partition("?")[2]])
         assert here("audit", "export", MAD_ADMIN_URL=fake.url).stdout == '{"id":"1"}\n{"id":"2"}\n{"id":"3"}\n'
         assert here("audit", "export", "--limit", "1").stdout == '{"id":"1"}\n'
@@ -756,15 +1019,29 @@ class TestAudit:
         entries = [ENTRY | {"id": str(number)} for number in range(2100, 0, -1)]
 
         def answer(method, path):
-            query = {name: int(value) for name, _, value in (pair.partition("=") for pair in path.partition("?")[2].split("&"))}
-            fake.grown = entries if not query.get("offset") and "after" not in query else [ENTRY | {"id": "2101"}, *entries]
-            found = fake.grown[query.get("offset", 0) :] if "after" not in query else [row for row in reversed(fake.grown) if int(row["id"]) > query["after"]]
+            query = {
+                name: int(value)
+                for name, _, value in (pair.partition("=") for pair in path.partition("?")[2].split("&"))
+            }
+            fake.grown = (
+                entries if not query.get("offset") and "after" not in query else [ENTRY | {"id": "2101"}, *entries]
+            )
+            found = (
+                fake.grown[query.get("offset", 0) :]
+                if "after" not in query
+                else [row for row in reversed(fake.grown) if int(row["id"]) > query["after"]]
+            )
             return 200, found[: query["limit"]], {}
 
         fake.answer = answer
-        assert [row["id"] for row in json.loads(here("audit", "list", "--limit", "-1", "--json", MAD_ADMIN_URL=fake.url).stdout)] == [row["id"] for row in entries], "none twice, though one was written meanwhile"
+        assert [
+            row["id"]
+            for row in json.loads(here("audit", "list", "--limit", "-1", "--json", MAD_ADMIN_URL=fake.url).stdout)
+        ] == [row["id"] for row in entries], "none twice, though one was written meanwhile"
         assert len(here("audit", "list", "--quiet").stdout.split()) == 100
-        assert here("audit", "list", "--quiet", "--after", "99", "--limit", "1500").stdout.split() == [str(number) for number in range(100, 1600)]
+        assert here("audit", "list", "--quiet", "--after", "99", "--limit", "1500").stdout.split() == [
+            str(number) for number in range(100, 1600)
+        ]
 
     @pytest.mark.parametrize("body", [b"[1]\n", b"<html>", b'{"id":1'])
     def test_an_export_that_is_none_is_refused(self, here, fake, body):
@@ -780,7 +1057,10 @@ class TestBackup:
 
     @pytest.fixture
     def server(self, fake):
-        made = {"name": "b.backup", "bytes": 1000, "sha256": hashlib.sha256(self.CONTENT).hexdigest(), "users": 2, "clients": 1}
+        made = {
+            "name": "b.backup", "bytes": 1000, "sha256": hashlib.sha256(self.CONTENT).hexdigest(), "users": 2,
+            "clients": 1,
+        }
 
         def answer(method, path):
             offset = int(path.partition("=")[2] or 0)
@@ -797,14 +1077,24 @@ class TestBackup:
         assert (done.returncode, done.stdout) == (0, "b.backup: 1000 bytes, 2 users, 1 clients\n"), done
         (path,) = tmp_path.glob("*backup*")
         assert path.read_bytes() == self.CONTENT and path.stat().st_mode & 0o777 == 0o600
-        assert [seen[0] for seen in server.seen] == ["POST", "GET", "GET", "GET", "DELETE"] and json.loads(server.seen[0][3]) == {"without_keys": "--without-keys" in words}
+        assert [seen[0] for seen in server.seen] == ["POST", "GET", "GET", "GET", "DELETE"] and json.loads(
+            server.seen[0][3]
+        ) == {"without_keys": "--without-keys" in words}
 
     def test_what_is_there_is_kept_unless_forced(self, here, server, tmp_path):
         os.chdir(tmp_path)
         (tmp_path / "box.backup").write_text("older")
         done = here("backup", "box.backup", MAD_ADMIN_URL=server.url)
-        assert done.returncode == 2 and "--force" in done.stderr and not server.seen and (tmp_path / "box.backup").read_text() == "older"
-        assert here("backup", "box.backup", "--force").returncode == 0 and (tmp_path / "box.backup").read_bytes() == self.CONTENT
+        assert (
+            done.returncode == 2
+            and "--force" in done.stderr
+            and not server.seen
+            and (tmp_path / "box.backup").read_text() == "older"
+        )
+        assert (
+            here("backup", "box.backup", "--force").returncode == 0
+            and (tmp_path / "box.backup").read_bytes() == self.CONTENT
+        )
 
     @pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"name": None}])
     def test_what_is_not_what_was_made_leaves_no_file(self, here, server, tmp_path, change):
@@ -812,15 +1102,23 @@ class TestBackup:
         server.made |= change
         if not server.made["name"]:
             server.answers = {}
-            server.answer = lambda method, path: (200, server.made, {}) if method == "POST" else (404, {"success": False, "message": "There is no such thing here.", "error": "not_found"}, {})
+            server.answer = lambda method, path: (
+                (200, server.made, {})
+                if method == "POST"
+                else (404, {"success": False, "message": "There is no such thing here.", "error": "not_found"}, {})
+            )
         done = here("backup", "box.backup", "--json", MAD_ADMIN_URL=server.url)
-        assert done.returncode != 0 and json.loads(done.stdout)["success"] is False and not list(tmp_path.glob("*backup*"))
+        assert (
+            done.returncode != 0 and json.loads(done.stdout)["success"] is False and not list(tmp_path.glob("*backup*"))
+        )
         assert server.seen[-1][0] == "DELETE"
 
     def test_pieces_that_go_round_are_refused(self, here, server, tmp_path):
         os.chdir(tmp_path)
         whole = server.answer
-        server.answer = lambda method, path: (200, b"x", {"X-Next-Offset": "0"}) if method == "GET" else whole(method, path)
+        server.answer = lambda method, path: (
+            (200, b"x", {"X-Next-Offset": "0"}) if method == "GET" else whole(method, path)
+        )
         done = here("backup", "box.backup", MAD_ADMIN_URL=server.url)
         assert done.returncode == 4 and "follow" in done.stderr and not list(tmp_path.glob("*backup*"))
 
@@ -840,9 +1138,17 @@ class TestTail:
         return call
 
     def test_it_goes_on_after_what_it_has_shown(self, follow, fake):
-        done = follow([(200, [ENTRY | {"id": "10"}, ENTRY], {}), (200, [ENTRY | {"id": "11"}], {}), (200, [], {}), (200, [ENTRY, ENTRY | {"id": "12"}], {})], "--quiet", "--action", "user_created")
+        done = follow(
+            [
+                (200, [ENTRY | {"id": "10"}, ENTRY], {}), (200, [ENTRY | {"id": "11"}], {}), (200, [], {}),
+                (200, [ENTRY, ENTRY | {"id": "12"}], {}),
+            ],
+            "--quiet", "--action", "user_created",
+        )
         assert done.stdout.split() == ["7", "10", "11", "12"], "oldest first, and nothing twice"
-        assert [path.partition("?")[2] for _, path, _, _ in fake.seen] == ["action=user_created&limit=10"] + [f"action=user_created&after={after}&limit=1000" for after in (10, 11, 11)]
+        assert [path.partition("?")[2] for _, path, _, _ in fake.seen] == ["action=user_created&limit=10"] + [
+            f"action=user_created&after={after}&limit=1000" for after in (10, 11, 11)
+        ]
 
     def test_a_server_that_starts_anew_is_waited_for(self, follow):
         down = (503, {"success": False, "message": "Later.", "error": "unavailable"}, {"Retry-After": "9"})
@@ -851,7 +1157,10 @@ class TestTail:
         assert done.stderr == "mad: warning: later; trying again\nmad: warning: the server answers again\n", "said once"
 
     def test_a_token_that_is_no_longer_good_ends_it(self, follow):
-        done = follow([(200, [ENTRY], {}), (401, {"success": False, "message": "Log in.", "error": "invalid_token"}, {})], "--json")
+        done = follow(
+            [(200, [ENTRY], {}), (401, {"success": False, "message": "Log in.", "error": "invalid_token"}, {})],
+            "--json",
+        )
         assert done.returncode == 3 and [json.loads(line).get("id") for line in done.stdout.splitlines()] == ["7", None]
 
     def test_what_it_shows_cannot_drive_a_terminal(self, follow):
@@ -867,13 +1176,22 @@ class TestTail:
     def test_it_ends_with_its_reader(self, fake, tmp_path):
         fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
         env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
-        done = subprocess.run(["bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", sys.executable, str(ROOT / "mad.py"), "audit", "tail", "--quiet", "--interval", "600"], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [
+                "bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", sys.executable, str(ROOT / "mad.py"),
+                "audit", "tail", "--quiet", "--interval", "600",
+            ],
+            env=env, capture_output=True, text=True, timeout=60,
+        )
         assert done.stdout == "7\n0\n" and done.stderr == ""
 
     def test_ctrl_c_ends_it(self, fake, tmp_path):
         fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
         env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
-        child = pexpect.spawn(sys.executable, [str(ROOT / "mad.py"), "audit", "tail", "--interval", "600"], env=env, encoding="utf-8", timeout=10)
+        child = pexpect.spawn(
+            sys.executable, [str(ROOT / "mad.py"), "audit", "tail", "--interval", "600"], env=env, encoding="utf-8",
+            timeout=10,
+        )
         child.expect_exact("user_created")
         child.sendintr()
         assert "Traceback" not in child.read()
@@ -886,12 +1204,18 @@ class TestConfirmation:
 
     @pytest.fixture
     def typed(self, fake, tmp_path):
-        fake.answer = lambda method, path: (200, {"result": USER["id"]} if method == "GET" else {"success": True, "message": "Gone."}, {})
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+        fake.answer = lambda method, path: (
+            200, {"result": USER["id"]} if method == "GET" else {"success": True, "message": "Gone."}, {},
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url,
+        }
 
         def call(words, question=None, answer=""):
             fake.seen.clear()
-            child = pexpect.spawn(sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=10)
+            child = pexpect.spawn(
+                sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=10
+            )
             if question:
                 child.expect_exact(question)
                 child.sendline(answer)
@@ -901,46 +1225,81 @@ class TestConfirmation:
 
         return call
 
-    @pytest.mark.parametrize("words, question, answer, ended", [
-        ("user delete --id bob", "type bob to confirm: ", "bob", (0, 2)), ("user delete --id bob", "type bob to confirm: ", "bo", (2, 0)), ("user delete --id bob", "type bob to confirm: ", "", (2, 0)),
-        ("user delete --id bob --yes", None, "", (0, 2)), ("audit purge --days 3", "go on? [y/N] ", "y", (0, 1)), ("audit purge --days 3", "go on? [y/N] ", "", (2, 0)), ("user deactivate --id bob", None, "", (0, 2)),
-    ])
+    @pytest.mark.parametrize(
+        "words, question, answer, ended",
+        [
+            ("user delete --id bob", "type bob to confirm: ", "bob", (0, 2)),
+            ("user delete --id bob", "type bob to confirm: ", "bo", (2, 0)),
+            ("user delete --id bob", "type bob to confirm: ", "", (2, 0)),
+            ("user delete --id bob --yes", None, "", (0, 2)), ("audit purge --days 3", "go on? [y/N] ", "y", (0, 1)),
+            ("audit purge --days 3", "go on? [y/N] ", "", (2, 0)), ("user deactivate --id bob", None, "", (0, 2)),
+        ],
+    )
     def test_is_asked_for(self, typed, words, question, answer, ended):
         assert typed(words, question, answer) == ended
 
     def test_what_destroys_is_marked(self):
         marked = {command.name for command in mad.COMMANDS if command.danger is not None}
-        destructive = {command.name for command in mad.COMMANDS if command.name.split()[-1].startswith(("delete", "purge", "disable-")) or command.name in ("user revoke", "client revoke")}
+        destructive = {
+            command.name
+            for command in mad.COMMANDS
+            if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
+            or command.name in ("user revoke", "client revoke")
+        }
         assert marked == destructive
 
 
 class TestAuthClient:
     """The binding of AUTH. Its client is authenticated as RFC 6749 §2.3.1 has it."""
 
-    MADE = {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "success": True, "message": "x", "active": True}
+    MADE = {
+        "access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "success": True, "message": "x",
+        "active": True,
+    }
 
-    @pytest.mark.parametrize("call, request_, form", [
-        (lambda auth: auth.client_credentials("a b"), "POST /token", "grant_type=client_credentials&scope=a+b"),
-        (lambda auth: auth.password_login("ann", "h&h", totp="1"), "POST /token", "grant_type=password&username=ann&password=h%26h&totp=1"),
-        (lambda auth: auth.refresh("r"), "POST /token", "grant_type=refresh_token&refresh_token=r"),
-        (lambda auth: auth.exchange_code("c", "https://a/b", "v"), "POST /token", "grant_type=authorization_code&code=c&redirect_uri=https%3A%2F%2Fa%2Fb&code_verifier=v"),
-        (lambda auth: auth.introspect("t"), "POST /introspect", "token=t"), (lambda auth: auth.revoke("t"), "POST /revoke", "token=t"),
-    ])
+    @pytest.mark.parametrize(
+        "call, request_, form",
+        [
+            (lambda auth: auth.client_credentials("a b"), "POST /token", "grant_type=client_credentials&scope=a+b"),
+            (
+                lambda auth: auth.password_login("ann", "h&h", totp="1"), "POST /token",
+                "grant_type=password&username=ann&password=h%26h&totp=1",
+            ),
+            (lambda auth: auth.refresh("r"), "POST /token", "grant_type=refresh_token&refresh_token=r"),
+            (
+                lambda auth: auth.exchange_code("c", "https://a/b", "v"), "POST /token",
+                "grant_type=authorization_code&code=c&redirect_uri=https%3A%2F%2Fa%2Fb&code_verifier=v",
+            ),
+            (lambda auth: auth.introspect("t"), "POST /introspect", "token=t"),
+            (lambda auth: auth.revoke("t"), "POST /revoke", "token=t"),
+        ],
+    )
     def test_a_client_says_who_it_is(self, fake, call, request_, form):
         fake.answers[request_] = (200, self.MADE, {})
         call(mad.AuthClient(fake.url, "app", "s:", token=TOKEN))
         assert fake.seen[0][3] == form and fake.seen[0][2]["Authorization"] == "Basic YXBwOnMlM0E="
         call(mad.AuthClient(fake.url, "app", token=TOKEN))
-        assert fake.seen[1][3] == form + "&client_id=app" and "Authorization" not in fake.seen[1][2], "a public client has no secret, and no token of a user stands for it"
+        assert fake.seen[1][3] == form + "&client_id=app" and "Authorization" not in fake.seen[1][2], (
+            "a public client has no secret, and no token of a user stands for it"
+        )
 
-    @pytest.mark.parametrize("call, request_, body", [
-        (lambda auth: auth.userinfo(), "GET /userinfo", ""), (lambda auth: auth.me(), "GET /me", ""), (lambda auth: auth.logout(), "POST /logout", ""), (lambda auth: auth.logout_all(), "POST /logout-all", ""),
-        (lambda auth: auth.list_my_sessions(), "GET /me/sessions", ""), (lambda auth: auth.list_my_refresh_tokens(), "GET /me/refresh-tokens", ""), (lambda auth: auth.list_users(), "GET /users", ""), (lambda auth: auth.get_user("u"), "GET /user/u", ""),
-        (lambda auth: auth.create_user("a", "b", "c"), "POST /user", '{"username":"a","email":"b","password":"c"}'), (lambda auth: auth.reset_password("u", "p"), "POST /user/u/reset", '{"new_password":"p"}'),
-        (lambda auth: auth.deactivate_user("u"), "POST /user/u/deactivate", ""),
-    ])
+    @pytest.mark.parametrize(
+        "call, request_, body",
+        [
+            (lambda auth: auth.userinfo(), "GET /userinfo", ""), (lambda auth: auth.me(), "GET /me", ""),
+            (lambda auth: auth.logout(), "POST /logout", ""), (lambda auth: auth.logout_all(), "POST /logout-all", ""),
+            (lambda auth: auth.list_my_sessions(), "GET /me/sessions", ""),
+            (lambda auth: auth.list_my_refresh_tokens(), "GET /me/refresh-tokens", ""),
+            (lambda auth: auth.list_users(), "GET /users", ""), (lambda auth: auth.get_user("u"), "GET /user/u", ""),
+            (lambda auth: auth.create_user("a", "b", "c"), "POST /user", '{"username":"a","email":"b","password":"c"}'),
+            (lambda auth: auth.reset_password("u", "p"), "POST /user/u/reset", '{"new_password":"p"}'),
+            (lambda auth: auth.deactivate_user("u"), "POST /user/u/deactivate", ""),
+        ],
+    )
     def test_a_user_is_spoken_for_by_a_token(self, fake, call, request_, body):
-        fake.answers[request_] = (200, [USER] if "sessions" in request_ or "tokens" in request_ or request_ == "GET /users" else USER, {})
+        fake.answers[request_] = (
+            200, [USER] if "sessions" in request_ or "tokens" in request_ or request_ == "GET /users" else USER, {},
+        )
         assert call(mad.MadClient(auth_url=fake.url).auth(token=TOKEN)) in (USER, [USER])
         assert fake.seen[0][2]["Authorization"] == "Bearer " + TOKEN and fake.seen[0][3] == body
 
@@ -948,7 +1307,9 @@ class TestAuthClient:
         for path in ("/jwks.json", "/.well-known/openid-configuration"):
             fake.answers["GET " + path] = (200, {"keys": []}, {})
         auth = mad.AuthClient(fake.url, "app", "s", token=TOKEN)
-        assert auth.jwks() == auth.discovery() == {"keys": []} and not any("Authorization" in headers for *_, headers, _ in fake.seen)
+        assert auth.jwks() == auth.discovery() == {"keys": []} and not any(
+            "Authorization" in headers for *_, headers, _ in fake.seen
+        )
 
     def test_nothing_is_sent_for_nobody(self, fake):
         with pytest.raises(mad.BadValue):
@@ -957,10 +1318,15 @@ class TestAuthClient:
 
     def test_a_change_may_depend_on_what_was_read(self, fake):
         path = "/users/" + USER["id"]
-        fake.answers[f"GET {path}"], fake.answers[f"PUT {path}"] = (200, USER, {"ETag": '"7"'}), (412, {"success": False, "message": "No.", "error": "precondition_failed"}, {})
+        fake.answers[f"GET {path}"], fake.answers[f"PUT {path}"] = (
+            (200, USER, {"ETag": '"7"'}),
+            (412, {"success": False, "message": "No.", "error": "precondition_failed"}, {}),
+        )
         admin = mad.MadClient(fake.url, TOKEN)
         with pytest.raises(mad.MadError) as caught:
-            admin.send("PUT", path, json={"email": "x@y"}, headers={"If-Match": admin.send("GET", path).headers["etag"]})
+            admin.send(
+                "PUT", path, json={"email": "x@y"}, headers={"If-Match": admin.send("GET", path).headers["etag"]}
+            )
         assert caught.value.status == 412 and fake.seen[-1][2]["If-Match"] == '"7"'
 
     @pytest.mark.parametrize("kind", [mad.MadClient, mad.AuthClient])
@@ -977,25 +1343,42 @@ class TestOptions:
     def of(*words, name="client create"):
         return mad.parse(next(command for command in mad.COMMANDS if command.name == name), list(words))
 
-    @pytest.mark.parametrize("words, found", [
-        (["--public"], {"public": True}), (["--public", "FALSE"], {"public": False}), (["--public:true"], {"public": True}), (["--secret", "--"], {"secret": "--"}), (["--secret=a=b:c"], {"secret": "a=b:c"}),
-        (["--secret", "--json"], {"secret": "--json"}), (["--secret", "@file"], {"secret": "@file"}), (["--grant", "a", "b", "--grant=c"], {"grant": ["a", "b", "c"]}), (["--gen-password", "12"], {"gen-password": 12}),
-        (["--display-name", ""], {"display-name": ""}), (["--secret", "-h"], {"secret": "-h"}),
-    ])
+    @pytest.mark.parametrize(
+        "words, found",
+        [
+            (["--public"], {"public": True}), (["--public", "FALSE"], {"public": False}),
+            (["--public:true"], {"public": True}), (["--secret", "--"], {"secret": "--"}),
+            (["--secret=a=b:c"], {"secret": "a=b:c"}), (["--secret", "--json"], {"secret": "--json"}),
+            (["--secret", "@file"], {"secret": "@file"}),
+            (["--grant", "a", "b", "--grant=c"], {"grant": ["a", "b", "c"]}),
+            (["--gen-password", "12"], {"gen-password": 12}), (["--display-name", ""], {"display-name": ""}),
+            (["--secret", "-h"], {"secret": "-h"}),
+        ],
+    )
     def test_are_read_as_they_are_meant(self, words, found):
         parsed = self.of("--client-id", "x", *words)
         assert parsed.errors == [] and not parsed.wants_help and parsed.values == {"client-id": "x"} | found
 
-    @pytest.mark.parametrize("words, error", [
-        (["--publi"], "unknown option '--publi'"), (["-p"], "unknown option '-p'"), (["x"], "unexpected word 'x'"), (["--", "--public"], "unexpected word '--public'"), (["--secret"], "--secret needs a value"),
-        (["--secret="], "--secret is blank"), (["--public=yes"], "--public is true or false"), (["--secret", "a", "--secret", "b"], "--secret is given twice"), (["--gen-password", "x"], "--gen-password is a whole number"),
-        (["--gen-password", "7"], "--gen-password is at least 8"), (["--secret", "a", "--secret-stdin"], "--secret and --secret-stdin exclude each other"), (["--secret", "\udcff"], "--secret is not valid UTF-8"),
-    ])
+    @pytest.mark.parametrize(
+        "words, error",
+        [
+            (["--publi"], "unknown option '--publi'"), (["-p"], "unknown option '-p'"), (["x"], "unexpected word 'x'"),
+            (["--", "--public"], "unexpected word '--public'"), (["--secret"], "--secret needs a value"),
+            (["--secret="], "--secret is blank"), (["--public=yes"], "--public is true or false"),
+            (["--secret", "a", "--secret", "b"], "--secret is given twice"),
+            (["--gen-password", "x"], "--gen-password is a whole number"),
+            (["--gen-password", "7"], "--gen-password is at least 8"),
+            (["--secret", "a", "--secret-stdin"], "--secret and --secret-stdin exclude each other"),
+            (["--secret", "\udcff"], "--secret is not valid UTF-8"),
+        ],
+    )
     def test_are_refused_when_they_are_wrong(self, words, error):
         assert self.of("--client-id", "x", *words).errors == [error]
 
     def test_an_update_changes_something(self):
-        assert self.of("--id", "x", name="user update").errors == ["nothing to change: give at least one of --username, --email, --is-active"]
+        assert self.of("--id", "x", name="user update").errors == [
+            "nothing to change: give at least one of --username, --email, --is-active"
+        ]
         assert self.of("--id", "x", "--is-active=false", name="user update").errors == []
 
     def test_a_blank_id_does_not_become_every_id(self, here):
@@ -1003,7 +1386,10 @@ class TestOptions:
 
     def test_a_near_word_is_suggested(self, here):
         assert "did you mean --username?" in here("user", "create", "--usrname", "x").stderr
-        assert "did you mean mad user list?" in here("user", "lst").stderr and "did you mean mad client?" in here("clint").stderr
+        assert (
+            "did you mean mad user list?" in here("user", "lst").stderr
+            and "did you mean mad client?" in here("clint").stderr
+        )
 
     def test_a_made_secret_has_the_length_asked_for_and_is_not_lost(self, here, fake):
         fake.answers["POST /clients"] = (200, {"id": USER["id"], "client_id": "door"}, {})
@@ -1054,12 +1440,19 @@ class TestPrivateFiles:
             mad.Profile(str(tmp_path)).save("a.b.c", "http://box")
         finally:
             os.umask(mask)
-        assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob(".mad*")} == {".mad_token": 0o600, ".mad_url": 0o600}, "and nothing is left over"
+        assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob(".mad*")} == {
+            ".mad_token": 0o600, ".mad_url": 0o600,
+        }, "and nothing is left over"
 
     @pytest.mark.parametrize("name", [".mad_token", ".mad_url"])
-    @pytest.mark.parametrize("make", [
-        lambda path: path.symlink_to("elsewhere"), lambda path: path.mkdir(), lambda path: os.mkfifo(path), lambda path: (path.write_text(TOKEN), path.chmod(0o666)), lambda path: path.write_bytes(b"\xff"),
-    ], ids=["link", "folder", "pipe", "writable", "binary"])
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda path: path.symlink_to("elsewhere"), lambda path: path.mkdir(), lambda path: os.mkfifo(path),
+            lambda path: (path.write_text(TOKEN), path.chmod(0o666)), lambda path: path.write_bytes(b"\xff"),
+        ],
+        ids=["link", "folder", "pipe", "writable", "binary"],
+    )
     def test_are_not_read_when_they_are_not_what_mad_wrote(self, here, fake, tmp_path, name, make):
         (tmp_path / "elsewhere").write_text(TOKEN)
         (tmp_path / name).unlink()
@@ -1091,7 +1484,11 @@ class TestPrivateFiles:
     def test_logout_tells_the_issuer_and_forgets_in_any_case(self, here, fake, tmp_path, status, warned):
         fake.answers["POST /logout"] = (status, {"success": status == 200, "message": "x"}, {})
         done = here("session", "logout", "--json", MAD_ADMIN_TOKEN=None, MAD_ADMIN_URL="http://127.0.0.1:9")
-        assert done.returncode == 0 and json.loads(done.stdout)["success"] is True and ("stays good" in done.stderr) is warned
+        assert (
+            done.returncode == 0
+            and json.loads(done.stdout)["success"] is True
+            and ("stays good" in done.stderr) is warned
+        )
         assert not (tmp_path / ".mad_token").exists() and fake.seen[0][:2] == ("POST", "/logout")
 
 
@@ -1115,7 +1512,9 @@ class TestTokenCache:
         os.chmod(cache.folder, 0o777)
         assert cache.find(1_000_000) is None
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"answer":{"access_token":"a b"},"stored_at":0,"expires_at":9e9}'])
+    @pytest.mark.parametrize(
+        "text", ["", "[]", "{}", "{", '{"answer":{"access_token":"a b"},"stored_at":0,"expires_at":9e9}']
+    )
     def test_a_damaged_file_is_no_token(self, cache, text):
         cache.store(self.ANSWER, 1_000_000)
         with open(cache.path, "w") as file:
@@ -1135,7 +1534,9 @@ class TestTokenCache:
     def test_no_cache_is_no_failure(self, here, fake, tmp_path):
         fake.answers["POST /token"] = (200, self.ANSWER, {})
         (tmp_path / ".cache").write_text("a file where a folder should be")
-        assert here("token", "get", MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s").stdout == TOKEN + "\n"
+        assert (
+            here("token", "get", MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s").stdout == TOKEN + "\n"
+        )
 
 
 class TestTerminal:
@@ -1143,13 +1544,22 @@ class TestTerminal:
 
     @pytest.fixture
     def env(self, tmp_path):
-        return {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {"HOME": str(tmp_path)}
+        return {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path)
+        }
 
     @pytest.mark.parametrize("code, status", [("123456", 0), ("", 1)])
     def test_a_code_is_asked_for_once_after_a_refusal(self, fake, env, code, status):
         good = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60}, {})
-        fake.answer = lambda method, path: good if "totp=123456" in fake.seen[-1][3] else (403, {"success": False, "message": "No.", "error": "invalid_grant"}, {})
-        child = pexpect.spawn(self.MAD[0], [self.MAD[1], "session", "login", "--admin-url", fake.url, "--username", "root"], env=env, encoding="utf-8", timeout=10)
+        fake.answer = lambda method, path: (
+            good
+            if "totp=123456" in fake.seen[-1][3]
+            else (403, {"success": False, "message": "No.", "error": "invalid_grant"}, {})
+        )
+        child = pexpect.spawn(
+            self.MAD[0], [self.MAD[1], "session", "login", "--admin-url", fake.url, "--username", "root"], env=env,
+            encoding="utf-8", timeout=10,
+        )
         child.expect_exact("password: ")
         child.waitnoecho()
         child.sendline("hush hush")
@@ -1160,7 +1570,9 @@ class TestTerminal:
         assert child.exitstatus == status and len(fake.seen) == (2 if code else 1)
 
     def test_ctrl_c_is_silent(self, env):
-        child = pexpect.spawn(self.MAD[0], [self.MAD[1], "session", "login", "--username", "root"], env=env, encoding="utf-8", timeout=10)
+        child = pexpect.spawn(
+            self.MAD[0], [self.MAD[1], "session", "login", "--username", "root"], env=env, encoding="utf-8", timeout=10
+        )
         child.expect_exact("password: ")
         child.waitnoecho()
         child.sendintr()
@@ -1169,12 +1581,17 @@ class TestTerminal:
         assert child.exitstatus == 130
 
     def test_a_reader_that_has_seen_enough_is_no_failure(self, env):
-        done = subprocess.run(["bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", *self.MAD, "completion", "fish"], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", *self.MAD, "completion", "fish"], env=env,
+            capture_output=True, text=True,
+        )
         assert done.stdout == "# completion of mad for fish\n0\n" and done.stderr == ""
 
     def test_an_answer_that_cannot_be_written_is_one(self, env):
         with open("/dev/full", "w") as full:
-            done = subprocess.run([*self.MAD, "completion", "bash"], env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [*self.MAD, "completion", "bash"], env=env, stdout=full, stderr=subprocess.PIPE, text=True
+            )
         assert done.returncode == 1 and done.stderr == "mad: error: cannot write the answer: No space left on device\n"
 
 
@@ -1182,7 +1599,10 @@ class TestStart:
     def test_a_command_loads_little(self, fake, env_of_nobody):
         fake.answers["GET /users"] = (200, [USER], {})
         code = "import sys, mad; mad.main(sys.argv[1:]); print(*sorted({'ssl', 'argparse', 'http.client', 'urllib.request', 'email', 'asyncio', 'importlib.metadata', 'hashlib', 'shutil', 'typing', 'difflib', 'datetime'} & set(sys.modules)))"
-        done = subprocess.run([sys.executable, "-S", "-c", code, "user", "list", "--quiet", "--admin-url", fake.url], cwd=ROOT, env=env_of_nobody, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", code, "user", "list", "--quiet", "--admin-url", fake.url], cwd=ROOT,
+            env=env_of_nobody, capture_output=True, text=True,
+        )
         assert done.stdout == USER["id"] + "\n\n", done
 
     @pytest.fixture
@@ -1191,18 +1611,28 @@ class TestStart:
 
 
 class TestNamesNoPathCarries:
-    @pytest.mark.parametrize("words, path, row", [
-        (("scope", "get", "--id", "https://api.example/read"), "/scopes", {"id": USER["id"], "name": "https://api.example/read"}),
-        (("client", "get", "--id", "a/b"), "/clients", {"id": USER["id"], "client_id": "a/b"}),
-        (("user", "get", "--id", "HOME\\Ann"), "/users", {"id": USER["id"], "username": "home\\ann"}),
-    ])
+    @pytest.mark.parametrize(
+        "words, path, row",
+        [
+            (
+                ("scope", "get", "--id", "https://api.example/read"), "/scopes",
+                {"id": USER["id"], "name": "https://api.example/read"},
+            ),
+            (("client", "get", "--id", "a/b"), "/clients", {"id": USER["id"], "client_id": "a/b"}),
+            (("user", "get", "--id", "HOME\\Ann"), "/users", {"id": USER["id"], "username": "home\\ann"}),
+        ],
+    )
     def test_are_looked_up_in_the_list(self, run, fake, words, path, row):
         """The server refuses a slash in a path, encoded or not."""
-        fake.answers[f"GET {path}"] = (200, [row | {"id": "another", next(name for name in row if name != "id"): words[-1] + "x"}, row], {})
+        fake.answers[f"GET {path}"] = (
+            200, [row | {"id": "another", next(name for name in row if name != "id"): words[-1] + "x"}, row], {},
+        )
         fake.answers[f"GET {path}/{USER['id']}"] = (200, row, {})
         done = run(*words, "--json")
         assert done.returncode == 0 and json.loads(done.stdout) == row, done
-        assert [seen[1].partition("?")[0] for seen in fake.seen] == [path, f"{path}/{USER['id']}"] and not any("%2" in seen[1].partition("?")[0] for seen in fake.seen)
+        assert [seen[1].partition("?")[0] for seen in fake.seen] == [path, f"{path}/{USER['id']}"] and not any(
+            "%2" in seen[1].partition("?")[0] for seen in fake.seen
+        )
 
     def test_one_that_is_not_there_is_said_to_be(self, run, fake):
         fake.answers["GET /roles"] = (200, [], {})

@@ -131,7 +131,15 @@ def box(tmp_path_factory):
 
 class TestScript:
     def test_it_runs_to_its_end(self, box):
-        more = {"PYTHON": sys.executable, "ARCHIVE": str(ARCHIVE), "PASSWORD": box.PASSWORD, "CLIENT_SECRET": box.client[1], "PATH": os.environ["PATH"]}
-        more |= {"MAD_ADMIN_URL": f"http://127.0.0.1:{box.admin_port}", "MAD_AUTH_URL": f"http://127.0.0.1:{box.auth_port}"}
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", SCRIPT], env=box.environ | more, cwd=box.folder, capture_output=True, text=True, timeout=120)
+        more = {
+            "PYTHON": sys.executable, "ARCHIVE": str(ARCHIVE), "PASSWORD": box.PASSWORD, "CLIENT_SECRET": box.client[1],
+            "PATH": os.environ["PATH"],
+        }
+        more |= {
+            "MAD_ADMIN_URL": f"http://127.0.0.1:{box.admin_port}", "MAD_AUTH_URL": f"http://127.0.0.1:{box.auth_port}",
+        }
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", SCRIPT], env=box.environ | more, cwd=box.folder, capture_output=True,
+            text=True, timeout=120,
+        )
         assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:]

@@ -13,7 +13,9 @@ import pytest
 
 SOURCE = Path(m.__file__).read_text("utf-8")
 TREE = ast.parse(SOURCE)
-BANNERS = [(match[1], SOURCE.count("\n", 0, match.start()) + 1) for match in re.finditer(r"^# == (.+?) =+$", SOURCE, re.M)]
+BANNERS = [
+    (match[1], SOURCE.count("\n", 0, match.start()) + 1) for match in re.finditer(r"^# == (.+?) =+$", SOURCE, re.M)
+]
 SECTIONS = [name for name, _ in BANNERS]
 
 
@@ -38,17 +40,26 @@ def globals_of(code):
             yield from globals_of(inner)
 
 
-STATEMENTS = [node for node in TREE.body if not isinstance(node, (ast.Import, ast.ImportFrom)) and section_of(node.lineno) >= 0]
+STATEMENTS = [
+    node for node in TREE.body if not isinstance(node, (ast.Import, ast.ImportFrom)) and section_of(node.lineno) >= 0
+]
 DEFINED = {}
 for statement in STATEMENTS:
     for bound in bound_by(statement):
         DEFINED.setdefault(bound, statement.lineno)
-IMPORTED = {alias.asname or alias.name.partition(".")[0] for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+IMPORTED = {
+    alias.asname or alias.name.partition(".")[0]
+    for node in TREE.body
+    if isinstance(node, (ast.Import, ast.ImportFrom))
+    for alias in node.names
+}
 
 
 class TestOrder:
     def test_the_contents_are_the_banners(self):
-        contents = re.findall(r"^    ([A-Z][A-Za-z ]*?)  +\S", m.__doc__.partition("Contents\n")[2].partition("The life")[0], re.M)
+        contents = re.findall(
+            r"^    ([A-Z][A-Za-z ]*?)  +\S", m.__doc__.partition("Contents\n")[2].partition("The life")[0], re.M
+        )
         assert contents == SECTIONS
 
     @pytest.mark.parametrize("section", SECTIONS)
@@ -60,7 +71,9 @@ class TestOrder:
             code = compile(ast.Module([node], []), m.__file__, "exec")
             for name in globals_of(code):
                 if name in DEFINED:
-                    assert section_of(DEFINED[name]) <= here, f"line {node.lineno} uses {name} of {SECTIONS[section_of(DEFINED[name])]}"
+                    assert section_of(DEFINED[name]) <= here, (
+                        f"line {node.lineno} uses {name} of {SECTIONS[section_of(DEFINED[name])]}"
+                    )
 
     def test_every_name_is_defined_somewhere(self):
         own = {"__name__", "__file__", "__doc__", "__module__", "__qualname__", "__annotations__"}
@@ -69,58 +82,102 @@ class TestOrder:
             if isinstance(node, ast.If):  # __main__
                 continue
             if isinstance(node, ast.ClassDef):  # a class body looks its own names up first
-                inside = {name for part in node.body for name in bound_by(part) | ({part.target.id} if isinstance(part, ast.AnnAssign) else set())}
+                inside = {
+                    name
+                    for part in node.body
+                    for name in bound_by(part) | ({part.target.id} if isinstance(part, ast.AnnAssign) else set())
+                }
             for name in globals_of(compile(ast.Module([node], []), m.__file__, "exec")):
-                assert name in DEFINED or name in IMPORTED or name in inside or name in own or hasattr(builtins, name), f"line {node.lineno}: {name}"
+                assert (
+                    name in DEFINED or name in IMPORTED or name in inside or name in own or hasattr(builtins, name)
+                ), f"line {node.lineno}: {name}"
 
     def test_only_the_store_speaks_sql(self):
         for node in ast.walk(TREE):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\b(SELECT .+ FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|CREATE TABLE)\b", node.value, re.S):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.search(
+                    r"\b(SELECT .+ FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|CREATE TABLE)\b", node.value, re.S
+                )
+            ):
                 assert SECTIONS[section_of(node.lineno)] == "Store", node.value
 
-    @pytest.mark.parametrize("word, sections", [("bottle.request", {"HTTP"}), ("bottle.response", {"HTTP"}), ("os.fork", {"Serve"}), ("sys.argv", {"Command line"}), ("os.environ", {"Serve", "Command line"})])
+    @pytest.mark.parametrize(
+        "word, sections",
+        [
+            ("bottle.request", {"HTTP"}), ("bottle.response", {"HTTP"}), ("os.fork", {"Serve"}),
+            ("sys.argv", {"Command line"}), ("os.environ", {"Serve", "Command line"}),
+        ],
+    )
     def test_what_only_one_section_may_touch(self, word, sections):
-        lines = {section_of(number) for number, line in enumerate(SOURCE.split("\n"), 1) if re.search(rf"\b{re.escape(word)}\b", line.partition("#")[0])} - {-1}
+        lines = {
+            section_of(number)
+            for number, line in enumerate(SOURCE.split("\n"), 1)
+            if re.search(rf"\b{re.escape(word)}\b", line.partition("#")[0])
+        } - {-1}
         assert {SECTIONS[number] for number in lines} <= sections
 
 
 class TestState:
     """No module-level state: threads share the Idp, tests build their own."""
 
-    TABLES = {"FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS", "OWN_VALUES", "OWN_WORDS", "COMMANDS_AT_THE_MACHINE", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN"}
+    TABLES = {
+        "FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS",
+        "OWN_VALUES", "OWN_WORDS", "COMMANDS_AT_THE_MACHINE", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH",
+        "ADMIN",
+    }
 
     def mutable(self):
         for node in STATEMENTS:
             value = getattr(node, "value", None)
-            if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(value, (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)):
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(
+                value, (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+            ):
                 yield from (target.id for target in getattr(node, "targets", None) or [node.target])
 
     def test_what_can_change_is_a_declared_table(self):
         assert set(self.mutable()) <= self.TABLES
 
     def test_no_function_rebinds_or_changes_a_name_of_the_module(self):
-        changers = {"append", "add", "update", "setdefault", "pop", "popitem", "clear", "extend", "insert", "remove", "discard"}
+        changers = {
+            "append", "add", "update", "setdefault", "pop", "popitem", "clear", "extend", "insert", "remove", "discard",
+        }
         for function in ast.walk(TREE):
             if not isinstance(function, (ast.FunctionDef, ast.Lambda)):
                 continue
-            local = {inner.arg for inner in ast.walk(function) if isinstance(inner, ast.arg)} | {inner.id for inner in ast.walk(function) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)}
+            local = {inner.arg for inner in ast.walk(function) if isinstance(inner, ast.arg)} | {
+                inner.id
+                for inner in ast.walk(function)
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+            }
             for inner in ast.walk(function):
                 assert not isinstance(inner, ast.Global), f"line {inner.lineno}"
                 target = None
                 if isinstance(inner, (ast.Subscript, ast.Attribute)) and isinstance(inner.ctx, (ast.Store, ast.Del)):
                     target = inner.value
-                if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr in changers:
+                if (
+                    isinstance(inner, ast.Call)
+                    and isinstance(inner.func, ast.Attribute)
+                    and inner.func.attr in changers
+                ):
                     target = inner.func.value
                 if isinstance(target, ast.Name):
                     assert target.id not in DEFINED or target.id in local, f"line {inner.lineno} changes {target.id}"
 
     def test_what_is_remembered_for_ever_is_a_file_of_the_package(self):
-        cached = {node.name for node in TREE.body if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(word) for word in node.decorator_list)}
+        cached = {
+            node.name
+            for node in TREE.body
+            if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(word) for word in node.decorator_list)
+        }
         assert cached <= {"common_passwords"}
 
 
 class TestRoutes:
-    @pytest.mark.parametrize("route", m.AUTH.routes + m.ADMIN.routes, ids=lambda route: f"{route.methods[0]} {route.paths[0]}")
+    @pytest.mark.parametrize(
+        "route", m.AUTH.routes + m.ADMIN.routes, ids=lambda route: f"{route.methods[0]} {route.paths[0]}"
+    )
     def test_a_route_says_who_what_and_why(self, route):
         assert callable(route.guard) and route.spec.strip() and route.handler.__doc__.strip().endswith(".")
 
@@ -131,24 +188,54 @@ class TestRoutes:
 
     def test_what_strangers_may_call_is_this_and_no_more(self):
         """A new public route is a decision: it is written down here."""
-        public = {(routes.name, path) for routes in (m.AUTH, m.ADMIN) for route in routes.routes if route.guard is m.anyone for path in route.paths}
+        public = {
+            (routes.name, path)
+            for routes in (m.AUTH, m.ADMIN)
+            for route in routes.routes
+            if route.guard is m.anyone
+            for path in route.paths
+        }
         assert public == {
-            *(("auth", path) for path in (
-                "/ping", "/version", "/health", "/health/ready", "/jwks.json", "/.well-known/jwks.json",
-                "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>", "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
-                "/authorize", "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent", "/pages/<name>", "/end-session", "/logout", "/account",
-                "/login/password", "/login/totp", "/login/finalize", "/auth-session/<jti>",
-            )),
-            *(("admin", path) for path in ("/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js")),
+            *(
+                ("auth", path)
+                for path in (
+                    "/ping", "/version", "/health", "/health/ready", "/jwks.json", "/.well-known/jwks.json",
+                    "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>",
+                    "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js", "/authorize",
+                    "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent",
+                    "/pages/<name>", "/end-session", "/logout", "/account", "/login/password", "/login/totp",
+                    "/login/finalize", "/auth-session/<jti>",
+                )
+            ),
+            *(
+                ("admin", path)
+                for path in (
+                    "/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json",
+                    "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
+                )
+            ),
         }
 
     def test_errors_have_a_status_a_sentence_and_a_source(self):
         for code, (status, sentence, source) in m.ERRORS.items():
-            assert re.fullmatch(r"[a-z_]+", code) and 400 <= status <= 599 and re.match(r"(RFC \d+|OpenID Connect Core) §", source)
-            assert re.fullmatch(r"""[\x20\x21\x23-\x5b\x5d-\x7e]+\.""", sentence) and "'" not in sentence, "RFC 6749 §5.2: what error_description may hold"
+            assert (
+                re.fullmatch(r"[a-z_]+", code)
+                and 400 <= status <= 599
+                and re.match(r"(RFC \d+|OpenID Connect Core) §", source)
+            )
+            assert re.fullmatch(r"""[\x20\x21\x23-\x5b\x5d-\x7e]+\.""", sentence) and "'" not in sentence, (
+                "RFC 6749 §5.2: what error_description may hold"
+            )
 
     def test_every_code_that_is_raised_is_in_the_table(self):
-        raised = {call.args[0].value for call in ast.walk(TREE) if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Problem" and call.args and isinstance(call.args[0], ast.Constant)}
+        raised = {
+            call.args[0].value
+            for call in ast.walk(TREE)
+            if isinstance(call, ast.Call)
+            and getattr(call.func, "id", "") == "Problem"
+            and call.args
+            and isinstance(call.args[0], ast.Constant)
+        }
         assert raised <= m.ERRORS.keys()
 
 

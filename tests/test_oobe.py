@@ -25,15 +25,26 @@ PASSWORD = "correct horse"
 PHRASE = "a long phrase"
 PROGRAM = [sys.executable, str(ROOT / "microauthd.py")]
 LOCALE = ("LANG", "LC_ALL", "LC_CTYPE", "NO_COLOR", "TERM")
-ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("MAD_") and name not in LOCALE} | CHEAP | {"PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRON = (
+    {name: value for name, value in os.environ.items() if not name.startswith("MAD_") and name not in LOCALE}
+    | CHEAP
+    | {"PYTHONDONTWRITEBYTECODE": "1"}
+)
 WHOLE = {"mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"}
 ALL = "\x01\x0b"  # goes to the start of the line and clears it
-COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:[134][0-9]|9[0-7]|10[0-7]|[1-9])(?:;[0-9;]*)?m")  # SGR other than reset, ECMA-48 §8.3.117
+COLOUR = re.compile(
+    r"\x1b\[(?:[0-9;]*;)?(?:[134][0-9]|9[0-7]|10[0-7]|[1-9])(?:;[0-9;]*)?m"
+)  # SGR other than reset, ECMA-48 §8.3.117
 
 DATABASE = (("Database file?", ""), ("Database passphrase?", PHRASE), ("The same again:", PHRASE))
-ADMINISTRATOR = (("user name?", ""), ("e-mail?", "root@box.example"), ("Administrator's password?", PASSWORD), ("The same again:", PASSWORD), ("second factor", "n"))
+ADMINISTRATOR = (
+    ("user name?", ""), ("e-mail?", "root@box.example"), ("Administrator's password?", PASSWORD),
+    ("The same again:", PASSWORD), ("second factor", "n"),
+)
 CLIENT = (("client_id of the first service", ""), ("Its audience", ""), ("Its scopes", "a:read"))
-QUICK = (*DATABASE, ("Go through every setting?", "n"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y"))  # (question, answer)
+QUICK = (
+    *DATABASE, ("Go through every setting?", "n"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y"),
+)  # (question, answer)
 
 
 class Console:
@@ -41,11 +52,16 @@ class Console:
 
     def __init__(self, folder, *words, term="vt100", **environ):
         self.lines = term == "dumb"  # whole lines, as on a terminal that cannot move its cursor
-        self.child = pexpect.spawn(PROGRAM[0], [PROGRAM[1], "setup", *words], cwd=folder, env=ENVIRON | {"TERM": term} | environ, dimensions=(24, 80), encoding="utf-8", timeout=30)
+        self.child = pexpect.spawn(
+            PROGRAM[0], [PROGRAM[1], "setup", *words], cwd=folder, env=ENVIRON | {"TERM": term} | environ,
+            dimensions=(24, 80), encoding="utf-8", timeout=30,
+        )
         self.child.delaybeforesend = None
         self.child.ptyproc.delayafterclose = self.child.delayafterclose = 0.01
         self.screen = []
-        self.child.logfile_read = type("Tape", (), {"write": lambda _, text: self.screen.append(text), "flush": lambda _: None})()
+        self.child.logfile_read = type(
+            "Tape", (), {"write": lambda _, text: self.screen.append(text), "flush": lambda _: None}
+        )()
 
     def answer(self, question, words):
         self.child.expect(r"\s+".join(map(re.escape, question.split())))  # a sentence may be folded anywhere
@@ -152,7 +168,9 @@ class TestWizard:
             dark = [[row[column] == " " for column in range(0, 78, 2)] for row in rows]
             border = 1
             assert console.text.isascii()
-        assert dark == [[bool(module) for module in row] for row in code.matrix_iter(border=border)], "what is drawn is the code"
+        assert dark == [[bool(module) for module in row] for row in code.matrix_iter(border=border)], (
+            "what is drawn is the code"
+        )
         console.child.send("000000\r")
         console.answer("not the code", ALL + pyotp.TOTP(seed).now())
         console.answers((*CLIENT, ("with a second factor", "y")))
@@ -177,7 +195,10 @@ class TestWizard:
                 asked.append(question)
                 if question == "The code it shows?":
                     return pyotp.TOTP(seed).at(int(time.time()) - 30)  # all but run out
-                given = {"e-mail": "root@box.example", "password?": PASSWORD, "passphrase": PHRASE, "again": PHRASE if len(asked) < 5 else PASSWORD, "TOTP": "y", "Its scopes": ""}
+                given = {
+                    "e-mail": "root@box.example", "password?": PASSWORD, "passphrase": PHRASE,
+                    "again": PHRASE if len(asked) < 5 else PASSWORD, "TOTP": "y", "Its scopes": "",
+                }
                 return next((words for part, words in given.items() if part in question), default)
 
         monkeypatch.chdir(tmp_path)
@@ -185,7 +206,10 @@ class TestWizard:
         monkeypatch.setattr(m, "new_totp_seed", lambda: seed)
         monkeypatch.setattr(m, "set_up", lambda options, answers: made.append(answers) or m.MadeClient("", ""))
         assert oobe.wizard(m.Options({"config": "mad.conf"}), ["--quick"]) == 0
-        assert made[0].totp_seed == seed and m.totp_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
+        assert (
+            made[0].totp_seed == seed
+            and m.totp_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
+        )
 
     @pytest.mark.parametrize("term", ["dumb", "vt100"])
     def test_answers_typed_ahead_are_taken_and_never_shown(self, tmp_path, term):
@@ -200,10 +224,17 @@ class TestWizard:
         (tmp_path / "mad.conf").write_text(f'auth-port = 9999\ndb-pass = "{PHRASE}"\nenable-token-refresh = false\n')
         (tmp_path / "mad.conf").chmod(0o600)
         console = Console(tmp_path, "--quick", MAD_DB_FILE="other.db3")
-        console.answers((("Database file?", ALL + "mine.db3"), ("environment MAD_DB_FILE", ALL + "other.db3"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "")))
+        console.answers(
+            (
+                ("Database file?", ALL + "mine.db3"), ("environment MAD_DB_FILE", ALL + "other.db3"), *ADMINISTRATOR,
+                *CLIENT, ("Set it up?", ""),
+            )
+        )
         assert console.end() == 0 and "passphrase?" not in console.text
         options, _ = log_in(tmp_path)
-        assert (options.auth_port, options.db_pass, options.enable_token_refresh, options.db_file) == (9999, PHRASE, False, "other.db3")
+        assert (options.auth_port, options.db_pass, options.enable_token_refresh, options.db_file) == (
+            9999, PHRASE, False, "other.db3",
+        )
 
     @pytest.mark.parametrize("term, keys", [("vt100", "\x03"), ("vt100", "\x04"), ("dumb", "\x03\x04")])
     def test_leaving_at_any_question_leaves_nothing(self, tmp_path, term, keys):
@@ -233,13 +264,26 @@ class TestWizard:
         assert console.end() == 1 and "set up already" in console.text and "?" not in console.text
         assert left(tmp_path) == {"mad.db3"} and (tmp_path / "mad.db3").read_bytes() == b"there"
 
-    @pytest.mark.parametrize("words, sentence", [
-        ([], "--answers FILE, or --demo"), (["--quick", "--guided"], "contradict"), (["--admin-password-stdin"], "--answers"), (["--answers", "x", "--quick"], "nothing is asked"),
-        (["--answers", "nowhere.toml"], "nowhere.toml"), (["--answers", "x", "--admin-password-stdin", "--admin-password-file", "y"], "contradict"),
-    ])
+    @pytest.mark.parametrize(
+        "words, sentence",
+        [
+            ([], "--answers FILE, or --demo"), (["--quick", "--guided"], "contradict"),
+            (["--admin-password-stdin"], "--answers"), (["--answers", "x", "--quick"], "nothing is asked"),
+            (["--answers", "nowhere.toml"], "nowhere.toml"),
+            (["--answers", "x", "--admin-password-stdin", "--admin-password-file", "y"], "contradict"),
+        ],
+    )
     def test_without_a_terminal_it_says_what_to_do(self, tmp_path, words, sentence):
-        done = subprocess.run([*PROGRAM, "setup", *words], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1 and os.listdir(tmp_path) == []
+        done = subprocess.run(
+            [*PROGRAM, "setup", *words], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 1
+            and sentence in done.stderr
+            and done.stderr.count("\n") == 1
+            and os.listdir(tmp_path) == []
+        )
 
 
 def certificate(path, phrase):
@@ -250,16 +294,24 @@ def certificate(path, phrase):
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime.datetime(2026, 1, 1)
-    signed = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    signed = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    )
     signed = signed.not_valid_before(now).not_valid_after(now + datetime.timedelta(9999)).sign(key, algorithms.SHA256())
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(phrase.encode()))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(phrase.encode()),
+    )
     path.write_bytes(signed.public_bytes(serialization.Encoding.PEM) + secret)
 
 
 class TestGuided:
     """The order and the ranges of the original's wizard."""
 
-    ARGON = (("Argon2id passes?", ""), ("Argon2id memory", ""), ("Argon2id lanes?", ""), ("Hash length", ""), ("Salt length", ""))
+    ARGON = (
+        ("Argon2id passes?", ""), ("Argon2id memory", ""), ("Argon2id lanes?", ""), ("Hash length", ""),
+        ("Salt length", ""),
+    )
 
     def test_every_question_of_the_options_is_asked(self):
         asked = {*oobe.BY_HAND, *oobe.BEFORE_CLIENT, *oobe.AFTER_CLIENT}
@@ -291,7 +343,9 @@ class TestGuided:
             *ADMINISTRATOR, ("Set it up?", "y"),
         ))  # fmt: skip
         assert console.end() == 0
-        assert left(tmp_path) == {"box.conf", "mad.db3", "seal.key", "admin.pem", "keys"} and left(tmp_path / "keys") == {"auth.pem", "admin.pem"}
+        assert left(tmp_path) == {"box.conf", "mad.db3", "seal.key", "admin.pem", "keys"} and left(
+            tmp_path / "keys"
+        ) == {"auth.pem", "admin.pem"}
         options, _ = log_in(tmp_path, config="box.conf")
         expected = {
             "log_file": "box.log", "totp_qr_output_root": "/var/qr", "audit_log_retention_days": 60, "auth_port": 9140, "auth_issuer": "https://box.example", "admin_port": 9141,
@@ -302,7 +356,10 @@ class TestGuided:
         kept = ("pkce_code_lifetime", "pass_cache_duration", "admin_token_signing_key_length_rsa")
         assert [getattr(options, name) for name in kept] == [120, 300, 2048], "what was not asked keeps its default"
         assert [str(network) for network in options.trusted_proxies] == ["10.0.0.1/32", "192.168.7.0/24"]
-        assert re.search(r"client_secret  \S{43}\r?\n", console.text) and "microauthd serve --config box.conf" in console.text
+        assert (
+            re.search(r"client_secret  \S{43}\r?\n", console.text)
+            and "microauthd serve --config box.conf" in console.text
+        )
         for secret in (PASSWORD, PHRASE, "opens the certificate", "of the key ring"):
             assert secret not in console.text
         assert not COLOUR.search(console.text) and console.text.isascii()
@@ -321,8 +378,14 @@ class TestGuided:
         ))  # fmt: skip
         assert console.end() == 0
         options, _ = log_in(tmp_path)
-        assert (options.auth_ip, options.auth_insecure_http, options.admin_ip, options.admin_insecure_http) == ("127.0.0.1", False, "0.0.0.0", True)
-        assert options.log_file == "" and not options.enable_token_refresh and options.auth_issuer == "http://localhost:9040"
+        assert (options.auth_ip, options.auth_insecure_http, options.admin_ip, options.admin_insecure_http) == (
+            "127.0.0.1", False, "0.0.0.0", True,
+        )
+        assert (
+            options.log_file == ""
+            and not options.enable_token_refresh
+            and options.auth_issuer == "http://localhost:9040"
+        )
         assert (options.refresh_token_expiration, options.audit_log_retention_days) == (259200, 30)
         assert "client_secret" not in console.text
 
@@ -346,7 +409,10 @@ def unattended(folder, content, *words, input="", mode=0o600, **environ):
     path = folder / "answers.toml"
     path.write_text(content)
     path.chmod(mode)
-    return subprocess.run([*PROGRAM, "setup", "--answers", str(path), *words], cwd=folder, env=ENVIRON | environ, input=input, capture_output=True, text=True, umask=0)
+    return subprocess.run(
+        [*PROGRAM, "setup", "--answers", str(path), *words], cwd=folder, env=ENVIRON | environ, input=input,
+        capture_output=True, text=True, umask=0,
+    )
 
 
 class TestUnattended:
@@ -355,7 +421,9 @@ class TestUnattended:
     def test_from_a_private_file(self, tmp_path):
         content = GOOD.replace("[options]", '[options]\ndb-file = "data/deep/mad.db3"\nseal-key-file = "keys/seal.key"')
         done = unattended(tmp_path, content)
-        assert done.returncode == 0 and re.fullmatch(r"administrator=admin\nclient_id=app\nclient_secret=\S{43}\n", done.stdout), done.stderr
+        assert done.returncode == 0 and re.fullmatch(
+            r"administrator=admin\nclient_id=app\nclient_secret=\S{43}\n", done.stdout
+        ), done.stderr
         options, _ = log_in(tmp_path)
         assert options.enable_token_refresh and options.oidc_issuer == "http://localhost:9040"
         for path in tmp_path.rglob("*"):
@@ -373,7 +441,9 @@ class TestUnattended:
             folder.mkdir()
             done = unattended(folder, content, *words, input=PASSWORD + "\n", mode=0o644, **environ)
             assert done.returncode == 0, done.stderr
-            assert ("client_secret" in done.stdout) == ("secret_file" not in content), "shown only where it was made here"
+            assert ("client_secret" in done.stdout) == ("secret_file" not in content), (
+                "shown only where it was made here"
+            )
             assert log_in(folder)[0].db_pass == PHRASE
 
     def test_options_may_stand_at_the_top_under_any_of_their_names(self, tmp_path):
@@ -382,36 +452,68 @@ class TestUnattended:
         done = unattended(tmp_path, content)
         assert done.returncode == 0 and "client_id=first" in done.stdout, done.stderr
         options, _ = log_in(tmp_path)
-        assert (options.auth_port, options.admin_port, options.enable_token_refresh, options.argon2id_salt_length) == (9140, 9141, False, 32)
+        assert (options.auth_port, options.admin_port, options.enable_token_refresh, options.argon2id_salt_length) == (
+            9140, 9141, False, 32,
+        )
         assert len(options.trusted_proxies) == 2 and options.oidc_issuer == "http://localhost:9140"
 
     def test_without_a_client_none_is_made(self, tmp_path):
         done = unattended(tmp_path, GOOD[: GOOD.index("[client]")])
         assert done.returncode == 0 and done.stdout == "administrator=admin\n"
 
-    @pytest.mark.parametrize("content, mode, sentences", [
-        (GOOD, 0o644, ["answers.toml:2: it holds the secret db-pass and can be read by others: chmod 600", "answers.toml:6: it holds the secret password"]),
-        (GOOD.replace("db-pass", "db-pas"), 0o600, ["answers.toml:2: unknown option 'db-pas'; did you mean 'db-pass'?"]),
-        (GOOD + "[extra]\n", 0o600, ["answers.toml:11: unknown table 'extra'"]),
-        (GOOD.replace("username", "user"), 0o600, ["answers.toml:4: unknown key 'user'", "[admin] needs username"]),
-        (GOOD.replace("false", "true"), 0o600, ["answers.toml:7: totp can only be false"]),
-        (GOOD.replace(PASSWORD, "password123"), 0o600, ["answers.toml:6: the password is one of the most common"]),
-        (NO_PASSWORD, 0o600, ["the administrator needs a password"]),
-        (GOOD.replace(f'db-pass = "{PHRASE}"', ""), 0o600, ["the database needs db-pass"]),
-        (GOOD.replace(PHRASE, "short"), 0o600, ["answers.toml:2: db-pass must have at least 8"]),
-        (GOOD.replace(PHRASE, "a long\\u2028phrase"), 0o600, ["line separators"]),
-        (GOOD.replace("[options]", '[options]\ndb-pass-file = "x"'), 0o600, ["cannot be read", "set twice"]),
-        (GOOD.replace("[options]", "[options]\nlog-file = {a = 1}\ndb-file = true\nauth-ip = 1.5"), 0o600, ["log-file must be", "db-file is not", "auth-ip must be"]),
-        (GOOD.replace("[options]", "[options]\nauth-port = 99999\nadmin-port = 9040"), 0o600, ["answers.toml:2: auth-port must be a whole number", "already"]),
-        (GOOD.replace("[options]", '[options]\nauth-ip = "0.0.0.0"'), 0o600, ["is not loopback"]),
-        (GOOD.replace("[options]", '[options]\ndb-file = "answers.toml/mad.db3"'), 0o600, ["is not a folder"]),
-        (GOOD.replace("[options]", "options = 5\n[option]"), 0o600, ["options must be a table", "unknown table 'option'"]),
-        ("[options]\nnonsense\n", 0o600, ["answers.toml:2: "]), ('a = "', 0o600, ["answers.toml:1: "]), ("admin = 3\nclient = 4", 0o600, ["admin must be a table", "client must be a table"]),
-        (GOOD.replace("root@box.example", "x").replace('"app"', '"a b"').replace("a:read", "a b"), 0o600, [":5: the address must be", ":9: the client_id must be", ":10: the scope 'a b' must be one word"]),
-        (GOOD.replace("[client]", "[client]\naudience = 5"), 0o600, ["answers.toml:9: audience in [client] must be a string"]),
-        (GOOD.replace('["a:read"]', "[1]"), 0o600, ["list of strings"]), (GOOD.replace("a:read", "openid"), 0o600, ["leave it out"]),
-        (GOOD.replace("[client]", '[client]\nsecret_file = "answers.toml"'), 0o600, ["16 to 255"]), (GOOD.replace("[client]", "[client]\nsecret_file = 1"), 0o600, ["name of a file"]),
-    ])
+    @pytest.mark.parametrize(
+        "content, mode, sentences",
+        [
+            (
+                GOOD, 0o644,
+                [
+                    "answers.toml:2: it holds the secret db-pass and can be read by others: chmod 600",
+                    "answers.toml:6: it holds the secret password",
+                ],
+            ),
+            (
+                GOOD.replace("db-pass", "db-pas"), 0o600,
+                ["answers.toml:2: unknown option 'db-pas'; did you mean 'db-pass'?"],
+            ),
+            (GOOD + "[extra]\n", 0o600, ["answers.toml:11: unknown table 'extra'"]),
+            (GOOD.replace("username", "user"), 0o600, ["answers.toml:4: unknown key 'user'", "[admin] needs username"]),
+            (GOOD.replace("false", "true"), 0o600, ["answers.toml:7: totp can only be false"]),
+            (GOOD.replace(PASSWORD, "password123"), 0o600, ["answers.toml:6: the password is one of the most common"]),
+            (NO_PASSWORD, 0o600, ["the administrator needs a password"]),
+            (GOOD.replace(f'db-pass = "{PHRASE}"', ""), 0o600, ["the database needs db-pass"]),
+            (GOOD.replace(PHRASE, "short"), 0o600, ["answers.toml:2: db-pass must have at least 8"]),
+            (GOOD.replace(PHRASE, "a long\\u2028phrase"), 0o600, ["line separators"]),
+            (GOOD.replace("[options]", '[options]\ndb-pass-file = "x"'), 0o600, ["cannot be read", "set twice"]),
+            (
+                GOOD.replace("[options]", "[options]\nlog-file = {a = 1}\ndb-file = true\nauth-ip = 1.5"), 0o600,
+                ["log-file must be", "db-file is not", "auth-ip must be"],
+            ),
+            (
+                GOOD.replace("[options]", "[options]\nauth-port = 99999\nadmin-port = 9040"), 0o600,
+                ["answers.toml:2: auth-port must be a whole number", "already"],
+            ),
+            (GOOD.replace("[options]", '[options]\nauth-ip = "0.0.0.0"'), 0o600, ["is not loopback"]),
+            (GOOD.replace("[options]", '[options]\ndb-file = "answers.toml/mad.db3"'), 0o600, ["is not a folder"]),
+            (
+                GOOD.replace("[options]", "options = 5\n[option]"), 0o600,
+                ["options must be a table", "unknown table 'option'"],
+            ),
+            ("[options]\nnonsense\n", 0o600, ["answers.toml:2: "]), ('a = "', 0o600, ["answers.toml:1: "]),
+            ("admin = 3\nclient = 4", 0o600, ["admin must be a table", "client must be a table"]),
+            (
+                GOOD.replace("root@box.example", "x").replace('"app"', '"a b"').replace("a:read", "a b"), 0o600,
+                [":5: the address must be", ":9: the client_id must be", ":10: the scope 'a b' must be one word"],
+            ),
+            (
+                GOOD.replace("[client]", "[client]\naudience = 5"), 0o600,
+                ["answers.toml:9: audience in [client] must be a string"],
+            ),
+            (GOOD.replace('["a:read"]', "[1]"), 0o600, ["list of strings"]),
+            (GOOD.replace("a:read", "openid"), 0o600, ["leave it out"]),
+            (GOOD.replace("[client]", '[client]\nsecret_file = "answers.toml"'), 0o600, ["16 to 255"]),
+            (GOOD.replace("[client]", "[client]\nsecret_file = 1"), 0o600, ["name of a file"]),
+        ],
+    )
     def test_what_is_wrong_is_said_and_nothing_is_made(self, tmp_path, content, mode, sentences):
         done = unattended(tmp_path, content, mode=mode)
         assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
@@ -423,7 +525,11 @@ class TestUnattended:
 
     def test_a_passphrase_that_the_environment_would_overrule_is_refused(self, tmp_path):
         done = unattended(tmp_path, GOOD, MAD_DB_PASS="another phrase")
-        assert done.returncode == 1 and "environment MAD_DB_PASS, which overrules" in done.stderr and left(tmp_path) == {"answers.toml"}
+        assert (
+            done.returncode == 1
+            and "environment MAD_DB_PASS, which overrules" in done.stderr
+            and left(tmp_path) == {"answers.toml"}
+        )
 
     def test_running_it_again_refuses_and_changes_nothing(self, tmp_path):
         assert unattended(tmp_path, GOOD).returncode == 0
@@ -438,11 +544,22 @@ class TestUnattended:
         assert log_in(tmp_path)[0].auth_port == 9999
 
     def test_secrets_appear_neither_in_the_log_nor_in_options(self, tmp_path):
-        done = unattended(tmp_path, f"auth-port = {free_port()}\nadmin-port = {free_port()}\nworkers = 0\nlog-level = 'debug'\n" + GOOD)
+        done = unattended(
+            tmp_path,
+            f"auth-port = {free_port()}\nadmin-port = {free_port()}\nworkers = 0\nlog-level = 'debug'\n" + GOOD,
+        )
         assert done.returncode == 0, done.stderr
         secrets = [PASSWORD, PHRASE, re.search("client_secret=(.*)", done.stdout)[1]]
-        seen = "".join(subprocess.run([*PROGRAM, "options", *words], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True, check=True).stdout for words in ([], ["--json"]))
-        server = subprocess.Popen([*PROGRAM, "serve"], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        seen = "".join(
+            subprocess.run(
+                [*PROGRAM, "options", *words], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True, check=True
+            ).stdout
+            for words in ([], ["--json"])
+        )
+        server = subprocess.Popen(
+            [*PROGRAM, "serve"], cwd=tmp_path, env=ENVIRON, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
         try:
             deadline = time.monotonic() + 15
             while not (tmp_path / "microauthd.log").exists() and time.monotonic() < deadline:
@@ -467,8 +584,18 @@ class TestPowerCut:
             try:
                 os.chdir(folder)
                 m.os.replace = replace
-                options = m.Options({"config": "mad.conf", "db-pass": "x"}, db_pass=PHRASE, argon2id_time=1, argon2id_memory=8192, argon2id_parallelism=1)
-                (work or (lambda: m.set_up(options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), checkpoint)))()
+                options = m.Options(
+                    {"config": "mad.conf", "db-pass": "x"}, db_pass=PHRASE, argon2id_time=1, argon2id_memory=8192,
+                    argon2id_parallelism=1,
+                )
+                (
+                    work
+                    or (
+                        lambda: m.set_up(
+                            options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), checkpoint
+                        )
+                    )
+                )()
             finally:
                 os._exit(0)
         _, status = os.waitpid(pid, 0)
@@ -525,7 +652,9 @@ class TestPowerCut:
 
     def test_again_while_the_next_start_clears_up(self, tmp_path):
         def attempt(folder, number):
-            committed = self.die(folder, checkpoint=lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == "committed" else None)
+            committed = self.die(
+                folder, checkpoint=lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == "committed" else None
+            )
             assert committed and not (folder / "mad.db3").exists()
             return self.die(folder, replace=self.nth(number, os.replace), work=lambda: m.recover_setup("mad.conf"))
 
@@ -539,7 +668,10 @@ class TestPowerCut:
             done = subprocess.run([*PROGRAM, "options"], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True)
             refused.append((name, done.returncode, done.stderr))
 
-        options = m.Options({"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192, argon2id_parallelism=1)
+        options = m.Options(
+            {"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192,
+            argon2id_parallelism=1,
+        )
         m.set_up(options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), beside)
         assert all(status == 1 and "setting up" in said for _, status, said in refused) and len(refused) > 5
         log_in(tmp_path)
@@ -579,5 +711,7 @@ class TestDemo:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(m, "write_durably", refused)
         with pytest.raises(m.Refusal, match="it is set up"):
-            m.setup(m.load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {})
+            m.setup(
+                m.load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {}
+            )
         assert "client_secret  " in capsys.readouterr().err and (tmp_path / "mad.db3").exists()

@@ -9,10 +9,16 @@ import msgspec
 import pytest
 from conftest import CHEAP, Caller
 
-OPTIONS = {"enable_auth_swagger": True, "enable_admin_swagger": True, "enable_token_refresh": True, "admin_domain": "localhost", "oidc_issuer": "https://box.example/auth"}
+OPTIONS = {
+    "enable_auth_swagger": True, "enable_admin_swagger": True, "enable_token_refresh": True,
+    "admin_domain": "localhost", "oidc_issuer": "https://box.example/auth",
+}
 
 
-@pytest.fixture(params=[{}, {"enable_token_refresh": False, "enable_token_revocation": False}, {"serve_public_auth_files": True}], ids=["usual", "less", "files"])
+@pytest.fixture(
+    params=[{}, {"enable_token_refresh": False, "enable_token_revocation": False}, {"serve_public_auth_files": True}],
+    ids=["usual", "less", "files"],
+)
 def described(make_idp, request):
     return make_idp(m.Options(**CHEAP, **(OPTIONS | request.param)))
 
@@ -22,7 +28,9 @@ class TestDocument:
     def test_it_lists_exactly_the_mounted_routes(self, described, routes):
         """Asked of Bottle, which knows what it was given."""
         app = m.build_app(described, routes)
-        (bottle_app,) = [cell.cell_contents for cell in app.__closure__ if isinstance(cell.cell_contents, m.bottle.Bottle)]
+        (bottle_app,) = [
+            cell.cell_contents for cell in app.__closure__ if isinstance(cell.cell_contents, m.bottle.Bottle)
+        ]
         served = {(route.method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.rule)) for route in bottle_app.routes}
         document = m.describe_api(described, routes)
         assert {(method.upper(), path) for path, methods in document["paths"].items() for method in methods} == served
@@ -39,15 +47,26 @@ class TestDocument:
 
     def test_it_is_served_only_where_it_is_switched_on(self, auth, admin, make_idp):
         for caller in (auth, admin):
-            assert [caller.get(path).status for path in ("/openapi.json", "/swagger/v1/swagger.json", "/swagger")] == [404] * 3
+            assert [caller.get(path).status for path in ("/openapi.json", "/swagger/v1/swagger.json", "/swagger")] == [
+                404
+            ] * 3
         idp = make_idp(m.Options(**CHEAP, **OPTIONS))
         for routes in (m.AUTH, m.ADMIN):
             answer = Caller(m.build_app(idp, routes)).get("/openapi.json")
-            assert answer.status == 200 and answer.json["openapi"] == "3.1.0" and routes.name in answer.json["info"]["title"] and answer.headers["etag"]
+            assert (
+                answer.status == 200
+                and answer.json["openapi"] == "3.1.0"
+                and routes.name in answer.json["info"]["title"]
+                and answer.headers["etag"]
+            )
 
     def test_who_may_call_is_said(self, described):
         admin, auth = m.describe_api(described, m.ADMIN)["paths"], m.describe_api(described, m.AUTH)["paths"]
-        assert admin["/users"]["get"]["security"] == [{"bearer": []}] and "security" not in admin["/ping"]["get"] and auth["/users"]["get"]["security"] == [{"bearer": ["admin:list_users"]}]
+        assert (
+            admin["/users"]["get"]["security"] == [{"bearer": []}]
+            and "security" not in admin["/ping"]["get"]
+            and auth["/users"]["get"]["security"] == [{"bearer": ["admin:list_users"]}]
+        )
         assert auth["/token"]["post"]["security"] == [{"client_basic": []}, {}]
 
 
@@ -58,12 +77,16 @@ def conforms(document, schema, value):
     if "anyOf" in schema:
         return any(conforms(document, part, value) for part in schema["anyOf"])
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
-    if "type" in schema and (not isinstance(value, kinds[schema["type"]]) or schema["type"] == "integer" and isinstance(value, bool)):
+    if "type" in schema and (
+        not isinstance(value, kinds[schema["type"]]) or schema["type"] == "integer" and isinstance(value, bool)
+    ):
         return False
     if schema.get("type") == "array":
         return all(conforms(document, schema["items"], item) for item in value)
     if schema.get("type") == "object" and "properties" in schema:
-        return set(schema["required"]) <= set(value) <= set(schema["properties"]) and all(conforms(document, schema["properties"][name], item) for name, item in value.items())
+        return set(schema["required"]) <= set(value) <= set(schema["properties"]) and all(
+            conforms(document, schema["properties"][name], item) for name, item in value.items()
+        )
     return "enum" not in schema or value in schema["enum"]
 
 
@@ -73,18 +96,41 @@ class TestRequests:
     def test_every_member_a_handler_reads_is_described(self, described):
         """Of forms, and of queries that have no type of their own."""
         read = set(re.findall(r'params\.(?:get|need)\("(\w+)"\)', inspect.getsource(m)))
-        described = {field.encode_name for routes in (m.AUTH, m.ADMIN) for route in routes.routes if route.form for field in msgspec.structs.fields(route.form)}
+        described = {
+            field.encode_name
+            for routes in (m.AUTH, m.ADMIN)
+            for route in routes.routes
+            if route.form
+            for field in msgspec.structs.fields(route.form)
+        }
         assert len(read) > 20 and read <= described
 
     def test_every_member_of_every_grant_is_described(self):
-        needed = {name for grant in m.GRANTS.values() for name in re.findall(r'params\.(?:get|need)\("(\w+)"\)', inspect.getsource(grant))}
-        assert {"code", "code_verifier", "redirect_uri", "refresh_token", "username"} <= needed <= set(m.TokenForm.__struct_fields__)
+        needed = {
+            name
+            for grant in m.GRANTS.values()
+            for name in re.findall(r'params\.(?:get|need)\("(\w+)"\)', inspect.getsource(grant))
+        }
+        assert (
+            {"code", "code_verifier", "redirect_uri", "refresh_token", "username"}
+            <= needed
+            <= set(m.TokenForm.__struct_fields__)
+        )
 
     def test_what_a_get_reads_is_its_query_and_an_access_token_is_never_there(self, described):
         """RFC 9700 §4.3.2"""
         paths = m.describe_api(described, m.AUTH)["paths"]
-        queries = {path: {part["name"]: part["required"] for part in methods["get"]["parameters"] if part["in"] == "query"} for path, methods in paths.items() if "get" in methods}
-        assert queries["/authorize"]["client_id"] and not queries["/authorize"]["state"] and queries["/login"] == {"tx": False, "jti": False} and "id_token_hint" in queries["/end-session"]
+        queries = {
+            path: {part["name"]: part["required"] for part in methods["get"]["parameters"] if part["in"] == "query"}
+            for path, methods in paths.items()
+            if "get" in methods
+        }
+        assert (
+            queries["/authorize"]["client_id"]
+            and not queries["/authorize"]["state"]
+            and queries["/login"] == {"tx": False, "jti": False}
+            and "id_token_hint" in queries["/end-session"]
+        )
         assert [path for path, query in queries.items() if "access_token" in query] == []
 
 
@@ -94,9 +140,17 @@ class TestAnswers:
     def test_of_admin(self, idp, admin, admin_token, alice, service, log_in):
         log_in(alice)
         document = m.describe_api(idp, m.ADMIN)
-        for name, body in (("roles", {"name": "x"}), ("permissions", {"name": "x"}), ("clients/service/redirect-uris", "https://app.example/"), ("clients/service/idp", {"provider_key": "x"})):
+        for name, body in (
+            ("roles", {"name": "x"}), ("permissions", {"name": "x"}),
+            ("clients/service/redirect-uris", "https://app.example/"), ("clients/service/idp", {"provider_key": "x"}),
+        ):
             assert admin("POST", f"/{name}", bearer=admin_token, json_body=body).status in (200, 201)
-        ids = {"/users/{id}": "alice", "/roles/{id}": "x", "/permissions/{id}": "x", "/scopes/{id}": "api:read", "/clients/{id}": "service", "/sessions/user/{id}": "alice", "/refresh-tokens/user/{id}": "alice", "/permissions/user/{id}": "alice", "/roles/user/{id}": "alice", "/scopes/user/{id}": "alice", "/scopes/client/{id}": "service", "/permissions/retrieve/{id}": "x", "/audit-logs/{id}": "1"}
+        ids = {
+            "/users/{id}": "alice", "/roles/{id}": "x", "/permissions/{id}": "x", "/scopes/{id}": "api:read",
+            "/clients/{id}": "service", "/sessions/user/{id}": "alice", "/refresh-tokens/user/{id}": "alice",
+            "/permissions/user/{id}": "alice", "/roles/user/{id}": "alice", "/scopes/user/{id}": "alice",
+            "/scopes/client/{id}": "service", "/permissions/retrieve/{id}": "x", "/audit-logs/{id}": "1",
+        }
         asked = 0
         for path, methods in document["paths"].items():
             key = next((prefix for prefix in sorted(ids, key=len, reverse=True) if path.startswith(prefix)), "")
@@ -106,7 +160,9 @@ class TestAnswers:
             answer = admin("GET", concrete, bearer=admin_token)
             assert answer.status == 200, (path, answer)
             (media,) = methods["get"]["responses"]["200"]["content"].items()
-            for value in ([json.loads(line) for line in answer.body.splitlines()] if "ndjson" in media[0] else [answer.json]):
+            for value in (
+                [json.loads(line) for line in answer.body.splitlines()] if "ndjson" in media[0] else [answer.json]
+            ):
                 assert conforms(document, media[1]["schema"], value), (path, value)
             assert answer.headers["content-type"] == media[0]
             asked += 1
@@ -116,16 +172,27 @@ class TestAnswers:
         document = m.describe_api(idp, m.AUTH)
         person = log_in(alice, scope="openid profile email roles")
         answers = {
-            ("/token", "post"): person, ("/introspect", "post"): auth.post("/introspect", {"token": person["access_token"]}, auth=service).json, ("/jwks.json", "get"): auth.get("/jwks.json").json,
-            ("/revoke", "post"): auth.post("/revoke", {"token": "x"}, auth=service).json, ("/.well-known/openid-configuration", "get"): auth.get("/.well-known/openid-configuration").json,
-        } | {(path, "get"): auth.get(path, bearer=person["access_token"]).json for path in ("/userinfo", "/me", "/whoami", "/me/sessions", "/me/refresh-tokens", "/ping", "/version", "/health", "/health/ready")}
+            ("/token", "post"): person,
+            ("/introspect", "post"): auth.post("/introspect", {"token": person["access_token"]}, auth=service).json,
+            ("/jwks.json", "get"): auth.get("/jwks.json").json,
+            ("/revoke", "post"): auth.post("/revoke", {"token": "x"}, auth=service).json,
+            ("/.well-known/openid-configuration", "get"): auth.get("/.well-known/openid-configuration").json,
+        } | {
+            (path, "get"): auth.get(path, bearer=person["access_token"]).json
+            for path in (
+                "/userinfo", "/me", "/whoami", "/me/sessions", "/me/refresh-tokens", "/ping", "/version", "/health",
+                "/health/ready",
+            )
+        }
         for (path, method), value in answers.items():
             (media,) = document["paths"][path][method]["responses"]["200"]["content"].values()
             assert conforms(document, media["schema"], value), (path, value)
         for token in (machine, ):
             assert conforms(document, {"$ref": "#/components/schemas/TokenObject"}, token)
         refused = auth.post("/token", {"grant_type": "x"}, auth=service).json
-        assert conforms(document, {"$ref": "#/components/schemas/OAuthError"}, refused) and conforms(document, {"$ref": "#/components/schemas/Err"}, auth.get("/me").json)
+        assert conforms(document, {"$ref": "#/components/schemas/OAuthError"}, refused) and conforms(
+            document, {"$ref": "#/components/schemas/Err"}, auth.get("/me").json
+        )
 
     @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
     def test_exactly_what_has_a_lasting_tag_is_described_as_having_one(self, make_idp, routes):
@@ -141,5 +208,7 @@ class TestAnswers:
 
     def test_the_check_itself_can_fail(self, idp):
         document = m.describe_api(idp, m.ADMIN)
-        assert not conforms(document, {"$ref": "#/components/schemas/Msg"}, {"success": True}) and not conforms(document, {"$ref": "#/components/schemas/Msg"}, {"success": True, "message": "x", "more": 1})
+        assert not conforms(document, {"$ref": "#/components/schemas/Msg"}, {"success": True}) and not conforms(
+            document, {"$ref": "#/components/schemas/Msg"}, {"success": True, "message": "x", "more": 1}
+        )
         assert not conforms(document, {"$ref": "#/components/schemas/Msg"}, {"success": 1, "message": "x"})

@@ -21,41 +21,61 @@ class TestPrecedence:
         assert load(tmp_path, "auth-port = 1").auth_port == 1
         assert load(tmp_path, "auth-port = 1", {"MAD_AUTH_PORT": "2"}).auth_port == 2
         options = load(tmp_path, "auth-port = 1", {"MAD_AUTH_PORT": "2"}, ["--auth-port", "3"])
-        assert options.auth_port == 3 and m.describe_options(options)["auth-port"] == {"value": 3, "origin": "flag --auth-port"}
+        assert options.auth_port == 3 and m.describe_options(options)["auth-port"] == {
+            "value": 3, "origin": "flag --auth-port",
+        }
 
     @pytest.mark.parametrize("alias, option", [(alias, option) for option in m.OPTIONS for alias in option.aliases])
     def test_the_documented_aliases_work(self, tmp_path, alias, option):
         word = {m.boolean: "true", m.text: "x"}.get(option.parse, str(option.default))
         assert getattr(load(tmp_path, f"{alias} = {word}"), option.attribute) == option.parse(word)
-        assert getattr(load(tmp_path, "", {"MAD_" + alias.upper().replace("-", "_"): word}), option.attribute) == option.parse(word)
+        assert getattr(
+            load(tmp_path, "", {"MAD_" + alias.upper().replace("-", "_"): word}), option.attribute
+        ) == option.parse(word)
 
     def test_another_prefix(self, tmp_path):
-        flags = m.parse_flags(["--config", str(tmp_path / "none"), "--env-var-prefix", "BOX_"])[0] | {"config-may-be-missing": True}
+        flags = m.parse_flags(["--config", str(tmp_path / "none"), "--env-var-prefix", "BOX_"])[0] | {
+            "config-may-be-missing": True
+        }
         assert m.load_options(flags, {"BOX_AUTH_PORT": "7", "MAD_AUTH_PORT": "8"}).auth_port == 7
 
 
 class TestFile:
-    @pytest.mark.parametrize("line, value", [
-        ("db-pass = abc", "abc"), ('db-pass = "a#b;c"', "a#b;c"), ('db-pass = " blanks "', " blanks "), ('db-pass = "" # none', ""),
-        ('db-pass = "x" ; comment', "x"), ("db-pass = a # comment", "a"), ("DB-PASS=a=b", "a=b"), ('db-pass = "say "hi""', 'say "hi"'), ("db-pass =", ""),
-    ])
+    @pytest.mark.parametrize(
+        "line, value",
+        [
+            ("db-pass = abc", "abc"), ('db-pass = "a#b;c"', "a#b;c"), ('db-pass = " blanks "', " blanks "),
+            ('db-pass = "" # none', ""), ('db-pass = "x" ; comment', "x"), ("db-pass = a # comment", "a"),
+            ("DB-PASS=a=b", "a=b"), ('db-pass = "say "hi""', 'say "hi"'), ("db-pass =", ""),
+        ],
+    )
     def test_values(self, tmp_path, line, value):
         assert load(tmp_path, "# comment\n\n" + line).db_pass == value
 
-    @pytest.mark.parametrize("content, sentence", [
-        ("auth-prot = 1", "mad.conf:1: unknown option 'auth-prot'; did you mean 'auth-port'?"), ("\nauth-port", "mad.conf:2: not a line"),
-        ("auth-port = 1\nauth-port = 2", "mad.conf:2: auth-port is set twice"), ("auth-port = x", "mad.conf:1: auth-port must be a whole number from 1 to 65535"),
-        ('db-pass = "open', "does not close"), ("auth-ip = box", "auth-ip must be an IP address"), ("enable-pkce = maybe", "must be true or false"),
-        ("auth-ip = 0.0.0.0", "auth-insecure-http"), ("admin-ip = ::", "admin-insecure-http"), ("admin-port = 9040", "same address and port"),
-        ("oidc-issuer = ftp://x", "must be an http(s) URL"), ("oidc-issuer = https://x/?a", "must be an http(s) URL"), ("totp-qr-output-root = qr", "absolute"),
-        ("argon2id-memory = 1", "from 8192"), ("trusted-proxies = nonsense", "networks"),
-    ])
+    @pytest.mark.parametrize(
+        "content, sentence",
+        [
+            ("auth-prot = 1", "mad.conf:1: unknown option 'auth-prot'; did you mean 'auth-port'?"),
+            ("\nauth-port", "mad.conf:2: not a line"),
+            ("auth-port = 1\nauth-port = 2", "mad.conf:2: auth-port is set twice"),
+            ("auth-port = x", "mad.conf:1: auth-port must be a whole number from 1 to 65535"),
+            ('db-pass = "open', "does not close"), ("auth-ip = box", "auth-ip must be an IP address"),
+            ("enable-pkce = maybe", "must be true or false"), ("auth-ip = 0.0.0.0", "auth-insecure-http"),
+            ("admin-ip = ::", "admin-insecure-http"), ("admin-port = 9040", "same address and port"),
+            ("oidc-issuer = ftp://x", "must be an http(s) URL"),
+            ("oidc-issuer = https://x/?a", "must be an http(s) URL"), ("totp-qr-output-root = qr", "absolute"),
+            ("argon2id-memory = 1", "from 8192"), ("trusted-proxies = nonsense", "networks"),
+        ],
+    )
     def test_what_is_wrong_is_said_with_its_line(self, tmp_path, content, sentence):
         with pytest.raises(m.Refusal) as caught:
             load(tmp_path, content)
         assert sentence in str(caught.value)
 
-    @pytest.mark.parametrize("word, value", [("True", True), ("YES", True), ("1", True), ("on", True), ("False", False), ("no", False), ("0", False)])
+    @pytest.mark.parametrize(
+        "word, value",
+        [("True", True), ("YES", True), ("1", True), ("on", True), ("False", False), ("no", False), ("0", False)],
+    )
     def test_booleans_in_any_case(self, tmp_path, word, value):
         assert load(tmp_path, f"docker = {word}").docker is value
 
@@ -77,13 +97,17 @@ class TestFile:
             m.write_config(m.Options(db_pass=f"a{letter}auth-ip = 0.0.0.0"))
         assert "db-pass" in str(caught.value) and "0.0.0.0" not in str(caught.value)
         if letter != "\n":
-            assert list(m.parse_config(f"db-pass = a{letter}auth-ip = 0.0.0.0", "x")) == ["db-pass"], "nor does it begin another line"
+            assert list(m.parse_config(f"db-pass = a{letter}auth-ip = 0.0.0.0", "x")) == ["db-pass"], (
+                "nor does it begin another line"
+            )
 
     def test_the_sample_file_of_the_original_means_what_it_says(self, tmp_path):
         """contract/config §7: a quoted value before a comment, capital booleans, keys in any case."""
         content = '; a comment\nToken-Signing-Key-Pass = ""   # none\nENABLE-AUDIT-LOGGING = True\nauth-domain-no-ssl=YES ; behind nginx\nauth-use-ssl = true\n'
         options = load(tmp_path, content)
-        assert (options.token_signing_key_pass, options.enable_audit_logging, options.auth_domain_no_ssl) == ("", True, True)
+        assert (options.token_signing_key_pass, options.enable_audit_logging, options.auth_domain_no_ssl) == (
+            "", True, True,
+        )
 
     def test_lines_may_end_as_on_windows(self, tmp_path):
         path = tmp_path / "mad.conf"
@@ -117,12 +141,19 @@ class TestFile:
         assert path.stat().st_mode & 0o777 == 0o644 and capsys.readouterr().err == ""
 
 
-TEXT = st.text(st.one_of(st.sampled_from("\"#;= \\'\x85\u2028\u2029\ufeff\xa0ab"), st.characters(exclude_categories=("Cs", "Cc"))), max_size=20)
+TEXT = st.text(
+    st.one_of(st.sampled_from("\"#;= \\'\x85\u2028\u2029\ufeff\xa0ab"), st.characters(exclude_categories=("Cs", "Cc"))),
+    max_size=20,
+)
 VALUES = {
-    m.color: st.from_regex(r"[0-9a-f]{6}", fullmatch=True).map("#".__add__), m.label: st.just("Box & Co #1"), m.text: TEXT, m.boolean: st.booleans(), m.absolute: st.one_of(st.just(""), TEXT.map("/".__add__)), m.address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]),
-    m.port: st.integers(1, 65535), m.seconds: st.integers(1, 315360000), m.days: st.integers(0, 9999), m.worker_count: st.integers(-1, 64),
-    m.networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3).map(", ".join).map(m.networks),
-    m.domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]), m.issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
+    m.color: st.from_regex(r"[0-9a-f]{6}", fullmatch=True).map("#".__add__), m.label: st.just("Box & Co #1"),
+    m.text: TEXT, m.boolean: st.booleans(), m.absolute: st.one_of(st.just(""), TEXT.map("/".__add__)),
+    m.address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]), m.port: st.integers(1, 65535),
+    m.seconds: st.integers(1, 315360000), m.days: st.integers(0, 9999), m.worker_count: st.integers(-1, 64),
+    m.networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
+    .map(", ".join)
+    .map(m.networks), m.domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
+    m.issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
 }
 
 
@@ -131,7 +162,9 @@ def values_of(option):
         return VALUES[option.parse]
     if isinstance(option.default, int):  # bounds of its own: the default and what lies above it
         return st.integers(option.default, option.default + 20).filter(lambda value: parses(option, str(value)))
-    return st.sampled_from([word for word in ("text", "json", "debug", "info", "warning", "error") if parses(option, word)])
+    return st.sampled_from(
+        [word for word in ("text", "json", "debug", "info", "warning", "error") if parses(option, word)]
+    )
 
 
 def parses(option, word):
@@ -155,20 +188,39 @@ class TestWriting:
             m.check_options(wanted)
             written = m.write_config(wanted)
         except m.Refusal:
-            files = wanted.db_file, wanted.seal_key_file, wanted.token_signing_key_file, wanted.admin_token_signing_key_file
-            assert wanted.auth_port == wanted.admin_port or len({os.path.abspath(path) for path in files}) < 4 or any(ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029" for value in values.values() for letter in str(value))
+            files = (
+                wanted.db_file, wanted.seal_key_file, wanted.token_signing_key_file,
+                wanted.admin_token_signing_key_file,
+            )
+            assert (
+                wanted.auth_port == wanted.admin_port
+                or len({os.path.abspath(path) for path in files}) < 4
+                or any(
+                    ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029"
+                    for value in values.values()
+                    for letter in str(value)
+                )
+            )
             return
         path = tmp_path_factory.mktemp("written") / "mad.conf"
         path.write_text(written, "utf-8", newline="")
         path.chmod(0o600)
         read = m.load_options({"config": (str(path), "flag")}, {})
-        assert {option.attribute: getattr(read, option.attribute) for option in m.OPTIONS} == {option.attribute: getattr(wanted, option.attribute) for option in m.OPTIONS}
+        assert {option.attribute: getattr(read, option.attribute) for option in m.OPTIONS} == {
+            option.attribute: getattr(wanted, option.attribute) for option in m.OPTIONS
+        }
 
-    @pytest.mark.parametrize("value", [
-        "a#b", "a;b", '"', '""', '"a"', 'a"b', '" #', 'a" # "b', " a", "a ", "a = b", "# a", "\\", "\\n", "'a'", "\xe4\u20ac\U0001f511", "\ufeffa", "\xa0a\xa0",
-        "a\x85auth-insecure-http = true", "a\u2028auth-insecure-http = true", "a\u2029b", "a\x7fb",
-    ])
-    @pytest.mark.parametrize("option", [option for option in m.OPTIONS if option.parse is m.text], ids=lambda option: option.name)
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "a#b", "a;b", '"', '""', '"a"', 'a"b', '" #', 'a" # "b', " a", "a ", "a = b", "# a", "\\", "\\n", "'a'",
+            "\xe4\u20ac\U0001f511", "\ufeffa", "\xa0a\xa0", "a\x85auth-insecure-http = true",
+            "a\u2028auth-insecure-http = true", "a\u2029b", "a\x7fb",
+        ],
+    )
+    @pytest.mark.parametrize(
+        "option", [option for option in m.OPTIONS if option.parse is m.text], ids=lambda option: option.name
+    )
     def test_a_hostile_text_comes_back_or_is_refused(self, option, value):
         try:
             written = m.write_config(m.Options({}, **{option.attribute: value}))
@@ -191,8 +243,13 @@ class TestEnvironment:
             load(tmp_path, "", {"MAD_AUTH_PROT": "1"})
         assert "MAD_AUTH_PROT" in str(caught.value) and "auth-port" in str(caught.value)
         assert "1" not in str(caught.value).replace("did", ""), "its value may be a secret"
-        load(tmp_path, "", {"MAD_ADMIN_TOKEN": "x", "MAD_ADMIN_URL": "x", "MAD_AUTH_URL": "x", "MAD_CLIENT_ID": "x", "MAD_CLIENT_SECRET": "x", "MAD_CA_FILE": "x", "PATH": "/"})
-
+        load(
+            tmp_path, "",
+            {
+                "MAD_ADMIN_TOKEN": "x", "MAD_ADMIN_URL": "x", "MAD_AUTH_URL": "x", "MAD_CLIENT_ID": "x",
+                "MAD_CLIENT_SECRET": "x", "MAD_CA_FILE": "x", "PATH": "/",
+            },
+        )
 
     def test_names_are_compared_without_case_and_booleans_read(self, tmp_path):
         assert load(tmp_path, "", {"mad_Docker": "TRUE"}).docker is True
@@ -208,15 +265,29 @@ class TestEnvironment:
 
 
 class TestFlags:
-    @pytest.mark.parametrize("argv, name, value", [
-        (["--auth-port", "3"], "auth-port", "3"), (["--auth-port=3"], "auth-port", "3"), (["--docker"], "docker", "true"), (["--docker=false"], "docker", "false"),
-        (["--docker", "false"], "docker", "false"), (["--log-file="], "log-file", ""), (["--trusted-proxies", "10.0.0.1", "--trusted-proxies", "10.0.0.2"], "trusted-proxies", "10.0.0.1,10.0.0.2"),
-    ])
+    @pytest.mark.parametrize(
+        "argv, name, value",
+        [
+            (["--auth-port", "3"], "auth-port", "3"), (["--auth-port=3"], "auth-port", "3"),
+            (["--docker"], "docker", "true"), (["--docker=false"], "docker", "false"),
+            (["--docker", "false"], "docker", "false"), (["--log-file="], "log-file", ""),
+            (
+                ["--trusted-proxies", "10.0.0.1", "--trusted-proxies", "10.0.0.2"], "trusted-proxies",
+                "10.0.0.1,10.0.0.2",
+            ),
+        ],
+    )
     def test_forms(self, argv, name, value):
         found, rest = m.parse_flags(argv)
         assert found[name][0] == value and rest == []
 
-    @pytest.mark.parametrize("argv", [["--auth-port"], ["--auth-prot", "1"], ["--auth-port", "1", "--auth-port", "2"], ["--argon2-time", "1", "--argon2id-time", "1"], ["--config"]])
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["--auth-port"], ["--auth-prot", "1"], ["--auth-port", "1", "--auth-port", "2"],
+            ["--argon2-time", "1", "--argon2id-time", "1"], ["--config"],
+        ],
+    )
     def test_what_is_refused(self, argv):
         with pytest.raises(m.Refusal):
             m.parse_flags(argv)
@@ -224,12 +295,19 @@ class TestFlags:
     def test_words_that_are_no_flags_are_handed_back(self):
         assert m.parse_flags(["extra", "--docker"])[1] == ["extra"]
 
-    @pytest.mark.parametrize("option", [option for option in m.OPTIONS if not option.secret], ids=lambda option: option.name)
+    @pytest.mark.parametrize(
+        "option", [option for option in m.OPTIONS if not option.secret], ids=lambda option: option.name
+    )
     def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
         """contract/config §7.1 and 2"""
-        word = {m.boolean: "true", m.text: "x", m.networks: "10.0.0.1", m.worker_count: "2", m.issuer: "https://x", m.color: "1f5fbf"}.get(option.parse, str(option.default))
+        word = {
+            m.boolean: "true", m.text: "x", m.networks: "10.0.0.1", m.worker_count: "2", m.issuer: "https://x",
+            m.color: "1f5fbf",
+        }.get(option.parse, str(option.default))
         for found in (
-            load(tmp_path, "", {}, [f"--{option.name}={word}"]), load(tmp_path, "", {"MAD_" + option.name.upper().replace("-", "_"): word}), load(tmp_path, f"{option.name} = {word}"),
+            load(tmp_path, "", {}, [f"--{option.name}={word}"]),
+            load(tmp_path, "", {"MAD_" + option.name.upper().replace("-", "_"): word}),
+            load(tmp_path, f"{option.name} = {word}"),
         ):
             assert getattr(found, option.attribute) == option.parse(word) and option.name in found.origins
 
@@ -237,12 +315,18 @@ class TestFlags:
 class TestChecks:
     """Settings that contradict each other stop the start. contract/config §7.11"""
 
-    @pytest.mark.parametrize("values, refused", [
-        ({"auth_ip": "0.0.0.0"}, True), ({"auth_ip": "0.0.0.0", "auth_insecure_http": True}, False), ({"auth_ip": "0.0.0.0", "auth_ssl_cert_file": "x.pem"}, False),
-        ({"auth_ip": "0.0.0.0", "admin_insecure_http": True}, True), ({"admin_ip": "192.0.2.1"}, True), ({"admin_ip": "::"}, True), ({"admin_ip": "::1"}, False), ({"auth_ip": "127.0.0.9"}, False),
-        ({"admin_port": 9040}, True), ({"admin_port": 9040, "admin_ip": "::1"}, False),
-        ({"argon2id_memory": 8192, "argon2id_parallelism": 64}, False), ({"argon2id_memory": 100, "argon2id_parallelism": 64}, True),
-    ])
+    @pytest.mark.parametrize(
+        "values, refused",
+        [
+            ({"auth_ip": "0.0.0.0"}, True), ({"auth_ip": "0.0.0.0", "auth_insecure_http": True}, False),
+            ({"auth_ip": "0.0.0.0", "auth_ssl_cert_file": "x.pem"}, False),
+            ({"auth_ip": "0.0.0.0", "admin_insecure_http": True}, True), ({"admin_ip": "192.0.2.1"}, True),
+            ({"admin_ip": "::"}, True), ({"admin_ip": "::1"}, False), ({"auth_ip": "127.0.0.9"}, False),
+            ({"admin_port": 9040}, True), ({"admin_port": 9040, "admin_ip": "::1"}, False),
+            ({"argon2id_memory": 8192, "argon2id_parallelism": 64}, False),
+            ({"argon2id_memory": 100, "argon2id_parallelism": 64}, True),
+        ],
+    )
     def test_table(self, values, refused):
         try:
             m.check_options(m.Options(**values))
@@ -269,7 +353,9 @@ class TestSecrets:
                 assert "secret" in str(caught.value)
 
     def test_a_value_that_is_refused_is_not_echoed(self, tmp_path):
-        for content, environ, argv in (("auth-port = hush-hush", {}, ()), ("hush = hush-hush", {}, ()), ("", {"MAD_DB_PASSWORT": "hush-hush"}, ())):
+        for content, environ, argv in (
+            ("auth-port = hush-hush", {}, ()), ("hush = hush-hush", {}, ()), ("", {"MAD_DB_PASSWORT": "hush-hush"}, ()),
+        ):
             with pytest.raises(m.Refusal) as caught:
                 load(tmp_path, content, environ, argv)
             assert "hush-hush" not in str(caught.value)
@@ -277,13 +363,19 @@ class TestSecrets:
     def test_they_are_never_shown(self):
         values = {option.attribute: "hush-hush" for option in m.OPTIONS if option.secret}
         assert "hush-hush" not in str(m.describe_options(m.Options(**values)))
-        assert all(m.describe_options(m.Options(**values))[option.name]["value"] == "(set)" for option in m.OPTIONS if option.secret)
+        assert all(
+            m.describe_options(m.Options(**values))[option.name]["value"] == "(set)"
+            for option in m.OPTIONS
+            if option.secret
+        )
 
 
 class TestIssuer:
     def test_it_is_made_of_the_domain_unless_named(self):
         assert m.Options().auth_issuer == "https://localhost"
-        assert m.Options(auth_domain="box.example:8443", auth_domain_no_ssl=True).auth_issuer == "http://box.example:8443"
+        assert (
+            m.Options(auth_domain="box.example:8443", auth_domain_no_ssl=True).auth_issuer == "http://box.example:8443"
+        )
         assert m.Options(oidc_issuer="https://box/auth").auth_issuer == "https://box/auth"
         assert m.issuer("microauthd") == "" and m.issuer("https://box/auth/") == "https://box/auth"
 
@@ -292,7 +384,13 @@ class TestIssuer:
 
 
 class TestCommandLine:
-    @pytest.mark.parametrize("argv, status", [(["version"], 0), (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2), (["serve", "--db-pass", "x"], 2)])
+    @pytest.mark.parametrize(
+        "argv, status",
+        [
+            (["version"], 0), (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2),
+            (["serve", "--db-pass", "x"], 2),
+        ],
+    )
     def test_exit_statuses(self, argv, status, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         mask = os.umask(0o022)

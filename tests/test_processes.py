@@ -46,7 +46,10 @@ class Load:
             thread.join()
 
     def run(self):
-        headers = {"Content-Type": "application/x-www-form-urlencoded", "Authorization": "Basic " + b64encode(":".join(self.box.client).encode()).decode()}
+        headers = {
+            "Content-Type": "application/x-www-form-urlencoded",
+            "Authorization": "Basic " + b64encode(":".join(self.box.client).encode()).decode(),
+        }
         connection, used = None, False
         while not self.ending.is_set():
             try:
@@ -81,7 +84,10 @@ class TestStarting:
     def test_closed_streams_are_opened_on_nothing(self, tmp_path, workers):
         """Else the database would be number 1 or 2, and what a library says there would be written into it."""
         box = Box(tmp_path / "data", workers=workers).set_up()
-        box.process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAM, "serve"], cwd=box.folder, env=box.environ, start_new_session=True)
+        box.process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAM, "serve"], cwd=box.folder, env=box.environ,
+            start_new_session=True,
+        )
         box.output = open(os.devnull)
         box.await_ready()
         for pid in box.pids():
@@ -105,10 +111,14 @@ class TestStarting:
         with pytest.raises(OSError):
             box.token()
 
-    @pytest.mark.parametrize("case, word", [
-        ("wrong passphrase", "db-pass"), ("flipped header", "damaged"), ("truncated", "truncated"), ("no key", "missing"), ("empty key", "empty or damaged"),
-        ("no database", "missing"), ("no seal key", "seal key"), ("bad config", "mad.conf:1"),
-    ])
+    @pytest.mark.parametrize(
+        "case, word",
+        [
+            ("wrong passphrase", "db-pass"), ("flipped header", "damaged"), ("truncated", "truncated"),
+            ("no key", "missing"), ("empty key", "empty or damaged"), ("no database", "missing"),
+            ("no seal key", "seal key"), ("bad config", "mad.conf:1"),
+        ],
+    )
     def test_what_is_damaged_is_a_sentence_and_stays(self, tmp_path, case, word):
         box = Box(tmp_path / "data").set_up()
         database, key, seal, conf = (box.folder / name for name in ("mad.db3", "token.pem", "seal.key", "mad.conf"))
@@ -128,10 +138,23 @@ class TestStarting:
             seal.unlink()
         else:
             conf.write_text("auth-prot = 1\n")
-        before = {path.name: path.read_bytes() for path in box.folder.iterdir() if path.is_file() and path.suffix in (".db3", ".pem", ".key", ".conf")}
+        before = {
+            path.name: path.read_bytes()
+            for path in box.folder.iterdir()
+            if path.is_file() and path.suffix in (".db3", ".pem", ".key", ".conf")
+        }
         done = box.run("serve")
-        assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        after = {path.name: path.read_bytes() for path in box.folder.iterdir() if path.is_file() and path.suffix in (".db3", ".pem", ".key", ".conf")}
+        assert (
+            done.returncode == 1
+            and word in done.stderr
+            and "Traceback" not in done.stderr
+            and done.stderr.count("\n") == 1
+        ), done.stderr
+        after = {
+            path.name: path.read_bytes()
+            for path in box.folder.iterdir()
+            if path.is_file() and path.suffix in (".db3", ".pem", ".key", ".conf")
+        }
         assert after == before
 
     def test_readable_secrets_are_repaired_with_a_warning(self, tmp_path):
@@ -202,7 +225,17 @@ class TestKilling:
                     with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
                         name = f"user{number}x{count}"
                         count += 1
-                        if box.admin("POST", "/users", json_body={"username": name, "email": f"{name}@example.org", "password": "correct horse battery"}, bearer=bearer).status == 200:
+                        if (
+                            box.admin(
+                                "POST", "/users",
+                                json_body={
+                                    "username": name, "email": f"{name}@example.org",
+                                    "password": "correct horse battery",
+                                },
+                                bearer=bearer,
+                            ).status
+                            == 200
+                        ):
                             acknowledged.append(name)
 
             def turn(stop=stop):
@@ -229,23 +262,35 @@ class TestKilling:
         store = open_store(box)
         assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         created = {row.target for row in store.list_audit("user_created", 10_000)}
-        assert len(acknowledged) > 20 and all(store.find_account_by_name(name) and name in created for name in acknowledged)
+        assert len(acknowledged) > 20 and all(
+            store.find_account_by_name(name) and name in created for name in acknowledged
+        )
         store.close()
-        assert len(revoked) > 10 and all(box.auth("/introspect", {"token": token}, client=box.client).json == {"active": False} for token in revoked)
-        assert len(spent) > 10 and all(box.auth("/token", REFRESH | {"refresh_token": token}, client=box.client).status == 400 for token in spent[-50:])
+        assert len(revoked) > 10 and all(
+            box.auth("/introspect", {"token": token}, client=box.client).json == {"active": False} for token in revoked
+        )
+        assert len(spent) > 10 and all(
+            box.auth("/token", REFRESH | {"refresh_token": token}, client=box.client).status == 400
+            for token in spent[-50:]
+        )
 
 
 class TestRaces:
     def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path):
         """200 rounds of 32 at once."""
-        with Box(tmp_path / "data", workers="2", max_login_failures="0") as box, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        with (
+            Box(tmp_path / "data", workers="2", max_login_failures="0") as box,
+            concurrent.futures.ThreadPoolExecutor(32) as pool,
+        ):
             box.new_user("ann")
             local = threading.local()
 
             def spend(token):
                 if not hasattr(local, "connection"):
                     local.connection = http.client.HTTPConnection("127.0.0.1", box.auth_port, timeout=30)
-                body = urlencode(REFRESH | {"refresh_token": token, "client_id": box.client[0], "client_secret": box.client[1]})
+                body = urlencode(
+                    REFRESH | {"refresh_token": token, "client_id": box.client[0], "client_secret": box.client[1]}
+                )
                 local.connection.request("POST", "/token", body, {"Content-Type": "application/x-www-form-urlencoded"})
                 response = local.connection.getresponse()
                 return response.status, json.loads(response.read())
@@ -261,7 +306,13 @@ class TestRaces:
     def test_the_same_name_is_made_once(self, box):
         bearer = box.admin_token()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            make = lambda _: box.admin("POST", "/users", json_body={"username": "twin", "email": "twin@example.org", "password": "correct horse battery"}, bearer=bearer).status  # noqa: E731
+            make = lambda _: (
+                box.admin(
+                    "POST", "/users",
+                    json_body={"username": "twin", "email": "twin@example.org", "password": "correct horse battery"},
+                    bearer=bearer,
+                ).status
+            )  # noqa: E731
             assert sorted(pool.map(make, range(8))) == [200] + [409] * 7
 
     def test_parallel_wrong_passwords_lock(self, box):
@@ -282,14 +333,21 @@ class TestOneProcess:
             box.auth("/me")
             assert box.stop() == 0
             lines = [json.loads(line) for line in box.log().splitlines()]
-            assert {"serving", "stopped", "refused"} <= {line["event"] for line in lines} and all(line["at"].endswith("Z") for line in lines)
+            assert {"serving", "stopped", "refused"} <= {line["event"] for line in lines} and all(
+                line["at"].endswith("Z") for line in lines
+            )
 
 
 class TestTrouble:
     def test_a_full_disk_is_a_503_and_heals(self, tmp_path):
         folder = tmp_path / "small"
         folder.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,mode=0700", "tmpfs", str(folder)], capture_output=True).returncode:
+        if (
+            os.geteuid()
+            or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=3m,mode=0700", "tmpfs", str(folder)], capture_output=True
+            ).returncode
+        ):
             pytest.skip("a tmpfs cannot be mounted here")
         try:
             outside = tmp_path / "data"

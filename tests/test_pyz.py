@@ -23,7 +23,10 @@ def home(tmp_path):
 
 def run(*words, home, archive=ARCHIVE, **environ):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAD_", "MICROAUTHD_"))}
-    return subprocess.run([sys.executable, "-I", str(archive), *words], env=clean | {"HOME": str(home)} | environ, cwd=home, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-I", str(archive), *words], env=clean | {"HOME": str(home)} | environ, cwd=home,
+        capture_output=True, text=True, timeout=60,
+    )
 
 
 def trees(root):
@@ -35,15 +38,29 @@ class TestBuilding:
         digests = set()
         for mask, number in (("022", 1), ("077", 2)):
             target = tmp_path / f"{number}.pyz"
-            subprocess.run(["sh", "-c", f"umask {mask}; exec {sys.executable} {ROOT}/build/pyz.py --out {target}"], check=True, capture_output=True)
+            subprocess.run(
+                ["sh", "-c", f"umask {mask}; exec {sys.executable} {ROOT}/build/pyz.py --out {target}"], check=True,
+                capture_output=True,
+            )
             digests.add(hashlib.sha256(target.read_bytes()).hexdigest())
         assert len(digests) == 1
 
     def test_what_is_native_is_kept_by_platform_and_nothing_needless_is_in(self):
         names = zipfile.ZipFile(ARCHIVE).namelist()
         assert all(name.startswith("native/") for name in names if name.endswith(".so"))
-        assert not [name for name in names if "/tests/" in name or "/bin/" in name or name.endswith((".pyi", "direct_url.json")) or "/pip/" in name or "setuptools/" in name]
-        assert {"site-packages/microauthd.py", "site-packages/mad.py", "site-packages/public/login.html", "site-packages/appliance/oobe.py"} <= set(names)
+        assert not [
+            name
+            for name in names
+            if "/tests/" in name
+            or "/bin/" in name
+            or name.endswith((".pyi", "direct_url.json"))
+            or "/pip/" in name
+            or "setuptools/" in name
+        ]
+        assert {
+            "site-packages/microauthd.py", "site-packages/mad.py", "site-packages/public/login.html",
+            "site-packages/appliance/oobe.py",
+        } <= set(names)
 
 
 class TestMad:
@@ -71,12 +88,20 @@ class TestUnpacking:
 
     def test_the_variables_of_shiv_are_not_obeyed(self, home, tmp_path):
         evil = tmp_path / "evil"
-        done = run("version", home=home, SHIV_ENTRY_POINT="os:getcwd", SHIV_ROOT=str(evil), SHIV_MODULE="this", SHIV_INTERPRETER="1", SHIV_PREPEND_PYTHONPATH=str(evil))
+        done = run(
+            "version", home=home, SHIV_ENTRY_POINT="os:getcwd", SHIV_ROOT=str(evil), SHIV_MODULE="this",
+            SHIV_INTERPRETER="1", SHIV_PREPEND_PYTHONPATH=str(evil),
+        )
         assert done.stdout.startswith("microauthd ") and not evil.exists()
 
     def test_two_first_starts_at_once_make_one_tree(self, home):
         words = [sys.executable, "-I", str(ARCHIVE), "version"]
-        started = [subprocess.Popen(words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        started = [
+            subprocess.Popen(
+                words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(3)
+        ]
         assert all(process.communicate()[0].startswith("microauthd") for process in started)
         assert len(trees(home / ".cache" / "microauthd")) == 1
 
@@ -130,7 +155,9 @@ class TestUnpacking:
             (old / f"{number}.py").touch()
         whole = len(os.listdir(old))
         words = [sys.executable, "-I", str(ARCHIVE), "version"]
-        process = subprocess.Popen(words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, stdout=subprocess.DEVNULL
+        )
         while process.poll() is None and old.exists() and len(os.listdir(old)) == whole:
             time.sleep(0.001)
         process.kill()
@@ -162,7 +189,9 @@ class TestUnpacking:
         assert page.read_bytes() == whole and (tree / "__pycache__").stat().st_ctime_ns > before
         assert trees(tree.parent) == [tree.name]
 
-    @pytest.mark.parametrize("name", ["__pycache__/microauthd.{}.pyc", "bottle.py", "msgspec/__pycache__/__init__.{}.pyc"])
+    @pytest.mark.parametrize(
+        "name", ["__pycache__/microauthd.{}.pyc", "bottle.py", "msgspec/__pycache__/__init__.{}.pyc"]
+    )
     def test_what_does_not_load_is_unpacked_once_more(self, home, name):
         run("version", home=home)
         (tree,) = (home / ".cache" / "microauthd").glob("tree.*")
@@ -178,15 +207,27 @@ class TestUnpacking:
         assert done.returncode == 0 and "unpacking it again" in done.stderr, done.stderr
         assert run("selftest", home=home).stderr == ""
 
-    @pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="needs a mount namespace of its own")
+    @pytest.mark.skipif(
+        subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+        reason="needs a mount namespace of its own",
+    )
     def test_a_full_disk_is_a_sentence_and_leaves_nothing_broken(self, home):
         with zipfile.ZipFile(ARCHIVE) as archive:
-            unpacked = sum(4096 * -(-info.file_size // 4096) for info in archive.infolist() if info.filename.startswith(("native/", "site-packages/"))) // 2**20
+            unpacked = (
+                sum(
+                    4096 * -(-info.file_size // 4096)
+                    for info in archive.infolist()
+                    if info.filename.startswith(("native/", "site-packages/"))
+                )
+                // 2**20
+            )
         outcomes = set()
         for spare in range(0, 16, 2):  # megabytes: full while unpacking, while compiling, not at all
             script = 'mount -t tmpfs -o size=$1m,mode=700 none "$HOME" && cd / && "$2" -I "$3" version && "$2" -I "$3" version'
             words = ["unshare", "-rm", "sh", "-c", script, "sh", str(unpacked + spare), sys.executable, str(ARCHIVE)]
-            done = subprocess.run(words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                words, env={"HOME": str(home), "PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60
+            )
             assert "Traceback" not in done.stderr, (spare, done.stderr)
             outcomes.add("works twice" if done.returncode == 0 else done.stderr.partition(";")[0])
         assert outcomes == {"works twice", "microauthd: no room to unpack the program"}
@@ -211,7 +252,11 @@ class TestUnpacking:
         done = run("version", home=home, archive=tmp_path / "damaged.pyz")
         assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr, done.stderr
         if damage != "the directory":  # Python itself does not take it for an archive
-            assert done.stderr.startswith("microauthd: ") and done.stderr.count("\n") == 1 and "this file is damaged" in done.stderr, done.stderr
+            assert (
+                done.stderr.startswith("microauthd: ")
+                and done.stderr.count("\n") == 1
+                and "this file is damaged" in done.stderr
+            ), done.stderr
         assert not list(home.rglob("tmp.*")) and run("selftest", home=home).returncode == 0
 
     def test_a_damaged_mad_is_a_sentence(self, home, tmp_path):
@@ -222,7 +267,11 @@ class TestUnpacking:
                 content[at : at + 400] = b"\xff" * 400
         (tmp_path / "damaged.pyz").write_bytes(content)
         done = run("mad", "--version", home=home, archive=tmp_path / "damaged.pyz")
-        assert done.returncode == 1 and done.stderr.startswith("mad: error: this file is damaged") and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("mad: error: this file is damaged")
+            and done.stderr.count("\n") == 1
+        ), done.stderr
 
     def test_a_home_that_is_not_there_is_a_sentence(self, home):
         done = run("version", home=home, HOME="/nonexistent")
@@ -232,7 +281,11 @@ class TestUnpacking:
         source = (ROOT / "build" / "main.py").read_text().replace("sys.version_info < (3, 11)", "(3, 9) < (3, 11)")
         (tmp_path / "main.py").write_text(source)
         done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("microauthd needs Python 3.11") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("microauthd needs Python 3.11")
+            and done.stderr.count("\n") == 1
+        )
 
 
 class TestCommands:
@@ -265,7 +318,9 @@ class TestServing:
             (tree,) = (tmp_path / "cache").glob("tree.*")
             shutil.rmtree(tree)
             deadline = time.monotonic() + 60
-            while box.auth("/.well-known/openid-configuration").status != 200 or "code.unpacked_again" not in box.said():
+            while (
+                box.auth("/.well-known/openid-configuration").status != 200 or "code.unpacked_again" not in box.said()
+            ):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             user = box.new_user("ann")["id"]

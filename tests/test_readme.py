@@ -28,7 +28,9 @@ class TestTables:
 
 class TestNames:
     def test_functions_it_names_exist(self):
-        for name in re.findall(r"`([a-z]+_[a-z_]+)`", README.partition("## Security model")[2].partition("## Failures")[0]):
+        for name in re.findall(
+            r"`([a-z]+_[a-z_]+)`", README.partition("## Security model")[2].partition("## Failures")[0]
+        ):
             if not name.isupper():
                 assert hasattr(microauthd, name) or name == "max_login_failures", name
 

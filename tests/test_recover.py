@@ -30,9 +30,25 @@ class TestBesideARunningServer:
 
             # What can keep an administrator out: a second factor that is lost, a lockout, a role that is gone.
             seed = box.admin("POST", f"/users/{user['id']}/totp/enroll", json_body={}, bearer=root).json["secret"]
-            assert box.admin("POST", f"/users/{user['id']}/totp/verify", json_body={"code": pyotp.TOTP(seed).now()}, bearer=root).status == 200
-            assert box.admin("POST", f"/users/{user['id']}/set-lockout", json_body={"lockout_until": "9999-12-31T23:59:59Z"}, bearer=root).status == 200
-            assert box.admin("POST", "/roles/unassign", json_body={"user_id": user["id"], "role_id": "MadAdmin"}, bearer=root).status == 200
+            assert (
+                box.admin(
+                    "POST", f"/users/{user['id']}/totp/verify", json_body={"code": pyotp.TOTP(seed).now()}, bearer=root
+                ).status
+                == 200
+            )
+            assert (
+                box.admin(
+                    "POST", f"/users/{user['id']}/set-lockout", json_body={"lockout_until": "9999-12-31T23:59:59Z"},
+                    bearer=root,
+                ).status
+                == 200
+            )
+            assert (
+                box.admin(
+                    "POST", "/roles/unassign", json_body={"user_id": user["id"], "role_id": "MadAdmin"}, bearer=root
+                ).status
+                == 200
+            )
             assert self.log_in(box, "second", NEW).status == 403
 
             said = self.recover(box, "second")
@@ -40,23 +56,35 @@ class TestBesideARunningServer:
             assert self.log_in(box, "second", NEW).status == 403, "the second factor stays unless it is to go"
             assert "no second factor" in self.recover(box, "second", "--disable-totp")
             fresh = self.log_in(box, "second", NEW)
-            assert fresh.status == 200 and box.admin("GET", "/users", bearer=second).status == 401 and box.admin("GET", "/users", bearer=root).status == 200
+            assert (
+                fresh.status == 200
+                and box.admin("GET", "/users", bearer=second).status == 401
+                and box.admin("GET", "/users", bearer=root).status == 200
+            )
             rows = box.admin("GET", "/audit-logs?action=admin_recovered", bearer=root).json
-            assert [row["actor_id"] for row in rows] == ["machine"] * 3 and [row["target"] for row in rows] == [user["id"]] * 3
+            assert [row["actor_id"] for row in rows] == ["machine"] * 3 and [row["target"] for row in rows] == [
+                user["id"]
+            ] * 3
             assert NEW not in box.said()
 
     def test_no_route_leads_to_any_of_this(self):
         """The network can neither recover, restore, rotate nor reset."""
         for routes in (m.AUTH, m.ADMIN):
             for route in routes.routes:
-                assert not any(word in path for path in route.paths for word in ("recover", "restore", "rotate", "factory", "keys/")), route.paths
+                assert not any(
+                    word in path
+                    for path in route.paths
+                    for word in ("recover", "restore", "rotate", "factory", "keys/")
+                ), route.paths
 
 
 class TestAtTheMachine:
     @pytest.fixture
     def house(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        options = m.Options({"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase")
+        options = m.Options(
+            {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase"
+        )
         m.set_up(options, m.Answers("root", "root@example.org", PASSWORD))
         return options
 

@@ -24,7 +24,10 @@ YEAR = 365 * 86400
 def house(tmp_path, monkeypatch):
     """A set-up box in this process, without a server: its options."""
     monkeypatch.chdir(tmp_path)
-    options = m.Options({"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase", key_overlap=900, oidc_issuer="https://idp.example")
+    options = m.Options(
+        {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
+        key_overlap=900, oidc_issuer="https://idp.example",
+    )
     m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
@@ -37,7 +40,11 @@ def opened(options, clock=None):
 
 
 def digest_of(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))
+    }
 
 
 @pytest.fixture
@@ -93,7 +100,10 @@ class TestBackup:
         stop.set()
         thread.join()
         for number, count in enumerate(counts):
-            copy = m.Store(tmp_path / f"{number}.backup", m.read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False))
+            copy = m.Store(
+                tmp_path / f"{number}.backup",
+                m.read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False),
+            )
             assert len(copy.list_audit("write", 100_000)) >= count and copy.verify_audit()["valid"]
             copy.close()
 
@@ -110,13 +120,21 @@ class TestRestore:
     def test_accounts_come_back_and_nothing_issued_lives_on(self, house, tmp_path):
         idp, before = self.everything(house)
         m.back_up(house, str(tmp_path / "b"))
-        later = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "pwd", m.get_user(idp, "root"), ["pwd"], idp.now()), m.LOCAL)
+        later = m.issue(
+            idp, m.find_client(idp, "app"), m.Granted("api:read", "pwd", m.get_user(idp, "root"), ["pwd"], idp.now()),
+            m.LOCAL,
+        )
         m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
         idp.store.close()
         time.sleep(0.002)
         m.restore(house, str(tmp_path / "b"))
         idp = opened(house)
-        assert m.get_user(idp, "root") and idp.store.find_account_by_name("late") is None and idp.store.list_audit(limit=1)[0].action == "restored" and idp.store.verify_audit()["valid"]
+        assert (
+            m.get_user(idp, "root")
+            and idp.store.find_account_by_name("late") is None
+            and idp.store.list_audit(limit=1)[0].action == "restored"
+            and idp.store.verify_audit()["valid"]
+        )
         for answer in (before, later):
             with pytest.raises(m.Problem, match="invalid_token"):
                 m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, answer["access_token"])
@@ -132,7 +150,10 @@ class TestRestore:
         monkeypatch.chdir(new)
         m.restore(m.Options({"config": str(new / "mad.conf")}, **CHEAP, db_pass="a phrase"), str(backup))
         options = m.load_options(m.parse_flags(["--config", str(new / "mad.conf")])[0], {})
-        assert [row["kid"] for row in m.describe_keys(options)] == kids and all((new / name).stat().st_mode & 0o077 == 0 for name in ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"))
+        assert [row["kid"] for row in m.describe_keys(options)] == kids and all(
+            (new / name).stat().st_mode & 0o077 == 0
+            for name in ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
+        )
         idp = opened(options)
         assert m.get_user(idp, "root")
         idp.store.close()
@@ -221,9 +242,13 @@ class TestRestore:
             m.restore(house, str(tmp_path / "good"))
         assert digest_of(tmp_path) == before
 
-    def test_a_command_of_a_newer_release_does_not_change_the_schema_beneath_a_server(self, house, tmp_path, monkeypatch):
+    def test_a_command_of_a_newer_release_does_not_change_the_schema_beneath_a_server(
+        self, house, tmp_path, monkeypatch
+    ):
         idp = opened(house)
-        monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n"))
+        monkeypatch.setattr(
+            m, "MIGRATIONS", (*m.MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n")
+        )
         with m.hold_database(house.db_file):
             with pytest.raises(m.Refusal, match="of an older release: restart it first"):
                 m.back_up(house, str(tmp_path / "copy"))
@@ -272,7 +297,9 @@ class TestLinks:
     def test_a_stolen_key_goes_from_the_file_and_a_reset_takes_all(self, linked, tmp_path):
         kid = m.describe_keys(linked)[0]["kid"]
         m.revoke_key(linked, kid)
-        assert (tmp_path / "token.pem").is_symlink() and kid not in [m.Key(entry).kid for entry in m.read_ring(str(tmp_path / "data" / "token.pem"), "")]
+        assert (tmp_path / "token.pem").is_symlink() and kid not in [
+            m.Key(entry).kid for entry in m.read_ring(str(tmp_path / "data" / "token.pem"), "")
+        ]
         m.factory_reset(linked)
         assert not [path.name for path in (tmp_path / "data").iterdir() if not path.name.endswith(".lock")]
 
@@ -298,14 +325,21 @@ class TestKeys:
                 finally:
                     m.open_idp = real
                 rotated = True
-            token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)["access_token"]
+            token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
+                "access_token"
+            ]
             tokens.append((token, now[0]))
             signed_by.add(jwt.get_unverified_header(token)["kid"])
             for old, at in tokens:
                 if at + 3600 > now[0]:
-                    jwt.decode(old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"], options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False})
+                    jwt.decode(
+                        old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"],
+                        options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False},
+                    )
             m.tend_rings(idp)
-        assert len(signed_by) == 2 and [row["state"] for row in m.describe_keys(house) if row["port"] == "auth"] == ["active", "active"], "the retired ones are gone"
+        assert len(signed_by) == 2 and [row["state"] for row in m.describe_keys(house) if row["port"] == "auth"] == [
+            "active", "active",
+        ], "the retired ones are gone"
         idp.store.close()
 
     def test_a_clock_set_back_undoes_nothing(self, house):
@@ -333,7 +367,9 @@ class TestKeys:
     def test_a_revoked_key_signs_and_verifies_nothing_any_more(self, house, waiting):
         idp = opened(house)
         idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-        token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)["access_token"]
+        token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
+            "access_token"
+        ]
         if waiting:
             m.rotate_keys(house, ["auth"], ["ES256"])
         kid = jwt.get_unverified_header(token)["kid"]
@@ -341,7 +377,11 @@ class TestKeys:
         idp.rings_until = 0
         with pytest.raises(m.Problem, match="invalid_token"):
             m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token)
-        assert kid not in idp.auth_ring.jwks().decode() and idp.auth_ring.access.alg == "ES256" and idp.store.list_audit(limit=1)[0].action == "key_revoked"
+        assert (
+            kid not in idp.auth_ring.jwks().decode()
+            and idp.auth_ring.access.alg == "ES256"
+            and idp.store.list_audit(limit=1)[0].action == "key_revoked"
+        )
         with pytest.raises(m.Refusal):
             m.revoke_key(house, kid)
         idp.store.close()
@@ -414,7 +454,11 @@ class TestAdminRecovery:
         before = idp.store.find_account(account.id).revoked_before
         assert m.recover_admin(house, "ROOT", "another battery staple", drop_totp=True) == "recovered"
         found, amr = m.authenticate_user(idp, m.LOCAL, "root", "another battery staple", admin=True)
-        assert amr == ["pwd"] and found.revoked_before > before and idp.store.list_audit("admin_recovered")[0].actor_id == "machine"
+        assert (
+            amr == ["pwd"]
+            and found.revoked_before > before
+            and idp.store.list_audit("admin_recovered")[0].actor_id == "machine"
+        )
         idp.store.close()
 
     def test_one_is_made_where_there_is_none_of_that_name(self, house):
@@ -429,7 +473,10 @@ class TestAdminRecovery:
 
     def test_it_is_for_the_user_whose_server_it_is(self, house, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        for act in (lambda: m.recover_admin(house, "root", "another battery staple"), lambda: m.back_up(house, "x"), lambda: m.factory_reset(house), lambda: m.rotate_keys(house, ["auth"])):
+        for act in (
+            lambda: m.recover_admin(house, "root", "another battery staple"), lambda: m.back_up(house, "x"),
+            lambda: m.factory_reset(house), lambda: m.rotate_keys(house, ["auth"]),
+        ):
             with pytest.raises(m.Refusal, match="belongs to user"):
                 act()
 
@@ -437,7 +484,11 @@ class TestAdminRecovery:
 class TestFactoryReset:
     def test_nothing_of_before_is_left(self, house, tmp_path):
         gone = m.factory_reset(house)
-        assert {os.path.basename(path) for path in gone} >= {"mad.db3", "token.pem", "admin_token.pem", "seal.key"} and not (tmp_path / "mad.db3").exists() and (tmp_path / "mad.conf").exists()
+        assert (
+            {os.path.basename(path) for path in gone} >= {"mad.db3", "token.pem", "admin_token.pem", "seal.key"}
+            and not (tmp_path / "mad.db3").exists()
+            and (tmp_path / "mad.conf").exists()
+        )
         m.set_up(house, m.Answers("root", "root@example.org", PASSWORD))
 
 
@@ -465,7 +516,10 @@ class TestBesideARunningServer:
         with Box(tmp_path / "data", workers="2", key_overlap="1") as box:
             old = box.token().json["access_token"]
             assert box.run("backup", "box.backup").returncode == 0 and box.run("backup", "box.backup").returncode == 1
-            assert box.run("restore", "box.backup").returncode == 1 and "running" in box.run("restore", "box.backup").stderr
+            assert (
+                box.run("restore", "box.backup").returncode == 1
+                and "running" in box.run("restore", "box.backup").stderr
+            )
             assert box.run("factory-reset", "--yes").returncode == 1
             kid = jwt.get_unverified_header(old)["kid"]
             done = box.run("keys", "rotate", "--ring", "auth", "--alg", "ES256")
@@ -482,7 +536,9 @@ class TestBesideARunningServer:
                 time.sleep(0.05)
             assert {row["state"] for row in json.loads(box.run("keys", "list", "--json").stdout)} == {"active"}
             token = box.admin_token()
-            done = box.run("admin", "recover", "--username", "root", "--password-stdin", input="another battery staple\n")
+            done = box.run(
+                "admin", "recover", "--username", "root", "--password-stdin", input="another battery staple\n"
+            )
             assert done.returncode == 0 and box.admin("GET", "/users", bearer=token).status == 401, done.stderr
             box.PASSWORD = "another battery staple"
             fresh = box.token().json["access_token"]
@@ -492,11 +548,21 @@ class TestBesideARunningServer:
             assert done.returncode == 0, done.stderr
             box.PASSWORD = Box.PASSWORD
             box.start()
-            assert box.auth("/me", bearer=fresh).status == box.auth("/me", bearer=old).status == 401 and box.token().status == 200 and box.admin_token()
+            assert (
+                box.auth("/me", bearer=fresh).status == box.auth("/me", bearer=old).status == 401
+                and box.token().status == 200
+                and box.admin_token()
+            )
             box.stop()
             assert box.run("factory-reset", "--yes").returncode == 0 and box.run("serve").returncode == 1
 
-    @pytest.mark.parametrize("words", [["backup"], ["backup", "a", "b"], ["restore"], ["keys"], ["keys", "turn"], ["keys", "revoke"], ["keys", "rotate", "--ring", "x"], ["admin"], ["admin", "recover"], ["admin", "destroy", "--username", "x"]])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["backup"], ["backup", "a", "b"], ["restore"], ["keys"], ["keys", "turn"], ["keys", "revoke"],
+            ["keys", "rotate", "--ring", "x"], ["admin"], ["admin", "recover"], ["admin", "destroy", "--username", "x"],
+        ],
+    )
     def test_bad_usage_is_two(self, tmp_path, words):
         box = Box(tmp_path / "data").set_up()
         assert box.run(*words).returncode == 2

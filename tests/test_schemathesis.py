@@ -22,26 +22,42 @@ from box import Box
 from conftest import CHEAP, PASSWORD, Caller
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.parameters import ParameterLocation
-from schemathesis.specs.openapi.checks import content_type_conformance, negative_data_rejection, response_headers_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance, negative_data_rejection, response_headers_conformance, response_schema_conformance,
+    status_code_conformance,
+)
 
 EXAMPLES, SEED = int(os.environ.get("SCHEMATHESIS_EXAMPLES", 4)), int(os.environ.get("SCHEMATHESIS_SEED", 20261123))
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
+CHECKS = [
+    not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
+    response_headers_conformance,
+]
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 # What is there in `world`, so that not every call is about something unknown. Never root: its token makes the calls.
 KNOWN = {
-    "flag": list(m.FLAGS), "email": ["new@example.org"], "new_password": ["another battery staple"], "lockout_until": ["9999-12-31T23:59:59Z"],
-    "client_id": ["service", "spa"], "user_id": ["alice"], "role_id": ["ops"], "permission_id": ["door.open"], "scope_id": ["api:read"], "idp_id": ["google"], "path": ["login.html"],
-    "username": ["alice"], "password": [PASSWORD], "grant_type": ["client_credentials", "password", "refresh_token"], "redirect_uri": ["https://app.example/cb"], "response_type": ["code"],
-    "scope_ids": [["api:read"]], "role_ids": [["ops"]], "record_id": ["https://app.example/cb"], "uri": ["https://app.example/cb"],
+    "flag": list(m.FLAGS), "email": ["new@example.org"], "new_password": ["another battery staple"],
+    "lockout_until": ["9999-12-31T23:59:59Z"], "client_id": ["service", "spa"], "user_id": ["alice"],
+    "role_id": ["ops"], "permission_id": ["door.open"], "scope_id": ["api:read"], "idp_id": ["google"],
+    "path": ["login.html"], "username": ["alice"], "password": [PASSWORD],
+    "grant_type": ["client_credentials", "password", "refresh_token"], "redirect_uri": ["https://app.example/cb"],
+    "response_type": ["code"], "scope_ids": [["api:read"]], "role_ids": [["ops"]],
+    "record_id": ["https://app.example/cb"], "uri": ["https://app.example/cb"],
 }
-NAMED = {"user": "alice", "role": "ops", "permission": "door.open", "scope": "api:read", "client": "service", "audit": "1", "page": "form_post.js"}  # the {id} or {name} behind it in a path
+NAMED = {
+    "user": "alice", "role": "ops", "permission": "door.open", "scope": "api:read", "client": "service", "audit": "1",
+    "page": "form_post.js",
+}  # the {id} or {name} behind it in a path
 # Whoever is not logged in is asked to log in, whatever was sent: no way of refusing what does not fit.
 ASKS_FIRST = {("auth", "POST", "/account")}
 
 
 @pytest.fixture
 def options(tmp_path):
-    return m.Options(**CHEAP, backup_folder="", enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True, serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost", totp_qr_output_root=str(tmp_path))
+    return m.Options(
+        **CHEAP, backup_folder="", enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True,
+        serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost",
+        totp_qr_output_root=str(tmp_path),
+    )
 
 
 @pytest.fixture
@@ -73,9 +89,18 @@ def credentials(operation, apps, port, service):
     if port == "admin":
         answer = admin.post("/token", {"username": "root", "password": PASSWORD})
     elif any(part.get("bearer") for part in wanted):
-        answer = auth.post("/token", {"grant_type": "client_credentials", "scope": wanted[0]["bearer"][0]}, auth=service)
+        answer = auth.post(
+            "/token", {"grant_type": "client_credentials", "scope": wanted[0]["bearer"][0]}, auth=service
+        )
     else:
-        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid profile email roles"}, auth=service)
+        answer = auth.post(
+            "/token",
+            {
+                "grant_type": "password", "username": "alice", "password": PASSWORD,
+                "scope": "openid profile email roles",
+            },
+            auth=service,
+        )
     assert answer.status == 200, answer
     return {"Authorization": f"Bearer {answer.json['access_token']}"}
 
@@ -97,10 +122,17 @@ def probe(operation, headers, seed, mode, rejects=True):
     found = set()
 
     @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate])
-    @hypothesis.given(case=operation.as_strategy(generation_mode=mode), dice=hypothesis.strategies.randoms(use_true_random=False))
+    @hypothesis.settings(
+        max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(
+        case=operation.as_strategy(generation_mode=mode), dice=hypothesis.strategies.randoms(use_true_random=False)
+    )
     def call(case, dice):
-        hypothesis.assume(PASSWORD not in str(case.path_parameters))  # it picks words out of this folder, and a path is logged
+        hypothesis.assume(
+            PASSWORD not in str(case.path_parameters)
+        )  # it picks words out of this folder, and a path is logged
         if mode is POSITIVE:
             make_known(case, dice)
         response = case.call(headers=headers if dice.random() < 0.85 else {"Authorization": "Bearer x"})
@@ -122,11 +154,15 @@ def test_the_document_is_valid(world, port):
 @pytest.mark.parametrize("port", ["auth", "admin"])
 def test_no_answer_is_a_server_error_or_undocumented(world, port):
     apps = world()
-    schema = schemathesis.openapi.from_wsgi("/openapi.json", lambda environ, start_response: apps[port](environ, start_response))
+    schema = schemathesis.openapi.from_wsgi(
+        "/openapi.json", lambda environ, start_response: apps[port](environ, start_response)
+    )
     asked, never = 0, []
     for found in schema.get_all_operations():
         operation, apps = found.ok(), world()
-        name, headers = (port, operation.method.upper(), operation.path), credentials(operation, apps, port, world.service)
+        name, headers = (
+            (port, operation.method.upper(), operation.path), credentials(operation, apps, port, world.service),
+        )
         asked += 1
         if operation.body:
             probe(operation, headers, SEED - asked, NEGATIVE, name not in ASKS_FIRST)
@@ -140,7 +176,10 @@ def test_no_answer_is_a_server_error_or_undocumented(world, port):
 def box(tmp_path_factory):
     folder = tmp_path_factory.mktemp("schemathesis")
     (folder / "qr").mkdir()
-    settings = {"enable_auth_swagger": "true", "enable_admin_swagger": "true", "enable_token_refresh": "true", "serve_public_auth_files": "true", "totp_qr_output_root": folder / "qr"}
+    settings = {
+        "enable_auth_swagger": "true", "enable_admin_swagger": "true", "enable_token_refresh": "true",
+        "serve_public_auth_files": "true", "totp_qr_output_root": folder / "qr",
+    }
     with Box(folder / "data", workers="1", **settings) as box:
         box.new_user("ann")
         yield box
@@ -153,12 +192,29 @@ def test_every_corner_of_the_description_holds_on_sockets(box, port, tmp_path):
     Left out are what ends the login that asks (above, they are not), and what asks whoever comes to log in first.
     """
     number, path = (box.auth_port, "/me") if port == "auth" else (box.admin_port, "/users")
-    bearer = box.admin_token() if port == "admin" else box.log_in("ann", scope="openid profile email").json["access_token"]
+    bearer = (
+        box.admin_token() if port == "admin" else box.log_in("ann", scope="openid profile email").json["access_token"]
+    )
     claims = json.loads(base64.urlsafe_b64decode(bearer.split(".")[1] + "=="))
-    words = ["--phases", "coverage", "--seed", str(SEED), "--no-color", "--checks", ",".join(check.__name__ for check in [*CHECKS, negative_data_rejection]), "--exclude-path-regex", "^/(logout|logout-all|account)$"]
+    words = [
+        "--phases", "coverage", "--seed", str(SEED), "--no-color", "--checks",
+        ",".join(check.__name__ for check in [*CHECKS, negative_data_rejection]), "--exclude-path-regex",
+        "^/(logout|logout-all|account)$",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{number}/openapi.json", "--url", f"http://127.0.0.1:{number}", "-H", f"Authorization: Bearer {bearer}", *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parent), "SCHEMATHESIS_SPARE": f"root {claims['sub']} {claims['jti']}"})
-    assert done.returncode == 0 and int(re.search(r"Tested: (\d+)", done.stdout)[1]) > (40 if port == "auth" else 125), done.stdout + done.stderr
+        [
+            sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{number}/openapi.json", "--url",
+            f"http://127.0.0.1:{number}", "-H", f"Authorization: Bearer {bearer}", *words,
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ
+        | {
+            "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parent),
+            "SCHEMATHESIS_SPARE": f"root {claims['sub']} {claims['jti']}",
+        },
+    )
+    assert done.returncode == 0 and int(re.search(r"Tested: (\d+)", done.stdout)[1]) > (
+        40 if port == "auth" else 125
+    ), done.stdout + done.stderr
     assert box.call(number, "GET", path, bearer=bearer).status == 200, "whoever asked was let in to the end"
     assert 'traceback="Traceback' not in box.said()

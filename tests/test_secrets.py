@@ -27,18 +27,31 @@ def hasher():
 
 
 def is_slow_down(caught):
-    return caught.value.code == "slow_down" and caught.value.status == 429 and int(dict(caught.value.headers)["Retry-After"]) >= 1
+    return (
+        caught.value.code == "slow_down"
+        and caught.value.status == 429
+        and int(dict(caught.value.headers)["Retry-After"]) >= 1
+    )
 
 
 class TestArgon2:
     """RFC 9106"""
 
-    @pytest.mark.parametrize("memory, time, lanes, length, salt", [(64, 1, 1, 32, 16), (128, 3, 2, 16, 8), (256, 2, 4, 64, 32)])
+    @pytest.mark.parametrize(
+        "memory, time, lanes, length, salt", [(64, 1, 1, 32, 16), (128, 3, 2, 16, 8), (256, 2, 4, 64, 32)]
+    )
     def test_a_hash_carries_the_parameters_in_force(self, memory, time, lanes, length, salt):
-        hasher = m.Hasher(m.Options(argon2id_memory=memory, argon2id_time=time, argon2id_parallelism=lanes, argon2id_hash_length=length, argon2id_salt_length=salt))
+        hasher = m.Hasher(
+            m.Options(
+                argon2id_memory=memory, argon2id_time=time, argon2id_parallelism=lanes, argon2id_hash_length=length,
+                argon2id_salt_length=salt,
+            )
+        )
         phc = hasher.hash("x")
         _, kind, version, parameters, salted, hashed = phc.split("$")
-        assert (kind, version, parameters) == ("argon2id", "v=19", f"m={memory},t={time},p={lanes}") and phc.startswith(hasher.parameters())
+        assert (kind, version, parameters) == ("argon2id", "v=19", f"m={memory},t={time},p={lanes}") and phc.startswith(
+            hasher.parameters()
+        )
         assert len(base64.b64decode(salted + "==")) == salt and len(base64.b64decode(hashed + "==")) == length
         assert hasher.verify(phc, "x") and not hasher.verify(phc, "y")
 
@@ -55,7 +68,10 @@ class TestArgon2:
     def test_nobody_costs_what_somebody_costs(self, hasher, monkeypatch, known):
         phc, calls = hasher.hash("right"), []
         compute = hasher.memory.compute
-        monkeypatch.setattr(hasher.memory, "compute", lambda password, salt, *cost: calls.append((password, len(salt), *cost)) or compute(password, salt, *cost))
+        monkeypatch.setattr(
+            hasher.memory, "compute",
+            lambda password, salt, *cost: calls.append((password, len(salt), *cost)) or compute(password, salt, *cost),
+        )
         assert hasher.verify(phc if known else None, "wrong") is False
         assert calls == [(b"wrong", 16, 1, 64, 1, 32)]
 
@@ -64,7 +80,10 @@ class TestArgon2:
         assert hasher.verify(None, "any") is False
 
     @settings(deadline=None, max_examples=100)
-    @given(st.binary(max_size=300), st.binary(min_size=8, max_size=64), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3000), st.integers(4, 64))
+    @given(
+        st.binary(max_size=300), st.binary(min_size=8, max_size=64), st.integers(1, 3), st.integers(1, 4),
+        st.integers(0, 3000), st.integers(4, 64),
+    )
     def test_it_computes_what_the_library_computes(self, password, salt, passes, lanes, more, length):
         computed = m.Hasher(m.Options(**CHEAP)).memory.compute(password, salt, passes, 8 * lanes + more, lanes, length)
         assert computed == hash_secret_raw(password, salt, passes, 8 * lanes + more, lanes, length, m.Argon2Type.ID)
@@ -84,7 +103,9 @@ class TestArgon2:
         )
         done = subprocess.run([sys.executable, "-c", script, *sys.path], capture_output=True, text=True, timeout=60)
         refused, without, right, wrong = done.stdout.split()
-        assert (right, wrong) == ("True", "False") and (refused != "0" or without == "True"), done  # a kernel before 6.3 knows no such prctl
+        assert (right, wrong) == ("True", "False") and (refused != "0" or without == "True"), (
+            done
+        )  # a kernel before 6.3 knows no such prctl
 
     def test_many_threads_do_not_meet_in_its_memory(self):
         memory = m.Argon2Memory()
@@ -103,15 +124,29 @@ class TestArgon2:
             hasher.memory.compute(b"x", b"saltsalt", 1, 65536, 1, 32)
         assert mapped() < before + 65536
 
-    @pytest.mark.parametrize("parameters", ["m=64,t=0,p=1", "m=7,t=1,p=1", "m=64,t=1,p=0", "m=64,t=1,p=64", "m=0,t=1,p=1"])
+    @pytest.mark.parametrize(
+        "parameters", ["m=64,t=0,p=1", "m=7,t=1,p=1", "m=64,t=1,p=0", "m=64,t=1,p=64", "m=0,t=1,p=1"]
+    )
     def test_parameters_that_cannot_be_verify_nothing(self, hasher, parameters):
         assert hasher.verify(f"$argon2id$v=19${parameters}$c2FsdHNhbHQ$aGFzaGhhc2g", "x") is False
 
-    @pytest.mark.parametrize("phc", ["", "x", "$argon2id$v=19$m=64,t=1,p=1$$", "$argon2id$v=19$m=64,t=1,p=1$c2FsdHNhbHQ$a", "$argon2id$v=19$m=64,t=1,p=1$c2Fs$aGFzaGhhc2g", "plain text"])
+    @pytest.mark.parametrize(
+        "phc",
+        [
+            "", "x", "$argon2id$v=19$m=64,t=1,p=1$$", "$argon2id$v=19$m=64,t=1,p=1$c2FsdHNhbHQ$a",
+            "$argon2id$v=19$m=64,t=1,p=1$c2Fs$aGFzaGhhc2g", "plain text",
+        ],
+    )
     def test_a_hash_that_is_none_verifies_nothing(self, hasher, phc):
         assert hasher.verify(phc, "x") is False
 
-    @pytest.mark.parametrize("error", [m.VerificationError("Memory allocation error"), m.VerificationError("Threading failure"), m.Argon2Error("Memory allocation error"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            m.VerificationError("Memory allocation error"), m.VerificationError("Threading failure"),
+            m.Argon2Error("Memory allocation error"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ],
+    )
     def test_a_machine_that_fails_is_no_wrong_password(self, hasher, monkeypatch, error):
         def fail(*_):
             raise error
@@ -312,7 +347,9 @@ class TestThrottle:
         """Whoever has one address of IPv6 has 2^64."""
         for number in range(120):
             self.spend(throttle, 1, f"2001:db8::{number:x}", f"user{number}")
-        assert self.is_spent(throttle, "2001:db8::ffff", "another") and not self.is_spent(throttle, "2001:db8:0:1::1", "another")
+        assert self.is_spent(throttle, "2001:db8::ffff", "another") and not self.is_spent(
+            throttle, "2001:db8:0:1::1", "another"
+        )
 
     def test_a_clock_that_goes_back_gives_and_takes_nothing(self, throttle, clock):
         self.spend(throttle, 20)
@@ -326,7 +363,9 @@ class TestSeal:
         seal = m.Seal(bytes(32))
         sealed = seal.close("seed", "alice")
         assert seal.open(sealed, "alice") == "seed" and "seed" not in sealed and seal.close("seed", "alice") != sealed
-        for key, owner, word in ((bytes(32), "bob", sealed), (b"\1" * 32, "alice", sealed), (bytes(32), "alice", sealed[:-4] + "AAA=")):
+        for key, owner, word in (
+            (bytes(32), "bob", sealed), (b"\1" * 32, "alice", sealed), (bytes(32), "alice", sealed[:-4] + "AAA="),
+        ):
             with pytest.raises(m.Problem) as caught:
                 m.Seal(key).open(word, owner)
             assert caught.value.code == "server_error" and "seed" not in str(caught.value)
@@ -346,7 +385,10 @@ class TestOneTimeCodes:
         step = m.totp_step(seed, pyotp.TOTP(seed).at(now + offset), now)
         assert (step == (now + offset) // 30) if good else step is None
 
-    @pytest.mark.parametrize("code", ["", "12345", "1234567", " 123456", "12345a", "\uff11\uff12\uff13\uff14\uff15\uff16", "123456\n", "-12345"])
+    @pytest.mark.parametrize(
+        "code",
+        ["", "12345", "1234567", " 123456", "12345a", "\uff11\uff12\uff13\uff14\uff15\uff16", "123456\n", "-12345"],
+    )
     def test_what_is_no_code(self, code):
         assert m.totp_step(m.new_totp_seed(), code, 0) is None
 
@@ -359,10 +401,15 @@ class TestOneTimeCodes:
 class TestNewPasswords:
     """NIST SP 800-63B §5.1.1.2"""
 
-    @pytest.mark.parametrize("password, word", [
-        ("short", "at least 8"), ("x" * 256, "at most 255"), ("with\0nul and more", "NUL"), ("password", "common"), ("PassWord", "common"), ("12345678", "common"),
-        ("newcomer", "user name"), ("NewComer", "user name"), ("new@example.org", "user name"), (PASSWORD, ""), ("x" * 255, ""), ("\u00e4\u00f6\u00fc\u20ac blanks too", ""),
-    ])
+    @pytest.mark.parametrize(
+        "password, word",
+        [
+            ("short", "at least 8"), ("x" * 256, "at most 255"), ("with\0nul and more", "NUL"), ("password", "common"),
+            ("PassWord", "common"), ("12345678", "common"), ("newcomer", "user name"), ("NewComer", "user name"),
+            ("new@example.org", "user name"), (PASSWORD, ""), ("x" * 255, ""),
+            ("\u00e4\u00f6\u00fc\u20ac blanks too", ""),
+        ],
+    )
     def test_table(self, password, word):
         found = m.check_new_password(m.Options(), password, "newcomer", "new@example.org")
         assert word in found and bool(found) == bool(word)
@@ -391,7 +438,12 @@ class TestHandles:
     def test_a_jti_is_a_uuid_of_version_7_and_keeps_its_milliseconds(self, ms):
         """RFC 9562 §5.7"""
         jti = m.new_jti(ms)
-        assert re.fullmatch("[0-9a-f]{32}", jti) and uuid.UUID(jti).version == 7 and uuid.UUID(jti).variant == uuid.RFC_4122 and m.jti_ms(jti) == ms
+        assert (
+            re.fullmatch("[0-9a-f]{32}", jti)
+            and uuid.UUID(jti).version == 7
+            and uuid.UUID(jti).variant == uuid.RFC_4122
+            and m.jti_ms(jti) == ms
+        )
 
     def test_those_of_one_millisecond_differ_and_later_ones_sort_after(self):
         assert len({m.new_jti(5) for _ in range(1000)}) == 1000

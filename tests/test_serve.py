@@ -31,13 +31,24 @@ class App:
         if path == "/bug":
             raise RuntimeError("secret detail")
         if path == "/wait":
-            with environ["microauthd.server_object"].blocking() if "microauthd.server_object" in environ else self.server.blocking():
+            with (
+                environ["microauthd.server_object"].blocking()
+                if "microauthd.server_object" in environ
+                else self.server.blocking()
+            ):
                 self.go.wait(10)
-        body = b"x" * 3_000_000 if path == "/big" else json.dumps({
-            "method": environ["REQUEST_METHOD"], "path": path, "query": environ["QUERY_STRING"], "body": environ["wsgi.input"].read().decode("latin-1"),
-            "peer": environ["microauthd.peer"], "scheme": environ["wsgi.url_scheme"],
-            "headers": {name: value for name, value in environ.items() if name.startswith("HTTP_")},
-        }).encode()
+        body = (
+            b"x" * 3_000_000
+            if path == "/big"
+            else json.dumps(
+                {
+                    "method": environ["REQUEST_METHOD"], "path": path, "query": environ["QUERY_STRING"],
+                    "body": environ["wsgi.input"].read().decode("latin-1"), "peer": environ["microauthd.peer"],
+                    "scheme": environ["wsgi.url_scheme"],
+                    "headers": {name: value for name, value in environ.items() if name.startswith("HTTP_")},
+                }
+            ).encode()
+        )
         start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
         return [body]
 
@@ -47,7 +58,9 @@ class Running:
         self.app, self.logged = App(), []
         sock = m.listen("127.0.0.1", 0)
         self.address = sock.getsockname()
-        self.server = m.Server("auth", [sock], self.app, log=lambda event, **fields: self.logged.append((event, fields)), **more)
+        self.server = m.Server(
+            "auth", [sock], self.app, log=lambda event, **fields: self.logged.append((event, fields)), **more
+        )
         self.app.server = self.server
         self.server.start()
 
@@ -122,7 +135,9 @@ def statuses(said):
 
 
 def post(*headers, body=b"", version=b"1.1"):
-    return b"POST / HTTP/" + version + b"\r\n" + HOST + b"".join(header + b"\r\n" for header in headers) + b"\r\n" + body
+    return (
+        b"POST / HTTP/" + version + b"\r\n" + HOST + b"".join(header + b"\r\n" for header in headers) + b"\r\n" + body
+    )
 
 
 # A second request that must never be answered: what a smuggler wants.
@@ -139,12 +154,16 @@ REFUSED = {
     "a Content-Length behind a vertical tab": (400, post(b"Content-Length: \x0b5", body=b"hello")),
     "a Content-Length of other digits": (400, post("Content-Length: \u0665".encode(), body=b"hello")),
     "both framings": (400, post(b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n")),
-    "both framings, the other way round": (400, post(b"Transfer-Encoding: chunked", b"Content-Length: 5", body=b"0\r\n\r\n")),
+    "both framings, the other way round": (
+        400, post(b"Transfer-Encoding: chunked", b"Content-Length: 5", body=b"0\r\n\r\n"),
+    ),
     "an empty coding": (400, post(b"Transfer-Encoding: ", body=b"0\r\n\r\n")),
     "a coding with a tab": (400, post(b"Transfer-Encoding: chunked\t", body=b"0\r\n\r\n")),
     "a coding with a comma": (400, post(b"Transfer-Encoding: chunked,", body=b"0\r\n\r\n")),
     "a coding after chunked": (400, post(b"Transfer-Encoding: chunked, identity", body=b"0\r\n\r\n")),
-    "content with an upgrade": (400, post(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 5", body=b"hello")),
+    "content with an upgrade": (
+        400, post(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 5", body=b"hello"),
+    ),
     "another coding": (501, post(b"Transfer-Encoding: xchunked", body=b"0\r\n\r\n")),
     "a coding before chunked": (501, post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n")),
     "chunked twice": (400, post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n")),
@@ -158,10 +177,16 @@ REFUSED = {
     "a chunk size with a space": (400, post(b"Transfer-Encoding: chunked", body=b"5 \r\nhello\r\n0\r\n\r\n")),
     "chunks of bare line feeds": (400, post(b"Transfer-Encoding: chunked", body=b"5\nhello\n0\n\n")),
     "chunks of bare carriage returns": (400, post(b"Transfer-Encoding: chunked", body=b"5\rhello\r0\r\r")),
-    "a line feed in a chunk extension": (400, post(b"Transfer-Encoding: chunked", body=b"5;a\nb\r\nhello\r\n0\r\n\r\n")),
-    "a Content-Length as a trailer": (400, post(b"Transfer-Encoding: chunked", body=b"5\r\nhello\r\n0\r\nContent-Length: 9\r\n\r\n")),
+    "a line feed in a chunk extension": (
+        400, post(b"Transfer-Encoding: chunked", body=b"5;a\nb\r\nhello\r\n0\r\n\r\n"),
+    ),
+    "a Content-Length as a trailer": (
+        400, post(b"Transfer-Encoding: chunked", body=b"5\r\nhello\r\n0\r\nContent-Length: 9\r\n\r\n"),
+    ),
     "many trailers": (431, post(b"Transfer-Encoding: chunked", body=b"0\r\n" + b"X: y\r\n" * 70 + b"\r\n")),
-    "long chunk extensions": (413, post(b"Transfer-Encoding: chunked", body=(b"1;" + b"a" * 4000 + b"\r\nx\r\n") * 100 + b"0\r\n\r\n")),
+    "long chunk extensions": (
+        413, post(b"Transfer-Encoding: chunked", body=(b"1;" + b"a" * 4000 + b"\r\nx\r\n") * 100 + b"0\r\n\r\n"),
+    ),
     "a huge chunk size": (400, post(b"Transfer-Encoding: chunked", body=b"f" * 17 + b"\r\n")),
     "a bare line feed": (400, b"GET / HTTP/1.1\nHost: box\n\n"),
     "a bare carriage return": (400, b"GET / HTTP/1.1\r\nHost: box\rX: y\r\n\r\n"),
@@ -187,7 +212,9 @@ REFUSED = {
     "a Host with a user": (400, b"GET / HTTP/1.1\r\nHost: a@box\r\n\r\n"),
     "a list of Hosts": (400, b"GET / HTTP/1.1\r\nHost: box, box\r\n\r\n"),
     "an empty Host": (400, b"GET / HTTP/1.1\r\nHost:\r\n\r\n"),
-    "two Authorizations": (400, b"GET / HTTP/1.1\r\nHost: box\r\nAuthorization: Bearer a\r\nAuthorization: Bearer b\r\n\r\n"),
+    "two Authorizations": (
+        400, b"GET / HTTP/1.1\r\nHost: box\r\nAuthorization: Bearer a\r\nAuthorization: Bearer b\r\n\r\n",
+    ),
     "two Content-Types": (400, post(b"Content-Type: a/b", b"Content-Type: a/b", b"Content-Length: 0")),
     "two Forwardeds": (400, b"GET / HTTP/1.1\r\nHost: box\r\nForwarded: for=a\r\nForwarded: for=b\r\n\r\n"),
     "HTTP/0.9": (505, b"GET /\r\n\r\n"),
@@ -214,11 +241,17 @@ REFUSED = {
     "a long request line": (414, b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: box\r\n\r\n"),
     "a long header": (431, b"GET / HTTP/1.1\r\nHost: box\r\nX: " + b"a" * 17000 + b"\r\n\r\n"),
     "many long headers": (431, b"GET / HTTP/1.1\r\nHost: box\r\n" + (b"X: " + b"a" * 5000 + b"\r\n") * 4 + b"\r\n"),
-    "many headers": (431, b"GET / HTTP/1.1\r\nHost: box\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(70)) + b"\r\n"),
+    "many headers": (
+        431, b"GET / HTTP/1.1\r\nHost: box\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(70)) + b"\r\n",
+    ),
     "a large body announced": (413, post(b"Content-Length: 65537")),
-    "a large body in chunks": (413, post(b"Transfer-Encoding: chunked", body=(b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 5 + b"0\r\n\r\n")),
+    "a large body in chunks": (
+        413, post(b"Transfer-Encoding: chunked", body=(b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 5 + b"0\r\n\r\n"),
+    ),
     "an expectation": (417, post(b"Expect: miracles", b"Content-Length: 5", body=b"hello")),
-    "an expectation twice": (400, post(b"Expect: 100-continue", b"Expect: 100-continue", b"Content-Length: 5", body=b"hello")),
+    "an expectation twice": (
+        400, post(b"Expect: 100-continue", b"Expect: 100-continue", b"Content-Length: 5", body=b"hello"),
+    ),
     "garbage": (400, bytes(range(128, 228))),
 }
 
@@ -232,7 +265,13 @@ class TestRefusals:
         assert statuses(said) in [[status] for status in answers] and b"/smuggled" not in said
         assert b"Connection: close" in head and json.loads(body)["success"] is False
         (event, fields), *more = one.logged
-        assert not more and event == "refused" and fields["peer"] == "127.0.0.1" and fields["reason"] and fields["server"] == "auth"
+        assert (
+            not more
+            and event == "refused"
+            and fields["peer"] == "127.0.0.1"
+            and fields["reason"]
+            and fields["server"] == "auth"
+        )
         one.logged.clear()
 
     @pytest.mark.parametrize("case", REFUSED)
@@ -252,16 +291,26 @@ class TestRefusals:
 
     line = b"GET / HTTP/1.1\r\n"
 
-    @pytest.mark.parametrize("before", [
-        line + HOST + b"X: " + line + b"\r\n", post(b"Content-Length: 16", body=line), post(b"Content-Length: 16", b"X: " + line.strip(), body=line),
-        post(b"Transfer-Encoding: chunked", body=b"10\r\n" + line + b"\r\n1;a=b\r\na\r\n0\r\nX: " + line + b"\r\n")],
-        ids=["header", "content", "both", "chunks and trailer"])
+    @pytest.mark.parametrize(
+        "before",
+        [
+            line + HOST + b"X: " + line + b"\r\n", post(b"Content-Length: 16", body=line),
+            post(b"Content-Length: 16", b"X: " + line.strip(), body=line),
+            post(b"Transfer-Encoding: chunked", body=b"10\r\n" + line + b"\r\n1;a=b\r\na\r\n0\r\nX: " + line + b"\r\n"),
+        ],
+        ids=["header", "content", "both", "chunks and trailer"],
+    )
     def test_a_request_line_is_not_excused_by_what_stood_before_it(self, shared, before):
         assert statuses(shared.say(before + b"GET  / HTTP/1.1\r\nHost: box\r\n\r\n" + SMUGGLED)) == [200, 400]
         assert statuses(shared.say(before + b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")) == [200, 200]
 
-    @pytest.mark.parametrize("reason, octets", [
-        ("content size", post(b"Content-Length: 900000", body=b"x" * 900_000)), ("header size", b"GET / HTTP/1.1\r\nX: " + b"a" * 900_000)])
+    @pytest.mark.parametrize(
+        "reason, octets",
+        [
+            ("content size", post(b"Content-Length: 900000", body=b"x" * 900_000)),
+            ("header size", b"GET / HTTP/1.1\r\nX: " + b"a" * 900_000),
+        ],
+    )
     def test_who_goes_on_sending_hears_the_refusal_all_the_same(self, shared, reason, octets):
         assert statuses(shared.say(octets)) in ([413], [431])
         assert shared.logged[0][1]["reason"] == reason
@@ -277,9 +326,14 @@ class TestRefusals:
         assert all(status >= 400 for status in statuses(shared.say(octets)))
         assert not [event for event, _ in shared.logged if event == "error"]
 
-    words = st.sampled_from([
-        b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\n", b"GET / HTTP/1.0\r\n", b"Host: box\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
-        b"Connection: close\r\n", b"Upgrade: x\r\nConnection: Upgrade\r\n", b"Expect: 100-continue\r\n", b"\r\n", b"\n", b"\r", b" ", b":", b"0", b"5", b"hello", b"\0", b"\xff", b"%"])
+    words = st.sampled_from(
+        [
+            b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\n", b"GET / HTTP/1.0\r\n", b"Host: box\r\n",
+            b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+            b"Upgrade: x\r\nConnection: Upgrade\r\n", b"Expect: 100-continue\r\n", b"\r\n", b"\n", b"\r", b" ", b":",
+            b"0", b"5", b"hello", b"\0", b"\xff", b"%",
+        ]
+    )
 
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.lists(words, min_size=2, max_size=14).map(b"".join))
@@ -292,25 +346,39 @@ class TestRefusals:
 
 class TestRequests:
     def test_names_with_underscores_are_dropped(self, shared):
-        headers = shared.seen(headers=b"X_Forwarded_For: 1.2.3.4\r\nX_Real: 1\r\nX-Real: 2\r\nProxy: evil\r\n")["headers"]
+        headers = shared.seen(headers=b"X_Forwarded_For: 1.2.3.4\r\nX_Real: 1\r\nX-Real: 2\r\nProxy: evil\r\n")[
+            "headers"
+        ]
         assert headers == {"HTTP_HOST": "box", "HTTP_X_REAL": "2", "HTTP_CONNECTION": "close"}
 
-    @pytest.mark.parametrize("octets", [
-        post(b"Content-Length: 65536", body=b"x" * 65536),
-        post(b"Transfer-Encoding: CHUNKED", body=b"05;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n"),
-        post(b"Content-Length: 0"), post(b"Content-Length: 5 ", body=b"hello"), post(), b"\r\n" + post(), b"GET / HTTP/1.0\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: [::1]:7000\r\n\r\n", b"GET http://BOX/ HTTP/1.1\r\nHost: box\r\n\r\n", b"GET http://box?x HTTP/1.1\r\nHost: box\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: box\r\n" + b"X: a\r\n" * 63 + b"\r\n", b"GET /" + b"a" * 8100 + b" HTTP/1.1\r\nHost: box\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: box\r\nX: " + b"a" * 16000 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: box\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
-    ])
+    @pytest.mark.parametrize(
+        "octets",
+        [
+            post(b"Content-Length: 65536", body=b"x" * 65536),
+            post(b"Transfer-Encoding: CHUNKED", body=b"05;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n"),
+            post(b"Content-Length: 0"), post(b"Content-Length: 5 ", body=b"hello"), post(), b"\r\n" + post(),
+            b"GET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\r\nHost: [::1]:7000\r\n\r\n",
+            b"GET http://BOX/ HTTP/1.1\r\nHost: box\r\n\r\n", b"GET http://box?x HTTP/1.1\r\nHost: box\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: box\r\n" + b"X: a\r\n" * 63 + b"\r\n",
+            b"GET /" + b"a" * 8100 + b" HTTP/1.1\r\nHost: box\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: box\r\nX: " + b"a" * 16000 + b"\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: box\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+        ],
+    )
     def test_what_is_within_the_rules_is_served(self, shared, octets):
         assert statuses(shared.say(octets)) == [200] and shared.logged == []
 
     def test_an_upgrade_is_not_followed_and_ends_the_connection(self, shared):
-        assert statuses(shared.say(b"GET / HTTP/1.1\r\nHost: box\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + SMUGGLED, end=False)) == [200]
+        assert statuses(
+            shared.say(
+                b"GET / HTTP/1.1\r\nHost: box\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + SMUGGLED, end=False
+            )
+        ) == [200]
 
     def test_nothing_is_served_behind_a_close(self, shared):
-        assert statuses(shared.say(b"GET / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n" + SMUGGLED, end=False)) == [200]
+        assert statuses(
+            shared.say(b"GET / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n" + SMUGGLED, end=False)
+        ) == [200]
 
     def test_a_trailer_is_never_a_header(self, shared):
         said = shared.say(post(b"Transfer-Encoding: chunked", body=b"5\r\nhello\r\n0\r\nAuthorization: evil\r\n\r\n"))
@@ -325,7 +393,13 @@ class TestRequests:
         assert seen["path"] == "/a \u00c3\u00a4" and seen["query"] == "x=%2f&y"
         assert shared.seen(b"http://box/a")["path"] == "/a"
 
-    @pytest.mark.parametrize("framing, body", [(b"Content-Length: 5", b"hello"), (b"Transfer-Encoding: chunked", b"3\r\nhel\r\n2;a\r\nlo\r\n0\r\nT: 1\r\n\r\n")])
+    @pytest.mark.parametrize(
+        "framing, body",
+        [
+            (b"Content-Length: 5", b"hello"),
+            (b"Transfer-Encoding: chunked", b"3\r\nhel\r\n2;a\r\nlo\r\n0\r\nT: 1\r\n\r\n"),
+        ],
+    )
     def test_it_may_be_cut_anywhere_in_two(self, shared, framing, body):
         octets = b"\r\n" + post(framing, b"Connection: close", body=body)
         for cut in range(1, len(octets)):
@@ -352,7 +426,9 @@ class TestRequests:
 
     def test_pipelined_requests_are_answered_in_their_order(self, shared):
         said = shared.say(b"".join(b"GET /%d HTTP/1.1\r\nHost: box\r\n\r\n" % n for n in range(20)))
-        assert [json.loads(part.partition(b"\r\n\r\n")[2])["path"] for part in said.split(b"HTTP/1.1 ")[1:]] == [f"/{n}" for n in range(20)]
+        assert [json.loads(part.partition(b"\r\n\r\n")[2])["path"] for part in said.split(b"HTTP/1.1 ")[1:]] == [
+            f"/{n}" for n in range(20)
+        ]
 
     def test_keep_alive_and_close(self, shared):
         assert b"Connection: close" not in shared.say(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
@@ -376,12 +452,18 @@ class TestRequests:
             assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
             sock.sendall(b"hello")
             assert b'"body": "hello"' in read_all(sock)
-        for too_much in (post(b"Content-Length: 65537", b"Expect: 100-continue"), post(b"Content-Length: 0", b"Expect: 100-continue")):
+        for too_much in (
+            post(b"Content-Length: 65537", b"Expect: 100-continue"),
+            post(b"Content-Length: 0", b"Expect: 100-continue"),
+        ):
             assert 100 not in statuses(shared.say(too_much))
 
     def test_100_continue_comes_behind_a_pipelined_request_too(self, shared):
         with shared.connect() as sock:
-            sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n" + post(b"Content-Length: 5", b"Expect: 100-continue", b"Connection: close"))
+            sock.sendall(
+                b"GET / HTTP/1.1\r\nHost: box\r\n\r\n"
+                + post(b"Content-Length: 5", b"Expect: 100-continue", b"Connection: close")
+            )
             said = b""
             while b"100 Continue" not in said:
                 said += sock.recv(65536)
@@ -391,18 +473,25 @@ class TestRequests:
     def test_a_bug_of_the_application_tells_nothing(self, run):
         one = run()
         said = one.get(b"/bug")
-        assert json.loads(said.partition(b"\r\n\r\n")[2]) == {"success": False, "message": "The server failed.", "error": "server_error"}
+        assert json.loads(said.partition(b"\r\n\r\n")[2]) == {
+            "success": False, "message": "The server failed.", "error": "server_error",
+        }
         assert b" 500 " in said and b"secret" not in said and [event for event, _ in one.logged] == ["error"]
 
 
 class TestPeer:
     NETS = tuple(map(ipaddress.ip_network, ("127.0.0.1/32", "10.0.0.0/8")))
 
-    @pytest.mark.parametrize("remote, forwarded, peer", [
-        ("192.0.2.1", "1.1.1.1", "192.0.2.1"), ("127.0.0.1", None, "127.0.0.1"), ("127.0.0.1", "192.0.2.9", "192.0.2.9"),
-        ("127.0.0.1", "1.1.1.1, 192.0.2.9", "192.0.2.9"), ("127.0.0.1", "192.0.2.9, 10.0.0.5", "192.0.2.9"), ("127.0.0.1", "nonsense", "127.0.0.1"),
-        ("127.0.0.1", "192.0.2.9, nonsense, 10.0.0.5", "10.0.0.5"), ("::ffff:127.0.0.1", "192.0.2.9", "192.0.2.9"), ("127.0.0.1", "", "127.0.0.1"),
-    ])
+    @pytest.mark.parametrize(
+        "remote, forwarded, peer",
+        [
+            ("192.0.2.1", "1.1.1.1", "192.0.2.1"), ("127.0.0.1", None, "127.0.0.1"),
+            ("127.0.0.1", "192.0.2.9", "192.0.2.9"), ("127.0.0.1", "1.1.1.1, 192.0.2.9", "192.0.2.9"),
+            ("127.0.0.1", "192.0.2.9, 10.0.0.5", "192.0.2.9"), ("127.0.0.1", "nonsense", "127.0.0.1"),
+            ("127.0.0.1", "192.0.2.9, nonsense, 10.0.0.5", "10.0.0.5"), ("::ffff:127.0.0.1", "192.0.2.9", "192.0.2.9"),
+            ("127.0.0.1", "", "127.0.0.1"),
+        ],
+    )
     def test_the_right_most_untrusted_hop(self, remote, forwarded, peer):
         assert m.prove_peer(remote, forwarded, self.NETS) == peer
 
@@ -429,9 +518,15 @@ class TestSlowClients:
             assert statuses(read_all(sock)) == [408]
         assert [fields["status"] for _, fields in one.logged] == [408]
 
-    @pytest.mark.parametrize("half", [
-        b"G", b"GET /\r\n", b"GET / HTTP/1.1\r\nHost: box\r\n\r", b"POST / HTTP/1.1\r\nHost: box\r\nContent-Length: 9\r\n\r\nhal",
-        b"POST / HTTP/1.1\r\nHost: box\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n", b"POST / HTTP/1.1\r\nHost: box\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"])
+    @pytest.mark.parametrize(
+        "half",
+        [
+            b"G", b"GET /\r\n", b"GET / HTTP/1.1\r\nHost: box\r\n\r",
+            b"POST / HTTP/1.1\r\nHost: box\r\nContent-Length: 9\r\n\r\nhal",
+            b"POST / HTTP/1.1\r\nHost: box\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n",
+            b"POST / HTTP/1.1\r\nHost: box\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n",
+        ],
+    )
     def test_every_half_of_a_request_has_the_same_end(self, hasty, half):
         assert statuses(hasty.say(half, end=False))[-1:] in ([408], [505])
 
@@ -444,7 +539,9 @@ class TestSlowClients:
 
     def test_one_octet_at_a_time_does_not_extend_it(self, run):
         one = run(limits=m.Limits(request_seconds=0.5))
-        assert statuses(one.say(b"GET / HTTP/1.1\r\nHost: box\r\nX: " + b"a" * 40 + b"\r\n\r\n", each=1, pause=0.02)) == [408]
+        assert statuses(
+            one.say(b"GET / HTTP/1.1\r\nHost: box\r\nX: " + b"a" * 40 + b"\r\n\r\n", each=1, pause=0.02)
+        ) == [408]
 
     def test_a_thousand_half_sent_requests_hold_nobody_up(self, run):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -520,7 +617,13 @@ class TestSlowClients:
 class TestWithoutMemory:
     """For a moment there is none, at the worst place; then there is some again."""
 
-    @pytest.mark.parametrize("where, error", [("_admit", MemoryError()), ("_address", RuntimeError("can't allocate lock")), ("Connection", RuntimeError("can't allocate lock")), ("Connection", MemoryError())])
+    @pytest.mark.parametrize(
+        "where, error",
+        [
+            ("_admit", MemoryError()), ("_address", RuntimeError("can't allocate lock")),
+            ("Connection", RuntimeError("can't allocate lock")), ("Connection", MemoryError()),
+        ],
+    )
     def test_connections_that_could_not_be_taken_leave_the_door_open(self, run, monkeypatch, where, error):
         one, failing = run(threads=2, max_threads=4), [0]
         owner = m.Server if where == "_admit" else m
@@ -546,7 +649,10 @@ class TestWithoutMemory:
         one, born = run(threads=2, max_threads=8), threading.Event()
         started, beats = threading.Thread.start, []
         one.server.beat = lambda: beats.append(time.monotonic())
-        monkeypatch.setattr(threading.Thread, "start", lambda thread: born.wait(20) if thread.name.startswith("auth-") else started(thread))
+        monkeypatch.setattr(
+            threading.Thread, "start",
+            lambda thread: born.wait(20) if thread.name.startswith("auth-") else started(thread),
+        )
         try:
             with one.connect() as waiting:
                 waiting.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
@@ -634,7 +740,9 @@ def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
     make_certificate(folder, b"phrase")
     key = serialization.load_pem_private_key((folder / "box.pem").read_bytes(), None)
-    sealed = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"phrase"))
+    sealed = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"phrase")
+    )
     (folder / "key.pem").write_bytes(sealed)
     (folder / "sealed.pem").write_bytes(sealed + (folder / "ca.pem").read_bytes())
     (folder / "noise").write_bytes(bytes(range(256)))
@@ -660,13 +768,22 @@ class TestTls:
 
     @pytest.mark.parametrize("name, key", [("sealed.pem", None), ("ca.pem", "key.pem")])
     def test_a_pem_key_may_have_a_passphrase(self, certificate, name, key):
-        assert m.tls_context(str(certificate / name), key and str(certificate / key), "phrase").minimum_version == ssl.TLSVersion.TLSv1_2
+        assert (
+            m.tls_context(str(certificate / name), key and str(certificate / key), "phrase").minimum_version
+            == ssl.TLSVersion.TLSv1_2
+        )
 
-    @pytest.mark.parametrize("name, key, password, why", [
-        ("box.p12", None, "wrong", "passphrase"), ("box.p12", None, None, "passphrase"), ("sealed.pem", None, "wrong", "passphrase"), ("sealed.pem", None, None, "passphrase"),
-        ("ca.pem", "key.pem", "wrong", "passphrase"), ("ca.pem", "key.pem", None, "passphrase"), ("missing.pem", None, None, "cannot be read"), ("ca.pem", "missing.pem", None, "cannot be read"),
-        ("ca.pem", None, None, "no private key"), ("ca.pem", "other.pem", None, "does not belong"), ("noise", None, None, "neither PEM nor PKCS#12"),
-    ])
+    @pytest.mark.parametrize(
+        "name, key, password, why",
+        [
+            ("box.p12", None, "wrong", "passphrase"), ("box.p12", None, None, "passphrase"),
+            ("sealed.pem", None, "wrong", "passphrase"), ("sealed.pem", None, None, "passphrase"),
+            ("ca.pem", "key.pem", "wrong", "passphrase"), ("ca.pem", "key.pem", None, "passphrase"),
+            ("missing.pem", None, None, "cannot be read"), ("ca.pem", "missing.pem", None, "cannot be read"),
+            ("ca.pem", None, None, "no private key"), ("ca.pem", "other.pem", None, "does not belong"),
+            ("noise", None, None, "neither PEM nor PKCS#12"),
+        ],
+    )
     def test_what_does_not_open_is_a_sentence(self, certificate, name, key, password, why):
         with pytest.raises(ValueError) as caught:
             m.tls_context(str(certificate / name), key and str(certificate / key), password)
@@ -680,7 +797,10 @@ class TestTls:
         with context.wrap_socket(one.connect(), server_hostname="localhost") as sock:
             for octet in b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello":
                 sock.sendall(bytes([octet]))
-            sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3 + b"GET /last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            sock.sendall(
+                b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3
+                + b"GET /last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            )
             assert statuses(read_all(sock)) == [200] * 5
 
     def test_a_refusal_is_told_over_tls(self, run, certificate):

@@ -21,7 +21,10 @@ class TestAlive:
             token = answer["access_token"]
             found = {auth.get("/me", bearer=token).status == 200, introspect(auth, token, service)["active"]}
             if "openid" in answer.get("scope", ""):
-                found |= {auth.get("/userinfo", bearer=token).status == 200, auth.get("/me/sessions", bearer=token).status == 200}
+                found |= {
+                    auth.get("/userinfo", bearer=token).status == 200,
+                    auth.get("/me/sessions", bearer=token).status == 200,
+                }
             (verdict,) = found  # all paths agree
             return verdict
 
@@ -39,17 +42,30 @@ class TestAlive:
         clock.pass_(-1)
         assert not alive(machine)
 
-    @pytest.mark.parametrize("statement", [
-        "UPDATE account SET is_active = 0 WHERE username = 'alice'", "UPDATE account SET revoked_before = 9999999999999 WHERE username = 'alice'", "DELETE FROM account WHERE username = 'alice'",
-        "UPDATE family SET revoked_at = 1", "DELETE FROM family", "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'", "UPDATE client SET revoked_before = 9999999999999",
-    ])
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE account SET is_active = 0 WHERE username = 'alice'",
+            "UPDATE account SET revoked_before = 9999999999999 WHERE username = 'alice'",
+            "DELETE FROM account WHERE username = 'alice'", "UPDATE family SET revoked_at = 1", "DELETE FROM family",
+            "UPDATE meta SET value = '9999999999999' WHERE name = 'revoked_before'",
+            "UPDATE client SET revoked_before = 9999999999999",
+        ],
+    )
     def test_a_users_token_dies_with_what_it_hangs_on(self, alive, log_in, alice, change, statement):
         answer = log_in(alice, scope="openid")
         assert alive(answer)
         change(statement)
         assert not alive(answer)
 
-    @pytest.mark.parametrize("statement", ["UPDATE client SET is_active = 0 WHERE client_id = 'other'", "UPDATE client SET revoked_before = 9999999999999 WHERE client_id = 'other'", "DELETE FROM client WHERE client_id = 'other'"])
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE client SET is_active = 0 WHERE client_id = 'other'",
+            "UPDATE client SET revoked_before = 9999999999999 WHERE client_id = 'other'",
+            "DELETE FROM client WHERE client_id = 'other'",
+        ],
+    )
     def test_a_machines_token_dies_with_its_client(self, auth, new_client, change, statement):
         token = auth.post("/token", {"grant_type": "client_credentials"}, auth=new_client("other")).json["access_token"]
         reader = new_client("reader", may_introspect=True)
@@ -79,9 +95,14 @@ class TestAlive:
         """Without the rows, the epoch alone decides."""
         idp = make_idp(m.Options(**CHEAP, enable_token_revocation=False))
         auth = Caller(m.build_app(idp, m.AUTH))
-        answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": alice.password}, auth=service).json
+        answer = auth.post(
+            "/token", {"grant_type": "password", "username": "alice", "password": alice.password}, auth=service
+        ).json
         for epoch, status in ((-1, 200), (0, 401), (1, 401)):
-            change("UPDATE account SET revoked_before = :ms WHERE id = :id", ms=m.jti_ms(answer["jti"]) + epoch, id=alice.id)
+            change(
+                "UPDATE account SET revoked_before = :ms WHERE id = :id", ms=m.jti_ms(answer["jti"]) + epoch,
+                id=alice.id,
+            )
             assert auth.get("/me", bearer=answer["access_token"]).status == status
 
     def test_no_row_is_needed(self, idp, alive, machine, change):
@@ -96,15 +117,23 @@ class TestAlive:
     def test_a_token_of_another_issuer_is_dead(self, idp, auth, machine):
         claims = idp.auth_ring.verify(machine["access_token"], m.AT_JWT)
         for other in ({"iss": "https://other.example"}, {"iss": idp.options.admin_issuer}):
-            assert auth.get("/me", bearer=idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | other)).status == 401
+            assert (
+                auth.get("/me", bearer=idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | other)).status == 401
+            )
 
     def test_a_verdict_is_not_remembered_with_the_signature(self, idp, alive, auth, service, machine):
         assert alive(machine) and machine["access_token"] in idp.auth_ring.verified
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
         assert not alive(machine)
 
-    def test_without_revocation_expiry_users_and_clients_still_count(self, make_idp, machine, log_in, alice, service, change, clock):
-        auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH))
+    def test_without_revocation_expiry_users_and_clients_still_count(
+        self, make_idp, machine, log_in, alice, service, change, clock
+    ):
+        auth = Caller(
+            m.build_app(
+                make_idp(m.Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
+            )
+        )
         user = log_in(alice)
         assert auth.post("/revoke", {"token": machine["access_token"]}, auth=service).status == 200
         assert auth.get("/me", bearer=machine["access_token"]).status == 200
@@ -115,7 +144,11 @@ class TestAlive:
 
     def test_what_introspection_calls_active_was_not_revoked(self, make_idp, machine, service):
         """RFC 7662 §2.2, whatever the guards ask."""
-        auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH))
+        auth = Caller(
+            m.build_app(
+                make_idp(m.Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
+            )
+        )
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
         assert introspect(auth, machine["access_token"], service) == {"active": False}
 
@@ -123,16 +156,28 @@ class TestAlive:
 class TestIntrospection:
     """RFC 7662 §2"""
 
-    def test_only_its_own_client_or_one_with_the_right_learns_anything(self, auth, service, new_client, machine, log_in, alice):
+    def test_only_its_own_client_or_one_with_the_right_learns_anything(
+        self, auth, service, new_client, machine, log_in, alice
+    ):
         user, reader, stranger = log_in(alice), new_client("reader", may_introspect=True), new_client("stranger")
         for token in (machine["access_token"], user["access_token"], user["refresh_token"]):
-            assert introspect(auth, token, service)["client_id"] == introspect(auth, token, reader)["client_id"] == "service"
+            assert (
+                introspect(auth, token, service)["client_id"]
+                == introspect(auth, token, reader)["client_id"]
+                == "service"
+            )
             answer = auth.post("/introspect", {"token": token}, auth=stranger)
             assert (answer.status, answer.body) == (200, INACTIVE)
 
     def test_members_have_their_types(self, auth, service, log_in, alice):
         claims = introspect(auth, log_in(alice)["access_token"], service)
-        assert claims["active"] is True and claims["scope"] == "api:read" and claims["username"] == "alice" and claims["token_type"] == "Bearer" and claims["sub"] == alice.id
+        assert (
+            claims["active"] is True
+            and claims["scope"] == "api:read"
+            and claims["username"] == "alice"
+            and claims["token_type"] == "Bearer"
+            and claims["sub"] == alice.id
+        )
         assert all(type(claims[name]) is int for name in ("exp", "iat", "nbf")) and None not in claims.values()
 
     def test_what_has_no_scope_names_none(self, auth, new_client):
@@ -151,16 +196,31 @@ class TestIntrospection:
 
     def test_a_hint_is_no_more_than_a_hint(self, auth, service, machine):
         for hint in ("refresh_token", "access_token", "nonsense"):
-            assert auth.post("/introspect", {"token": machine["access_token"], "token_type_hint": hint}, auth=service).json["active"] is True
+            assert (
+                auth.post(
+                    "/introspect", {"token": machine["access_token"], "token_type_hint": hint}, auth=service
+                ).json["active"]
+                is True
+            )
 
-    @pytest.mark.parametrize("statement", [
-        "UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999", "UPDATE family SET revoked_at = 1", "UPDATE family SET expires_at = 1",
-        "UPDATE refresh_token SET expires_at = 1", "UPDATE refresh_token SET revoked_at = 1", "UPDATE refresh_token SET rotated_at = 1", "UPDATE client SET revoked_before = 9999999999999",
-    ])
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999",
+            "UPDATE family SET revoked_at = 1", "UPDATE family SET expires_at = 1",
+            "UPDATE refresh_token SET expires_at = 1", "UPDATE refresh_token SET revoked_at = 1",
+            "UPDATE refresh_token SET rotated_at = 1", "UPDATE client SET revoked_before = 9999999999999",
+        ],
+    )
     def test_a_refresh_token_is_active_while_it_could_be_used(self, auth, service, log_in, alice, change, statement):
         token = log_in(alice)["refresh_token"]
         found = introspect(auth, token, service)
-        assert found["token_use"] == "refresh" and found["exp"] and found["scope"] == "api:read" and found["sub"] == alice.id
+        assert (
+            found["token_use"] == "refresh"
+            and found["exp"]
+            and found["scope"] == "api:read"
+            and found["sub"] == alice.id
+        )
         change(statement)
         assert introspect(auth, token, service) == {"active": False}
         assert auth.post("/token", REFRESH | {"refresh_token": token}, auth=service).json["error"] == "invalid_grant"
@@ -173,7 +233,9 @@ class TestIntrospection:
         for form in ({}, {"client_id": "service"}, {"client_id": "service", "client_secret": "wrong wrong wrong"}):
             answer = auth.post("/introspect", {"token": machine["access_token"]} | form)
             assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Basic")
-        assert auth.post("/introspect", {"token": machine["access_token"]}, bearer=machine["access_token"]).status == 401
+        assert (
+            auth.post("/introspect", {"token": machine["access_token"]}, bearer=machine["access_token"]).status == 401
+        )
 
 
 class TestRevocation:
@@ -190,7 +252,10 @@ class TestRevocation:
         answer, other = log_in(alice), log_in(alice)
         auth.post("/revoke", {"token": answer["refresh_token"]}, auth=service)
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
-        assert auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).json["error"] == "invalid_grant"
+        assert (
+            auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service).json["error"]
+            == "invalid_grant"
+        )
         assert auth.get("/me", bearer=other["access_token"]).status == 200
 
     def test_an_old_refresh_token_of_a_family_ends_it_too(self, auth, service, log_in, alice):
@@ -206,10 +271,15 @@ class TestRevocation:
                 assert auth.post("/revoke", {"token": token}, auth=client).json["error"] == "unauthorized_client"
                 assert introspect(auth, token, service)["active"] is True
 
-    def test_an_unknown_forged_or_foreign_token_is_no_error_and_does_nothing(self, idp, auth, service, machine, log_in, alice, admin_token):
+    def test_an_unknown_forged_or_foreign_token_is_no_error_and_does_nothing(
+        self, idp, auth, service, machine, log_in, alice, admin_token
+    ):
         """contract/auth D-12"""
         head, body, signature = machine["access_token"].split(".")
-        for token in ("x", "..", f"{head}.{body}.{'A' * len(signature)}", f"{head}.{body}.", log_in(alice, scope="openid")["id_token"], admin_token, "\u00e4"):
+        for token in (
+            "x", "..", f"{head}.{body}.{'A' * len(signature)}", f"{head}.{body}.",
+            log_in(alice, scope="openid")["id_token"], admin_token, "\u00e4",
+        ):
             assert auth.post("/revoke", {"token": token}, auth=service).status == 200
         assert introspect(auth, machine["access_token"], service)["active"] is True
         assert idp.store.connection.execute("SELECT count(*) FROM revoked_token").fetchone() == (0,)
@@ -220,7 +290,9 @@ class TestRevocation:
 
     def test_a_public_client_ends_its_own(self, auth, public, alice):
         """contract/auth S-18"""
-        answer = auth.post("/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}).json
+        answer = auth.post(
+            "/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}
+        ).json
         assert auth.post("/revoke", {"token": answer["refresh_token"], "client_id": "spa"}).status == 200
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
 
@@ -232,11 +304,16 @@ class TestRevocation:
 
 
 class TestEnding:
-    def test_ending_a_user_ends_both_ports_and_every_client(self, idp, auth, admin, service, new_client, log_in, root, admin_token):
+    def test_ending_a_user_ends_both_ports_and_every_client(
+        self, idp, auth, admin, service, new_client, log_in, root, admin_token
+    ):
         answers = [log_in(root), log_in(root, client=new_client("other"))]
         m.end_user(idp, m.LOCAL, "test", root.id, "logout_all")
         assert all(auth.get("/me", bearer=answer["access_token"]).status == 401 for answer in answers)
-        assert auth.post("/token", REFRESH | {"refresh_token": answers[0]["refresh_token"]}, auth=service).json["error"] == "invalid_grant"
+        assert (
+            auth.post("/token", REFRESH | {"refresh_token": answers[0]["refresh_token"]}, auth=service).json["error"]
+            == "invalid_grant"
+        )
         assert admin.get("/users", bearer=admin_token).status == 401
 
     def test_ending_another_user_ends_nothing_of_ours(self, idp, auth, log_in, alice, new_user):

@@ -55,13 +55,20 @@ class TestOpening:
         content[at] ^= 1
         path.write_bytes(bytes(content))
 
-    @pytest.mark.parametrize("case, passphrase, unencrypted, word", [
-        ("wrong", "wrong phrase", False, "db-pass is wrong"), ("missing", "", False, "no db-pass"), ("missing", "right phrase", True, "no db-pass"),
-        ("truncated", "right phrase", False, "truncated"), ("zero length", "right phrase", False, "truncated"), ("garbage", "right phrase", False, "damaged"),
-        ("header", "right phrase", False, "damaged"), ("middle page", "right phrase", False, ""), ("newer", "right phrase", False, "newer"), ("not ours", "", False, "not a microauthd database"),
-        ("not ours", "right phrase", False, "not encrypted"),
-    ])
-    def test_what_is_wrong_is_one_sentence_and_the_file_stays(self, tmp_path, encrypted, case, passphrase, unencrypted, word):
+    @pytest.mark.parametrize(
+        "case, passphrase, unencrypted, word",
+        [
+            ("wrong", "wrong phrase", False, "db-pass is wrong"), ("missing", "", False, "no db-pass"),
+            ("missing", "right phrase", True, "no db-pass"), ("truncated", "right phrase", False, "truncated"),
+            ("zero length", "right phrase", False, "truncated"), ("garbage", "right phrase", False, "damaged"),
+            ("header", "right phrase", False, "damaged"), ("middle page", "right phrase", False, ""),
+            ("newer", "right phrase", False, "newer"), ("not ours", "", False, "not a microauthd database"),
+            ("not ours", "right phrase", False, "not encrypted"),
+        ],
+    )
+    def test_what_is_wrong_is_one_sentence_and_the_file_stays(
+        self, tmp_path, encrypted, case, passphrase, unencrypted, word
+    ):
         path = tmp_path / "mad.db3"
         shutil.copyfile(encrypted, path)
         self.spoil(path, case)
@@ -105,21 +112,31 @@ class TestOpening:
 
 
 class TestSchema:
-    @pytest.mark.parametrize("record, table", [
-        (m.Account, "account"), (m.Role, "role"), (m.Scope, "scope"), (m.ClientRow, "client"), (m.Secret, "client_secret"), (m.Session, "session"),
-        (m.Family, "family"), (m.RefreshToken, "refresh_token"), (m.AuditRow, "audit"),
-    ])
+    @pytest.mark.parametrize(
+        "record, table",
+        [
+            (m.Account, "account"), (m.Role, "role"), (m.Scope, "scope"), (m.ClientRow, "client"),
+            (m.Secret, "client_secret"), (m.Session, "session"), (m.Family, "family"),
+            (m.RefreshToken, "refresh_token"), (m.AuditRow, "audit"),
+        ],
+    )
     def test_a_record_has_the_columns_of_its_table_in_order(self, idp, record, table):
         columns = [row[1] for row in idp.store.connection.execute(f"PRAGMA table_info({table})")]
         assert list(record.__struct_fields__) == columns
 
     def test_every_table_is_strict(self, idp):
-        for name, strict in idp.store.connection.execute("SELECT name, strict FROM pragma_table_list WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"):
+        for name, strict in idp.store.connection.execute(
+            "SELECT name, strict FROM pragma_table_list WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        ):
             assert strict, name
 
     def test_the_rows_every_database_begins_with_have_their_identifiers(self, idp):
-        assert {scope.id: scope.name for scope in idp.store.list_scopes()[0]} == {id: name for id, name, _ in m.SEEDED_SCOPES}
-        assert idp.store.connection.execute("SELECT id, name, is_protected FROM role").fetchall() == [(m.MAD_ADMIN_ROLE_ID, "MadAdmin", 1)]
+        assert {scope.id: scope.name for scope in idp.store.list_scopes()[0]} == {
+            id: name for id, name, _ in m.SEEDED_SCOPES
+        }
+        assert idp.store.connection.execute("SELECT id, name, is_protected FROM role").fetchall() == [
+            (m.MAD_ADMIN_ROLE_ID, "MadAdmin", 1)
+        ]
         assert len(idp.store.meta("instance_id")) == 36
 
     def test_foreign_keys_are_on_and_time_is_whole_seconds(self, idp, alice):
@@ -130,14 +147,22 @@ class TestSchema:
             idp.store.run("UPDATE account SET created_at = 'now' WHERE id = :id", id=alice.id)
 
     def test_steps_that_are_missing_are_run_and_the_rest_is_not(self, idp, monkeypatch):
-        monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE second_step (x TEXT) STRICT;", "INSERT INTO second_step VALUES ('a;b');\nINSERT INTO second_step VALUES ('c');"))
+        monkeypatch.setattr(
+            m, "MIGRATIONS",
+            (
+                *m.MIGRATIONS, "CREATE TABLE second_step (x TEXT) STRICT;",
+                "INSERT INTO second_step VALUES ('a;b');\nINSERT INTO second_step VALUES ('c');",
+            ),
+        )
         idp.store.migrate()
         idp.store.migrate()
         assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(m.MIGRATIONS),)
         assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
-        monkeypatch.setattr(m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n"))
+        monkeypatch.setattr(
+            m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
+        )
         with pytest.raises((m.Problem, m.Conflict)):
             idp.store.migrate()
         assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(m.MIGRATIONS) - 1,)
@@ -152,7 +177,9 @@ class TestWriting:
 
     def test_every_thread_is_durable(self, idp):
         found = []
-        thread = threading.Thread(target=lambda: found.append(idp.store.connection.execute("PRAGMA synchronous").fetchone()))
+        thread = threading.Thread(
+            target=lambda: found.append(idp.store.connection.execute("PRAGMA synchronous").fetchone())
+        )
         thread.start()
         thread.join()
         assert found == [(2,)]
@@ -207,11 +234,16 @@ class TestWriting:
     def test_a_batch_writes_its_sessions_and_one_row_a_client_and_peer(self, idp, auth, service):
         idp.store.flush()
         before = len(idp.store.list_audit(limit=1000))
-        answers = [auth.post("/token", {"grant_type": "client_credentials"}, auth=service, peer=peer).json for peer in ("192.0.2.1", "192.0.2.1", "192.0.2.2")]
+        answers = [
+            auth.post("/token", {"grant_type": "client_credentials"}, auth=service, peer=peer).json
+            for peer in ("192.0.2.1", "192.0.2.1", "192.0.2.2")
+        ]
         idp.store.flush()
         assert all(idp.store.find_session(answer["jti"]) for answer in answers)
         rows = idp.store.list_audit(limit=1000)[: len(idp.store.list_audit(limit=1000)) - before]
-        assert sorted((row.ip_address, row.secondary.partition(" ")[0]) for row in rows) == [("192.0.2.1", "count=2"), ("192.0.2.2", f"jti={answers[2]['jti']}")]
+        assert sorted((row.ip_address, row.secondary.partition(" ")[0]) for row in rows) == [
+            ("192.0.2.1", "count=2"), ("192.0.2.2", f"jti={answers[2]['jti']}"),
+        ]
 
     def test_what_cannot_be_recorded_is_not_issued(self, idp, auth, service, machine, monkeypatch):
         store, append = idp.store, idp.store.append_audit
@@ -224,7 +256,9 @@ class TestWriting:
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         store.flush()
         refused = auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
-        assert (refused.status, refused.json["error"]) == (503, "temporarily_unavailable") and refused.headers["retry-after"]
+        assert (refused.status, refused.json["error"]) == (503, "temporarily_unavailable") and refused.headers[
+            "retry-after"
+        ]
         assert auth.get("/jwks.json").status == 200 and auth.get("/me", bearer=machine["access_token"]).status == 200
         assert auth.get("/health/ready").status == 503
         monkeypatch.setattr(store, "append_audit", append)
@@ -257,13 +291,17 @@ class TestWriting:
         store.flush()
         store.probe()
 
-    def test_without_memory_the_answer_is_503_and_a_line_of_the_log_is_left_out(self, idp, auth, service, machine, monkeypatch):
+    def test_without_memory_the_answer_is_503_and_a_line_of_the_log_is_left_out(
+        self, idp, auth, service, machine, monkeypatch
+    ):
         def fail(*_, **__):
             raise MemoryError
 
         monkeypatch.setattr(idp.store, "is_revoked", fail)
         answer = auth.post("/introspect", {"token": machine["access_token"]}, auth=service)
-        assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable") and answer.headers["retry-after"]
+        assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable") and answer.headers[
+            "retry-after"
+        ]
         monkeypatch.setattr(m.json, "dumps", fail)
         monkeypatch.setattr(m, "escape", fail)
         idp.log("refused", reason="two words")
@@ -277,7 +315,9 @@ class TestWriting:
         second = store.connection
         assert second is not first and first not in store.connections
         store.put_meta("x", 1)
-        assert store.connection is not second and second not in store.connections, "it may have been opened while the disk was read-only"
+        assert store.connection is not second and second not in store.connections, (
+            "it may have been opened while the disk was read-only"
+        )
         third = store.connection
         store.put_meta("x", 2)
         assert store.connection is third
@@ -297,7 +337,9 @@ class TestWriting:
         other.execute("ROLLBACK")
         other.close()
         store.put_meta("x", 1)
-        assert not store.generation.map[store.generation.LOCKED] and store.connection.execute("PRAGMA busy_timeout").fetchone() == (300,)
+        assert not store.generation.map[store.generation.LOCKED] and store.connection.execute(
+            "PRAGMA busy_timeout"
+        ).fetchone() == (300,)
         store.close()
 
     def test_what_waits_at_the_end_is_written_however_much_it_is(self, make_idp, options):
@@ -307,7 +349,13 @@ class TestWriting:
         idp.store.close()
         assert make_idp(options).store.connection.execute("SELECT count(*) FROM session").fetchone() == (5001,)
 
-    @pytest.mark.parametrize("error", [sqlcipher3.OperationalError("disk I/O error"), MemoryError(), OSError("no room"), UnicodeEncodeError("utf-8", "", 0, 0, "")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            sqlcipher3.OperationalError("disk I/O error"), MemoryError(), OSError("no room"),
+            UnicodeEncodeError("utf-8", "", 0, 0, ""),
+        ],
+    )
     def test_a_batch_is_never_dropped(self, idp, monkeypatch, error):
         store = idp.store
         store.enqueue((m.new_jti(5), "service", "", 1, 2), ("service", "192.0.2.1", "", ""))
@@ -323,7 +371,11 @@ class TestWriting:
                 pass
             assert len(store.queue) == 1 and not store.writable
         store.flush()
-        assert not store.queue and store.writable and store.connection.execute("SELECT count(*) FROM session").fetchone() == (1,)
+        assert (
+            not store.queue
+            and store.writable
+            and store.connection.execute("SELECT count(*) FROM session").fetchone() == (1,)
+        )
 
     def test_the_flusher_outlives_a_failure(self, idp, monkeypatch):
         store, calls = idp.store, []
@@ -376,11 +428,16 @@ class TestWriting:
         for pid in children:
             os.waitpid(pid, 0)
         after = generation.read()
-        assert after != before and [int.from_bytes(after[8 * slot : 8 * slot + 8], "little") for slot in (1, 2, 3)] == [1000] * 3
+        assert (
+            after != before
+            and [int.from_bytes(after[8 * slot : 8 * slot + 8], "little") for slot in (1, 2, 3)] == [1000] * 3
+        )
 
 
 class TestSecrecy:
-    def test_no_secret_stands_in_any_table(self, idp, auth, admin, service, alice, log_in, machine, give_totp, admin_token):
+    def test_no_secret_stands_in_any_table(
+        self, idp, auth, admin, service, alice, log_in, machine, give_totp, admin_token
+    ):
         answer = log_in(alice, scope="openid")
         seed = give_totp(idp, alice.account)
         changed = m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
@@ -392,7 +449,10 @@ class TestSecrecy:
         for (table,) in idp.store.connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
             dump += [str(row) for row in idp.store.connection.execute(f"SELECT * FROM {table}").fetchall()]
         dump = "\n".join(dump)
-        for secret in (PASSWORD, service[1], changed, seed, answer["access_token"], answer["refresh_token"], answer["id_token"], machine["access_token"], admin_token):
+        for secret in (
+            PASSWORD, service[1], changed, seed, answer["access_token"], answer["refresh_token"], answer["id_token"],
+            machine["access_token"], admin_token,
+        ):
             assert secret not in dump
         assert not re.search(r"eyJ[A-Za-z0-9_-]+\.", dump)
 
@@ -418,18 +478,26 @@ class TestAuditChain:
         rows = self.rows(idp)
         assert self.broken_at(rows) is None and [row.seq for row in rows] == list(range(1, len(rows) + 1))
 
-    @pytest.mark.parametrize("statement", [
-        "UPDATE audit SET actor_id = 'somebody else' WHERE seq = 3", "UPDATE audit SET at = at + 1 WHERE seq = 3", "UPDATE audit SET secondary = 'x' WHERE seq = 3", "DELETE FROM audit WHERE seq = 2",
-    ])
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE audit SET actor_id = 'somebody else' WHERE seq = 3", "UPDATE audit SET at = at + 1 WHERE seq = 3",
+            "UPDATE audit SET secondary = 'x' WHERE seq = 3", "DELETE FROM audit WHERE seq = 2",
+        ],
+    )
     def test_a_change_shows(self, idp, service, alice, change, statement):
         change(statement)
         assert self.broken_at(self.rows(idp)) == 3
 
     def test_columns_do_not_run_into_each_other(self):
-        assert m.chain("", 1, (0, "a", "bc", "")) != m.chain("", 1, (0, "ab", "c", "")) and m.chain("", 1, (0, "1", "")) != m.chain("", 10, (0, "", ""))
+        assert m.chain("", 1, (0, "a", "bc", "")) != m.chain("", 1, (0, "ab", "c", "")) and m.chain(
+            "", 1, (0, "1", "")
+        ) != m.chain("", 10, (0, "", ""))
 
     def test_rows_of_before_there_was_a_result_are_covered_as_they_were(self):
-        assert m.chain("", 1, (0, "a", "")) != m.chain("", 1, (0, "a", "success")) == m.chain("", 1, (0, "a", "success")) and m.chain("", 1, (0, "a", "")) == m.chain("", 1, (0, "a", None))
+        assert m.chain("", 1, (0, "a", "")) != m.chain("", 1, (0, "a", "success")) == m.chain(
+            "", 1, (0, "a", "success")
+        ) and m.chain("", 1, (0, "a", "")) == m.chain("", 1, (0, "a", None))
 
     def test_two_processes_write_one_chain(self, idp, make_idp):
         other = make_idp(idp.options)

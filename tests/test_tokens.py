@@ -64,12 +64,18 @@ class TestVerifying:
             return f"{header}.{body}.{m.b64url(der)}"
         if case == "line break":
             return token + "\n"
-        return {"empty": "", "two parts": f"{header}.{body}", "four parts": token + ".x", "too long": token + "A" * 9000}[case]
+        return {
+            "empty": "", "two parts": f"{header}.{body}", "four parts": token + ".x", "too long": token + "A" * 9000,
+        }[case]
 
-    @pytest.mark.parametrize("case", [
-        "alg none", "HS256 with the public key", "another key", "our kid, another key", "an ID token", "the same header, spelled otherwise",
-        "another body", "padding", "a DER signature", "line break", "empty", "two parts", "four parts", "too long",
-    ])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            "alg none", "HS256 with the public key", "another key", "our kid, another key", "an ID token",
+            "the same header, spelled otherwise", "another body", "padding", "a DER signature", "line break", "empty",
+            "two parts", "four parts", "too long",
+        ],
+    )
     def test_a_forgery_is_an_invalid_token(self, ring, token, case):
         with pytest.raises(m.Problem) as caught:
             ring.verify(self.forge(ring, token, case), m.AT_JWT)
@@ -154,8 +160,16 @@ class TestKeys:
         token = ring.mint(ring.signer(alg), m.AT_JWT, CLAIMS)
         keys = json.loads(ring.jwks())
         kid = jwt.get_unverified_header(token)["kid"]
-        assert jwt.decode(token, jwt.PyJWKSet.from_dict(keys)[kid].key, algorithms=[alg], audience="api", issuer=CLAIMS["iss"]) == CLAIMS
-        assert jose.decode(token, next(key for key in keys["keys"] if key["kid"] == kid), algorithms=[alg], audience="api") == CLAIMS
+        assert (
+            jwt.decode(
+                token, jwt.PyJWKSet.from_dict(keys)[kid].key, algorithms=[alg], audience="api", issuer=CLAIMS["iss"]
+            )
+            == CLAIMS
+        )
+        assert (
+            jose.decode(token, next(key for key in keys["keys"] if key["kid"] == kid), algorithms=[alg], audience="api")
+            == CLAIMS
+        )
         assert joserfc.decode(token, KeySet.import_key_set(keys), algorithms=[alg]).claims == CLAIMS
 
     @pytest.mark.parametrize("passphrase", ["", "phrase \u00e4"])
@@ -167,13 +181,19 @@ class TestKeys:
         assert m.read_ring(str(path), passphrase) == entries
         assert passphrase == "" or b"BEGIN PRIVATE KEY" not in path.read_bytes()
 
-    @pytest.mark.parametrize("kind, form", [("ec", "TraditionalOpenSSL"), ("ec", "PKCS8"), ("rsa", "TraditionalOpenSSL"), ("rsa", "PKCS8")])
+    @pytest.mark.parametrize(
+        "kind, form", [("ec", "TraditionalOpenSSL"), ("ec", "PKCS8"), ("rsa", "TraditionalOpenSSL"), ("rsa", "PKCS8")]
+    )
     @pytest.mark.parametrize("passphrase", ["", "phrase"])
     def test_a_single_key_of_the_original_is_a_ring(self, tmp_path, kind, form, passphrase):
         key = ec.generate_private_key(ec.SECP256R1()) if kind == "ec" else rsa.generate_private_key(65537, 2048)
-        encryption = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+        encryption = (
+            serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+        )
         path = tmp_path / "token.pem"
-        path.write_bytes(key.private_bytes(serialization.Encoding.PEM, getattr(serialization.PrivateFormat, form), encryption))
+        path.write_bytes(
+            key.private_bytes(serialization.Encoding.PEM, getattr(serialization.PrivateFormat, form), encryption)
+        )
         path.chmod(0o600)
         ring = m.KeyRing(m.read_ring(str(path), passphrase))
         assert ring.verify(ring.mint(ring.access, m.AT_JWT, CLAIMS), m.AT_JWT) == CLAIMS
@@ -182,7 +202,11 @@ class TestKeys:
         path = tmp_path / "token.pem"
         whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
         second = whole.index(b"# state", 10)
-        for content in (whole[:-40], whole[: second + 60], whole[: second + 30], whole.replace(b"-----END PRIVATE KEY-----", b"-----END", 1), whole.replace(b"state=active", b"state=activ", 1)):
+        for content in (
+            whole[:-40], whole[: second + 60], whole[: second + 30],
+            whole.replace(b"-----END PRIVATE KEY-----", b"-----END", 1),
+            whole.replace(b"state=active", b"state=activ", 1),
+        ):
             path.write_bytes(content)
             path.chmod(0o600)
             with pytest.raises(m.Refusal):
@@ -206,7 +230,10 @@ class TestKeys:
     def test_the_next_and_the_retired_key_are_published_and_sign_nothing(self):
         import msgspec
 
-        old, now, new = (msgspec.structs.replace(m.make_key("ES256", 2048, 0), state=state) for state in ("retired", "active", "next"))
+        old, now, new = (
+            msgspec.structs.replace(m.make_key("ES256", 2048, 0), state=state)
+            for state in ("retired", "active", "next")
+        )
         ring, before = m.KeyRing([old, now, new]), m.KeyRing([msgspec.structs.replace(old, state="active")])
         assert len(json.loads(ring.jwks())["keys"]) == 3
         assert ring.access.kid == ring.signer("ES256").kid == m.Key(now).kid
@@ -216,7 +243,9 @@ class TestKeys:
     def test_which_key_signs_access_tokens_is_an_option(self, prefer_ec, alg):
         entries = [m.make_key("RS256", 2048, 0), m.make_key("ES256", 2048, 0)]
         assert m.KeyRing(entries, prefer_ec).access.alg == alg
-        assert m.KeyRing(entries[:1], True).access.alg == "RS256" and m.KeyRing(entries[:1]).signer("ES256").alg == "RS256"
+        assert (
+            m.KeyRing(entries[:1], True).access.alg == "RS256" and m.KeyRing(entries[:1]).signer("ES256").alg == "RS256"
+        )
 
     def test_a_token_of_the_other_port_is_no_token(self, rings):
         auth, admin = m.KeyRing(rings[0]), m.KeyRing(rings[1])
@@ -226,16 +255,28 @@ class TestKeys:
 
     def test_a_private_number_is_never_published(self, ring):
         for jwk in json.loads(ring.jwks())["keys"]:
-            assert set(jwk) == ({"kty", "crv", "x", "y"} if jwk["kty"] == "EC" else {"kty", "n", "e"}) | {"kid", "use", "alg"}
+            assert set(jwk) == ({"kty", "crv", "x", "y"} if jwk["kty"] == "EC" else {"kty", "n", "e"}) | {
+                "kid", "use", "alg",
+            }
 
-    @pytest.mark.parametrize("case", ["missing", "empty", "garbage", "truncated", "wrong passphrase", "no passphrase", "another curve", "a short RSA key"])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            "missing", "empty", "garbage", "truncated", "wrong passphrase", "no passphrase", "another curve",
+            "a short RSA key",
+        ],
+    )
     def test_a_bad_file_stops_the_start_and_stays(self, tmp_path, case):
         path = tmp_path / "token.pem"
         content = m.write_ring([m.make_key("ES256", 2048, 0)], "phrase" if "passphrase" in case else "")
         if case == "another curve":
-            content = ec.generate_private_key(ec.SECP384R1()).private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            content = ec.generate_private_key(ec.SECP384R1()).private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
         if case == "a short RSA key":
-            content = rsa.generate_private_key(65537, 1024).private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            content = rsa.generate_private_key(65537, 1024).private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
         content = {"empty": b"", "garbage": b"\0" * 100, "truncated": content[:120]}.get(case, content)
         if case != "missing":
             path.write_bytes(content)
@@ -256,7 +297,10 @@ class TestDamagedKeys:
         for bit in range(0, len(entry.der) * 8, 37):
             der = bytearray(entry.der)
             der[bit // 8] ^= 1 << bit % 8
-            m.write_durably(str(path), b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n")
+            m.write_durably(
+                str(path),
+                b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n",
+            )
             with pytest.raises(m.Refusal):
                 m.read_ring(str(path), "")
         m.write_durably(str(path), m.write_ring([entry], ""))

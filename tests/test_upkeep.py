@@ -61,7 +61,12 @@ class TestPurge:
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=("service", second)).status == 200
 
     def test_nothing_a_person_made_is_purged(self, idp, service, alice, root, clock):
-        before = {table: count(idp, table) for table in ("account", "client", "client_secret", "scope", "user_scope", "client_scope", "user_role", "role")}
+        before = {
+            table: count(idp, table)
+            for table in (
+                "account", "client", "client_secret", "scope", "user_scope", "client_scope", "user_role", "role",
+            )
+        }
         clock.pass_(3000 * DAY)
         purge(idp)
         assert {table: count(idp, table) for table in before} == before
@@ -71,7 +76,12 @@ class TestPurge:
         account = m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
         with idp.store.transaction():
             idp.store.add_family(m.Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
-            idp.store.add_session(m.Session(m.new_jti(idp.now_ms()), account.id, "c", "s", "", "access", "auth", "pwd", idp.now(), idp.now(), None))
+            idp.store.add_session(
+                m.Session(
+                    m.new_jti(idp.now_ms()), account.id, "c", "s", "", "access", "auth", "pwd", idp.now(), idp.now(),
+                    None,
+                )
+            )
         clock.pass_(3000 * DAY)
         purge(idp)
         assert count(idp, "family") == count(idp, "session") == 1 and count(idp, "audit") >= 1
@@ -101,7 +111,10 @@ class TestPurge:
     def test_what_expires_late_does_not_keep_what_expired_early(self, idp, monkeypatch, clock):
         monkeypatch.setattr(m, "SLICE", 5)
         for number in range(23):
-            idp.store.enqueue((m.new_jti(idp.now_ms()), "service", "", idp.now(), idp.now() + (3600 if number % 2 else 3000 * DAY)), None)
+            idp.store.enqueue(
+                (m.new_jti(idp.now_ms()), "service", "", idp.now(), idp.now() + (3600 if number % 2 else 3000 * DAY)),
+                None,
+            )
         idp.store.flush()
         clock.pass_(9 * DAY)
         purge(idp)
@@ -286,9 +299,13 @@ class TestClockwork:
         said = idp.store.list_audit("clock_went_back", 1)[0]
         assert said.secondary != "ended=0" and said.at == idp.now()
         assert auth.get("/me", bearer=token["access_token"]).status == 401
-        refused = auth.post("/token", {"grant_type": "refresh_token", "refresh_token": token["refresh_token"]}, auth=service)
+        refused = auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": token["refresh_token"]}, auth=service
+        )
         assert refused.json["error"] == "invalid_grant"
-        good = auth.post("/token", {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}, auth=service)
+        good = auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}, auth=service
+        )
         assert good.status == 200, good
         assert log_in(alice)["access_token"] and idp.store.clock_floor() <= idp.now() + 60
 
@@ -299,7 +316,11 @@ class TestClockwork:
         box.wall -= 5000
         clockwork.step()
         clockwork.step()
-        assert idp.stream.getvalue().count("clock.behind") == 1 and not idp.check_clock() and not idp.check_clock(for_good=False)
+        assert (
+            idp.stream.getvalue().count("clock.behind") == 1
+            and not idp.check_clock()
+            and not idp.check_clock(for_good=False)
+        )
 
     def test_an_operator_is_believed(self, idp, box):
         clockwork = m.Clockwork(idp)
@@ -339,10 +360,17 @@ class TestClockwork:
                 clockwork.step()
         box.pass_(1)
         clockwork.step()
-        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": token["refresh_token"]}, auth=service).json["error"] == "invalid_grant"
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": token["refresh_token"]}, auth=service
+            ).json["error"]
+            == "invalid_grant"
+        )
         assert len(idp.store.list_audit("clock_went_back", 5)) == 1
 
-    def test_nobody_stays_locked_out_until_a_time_that_was_wrong(self, idp, box, service, alice, new_user, log_in, auth):
+    def test_nobody_stays_locked_out_until_a_time_that_was_wrong(
+        self, idp, box, service, alice, new_user, log_in, auth
+    ):
         clockwork, bob = m.Clockwork(idp), new_user("bob")
         clockwork.step()
         box.wall += YEARS
@@ -352,12 +380,16 @@ class TestClockwork:
                 auth.post("/token", {"grant_type": "password", "username": username, "password": "wrong"}, auth=service)
         m.set_lockout(idp, m.LOCAL, "test", bob.id, idp.now() + 7 * DAY)
         idp.store.run("UPDATE account SET totp_locked_until = :until WHERE username = 'alice'", until=idp.now() + 600)
-        left, until = idp.store.find_account(alice.id).lockout_until - idp.now(), idp.store.find_account(bob.id).lockout_until
+        left, until = (
+            idp.store.find_account(alice.id).lockout_until - idp.now(), idp.store.find_account(bob.id).lockout_until,
+        )
         assert left > 0
         box.wall -= YEARS
         clockwork.step()
         found = idp.store.find_account(alice.id)
-        assert 0 < found.lockout_until - idp.now() <= left and found.totp_locked_until <= idp.now() + 3600, "as long to go as before, and no longer"
+        assert 0 < found.lockout_until - idp.now() <= left and found.totp_locked_until <= idp.now() + 3600, (
+            "as long to go as before, and no longer"
+        )
         assert idp.store.find_account(bob.id).lockout_until == until, "what an administrator said stays"
         box.pass_(3700, 60)
         assert log_in(alice)
@@ -388,24 +420,43 @@ class TestClockwork:
         throttle.check("192.0.2.7", "nobody")
 
     @pytest.mark.parametrize("state", ["probation", "ahead", "behind"])
-    @pytest.mark.parametrize("path, body", [("/audit-logs/purge", {"older_than_days": 90}), ("/refresh-tokens/purge", {}), ("/sessions/purge", {}), ("/tokens/purge", {})])
-    def test_nor_does_any_other_purge_when_an_administrator_asks(self, idp, box, admin, root, alice, log_in, auth, service, state, path, body):
+    @pytest.mark.parametrize(
+        "path, body",
+        [
+            ("/audit-logs/purge", {"older_than_days": 90}), ("/refresh-tokens/purge", {}), ("/sessions/purge", {}),
+            ("/tokens/purge", {}),
+        ],
+    )
+    def test_nor_does_any_other_purge_when_an_administrator_asks(
+        self, idp, box, admin, root, alice, log_in, auth, service, state, path, body
+    ):
         kept = log_in(alice)
         box.pass_(2 * DAY, 60)
         box.wall += {"behind": -5000}.get(state, YEARS)
         box.pass_(700 if state == "probation" else 1)
         assert box.keeper.state == state
-        bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "test"}).json["access_token"]
+        bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "test"}).json[
+            "access_token"
+        ]
         before = [count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:]
         refused = admin.post(path, json_body=body, bearer=bearer)
         assert refused.status == 503 and refused.headers["retry-after"], refused
-        assert before == ([count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:])
+        assert before == (
+            [count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:],
+        )
         box.wall += {"behind": 5000}.get(state, -YEARS)
         m.Clockwork(idp).step()
         box.pass_(1)
-        assert auth.post("/token", {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}, auth=service).status == 200
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}, auth=service
+            ).status
+            == 200
+        )
 
-    @pytest.mark.parametrize("state, purged", [("right", True), ("probation", False), ("ahead", False), ("behind", False)])
+    @pytest.mark.parametrize(
+        "state, purged", [("right", True), ("probation", False), ("ahead", False), ("behind", False)]
+    )
     def test_only_a_trusted_clock_purges(self, idp, box, state, purged, alice, log_in):
         log_in(alice)
         idp.store.flush()

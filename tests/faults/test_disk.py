@@ -44,14 +44,23 @@ class Stock:
         self.box, self.line, self.bearer, self.prefix = box, Line(box), box.admin_token(), f"n{next(self.numbers)}"
         self.ids, self.made = {}, itertools.count()
         for name in ("ann", "bob", "cid"):
-            answer = self.line.admin("POST", "/users", {"username": self.name(name), "email": f"{self.name(name)}@example.org", "password": PHRASE}, bearer=self.bearer)
+            answer = self.line.admin(
+                "POST", "/users",
+                {"username": self.name(name), "email": f"{self.name(name)}@example.org", "password": PHRASE},
+                bearer=self.bearer,
+            )
             assert answer.status == 200, answer
             self.ids[name] = answer.json["id"]
-        assert self.line.admin("POST", f"/clients/{box.client[0]}/redirect-uris", {"uri": CALLBACK}, bearer=self.bearer).status in (201, 409)
+        assert self.line.admin(
+            "POST", f"/clients/{box.client[0]}/redirect-uris", {"uri": CALLBACK}, bearer=self.bearer
+        ).status in (201, 409)
         self.refresh, self.to_end = ([self.log_in("ann").json["refresh_token"] for _ in range(many)] for _ in range(2))
         self.codes = [self.line.code(self.name("ann")) for _ in range(many)]
         self.machine = [box.token().json["access_token"] for _ in range(many)]
-        self.living, self.person, self.dead = box.token().json["access_token"], self.log_in("ann").json["access_token"], self.log_in("ann").json["access_token"]
+        self.living, self.person, self.dead = (
+            box.token().json["access_token"], self.log_in("ann").json["access_token"],
+            self.log_in("ann").json["access_token"],
+        )
         assert self.line.auth("/revoke", {"token": self.dead}, client=box.client).status == 200
 
     def name(self, name):
@@ -69,9 +78,17 @@ class Stock:
             "exchange a code": lambda line: line.exchange(self.codes[number]),
             "revoke": lambda line: line.auth("/revoke", {"token": self.machine[number]}, client=client),
             "log in": lambda line: line.log_in(self.name("bob")),
-            "log in at ADMIN": lambda line: line(self.box.admin_port, "POST", "/token", {"username": "root", "password": self.box.PASSWORD, "client_id": "test"}),
-            "make a user": lambda line: line.admin("POST", "/users", {"username": new, "email": f"{new}@example.org", "password": PHRASE}, bearer=self.bearer),
-            "change a user": lambda line: line.admin("POST", f"/users/{self.ids['cid']}/reset", {"new_password": PHRASE}, bearer=self.bearer),
+            "log in at ADMIN": lambda line: line(
+                self.box.admin_port, "POST", "/token",
+                {"username": "root", "password": self.box.PASSWORD, "client_id": "test"},
+            ),
+            "make a user": lambda line: line.admin(
+                "POST", "/users", {"username": new, "email": f"{new}@example.org", "password": PHRASE},
+                bearer=self.bearer,
+            ),
+            "change a user": lambda line: line.admin(
+                "POST", f"/users/{self.ids['cid']}/reset", {"new_password": PHRASE}, bearer=self.bearer
+            ),
         }
 
     def keeps(self, line=None, is_locked=False):
@@ -91,7 +108,11 @@ class Stock:
 
 def refused(answer, what=""):
     """It says in the form of its port that it cannot just now, and when to come again."""
-    assert answer.status == 503 and answer.json["error"] == "temporarily_unavailable" and int(answer.headers["Retry-After"]) > 0, (what, answer)
+    assert (
+        answer.status == 503
+        and answer.json["error"] == "temporarily_unavailable"
+        and int(answer.headers["Retry-After"]) > 0
+    ), (what, answer)
     return True
 
 
@@ -113,7 +134,10 @@ def open_store(box):
 def whole(box, stock):
     """The database is whole, the audit log unbroken, and every user has the row that says it was made."""
     with contextlib.closing(open_store(box)) as store:
-        assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",) and not store.connection.execute("PRAGMA cipher_integrity_check").fetchall()
+        assert (
+            store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            and not store.connection.execute("PRAGMA cipher_integrity_check").fetchall()
+        )
         users = sorted(name for (name,) in store.connection.execute("SELECT username FROM account").fetchall())
         assert users == sorted(row.target for row in store.list_audit("user_created", 10_000))
     assert stock.line.admin("GET", "/audit-logs/verify", bearer=stock.bearer).json["valid"]
@@ -142,7 +166,18 @@ def well(box, stock, number=0):
     for name, ask in stock.durable(number).items():
         assert good(ask(stock.line), name)
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda number: box.log_in(stock.name("ann")) if number % 2 else box.admin("POST", "/token", {"username": "root", "password": box.PASSWORD, "client_id": "test"}), range(36)))
+        answers = list(
+            pool.map(
+                lambda number: (
+                    box.log_in(stock.name("ann"))
+                    if number % 2
+                    else box.admin(
+                        "POST", "/token", {"username": "root", "password": box.PASSWORD, "client_id": "test"}
+                    )
+                ),
+                range(36),
+            )
+        )
     assert all(map(good, answers)) and time.monotonic() < end
     assert not stock.line.is_active(stock.machine[number]) and not stock.line.is_active(stock.to_end[number])
     assert stock.keeps() and whole(box, stock)
@@ -162,7 +197,9 @@ def boxes(layer, tmp_path_factory):
 
         def call(workers="2"):
             if workers not in made:
-                made[workers] = stack.enter_context(FailingBox(tmp_path_factory.mktemp("disk") / "data", layer, workers=workers, **SETTINGS))
+                made[workers] = stack.enter_context(
+                    FailingBox(tmp_path_factory.mktemp("disk") / "data", layer, workers=workers, **SETTINGS)
+                )
             return made[workers]
 
         yield call
@@ -171,9 +208,17 @@ def boxes(layer, tmp_path_factory):
 class TestWrites:
     """SQLITE_FULL, SQLITE_READONLY, SQLITE_IOERR"""
 
-    @pytest.mark.parametrize("workers, fault", [
-        pytest.param(workers, fault, marks=() if workers == "2" and fault != "over its quota" or fault == "syncs fail" else LONG) for workers in ("2", "0") for fault in FAULTS
-    ])
+    @pytest.mark.parametrize(
+        "workers, fault",
+        [
+            pytest.param(
+                workers, fault,
+                marks=() if workers == "2" and fault != "over its quota" or fault == "syncs fail" else LONG,
+            )
+            for workers in ("2", "0")
+            for fault in FAULTS
+        ],
+    )
     def test_what_cannot_be_stored_is_refused_and_not_done(self, boxes, workers, fault):
         box = boxes(workers)
         stock = Stock(box)
@@ -191,7 +236,9 @@ class TestWrites:
                 time.sleep(1.1)  # what was found is good for a second
                 assert ready(box) == {503}
                 assert box.faults["met"] > 10
-                assert all(stock.line.is_active(token) for token in (stock.refresh[0], stock.to_end[0], stock.machine[0]))
+                assert all(
+                    stock.line.is_active(token) for token in (stock.refresh[0], stock.to_end[0], stock.machine[0])
+                )
             assert well(box, stock)
 
     def test_a_write_that_failed_in_one_process_is_known_to_all(self, boxes):
@@ -229,7 +276,10 @@ class TestWrites:
             with box.faults.on(read=errno.EIO, files=DATABASE):
                 for _ in range(4):
                     line = Line(box)
-                    assert line.auth("/jwks.json").status == 200 and line.auth("/.well-known/openid-configuration").status == 200
+                    assert (
+                        line.auth("/jwks.json").status == 200
+                        and line.auth("/.well-known/openid-configuration").status == 200
+                    )
                     answer = line.auth("/introspect", {"token": stock.dead}, client=box.client)
                     assert answer.status == 200 and answer.json == {"active": False} or refused(answer)
                     answer = line.auth("/me", bearer=stock.dead)
@@ -244,7 +294,12 @@ class TestWrites:
         """SQLite opens for reading what it cannot open for writing, and stays at that."""
         with FailingBox(tmp_path / "data", layer, workers="2", **SETTINGS) as box:
             line, bearer = Line(box), box.admin_token()
-            assert line.admin("POST", "/users", {"username": "ann", "email": "ann@example.org", "password": PHRASE}, bearer=bearer).status == 200
+            assert (
+                line.admin(
+                    "POST", "/users", {"username": "ann", "email": "ann@example.org", "password": PHRASE}, bearer=bearer
+                ).status
+                == 200
+            )
             with outlived(box):
                 with box.faults.on(**FAULTS["read-only"]), concurrent.futures.ThreadPoolExecutor(16) as pool:
                     assert all(map(refused, pool.map(lambda _: box.log_in("ann"), range(64))))
@@ -259,7 +314,12 @@ def small(tmp_path):
     """A disk of six megabytes that is really one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m,mode=0700", "tmpfs", str(folder)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=6m,mode=0700", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("nothing can be mounted here: only the disks of the layer are tested")
     try:
         yield folder
@@ -286,7 +346,9 @@ class TestMounted:
                 assert ready(box) == {503}
                 (small / "filler").unlink()
                 await_true(lambda: ready(box) == {200}, UNTIL_WELL, "it does not recover")
-                assert all(good(ask(stock.line), name) for name, ask in stock.durable().items() if answers[name].status == 503)
+                assert all(
+                    good(ask(stock.line), name) for name, ask in stock.durable().items() if answers[name].status == 503
+                )
                 assert all(good(ask(stock.line), name) for name, ask in stock.durable(1).items()) and stock.keeps()
 
 
@@ -296,7 +358,9 @@ class GateBox(RecordedBox):
     def __init__(self, folder, layers, record, **settings):
         super().__init__(folder, layers[1], record, **settings)
         failing = FailingBox(folder, layers[0])
-        self.faults, self.environ = failing.faults, failing.environ | self.environ | {"LD_PRELOAD": " ".join(map(str, layers))}
+        self.faults, self.environ = (
+            failing.faults, failing.environ | self.environ | {"LD_PRELOAD": " ".join(map(str, layers))},
+        )
 
 
 class TestSync:
@@ -317,7 +381,10 @@ class TestSync:
             names, end = [], time.monotonic() + UNTIL_WELL
             while len(names) < 5:
                 name = f"after{len(names)}-{random.randrange(10**9)}"
-                answer = stock.line.admin("POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE}, bearer=stock.bearer)
+                answer = stock.line.admin(
+                    "POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE},
+                    bearer=stock.bearer,
+                )
                 assert (answer.status == 200 or refused(answer)) and time.monotonic() < end
                 names += [name] * (answer.status == 200)
             assert good(stock.line.auth("/revoke", {"token": stock.machine[1]}, client=box.client))
@@ -336,7 +403,9 @@ class TestSync:
         box.folder.rename(tmp_path / "before")
         disk.cut(random.Random(0), box.folder, keep=0)
         again = Box(box.folder, **box.settings)
-        again.settings, again.client, again.auth_port, again.admin_port = box.settings, box.client, box.auth_port, box.admin_port
+        again.settings, again.client, again.auth_port, again.admin_port = (
+            box.settings, box.client, box.auth_port, box.admin_port,
+        )
         again.start()
         try:
             stock.box, stock.line = again, Line(again)
@@ -350,11 +419,16 @@ class TestSync:
 
 
 class TestLock:
-    @pytest.mark.parametrize("workers, seconds", [("2", 7), ("0", 7), pytest.param("2", 30, marks=LONG), pytest.param("0", 30, marks=LONG)])
+    @pytest.mark.parametrize(
+        "workers, seconds", [("2", 7), ("0", 7), pytest.param("2", 30, marks=LONG), pytest.param("0", 30, marks=LONG)]
+    )
     def test_a_database_that_others_lock_keeps_only_writers_waiting(self, boxes, workers, seconds):
         box = boxes(workers)
         stock = Stock(box, many=4)
-        with outlived(box), contextlib.closing(open_store(box)) as store, concurrent.futures.ThreadPoolExecutor(40) as pool:
+        with (
+            outlived(box), contextlib.closing(open_store(box)) as store,
+            concurrent.futures.ThreadPoolExecutor(40) as pool,
+        ):
             store.connection.execute("BEGIN EXCLUSIVE")
             began = time.monotonic()
 
@@ -383,7 +457,10 @@ class TestLock:
 class TestPlace:
     """What goes into a file that has lost its name is gone at the next start."""
 
-    @pytest.mark.parametrize("workers, name", [("2", "mad.db3"), ("2", "mad.db3-wal"), ("2", "mad.db3-shm"), ("0", "mad.db3"), ("0", "mad.db3-shm")])
+    @pytest.mark.parametrize(
+        "workers, name",
+        [("2", "mad.db3"), ("2", "mad.db3-wal"), ("2", "mad.db3-shm"), ("0", "mad.db3"), ("0", "mad.db3-shm")],
+    )
     def test_a_database_that_was_moved_takes_no_more_changes(self, boxes, workers, name):
         box = boxes(workers)
         stock, path = Stock(box), box.folder / name
@@ -468,7 +545,10 @@ class TestMachine:
             stock.line = Line(box)  # what it held to the one that died has ended
             assert well(box, stock)
 
-    @pytest.mark.parametrize("error", [errno.ENFILE, errno.ENOMEM, pytest.param(errno.EMFILE, marks=LONG), pytest.param(errno.ENOBUFS, marks=LONG)])
+    @pytest.mark.parametrize(
+        "error",
+        [errno.ENFILE, errno.ENOMEM, pytest.param(errno.EMFILE, marks=LONG), pytest.param(errno.ENOBUFS, marks=LONG)],
+    )
     def test_connections_that_cannot_be_accepted_wait(self, boxes, error):
         box = boxes()
         stock, line = Stock(box), Line(box)
@@ -479,7 +559,12 @@ class TestMachine:
                 spent = sum(map(cpu, box.pids()))
                 time.sleep(1)
                 assert not any(one.done() for one in waiting) and box.faults["met"]
-                assert line.auth("/jwks.json").status == line.refresh(stock.refresh[0]).status == line.admin("GET", "/users", bearer=stock.bearer).status == 200
+                assert (
+                    line.auth("/jwks.json").status
+                    == line.refresh(stock.refresh[0]).status
+                    == line.admin("GET", "/users", bearer=stock.bearer).status
+                    == 200
+                )
                 assert sum(map(cpu, box.pids())) - spent < 0.5, "it spins"
             assert all(good(one.result()) for one in waiting)
             assert well(box, stock, 1)
@@ -509,12 +594,19 @@ class TestMachine:
         with outlived(box), concurrent.futures.ThreadPoolExecutor(20) as pool:
             try:
                 for pid, (_, hard) in limits.items():
-                    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1, hard))
+                    resource.prlimit(
+                        pid, resource.RLIMIT_NOFILE,
+                        (max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1, hard),
+                    )
                     fill(pid)
                 waiting = [pool.submit(box.token) for _ in range(20)]
                 time.sleep(0.7)
                 for line in lines:
-                    assert line.auth("/jwks.json").status == 200 and line.is_active(stock.living) and not line.is_active(stock.dead)
+                    assert (
+                        line.auth("/jwks.json").status == 200
+                        and line.is_active(stock.living)
+                        and not line.is_active(stock.dead)
+                    )
                     for number, name in ((0, "log in"), (0, "make a user")):
                         answer = stock.durable(number)[name](line)
                         assert answer.status == 200 or refused(answer, name)
@@ -533,7 +625,9 @@ class TestMachine:
                     assert refused(stock.log_in("bob", "not the horse"))
                     assert refused(stock.line.log_in("nobody at all"))
                 assert refused(stock.log_in("bob"))
-                assert refused(stock.line.token({"grant_type": "client_credentials"}, client=(box.client[0], "another secret")))
+                assert refused(
+                    stock.line.token({"grant_type": "client_credentials"}, client=(box.client[0], "another secret"))
+                )
                 assert refused(stock.durable()["make a user"](stock.line))
                 assert all(good(box.token()) for _ in range(16))
                 assert good(stock.line.refresh(stock.refresh[1])) and stock.keeps() and ready(box) == {200}
@@ -554,7 +648,10 @@ class TestMachine:
                     asks = [one for number in range(2) for one in stock.durable(number).items()]
                     answers = list(pool.map(lambda named: (named[0], named[1](Line(box))), asks))
                     assert all(answer.status == 200 or refused(answer, name) for name, answer in answers)
-                    assert all(answer.status in (200, 403) or refused(answer) for answer in pool.map(lambda number: box.log_in(f"nobody{number}"), range(32)))
+                    assert all(
+                        answer.status in (200, 403) or refused(answer)
+                        for answer in pool.map(lambda number: box.log_in(f"nobody{number}"), range(32))
+                    )
             finally:
                 for pid, limit in limits.items():
                     resource.prlimit(pid, resource.RLIMIT_AS, limit)
@@ -584,8 +681,12 @@ def cpu(pid):
 
 def fill(pid):
     """Lower the limit below every number that is free, so that none can be taken."""
-    used, (soft, hard) = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}, resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (next(number for number in itertools.count() if number not in used), hard))
+    used, (soft, hard) = (
+        {int(name) for name in os.listdir(f"/proc/{pid}/fd")}, resource.prlimit(pid, resource.RLIMIT_NOFILE),
+    )
+    resource.prlimit(
+        pid, resource.RLIMIT_NOFILE, (next(number for number in itertools.count() if number not in used), hard)
+    )
 
 
 ALL = DATABASE | LOG | OTHER
@@ -593,12 +694,23 @@ PASSING = (".lock", ".log", "-shm", "output.txt", "answers.toml")  # hold nothin
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.endswith(PASSING) and not (path.name.endswith("-wal") and path.stat().st_size == 0)}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not path.name.endswith(PASSING)
+        and not (path.name.endswith("-wal") and path.stat().st_size == 0)
+    }
 
 
 def sentence(done, *words):
     """A command ended with one sentence that has these words, and status 1."""
-    assert done.returncode == 1 and done.stderr.startswith("microauthd: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stdout, (done.returncode, done.stderr)
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("microauthd: ")
+        and done.stderr.count("\n") == 1
+        and "Traceback" not in done.stdout
+    ), (done.returncode, done.stderr)
     assert all(word in done.stderr for word in words), done.stderr
     return True
 
@@ -606,10 +718,17 @@ def sentence(done, *words):
 class TestCommands:
     """What is done at the machine is done, or it is not and says why."""
 
-    @pytest.mark.parametrize("fault", [
-        {"write": errno.ENOSPC}, {"write": errno.ENOSPC, "room": 9000}, FAULTS["read-only"], pytest.param({"write": errno.EIO}, marks=LONG), pytest.param({"sync": errno.EIO}, marks=LONG),
-        *(pytest.param({"write": errno.ENOSPC, "room": room}, marks=LONG) for room in (100, 3000, 6000, 12000, 50_000, 100_000, 200_000, 300_000)),
-    ])
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            {"write": errno.ENOSPC}, {"write": errno.ENOSPC, "room": 9000}, FAULTS["read-only"],
+            pytest.param({"write": errno.EIO}, marks=LONG), pytest.param({"sync": errno.EIO}, marks=LONG),
+            *(
+                pytest.param({"write": errno.ENOSPC, "room": room}, marks=LONG)
+                for room in (100, 3000, 6000, 12000, 50_000, 100_000, 200_000, 300_000)
+            ),
+        ],
+    )
     def test_a_set_up_that_cannot_be_stored_leaves_nothing(self, layer, tmp_path, fault):
         box = FailingBox(tmp_path / "data", layer)
         fault = {"files": ALL} | fault
@@ -626,7 +745,11 @@ class TestCommands:
         try:
             box.set_up()
         except AssertionError as error:
-            assert str(error).startswith("microauthd: ") and str(error).partition("\nassert")[0].count("\n") <= 1 and "Traceback" not in str(error), error
+            assert (
+                str(error).startswith("microauthd: ")
+                and str(error).partition("\nassert")[0].count("\n") <= 1
+                and "Traceback" not in str(error)
+            ), error
             assert files_of(box.folder) == before
         else:
             assert fault.get("room", 0) > 200_000
@@ -647,11 +770,24 @@ class TestCommands:
                     continue
                 box.start(wait=False)
                 try:
-                    await_true(lambda: answers(box, "/jwks.json") == 200 or box.process.poll() is not None, 10, "it neither serves nor ends")
+                    await_true(
+                        lambda: answers(box, "/jwks.json") == 200 or box.process.poll() is not None, 10,
+                        "it neither serves nor ends",
+                    )
                     if files == LOG:
                         assert good(box.token()) and answers(box, "/health/ready") == 200
                     else:
-                        assert box.process.poll() == 1 and box.said().startswith("microauthd: ") and "db-pass" not in box.said() and files_of(box.folder) == before or refused(box.auth("/revoke", {"token": box.token().json.get("access_token", "x")}, client=box.client))
+                        assert (
+                            box.process.poll() == 1
+                            and box.said().startswith("microauthd: ")
+                            and "db-pass" not in box.said()
+                            and files_of(box.folder) == before
+                            or refused(
+                                box.auth(
+                                    "/revoke", {"token": box.token().json.get("access_token", "x")}, client=box.client
+                                )
+                            )
+                        )
                 finally:
                     if box.process.poll() is None:
                         assert box.stop() == 0
@@ -659,13 +795,19 @@ class TestCommands:
         with started(box):
             assert good(box.token())
 
-    @pytest.mark.parametrize("what, names", [(("backup", "box.backup"), {"box.backup"}), (("keys", "rotate"), {"token.pem", "admin_token.pem"})])
+    @pytest.mark.parametrize(
+        "what, names",
+        [(("backup", "box.backup"), {"box.backup"}), (("keys", "rotate"), {"token.pem", "admin_token.pem"})],
+    )
     def test_a_command_on_a_failing_disk_leaves_what_was(self, layer, tmp_path, what, names):
         box = FailingBox(tmp_path / "data", layer).set_up()
         failed = 0
         for files in (OTHER, DATABASE):
             between = 2 * (box.folder / "token.pem").stat().st_size + 150  # one ring, and not the other
-            for fault in ({"write": errno.ENOSPC}, {"write": errno.ENOSPC, "room": 700}, {"write": errno.ENOSPC, "room": between}, FAULTS["read-only"], FAULTS["syncs fail"], FAULTS["writes fail"]):
+            for fault in (
+                {"write": errno.ENOSPC}, {"write": errno.ENOSPC, "room": 700}, {"write": errno.ENOSPC, "room": between},
+                FAULTS["read-only"], FAULTS["syncs fail"], FAULTS["writes fail"],
+            ):
                 if names == {"box.backup"} and fault.get("room"):
                     fault = {**fault, "room": 50 * fault["room"]}
                 before = files_of(box.folder)
@@ -673,7 +815,9 @@ class TestCommands:
                     done = box.run(*what)
                 assert done.returncode == 0 or sentence(done), (files, fault)
                 after = files_of(box.folder)
-                changed = {name for name in {*before, *after} if before.get(name) != after.get(name) and ".db3" not in name}
+                changed = {
+                    name for name in {*before, *after} if before.get(name) != after.get(name) and ".db3" not in name
+                }
                 assert changed == (names if done.returncode == 0 else set()), (files, fault, changed, done.stderr)
                 failed += done.returncode
                 if done.returncode == 0:
@@ -692,7 +836,10 @@ class TestCommands:
                         answer = stock.line.admin("POST", "/backup", {}, bearer=stock.bearer)
                         assert answer.status == 200 and files == DATABASE and fault.get("room") or refused(answer)
                     if answer.status == 200:
-                        assert stock.line.admin("DELETE", "/backup/" + answer.json["name"], bearer=stock.bearer).status == 200
+                        assert (
+                            stock.line.admin("DELETE", "/backup/" + answer.json["name"], bearer=stock.bearer).status
+                            == 200
+                        )
                     assert not list(box.folder.glob("backups/*"))
             assert well(box, stock)
 

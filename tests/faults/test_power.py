@@ -70,7 +70,9 @@ class Run:
         """Where to cut, and how much of what is not synced is kept: half of them the moment an answer was read, before anything else could be written."""
         marks = [fact.done for thing in self.ledger.things for fact in thing.facts if fact.done] + [self.kids.done]
         ends = [entry.end for entry in self.entries if entry.end >= self.began]
-        places = [(dice.choice(marks if number % 2 else ends), dice.choice([0, 0, 0.5, 0.5, 1])) for number in range(count)]
+        places = [
+            (dice.choice(marks if number % 2 else ends), dice.choice([0, 0, 0.5, 0.5, 1])) for number in range(count)
+        ]
         return sorted([*places, (self.kids.done, 0)])
 
 
@@ -88,7 +90,9 @@ def again(run, at=None):
     box.auth_port, box.admin_port = run.box.auth_port, run.box.admin_port
     box.settings, box.client = run.box.settings, run.box.client
     if at is not None:
-        box.environ |= {"LD_PRELOAD": run.box.environ["LD_PRELOAD"], "LOSING_CLOCK": str(int((at + 1 - time.time()) * 1e9))}
+        box.environ |= {
+            "LD_PRELOAD": run.box.environ["LD_PRELOAD"], "LOSING_CLOCK": str(int((at + 1 - time.time()) * 1e9)),
+        }
     return box
 
 
@@ -120,7 +124,9 @@ class TestLayer:
         Cuts(run.entries, run.box.folder, run.box.base).cut(run.ended, Keep(), tmp_path / "data", keep=1)
         for path in (tmp_path / "data").iterdir():
             assert path.read_bytes() == (run.left / path.name).read_bytes(), path.name
-        assert {"mad.db3", "mad.db3-wal", "token.pem", "admin_token.pem", "seal.key", "mad.conf"} <= set(os.listdir(tmp_path / "data"))
+        assert {"mad.db3", "mad.db3-wal", "token.pem", "admin_token.pem", "seal.key", "mad.conf"} <= set(
+            os.listdir(tmp_path / "data")
+        )
 
 
 def test_what_was_acknowledged_survives_a_power_cut(run):
@@ -134,11 +140,17 @@ def test_what_was_acknowledged_survives_a_power_cut(run):
         here = f"cut at {place} of {run.ended}, {keep} of what was not synced kept"
         try:
             box.start()
-            store = m.Store(str(box.folder / "mad.db3"), key := key or m.read_database_key(str(box.folder / "mad.db3"), "a database phrase", False))
+            store = m.Store(
+                str(box.folder / "mad.db3"),
+                key := key or m.read_database_key(str(box.folder / "mad.db3"), "a database phrase", False),
+            )
             assert store.connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)], here
             store.close()
             line = Line(box)
-            begun = sorted((thing for thing in ledger.things if thing.facts and thing.facts[0].began <= place), key=lambda thing: max(fact.began for fact in thing.facts if fact.began <= place))
+            begun = sorted(
+                (thing for thing in ledger.things if thing.facts and thing.facts[0].began <= place),
+                key=lambda thing: max(fact.began for fact in thing.facts if fact.began <= place),
+            )
             # What went on about the cut, and some of what was long before.
             things = begun[-20:] + dice.sample(begun[:-20], min(10, max(0, len(begun) - 20)))
             ledger.box = box
@@ -174,11 +186,17 @@ def test_a_power_cut_during_setup_leaves_nothing_or_everything(run):
         names = set(os.listdir(folder)) - {"answers.toml", "mad.conf", "mad.conf.setting-up.lock"}
         made = {"mad.db3", "token.pem", "admin_token.pem", "seal.key"}
         assert names in (set(), made), f"{here}: {names}"
-        assert (folder / "mad.conf").read_bytes() == run.box.base["mad.conf"] if not names else b"# -- " in (folder / "mad.conf").read_bytes(), here
+        assert (
+            (folder / "mad.conf").read_bytes() == run.box.base["mad.conf"]
+            if not names
+            else b"# -- " in (folder / "mad.conf").read_bytes()
+        ), here
         found.append(bool(names))
         if not names:
             done = box.run("serve")
-            assert done.returncode == 1 and "run microauthd setup" in done.stderr and done.stderr.count("\n") == 1, f"{here}: {done.stderr}"
+            assert done.returncode == 1 and "run microauthd setup" in done.stderr and done.stderr.count("\n") == 1, (
+                f"{here}: {done.stderr}"
+            )
             box.set_up()
         try:
             box.start()

@@ -37,16 +37,22 @@ class Mixed(Patron):
         if lot < 0.55 or not self.machine:
             self.machine = json.loads(self.token(grant_type="client_credentials"))["access_token"]
         elif lot < 0.70:
-            assert json.loads(self.ask("POST", "/introspect", {"token": self.machine}, authorization=self.own))["active"]
+            assert json.loads(self.ask("POST", "/introspect", {"token": self.machine}, authorization=self.own))[
+                "active"
+            ]
         elif lot < 0.85:
             self.rotate()
         elif lot < 0.90:
-            self.ask("GET", self.dice.choice(["/.well-known/openid-configuration", "/jwks.json", "/ping", "/health/ready"]))
+            self.ask(
+                "GET", self.dice.choice(["/.well-known/openid-configuration", "/jwks.json", "/ping", "/health/ready"])
+            )
         elif lot < 0.95:
             self.ask("GET", "/me", authorization=f"Bearer {self.machine}")
         elif lot < 0.99:
             self.ask("POST", "/revoke", {"token": self.machine}, authorization=self.own)
-            assert not json.loads(self.ask("POST", "/introspect", {"token": self.machine}, authorization=self.own))["active"]
+            assert not json.loads(self.ask("POST", "/introspect", {"token": self.machine}, authorization=self.own))[
+                "active"
+            ]
             self.machine = ""
         else:
             self.refresh = ""  # this one logs out by forgetting
@@ -56,7 +62,11 @@ class Mixed(Patron):
 
     def rotate(self):
         """A chain of refresh tokens, begun by a login; after some tens of links a new one."""
-        grant = {"grant_type": "refresh_token", "refresh_token": self.refresh} if self.refresh else {"grant_type": "password", "username": f"user{self.number}", "password": PHRASE}
+        grant = (
+            {"grant_type": "refresh_token", "refresh_token": self.refresh}
+            if self.refresh
+            else {"grant_type": "password", "username": f"user{self.number}", "password": PHRASE}
+        )
         self.refresh = json.loads(self.token(**grant))["refresh_token"]
 
     def run(self):
@@ -74,9 +84,16 @@ class Changes(Patron):
     def once(self):
         if time.monotonic() > self.until:
             form = {"username": "root", "password": self.box.PASSWORD, "client_id": "test"}
-            self.bearer, self.until = "Bearer " + json.loads(self.ask("POST", "/token", form))["access_token"], time.monotonic() + 60
+            self.bearer, self.until = (
+                "Bearer " + json.loads(self.ask("POST", "/token", form))["access_token"], time.monotonic() + 60,
+            )
         name = f"guest{next(self.count)}"
-        user = json.loads(self.ask("POST", "/users", json_body={"username": name, "email": f"{name}@example.org", "password": PHRASE}, authorization=self.bearer))
+        user = json.loads(
+            self.ask(
+                "POST", "/users", json_body={"username": name, "email": f"{name}@example.org", "password": PHRASE},
+                authorization=self.bearer,
+            )
+        )
         self.ask("GET", "/users?limit=10", authorization=self.bearer)
         self.ask("GET", "/audit-logs?limit=10", authorization=self.bearer)
         self.ask("POST", f"/users/{user['id']}/deactivate", authorization=self.bearer)
@@ -103,10 +120,15 @@ def sample(box):
     return [(pss(pid), descriptors(pid), threads(pid)) for pid in box.pids()], wal.stat().st_size if wal.exists() else 0
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(int(os.environ.get("SOAK_SECONDS", "3600")), marks=LONG, id="long")])
+@pytest.mark.parametrize(
+    "seconds", [6, pytest.param(int(os.environ.get("SOAK_SECONDS", "3600")), marks=LONG, id="long")]
+)
 def test_nothing_grows_and_nothing_fails(tmp_path, seconds):
     clients = 8
-    with Box(tmp_path / "data", workers="2", enable_token_refresh="true", token_expiration="60", refresh_token_expiration="120") as box:
+    with Box(
+        tmp_path / "data", workers="2", enable_token_refresh="true", token_expiration="60",
+        refresh_token_expiration="120",
+    ) as box:
         for number in range(clients):
             box.new_user(f"user{number}")
         calm, _ = sample(box)
@@ -136,14 +158,27 @@ def test_nothing_grows_and_nothing_fails(tmp_path, seconds):
         fifth = len(samples) // 5
         first, last = samples[:fifth], samples[-fifth:]
         for slot in range(len(pids)):
-            memory, fds, running = ([statistics.median(one[0][slot][what] for one in part) for part in (first, last)] for what in range(3))
+            memory, fds, running = (
+                [statistics.median(one[0][slot][what] for one in part) for part in (first, last)] for what in range(3)
+            )
             assert memory[1] < memory[0] * (1.2 if seconds >= 60 else 1.5), (slot, memory)
             assert fds[1] <= fds[0] + 4 and running[1] <= running[0] + 2, (slot, fds, running)
         assert max(wal for _, wal in samples) < WAL, max(wal for _, wal in samples)
         # With the load gone, its connections and what was hired for it are gone.
-        await_true(lambda: all(found <= before + 2 for (_, _, found), (_, _, before) in zip(sample(box)[0], calm)), 5, "threads stay")
+        await_true(
+            lambda: all(found <= before + 2 for (_, _, found), (_, _, before) in zip(sample(box)[0], calm)), 5,
+            "threads stay",
+        )
         made = {path.name for path in box.folder.iterdir()} - files
-        assert not {name for name in made if not name.endswith((".lock", "-wal", "-shm")) and not name.startswith(("microauthd.log", "output"))}, made
+        assert not {
+            name
+            for name in made
+            if not name.endswith((".lock", "-wal", "-shm")) and not name.startswith(("microauthd.log", "output"))
+        }, made
         assert not {name for name in set(os.listdir("/tmp")) - temporary if "microauthd" in name or "etilqs" in name}
         said = box.said()
-        assert "Traceback" not in said and "worker.died" not in said and "error" not in {word for line in said.splitlines() for word in line.split()[1:3]}, said[-2000:]
+        assert (
+            "Traceback" not in said
+            and "worker.died" not in said
+            and "error" not in {word for line in said.splitlines() for word in line.split()[1:3]}
+        ), said[-2000:]

@@ -57,10 +57,14 @@ def replaced(box, dead, role, known):
     with contextlib.ExitStack() as stack:
 
         def takes():
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", box.auth_port if role == "auth" else box.admin_port), 5))
+            sock = stack.enter_context(
+                socket.create_connection(("127.0.0.1", box.auth_port if role == "auth" else box.admin_port), 5)
+            )
             sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in sock.recv(65536)
-            return links_of(new) > 1  # it has taken one; /proc/net/tcp takes long to read where thousands have been closed
+            return (
+                links_of(new) > 1
+            )  # it has taken one; /proc/net/tcp takes long to read where thousands have been closed
 
         await_true(takes, 5, "the new one takes no connection")
     assert dead not in box.pids()
@@ -69,7 +73,10 @@ def replaced(box, dead, role, known):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(60, marks=LONG)])
 def test_each_process_in_turn_is_replaced_within_a_second_and_only_its_own_connections_end(box, kills):
-    patrons = [*(Service(box) for _ in range(4)), *(Service(box, fresh=True) for _ in range(3)), Administrator(box), Administrator(box, fresh=False, pause=0.01)]
+    patrons = [
+        *(Service(box) for _ in range(4)), *(Service(box, fresh=True) for _ in range(3)), Administrator(box),
+        Administrator(box, fresh=False, pause=0.01),
+    ]
     deaths, slots = [], box.pids()[1:]  # two workers and ADMIN
     with contextlib.ExitStack() as stack:
         for patron in patrons:
@@ -85,7 +92,9 @@ def test_each_process_in_turn_is_replaced_within_a_second_and_only_its_own_conne
     for patron in patrons:
         for port, began, error in patron.bad:
             # A connection ended, nothing else; it was in the hands of one that died; and what failed was begun before.
-            assert any(port in held and began < died for died, _, held in deaths), (type(patron).__name__, port, began, error, deaths)
+            assert any(port in held and began < died for died, _, held in deaths), (
+                type(patron).__name__, port, began, error, deaths,
+            )
             assert "answered" not in error, error
         assert len(patron.bad) <= kills
         assert max(patron.times) < 3, "who came while nobody was there has waited, and was served"
@@ -169,7 +178,10 @@ class TestReplacing:
     @pytest.fixture
     def supervisor(self, monkeypatch):
         """One that forks only on paper, with a clock moved by hand: `at`."""
-        plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(), log=lambda *_, **__: None)
+        plan = types.SimpleNamespace(
+            generation=m.Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
+            log=lambda *_, **__: None,
+        )
         supervisor, pids = m.Supervisor(plan), iter(range(100, 1000))
         supervisor.at = time.monotonic()
         monkeypatch.setattr(m.os, "fork", lambda: next(pids))
@@ -233,7 +245,9 @@ def test_a_child_listens_on_its_own_socket_alone(box):
 
 def test_what_was_queued_when_the_supervisor_was_killed_is_written(box):
     def rows():
-        with contextlib.closing(m.Store(box.folder / "mad.db3", m.read_database_key(box.folder / "mad.db3", "a database phrase", False))) as store:
+        with contextlib.closing(
+            m.Store(box.folder / "mad.db3", m.read_database_key(box.folder / "mad.db3", "a database phrase", False))
+        ) as store:
             return store.connection.execute("SELECT count(*) FROM session").fetchone()[0]
 
     time.sleep(0.2)
@@ -274,7 +288,10 @@ class TestLog:
     def test_a_console_that_nobody_reads(self, tmp_path, workers):
         box = Box(tmp_path / "data", workers=workers, log_file="").set_up()
         reads, box_writes = os.pipe()
-        box.process = subprocess.Popen([*PROGRAM, "serve"], cwd=box.folder, env=box.environ, stdout=box_writes, stderr=box_writes, stdin=subprocess.DEVNULL, start_new_session=True)
+        box.process = subprocess.Popen(
+            [*PROGRAM, "serve"], cwd=box.folder, env=box.environ, stdout=box_writes, stderr=box_writes,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )
         box.output = open(os.devnull)
         try:
             box.await_ready()
@@ -313,7 +330,10 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
         stop(pid)
     # Four of which, most likely, some wait at the one that hangs: they are served by the one in its place.
     with contextlib.ExitStack() as stack:
-        waiting = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for port in (box.auth_port,) * 4 + (box.admin_port,)]
+        waiting = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+            for port in (box.auth_port,) * 4 + (box.admin_port,)
+        ]
         for sock in waiting:
             sock.settimeout(2 * m.STUCK_SECONDS)
             sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -443,7 +463,11 @@ class Last(Patron):
     @staticmethod
     def length(said):
         head, _, _ = said.partition(b"\r\n\r\n")
-        return len(head) + 4 + int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))[15:])
+        return (
+            len(head)
+            + 4
+            + int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))[15:])
+        )
 
 
 class Person(Last):
@@ -458,7 +482,10 @@ def rows(box):
     path = str(box.folder / "mad.db3")
     store = m.Store(path, m.read_database_key(path, "a database phrase", False))
     try:
-        return tuple(store.connection.execute(f"SELECT count(*) FROM session WHERE user_id IS {word} NULL").fetchone()[0] for word in ("", "NOT"))
+        return tuple(
+            store.connection.execute(f"SELECT count(*) FROM session WHERE user_id IS {word} NULL").fetchone()[0]
+            for word in ("", "NOT")
+        )
     finally:
         store.close()
 
@@ -491,9 +518,13 @@ def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, worker
             began = time.monotonic()
             stopping.start()
             time.sleep(0.1)
-            rest = request("POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client)).removeprefix(b"POST /token HTTP/1.1\r\nHo")
+            rest = request(
+                "POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client)
+            ).removeprefix(b"POST /token HTTP/1.1\r\nHo")
             for sock in crowd.sockets[20:]:
-                sock.sendall(rest + b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)  # what follows is not read, and must not eat the answer
+                sock.sendall(
+                    rest + b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+                )  # what follows is not read, and must not eat the answer
             late = [read_to_end(sock) for sock in crowd.sockets[20:]]
             assert [said[:13] for said in late] == [b"HTTP/1.1 200 "] * 5, late
             # Who had nothing to ask is told by an end, not by a reset.
@@ -506,7 +537,9 @@ def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, worker
             idle.__exit__()
             box.output.close()
             after = rows(box)
-            answered = sum(patron.answered for patron in machines) + len(late), sum(patron.answered for patron in people)
+            answered = (
+                sum(patron.answered for patron in machines) + len(late), sum(patron.answered for patron in people),
+            )
             assert (after[0] - before[0], after[1] - before[1]) == answered
             assert answered[0] > 50 and answered[1] >= 4
         assert "Traceback" not in box.said()
