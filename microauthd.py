@@ -2332,6 +2332,14 @@ def is_busy(error: sqlcipher3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY
 
 
+class Unavailable(Exception):
+    """The database cannot be read or written just now. `log` is for the operator; `retry_after` is seconds."""
+
+    def __init__(self, log: str, retry_after: int):
+        super().__init__(log)
+        self.log, self.retry_after = log, retry_after
+
+
 class Conflict(Exception):
     """A row with this name or id is there already, or one it refers to is not."""
 
@@ -2571,7 +2579,7 @@ class Store:
         if not self.write_lock.acquire(timeout=0.05):
             with self.blocking() as others:  # a write hangs: who only reads needs threads
                 if others is False:
-                    raise Problem("temporarily_unavailable", log="too many wait to write", retry_after=LOCK_SECONDS)
+                    raise Unavailable("too many wait to write", LOCK_SECONDS)
                 self.write_lock.acquire()
         try:
             if self.turns is None:
@@ -2636,12 +2644,9 @@ class Store:
             return None
 
     def check_place(self):
-        """Raise Problem where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
+        """Raise Unavailable where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
         if any(place := self.generation.place) and place != self.look_up():
-            raise Problem(
-                "temporarily_unavailable", log=f"{self.path}, its -wal or its -shm was moved, removed or replaced",
-                retry_after=LOCK_SECONDS,
-            )
+            raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode=""):
         self.check_place()  # two processes that have two indexes of one log would write over each other
@@ -2707,7 +2712,7 @@ class Store:
             borrowed = self.local.__dict__.get("borrowed")
             if not is_busy(error) and borrowed is not None and not borrowed.connection.in_transaction:
                 self.discard()  # within a transaction, when that is rolled back
-            raise Problem("temporarily_unavailable", log=f"database: {error}", retry_after=5) from error
+            raise Unavailable(f"database: {error}", 5) from error
 
     @contextlib.contextmanager
     def transaction(self, identity=False):
@@ -2729,8 +2734,8 @@ class Store:
                     yield
             except sqlcipher3.IntegrityError:
                 raise
-            except (sqlcipher3.Error, Problem) as error:
-                cause = error.__cause__ if isinstance(error, Problem) else error  # of a statement within, or our own
+            except (sqlcipher3.Error, Unavailable) as error:
+                cause = error.__cause__ if isinstance(error, Unavailable) else error  # of a statement within, or our own
                 if isinstance(cause, sqlcipher3.Error):
                     self.note_failure(cause)
                     if not is_busy(cause):
@@ -2748,7 +2753,7 @@ class Store:
         was_writable, self.writable = self.writable, False
         if was_writable and self.flusher:  # a command says it in its own sentence
             self.log(
-                "store.unwritable", "error", reason=error.log if isinstance(error, Problem) else error,
+                "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
                 waiting=len(self.queue),
             )
             self.wake.set()
@@ -2842,8 +2847,8 @@ class Store:
             if version < len(MIGRATIONS):
                 with alone():
                     self.migrate()
-        except (sqlcipher3.Error, Problem) as error:
-            reason = error.log if isinstance(error, Problem) else error
+        except (sqlcipher3.Error, Unavailable) as error:
+            reason = error.log if isinstance(error, Unavailable) else error
             raise Refusal(f"the database {self.path} cannot be used: {reason}") from None
 
     def migrate(self):
@@ -2931,7 +2936,7 @@ class Store:
         self.put_meta("written", secrets.token_hex(8))
 
     def probe(self):
-        """Raise Problem unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
+        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
         self.check_place()
         if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
             self.write_something()
@@ -2942,9 +2947,7 @@ class Store:
             or room.f_flag & os.ST_RDONLY
             or room.f_bavail * room.f_frsize < 1_000_000
         ):
-            raise Problem(
-                "temporarily_unavailable", log="the disk of the database is full or refuses writes", retry_after=5
-            )
+            raise Unavailable("the disk of the database is full or refuses writes", 5)
 
     def clock_floor(self) -> int:
         """The latest time that is known to have been, Unix seconds: no honest clock is before it.
@@ -4016,7 +4019,7 @@ class Store:
         a token that cannot be recorded is not issued.
         """
         if not self.writable or len(self.queue) > BATCH_MAX:
-            raise Problem("temporarily_unavailable", log="token rows cannot be written", retry_after=5)
+            raise Unavailable("token rows cannot be written", 5)
         self.queue.append((session, caller))
         if not self.wake.is_set():
             self.wake.set()
@@ -4026,7 +4029,7 @@ class Store:
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
         try:
             self.take_place()
-        except Problem as problem:  # what needs no database is served, and the thread tries again
+        except Unavailable as problem:  # what needs no database is served, and the thread tries again
             self.note_failure(problem)
         self.flusher.start()
 
@@ -5088,6 +5091,13 @@ class Idp:
         return sane
 
 
+def as_problem(error: "Problem | Unavailable") -> Problem:
+    """Return what a client is told of an error: a database that cannot be used is a 503."""
+    if isinstance(error, Problem):
+        return error
+    return Problem("temporarily_unavailable", log=error.log, retry_after=error.retry_after)
+
+
 # == Audit =====================================================================
 
 
@@ -5143,8 +5153,8 @@ def check_copy(path: str, key: str) -> dict:
         if damage:
             raise Refusal(f"{path} is damaged: {damage}")
         return copy.describe_copy()
-    except (Problem, sqlcipher3.Error) as error:
-        raise Refusal(f"{path} is damaged: {error.log if isinstance(error, Problem) else error}") from None
+    except (Unavailable, sqlcipher3.Error) as error:
+        raise Refusal(f"{path} is damaged: {error.log if isinstance(error, Unavailable) else error}") from None
     finally:
         copy.close()
 
@@ -5201,9 +5211,9 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
         sync_directory(os.path.dirname(path))
     except OSError as error:
         raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
-    except (sqlcipher3.Error, Problem) as error:
+    except (sqlcipher3.Error, Unavailable) as error:
         raise Refusal(
-            f"the backup {path} cannot be written: {error.log if isinstance(error, Problem) else error}"
+            f"the backup {path} cannot be written: {error.log if isinstance(error, Unavailable) else error}"
         ) from None
     finally:
         for leftover in leftovers:
@@ -6633,7 +6643,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     if active:
         try:
             living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
-        except Problem:
+        except (Problem, Unavailable):
             active = False
     return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
 
@@ -7802,8 +7812,8 @@ class Answer:
             if route.versioned and environ["REQUEST_METHOD"] != "DELETE":
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
-        except Problem as problem:
-            refused = problem
+        except (Problem, Unavailable) as error:
+            refused = problem = as_problem(error)
             self.tell(environ, problem.code, problem.status, problem.log)
         except MemoryError as error:
             refused = Problem("temporarily_unavailable", retry_after=1)
@@ -7875,9 +7885,7 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         if ("cors",) not in cache:
             cache[("cors",)] = idp.store.list_cors_origins()
         known = cache[("cors",)]
-    except (
-        Problem
-    ) as problem:  # the database cannot be read: whoever is no page of another origin gets the answer all the same
+    except Unavailable as problem:  # who is no page of another origin gets the answer all the same
         idp.log("cors.unknown", "error", reason=problem.log)
         return headers
     if origin not in known:
@@ -8413,7 +8421,7 @@ def ready(idp, params):
         checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(for_good=False), "database": True}
         try:
             idp.store.probe()
-        except Problem as problem:
+        except Unavailable as problem:
             idp.log("not.ready", "error", reason=problem.log)
             checks["database"] = False
         idp.readiness = (time.monotonic() + 1, checks)
@@ -8807,7 +8815,8 @@ def go_on(idp: Idp, params, login: Login, account: Account | None = None, recove
     browser = held[0].id_sha256 if held and held[1].id == account.id else ""
     try:
         code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time, browser)
-    except Problem as problem:
+    except (Problem, Unavailable) as error:
+        problem = as_problem(error)
         return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem, cookies)
     return answer_client(
         idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code}, cookies
@@ -9009,8 +9018,8 @@ def begin_headless(idp: Idp, params) -> Reply:
         jti = random_handle()
         row = begin_login(idp, params.origin, jti, request)
         return Reply(headless_step(as_login(idp, row), jti, False))
-    except Problem as problem:
-        return refuse(problem, False)
+    except (Problem, Unavailable) as error:
+        return refuse(as_problem(error), False)
 
 
 def headless_login(idp, params) -> tuple[Login, str]:
@@ -10777,7 +10786,7 @@ class Upkeep(threading.Thread):
         try:
             work(*words)
         except Exception as error:
-            reason = error.log if isinstance(error, Problem) else repr(error)
+            reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
@@ -10798,7 +10807,7 @@ class Clockwork(threading.Thread):
             try:
                 self.step()
             except Exception as error:
-                self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Problem) else repr(error))
+                self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Unavailable) else repr(error))
                 self.ending.wait(5)
 
     def step(self):
@@ -11885,7 +11894,7 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
             store.forget_logins()
         elif store.newest_at() > now + IAT_SKEW:
             store.end_what_is_later(now, int(clock() * 1000), now // 30)
-    except Problem as problem:  # what serves goes on reading
+    except Unavailable as problem:  # what serves goes on reading
         log("clock.failed", "error", reason=problem.log)
     return clock
 
@@ -11998,7 +12007,7 @@ class Node:
             thread.join()
         if self.clockwork:
             self.clockwork.ending.set()
-            with contextlib.suppress(Problem):
+            with contextlib.suppress(Unavailable):
                 self.clockwork.note()
         self.store.close()
 
@@ -12623,7 +12632,7 @@ def read_backup(source: str, key: str) -> dict:
     copy = Store(source, key)
     try:
         files = copy.read_backup_files()
-    except (Problem, sqlcipher3.Error):
+    except (Unavailable, sqlcipher3.Error):
         raise Refusal(f"{source} does not open: the passphrase is wrong, or the file is damaged") from None
     finally:
         copy.close()
@@ -12661,7 +12670,7 @@ def look_back(options: Options) -> tuple[set, int, bool]:
             options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
         )
         return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
-    except (Refusal, Problem, sqlcipher3.Error):
+    except (Refusal, Unavailable, sqlcipher3.Error):
         return set(), 0, False
     finally:
         if store:
@@ -13318,7 +13327,8 @@ def main(argv: list[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
         return 1
-    except Problem as problem:
+    except (Problem, Unavailable) as error:
+        problem = as_problem(error)
         print(f"microauthd: {problem.log or problem.message}", file=sys.stderr)
         for member, wrong in (problem.errors or {}).items():
             print(f"microauthd: {member} {wrong}", file=sys.stderr)

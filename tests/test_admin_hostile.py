@@ -231,7 +231,7 @@ class TestEveryChangeLeavesARow:
         clock.pass_(5 * 86400)
 
         def gone(*row):
-            raise m.Problem("temporarily_unavailable", log="the disk is gone")
+            raise m.Unavailable("the disk is gone", 5)
 
         tables = ("account", "role", "client", "client_secret", "session", "audit")
         shown = lambda: [

@@ -1264,7 +1264,7 @@ class TestCors:
         self, idp, auth, origin, monkeypatch, method, status
     ):
         def fail():
-            raise m.Problem("temporarily_unavailable", log="unable to open database file")
+            raise m.Unavailable("unable to open database file", 5)
 
         monkeypatch.setattr(idp.store, "list_cors_origins", fail)
         for headers in ((), [("Origin", "https://app.example")]):

@@ -137,7 +137,7 @@ class TestThread:
 
         def fail(idp, pause):  # a name of its own: it is in the log
             calls.append(1)
-            raise m.Problem("temporarily_unavailable", log="disk full")
+            raise m.Unavailable("disk full", 5)
 
         monkeypatch.setattr(m, "purge", fail)
         upkeep = m.Upkeep(idp)
@@ -176,7 +176,7 @@ class Machine:
 
 
 def refuse(*words):
-    raise m.Problem("temporarily_unavailable", log="the disk is full")
+    raise m.Unavailable("the disk is full", 5)
 
 
 NOON = m.RELEASED_AT + 50_000.0
@@ -356,7 +356,7 @@ class TestClockwork:
         box.wall -= YEARS
         with monkeypatch.context() as patched:
             patched.setattr(m.Store, "end_what_is_later", refuse)
-            with pytest.raises(m.Problem):
+            with pytest.raises(m.Unavailable):
                 clockwork.step()
         box.pass_(1)
         clockwork.step()
