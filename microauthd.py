@@ -2534,31 +2534,23 @@ class Borrowed:
             connection.close()
 
 
-class Store:
-    """The database. One connection a thread; writers of this process queue on a lock, processes on the busy timeout.
+class Database:
+    """The engine under the store. One connection a thread; writers of this process queue on a lock, processes on the busy timeout.
 
-    Every transaction is on the disk before it returns (synchronous=FULL), except flush(), which
-    writes the rows of machine tokens in batches (NORMAL): a power cut may forget those rows, and
-    the tokens stay alive, because aliveness does not need them.
+    Every transaction is on the disk before it returns: synchronous=FULL.
     """
 
     def __init__(self, path, key="", generation=None, log=None, mode="rw"):
         self.path, self.key, self.mode = str(path), key, mode
         self.generation = generation or Generation()
         self.log = log or Log()
-        self.blocking = (
-            contextlib.nullcontext
-        )  # set by Serve: entered by who is about to wait, gives whether somebody is left to serve
+        # Set by the server: entered by who is about to wait, gives whether somebody is left to serve.
+        self.blocking = contextlib.nullcontext
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.turns = None  # a descriptor, where several processes write
-        self.queue = collections.deque()
-        self.wake = threading.Event()
-        self.flush_lock = threading.Lock()
-        self.writable = True
         self.closing = False
-        self.flusher = None
         self.connections = set()
         self.spare = collections.deque()  # connections of threads that have ended, for those to come
 
@@ -2687,13 +2679,6 @@ class Store:
 
     def close(self):
         self.closing = True
-        self.wake.set()
-        if self.flusher:
-            self.flusher.join(5)
-        while self.queue and self.writable:
-            self.flush()
-        if self.queue:
-            self.log("store.lost", "error", rows=len(self.queue))
         for connection in list(self.connections):
             with contextlib.suppress(sqlcipher3.Error):
                 connection.close()
@@ -2747,16 +2732,9 @@ class Store:
         if self.local.identity:
             self.generation.bump()
 
-    def note_failure(self, error):
-        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush() tries."""
+    def note_failure(self, error: Exception):
+        """Let every process know that a write has failed."""
         self.generation.map[self.generation.FAILED] = 1
-        was_writable, self.writable = self.writable, False
-        if was_writable and self.flusher:  # a command says it in its own sentence
-            self.log(
-                "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
-                waiting=len(self.queue),
-            )
-            self.wake.set()
 
     def one(self, record, sql, **parameters):
         with self.guard():
@@ -2774,6 +2752,44 @@ class Store:
         """
         with self.transaction(), self.guard():
             return self.connection.execute(sql, parameters).rowcount
+
+
+class Store(Database):
+    """Every SQL statement of the server, in methods that take and return rows.
+
+    What flush() writes, the rows of machine tokens, is the one thing that a power cut may forget
+    (synchronous=NORMAL): the tokens stay alive, because aliveness does not need their rows.
+    """
+
+    def __init__(self, path, key="", generation=None, log=None, mode="rw"):
+        super().__init__(path, key, generation, log, mode)
+        self.queue = collections.deque()
+        self.wake = threading.Event()
+        self.flush_lock = threading.Lock()
+        self.writable = True
+        self.flusher = None
+
+    def close(self):
+        self.closing = True
+        self.wake.set()
+        if self.flusher:
+            self.flusher.join(5)
+        while self.queue and self.writable:
+            self.flush()
+        if self.queue:
+            self.log("store.lost", "error", rows=len(self.queue))
+        super().close()
+
+    def note_failure(self, error):
+        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush() tries."""
+        super().note_failure(error)
+        was_writable, self.writable = self.writable, False
+        if was_writable and self.flusher:  # a command says it in its own sentence
+            self.log(
+                "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
+                waiting=len(self.queue),
+            )
+            self.wake.set()
 
     # -- schema --
 
