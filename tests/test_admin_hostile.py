@@ -239,7 +239,7 @@ class TestEveryChangeLeavesARow:
         ]  # noqa: E731
         before = shown()
         monkeypatch.setattr(idp.store, "append_audit", gone)
-        with pytest.raises(m.Problem, match="temporarily_unavailable"):
+        with pytest.raises(m.Unavailable, match="the disk is gone"):
             change(idp, m.LOCAL, "test")
         assert shown() == before
 
