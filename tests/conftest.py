@@ -12,6 +12,9 @@ import microauthd as m
 import pyotp
 import pytest
 from hypothesis import HealthCheck, settings
+from appliance.base.clock import RELEASED_AT
+from appliance.base.settings import Options
+from appliance.base.log import Log
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,18 +66,18 @@ def rings():
 def blank(tmp_path_factory):
     """A fresh database to copy: making one takes longer than a test."""
     path = tmp_path_factory.mktemp("blank") / "blank.db3"
-    m.Store.make(path, DATABASE_KEY, m.RELEASED_AT).close()
+    m.Store.make(path, DATABASE_KEY, RELEASED_AT).close()
     return path.read_bytes()
 
 
 @pytest.fixture
 def clock():
-    return Clock(m.RELEASED_AT + 1000.0)
+    return Clock(RELEASED_AT + 1000.0)
 
 
 @pytest.fixture
 def options():
-    return m.Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
+    return Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def make_idp(tmp_path, blank, rings, clock):
         if not path.exists():
             path.write_bytes(blank)
         stream = io.StringIO()
-        store = m.Store(path, DATABASE_KEY, log=m.Log(stream=stream))
+        store = m.Store(path, DATABASE_KEY, log=Log(stream=stream))
         idp = m.Idp(
             options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)),
             clock, store.log,

@@ -6,6 +6,7 @@ import microauthd as m
 import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, Caller
+from appliance.base.settings import Options
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
 
@@ -114,7 +115,7 @@ class TestOneAnswer:
     @pytest.mark.parametrize("case", ["unknown user", *REFUSALS])
     def test_every_refusal_is_one_durable_write(self, make_idp, service, alice, spoil, case, audited):
         """A commit waits for the flash: one more or one less tells by time what was wrong."""
-        idp = make_idp(m.Options(**CHEAP, enable_audit_logging=audited))
+        idp = make_idp(Options(**CHEAP, enable_audit_logging=audited))
         auth = Caller(m.build_app(idp, m.AUTH))
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         form = {"username": "nobody", "password": PASSWORD} if case == "unknown user" else spoil(case, "alice")
@@ -160,7 +161,7 @@ class TestRemembered:
             assert len(done) == hashes
 
     def test_it_is_an_option(self, make_idp, idp, alice, monkeypatch):
-        other = make_idp(m.Options(**CHEAP, enable_pass_cache=False))
+        other = make_idp(Options(**CHEAP, enable_pass_cache=False))
         done = self.counted(other, monkeypatch)
         for _ in range(2):
             m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
@@ -184,13 +185,13 @@ class TestRemembered:
 
 class TestRehash:
     def test_a_login_brings_the_hash_up_to_the_parameters_in_force(self, idp, make_idp, alice):
-        other = make_idp(m.Options(**CHEAP | {"argon2id_time": 2}))
+        other = make_idp(Options(**CHEAP | {"argon2id_time": 2}))
         m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
         assert "t=2" in idp.store.find_account(alice.id).password_hash
         assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
 
     def test_a_rehash_never_overwrites_a_newer_password(self, idp, make_idp, alice, monkeypatch):
-        other = make_idp(m.Options(**CHEAP | {"argon2id_time": 2}))
+        other = make_idp(Options(**CHEAP | {"argon2id_time": 2}))
         new, hash_ = other.hasher.hash("the new password"), other.hasher.hash
 
         def while_an_operator_resets(password):
@@ -299,14 +300,14 @@ class TestLockout:
         assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 403
 
     def test_a_long_first_lockout_is_not_cut_to_the_cap(self, make_idp, idp, alice):
-        other = make_idp(m.Options(**CHEAP, failed_password_lockout_duration=86400))
+        other = make_idp(Options(**CHEAP, failed_password_lockout_duration=86400))
         for _ in range(5):
             with pytest.raises(m.Problem):
                 m.authenticate_user(other, m.LOCAL, "alice", "wrong wrong")
         assert idp.store.find_account(alice.id).lockout_until == idp.now() + 86400
 
     def test_zero_failures_never_lock(self, make_idp, idp, alice):
-        other = make_idp(m.Options(**CHEAP, max_login_failures=0))
+        other = make_idp(Options(**CHEAP, max_login_failures=0))
         for number in range(30):
             with pytest.raises(m.Problem):
                 m.authenticate_user(other, m.Origin(f"198.51.100.{number}"), "alice", "wrong wrong")
@@ -420,7 +421,7 @@ class TestSecondFactor:
 
     def test_guesses_are_bounded_whatever_the_lockout_of_passwords(self, make_idp, idp, alice, give_totp):
         give_totp(idp, alice.account)
-        other = make_idp(m.Options(**CHEAP, failed_password_lockout_duration=0, max_login_failures=0))
+        other = make_idp(Options(**CHEAP, failed_password_lockout_duration=0, max_login_failures=0))
         for number in range(m.TOTP_TRIES):
             with pytest.raises(m.Problem):
                 m.authenticate_user(other, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")

@@ -6,6 +6,7 @@ import jwt
 import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
+from appliance.base.settings import Options
 
 PROTECTED = [
     (method, path, route.takes)
@@ -143,7 +144,7 @@ class TestToken:
 
     @pytest.mark.parametrize("revocation", [True, False])
     def test_logout_ends_this_login_and_no_other(self, make_idp, root, revocation):
-        idp = make_idp(m.Options(**CHEAP, enable_token_revocation=revocation, admin_domain="localhost"))
+        idp = make_idp(Options(**CHEAP, enable_token_revocation=revocation, admin_domain="localhost"))
         admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
         one, other = (
             admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"] for _ in range(2)
@@ -171,7 +172,7 @@ class TestHost:
         assert login.status == status and (status == 200 or login.json["error"] == "misdirected_request")
 
     def test_its_own_name_is_an_option(self, make_idp):
-        idp = make_idp(m.Options(**CHEAP, admin_domain="box.example:8443", admin_ip="192.0.2.1"))
+        idp = make_idp(Options(**CHEAP, admin_domain="box.example:8443", admin_ip="192.0.2.1"))
         app = m.admit_hosts(m.build_app(idp, m.ADMIN), idp)
         assert [
             Caller(app, host).get("/ping").status

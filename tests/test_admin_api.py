@@ -4,10 +4,12 @@ import os
 import re
 import threading
 
+import msgspec
 import microauthd as m
 import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
+from appliance.base.settings import Options
 
 OTHER = "another battery staple"
 
@@ -974,7 +976,7 @@ class TestTotp:
     def filed(self, make_idp, root, alice, tmp_path):
         folder = tmp_path / "qr"
         folder.mkdir()
-        idp = make_idp(m.Options(**CHEAP, admin_domain="localhost", totp_qr_output_root=str(folder)))
+        idp = make_idp(Options(**CHEAP, admin_domain="localhost", totp_qr_output_root=str(folder)))
         admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
         token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
         return folder, lambda body: admin("POST", "/users/alice/totp/generate", bearer=token, json_body=body)
@@ -1258,7 +1260,7 @@ class TestAudit:
 
     def test_a_start_and_what_changed_since_the_last_are_written_down(self, make_idp):
         for brand, secret in (("One", "x"), ("One", "y"), ("Two", "y")):
-            m.note_configuration(idp := make_idp(m.Options(**CHEAP, brand_name=brand, db_pass=secret)))
+            m.note_configuration(idp := make_idp(Options(**CHEAP, brand_name=brand, db_pass=secret)))
         rows = idp.store.list_audit(limit=10)
         assert [row.action for row in rows][:4] == [
             "server_started", "configuration_changed", "server_started", "server_started",
@@ -1318,7 +1320,7 @@ class TestAudit:
         while after is not None:
             page = call("GET", f"/audit-logs/export?after={after}&limit=2")
             assert page.headers["content-type"] == "application/x-ndjson"
-            lines += [m.msgspec.json.decode(line) for line in page.body.splitlines()]
+            lines += [msgspec.json.decode(line) for line in page.body.splitlines()]
             after = page.headers.get("x-next-after")
         assert [int(row["id"]) for row in lines] == list(range(1, len(lines) + 1)) and len(lines) >= 6
 
@@ -1356,7 +1358,7 @@ class TestMassAssignment:
         for struct in vars(m).values():
             if (
                 isinstance(struct, type)
-                and issubclass(struct, m.msgspec.Struct)
+                and issubclass(struct, msgspec.Struct)
                 and any(
                     route.gives in (struct, list[struct]) for routes in (m.AUTH, m.ADMIN) for route in routes.routes
                 )

@@ -8,13 +8,14 @@ import microauthd as m
 import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
+from appliance.base.settings import Options
 
 OTHER, CHOSEN = "another battery staple", "a secret somebody chose"
 
 
 @pytest.fixture
 def options(tmp_path):
-    return m.Options(
+    return Options(
         **CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost",
         totp_qr_output_root=str(tmp_path),
     )

@@ -13,6 +13,9 @@ import microauthd as m
 import pytest
 from box import Box
 from conftest import CHEAP, Caller, die, in_child
+from appliance.base import Refusal
+from appliance.base.clock import RELEASED_AT
+from appliance.base.settings import OPTIONS, Options, load_options
 
 PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -21,7 +24,7 @@ FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
 def made(folder, **more):
     """A set-up box in this process, without a server: its options."""
     config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
-    options = m.Options(
+    options = Options(
         config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
     )
     m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
@@ -39,7 +42,7 @@ def fresh_machine(tmp_path, monkeypatch, **more):
     folder = tmp_path / "fresh"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    return folder, m.Options(
+    return folder, Options(
         {"config": str(folder / "mad.conf"), "db-pass": "environment MAD_DB_PASS"}, db_pass="a phrase", **more
     )
 
@@ -90,7 +93,7 @@ class TestWhatABackupIs:
 
             def work():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-                with pytest.raises(m.Refusal, match="cannot be written"):
+                with pytest.raises(Refusal, match="cannot be written"):
                     m.back_up(house, "b")
 
             assert in_child(work) == 0
@@ -100,14 +103,14 @@ class TestWhatABackupIs:
     @pytest.mark.parametrize("name", FILES)
     def test_it_never_writes_over_what_it_reads(self, house, tmp_path, name):
         before = states(tmp_path)
-        with pytest.raises(m.Refusal, match="what is to be backed up"):
+        with pytest.raises(Refusal, match="what is to be backed up"):
             m.back_up(house, name, force=True)
         assert states(tmp_path) == before
 
     def test_without_a_passphrase_keys_stay_out_of_it_and_are_needed_beside_it(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         options = made(tmp_path, db_pass="", no_db_pass=True)
-        with pytest.raises(m.Refusal, match="--without-keys"):
+        with pytest.raises(Refusal, match="--without-keys"):
             m.back_up(options, "b")
         m.back_up(options, "b", without_keys=True)
         content = (tmp_path / "b").read_bytes()
@@ -120,7 +123,7 @@ class TestWhatABackupIs:
         m.restore(options, "b")
         assert kids(options) == before
         folder, other = fresh_machine(tmp_path, monkeypatch, no_db_pass=True)
-        with pytest.raises(m.Refusal, match="without keys"):
+        with pytest.raises(Refusal, match="without keys"):
             m.restore(other, str(tmp_path / "b"))
         assert states(folder) == {}
 
@@ -130,7 +133,7 @@ class TestWhatABackupIs:
         """A backup that cannot restore the box is none."""
         idp = m.open_idp(house)
         os.unlink(name)
-        with pytest.raises(m.Refusal, match=name):
+        with pytest.raises(Refusal, match=name):
             m.write_backup(idp, m.LOCAL, "t", str(tmp_path / "b"))
         idp.store.close()
         assert not list(tmp_path.glob("b*"))
@@ -150,7 +153,7 @@ class TestRestore:
             for path in folder.rglob("*")
             if path.is_file() and not path.name.endswith(".lock")
         } == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
-        found = m.load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
+        found = load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
         idp = m.open_idp(found)
         assert found.oidc_issuer == "https://idp.example" and m.get_user(idp, "root")
         idp.store.close()
@@ -158,7 +161,7 @@ class TestRestore:
     def test_what_is_said_at_the_machine_goes_before_the_settings_within(self, house, tmp_path, monkeypatch):
         m.back_up(house, "b")
         folder, options = fresh_machine(tmp_path, monkeypatch)
-        options = m.Options(
+        options = Options(
             options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3"
         )
         m.restore(options, str(tmp_path / "b"))
@@ -234,10 +237,10 @@ class TestRestore:
             bad = bytearray(content)
             bad[at] ^= 1 << chance.randrange(8)
             (tmp_path / "bad").write_bytes(bad)
-            with pytest.raises(m.Refusal):
+            with pytest.raises(Refusal):
                 m.check_copy("bad", key)
         before = states(tmp_path)
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             m.restore(house, "bad")
         assert states(tmp_path) == before
 
@@ -271,7 +274,7 @@ class TestRestore:
             m.hold_setup(house.origins["config"], beside_others=True),
             m.hold_setup(house.origins["config"], beside_others=True),
         ):
-            with pytest.raises(m.Refusal, match="at work"):
+            with pytest.raises(Refusal, match="at work"):
                 m.restore(house, "b")
         with m.hold_setup(house.origins["config"]):
             for words in (["backup", "c"], ["keys", "list"], ["factory-reset", "--yes"]):
@@ -286,7 +289,7 @@ class TestRestore:
         for act in (
             lambda: m.restore(house, "b"), lambda: m.back_up(house, "c"), lambda: m.rotate_keys(house, ["auth"]),
         ):
-            with pytest.raises(m.Refusal, match="belongs to user"):
+            with pytest.raises(Refusal, match="belongs to user"):
                 act()
 
 
@@ -421,9 +424,9 @@ class TestOverAdmin:
     @pytest.fixture
     def call(self, house, tmp_path):
         (tmp_path / "backups").mkdir()
-        options = m.Options(
+        options = Options(
             house.origins,
-            **{option.attribute: getattr(house, option.attribute) for option in m.OPTIONS}
+            **{option.attribute: getattr(house, option.attribute) for option in OPTIONS}
             | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"},
         )
         idp = m.open_idp(options)
@@ -507,7 +510,7 @@ class TestOverAdmin:
     def test_an_unencrypted_one_holds_no_keys(self, options, rings, clock, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         idp = m.Idp(
-            options, m.Store.make(tmp_path / "plain.db3", "", m.RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
+            options, m.Store.make(tmp_path / "plain.db3", "", RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
             m.Seal(bytes(32)), clock,
         )
         try:
@@ -523,9 +526,9 @@ class TestOverAdmin:
 
     def test_without_a_folder_there_is_nothing_there(self, make_idp, options):
         idp = make_idp(
-            m.Options(
+            Options(
                 options.origins,
-                **{option.attribute: getattr(options, option.attribute) for option in m.OPTIONS}
+                **{option.attribute: getattr(options, option.attribute) for option in OPTIONS}
                 | {"backup_folder": ""},
             )
         )

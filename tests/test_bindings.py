@@ -6,13 +6,14 @@ Each test states a fact of the wire. The clients themselves are not here.
 import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD
+from appliance.base.settings import Options
 
 OTHER = "another battery staple"
 
 
 @pytest.fixture
 def options(tmp_path):
-    return m.Options(
+    return Options(
         **CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost",
         totp_qr_output_root=str(tmp_path),
     )

@@ -9,6 +9,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.settings import Options
 
 MACHINE = {"grant_type": "client_credentials"}
 
@@ -426,7 +427,7 @@ class TestFlags:
         assert (
             jwt.get_unverified_header(auth.post("/token", MACHINE, auth=service).json["access_token"])["alg"] == "RS256"
         )
-        assert make_idp(m.Options(**CHEAP, prefer_ec_token_signer=False)).auth_ring.access.alg == "RS256"
+        assert make_idp(Options(**CHEAP, prefer_ec_token_signer=False)).auth_ring.access.alg == "RS256"
 
 
 class TestUris:

@@ -17,6 +17,8 @@ from test_recovery import house, opened  # noqa: F401
 from test_serve import TestTls as Tls
 from test_serve import certificate, read_all, run, statuses  # noqa: F401
 from test_upkeep import DAY, NOON, YEARS, Machine
+from appliance.base import Refusal
+from appliance.base.clock import IAT_SKEW, Timekeeper
 
 PEER = m.Origin("192.0.2.1", is_local=False)
 
@@ -78,7 +80,7 @@ def test_what_lives_again_when_its_turn_comes_stays(idp, monkeypatch):
 
 def test_a_tombstone_stays_as_long_as_a_clock_may_be_behind(idp, auth, service, machine, clock):
     auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
-    clock.pass_(3600 + m.IAT_SKEW - 1)
+    clock.pass_(3600 + IAT_SKEW - 1)
     m.purge(idp, lambda seconds: None)
     assert idp.store.is_revoked(machine["jti"])
 
@@ -248,7 +250,7 @@ def test_a_ring_without_states_that_lost_a_key_stops_the_start(tmp_path):
     whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
     path.write_bytes(b"".join(line for line in whole.splitlines(True) if not line.startswith(b"#"))[:-40])
     path.chmod(0o600)
-    with pytest.raises(m.Refusal):
+    with pytest.raises(Refusal):
         m.read_ring(str(path), "")
 
 
@@ -367,7 +369,7 @@ def left(idp):
 def test_a_start_that_has_to_guess_the_time_forgets_what_was_under_way(idp, alice, service, monkeypatch):
     under_way(idp, alice.id)
     idp.store.put_meta("clock", idp.now())
-    monkeypatch.setattr(m.Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
+    monkeypatch.setattr(Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
     assert m.start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]
 
 

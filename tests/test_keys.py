@@ -11,6 +11,9 @@ import microauthd as m
 import pytest
 from box import Box
 from conftest import CHEAP, Caller, die, in_child
+from appliance.base import Refusal
+from appliance.base.clock import RELEASED_AT
+from appliance.base.settings import Options
 
 PASSWORD = "correct horse battery"
 
@@ -19,7 +22,7 @@ PASSWORD = "correct horse battery"
 def house(tmp_path, monkeypatch):
     """A set-up box in this process, without a server: its options."""
     monkeypatch.chdir(tmp_path)
-    options = m.Options(
+    options = Options(
         {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
         oidc_issuer="https://idp.example",
     )
@@ -42,7 +45,7 @@ class TestKeySet:
         ],
     )
     def test_caches_keep_it_for_less_than_a_new_key_waits(self, make_idp, overlap, told):
-        auth = Caller(m.build_app(make_idp(m.Options(**CHEAP, key_overlap=overlap)), m.AUTH))
+        auth = Caller(m.build_app(make_idp(Options(**CHEAP, key_overlap=overlap)), m.AUTH))
         assert auth.get("/jwks.json").headers["cache-control"] == told
 
     def test_one_made_while_the_keys_changed_does_not_stay(self, idp):
@@ -61,19 +64,19 @@ class TestRotation:
     def test_it_is_all_rings_or_none(self, house):
         m.rotate_keys(house, ["admin"])
         before = rows(house)
-        with pytest.raises(m.Refusal, match="waits to sign"):
+        with pytest.raises(Refusal, match="waits to sign"):
             m.rotate_keys(house, ["auth", "admin"])
         assert rows(house) == before
 
     def test_an_algorithm_that_does_not_sign_is_refused(self, house):
-        with pytest.raises(m.Refusal, match="no key of admin signs with RS256"):
+        with pytest.raises(Refusal, match="no key of admin signs with RS256"):
             m.rotate_keys(house, ["admin"], ["RS256"])
 
     def test_a_clock_behind_the_times_is_put_right_first(self, house, monkeypatch):
         """Once it is, the new key would sign at once, and no cache would know it."""
         before = rows(house)
-        monkeypatch.setattr(m.Idp, "now", lambda idp: m.RELEASED_AT - 86400)
-        with pytest.raises(m.Refusal, match="clock"):
+        monkeypatch.setattr(m.Idp, "now", lambda idp: RELEASED_AT - 86400)
+        with pytest.raises(Refusal, match="clock"):
             m.rotate_keys(house, ["auth"])
         monkeypatch.undo()
         os.chdir(os.path.dirname(house.origins["config"]))
@@ -121,7 +124,7 @@ class TestRotation:
     def test_what_time_has_done_is_seen_after_a_restart_and_written_by_the_upkeep(self, house, monkeypatch):
         (new,) = m.rotate_keys(house, ["auth"], ["ES256"])
         later = time.time() + 901
-        monkeypatch.setattr(m.time, "time", lambda: later)
+        monkeypatch.setattr(time, "time", lambda: later)
         assert ("ES256", "active", new) in rows(house) and b"state=next" in open(
             house.token_signing_key_file, "rb"
         ).read()
@@ -138,7 +141,7 @@ class TestRotation:
     def test_what_is_no_file_is_no_ring_and_keeps_nobody_waiting(self, tmp_path, what):
         path = tmp_path / "token.pem"
         os.mkfifo(path, 0o600) if what == "a pipe" else path.mkdir(0o700)
-        with pytest.raises(m.Refusal, match="cannot be read"):
+        with pytest.raises(Refusal, match="cannot be read"):
             m.read_ring(str(path), "")
 
 

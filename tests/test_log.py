@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 
-import microauthd as m
+import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.settings import Options
+from appliance.base.log import Log, LogFile
 
 ANYTHING = st.one_of(st.text(max_size=30), st.integers(), st.none(), st.binary(max_size=10))
 
@@ -22,7 +24,7 @@ def lines(stream):
 def said(*events, **options):
     """What a Log writes when it is told events: (name, level, fields)."""
     stream = io.StringIO()
-    log = m.Log(m.Options(log_file="", **options), stream)
+    log = Log(Options(log_file="", **options), stream)
     for event, level, fields in events:
         log(event, level, **fields)
     return stream
@@ -32,7 +34,7 @@ def said(*events, **options):
 def second(monkeypatch):
     """A second that does not pass, and a way to the next."""
     now = [1795392000.25]
-    monkeypatch.setattr(m.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     return lambda: now.__setitem__(0, now[0] + 1)
 
 
@@ -70,7 +72,7 @@ class TestLine:
         try:
             1 / 0
         except ZeroDivisionError as error:
-            m.Log(stream=stream)("bug", "error", exc_info=error)
+            Log(stream=stream)("bug", "error", exc_info=error)
         assert len(lines(stream)) == 1 and "ZeroDivisionError" in stream.getvalue()
 
     @pytest.mark.parametrize("least, heard", [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
@@ -86,16 +88,16 @@ class TestFlood:
 
     def test_lines_of_a_second_are_limited_and_the_rest_is_counted(self, second):
         stream = io.StringIO()
-        log = m.Log(stream=stream)
-        for number in range(m.Log.LINES + 50):
+        log = Log(stream=stream)
+        for number in range(Log.LINES + 50):
             log("refused", number=number)
-        assert len(lines(stream)) == m.Log.LINES
+        assert len(lines(stream)) == Log.LINES
         second()
         log("refused")
         assert lines(stream)[-1].endswith("left_out_before=50")
 
     def test_errors_are_always_said(self, second):
-        stream = said(*[("refused", "info", {})] * (m.Log.LINES + 1), ("bug", "error", {}))
+        stream = said(*[("refused", "info", {})] * (Log.LINES + 1), ("bug", "error", {}))
         assert lines(stream)[-1].endswith("bug")
 
 
@@ -110,11 +112,11 @@ class TestFile:
         return tmp_path / "log" / "microauthd.log"
 
     def test_it_is_its_owners_alone(self, path):
-        m.LogFile(path).emit(record("hello"))
+        LogFile(path).emit(record("hello"))
         assert path.read_text() == "hello\n" and path.stat().st_mode & 0o777 == 0o600
 
     def test_it_is_rotated_and_a_few_are_kept(self, path):
-        handler = m.LogFile(path, max_bytes=40, keep=3)
+        handler = LogFile(path, max_bytes=40, keep=3)
         for number in range(100):
             handler.emit(record(f"line {number:03d} of a hundred"))
         kept = sorted(name.name for name in path.parent.iterdir() if not name.name.endswith(".lock"))
@@ -122,7 +124,7 @@ class TestFile:
         assert "line 099" in path.read_text()
 
     def test_another_process_notices_the_rotation(self, path):
-        one, other = m.LogFile(path, max_bytes=40), m.LogFile(path, max_bytes=40)
+        one, other = LogFile(path, max_bytes=40), LogFile(path, max_bytes=40)
         for number in range(10):
             one.emit(record(f"one {number} xxxxxxxxxxxxxxxx"))
             other.emit(record(f"other {number} xxxxxxxxxxxxxx"))
@@ -134,7 +136,7 @@ class TestFile:
         for who in "abc":
             pid = os.fork()
             if pid == 0:
-                handler = m.LogFile(path, max_bytes=20_000)
+                handler = LogFile(path, max_bytes=20_000)
                 for _ in range(200):
                     handler.emit(record(who * 100))
                 os._exit(0)
@@ -149,14 +151,14 @@ class TestFile:
         assert sorted(found) == ["a" * 100] * 200 + ["b" * 100] * 200 + ["c" * 100] * 200
 
     def test_a_file_that_was_taken_away_is_made_anew(self, path):
-        handler = m.LogFile(path)
+        handler = LogFile(path)
         handler.emit(record("before"))
         path.unlink()
         handler.emit(record("after"))
         assert path.read_text() == "after\n"
 
     def test_a_log_that_cannot_be_opened_again_closes_nobody_elses_file(self, path):
-        handler = m.LogFile(path)
+        handler = LogFile(path)
         handler.emit(record("before"))
         shutil.rmtree(path.parent)
         handler.emit(record("lost"))
@@ -176,5 +178,5 @@ class TestFile:
         assert path.read_text() == "back\n", "it goes on when the folder is back"
 
     def test_a_log_that_cannot_be_written_stops_nobody(self, tmp_path):
-        log = m.Log(m.Options(log_file=str(tmp_path / "no" / "such" / "folder.log")))
+        log = Log(Options(log_file=str(tmp_path / "no" / "such" / "folder.log")))
         log("event")

@@ -20,6 +20,9 @@ import pytest
 import segno
 from appliance import oobe
 from box import CHEAP, ROOT, free_port
+from appliance.base import Refusal
+from appliance.base.settings import OPTIONS, Options, load_options
+from appliance.base.files import write_durably
 
 PASSWORD = "correct horse"
 PHRASE = "a long phrase"
@@ -87,7 +90,7 @@ class Console:
 def log_in(folder, username="admin", password=PASSWORD, totp="", config="mad.conf"):
     """Open what was set up and let the administrator in."""
     with contextlib.chdir(folder):
-        options = m.load_options({"config": (config, "test")}, CHEAP)
+        options = load_options({"config": (config, "test")}, CHEAP)
         store = m.Store(options.db_file, m.read_database_key(options.db_file, options.db_pass, options.no_db_pass))
         store.open()
         auth = m.KeyRing(m.read_ring(options.token_signing_key_file, options.token_signing_key_pass))
@@ -205,7 +208,7 @@ class TestWizard:
         monkeypatch.setattr(oobe, "asker_for_terminal", Slow)
         monkeypatch.setattr(m, "new_totp_seed", lambda: seed)
         monkeypatch.setattr(m, "set_up", lambda options, answers: made.append(answers) or m.MadeClient("", ""))
-        assert oobe.wizard(m.Options({"config": "mad.conf"}), ["--quick"]) == 0
+        assert oobe.wizard(Options({"config": "mad.conf"}), ["--quick"]) == 0
         assert (
             made[0].totp_seed == seed
             and m.totp_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
@@ -315,7 +318,7 @@ class TestGuided:
 
     def test_every_question_of_the_options_is_asked(self):
         asked = {*oobe.BY_HAND, *oobe.BEFORE_CLIENT, *oobe.AFTER_CLIENT}
-        assert asked == {option.name for option in m.OPTIONS if option.ask} | set(oobe.QUESTIONS)
+        assert asked == {option.name for option in OPTIONS if option.ask} | set(oobe.QUESTIONS)
         assert set(oobe.RANGES) <= asked and set(oobe.MATTERS) <= asked
 
     @pytest.mark.parametrize("term", ["dumb", "vt100"])
@@ -583,8 +586,8 @@ class TestPowerCut:
         if pid == 0:
             try:
                 os.chdir(folder)
-                m.os.replace = replace
-                options = m.Options(
+                os.replace = replace
+                options = Options(
                     {"config": "mad.conf", "db-pass": "x"}, db_pass=PHRASE, argon2id_time=1, argon2id_memory=8192,
                     argon2id_parallelism=1,
                 )
@@ -668,7 +671,7 @@ class TestPowerCut:
             done = subprocess.run([*PROGRAM, "options"], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True)
             refused.append((name, done.returncode, done.stderr))
 
-        options = m.Options(
+        options = Options(
             {"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192,
             argon2id_parallelism=1,
         )
@@ -697,11 +700,11 @@ class TestDemo:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(m, "set_up", refused)
-        with pytest.raises(m.Refusal, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
-            m.setup(m.Options(), {}, ["--demo"], {})
+        with pytest.raises(Refusal, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
+            m.setup(Options(), {}, ["--demo"], {})
 
     def test_its_secrets_are_said_where_their_file_cannot_be_written(self, tmp_path, monkeypatch, capsys):
-        write = m.write_durably
+        write = write_durably
 
         def refused(path, *words):
             if os.path.basename(path) == "demo.env":
@@ -709,9 +712,9 @@ class TestDemo:
             return write(path, *words)
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(m, "write_durably", refused)
-        with pytest.raises(m.Refusal, match="it is set up"):
+        monkeypatch.setattr("appliance.base.files.write_durably", refused)
+        with pytest.raises(Refusal, match="it is set up"):
             m.setup(
-                m.load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {}
+                load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {}
             )
         assert "client_secret  " in capsys.readouterr().err and (tmp_path / "mad.db3").exists()

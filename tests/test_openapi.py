@@ -4,10 +4,12 @@ import inspect
 import json
 import re
 
+import bottle
 import microauthd as m
 import msgspec
 import pytest
 from conftest import CHEAP, Caller
+from appliance.base.settings import Options
 
 OPTIONS = {
     "enable_auth_swagger": True, "enable_admin_swagger": True, "enable_token_refresh": True,
@@ -20,7 +22,7 @@ OPTIONS = {
     ids=["usual", "less", "files"],
 )
 def described(make_idp, request):
-    return make_idp(m.Options(**CHEAP, **(OPTIONS | request.param)))
+    return make_idp(Options(**CHEAP, **(OPTIONS | request.param)))
 
 
 class TestDocument:
@@ -29,7 +31,7 @@ class TestDocument:
         """Asked of Bottle, which knows what it was given."""
         app = m.build_app(described, routes)
         (bottle_app,) = [
-            cell.cell_contents for cell in app.__closure__ if isinstance(cell.cell_contents, m.bottle.Bottle)
+            cell.cell_contents for cell in app.__closure__ if isinstance(cell.cell_contents, bottle.Bottle)
         ]
         served = {(route.method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.rule)) for route in bottle_app.routes}
         document = m.describe_api(described, routes)
@@ -50,7 +52,7 @@ class TestDocument:
             assert [caller.get(path).status for path in ("/openapi.json", "/swagger/v1/swagger.json", "/swagger")] == [
                 404
             ] * 3
-        idp = make_idp(m.Options(**CHEAP, **OPTIONS))
+        idp = make_idp(Options(**CHEAP, **OPTIONS))
         for routes in (m.AUTH, m.ADMIN):
             answer = Caller(m.build_app(idp, routes)).get("/openapi.json")
             assert (
@@ -197,7 +199,7 @@ class TestAnswers:
     @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
     def test_exactly_what_has_a_lasting_tag_is_described_as_having_one(self, make_idp, routes):
         """RFC 9110 §15.4.5"""
-        idp = make_idp(m.Options(**CHEAP, **OPTIONS))
+        idp = make_idp(Options(**CHEAP, **OPTIONS))
         caller = Caller(m.build_app(idp, routes))
         for path, methods in m.describe_api(idp, routes)["paths"].items():
             if "get" in methods and "{" not in path:

@@ -6,13 +6,18 @@ import microauthd as m
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from appliance.base import Refusal
+from appliance.base.settings import (
+    OPTIONS, Options, absolute, address, boolean, check_options, color, days, describe_options, domain, issuer, label,
+    load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
+)
 
 
 def load(tmp_path, content="", environ=None, argv=()):
     path = tmp_path / "mad.conf"
     path.write_text(content)
     path.chmod(0o600)
-    return m.load_options(m.parse_flags(["--config", str(path), *argv])[0], environ or {})
+    return load_options(parse_flags(["--config", str(path), *argv])[0], environ or {})
 
 
 class TestPrecedence:
@@ -21,23 +26,23 @@ class TestPrecedence:
         assert load(tmp_path, "auth-port = 1").auth_port == 1
         assert load(tmp_path, "auth-port = 1", {"MAD_AUTH_PORT": "2"}).auth_port == 2
         options = load(tmp_path, "auth-port = 1", {"MAD_AUTH_PORT": "2"}, ["--auth-port", "3"])
-        assert options.auth_port == 3 and m.describe_options(options)["auth-port"] == {
+        assert options.auth_port == 3 and describe_options(options)["auth-port"] == {
             "value": 3, "origin": "flag --auth-port",
         }
 
-    @pytest.mark.parametrize("alias, option", [(alias, option) for option in m.OPTIONS for alias in option.aliases])
+    @pytest.mark.parametrize("alias, option", [(alias, option) for option in OPTIONS for alias in option.aliases])
     def test_the_documented_aliases_work(self, tmp_path, alias, option):
-        word = {m.boolean: "true", m.text: "x"}.get(option.parse, str(option.default))
+        word = {boolean: "true", text: "x"}.get(option.parse, str(option.default))
         assert getattr(load(tmp_path, f"{alias} = {word}"), option.attribute) == option.parse(word)
         assert getattr(
             load(tmp_path, "", {"MAD_" + alias.upper().replace("-", "_"): word}), option.attribute
         ) == option.parse(word)
 
     def test_another_prefix(self, tmp_path):
-        flags = m.parse_flags(["--config", str(tmp_path / "none"), "--env-var-prefix", "BOX_"])[0] | {
+        flags = parse_flags(["--config", str(tmp_path / "none"), "--env-var-prefix", "BOX_"])[0] | {
             "config-may-be-missing": True
         }
-        assert m.load_options(flags, {"BOX_AUTH_PORT": "7", "MAD_AUTH_PORT": "8"}).auth_port == 7
+        assert load_options(flags, {"BOX_AUTH_PORT": "7", "MAD_AUTH_PORT": "8"}).auth_port == 7
 
 
 class TestFile:
@@ -68,7 +73,7 @@ class TestFile:
         ],
     )
     def test_what_is_wrong_is_said_with_its_line(self, tmp_path, content, sentence):
-        with pytest.raises(m.Refusal) as caught:
+        with pytest.raises(Refusal) as caught:
             load(tmp_path, content)
         assert sentence in str(caught.value)
 
@@ -83,21 +88,21 @@ class TestFile:
         path = tmp_path / "mad.conf"
         path.write_text("db-pass = secret")
         path.chmod(0o644)
-        m.load_options({"config": (str(path), "flag")}, {})
+        load_options({"config": (str(path), "flag")}, {})
         assert path.stat().st_mode & 0o777 == 0o600
         assert "readable by others" in capsys.readouterr().err
 
     def test_a_named_file_must_be_there(self, tmp_path):
-        with pytest.raises(m.Refusal):
-            m.load_options({"config": (str(tmp_path / "missing"), "flag")}, {})
+        with pytest.raises(Refusal):
+            load_options({"config": (str(tmp_path / "missing"), "flag")}, {})
 
     @pytest.mark.parametrize("letter", ["\n", "\r", "\0", "\t", "\x0b", "\x1b", "\x7f", "\x85", "\u2028", "\u2029"])
     def test_a_control_character_cannot_be_written(self, letter):
-        with pytest.raises(m.Refusal) as caught:
-            m.write_config(m.Options(db_pass=f"a{letter}auth-ip = 0.0.0.0"))
+        with pytest.raises(Refusal) as caught:
+            write_config(Options(db_pass=f"a{letter}auth-ip = 0.0.0.0"))
         assert "db-pass" in str(caught.value) and "0.0.0.0" not in str(caught.value)
         if letter != "\n":
-            assert list(m.parse_config(f"db-pass = a{letter}auth-ip = 0.0.0.0", "x")) == ["db-pass"], (
+            assert list(parse_config(f"db-pass = a{letter}auth-ip = 0.0.0.0", "x")) == ["db-pass"], (
                 "nor does it begin another line"
             )
 
@@ -113,31 +118,31 @@ class TestFile:
         path = tmp_path / "mad.conf"
         path.write_bytes(b"auth-port = 81\r\ndb-pass = a b\r\n")
         path.chmod(0o600)
-        options = m.load_options({"config": (str(path), "flag")}, {})
+        options = load_options({"config": (str(path), "flag")}, {})
         assert (options.auth_port, options.db_pass) == (81, "a b")
 
     @pytest.mark.parametrize("content", [b"auth-port = \xff\xfe", b"db-pass = \xff"])
     def test_what_is_not_utf8_is_refused_in_a_sentence(self, tmp_path, content):
         path = tmp_path / "mad.conf"
         path.write_bytes(content)
-        with pytest.raises(m.Refusal) as caught:
-            m.load_options({"config": (str(path), "flag")}, {})
+        with pytest.raises(Refusal) as caught:
+            load_options({"config": (str(path), "flag")}, {})
         assert "cannot be read" in str(caught.value)
 
     def test_a_file_that_is_not_ours_to_repair_is_refused(self, tmp_path, monkeypatch):
         path = tmp_path / "mad.conf"
         path.write_text("db-pass = secret")
         path.chmod(0o644)
-        monkeypatch.setattr(m.os, "geteuid", lambda: 12345)
-        with pytest.raises(m.Refusal) as caught:
-            m.load_options({"config": (str(path), "flag")}, {})
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(Refusal) as caught:
+            load_options({"config": (str(path), "flag")}, {})
         assert "chmod 600" in str(caught.value) and path.stat().st_mode & 0o777 == 0o644
 
     def test_a_file_without_secrets_may_be_read_by_all(self, tmp_path, capsys):
         path = tmp_path / "mad.conf"
         path.write_text("auth-port = 81")
         path.chmod(0o644)
-        m.load_options({"config": (str(path), "flag")}, {})
+        load_options({"config": (str(path), "flag")}, {})
         assert path.stat().st_mode & 0o777 == 0o644 and capsys.readouterr().err == ""
 
 
@@ -146,14 +151,14 @@ TEXT = st.text(
     max_size=20,
 )
 VALUES = {
-    m.color: st.from_regex(r"[0-9a-f]{6}", fullmatch=True).map("#".__add__), m.label: st.just("Box & Co #1"),
-    m.text: TEXT, m.boolean: st.booleans(), m.absolute: st.one_of(st.just(""), TEXT.map("/".__add__)),
-    m.address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]), m.port: st.integers(1, 65535),
-    m.seconds: st.integers(1, 315360000), m.days: st.integers(0, 9999), m.worker_count: st.integers(-1, 64),
-    m.networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
+    color: st.from_regex(r"[0-9a-f]{6}", fullmatch=True).map("#".__add__), label: st.just("Box & Co #1"),
+    text: TEXT, boolean: st.booleans(), absolute: st.one_of(st.just(""), TEXT.map("/".__add__)),
+    address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]), port: st.integers(1, 65535),
+    seconds: st.integers(1, 315360000), days: st.integers(0, 9999), worker_count: st.integers(-1, 64),
+    networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
     .map(", ".join)
-    .map(m.networks), m.domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
-    m.issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
+    .map(networks), domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
+    issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
 }
 
 
@@ -181,13 +186,13 @@ class TestWriting:
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def test_every_option_is_read_as_it_was_written_or_refused(self, tmp_path_factory, data):
-        chosen = data.draw(st.lists(st.sampled_from(m.OPTIONS), max_size=12, unique_by=lambda option: option.name))
+        chosen = data.draw(st.lists(st.sampled_from(OPTIONS), max_size=12, unique_by=lambda option: option.name))
         values = {option.attribute: data.draw(values_of(option), label=option.name) for option in chosen}
-        wanted = m.Options({option.name: "setup" for option in chosen}, **values)
+        wanted = Options({option.name: "setup" for option in chosen}, **values)
         try:
-            m.check_options(wanted)
-            written = m.write_config(wanted)
-        except m.Refusal:
+            check_options(wanted)
+            written = write_config(wanted)
+        except Refusal:
             files = (
                 wanted.db_file, wanted.seal_key_file, wanted.token_signing_key_file,
                 wanted.admin_token_signing_key_file,
@@ -205,9 +210,9 @@ class TestWriting:
         path = tmp_path_factory.mktemp("written") / "mad.conf"
         path.write_text(written, "utf-8", newline="")
         path.chmod(0o600)
-        read = m.load_options({"config": (str(path), "flag")}, {})
-        assert {option.attribute: getattr(read, option.attribute) for option in m.OPTIONS} == {
-            option.attribute: getattr(wanted, option.attribute) for option in m.OPTIONS
+        read = load_options({"config": (str(path), "flag")}, {})
+        assert {option.attribute: getattr(read, option.attribute) for option in OPTIONS} == {
+            option.attribute: getattr(wanted, option.attribute) for option in OPTIONS
         }
 
     @pytest.mark.parametrize(
@@ -219,27 +224,27 @@ class TestWriting:
         ],
     )
     @pytest.mark.parametrize(
-        "option", [option for option in m.OPTIONS if option.parse is m.text], ids=lambda option: option.name
+        "option", [option for option in OPTIONS if option.parse is text], ids=lambda option: option.name
     )
     def test_a_hostile_text_comes_back_or_is_refused(self, option, value):
         try:
-            written = m.write_config(m.Options({}, **{option.attribute: value}))
-        except m.Refusal:
+            written = write_config(Options({}, **{option.attribute: value}))
+        except Refusal:
             assert not value.isprintable()
         else:
-            assert {name: word for name, (word, _) in m.parse_config(written, "x").items()} == {option.name: value}
+            assert {name: word for name, (word, _) in parse_config(written, "x").items()} == {option.name: value}
 
     def test_what_is_at_its_default_is_a_comment(self):
-        assert all(line.startswith("#") or not line for line in m.write_config(m.Options()).splitlines())
+        assert all(line.startswith("#") or not line for line in write_config(Options()).splitlines())
 
     def test_every_option_stands_in_it_with_its_help(self):
-        written = m.write_config(m.Options())
-        assert all(f"# {option.help}\n# {option.name} =" in written for option in m.OPTIONS)
+        written = write_config(Options())
+        assert all(f"# {option.help}\n# {option.name} =" in written for option in OPTIONS)
 
 
 class TestEnvironment:
     def test_an_unknown_variable_is_an_error_and_those_of_mad_are_known(self, tmp_path):
-        with pytest.raises(m.Refusal) as caught:
+        with pytest.raises(Refusal) as caught:
             load(tmp_path, "", {"MAD_AUTH_PROT": "1"})
         assert "MAD_AUTH_PROT" in str(caught.value) and "auth-port" in str(caught.value)
         assert "1" not in str(caught.value).replace("did", ""), "its value may be a secret"
@@ -255,13 +260,13 @@ class TestEnvironment:
         assert load(tmp_path, "", {"mad_Docker": "TRUE"}).docker is True
 
     def test_one_option_under_two_names_is_refused(self, tmp_path):
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             load(tmp_path, "", {"MAD_ARGON2_TIME": "3", "MAD_ARGON2ID_TIME": "4"})
 
     def test_the_file_can_be_named_there(self, tmp_path):
         path = tmp_path / "other.conf"
         path.write_text("auth-port = 82")
-        assert m.load_options({}, {"MAD_CONFIG": str(path)}).auth_port == 82
+        assert load_options({}, {"MAD_CONFIG": str(path)}).auth_port == 82
 
 
 class TestFlags:
@@ -278,7 +283,7 @@ class TestFlags:
         ],
     )
     def test_forms(self, argv, name, value):
-        found, rest = m.parse_flags(argv)
+        found, rest = parse_flags(argv)
         assert found[name][0] == value and rest == []
 
     @pytest.mark.parametrize(
@@ -289,20 +294,20 @@ class TestFlags:
         ],
     )
     def test_what_is_refused(self, argv):
-        with pytest.raises(m.Refusal):
-            m.parse_flags(argv)
+        with pytest.raises(Refusal):
+            parse_flags(argv)
 
     def test_words_that_are_no_flags_are_handed_back(self):
-        assert m.parse_flags(["extra", "--docker"])[1] == ["extra"]
+        assert parse_flags(["extra", "--docker"])[1] == ["extra"]
 
     @pytest.mark.parametrize(
-        "option", [option for option in m.OPTIONS if not option.secret], ids=lambda option: option.name
+        "option", [option for option in OPTIONS if not option.secret], ids=lambda option: option.name
     )
     def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
         """contract/config §7.1 and 2"""
         word = {
-            m.boolean: "true", m.text: "x", m.networks: "10.0.0.1", m.worker_count: "2", m.issuer: "https://x",
-            m.color: "1f5fbf",
+            boolean: "true", text: "x", networks: "10.0.0.1", worker_count: "2", issuer: "https://x",
+            color: "1f5fbf",
         }.get(option.parse, str(option.default))
         for found in (
             load(tmp_path, "", {}, [f"--{option.name}={word}"]),
@@ -329,58 +334,58 @@ class TestChecks:
     )
     def test_table(self, values, refused):
         try:
-            m.check_options(m.Options(**values))
-        except m.Refusal:
+            check_options(Options(**values))
+        except Refusal:
             assert refused
         else:
             assert not refused
 
     def test_options_do_not_change_while_the_server_runs(self):
         with pytest.raises(AttributeError):
-            m.Options().auth_port = 1
+            Options().auth_port = 1
 
     def test_an_option_that_does_not_exist_is_a_bug(self):
         with pytest.raises(TypeError):
-            m.Options(auth_prot=1)
+            Options(auth_prot=1)
 
 
 class TestSecrets:
     def test_they_are_never_flags(self):
-        for option in m.OPTIONS:
+        for option in OPTIONS:
             if option.secret:
-                with pytest.raises(m.Refusal) as caught:
-                    m.parse_flags([f"--{option.name}", "x"])
+                with pytest.raises(Refusal) as caught:
+                    parse_flags([f"--{option.name}", "x"])
                 assert "secret" in str(caught.value)
 
     def test_a_value_that_is_refused_is_not_echoed(self, tmp_path):
         for content, environ, argv in (
             ("auth-port = hush-hush", {}, ()), ("hush = hush-hush", {}, ()), ("", {"MAD_DB_PASSWORT": "hush-hush"}, ()),
         ):
-            with pytest.raises(m.Refusal) as caught:
+            with pytest.raises(Refusal) as caught:
                 load(tmp_path, content, environ, argv)
             assert "hush-hush" not in str(caught.value)
 
     def test_they_are_never_shown(self):
-        values = {option.attribute: "hush-hush" for option in m.OPTIONS if option.secret}
-        assert "hush-hush" not in str(m.describe_options(m.Options(**values)))
+        values = {option.attribute: "hush-hush" for option in OPTIONS if option.secret}
+        assert "hush-hush" not in str(describe_options(Options(**values)))
         assert all(
-            m.describe_options(m.Options(**values))[option.name]["value"] == "(set)"
-            for option in m.OPTIONS
+            describe_options(Options(**values))[option.name]["value"] == "(set)"
+            for option in OPTIONS
             if option.secret
         )
 
 
 class TestIssuer:
     def test_it_is_made_of_the_domain_unless_named(self):
-        assert m.Options().auth_issuer == "https://localhost"
+        assert Options().auth_issuer == "https://localhost"
         assert (
-            m.Options(auth_domain="box.example:8443", auth_domain_no_ssl=True).auth_issuer == "http://box.example:8443"
+            Options(auth_domain="box.example:8443", auth_domain_no_ssl=True).auth_issuer == "http://box.example:8443"
         )
-        assert m.Options(oidc_issuer="https://box/auth").auth_issuer == "https://box/auth"
-        assert m.issuer("microauthd") == "" and m.issuer("https://box/auth/") == "https://box/auth"
+        assert Options(oidc_issuer="https://box/auth").auth_issuer == "https://box/auth"
+        assert issuer("microauthd") == "" and issuer("https://box/auth/") == "https://box/auth"
 
     def test_the_ports_have_issuers_of_their_own(self):
-        assert m.Options().auth_issuer != m.Options().admin_issuer
+        assert Options().auth_issuer != Options().admin_issuer
 
 
 class TestCommandLine:

@@ -7,6 +7,7 @@ import pyotp
 import pytest
 from box import Box
 from conftest import CHEAP, die, in_child
+from appliance.base.settings import Options
 
 PASSWORD = "correct horse battery"
 NEW = "another battery staple"
@@ -82,7 +83,7 @@ class TestAtTheMachine:
     @pytest.fixture
     def house(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        options = m.Options(
+        options = Options(
             {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase"
         )
         m.set_up(options, m.Answers("root", "root@example.org", PASSWORD))

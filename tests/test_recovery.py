@@ -15,6 +15,8 @@ import pyotp
 import pytest
 from box import Box
 from conftest import CHEAP, die, in_child
+from appliance.base import Refusal
+from appliance.base.settings import Options, check_options, load_options, parse_flags
 
 PASSWORD = "correct horse battery"
 YEAR = 365 * 86400
@@ -24,7 +26,7 @@ YEAR = 365 * 86400
 def house(tmp_path, monkeypatch):
     """A set-up box in this process, without a server: its options."""
     monkeypatch.chdir(tmp_path)
-    options = m.Options(
+    options = Options(
         {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
         key_overlap=900, oidc_issuer="https://idp.example",
     )
@@ -63,7 +65,7 @@ class TestBackup:
 
     def test_it_does_not_write_over_what_is_there(self, house, backup):
         before = backup.read_bytes()
-        with pytest.raises(m.Refusal, match="--force"):
+        with pytest.raises(Refusal, match="--force"):
             m.back_up(house, str(backup))
         assert backup.read_bytes() == before
         m.back_up(house, str(backup), force=True)
@@ -75,7 +77,7 @@ class TestBackup:
 
     @pytest.mark.parametrize("where", ["/nonexistent/x", "/dev/null", "/proc/x", "/"])
     def test_where_it_cannot_be_written_it_says_so(self, house, where):
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             m.back_up(house, where, force=True)
 
     def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
@@ -148,8 +150,8 @@ class TestRestore:
         new.mkdir()
         kids = [row["kid"] for row in m.describe_keys(house)]
         monkeypatch.chdir(new)
-        m.restore(m.Options({"config": str(new / "mad.conf")}, **CHEAP, db_pass="a phrase"), str(backup))
-        options = m.load_options(m.parse_flags(["--config", str(new / "mad.conf")])[0], {})
+        m.restore(Options({"config": str(new / "mad.conf")}, **CHEAP, db_pass="a phrase"), str(backup))
+        options = load_options(parse_flags(["--config", str(new / "mad.conf")])[0], {})
         assert [row["kid"] for row in m.describe_keys(options)] == kids and all(
             (new / name).stat().st_mode & 0o077 == 0
             for name in ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -160,8 +162,8 @@ class TestRestore:
 
     def test_a_wrong_passphrase_is_refused_and_everything_stays(self, house, backup, tmp_path):
         before = digest_of(tmp_path)
-        with pytest.raises(m.Refusal):
-            m.restore(m.Options(house.origins, **CHEAP, db_pass="another"), str(backup))
+        with pytest.raises(Refusal):
+            m.restore(Options(house.origins, **CHEAP, db_pass="another"), str(backup))
         assert digest_of(tmp_path) == before
 
     @pytest.mark.parametrize("at", [0, 20, 100, 4095, 4096, 5000, 20_000, 70_000, 150_000, -4096, -100, -1])
@@ -171,19 +173,19 @@ class TestRestore:
         bad = tmp_path / "bad"
         bad.write_bytes(content)
         before = digest_of(tmp_path)
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             m.restore(house, str(bad))
         assert digest_of(tmp_path) == before
 
     @pytest.mark.parametrize("cut", [0, 100, 4096, 100_000])
     def test_a_cut_one_too(self, house, backup, tmp_path, cut):
         (tmp_path / "bad").write_bytes(backup.read_bytes()[:cut])
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             m.restore(house, str(tmp_path / "bad"))
 
     def test_a_database_is_no_backup(self, house, tmp_path):
         shutil.copy(house.db_file, tmp_path / "plain")
-        with pytest.raises(m.Refusal, match="no backup"):
+        with pytest.raises(Refusal, match="no backup"):
             m.restore(house, str(tmp_path / "plain"))
 
     @pytest.mark.parametrize("when", ["journal", "seal", "auth", "admin", "staged", "committed"])
@@ -223,7 +225,7 @@ class TestRestore:
         bad = bytearray((tmp_path / "good").read_bytes())
         bad[30_000] ^= 1
         (tmp_path / "bad").write_bytes(bad)
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             m.restore(house, str(tmp_path / "bad"))
         assert log.read_bytes() == content
         assert m.restore(house, str(tmp_path / "good"))["knows_revoked"] is False
@@ -238,7 +240,7 @@ class TestRestore:
             m.factory_reset(house)
         before = digest_of(tmp_path)
         monkeypatch.setattr(m.Idp.__init__, "__defaults__", (lambda: 1000.0, *m.Idp.__init__.__defaults__[1:]))
-        with pytest.raises(m.Refusal, match="clock of this machine is behind"):
+        with pytest.raises(Refusal, match="clock of this machine is behind"):
             m.restore(house, str(tmp_path / "good"))
         assert digest_of(tmp_path) == before
 
@@ -250,7 +252,7 @@ class TestRestore:
             m, "MIGRATIONS", (*m.MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n")
         )
         with m.hold_database(house.db_file):
-            with pytest.raises(m.Refusal, match="of an older release: restart it first"):
+            with pytest.raises(Refusal, match="of an older release: restart it first"):
                 m.back_up(house, str(tmp_path / "copy"))
             assert idp.store.find_account_by_name("root")
         idp.store.close()
@@ -258,7 +260,7 @@ class TestRestore:
 
     def test_two_backups_under_one_name_do_not_take_each_others_file(self, house, tmp_path, monkeypatch):
         m.back_up(house, str(tmp_path / "copy"))
-        with m.hold_folder(str(tmp_path)), pytest.raises(m.Refusal, match="another backup"):
+        with m.hold_folder(str(tmp_path)), pytest.raises(Refusal, match="another backup"):
             m.back_up(house, str(tmp_path / "copy"), force=True)
         m.back_up(house, str(tmp_path / "copy"), force=True)
 
@@ -273,7 +275,7 @@ class TestLinks:
         for name in ("mad.db3", "token.pem", "seal.key"):
             (tmp_path / name).rename(data / name)
             (tmp_path / name).symlink_to(data / name)
-        return m.load_options({"config": [str(tmp_path / "mad.conf")]}, {})
+        return load_options({"config": [str(tmp_path / "mad.conf")]}, {})
 
     def test_a_damaged_log_is_found_beside_the_file(self, linked, tmp_path):
         def work():
@@ -285,12 +287,12 @@ class TestLinks:
         content = bytearray(log.read_bytes())
         content[20] ^= 1
         log.write_bytes(content)
-        with pytest.raises(m.Refusal, match="write-ahead log"):
+        with pytest.raises(Refusal, match="write-ahead log"):
             m.open_idp(linked)
         assert log.read_bytes() == content
 
     def test_two_names_are_one_database(self, linked, tmp_path):
-        with m.hold_database(linked.db_file), pytest.raises(m.Refusal, match="is running on"):
+        with m.hold_database(linked.db_file), pytest.raises(Refusal, match="is running on"):
             with m.hold_database(str(tmp_path / "data" / "mad.db3")):
                 pass
 
@@ -360,7 +362,7 @@ class TestKeys:
 
     def test_two_rotations_at_once_are_one(self, house):
         m.rotate_keys(house, ["auth"])
-        with pytest.raises(m.Refusal, match="waits to sign"):
+        with pytest.raises(Refusal, match="waits to sign"):
             m.rotate_keys(house, ["auth"])
 
     @pytest.mark.parametrize("waiting", [False, True])
@@ -382,7 +384,7 @@ class TestKeys:
             and idp.auth_ring.access.alg == "ES256"
             and idp.store.list_audit(limit=1)[0].action == "key_revoked"
         )
-        with pytest.raises(m.Refusal):
+        with pytest.raises(Refusal):
             m.revoke_key(house, kid)
         idp.store.close()
 
@@ -402,8 +404,8 @@ class TestKeys:
         real, rest = time.time, m.Idp.__init__.__defaults__[1:]
 
         def call(seconds):
-            monkeypatch.setattr(m.time, "time", lambda: real() + seconds)
-            monkeypatch.setattr(m.Idp.__init__, "__defaults__", (m.time.time, *rest))
+            monkeypatch.setattr(time, "time", lambda: real() + seconds)
+            monkeypatch.setattr(m.Idp.__init__, "__defaults__", (time.time, *rest))
 
         return call
 
@@ -416,7 +418,7 @@ class TestKeys:
         self.note_time(house)
         before = m.describe_keys(house)
         at(10 * YEAR)
-        with pytest.raises(m.Refusal, match="days ahead"):
+        with pytest.raises(Refusal, match="days ahead"):
             m.rotate_keys(house, ["auth"])
         m.accept_clock(house)
         m.rotate_keys(house, ["auth"], ["ES256"])
@@ -438,8 +440,8 @@ class TestKeys:
 
     def test_the_rings_are_two_files(self, house):
         for name in ("admin_token_signing_key_file", "seal_key_file", "db_file"):
-            with pytest.raises(m.Refusal, match="the same file"):
-                m.check_options(m.Options(house.origins, **{name: os.path.abspath(house.token_signing_key_file)}))
+            with pytest.raises(Refusal, match="the same file"):
+                check_options(Options(house.origins, **{name: os.path.abspath(house.token_signing_key_file)}))
 
 
 class TestAdminRecovery:
@@ -477,7 +479,7 @@ class TestAdminRecovery:
             lambda: m.recover_admin(house, "root", "another battery staple"), lambda: m.back_up(house, "x"),
             lambda: m.factory_reset(house), lambda: m.rotate_keys(house, ["auth"]),
         ):
-            with pytest.raises(m.Refusal, match="belongs to user"):
+            with pytest.raises(Refusal, match="belongs to user"):
                 act()
 
 
@@ -500,7 +502,7 @@ def opened_with(real, options, now):
 
     def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
         def work():
-            m.os.replace = die
+            os.replace = die
             m.rotate_keys(house, ["auth"])
 
         in_child(work)

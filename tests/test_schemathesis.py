@@ -26,6 +26,7 @@ from schemathesis.specs.openapi.checks import (
     content_type_conformance, negative_data_rejection, response_headers_conformance, response_schema_conformance,
     status_code_conformance,
 )
+from appliance.base.settings import Options
 
 EXAMPLES, SEED = int(os.environ.get("SCHEMATHESIS_EXAMPLES", 4)), int(os.environ.get("SCHEMATHESIS_SEED", 20261123))
 CHECKS = [
@@ -53,7 +54,7 @@ ASKS_FIRST = {("auth", "POST", "/account")}
 
 @pytest.fixture
 def options(tmp_path):
-    return m.Options(
+    return Options(
         **CHEAP, backup_folder="", enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True,
         serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost",
         totp_qr_output_root=str(tmp_path),

@@ -19,11 +19,12 @@ from argon2.low_level import hash_secret_raw
 from conftest import CHEAP, PASSWORD, Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from appliance.base.settings import Options
 
 
 @pytest.fixture
 def hasher():
-    return m.Hasher(m.Options(**CHEAP))
+    return m.Hasher(Options(**CHEAP))
 
 
 def is_slow_down(caught):
@@ -42,7 +43,7 @@ class TestArgon2:
     )
     def test_a_hash_carries_the_parameters_in_force(self, memory, time, lanes, length, salt):
         hasher = m.Hasher(
-            m.Options(
+            Options(
                 argon2id_memory=memory, argon2id_time=time, argon2id_parallelism=lanes, argon2id_hash_length=length,
                 argon2id_salt_length=salt,
             )
@@ -61,7 +62,7 @@ class TestArgon2:
     @settings(deadline=None, max_examples=30)
     @given(st.text(max_size=30), st.text(max_size=30))
     def test_only_the_same_word_verifies(self, one, other):
-        hasher = m.Hasher(m.Options(**CHEAP))
+        hasher = m.Hasher(Options(**CHEAP))
         assert hasher.verify(hasher.hash(one), other) == (one == other)
 
     @pytest.mark.parametrize("known", [True, False])
@@ -85,7 +86,7 @@ class TestArgon2:
         st.integers(0, 3000), st.integers(4, 64),
     )
     def test_it_computes_what_the_library_computes(self, password, salt, passes, lanes, more, length):
-        computed = m.Hasher(m.Options(**CHEAP)).memory.compute(password, salt, passes, 8 * lanes + more, lanes, length)
+        computed = m.Hasher(Options(**CHEAP)).memory.compute(password, salt, passes, 8 * lanes + more, lanes, length)
         assert computed == hash_secret_raw(password, salt, passes, 8 * lanes + more, lanes, length, m.Argon2Type.ID)
 
     def test_where_nothing_may_be_written_and_executed_it_works_as_well(self):
@@ -221,7 +222,7 @@ class TestGate:
         assert hasher.verify(hasher.hash("x"), "x")
 
     def test_no_more_run_at_once_than_there_are_cores(self, monkeypatch):
-        hasher, running, most = m.Hasher(m.Options(**CHEAP)), [], []
+        hasher, running, most = m.Hasher(Options(**CHEAP)), [], []
         hasher.gate = m.HashGate(2, 60)
 
         def slow(*_):
@@ -411,11 +412,11 @@ class TestNewPasswords:
         ],
     )
     def test_table(self, password, word):
-        found = m.check_new_password(m.Options(), password, "newcomer", "new@example.org")
+        found = m.check_new_password(Options(), password, "newcomer", "new@example.org")
         assert word in found and bool(found) == bool(word)
 
     def test_the_least_length_is_an_option(self):
-        assert m.check_new_password(m.Options(password_min_length=20), "nineteen characters")
+        assert m.check_new_password(Options(password_min_length=20), "nineteen characters")
 
 
 class TestNames:

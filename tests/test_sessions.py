@@ -3,6 +3,8 @@
 import microauthd as m
 import pytest
 from conftest import CHEAP, Caller
+from appliance.base.clock import IAT_SKEW
+from appliance.base.settings import Options
 
 REFRESH = {"grant_type": "refresh_token"}
 INACTIVE = b'{"active":false}'
@@ -37,7 +39,7 @@ class TestAlive:
         assert not alive(machine)
 
     def test_a_token_from_the_future_is_refused(self, alive, machine, clock):
-        clock.pass_(-m.IAT_SKEW)
+        clock.pass_(-IAT_SKEW)
         assert alive(machine)
         clock.pass_(-1)
         assert not alive(machine)
@@ -93,7 +95,7 @@ class TestAlive:
 
     def test_the_millisecond_of_a_revocation_is_dead(self, make_idp, alice, service, change):
         """Without the rows, the epoch alone decides."""
-        idp = make_idp(m.Options(**CHEAP, enable_token_revocation=False))
+        idp = make_idp(Options(**CHEAP, enable_token_revocation=False))
         auth = Caller(m.build_app(idp, m.AUTH))
         answer = auth.post(
             "/token", {"grant_type": "password", "username": "alice", "password": alice.password}, auth=service
@@ -131,7 +133,7 @@ class TestAlive:
     ):
         auth = Caller(
             m.build_app(
-                make_idp(m.Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
+                make_idp(Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
             )
         )
         user = log_in(alice)
@@ -146,7 +148,7 @@ class TestAlive:
         """RFC 7662 §2.2, whatever the guards ask."""
         auth = Caller(
             m.build_app(
-                make_idp(m.Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
+                make_idp(Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
             )
         )
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)

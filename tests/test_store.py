@@ -6,10 +6,14 @@ import shutil
 import threading
 import time
 
+import json
+import msgspec
 import microauthd as m
 import pytest
 import sqlcipher3
 from conftest import PASSWORD
+from appliance.base import Refusal
+from appliance.base.settings import Options
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ class TestOpening:
         shutil.copyfile(encrypted, path)
         self.spoil(path, case)
         before = path.read_bytes()
-        with pytest.raises(m.Refusal) as caught:
+        with pytest.raises(Refusal) as caught:
             open_it(path, passphrase, unencrypted)
         assert word in str(caught.value) and "\n" not in str(caught.value)
         assert path.read_bytes() == before and os.listdir(tmp_path) == ["mad.db3"]
@@ -302,8 +306,8 @@ class TestWriting:
         assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable") and answer.headers[
             "retry-after"
         ]
-        monkeypatch.setattr(m.json, "dumps", fail)
-        monkeypatch.setattr(m, "escape", fail)
+        monkeypatch.setattr(json, "dumps", fail)
+        monkeypatch.setattr("appliance.base.log.escape", fail)
         idp.log("refused", reason="two words")
 
     def test_connections_of_a_failure_and_of_before_are_not_used_again(self, idp):
@@ -467,7 +471,7 @@ class TestAuditChain:
     def broken_at(self, rows):
         digest = ""
         for row in rows:
-            digest = m.chain(digest, row.seq, (*m.msgspec.structs.astuple(row)[1:9], row.result))
+            digest = m.chain(digest, row.seq, (*msgspec.structs.astuple(row)[1:9], row.result))
             if digest != row.row_sha256:
                 return row.seq
         return None
@@ -517,7 +521,7 @@ class TestAuditChain:
     def test_it_is_written_only_when_wanted(self, make_idp):
         from conftest import CHEAP
 
-        idp = make_idp(m.Options(**CHEAP, enable_audit_logging=False))
+        idp = make_idp(Options(**CHEAP, enable_audit_logging=False))
         m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
         assert self.rows(idp) == []
 

@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from appliance.base import Refusal
+from appliance.base.files import write_durably
 
 CLAIMS = {"iss": "https://idp.example", "sub": "s", "aud": "api", "exp": 4102444800, "iat": 1, "jti": "0" * 32}
 
@@ -209,7 +211,7 @@ class TestKeys:
         ):
             path.write_bytes(content)
             path.chmod(0o600)
-            with pytest.raises(m.Refusal):
+            with pytest.raises(Refusal):
                 m.read_ring(str(path), "")
             assert path.read_bytes() == content
 
@@ -281,7 +283,7 @@ class TestKeys:
         if case != "missing":
             path.write_bytes(content)
             path.chmod(0o600)
-        with pytest.raises(m.Refusal) as caught:
+        with pytest.raises(Refusal) as caught:
             m.read_ring(str(path), {"wrong passphrase": "other"}.get(case, ""))
         assert "\n" not in str(caught.value)
         assert not path.exists() if case == "missing" else path.read_bytes() == content
@@ -297,11 +299,11 @@ class TestDamagedKeys:
         for bit in range(0, len(entry.der) * 8, 37):
             der = bytearray(entry.der)
             der[bit // 8] ^= 1 << bit % 8
-            m.write_durably(
+            write_durably(
                 str(path),
                 b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n",
             )
-            with pytest.raises(m.Refusal):
+            with pytest.raises(Refusal):
                 m.read_ring(str(path), "")
-        m.write_durably(str(path), m.write_ring([entry], ""))
+        write_durably(str(path), m.write_ring([entry], ""))
         assert m.read_ring(str(path), "") == [entry]

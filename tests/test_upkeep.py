@@ -2,9 +2,12 @@
 
 import time
 
+import msgspec
 import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, in_child
+from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper
+from appliance.base.settings import Options
 
 DAY = 86400
 
@@ -28,7 +31,7 @@ class TestPurge:
 
     def test_a_tombstone_outlives_its_token(self, idp, auth, service, machine, clock):
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
-        for seconds, there in ((3600, True), (m.IAT_SKEW + 1, False)):
+        for seconds, there in ((3600, True), (IAT_SKEW + 1, False)):
             clock.pass_(seconds)
             purge(idp)
             assert idp.store.is_revoked(machine["jti"]) is there
@@ -72,7 +75,7 @@ class TestPurge:
         assert {table: count(idp, table) for table in before} == before
 
     def test_zero_days_keep_everything(self, make_idp, clock):
-        idp = make_idp(m.Options(**CHEAP, token_purge_days=0, refresh_token_purge_days=0, audit_log_retention_days=0))
+        idp = make_idp(Options(**CHEAP, token_purge_days=0, refresh_token_purge_days=0, audit_log_retention_days=0))
         account = m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
         with idp.store.transaction():
             idp.store.add_family(m.Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
@@ -94,7 +97,7 @@ class TestPurge:
         assert rows[0].seq == last.seq, "the newest stays: the next continues its hash"
         digest = rows[0].row_sha256
         for row in rows[1:]:
-            digest = m.chain(digest, row.seq, (*m.msgspec.structs.astuple(row)[1:9], row.result))
+            digest = m.chain(digest, row.seq, (*msgspec.structs.astuple(row)[1:9], row.result))
             assert digest == row.row_sha256
         assert rows[-1].action == "purged" and "audit=" in rows[-1].secondary
 
@@ -126,7 +129,7 @@ class TestPurge:
         clock.now = 86400.0
         purge(idp)
         assert idp.store.list_audit(limit=1000) == before and "clock.behind" in idp.stream.getvalue()
-        clock.now = m.RELEASED_AT + 2000.0
+        clock.now = RELEASED_AT + 2000.0
         purge(idp)
         assert "clock.right" in idp.stream.getvalue()
 
@@ -158,7 +161,7 @@ class Machine:
 
     def __init__(self, wall, floor=None):
         self.wall, self.boot = wall, 1000.0
-        self.keeper = m.Timekeeper(floor or int(wall) - 10, lambda: self.wall, lambda: self.boot, lambda: self.boot)
+        self.keeper = Timekeeper(floor or int(wall) - 10, lambda: self.wall, lambda: self.boot, lambda: self.boot)
 
     def pass_(self, seconds, step=0.5):
         """Let time pass, looked at twice a second. Return whether it ever went back."""
@@ -179,7 +182,7 @@ def refuse(*words):
     raise m.Unavailable("the disk is full", 5)
 
 
-NOON = m.RELEASED_AT + 50_000.0
+NOON = RELEASED_AT + 50_000.0
 YEARS = 10 * 365 * DAY
 
 
@@ -406,7 +409,7 @@ class TestClockwork:
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 401
 
     def test_a_brake_on_guessing_lets_go_in_time_that_never_goes_back(self, make_idp, options, alice, auth):
-        machine = Machine(m.RELEASED_AT + 1000.0)
+        machine = Machine(RELEASED_AT + 1000.0)
         throttle = m.Idp(options, None, None, None, None, machine.keeper).throttle
         machine.wall += YEARS
         machine.pass_(601)

@@ -13,6 +13,8 @@ import microauthd as m
 import pytest
 from box import Box
 from ledger import Line
+from appliance.base import Refusal
+from appliance.base.settings import CONFIG_HEAD, parse_config
 
 KEYS = ("token.pem", "admin_token.pem", "seal.key")
 # SQLite builds the index of the log anew in -shm, whatever it then finds; .lock holds the pid of whoever tries to serve.
@@ -269,7 +271,7 @@ class TestKeys:
             path.write_bytes(content[:at] + letters[(letters.index(content[at]) + 1) % 64 :][:1] + content[at + 1 :])
             try:
                 keys = [m.Key(entry) for entry in m.read_ring(path, "")]
-            except m.Refusal:
+            except Refusal:
                 refused += 1
                 continue
             assert sorted(key.kid for key in keys) == whole, at
@@ -317,8 +319,8 @@ class TestConfig:
 
     def test_one_cut_anywhere_is_refused_or_says_the_same(self, boxes):
         content = (boxes["plain"].folder / "mad.conf").read_text()
-        whole = m.parse_config(content, "mad.conf")
+        whole = parse_config(content, "mad.conf")
         for at in range(1, len(content)):
-            with contextlib.suppress(m.Refusal):
-                if content[:at].startswith(m.CONFIG_HEAD):  # before that it is a comment, and nothing
-                    assert m.parse_config(content[:at], "mad.conf") == whole, at
+            with contextlib.suppress(Refusal):
+                if content[:at].startswith(CONFIG_HEAD):  # before that it is a comment, and nothing
+                    assert parse_config(content[:at], "mad.conf") == whole, at

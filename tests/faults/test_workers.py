@@ -165,7 +165,7 @@ def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
     plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[], log=lambda *_, **__: None)
     supervisor = m.Supervisor(plan)
     supervisor.children[1] = (0, 0.0)
-    monkeypatch.setattr(m.os, "waitpid", lambda pid, flags: (0, 0))
+    monkeypatch.setattr(os, "waitpid", lambda pid, flags: (0, 0))
     os.set_blocking(supervisor.ready_in, False)
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -184,8 +184,8 @@ class TestReplacing:
         )
         supervisor, pids = m.Supervisor(plan), iter(range(100, 1000))
         supervisor.at = time.monotonic()
-        monkeypatch.setattr(m.os, "fork", lambda: next(pids))
-        monkeypatch.setattr(m.time, "monotonic", lambda: supervisor.at)
+        monkeypatch.setattr(os, "fork", lambda: next(pids))
+        monkeypatch.setattr(time, "monotonic", lambda: supervisor.at)
         yield supervisor
         for sock in (*plan.auth_sockets, plan.admin_socket):
             sock.close()
@@ -193,7 +193,7 @@ class TestReplacing:
     def dies(self, supervisor, pid, lived):
         supervisor.at += lived
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(m.os, "waitpid", lambda one, flags: (one, 256) if one == pid else (0, 0))
+            patch.setattr(os, "waitpid", lambda one, flags: (one, 256) if one == pid else (0, 0))
             supervisor.look_after(False)
 
     def pid_of(self, supervisor, number):
@@ -366,8 +366,8 @@ def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
 
     supervisor.children = {101: (0, 0.0), 102: (1, 0.0), 103: (2, 0.0)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m.os, "kill", lambda pid, number: killed.append((pid, number)))
-        patch.setattr(m.time, "monotonic", lambda: now)
+        patch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
+        patch.setattr(time, "monotonic", lambda: now)
         for second in range(m.STUCK_SECONDS * 2):
             for slot in (1, 2):  # 103 is still at its start
                 if slot == 1 or second < 5:

@@ -1,0 +1,151 @@
+"""One line an event, to the console or a rotating file."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import select
+import sys
+import time
+import traceback
+
+from appliance.base.settings import Options
+
+# == Log =======================================================================
+# One line an event, to the console or a rotating file. Secrets, codes and tokens are never handed to it.
+
+
+class LogFile(logging.Handler):
+    """A log file that several processes append to and that is rotated by whichever finds it too long.
+
+    A line is one write() on an O_APPEND descriptor, so lines do not mix. Rotation happens under a
+    lock file; the others notice that the path names another inode.
+    """
+
+    def __init__(self, path, max_bytes=10_000_000, keep=10):
+        super().__init__()
+        self.path, self.max_bytes, self.keep = str(path), max_bytes, keep
+        self.descriptor = self.inode = None
+
+    def shut(self):
+        """Close the file, once: the number may be somebody else's a moment later."""
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def open(self):
+        self.shut()
+        # A pipe that nobody reads would keep us waiting: at its opening, or at a line.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
+
+    def emit(self, record):
+        try:
+            line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+            if self.descriptor is None:
+                self.open()
+            elif not self.same_file():
+                self.open()
+            if os.fstat(self.descriptor).st_size > self.max_bytes:
+                self.rotate()
+            os.write(self.descriptor, line)
+        except OSError:
+            pass  # a full disk must not stop the server; the console still has the line
+
+    def same_file(self):
+        try:
+            return os.stat(self.path).st_ino == self.inode
+        except FileNotFoundError:
+            return False
+
+    def rotate(self):
+        with open(self.path + ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.same_file():
+                for number in range(self.keep - 1, 0, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(f"{self.path}.{number}", f"{self.path}.{number + 1}")
+                os.replace(self.path, f"{self.path}.1")
+        self.open()
+
+
+def escape(value) -> str:
+    """Return a value as it may stand in a log line or on a terminal: control characters shown, not sent."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value)
+    )
+
+
+class Console(logging.StreamHandler):
+    """A stream of the caller's. A line that it does not take at once is lost: a terminal that is held, a pipe that nobody reads."""
+
+    def emit(self, record):
+        try:
+            events = select.poll()
+            events.register(self.stream.fileno(), select.POLLOUT)
+            if not events.poll(0):
+                return
+        except (OSError, ValueError, AttributeError):
+            pass  # it has no descriptor
+        super().emit(record)
+
+
+class Log:
+    """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case.
+
+    What strangers can cause at will (level info) is limited to LINES a second and process; what was
+    left out is counted in the next line, so that nobody wears the flash out by knocking.
+    """
+
+    LINES = 200
+
+    def __init__(self, options: Options | None = None, stream=None):
+        self.json = bool(options) and options.log_format == "json"
+        self.second, self.lines = 0, 0
+        self.logger = logging.Logger(
+            "microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO
+        )
+        handlers = []
+        if options and options.log_file:
+            handlers.append(LogFile(options.log_file))
+        if stream or not handlers or sys.stderr.isatty():
+            handlers.append(Console(stream or sys.stderr))
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            self.logger.addHandler(handler)
+
+    def __call__(self, event: str, level: str = "info", exc_info=None, **fields):
+        with contextlib.suppress(MemoryError):  # where there is none for a line, who says it goes on
+            self.say(event, level, exc_info, fields)
+
+    def say(self, event, level, exc_info, fields):
+        number = getattr(logging, level.upper())
+        if not self.logger.isEnabledFor(number):
+            return
+        now = time.time()
+        if int(now) != self.second:
+            if self.lines > self.LINES:
+                fields["left_out_before"] = self.lines - self.LINES
+            self.second, self.lines = int(now), 0
+        self.lines += 1
+        if self.lines > self.LINES and level == "info":
+            return
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+        if exc_info:
+            fields["traceback"] = "".join(
+                traceback.format_exception(*exc_info)
+                if isinstance(exc_info, tuple)
+                else traceback.format_exception(exc_info)
+            )
+        if self.json:
+            line = json.dumps({"at": stamp, "level": level, "event": event, "pid": os.getpid(), **fields}, default=str)
+        else:
+            words = " ".join(
+                f"{key}={json.dumps(escape(value))}" if re.search(r'[\s"=]', str(value)) else f"{key}={escape(value)}"
+                for key, value in fields.items()
+                if value not in ("", None)
+            )
+            line = f"{stamp} {level.upper():7} {event} {words}".rstrip()
+        self.logger.log(number, "%s", line)

@@ -1,0 +1,638 @@
+"""Every setting, declared once in OPTIONS, and what loads, checks, describes and writes them."""
+
+import collections
+import ipaddress
+import os
+import re
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from appliance.base import Refusal
+
+# == Options ===================================================================
+# Every setting, declared once. Default < file < environment < flag.
+
+
+def text(value):
+    return value
+
+
+def boolean(value):
+    word = value.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be true or false")
+
+
+def whole(least, most):
+    """Return a parser of whole numbers within the bounds."""
+
+    def parse(value):
+        if not re.fullmatch(r"[0-9]{1,12}", value.strip()) or not least <= int(value) <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(value)
+
+    return parse
+
+
+port = whole(1, 65535)
+seconds = whole(1, 315360000)
+days = whole(0, 9999)
+
+
+def address(value):
+    try:
+        return str(ipaddress.ip_address(value.strip()))
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
+def networks(value):
+    """Parse `10.0.0.1, 192.168.7.0/24`: the peers whose forwarding headers are believed."""
+    try:
+        return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", value.strip()) if part)
+    except ValueError:
+        raise ValueError("must be IP addresses or networks, separated by commas") from None
+
+
+def domain(value):
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?", value.strip()):
+        raise ValueError("must be a host name, with a port where the public address has one")
+    return value.strip().lower()
+
+
+def issuer(value):
+    if value in ("", "microauthd"):  # the original's placeholder, which it never read
+        return ""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError("must be an http(s) URL without query or fragment (RFC 8414 §2)")
+    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path):
+        raise ValueError("must have a path of letters, digits, and . _ ~ - only")
+    return value.rstrip("/")
+
+
+def one_of(*words):
+    def parse(value):
+        if value.strip().lower() not in words:
+            raise ValueError("must be one of: " + ", ".join(words))
+        return value.strip().lower()
+
+    return parse
+
+
+def label(value):
+    if len(value) > 80 or not value.isprintable():
+        raise ValueError("must be at most 80 printable characters")
+    return value
+
+
+def color(value):
+    found = re.fullmatch(r"#?([0-9a-fA-F]{6})", value.strip())
+    if not found:
+        raise ValueError("must be a colour such as 1f5fbf; in a file a # needs quotes around the value")
+    return "#" + found[1].lower()
+
+
+def absolute(value):
+    if value and not os.path.isabs(value):
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def worker_count(value):
+    return -1 if value.strip().lower() == "auto" else whole(0, 64)(value)
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One setting. From it come the file key, the variable, the flag, the help line, the README row and the question."""
+
+    name: str
+    default: object
+    parse: object
+    help: str
+    ask: str = ""  # the wizard's question, where it has one
+    secret: bool = False  # never a flag, never printed
+    aliases: tuple = ()  # other names the documentation or the environment files of the original use
+    group: str = ""
+
+    @property
+    def attribute(self):
+        return self.name.replace("-", "_")
+
+
+OPTIONS = (
+    # -- files --
+    Option("log-file", "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"),
+    Option("log-format", "text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files"),
+    Option(
+        "log-level", "info", one_of("debug", "info", "warning", "error"), "The least severe event that is logged.",
+        group="Files",
+    ),
+    Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
+    Option(
+        "db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True,
+        group="Files",
+    ),
+    Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
+    Option(
+        "backup-folder", "backups", text,
+        "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.", group="Files",
+    ),
+    Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
+    Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
+    # -- AUTH --
+    Option(
+        "auth-ip", "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"
+    ),
+    Option("auth-port", 9040, port, "TCP port of the AUTH server.", "AUTH port?", group="AUTH server"),
+    Option(
+        "auth-domain", "localhost", domain, "Public host name of AUTH; the issuer is made of it.",
+        "Public host name of AUTH?", group="AUTH server",
+    ),
+    Option(
+        "auth-domain-no-ssl", False, boolean, "The issuer made of auth-domain is http, not https.", group="AUTH server"
+    ),
+    Option(
+        "oidc-issuer", "", issuer, "The issuer URL, where it is not made of auth-domain; it may have a path.",
+        group="AUTH server",
+    ),
+    Option(
+        "auth-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.",
+        "AUTH certificate (empty: plain HTTP)?", aliases=("auth-ssl-cert",), group="AUTH server",
+    ),
+    Option(
+        "auth-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.",
+        group="AUTH server",
+    ),
+    Option(
+        "auth-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
+        aliases=("auth-ssl-pass",), group="AUTH server",
+    ),
+    Option(
+        "auth-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="AUTH server"
+    ),
+    Option(
+        "serve-public-auth-files", False, boolean, "Serve the folder public/ on AUTH.",
+        "Serve the example pages on AUTH?", group="AUTH server",
+    ),
+    Option("enable-auth-swagger", False, boolean, "Serve the API description of AUTH.", group="AUTH server"),
+    Option(
+        "workers", -1, worker_count, "AUTH processes; auto is one a core, at most four; 0 serves all in one process.",
+        group="AUTH server",
+    ),
+    # -- ADMIN --
+    Option(
+        "admin-ip", "127.0.0.1", address, "Address the ADMIN server listens on.", "ADMIN address?", group="ADMIN server"
+    ),
+    Option("admin-port", 9041, port, "TCP port of the ADMIN server.", "ADMIN port?", group="ADMIN server"),
+    Option(
+        "admin-domain", "localhost", domain, "Host name of ADMIN; other Host headers are refused.",
+        "Host name of ADMIN?", group="ADMIN server",
+    ),
+    Option("admin-domain-no-ssl", False, boolean, "ADMIN is reached by http, not https.", group="ADMIN server"),
+    Option(
+        "admin-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.",
+        "ADMIN certificate (empty: plain HTTP)?", aliases=("admin-ssl-cert",), group="ADMIN server",
+    ),
+    Option(
+        "admin-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.",
+        group="ADMIN server",
+    ),
+    Option(
+        "admin-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
+        aliases=("admin-ssl-pass",), group="ADMIN server",
+    ),
+    Option(
+        "admin-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.",
+        group="ADMIN server",
+    ),
+    Option("enable-admin-swagger", False, boolean, "Serve the API description of ADMIN.", group="ADMIN server"),
+    Option(
+        "trusted-proxies", (), networks, "Peers whose X-Forwarded-For and -Proto are believed.",
+        "Trusted proxies, separated by commas?", group="ADMIN server",
+    ),
+    # -- Argon2id --
+    Option(
+        "argon2id-time", 2, whole(1, 100), "Argon2id passes.", "Argon2id passes?", aliases=("argon2-time",),
+        group="Argon2id",
+    ),
+    Option(
+        "argon2id-memory", 32768, whole(8192, 1048576), "Argon2id memory, KiB.", "Argon2id memory, KiB?",
+        aliases=("argon2-memory", "argon2-mem"), group="Argon2id",
+    ),
+    Option(
+        "argon2id-parallelism", 2, whole(1, 64), "Argon2id lanes.", "Argon2id lanes?",
+        aliases=("argon2-parallelism", "argon2-parallel"), group="Argon2id",
+    ),
+    Option(
+        "argon2id-hash-length", 32, whole(16, 1024), "Length of a hash, bytes.", "Hash length, bytes?",
+        aliases=("argon2-hash-length",), group="Argon2id",
+    ),
+    Option(
+        "argon2id-salt-length", 16, whole(8, 1024), "Length of a salt, bytes.", "Salt length, bytes?",
+        aliases=("argon2-salt-length",), group="Argon2id",
+    ),
+    # -- keys and tokens --
+    Option(
+        "token-signing-key-file", "token.pem", text, "Key ring of AUTH.", "AUTH key file?",
+        aliases=("auth-token-key-path",), group="Keys and tokens",
+    ),
+    Option(
+        "prefer-ec-token-signer", True, boolean, "Sign access tokens with ES256 rather than RS256.",
+        "Sign AUTH tokens with ES256 (fast) rather than RS256?", aliases=("use-ec-auth-signer",),
+        group="Keys and tokens",
+    ),
+    Option(
+        "token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.",
+        "RSA bits of AUTH?", aliases=("token-signing-key-length", "auth-token-key-length-rsa"), group="Keys and tokens",
+    ),
+    Option(
+        "token-signing-key-pass", "", text, "Passphrase of the AUTH key ring.", "Passphrase of the AUTH keys?",
+        secret=True, aliases=("auth-token-key-pass",), group="Keys and tokens",
+    ),
+    Option(
+        "token-expiration", 3600, seconds, "Lifetime of an access token, seconds.",
+        "Lifetime of an access token, seconds?", aliases=("auth-token-expiration",), group="Keys and tokens",
+    ),
+    Option(
+        "token-purge-days", 7, days, "Days an expired session stays listed; 0 keeps it.",
+        "Days to keep expired sessions?", group="Keys and tokens",
+    ),
+    Option(
+        "enable-token-revocation", True, boolean, "Ask the database whether a presented token was revoked.",
+        "Check revocation of presented tokens?", aliases=("enable-revocation",), group="Keys and tokens",
+    ),
+    Option(
+        "enable-token-refresh", False, boolean, "Issue refresh tokens.", "Issue refresh tokens?",
+        aliases=("enable-refresh",), group="Keys and tokens",
+    ),
+    Option(
+        "refresh-token-expiration", 259200, seconds, "Lifetime of a refresh token, seconds.",
+        "Lifetime of a refresh token, seconds?", aliases=("token-refresh-expiration",), group="Keys and tokens",
+    ),
+    Option(
+        "refresh-token-absolute-expiration", 2592000, seconds,
+        "Seconds after the login when no refresh works any more.", group="Keys and tokens",
+    ),
+    Option(
+        "refresh-token-purge-days", 7, days, "Days an expired refresh token stays listed; 0 keeps it.",
+        "Days to keep expired refresh tokens?", group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-signing-key-file", "admin_token.pem", text, "Key ring of ADMIN.", "ADMIN key file?",
+        aliases=("admin-token-key-path",), group="Keys and tokens",
+    ),
+    Option(
+        "prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.",
+        "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.",
+        "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"),
+        group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?",
+        secret=True, group="Keys and tokens",
+    ),
+    Option(
+        "key-overlap", 900, whole(1, 604800),
+        "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set shorter.",
+        group="Keys and tokens",
+    ),
+    Option(
+        "admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.",
+        "Lifetime of an ADMIN token, seconds?", group="Keys and tokens",
+    ),
+    # -- login, audit, flows --
+    Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
+    Option(
+        "max-login-failures", 5, whole(0, 100), "Failures before a lockout; 0 never locks.",
+        "Failed logins before a lockout?", group="Login",
+    ),
+    Option(
+        "seconds-to-reset-login-failures", 300, whole(0, 86400), "A longer pause restarts the count.",
+        "Seconds after which the count restarts?", group="Login",
+    ),
+    Option(
+        "failed-password-lockout-duration", 300, whole(0, 86400),
+        "Seconds of the first lockout; each next one doubles, up to an hour.", "Seconds of a lockout?", group="Login",
+    ),
+    Option(
+        "enable-pass-cache", True, boolean, "Remember verified passwords in memory, as keyed digests.",
+        "Remember verified passwords in memory?", group="Login",
+    ),
+    Option(
+        "pass-cache-duration", 300, whole(1, 600), "Seconds a verified password is remembered.",
+        "Seconds to remember them?", group="Login",
+    ),
+    Option("enable-audit-logging", True, boolean, "Write the audit log.", "Write an audit log?", group="Login"),
+    Option(
+        "audit-log-retention-days", 30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?",
+        group="Login",
+    ),
+    Option(
+        "enable-pkce", True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?",
+        group="Login",
+    ),
+    Option(
+        "pkce-code-lifetime", 120, whole(1, 600), "Longest life of an authorization code, seconds.",
+        "Life of an authorization code, seconds?", group="Login",
+    ),
+    Option(
+        "allow-plain-pkce", False, boolean, "Accept the PKCE method plain; S256 protects more. RFC 7636 §7.2.",
+        group="Login",
+    ),
+    Option(
+        "session-idle-expiration", 28800, seconds, "Seconds without use after which a browser has to log in again.",
+        group="Login",
+    ),
+    Option(
+        "session-absolute-expiration", 86400, seconds, "Seconds after the login when a browser has to log in again.",
+        group="Login",
+    ),
+    Option("brand-name", "", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages"),
+    Option("brand-logo", "", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages"),
+    Option("brand-color", "#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages"),
+    Option(
+        "pages-folder", "", text, "Folder whose templates, styles and languages replace the bundled login pages.",
+        group="Pages",
+    ),
+    Option(
+        "totp-qr-output-root", "", absolute, "The only folder QR files may be written to.",
+        "Absolute folder for TOTP QR files (empty: none)?", group="Login",
+    ),
+    Option(
+        "oidc-client-id", "app", text, "client_id of the first client, made by setup.",
+        "client_id of the first client?", group="Login",
+    ),
+    Option("oidc-client-secret", "", text, "Secret of the first client; empty makes one.", secret=True, group="Login"),
+)
+OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
+# Names that meant nothing in the original and were ignored there: said, not obeyed.
+IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
+# The variables of mad, which share our prefix.
+MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE")
+
+
+class Options:
+    """The settings in force: an attribute an option. `origins` says where each came from."""
+
+    def __init__(self, origins=None, **values):
+        self.__dict__.update({option.attribute: option.default for option in OPTIONS})
+        unknown = values.keys() - self.__dict__.keys()
+        if unknown:
+            raise TypeError(f"no such option: {sorted(unknown)}")
+        self.__dict__.update(values)
+        self.__dict__["origins"] = origins or {}
+
+    def __setattr__(self, name, value):
+        raise AttributeError("options do not change while the server runs")
+
+    @property
+    def config_file(self) -> str:
+        """The path of the config file, whether it is there or not."""
+        return self.origins.get("config", "mad.conf")
+
+    @property
+    def auth_issuer(self) -> str:
+        """The `iss` of AUTH tokens and the base of every published URL. RFC 8414 §2."""
+        scheme = "http" if self.auth_domain_no_ssl else "https"
+        return self.oidc_issuer or f"{scheme}://{self.auth_domain}"
+
+    @property
+    def admin_issuer(self) -> str:
+        """The `iss` and `aud` of ADMIN tokens."""
+        scheme = "http" if self.admin_domain_no_ssl else "https"
+        host = self.admin_domain
+        return f"{scheme}://{host}" if re.search(r":[0-9]+$", host) else f"{scheme}://{host}:{self.admin_port}"
+
+    @property
+    def worker_processes(self) -> int:
+        return min(4, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
+
+
+CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
+CONFIG_END = "# end"
+
+
+def parse_config(content: str, where: str) -> dict:
+    """Return `{option name: (text value, "file:line")}` of an INI file.
+
+    `key = value` a line; `#` and `;` begin comments; a value in double quotes is literal.
+    Raises Refusal naming file and line, and where a file that we wrote has lost its end: what
+    is missing would be a default, and nobody would know.
+    """
+    if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
+        raise Refusal(
+            f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line"
+        )
+    found = {}
+    for number, line in enumerate(content.split("\n"), 1):
+        line = line.strip()
+        if not line or line[0] in "#;":
+            continue
+        at = f"{where}:{number}"
+        key, equals, value = line.partition("=")
+        if not equals or not key.strip():
+            raise Refusal(f"{at}: not a line of the form key = value")
+        key, value = key.strip().lower(), value.strip()
+        if len(value) > 1 and value[0] == value[-1] == '"':
+            value = value[1:-1]
+        elif value[:1] == '"':
+            value, quote, rest = value[1:].partition('"')
+            if not quote or rest.strip()[:1] not in ("", "#", ";"):
+                raise Refusal(f"{at}: the value of {key} has a quote that does not close")
+        else:
+            value = re.split("[#;]", value, maxsplit=1)[0].strip()
+        if key in IGNORED_NAMES:
+            continue
+        if key not in OPTION_NAMES:
+            raise Refusal(f"{at}: unknown option {key!r}{did_you_mean(key)}")
+        name = OPTION_NAMES[key].name
+        if name in found:
+            raise Refusal(f"{at}: {name} is set twice, first at {found[name][1]}")
+        found[name] = (value, at)
+    return found
+
+
+def did_you_mean(key: str) -> str:
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(key, OPTION_NAMES, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
+    """Return `{option name: (text value, "flag --name")}` and the words that are no flags."""
+    found, rest, words = {}, [], collections.deque(argv)
+    while words:
+        word = words.popleft()
+        if not word.startswith("--") or word == "--":
+            rest.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if key in ("config", "env-var-prefix"):
+            name = key
+        elif key == "print-effective-config":
+            found[key] = ("true", "flag")
+            continue
+        elif key not in OPTION_NAMES:
+            raise Refusal(f"unknown flag --{key}{did_you_mean(key)}")
+        else:
+            option = OPTION_NAMES[key]
+            name = option.name
+            if option.secret:
+                raise Refusal(
+                    f"--{key} is a secret and cannot be a flag: put it into the config file or the environment"
+                )
+            if option.parse is boolean and not equals:
+                value, equals = words.popleft() if words and words[0].lower() in ("true", "false") else "true", "="
+        if not equals:
+            if not words:
+                raise Refusal(f"--{key} needs a value")
+            value = words.popleft()
+        if name in found and name != "trusted-proxies":
+            raise Refusal(f"--{key} is given twice")
+        found[name] = (f"{found[name][0]},{value}" if name in found else value, f"flag --{key}")
+    return found, rest
+
+
+def config_path(flags: dict, environ: dict) -> str:
+    """Return the path of the config file, whether it is there or not."""
+    prefix = flags.get("env-var-prefix", ("MAD_",))[0]
+    return flags.get("config", ("",))[0] or environ.get(prefix + "CONFIG", "") or "mad.conf"
+
+
+def load_options(flags: dict, environ: dict) -> Options:
+    """Return the settings in force: default < file < environment < flag.
+
+    `flags` is what parse_flags() found. An unknown key or variable of our prefix raises Refusal:
+    a mistyped security setting must not pass in silence.
+    """
+    prefix = flags.get("env-var-prefix", ("MAD_",))[0]
+    path = config_path(flags, environ)
+    may_be_missing = path == "mad.conf" or "config-may-be-missing" in flags
+    given = {}
+    try:
+        given.update(parse_config(Path(path).read_text("utf-8"), path))
+    except FileNotFoundError:
+        if not may_be_missing:
+            raise Refusal(f"the config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"the config file {path} cannot be read: {error}") from None
+    else:
+        if any(OPTION_NAMES[name].secret for name in given):
+            guard_private(path, "it holds secrets")
+    named = {}
+    for variable, value in environ.items():
+        if not variable.upper().startswith(prefix.upper()):
+            continue
+        key = variable[len(prefix) :].lower().replace("_", "-")
+        if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
+            continue
+        if key not in OPTION_NAMES:
+            raise Refusal(f"unknown environment variable {variable}{did_you_mean(key)}")
+        other = named.setdefault(OPTION_NAMES[key].name, variable)
+        if other != variable:
+            raise Refusal(f"the environment variables {other} and {variable} set the same option")
+        given[OPTION_NAMES[key].name] = (value, f"environment {variable}")
+    given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
+    values, origins = {}, {"config": path}
+    for name, (value, origin) in given.items():
+        option = OPTION_NAMES[name]
+        try:
+            values[option.attribute] = option.parse(value)
+        except ValueError as error:
+            raise Refusal(f"{origin}: {name} {error}") from None
+        origins[name] = origin
+    for attribute in ("db_file", "seal_key_file", "token_signing_key_file", "admin_token_signing_key_file"):
+        if os.path.islink(path := values.get(attribute, OPTION_NAMES[attribute.replace("_", "-")].default)):
+            # The file itself: beside it lie its locks, logs and what is to take its place.
+            values[attribute] = os.path.realpath(path)
+    options = Options(origins, **values)
+    check_options(options)
+    return options
+
+
+def check_options(options: Options):
+    """Raise Refusal where settings contradict each other."""
+    files = [
+        os.path.abspath(path)
+        for path in (
+            options.db_file, options.seal_key_file, options.token_signing_key_file,
+            options.admin_token_signing_key_file,
+        )
+    ]
+    if len(set(files)) < len(files):
+        raise Refusal(
+            "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
+        )
+    if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
+        raise Refusal("AUTH and ADMIN cannot listen on the same address and port")
+    for side in ("auth", "admin"):
+        ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
+        tls = getattr(options, f"{side}_ssl_cert_file")
+        if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
+            raise Refusal(
+                f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
+                f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
+            )
+    if options.argon2id_memory < 8 * options.argon2id_parallelism:
+        raise Refusal("argon2id-memory must be at least eight times argon2id-parallelism")
+
+
+def guard_private(path, why: str):
+    """Take group and others their access to a file of secrets, with a warning; refuse where that is not ours to do."""
+    info = os.stat(path)
+    if not info.st_mode & 0o077:
+        return
+    if info.st_uid != os.geteuid():
+        raise Refusal(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
+    os.chmod(path, info.st_mode & 0o700)
+    print(f"microauthd: warning: {path} was readable by others, and {why}; it is now yours alone", file=sys.stderr)
+
+
+def describe_options(options: Options) -> dict:
+    """Return `{name: {"value": ..., "origin": ...}}`; secrets are shown as set or unset."""
+    shown = {}
+    for option in OPTIONS:
+        value = getattr(options, option.attribute)
+        if option.secret:
+            value = "(set)" if value else ""
+        elif option.parse is networks:
+            value = [str(network) for network in value]
+        elif option.parse is worker_count and value < 0:
+            value = "auto"
+        shown[option.name] = {"value": value, "origin": options.origins.get(option.name, "default")}
+    return shown
+
+
+def write_config(options: Options) -> str:
+    """Return the text of a config file: what differs from the defaults in force, the rest as comments."""
+    lines, group = [CONFIG_HEAD, ""], ""
+    for option in OPTIONS:
+        if option.group != group:
+            group = option.group
+            lines += ["", f"# -- {group} --"]
+        value = getattr(options, option.attribute)
+        if option.parse is networks:
+            word = ", ".join(map(str, value))
+        elif option.parse is worker_count and value < 0:
+            word = "auto"
+        else:
+            word = str(value).lower() if isinstance(value, bool) else str(value)
+        if any(ord(letter) < 32 or letter == "\x7f" for letter in word) or len(word.splitlines()) > 1:
+            raise Refusal(f"{option.name} contains a control character, which a config file cannot hold")
+        if word != word.strip() or re.search('[#;"]', word):
+            word = f'"{word}"'
+        lines.append(f"# {option.help}")
+        mark = "" if option.name in options.origins or value != option.default else "# "
+        lines.append(f"{mark}{option.name} = {word}".rstrip())
+    return "\n".join([*lines, "", CONFIG_END]) + "\n"
