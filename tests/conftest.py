@@ -15,13 +15,15 @@ from hypothesis import HealthCheck, settings
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.log import Log
+from appliance.base.database import derive_key
+from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
 
 PASSWORD = "correct horse battery"
-DATABASE_KEY = m.derive_key("a database phrase", bytes(range(16)))
+DATABASE_KEY = derive_key("a database phrase", bytes(range(16)))
 CHEAP = {"argon2id_memory": 64, "argon2id_time": 1, "argon2id_parallelism": 1}
 
 
@@ -66,7 +68,7 @@ def rings():
 def blank(tmp_path_factory):
     """A fresh database to copy: making one takes longer than a test."""
     path = tmp_path_factory.mktemp("blank") / "blank.db3"
-    m.Store.make(path, DATABASE_KEY, RELEASED_AT).close()
+    Store.make(path, DATABASE_KEY, RELEASED_AT).close()
     return path.read_bytes()
 
 
@@ -102,7 +104,7 @@ def make_idp(tmp_path, blank, rings, clock):
         if not path.exists():
             path.write_bytes(blank)
         stream = io.StringIO()
-        store = m.Store(path, DATABASE_KEY, log=Log(stream=stream))
+        store = Store(path, DATABASE_KEY, log=Log(stream=stream))
         idp = m.Idp(
             options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)),
             clock, store.log,
@@ -217,7 +219,7 @@ def new_user(idp):
         if scopes:
             m.assign_scopes(idp, m.LOCAL, "test", account, scopes)
         if admin:
-            idp.store.assign_role(account.id, m.MAD_ADMIN_ROLE_ID, idp.now())
+            idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
         return Someone(account)
 
     return make

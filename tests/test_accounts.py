@@ -7,6 +7,7 @@ import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.settings import Options
+from appliance.base.store import FOREVER, LOCKOUT_MAX
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
 
@@ -56,7 +57,7 @@ class TestOneAnswer:
             if case.startswith("locked"):
                 change(
                     "UPDATE account SET lockout_until = :until WHERE id = :id", id=account.id,
-                    until=m.FOREVER if "ever" in case else now + 60,
+                    until=FOREVER if "ever" in case else now + 60,
                 )
             if case == "client demands a second factor":
                 with idp.store.transaction(identity=True):
@@ -254,20 +255,20 @@ class TestLockout:
 
     def test_a_longer_lockout_set_by_an_administrator_stays(self, idp, auth, service, alice):
         with idp.store.transaction():
-            idp.store.run("UPDATE account SET lockout_until = :until WHERE id = :id", until=m.FOREVER, id=alice.id)
+            idp.store.run("UPDATE account SET lockout_until = :until WHERE id = :id", until=FOREVER, id=alice.id)
         for _ in range(6):
             fail(auth, service)
-        assert idp.store.find_account(alice.id).lockout_until == m.FOREVER
+        assert idp.store.find_account(alice.id).lockout_until == FOREVER
 
     def test_a_count_that_locks_leaves_a_longer_lockout(self, idp, alice, change):
-        for until in (idp.now() + 90_000, m.FOREVER):
+        for until in (idp.now() + 90_000, FOREVER):
             change(
                 "UPDATE account SET failed_logins = 4, last_failed_at = :now, lockout_until = :until WHERE id = :id",
                 now=idp.now(), until=until, id=alice.id,
             )
             with idp.store.transaction():
                 assert (
-                    idp.store.count_failed_login(alice.id, idp.now(), 300, 5, 300, m.LOCKOUT_MAX).lockout_until == until
+                    idp.store.count_failed_login(alice.id, idp.now(), 300, 5, 300, LOCKOUT_MAX).lockout_until == until
                 )
 
     def test_parallel_failures_are_all_counted(self, idp, alice):
@@ -341,7 +342,7 @@ class TestLockout:
             m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
 
     def test_what_an_administrator_locked_for_ever_is_locked_at_the_machine_too(self, idp, root, change):
-        change("UPDATE account SET lockout_until = :until WHERE id = :id", until=m.FOREVER, id=root.id)
+        change("UPDATE account SET lockout_until = :until WHERE id = :id", until=FOREVER, id=root.id)
         with pytest.raises(m.Problem):
             m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
 

@@ -7,6 +7,7 @@ import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
+from appliance.base.store import MAD_ADMIN_ROLE_ID
 
 PROTECTED = [
     (method, path, route.takes)
@@ -98,7 +99,7 @@ class TestToken:
         )
         assert (
             "client_id" not in claims
-            and claims["role"] == [m.MAD_ADMIN_ROLE_ID]
+            and claims["role"] == [MAD_ADMIN_ROLE_ID]
             and claims["exp"] - claims["iat"] == answer["expires_in"] == 3600
         )
         assert None not in answer.values() and "refresh_token" not in answer
@@ -187,7 +188,7 @@ class TestUsers:
         """Members that are not for the caller to set do nothing."""
         body = {
             "username": "Bob", "email": "Bob@Example.org", "password": PASSWORD, "id": "mine", "is_active": False,
-            "is_admin": True, "role": [m.MAD_ADMIN_ROLE_ID], "roles": ["MadAdmin"], "email_verified": True,
+            "is_admin": True, "role": [MAD_ADMIN_ROLE_ID], "roles": ["MadAdmin"], "email_verified": True,
             "password_hash": "x", "lockout_until": 1, "created_at": 1, "totp_sealed": "x",
             "scopes": ["admin:provision_users"], "revoked_before": 1,
         }

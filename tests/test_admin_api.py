@@ -10,6 +10,7 @@ import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
+from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 
 OTHER = "another battery staple"
 
@@ -72,7 +73,7 @@ class TestUsers:
             ({"username": ""}, "username"), ({"username": None}, "username"), ({"email": ""}, "email"),
             ({"email": "nonsense"}, "email"), ({"is_active": "yes"}, "is_active"), ({"email": 5}, "email"),
             ({"lockout_until": "soon"}, "lockout_until"), ({"lockout_until": "2001-01-01T00:00:00Z"}, "lockout_until"),
-            ({"username": m.MAD_ADMIN_ROLE_ID}, "username"),
+            ({"username": MAD_ADMIN_ROLE_ID}, "username"),
         ],
     )
     def test_a_refused_put_names_the_member_and_changes_nothing(self, call, alice, body, member):
@@ -262,7 +263,7 @@ class TestLastAdministrator:
         ("POST", "/users/root/set-lockout", {"lockout_until": "9999-12-31T23:59:59Z"}),
         ("PUT", "/users/root", {"lockout_until": "9999-12-31T23:59:59Z"}),
         ("POST", "/roles/unassign", {"user_id": "root", "role_id": "MadAdmin"}),
-        ("POST", "/roles/remove", {"user_id": "root", "role_id": m.MAD_ADMIN_ROLE_ID}),
+        ("POST", "/roles/remove", {"user_id": "root", "role_id": MAD_ADMIN_ROLE_ID}),
         ("PUT", "/users/root/roles", []),
     ]
 
@@ -307,7 +308,7 @@ class TestLastAdministrator:
             left = idp.store.list_able_admins(idp.now(), "")
             assert len(left) == 1 or sum(m.is_admin(idp, m.get_user(idp, name).id) for name in tokens) == 1, statuses
             for name in tokens:
-                idp.store.assign_role(m.get_user(idp, name).id, m.MAD_ADMIN_ROLE_ID, idp.now())
+                idp.store.assign_role(m.get_user(idp, name).id, MAD_ADMIN_ROLE_ID, idp.now())
                 tokens[name] = admin.post("/token", {"username": name, "password": PASSWORD}).json["access_token"]
 
 
@@ -449,7 +450,7 @@ class TestRoles:
         "method, body", [("PUT", {"name": "Root"}), ("PUT", {"description": "mine"}), ("DELETE", None)]
     )
     def test_madadmin_is_protected_by_its_id(self, call, method, body):
-        for key in (m.MAD_ADMIN_ROLE_ID, m.MAD_ADMIN_ROLE_ID.upper(), "MadAdmin"):
+        for key in (MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_ID.upper(), "MadAdmin"):
             assert call(method, f"/roles/{key}", body).json["error"] == "protected"
 
     def test_what_the_caller_says_of_protection_does_nothing(self, call):
@@ -499,7 +500,7 @@ class TestRoles:
     @pytest.mark.parametrize(
         "body, member",
         [
-            ({"name": ""}, "name"), ({"name": "  "}, "name"), ({}, "name"), ({"name": m.MAD_ADMIN_ROLE_ID}, "name"),
+            ({"name": ""}, "name"), ({"name": "  "}, "name"), ({}, "name"), ({"name": MAD_ADMIN_ROLE_ID}, "name"),
             ({"name": "x" * 256}, "name"), ({"name": "a\x00b"}, "name"),
             ({"name": "x", "description": "x" * 256}, "description"),
         ],
@@ -609,7 +610,7 @@ class TestScopes:
         )
         assert call("DELETE", "/scopes/gate:open").status == 200 and call("GET", "/scopes/gate:open").status == 404
 
-    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in m.SEEDED_SCOPES])
+    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in SEEDED_SCOPES])
     def test_the_seeded_ones_keep_their_name_and_stay(self, call, id, name):
         assert (
             call("PUT", f"/scopes/{id}", {"name": "mine"}).json["error"]

@@ -9,6 +9,8 @@ import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
+from appliance.base.database import Unavailable
+from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
 
 OTHER, CHOSEN = "another battery staple", "a secret somebody chose"
 
@@ -232,7 +234,7 @@ class TestEveryChangeLeavesARow:
         clock.pass_(5 * 86400)
 
         def gone(*row):
-            raise m.Unavailable("the disk is gone", 5)
+            raise Unavailable("the disk is gone", 5)
 
         tables = ("account", "role", "client", "client_secret", "session", "audit")
         shown = lambda: [
@@ -240,7 +242,7 @@ class TestEveryChangeLeavesARow:
         ]  # noqa: E731
         before = shown()
         monkeypatch.setattr(idp.store, "append_audit", gone)
-        with pytest.raises(m.Unavailable, match="the disk is gone"):
+        with pytest.raises(Unavailable, match="the disk is gone"):
             change(idp, m.LOCAL, "test")
         assert shown() == before
 
@@ -329,7 +331,7 @@ class TestHostileNames:
         )
 
     @pytest.mark.parametrize(
-        "name", [m.MAD_ADMIN_ROLE_ID, m.MAD_ADMIN_ROLE_ID.upper(), "\uff13" + m.MAD_ADMIN_ROLE_ID[1:]]
+        "name", [MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_ID.upper(), "\uff13" + MAD_ADMIN_ROLE_ID[1:]]
     )
     def test_no_name_is_the_identifier_of_another(self, call, name):
         """Fullwidth digits become digits; what they spell then counts."""
@@ -546,7 +548,7 @@ class TestBetweenReadAndWrite:
 class TestBigTables:
     """Work over many rows is cut so that nobody waits for it. What is counted is work, not time."""
 
-    MANY = 3 * m.SLICE
+    MANY = 3 * SLICE
 
     @pytest.fixture
     def crowded(self, idp, change, alice):
@@ -581,7 +583,7 @@ class TestBigTables:
         monkeypatch.setattr(idp.store, "writing", writing)
         m.purge_tokens(idp, m.LOCAL, "test", m.PurgeTokens(0), ("refresh_token",))
         changed = [after - before for before, after in zip(turns, turns[1:])]
-        assert len(changed) >= self.MANY // 10 // m.SCATTERED and max(changed) <= m.SCATTERED + 5
+        assert len(changed) >= self.MANY // 10 // SCATTERED and max(changed) <= SCATTERED + 5
         del turns[:]
         m.purge_tokens(idp, m.LOCAL, "test", m.PurgeTokens(0), ("refresh_token",))
         assert len(turns) == 2, "two rows of the log, and no turn for those that live"

@@ -10,6 +10,8 @@ import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
+from appliance.base.database import PROBE_SECONDS
+from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 
 PROTECTED = [
     (method, route.paths[0])
@@ -200,7 +202,7 @@ class TestSelf:
 
     def test_me(self, auth, log_in, alice, root, machine):
         assert auth.get("/me", bearer=log_in(root)["access_token"]).json == {
-            "sub": root.id, "email": "root@example.org", "roles": [m.MAD_ADMIN_ROLE_ID], "role_names": ["MadAdmin"],
+            "sub": root.id, "email": "root@example.org", "roles": [MAD_ADMIN_ROLE_ID], "role_names": ["MadAdmin"],
             "scopes": [],
         }
         assert auth.get("/me", bearer=log_in(alice)["access_token"]).json["scopes"] == ["api:read"]
@@ -311,7 +313,7 @@ class TestHealth:
         if case == "clock":
             clock.now = 1000.0
         else:
-            idp.store.written_at -= m.PROBE_SECONDS  # long ago: the probe writes
+            idp.store.written_at -= PROBE_SECONDS  # long ago: the probe writes
             idp.store.connection.execute("PRAGMA query_only = ON")
         answer = auth.get("/health/ready")
         idp.store.connection.execute("PRAGMA query_only = OFF")
@@ -428,7 +430,7 @@ class TestScopedAdministration:
                 )
         assert self.ask(auth, scope, token).status == 200
 
-    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in m.SEEDED_SCOPES])
+    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in SEEDED_SCOPES])
     def test_the_id_of_a_scope_stands_for_its_name(self, idp, auth, alice, holder, id, name):
         claims = jwt.decode(holder(name, "machine"), options={"verify_signature": False})
         assert (
@@ -443,7 +445,7 @@ class TestScopedAdministration:
         made = auth(
             "POST", "/user", bearer=token,
             json_body=self.BODIES["/user"]
-            | {"is_active": False, "roles": [m.MAD_ADMIN_ROLE_ID], "email_verified": True, "id": "x"},
+            | {"is_active": False, "roles": [MAD_ADMIN_ROLE_ID], "email_verified": True, "id": "x"},
         ).json
         assert made == {
             "id": made["id"], "username": "bob", "email": "bob@example.org", "created_at": made["created_at"],

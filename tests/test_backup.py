@@ -16,6 +16,8 @@ from conftest import CHEAP, Caller, die, in_child
 from appliance.base import Refusal
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import OPTIONS, Options, load_options
+from appliance.base.database import read_database_key
+from appliance.base.store import Store
 
 PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -62,7 +64,7 @@ def states(folder):
 class TestWhatABackupIs:
     def test_it_tells_of_the_copy_and_not_of_the_database(self, house, monkeypatch):
         """Whoever reads "up to" must find it in there."""
-        real = m.Store.copy_to
+        real = Store.copy_to
 
         def copy_then_write(store, *words):
             real(store, *words)
@@ -70,7 +72,7 @@ class TestWhatABackupIs:
             m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
             idp.store.close()
 
-        monkeypatch.setattr(m.Store, "copy_to", copy_then_write)
+        monkeypatch.setattr(Store, "copy_to", copy_then_write)
         assert m.back_up(house, "b")["users"] == 1
 
     def test_a_kill_in_the_middle_leaves_no_backup_and_the_next_one_is_good(self, house, tmp_path):
@@ -98,7 +100,7 @@ class TestWhatABackupIs:
 
             assert in_child(work) == 0
             assert not (tmp_path / "b").exists() and not list(tmp_path.glob("b*"))
-        assert m.check_copy(house.db_file, m.read_database_key(house.db_file, "a phrase", False))["users"] == 1
+        assert m.check_copy(house.db_file, read_database_key(house.db_file, "a phrase", False))["users"] == 1
 
     @pytest.mark.parametrize("name", FILES)
     def test_it_never_writes_over_what_it_reads(self, house, tmp_path, name):
@@ -231,7 +233,7 @@ class TestRestore:
         m.back_up(house, "b")
         content, before = (tmp_path / "b").read_bytes(), None
         chance = random.Random(1)
-        key = m.read_database_key("b", "a phrase", False)
+        key = read_database_key("b", "a phrase", False)
         for page in range(0, len(content), 4096):
             at = page + chance.randrange(16 if page == 0 else 0, 4096)
             bad = bytearray(content)
@@ -365,9 +367,9 @@ class TestBesideARunningServer:
                 stop.set()
                 for thread in threads:
                     thread.join()
-            key = m.read_database_key(str(box.folder / "1.backup"), "a database phrase", False)
+            key = read_database_key(str(box.folder / "1.backup"), "a database phrase", False)
             for number, names in enumerate(promised):
-                copy = m.Store(box.folder / f"{number}.backup", key)
+                copy = Store(box.folder / f"{number}.backup", key)
                 assert names and all(copy.find_account_by_name(name) for name in names) and copy.verify_audit()["valid"]
                 copy.close()
             last = tokens[-1]
@@ -510,7 +512,7 @@ class TestOverAdmin:
     def test_an_unencrypted_one_holds_no_keys(self, options, rings, clock, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         idp = m.Idp(
-            options, m.Store.make(tmp_path / "plain.db3", "", RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
+            options, Store.make(tmp_path / "plain.db3", "", RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
             m.Seal(bytes(32)), clock,
         )
         try:

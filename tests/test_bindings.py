@@ -3,10 +3,10 @@
 Each test states a fact of the wire. The clients themselves are not here.
 """
 
-import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD
 from appliance.base.settings import Options
+from appliance.base.store import MAD_ADMIN_ROLE_ID
 
 OTHER = "another battery staple"
 
@@ -98,7 +98,7 @@ class TestNamesInAnswers:
     def test_what_is_not_there_is_404_on_reading_and_deleting(self, call):
         for kind in ("users", "roles", "permissions", "scopes", "clients"):
             for method, path in (
-                ("GET", f"/{kind}/{m.MAD_ADMIN_ROLE_ID[:-1]}0"), ("DELETE", f"/{kind}/{m.MAD_ADMIN_ROLE_ID[:-1]}0"),
+                ("GET", f"/{kind}/{MAD_ADMIN_ROLE_ID[:-1]}0"), ("DELETE", f"/{kind}/{MAD_ADMIN_ROLE_ID[:-1]}0"),
                 ("GET", f"/{kind}/id-by-name/nobody"),
             ):
                 call(method, path, status=404)

@@ -10,6 +10,7 @@ from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from hypothesis import given
 from hypothesis import strategies as st
 from appliance.base.settings import Options
+from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 
 MACHINE = {"grant_type": "client_credentials"}
 
@@ -313,8 +314,8 @@ class TestRegistration:
         [
             ({"client_id": ""}, "client_id"), ({"client_id": "a b"}, "client_id"), ({"client_id": "a:b"}, "client_id"),
             ({"client_id": "\xe4"}, "client_id"), ({"client_id": "x" * 256}, "client_id"),
-            ({"client_id": m.MAD_ADMIN_ROLE_ID}, "client_id"),
-            ({"client_id": m.MAD_ADMIN_ROLE_ID.upper()}, "client_id"), ({"client_type": "native"}, "client_type"),
+            ({"client_id": MAD_ADMIN_ROLE_ID}, "client_id"),
+            ({"client_id": MAD_ADMIN_ROLE_ID.upper()}, "client_id"), ({"client_type": "native"}, "client_type"),
             ({"client_secret": "2 short"}, "client_secret"), ({"client_secret": "eight\tch"}, "client_secret"),
             ({"client_secret": "x" * 256}, "client_secret"),
             ({"client_type": "public", "client_secret": "x" * 20}, "client_secret"),
@@ -335,7 +336,7 @@ class TestRegistration:
             m.create_client(idp, m.LOCAL, "test", m.CreateClient("service"))
         assert caught.value.code == "conflict" and len(idp.store.list_clients()[0]) == 1
 
-    @pytest.mark.parametrize("name", ["", "a b", 'a"b', "a\\b", "\xe4", "x" * 256, m.SEEDED_SCOPES[0][0]])
+    @pytest.mark.parametrize("name", ["", "a b", 'a"b', "a\\b", "\xe4", "x" * 256, SEEDED_SCOPES[0][0]])
     def test_a_scope_is_a_scope_token(self, idp, name):
         """RFC 6749 §3.3"""
         with pytest.raises(m.Problem) as caught:
@@ -349,7 +350,7 @@ class TestRegistration:
         assert caught.value.code == "conflict"
 
     def test_scopes_are_assigned_by_name_or_id_all_or_none(self, idp, service):
-        client, (id, name, _) = m.get_client(idp, "service"), m.SEEDED_SCOPES[3]
+        client, (id, name, _) = m.get_client(idp, "service"), SEEDED_SCOPES[3]
         for ids in ([id, "nonsense"], [], ["openid"]):
             with pytest.raises(m.Problem) as caught:
                 m.assign_scopes(idp, m.LOCAL, "test", client, ids)

@@ -19,6 +19,7 @@ from test_serve import certificate, read_all, run, statuses  # noqa: F401
 from test_upkeep import DAY, NOON, YEARS, Machine
 from appliance.base import Refusal
 from appliance.base.clock import IAT_SKEW, Timekeeper
+from appliance.base.store import AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, SLICE, Store
 
 PEER = m.Origin("192.0.2.1", is_local=False)
 
@@ -27,16 +28,16 @@ def test_all_that_was_done_at_times_that_are_not_yet_is_ended(idp, alice, servic
     store, now, late = idp.store, idp.now(), idp.now() + YEARS
     with store.transaction():
         store.add_browser_session(
-            m.BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
+            BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
         )
         store.add_code(
-            m.AuthorizationCode(
+            AuthorizationCode(
                 "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
                 None, "", 0,
             )
         )
         store.add_login(
-            m.LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, "")
+            LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, "")
         )
         store.run("UPDATE account SET totp_last_step = :step, revoked_before = :ms", step=late // 30, ms=1000 * late)
         store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
@@ -61,7 +62,7 @@ def test_what_lies_scattered_goes_a_few_rows_at_a_time(idp):
     tombs(idp, 60)
     after, deleted = idp.store.purge_expired("revoked_token", "jti", 10, "", 500)
     assert deleted <= 25 and after
-    assert m.SLICE <= 1000
+    assert SLICE <= 1000
 
 
 def test_what_lives_again_when_its_turn_comes_stays(idp, monkeypatch):
@@ -86,7 +87,7 @@ def test_a_tombstone_stays_as_long_as_a_clock_may_be_behind(idp, auth, service, 
 
 
 def test_who_began_a_purge_of_many_slices_is_known(idp, monkeypatch, clock, service, alice):
-    monkeypatch.setattr(m, "SLICE", 2)
+    monkeypatch.setattr("appliance.base.store.SLICE", 2)
     clock.pass_(40 * 86400)
     m.audit(idp, m.LOCAL, "test", "now")
     m.purge_audit_log(idp, m.LOCAL, "system", 30)
@@ -168,8 +169,8 @@ def test_what_cannot_be_written_down_is_not_done(idp, auth, service, alice, log_
 
 
 def test_after_a_failed_sync_nothing_is_acknowledged_while_a_reader_keeps_the_log(idp, monkeypatch):
-    monkeypatch.setattr(m, "LOCK_SECONDS", 0.2)
-    store = m.Store(idp.store.path, idp.store.key)
+    monkeypatch.setattr("appliance.base.database.LOCK_SECONDS", 0.2)
+    store = Store(idp.store.path, idp.store.key)
     store.put_meta("x", 1)
     reader = idp.store.connection
     reader.execute("BEGIN")
@@ -352,11 +353,11 @@ def test_without_more_threads_those_that_are_go_on(run, monkeypatch):
 def under_way(idp, user):
     now = idp.now()
     idp.store.add_code(
-        m.AuthorizationCode(
+        AuthorizationCode(
             "c", "app", user, "s", "https://x", "", "", "", "", "", "pwd", now, 1000 * now, now + 60, None, "", 0
         )
     )
-    idp.store.add_login(m.LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, now, now + 60, 0, ""))
+    idp.store.add_login(LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, now, now + 60, 0, ""))
 
 
 def left(idp):
@@ -443,7 +444,7 @@ def test_a_code_of_the_millisecond_of_an_epoch_is_dead(idp, auth, service, alice
     for number, gap in ((0, 1), (1, 0)):
         ms, now = idp.now_ms(), idp.now()
         idp.store.add_code(
-            m.AuthorizationCode(
+            AuthorizationCode(
                 m.sha256(f"code{number}"), "service", alice.id, f"s{number}", "https://x", "", "", "", "", "", "pwd",
                 now, ms, now + 60, None, "", 0,
             )
@@ -459,7 +460,7 @@ def test_a_code_of_the_millisecond_of_an_epoch_is_dead(idp, auth, service, alice
 def test_the_epoch_of_role_holders_grows_too(idp, root):
     epochs = []
     for _ in range(2):
-        idp.store.revoke_role_holders(m.MAD_ADMIN_ROLE_ID, idp.now(), idp.now_ms())
+        idp.store.revoke_role_holders(MAD_ADMIN_ROLE_ID, idp.now(), idp.now_ms())
         epochs.append(idp.store.find_account(root.id).revoked_before)
     assert epochs[0] < epochs[1]
 

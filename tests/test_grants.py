@@ -10,6 +10,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
+from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 
 MACHINE = {"grant_type": "client_credentials"}
 REFRESH = {"grant_type": "refresh_token"}
@@ -70,7 +71,7 @@ class TestTokenAnswer:
             claims["sub"], claims["username"], claims["preferred_username"], claims["amr"], claims["auth_time"],
         ) == (root.id, "root", "root", ["pwd"], idp.now())
         assert (
-            (claims["role"], claims["roles"]) == ([m.MAD_ADMIN_ROLE_ID], ["MadAdmin"])
+            (claims["role"], claims["roles"]) == ([MAD_ADMIN_ROLE_ID], ["MadAdmin"])
             and claims["sid"]
             and claims["mad"] == "auth"
         )
@@ -92,7 +93,7 @@ class TestTokenAnswer:
     @pytest.mark.parametrize(
         "scope",
         [
-            "openid", "api:read openid", m.SEEDED_SCOPES[0][0], "admin:provision_users", "api:secret", "*",
+            "openid", "api:read openid", SEEDED_SCOPES[0][0], "admin:provision_users", "api:secret", "*",
             "api:read\tapi:write", "API:READ",
         ],
     )

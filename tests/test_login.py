@@ -12,6 +12,7 @@ import sqlcipher3
 from browser import CALLBACK, CHALLENGE, VERIFIER, Browser, request, sent_back, title
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
+from appliance.base.database import Unavailable
 
 NEW_PASSWORD = "another battery staple"
 
@@ -1265,7 +1266,7 @@ class TestCors:
         self, idp, auth, origin, monkeypatch, method, status
     ):
         def fail():
-            raise m.Unavailable("unable to open database file", 5)
+            raise Unavailable("unable to open database file", 5)
 
         monkeypatch.setattr(idp.store, "list_cors_origins", fail)
         for headers in ((), [("Origin", "https://app.example")]):

@@ -23,6 +23,8 @@ from box import CHEAP, ROOT, free_port
 from appliance.base import Refusal
 from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
+from appliance.base.database import read_database_key
+from appliance.base.store import Store
 
 PASSWORD = "correct horse"
 PHRASE = "a long phrase"
@@ -91,7 +93,7 @@ def log_in(folder, username="admin", password=PASSWORD, totp="", config="mad.con
     """Open what was set up and let the administrator in."""
     with contextlib.chdir(folder):
         options = load_options({"config": (config, "test")}, CHEAP)
-        store = m.Store(options.db_file, m.read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+        store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
         store.open()
         auth = m.KeyRing(m.read_ring(options.token_signing_key_file, options.token_signing_key_pass))
         admin = m.KeyRing(m.read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass))

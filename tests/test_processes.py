@@ -14,9 +14,10 @@ from base64 import b64encode
 from pathlib import Path
 from urllib.parse import urlencode
 
-import microauthd as m
 import pytest
 from box import PROGRAM, Box
+from appliance.base.database import read_database_key
+from appliance.base.store import Store
 
 REFRESH = {"grant_type": "refresh_token"}
 
@@ -190,7 +191,7 @@ class TestStopping:
 
 def open_store(box):
     path = str(box.folder / "mad.db3")
-    return m.Store(path, m.read_database_key(path, "a database phrase", False))
+    return Store(path, read_database_key(path, "a database phrase", False))
 
 
 class TestKilling:

@@ -8,6 +8,7 @@ import pytest
 from box import Box
 from conftest import CHEAP, die, in_child
 from appliance.base.settings import Options
+from appliance.base.store import Store
 
 PASSWORD = "correct horse battery"
 NEW = "another battery staple"
@@ -92,7 +93,7 @@ class TestAtTheMachine:
     @pytest.mark.parametrize("step", ["set_password_hash", "assign_role", "clear_totp", "append_audit"])
     def test_killed_in_the_middle_it_has_done_nothing(self, house, step):
         def work():
-            setattr(m.Store, step, die)
+            setattr(Store, step, die)
             m.recover_admin(house, "root", NEW, drop_totp=True)
 
         assert in_child(work) == signal.SIGKILL

@@ -17,6 +17,8 @@ from box import Box
 from conftest import CHEAP, die, in_child
 from appliance.base import Refusal
 from appliance.base.settings import Options, check_options, load_options, parse_flags
+from appliance.base.database import read_database_key
+from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
 
 PASSWORD = "correct horse battery"
 YEAR = 365 * 86400
@@ -102,9 +104,9 @@ class TestBackup:
         stop.set()
         thread.join()
         for number, count in enumerate(counts):
-            copy = m.Store(
+            copy = Store(
                 tmp_path / f"{number}.backup",
-                m.read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False),
+                read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False),
             )
             assert len(copy.list_audit("write", 100_000)) >= count and copy.verify_audit()["valid"]
             copy.close()
@@ -248,8 +250,7 @@ class TestRestore:
         self, house, tmp_path, monkeypatch
     ):
         idp = opened(house)
-        monkeypatch.setattr(
-            m, "MIGRATIONS", (*m.MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n")
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n")
         )
         with m.hold_database(house.db_file):
             with pytest.raises(Refusal, match="of an older release: restart it first"):
@@ -451,8 +452,8 @@ class TestAdminRecovery:
         seed = m.new_totp_seed()
         m.enable_totp(idp, account, seed, pyotp.TOTP(seed).now())
         idp.store.set_account_active(account.id, 0, idp.now())
-        idp.store.set_lockout(account.id, m.FOREVER, idp.now())
-        idp.store.unassign_role(account.id, m.MAD_ADMIN_ROLE_ID)
+        idp.store.set_lockout(account.id, FOREVER, idp.now())
+        idp.store.unassign_role(account.id, MAD_ADMIN_ROLE_ID)
         before = idp.store.find_account(account.id).revoked_before
         assert m.recover_admin(house, "ROOT", "another battery staple", drop_totp=True) == "recovered"
         found, amr = m.authenticate_user(idp, m.LOCAL, "root", "another battery staple", admin=True)

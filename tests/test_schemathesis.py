@@ -27,6 +27,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from appliance.base.settings import Options
+from appliance.base.store import SEEDED_SCOPES
 
 EXAMPLES, SEED = int(os.environ.get("SCHEMATHESIS_EXAMPLES", 4)), int(os.environ.get("SCHEMATHESIS_SEED", 20261123))
 CHECKS = [
@@ -68,7 +69,7 @@ def world(idp, make_idp, options, service, alice, root, public, tmp_path):
     m.create_permission(idp, m.LOCAL, "test", m.CreatePermission("door.open"))
     m.add_uri(idp, m.LOCAL, "test", "service", "redirect", "https://app.example/cb")
     m.put_idp(idp, m.LOCAL, "test", "service", m.PutIdp("google"))
-    m.assign_scopes(idp, m.LOCAL, "test", m.find_client(idp, "service"), [name for _, name, _ in m.SEEDED_SCOPES])
+    m.assign_scopes(idp, m.LOCAL, "test", m.find_client(idp, "service"), [name for _, name, _ in SEEDED_SCOPES])
     idp.store.close()
     filled, copies = (tmp_path / "mad.db3").read_bytes(), itertools.count()
 

@@ -14,17 +14,22 @@ import sqlcipher3
 from conftest import PASSWORD
 from appliance.base import Refusal
 from appliance.base.settings import Options
+from appliance.base.database import Conflict, Generation, Unavailable, derive_key, read_database_key
+from appliance.base.store import (
+    Account, AuditRow, ClientRow, Family, MAD_ADMIN_ROLE_ID, MIGRATIONS, RefreshToken, Role, SEEDED_SCOPES, Scope,
+    Secret, Session, Store, chain,
+)
 
 
 @pytest.fixture(scope="module")
 def encrypted(tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "mad.db3"
-    m.Store.make(path, m.derive_key("right phrase", os.urandom(16)), 1).close()
+    Store.make(path, derive_key("right phrase", os.urandom(16)), 1).close()
     return path
 
 
 def open_it(path, passphrase="right phrase", unencrypted=False):
-    store = m.Store(path, m.read_database_key(str(path), passphrase, unencrypted))
+    store = Store(path, read_database_key(str(path), passphrase, unencrypted))
     try:
         store.open()
         return store.meta("created_at")
@@ -45,7 +50,7 @@ class TestOpening:
         elif case == "middle page":
             self.flip(path, 4096 * 3 + 100)
         elif case == "newer":
-            store = m.Store(path, m.read_database_key(str(path), "right phrase", False))
+            store = Store(path, read_database_key(str(path), "right phrase", False))
             store.connection.execute("PRAGMA user_version = 99")
             store.close()
         elif case == "not ours":
@@ -97,19 +102,19 @@ class TestOpening:
 
     def test_a_path_may_hold_any_character(self, tmp_path):
         path = tmp_path / "a?b=c&d%41#e \xe4.db3"
-        m.Store.make(path, "", 1).close()
+        Store.make(path, "", 1).close()
         assert path.exists() and sorted(os.listdir(tmp_path)) == [path.name] and open_it(path, "") == "1"
 
     def test_a_database_is_never_made_over_another(self, encrypted):
         before = encrypted.read_bytes()
         with pytest.raises(FileExistsError):
-            m.Store.make(encrypted, "", 1)
+            Store.make(encrypted, "", 1)
         assert encrypted.read_bytes() == before
 
     def test_it_is_its_owners_alone_whatever_the_umask(self, tmp_path):
         mask = os.umask(0)
         try:
-            m.Store.make(tmp_path / "mad.db3", "", 1).close()
+            Store.make(tmp_path / "mad.db3", "", 1).close()
         finally:
             os.umask(mask)
         assert (tmp_path / "mad.db3").stat().st_mode & 0o777 == 0o600
@@ -119,9 +124,9 @@ class TestSchema:
     @pytest.mark.parametrize(
         "record, table",
         [
-            (m.Account, "account"), (m.Role, "role"), (m.Scope, "scope"), (m.ClientRow, "client"),
-            (m.Secret, "client_secret"), (m.Session, "session"), (m.Family, "family"),
-            (m.RefreshToken, "refresh_token"), (m.AuditRow, "audit"),
+            (Account, "account"), (Role, "role"), (Scope, "scope"), (ClientRow, "client"),
+            (Secret, "client_secret"), (Session, "session"), (Family, "family"),
+            (RefreshToken, "refresh_token"), (AuditRow, "audit"),
         ],
     )
     def test_a_record_has_the_columns_of_its_table_in_order(self, idp, record, table):
@@ -136,40 +141,38 @@ class TestSchema:
 
     def test_the_rows_every_database_begins_with_have_their_identifiers(self, idp):
         assert {scope.id: scope.name for scope in idp.store.list_scopes()[0]} == {
-            id: name for id, name, _ in m.SEEDED_SCOPES
+            id: name for id, name, _ in SEEDED_SCOPES
         }
         assert idp.store.connection.execute("SELECT id, name, is_protected FROM role").fetchall() == [
-            (m.MAD_ADMIN_ROLE_ID, "MadAdmin", 1)
+            (MAD_ADMIN_ROLE_ID, "MadAdmin", 1)
         ]
         assert len(idp.store.meta("instance_id")) == 36
 
     def test_foreign_keys_are_on_and_time_is_whole_seconds(self, idp, alice):
         assert idp.store.connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
-        with pytest.raises(m.Conflict):
-            idp.store.assign_role("nobody", m.MAD_ADMIN_ROLE_ID, 1)
-        with pytest.raises((m.Unavailable, m.Conflict)):
+        with pytest.raises(Conflict):
+            idp.store.assign_role("nobody", MAD_ADMIN_ROLE_ID, 1)
+        with pytest.raises((Unavailable, Conflict)):
             idp.store.run("UPDATE account SET created_at = 'now' WHERE id = :id", id=alice.id)
 
     def test_steps_that_are_missing_are_run_and_the_rest_is_not(self, idp, monkeypatch):
-        monkeypatch.setattr(
-            m, "MIGRATIONS",
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS",
             (
-                *m.MIGRATIONS, "CREATE TABLE second_step (x TEXT) STRICT;",
+                *MIGRATIONS, "CREATE TABLE second_step (x TEXT) STRICT;",
                 "INSERT INTO second_step VALUES ('a;b');\nINSERT INTO second_step VALUES ('c');",
             ),
         )
         idp.store.migrate()
         idp.store.migrate()
-        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(m.MIGRATIONS),)
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
         assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
-        monkeypatch.setattr(
-            m, "MIGRATIONS", (*m.MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
         )
-        with pytest.raises((m.Unavailable, m.Conflict)):
+        with pytest.raises((Unavailable, Conflict)):
             idp.store.migrate()
-        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(m.MIGRATIONS) - 1,)
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS) - 1,)
         assert not idp.store.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'new_one'").fetchone()
 
 
@@ -197,9 +200,9 @@ class TestWriting:
 
     def test_a_conflict_is_one_at_its_statement_in_a_joined_transaction_too(self, idp):
         with idp.store.transaction():
-            with pytest.raises(m.Conflict):
+            with pytest.raises(Conflict):
                 idp.store.run("UPDATE role SET name = NULL")
-        assert m.get_role(idp, m.MAD_ADMIN_ROLE_ID).name
+        assert m.get_role(idp, MAD_ADMIN_ROLE_ID).name
 
     def test_only_a_change_of_identity_bumps_the_generation_and_only_when_committed(self, idp):
         before = idp.store.generation.read()
@@ -287,10 +290,10 @@ class TestWriting:
         assert len(written) <= 1, "flash wears out"
         store.written_at = -1e9
         store.connection.execute("PRAGMA query_only = ON")
-        with pytest.raises(m.Unavailable):
+        with pytest.raises(Unavailable):
             store.probe()
         assert auth.get("/health/ready").status == 503
-        with pytest.raises(m.Unavailable):
+        with pytest.raises(Unavailable):
             store.enqueue((m.new_jti(5), "service", "", 1, 2), None)
         store.flush()
         store.probe()
@@ -314,7 +317,7 @@ class TestWriting:
         store = idp.store
         first = store.connection
         first.execute("PRAGMA query_only = ON")
-        with pytest.raises(m.Unavailable):
+        with pytest.raises(Unavailable):
             store.put_meta("x", 1)
         second = store.connection
         assert second is not first and first not in store.connections
@@ -327,14 +330,14 @@ class TestWriting:
         assert store.connection is third
 
     def test_one_waits_for_a_lock_of_others_and_the_rest_ask(self, idp, monkeypatch):
-        monkeypatch.setattr(m, "LOCK_SECONDS", 0.3)
-        store, other = m.Store(idp.store.path, idp.store.key), sqlcipher3.connect(idp.store.path, isolation_level=None)
+        monkeypatch.setattr("appliance.base.database.LOCK_SECONDS", 0.3)
+        store, other = Store(idp.store.path, idp.store.key), sqlcipher3.connect(idp.store.path, isolation_level=None)
         other.execute(f"PRAGMA key = \"x'{idp.store.key}'\"")
         other.execute("BEGIN IMMEDIATE")
         times = []
         for _ in range(3):
             began = time.monotonic()
-            with pytest.raises(m.Unavailable):
+            with pytest.raises(Unavailable):
                 store.put_meta("x", 1)
             times.append(time.monotonic() - began)
         assert times[0] > 0.25 and max(times[1:]) < 0.2, times
@@ -384,7 +387,7 @@ class TestWriting:
     def test_the_flusher_outlives_a_failure(self, idp, monkeypatch):
         store, calls = idp.store, []
         append = store.append_audit
-        monkeypatch.setattr(m, "BATCH_SECONDS", 0.001)
+        monkeypatch.setattr("appliance.base.store.BATCH_SECONDS", 0.001)
 
         def fail_once(*words):
             calls.append(1)
@@ -403,10 +406,10 @@ class TestWriting:
         assert "store.unwritable" in idp.stream.getvalue() and "store.writable" in idp.stream.getvalue()
 
     def test_a_queue_that_grows_too_long_stops_the_issuing(self, idp, monkeypatch):
-        monkeypatch.setattr(m, "BATCH_MAX", 1)
+        monkeypatch.setattr("appliance.base.store.BATCH_MAX", 1)
         idp.store.enqueue((m.new_jti(5), "c", "", 1, 2), None)
         idp.store.enqueue((m.new_jti(5), "c", "", 1, 2), None)
-        with pytest.raises(m.Unavailable) as caught:
+        with pytest.raises(Unavailable) as caught:
             idp.store.enqueue((m.new_jti(5), "c", "", 1, 2), None)
         problem = m.as_problem(caught.value)
         assert (problem.code, problem.status) == ("temporarily_unavailable", 503)
@@ -419,7 +422,7 @@ class TestWriting:
         assert "api:secret" in m.find_client(other, "service").scopes
 
     def test_generations_of_processes_do_not_lose_each_other(self):
-        generation = m.Generation()
+        generation = Generation()
         before = generation.read()
         children = []
         for slot in (1, 2, 3):
@@ -471,7 +474,7 @@ class TestAuditChain:
     def broken_at(self, rows):
         digest = ""
         for row in rows:
-            digest = m.chain(digest, row.seq, (*msgspec.structs.astuple(row)[1:9], row.result))
+            digest = chain(digest, row.seq, (*msgspec.structs.astuple(row)[1:9], row.result))
             if digest != row.row_sha256:
                 return row.seq
         return None
@@ -495,14 +498,14 @@ class TestAuditChain:
         assert self.broken_at(self.rows(idp)) == 3
 
     def test_columns_do_not_run_into_each_other(self):
-        assert m.chain("", 1, (0, "a", "bc", "")) != m.chain("", 1, (0, "ab", "c", "")) and m.chain(
+        assert chain("", 1, (0, "a", "bc", "")) != chain("", 1, (0, "ab", "c", "")) and chain(
             "", 1, (0, "1", "")
-        ) != m.chain("", 10, (0, "", ""))
+        ) != chain("", 10, (0, "", ""))
 
     def test_rows_of_before_there_was_a_result_are_covered_as_they_were(self):
-        assert m.chain("", 1, (0, "a", "")) != m.chain("", 1, (0, "a", "success")) == m.chain(
+        assert chain("", 1, (0, "a", "")) != chain("", 1, (0, "a", "success")) == chain(
             "", 1, (0, "a", "success")
-        ) and m.chain("", 1, (0, "a", "")) == m.chain("", 1, (0, "a", None))
+        ) and chain("", 1, (0, "a", "")) == chain("", 1, (0, "a", None))
 
     def test_two_processes_write_one_chain(self, idp, make_idp):
         other = make_idp(idp.options)

@@ -8,6 +8,8 @@ import pytest
 from conftest import CHEAP, PASSWORD, in_child
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper
 from appliance.base.settings import Options
+from appliance.base.database import Unavailable
+from appliance.base.store import Family, Session, Store, chain
 
 DAY = 86400
 
@@ -78,9 +80,9 @@ class TestPurge:
         idp = make_idp(Options(**CHEAP, token_purge_days=0, refresh_token_purge_days=0, audit_log_retention_days=0))
         account = m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
         with idp.store.transaction():
-            idp.store.add_family(m.Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
+            idp.store.add_family(Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
             idp.store.add_session(
-                m.Session(
+                Session(
                     m.new_jti(idp.now_ms()), account.id, "c", "s", "", "access", "auth", "pwd", idp.now(), idp.now(),
                     None,
                 )
@@ -97,12 +99,12 @@ class TestPurge:
         assert rows[0].seq == last.seq, "the newest stays: the next continues its hash"
         digest = rows[0].row_sha256
         for row in rows[1:]:
-            digest = m.chain(digest, row.seq, (*msgspec.structs.astuple(row)[1:9], row.result))
+            digest = chain(digest, row.seq, (*msgspec.structs.astuple(row)[1:9], row.result))
             assert digest == row.row_sha256
         assert rows[-1].action == "purged" and "audit=" in rows[-1].secondary
 
     def test_it_goes_in_slices_and_lets_writers_between(self, idp, monkeypatch, clock):
-        monkeypatch.setattr(m, "SLICE", 10)
+        monkeypatch.setattr("appliance.base.store.SLICE", 10)
         for number in range(35):
             idp.store.enqueue((m.new_jti(idp.now_ms()), "service", "", idp.now(), idp.now() + number), None)
         idp.store.flush()
@@ -112,7 +114,7 @@ class TestPurge:
         assert count(idp, "session") == 0 and len(pauses) > 4
 
     def test_what_expires_late_does_not_keep_what_expired_early(self, idp, monkeypatch, clock):
-        monkeypatch.setattr(m, "SLICE", 5)
+        monkeypatch.setattr("appliance.base.store.SLICE", 5)
         for number in range(23):
             idp.store.enqueue(
                 (m.new_jti(idp.now_ms()), "service", "", idp.now(), idp.now() + (3600 if number % 2 else 3000 * DAY)),
@@ -140,7 +142,7 @@ class TestThread:
 
         def fail(idp, pause):  # a name of its own: it is in the log
             calls.append(1)
-            raise m.Unavailable("disk full", 5)
+            raise Unavailable("disk full", 5)
 
         monkeypatch.setattr(m, "purge", fail)
         upkeep = m.Upkeep(idp)
@@ -179,7 +181,7 @@ class Machine:
 
 
 def refuse(*words):
-    raise m.Unavailable("the disk is full", 5)
+    raise Unavailable("the disk is full", 5)
 
 
 NOON = RELEASED_AT + 50_000.0
@@ -358,8 +360,8 @@ class TestClockwork:
         token = log_in(alice)
         box.wall -= YEARS
         with monkeypatch.context() as patched:
-            patched.setattr(m.Store, "end_what_is_later", refuse)
-            with pytest.raises(m.Unavailable):
+            patched.setattr(Store, "end_what_is_later", refuse)
+            with pytest.raises(Unavailable):
                 clockwork.step()
         box.pass_(1)
         clockwork.step()

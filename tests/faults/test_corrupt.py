@@ -15,6 +15,8 @@ from box import Box
 from ledger import Line
 from appliance.base import Refusal
 from appliance.base.settings import CONFIG_HEAD, parse_config
+from appliance.base.database import read_database_key
+from appliance.base.store import Store
 
 KEYS = ("token.pem", "admin_token.pem", "seal.key")
 # SQLite builds the index of the log anew in -shm, whatever it then finds; .lock holds the pid of whoever tries to serve.
@@ -153,8 +155,8 @@ class TestDatabase:
     def test_nor_does_a_newer_one(self, copy):
         box = copy()
         path = str(box.folder / "mad.db3")
-        store = m.Store(path, m.read_database_key(path, "a database phrase", False))
-        beside = m.Store(path, store.key)
+        store = Store(path, read_database_key(path, "a database phrase", False))
+        beside = Store(path, store.key)
         assert beside.meta("created_at")  # stays open, so that the log stays
         store.connection.execute("PRAGMA user_version = 99")
         saved = {name: (box.folder / name).read_bytes() for name in ("mad.db3", "mad.db3-wal")}

@@ -15,7 +15,6 @@ import subprocess
 import time
 
 import jwt
-import microauthd as m
 import pytest
 from box import Box
 from browser import CALLBACK
@@ -23,6 +22,8 @@ from crowd import await_true, descriptors, pss
 from failing import DATABASE, LOG, OTHER, FailingBox
 from ledger import PHRASE, SETTINGS, THRESHOLD, Line
 from losing import Disk, RecordedBox, compile_layer, read_record
+from appliance.base.database import LOCK_SECONDS, read_database_key
+from appliance.base.store import Store
 
 LONG = pytest.mark.long
 UNTIL_WELL = 6  # seconds
@@ -128,7 +129,7 @@ def ready(box):
 
 def open_store(box):
     path = str(box.folder / "mad.db3")
-    return m.Store(path, m.read_database_key(path, "a database phrase", False))
+    return Store(path, read_database_key(path, "a database phrase", False))
 
 
 def whole(box, stock):
@@ -448,7 +449,7 @@ class TestLock:
             said = [one.result() for one in asked if one.done()]
             store.connection.execute("ROLLBACK")
             assert len(said) >= 24 and all(refused(answer, name) for name, answer, _ in said)
-            assert max(took for _, _, took in said) < m.LOCK_SECONDS + 4, "one waits for all"
+            assert max(took for _, _, took in said) < LOCK_SECONDS + 4, "one waits for all"
             assert slowest < 2, "readers wait"
             concurrent.futures.wait(asked)
             assert well(box, stock, 3)

@@ -5,10 +5,11 @@ import random
 import signal
 import time
 
-import microauthd as m
 import pytest
 from box import Box
 from ledger import SETTINGS, Audit, Ledger, Line
+from appliance.base.database import read_database_key
+from appliance.base.store import Store
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def kill(box):
 
 def integrity(box, key):
     """What SQLite says of the database, read beside the server that has just recovered it."""
-    store = m.Store(str(box.folder / "mad.db3"), key)
+    store = Store(str(box.folder / "mad.db3"), key)
     try:
         return store.connection.execute("PRAGMA integrity_check").fetchall()
     finally:
@@ -38,7 +39,7 @@ def test_what_was_acknowledged_survives_kill_9_at_any_moment(killed, kills):
     seed = int(os.environ.get("KILL_SEED", "0")) or random.randrange(10**9)
     print(f"KILL_SEED={seed}")  # shown with a failure
     dice = random.Random(seed)
-    key = m.read_database_key(str(killed.folder / "mad.db3"), "a database phrase", False)
+    key = read_database_key(str(killed.folder / "mad.db3"), "a database phrase", False)
     ledger = Ledger(killed, mark=lambda: 0, seed=seed)
     ledger.prepare()
     audit, checked, facts = Audit(), 0, 0

@@ -7,11 +7,12 @@ import random
 import signal
 import time
 
-import microauthd as m
 import pytest
 from box import Box
 from ledger import SETTINGS, Audit, Fact, Ledger, Line
 from losing import Cuts, RecordedBox, compile_layer, read_record
+from appliance.base.database import read_database_key
+from appliance.base.store import Store
 
 LONG = pytest.mark.long
 
@@ -140,9 +141,9 @@ def test_what_was_acknowledged_survives_a_power_cut(run):
         here = f"cut at {place} of {run.ended}, {keep} of what was not synced kept"
         try:
             box.start()
-            store = m.Store(
+            store = Store(
                 str(box.folder / "mad.db3"),
-                key := key or m.read_database_key(str(box.folder / "mad.db3"), "a database phrase", False),
+                key := key or read_database_key(str(box.folder / "mad.db3"), "a database phrase", False),
             )
             assert store.connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)], here
             store.close()

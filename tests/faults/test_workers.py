@@ -15,6 +15,8 @@ import pytest
 from box import PROGRAM, Box
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
 from test_flows import make_certificate
+from appliance.base.database import Generation, read_database_key
+from appliance.base.store import Store
 
 LONG = pytest.mark.long
 
@@ -162,7 +164,7 @@ def test_one_that_is_stopped_does_not_outlive_its_supervisor(tmp_path):
 
 def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
     """Each says that it is ready in a pipe, which has to be read."""
-    plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[], log=lambda *_, **__: None)
+    plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[], log=lambda *_, **__: None)
     supervisor = m.Supervisor(plan)
     supervisor.children[1] = (0, 0.0)
     monkeypatch.setattr(os, "waitpid", lambda pid, flags: (0, 0))
@@ -179,7 +181,7 @@ class TestReplacing:
     def supervisor(self, monkeypatch):
         """One that forks only on paper, with a clock moved by hand: `at`."""
         plan = types.SimpleNamespace(
-            generation=m.Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
+            generation=Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
             log=lambda *_, **__: None,
         )
         supervisor, pids = m.Supervisor(plan), iter(range(100, 1000))
@@ -246,7 +248,7 @@ def test_a_child_listens_on_its_own_socket_alone(box):
 def test_what_was_queued_when_the_supervisor_was_killed_is_written(box):
     def rows():
         with contextlib.closing(
-            m.Store(box.folder / "mad.db3", m.read_database_key(box.folder / "mad.db3", "a database phrase", False))
+            Store(box.folder / "mad.db3", read_database_key(box.folder / "mad.db3", "a database phrase", False))
         ) as store:
             return store.connection.execute("SELECT count(*) FROM session").fetchone()[0]
 
@@ -346,7 +348,7 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
 
 def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     """The supervisor says it: that something may have changed. Between a commit and the word of it may lie a checkpoint."""
-    plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None], log=lambda *_, **__: None)
+    plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[None], log=lambda *_, **__: None)
     supervisor, before = m.Supervisor(plan), plan.generation.read()
     pid = os.fork()
     if not pid:
@@ -356,7 +358,7 @@ def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
 
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
-    plan = types.SimpleNamespace(generation=m.Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
+    plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
     supervisor, generation, killed, now = m.Supervisor(plan), plan.generation, [], time.monotonic()
 
     def look(after):
@@ -480,7 +482,7 @@ class Person(Last):
 def rows(box):
     """How many tokens of machines and of people are stored."""
     path = str(box.folder / "mad.db3")
-    store = m.Store(path, m.read_database_key(path, "a database phrase", False))
+    store = Store(path, read_database_key(path, "a database phrase", False))
     try:
         return tuple(
             store.connection.execute(f"SELECT count(*) FROM session WHERE user_id IS {word} NULL").fetchone()[0]

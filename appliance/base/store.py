@@ -1,0 +1,1963 @@
+"""Rows, MIGRATIONS, and every SQL statement of the server."""
+
+import base64
+import collections
+import contextlib
+import hashlib
+import os
+import secrets
+import threading
+import time
+import uuid
+
+import msgspec
+import sqlcipher3
+
+from appliance.base import Refusal
+from appliance.base.clock import CLOCK_FAR, IAT_SKEW, nap
+from appliance.base.database import (
+    BATCH_MAX, BATCH_SECONDS, Database, PROBE_SECONDS, SQLITE_BUSY, SQLITE_CANTOPEN, SQLITE_FULL, SQLITE_IOERR,
+    SQLITE_READONLY, Unavailable, check_log, is_busy,
+)
+
+
+# Rows every database begins with; their identifiers are part of the wire contract.
+MAD_ADMIN_ROLE_ID = "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"
+SEEDED_SCOPES = (
+    ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", "admin:provision_users", "Create users."),
+    ("2192998b-c3d3-4274-9a25-4a4195ba2ec7", "admin:reset_passwords", "Reset the password of a user."),
+    ("31c00aae-4136-4a8c-92a6-d2bbf4be2d35", "admin:deactivate_users", "Deactivate users."),
+    ("1f4610fe-0cb2-4119-bd69-9b6033326998", "admin:read_user", "Read one user."),
+    ("b6348575-83ec-4288-801b-e0d2da20569c", "admin:list_users", "List users."),
+)
+FOREVER = 253402300799  # 9999-12-31T23:59:59Z: what the wire calls a permanent lockout
+OVERLAP_MAX = 31 * 86400  # seconds: a client secret that was replaced lives on for so long at most
+LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, so that an attacker cannot close an account for days
+SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
+SCATTERED = 25  # the same for rows that do not lie beside each other in every index
+
+
+# == Records ===================================================================
+# One frozen Struct a table, its fields in the order of the columns, and one an object of the wire.
+# `_at` is integer Unix seconds; flags of a row are 0 or 1.
+
+
+class Record(msgspec.Struct, frozen=True, array_like=False):
+    """A row."""
+
+
+class Account(Record):
+    """A user. `revoked_before` is Unix milliseconds: what was issued up to it is dead."""
+
+    id: str
+    username: str
+    email: str
+    password_hash: str
+    is_active: int
+    email_verified: int
+    failed_logins: int
+    last_failed_at: int
+    lockouts: int
+    lockout_until: int
+    last_login_at: int
+    totp_sealed: str
+    totp_pending_sealed: str
+    totp_last_step: int
+    totp_failures: int
+    totp_locked_until: int
+    revoked_before: int
+    created_at: int
+    modified_at: int
+
+
+class Permission(Record):
+    id: str
+    name: str
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class Role(Record):
+    id: str
+    name: str
+    description: str
+    is_protected: int
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class Scope(Record):
+    id: str
+    name: str
+    description: str
+    is_protected: int
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class ClientRow(Record):
+    """A client as stored. `grant_types` is space-delimited; `access_token_signed_alg` empty means the server's choice."""
+
+    id: str
+    client_id: str
+    client_type: str
+    display_name: str
+    audience: str
+    grant_types: str
+    may_introspect: int
+    is_first_party: int
+    access_token_signed_alg: str
+    id_token_signed_response_alg: str
+    is_active: int
+    revoked_before: int
+    created_at: int
+    modified_at: int
+
+
+class Secret(Record):
+    id: str
+    client_id: str
+    secret_hash: str
+    created_at: int
+    expires_at: int
+
+
+class Session(Record):
+    """An access token that was issued; `id` is its `jti`."""
+
+    id: str
+    user_id: str | None
+    client_id: str
+    sid: str | None
+    scope: str
+    token_use: str
+    mad_use: str
+    login_method: str
+    issued_at: int
+    expires_at: int
+    revoked_at: int | None
+
+
+class Family(Record):
+    """A login at a client, and all tokens that hang on it; `sid` of RFC 9068 and OpenID tokens.
+
+    `created_ms` is Unix milliseconds, to be compared with `revoked_before`.
+    """
+
+    sid: str
+    user_id: str
+    client_id: str
+    scope: str
+    amr: str
+    auth_time: int
+    nonce: str
+    created_ms: int
+    expires_at: int
+    revoked_at: int | None
+    browser: str = ""  # the browser session it began in, if any
+    claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
+
+
+class LoginTransaction(Record):
+    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was proven."""
+
+    id: str
+    binding_sha256: str
+    client_id: str
+    state: str  # select | password | totp | enrol | codes | consent | ready | done
+    request: str
+    user_id: str | None
+    amr: str
+    auth_time: int
+    failures: int
+    created_at: int
+    expires_at: int
+    proven_ms: int
+    pending: str  # sealed: a seed that waits for its first code
+
+
+class BrowserSession(Record):
+    """Somebody logged in at a browser; its cookie holds what `id_sha256` is the hash of."""
+
+    id_sha256: str
+    user_id: str
+    amr: str
+    auth_time: int
+    created_ms: int
+    last_seen_at: int
+    expires_at: int
+    revoked_at: int | None
+    ip_address: str
+    user_agent: str
+
+
+class AuthorizationCode(Record):
+    code_sha256: str
+    client_id: str
+    user_id: str
+    sid: str
+    redirect_uri: str
+    scope: str
+    nonce: str
+    code_challenge: str
+    code_challenge_method: str
+    claims: str
+    amr: str
+    auth_time: int
+    issued_ms: int
+    expires_at: int
+    spent_at: int | None
+    browser: str
+    offline: int  # whether a refresh token may come of it
+
+
+class RefreshToken(Record):
+    id: str
+    token_sha256: str
+    sid: str
+    user_id: str
+    client_id: str
+    session_id: str
+    issued_at: int
+    expires_at: int
+    rotated_at: int | None
+    revoked_at: int | None
+
+
+class ListedSession(Session):
+    """A session and what its listing shows besides. `dead_before` is Unix milliseconds: the epochs of its user and client."""
+
+    username: str
+    dead_before: int
+    family_revoked_at: int | None
+
+
+class ListedRefreshToken(RefreshToken):
+    username: str
+    scope: str
+    dead_before: int
+    family_created_ms: int
+
+
+class ExternalIdp(Record):
+    """An external identity provider of a client: kept for it, used by no login yet."""
+
+    id: str
+    client_id: str
+    provider_key: str
+    display_name: str
+    issuer: str
+    client_identifier: str
+    scopes: str
+    created_at: int
+    modified_at: int
+
+
+class Feature(Record):
+    feature_flag: str
+    is_enabled: int
+    options: str
+
+
+class ClientUri(Record):
+    """A URI of a client; `kind` is redirect, post_logout or cors_origin."""
+
+    id: str
+    client_id: str
+    kind: str
+    uri: str
+    created_at: int
+
+
+class AuditRow(Record):
+    seq: int
+    at: int
+    actor_id: str
+    action: str
+    target: str
+    secondary: str
+    ip_address: str
+    user_agent: str
+    request_id: str
+    row_sha256: str
+    result: str
+
+
+class Client(msgspec.Struct, frozen=True):
+    """A client as the rules see it: its row and everything that belongs to it."""
+
+    row: ClientRow
+    secret_hashes: tuple  # of the secrets alive when it was read, with their expiry: ((hash, expires_at), …)
+    scopes: frozenset
+    flags: dict  # enabled flag -> option
+    redirect_uris: tuple = ()
+    post_logout_redirect_uris: tuple = ()
+    cors_origins: tuple = ()
+
+    @property
+    def client_id(self):
+        return self.row.client_id
+
+    @property
+    def grant_types(self):
+        return self.row.grant_types.split()
+
+
+# == Store =====================================================================
+# Every SQL statement of the server. Takes and returns records; knows nothing of HTTP.
+
+MIGRATIONS = (
+    # Step 1. STRICT and WITHOUT ROWID are SQLite's words; everything else is portable SQL.
+    """
+    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+    CREATE TABLE account (
+        id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, email TEXT NOT NULL, password_hash TEXT NOT NULL,
+        is_active INTEGER NOT NULL DEFAULT 1, email_verified INTEGER NOT NULL DEFAULT 0,
+        failed_logins INTEGER NOT NULL DEFAULT 0, last_failed_at INTEGER NOT NULL DEFAULT 0,
+        lockouts INTEGER NOT NULL DEFAULT 0, lockout_until INTEGER NOT NULL DEFAULT 0,
+        last_login_at INTEGER NOT NULL DEFAULT 0,
+        totp_sealed TEXT NOT NULL DEFAULT '', totp_pending_sealed TEXT NOT NULL DEFAULT '',
+        totp_last_step INTEGER NOT NULL DEFAULT 0, totp_failures INTEGER NOT NULL DEFAULT 0,
+        totp_locked_until INTEGER NOT NULL DEFAULT 0,
+        revoked_before INTEGER NOT NULL DEFAULT 0, created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE UNIQUE INDEX account_email ON account (email) WHERE email <> '';
+
+    CREATE TABLE role (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL DEFAULT '',
+        is_protected INTEGER NOT NULL DEFAULT 0, is_active INTEGER NOT NULL DEFAULT 1,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE permission (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, is_active INTEGER NOT NULL DEFAULT 1,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE role_permission (
+        role_id TEXT NOT NULL REFERENCES role (id) ON DELETE CASCADE,
+        permission_id TEXT NOT NULL REFERENCES permission (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (role_id, permission_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX role_permission_permission ON role_permission (permission_id);
+    CREATE TABLE user_role (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        role_id TEXT NOT NULL REFERENCES role (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (user_id, role_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX user_role_role ON user_role (role_id);
+
+    CREATE TABLE client (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL UNIQUE,
+        client_type TEXT NOT NULL CHECK (client_type IN ('confidential', 'public')),
+        display_name TEXT NOT NULL DEFAULT '', audience TEXT NOT NULL, grant_types TEXT NOT NULL,
+        may_introspect INTEGER NOT NULL DEFAULT 0, is_first_party INTEGER NOT NULL DEFAULT 1,
+        access_token_signed_alg TEXT NOT NULL DEFAULT '', id_token_signed_response_alg TEXT NOT NULL DEFAULT 'RS256',
+        is_active INTEGER NOT NULL DEFAULT 1, revoked_before INTEGER NOT NULL DEFAULT 0,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE client_secret (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        secret_hash TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+    CREATE INDEX client_secret_client ON client_secret (client_id);
+    CREATE TABLE client_uri (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        kind TEXT NOT NULL CHECK (kind IN ('redirect', 'post_logout', 'cors_origin')),
+        uri TEXT NOT NULL, created_at INTEGER NOT NULL, UNIQUE (client_id, kind, uri)) STRICT;
+    CREATE TABLE client_feature (
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE, feature_flag TEXT NOT NULL,
+        is_enabled INTEGER NOT NULL DEFAULT 0, options TEXT NOT NULL DEFAULT '',
+        PRIMARY KEY (client_id, feature_flag)) STRICT, WITHOUT ROWID;
+    CREATE TABLE external_idp_provider (
+        id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        provider_key TEXT NOT NULL, display_name TEXT NOT NULL, issuer TEXT NOT NULL,
+        client_identifier TEXT NOT NULL, scopes TEXT NOT NULL,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL, UNIQUE (client_id, provider_key)) STRICT;
+
+    CREATE TABLE scope (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL DEFAULT '',
+        is_protected INTEGER NOT NULL DEFAULT 0, is_active INTEGER NOT NULL DEFAULT 1,
+        created_at INTEGER NOT NULL, modified_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE user_scope (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        scope_id TEXT NOT NULL REFERENCES scope (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (user_id, scope_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX user_scope_scope ON user_scope (scope_id);
+    CREATE TABLE client_scope (
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        scope_id TEXT NOT NULL REFERENCES scope (id) ON DELETE CASCADE,
+        assigned_at INTEGER NOT NULL, PRIMARY KEY (client_id, scope_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX client_scope_scope ON client_scope (scope_id);
+
+    CREATE TABLE family (
+        sid TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        client_id TEXT NOT NULL, scope TEXT NOT NULL, amr TEXT NOT NULL, auth_time INTEGER NOT NULL,
+        nonce TEXT NOT NULL, created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+        revoked_at INTEGER) STRICT, WITHOUT ROWID;
+    CREATE INDEX family_user ON family (user_id);
+    -- No index on the expiry: ids begin with their milliseconds, so what is old stands first.
+    CREATE TABLE session (
+        id TEXT PRIMARY KEY, user_id TEXT REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
+        sid TEXT, scope TEXT NOT NULL, token_use TEXT NOT NULL, mad_use TEXT NOT NULL, login_method TEXT NOT NULL,
+        issued_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, revoked_at INTEGER) STRICT, WITHOUT ROWID;
+    CREATE INDEX session_user ON session (user_id) WHERE user_id IS NOT NULL;
+    CREATE INDEX session_sid ON session (sid) WHERE sid IS NOT NULL;
+    CREATE TABLE refresh_token (
+        id TEXT PRIMARY KEY, token_sha256 TEXT NOT NULL UNIQUE,
+        sid TEXT NOT NULL REFERENCES family (sid) ON DELETE CASCADE,
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
+        session_id TEXT NOT NULL, issued_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+        rotated_at INTEGER, revoked_at INTEGER) STRICT, WITHOUT ROWID;
+    CREATE INDEX refresh_token_sid ON refresh_token (sid);
+    CREATE INDEX refresh_token_user ON refresh_token (user_id);
+    -- A tombstone outlives its token: `expires_at` is the token's own.
+    CREATE TABLE revoked_token (jti TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, revoked_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE login_transaction (
+        id TEXT PRIMARY KEY, binding_sha256 TEXT NOT NULL, client_id TEXT NOT NULL, state TEXT NOT NULL,
+        request TEXT NOT NULL, user_id TEXT REFERENCES account (id) ON DELETE CASCADE, amr TEXT NOT NULL,
+        auth_time INTEGER NOT NULL, failures INTEGER NOT NULL DEFAULT 0,
+        created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE browser_session (
+        id_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        amr TEXT NOT NULL, auth_time INTEGER NOT NULL, created_ms INTEGER NOT NULL, last_seen_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL, revoked_at INTEGER) STRICT;
+    CREATE INDEX browser_session_user ON browser_session (user_id);
+    CREATE TABLE authorization_code (
+        code_sha256 TEXT PRIMARY KEY, client_id TEXT NOT NULL,
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, sid TEXT NOT NULL, redirect_uri TEXT NOT NULL,
+        scope TEXT NOT NULL, nonce TEXT NOT NULL, code_challenge TEXT NOT NULL, code_challenge_method TEXT NOT NULL,
+        claims TEXT NOT NULL, amr TEXT NOT NULL, auth_time INTEGER NOT NULL,
+        issued_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL, spent_at INTEGER) STRICT;
+    CREATE TABLE consent (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        scope TEXT NOT NULL, given_at INTEGER NOT NULL, PRIMARY KEY (user_id, client_id)) STRICT, WITHOUT ROWID;
+    CREATE TABLE recovery_code (
+        code_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        created_at INTEGER NOT NULL, spent_at INTEGER) STRICT;
+    CREATE INDEX recovery_code_user ON recovery_code (user_id);
+
+    -- Append-only. `row_sha256` covers the row and the hash of the row before it.
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, actor_id TEXT NOT NULL, action TEXT NOT NULL,
+        target TEXT NOT NULL, secondary TEXT NOT NULL, ip_address TEXT NOT NULL, user_agent TEXT NOT NULL,
+        request_id TEXT NOT NULL, row_sha256 TEXT NOT NULL) STRICT;
+    """,
+    # Step 2. Whether what an audit row tells of succeeded; empty in the rows of before.
+    """
+    ALTER TABLE audit ADD COLUMN result TEXT NOT NULL DEFAULT '';
+    """,
+    # Step 3. What logins at a browser leave behind.
+    """
+    ALTER TABLE family ADD COLUMN browser TEXT NOT NULL DEFAULT '';
+    ALTER TABLE family ADD COLUMN claims TEXT NOT NULL DEFAULT '';
+    ALTER TABLE login_transaction ADD COLUMN proven_ms INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE login_transaction ADD COLUMN pending TEXT NOT NULL DEFAULT '';
+    ALTER TABLE browser_session ADD COLUMN ip_address TEXT NOT NULL DEFAULT '';
+    ALTER TABLE browser_session ADD COLUMN user_agent TEXT NOT NULL DEFAULT '';
+    ALTER TABLE authorization_code ADD COLUMN browser TEXT NOT NULL DEFAULT '';
+    ALTER TABLE authorization_code ADD COLUMN offline INTEGER NOT NULL DEFAULT 1;
+    CREATE INDEX login_transaction_binding ON login_transaction (binding_sha256);
+    CREATE INDEX authorization_code_user ON authorization_code (user_id);
+    CREATE INDEX login_transaction_user ON login_transaction (user_id) WHERE user_id IS NOT NULL;
+    """,
+)
+
+BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
+
+
+def like(q: str) -> str:
+    """Return the LIKE pattern of whatever holds `q`, its wildcards taken literally."""
+    return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+
+
+SESSION_INSERT = "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, :issued_at, :expires_at, :revoked_at)"
+SESSION_INSERT_ROW = (
+    "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access', 'auth', 'client_credentials', ?, ?, NULL)"
+)
+
+
+SUCCESS, FAILURE = "success", "failure"
+
+
+AUDIT_FILTER = """
+    WHERE seq > :after AND at >= :since AND at <= :until
+      AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
+      AND (:target IS NULL OR target = :target OR secondary = :target)
+"""
+LISTED_SESSIONS = """
+    SELECT session.*, coalesce(username, '') AS username,
+           max(coalesce(account.revoked_before, 0), CASE WHEN mad_use = 'admin' THEN 0 ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
+           family.revoked_at AS family_revoked_at
+      FROM session
+      LEFT JOIN account ON account.id = session.user_id
+      LEFT JOIN client ON client.client_id = session.client_id
+      LEFT JOIN family ON family.sid = session.sid
+"""
+LISTED_REFRESH_TOKENS = """
+    SELECT refresh_token.*, username, family.scope AS scope, max(account.revoked_before, coalesce(client.revoked_before, 9223372036854775807)) AS dead_before, created_ms AS family_created_ms
+      FROM refresh_token
+      JOIN account ON account.id = refresh_token.user_id
+      JOIN family ON family.sid = refresh_token.sid
+      LEFT JOIN client ON client.client_id = refresh_token.client_id
+"""
+
+
+def chain(previous: str, seq: int, row: tuple) -> str:
+    """Return the hash of an audit row: base64url SHA-256 over the hash before it and every column.
+
+    The last column is the result; rows of the first schema had none, and their hashes do not cover it.
+    """
+    digest = hashlib.sha256(msgspec.json.encode((previous, seq, *(row if row[-1] else row[:-1])))).digest()
+    return base64.urlsafe_b64encode(digest)[:-1].decode()
+
+
+def batch_audit(batch):
+    """Return the audit rows of a batch of machine tokens: one for each client and peer in it.
+
+    At rest that is one row a token; under load a row counts the tokens of some milliseconds and
+    names the first and last `jti`, whose sessions are listed between them. So auditing does not
+    wear the flash of a busy box.
+    """
+    groups = {}
+    for session, caller in batch:
+        if caller is not None:
+            groups.setdefault(caller[:3], []).append((session, caller))
+    rows = []
+    for (client_id, peer, user_agent), members in groups.items():
+        first, last = members[0][0], members[-1][0]
+        secondary = f"jti={first[0]}" if len(members) == 1 else f"count={len(members)} jti={first[0]}..{last[0]}"
+        rows.append(
+            (last[3], client_id, "oidc_token_issued", client_id, secondary, peer, user_agent, members[0][1][3], SUCCESS)
+        )
+    return rows
+
+
+class Store(Database):
+    """Every SQL statement of the server, in methods that take and return rows.
+
+    What flush() writes, the rows of machine tokens, is the one thing that a power cut may forget
+    (synchronous=NORMAL): the tokens stay alive, because aliveness does not need their rows.
+    """
+
+    def __init__(self, path, key="", generation=None, log=None, mode="rw"):
+        super().__init__(path, key, generation, log, mode)
+        self.queue = collections.deque()
+        self.wake = threading.Event()
+        self.flush_lock = threading.Lock()
+        self.writable = True
+        self.flusher = None
+
+    def close(self):
+        self.closing = True
+        self.wake.set()
+        if self.flusher:
+            self.flusher.join(5)
+        while self.queue and self.writable:
+            self.flush()
+        if self.queue:
+            self.log("store.lost", "error", rows=len(self.queue))
+        super().close()
+
+    def note_failure(self, error):
+        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush() tries."""
+        super().note_failure(error)
+        was_writable, self.writable = self.writable, False
+        if was_writable and self.flusher:  # a command says it in its own sentence
+            self.log(
+                "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
+                waiting=len(self.queue),
+            )
+            self.wake.set()
+
+    # -- schema --
+
+    @staticmethod
+    def make(path, key, now):
+        """Create a new database at `path`, which must not exist, with the rows every one begins with."""
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.close(descriptor)
+        store = Store(path, key)
+        try:
+            store.connection.execute("PRAGMA journal_mode = WAL")
+            store.migrate()
+            with store.transaction():
+                store.put_meta("created_at", now)
+                store.put_meta("instance_id", uuid.uuid4())
+                store.put_meta("revoked_before", 0)
+                store.run(
+                    "INSERT INTO role (id, name, description, is_protected, created_at, modified_at) "
+                    "VALUES (:id, 'MadAdmin', 'Administrator of this server.', 1, :now, :now)",
+                    id=MAD_ADMIN_ROLE_ID, now=now,
+                )
+                for id, name, description in SEEDED_SCOPES:
+                    store.run(
+                        "INSERT INTO scope (id, name, description, is_protected, created_at, modified_at) "
+                        "VALUES (:id, :name, :description, 1, :now, :now)",
+                        id=id, name=name, description=description, now=now,
+                    )
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def open(self, alone=contextlib.nullcontext):
+        """Check that this is our database and that it is whole, then bring its schema up to date, which is done `alone`.
+
+        Raises Refusal with one sentence; the file is left as it is.
+        """
+        check_log(self.path)
+        # The last writer that closes puts what a crash left in the log into the database, whatever either holds:
+        # so as long as they may be damaged, nobody here is one.
+        left = os.path.exists(self.path + "-wal") and os.path.getsize(self.path + "-wal") > 0
+        try:
+            connection = self.connect(mode="ro") if left else self.connection
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        except sqlcipher3.Error as error:
+            if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (
+                SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN,
+            ):
+                raise Refusal(
+                    f"the database {self.path} does not open: db-pass is wrong, or the file is damaged"
+                ) from None
+            raise Refusal(f"the database {self.path} does not open: {error}") from None
+        if version > len(MIGRATIONS):
+            raise Refusal(
+                f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one"
+            )
+        try:
+            if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
+                raise Refusal(f"the file {self.path} is not a microauthd database")
+            # A large database is not read through at every start; a damaged page of it refuses when it is read.
+            small = os.path.getsize(self.path) < 32_000_000
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
+            if verdict != "ok":
+                raise Refusal(
+                    f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is"
+                )
+            if left:
+                self.connections.discard(connection)
+                connection.close()
+            if version < len(MIGRATIONS):
+                with alone():
+                    self.migrate()
+        except (sqlcipher3.Error, Unavailable) as error:
+            reason = error.log if isinstance(error, Unavailable) else error
+            raise Refusal(f"the database {self.path} cannot be used: {reason}") from None
+
+    def migrate(self):
+        """Run the steps that are missing. A step and its number commit together."""
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        for number, step in enumerate(MIGRATIONS[version:], version + 1):
+            with self.transaction():
+                for statement in step.split(";\n"):
+                    if statement.strip():
+                        self.connection.execute(statement)
+                self.connection.execute(f"PRAGMA user_version = {number:d}")
+
+    def copy_to(self, path, files: dict, now):
+        """Copy the database into an empty file as it is now, with these files in a table of the copy. Writers go on meanwhile."""
+        copy = Store(path, self.key)
+        try:
+            self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
+            copy.connection.execute(
+                "PRAGMA journal_mode = DELETE"
+            )  # one file, and readable where nothing can be written
+            with copy.transaction():
+                copy.connection.execute(BACKUP_SCHEMA)
+                copy.connection.executemany("INSERT INTO backup VALUES (?, ?)", list(files.items()))
+                copy.put_meta("backed_up_at", now)
+        finally:
+            copy.close()
+
+    def read_backup_files(self) -> dict | None:
+        """Return the files that travel in a copy, by name; None where it is no backup."""
+        with self.guard():
+            if not self.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'backup'").fetchone():
+                return None
+            return dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
+
+    def drop_backup_files(self):
+        """Make a database of a copy again: keys and settings have no place in one that serves."""
+        with self.transaction():
+            self.connection.execute("DROP TABLE backup")
+
+    def describe_copy(self) -> dict:
+        """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
+        with self.guard():
+            users, clients = self.connection.execute(
+                "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM client)"
+            ).fetchone()
+        return {"users": users, "clients": clients, "newest_at": self.newest_at()}
+
+    def forget_logins(self):
+        """Drop what was under way: logins and codes."""
+        self.run("DELETE FROM login_transaction")
+        self.run("DELETE FROM authorization_code")
+
+    def check_whole(self) -> str:
+        """Read every page and row. Return what is damaged, or nothing."""
+        try:
+            if self.key:
+                broken = self.connection.execute("PRAGMA cipher_integrity_check").fetchall()
+                if broken:
+                    return str(broken[0][0])
+            (verdict,) = self.connection.execute("PRAGMA integrity_check(1)").fetchone()
+            return "" if verdict == "ok" else verdict.splitlines()[-1]
+        except sqlcipher3.Error as error:
+            return str(error)
+
+    def settle(self):
+        """Leave one file: everything in it, nothing beside it."""
+        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def meta(self, name, default=""):
+        with self.guard():
+            row = self.connection.execute("SELECT value FROM meta WHERE name = :name", {"name": name}).fetchone()
+        return row[0] if row else default
+
+    def put_meta(self, name, value):
+        self.run(
+            "INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            name=name, value=str(value),
+        )
+
+    def write_something(self):
+        """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
+        self.put_meta("written", secrets.token_hex(8))
+
+    def probe(self):
+        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
+        self.check_place()
+        if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
+            self.write_something()
+        room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
+        if (
+            not self.writable
+            or self.generation.map[self.generation.FAILED]
+            or room.f_flag & os.ST_RDONLY
+            or room.f_bavail * room.f_frsize < 1_000_000
+        ):
+            raise Unavailable("the disk of the database is full or refuses writes", 5)
+
+    def clock_floor(self) -> int:
+        """The latest time that is known to have been, Unix seconds: no honest clock is before it.
+
+        It is `clock` of meta, which only a clock that is believed writes, or a later row; but not one far
+        later, for that was written under a clock that was wrong.
+        """
+        known, newest = int(self.meta("clock", "0")), self.newest_at()
+        return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
+
+    def end_what_is_later(self, now, now_ms, step):
+        """End and forget what was done under a clock that ran ahead: it would live on until that time comes. Return how much."""
+        later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
+        done = 0
+        with self.transaction(identity=True):
+            done += self.run(
+                "UPDATE family SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now,
+                later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL",
+                now=now, later_ms=later_ms,
+            )
+            done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
+            done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
+            # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
+            done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
+            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's stays.
+            done += self.run(
+                """
+                UPDATE account
+                   SET lockout_until = CASE WHEN lockout_until BETWEEN last_failed_at AND last_failed_at + :most
+                                            THEN lockout_until - last_failed_at + :now ELSE lockout_until END,
+                       last_failed_at = :now
+                 WHERE last_failed_at > :later
+                """,
+                now=now, later=later, most=LOCKOUT_MAX,
+            )
+            done += self.run(
+                "UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until",
+                until=now + LOCKOUT_MAX,
+            )
+            # A secret that was replaced has at most as long to go as one that is replaced now.
+            done += self.run(
+                "UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever",
+                until=now + OVERLAP_MAX, forever=FOREVER,
+            )
+            done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
+            done += self.run(
+                "UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
+                later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
+                later_ms=later_ms,
+            )
+            if int(self.meta("revoked_before", "0")) > later_ms:
+                self.put_meta("revoked_before", now_ms)
+        return done
+
+    def newest_at(self) -> int:
+        """The latest time anything was written, Unix seconds."""
+        with self.guard():
+            row = self.connection.execute(
+                "SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),"
+                " coalesce((SELECT issued_at FROM session ORDER BY id DESC LIMIT 1), 0))"
+            ).fetchone()
+        return row[0]
+
+    # -- users --
+
+    def find_account(self, id):
+        return self.one(Account, "SELECT * FROM account WHERE id = :id", id=id)
+
+    def find_account_by_name(self, username):
+        return self.one(Account, "SELECT * FROM account WHERE username = :username", username=username)
+
+    def add_account(self, id, username, email, password_hash, now):
+        return self.one(
+            Account,
+            """
+            INSERT INTO account (id, username, email, password_hash, created_at, modified_at)
+            VALUES (:id, :username, :email, :password_hash, :now, :now)
+            RETURNING *
+            """,
+            id=id, username=username, email=email, password_hash=password_hash, now=now,
+        )
+
+    def page(self, record, sql, sort, limit, offset, **parameters):
+        """Return a page of what a SELECT finds, and how many rows it finds in all.
+
+        `sort` is the name of a column, our own word, with a hyphen before it for descending.
+        """
+        column = sort.removeprefix("-")
+        if not column.isidentifier():
+            raise ValueError(sort)
+        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a page of the disk.
+        order = (
+            f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
+        )
+        rows = self.all(
+            record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset,
+            **parameters,
+        )
+        if offset == 0 and len(rows) < limit:
+            return rows, len(rows)
+        with self.guard():
+            (total,) = self.connection.execute(f"SELECT count(*) FROM ({sql})", parameters).fetchone()
+        return rows, total
+
+    def list_accounts(self, q="", is_active=1, sort="username", limit=1000, offset=0, role_id=None, scope_id=None):
+        """Users whose name or e-mail address holds `q`; active ones, inactive ones, or all (None)."""
+        return self.page(
+            Account,
+            r"""
+            SELECT * FROM account
+             WHERE (:is_active IS NULL OR is_active = :is_active)
+               AND (:q = '' OR username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')
+               AND (:role_id IS NULL OR id IN (SELECT user_id FROM user_role WHERE role_id = :role_id))
+               AND (:scope_id IS NULL OR id IN (SELECT user_id FROM user_scope WHERE scope_id = :scope_id))
+            """,
+            sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
+        )
+
+    def update_account(self, id, username, email, email_verified, now):
+        """Change what is not None."""
+        return self.one(
+            Account,
+            """
+            UPDATE account
+               SET username = coalesce(:username, username), email = coalesce(:email, email),
+                   email_verified = coalesce(:email_verified, email_verified), modified_at = :now
+             WHERE id = :id
+            RETURNING *
+            """,
+            id=id, username=username, email=email, email_verified=email_verified, now=now,
+        )
+
+    def set_account_active(self, id, is_active, now) -> bool:
+        """Whether that changed anything."""
+        return (
+            self.run(
+                "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id AND is_active <> :is_active",
+                id=id, is_active=is_active, now=now,
+            )
+            == 1
+        )
+
+    def set_lockout(self, id, until, now):
+        """Lock an account until then; 0 clears every lockout and count there is."""
+        self.run(
+            """
+            UPDATE account
+               SET lockout_until = :until, modified_at = :now,
+                   failed_logins = CASE WHEN :until = 0 THEN 0 ELSE failed_logins END, lockouts = CASE WHEN :until = 0 THEN 0 ELSE lockouts END,
+                   totp_failures = CASE WHEN :until = 0 THEN 0 ELSE totp_failures END, totp_locked_until = CASE WHEN :until = 0 THEN 0 ELSE totp_locked_until END
+             WHERE id = :id
+            """,
+            id=id, until=until, now=now,
+        )
+
+    def delete_account(self, id) -> bool:
+        return self.run("DELETE FROM account WHERE id = :id", id=id) == 1
+
+    def count_failed_login(self, id, now, window, threshold, lockout, most):
+        """Count one failure; the threshold starts a lockout that doubles with each one since the last success.
+
+        One statement, so that concurrent failures are all counted. An administrator's later lockout stays.
+        """
+        return self.one(
+            Account,
+            """
+            UPDATE account
+               SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END,
+                   last_failed_at = :now,
+                   lockouts = lockouts + CASE WHEN :threshold = 0 THEN 0
+                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END) >= :threshold THEN 1 ELSE 0 END,
+                   lockout_until = CASE WHEN :threshold = 0 THEN lockout_until
+                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END) >= :threshold
+                       THEN max(lockout_until, :now + min(max(:most, :lockout), :lockout * (1 << min(lockouts, 12)))) ELSE lockout_until END
+             WHERE id = :id
+            RETURNING *
+            """,
+            id=id, now=now, window=window, threshold=threshold, lockout=lockout, most=most,
+        )
+
+    def count_good_login(self, id, password_hash, now) -> bool:
+        """Note a login, unless the account was changed, deactivated or deleted since its password was read."""
+        return self.run(
+            """
+            UPDATE account SET failed_logins = 0, lockouts = 0, last_login_at = :now
+             WHERE id = :id AND password_hash = :password_hash AND is_active = 1
+            """,
+            id=id, password_hash=password_hash, now=now,
+        ) == 1
+
+    def list_able_admins(self, now, but):
+        """The administrators other than one who could log in now."""
+        with self.guard():
+            rows = self.connection.execute(
+                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id AND is_active = 1 AND lockout_until <= :now AND user_id <> :but LIMIT 1",
+                {"role_id": MAD_ADMIN_ROLE_ID, "now": now, "but": but},
+            )
+            return [user_id for (user_id,) in rows]
+
+    def set_password_hash(self, id, password_hash, now, instead_of=None):
+        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone."""
+        self.run(
+            """
+            UPDATE account SET password_hash = :password_hash, modified_at = :now
+             WHERE id = :id AND (:instead_of IS NULL OR password_hash = :instead_of)
+            """,
+            id=id, password_hash=password_hash, now=now, instead_of=instead_of,
+        )
+
+    def set_totp(self, id, sealed, now):
+        self.run(
+            "UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now WHERE id = :id",
+            id=id, sealed=sealed, now=now,
+        )
+
+    def set_pending_totp(self, id, sealed, now):
+        """Note a seed that is not confirmed yet; the one in force stays in force."""
+        self.run(
+            "UPDATE account SET totp_pending_sealed = :sealed, modified_at = :now WHERE id = :id", id=id, sealed=sealed,
+            now=now,
+        )
+
+    def clear_totp(self, id, now) -> bool:
+        """Remove the second factor and what is pending of one. Whether there was any."""
+        found = self.run(
+            """
+            UPDATE account SET totp_sealed = '', totp_pending_sealed = '', totp_failures = 0, totp_locked_until = 0, modified_at = :now
+             WHERE id = :id AND (totp_sealed <> '' OR totp_pending_sealed <> '')
+            """,
+            id=id, now=now,
+        )
+        self.run("DELETE FROM recovery_code WHERE user_id = :id", id=id)
+        return found == 1
+
+    def spend_totp_step(self, id, step) -> bool:
+        """Accept a time step once. RFC 6238 §5.2."""
+        return (
+            self.run(
+                "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id AND totp_last_step < :step",
+                id=id, step=step,
+            )
+            == 1
+        )
+
+    def count_failed_totp(self, id, now, tries, lockout):
+        self.run(
+            """
+            UPDATE account
+               SET totp_failures = totp_failures + 1,
+                   totp_locked_until = CASE WHEN (totp_failures + 1) % :tries = 0
+                       THEN :now + min(:most, :lockout * (1 << min(totp_failures / :tries, 12))) ELSE totp_locked_until END
+             WHERE id = :id
+            """,
+            id=id, now=now, tries=tries, lockout=lockout, most=LOCKOUT_MAX,
+        )
+
+    # -- roles and permissions --
+
+    def find_role(self, id_or_name):
+        return self.one(Role, "SELECT * FROM role WHERE id = :it OR name = :it", it=id_or_name)
+
+    def list_roles(self, q="", sort="name", limit=1000, offset=0):
+        return self.page(
+            Role, r"SELECT * FROM role WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset, q=q,
+            like=like(q),
+        )
+
+    def add_role(self, id, name, description, now):
+        return self.one(
+            Role,
+            "INSERT INTO role (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
+
+    def update_role(self, id, name, description, now):
+        return self.one(
+            Role,
+            "UPDATE role SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now WHERE id = :id RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
+
+    def delete_role(self, id):
+        self.run("DELETE FROM role WHERE id = :id", id=id)
+
+    def list_roles_of(self, user_id):
+        return self.all(
+            Role,
+            "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name",
+            user_id=user_id,
+        )
+
+    def has_role(self, user_id, role_id) -> bool:
+        with self.guard():
+            return (
+                self.connection.execute(
+                    "SELECT 1 FROM user_role JOIN role ON role.id = role_id WHERE user_id = :user_id AND role_id = :role_id AND is_active = 1",
+                    {"user_id": user_id, "role_id": role_id},
+                ).fetchone()
+                is not None
+            )
+
+    def assign_role(self, user_id, role_id, now) -> bool:
+        """Whether that changed anything."""
+        return (
+            self.run(
+                "INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
+                role_id=role_id, now=now,
+            )
+            == 1
+        )
+
+    def unassign_role(self, user_id, role_id) -> bool:
+        return (
+            self.run(
+                "DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id,
+                role_id=role_id,
+            )
+            == 1
+        )
+
+    def find_permission(self, id_or_name):
+        return self.one(Permission, "SELECT * FROM permission WHERE id = :it OR name = :it", it=id_or_name)
+
+    def list_permissions(self, q="", sort="name", limit=1000, offset=0):
+        return self.page(
+            Permission, r"SELECT * FROM permission WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset,
+            q=q, like=like(q),
+        )
+
+    def add_permission(self, id, name, now):
+        return self.one(
+            Permission,
+            "INSERT INTO permission (id, name, created_at, modified_at) VALUES (:id, :name, :now, :now) RETURNING *",
+            id=id, name=name, now=now,
+        )
+
+    def update_permission(self, id, name, now):
+        return self.one(
+            Permission,
+            "UPDATE permission SET name = coalesce(:name, name), modified_at = :now WHERE id = :id RETURNING *", id=id,
+            name=name, now=now,
+        )
+
+    def delete_permission(self, id):
+        self.run("DELETE FROM permission WHERE id = :id", id=id)
+
+    def list_permissions_of_role(self, role_id):
+        return self.all(
+            Permission,
+            "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id WHERE role_id = :role_id ORDER BY name",
+            role_id=role_id,
+        )
+
+    def list_roles_with(self, permission_id):
+        return self.all(
+            Role,
+            "SELECT role.* FROM role JOIN role_permission ON role.id = role_id WHERE permission_id = :permission_id ORDER BY name",
+            permission_id=permission_id,
+        )
+
+    def list_permissions_of_user(self, user_id):
+        """What an active user may do by the active roles it has."""
+        return self.all(
+            Permission,
+            """
+            SELECT DISTINCT permission.* FROM permission
+              JOIN role_permission ON permission.id = permission_id
+              JOIN role ON role.id = role_permission.role_id
+              JOIN user_role ON role.id = user_role.role_id
+              JOIN account ON account.id = user_role.user_id
+             WHERE user_id = :user_id AND role.is_active = 1 AND permission.is_active = 1 AND account.is_active = 1
+             ORDER BY permission.name
+            """,
+            user_id=user_id,
+        )
+
+    def assign_permission(self, role_id, permission_id, now) -> bool:
+        return (
+            self.run(
+                "INSERT INTO role_permission VALUES (:role_id, :permission_id, :now) ON CONFLICT DO NOTHING",
+                role_id=role_id, permission_id=permission_id, now=now,
+            )
+            == 1
+        )
+
+    def remove_permission(self, role_id, permission_id) -> bool:
+        return (
+            self.run(
+                "DELETE FROM role_permission WHERE role_id = :role_id AND permission_id = :permission_id",
+                role_id=role_id, permission_id=permission_id,
+            )
+            == 1
+        )
+
+    def list_scopes_of_user(self, user_id):
+        return self.all(
+            Scope,
+            "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name",
+            user_id=user_id,
+        )
+
+    def assign_scope_to_user(self, user_id, scope_id, now):
+        return self.run(
+            "INSERT INTO user_scope VALUES (:user_id, :scope_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
+            scope_id=scope_id, now=now,
+        )
+
+    def remove_scope_from_user(self, user_id, scope_id) -> bool:
+        return (
+            self.run(
+                "DELETE FROM user_scope WHERE user_id = :user_id AND scope_id = :scope_id", user_id=user_id,
+                scope_id=scope_id,
+            )
+            == 1
+        )
+
+    # -- clients and scopes --
+
+    def find_client(self, client_id):
+        """Look a client up by its identifier or its internal id; they cannot collide."""
+        return self.one(
+            ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id
+        )
+
+    def list_clients(self, q="", sort="display_name", limit=1000, offset=0, scope_id=None):
+        return self.page(
+            ClientRow,
+            r"""
+            SELECT * FROM client
+             WHERE (:q = '' OR client_id LIKE :like ESCAPE '\' OR display_name LIKE :like ESCAPE '\')
+               AND (:scope_id IS NULL OR id IN (SELECT client_id FROM client_scope WHERE scope_id = :scope_id))
+            """,
+            sort, limit, offset, q=q, like=like(q), scope_id=scope_id,
+        )
+
+    def add_client(self, row: ClientRow):
+        self.run(
+            """
+            INSERT INTO client VALUES (:id, :client_id, :client_type, :display_name, :audience, :grant_types, :may_introspect,
+                :is_first_party, :access_token_signed_alg, :id_token_signed_response_alg, :is_active, :revoked_before, :created_at, :modified_at)
+            """,
+            **msgspec.structs.asdict(row),
+        )
+
+    def update_client(self, row: ClientRow):
+        """Write a client as it shall be from now on."""
+        self.run(
+            """
+            UPDATE client
+               SET client_id = :client_id, display_name = :display_name, audience = :audience, grant_types = :grant_types,
+                   may_introspect = :may_introspect, is_first_party = :is_first_party, access_token_signed_alg = :access_token_signed_alg,
+                   id_token_signed_response_alg = :id_token_signed_response_alg, is_active = :is_active, modified_at = :modified_at
+             WHERE id = :id
+            """,
+            **msgspec.structs.asdict(row),
+        )
+
+    def delete_client(self, id):
+        self.run("DELETE FROM client WHERE id = :id", id=id)
+
+    def revoke_client(self, id, client_id, now, now_ms):
+        """End everything that was issued to a client. Its sessions are not rewritten, which may be a million: the epoch ends them."""
+        self.run(
+            "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
+        )
+        self.run(
+            "UPDATE family SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
+            client_id=client_id, now=now,
+        )
+        self.run(
+            "UPDATE refresh_token SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
+            client_id=client_id, now=now,
+        )
+
+    def delete_secret(self, client_id, id) -> bool:
+        return (
+            self.run("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
+            == 1
+        )
+
+    def list_secrets(self, client_id, now):
+        return self.all(
+            Secret,
+            "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC",
+            client_id=client_id, now=now,
+        )
+
+    def add_secret(self, id, client_id, secret_hash, now):
+        # Two of one second keep their order.
+        self.run(
+            """
+            INSERT INTO client_secret
+            SELECT :id, :client_id, :secret_hash, max(:now, 1 + coalesce(max(created_at), 0)), :forever FROM client_secret WHERE client_id = :client_id
+            """,
+            id=id, client_id=client_id, secret_hash=secret_hash, now=now, forever=FOREVER,
+        )
+
+    def retire_secrets(self, client_id, expires_at, now):
+        """Let the newest living secret go on until `expires_at`; the older ones end now. Two live at most."""
+        self.run(
+            """
+            UPDATE client_secret
+               SET expires_at = CASE WHEN id = (SELECT id FROM client_secret WHERE client_id = :client_id AND expires_at > :now
+                                                 ORDER BY created_at DESC LIMIT 1)
+                                     THEN min(expires_at, :expires_at) ELSE min(expires_at, :now) END
+             WHERE client_id = :client_id
+            """,
+            client_id=client_id, expires_at=expires_at, now=now,
+        )
+        self.run(
+            "DELETE FROM client_secret WHERE client_id = :client_id AND expires_at <= :now", client_id=client_id,
+            now=now,
+        )
+
+    def list_features(self, client_id):
+        with self.guard():
+            return dict(
+                self.connection.execute(
+                    "SELECT feature_flag, options FROM client_feature WHERE client_id = :client_id AND is_enabled = 1",
+                    {"client_id": client_id},
+                ).fetchall()
+            )
+
+    def put_feature(self, client_id, flag, is_enabled=None, options=None):
+        """Set a flag, its option, or both; what is None stays. An option set on a flag that was never set switches it on."""
+        self.run(
+            """
+            INSERT INTO client_feature VALUES (:client_id, :flag, coalesce(:is_enabled, 1), coalesce(:options, ''))
+            ON CONFLICT (client_id, feature_flag) DO UPDATE
+               SET is_enabled = coalesce(:is_enabled, is_enabled), options = coalesce(:options, options)
+            """,
+            client_id=client_id, flag=flag, is_enabled=None if is_enabled is None else int(is_enabled), options=options,
+        )
+
+    def list_all_features(self, client_id):
+        return self.all(
+            Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
+            client_id=client_id,
+        )
+
+    # -- external identity providers --
+
+    def list_idps(self, client_id):
+        return self.all(
+            ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id ORDER BY display_name, id",
+            client_id=client_id,
+        )
+
+    def find_idp(self, client_id, id):
+        return self.one(
+            ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id AND id = :id",
+            client_id=client_id, id=id,
+        )
+
+    def put_idp(self, row: ExternalIdp):
+        """Add a provider, or write one as it shall be from now on."""
+        self.run(
+            """
+            INSERT INTO external_idp_provider VALUES (:id, :client_id, :provider_key, :display_name, :issuer, :client_identifier, :scopes, :created_at, :modified_at)
+            ON CONFLICT (id) DO UPDATE
+               SET provider_key = :provider_key, display_name = :display_name, issuer = :issuer,
+                   client_identifier = :client_identifier, scopes = :scopes, modified_at = :modified_at
+            """,
+            **msgspec.structs.asdict(row),
+        )
+
+    def delete_idp(self, client_id, id) -> bool:
+        return (
+            self.run(
+                "DELETE FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id,
+                id=id,
+            )
+            == 1
+        )
+
+    def list_uris(self, client_id, kind=None):
+        """The URIs of a client, by its internal id."""
+        return self.all(
+            ClientUri,
+            "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri",
+            client_id=client_id, kind=kind,
+        )
+
+    def find_uri(self, id):
+        return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
+
+    def add_uri(self, id, client_id, kind, uri, now):
+        return self.one(
+            ClientUri, "INSERT INTO client_uri VALUES (:id, :client_id, :kind, :uri, :now) RETURNING *", id=id,
+            client_id=client_id, kind=kind, uri=uri, now=now,
+        )
+
+    def delete_uri(self, id):
+        return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
+
+    def find_scope(self, name):
+        """Look an active scope up by name or id."""
+        return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
+
+    def list_scopes(self, q="", sort="name", limit=1000, offset=0):
+        return self.page(
+            Scope, r"SELECT * FROM scope WHERE is_active = 1 AND (:q = '' OR name LIKE :like ESCAPE '\')", sort, limit,
+            offset, q=q, like=like(q),
+        )
+
+    def update_scope(self, id, name, description, now):
+        return self.one(
+            Scope,
+            "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now WHERE id = :id RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
+
+    def delete_scope(self, id):
+        self.run("DELETE FROM scope WHERE id = :id", id=id)
+
+    def remove_scope_from_client(self, client_id, scope_id) -> bool:
+        return (
+            self.run(
+                "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
+                scope_id=scope_id,
+            )
+            == 1
+        )
+
+    def add_scope(self, id, name, description, now):
+        return self.one(
+            Scope,
+            "INSERT INTO scope (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
+
+    def list_scopes_of_client(self, client_id):
+        return self.all(
+            Scope,
+            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id AND is_active = 1 ORDER BY name",
+            client_id=client_id,
+        )
+
+    def assign_scope_to_client(self, client_id, scope_id, now):
+        return self.run(
+            "INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id,
+            scope_id=scope_id, now=now,
+        )
+
+    # -- sessions and refresh tokens --
+
+    def add_family(self, family: Family):
+        self.run(
+            "INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at, :browser, :claims)",
+            **msgspec.structs.asdict(family),
+        )
+
+    def find_family(self, sid):
+        return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
+
+    def add_session(self, session: Session):
+        self.run(SESSION_INSERT, **msgspec.structs.asdict(session))
+
+    def list_sessions(self, user_id=None, client_id=None, id=None, sort="-id", limit=1000, offset=0):
+        """Sessions with what their listing shows, newest first: their ids begin with their time."""
+        wanted = {
+            name: value
+            for name, value in (("id", id), ("user_id", user_id), ("client_id", client_id))
+            if value is not None
+        }
+        # No "is null or equal": the index would not be used.
+        where = " AND ".join(["1 = 1", *(f"session.{name} = :{name}" for name in wanted)])
+        return self.page(ListedSession, f"{LISTED_SESSIONS} WHERE {where}", sort, limit, offset, **wanted)
+
+    def list_sessions_of(self, user_id):
+        return self.list_sessions(user_id=user_id)[0]
+
+    def find_session(self, id):
+        return next(iter(self.list_sessions(id=id)[0]), None)
+
+    def add_refresh_token(self, token: RefreshToken):
+        self.run(
+            "INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, :issued_at, :expires_at, :rotated_at, :revoked_at)",
+            **msgspec.structs.asdict(token),
+        )
+
+    def find_refresh_token(self, token_sha256):
+        return self.one(
+            RefreshToken, "SELECT * FROM refresh_token WHERE token_sha256 = :token_sha256", token_sha256=token_sha256
+        )
+
+    def list_refresh_tokens(self, user_id=None, id=None, sort="-id", limit=1000, offset=0):
+        wanted = {name: value for name, value in (("id", id), ("user_id", user_id)) if value is not None}
+        where = " AND ".join(["1 = 1", *(f"refresh_token.{name} = :{name}" for name in wanted)])
+        return self.page(ListedRefreshToken, f"{LISTED_REFRESH_TOKENS} WHERE {where}", sort, limit, offset, **wanted)
+
+    def list_refresh_tokens_of(self, user_id):
+        return self.list_refresh_tokens(user_id)[0]
+
+    def find_refresh_token_by_id(self, id):
+        return next(iter(self.list_refresh_tokens(id=id)[0]), None)
+
+    def rotate_refresh_token(self, token_sha256, client_id, now):
+        """Spend a refresh token. Return it, or None when unknown, foreign, spent, revoked or expired."""
+        return self.one(
+            RefreshToken,
+            """
+            UPDATE refresh_token
+               SET rotated_at = :now
+             WHERE token_sha256 = :token_sha256 AND client_id = :client_id
+               AND rotated_at IS NULL AND revoked_at IS NULL AND expires_at > :now
+            RETURNING *
+            """,
+            token_sha256=token_sha256, client_id=client_id, now=now,
+        )
+
+    def revoke_family(self, sid, now):
+        self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+
+    def list_families_of(self, user_id, client_id=None):
+        return self.all(
+            Family,
+            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL",
+            user_id=user_id, client_id=client_id,
+        )
+
+    def revoke_role_holders(self, role_id, now, now_ms):
+        """End everything that was issued to whoever has a role."""
+        self.run(
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id FROM user_role WHERE role_id = :role_id)",
+            role_id=role_id, now_ms=now_ms,
+        )
+        for table in ("family", "refresh_token", "session", "browser_session"):
+            self.run(
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role WHERE role_id = :role_id) AND revoked_at IS NULL",
+                role_id=role_id, now=now,
+            )
+
+    def revoke_account(self, user_id, now, now_ms):
+        """End everything that was issued to a user, on both ports. The epoch always grows: what was issued just after the last one dies too."""
+        self.run(
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id,
+            now_ms=now_ms,
+        )
+        for table in ("family", "refresh_token", "session", "browser_session"):
+            self.run(
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL",
+                user_id=user_id, now=now,
+            )
+
+    def revoke_jti(self, jti, expires_at, now):
+        self.run(
+            "INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti,
+            expires_at=expires_at, now=now,
+        )
+        self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
+
+    def is_revoked(self, jti) -> bool:
+        with self.guard():
+            return (
+                self.connection.execute("SELECT 1 FROM revoked_token WHERE jti = :jti", {"jti": jti}).fetchone()
+                is not None
+            )
+
+    # -- people: logins under way, browser sessions, codes, consent --
+
+    def add_login(self, login: LoginTransaction):
+        self.run(
+            """
+            INSERT INTO login_transaction VALUES (:id, :binding_sha256, :client_id, :state, :request, :user_id, :amr, :auth_time,
+                :failures, :created_at, :expires_at, :proven_ms, :pending)
+            """,
+            **msgspec.structs.asdict(login),
+        )
+
+    def find_login(self, id, binding_sha256, now):
+        """Look a login under way up; only for who began it."""
+        return self.one(
+            LoginTransaction,
+            "SELECT * FROM login_transaction WHERE id = :id AND binding_sha256 = :binding_sha256 AND expires_at > :now",
+            id=id, binding_sha256=binding_sha256, now=now,
+        )
+
+    def find_headless_login(self, binding_sha256, now):
+        """Look up the login of an application with screens of its own: it has one secret for each."""
+        return self.one(
+            LoginTransaction,
+            "SELECT * FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now LIMIT 1",
+            binding_sha256=binding_sha256, now=now,
+        )
+
+    def advance_login(self, login: LoginTransaction, state, user_id, amr, auth_time, proven_ms, now, pending=""):
+        """Take one step from the state that was read, once. Return it as it is then, or None where somebody was first."""
+        return self.one(
+            LoginTransaction,
+            """
+            UPDATE login_transaction
+               SET state = :state, user_id = :user_id, amr = :amr, auth_time = :auth_time, proven_ms = :proven_ms, pending = :pending
+             WHERE id = :id AND binding_sha256 = :binding_sha256 AND state = :was AND expires_at > :now
+            RETURNING *
+            """,
+            id=login.id, binding_sha256=login.binding_sha256, was=login.state, state=state, user_id=user_id, amr=amr,
+            auth_time=auth_time, proven_ms=proven_ms, pending=pending, now=now,
+        )
+
+    def count_failed_step(self, id, most):
+        """Count a failure of a login under way; too many end it."""
+        self.run(
+            "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most THEN 0 ELSE expires_at END WHERE id = :id",
+            id=id, most=most,
+        )
+
+    def count_logins(self, binding_sha256, now) -> int:
+        with self.guard():
+            return self.connection.execute(
+                "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding AND expires_at > :now",
+                {"binding": binding_sha256, "now": now},
+            ).fetchone()[0]
+
+    def add_browser_session(self, session: BrowserSession):
+        self.run(
+            "INSERT INTO browser_session VALUES (:id_sha256, :user_id, :amr, :auth_time, :created_ms, :last_seen_at, :expires_at, :revoked_at, :ip_address, :user_agent)",
+            **msgspec.structs.asdict(session),
+        )
+
+    def find_browser_session(self, id_sha256):
+        return self.one(
+            BrowserSession, "SELECT * FROM browser_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256
+        )
+
+    def list_browser_sessions(self, user_id, now):
+        return self.all(
+            BrowserSession,
+            "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now ORDER BY last_seen_at DESC",
+            user_id=user_id, now=now,
+        )
+
+    def touch_browser_session(self, id_sha256, now):
+        self.run(
+            "UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
+            id_sha256=id_sha256, now=now,
+        )
+
+    def strengthen_browser_session(self, id_sha256, amr, now):
+        self.run(
+            "UPDATE browser_session SET amr = :amr, last_seen_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
+            id_sha256=id_sha256, amr=amr, now=now,
+        )
+
+    def revoke_browser_session(self, id_sha256, now) -> bool:
+        """End a browser session and every login that began in it. Whether it was alive."""
+        for sid in [
+            family.sid
+            for family in self.all(
+                Family,
+                "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)",
+                browser=id_sha256,
+            )
+        ]:
+            self.revoke_family(sid, now)
+        return (
+            self.run(
+                "UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
+                id_sha256=id_sha256, now=now,
+            )
+            == 1
+        )
+
+    def replace_browser_session(self, old, new, user_id, now):
+        """Let one browser session follow another: of the same user it hands its logins over, of another it ends with them."""
+        found = self.find_browser_session(old)
+        if found is None:
+            return
+        if found.user_id != user_id:
+            self.revoke_browser_session(old, now)
+            return
+        self.run(
+            "UPDATE family SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new, old=old,
+            user_id=user_id,
+        )
+        self.run(
+            "UPDATE authorization_code SET browser = :new WHERE browser = :old AND user_id = :user_id", new=new,
+            old=old, user_id=user_id,
+        )
+        self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
+
+    def add_code(self, code: AuthorizationCode):
+        self.run(
+            """
+            INSERT INTO authorization_code VALUES (:code_sha256, :client_id, :user_id, :sid, :redirect_uri, :scope, :nonce, :code_challenge, :code_challenge_method,
+                :claims, :amr, :auth_time, :issued_ms, :expires_at, :spent_at, :browser, :offline)
+            """,
+            **msgspec.structs.asdict(code),
+        )
+
+    def spend_code(self, code_sha256, client_id, now):
+        """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
+        with self.transaction():
+            return self.one(
+                AuthorizationCode,
+                """
+                UPDATE authorization_code
+                   SET spent_at = :now
+                 WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
+                RETURNING *
+                """,
+                code_sha256=code_sha256, client_id=client_id, now=now,
+            )
+
+    def find_code(self, code_sha256):
+        return self.one(
+            AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256",
+            code_sha256=code_sha256,
+        )
+
+    def consented(self, user_id, client_id) -> str | None:
+        """The scope a user has consented to, of a client by its internal id; None where it never did."""
+        with self.guard():
+            row = self.connection.execute(
+                "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
+                {"user_id": user_id, "client_id": client_id},
+            ).fetchone()
+        return row[0] if row else None
+
+    def put_consent(self, user_id, client_id, scope, now):
+        self.run(
+            """
+            INSERT INTO consent VALUES (:user_id, :client_id, :scope, :now)
+            ON CONFLICT (user_id, client_id) DO UPDATE SET scope = excluded.scope, given_at = excluded.given_at
+            """,
+            user_id=user_id, client_id=client_id, scope=scope, now=now,
+        )
+
+    def replace_recovery_codes(self, user_id, hashes, now):
+        self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
+        for code_sha256 in hashes:
+            self.run(
+                "INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256,
+                user_id=user_id, now=now,
+            )
+
+    def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
+        return (
+            self.run(
+                "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 AND spent_at IS NULL",
+                user_id=user_id, code_sha256=code_sha256, now=now,
+            )
+            == 1
+        )
+
+    def count_recovery_codes(self, user_id) -> int:
+        with self.guard():
+            return self.connection.execute(
+                "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}
+            ).fetchone()[0]
+
+    def list_token_lifetimes(self) -> list:
+        """The TOKEN_EXPIRATION of every client that has one, as text."""
+        with self.guard():
+            return [
+                option
+                for (option,) in self.connection.execute(
+                    "SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'"
+                )
+            ]
+
+    def list_cors_origins(self) -> frozenset:
+        """The origins of all active public clients."""
+        with self.guard():
+            return frozenset(
+                uri
+                for (uri,) in self.connection.execute(
+                    "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
+                )
+            )
+
+    # -- audit --
+
+    def append_audit(self, rows, connection=None):
+        """Append `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` rows to the hash chain.
+
+        Inside a transaction: the last hash is read and extended under the same lock. A durable one
+        notes the head of the chain too, so that rows taken off its end are missed; batches do not,
+        which would cost a page of flash each.
+        """
+        connection = connection or self.connection
+        last = connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, "")
+        seq, digest = last
+        chained = []
+        for row in rows:
+            seq += 1
+            digest = chain(digest, seq, row)
+            chained.append((seq, *row[:-1], digest, row[-1]))
+        connection.executemany("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", chained)
+        if connection is not self.__dict__.get("batch_connection"):
+            connection.execute(
+                "INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (f"{seq}:{digest}",),
+            )
+
+    def list_audit(
+        self, action=None, limit=100, actor_id=None, target=None, since=0, until=FOREVER, after=None, offset=0
+    ):
+        """Audit rows, newest first; those after a `seq` oldest first, for whoever follows them."""
+        direction = "ASC" if after is not None else "DESC"
+        return self.all(
+            AuditRow, f"SELECT * FROM audit {AUDIT_FILTER} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
+            action=action, actor_id=actor_id, target=target, since=since, until=until,
+            after=-1 if after is None else after, limit=limit, offset=offset,
+        )
+
+    def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
+        """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
+        with self.guard():
+            if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
+                return self.connection.execute(
+                    "SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)"
+                ).fetchone()[0]
+            return self.connection.execute(
+                f"SELECT count(*) FROM audit {AUDIT_FILTER}",
+                {"action": action, "actor_id": actor_id, "target": target, "since": since, "until": until, "after": -1},
+            ).fetchone()[0]
+
+    def find_audit(self, seq):
+        return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
+
+    def verify_audit(self) -> dict:
+        """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, where it is broken, `reason`.
+
+        One read transaction: what is appended meanwhile is not seen. What retention deleted is
+        known by the anchor it left.
+        """
+        connection = self.connection
+        with self.guard():
+            connection.execute("BEGIN")
+            try:
+                anchor, head = (self.meta(name, "0:").split(":", 1) for name in ("audit_anchor", "audit_head"))
+                seq, digest, rows, first = int(anchor[0]), anchor[1], 0, None
+                seen_head = int(head[0]) < seq or int(head[0]) == seq and head[1] == digest
+                found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
+                for row in connection.execute(
+                    "SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result, row_sha256 FROM audit ORDER BY seq"
+                ):
+                    if row[0] != seq + 1:
+                        return found | {"valid": False, "reason": f"rows {seq + 1} to {row[0] - 1} are missing"}
+                    seq, digest = row[0], chain(digest, row[0], row[1:10])
+                    if digest != row[10]:
+                        return found | {"valid": False, "reason": f"row {seq} was altered"}
+                    seen_head = seen_head or seq == int(head[0]) and digest == head[1]
+                    rows, first = rows + 1, first or seq
+                    found |= {"rows": rows, "first_seq": first, "last_seq": seq, "head": digest}
+                if not seen_head:
+                    return found | {
+                        "valid": False, "reason": f"rows up to {head[0]} were written, and the chain ends before",
+                    }
+                return found
+            finally:
+                connection.execute("ROLLBACK")
+
+    # -- batches: the rows of machine tokens --
+
+    def enqueue(self, session: tuple, caller: tuple | None):
+        """Queue the row of a machine token, on the disk within BATCH_SECONDS.
+
+        `caller` is (actor_id, ip_address, user_agent, request_id), for its audit row. Refused when the disk refuses:
+        a token that cannot be recorded is not issued.
+        """
+        if not self.writable or len(self.queue) > BATCH_MAX:
+            raise Unavailable("token rows cannot be written", 5)
+        self.queue.append((session, caller))
+        if not self.wake.is_set():
+            self.wake.set()
+
+    def start_flusher(self):
+        """Start the thread that writes the batches. After a fork, never before."""
+        self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
+        try:
+            self.take_place()
+        except Unavailable as problem:  # what needs no database is served, and the thread tries again
+            self.note_failure(problem)
+        self.flusher.start()
+
+    def take_place(self):
+        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does. Who is first says for all processes which they are."""
+        self.meta("created_at")
+        if not any(self.generation.place) and (files := self.look_up()):
+            self.generation.place = files
+
+    def flush_loop(self):
+        while not self.closing:
+            self.wake.wait(None if self.writable else 1)
+            nap(BATCH_SECONDS)
+            self.wake.clear()
+            self.flush()
+
+    def flush(self):
+        """Write what is queued, in one transaction. What cannot be written stays queued."""
+        with self.flush_lock:
+            batch = []
+            while self.queue and len(batch) < 5000:
+                batch.append(self.queue.popleft())
+            if not batch and self.writable:
+                return
+            try:
+                if not self.writable:
+                    self.take_place()
+                    self.write_something()  # a batch is not synced, and may be empty
+                with self.writing():
+                    connection = self.__dict__.get("batch_connection")
+                    if connection is None:
+                        connection = self.batch_connection = self.connect("NORMAL")
+                    with self.committing(connection):
+                        connection.executemany(SESSION_INSERT_ROW, [session for session, _ in batch])
+                        self.append_audit(batch_audit(batch), connection)
+            except Exception as error:  # whatever it is, the rows wait and the thread lives
+                self.queue.extendleft(reversed(batch))
+                if isinstance(error, sqlcipher3.Error) and not is_busy(error) and "batch_connection" in self.__dict__:
+                    connection = self.__dict__.pop("batch_connection")  # as in discard()
+                    self.connections.discard(connection)
+                    with contextlib.suppress(sqlcipher3.Error):
+                        connection.close()
+                self.note_failure(error)
+                return
+            if not self.writable:
+                self.log("store.writable", waiting=len(self.queue))
+            self.writable = True
+        if self.queue:
+            self.wake.set()
+
+    # -- purging, in small slices --
+
+    def purge_sessions(self, older_than_id, before, after_id, limit, revoked=False, user_id=None, client_id=None):
+        """Delete a slice of sessions that expired before `before`, walking in the order of their ids.
+
+        Only revoked ones, of one user or client, where that is asked. Returns (id to go on after or None, rows deleted).
+        """
+        with self.guard():
+            ids = self.connection.execute(
+                """
+                SELECT id, expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL)
+                       AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
+                  FROM session WHERE id > :after AND id < :older ORDER BY id LIMIT :limit
+                """,
+                {
+                    "before": before, "revoked": int(revoked), "user_id": user_id, "client_id": client_id,
+                    "after": after_id, "older": older_than_id, "limit": limit,
+                },
+            ).fetchall()
+        dead = [(id,) for id, is_dead in ids if is_dead]
+        if dead:
+            with self.transaction():
+                self.connection.executemany("DELETE FROM session WHERE id = ?", dead)
+        return (ids[-1][0] if len(ids) == limit else None), len(dead)
+
+    def purge_walk(self, table, key, dead, after, limit, **parameters):
+        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our own words.
+
+        The rows are looked at before the turn to write is taken, so that nobody waits for those
+        that live, and again when they are deleted; not many at once, for they may lie anywhere in
+        the indexes. Returns (key to go on after or None, rows deleted).
+        """
+        with self.guard():
+            rows = self.connection.execute(
+                f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit",
+                {"after": after, "limit": limit, **parameters},
+            ).fetchall()
+        found, deleted = [it for it, is_dead in rows if is_dead][:SCATTERED], 0
+        if found:
+            with self.transaction():
+                deleted = self.connection.executemany(
+                    f"DELETE FROM {table} WHERE {key} = :key AND {dead}", [{"key": it, **parameters} for it in found]
+                ).rowcount
+        if len(found) == SCATTERED:
+            return found[-1], deleted
+        return (rows[-1][0] if len(rows) == limit else None), deleted
+
+    def purge_expired(self, table, key, before, after, limit):
+        """Walk a table of short-lived things."""
+        return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
+
+    def purge_logins(self, before, limit):
+        """Delete up to `limit` logins that are over, found before the turn to write is taken."""
+        with self.guard():
+            found = self.connection.execute(
+                "SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)
+            ).fetchall()
+        if found:
+            with self.transaction():
+                self.connection.executemany("DELETE FROM login_transaction WHERE id = ?", found)
+
+    def purge_refresh_tokens(self, before, after, limit, revoked=False, user_id=None, client_id=None):
+        """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
+
+        None is deleted before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        """
+        return self.purge_walk(
+            "refresh_token", "id",
+            """
+            expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
+            AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
+            """,
+            after, limit, before=before, revoked=int(revoked), user_id=user_id, client_id=client_id,
+        )
+
+    def purge_audit(self, before, limit):
+        """Delete a slice of the oldest audit rows, never the last one, and leave the anchor the chain goes on from."""
+        with self.transaction():
+            last = self.connection.execute(
+                """
+                SELECT seq, row_sha256 FROM (SELECT seq, row_sha256, at FROM audit ORDER BY seq LIMIT :limit)
+                 WHERE at < :before AND seq < (SELECT max(seq) FROM audit) ORDER BY seq DESC LIMIT 1
+                """,
+                {"before": before, "limit": limit},
+            ).fetchone()
+            if last is None:
+                return 0
+            self.put_meta("audit_anchor", f"{last[0]}:{last[1]}")
+            return self.run("DELETE FROM audit WHERE seq <= :seq", seq=last[0])
