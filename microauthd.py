@@ -66,6 +66,7 @@ import threading
 import time
 import unicodedata
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
@@ -1754,6 +1755,14 @@ def ring_files(options: Options) -> dict:
     }
 
 
+class Machine(msgspec.Struct, frozen=True):
+    """What routes need of the machine, as functions that the floor above hands down: each takes the Idp first."""
+
+    make_backup: Callable
+    read_backup_piece: Callable
+    delete_backup: Callable
+
+
 class Idp:
     """One process of the identity provider: settings, store, keys and clock.
 
@@ -1762,9 +1771,9 @@ class Idp:
 
     def __init__(
         self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time,
-        log=None,
+        log=None, machine: Machine | None = None,
     ):
-        self.options, self.store, self.seal, self.clock = options, store, seal, clock
+        self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
         self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
         self.rings_said = {}  # port: why its file cannot be read, as it was logged
@@ -2101,6 +2110,10 @@ def delete_backup(idp: Idp, origin: Origin, actor: str, name: str):
             os.unlink(name, dir_fd=folder)
         except OSError:
             raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None
+
+
+# What ADMIN asks of this floor.
+MACHINE = Machine(make_backup, read_backup_piece, delete_backup)
 
 
 # == Accounts ==================================================================
@@ -7396,7 +7409,7 @@ def admin_purge_audit(idp, claims, params):
 def admin_make_backup(idp, claims, params):
     """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is set."""
     with idp.hasher.gate.blocking():
-        return make_backup(idp, params.origin, claims["sub"], params.body.without_keys)
+        return idp.machine.make_backup(idp, params.origin, claims["sub"], params.body.without_keys)
 
 
 @ADMIN(
@@ -7405,14 +7418,14 @@ def admin_make_backup(idp, claims, params):
 )
 def admin_read_backup(idp, claims, params):
     """A backup, a mebibyte at a time, from `offset` on; X-Next-Offset where there is more."""
-    piece, following = read_backup_piece(idp, params.path["name"], params.query.offset)
+    piece, following = idp.machine.read_backup_piece(idp, params.path["name"], params.query.offset)
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 
 @ADMIN("DELETE", "/backup/<name>", guard=by_admin(), spec="online backup", gives=Msg)
 def admin_delete_backup(idp, claims, params):
     """Remove a backup from `backup-folder`."""
-    delete_backup(idp, params.origin, claims["sub"], params.path["name"])
+    idp.machine.delete_backup(idp, params.origin, claims["sub"], params.path["name"])
     return msg("Backup deleted.")
 
 
@@ -8755,7 +8768,7 @@ class Node:
             if listening is None:
                 continue
             # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
-            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), plan.clock, plan.log)
+            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), plan.clock, plan.log, MACHINE)
             # What changed since it was read is found by the first request.
             entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
             idp.ring_files = {

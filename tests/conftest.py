@@ -9,6 +9,7 @@ import traceback
 from urllib.parse import urlencode
 
 import microauthd as m
+from microauthd import MACHINE
 import pyotp
 import pytest
 from hypothesis import HealthCheck, settings
@@ -107,7 +108,7 @@ def make_idp(tmp_path, blank, rings, clock):
         store = Store(path, DATABASE_KEY, log=Log(stream=stream))
         idp = m.Idp(
             options, store, m.KeyRing(rings[0], options.prefer_ec_token_signer), m.KeyRing(rings[1]), m.Seal(bytes(32)),
-            clock, store.log,
+            clock, store.log, MACHINE,
         )
         idp.stream = stream
         made.append(idp)

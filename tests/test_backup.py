@@ -513,7 +513,7 @@ class TestOverAdmin:
         monkeypatch.chdir(tmp_path)
         idp = m.Idp(
             options, Store.make(tmp_path / "plain.db3", "", RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
-            m.Seal(bytes(32)), clock,
+            m.Seal(bytes(32)), clock, None, m.MACHINE,
         )
         try:
             with pytest.raises(m.Problem) as refused:

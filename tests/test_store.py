@@ -8,6 +8,7 @@ import time
 
 import json
 import msgspec
+import appliance.base.store as rows
 import microauthd as m
 import pytest
 import sqlcipher3
@@ -164,7 +165,7 @@ class TestSchema:
         )
         idp.store.migrate()
         idp.store.migrate()
-        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(rows.MIGRATIONS),)
         assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
@@ -172,7 +173,7 @@ class TestSchema:
         )
         with pytest.raises((Unavailable, Conflict)):
             idp.store.migrate()
-        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS) - 1,)
+        assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(rows.MIGRATIONS) - 1,)
         assert not idp.store.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'new_one'").fetchone()
 
 
@@ -533,7 +534,7 @@ class TestConnections:
     def test_a_thread_that_ends_gives_its_connection_back(self, idp):
         import threading
 
-        from microauthd import SPARE_CONNECTIONS
+        from appliance.base.database import SPARE_CONNECTIONS
 
         idp.store.meta("created_at")
         before = len(idp.store.connections)
