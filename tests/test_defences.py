@@ -20,6 +20,7 @@ from test_upkeep import DAY, NOON, YEARS, Machine
 from appliance.base import Refusal
 from appliance.base.clock import IAT_SKEW, Timekeeper
 from appliance.base.store import AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, SLICE, Store
+from appliance.base.wire import Limits, tls_context
 
 PEER = m.Origin("192.0.2.1", is_local=False)
 
@@ -265,7 +266,7 @@ def test_no_more_connections_than_descriptors():
 
 
 def test_a_handshake_that_drips_is_closed_by_its_deadline(run, certificate):
-    one = run(tls=m.tls_context(str(certificate / "box.pem")), limits=m.Limits(handshake_seconds=0.6))
+    one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(handshake_seconds=0.6))
     with one.connect() as sock:
         sock.sendall(bytes.fromhex("1603010200010001fc0303"))
         end = time.monotonic() + 3
@@ -276,15 +277,15 @@ def test_a_handshake_that_drips_is_closed_by_its_deadline(run, certificate):
 
 
 def test_one_that_has_shaken_hands_and_says_nothing_is_closed(run, certificate):
-    one = run(tls=m.tls_context(str(certificate / "box.pem")), limits=m.Limits(idle_seconds=0.4))
+    one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(idle_seconds=0.4))
     with Tls.client(None, certificate).wrap_socket(one.connect(4), server_hostname="localhost") as sock:
         sock.settimeout(3)
         assert sock.recv(1) == b""
 
 
 def test_a_peer_has_so_many_connections_and_gets_them_back(run, monkeypatch):
-    monkeypatch.setattr(m, "_address", lambda text: ipaddress.ip_address("192.0.2.7"))
-    one = run(limits=m.Limits(connections_per_peer=2))
+    monkeypatch.setattr("appliance.base.wire._address", lambda text: ipaddress.ip_address("192.0.2.7"))
+    one = run(limits=Limits(connections_per_peer=2))
 
     def ask(sock):
         with contextlib.suppress(OSError):
@@ -301,7 +302,7 @@ def test_a_peer_has_so_many_connections_and_gets_them_back(run, monkeypatch):
 
 
 def test_where_many_are_connected_the_idle_go_sooner(run):
-    one = run(limits=m.Limits(connections=8, idle_seconds=5))
+    one = run(limits=Limits(connections=8, idle_seconds=5))
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(one.connect(4)) for _ in range(5)]
         began = time.monotonic()

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from appliance.base.wire import Limits, SWEEP, Server, listen, prove_peer, tls_context
 
 HOST = b"Host: box\r\n"
 
@@ -56,9 +57,9 @@ class App:
 class Running:
     def __init__(self, **more):
         self.app, self.logged = App(), []
-        sock = m.listen("127.0.0.1", 0)
+        sock = listen("127.0.0.1", 0)
         self.address = sock.getsockname()
-        self.server = m.Server(
+        self.server = Server(
             "auth", [sock], self.app, log=lambda event, **fields: self.logged.append((event, fields)), **more
         )
         self.app.server = self.server
@@ -493,7 +494,7 @@ class TestPeer:
         ],
     )
     def test_the_right_most_untrusted_hop(self, remote, forwarded, peer):
-        assert m.prove_peer(remote, forwarded, self.NETS) == peer
+        assert prove_peer(remote, forwarded, self.NETS) == peer
 
     def test_only_trusted_proxies_are_believed(self, run, shared):
         headers = b"X-Forwarded-For: 192.0.2.9\r\nX-Forwarded-Proto: https\r\n"
@@ -505,14 +506,14 @@ class TestPeer:
 
 @pytest.fixture(scope="module")
 def hasty():
-    one = Running(limits=m.Limits(request_seconds=0.3, idle_seconds=0.3, send_seconds=0.3))
+    one = Running(limits=Limits(request_seconds=0.3, idle_seconds=0.3, send_seconds=0.3))
     yield one
     one.server.stop(1)
 
 
 class TestSlowClients:
     def test_half_a_request_is_told_that_its_time_is_over(self, run):
-        one = run(limits=m.Limits(request_seconds=0.3))
+        one = run(limits=Limits(request_seconds=0.3))
         with one.connect() as sock:
             sock.sendall(b"GET / HTTP/1.1\r\nHo")
             assert statuses(read_all(sock)) == [408]
@@ -538,7 +539,7 @@ class TestSlowClients:
         assert statuses(hasty.say(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n", end=False)) == [200]
 
     def test_one_octet_at_a_time_does_not_extend_it(self, run):
-        one = run(limits=m.Limits(request_seconds=0.5))
+        one = run(limits=Limits(request_seconds=0.5))
         assert statuses(
             one.say(b"GET / HTTP/1.1\r\nHost: box\r\nX: " + b"a" * 40 + b"\r\n\r\n", each=1, pause=0.02)
         ) == [408]
@@ -581,7 +582,7 @@ class TestSlowClients:
             assert len(read_all(sock)) < 3_000_000
 
     def test_connections_beyond_the_limit_are_closed_and_counted(self, run):
-        one = run(limits=m.Limits(connections=5))
+        one = run(limits=Limits(connections=5))
         with contextlib.ExitStack() as stack:
             within = [stack.enter_context(one.connect()) for _ in range(5)]
             beyond = [stack.enter_context(one.connect()) for _ in range(3)]
@@ -626,7 +627,7 @@ class TestWithoutMemory:
     )
     def test_connections_that_could_not_be_taken_leave_the_door_open(self, run, monkeypatch, where, error):
         one, failing = run(threads=2, max_threads=4), [0]
-        owner = m.Server if where == "_admit" else m
+        owner = Server if where == "_admit" else m
 
         def fail(*words):
             failing[0] += 1
@@ -638,9 +639,9 @@ class TestWithoutMemory:
                 with contextlib.suppress(OSError), one.connect(0.3) as sock:
                     sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
                     sock.recv(1)
-                time.sleep(m.SWEEP / 4)
+                time.sleep(SWEEP / 4)
         assert failing[0] > 1
-        time.sleep(2 * m.SWEEP)
+        time.sleep(2 * SWEEP)
         assert all(b" 200 " in one.get() for _ in range(6))
         assert len(one.server._pool) == one.server.threads, "a thread that ended is hired again"
 
@@ -659,7 +660,7 @@ class TestWithoutMemory:
                 time.sleep(0.2)
                 assert all(b" 200 " in one.get() for _ in range(6))
                 sofar = len(beats)
-                time.sleep(3 * m.SWEEP)
+                time.sleep(3 * SWEEP)
                 assert len(beats) <= sofar + 1, "and whoever looks at the beats sees that it does not go on"
                 one.app.go.set()
                 assert b" 200 " in read_all(waiting)
@@ -757,7 +758,7 @@ class TestTls:
 
     @pytest.mark.parametrize("name, password", [("box.pem", None), ("box.p12", "phrase")])
     def test_both_kinds_of_file(self, run, certificate, name, password):
-        one = run(tls=m.tls_context(str(certificate / name), None, password))
+        one = run(tls=tls_context(str(certificate / name), None, password))
         with self.client(certificate).wrap_socket(one.connect(), server_hostname="localhost") as sock:
             for _ in range(3):
                 sock.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000\r\n\r\n" + b"y" * 20000)
@@ -769,7 +770,7 @@ class TestTls:
     @pytest.mark.parametrize("name, key", [("sealed.pem", None), ("ca.pem", "key.pem")])
     def test_a_pem_key_may_have_a_passphrase(self, certificate, name, key):
         assert (
-            m.tls_context(str(certificate / name), key and str(certificate / key), "phrase").minimum_version
+            tls_context(str(certificate / name), key and str(certificate / key), "phrase").minimum_version
             == ssl.TLSVersion.TLSv1_2
         )
 
@@ -786,12 +787,12 @@ class TestTls:
     )
     def test_what_does_not_open_is_a_sentence(self, certificate, name, key, password, why):
         with pytest.raises(ValueError) as caught:
-            m.tls_context(str(certificate / name), key and str(certificate / key), password)
+            tls_context(str(certificate / name), key and str(certificate / key), password)
         assert why in str(caught.value) and "\n" not in str(caught.value) and str(certificate) in str(caught.value)
 
     @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
     def test_what_is_sent_octet_by_octet_or_with_a_request_behind_it_is_read_whole(self, run, certificate, version):
-        one = run(tls=m.tls_context(str(certificate / "box.pem")))
+        one = run(tls=tls_context(str(certificate / "box.pem")))
         context = self.client(certificate)
         context.minimum_version = context.maximum_version = version
         with context.wrap_socket(one.connect(), server_hostname="localhost") as sock:
@@ -804,14 +805,14 @@ class TestTls:
             assert statuses(read_all(sock)) == [200] * 5
 
     def test_a_refusal_is_told_over_tls(self, run, certificate):
-        one = run(tls=m.tls_context(str(certificate / "box.pem")))
+        one = run(tls=tls_context(str(certificate / "box.pem")))
         with self.client(certificate).wrap_socket(one.connect(), server_hostname="localhost") as sock:
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n" + SMUGGLED)
             assert statuses(read_all(sock)) == [400]
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_tls_1_1_is_not_spoken(self, run, certificate):
-        one = run(tls=m.tls_context(str(certificate / "box.pem")))
+        one = run(tls=tls_context(str(certificate / "box.pem")))
         context = self.client(certificate)
         context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_1
         context.set_ciphers("ALL:@SECLEVEL=0")
@@ -821,7 +822,7 @@ class TestTls:
         assert [fields["reason"] for _, fields in one.logged] == ["TLS handshake: UNSUPPORTED_PROTOCOL"]
 
     def test_handshakes_that_never_end_hold_nobody_up(self, run, certificate):
-        one = run(tls=m.tls_context(str(certificate / "box.pem")), limits=m.Limits(handshake_seconds=1))
+        one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(handshake_seconds=1))
         with contextlib.ExitStack() as stack:
             stuck = [stack.enter_context(one.connect()) for _ in range(200)]
             for sock in stuck[:100]:
@@ -834,4 +835,4 @@ class TestTls:
                 assert sock.recv(1) == b"", "closed by its deadline"
 
     def test_plain_http_on_the_tls_port_is_refused(self, run, certificate):
-        assert b" 200 " not in run(tls=m.tls_context(str(certificate / "box.pem"))).get()
+        assert b" 200 " not in run(tls=tls_context(str(certificate / "box.pem"))).get()

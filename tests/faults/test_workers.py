@@ -17,6 +17,7 @@ from crowd import Administrator, Crowd, Patron, Service, await_true, basic, requ
 from test_flows import make_certificate
 from appliance.base.database import Generation, read_database_key
 from appliance.base.store import Store
+from appliance.base.wire import Limits
 
 LONG = pytest.mark.long
 
@@ -267,7 +268,7 @@ def test_a_stall_of_the_whole_process_fails_no_request_that_had_come(tmp_path):
             time.sleep(0.3)
             stop(pid)
             sock.sendall(b"st: localhost\r\n\r\n")
-            time.sleep(m.Limits().request_seconds + 1)
+            time.sleep(Limits().request_seconds + 1)
             os.kill(pid, signal.SIGCONT)
             assert b" 200 " in sock.recv(65536)
 
