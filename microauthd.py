@@ -8404,7 +8404,7 @@ def open_idp(options: Options) -> Idp:
             KeyRing(read_ring(path, passphrase), prefer_ec)
             for path, passphrase, prefer_ec in ring_files(options).values()
         ]
-        return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)))
+        return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)), machine=MACHINE)
     except BaseException:
         store.close()
         raise
