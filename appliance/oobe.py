@@ -24,8 +24,16 @@ import tomllib
 # Serial consoles cannot say where their cursor is; prompt_toolkit need not ask.
 os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
 
+import sqlcipher3  # noqa: E402
+
 import microauthd  # noqa: E402
-from microauthd import OPTION_NAMES, OPTIONS, Answers, Options, Refusal  # noqa: E402
+from appliance import recovery  # noqa: E402
+from appliance.base import Refusal  # noqa: E402
+from appliance.base.settings import ( # noqa: E402
+    OPTIONS, OPTION_NAMES, Options, boolean, check_options, did_you_mean, networks, whole,
+)
+from appliance.base.wire import tls_context  # noqa: E402
+from appliance.recovery import Answers, journal_of  # noqa: E402
 
 # Asked in words of their own, or by the part about the first client.
 BY_HAND = ("db-file", "db-pass", "oidc-client-id")
@@ -88,11 +96,11 @@ MATTERS = {
 }
 # Where the wizard advises a narrower range than the option allows.
 RANGES = {
-    "token-expiration": microauthd.whole(60, 604800),
-    "admin-token-expiration": microauthd.whole(60, 604800),
-    "token-purge-days": microauthd.whole(0, 365),
-    "refresh-token-expiration": microauthd.whole(300, 2592000),
-    "refresh-token-purge-days": microauthd.whole(0, 365),
+    "token-expiration": whole(60, 604800),
+    "admin-token-expiration": whole(60, 604800),
+    "token-purge-days": whole(0, 365),
+    "refresh-token-expiration": whole(300, 2592000),
+    "refresh-token-purge-days": whole(0, 365),
 }
 FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-token-signing-key-file")
 
@@ -135,7 +143,7 @@ class Draft:
         values = {option.attribute: getattr(self.options, option.attribute) for option in OPTIONS}
         values |= {OPTION_NAMES[name].attribute: value for name, value in chosen.items()}
         settled = Options(self.options.origins | {"config": self.config} | dict.fromkeys(chosen, "setup"), **values)
-        microauthd.check_options(settled)
+        check_options(settled)
         return settled
 
     def settle(self):
@@ -410,7 +418,7 @@ def ask_option(asker, draft, name):
                 if MATTERS.get(again, lambda draft: True)(draft):
                     ask_option(asker, draft, again)
         return None
-    if option.parse is microauthd.boolean:
+    if option.parse is boolean:
         return asker.confirm(question, value, lambda yes: draft.choose(name, yes))
     return asker.ask(question, shown(value), check_option(draft, name))
 
@@ -444,7 +452,7 @@ def ask_certificate_passphrase(asker, draft, name):
     def check(answer):
         value = check_printable(answer) or draft[name]
         try:
-            microauthd.tls_context(draft[files[0]], draft[files[1]] or None, value)
+            tls_context(draft[files[0]], draft[files[1]] or None, value)
         except ValueError as error:
             asker.say(str(error), "  ")
             return False
@@ -647,17 +655,17 @@ def wizard(options, own):
 def make(settled, answers):
     """Set up; what the disk refuses is a sentence, not a traceback."""
     try:
-        return microauthd.set_up(settled, answers)
+        return recovery.set_up(settled, answers)
     except OSError as error:
         what = f"{error.filename or 'the disk'}: {error.strerror or error}"
-    except microauthd.sqlcipher3.Error as error:
+    except sqlcipher3.Error as error:
         what = f"the database {settled.db_file} cannot be made: {error}"
     raise Refusal(f"{ended(settled.config_file)} {what}")
 
 
 def ended(config):
     """Say what a set-up left that did not return: after its commit the journal stays, and the next run completes it."""
-    if os.path.exists(microauthd.journal_of(config)):
+    if os.path.exists(journal_of(config)):
         return "The set-up was being put in place: run microauthd again, and it is completed."
     return "Nothing was written."
 
@@ -684,12 +692,12 @@ def first_line(path, what):
 def word_of(option, value):
     """Return a value of TOML as the text that the option's parser takes."""
     if isinstance(value, bool):
-        if option.parse is not microauthd.boolean:
+        if option.parse is not boolean:
             raise ValueError(f"{option.name} is not a yes or no")
         return "true" if value else "false"
     if isinstance(value, (str, int)):
         return str(value)
-    if option.parse is microauthd.networks and isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if option.parse is networks and isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ",".join(value)
     raise ValueError(f"{option.name} must be a string, a whole number, or true or false")
 
@@ -779,7 +787,7 @@ class AnswersFile:
             name = "db-pass" if key == "db-pass-file" else OPTION_NAMES[key].name if key in OPTION_NAMES else ""
             if not name:
                 what = "table" if isinstance(value, dict) else "option"
-                self.wrong(f"unknown {what} {key!r}{microauthd.did_you_mean(key)}", key, where)
+                self.wrong(f"unknown {what} {key!r}{did_you_mean(key)}", key, where)
                 continue
             if name in seen:
                 self.wrong(f"{name} is set twice, by {seen[name]} and {key}", key, where)

@@ -262,7 +262,7 @@ def main():
     os.set_inheritable(lock, True)  # held by every process that runs from the tree
     sys.path[0] = tree
     try:
-        import microauthd
+        from appliance.commands import main as run
     except Exception as error:
         if "failed to map segment" in str(error):
             refuse("%s is on a file system mounted noexec; name another folder in MICROAUTHD_CACHE" % tree)
@@ -273,7 +273,7 @@ def main():
         os.environ[DOUBTED] = tree
         os.close(lock)
         os.execv(sys.executable, sys.orig_argv)
-    sys.exit(microauthd.main())
+    sys.exit(run())
 
 
 main()

@@ -132,7 +132,7 @@ def main():
         folder = Path(name)
         packed = folder / "packed.pyz"
         run(
-            sys.executable, "-m", "shiv", "--site-packages", build_tree(folder), "-e", "microauthd:main",
+            sys.executable, "-m", "shiv", "--site-packages", build_tree(folder), "-e", "appliance.commands:main",
             "--reproducible", "--no-modify", "-o", packed, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH},
         )
         members = list(members_of(packed))

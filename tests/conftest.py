@@ -9,7 +9,6 @@ import traceback
 from urllib.parse import urlencode
 
 import microauthd as m
-from microauthd import MACHINE
 import pyotp
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +17,7 @@ from appliance.base.settings import Options
 from appliance.base.log import Log
 from appliance.base.database import derive_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
+from appliance.backup import MACHINE
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])

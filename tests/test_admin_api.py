@@ -11,6 +11,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
+from appliance.upkeep import note_configuration
 
 OTHER = "another battery staple"
 
@@ -1261,7 +1262,7 @@ class TestAudit:
 
     def test_a_start_and_what_changed_since_the_last_are_written_down(self, make_idp):
         for brand, secret in (("One", "x"), ("One", "y"), ("Two", "y")):
-            m.note_configuration(idp := make_idp(Options(**CHEAP, brand_name=brand, db_pass=secret)))
+            note_configuration(idp := make_idp(Options(**CHEAP, brand_name=brand, db_pass=secret)))
         rows = idp.store.list_audit(limit=10)
         assert [row.action for row in rows][:4] == [
             "server_started", "configuration_changed", "server_started", "server_started",

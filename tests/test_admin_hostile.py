@@ -4,6 +4,7 @@ import re
 import threading
 from urllib.parse import quote
 
+import appliance.upkeep as upkeep_room
 import microauthd as m
 import pyotp
 import pytest
@@ -609,7 +610,7 @@ class TestBigTables:
         change(
             f"WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {self.MANY}) INSERT INTO revoked_token SELECT printf('%032x', i), CASE WHEN i > {self.MANY} - 60 THEN 2 ELSE 99999999999 END, 1 FROM n"
         )
-        m.purge(idp, lambda seconds: None)
+        upkeep_room.purge(idp, lambda seconds: None)
         assert idp.store.connection.execute("SELECT count(*) FROM revoked_token").fetchone() == (self.MANY - 60,)
 
     def test_a_search_through_many_users_finds_the_same_as_through_few(self, idp, call, change):

@@ -10,6 +10,7 @@ import threading
 
 import jwt
 import microauthd as m
+from appliance import backup
 import pytest
 from box import Box
 from conftest import CHEAP, Caller, die, in_child
@@ -18,6 +19,14 @@ from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.backup import (
+    MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
+)
+from appliance.recovery import (
+    Answers, back_up, describe_keys, factory_reset, hold_setup, open_idp, recover_setup, restore, revoke_key,
+    rotate_keys, set_up,
+)
+from appliance.commands import main
 
 PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -29,7 +38,7 @@ def made(folder, **more):
     options = Options(
         config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
     )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
 
@@ -50,7 +59,7 @@ def fresh_machine(tmp_path, monkeypatch, **more):
 
 
 def kids(options):
-    return {row["kid"] for row in m.describe_keys(options)}
+    return {row["kid"] for row in describe_keys(options)}
 
 
 def states(folder):
@@ -68,53 +77,53 @@ class TestWhatABackupIs:
 
         def copy_then_write(store, *words):
             real(store, *words)
-            idp = m.open_idp(house)
+            idp = open_idp(house)
             m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
             idp.store.close()
 
         monkeypatch.setattr(Store, "copy_to", copy_then_write)
-        assert m.back_up(house, "b")["users"] == 1
+        assert back_up(house, "b")["users"] == 1
 
     def test_a_kill_in_the_middle_leaves_no_backup_and_the_next_one_is_good(self, house, tmp_path):
         for name in ("check_copy", "sync_directory"):
 
             def work():
-                setattr(m, name, die)
-                m.back_up(house, "b", force=True)
+                setattr(backup, name, die)
+                back_up(house, "b", force=True)
 
             assert in_child(work) == signal.SIGKILL
             assert (tmp_path / "b").exists() is (name == "sync_directory")
         (tmp_path / "b.backing-up-journal").write_bytes(os.urandom(5000))
-        assert m.back_up(house, "b", force=True)["users"] == 1
+        assert back_up(house, "b", force=True)["users"] == 1
         assert not list(tmp_path.glob("*.backing-up*"))
 
     def test_a_full_disk_leaves_no_half_file_and_a_sentence(self, house, tmp_path):
         """The limit of a file's size: the same error on the way, at many places of it."""
-        whole = m.back_up(house, "whole")["bytes"]
+        whole = back_up(house, "whole")["bytes"]
         for room in (40_000, 80_000, whole // 2, whole - 4096):
 
             def work():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
                 with pytest.raises(Refusal, match="cannot be written"):
-                    m.back_up(house, "b")
+                    back_up(house, "b")
 
             assert in_child(work) == 0
             assert not (tmp_path / "b").exists() and not list(tmp_path.glob("b*"))
-        assert m.check_copy(house.db_file, read_database_key(house.db_file, "a phrase", False))["users"] == 1
+        assert check_copy(house.db_file, read_database_key(house.db_file, "a phrase", False))["users"] == 1
 
     @pytest.mark.parametrize("name", FILES)
     def test_it_never_writes_over_what_it_reads(self, house, tmp_path, name):
         before = states(tmp_path)
         with pytest.raises(Refusal, match="what is to be backed up"):
-            m.back_up(house, name, force=True)
+            back_up(house, name, force=True)
         assert states(tmp_path) == before
 
     def test_without_a_passphrase_keys_stay_out_of_it_and_are_needed_beside_it(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         options = made(tmp_path, db_pass="", no_db_pass=True)
         with pytest.raises(Refusal, match="--without-keys"):
-            m.back_up(options, "b")
-        m.back_up(options, "b", without_keys=True)
+            back_up(options, "b")
+        back_up(options, "b", without_keys=True)
         content = (tmp_path / "b").read_bytes()
         assert (
             b"PRIVATE KEY" not in content
@@ -122,21 +131,21 @@ class TestWhatABackupIs:
             and (tmp_path / "seal.key").read_bytes().strip() not in content
         )
         before = kids(options)
-        m.restore(options, "b")
+        restore(options, "b")
         assert kids(options) == before
         folder, other = fresh_machine(tmp_path, monkeypatch, no_db_pass=True)
         with pytest.raises(Refusal, match="without keys"):
-            m.restore(other, str(tmp_path / "b"))
+            restore(other, str(tmp_path / "b"))
         assert states(folder) == {}
 
 
     @pytest.mark.parametrize("name", ["seal.key", "token.pem", "admin_token.pem"])
     def test_with_a_key_missing_it_is_refused(self, house, tmp_path, name):
         """A backup that cannot restore the box is none."""
-        idp = m.open_idp(house)
+        idp = open_idp(house)
         os.unlink(name)
         with pytest.raises(Refusal, match=name):
-            m.write_backup(idp, m.LOCAL, "t", str(tmp_path / "b"))
+            write_backup(idp, m.LOCAL, "t", str(tmp_path / "b"))
         idp.store.close()
         assert not list(tmp_path.glob("b*"))
 
@@ -147,56 +156,56 @@ class TestRestore:
         options = made(
             tmp_path, db_file="data/accounts.db3", token_signing_key_pass="ring phrase", seal_key_file="data/seal"
         )
-        m.back_up(options, "b")
+        back_up(options, "b")
         folder, knows_only_the_passphrase = fresh_machine(tmp_path, monkeypatch)
-        m.restore(knows_only_the_passphrase, str(tmp_path / "b"))
+        restore(knows_only_the_passphrase, str(tmp_path / "b"))
         assert {
             str(path.relative_to(folder))
             for path in folder.rglob("*")
             if path.is_file() and not path.name.endswith(".lock")
         } == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
         found = load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
-        idp = m.open_idp(found)
+        idp = open_idp(found)
         assert found.oidc_issuer == "https://idp.example" and m.get_user(idp, "root")
         idp.store.close()
 
     def test_what_is_said_at_the_machine_goes_before_the_settings_within(self, house, tmp_path, monkeypatch):
-        m.back_up(house, "b")
+        back_up(house, "b")
         folder, options = fresh_machine(tmp_path, monkeypatch)
         options = Options(
             options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3"
         )
-        m.restore(options, str(tmp_path / "b"))
+        restore(options, str(tmp_path / "b"))
         assert (folder / "elsewhere.db3").exists() and not (folder / "mad.db3").exists()
 
     def test_a_revoked_key_does_not_come_back(self, house):
         """Whoever stole it could sign what is issued after the restore."""
-        stolen = next(row["kid"] for row in m.describe_keys(house) if row["alg"] == "ES256" and row["port"] == "auth")
-        m.back_up(house, "b")
-        m.revoke_key(house, stolen)
+        stolen = next(row["kid"] for row in describe_keys(house) if row["alg"] == "ES256" and row["port"] == "auth")
+        back_up(house, "b")
+        revoke_key(house, stolen)
         for _ in range(2):  # and the box that was restored still knows it
-            assert m.restore(house, "b")["knows_revoked"] is True
+            assert restore(house, "b")["knows_revoked"] is True
             assert stolen not in kids(house)
-            assert [row["state"] for row in m.describe_keys(house)] == ["active"] * 3
-            idp = m.open_idp(house)
+            assert [row["state"] for row in describe_keys(house)] == ["active"] * 3
+            idp = open_idp(house)
             assert f"still_revoked={stolen}" in idp.store.list_audit("restored", 1)[0].secondary
             idp.store.close()
 
     def test_where_what_was_here_cannot_be_read_it_says_so_and_restores(self, house, tmp_path):
-        m.back_up(house, "b")
+        back_up(house, "b")
         content = bytearray((tmp_path / "mad.db3").read_bytes())
         content[100:200] = bytes(100)
         (tmp_path / "mad.db3").write_bytes(content)
-        assert m.restore(house, "b")["knows_revoked"] is False
-        idp = m.open_idp(house)
+        assert restore(house, "b")["knows_revoked"] is False
+        idp = open_idp(house)
         assert m.get_user(idp, "root")
         idp.store.close()
 
     def test_what_a_killed_server_left_in_its_log_does_not_get_into_the_restored_database(self, house, tmp_path):
-        m.back_up(house, "b")
+        back_up(house, "b")
 
         def write():
-            idp = m.open_idp(house)
+            idp = open_idp(house)
             m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
             die()
 
@@ -204,10 +213,10 @@ class TestRestore:
         assert (tmp_path / "mad.db3-wal").stat().st_size
         for name in ("mad.db3", "mad.db3-wal"):
             shutil.copy(tmp_path / name, tmp_path / f"{name}.kept")
-        assert in_child(lambda: m.restore(house, "b", lambda name: name == "committed" and die())) == signal.SIGKILL
+        assert in_child(lambda: restore(house, "b", lambda name: name == "committed" and die())) == signal.SIGKILL
         shutil.copy(tmp_path / "mad.db3-wal.kept", tmp_path / "mad.db3-wal")
-        m.recover_setup(house.origins["config"])
-        idp = m.open_idp(house)
+        recover_setup(house.origins["config"])
+        idp = open_idp(house)
         assert (
             idp.store.find_account_by_name("late") is None
             and idp.store.verify_audit()["valid"]
@@ -216,12 +225,12 @@ class TestRestore:
         idp.store.close()
 
     def test_its_epoch_is_later_than_what_either_box_issued_whatever_the_clock_says(self, house):
-        m.back_up(house, "b")
-        idp = m.open_idp(house)
+        back_up(house, "b")
+        idp = open_idp(house)
         idp.store.put_meta("revoked_before", 9_000_000_000_000)
         idp.store.close()
-        m.restore(house, "b")
-        idp = m.open_idp(house)
+        restore(house, "b")
+        idp = open_idp(house)
         answer = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
         assert idp.revoked_before > 9_000_000_000_000 and m.living_claims(
             idp, idp.auth_ring, house.auth_issuer, answer["access_token"]
@@ -230,7 +239,7 @@ class TestRestore:
 
     def test_a_flipped_byte_anywhere_is_refused(self, house, tmp_path):
         """Every page in order, a byte of it by chance."""
-        m.back_up(house, "b")
+        back_up(house, "b")
         content, before = (tmp_path / "b").read_bytes(), None
         chance = random.Random(1)
         key = read_database_key("b", "a phrase", False)
@@ -240,56 +249,56 @@ class TestRestore:
             bad[at] ^= 1 << chance.randrange(8)
             (tmp_path / "bad").write_bytes(bad)
             with pytest.raises(Refusal):
-                m.check_copy("bad", key)
+                check_copy("bad", key)
         before = states(tmp_path)
         with pytest.raises(Refusal):
-            m.restore(house, "bad")
+            restore(house, "bad")
         assert states(tmp_path) == before
 
     def test_a_full_disk_leaves_everything_as_it_was(self, house, tmp_path):
-        m.back_up(house, "b")
+        back_up(house, "b")
         before = states(tmp_path)
         size = (tmp_path / "b").stat().st_size
         for room in (2000, 50_000, size - 1):
 
             def work():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-                assert m.main(["restore", "b", "--config", str(tmp_path / "mad.conf")]) == 1, "refused, with a sentence"
+                assert main(["restore", "b", "--config", str(tmp_path / "mad.conf")]) == 1, "refused, with a sentence"
 
             assert in_child(work) == 0
             assert states(tmp_path) == before
 
     @pytest.mark.parametrize("when", ["journal", "database", "config", "seal", "auth", "admin", "staged", "committed"])
     def test_killed_on_a_new_machine_there_is_all_or_nothing(self, house, tmp_path, monkeypatch, when):
-        m.back_up(house, "b")
+        back_up(house, "b")
         folder, options = fresh_machine(tmp_path, monkeypatch)
         assert (
-            in_child(lambda: m.restore(options, str(tmp_path / "b"), lambda name: name == when and die()))
+            in_child(lambda: restore(options, str(tmp_path / "b"), lambda name: name == when and die()))
             == signal.SIGKILL
         )
-        m.recover_setup(options.origins["config"])
+        recover_setup(options.origins["config"])
         assert set(states(folder)) == (set(FILES) if when == "committed" else set())
 
     def test_it_waits_for_nobody_and_nobody_works_beside_it(self, house, tmp_path):
-        m.back_up(house, "b")
+        back_up(house, "b")
         with (
-            m.hold_setup(house.origins["config"], beside_others=True),
-            m.hold_setup(house.origins["config"], beside_others=True),
+            hold_setup(house.origins["config"], beside_others=True),
+            hold_setup(house.origins["config"], beside_others=True),
         ):
             with pytest.raises(Refusal, match="at work"):
-                m.restore(house, "b")
-        with m.hold_setup(house.origins["config"]):
+                restore(house, "b")
+        with hold_setup(house.origins["config"]):
             for words in (["backup", "c"], ["keys", "list"], ["factory-reset", "--yes"]):
-                assert m.main([*words, "--config", str(tmp_path / "mad.conf")]) == 1
+                assert main([*words, "--config", str(tmp_path / "mad.conf")]) == 1
         assert not (tmp_path / "c").exists() and (tmp_path / "mad.db3").exists()
 
     def test_root_leaves_no_file_that_the_user_of_the_server_could_not_read(self, house, monkeypatch):
-        m.back_up(house, "b")
+        back_up(house, "b")
         if not os.stat(house.db_file).st_uid:
             os.chown(house.db_file, 12345, -1)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         for act in (
-            lambda: m.restore(house, "b"), lambda: m.back_up(house, "c"), lambda: m.rotate_keys(house, ["auth"]),
+            lambda: restore(house, "b"), lambda: back_up(house, "c"), lambda: rotate_keys(house, ["auth"]),
         ):
             with pytest.raises(Refusal, match="belongs to user"):
                 act()
@@ -309,11 +318,11 @@ class TestFactoryReset:
                     die()
 
             os.unlink = deadly
-            m.factory_reset(house)
+            factory_reset(house)
 
         assert in_child(work) == signal.SIGKILL
         assert not (tmp_path / "seal.key").exists()
-        m.factory_reset(house)
+        factory_reset(house)
         assert set(states(tmp_path)) == {"mad.conf"}
 
     def test_what_lay_there_is_overwritten_before_it_goes(self, house, tmp_path):
@@ -322,7 +331,7 @@ class TestFactoryReset:
         for name in FILES[1:]:
             os.link(tmp_path / name, tmp_path / f"kept {name}")
             before[name] = (tmp_path / name).read_bytes()
-        m.factory_reset(house)
+        factory_reset(house)
         for name, content in before.items():
             left = (tmp_path / f"kept {name}").read_bytes()
             assert len(left) == len(content) and not any(
@@ -431,7 +440,7 @@ class TestOverAdmin:
             **{option.attribute: getattr(house, option.attribute) for option in OPTIONS}
             | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"},
         )
-        idp = m.open_idp(options)
+        idp = open_idp(options)
         admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
         bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
 
@@ -443,7 +452,7 @@ class TestOverAdmin:
         idp.store.close()
 
     def test_it_is_made_fetched_in_pieces_restored_and_removed(self, house, call, tmp_path, monkeypatch):
-        monkeypatch.setattr(m, "BACKUP_PIECE", 50_000)
+        monkeypatch.setattr("appliance.backup.BACKUP_PIECE", 50_000)
         made = call("POST", "/backup")
         assert made.status == 200 and made.json["users"] == 1, made
         (path,) = (tmp_path / "backups").iterdir()
@@ -465,8 +474,8 @@ class TestOverAdmin:
         ] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id
         call.idp.store.close()
         (tmp_path / "fetched").write_bytes(content)
-        m.restore(house, "fetched")
-        assert [row["state"] for row in m.describe_keys(house)] == ["active"] * 3
+        restore(house, "fetched")
+        assert [row["state"] for row in describe_keys(house)] == ["active"] * 3
 
     @pytest.mark.parametrize(
         "name", ["mad.db3", "..%2Fmad.db3", "microauthd-20260101T000000Z-00000000.backup", "linked", "x" * 300]
@@ -481,7 +490,7 @@ class TestOverAdmin:
         assert call("GET", f"/backup/{name}").status == call("DELETE", f"/backup/{name}").status == 404
 
     def test_one_at_a_time_and_with_room_to_spare(self, call, tmp_path, monkeypatch):
-        with m.hold_backup_folder(call.idp.options):
+        with hold_backup_folder(call.idp.options):
             answer = call("POST", "/backup")
             assert answer.status == 503 and answer.headers["retry-after"] == "5"
         real = os.fstatvfs
@@ -513,13 +522,13 @@ class TestOverAdmin:
         monkeypatch.chdir(tmp_path)
         idp = m.Idp(
             options, Store.make(tmp_path / "plain.db3", "", RELEASED_AT), m.KeyRing(rings[0]), m.KeyRing(rings[1]),
-            m.Seal(bytes(32)), clock, None, m.MACHINE,
+            m.Seal(bytes(32)), clock, None, MACHINE,
         )
         try:
             with pytest.raises(m.Problem) as refused:
-                m.make_backup(idp, m.LOCAL, "test")
+                make_backup(idp, m.LOCAL, "test")
             assert "without_keys" in refused.value.errors and not (tmp_path / "backups").exists()
-            made = m.make_backup(idp, m.LOCAL, "test", without_keys=True)
+            made = make_backup(idp, m.LOCAL, "test", without_keys=True)
             assert (tmp_path / "backups" / made.name).stat().st_size == made.bytes and (
                 tmp_path / "backups"
             ).stat().st_mode & 0o777 == 0o700
@@ -535,8 +544,8 @@ class TestOverAdmin:
             )
         )
         for call in (
-            lambda: m.make_backup(idp, m.LOCAL, "test"), lambda: m.read_backup_piece(idp, "x", 0),
-            lambda: m.delete_backup(idp, m.LOCAL, "test", "x"),
+            lambda: make_backup(idp, m.LOCAL, "test"), lambda: read_backup_piece(idp, "x", 0),
+            lambda: delete_backup(idp, m.LOCAL, "test", "x"),
         ):
             with pytest.raises(m.Problem, match="not_found"):
                 call()

@@ -19,8 +19,12 @@ from test_serve import certificate, read_all, run, statuses  # noqa: F401
 from test_upkeep import DAY, NOON, YEARS, Machine
 from appliance.base import Refusal
 from appliance.base.clock import IAT_SKEW, Timekeeper
+from appliance.base.database import Unavailable
 from appliance.base.store import AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, SLICE, Store
 from appliance.base.wire import Limits, tls_context
+from appliance.upkeep import purge
+from appliance.processes import DESCRIPTORS_KEPT, grant_connections, start_clock
+from appliance.recovery import back_up, restore
 
 PEER = m.Origin("192.0.2.1", is_local=False)
 
@@ -83,12 +87,12 @@ def test_what_lives_again_when_its_turn_comes_stays(idp, monkeypatch):
 def test_a_tombstone_stays_as_long_as_a_clock_may_be_behind(idp, auth, service, machine, clock):
     auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
     clock.pass_(3600 + IAT_SKEW - 1)
-    m.purge(idp, lambda seconds: None)
+    purge(idp, lambda seconds: None)
     assert idp.store.is_revoked(machine["jti"])
 
 
 def test_who_began_a_purge_of_many_slices_is_known(idp, monkeypatch, clock, service, alice):
-    monkeypatch.setattr("appliance.base.store.SLICE", 2)
+    monkeypatch.setattr("microauthd.SLICE", 2)
     clock.pass_(40 * 86400)
     m.audit(idp, m.LOCAL, "test", "now")
     m.purge_audit_log(idp, m.LOCAL, "system", 30)
@@ -160,7 +164,7 @@ def test_what_cannot_be_written_down_is_not_done(idp, auth, service, alice, log_
 
     with monkeypatch.context() as broken:
         broken.setattr(idp.store, "append_audit", fail)
-        with contextlib.suppress(m.Problem):
+        with contextlib.suppress(Unavailable):
             if act == "user":
                 m.end_user(idp, m.LOCAL, "t", alice.id, "user_revoked")
             else:
@@ -179,7 +183,7 @@ def test_after_a_failed_sync_nothing_is_acknowledged_while_a_reader_keeps_the_lo
     store.put_meta("x", 2)
     flags = store.generation.map
     flags[store.generation.UNSYNCED] = 1
-    with pytest.raises(m.Problem):
+    with pytest.raises(Unavailable):
         store.put_meta("x", 3)
     assert flags[store.generation.UNSYNCED] == 1
     reader.execute("ROLLBACK")
@@ -202,15 +206,15 @@ def test_where_nobody_is_left_to_serve_a_writer_does_not_wait(idp):
         def write():
             try:
                 store.put_meta("x", 1)
-            except m.Problem as problem:
-                entered.append(problem.code)
+            except Unavailable as problem:
+                entered.append(problem.log)
 
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         thread.join(3)
     finally:
         store.write_lock.release()
-    assert entered == ["temporarily_unavailable"]
+    assert entered == ["too many wait to write"]
 
 
 def test_a_batch_is_not_longer_than_5000(idp):
@@ -224,7 +228,7 @@ def test_a_disk_with_no_room_is_not_ready(idp, monkeypatch):
     idp.store.put_meta("x", 1)
     real = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real(path)[:4], 1, *real(path)[5:])))
-    with pytest.raises(m.Problem):
+    with pytest.raises(Unavailable):
         idp.store.probe()
 
 
@@ -260,7 +264,7 @@ def test_no_more_connections_than_descriptors():
 
     def work():
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-        assert m.grant_connections(1).connections == 512 - m.DESCRIPTORS_KEPT
+        assert grant_connections(1).connections == 512 - DESCRIPTORS_KEPT
 
     assert in_child(work) == 0
 
@@ -372,7 +376,7 @@ def test_a_start_that_has_to_guess_the_time_forgets_what_was_under_way(idp, alic
     under_way(idp, alice.id)
     idp.store.put_meta("clock", idp.now())
     monkeypatch.setattr(Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
-    assert m.start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]
+    assert start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]
 
 
 def test_logins_of_a_peer_that_holds_half_the_gate_are_told_to_come_back(idp, alice):
@@ -388,8 +392,8 @@ def test_a_restore_forgets_what_was_under_way(house, tmp_path):
     idp = opened(house)
     under_way(idp, m.get_user(idp, "root").id)
     idp.store.close()
-    m.back_up(house, str(tmp_path / "b"))
-    m.restore(house, str(tmp_path / "b"))
+    back_up(house, str(tmp_path / "b"))
+    restore(house, str(tmp_path / "b"))
     idp = opened(house)
     assert left(idp) == [0, 0]
     idp.store.close()
@@ -399,18 +403,18 @@ def test_the_epoch_of_a_restore_on_a_new_machine_is_later_than_what_the_backup_k
     idp = opened(house)
     idp.store.put_meta("revoked_before", 9_000_000_000_000)
     idp.store.close()
-    m.back_up(house, str(tmp_path / "b"))
+    back_up(house, str(tmp_path / "b"))
     os.unlink(house.db_file)
-    m.restore(house, str(tmp_path / "b"))
+    restore(house, str(tmp_path / "b"))
     idp = opened(house)
     assert idp.revoked_before > 9_000_000_000_000
     idp.store.close()
 
 
 def test_a_restore_waits_for_who_changes_a_ring(house, tmp_path):
-    m.back_up(house, str(tmp_path / "b"))
+    back_up(house, str(tmp_path / "b"))
     with m.hold_ring(house.token_signing_key_file):
-        thread = threading.Thread(target=m.restore, args=(house, str(tmp_path / "b")))
+        thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
         thread.start()
         thread.join(1.5)
         assert thread.is_alive()

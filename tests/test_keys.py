@@ -14,6 +14,8 @@ from conftest import CHEAP, Caller, die, in_child
 from appliance.base import Refusal
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
+from appliance.upkeep import tend_rings
+from appliance.recovery import Answers, describe_keys, open_idp, revoke_key, rotate_keys, set_up
 
 PASSWORD = "correct horse battery"
 
@@ -26,12 +28,12 @@ def house(tmp_path, monkeypatch):
         {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
         oidc_issuer="https://idp.example",
     )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
 
 def rows(options, port="auth"):
-    return [(row["alg"], row["state"], row["kid"]) for row in m.describe_keys(options) if row["port"] == port]
+    return [(row["alg"], row["state"], row["kid"]) for row in describe_keys(options) if row["port"] == port]
 
 
 class TestKeySet:
@@ -62,22 +64,22 @@ class TestKeySet:
 
 class TestRotation:
     def test_it_is_all_rings_or_none(self, house):
-        m.rotate_keys(house, ["admin"])
+        rotate_keys(house, ["admin"])
         before = rows(house)
         with pytest.raises(Refusal, match="waits to sign"):
-            m.rotate_keys(house, ["auth", "admin"])
+            rotate_keys(house, ["auth", "admin"])
         assert rows(house) == before
 
     def test_an_algorithm_that_does_not_sign_is_refused(self, house):
         with pytest.raises(Refusal, match="no key of admin signs with RS256"):
-            m.rotate_keys(house, ["admin"], ["RS256"])
+            rotate_keys(house, ["admin"], ["RS256"])
 
     def test_a_clock_behind_the_times_is_put_right_first(self, house, monkeypatch):
         """Once it is, the new key would sign at once, and no cache would know it."""
         before = rows(house)
         monkeypatch.setattr(m.Idp, "now", lambda idp: RELEASED_AT - 86400)
         with pytest.raises(Refusal, match="clock"):
-            m.rotate_keys(house, ["auth"])
+            rotate_keys(house, ["auth"])
         monkeypatch.undo()
         os.chdir(os.path.dirname(house.origins["config"]))
         assert rows(house) == before
@@ -103,7 +105,7 @@ class TestRotation:
                     die()
 
             setattr(os, name, deadly)
-            m.rotate_keys(house, ["auth", "admin"]) if act == "rotate" else m.revoke_key(house, before[0][2])
+            rotate_keys(house, ["auth", "admin"]) if act == "rotate" else revoke_key(house, before[0][2])
 
         assert in_child(work) == (0 if act == "revoke" and name == "replace" and nth == 2 else signal.SIGKILL), (
             "a revocation replaces one file"
@@ -114,24 +116,24 @@ class TestRotation:
                 0, states.count("next"),
             )
         if act == "revoke" and before[0] in rows(house):
-            m.revoke_key(house, before[0][2])
+            revoke_key(house, before[0][2])
         if act == "revoke":
             assert before[0][2] not in [kid for _, _, kid in rows(house)]
         for port in ("auth", "admin"):
             if "next" not in [state for _, state, _ in rows(house, port)]:
-                m.rotate_keys(house, [port])
+                rotate_keys(house, [port])
 
     def test_what_time_has_done_is_seen_after_a_restart_and_written_by_the_upkeep(self, house, monkeypatch):
-        (new,) = m.rotate_keys(house, ["auth"], ["ES256"])
+        (new,) = rotate_keys(house, ["auth"], ["ES256"])
         later = time.time() + 901
         monkeypatch.setattr(time, "time", lambda: later)
         assert ("ES256", "active", new) in rows(house) and b"state=next" in open(
             house.token_signing_key_file, "rb"
         ).read()
-        idp = m.open_idp(house)
+        idp = open_idp(house)
         idp.clock = lambda: later
         idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-        m.tend_rings(idp)
+        tend_rings(idp)
         idp.store.close()
         content = open(house.token_signing_key_file, "rb").read()
         assert b"state=next" not in content and b"state=retired" in content

@@ -92,31 +92,85 @@ class TestOrder:
                     name in DEFINED or name in IMPORTED or name in inside or name in own or hasattr(builtins, name)
                 ), f"line {node.lineno}: {name}"
 
+
+
+ROOT = Path(m.__file__).parent
+# From the ground up: a room may import those that stand before it, and no other.
+ROOMS = (
+    "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
+    "appliance.base.database", "appliance.base.store", "appliance.base.wire", "microauthd", "appliance.backup",
+    "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.commands",
+)
+
+
+def path_of(room):
+    path = ROOT / room.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+PROGRAM = {room: path_of(room).read_text("utf-8") for room in ROOMS}
+
+
+def imports_of(source):
+    """The rooms that a source imports, wherever it does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in ROOMS)
+        elif isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & set(ROOMS)
+            yield from whole or ({node.module} & set(ROOMS))
+
+
+class TestHouse:
+    """Three floors, and every arrow runs down."""
+
+    def test_every_file_is_a_room(self):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "appliance").rglob("*.py")}
+        assert files == {path_of(room).relative_to(ROOT).as_posix() for room in ROOMS} - {"microauthd.py"} | {
+            "appliance/__init__.py"  # the picture of the house, and nothing else
+        }
+
+    @pytest.mark.parametrize("room", ROOMS)
+    def test_a_room_imports_only_what_stands_below(self, room):
+        upward = {"microauthd": {"appliance.commands"}}  # `python microauthd.py` runs the command line
+        for other in imports_of(PROGRAM[room]):
+            assert ROOMS.index(other) < ROOMS.index(room) or other in upward.get(room, ()), f"{room} imports {other}"
+
+    def test_mad_stands_on_the_standard_library(self):
+        assert not set(imports_of(Path(mad.__file__).read_text("utf-8")))
+
     def test_only_the_store_speaks_sql(self):
-        for node in ast.walk(TREE):
-            if (
-                isinstance(node, ast.Constant)
-                and isinstance(node.value, str)
-                and re.search(
-                    r"\b(SELECT .+ FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|CREATE TABLE)\b", node.value, re.S
-                )
-            ):
-                assert SECTIONS[section_of(node.lineno)] == "Store", node.value
+        speaks = r"\b(SELECT .+ FROM|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|CREATE TABLE)\b"
+        for room in set(ROOMS) - {"appliance.base.store", "appliance.base.database"}:
+            for node in ast.walk(ast.parse(PROGRAM[room])):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    assert not re.search(speaks, node.value, re.S), (room, node.value)
 
     @pytest.mark.parametrize(
-        "word, sections",
+        "word, rooms",
         [
-            ("bottle.request", {"HTTP"}), ("bottle.response", {"HTTP"}), ("os.fork", {"Serve"}),
-            ("sys.argv", {"Command line"}), ("os.environ", {"Serve", "Command line"}),
+            ("os.fork", {"appliance.processes"}), ("sys.argv", {"appliance.commands"}),
+            ("os.environ", {"appliance.commands", "appliance.processes", "appliance.oobe"}),
+            ("socket.socket", {"appliance.base.wire", "appliance.processes"}),  # sd_notify speaks to systemd
         ],
     )
-    def test_what_only_one_section_may_touch(self, word, sections):
+    def test_what_only_some_rooms_may_touch(self, word, rooms):
+        touching = {
+            room
+            for room, source in PROGRAM.items()
+            for line in source.split("\n")
+            if re.search(rf"\b{re.escape(word)}\b", line.partition("#")[0])
+        }
+        assert touching <= rooms
+
+    @pytest.mark.parametrize("word", ["bottle.request", "bottle.response"])
+    def test_only_http_touches_the_request_of_bottle(self, word):
         lines = {
             section_of(number)
             for number, line in enumerate(SOURCE.split("\n"), 1)
             if re.search(rf"\b{re.escape(word)}\b", line.partition("#")[0])
         } - {-1}
-        assert {SECTIONS[number] for number in lines} <= sections
+        assert {SECTIONS[number] for number in lines} <= {"HTTP"}
 
 
 class TestState:

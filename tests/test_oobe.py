@@ -25,6 +25,9 @@ from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.processes import read_seal_key
+from appliance.recovery import Answers, MadeClient, recover_setup, set_up
+from appliance.commands import main, setup
 
 PASSWORD = "correct horse"
 PHRASE = "a long phrase"
@@ -97,7 +100,7 @@ def log_in(folder, username="admin", password=PASSWORD, totp="", config="mad.con
         store.open()
         auth = m.KeyRing(m.read_ring(options.token_signing_key_file, options.token_signing_key_pass))
         admin = m.KeyRing(m.read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass))
-        idp = m.Idp(options, store, auth, admin, m.Seal(m.read_seal_key(options.seal_key_file)))
+        idp = m.Idp(options, store, auth, admin, m.Seal(read_seal_key(options.seal_key_file)))
         try:
             account, _ = m.authenticate_user(idp, m.LOCAL, username, password, totp, admin=True)
         finally:
@@ -209,7 +212,7 @@ class TestWizard:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(oobe, "asker_for_terminal", Slow)
         monkeypatch.setattr(m, "new_totp_seed", lambda: seed)
-        monkeypatch.setattr(m, "set_up", lambda options, answers: made.append(answers) or m.MadeClient("", ""))
+        monkeypatch.setattr("appliance.recovery.set_up", lambda options, answers: made.append(answers) or MadeClient("", ""))
         assert oobe.wizard(Options({"config": "mad.conf"}), ["--quick"]) == 0
         assert (
             made[0].totp_seed == seed
@@ -596,8 +599,8 @@ class TestPowerCut:
                 (
                     work
                     or (
-                        lambda: m.set_up(
-                            options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), checkpoint
+                        lambda: set_up(
+                            options, Answers("admin", "root@box.example", PASSWORD, client_id="app"), checkpoint
                         )
                     )
                 )()
@@ -623,7 +626,7 @@ class TestPowerCut:
         before = os.umask(0o077)
         try:
             with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-                assert m.main(["options"]) == 0
+                assert main(["options"]) == 0
         finally:
             os.umask(before)
         names = left(folder)
@@ -661,7 +664,7 @@ class TestPowerCut:
                 folder, checkpoint=lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == "committed" else None
             )
             assert committed and not (folder / "mad.db3").exists()
-            return self.die(folder, replace=self.nth(number, os.replace), work=lambda: m.recover_setup("mad.conf"))
+            return self.die(folder, replace=self.nth(number, os.replace), work=lambda: recover_setup("mad.conf"))
 
         assert all(self.walk(tmp_path, attempt)), "once committed, always whole"
 
@@ -677,7 +680,7 @@ class TestPowerCut:
             {"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192,
             argon2id_parallelism=1,
         )
-        m.set_up(options, m.Answers("admin", "root@box.example", PASSWORD, client_id="app"), beside)
+        set_up(options, Answers("admin", "root@box.example", PASSWORD, client_id="app"), beside)
         assert all(status == 1 and "setting up" in said for _, status, said in refused) and len(refused) > 5
         log_in(tmp_path)
 
@@ -701,9 +704,9 @@ class TestDemo:
             raise PermissionError(errno.EACCES, "Permission denied", "mad.conf.setting-up.lock")
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(m, "set_up", refused)
+        monkeypatch.setattr("appliance.recovery.set_up", refused)
         with pytest.raises(Refusal, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
-            m.setup(Options(), {}, ["--demo"], {})
+            setup(Options(), {}, ["--demo"], {})
 
     def test_its_secrets_are_said_where_their_file_cannot_be_written(self, tmp_path, monkeypatch, capsys):
         write = write_durably
@@ -714,9 +717,9 @@ class TestDemo:
             return write(path, *words)
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("appliance.base.files.write_durably", refused)
+        monkeypatch.setattr("appliance.recovery.write_durably", refused)
         with pytest.raises(Refusal, match="it is set up"):
-            m.setup(
+            setup(
                 load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {}
             )
         assert "client_secret  " in capsys.readouterr().err and (tmp_path / "mad.db3").exists()

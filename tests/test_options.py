@@ -2,7 +2,6 @@
 
 import os
 
-import microauthd as m
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from appliance.base.settings import (
     OPTIONS, Options, absolute, address, boolean, check_options, color, days, describe_options, domain, issuer, label,
     load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
 )
+from appliance.commands import main
 
 
 def load(tmp_path, content="", environ=None, argv=()):
@@ -399,5 +399,5 @@ class TestCommandLine:
     def test_exit_statuses(self, argv, status, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         mask = os.umask(0o022)
-        assert m.main(argv) == status
+        assert main(argv) == status
         os.umask(mask)

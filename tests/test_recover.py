@@ -9,6 +9,7 @@ from box import Box
 from conftest import CHEAP, die, in_child
 from appliance.base.settings import Options
 from appliance.base.store import Store
+from appliance.recovery import Answers, open_idp, recover_admin, set_up
 
 PASSWORD = "correct horse battery"
 NEW = "another battery staple"
@@ -87,24 +88,24 @@ class TestAtTheMachine:
         options = Options(
             {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase"
         )
-        m.set_up(options, m.Answers("root", "root@example.org", PASSWORD))
+        set_up(options, Answers("root", "root@example.org", PASSWORD))
         return options
 
     @pytest.mark.parametrize("step", ["set_password_hash", "assign_role", "clear_totp", "append_audit"])
     def test_killed_in_the_middle_it_has_done_nothing(self, house, step):
         def work():
             setattr(Store, step, die)
-            m.recover_admin(house, "root", NEW, drop_totp=True)
+            recover_admin(house, "root", NEW, drop_totp=True)
 
         assert in_child(work) == signal.SIGKILL
-        idp = m.open_idp(house)
+        idp = open_idp(house)
         account, _ = m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
         assert account.username == "root" and not idp.store.list_audit("admin_recovered")
         idp.store.close()
 
     def test_an_empty_answer_sets_no_password(self, house, tmp_path):
         with pytest.raises(m.Problem):
-            m.recover_admin(house, "root", "")
-        idp = m.open_idp(house)
+            recover_admin(house, "root", "")
+        idp = open_idp(house)
         assert m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
         idp.store.close()

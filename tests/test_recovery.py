@@ -19,6 +19,12 @@ from appliance.base import Refusal
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
+from appliance.upkeep import tend_rings
+from appliance.processes import hold_database
+from appliance.recovery import (
+    Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, open_idp, recover_admin, recover_setup,
+    restore, revoke_key, rotate_keys, set_up,
+)
 
 PASSWORD = "correct horse battery"
 YEAR = 365 * 86400
@@ -32,12 +38,12 @@ def house(tmp_path, monkeypatch):
         {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
         key_overlap=900, oidc_issuer="https://idp.example",
     )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
 
 def opened(options, clock=None):
-    idp = m.open_idp(options)
+    idp = open_idp(options)
     if clock:
         idp.clock = clock
     return idp
@@ -54,7 +60,7 @@ def digest_of(folder):
 @pytest.fixture
 def backup(house, tmp_path):
     (tmp_path / "out").mkdir()
-    m.back_up(house, str(tmp_path / "out" / "box.backup"))
+    back_up(house, str(tmp_path / "out" / "box.backup"))
     return tmp_path / "out" / "box.backup"
 
 
@@ -68,9 +74,9 @@ class TestBackup:
     def test_it_does_not_write_over_what_is_there(self, house, backup):
         before = backup.read_bytes()
         with pytest.raises(Refusal, match="--force"):
-            m.back_up(house, str(backup))
+            back_up(house, str(backup))
         assert backup.read_bytes() == before
-        m.back_up(house, str(backup), force=True)
+        back_up(house, str(backup), force=True)
 
     def test_it_is_written_down(self, house, backup):
         idp = opened(house)
@@ -80,7 +86,7 @@ class TestBackup:
     @pytest.mark.parametrize("where", ["/nonexistent/x", "/dev/null", "/proc/x", "/"])
     def test_where_it_cannot_be_written_it_says_so(self, house, where):
         with pytest.raises(Refusal):
-            m.back_up(house, where, force=True)
+            back_up(house, where, force=True)
 
     def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
         stop, done = threading.Event(), []
@@ -100,7 +106,7 @@ class TestBackup:
         counts = []
         for number in range(3):
             counts.append(len(done))
-            m.back_up(house, str(tmp_path / f"{number}.backup"))
+            back_up(house, str(tmp_path / f"{number}.backup"))
         stop.set()
         thread.join()
         for number, count in enumerate(counts):
@@ -123,7 +129,7 @@ class TestRestore:
 
     def test_accounts_come_back_and_nothing_issued_lives_on(self, house, tmp_path):
         idp, before = self.everything(house)
-        m.back_up(house, str(tmp_path / "b"))
+        back_up(house, str(tmp_path / "b"))
         later = m.issue(
             idp, m.find_client(idp, "app"), m.Granted("api:read", "pwd", m.get_user(idp, "root"), ["pwd"], idp.now()),
             m.LOCAL,
@@ -131,7 +137,7 @@ class TestRestore:
         m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
         idp.store.close()
         time.sleep(0.002)
-        m.restore(house, str(tmp_path / "b"))
+        restore(house, str(tmp_path / "b"))
         idp = opened(house)
         assert (
             m.get_user(idp, "root")
@@ -150,11 +156,11 @@ class TestRestore:
     def test_on_a_new_box_one_file_is_enough(self, house, backup, tmp_path, monkeypatch):
         new = tmp_path / "new"
         new.mkdir()
-        kids = [row["kid"] for row in m.describe_keys(house)]
+        kids = [row["kid"] for row in describe_keys(house)]
         monkeypatch.chdir(new)
-        m.restore(Options({"config": str(new / "mad.conf")}, **CHEAP, db_pass="a phrase"), str(backup))
+        restore(Options({"config": str(new / "mad.conf")}, **CHEAP, db_pass="a phrase"), str(backup))
         options = load_options(parse_flags(["--config", str(new / "mad.conf")])[0], {})
-        assert [row["kid"] for row in m.describe_keys(options)] == kids and all(
+        assert [row["kid"] for row in describe_keys(options)] == kids and all(
             (new / name).stat().st_mode & 0o077 == 0
             for name in ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
         )
@@ -165,7 +171,7 @@ class TestRestore:
     def test_a_wrong_passphrase_is_refused_and_everything_stays(self, house, backup, tmp_path):
         before = digest_of(tmp_path)
         with pytest.raises(Refusal):
-            m.restore(Options(house.origins, **CHEAP, db_pass="another"), str(backup))
+            restore(Options(house.origins, **CHEAP, db_pass="another"), str(backup))
         assert digest_of(tmp_path) == before
 
     @pytest.mark.parametrize("at", [0, 20, 100, 4095, 4096, 5000, 20_000, 70_000, 150_000, -4096, -100, -1])
@@ -176,19 +182,19 @@ class TestRestore:
         bad.write_bytes(content)
         before = digest_of(tmp_path)
         with pytest.raises(Refusal):
-            m.restore(house, str(bad))
+            restore(house, str(bad))
         assert digest_of(tmp_path) == before
 
     @pytest.mark.parametrize("cut", [0, 100, 4096, 100_000])
     def test_a_cut_one_too(self, house, backup, tmp_path, cut):
         (tmp_path / "bad").write_bytes(backup.read_bytes()[:cut])
         with pytest.raises(Refusal):
-            m.restore(house, str(tmp_path / "bad"))
+            restore(house, str(tmp_path / "bad"))
 
     def test_a_database_is_no_backup(self, house, tmp_path):
         shutil.copy(house.db_file, tmp_path / "plain")
         with pytest.raises(Refusal, match="no backup"):
-            m.restore(house, str(tmp_path / "plain"))
+            restore(house, str(tmp_path / "plain"))
 
     @pytest.mark.parametrize("when", ["journal", "seal", "auth", "admin", "staged", "committed"])
     def test_killed_at_any_point_it_is_all_or_nothing(self, house, backup, tmp_path, when):
@@ -197,10 +203,10 @@ class TestRestore:
         idp.store.close()
         pid = os.fork()
         if not pid:
-            m.restore(house, str(backup), lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == when else None)
+            restore(house, str(backup), lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == when else None)
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-        m.recover_setup(house.origins["config"])
+        recover_setup(house.origins["config"])
         idp = opened(house)
         assert (idp.store.find_account_by_name("late") is None) is (when == "committed") and m.get_user(idp, "root")
         assert not [path for path in tmp_path.iterdir() if path.name.endswith((".setup", ".new", ".setting-up"))]
@@ -209,12 +215,12 @@ class TestRestore:
 
     def test_a_log_that_is_damaged_is_asked_nothing_and_left_where_the_backup_is_refused(self, house, tmp_path):
         """What stands in it alone may be which key was revoked: then that is not known, and said."""
-        kid = m.describe_keys(house)[0]["kid"]
-        m.back_up(house, str(tmp_path / "good"))
+        kid = describe_keys(house)[0]["kid"]
+        back_up(house, str(tmp_path / "good"))
 
         def work():
-            held = m.open_idp(house)
-            m.revoke_key(house, kid)
+            held = open_idp(house)
+            revoke_key(house, kid)
             assert held
             die()
 
@@ -228,22 +234,22 @@ class TestRestore:
         bad[30_000] ^= 1
         (tmp_path / "bad").write_bytes(bad)
         with pytest.raises(Refusal):
-            m.restore(house, str(tmp_path / "bad"))
+            restore(house, str(tmp_path / "bad"))
         assert log.read_bytes() == content
-        assert m.restore(house, str(tmp_path / "good"))["knows_revoked"] is False
+        assert restore(house, str(tmp_path / "good"))["knows_revoked"] is False
 
     @pytest.mark.parametrize("damaged", [True, False], ids=["over a damaged database", "on an empty machine"])
     def test_a_clock_that_is_behind_is_put_right_first(self, house, tmp_path, monkeypatch, damaged):
         """Or what was issued after the backup would live on: nobody knows until when."""
-        m.back_up(house, str(tmp_path / "good"))
+        back_up(house, str(tmp_path / "good"))
         if damaged:
             Path(house.db_file).write_bytes(os.urandom(100_000))
         else:
-            m.factory_reset(house)
+            factory_reset(house)
         before = digest_of(tmp_path)
         monkeypatch.setattr(m.Idp.__init__, "__defaults__", (lambda: 1000.0, *m.Idp.__init__.__defaults__[1:]))
         with pytest.raises(Refusal, match="clock of this machine is behind"):
-            m.restore(house, str(tmp_path / "good"))
+            restore(house, str(tmp_path / "good"))
         assert digest_of(tmp_path) == before
 
     def test_a_command_of_a_newer_release_does_not_change_the_schema_beneath_a_server(
@@ -252,18 +258,18 @@ class TestRestore:
         idp = opened(house)
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n")
         )
-        with m.hold_database(house.db_file):
+        with hold_database(house.db_file):
             with pytest.raises(Refusal, match="of an older release: restart it first"):
-                m.back_up(house, str(tmp_path / "copy"))
+                back_up(house, str(tmp_path / "copy"))
             assert idp.store.find_account_by_name("root")
         idp.store.close()
-        m.back_up(house, str(tmp_path / "copy"))
+        back_up(house, str(tmp_path / "copy"))
 
     def test_two_backups_under_one_name_do_not_take_each_others_file(self, house, tmp_path, monkeypatch):
-        m.back_up(house, str(tmp_path / "copy"))
-        with m.hold_folder(str(tmp_path)), pytest.raises(Refusal, match="another backup"):
-            m.back_up(house, str(tmp_path / "copy"), force=True)
-        m.back_up(house, str(tmp_path / "copy"), force=True)
+        back_up(house, str(tmp_path / "copy"))
+        with hold_folder(str(tmp_path)), pytest.raises(Refusal, match="another backup"):
+            back_up(house, str(tmp_path / "copy"), force=True)
+        back_up(house, str(tmp_path / "copy"), force=True)
 
 
 class TestLinks:
@@ -280,7 +286,7 @@ class TestLinks:
 
     def test_a_damaged_log_is_found_beside_the_file(self, linked, tmp_path):
         def work():
-            m.open_idp(linked).store.put_meta("x", "y")
+            open_idp(linked).store.put_meta("x", "y")
             die()
 
         in_child(work)
@@ -289,26 +295,28 @@ class TestLinks:
         content[20] ^= 1
         log.write_bytes(content)
         with pytest.raises(Refusal, match="write-ahead log"):
-            m.open_idp(linked)
+            open_idp(linked)
         assert log.read_bytes() == content
 
     def test_two_names_are_one_database(self, linked, tmp_path):
-        with m.hold_database(linked.db_file), pytest.raises(Refusal, match="is running on"):
-            with m.hold_database(str(tmp_path / "data" / "mad.db3")):
+        with hold_database(linked.db_file), pytest.raises(Refusal, match="is running on"):
+            with hold_database(str(tmp_path / "data" / "mad.db3")):
                 pass
 
     def test_a_stolen_key_goes_from_the_file_and_a_reset_takes_all(self, linked, tmp_path):
-        kid = m.describe_keys(linked)[0]["kid"]
-        m.revoke_key(linked, kid)
+        kid = describe_keys(linked)[0]["kid"]
+        revoke_key(linked, kid)
         assert (tmp_path / "token.pem").is_symlink() and kid not in [
             m.Key(entry).kid for entry in m.read_ring(str(tmp_path / "data" / "token.pem"), "")
         ]
-        m.factory_reset(linked)
+        factory_reset(linked)
         assert not [path.name for path in (tmp_path / "data").iterdir() if not path.name.endswith(".lock")]
 
 
 class TestKeys:
-    def test_the_next_key_is_published_before_it_signs_and_the_old_one_until_its_last_token_is_dead(self, house):
+    def test_the_next_key_is_published_before_it_signs_and_the_old_one_until_its_last_token_is_dead(
+        self, house, monkeypatch
+    ):
         """A client that caches the key set for its max-age never meets a kid it does not know."""
         start = time.time()
         now = [start]
@@ -322,11 +330,9 @@ class TestKeys:
             if now[0] >= cached_at + 300:
                 cached, cached_at = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0]
             if not rotated and now[0] > start + 1000:
-                real, m.open_idp = m.open_idp, lambda options: opened_with(real, options, now)
-                try:
-                    m.rotate_keys(house, ["auth"])
-                finally:
-                    m.open_idp = real
+                with monkeypatch.context() as patched:
+                    patched.setattr("appliance.recovery.open_idp", lambda options: opened_with(open_idp, options, now))
+                    rotate_keys(house, ["auth"])
                 rotated = True
             token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
                 "access_token"
@@ -339,32 +345,32 @@ class TestKeys:
                         old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"],
                         options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False},
                     )
-            m.tend_rings(idp)
-        assert len(signed_by) == 2 and [row["state"] for row in m.describe_keys(house) if row["port"] == "auth"] == [
+            tend_rings(idp)
+        assert len(signed_by) == 2 and [row["state"] for row in describe_keys(house) if row["port"] == "auth"] == [
             "active", "active",
         ], "the retired ones are gone"
         idp.store.close()
 
     def test_a_clock_set_back_undoes_nothing(self, house):
         now = [time.time()]
-        m.rotate_keys(house, ["auth"], ["ES256"])
+        rotate_keys(house, ["auth"], ["ES256"])
         idp = opened(house, lambda: now[0])
         idp.ring_files = {"auth": (None, None), "admin": (None, None)}
         before = idp.auth_ring.access.kid
         now[0] += 901
-        m.tend_rings(idp)
+        tend_rings(idp)
         idp.rings_until = 0
         after = idp.auth_ring.access.kid
         now[0] -= 5000
         idp.rings_until = 0
-        m.tend_rings(idp)
+        tend_rings(idp)
         assert before != after == idp.auth_ring.access.kid
         idp.store.close()
 
     def test_two_rotations_at_once_are_one(self, house):
-        m.rotate_keys(house, ["auth"])
+        rotate_keys(house, ["auth"])
         with pytest.raises(Refusal, match="waits to sign"):
-            m.rotate_keys(house, ["auth"])
+            rotate_keys(house, ["auth"])
 
     @pytest.mark.parametrize("waiting", [False, True])
     def test_a_revoked_key_signs_and_verifies_nothing_any_more(self, house, waiting):
@@ -374,9 +380,9 @@ class TestKeys:
             "access_token"
         ]
         if waiting:
-            m.rotate_keys(house, ["auth"], ["ES256"])
+            rotate_keys(house, ["auth"], ["ES256"])
         kid = jwt.get_unverified_header(token)["kid"]
-        assert m.revoke_key(house, kid) == "auth"
+        assert revoke_key(house, kid) == "auth"
         idp.rings_until = 0
         with pytest.raises(m.Problem, match="invalid_token"):
             m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token)
@@ -386,7 +392,7 @@ class TestKeys:
             and idp.store.list_audit(limit=1)[0].action == "key_revoked"
         )
         with pytest.raises(Refusal):
-            m.revoke_key(house, kid)
+            revoke_key(house, kid)
         idp.store.close()
 
     def test_a_ring_that_cannot_be_read_leaves_the_keys_at_work(self, house, tmp_path):
@@ -417,25 +423,25 @@ class TestKeys:
 
     def test_no_key_waits_for_a_time_that_a_wrong_clock_says(self, house, at):
         self.note_time(house)
-        before = m.describe_keys(house)
+        before = describe_keys(house)
         at(10 * YEAR)
         with pytest.raises(Refusal, match="days ahead"):
-            m.rotate_keys(house, ["auth"])
-        m.accept_clock(house)
-        m.rotate_keys(house, ["auth"], ["ES256"])
+            rotate_keys(house, ["auth"])
+        accept_clock(house)
+        rotate_keys(house, ["auth"], ["ES256"])
         at(0)
-        m.accept_clock(house)
-        assert all(row["since"] <= time.time() for row in m.describe_keys(house))
+        accept_clock(house)
+        assert all(row["since"] <= time.time() for row in describe_keys(house))
         at(1000)
-        assert [row["state"] for row in m.describe_keys(house) if row["kid"] == before[0]["kid"]] == ["retired"]
-        m.rotate_keys(house, ["auth"])
+        assert [row["state"] for row in describe_keys(house) if row["kid"] == before[0]["kid"]] == ["retired"]
+        rotate_keys(house, ["auth"])
 
     def test_a_revocation_under_a_wrong_clock_lets_no_other_key_sign_early(self, house, at):
         self.note_time(house)
-        (waiting,) = m.rotate_keys(house, ["auth"], ["ES256"])
-        (stolen,) = (row["kid"] for row in m.describe_keys(house) if row["port"] == "auth" and row["alg"] == "RS256")
+        (waiting,) = rotate_keys(house, ["auth"], ["ES256"])
+        (stolen,) = (row["kid"] for row in describe_keys(house) if row["port"] == "auth" and row["alg"] == "RS256")
         at(10 * YEAR)
-        m.revoke_key(house, stolen)
+        revoke_key(house, stolen)
         states = {m.Key(entry).kid: entry.state for entry in m.read_ring(house.token_signing_key_file, "")}
         assert states[waiting] == "next" and stolen not in states
 
@@ -455,7 +461,7 @@ class TestAdminRecovery:
         idp.store.set_lockout(account.id, FOREVER, idp.now())
         idp.store.unassign_role(account.id, MAD_ADMIN_ROLE_ID)
         before = idp.store.find_account(account.id).revoked_before
-        assert m.recover_admin(house, "ROOT", "another battery staple", drop_totp=True) == "recovered"
+        assert recover_admin(house, "ROOT", "another battery staple", drop_totp=True) == "recovered"
         found, amr = m.authenticate_user(idp, m.LOCAL, "root", "another battery staple", admin=True)
         assert (
             amr == ["pwd"]
@@ -465,20 +471,20 @@ class TestAdminRecovery:
         idp.store.close()
 
     def test_one_is_made_where_there_is_none_of_that_name(self, house):
-        assert m.recover_admin(house, "second", "another battery staple") == "made"
+        assert recover_admin(house, "second", "another battery staple") == "made"
         idp = opened(house)
         assert m.authenticate_user(idp, m.LOCAL, "second", "another battery staple", admin=True)
         idp.store.close()
 
     def test_a_weak_password_is_refused_and_changes_nothing(self, house):
         with pytest.raises(m.Problem):
-            m.recover_admin(house, "root", "short")
+            recover_admin(house, "root", "short")
 
     def test_it_is_for_the_user_whose_server_it_is(self, house, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
         for act in (
-            lambda: m.recover_admin(house, "root", "another battery staple"), lambda: m.back_up(house, "x"),
-            lambda: m.factory_reset(house), lambda: m.rotate_keys(house, ["auth"]),
+            lambda: recover_admin(house, "root", "another battery staple"), lambda: back_up(house, "x"),
+            lambda: factory_reset(house), lambda: rotate_keys(house, ["auth"]),
         ):
             with pytest.raises(Refusal, match="belongs to user"):
                 act()
@@ -486,13 +492,13 @@ class TestAdminRecovery:
 
 class TestFactoryReset:
     def test_nothing_of_before_is_left(self, house, tmp_path):
-        gone = m.factory_reset(house)
+        gone = factory_reset(house)
         assert (
             {os.path.basename(path) for path in gone} >= {"mad.db3", "token.pem", "admin_token.pem", "seal.key"}
             and not (tmp_path / "mad.db3").exists()
             and (tmp_path / "mad.conf").exists()
         )
-        m.set_up(house, m.Answers("root", "root@example.org", PASSWORD))
+        set_up(house, Answers("root", "root@example.org", PASSWORD))
 
 
 def opened_with(real, options, now):
@@ -504,11 +510,11 @@ def opened_with(real, options, now):
     def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
         def work():
             os.replace = die
-            m.rotate_keys(house, ["auth"])
+            rotate_keys(house, ["auth"])
 
         in_child(work)
         assert list(tmp_path.glob("*.new"))
-        m.factory_reset(house)
+        factory_reset(house)
         assert not list(tmp_path.glob("*.new"))
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 
 import microauthd as m
+from appliance.base import wire
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -627,7 +628,7 @@ class TestWithoutMemory:
     )
     def test_connections_that_could_not_be_taken_leave_the_door_open(self, run, monkeypatch, where, error):
         one, failing = run(threads=2, max_threads=4), [0]
-        owner = Server if where == "_admit" else m
+        owner = Server if where == "_admit" else wire
 
         def fail(*words):
             failing[0] += 1

@@ -3,6 +3,7 @@
 import time
 
 import msgspec
+import appliance.upkeep as upkeep_room
 import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, in_child
@@ -10,12 +11,13 @@ from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.store import Family, Session, Store, chain
+from appliance.upkeep import Clockwork, Upkeep
 
 DAY = 86400
 
 
 def purge(idp):
-    m.purge(idp, lambda seconds: None)
+    upkeep_room.purge(idp, lambda seconds: None)
 
 
 def count(idp, table):
@@ -110,7 +112,7 @@ class TestPurge:
         idp.store.flush()
         clock.pass_(8 * DAY)
         pauses = []
-        m.purge(idp, pauses.append)
+        upkeep_room.purge(idp, pauses.append)
         assert count(idp, "session") == 0 and len(pauses) > 4
 
     def test_what_expires_late_does_not_keep_what_expired_early(self, idp, monkeypatch, clock):
@@ -144,8 +146,8 @@ class TestThread:
             calls.append(1)
             raise Unavailable("disk full", 5)
 
-        monkeypatch.setattr(m, "purge", fail)
-        upkeep = m.Upkeep(idp)
+        monkeypatch.setattr("appliance.upkeep.purge", fail)
+        upkeep = Upkeep(idp)
         wait = upkeep.ending.wait
         upkeep.ending.wait = lambda seconds: wait(min(seconds, 0.001))
         upkeep.start()
@@ -292,7 +294,7 @@ class TestClockwork:
 
     def test_what_was_done_at_times_that_are_not_yet_is_ended(self, idp, box, service, alice, log_in, auth):
         kept = log_in(alice)
-        clockwork = m.Clockwork(idp)
+        clockwork = Clockwork(idp)
         box.wall += YEARS
         box.pass_(601)
         token = log_in(alice)
@@ -315,7 +317,7 @@ class TestClockwork:
         assert log_in(alice)["access_token"] and idp.store.clock_floor() <= idp.now() + 60
 
     def test_it_says_what_is_wrong_and_notes_what_time_it_is(self, idp, box):
-        clockwork = m.Clockwork(idp)
+        clockwork = Clockwork(idp)
         clockwork.step()
         assert idp.store.meta("clock") == str(idp.now())
         box.wall -= 5000
@@ -328,7 +330,7 @@ class TestClockwork:
         )
 
     def test_an_operator_is_believed(self, idp, box):
-        clockwork = m.Clockwork(idp)
+        clockwork = Clockwork(idp)
         box.wall -= 30 * DAY
         clockwork.step()
         assert idp.now() > box.wall + 29 * DAY
@@ -337,7 +339,7 @@ class TestClockwork:
         assert idp.now() == int(box.wall) and idp.check_clock()
 
     def test_what_an_operator_said_of_a_clock_that_was_right_is_not_said_of_a_later_one(self, idp, box):
-        clockwork = m.Clockwork(idp)
+        clockwork = Clockwork(idp)
         clockwork.step()
         idp.store.put_meta("clock_accepted", "1")
         for _ in range(3):
@@ -353,7 +355,7 @@ class TestClockwork:
         assert idp.now() == int(box.wall)
 
     def test_what_could_not_be_ended_at_once_is_ended_later(self, idp, box, service, alice, log_in, auth, monkeypatch):
-        clockwork = m.Clockwork(idp)
+        clockwork = Clockwork(idp)
         clockwork.step()
         box.wall += YEARS
         box.pass_(601)
@@ -376,7 +378,7 @@ class TestClockwork:
     def test_nobody_stays_locked_out_until_a_time_that_was_wrong(
         self, idp, box, service, alice, new_user, log_in, auth
     ):
-        clockwork, bob = m.Clockwork(idp), new_user("bob")
+        clockwork, bob = Clockwork(idp), new_user("bob")
         clockwork.step()
         box.wall += YEARS
         box.pass_(601)
@@ -400,7 +402,7 @@ class TestClockwork:
         assert log_in(alice)
 
     def test_a_secret_that_was_replaced_at_a_wrong_time_ends(self, idp, box, service, auth):
-        clockwork = m.Clockwork(idp)
+        clockwork = Clockwork(idp)
         clockwork.step()
         box.wall += YEARS
         box.pass_(601)
@@ -450,7 +452,7 @@ class TestClockwork:
             [count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:],
         )
         box.wall += {"behind": 5000}.get(state, -YEARS)
-        m.Clockwork(idp).step()
+        Clockwork(idp).step()
         box.pass_(1)
         assert (
             auth.post(

@@ -10,7 +10,6 @@ import threading
 import time
 import types
 
-import microauthd as m
 import pytest
 from box import PROGRAM, Box
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
@@ -18,6 +17,7 @@ from test_flows import make_certificate
 from appliance.base.database import Generation, read_database_key
 from appliance.base.store import Store
 from appliance.base.wire import Limits
+from appliance.processes import START_SECONDS, STUCK_SECONDS, Supervisor
 
 LONG = pytest.mark.long
 
@@ -166,7 +166,7 @@ def test_one_that_is_stopped_does_not_outlive_its_supervisor(tmp_path):
 def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
     """Each says that it is ready in a pipe, which has to be read."""
     plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[], log=lambda *_, **__: None)
-    supervisor = m.Supervisor(plan)
+    supervisor = Supervisor(plan)
     supervisor.children[1] = (0, 0.0)
     monkeypatch.setattr(os, "waitpid", lambda pid, flags: (0, 0))
     os.set_blocking(supervisor.ready_in, False)
@@ -185,7 +185,7 @@ class TestReplacing:
             generation=Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
             log=lambda *_, **__: None,
         )
-        supervisor, pids = m.Supervisor(plan), iter(range(100, 1000))
+        supervisor, pids = Supervisor(plan), iter(range(100, 1000))
         supervisor.at = time.monotonic()
         monkeypatch.setattr(os, "fork", lambda: next(pids))
         monkeypatch.setattr(time, "monotonic", lambda: supervisor.at)
@@ -338,7 +338,7 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
             for port in (box.auth_port,) * 4 + (box.admin_port,)
         ]
         for sock in waiting:
-            sock.settimeout(2 * m.STUCK_SECONDS)
+            sock.settimeout(2 * STUCK_SECONDS)
             sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for sock in waiting:
             assert b" 200 " in sock.recv(65536)
@@ -350,7 +350,7 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
 def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     """The supervisor says it: that something may have changed. Between a commit and the word of it may lie a checkpoint."""
     plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[None], log=lambda *_, **__: None)
-    supervisor, before = m.Supervisor(plan), plan.generation.read()
+    supervisor, before = Supervisor(plan), plan.generation.read()
     pid = os.fork()
     if not pid:
         os._exit(0)
@@ -360,7 +360,7 @@ def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
     plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
-    supervisor, generation, killed, now = m.Supervisor(plan), plan.generation, [], time.monotonic()
+    supervisor, generation, killed, now = Supervisor(plan), plan.generation, [], time.monotonic()
 
     def look(after):
         nonlocal now
@@ -371,24 +371,24 @@ def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
         patch.setattr(time, "monotonic", lambda: now)
-        for second in range(m.STUCK_SECONDS * 2):
+        for second in range(STUCK_SECONDS * 2):
             for slot in (1, 2):  # 103 is still at its start
                 if slot == 1 or second < 5:
                     generation.slot = slot
                     generation.beat()
             look(after=1.0)
-            assert killed == ([(102, signal.SIGKILL)] if second >= m.STUCK_SECONDS + 5 else []), second
+            assert killed == ([(102, signal.SIGKILL)] if second >= STUCK_SECONDS + 5 else []), second
             if killed:
                 break
         supervisor.children[104] = supervisor.children.pop(102)  # in its place, at its start
         generation.map[generation.BEATS + 2] = 0
-        for _ in range(m.STUCK_SECONDS * 2):
+        for _ in range(STUCK_SECONDS * 2):
             generation.slot = 1
             generation.beat()
             look(after=1.0)
         look(after=3600.0)  # the machine slept: nobody has gone on, and nobody hung
         assert len(killed) == 1
-        for _ in range(m.START_SECONDS):
+        for _ in range(START_SECONDS):
             generation.slot = 1
             generation.beat()
             look(after=1.0)

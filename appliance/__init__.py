@@ -1,0 +1,19 @@
+"""What stands around the server, and what it stands on. Every arrow of an import runs down.
+
+    commands                            main(): serve, setup, options, backup, keys, …
+    oobe                                the wizard of the first start
+    recovery                            the set-up journal, restore, rotation, recovery, reset
+    processes                           what is settled before the first fork, a server process, the supervisor
+    upkeep, backup                      purging, key states, the clock's thread; one file that restores a box
+    ────────────────────────────────────────────────────────────────────────────────────────────────
+    microauthd                          the server: one Bottle module with every rule and every route
+    ────────────────────────────────────────────────────────────────────────────────────────────────
+    base.store                          rows, MIGRATIONS, every SQL statement
+    base.database                       the engine under the store
+    base.wire                           the two servers: whole requests, limits, deadlines, TLS
+    base.settings                       OPTIONS and what loads, describes and writes them
+    base.clock, base.log, base.files    the time, the log, files that survive a power cut
+
+`base` knows nothing of OAuth; `microauthd` knows nothing of sockets, processes, SQL or the command line;
+what stands above decides nothing about who may do what.
+"""

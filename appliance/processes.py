@@ -1,0 +1,545 @@
+"""What is settled before the first fork, a server process, the supervisor of all."""
+
+import base64
+import collections
+import contextlib
+import fcntl
+import ipaddress
+import mmap
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from appliance.base import Refusal
+from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, nap
+from appliance.base.settings import Options, guard_private
+from appliance.base.log import Log
+from appliance.base.files import mark_of
+from appliance.base.database import Generation, Unavailable, read_database_key
+from appliance.base.store import Store
+from appliance.base.wire import Limits, Server, listen, tls_context
+from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, admit_hosts, build_app, next_due, read_ring, ring_files
+from appliance.backup import MACHINE
+from appliance.upkeep import Clockwork, Upkeep
+
+# == Serve =====================================================================
+# The processes of a server.
+
+# -- processes --
+# A supervisor without threads forks everything that serves, so a child can be replaced at any time
+# by forking again: one process for ADMIN and upkeep, `workers` for AUTH. Listening sockets are made
+# before the first fork and stay open here, so while a child is replaced its connections wait.
+
+
+class Plan(msgspec.Struct):
+    """What is settled before the first fork: plain data and listening sockets; no thread, key or database handle."""
+
+    options: Options
+    database_key: str
+    ring_marks: dict
+    auth_entries: list
+    admin_entries: list
+    seal_key: bytes
+    auth_sockets: list
+    admin_socket: object
+    generation: Generation
+    clock: Timekeeper
+    log: Log
+
+
+def prepare(options: Options) -> Plan:
+    """Check everything a start needs, and bind both ports. Raises Refusal with one sentence."""
+    log = Log(options)
+    database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
+    guard_private(options.db_file, "it is the database")
+    marks = {
+        port_name: mark_of(path) if os.path.exists(path) else None
+        for port_name, (path, _, _) in ring_files(options).items()
+    }
+    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
+    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
+    seal_key = read_seal_key(options.seal_key_file)
+    for side in ("auth", "admin"):
+        tls_of(options, side)
+    # After all that is only read: an opened database takes in its log.
+    store = Store(options.db_file, database_key, log=log)
+    try:
+        store.open()
+        clock = start_clock(store, log)
+    finally:
+        store.close()
+    workers = max(1, options.worker_processes)
+    auth_sockets = []
+    try:
+        auth_sockets = [listen(options.auth_ip, options.auth_port, reuse_port=workers > 1) for _ in range(workers)]
+        admin_socket = listen(options.admin_ip, options.admin_port)
+    except OSError as error:
+        where = (
+            f"{options.auth_ip} port {options.auth_port}"
+            if not auth_sockets
+            else f"{options.admin_ip} port {options.admin_port}"
+        )
+        raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
+    return Plan(
+        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
+        clock, log,
+    )
+
+
+def start_clock(store: Store, log: Log) -> Timekeeper:
+    """Return what tells the time, and end what no clock can be asked about."""
+    clock = Timekeeper(max(RELEASED_AT, store.clock_floor()))
+    now = int(clock())
+    if clock.state != "right":
+        log(
+            "clock." + clock.state, "warning" if clock.state == "probation" else "error", now=now,
+            clock=int(time.time()),
+        )
+    try:
+        if clock.state == "guessed":  # how long it was off, nobody knows: longer than a code lives
+            store.forget_logins()
+        elif store.newest_at() > now + IAT_SKEW:
+            store.end_what_is_later(now, int(clock() * 1000), now // 30)
+    except Unavailable as problem:  # what serves goes on reading
+        log("clock.failed", "error", reason=problem.log)
+    return clock
+
+
+def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
+    """Return the TLS context of a port, None where it speaks plain HTTP."""
+    certificate = getattr(options, f"{side}_ssl_cert_file")
+    if not certificate:
+        return None
+    try:
+        return tls_context(
+            certificate, getattr(options, f"{side}_ssl_key_file") or None,
+            getattr(options, f"{side}_ssl_cert_pass") or None,
+        )
+    except ValueError as error:
+        raise Refusal(f"{side}-ssl-cert-file: {error}") from None
+
+
+def read_seal_key(path: str) -> bytes:
+    try:
+        key = base64.b64decode(Path(path).read_text("ascii").strip(), validate=True)
+    except (OSError, ValueError):
+        key = b""
+    if len(key) != 32:
+        raise Refusal(f"the seal key {path} is missing or damaged: restore a backup")
+    guard_private(path, "it is a key")
+    return key
+
+
+DESCRIPTORS_KEPT = 256  # for the database connections of all threads, the log, pipes: a crowd must not take them
+
+
+def grant_connections(servers: int) -> Limits:
+    """Return the limits of each server of this process: as many connections as it may have descriptors for.
+
+    The usual soft limit of 1024 is for programs that use select(); it is raised as far as is of use and allowed.
+    """
+    most, many = Limits().connections, 1 << 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed, wanted = (many if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    wanted = min(wanted, servers * most + DESCRIPTORS_KEPT)
+    if allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        allowed = wanted
+    return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
+
+
+class Node:
+    """The servers of one process, and what they share."""
+
+    def __init__(self, plan: Plan, slot: int, auth_socket=None, admin_socket=None):
+        options = plan.options
+        plan.generation.slot = slot
+        self.log = plan.log
+        self.store = Store(options.db_file, plan.database_key, plan.generation, plan.log)
+        if options.worker_processes:
+            self.store.take_turns()
+        self.store.start_flusher()
+        self.upkeep, self.clockwork, self.servers = None, None, []
+        limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
+        auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
+        admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
+        for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
+            if listening is None:
+                continue
+            # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
+            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), plan.clock, plan.log, MACHINE)
+            # What changed since it was read is found by the first request.
+            entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
+            idp.ring_files = {
+                port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap))
+                for port_name in entries
+            }
+            app = build_app(idp, routes)
+            if name == "admin":
+                app = admit_hosts(app, idp)
+                self.upkeep, self.clockwork = Upkeep(idp), Clockwork(idp)
+            server = Server(
+                name, [listening], app, limits=limits, tls=tls_of(options, name),
+                trusted_proxies=options.trusted_proxies, log=self.refused,
+            )
+            idp.hasher.gate.blocking, server.beat = server.blocking, plan.generation.beat
+            self.servers.append(server)
+        self.store.blocking = self.blocking
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """Tell the server whose thread this is that it is about to wait."""
+        with contextlib.ExitStack() as stack:
+            yield all([stack.enter_context(server.blocking()) for server in self.servers])
+
+    def refused(self, event, **fields):
+        self.log(event, "error" if event == "error" else "info", **fields)
+
+    def start(self):
+        for server in self.servers:
+            server.start()
+        if self.upkeep:
+            self.upkeep.start()
+            self.clockwork.start()
+
+    def stop(self):
+        """Answer what is in flight, then write what is queued."""
+        if self.upkeep:
+            self.upkeep.ending.set()
+        stopping = [threading.Thread(target=server.stop, args=(4,)) for server in self.servers]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join()
+        if self.clockwork:
+            self.clockwork.ending.set()
+            with contextlib.suppress(Unavailable):
+                self.clockwork.note()
+        self.store.close()
+
+
+STOPPING = {signal.SIGTERM, signal.SIGINT}
+
+
+def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
+    """Serve in a forked process until SIGTERM, or at once no more when the supervisor is gone. Never returns."""
+    status = 1
+    try:
+        node = Node(plan, slot, auth_socket, admin_socket)
+
+        def watch():
+            os.read(lifeline, 1)  # returns when the supervisor, the only writer, has died
+            signal.alarm(2)  # ends us, whatever the disk does
+            node.store.flush()
+            os._exit(1)
+
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            # One that is stopped goes on when the supervisor dies, and ends: its socket would share the port with the next start.
+            libc("prctl", "int", "long", "long", "long", "long")(
+                1, signal.SIGCONT, 0, 0, 0
+            )  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        threading.Thread(target=watch, name="lifeline", daemon=True).start()
+        node.start()
+        os.write(ready, bytes([slot - 1]))
+        give_back()
+        # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
+        signal.sigwait({signal.SIGTERM})
+        node.stop()
+        status = 0
+    except Refusal as refusal:
+        plan.log("start.failed", "error", reason=refusal)
+    except BaseException as error:
+        plan.log("start.failed", "error", exc_info=error)
+    finally:
+        os._exit(status)
+
+
+STUCK_SECONDS = 20
+START_SECONDS = 120  # to begin with a large log of the database on a slow disk
+
+
+class Supervisor:
+    """Forks the children, replaces one that dies or hangs, ends them all. It never gives up: one that cannot start is tried again, while the others go on."""
+
+    def __init__(self, plan: Plan, close_in_child=()):
+        self.plan, self.close_in_child = plan, close_in_child
+        self.children = {}  # pid -> (role number, started)
+        self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
+        self.beats_at = time.monotonic()  # when they were looked at
+        self.owed = {}  # role number -> monotonic seconds when it is tried again
+        self.tries = collections.Counter()  # role number -> how many came to nothing, one after the other
+        self.short = set()  # role numbers for which there was no process to be had
+        self.lifeline, self.keep = os.pipe()
+        self.ready, self.ready_in = os.pipe()
+
+    def roles(self):
+        return len(self.plan.auth_sockets) + 1  # AUTH workers, then ADMIN
+
+    def fork(self, number):
+        if not self.children:
+            self.plan.generation.place = (0,) * 6  # nobody has the database open
+        self.plan.generation.map[self.plan.generation.BEATS + number + 1] = 0
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or as many processes as are allowed
+            if number not in self.short:
+                self.plan.log("worker.owed", "error", reason=error.strerror)
+                self.short.add(number)
+            self.owe(number)
+            return
+        if pid == 0:
+            # No exception may climb out of a child into the supervisor's code.
+            try:
+                os.close(self.keep)
+                for descriptor in self.close_in_child:
+                    os.close(descriptor)
+                plan = self.plan
+                auth = plan.auth_sockets[number] if number < len(plan.auth_sockets) else None
+                # Those of the others too, or connections to a port that is closing would wait in vain.
+                for other in (*plan.auth_sockets, plan.admin_socket):
+                    if other is not (auth or plan.admin_socket):
+                        other.close()
+                run_child(plan, number + 1, auth, None if auth else plan.admin_socket, self.ready_in, self.lifeline)
+            finally:
+                os._exit(1)
+        self.children[pid] = (number, time.monotonic())
+        self.owed.pop(number, None)
+        self.short.discard(number)
+
+    def owe(self, number):
+        """Try again soon; after two seconds less often, and meanwhile let others have the connections that would wait."""
+        self.tries[number] += 1
+        often = self.tries[number] <= 10
+        self.owed[number] = time.monotonic() + (0.2 if often else 5)
+        sock = (*self.plan.auth_sockets, self.plan.admin_socket)[number]
+        # Once only: on one that does not listen, Linux would note for what it accepts later that nothing can be read.
+        if not often and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)  # it stays bound, and listens again when somebody serves it
+
+    def fork_owed(self):
+        """Try again what is due."""
+        for number, due in list(self.owed.items()):
+            if due <= time.monotonic():
+                self.fork(number)
+
+    def run(self) -> int:
+        import gc
+
+        gc.collect()
+        give_back()
+        gc.freeze()  # so that the collector does not touch, and thereby copy, the pages we share
+        for number in range(self.roles()):
+            self.fork(number)
+        reported = set()
+        while len(reported) < self.roles():
+            dead = list(self.reap())  # before the pipe is read, so that what a dead one had reported is known
+            while select.select([self.ready], [], [], 0 if dead else 0.05)[0]:
+                reported |= set(os.read(self.ready, 64))
+            for number, _, _, status in dead:
+                if number not in reported and os.WIFEXITED(status):  # it could not start, and has said why
+                    self.end()
+                    return 1
+                reported.discard(number)
+                self.fork(number)
+            self.fork_owed()
+            if signal.sigtimedwait(STOPPING, 0):
+                return self.end()
+        announce(self.plan)
+        return self.watch()
+
+    def reap(self):
+        """Yield (role number, seconds it lived, pid, status) of each child that has died."""
+        for pid in list(self.children):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                self.plan.generation.bump()  # it may have died between a commit and the word of it
+                number, started = self.children.pop(pid)
+                yield number, time.monotonic() - started, pid, status
+
+    def end_stuck(self):
+        """Kill what has not gone on for STUCK_SECONDS, or not begun for START_SECONDS: it was stopped, or hangs, and its connections would wait for ever."""
+        generation, known, now = self.plan.generation, self.beats, time.monotonic()
+        # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
+        passed = min(2.0, now - self.beats_at)
+        self.beats, self.beats_at = {}, now
+        for pid, (number, _) in self.children.items():
+            count = generation.map[generation.BEATS + number + 1]
+            before, still = known.get(pid, (count, 0.0))
+            still = still + passed if count == before else 0.0
+            if still > (STUCK_SECONDS if count else START_SECONDS):
+                os.kill(pid, signal.SIGKILL)
+                self.plan.log("worker.stuck", "error", pid=pid, seconds=round(still))
+                still = 0.0
+            self.beats[pid] = count, still
+
+    def watch(self) -> int:
+        while True:
+            # The time-out guards against a SIGCHLD that came between reap() and here.
+            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.owed else 1.0)
+            if info and info.si_signo in STOPPING:
+                return self.end()
+            with contextlib.suppress(MemoryError):  # what could not be done now is found again at the next turn
+                self.look_after(info and info.si_signo == signal.SIGHUP)
+
+    def look_after(self, drop_caches):
+        """One turn of the watch: replace who has died, end who hangs, try again what is owed."""
+        if drop_caches:
+            self.plan.generation.bump()
+            self.plan.log("caches.dropped")
+        for number, lived, pid, status in self.reap():
+            if lived < 2:
+                self.owe(number)
+            else:
+                self.tries[number] = 0
+                self.fork(number)
+            self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
+        while select.select([self.ready], [], [], 0)[0]:
+            os.read(self.ready, 4096)  # or who begins would wait at a pipe that is full, after 65,536 of them
+        alive = {number for number, _ in self.children.values()}
+        for number in range(self.roles()):  # none is forgotten because there was no memory to remember it
+            if number not in alive and number not in self.owed:
+                self.owed[number] = 0.0
+        self.fork_owed()
+        self.end_stuck()
+
+    def end(self) -> int:
+        """SIGTERM to all; what is still there after five seconds is killed."""
+        notify("STOPPING=1")
+        for server_socket in (*self.plan.auth_sockets, self.plan.admin_socket):
+            server_socket.close()
+        for pid in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline, status = time.monotonic() + 4.7, 0
+        while self.children and time.monotonic() < deadline:
+            for _ in self.reap():
+                pass
+            nap(0.005)
+        for pid in self.children:
+            self.plan.log("worker.killed", "error", pid=pid)
+            os.kill(pid, signal.SIGKILL)
+            status = 1
+        self.plan.log("stopped")
+        return status
+
+
+def notify(state: str):
+    """Tell systemd, where it listens. sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + path[1:] if path[0] == "@" else path)
+            channel.send(state.encode())
+
+
+def announce(plan: Plan):
+    options = plan.options
+    notify("READY=1")
+    plan.log(
+        "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
+        auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}",
+        workers=options.worker_processes,
+    )
+    for side in ("auth", "admin"):
+        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
+            options, f"{side}_ssl_cert_file"
+        ):
+            plan.log(
+                "insecure", "warning",
+                reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",
+            )
+
+
+@contextlib.contextmanager
+def hold_database(path: str):
+    """Hold the lock of a database while it is served or set up. Raises Refusal naming the pid that holds it."""
+    try:
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
+            raise Refusal(f"microauthd is running on {path} already, as process {pid}") from None
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def libc(name, *types):
+    """Return a function of the C library that takes these types and returns an int.
+
+    By what Argon2 has loaded already: ctypes would cost 4 MB. Raises ImportError, AttributeError or OSError elsewhere.
+    """
+    import _cffi_backend as c
+
+    return c.load_library(None, 0).load_function(
+        c.new_function_type(tuple(map(c.new_primitive_type, types)), c.new_primitive_type("int"), False), name
+    )
+
+
+def share_one_arena():
+    """Keep glibc from giving each thread a heap of its own: with two workers, 5 MB less after load.
+
+    Python's lock lets one thread allocate at a time anyway. Another C library goes on as it does.
+    """
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        libc("mallopt", "int", "int")(-8, 1)  # M_ARENA_MAX of <malloc.h>
+
+
+def give_back():
+    """Unmap what only the start has read of the program's files: tables of relocations, self-tests. 10 MB less.
+
+    A mapping without one page of its own is what the file says, and is read again where it is needed.
+    """
+    with contextlib.suppress(ImportError, AttributeError, OSError), open("/proc/self/smaps") as smaps:
+        madvise, begin = libc("madvise", "size_t", "size_t", "int"), 0
+        for line in smaps:
+            if re.match("[0-9a-f]+-", line):
+                address, mode, _, _, inode, *_ = line.split()
+                begin, end = (
+                    int(word, 16) if mode in ("r-xp", "r--p") and inode != "0" else 0 for word in address.split("-")
+                )
+            elif begin and line.startswith("Anonymous:") and line.split()[1] == "0":
+                madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
+def serve(options: Options) -> int:
+    """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
+    # Blocked before the first thread, and waited for: a handler could run just before the wait and be missed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # where it was ignored when we began, nobody would be told of a child's end
+    share_one_arena()
+    with hold_database(options.db_file) as lock:
+        plan = prepare(options)
+        if options.worker_processes:
+            return Supervisor(plan, [lock]).run()
+        node = Node(plan, 0, plan.auth_sockets[0], plan.admin_socket)
+        node.start()
+        give_back()
+        announce(plan)
+        while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
+            plan.generation.bump()
+        notify("STOPPING=1")
+        node.stop()
+        plan.log("stopped")
+        return 0

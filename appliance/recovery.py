@@ -1,0 +1,665 @@
+"""The set-up journal, backup, restore, rotation, recovery, reset."""
+
+import base64
+import contextlib
+import fcntl
+import functools
+import os
+import secrets
+import shutil
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import msgspec
+import sqlcipher3
+
+from appliance.base import Refusal
+from appliance.base.clock import CLOCK_FAR, RELEASED_AT, nap
+from appliance.base.settings import OPTIONS, OPTION_NAMES, Options, parse_config, write_config
+from appliance.base.files import sync_directory, write_beside, write_durably
+from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
+from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
+from microauthd import (
+    CreateClient, CreateScope, CreateUser, Idp, Key, KeyRing, LOCAL, Seal, alg_of, audit, check_new_password,
+    create_client, create_scope, create_user, enable_totp, end_user, fold, hold_ring, iso, make_key, normalise,
+    promote, random_handle, read_ring, reject, replace_keys, ring_files, write_ring,
+)
+from appliance.backup import MACHINE, backup_files, check_copy, write_backup
+from appliance.processes import hold_database, read_seal_key
+
+# == Setup =====================================================================
+# The first start: config, keys, database, administrator and first client - all of it or nothing.
+
+
+class Answers(msgspec.Struct):
+    """What a set-up needs besides options. An empty client_id makes no client; an empty secret makes one."""
+
+    username: str
+    email: str
+    password: str
+    totp_seed: str = ""
+    totp_code: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+    audience: str = "microauthd"
+    scopes: list = []
+
+
+class MadeClient(msgspec.Struct):
+    """The first client, and its secret where set-up made it: shown once."""
+
+    client_id: str
+    secret: str
+
+
+def journal_of(config: str) -> str:
+    return config + ".setting-up"
+
+
+@contextlib.contextmanager
+def hold_setup(config: str, beside_others=False):
+    """Hold the lock of the journal: what looks like an interrupted set-up may be one that still runs.
+
+    Commands that leave the files where they are hold it beside each other, and keep a restore waiting.
+    """
+    try:
+        descriptor = os.open(journal_of(config) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        if not beside_others:
+            raise
+        yield  # whoever cannot lock here cannot write a journal either
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(
+                "another process is setting up, restoring or at work on the files here right now: wait until it is done"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def recover_setup(config: str):
+    """Finish or remove what an interrupted set-up left; nothing to do, and no lock, where there is no journal."""
+    if os.path.exists(journal_of(config)) or os.path.exists(journal_of(config) + ".new"):
+        with hold_setup(config):
+            finish_setup(config)
+
+
+def finish_setup(config: str):
+    """Finish a set-up that a power cut interrupted after its commit, or remove what one left before it.
+
+    The journal, beside the config file, says which: it lists the staged files and whether all of
+    them were complete.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(journal_of(config) + ".new")  # of a cut in the middle of writing it
+    try:
+        journal = msgspec.json.decode(Path(journal_of(config)).read_bytes())
+    except FileNotFoundError:
+        return
+    for staged, final in journal["files"]:
+        if journal["committed"]:
+            if os.path.exists(staged):
+                for suffix in ("-wal", "-shm"):  # of a database that is replaced
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(final + suffix)
+                os.replace(staged, final)
+        else:
+            for suffix in ("", "-wal", "-shm", "-journal", ".lock", ".new"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(staged + suffix)
+        sync_directory(os.path.dirname(os.path.abspath(final)))
+    os.unlink(journal_of(config))
+    sync_directory(os.path.dirname(os.path.abspath(config)))
+
+
+def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> MadeClient:
+    """Make everything a first start needs. Raises Refusal or Problem, and then nothing was made.
+
+    Every file is written under a staging name and synced; then the journal says "committed", in
+    one rename; then the files take their names. `checkpoint` is called between the steps.
+    """
+    config = options.config_file
+    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    with hold_setup(config):
+        finish_setup(config)
+        if os.path.exists(options.db_file):
+            raise Refusal(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+        if not options.db_pass and not options.no_db_pass:
+            raise Refusal("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+        if options.db_pass and options.no_db_pass:
+            raise Refusal("db-pass and no-db-pass contradict each other")
+        finals = [
+            config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
+            options.db_file,
+        ]
+        if len({os.path.abspath(path) for path in finals}) != len(finals):
+            raise Refusal("config, keys and database must be different files")
+        for path in finals:
+            folder = os.path.dirname(os.path.abspath(path))
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        staged = {path: os.path.abspath(path) + ".setup" for path in finals}
+        now = int(time.time())
+        with hold_database(options.db_file):
+            files = [(staged[path], os.path.abspath(path)) for path in finals]
+            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
+            checkpoint("journal")
+            try:
+                made = stage(options, answers, staged, config, now, checkpoint)
+            except BaseException:
+                finish_setup(config)
+                raise
+            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
+            checkpoint("committed")
+            finish_setup(config)
+    return made
+
+
+def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
+    """Write all files of a set-up under their staging names."""
+    rings = (
+        (
+            options.token_signing_key_file, options.token_signing_key_pass, ["ES256", "RS256"],
+            options.token_signing_key_length_rsa,
+        ),
+        (
+            options.admin_token_signing_key_file, options.admin_token_signing_key_pass,
+            ["ES256" if options.prefer_ec_admin_token_signer else "RS256"], options.admin_token_signing_key_length_rsa,
+        ),
+    )
+    entries = []
+    for path, passphrase, algorithms, rsa_bits in rings:
+        if os.path.exists(path):  # keys that are there already are an identity somebody relies on
+            entries.append(read_ring(path, passphrase))
+            write_durably(staged[path], Path(path).read_bytes())
+        else:
+            entries.append([make_key(alg, rsa_bits, now) for alg in algorithms])
+            write_durably(staged[path], write_ring(entries[-1], passphrase))
+        checkpoint(path)
+    seal_path = options.seal_key_file
+    seal_key = read_seal_key(seal_path) if os.path.exists(seal_path) else os.urandom(32)
+    write_durably(staged[seal_path], base64.b64encode(seal_key) + b"\n")
+    checkpoint("seal")
+    write_durably(staged[config], write_config(options).encode())
+    checkpoint("config")
+    key = derive_key(options.db_pass, os.urandom(16)) if options.db_pass else ""
+    store = Store.make(staged[options.db_file], key, now)
+    try:
+        checkpoint("database")
+        idp = Idp(options, store, KeyRing(entries[0]), KeyRing(entries[1]), Seal(seal_key))
+        account = create_user(idp, LOCAL, "setup", CreateUser(answers.username, answers.email, answers.password))
+        with store.transaction():
+            store.assign_role(account.id, MAD_ADMIN_ROLE_ID, now)
+            audit(idp, LOCAL, "setup", "role_assigned", account.id, MAD_ADMIN_ROLE_ID)
+        if answers.totp_seed:
+            enable_totp(idp, account, answers.totp_seed, answers.totp_code)
+        checkpoint("administrator")
+        made = MadeClient("", "")
+        if answers.client_id:
+            for name in answers.scopes:
+                if store.find_scope(normalise(name)) is None:
+                    create_scope(idp, LOCAL, "setup", CreateScope(name))
+            wanted = CreateClient(
+                answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes
+            )
+            client, secret = create_client(idp, LOCAL, "setup", wanted)
+            made = MadeClient(client.client_id, secret)
+        store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        store.close()
+    with open(staged[options.db_file], "rb") as file:
+        os.fsync(file.fileno())
+    sync_directory(os.path.dirname(staged[options.db_file]))
+    checkpoint("staged")
+    return made
+
+
+def demo_answers(options: Options) -> tuple[Options, Answers]:
+    """Return settings and answers of an unattended trial: every secret is made here."""
+    values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+    chosen = {"enable_token_refresh": True, "serve_public_auth_files": True}
+    if not options.db_pass and not options.no_db_pass:
+        chosen["db_pass"] = random_handle()
+    if not options.oidc_issuer:
+        chosen["oidc_issuer"] = f"http://localhost:{options.auth_port}"
+        chosen["admin_domain_no_ssl"] = True
+    origins = options.origins | {OPTION_NAMES[name.replace("_", "-")].name: "setup" for name in chosen}
+    answers = Answers(
+        "admin", "admin@localhost", secrets.token_urlsafe(12), client_id="demo", audience="demo-api",
+        scopes=["demo:read", "demo:write"],
+    )
+    return Options(origins, **(values | chosen)), answers
+
+
+def set_up_demo(options: Options, make):
+    """Set up a trial and say its secrets once. The client's stand in demo.env too, for scripts. `make` is set_up() that refuses in a sentence."""
+    options, answers = demo_answers(options)
+    made = make(options, answers)
+    print(
+        f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}",
+        file=sys.stderr,
+    )
+    path = os.path.join(os.path.dirname(os.path.abspath(options.config_file)), "demo.env")
+    try:
+        write_durably(path, f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
+    except OSError as error:
+        raise Refusal(f"it is set up, and these are shown once; {path} cannot be written: {error.strerror}") from None
+    print("These are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
+
+
+# == Recovery ==================================================================
+# At the machine, as the user who owns the files: back up, restore, begin anew, rotate keys, let an
+# administrator in again. Nothing of this has a path from the network.
+
+
+def open_idp(options: Options) -> Idp:
+    """Return the identity provider of the files, for a command beside a running server or without one. Raises Refusal."""
+    require_owner(options)
+    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+    try:
+        store.open(functools.partial(without_server, options))
+        store.take_turns()  # a server beside us writes all the time
+        rings = [
+            KeyRing(read_ring(path, passphrase), prefer_ec)
+            for path, passphrase, prefer_ec in ring_files(options).values()
+        ]
+        return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)), machine=MACHINE)
+    except BaseException:
+        store.close()
+        raise
+
+
+@contextlib.contextmanager
+def without_server(options: Options):
+    """Hold the database to bring it up to date. Raises Refusal where a server of an older release goes on with what it knows."""
+    with contextlib.ExitStack() as stack:
+        for attempt in range(20):  # it may be another command that does the same
+            try:
+                stack.enter_context(hold_database(options.db_file))
+                break
+            except Refusal as refusal:
+                if attempt == 19:
+                    raise Refusal(f"{refusal}, of an older release: restart it first") from None
+                nap(0.1)
+        yield
+
+
+def require_owner(options: Options):
+    """Raise Refusal unless this is the user whose server it is: not even root, whose files that user could not read."""
+    place = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
+    try:
+        owner = os.stat(place).st_uid
+    except OSError:
+        return  # nobody's yet
+    if os.geteuid() != owner and (place == options.db_file or os.geteuid() == 0):
+        raise Refusal(f"{place} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
+
+
+def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
+    """Write one file that restores the box, at the machine. See write_backup()."""
+    idp = open_idp(options)
+    try:
+        with hold_folder(os.path.dirname(os.path.abspath(path))):
+            return write_backup(idp, LOCAL, "machine", path, force, without_keys)
+    finally:
+        idp.store.close()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: str):
+    """Let one backup at a time be written into a folder: two under one name would take each other's file. Raises Refusal."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Refusal(f"the folder {folder} cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Refusal(f"another backup is being written into {folder}") from None
+    finally:
+        os.close(descriptor)
+
+
+def read_backup(source: str, key: str) -> dict:
+    """Return the files that travel in a backup. Raises Refusal where it is none, or does not open."""
+    copy = Store(source, key)
+    try:
+        files = copy.read_backup_files()
+    except (Unavailable, sqlcipher3.Error):
+        raise Refusal(f"{source} does not open: the passphrase is wrong, or the file is damaged") from None
+    finally:
+        copy.close()
+    if files is None:
+        raise Refusal(f"{source} is a database, and no backup: the keys are not in it")
+    return files
+
+
+def settle_options(options: Options, content: bytes, where: str) -> Options:
+    """Return the options with the settings of a backup for what nobody says here: they name the files and open the keys."""
+    values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+    for name, (value, origin) in parse_config(content.decode("utf-8"), where).items():
+        if name not in options.origins:
+            try:
+                values[OPTION_NAMES[name].attribute] = OPTION_NAMES[name].parse(value)
+            except ValueError as error:
+                raise Refusal(f"{origin}: {name} {error}") from None
+    return Options(options.origins, **values)
+
+
+def last_issued_ms(store: Store) -> int:
+    """Return a millisecond that nothing this database knows of was issued after. See issue(): a clock may be behind its epoch."""
+    return max(store.newest_at() * 1000 + 999, int(store.meta("revoked_before", "0")) + 1)
+
+
+def look_back(options: Options) -> tuple[set, int, bool]:
+    """Return the keys that were revoked here, when something was issued last, and whether the database could be asked."""
+    if not os.path.exists(options.db_file):
+        return set(), 0, True
+    store = None
+    try:
+        check_log(options.db_file)
+        # Only read: where the backup is refused, everything stays as it was, a log that a kill left too.
+        store = Store(
+            options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
+        )
+        return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
+    except (Refusal, Unavailable, sqlcipher3.Error):
+        return set(), 0, False
+    finally:
+        if store:
+            store.close()
+
+
+def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
+    """Put the box back to what a backup holds, all of it or nothing; the server must not run.
+
+    Nothing that was issued before lives on, whenever that was, and a key that was revoked here stays so. The settings of
+    the backup are taken where there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether it
+    could be seen which keys were revoked here. Raises Refusal, and then everything is as it was.
+    """
+    key = read_database_key(source, options.db_pass, options.no_db_pass)
+    config = options.config_file
+    require_owner(options)
+    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    with hold_setup(config):
+        finish_setup(config)
+        files = read_backup(source, key)
+        if not os.path.exists(config) and "config" in files:
+            options = settle_options(options, files["config"], f"mad.conf in {source}")
+            require_owner(options)
+        finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
+        if os.path.exists(config):
+            files.pop("config", None)  # this box has settings of its own, and they open this backup
+        lost = [
+            finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])
+        ]
+        if lost:
+            raise Refusal(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
+        finals = {name: finals[name] for name in finals if name in files} | {
+            "database": os.path.abspath(options.db_file)
+        }
+        for final in finals.values():
+            os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
+        staged = {name: final + ".setup" for name, final in finals.items()}
+        with hold_database(options.db_file), contextlib.ExitStack() as rings_held:
+            for path, _, _ in ring_files(options).values():
+                rings_held.enter_context(hold_ring(path))
+            write_durably(
+                journal_of(config),
+                msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
+            )
+            checkpoint("journal")
+            try:
+                newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
+                checkpoint("staged")
+            except BaseException:
+                finish_setup(config)
+                raise
+            write_durably(
+                journal_of(config),
+                msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}),
+            )
+            checkpoint("committed")
+            finish_setup(config)
+    return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
+
+
+def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
+    """Write what a backup holds under staging names. Return its newest row, and whether it is known what was revoked here."""
+    revoked, issued_here, knows_revoked = look_back(options)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(staged["database"])
+    with (
+        open(source, "rb") as backup,
+        os.fdopen(os.open(staged["database"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
+    ):
+        shutil.copyfileobj(backup, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
+    checkpoint("database")
+    check_copy(staged["database"], key)
+    store = Store(staged["database"], key)
+    try:
+        store.open()
+        files = store.read_backup_files()  # of the copy that was read through
+        store.drop_backup_files()
+        for name in names:
+            write_durably(staged[name], files[name])
+            checkpoint(name)
+        places = backup_files(options) | {name: staged[name] for name in names}
+        revoked |= set(store.meta("revoked_kids").split())
+        rings, replaced = [], []
+        for port_name, (_, passphrase, _) in ring_files(options).items():
+            entries = read_ring(places[port_name], passphrase)
+            kept = replace_keys(entries, revoked, rsa_bits_of(options, port_name), int(time.time()))
+            if kept != entries and port_name in names:  # the ring that is here has lost them already
+                replaced += [Key(entry).kid for entry in entries if entry not in kept and Key(entry).kid in revoked]
+                write_durably(staged[port_name], write_ring(kept, passphrase))
+            rings.append(KeyRing(kept))
+        idp = Idp(options, store, *rings, Seal(read_seal_key(places["seal"])))
+        newest = store.newest_at()
+        if not idp.check_clock():
+            raise Refusal(
+                "the clock of this machine is behind the newest row of the backup: put it right first, for what was issued since is to end"
+            )
+        with store.transaction():
+            # Later than anything that was ever issued, by this box or by the one the backup was made of.
+            store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
+            store.put_meta("revoked_kids", " ".join(sorted(revoked)))
+            store.forget_logins()
+            audit(
+                idp, LOCAL, "machine", "restored", os.path.basename(source),
+                f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced),
+            )
+        store.settle()
+    finally:
+        store.close()
+    return newest, knows_revoked
+
+
+def factory_reset(options: Options) -> list[str]:
+    """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what went.
+
+    Flash may keep old copies of what is overwritten; what protects those is the passphrase. Cut off in
+    the middle, it is done again by running it again.
+    """
+    require_owner(options)
+    gone = []
+    with hold_database(options.db_file):
+        # The keys first: without them, whatever is left opens nothing. The database last: it says whose all this is.
+        keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
+        for path in (
+            *(key + suffix for key in keys for suffix in (".new", "")),
+            *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
+        ):
+            try:
+                with open(path, "r+b") as file:
+                    left = os.fstat(file.fileno()).st_size
+                    while left > 0:
+                        left -= file.write(os.urandom(min(left, 1 << 20)))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileNotFoundError:
+                continue
+            os.unlink(path)
+            sync_directory(os.path.dirname(os.path.abspath(path)))
+            gone.append(path)
+    return gone
+
+
+def rsa_bits_of(options: Options, port_name: str) -> int:
+    return options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
+
+
+def describe_keys(options: Options) -> list[dict]:
+    """Return a row for each signing key: port, alg, kid, state, since (Unix seconds)."""
+    now, rows = int(time.time()), []
+    for port_name, (path, passphrase, _) in ring_files(options).items():
+        for entry in promote(read_ring(path, passphrase), now, options.key_overlap):
+            key = Key(entry)
+            rows.append({"port": port_name, "alg": key.alg, "kid": key.kid, "state": entry.state, "since": entry.since})
+    return rows
+
+
+def doubt_clock(idp: Idp) -> str:
+    """Return why the machine's clock is not to be believed, or nothing: a key would sign too early, or never."""
+    if not idp.check_clock():
+        return "is behind the newest row of the database"
+    known = idp.store.clock_floor()
+    if known > RELEASED_AT and idp.now() > known + CLOCK_FAR:
+        return f"is {(idp.now() - known) // 86400} days ahead of what was last noted, unless 'clock accept' says that it is right"
+    return ""
+
+
+def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
+    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids.
+
+    Refused for all where it is refused for one. A clock behind the times would let a key sign as soon as it is put right.
+    """
+    idp, made = open_idp(options), []
+    try:
+        if why := doubt_clock(idp):
+            raise Refusal(f"the clock of this machine {why}: put it right first")
+        with contextlib.ExitStack() as held:
+            rings = {}
+            for port_name in ports:
+                path, passphrase, _ = ring_files(options)[port_name]
+                held.enter_context(hold_ring(path))
+                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
+                signing = {alg_of(entry) for entry in entries if entry.state == "active"}
+                rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
+                if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
+                    raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
+            if not any(wanted for _, wanted in rings.values()):
+                raise Refusal(
+                    f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
+                )
+            staged = {}  # a disk that is full between two rings must not leave one rotated
+            held.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
+            for port_name, (entries, wanted) in rings.items():
+                if wanted:
+                    path, passphrase, _ = ring_files(options)[port_name]
+                    fresh = [
+                        msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next")
+                        for alg in wanted
+                    ]
+                    # The audit row first: a change that nobody knows of is worse than a row too many.
+                    audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
+                    staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
+                    made += [Key(entry).kid for entry in fresh]
+            for path, temporary in staged.items():
+                os.replace(temporary, path)
+                sync_directory(os.path.dirname(os.path.abspath(path)))
+    finally:
+        idp.store.close()
+    return made
+
+
+def revoke_key(options: Options, kid: str) -> str:
+    """Take a stolen key out of its ring: no token it signed is good any more, from now on. Where it signed, a new one does. Return its port."""
+    idp = open_idp(options)
+    try:
+        for port_name, (path, passphrase, _) in ring_files(options).items():
+            with hold_ring(path):
+                entries = read_ring(path, passphrase)
+                if not doubt_clock(idp):
+                    entries = promote(entries, idp.now(), options.key_overlap)
+                rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
+                if rest == entries:
+                    continue
+                with idp.store.transaction():
+                    # Remembered, for a backup that was made before still holds it: whoever has it could sign what comes after.
+                    idp.store.put_meta("revoked_kids", " ".join(sorted({*idp.store.meta("revoked_kids").split(), kid})))
+                    audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
+                write_durably(path, write_ring(rest, passphrase))
+                return port_name
+    finally:
+        idp.store.close()
+    raise Refusal(f"there is no key {kid}; see microauthd keys list")
+
+
+def accept_clock(options: Options) -> dict:
+    """Say that the machine's clock is right, whatever was noted under a wrong one. A running server goes by it within a second.
+
+    What was done at times that are not yet is ended. Return `now` and how much was `ended`.
+    """
+    idp = open_idp(options)
+    try:
+        now = idp.now()
+        if now < RELEASED_AT:
+            raise Refusal(
+                f"the clock of this machine says {iso(now)}, which is before this program was made: put it right first"
+            )
+        with idp.store.transaction():
+            ended = idp.store.end_what_is_later(now, idp.now_ms(), now // 30)
+            idp.store.forget_logins()
+            idp.store.put_meta("clock", now)
+            idp.store.put_meta("clock_accepted", uuid.uuid4())
+            audit(idp, LOCAL, "machine", "clock_accepted", "", f"ended={ended}")
+        for path, passphrase, _ in ring_files(options).values():
+            with hold_ring(path):
+                entries = read_ring(path, passphrase)
+                if any(entry.since > now for entry in entries):  # of that later time: a next key would wait for it
+                    write_durably(
+                        path,
+                        write_ring(
+                            [msgspec.structs.replace(entry, since=min(entry.since, now)) for entry in entries],
+                            passphrase,
+                        ),
+                    )
+    finally:
+        idp.store.close()
+    return {"now": now, "ended": ended}
+
+
+def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:
+    """Let an administrator in again, or make one: a new password, active, not locked, the role. Ends what the account had. Return what was done."""
+    idp = open_idp(options)
+    try:
+        name = fold(username)
+        account = idp.store.find_account_by_name(name)
+        if account is None:
+            account, done = create_user(idp, LOCAL, "machine", CreateUser(name, "", password, user_email=None)), "made"
+        else:
+            reject(password=check_new_password(options, password, account.username, account.email))
+            done = "recovered"
+        password_hash = idp.hasher.hash(password)
+        with idp.store.transaction(identity=True):
+            idp.store.set_password_hash(account.id, password_hash, idp.now())
+            idp.store.set_account_active(account.id, 1, idp.now())
+            idp.store.set_lockout(account.id, 0, idp.now())
+            idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
+            if drop_totp:
+                idp.store.clear_totp(account.id, idp.now())
+            end_user(
+                idp, LOCAL, "machine", account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")
+            )
+        return done
+    finally:
+        idp.store.close()

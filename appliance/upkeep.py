@@ -1,0 +1,219 @@
+"""What goes on beside the requests: purging, key states, the thread of the clock."""
+
+import fcntl
+import itertools
+import os
+import sys
+import threading
+import time
+
+import msgspec
+
+from appliance.base.clock import IAT_SKEW, nap
+from appliance.base.settings import OPTIONS
+from appliance.base.files import write_durably
+from appliance.base.database import Unavailable
+from appliance.base.store import SLICE
+from microauthd import (
+    HERE, ID_TOKEN_TTL, Idp, LOCAL, PAGES, Problem, VERSION, audit, hold_ring, promote, purge_audit_log, read_ring,
+    ring_files, write_ring,
+)
+
+# == Upkeep ====================================================================
+# Purging what has expired, in slices small enough that no writer waits for them.
+
+UPKEEP_SECONDS = 3600
+
+
+def purge(idp: Idp, pause=nap):
+    """Delete what is over. A clock that cannot be believed purges nothing."""
+    options, store, now = idp.options, idp.store, idp.now()
+    if not idp.check_clock():
+        return
+    counts = {}
+    if options.token_purge_days:
+        before, after, done = now - options.token_purge_days * 86400, "", 0
+        while after is not None:
+            after, deleted = store.purge_sessions(f"{before * 1000:012x}", before, after, SLICE)
+            done += deleted
+            pause(0.01)
+        counts["session"] = done
+    cutoffs = [
+        ("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now),
+        ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now),
+        ("browser_session", "id_sha256", now),
+    ]
+    if options.refresh_token_purge_days:
+        before = now - options.refresh_token_purge_days * 86400
+        cutoffs += [("refresh_token", "id", before), ("family", "sid", before)]
+    for table, key, before in cutoffs:
+        after = ""
+        while after is not None:
+            after, done = store.purge_expired(table, key, before, after, SLICE)
+            counts[table] = counts.get(table, 0) + done
+            pause(0.01)
+    if options.audit_log_retention_days:
+        counts["audit"] = purge_audit_log(idp, LOCAL, "system", options.audit_log_retention_days, pause)
+    if any(counts.values()):
+        audit(
+            idp, LOCAL, "system", "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count)
+        )
+    idp.log("upkeep", **counts)
+
+
+def note_configuration(idp: Idp):
+    """Write down that the server started, and with which options changed since it last did: their names, never a secret."""
+    shown = {option.name: str(getattr(idp.options, option.attribute)) for option in OPTIONS if not option.secret}
+    known = idp.store.meta("options")
+    with idp.store.transaction():
+        before = msgspec.json.decode(known) if known else shown
+        changed = [f"{name}={value}" for name, value in shown.items() if before.get(name) != value]
+        if changed:
+            audit(idp, LOCAL, "system", "configuration_changed", "", "; ".join(changed)[:2000])
+        if shown != before or not known:
+            idp.store.put_meta("options", msgspec.json.encode(shown).decode())
+        audit(idp, LOCAL, "system", "server_started", f"version={VERSION}")
+
+
+def tend_rings(idp: Idp):
+    """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead."""
+    options, now = idp.options, idp.now()
+    if not idp.ring_files or not idp.check_clock():
+        return
+    lives = [
+        options.token_expiration, ID_TOKEN_TTL,
+        *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit()),
+    ]
+    for port_name, (path, passphrase, _) in ring_files(options).items():
+        longest = max(lives) if port_name == "auth" else options.admin_token_expiration
+        with hold_ring(path):
+            before = read_ring(path, passphrase)
+            after = [
+                entry
+                for entry in promote(before, now, options.key_overlap)
+                if entry.state != "retired" or entry.since + longest + IAT_SKEW > now
+            ]
+            if after != before:
+                write_durably(path, write_ring(after, passphrase))
+                idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
+
+
+class Code:
+    """The unpacked program, some of which is read when it is first asked for. It lies in a cache, and caches are cleaned."""
+
+    def __init__(self, log):
+        archive = getattr(sys.modules["__main__"], "ARCHIVE", None)  # of the archive's own start
+        self.archive, self.log, self.lock, self.again = archive and os.path.abspath(archive), log, None, 0.0
+
+    def keep(self):
+        """Where files of it were removed, have the archive unpack itself again. What cannot be had back is tried again every ten minutes."""
+        if (
+            not self.archive
+            or time.monotonic() < self.again
+            or all(path.exists() for path in (HERE / ".lock", PAGES / "en.json"))
+        ):
+            return
+        import subprocess
+
+        done = subprocess.run(
+            [sys.executable, "-I", self.archive, "version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, timeout=120,
+        )
+        if done.returncode == 0 and (HERE / ".lock").exists():
+            self.lock = open(HERE / ".lock", "rb")
+            fcntl.flock(self.lock, fcntl.LOCK_SH)  # or the next release would take it for abandoned
+            self.log("code.unpacked_again", "warning", folder=str(HERE))
+            return
+        self.log(
+            "code.lost", "error", folder=str(HERE),
+            reason=done.stderr.strip()[-300:] or "the archive is another release: restart",
+        )
+        self.again = time.monotonic() + 600
+
+
+class Upkeep(threading.Thread):
+    """Looks after the code every few seconds, the rings every minute; purges at the start and every hour. What fails is logged and tried again."""
+
+    LOOK = 5
+
+    def __init__(self, idp):
+        super().__init__(name="upkeep", daemon=True)
+        self.idp, self.code, self.ending = idp, Code(idp.log), threading.Event()
+
+    def run(self):
+        if not self.ending.wait(1):  # a start has more urgent things to write
+            self.attempt(note_configuration, self.idp)
+        for look in itertools.count(1):
+            if self.ending.wait(self.LOOK):
+                return
+            self.attempt(self.code.keep)
+            if look * self.LOOK % 60 == 0:
+                self.attempt(tend_rings, self.idp)
+            if look * self.LOOK % UPKEEP_SECONDS == 60:
+                self.attempt(purge, self.idp, self.ending.wait)
+
+    def attempt(self, work, *words):
+        try:
+            work(*words)
+        except Exception as error:
+            reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
+            self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
+
+
+class Clockwork(threading.Thread):
+    """Looks at the machine's clock twice a second, says what is wrong with it, and notes every hour what time it is."""
+
+    LOOK, NOTE = 0.5, 3600
+
+    def __init__(self, idp):
+        super().__init__(name="clockwork", daemon=True)
+        self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
+        self.said, self.said_at, self.noted_at = self.keeper.began, self.keeper.monotonic(), -float(self.NOTE)
+        self.accepted = None  # the last word of an operator, as it was when the clock became wrong
+        self.unsettled = False  # time went back, and what was done ahead of it is not ended yet
+
+    def run(self):
+        while not self.ending.wait(self.LOOK):
+            try:
+                self.step()
+            except Exception as error:
+                self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Unavailable) else repr(error))
+                self.ending.wait(5)
+
+    def step(self):
+        idp, keeper = self.idp, self.keeper
+        self.unsettled |= keeper.look()
+        if keeper.state == "right":
+            self.accepted = None
+        else:
+            stamp = idp.store.meta("clock_accepted")
+            if self.accepted is None:
+                self.accepted = stamp  # said of a clock that was right: it says nothing of this one
+            elif stamp != self.accepted:
+                keeper.accept()
+                self.accepted, self.unsettled = stamp, True
+        if self.unsettled:
+            settle_clock(idp)
+            self.unsettled = False
+        state, monotonic = keeper.state, keeper.monotonic()
+        if state != self.said or state != "right" and monotonic - self.said_at >= 3600:
+            idp.log(
+                "clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error",
+                now=idp.now(), clock=int(keeper.wall()),
+            )
+            self.said, self.said_at = state, monotonic
+        if state == "right" and monotonic - self.noted_at >= self.NOTE:
+            self.note()
+
+    def note(self):
+        """Write down what time it is, for a start whose clock does not know."""
+        if self.keeper.state == "right":
+            self.idp.store.put_meta("clock", self.idp.now())
+            self.noted_at = self.keeper.monotonic()
+
+
+def settle_clock(idp: Idp):
+    """End what was done at times that are not yet: the clock ran ahead, and has gone back."""
+    ended = idp.store.end_what_is_later(idp.now(), idp.now_ms(), idp.now() // 30)
+    audit(idp, LOCAL, "system", "clock_went_back", "", f"ended={ended}")
+    idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)
