@@ -1,6 +1,6 @@
-"""Fill the tables of README.md from the code, so that they cannot drift.
+"""Fill the tables of README.md and of the manual from the code, so that they cannot drift.
 
-Run without arguments it rewrites the file; with --check it says whether that would change anything
+Run without arguments it rewrites the pages; with --check it names those it would change
 (exit status 1). A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
@@ -109,17 +109,24 @@ def fill(text):
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
 
 
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "appliance" / "manual").glob("*.md"))]
+
+
 def main():
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    filled = fill(text)
-    if "--check" in sys.argv:
-        if filled != text:
-            print("README.md: its tables are not what the code says; run build/readme.py", file=sys.stderr)
-            return 1
-        return 0
-    readme.write_text(filled, "utf-8")
-    return 0
+    stale = 0
+    for page in pages():
+        text = page.read_text("utf-8")
+        filled = fill(text)
+        if filled == text:
+            continue
+        if "--check" in sys.argv:
+            name = page.relative_to(ROOT)
+            print(f"{name}: its tables are not what the code says; run build/readme.py", file=sys.stderr)
+            stale = 1
+        else:
+            page.write_text(filled, "utf-8")
+    return stale
 
 
 if __name__ == "__main__":
