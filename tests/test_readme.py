@@ -1,11 +1,21 @@
 """README.md and the manual tell the truth: their tables are made from the code, and what they name exists."""
 
+import os
+import pty
 import re
+import select
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import microauthd
+import pytest
+from box import ARCHIVE, CHEAP, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -39,6 +49,153 @@ class TestNames:
             for name in re.findall(r"(?:build|appliance|public|tests)/[a-z_]+\.(?:py|html|lock)", text):
                 assert (ROOT / name).exists(), (page, name)
 
-    def test_it_begins_with_the_two_commands(self):
+    def test_pages_and_headings_it_links_to_exist(self):
+        for page, text in PAGES.items():
+            folder = ROOT if page == "README.md" else ROOT / "appliance" / "manual"
+            for target in re.findall(r"\]\(([^)#]*(?:#[^)]*)?)\)", text):
+                name, _, heading = target.partition("#")
+                path = folder / name if name else folder / page
+                assert path.is_file(), (page, target)
+                assert not heading or unquote(heading) in anchors(path.read_text("utf-8")), (page, target)
+
+    def test_every_page_of_the_manual_is_linked_from_the_readme(self):
+        for page in MANUAL:
+            assert f"(appliance/manual/{page})" in README
+
+    def test_no_page_names_what_only_its_authors_had(self):
+        for page, text in PAGES.items():
+            assert "contract/" not in text, page
+
+    def test_it_is_short_and_begins_with_the_two_commands(self):
         head = README[:900]
         assert "build/run" in head and "build/test" in head
+        assert len(README.encode()) <= 12 * 1024
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(page, heading):
+    """The shell blocks of a section, as they are printed."""
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.S | re.M)[1]
+    return re.findall(r"^```sh\n(.*?)^```$", section, re.S | re.M)
+
+
+class Terminal:
+    """A shell on a terminal of its own. The blocks run in it one after the other, as if pasted."""
+
+    DEADLINE = 120  # seconds for a block; only a hang takes as long
+
+    def __init__(self, folder, environ):
+        self.said = ""
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            try:
+                os.chdir(folder)
+                os.execve("/bin/bash", ["bash", "--noprofile", "--norc"], environ)
+            finally:
+                os._exit(127)
+
+    def run(self, script, answer=lambda prompt, said: None):
+        """Run a script of bash to its end, answering what asks; return what it printed. Fails with its first failing command."""
+        start = len(self.said)
+        # Only the status is typed, split in two, so that the echo of this line is no mistake for its output.
+        os.write(self.descriptor, f". {shlex.quote(str(script))}; echo 'the status'' is' $?\n".encode())
+        end, answered = time.monotonic() + self.DEADLINE, start
+        while not (done := re.search(r"the status is (\d+)", self.said[start:])):
+            assert time.monotonic() < end, self.said[start:]
+            if not select.select([self.descriptor], [], [], 0.1)[0]:
+                continue
+            try:
+                self.said += os.read(self.descriptor, 65536).decode(errors="replace")
+            except OSError:  # the shell has ended
+                raise AssertionError(self.said[start:]) from None
+            typed = answer(self.said[answered:], self.said)
+            if typed is not None:
+                answered = len(self.said)
+                os.write(self.descriptor, (typed + "\n").encode())
+        assert done[1] == "0", self.said[start:]
+        return self.said[start:].replace("\r\n", "\n")
+
+    def close(self):
+        """End the shell and what it left running: everything in the session of the terminal."""
+        members = [int(name) for name in os.listdir("/proc") if name.isdecimal() and session_of(name) == self.pid]
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in members:
+                if pid != self.pid and session_of(pid) == self.pid:
+                    kill(pid, number)
+            end = time.monotonic() + 15
+            while any(pid != self.pid and session_of(pid) == self.pid for pid in members) and time.monotonic() < end:
+                time.sleep(0.05)
+        kill(self.pid, signal.SIGKILL)
+        os.close(self.descriptor)
+        os.waitpid(self.pid, 0)
+
+
+def kill(pid, number):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def session_of(pid):
+    """The session a living process belongs to, or None."""
+    try:
+        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return None
+    return None if state == "Z" else int(session)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the README uses curl")
+@pytest.mark.skipif(not ARCHIVE.exists(), reason="no archive is built")
+class TestFirstFiveMinutes:
+    def test_its_blocks_do_what_they_say(self, tmp_path):
+        """Literally, but for the ports, which others may have here, and for `python3`, which is this one."""
+        folder, home, programs = tmp_path / "trial", tmp_path / "home", tmp_path / "bin"
+        for path in (folder, home, programs):
+            path.mkdir(mode=0o700)
+        shutil.copyfile(ARCHIVE, folder / "microauthd.pyz")
+        python = programs / "python3"
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        auth = free_port()
+        admin = next(port for port in iter(free_port, None) if port != auth)
+        environ = CHEAP | {
+            "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(home), "TERM": "dumb", "LC_ALL": "C.UTF-8",
+            "no_proxy": "localhost", "MAD_AUTH_PORT": str(auth), "MAD_ADMIN_PORT": str(admin),
+            "MAD_AUTH_URL": f"http://localhost:{auth}", "MAD_ADMIN_URL": f"http://localhost:{admin}",
+            "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache"),
+        }
+
+        def password(asked, said):
+            if re.search(r"password[^\n]*: ?$", asked, re.I):
+                return re.search(r"^password +(\S+)", said, re.M)[1]
+            return None
+
+        terminal = Terminal(folder, environ)
+        try:
+            said = []
+            sections = [
+                (README, "First five minutes"), (README, "First client"), (README, "Backup"),
+            ]
+            for page, heading in sections:
+                found = blocks(page, heading)
+                assert found, heading
+                for number, block in enumerate(found):
+                    script = tmp_path / f"{heading} {number}.sh"
+                    # Each line must succeed; the shell goes on, and says which did not.
+                    literal = block.replace(":9040", f":{auth}").replace(":9041", f":{admin}")
+                    script.write_text(f"trap 'trap - ERR; return 1' ERR\n{literal}trap - ERR\n")
+                    said.append(terminal.run(script, password))
+            set_up, fetched, pages, client, backup = said
+            assert '"status":"ok"' in set_up
+            assert '"access_token"' in fetched and "aud: demo-api" in fetched and "Hello, demo" in fetched
+            assert re.search(r"^eyJ\S+\.\S+\.\S+$", client, re.M)
+            assert (folder / "box.backup").stat().st_size == (folder / "fetched.backup").stat().st_size > 0
+        finally:
+            terminal.close()
