@@ -151,6 +151,9 @@ def session_of(pid):
     return None if state == "Z" else int(session)
 
 
+JWT = r"^eyJ\S+\.\S+\.\S+$"
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="the README uses curl")
 @pytest.mark.skipif(not ARCHIVE.exists(), reason="no archive is built")
 class TestFirstFiveMinutes:
@@ -182,6 +185,7 @@ class TestFirstFiveMinutes:
             said = []
             sections = [
                 (README, "First five minutes"), (README, "First client"), (README, "Backup"),
+                (MANUAL["mad.md"], "Python bindings"),
             ]
             for page, heading in sections:
                 found = blocks(page, heading)
@@ -192,10 +196,16 @@ class TestFirstFiveMinutes:
                     literal = block.replace(":9040", f":{auth}").replace(":9041", f":{admin}")
                     script.write_text(f"trap 'trap - ERR; return 1' ERR\n{literal}trap - ERR\n")
                     said.append(terminal.run(script, password))
-            set_up, fetched, pages, client, backup = said
+            set_up, fetched, _, client, _, bindings = said
             assert '"status":"ok"' in set_up
             assert '"access_token"' in fetched and "aud: demo-api" in fetched and "Hello, demo" in fetched
-            assert re.search(r"^eyJ\S+\.\S+\.\S+$", client, re.M)
+            assert re.search(JWT, client, re.M)
             assert (folder / "box.backup").stat().st_size == (folder / "fetched.backup").stat().st_size > 0
+            verifier = {}
+            (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)
+            exec(example.replace(":9040", f":{auth}"), verifier)
+            assert verifier["verify"](re.search(JWT, bindings, re.M)[0])["sub"] == "demo"
+            with pytest.raises(verifier["jwt"].InvalidTokenError):  # its audience is another
+                verifier["verify"](re.search(JWT, client, re.M)[0])
         finally:
             terminal.close()
