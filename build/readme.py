@@ -128,7 +128,7 @@ def citing(path, kinds):
 
 
 def standards():
-    """A row for each section the program cites: who keeps it, and the tests that cite the section or the one around it."""
+    """A row for each section the program cites: what keeps it, and the tests that cite it or the section around it."""
     functions, tests = {}, {}
     for name, found in citing(ROOT / "microauthd.py", (ast.FunctionDef, ast.ClassDef)):
         for key in found:

@@ -1,9 +1,7 @@
 """README.md and the manual tell the truth: their tables are made from the code, and what they name exists."""
 
 import os
-import pty
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -14,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import microauthd
+import pexpect
 import pytest
 from box import ARCHIVE, CHEAP, free_port
 
@@ -87,52 +86,42 @@ def blocks(page, heading):
 class Terminal:
     """A shell on a terminal of its own. The blocks run in it one after the other, as if pasted."""
 
-    DEADLINE = 120  # seconds for a block; only a hang takes as long
-
     def __init__(self, folder, environ):
         self.said = ""
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            try:
-                os.chdir(folder)
-                os.execve("/bin/bash", ["bash", "--noprofile", "--norc"], environ)
-            finally:
-                os._exit(127)
+        self.shell = pexpect.spawn(
+            "/bin/bash", ["--noprofile", "--norc"], cwd=str(folder), env=environ, encoding="utf-8",
+            codec_errors="replace", timeout=120,
+        )
 
-    def run(self, script, answer=lambda prompt, said: None):
-        """Run a script of bash to its end, answering what asks; return what it printed. Fails with its first failing command."""
+    def run(self, script):
+        """Run a script to its end, typing the password that set-up printed where one is asked for; return its output.
+
+        Fails where a command of the script fails.
+        """
         start = len(self.said)
-        # Only the status is typed, split in two, so that the echo of this line is no mistake for its output.
-        os.write(self.descriptor, f". {shlex.quote(str(script))}; echo 'the status'' is' $?\n".encode())
-        end, answered = time.monotonic() + self.DEADLINE, start
-        while not (done := re.search(r"the status is (\d+)", self.said[start:])):
-            assert time.monotonic() < end, self.said[start:]
-            if not select.select([self.descriptor], [], [], 0.1)[0]:
-                continue
-            try:
-                self.said += os.read(self.descriptor, 65536).decode(errors="replace")
-            except OSError:  # the shell has ended
-                raise AssertionError(self.said[start:]) from None
-            typed = answer(self.said[answered:], self.said)
-            if typed is not None:
-                answered = len(self.said)
-                os.write(self.descriptor, (typed + "\n").encode())
-        assert done[1] == "0", self.said[start:]
-        return self.said[start:].replace("\r\n", "\n")
+        # The marker is typed in two parts, so that the echo of this line does not match it.
+        self.shell.sendline(f". {shlex.quote(str(script))}; echo 'the status'' is' $?")
+        while True:
+            which = self.shell.expect([r"the status is (\d+)", r"(?i)password[^\n]*: ?$"])
+            self.said += (self.shell.before + self.shell.after).replace("\r\n", "\n")
+            if which == 0:
+                break
+            self.shell.sendline(re.search(r"^password +(\S+)", self.said, re.M)[1])
+        assert self.shell.match[1] == "0", self.said[start:]
+        return self.said[start:]
 
     def close(self):
         """End the shell and what it left running: everything in the session of the terminal."""
-        members = [int(name) for name in os.listdir("/proc") if name.isdecimal() and session_of(name) == self.pid]
+        shell = self.shell.pid
+        others = {int(name) for name in os.listdir("/proc") if name.isdecimal() and session_of(name) == shell} - {shell}
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in members:
-                if pid != self.pid and session_of(pid) == self.pid:
+            for pid in others:
+                if session_of(pid) == shell:
                     kill(pid, number)
             end = time.monotonic() + 15
-            while any(pid != self.pid and session_of(pid) == self.pid for pid in members) and time.monotonic() < end:
+            while any(session_of(pid) == shell for pid in others) and time.monotonic() < end:
                 time.sleep(0.05)
-        kill(self.pid, signal.SIGKILL)
-        os.close(self.descriptor)
-        os.waitpid(self.pid, 0)
+        self.shell.close(force=True)
 
 
 def kill(pid, number):
@@ -175,27 +164,20 @@ class TestFirstFiveMinutes:
             "MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache"),
         }
 
-        def password(asked, said):
-            if re.search(r"password[^\n]*: ?$", asked, re.I):
-                return re.search(r"^password +(\S+)", said, re.M)[1]
-            return None
-
         terminal = Terminal(folder, environ)
         try:
             said = []
-            sections = [
-                (README, "First five minutes"), (README, "First client"), (README, "Backup"),
-                (MANUAL["mad.md"], "Python bindings"),
-            ]
+            sections = [(README, heading) for heading in ("First five minutes", "First client", "Backup")]
+            sections.append((MANUAL["mad.md"], "Python bindings"))
             for page, heading in sections:
                 found = blocks(page, heading)
                 assert found, heading
                 for number, block in enumerate(found):
                     script = tmp_path / f"{heading} {number}.sh"
-                    # Each line must succeed; the shell goes on, and says which did not.
+                    # Stop at the first command that fails, but keep the shell: later blocks use its variables.
                     literal = block.replace(":9040", f":{auth}").replace(":9041", f":{admin}")
                     script.write_text(f"trap 'trap - ERR; return 1' ERR\n{literal}trap - ERR\n")
-                    said.append(terminal.run(script, password))
+                    said.append(terminal.run(script))
             set_up, fetched, _, client, _, bindings = said
             assert '"status":"ok"' in set_up
             assert '"access_token"' in fetched and "aud: demo-api" in fetched and "Hello, demo" in fetched
