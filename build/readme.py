@@ -1,9 +1,10 @@
-"""Fill the tables of README.md from the code, so that they cannot drift.
+"""Fill the tables of README.md and of the manual from the code, so that they cannot drift.
 
-Run without arguments it rewrites the file; with --check it says whether that would change anything
+Run without arguments it rewrites the pages; with --check it names those it would change
 (exit status 1). A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ sys.path.insert(0, str(ROOT))
 
 import mad  # noqa: E402
 import microauthd  # noqa: E402
+
+
+# A standard by its name, then its sections: `RFC 6749 §4.1 and §5.2`.
+CITATION = re.compile(r"(RFC \d+|OpenID Connect(?: [A-Z][A-Za-z-]+)+) (§[\d.]+(?:(?:, | and )§[\d.]+)*)")
 
 
 def cell(value):
@@ -52,12 +57,17 @@ def routes(routes):
             rows.append(
                 (
                     " ".join(route.methods), ", ".join(f"`{path}`" for path in route.paths), guard_of(route),
-                    route.spec, doc + only,
+                    spec_of(route), doc + only,
                 )
             )
         return table(("Method", "Path", "Who", "Specification", "What it does"), rows)
 
     return render
+
+
+def spec_of(route):
+    """What the route is held to by somebody else; the rest is this program's own interface."""
+    return "its own" if route.spec.startswith("contract/") else route.spec
 
 
 def guard_of(route):
@@ -96,9 +106,67 @@ def commands():
     return table(("Command", "What it does"), [(f"`{usage}`", told) for usage, told in rows])
 
 
+def citations(text):
+    """Return the (standard, section) pairs that a text names."""
+    return {
+        (name, section.strip("§."))
+        for name, sections in CITATION.findall(" ".join(text.replace("#", " ").split()))
+        for section in re.findall(r"§[\d.]+", sections)
+    }
+
+
+def citing(path, kinds):
+    """Yield (name, citations) for each definition of a file that cites a standard, comments and decorators included."""
+    text = path.read_text("utf-8")
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if isinstance(node, kinds):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found = citations("\n".join(lines[first - 1 : node.end_lineno]))
+            if found:
+                yield node.name, found
+
+
+def standards():
+    """A row for each section the program cites: what keeps it, and the tests that cite it or the section around it."""
+    functions, tests = {}, {}
+    for name, found in citing(ROOT / "microauthd.py", (ast.FunctionDef, ast.ClassDef)):
+        for key in found:
+            functions.setdefault(key, []).append(f"`{name}`")
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for name, found in citing(path, ast.ClassDef):
+            for key in found:
+                tests.setdefault(key, []).append(f"`{path.stem}` {name}")
+
+    def tested(standard, section):
+        while section and (standard, section) not in tests:
+            section = section.rpartition(".")[0]
+        return ", ".join(tests.get((standard, section), ()))
+
+    def order(key):
+        standard, section = key
+        return standard.startswith("OpenID"), standard, [int(part) for part in section.split(".")]
+
+    rows = [(*key, ", ".join(functions[key]), tested(*key)) for key in sorted(functions, key=order)]
+    return table(("Standard", "Section", "In microauthd.py", "Tests"), [(a, f"§{b}", c, d) for a, b, c, d in rows])
+
+
+def server_commands():
+    """The commands of microauthd, as its --help has them."""
+    text = microauthd.usage().partition("commands:\n")[2].partition("\n\n")[0]
+    rows = []
+    for line in text.splitlines():
+        name, told = line[2:21].strip(), line[21:].strip()
+        if name:
+            rows.append([f"`{name}`", told])
+        else:
+            rows[-1][1] += " " + told
+    return table(("Command", "What it does"), rows)
+
+
 TABLES = {
     "options": options, "auth": routes(microauthd.AUTH), "admin": routes(microauthd.ADMIN),
-    "errors": errors, "mad": commands,
+    "errors": errors, "mad": commands, "standards": standards, "microauthd": server_commands,
 }
 
 
@@ -109,17 +177,24 @@ def fill(text):
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
 
 
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "appliance" / "manual").glob("*.md"))]
+
+
 def main():
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    filled = fill(text)
-    if "--check" in sys.argv:
-        if filled != text:
-            print("README.md: its tables are not what the code says; run build/readme.py", file=sys.stderr)
-            return 1
-        return 0
-    readme.write_text(filled, "utf-8")
-    return 0
+    stale = 0
+    for page in pages():
+        text = page.read_text("utf-8")
+        filled = fill(text)
+        if filled == text:
+            continue
+        if "--check" in sys.argv:
+            name = page.relative_to(ROOT)
+            print(f"{name}: its tables are not what the code says; run build/readme.py", file=sys.stderr)
+            stale = 1
+        else:
+            page.write_text(filled, "utf-8")
+    return stale
 
 
 if __name__ == "__main__":
