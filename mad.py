@@ -14,7 +14,7 @@ Contents
   MadClient    every request to ADMIN as a method
   AuthClient   every request to AUTH as a method
   Profile      the saved login, the cached tokens
-  Arguments    Option, Command, parse()
+  Arguments    Option, Command, ArgumentReader, parse()
   Output       tables and lines that no server can use to drive a terminal
   Help         texts, rows for a README and completion scripts, all made from the table
   Shell        what a running command knows: options, environment, profile
@@ -1603,112 +1603,159 @@ def words_in(path: str) -> list[str]:
     return found
 
 
-def parse(command: Command, words: list[str]) -> Parsed:
-    """Read the words after the command. Collects every error instead of stopping at the first."""
-    words, files = list(words), 0
-    kinds: dict = {}
-    for option in command.all_options():
-        if option.name:
-            kinds[option.name] = option.kind
-        if option.stdin:
-            kinds[option.stdin] = "flag"
-    parsed, position = Parsed(), 0
-    while position < len(words):
-        word = words[position]
-        position += 1
-        if word in HELP_WORDS:
-            parsed.wants_help = True
-            continue
-        if word == "--":
-            parsed.errors += ["unexpected word '%s'" % extra for extra in words[position:]]
-            break
-        if word.startswith("@") and len(word) > 1:
-            files += 1
-            try:
-                words[position:position] = words_in(word[1:]) if files <= 10 else []
-            except ValueError as problem:
-                parsed.errors.append(str(problem))
-            if files == 11:
-                parsed.errors.append("too many files of words")
-            continue
-        if command.word and not word.startswith("-") and command.word not in parsed.values:
-            parsed.values[command.word] = word
-            continue
-        if not word.startswith("--"):
-            parsed.errors.append("unknown option '%s'" % word if word.startswith("-") else "unexpected word '%s'" % word)
-            continue
-        cut = min((i for i in (word.find("="), word.find(":")) if i > 0), default=len(word))
-        name, value = word[2:cut], word[cut + 1:] if cut < len(word) else None
-        kind = kinds.get(name)
+def convert(kind: str, text: str) -> tuple[str | int | bool | None, str]:
+    """Return the value that `text` stands for, and the complaint if it stands for none ("" otherwise)."""
+    if kind == "flag":
+        return text == "true", "" if text in ("true", "false") else "is true or false"
+    if kind == "number":
+        digits = text.removeprefix("-")
+        if digits.isascii() and digits.isdigit() and len(digits) < 16:
+            return int(text), ""
+        return text, "is a whole number"
+    if kind == "lockout" and text.lower() == "permanent":
+        return "9999-12-31T23:59:59Z", ""
+    if kind in ("moment", "lockout"):
+        value = moment(text)
+        return value, "" if value else "is an ISO 8601 date-time, such as 2030-01-31T12:00:00Z" + (
+            ", or the word permanent" if kind == "lockout" else ", or Unix seconds")
+    return text, ""
+
+
+class ArgumentReader:
+    """Reads the arguments of a command from left to right into `parsed`, without checking them as a whole."""
+
+    def __init__(self, command: Command, args: list[str]):
+        self.command, self.parsed = command, Parsed()
+        self.args, self.position, self.files = list(args), 0, 0
+        self.kinds: dict[str, str] = {}
+        for option in command.all_options():
+            if option.name:
+                self.kinds[option.name] = option.kind
+            if option.stdin:
+                self.kinds[option.stdin] = "flag"
+
+    def take(self) -> str:
+        self.position += 1
+        return self.args[self.position - 1]
+
+    def peek(self) -> str | None:
+        """Return the next argument without taking it, None at the end."""
+        return self.args[self.position] if self.position < len(self.args) else None
+
+    def next_is_value(self) -> bool:
+        """Whether the next argument exists and does not look like an option."""
+        return self.position < len(self.args) and not self.args[self.position].startswith("-")
+
+    def read(self) -> Parsed:
+        while self.position < len(self.args):
+            arg = self.take()
+            if arg in HELP_WORDS:
+                self.parsed.wants_help = True
+            elif arg == "--":
+                self.parsed.errors += ["unexpected word '%s'" % extra for extra in self.args[self.position:]]
+                break
+            elif arg.startswith("@") and len(arg) > 1:
+                self.insert_file(arg[1:])
+            elif self.command.word and not arg.startswith("-") and self.command.word not in self.parsed.values:
+                self.parsed.values[self.command.word] = arg
+            elif arg.startswith("--"):
+                self.read_option(arg)
+            else:
+                self.parsed.errors.append("%s '%s'" % (
+                    "unknown option" if arg.startswith("-") else "unexpected word", arg))
+        return self.parsed
+
+    def insert_file(self, path: str) -> None:
+        """Put the words of a response file where it was named. A limit on files ends those that name each other."""
+        self.files += 1
+        if self.files == 11:
+            self.parsed.errors.append("too many files of words")
+        if self.files > 10:
+            return
+        try:
+            self.args[self.position:self.position] = words_in(path)
+        except ValueError as problem:
+            self.parsed.errors.append(str(problem))
+
+    def read_option(self, arg: str) -> None:
+        """Read an option with the arguments that are its value."""
+        cut = min((i for i in (arg.find("="), arg.find(":")) if i > 0), default=len(arg))
+        name, text = arg[2:cut], arg[cut + 1:] if cut < len(arg) else None
+        kind = self.kinds.get(name)
         if kind is None:
-            parsed.errors.append("unknown option '--%s'" % name)
-            if guess := near(name, kinds):
-                parsed.hint = "did you mean --%s?" % guess
-            # The word after it is most likely its value, and no second error.
-            if value is None and position < len(words) and not words[position].startswith("-"):
-                position += 1
-            continue
+            self.reject_unknown(name, text is None)
+            return
         if kind == "flag":
-            if value is None and position < len(words) and words[position].lower() in ("true", "false"):
-                value, position = words[position], position + 1
-            value = "true" if value is None else value.lower()
-            if value not in ("true", "false"):
-                parsed.errors.append("--%s is true or false" % name)
-            found = value == "true"
+            if text is None:
+                text = self.take() if (self.peek() or "").lower() in ("true", "false") else "true"
+            texts = [text.lower()]
+        elif text is None and self.peek() is None:
+            self.parsed.errors.append("--%s needs a value" % name)
+            return
         else:
-            if value is None:
-                if position == len(words):
-                    parsed.errors.append("--%s needs a value" % name)
-                    break
-                # Whatever stands here is the value: passwords may begin with a hyphen.
-                value, position = words[position], position + 1
-            found = value
-            if kind == "list":
-                found = [value]
-                while position < len(words) and not words[position].startswith("-"):
-                    found.append(words[position])
-                    position += 1
-            elif kind == "number":
-                digits = value[1:] if value[:1] == "-" else value
-                if digits.isascii() and digits.isdigit() and len(digits) < 16:
-                    found = int(value)
-                else:
-                    parsed.errors.append("--%s is a whole number" % name)
-            elif kind == "lockout" and value.lower() == "permanent":
-                found = "9999-12-31T23:59:59Z"
-            elif kind in ("moment", "lockout"):
-                found = moment(value)
-                if found is None:
-                    parsed.errors.append("--%s is an ISO 8601 date-time, such as 2030-01-31T12:00:00Z%s" % (
-                        name, ", or the word permanent" if kind == "lockout" else ", or Unix seconds"))
-        if any("\ud800" <= ch <= "\udfff" for ch in ("".join(found) if kind == "list" else value or "")):
-            parsed.errors.append("--%s is not valid UTF-8" % name)
+            # Whatever stands here is the value: passwords may begin with a hyphen.
+            texts = [self.take() if text is None else text]
+            while kind == "list" and self.next_is_value():
+                texts.append(self.take())
+        self.store(name, kind, texts)
+
+    def reject_unknown(self, name: str, without_value: bool) -> None:
+        self.parsed.errors.append("unknown option '--%s'" % name)
+        if guess := near(name, self.kinds):
+            self.parsed.hint = "did you mean --%s?" % guess
+        # The argument after it is most likely its value, and no second error.
+        if without_value and self.next_is_value():
+            self.take()
+
+    def store(self, name: str, kind: str, texts: list[str]) -> None:
+        """Convert and keep the value of an option: a list grows, anything else is given once."""
+        value, complaint = convert(kind, texts[0])
+        if complaint:
+            self.parsed.errors.append("--%s %s" % (name, complaint))
+        if any("\ud800" <= ch <= "\udfff" for text in texts for ch in text):
+            self.parsed.errors.append("--%s is not valid UTF-8" % name)
         if kind == "list":
-            parsed.values.setdefault(name, []).extend(found)
-        elif name in parsed.values:
-            parsed.errors.append("--%s is given twice" % name)
+            self.parsed.values.setdefault(name, []).extend(texts)
+        elif name in self.parsed.values:
+            self.parsed.errors.append("--%s is given twice" % name)
         else:
-            parsed.values[name] = found
+            self.parsed.values[name] = value
+
+
+def check_option(option: Option, values: dict) -> Iterator[str]:
+    """Yield what is wrong with the value of one option, or with its absence."""
+    given = values.get(option.name)
+    if option.kind == "secret" and option.stdin and given is not None:
+        if values.get(option.stdin):
+            yield "--%s and --%s exclude each other" % (option.name, option.stdin)
+        if given == "":
+            yield "--%s is blank" % option.name
+    if option.required and option.kind != "secret" and given is None:
+        yield "--%s is missing" % option.name
+    if given is None:
+        return
+    if option.choices and given.lower() not in option.choices:
+        yield "--%s is one of %s" % (option.name, ", ".join(option.choices))
+    if (option.of or option.within) and not all(
+            item.strip() for item in (given if isinstance(given, list) else [given])):
+        yield "--%s is blank" % option.name
+    if isinstance(given, int) and option.least is not None and given < option.least:
+        yield "--%s is at least %d" % (option.name, option.least)
+
+
+def check_change(command: Command, values: dict) -> Iterator[str]:
+    """Yield the error of an update that changes nothing."""
+    optional = [option for option in command.options if not option.required]
+    if command.at_least_one and not any(option.name in values or option.stdin in values for option in optional):
+        yield "nothing to change: give at least one of " + ", ".join("--" + option.name for option in optional)
+
+
+def parse(command: Command, args: list[str]) -> Parsed:
+    """Read the arguments after the command. Collects every error instead of stopping at the first."""
+    parsed = ArgumentReader(command, args).read()
     for option in command.options:
-        given = parsed.values.get(option.name)
-        if option.kind == "secret" and option.stdin and given is not None and parsed.values.get(option.stdin):
-            parsed.errors.append("--%s and --%s exclude each other" % (option.name, option.stdin))
-        if option.kind == "secret" and option.stdin and given == "":
-            parsed.errors.append("--%s is blank" % option.name)
-        if option.required and option.kind != "secret" and given is None:
-            parsed.errors.append("--%s is missing" % option.name)
-        if option.choices and given is not None and given.lower() not in option.choices:
-            parsed.errors.append("--%s is one of %s" % (option.name, ", ".join(option.choices)))
-        if (option.of or option.within) and any(not item.strip() for item in (
-                given if isinstance(given, list) else [] if given is None else [given])):
-            parsed.errors.append("--%s is blank" % option.name)
-        if isinstance(given, int) and option.least is not None and given < option.least:
-            parsed.errors.append("--%s is at least %d" % (option.name, option.least))
-    if command.at_least_one and not any(
-            option.name in parsed.values or option.stdin in parsed.values
-            for option in command.options if not option.required):
-        parsed.errors.append("nothing to change: give at least one of " + ", ".join(
-            "--" + option.name for option in command.options if not option.required))
+        parsed.errors += check_option(option, parsed.values)
+    parsed.errors += check_change(command, parsed.values)
     return parsed
 
 
