@@ -160,6 +160,125 @@ class Url:
             len(parts) == 4 and parts[0] == "127" and all(part.isdigit() for part in parts))
 
 
+def _bad_answer(why: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
+    return Unreachable(0, "bad_answer", why, hint=hint)
+
+
+def _status_of(line: str) -> int:
+    """Return the status of a status line. RFC 9112 §4."""
+    version, _, rest = line.partition(" ")
+    code = rest[:3]
+    if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
+        raise _bad_answer("not an HTTP answer")
+    return int(code)
+
+
+def _headers_of(lines: list[str]) -> dict[str, str]:
+    """Return the header fields by lower-case name. Two lengths that differ are malformed. RFC 9112 §6.3."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name, value = name.lower(), value.strip()
+        if not colon or (name == "content-length" and headers.get(name, value) != value):
+            raise _bad_answer("the head of the answer is malformed")
+        headers[name] = value
+    return headers
+
+
+class AnswerReader:
+    """Reads one HTTP answer from a connection. `left` returns the seconds that remain, or raises TimeoutError."""
+
+    def __init__(self, connection, left: Callable[[], float]):
+        self.connection, self.left, self.buffer = connection, left, bytearray()
+
+    def more(self) -> bool:
+        """Receive once. Return whether anything came before the end."""
+        self.connection.settimeout(self.left())
+        part = self.connection.recv(65536)
+        self.buffer.extend(part)
+        return bool(part)
+
+    def fill(self, size: int) -> None:
+        """Receive until the buffer has `size` bytes."""
+        if size > MAX_BODY:
+            raise _bad_answer("the answer is longer than %d MiB" % (MAX_BODY >> 20))
+        while len(self.buffer) < size:
+            if not self.more():
+                raise _bad_answer("the answer breaks off")
+
+    def read_head(self) -> list[str]:
+        """Take the lines before a blank line out of the buffer."""
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            if len(self.buffer) > MAX_HEAD:
+                raise _bad_answer("the head of the answer is too long")
+            if not self.more():
+                raise _bad_answer("not an HTTP answer" if self.buffer
+                                  else "the connection was closed without an answer")
+        head = self.buffer[:end].decode("latin-1").split("\r\n")
+        del self.buffer[:end + 4]
+        return head
+
+    def read(self) -> tuple[int, dict, bytes]:
+        """Return status, headers and body."""
+        status = 0
+        while status < 200:  # The ones below are interim: RFC 9110 §15.2.
+            head = self.read_head()
+            status = _status_of(head[0])
+        headers = _headers_of(head[1:])
+        return status, headers, b"" if status in (204, 304) else self.read_body(headers)
+
+    def read_body(self, headers: dict) -> bytes:
+        if "transfer-encoding" in headers:
+            if headers["transfer-encoding"].lower() != "chunked":
+                raise _bad_answer("the answer has an unknown transfer encoding")
+            return self.read_chunks()
+        if (length := headers.get("content-length")) is not None:
+            if not (length.isascii() and length.isdigit()) or len(length) > 18:
+                raise _bad_answer("the head of the answer is malformed")
+            self.fill(int(length))
+            return bytes(self.buffer[:int(length)])
+        while self.more():
+            if len(self.buffer) > MAX_BODY:
+                self.fill(len(self.buffer))
+        return bytes(self.buffer)
+
+    def read_chunks(self) -> bytes:
+        """Return the body of a chunked answer. RFC 9112 §7.1."""
+        body = bytearray()
+        while True:
+            while (end := self.buffer.find(b"\r\n")) < 0:
+                if len(self.buffer) > 1024 or not self.more():
+                    raise _bad_answer("the answer breaks off")
+            digits = bytes(self.buffer[:end]).split(b";")[0].strip()
+            if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
+                raise _bad_answer("the answer has a malformed chunk")
+            size = int(digits, 16)
+            del self.buffer[:end + 2]
+            if size == 0:
+                return bytes(body)
+            self.fill(len(body) + size if len(body) + size > MAX_BODY else size + 2)
+            body += self.buffer[:size]
+            if self.buffer[size:size + 2] != b"\r\n":
+                raise _bad_answer("the answer has a malformed chunk")
+            del self.buffer[:size + 2]
+
+
+def _tls(connection, host: str, ca_file: str | None, timeout: float):
+    import ssl
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as problem:
+        connection.close()
+        raise Unreachable(0, "untrusted", "cannot read the authorities in %s: %s"
+                          % (ca_file, problem.strerror or problem)) from None
+    connection.settimeout(timeout)
+    try:
+        return context.wrap_socket(connection, server_hostname=host)
+    except BaseException:
+        connection.close()
+        raise
+
+
 def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
              timeout: float, ca_file: str | None) -> tuple[int, dict, bytes]:
     """Send one request. Return status, headers (lower-case names) and body.
@@ -196,7 +315,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             connection.sendall(request)
         except (BrokenPipeError, ConnectionResetError):
             pass  # A server may refuse a request before it has read all of it; its answer is what counts.
-        return _read_answer(connection, left)
+        return AnswerReader(connection, left).read()
     except TimeoutError:
         raise Unreachable(0, "timeout", "no answer from %s within %g seconds" % (where, timeout)) from None
     except OSError as problem:
@@ -210,102 +329,6 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
     finally:
         if connection is not None:
             connection.close()
-
-
-def _tls(connection, host: str, ca_file: str | None, timeout: float):
-    import ssl
-    try:
-        context = ssl.create_default_context(cafile=ca_file or None)
-    except OSError as problem:
-        connection.close()
-        raise Unreachable(0, "untrusted", "cannot read the authorities in %s: %s"
-                          % (ca_file, problem.strerror or problem)) from None
-    connection.settimeout(timeout)
-    try:
-        return context.wrap_socket(connection, server_hostname=host)
-    except BaseException:
-        connection.close()
-        raise
-
-
-def _bad_answer(why: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
-    return Unreachable(0, "bad_answer", why, hint=hint)
-
-
-def _read_answer(connection, left) -> tuple[int, dict, bytes]:
-    buffer = bytearray()
-
-    def more() -> bool:
-        connection.settimeout(left())
-        part = connection.recv(65536)
-        buffer.extend(part)
-        return bool(part)
-
-    while True:
-        while (end := buffer.find(b"\r\n\r\n")) < 0:
-            if len(buffer) > MAX_HEAD:
-                raise _bad_answer("the head of the answer is too long")
-            if not more():
-                raise _bad_answer("the connection was closed without an answer" if not buffer else "not an HTTP answer")
-        head = buffer[:end].decode("latin-1").split("\r\n")
-        del buffer[:end + 4]
-        version, _, rest = head[0].partition(" ")
-        code = rest[:3]
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
-            raise _bad_answer("not an HTTP answer")
-        status = int(code)
-        if status >= 200:
-            break  # Whatever came before was interim: RFC 9110 §15.2.
-    headers: dict = {}
-    for line in head[1:]:
-        name, colon, value = line.partition(":")
-        name, value = name.lower(), value.strip()
-        if not colon or (name == "content-length" and headers.get(name, value) != value):
-            raise _bad_answer("the head of the answer is malformed")
-        headers[name] = value
-
-    def fill(size: int) -> None:
-        if size > MAX_BODY:
-            raise _bad_answer("the answer is longer than %d MiB" % (MAX_BODY >> 20))
-        while len(buffer) < size:
-            if not more():
-                raise _bad_answer("the answer breaks off")
-
-    if status in (204, 304):
-        return status, headers, b""
-    if "transfer-encoding" in headers:
-        if headers["transfer-encoding"].lower() != "chunked":
-            raise _bad_answer("the answer has an unknown transfer encoding")
-        return status, headers, _read_chunks(buffer, fill, more)
-    if (length := headers.get("content-length")) is not None:
-        if not (length.isascii() and length.isdigit()) or len(length) > 18:
-            raise _bad_answer("the head of the answer is malformed")
-        fill(int(length))
-        return status, headers, bytes(buffer[:int(length)])
-    while more():
-        if len(buffer) > MAX_BODY:
-            fill(len(buffer))
-    return status, headers, bytes(buffer)
-
-
-def _read_chunks(buffer: bytearray, fill, more) -> bytes:
-    body = bytearray()
-    while True:
-        while (end := buffer.find(b"\r\n")) < 0:
-            if len(buffer) > 1024 or not more():
-                raise _bad_answer("the answer breaks off")
-        digits = bytes(buffer[:end]).split(b";")[0].strip()
-        if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
-            raise _bad_answer("the answer has a malformed chunk")
-        size = int(digits, 16)
-        del buffer[:end + 2]
-        if size == 0:
-            return bytes(body)
-        fill(len(body) + size if len(body) + size > MAX_BODY else size + 2)
-        body += buffer[:size]
-        if buffer[size:size + 2] != b"\r\n":
-            raise _bad_answer("the answer has a malformed chunk")
-        del buffer[:size + 2]
 
 
 def read_json(body: bytes):
@@ -415,6 +438,69 @@ def listing(*takes: str) -> Callable[[Callable[P, Iterator[list[dict]]]], Callab
     return decorate
 
 
+def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
+    """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
+    if not isinstance(value, dict):
+        if status in (502, 504):
+            return Unreachable(status, "unreachable", "a gateway answers that the server cannot be reached (%d)" % status)
+        value = {}
+    error = value.get("error")
+    error = error if isinstance(error, str) and error else "http_%d" % status
+    message = value.get("message") or value.get("error_description")
+    if not isinstance(message, str):
+        message = ("the token is not accepted" if status == 401 and with_token else
+                   "too many requests" if status == 429 else "the server answers %d %s" % (
+                       status, "" if error.startswith("http_") else error)).strip()
+    errors = value.get("errors")
+    errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
+    wait = fields.get("retry-after", "")
+    wait = wait if wait.isascii() and wait.isdigit() and len(wait) < 10 else ""
+    return MadError(status, error, message, errors, "try again in %s seconds" % wait if wait else "", int(wait or 0))
+
+
+def _checked_token(answer: dict) -> dict:
+    token = answer.get("access_token")
+    if not isinstance(token, str) or not is_token(token):
+        raise _bad_answer("the answer has no access token")
+    return answer
+
+
+def _encode(path: str, json, form: dict | None, query: dict | str | None) -> tuple[str, dict, bytes | None]:
+    """Return the request target, the Content-Type header if there is a body, and the body."""
+    fields, body = {}, None
+    if query or form is not None:
+        from urllib.parse import urlencode
+        if query:
+            path += "?" + (query if isinstance(query, str) else urlencode(query))
+        if form is not None:
+            fields["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urlencode(form).encode("ascii")
+    if json is not None:
+        from json import dumps
+        fields["Content-Type"] = "application/json"
+        body = dumps(json, separators=(",", ":")).encode("ascii")
+    return path, fields, body
+
+
+def _decode(status: int, headers: dict, octets: bytes, want: type | tuple[type, ...], with_token: bool):
+    """Return the value of an answer that is a success and a `want`. Raises MadError."""
+    if want is bytes and status < 300:
+        return octets
+    try:
+        value = read_json(octets) if octets else None
+    except ValueError:
+        value = octets  # No JSON value is bytes, so this is no `want`.
+    if status >= 400:
+        raise _failure(status, headers, value, with_token)
+    if want is dict and status == 204:
+        return {"success": True, "message": ""}
+    if want is dict and isinstance(value, dict) and value.get("success") is False:
+        raise _failure(status, headers, value, False)
+    if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
+        raise _bad_answer("the answer is not the JSON it should be")
+    return value
+
+
 class Answer:
     """What came back: `status`, `headers` (lower-case names), `value` (of the JSON)."""
     __slots__ = ("status", "headers", "value")
@@ -431,7 +517,7 @@ class Binding:
         self.ca_file, self.timeout = ca_file, TIMEOUT if timeout is None else timeout
 
     def send(self, method: str, path: str, *, json=None, form: dict | None = None, query: dict | str | None = None,
-             want: type = dict, anonymous: bool = False, headers: dict | None = None) -> Answer:
+             want: type | tuple[type, ...] = dict, anonymous: bool = False, headers: dict | None = None) -> Answer:
         """Send a request and return its Answer, whose JSON must be a `want` (bytes: whatever it is, unread).
 
         `path` is already escaped. The bearer goes along unless `anonymous`. For what no method does, such as
@@ -441,47 +527,23 @@ class Binding:
             admin.send("PUT", "/users/" + id, json={"email": email}, headers={"If-Match": etag})  # or 412
         """
         url = Url(self.url)
-        headers, body, target = dict(headers or {}), None, path
-        if query or form is not None:
-            from urllib.parse import urlencode
-            if query:
-                target += "?" + (query if isinstance(query, str) else urlencode(query))
-            if form is not None:
-                headers["Content-Type"] = "application/x-www-form-urlencoded"
-                body = urlencode(form).encode("ascii")
-        if json is not None:
-            from json import dumps
-            headers["Content-Type"] = "application/json"
-            body = dumps(json, separators=(",", ":")).encode("ascii")
+        target, fields, body = _encode(path, json, form, query)
+        fields = {**(headers or {}), **fields}
         with_token = bool(self.token) and not anonymous
         if with_token:
             if not is_token(self.token or ""):
                 raise BadValue("the token has characters no token has")
-            headers["Authorization"] = "Bearer " + (self.token or "")
-        if any(not (text.isascii() and text.isprintable()) for item in headers.items() for text in item):
+            fields["Authorization"] = "Bearer " + (self.token or "")
+        if any(not (text.isascii() and text.isprintable()) for item in fields.items() for text in item):
             raise BadValue("a header has characters no header has")
-        status, fields, answer = exchange(url, method, url.base + target, headers, body, self.timeout, self.ca_file)
+        status, received, octets = exchange(url, method, url.base + target, fields, body, self.timeout, self.ca_file)
         if 300 <= status < 400:
             raise Unreachable(status, "bad_answer", "%s redirects elsewhere, which is not followed" % url.text,
                               hint="give the address it leads to, if you trust it")
-        if want is bytes and status < 300:
-            return Answer(status, fields, answer)
-        try:
-            value = read_json(answer) if answer else None
-        except ValueError:
-            value = answer  # Bytes: no JSON value is.
-        if status >= 400:
-            if status == 404 and fields.get("x-not-found") == "route":
-                raise NoRoute(404, "not_found", "this server has no %s %s" % (method, path),
-                              hint="is it older than this mad, or is the feature switched off there?")
-            raise _failure(status, fields, value, with_token)
-        if want is dict and status == 204:
-            return Answer(status, fields, {"success": True, "message": ""})
-        if want is dict and isinstance(value, dict) and value.get("success") is False:
-            raise _failure(status, fields, value, False)
-        if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
-            raise _bad_answer("the answer is not the JSON it should be")
-        return Answer(status, fields, value)
+        if status == 404 and received.get("x-not-found") == "route":
+            raise NoRoute(404, "not_found", "this server has no %s %s" % (method, path),
+                          hint="is it older than this mad, or is the feature switched off there?")
+        return Answer(status, received, _decode(status, received, octets, want, with_token))
 
     def request(self, method: str, path: str, **how):
         """Send a request as `send` does, and return the value of its JSON answer alone."""
@@ -582,7 +644,7 @@ class MadClient(Binding):
         """GET /{kind}/id-by-name/{name}. `kind`: users, roles, permissions, scopes, clients. Return the id; 404 if none."""
         if "/" in name or "\\" in name:
             return self._search_id(kind, name.strip())
-        answer = self.request("GET", _at(kind, "id-by-name", name), want=(dict, str))  # type: ignore[arg-type]
+        answer = self.request("GET", _at(kind, "id-by-name", name), want=(dict, str))
         found = answer if isinstance(answer, str) else answer.get("result")
         if not isinstance(found, str) or not found:
             raise _bad_answer("the answer is not the JSON it should be")
@@ -1134,33 +1196,6 @@ class MadClient(Binding):
     def delete_backup(self, name: str) -> dict:
         """DELETE /backup/{name}. Return Msg."""
         return self.request("DELETE", _at("backup", name))
-
-
-def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
-    """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
-    if not isinstance(value, dict):
-        if status in (502, 504):
-            return Unreachable(status, "unreachable", "a gateway answers that the server cannot be reached (%d)" % status)
-        value = {}
-    error = value.get("error")
-    error = error if isinstance(error, str) and error else "http_%d" % status
-    message = value.get("message") or value.get("error_description")
-    if not isinstance(message, str):
-        message = ("the token is not accepted" if status == 401 and with_token else
-                   "too many requests" if status == 429 else "the server answers %d %s" % (
-                       status, "" if error.startswith("http_") else error)).strip()
-    errors = value.get("errors")
-    errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
-    wait = fields.get("retry-after", "")
-    wait = wait if wait.isascii() and wait.isdigit() and len(wait) < 10 else ""
-    return MadError(status, error, message, errors, "try again in %s seconds" % wait if wait else "", int(wait or 0))
-
-
-def _checked_token(answer: dict) -> dict:
-    token = answer.get("access_token")
-    if not isinstance(token, str) or not is_token(token):
-        raise _bad_answer("the answer has no access token")
-    return answer
 
 
 # == AuthClient ================================================================
