@@ -148,10 +148,10 @@ class Url:
         self.scheme, self.host = parts.scheme, parts.hostname
         self.port = port if port is not None else 443 if self.scheme == "https" else 80
         self.base = parts.path.rstrip("/")
-        name = "[%s]" % self.host if ":" in self.host else self.host
+        name = f"[{self.host}]" if ":" in self.host else self.host
         default = self.port == (443 if self.scheme == "https" else 80)
-        self.authority = name if default else "%s:%d" % (name, self.port)
-        self.text = "%s://%s%s" % (self.scheme, self.authority, self.base)
+        self.authority = name if default else f"{name}:{self.port}"
+        self.text = f"{self.scheme}://{self.authority}{self.base}"
 
     @property
     def is_loopback(self) -> bool:
@@ -201,7 +201,7 @@ class AnswerReader:
     def fill(self, size: int) -> None:
         """Receive until the buffer has `size` bytes."""
         if size > MAX_BODY:
-            raise _bad_answer("the answer is longer than %d MiB" % (MAX_BODY >> 20))
+            raise _bad_answer(f"the answer is longer than {MAX_BODY >> 20} MiB")
         while len(self.buffer) < size:
             if not self.more():
                 raise _bad_answer("the answer breaks off")
@@ -269,8 +269,7 @@ def _tls(connection, host: str, ca_file: str | None, timeout: float):
         context = ssl.create_default_context(cafile=ca_file or None)
     except OSError as problem:
         connection.close()
-        raise Unreachable(0, "untrusted", "cannot read the authorities in %s: %s"
-                          % (ca_file, problem.strerror or problem)) from None
+        raise Unreachable(0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
     connection.settimeout(timeout)
     try:
         return context.wrap_socket(connection, server_hostname=host)
@@ -296,11 +295,11 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             raise TimeoutError
         return rest
 
-    lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + url.authority, "Connection: close",
+    lines = [f"{method} {target} HTTP/1.1", "Host: " + url.authority, "Connection: close",
              "Accept: application/json", "User-Agent: mad/" + VERSION]
-    lines += ["%s: %s" % item for item in headers.items()]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     if body is not None or method != "GET":
-        lines.append("Content-Length: %d" % len(body or b""))
+        lines.append(f"Content-Length: {len(body) if body else 0}")
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii") + (body or b"")
 
     where = url.text
@@ -317,14 +316,14 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             pass  # A server may refuse a request before it has read all of it; its answer is what counts.
         return AnswerReader(connection, left).read()
     except TimeoutError:
-        raise Unreachable(0, "timeout", "no answer from %s within %g seconds" % (where, timeout)) from None
+        raise Unreachable(0, "timeout", f"no answer from {where} within {timeout:g} seconds") from None
     except OSError as problem:
         if type(problem).__module__ == "ssl":
             reason = getattr(problem, "verify_message", "") or getattr(problem, "reason", "") or str(problem)
-            raise Unreachable(0, "untrusted", "no secure connection to %s: %s" % (where, reason), hint=(
+            raise Unreachable(0, "untrusted", f"no secure connection to {where}: {reason}", hint=(
                 "name the authority that signed its certificate in MAD_CA_FILE" if hasattr(problem, "verify_message")
                 else "does the server speak TLS on this port?")) from None
-        raise Unreachable(0, "unreachable", "cannot reach %s: %s" % (where, problem.strerror or problem),
+        raise Unreachable(0, "unreachable", f"cannot reach {where}: {problem.strerror or problem}",
                           hint="is the server running, and is this its address?") from None
     finally:
         if connection is not None:
@@ -357,7 +356,7 @@ def decode_jwt(token: str) -> tuple[dict, dict, str]:
     import binascii
     parts = token.split(".")
     if len(parts) != 3:
-        raise ValueError("not a JWT: it has %d parts instead of three" % len(parts))
+        raise ValueError(f"not a JWT: it has {len(parts)} parts instead of three")
     found = []
     for name, part in zip(("header", "payload"), parts):
         try:
@@ -366,13 +365,13 @@ def decode_jwt(token: str) -> tuple[dict, dict, str]:
             octets = binascii.a2b_base64(part.replace("-", "+").replace("_", "/") + "=" * (-len(part) % 4),
                                          strict_mode=True)
         except ValueError:
-            raise ValueError("not a JWT: its %s is not base64url" % name) from None
+            raise ValueError(f"not a JWT: its {name} is not base64url") from None
         try:
             value = read_json(octets)
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise ValueError("not a JWT: its %s is not a JSON object" % name)
+            raise ValueError(f"not a JWT: its {name} is not a JSON object")
         found.append(value)
     return found[0], found[1], parts[2]
 
@@ -394,7 +393,7 @@ def _at(*parts: str) -> str:
     from urllib.parse import quote
     for part in parts:
         if not isinstance(part, str) or not part.strip() or part in (".", ".."):
-            raise BadValue("an id or a name is needed here, not %r" % (part,))
+            raise BadValue(f"an id or a name is needed here, not {part!r}")
     return "".join("/" + quote(part, safe="") for part in parts)
 
 
@@ -442,20 +441,24 @@ def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
     """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
     if not isinstance(value, dict):
         if status in (502, 504):
-            return Unreachable(status, "unreachable", "a gateway answers that the server cannot be reached (%d)" % status)
+            return Unreachable(status, "unreachable",
+                               f"a gateway answers that the server cannot be reached ({status})")
         value = {}
     error = value.get("error")
-    error = error if isinstance(error, str) and error else "http_%d" % status
+    error = error if isinstance(error, str) and error else f"http_{status}"
     message = value.get("message") or value.get("error_description")
     if not isinstance(message, str):
-        message = ("the token is not accepted" if status == 401 and with_token else
-                   "too many requests" if status == 429 else "the server answers %d %s" % (
-                       status, "" if error.startswith("http_") else error)).strip()
+        if status == 401 and with_token:
+            message = "the token is not accepted"
+        elif status == 429:
+            message = "too many requests"
+        else:
+            message = f"the server answers {status} {'' if error.startswith('http_') else error}".strip()
     errors = value.get("errors")
     errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
     wait = fields.get("retry-after", "")
     wait = wait if wait.isascii() and wait.isdigit() and len(wait) < 10 else ""
-    return MadError(status, error, message, errors, "try again in %s seconds" % wait if wait else "", int(wait or 0))
+    return MadError(status, error, message, errors, f"try again in {wait} seconds" if wait else "", int(wait or 0))
 
 
 def _checked_token(answer: dict) -> dict:
@@ -538,10 +541,10 @@ class Binding:
             raise BadValue("a header has characters no header has")
         status, received, octets = exchange(url, method, url.base + target, fields, body, self.timeout, self.ca_file)
         if 300 <= status < 400:
-            raise Unreachable(status, "bad_answer", "%s redirects elsewhere, which is not followed" % url.text,
+            raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
                               hint="give the address it leads to, if you trust it")
         if status == 404 and received.get("x-not-found") == "route":
-            raise NoRoute(404, "not_found", "this server has no %s %s" % (method, path),
+            raise NoRoute(404, "not_found", f"this server has no {method} {path}",
                           hint="is it older than this mad, or is the feature switched off there?")
         return Answer(status, received, _decode(status, received, octets, want, with_token))
 
@@ -1337,7 +1340,7 @@ class AuthClient(Binding):
 # alone: whoever can plant a file or a link here could steal a token or lend a false one.
 
 def _unsafe(path: str, why: str) -> Refusal:
-    return Refusal(LOGIN, "unsafe_file", "%s %s" % (path, why), hint="look at it, then remove it")
+    return Refusal(LOGIN, "unsafe_file", f"{path} {why}", hint="look at it, then remove it")
 
 
 def read_private(path: str) -> str | None:
@@ -1351,7 +1354,7 @@ def read_private(path: str) -> str | None:
     except OSError as problem:
         if os.path.islink(path):
             raise _unsafe(path, "is a symbolic link") from None
-        raise Refusal(LOGIN, "unsafe_file", "cannot read %s: %s" % (path, problem.strerror)) from None
+        raise Refusal(LOGIN, "unsafe_file", f"cannot read {path}: {problem.strerror}") from None
     try:
         info = os.fstat(handle)
         _check_private(path, info)
@@ -1361,7 +1364,7 @@ def read_private(path: str) -> str | None:
             os.fchmod(handle, 0o600)  # The original left its files readable to all.
         octets = os.read(handle, MAX_SECRET + 1)
     except OSError as problem:
-        raise Refusal(LOGIN, "unsafe_file", "cannot read %s: %s" % (path, problem.strerror)) from None
+        raise Refusal(LOGIN, "unsafe_file", f"cannot read {path}: {problem.strerror}") from None
     finally:
         os.close(handle)
     try:
@@ -1383,7 +1386,8 @@ def _check_private(path: str, info: os.stat_result) -> None:
 def write_private(path: str, text: str, modified_at: int | None = None) -> None:
     """Put `text` into a file of mode 0600, whole or not at all, whatever the umask. Raises Refusal."""
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, ".%s.%d.%s" % (os.path.basename(path).lstrip("."), os.getpid(), os.urandom(6).hex()))
+    name = os.path.basename(path).lstrip(".")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(6).hex()}")
     try:
         try:
             _check_private(path, os.lstat(path))
@@ -1409,7 +1413,7 @@ def write_private(path: str, text: str, modified_at: int | None = None) -> None:
         finally:
             os.close(handle)
     except OSError as problem:
-        raise Refusal(LOGIN, "unsafe_file", "cannot write %s: %s" % (path, problem.strerror)) from None
+        raise Refusal(LOGIN, "unsafe_file", f"cannot write {path}: {problem.strerror}") from None
 
 
 class Profile:
@@ -1439,7 +1443,7 @@ class Profile:
         except FileNotFoundError:
             return False
         except OSError as problem:
-            raise Refusal(LOGIN, "unsafe_file", "cannot remove %s: %s" % (self.token_path, problem.strerror)) from None
+            raise Refusal(LOGIN, "unsafe_file", f"cannot remove {self.token_path}: {problem.strerror}") from None
         return True
 
 
@@ -1621,11 +1625,11 @@ def words_in(path: str) -> list[str]:
             octets = file.read(MAX_SECRET + 1)
         text = octets.decode("utf-8-sig")
     except OSError as problem:
-        raise ValueError("cannot read %s: %s" % (path, problem.strerror)) from None
+        raise ValueError(f"cannot read {path}: {problem.strerror}") from None
     except ValueError:
-        raise ValueError("%s is not text in UTF-8" % path) from None
+        raise ValueError(f"{path} is not text in UTF-8") from None
     if len(octets) > MAX_SECRET:
-        raise ValueError("%s is too long" % path)
+        raise ValueError(f"{path} is too long")
     found = []
     for row in text.splitlines():
         if not row.lstrip().startswith("#"):
@@ -1634,7 +1638,7 @@ def words_in(path: str) -> list[str]:
             try:
                 found += list(lexer)
             except ValueError:
-                raise ValueError("%s has a quote without its end" % path) from None
+                raise ValueError(f"{path} has a quote without its end") from None
     return found
 
 
@@ -1687,7 +1691,7 @@ class ArgumentReader:
             if arg in HELP_WORDS:
                 self.parsed.wants_help = True
             elif arg == "--":
-                self.parsed.errors += ["unexpected word '%s'" % extra for extra in self.args[self.position:]]
+                self.parsed.errors += [f"unexpected word '{extra}'" for extra in self.args[self.position:]]
                 break
             elif arg.startswith("@") and len(arg) > 1:
                 self.insert_file(arg[1:])
@@ -1696,8 +1700,8 @@ class ArgumentReader:
             elif arg.startswith("--"):
                 self.read_option(arg)
             else:
-                self.parsed.errors.append("%s '%s'" % (
-                    "unknown option" if arg.startswith("-") else "unexpected word", arg))
+                complaint = "unknown option" if arg.startswith("-") else "unexpected word"
+                self.parsed.errors.append(f"{complaint} '{arg}'")
         return self.parsed
 
     def insert_file(self, path: str) -> None:
@@ -1725,7 +1729,7 @@ class ArgumentReader:
                 text = self.take() if (self.peek() or "").lower() in ("true", "false") else "true"
             texts = [text.lower()]
         elif text is None and self.peek() is None:
-            self.parsed.errors.append("--%s needs a value" % name)
+            self.parsed.errors.append(f"--{name} needs a value")
             return
         else:
             # Whatever stands here is the value: passwords may begin with a hyphen.
@@ -1735,9 +1739,9 @@ class ArgumentReader:
         self.store(name, kind, texts)
 
     def reject_unknown(self, name: str, without_value: bool) -> None:
-        self.parsed.errors.append("unknown option '--%s'" % name)
+        self.parsed.errors.append(f"unknown option '--{name}'")
         if guess := near(name, self.kinds):
-            self.parsed.hint = "did you mean --%s?" % guess
+            self.parsed.hint = f"did you mean --{guess}?"
         # The argument after it is most likely its value, and no second error.
         if without_value and self.next_is_value():
             self.take()
@@ -1746,13 +1750,13 @@ class ArgumentReader:
         """Convert and keep the value of an option: a list grows, anything else is given once."""
         value, complaint = convert(kind, texts[0])
         if complaint:
-            self.parsed.errors.append("--%s %s" % (name, complaint))
+            self.parsed.errors.append(f"--{name} {complaint}")
         if any("\ud800" <= ch <= "\udfff" for text in texts for ch in text):
-            self.parsed.errors.append("--%s is not valid UTF-8" % name)
+            self.parsed.errors.append(f"--{name} is not valid UTF-8")
         if kind == "list":
             self.parsed.values.setdefault(name, []).extend(texts)
         elif name in self.parsed.values:
-            self.parsed.errors.append("--%s is given twice" % name)
+            self.parsed.errors.append(f"--{name} is given twice")
         else:
             self.parsed.values[name] = value
 
@@ -1762,20 +1766,20 @@ def check_option(option: Option, values: dict) -> Iterator[str]:
     given = values.get(option.name)
     if option.kind == "secret" and option.stdin and given is not None:
         if values.get(option.stdin):
-            yield "--%s and --%s exclude each other" % (option.name, option.stdin)
+            yield f"--{option.name} and --{option.stdin} exclude each other"
         if given == "":
-            yield "--%s is blank" % option.name
+            yield f"--{option.name} is blank"
     if option.required and option.kind != "secret" and given is None:
-        yield "--%s is missing" % option.name
+        yield f"--{option.name} is missing"
     if given is None:
         return
     if option.choices and given.lower() not in option.choices:
-        yield "--%s is one of %s" % (option.name, ", ".join(option.choices))
+        yield f"--{option.name} is one of " + ", ".join(option.choices)
     if (option.of or option.within) and not all(
             item.strip() for item in (given if isinstance(given, list) else [given])):
-        yield "--%s is blank" % option.name
+        yield f"--{option.name} is blank"
     if isinstance(given, int) and option.least is not None and given < option.least:
-        yield "--%s is at least %d" % (option.name, option.least)
+        yield f"--{option.name} is at least {option.least}"
 
 
 def check_change(command: Command, values: dict) -> Iterator[str]:
@@ -1811,7 +1815,7 @@ def plain(value) -> str:
     if text.isprintable():
         return text
     return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii")
-                   if not "\ud800" <= ch <= "\udfff" else "\\u%04x" % ord(ch) for ch in text)
+                   if not "\ud800" <= ch <= "\udfff" else f"\\u{ord(ch):04x}" for ch in text)
 
 
 def cell(member: str, value) -> str:
@@ -1868,7 +1872,7 @@ def table(what: str, *specs: str):
         rows = ([cell(member, row.get(member)) for member in members] for row in rows)
         first = list(islice(rows, PAGE))
         if not first:
-            yield "(no %s)" % what
+            yield f"(no {what})"
             return
         first.insert(0, [title.upper() for title in titles])
         widths = [max(columns_of(texts[i]) for texts in first) for i in range(len(members))]
@@ -1901,7 +1905,7 @@ def fields(*specs: str):
     def show(row: dict) -> list[str]:
         pairs = [(title, cell(member, row[member])) for title, member in map(_titled, specs) if member in row]
         width = max((len(title) for title, _ in pairs), default=0)
-        return ["%s  %s" % ((title + ":").ljust(width + 1), text) for title, text in pairs]
+        return [(title + ":").ljust(width + 3) + text for title, text in pairs]
     return show
 
 
@@ -1957,7 +1961,7 @@ def tell(kind: str, text: str) -> None:
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     try:
-        print("mad: %s: %s" % (kind, text), file=sys.stderr)
+        print(f"mad: {kind}: {text}", file=sys.stderr)
     except OSError:
         pass
 
@@ -1973,14 +1977,14 @@ def nouns(commands) -> list[str]:
 def _rows(pairs) -> list[str]:
     pairs = list(pairs)
     width = max(len(left) for left, _ in pairs) if pairs else 0
-    return ["  %s  %s" % (left.ljust(width), right) for left, right in pairs]
+    return [f"  {left.ljust(width)}  {right}" for left, right in pairs]
 
 
 def _spellings(option: Option) -> list[tuple[str, str]]:
     """Return the ways to give an option, each with what to say about it."""
     found = []
     if option.name:
-        kind = {"flag": " [true|false]", "list": " %s ..." % option.metavar}.get(option.kind, " " + option.metavar)
+        kind = {"flag": " [true|false]", "list": f" {option.metavar} ..."}.get(option.kind, " " + option.metavar)
         must = " (required)" if option.required and (option.kind != "secret" or not option.stdin) else ""
         found.append(("--" + option.name + kind, option.help + must))
     if option.stdin:
@@ -2021,7 +2025,7 @@ def help_noun(commands, noun: str) -> str:
     chosen = [command for command in commands if command.name.split()[0] == noun]
     bare = [help_command(command) + "\n" for command in chosen if command.name == noun]
     return "\n".join(
-        bare + ["usage: mad %s <verb> [options]" % noun, "", "verbs:"]
+        bare + [f"usage: mad {noun} <verb> [options]", "", "verbs:"]
         + _rows((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
         + ["", "for example:", "  " + chosen[0].example])
 
@@ -2032,7 +2036,7 @@ def help_command(command: Command) -> str:
     if command.danger is not None:
         more = ["", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask"]
     return "\n".join(
-        ["usage: mad %s [options]" % command.name, "", command.help] + more + ["", "options:"]
+        [f"usage: mad {command.name} [options]", "", command.help] + more + ["", "options:"]
         + _rows(pair for option in command.all_options() for pair in _spellings(option))
         + ["", "for example:", "  " + command.example])
 
@@ -2048,7 +2052,7 @@ def describe_commands(commands) -> list[tuple[str, str, str]]:
         for option in command.options:
             if option not in SERVER and option not in LIST:
                 text = " | ".join(left for left, _ in _spellings(option))
-                words.append(text if option.required and "|" not in text else "[%s]" % text)
+                words.append(text if option.required and "|" not in text else f"[{text}]")
         request = (command.call.__doc__ or "").partition(". ")[0].partition(".\n")[0]
         found.append((" ".join(words), command.help,
                       request if request.startswith(("GET /", "POST /", "PUT /", "DELETE /")) else ""))
@@ -2069,57 +2073,60 @@ def _word_cases(commands) -> list[tuple[str, list[str]]]:
     return list(cases.items())
 
 
-def complete_bash(commands) -> str:
-    """Return the completion script for bash."""
-    cases = "\n".join("    '%s') words='%s' ;;" % (start, " ".join(words)) for start, words in _word_cases(commands))
-    return """# completion of mad for bash
+BASH_HEAD = """# completion of mad for bash
 _mad() {
   local words= start=
   [ "$COMP_CWORD" -gt 1 ] && start=${COMP_WORDS[1]}
   [ "$COMP_CWORD" -gt 2 ] && [ "${COMP_WORDS[2]#-}" = "${COMP_WORDS[2]}" ] && start="$start ${COMP_WORDS[2]}"
   case "$start" in
-%s
-  esac
+"""
+BASH_TAIL = """  esac
   COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
-complete -o default -F _mad mad""" % cases
-
-
-def complete_zsh(commands) -> str:
-    """Return the completion script for zsh."""
-    cases = "\n".join("    '%s') found=(%s) ;;" % (start, " ".join(words)) for start, words in _word_cases(commands))
-    return """#compdef mad
+complete -o default -F _mad mad"""
+ZSH_HEAD = """#compdef mad
 _mad() {
   local start=
   local -a found
   (( CURRENT > 2 )) && start=$words[2]
   (( CURRENT > 3 )) && [[ $words[3] != -* ]] && start="$start $words[3]"
   case "$start" in
-%s
-  esac
+"""
+ZSH_TAIL = """  esac
   compadd -- $found || _files
 }
-if [ "$funcstack[1]" = "_mad" ]; then _mad "$@"; else compdef _mad mad; fi""" % cases
+if [ "$funcstack[1]" = "_mad" ]; then _mad "$@"; else compdef _mad mad; fi"""
+
+
+def complete_bash(commands) -> str:
+    """Return the completion script for bash."""
+    cases = [f"    '{start}') words='{' '.join(words)}' ;;\n" for start, words in _word_cases(commands)]
+    return BASH_HEAD + "".join(cases) + BASH_TAIL
+
+
+def complete_zsh(commands) -> str:
+    """Return the completion script for zsh."""
+    cases = [f"    '{start}') found=({' '.join(words)}) ;;\n" for start, words in _word_cases(commands)]
+    return ZSH_HEAD + "".join(cases) + ZSH_TAIL
 
 
 def complete_fish(commands) -> str:
     """Return the completion script for fish."""
     def quoted(text):
-        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     lines = ["# completion of mad for fish", "complete -c mad -f",
-             "complete -c mad -n __fish_use_subcommand -a %s" % quoted(" ".join(nouns(commands)))]
+             "complete -c mad -n __fish_use_subcommand -a " + quoted(" ".join(nouns(commands)))]
     for command in commands:
         noun, _, verb = command.name.partition(" ")
         seen = "__fish_seen_subcommand_from " + noun
         if verb:
             others = " ".join(c.name.split()[1] for c in commands if c.name.startswith(noun + " "))
-            lines.append("complete -c mad -n '%s; and not __fish_seen_subcommand_from %s' -a %s -d %s"
-                         % (seen, others, verb, quoted(command.help)))
+            lines.append(f"complete -c mad -n '{seen}; and not __fish_seen_subcommand_from {others}' -a {verb} -d {quoted(command.help)}")
             seen += "; and __fish_seen_subcommand_from " + verb
         for option in command.all_options():
             for left, text in _spellings(option):
                 takes = "" if option.kind == "flag" or left.endswith("-stdin") else " -r"
-                lines.append("complete -c mad -n '%s' -l %s%s -d %s" % (seen, left.split()[0][2:], takes, quoted(text)))
+                lines.append(f"complete -c mad -n '{seen}' -l {left.split()[0][2:]}{takes} -d {quoted(text)}")
     return "\n".join(lines)
 
 
@@ -2144,9 +2151,9 @@ class Shell:
         try:
             url = Url(text)
         except BadValue as problem:
-            raise Refusal(USAGE, "bad_url", "%s is %s" % (origin, problem)) from None
+            raise Refusal(USAGE, "bad_url", f"{origin} is {problem}") from None
         if url.scheme == "http" and not url.is_loopback:
-            tell("warning", "secrets and tokens travel in clear to %s; use https" % url.text)
+            tell("warning", f"secrets and tokens travel in clear to {url.text}; use https")
         return url
 
     def admin_url(self) -> Url:
@@ -2179,7 +2186,7 @@ class Shell:
         else:
             token = self.profile.token()
             if token and url.text != (issuer := self.issuer().text):
-                raise Refusal(LOGIN, "foreign_server", "the saved login is for %s, not for %s" % (issuer, url.text),
+                raise Refusal(LOGIN, "foreign_server", f"the saved login is for {issuer}, not for {url.text}",
                               hint="log in there with: mad session login --admin-url " + url.text)
             if token:
                 self._check_age(token, hint)
@@ -2218,7 +2225,7 @@ class Shell:
             return None
         if not on_terminal():
             ways = " or ".join("--" + name for name in (option.stdin, option.name) if name)
-            raise Refusal(USAGE, "usage", "%s is missing" % ways, hint="pipe it in with --" + option.stdin)
+            raise Refusal(USAGE, "usage", f"{ways} is missing", hint="pipe it in with --" + option.stdin)
         if option.known:
             return ask_secret("password: ")
         first = ask_secret("new password: ")
@@ -2237,8 +2244,8 @@ class Shell:
                 raise
             if option.loose:
                 return value
-            raise MadError(404, problem.error, "there is no %s '%s'" % (option.of[:-1], value),
-                           hint="see: mad %s list" % option.of[:-1]) from None
+            raise MadError(404, problem.error, f"there is no {option.of[:-1]} '{value}'",
+                           hint=f"see: mad {option.of[:-1]} list") from None
 
 
     def resolve_within(self, client: MadClient, option: Option, value: str, whole: str | None) -> str:
@@ -2247,19 +2254,19 @@ class Shell:
             return value.lower()
         owner, parts, members = option.within
         if whole is None:
-            raise Refusal(USAGE, "usage", "--%s is no id, and to look it up --%s is missing" % (option.name, owner))
+            raise Refusal(USAGE, "usage", f"--{option.name} is no id, and to look it up --{owner} is missing")
         for row in client.each(getattr(client, parts.__name__), whole):
             if value in [row.get(member) for member in members] and isinstance(row.get("id"), str):
                 return row["id"]
-        raise MadError(404, "not_found", "there is no '%s' there" % value)
+        raise MadError(404, "not_found", f"there is no '{value}' there")
 
     def confirm(self, command: Command) -> None:
         """Ask whoever sits at the terminal before something is destroyed. Raises Refusal when it shall not be."""
         if command.danger is None or self.values.get("yes") or not on_terminal():
             return
-        sys.stderr.write("mad %s: %s\n" % (command.name, command.help))
+        sys.stderr.write(f"mad {command.name}: {command.help}\n")
         word = (self.values.get(command.danger) or "").strip() if command.danger else ""
-        if not (ask("type %s to confirm: " % plain(word)) == word if word else ask("go on? [y/N] ").lower() in ("y", "yes")):
+        if not (ask(f"type {plain(word)} to confirm: ") == word if word else ask("go on? [y/N] ").lower() in ("y", "yes")):
             raise Refusal(USAGE, "not_confirmed", "not confirmed; nothing was sent")
 
 
@@ -2277,9 +2284,9 @@ def read_secret(origin: str) -> str:
         octets = sys.stdin.buffer.readline(MAX_SECRET + 1)
         text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
     except (AttributeError, ValueError, OSError):
-        raise Refusal(USAGE, "usage", "%s finds no text in UTF-8 on standard input" % origin) from None
+        raise Refusal(USAGE, "usage", f"{origin} finds no text in UTF-8 on standard input") from None
     if not text or len(octets) > MAX_SECRET:
-        raise Refusal(USAGE, "usage", "%s finds %s on standard input" % (origin, "too much" if text else "nothing"))
+        raise Refusal(USAGE, "usage", f"{origin} finds {'too much' if text else 'nothing'} on standard input")
     return text
 
 
@@ -2341,7 +2348,7 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
         raise _bad_answer("the answer has no access token") from None
     shell.profile.save(token, url.text)
     subject = str(claims.get("sub", ""))
-    return {"success": True, "sub": subject, "message": "logged in as %s at %s" % (subject, url.text),
+    return {"success": True, "sub": subject, "message": f"logged in as {subject} at {url.text}",
             "username": _name_in(claims) or username, "expires_at": _expiry_in(claims), "url": url.text}
 
 
@@ -2358,7 +2365,7 @@ def session_logout(shell: Shell) -> dict:
     except (MadError, Refusal) as problem:
         # 404: a server without the route; 401: the token was dead already.
         if not (isinstance(problem, MadError) and problem.status in (401, 404, 405)):
-            tell("warning", "the server could not be told, so the token stays good until it expires: %s" % problem)
+            tell("warning", f"the server could not be told, so the token stays good until it expires: {problem}")
     return {"success": True, "message": "logged out"}
 
 
@@ -2369,7 +2376,7 @@ def session_status(shell: Shell) -> dict:
     try:
         claims = decode_jwt(token)[1]
     except ValueError as problem:
-        raise Refusal(LOGIN, "bad_token", "the token cannot be read: %s" % problem) from None
+        raise Refusal(LOGIN, "bad_token", f"the token cannot be read: {problem}") from None
     roles = claims.get("roles", claims.get("role"))
     roles = [str(role) for role in roles] if isinstance(roles, list) else [str(roles)] if roles else []
     return {"success": True, "sub": str(claims.get("sub", "")), "username": _name_in(claims),
@@ -2414,7 +2421,7 @@ def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | 
         try:
             handle = os.open(svg, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as problem:
-            raise Refusal(USAGE, "usage", "cannot make %s: %s" % (svg, problem.strerror)) from None
+            raise Refusal(USAGE, "usage", f"cannot make {svg}: {problem.strerror}") from None
     try:
         answer = client.enroll_totp(id, client_id)
         if not isinstance(answer.get("otpauth_uri"), str):
@@ -2430,10 +2437,10 @@ def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | 
                 os.fchmod(file.fileno(), 0o600)
                 file.write(str(answer.get("svg") or ""))
         except OSError as problem:
-            tell("warning", "cannot write %s: %s" % (svg, problem.strerror))
+            tell("warning", f"cannot write {svg}: {problem.strerror}")
     if on_terminal() and not shell.json:
-        tell("hint", "put it into an authenticator, then confirm it with: mad user totp-verify --user-id %s --code CODE"
-             % shell.values["id"])
+        tell("hint", "put it into an authenticator, then confirm it with: "
+             f"mad user totp-verify --user-id {shell.values['id']} --code CODE")
     return answer
 
 
@@ -2446,12 +2453,12 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
     """POST /backup. Have the server make a backup, fetch it into `file`, and remove it there."""
     from hashlib import sha256
     if os.path.lexists(file) and not force:
-        raise Refusal(USAGE, "usage", "%s is there already" % file, hint="--force writes over it")
-    temporary = "%s.%d.new" % (file, os.getpid())
+        raise Refusal(USAGE, "usage", f"{file} is there already", hint="--force writes over it")
+    temporary = f"{file}.{os.getpid()}.new"
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as problem:
-        raise Refusal(USAGE, "usage", "cannot make %s: %s" % (file, problem.strerror)) from None
+        raise Refusal(USAGE, "usage", f"cannot make {file}: {problem.strerror}") from None
     made = None
     try:
         client.timeout = max(client.timeout, 600)  # A large one is written and read through before the answer.
@@ -2466,7 +2473,7 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
         os.fsync(handle)
         os.rename(temporary, file)
     except OSError as problem:
-        raise Refusal(REFUSED, "cannot_write", "cannot write %s: %s" % (file, problem.strerror)) from None
+        raise Refusal(REFUSED, "cannot_write", f"cannot write {file}: {problem.strerror}") from None
     finally:
         os.close(handle)
         try:
@@ -2477,7 +2484,7 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
             try:
                 client.delete_backup(str(made.get("name")))
             except MadError as problem:
-                tell("warning", "the server keeps its copy: %s" % problem.message)
+                tell("warning", f"the server keeps its copy: {problem.message}")
     return made
 
 
@@ -2499,7 +2506,7 @@ def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int =
             if not (isinstance(problem, Unreachable) and problem.error != "untrusted" or problem.status in (429, 500, 503)):
                 raise
             if not is_down:
-                tell("warning", "%s; trying again" % str(problem).rstrip("."))
+                tell("warning", str(problem).rstrip(".") + "; trying again")
             is_down, pause = True, max(interval, min(problem.retry_after, 60))
             continue
         if is_down:
@@ -2534,7 +2541,7 @@ def _wait(seconds: float) -> bool:
 
 def show_entries(rows: list[dict]) -> list[str]:
     return [" ".join([cell("timestamp", row.get("timestamp")), plain(row.get("action"))] + [
-        "%s=%s" % (title, plain(row[member])) for title, member in (
+        f"{title}={plain(row[member])}" for title, member in (
             ("result", "result"), ("user", "actor_id"), ("target", "target"), ("secondary", "secondary"),
             ("ip", "ip_address")) if row.get(member)])
         for row in rows]
@@ -2542,7 +2549,8 @@ def show_entries(rows: list[dict]) -> list[str]:
 
 def chain_verdict(answer: dict) -> dict:
     if answer["valid"]:
-        return {"success": True, "message": "the audit log is whole: %s rows" % plain(answer.get("rows")), **answer}
+        rows = plain(answer.get("rows"))
+        return {"success": True, "message": f"the audit log is whole: {rows} rows", **answer}
     return {"success": False, "message": plain(answer.get("reason")) or "the audit log was changed",
             "error": "audit_log_changed", **answer}
 
@@ -2563,7 +2571,7 @@ def show_token(parts: dict) -> list[str]:
         for name, value in parts[title].items():
             is_stamp = name in ("exp", "iat", "nbf") and isinstance(value, int) and not isinstance(value, bool)
             text = utc(value, " UTC") if is_stamp else str(value) if isinstance(value, bool) else plain(value)
-            lines.append("%s: %s" % (plain(name), text))
+            lines.append(f"{plain(name)}: {text}")
         lines.append("")
     return lines + ["SIGNATURE", "---------", plain(parts["signature"])]
 
@@ -2694,12 +2702,12 @@ def of_client(verb: str, what: str, bound, uri: str) -> tuple:
     whole = ("client-id", list_, ("uri", "redirect_uri"))
     return (
         Command("client add-" + verb, "allow a client " + what, add, (CLIENT_ID, URI), line("added {uri} with id {id}"),
-                "mad client add-%s --id app --uri %s" % (verb, uri)),
-        Command("client list-%ss" % verb, "list what was added with add-" + verb, list_, (OF_CLIENT,), URIS,
-                "mad client list-%ss --client-id app" % verb),
+                f"mad client add-{verb} --id app --uri {uri}"),
+        Command(f"client list-{verb}s", "list what was added with add-" + verb, list_, (OF_CLIENT,), URIS,
+                f"mad client list-{verb}s --client-id app"),
         Command("client delete-" + verb, "remove " + what, delete, (
             OF_CLIENT, Option("id", "its id, or the URI itself", required=True, metavar="ID|URI", within=whole),
-        ), said, "mad client delete-%s --client-id app --id %s" % (verb, uri), danger=""),
+        ), said, f"mad client delete-{verb} --client-id app --id {uri}", danger=""),
     )
 
 
@@ -2709,18 +2717,18 @@ def of_sessions(noun: str) -> tuple:
         Command(noun + " list", "list the sessions, newest first", MadClient.list_sessions, (
             Option("user-id", "only those of this user", of="users"),
             Option("client-id", "only those at this client", metavar="ID|NAME"),
-        ), SESSIONS, "mad %s list --user-id bob" % noun),
+        ), SESSIONS, f"mad {noun} list --user-id bob"),
         Command(noun + " get", "show a session", MadClient.get_session, (RECORD,), SESSION,
-                "mad %s get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c" % noun),
+                f"mad {noun} get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
         Command(noun + " list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (OF_USER,),
-                SESSIONS, "mad %s list-by-user --user-id bob" % noun),
+                SESSIONS, f"mad {noun} list-by-user --user-id bob"),
         Command(noun + " introspect", "have the server read an AUTH token", MadClient.introspect, (JWT,),
-                lambda claims: ["%s: %s" % (plain(name), plain(value)) for name, value in claims.items()],
-                "mad %s introspect --token -" % noun),
+                lambda claims: [f"{plain(name)}: {plain(value)}" for name, value in claims.items()],
+                f"mad {noun} introspect --token -"),
         Command(noun + " revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD,), said,
-                "mad %s revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c" % noun, shape=outcome),
+                f"mad {noun} revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c", shape=outcome),
         Command(noun + " purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE, said,
-                "mad %s purge --older-than 86400 --expired" % noun, danger=""),
+                f"mad {noun} purge --older-than 86400 --expired", danger=""),
     )
 
 
@@ -2732,23 +2740,24 @@ def of_audit(noun: str) -> tuple:
             Option("until", "not after this", "moment"),
             Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
-        ), table("entries", *AUDIT), "mad %s list --action user_created --since 2030-01-31" % noun),
+        ), table("entries", *AUDIT), f"mad {noun} list --action user_created --since 2030-01-31"),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD,),
-                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"), "mad %s get --id 17" % noun),
+                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"), f"mad {noun} get --id 17"),
         Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs, (),
-                lambda row: [plain(row["message"]), "last entry: %s" % plain(row.get("last_seq")), "head: %s" % plain(row.get("head"))],
-                "mad %s verify" % noun, shape=chain_verdict),
+                lambda row: [plain(row["message"]), "last entry: " + plain(row.get("last_seq")),
+                             "head: " + plain(row.get("head"))],
+                f"mad {noun} verify", shape=chain_verdict),
         Command(noun + " export", "print the whole log as NDJSON, oldest first", MadClient.export_audit_logs, (
             Option("after", "only entries with a greater id", metavar="ID"),
             Option("limit", "at most so many in all", "number", least=1),
-        ), documents, "mad %s export > audit.ndjson" % noun, flows=True),
+        ), documents, f"mad {noun} export > audit.ndjson", flows=True),
         Command(noun + " tail", "follow what is done, until Ctrl-C", audit_tail, WHO_DID + (
             Option("lines", "begin with so many that are there (10)", "number", least=0, metavar="N"),
             Option("interval", "ask every so many seconds (1)", "number", least=1, metavar="SECONDS"),
-        ), show_entries, "mad %s tail --lines 50" % noun, verb=True, flows=True),
+        ), show_entries, f"mad {noun} tail --lines 50", verb=True, flows=True),
         Command(noun + " purge", "delete old entries", MadClient.purge_audit_logs, (
             Option("days", "older than so many days", "number", required=True, least=1),
-        ), said, "mad %s purge --days 365" % noun, danger=""),
+        ), said, f"mad {noun} purge --days 365", danger=""),
     )
 
 
@@ -2994,7 +3003,7 @@ COMMANDS = (
     Command("refreshtoken revoke", "revoke a refresh token and the login it belongs to", MadClient.revoke_refresh_token,
             (RECORD,), said, "mad refreshtoken revoke --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
     *(Command("refreshtoken " + verb, "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE, said,
-              "mad refreshtoken %s --older-than 86400 --expired" % verb, danger="") for verb in ("purge", "purge-refresh")),
+              f"mad refreshtoken {verb} --older-than 86400 --expired", danger="") for verb in ("purge", "purge-refresh")),
     *of_audit("audit"),
     *of_audit("auditlog"),
 
@@ -3003,7 +3012,7 @@ COMMANDS = (
         Option("file", "where to put it; the word after backup says it too", required=True, metavar="FILE"),
         Option("force", "write over a file that is there", "flag"),
         Option("without-keys", "leave keys and settings out: needed where the database is not encrypted", "flag"),
-    ), lambda made: ["%s: %s bytes, %s users, %s clients" % tuple(plain(made.get(name)) for name in ("name", "bytes", "users", "clients"))],
+    ), line("{name}: {bytes} bytes, {users} users, {clients} clients"),
         "mad backup box.backup", verb=True, word="file", quiet=lambda made: [plain(made.get("name"))]),
 
     # -- token, completion --
@@ -3042,7 +3051,7 @@ def run(command: Command, shell: Shell):
         if value is None:
             continue
         if option.kind == "token" and value == "-":
-            value = read_secret("--%s -" % option.name)
+            value = read_secret(f"--{option.name} -")
         if option.choices:
             value = value.lower()
         if option.of and client:
@@ -3098,7 +3107,7 @@ def _fail(as_json: bool, exit_status: int, error: str, messages, errors: dict | 
     for message in messages:
         tell("error", message)
     for name, text in (errors or {}).items():
-        tell("error", "%s: %s" % (name, text))
+        tell("error", f"{name}: {text}")
     if hint:
         tell("hint", hint)
     return exit_status
@@ -3111,7 +3120,7 @@ def _run_command(command: Command, words: list[str]) -> int:
         return DONE
     if parsed.errors:
         return _fail("--json" in words or parsed.values.get("json", False), USAGE, "usage", parsed.errors,
-                     hint=parsed.hint or "see: mad %s --help" % command.name)
+                     hint=parsed.hint or f"see: mad {command.name} --help")
     shell = Shell(parsed.values, COMMANDS)
     try:
         shell.confirm(command)
@@ -3157,20 +3166,20 @@ def _dispatch(argv: list[str]) -> int:
         hint = "options stand after the command: mad <noun> <verb> [options]"
         if not noun.startswith("-"):
             guess = near(noun, nouns(COMMANDS))
-            hint = "did you mean mad %s?" % guess if guess else "see: mad --help"
-        return _fail(as_json, USAGE, "usage", ["unknown command '%s'" % noun], hint=hint)
+            hint = f"did you mean mad {guess}?" if guess else "see: mad --help"
+        return _fail(as_json, USAGE, "usage", [f"unknown command '{noun}'"], hint=hint)
     if verb and not verb.startswith(("-", "/")):
         guess = near(verb, [name.partition(" ")[2] for name in by_name if name.startswith(noun + " ")])
-        return _fail(as_json, USAGE, "usage", ["unknown command '%s %s'" % (noun, verb)],
-                     hint="did you mean mad %s %s?" % (noun, guess) if guess else "see: mad %s --help" % noun)
+        return _fail(as_json, USAGE, "usage", [f"unknown command '{noun} {verb}'"],
+                     hint=f"did you mean mad {noun} {guess}?" if guess else f"see: mad {noun} --help")
     if noun in by_name:
         return _run_command(by_name[noun], argv[1:])
     if verb in HELP_WORDS:
         print(help_noun(COMMANDS, noun))
         return DONE
     if verb:
-        return _fail(as_json, USAGE, "usage", ["mad %s needs a verb before its options" % noun],
-                     hint="see: mad %s --help" % noun)
+        return _fail(as_json, USAGE, "usage", [f"mad {noun} needs a verb before its options"],
+                     hint=f"see: mad {noun} --help")
     print(help_noun(COMMANDS, noun), file=sys.stderr)
     return USAGE
 
@@ -3197,7 +3206,7 @@ def main(argv: list[str]) -> int:
             pass
         if isinstance(problem, BrokenPipeError):
             return DONE  # The reader, a `head` or a `grep -q`, has seen enough.
-        tell("error", "cannot write the answer: %s" % problem.strerror)
+        tell("error", f"cannot write the answer: {problem.strerror}")
         return REFUSED
 
 
