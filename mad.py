@@ -3,7 +3,7 @@
 
 `mad <noun> <verb> [options]` is one request to the ADMIN server (a name given for an id costs one look-up before).
 Standard library only, and little of it: a command is to cost less than 35 ms of processor time, which is why there
-is no argparse (7 ms) and no http.client (25 ms), and why most imports stand where they are used.
+is no argparse (7 ms), http.client (25 ms) or contextlib (2 ms), and why most imports stand where they are used.
 
 Contents
   Vocabulary   names, limits, exit statuses
@@ -269,7 +269,8 @@ def _tls(connection, host: str, ca_file: str | None, timeout: float):
         context = ssl.create_default_context(cafile=ca_file or None)
     except OSError as problem:
         connection.close()
-        raise Unreachable(0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
+        raise Unreachable(
+            0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
     connection.settimeout(timeout)
     try:
         return context.wrap_socket(connection, server_hostname=host)
@@ -352,13 +353,13 @@ def is_token(text: str) -> bool:
 
 
 def decode_jwt(token: str) -> tuple[dict, dict, str]:
-    """Return header, claims and signature (as it stands) of a compact JWS, unverified. Raises ValueError. RFC 7515 §3.1."""
+    """Return header, claims and encoded signature of a compact JWS, unverified. Raises ValueError. RFC 7515 §3.1."""
     import binascii
     parts = token.split(".")
     if len(parts) != 3:
         raise ValueError(f"not a JWT: it has {len(parts)} parts instead of three")
     found = []
-    for name, part in zip(("header", "payload"), parts):
+    for name, part in zip(("header", "payload"), parts[:2], strict=True):
         try:
             if not part or set(part) & set("+/="):
                 raise ValueError
@@ -418,7 +419,10 @@ def next_query(link: str) -> str | None:
     return None
 
 
-LIMITED, PAGED, SORTED, SEARCH = ("limit",), ("limit", "offset"), ("limit", "offset", "sort"), ("limit", "offset", "q", "sort")
+LIMITED = ("limit",)
+PAGED = (*LIMITED, "offset")
+SORTED = (*PAGED, "sort")
+SEARCH = (*SORTED, "q")
 
 
 def listing(*takes: str) -> Callable[[Callable[P, Iterator[list[dict]]]], Callable[P, list[dict]]]:
@@ -506,7 +510,7 @@ def _decode(status: int, headers: dict, octets: bytes, want: type | tuple[type, 
 
 class Answer:
     """What came back: `status`, `headers` (lower-case names), `value` (of the JSON)."""
-    __slots__ = ("status", "headers", "value")
+    __slots__ = ("headers", "status", "value")
 
     def __init__(self, status: int, headers: dict, value):
         self.status, self.headers, self.value = status, headers, value
@@ -558,8 +562,8 @@ class Binding:
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
         left = limit if limit is not None and limit > 0 else None
-        wanted: dict | str | None = _given(**(query or {}), limit=None if left is None else min(left, PAGE), offset=offset,
-                                           q=q, sort=sort)
+        wanted: dict | str | None = _given(
+            **(query or {}), limit=None if left is None else min(left, PAGE), offset=offset, q=q, sort=sort)
         asked = set()
         while True:
             answer = self.send("GET", path, query=wanted, want=list)
@@ -611,9 +615,9 @@ class MadClient(Binding):
       Msg           success message
 
     Where an id is asked, the server takes a name too, except for what has none; `find_id` turns one into the other.
-    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), long ones `offset`, those of the five nouns
-    `q` (search text) and `sort` (a member, `-` before it for descending); it returns a list, and follows the pages of
-    the server by itself. `each` yields the same rows without keeping them.
+    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), long ones `offset`, those of the five
+    nouns `q` (search text) and `sort` (a member, `-` before it for descending); it returns a list, and follows the
+    pages of the server by itself. `each` yields the same rows without keeping them.
     Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, NoRoute when the
     server lacks the route, BadValue for a blank id or an unusable URL. Redirects are not followed, proxies not asked.
     """
@@ -627,9 +631,11 @@ class MadClient(Binding):
     def admin_url(self) -> str:
         return self.url
 
-    def auth(self, client_id: str | None = None, client_secret: str | None = None, token: str | None = None) -> AuthClient:
+    def auth(self, client_id: str | None = None, client_secret: str | None = None,
+             token: str | None = None) -> AuthClient:
         """Return an AuthClient for the AUTH server of this microauthd. Asks nobody."""
-        return AuthClient(self.auth_url, client_id, client_secret, token=token, ca_file=self.ca_file, timeout=self.timeout)
+        return AuthClient(self.auth_url, client_id, client_secret, token=token, ca_file=self.ca_file,
+                          timeout=self.timeout)
 
     # -- login --
 
@@ -644,7 +650,10 @@ class MadClient(Binding):
         return self.request("POST", "/logout")
 
     def find_id(self, kind: str, name: str) -> str:
-        """GET /{kind}/id-by-name/{name}. `kind`: users, roles, permissions, scopes, clients. Return the id; 404 if none."""
+        """GET /{kind}/id-by-name/{name}. Return the id; an unknown name is 404.
+
+        `kind` is one of users, roles, permissions, scopes and clients.
+        """
         if "/" in name or "\\" in name:
             return self._search_id(kind, name.strip())
         answer = self.request("GET", _at(kind, "id-by-name", name), want=(dict, str))
@@ -654,7 +663,7 @@ class MadClient(Binding):
         return found
 
     def _search_id(self, kind: str, name: str) -> str:
-        """Return the id of a name that no path can carry: the server refuses an encoded slash in one. Looks it up in the list."""
+        """Search the list for a name with a slash, which the server refuses in a path even when it is encoded."""
         member = {"users": "username", "clients": "client_id"}.get(kind, "name")
         same = str.casefold if kind == "users" else str
         for rows in self.pages("/" + kind, {"is_active": "all"} if kind == "users" else None, q=name):
@@ -916,9 +925,10 @@ class MadClient(Binding):
             may_introspect=may_introspect))
 
     def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
-                      audience: str | None = None, is_active: bool | None = None, *, grant_types: list[str] | None = None,
-                      may_introspect: bool | None = None, is_first_party: bool | None = None,
-                      access_token_signed_alg: str | None = None, id_token_signed_response_alg: str | None = None) -> dict:
+                      audience: str | None = None, is_active: bool | None = None, *,
+                      grant_types: list[str] | None = None, may_introspect: bool | None = None,
+                      is_first_party: bool | None = None, access_token_signed_alg: str | None = None,
+                      id_token_signed_response_alg: str | None = None) -> dict:
         """PUT /clients/{id}. Return Client. What is None stays as it is. An algorithm of "" is the server's choice."""
         return self.request("PUT", _at("clients", id), json=_given(
             client_id=client_id, display_name=display_name, audience=audience, is_active=is_active,
@@ -1131,7 +1141,8 @@ class MadClient(Binding):
         while True:
             size = PAGE if left is None else min(left, PAGE)
             rows = self.request("GET", "/audit-logs", want=list, query=_given(
-                userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size, offset=offset))
+                userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size,
+                offset=offset))
             # What is written meanwhile moves the entries on to the next page: some come twice.
             fresh = [row for row in rows[:size] if row.get("id") not in seen]
             yield fresh
@@ -1149,7 +1160,10 @@ class MadClient(Binding):
         return self.request("GET", _at("audit-logs", id))
 
     def verify_audit_logs(self) -> dict:
-        """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}: whether the chain is whole."""
+        """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}.
+
+        `valid` is whether the hash chain is unbroken.
+        """
         answer = self.request("GET", "/audit-logs/verify")
         if not isinstance(answer.get("valid"), bool):
             raise _bad_answer("the answer is not the JSON it should be")
@@ -1183,17 +1197,23 @@ class MadClient(Binding):
     # -- backups --
 
     def make_backup(self, without_keys: bool = False) -> dict:
-        """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`. It lies on the server."""
+        """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`.
+
+        The file stays on the server until `delete_backup`.
+        """
         return self.request("POST", "/backup", json={"without_keys": without_keys})
 
     def read_backup(self, name: str) -> Iterator[bytes]:
         """GET /backup/{name}. Return its octets, a piece at a time."""
-        offset: str | None = "0"
-        while offset is not None:
-            answer = self.send("GET", _at("backup", name), query={"offset": offset}, want=bytes)
-            yield answer.value
-            before, offset = offset, answer.headers.get("x-next-offset")
-            if offset is not None and not (offset.isascii() and offset.isdigit() and int(offset) == int(before) + len(answer.value) > int(before)):
+        offset = 0
+        while True:
+            piece = self.send("GET", _at("backup", name), query={"offset": offset}, want=bytes)
+            yield piece.value
+            next_offset = piece.headers.get("x-next-offset")
+            if next_offset is None:
+                return
+            offset += len(piece.value)
+            if not (piece.value and next_offset.isascii() and next_offset.isdigit() and int(next_offset) == offset):
                 raise _bad_answer("the pieces of the backup do not follow each other")
 
     def delete_backup(self, name: str) -> dict:
@@ -1212,10 +1232,10 @@ class AuthClient(Binding):
         auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
         auth.userinfo()["email"]
 
-    `client_id` and `client_secret` authenticate the client where AUTH asks for it (Basic; without a secret the client is
-    a public one). `token` is the access token to speak for, and never set behind your back. Objects are those of
-    MadClient, and Token: `access_token token_type expires_in scope jti` with `refresh_token` and `id_token` when
-    they exist. Raises as MadClient does; `error` is a code of RFC 6749 §5.2 where AUTH speaks OAuth.
+    `client_id` and `client_secret` authenticate the client where AUTH requires it: with HTTP Basic, or as a public
+    client without a secret. `token` is the bearer token of the other requests; only the caller sets it. Objects are
+    those of MadClient, and Token: `access_token token_type expires_in scope jti`, with `refresh_token` and `id_token`
+    when they exist. Methods raise as MadClient's do; `error` is a code of RFC 6749 §5.2 at the OAuth endpoints.
     """
 
     def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
@@ -1270,7 +1290,8 @@ class AuthClient(Binding):
 
     def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
         """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
-        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token, scope=scope))
+        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token,
+                                              scope=scope))
 
     def introspect(self, token: str) -> dict:
         """POST /introspect. Return the claims with `active` true, or {"active": false}. RFC 7662 §2."""
@@ -1280,7 +1301,7 @@ class AuthClient(Binding):
         return answer
 
     def revoke(self, token: str) -> dict:
-        """POST /revoke. Return Msg. A refresh token takes its family along; an unknown token is no failure. RFC 7009 §2."""
+        """POST /revoke. Return Msg, also for an unknown token. A refresh token's family ends too. RFC 7009 §2."""
         return self._as_client("/revoke", token=token)
 
     # -- whom the token speaks for --
@@ -1515,15 +1536,15 @@ class TokenCache:
 class Option:
     """One option of a command.
 
-    `kind` is text, number, flag, list, moment, lockout (a moment, or for good), secret or token (of which `-` means
-    standard input). `dest` is the parameter it becomes, `choices` are the values there are. `of` is the collection whose
-    ids it takes, so that a name may stand for one; with `loose` an unknown name is taken as it stands. `within` says
-    that of a part of something: the option that names the whole, the list of its parts, the members that are names.
-    A secret has a second spelling, the flag `stdin`, and is asked for on a terminal when `required`: twice, unless it
-    is `known` already.
+    `kind` is text, number, flag, list, moment (a date-time), lockout (a date-time, or `permanent`), secret or token
+    (`-` reads standard input). `dest` is the parameter that receives the value, `choices` are the allowed values.
+    `of` is the collection whose ids it takes: a name is looked up there, and with `loose` an unknown name is passed on
+    unchanged. `within` is for an id that is unique only inside another object: the option that names that object, the
+    method that lists its parts, the members that count as names. A secret has a second spelling, the flag `stdin`; a
+    `required` one is asked for on a terminal: twice, unless it is `known` already.
     """
-    __slots__ = ("name", "kind", "help", "required", "dest", "of", "loose", "within", "stdin", "known", "metavar",
-                 "least", "choices")
+    __slots__ = ("choices", "dest", "help", "kind", "known", "least", "loose", "metavar", "name", "of", "required",
+                 "stdin", "within")
 
     def __init__(self, name, help, kind="text", *, required=False, dest=None, of=None, loose=False, within=None,
                  stdin=None, known=False, metavar=None, least=None, choices=()):
@@ -1555,15 +1576,16 @@ YES = Option("yes", "do not ask before doing it; where there is no terminal noth
 class Command:
     """One row of COMMANDS.
 
-    `name` is what is typed. `call` gets the options as parameters, after a MadClient; after the Shell when `local`; after
-    both when a `verb`. `shape` may first bring the result into the form it has here. `show` turns it into lines,
-    `quiet` into those of --quiet (the ids, unless given); with --json the result itself is printed. A call that has
-    `pages` is a list, printed while it comes; one that `flows` yields pages too, and with --json a document a line.
-    `at_least_one` is for updates. `word` names the option that a bare word is taken for. `danger` marks what is asked about on a terminal: it names the option whose value
-    is to be typed again, or is "" for a plain question.
+    `name` is the noun and the verb. `call` is called with the options as parameters, after a MadClient; after the
+    Shell when `local`; after both when a `verb`. `shape` converts its result before it is printed. `show` returns the
+    lines of a result, `quiet` those of --quiet (by default the ids); --json prints the result itself. If `call` has
+    `pages`, the command is a list, and is printed page by page; a command that `flows` yields pages too, and prints
+    one JSON document a line with --json. An update with `at_least_one` needs an option that is not required.
+    `word` names the option that a positional argument is taken for. A command with `danger` is confirmed on a
+    terminal: by typing the value of the option it names, or with y when it is "".
     """
-    __slots__ = ("name", "help", "call", "options", "show", "example", "local", "verb", "at_least_one", "shape", "quiet",
-                 "flows", "danger", "word")
+    __slots__ = ("at_least_one", "call", "danger", "example", "flows", "help", "local", "name", "options", "quiet",
+                 "shape", "show", "verb", "word")
 
     def __init__(self, name, help, call, options, show, example="", *, local=False, verb=False, at_least_one=False,
                  shape=None, quiet=None, flows=False, danger=None, word=""):
@@ -1602,13 +1624,13 @@ def near(word: str, words) -> str:
 
 def moment(text: str) -> str | None:
     """Return a date-time as ISO 8601 in UTC: one of ISO 8601, in UTC unless it says otherwise, or Unix seconds."""
-    from datetime import datetime, timezone
+    from datetime import UTC, datetime
     try:
         if text.isascii() and text.isdigit() and len(text) > 8:
-            found = datetime.fromtimestamp(int(text), timezone.utc)
+            found = datetime.fromtimestamp(int(text), UTC)
         else:
             found = datetime.fromisoformat(text)
-            found = found.astimezone(timezone.utc) if found.tzinfo else found
+            found = found.astimezone(UTC) if found.tzinfo else found
     except (ValueError, OverflowError, OSError):
         return None
     return found.strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)
@@ -1863,8 +1885,11 @@ def _titled(spec: str) -> tuple[str, str]:
 
 
 def table(what: str, *specs: str):
-    """Return a `show` for a list of objects, with a column for each of `specs`. `show.lines` takes them as they come."""
-    titles, members = zip(*map(_titled, specs))
+    """Return a `show` for a list of objects, with a column for each of `specs`.
+
+    `show.lines` is the same for an iterator of objects, of which it keeps only the first PAGE in memory.
+    """
+    titles, members = zip(*map(_titled, specs), strict=True)
 
     def lines(rows) -> Iterator[str]:
         from itertools import chain, islice
@@ -1889,8 +1914,9 @@ def table(what: str, *specs: str):
         first.insert(1, ["-" * width for width in widths])
         for texts in chain(first, rows):
             if limit:
-                texts = [fit(text, width) for text, width in zip(texts, widths)]
-            text = "  ".join(text + " " * (width - columns_of(text)) for text, width in zip(texts, widths)).rstrip()
+                texts = [fit(text, width) for text, width in zip(texts, widths, strict=True)]
+            padded = (text + " " * (width - columns_of(text)) for text, width in zip(texts, widths, strict=True))
+            text = "  ".join(padded).rstrip()
             yield fit(text, limit) if limit else text
 
     def show(rows: list[dict]) -> list[str]:
@@ -2008,37 +2034,40 @@ def help_overview(commands) -> str:
     """Return the text of `mad --help`."""
     verbs = [(noun, ", ".join(command.name.partition(" ")[2] or "(inspect)" for command in commands
                               if command.name.split()[0] == noun)) for noun in nouns(commands)]
-    return "\n".join(
-        ["usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "", "commands:"]
-        + [text for noun, words in verbs for text in ["  " + noun] + wrap(words, 76, "      ")]
-        + ["", "where an id is asked, a name does; @file among the options stands for the words in that file",
-           "what cannot be undone is asked about on a terminal, unless --yes is given"]
-        + ["", "options of every command:"]
-        + _rows([pair for option in COMMON for pair in _spellings(option)] + [("--help", "say more about a command")])
-        + ["", "environment:"] + _rows(ENVIRONMENT)
-        + ["", "exit status:"] + _rows((str(code), text) for code, text in EXIT_STATUSES)
-        + ["", "for example:", "  mad user create --help"])
+    return "\n".join((
+        "usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "",
+        "commands:", *(text for noun, words in verbs for text in ("  " + noun, *wrap(words, 76, "      "))), "",
+        "where an id is asked, a name does; @file among the options stands for the words in that file",
+        "what cannot be undone is asked about on a terminal, unless --yes is given", "",
+        "options of every command:",
+        *_rows([*(pair for option in COMMON for pair in _spellings(option)), ("--help", "say more about a command")]),
+        "",
+        "environment:", *_rows(ENVIRONMENT), "",
+        "exit status:", *_rows((str(code), text) for code, text in EXIT_STATUSES), "",
+        "for example:", "  mad user create --help"))
+
+
+def help_command(command: Command) -> str:
+    """Return the text of `mad <noun> <verb> --help`."""
+    more = () if not command.flows else ("", "prints line by line while it goes; with --json each line is a document")
+    if command.danger is not None:
+        more = ("", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask")
+    return "\n".join((
+        f"usage: mad {command.name} [options]", "", command.help, *more, "",
+        "options:", *_rows(pair for option in command.all_options() for pair in _spellings(option)), "",
+        "for example:", "  " + command.example))
 
 
 def help_noun(commands, noun: str) -> str:
     """Return the text of `mad <noun> --help`."""
     chosen = [command for command in commands if command.name.split()[0] == noun]
-    bare = [help_command(command) + "\n" for command in chosen if command.name == noun]
-    return "\n".join(
-        bare + [f"usage: mad {noun} <verb> [options]", "", "verbs:"]
-        + _rows((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
-        + ["", "for example:", "  " + chosen[0].example])
+    verbs = ((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
+    return "\n".join((
+        *(help_command(command) + "\n" for command in chosen if command.name == noun),
+        f"usage: mad {noun} <verb> [options]", "",
+        "verbs:", *_rows(verbs), "",
+        "for example:", "  " + chosen[0].example))
 
-
-def help_command(command: Command) -> str:
-    """Return the text of `mad <noun> <verb> --help`."""
-    more = [] if not command.flows else ["", "prints line by line while it goes; with --json each line is a document"]
-    if command.danger is not None:
-        more = ["", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask"]
-    return "\n".join(
-        [f"usage: mad {command.name} [options]", "", command.help] + more + ["", "options:"]
-        + _rows(pair for option in command.all_options() for pair in _spellings(option))
-        + ["", "for example:", "  " + command.example])
 
 
 def describe_commands(commands) -> list[tuple[str, str, str]]:
@@ -2065,7 +2094,7 @@ def _option_words(command: Command) -> list[str]:
 
 def _word_cases(commands) -> list[tuple[str, list[str]]]:
     """Return what may follow each beginning of a command line: `""`, a noun, a whole command."""
-    cases: dict = {"": nouns(commands) + ["--help", "--version"]}
+    cases: dict = {"": [*nouns(commands), "--help", "--version"]}
     for noun in nouns(commands):
         cases[noun] = [c.name.split()[1] for c in commands if c.name.startswith(noun + " ")] + ["--help"]
     for command in commands:
@@ -2121,7 +2150,8 @@ def complete_fish(commands) -> str:
         seen = "__fish_seen_subcommand_from " + noun
         if verb:
             others = " ".join(c.name.split()[1] for c in commands if c.name.startswith(noun + " "))
-            lines.append(f"complete -c mad -n '{seen}; and not __fish_seen_subcommand_from {others}' -a {verb} -d {quoted(command.help)}")
+            lines.append(f"complete -c mad -n '{seen}; and not __fish_seen_subcommand_from {others}'"
+                         f" -a {verb} -d {quoted(command.help)}")
             seen += "; and __fish_seen_subcommand_from " + verb
         for option in command.all_options():
             for left, text in _spellings(option):
@@ -2266,7 +2296,9 @@ class Shell:
             return
         sys.stderr.write(f"mad {command.name}: {command.help}\n")
         word = (self.values.get(command.danger) or "").strip() if command.danger else ""
-        if not (ask(f"type {plain(word)} to confirm: ") == word if word else ask("go on? [y/N] ").lower() in ("y", "yes")):
+        is_confirmed = (ask(f"type {plain(word)} to confirm: ") == word if word
+                        else ask("go on? [y/N] ").lower() in ("y", "yes"))
+        if not is_confirmed:
             raise Refusal(USAGE, "not_confirmed", "not confirmed; nothing was sent")
 
 
@@ -2323,12 +2355,14 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
             pass
     if not (username or "").strip():
         if password_stdin or not on_terminal():
-            raise Refusal(USAGE, "usage", "--username is missing", hint="without a terminal, give --username and --password-stdin")
+            raise Refusal(USAGE, "usage", "--username is missing",
+                          hint="without a terminal, give --username and --password-stdin")
         username = ask("username: ")
         if not username:
             raise Refusal(USAGE, "usage", "nothing was typed")
     if not password_stdin and not on_terminal():
-        raise Refusal(USAGE, "usage", "there is no terminal to ask for the password on", hint="pipe it in with --password-stdin")
+        raise Refusal(USAGE, "usage", "there is no terminal to ask for the password on",
+                      hint="pipe it in with --password-stdin")
     password = read_secret("--password-stdin") if password_stdin else ask_secret("password: ")
     client = shell.client(url, token="")
     try:
@@ -2405,7 +2439,8 @@ def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_p
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
         secret = generated = "".join(letters[octet & 63] for octet in os.urandom(gen_password))
     if shell.quiet and not shell.json and not public and (secret is None or generated):
-        raise Refusal(USAGE, "usage", "--quiet would lose the secret that is made", hint="use --json, or give one with --secret-stdin")
+        raise Refusal(USAGE, "usage", "--quiet would lose the secret that is made",
+                      hint="use --json, or give one with --secret-stdin")
     client = shell.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
                                           may_introspect=introspect, **others)
     if generated:
@@ -2413,7 +2448,8 @@ def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_p
     return client
 
 
-def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | None = None, svg: str | None = None) -> dict:
+def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | None = None,
+                     svg: str | None = None) -> dict:
     """POST /users/{id}/totp/enroll. Make a second-factor secret; put its QR code into a file when one is named."""
     handle = None
     if svg is not None:
@@ -2502,8 +2538,9 @@ def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int =
         try:
             rows = rows_of(after=str(after), limit=PAGE)
         except MadError as problem:
-            # A server that starts anew is waited for; what will not get better by itself is not.
-            if not (isinstance(problem, Unreachable) and problem.error != "untrusted" or problem.status in (429, 500, 503)):
+            # A restarting or busy server is tried again; other failures do not pass by themselves.
+            is_down_now = isinstance(problem, Unreachable) and problem.error != "untrusted"
+            if not is_down_now and problem.status not in (429, 500, 503):
                 raise
             if not is_down:
                 tell("warning", str(problem).rstrip(".") + "; trying again")
@@ -2573,7 +2610,7 @@ def show_token(parts: dict) -> list[str]:
             text = utc(value, " UTC") if is_stamp else str(value) if isinstance(value, bool) else plain(value)
             lines.append(f"{plain(name)}: {text}")
         lines.append("")
-    return lines + ["SIGNATURE", "---------", plain(parts["signature"])]
+    return [*lines, "SIGNATURE", "---------", plain(parts["signature"])]
 
 
 def token_get(shell: Shell, client_id: str | None = None, secret: str | None = None, scope: str | None = None,
@@ -2588,7 +2625,8 @@ def token_get(shell: Shell, client_id: str | None = None, secret: str | None = N
     if not secret and on_terminal():
         secret = ask_secret("client secret: ")
     if not secret:
-        raise Refusal(USAGE, "usage", "the client secret is missing", hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
+        raise Refusal(USAGE, "usage", "the client secret is missing",
+                      hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
     scope = " ".join((scope or "").split())
     cache = None if no_cache else TokenCache(url.text, client_id, scope, secret)
     if cache and (answer := cache.find(int(time()))):
@@ -2655,8 +2693,10 @@ CLIENT_RIGHTS = (
     Option("grant", "a grant type it may use, one or more", "list", dest="grant_types"),
     Option("introspect", "may introspect tokens of other clients", "flag", dest="may_introspect"),
     Option("first-party", "is our own, so that nobody is asked for consent", "flag", dest="is_first_party"),
-    Option("access-token-signed-alg", "how its access tokens are signed; blank leaves it to the server", metavar="ES256|RS256"),
-    Option("id-token-signed-response-alg", "how its ID tokens are signed; blank leaves it to the server", metavar="ES256|RS256"),
+    Option("access-token-signed-alg", "how its access tokens are signed; blank leaves it to the server",
+           metavar="ES256|RS256"),
+    Option("id-token-signed-response-alg", "how its ID tokens are signed; blank leaves it to the server",
+           metavar="ES256|RS256"),
 )
 IDP = (
     Option("provider-key", "short key, such as google", required=True),
@@ -2674,7 +2714,8 @@ WHO_DID = (
     Option("user-id", "who did it", of="users", loose=True), Option("action", "exactly this action"),
     Option("target", "exactly this target"),
 )
-NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret", stdin="secret-stdin")
+NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret",
+                    stdin="secret-stdin")
 
 USER = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until", "created_at")
 ROLE = fields("id", "name", "description", "is_protected")
@@ -2690,7 +2731,8 @@ REDIRECT_URIS = table("redirect URIs", "id", "redirect_uri")
 URIS = table("URIs", "id", "uri")
 IDPS = ("id", "key=provider_key", "display_name", "issuer")
 FLAGS = table("flags", "flag", "is_enabled", "options")
-SESSION = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked", "issued_at", "expires_at")
+SESSION = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked", "issued_at",
+                 "expires_at")
 SESSIONS = table("sessions", "id", "user_id", "client_id", "use=token_use", "is_revoked", "expires=expires_at")
 REFRESH_TOKENS = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
 AUDIT = ("id", "user=actor_id", "action", "target", "secondary", "time=timestamp")
@@ -2735,23 +2777,26 @@ def of_sessions(noun: str) -> tuple:
 def of_audit(noun: str) -> tuple:
     """Return the commands on the audit log under one of its two nouns."""
     return (
-        Command(noun + " list", "list what was done, newest first", MadClient.list_audit_logs, WHO_DID + (
+        Command(noun + " list", "list what was done, newest first", MadClient.list_audit_logs, (
+            *WHO_DID,
             Option("since", "not before this: ISO 8601 in UTC unless it says otherwise, or Unix seconds", "moment"),
             Option("until", "not after this", "moment"),
             Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
         ), table("entries", *AUDIT), f"mad {noun} list --action user_created --since 2030-01-31"),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD,),
-                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"), f"mad {noun} get --id 17"),
-        Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs, (),
-                lambda row: [plain(row["message"]), "last entry: " + plain(row.get("last_seq")),
-                             "head: " + plain(row.get("head"))],
+                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"),
+                f"mad {noun} get --id 17"),
+        Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs,
+                (), lambda row: [plain(row["message"]), "last entry: " + plain(row.get("last_seq")),
+                                 "head: " + plain(row.get("head"))],
                 f"mad {noun} verify", shape=chain_verdict),
         Command(noun + " export", "print the whole log as NDJSON, oldest first", MadClient.export_audit_logs, (
             Option("after", "only entries with a greater id", metavar="ID"),
             Option("limit", "at most so many in all", "number", least=1),
         ), documents, f"mad {noun} export > audit.ndjson", flows=True),
-        Command(noun + " tail", "follow what is done, until Ctrl-C", audit_tail, WHO_DID + (
+        Command(noun + " tail", "follow what is done, until Ctrl-C", audit_tail, (
+            *WHO_DID,
             Option("lines", "begin with so many that are there (10)", "number", least=0, metavar="N"),
             Option("interval", "ask every so many seconds (1)", "number", least=1, metavar="SECONDS"),
         ), show_entries, f"mad {noun} tail --lines 50", verb=True, flows=True),
@@ -2822,8 +2867,8 @@ COMMANDS = (
     ), said, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z"),
     Command("user clear-lockout", "end the lockout of a user", MadClient.clear_lockout, (USER_ID,), said,
             "mad user clear-lockout --id bob"),
-    Command("user unlock", "end the lockout of a user, as clear-lockout does", MadClient.clear_lockout, (USER_ID,), said,
-            "mad user unlock --id bob"),
+    Command("user unlock", "end the lockout of a user, as clear-lockout does", MadClient.clear_lockout, (USER_ID,),
+            said, "mad user unlock --id bob"),
     Command("user totp-enroll", "make a second-factor secret and show it once", user_totp_enroll, (
         USER_ID, MAYBE_CLIENT, Option("svg", "write its QR code into this new file, which only its owner can read",
                                       metavar="FILE"),
@@ -2845,7 +2890,8 @@ COMMANDS = (
             "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
     Command("role list", "list the roles", MadClient.list_roles, (), ROLES, "mad role list"),
     Command("role get", "show a role", MadClient.get_role, (ROLE_ID,), ROLE, "mad role get --id Operator"),
-    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator", danger="id"),
+    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator",
+            danger="id"),
     Command("role assign", "give a user a role", MadClient.assign_role, (OF_USER, OF_ROLE), said,
             "mad role assign --user-id bob --role-id Operator"),
     Command("role unassign", "take a role from a user", MadClient.unassign_role, (OF_USER, OF_ROLE), said,
@@ -2864,7 +2910,8 @@ COMMANDS = (
     Command("permission update", "rename a permission", MadClient.update_permission, (
         PERMISSION_ID, Option("name", "its new name", required=True)), fields("id", "name"),
         "mad permission update --id door.open --name gate.open"),
-    Command("permission list", "list the permissions", MadClient.list_permissions, (), PERMISSIONS, "mad permission list"),
+    Command("permission list", "list the permissions", MadClient.list_permissions, (), PERMISSIONS,
+            "mad permission list"),
     Command("permission get", "show a permission", MadClient.get_permission, (PERMISSION_ID,), fields("id", "name"),
             "mad permission get --id door.open"),
     Command("permission delete", "delete a permission", MadClient.delete_permission, (PERMISSION_ID,), said,
@@ -2893,18 +2940,23 @@ COMMANDS = (
         Option("grant", "a grant type it may use, one or more", "list"),
         Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
         Option("introspect", "may introspect tokens of other clients", "flag"),
-    ) + SERVER, with_secret(line("created client {client_id} with id {id}")),
+        *SERVER,
+    ), with_secret(line("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", local=True),
     Command("client list", "list the clients", MadClient.list_clients, (), CLIENTS, "mad client list"),
     Command("client get", "show a client", MadClient.get_client, (CLIENT_ID,), CLIENT, "mad client get --id sensor"),
     Command("client update", "change a client", MadClient.update_client, (
-        CLIENT_ID, Option("client-id", "new public identifier", metavar="ID"), Option("display-name", "what people read"),
-        Option("audience", "audience of its tokens"), Option("is-active", "whether it may get tokens", "flag"),
-    ) + CLIENT_RIGHTS, CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
-    Command("client change-secret", "give a client a new secret; one is made unless given", MadClient.change_client_secret, (
+        CLIENT_ID, Option("client-id", "new public identifier", metavar="ID"),
+        Option("display-name", "what people read"), Option("audience", "audience of its tokens"),
+        Option("is-active", "whether it may get tokens", "flag"),
+        *CLIENT_RIGHTS,
+    ), CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
+    Command("client change-secret", "give a client a new secret; one is made unless given",
+            MadClient.change_client_secret, (
         CLIENT_ID, Option("secret", "better from stdin: an argument is visible to every process", "secret",
                           stdin="secret-stdin", dest="new_secret"),
-        Option("overlap", "how long the old secret keeps working", "number", dest="overlap_seconds", metavar="SECONDS", least=0),
+        Option("overlap", "how long the old secret keeps working", "number", dest="overlap_seconds", metavar="SECONDS",
+               least=0),
     ), lambda row: ["the new secret, shown this once: " + plain(row["message"])],
         "mad client change-secret --id sensor --overlap 3600", quiet=said),
     Command("client delete", "delete a client and end its sessions", MadClient.delete_client, (CLIENT_ID,), said,
@@ -2920,15 +2972,16 @@ COMMANDS = (
     Command("client add-redirect-uri", "allow a client a redirect URI", MadClient.add_redirect_uri, (CLIENT_ID, URI),
             line("added {redirect_uri} with id {id}"),
             "mad client add-redirect-uri --id app --uri https://app.example/callback"),
-    Command("client list-redirect-uris", "list the redirect URIs of a client", MadClient.list_redirect_uris, (OF_CLIENT,),
-            REDIRECT_URIS, "mad client list-redirect-uris --client-id app"),
+    Command("client list-redirect-uris", "list the redirect URIs of a client", MadClient.list_redirect_uris,
+            (OF_CLIENT,), REDIRECT_URIS, "mad client list-redirect-uris --client-id app"),
     Command("client delete-redirect-uri", "remove a redirect URI", MadClient.delete_redirect_uri, (
         Option("client-id", "the client, needed when the URI is given instead of its id", of="clients"),
         Option("id", "its id, or the URI itself", required=True, metavar="ID|URI",
                within=("client-id", MadClient.list_redirect_uris, ("redirect_uri", "uri"))),
     ), said, "mad client delete-redirect-uri --client-id app --id https://app.example/callback", danger=""),
     *of_client("post-logout-uri", "a URI to send people to after logout", (
-        MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri), "https://app.example/bye"),
+        MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri),
+        "https://app.example/bye"),
     *of_client("cors-origin", "an origin whose pages may call AUTH as this client", (
         MadClient.add_cors_origin, MadClient.list_cors_origins, MadClient.delete_cors_origin), "https://app.example"),
     Command("client list-flags", "list the features of a client and their values", MadClient.list_flags, (OF_CLIENT,),
@@ -2938,32 +2991,34 @@ COMMANDS = (
         OF_CLIENT, FLAG, Option("enable", "true or false", "flag", required=True, dest="enabled"),
     ), said, "mad client set-flag --client-id app --flag ENABLE_TOTP --enable true"),
     Command("client get-flag", "tell whether a feature is on", MadClient.get_flag, (OF_CLIENT, FLAG),
-            lambda enabled: ["enabled" if enabled else "disabled"], "mad client get-flag --client-id app --flag ENABLE_TOTP"),
+            lambda enabled: ["enabled" if enabled else "disabled"],
+            "mad client get-flag --client-id app --flag ENABLE_TOTP"),
     Command("client set-flag-options", "set the value of a feature", MadClient.set_flag_options, (
         OF_CLIENT, FLAG, Option("options", "the value", required=True, metavar="VALUE"),
     ), said, "mad client set-flag-options --client-id app --flag TOKEN_EXPIRATION --options 600"),
     Command("client get-flag-options", "show the value of a feature", MadClient.get_flag_options, (OF_CLIENT, FLAG),
-            lambda text: [plain(text) or "(none)"], "mad client get-flag-options --client-id app --flag TOKEN_EXPIRATION"),
-    Command("client add-idp", "add an external identity provider", MadClient.add_idp, (CLIENT_ID,) + IDP,
+            lambda text: [plain(text) or "(none)"],
+            "mad client get-flag-options --client-id app --flag TOKEN_EXPIRATION"),
+    Command("client add-idp", "add an external identity provider", MadClient.add_idp, (CLIENT_ID, *IDP),
             line("added {provider_key} with id {id}"),
             "mad client add-idp --id app --provider-key google --display-name Google "
             "--issuer https://accounts.google.com --external-client-id 123"),
-    Command("client update-idp", "change an external identity provider", MadClient.update_idp, (CLIENT_ID, IDP_ID) + IDP,
-            line("updated {provider_key}"),
+    Command("client update-idp", "change an external identity provider", MadClient.update_idp,
+            (CLIENT_ID, IDP_ID, *IDP), line("updated {provider_key}"),
             "mad client update-idp --id app --idp-id google --provider-key google --display-name Google "
             "--issuer https://accounts.google.com --external-client-id 123"),
     Command("client list-idps", "list the external identity providers", MadClient.list_idps, (CLIENT_ID,),
             table("external providers", *IDPS), "mad client list-idps --id app"),
     Command("client get-idp", "show an external identity provider", MadClient.get_idp, (CLIENT_ID, IDP_ID),
             fields(*IDPS, "client_identifier", "scopes", "created_at"), "mad client get-idp --id app --idp-id google"),
-    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (CLIENT_ID, IDP_ID), said,
-            "mad client delete-idp --id app --idp-id google", danger=""),
-    Command("client assign-scope", "let a client ask for scopes", MadClient.assign_scopes_to_client, (OF_CLIENT, OF_SCOPES),
-            said, "mad client assign-scope --client-id sensor --scope-id read write"),
+    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (CLIENT_ID, IDP_ID),
+            said, "mad client delete-idp --id app --idp-id google", danger=""),
+    Command("client assign-scope", "let a client ask for scopes", MadClient.assign_scopes_to_client,
+            (OF_CLIENT, OF_SCOPES), said, "mad client assign-scope --client-id sensor --scope-id read write"),
     Command("client list-scopes", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
             "mad client list-scopes --client-id sensor"),
-    Command("client remove-scope", "take a scope from a client", MadClient.remove_scope_from_client, (OF_CLIENT, OF_SCOPE),
-            said, "mad client remove-scope --client-id sensor --scope-id write"),
+    Command("client remove-scope", "take a scope from a client", MadClient.remove_scope_from_client,
+            (OF_CLIENT, OF_SCOPE), said, "mad client remove-scope --client-id sensor --scope-id write"),
 
     # -- scope --
     Command("scope create", "create a scope", MadClient.create_scope, (NAME, DESCRIPTION),
@@ -2972,7 +3027,8 @@ COMMANDS = (
             "mad scope update --id read --description 'read all meters'", at_least_one=True),
     Command("scope list", "list the scopes", MadClient.list_scopes, (), SCOPES, "mad scope list"),
     Command("scope get", "show a scope", MadClient.get_scope, (SCOPE_ID,), SCOPE, "mad scope get --id read"),
-    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read", danger="id"),
+    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read",
+            danger="id"),
     Command("scope assign-to-user", "give a user scopes", MadClient.assign_scopes_to_user, (OF_USER, OF_SCOPES), said,
             "mad scope assign-to-user --user-id bob --scope-id read write"),
     Command("scope list-for-user", "list the scopes of a user", MadClient.list_scopes_of_user, (OF_USER,), SCOPES,
@@ -2981,15 +3037,15 @@ COMMANDS = (
             said, "mad scope remove-from-user --user-id bob --scope-id write"),
     Command("scope assign-to-client", "let a client ask for scopes", MadClient.assign_scopes_to_client,
             (OF_CLIENT, OF_SCOPES), said, "mad scope assign-to-client --client-id sensor --scope-id read write"),
-    Command("scope list-for-client", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
-            "mad scope list-for-client --client-id sensor"),
+    Command("scope list-for-client", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,),
+            SCOPES, "mad scope list-for-client --client-id sensor"),
     Command("scope remove-from-client", "take a scope from a client", MadClient.remove_scope_from_client,
             (OF_CLIENT, OF_SCOPE), said, "mad scope remove-from-client --client-id sensor --scope-id write"),
 
     Command("scope list-users", "list the users who have a scope", MadClient.list_users_of_scope, (SCOPE_ID,), USERS,
             "mad scope list-users --id read"),
-    Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope, (SCOPE_ID,),
-            CLIENTS, "mad scope list-clients --id read"),
+    Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope,
+            (SCOPE_ID,), CLIENTS, "mad scope list-clients --id read"),
 
     # -- sessionctl, refreshtoken, audit --
     *of_sessions("sessionctl"),
@@ -3002,8 +3058,9 @@ COMMANDS = (
             "mad refreshtoken get --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
     Command("refreshtoken revoke", "revoke a refresh token and the login it belongs to", MadClient.revoke_refresh_token,
             (RECORD,), said, "mad refreshtoken revoke --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
-    *(Command("refreshtoken " + verb, "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE, said,
-              f"mad refreshtoken {verb} --older-than 86400 --expired", danger="") for verb in ("purge", "purge-refresh")),
+    *(Command("refreshtoken " + verb, "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE,
+              said, f"mad refreshtoken {verb} --older-than 86400 --expired", danger="")
+      for verb in ("purge", "purge-refresh")),
     *of_audit("audit"),
     *of_audit("auditlog"),
 
@@ -3016,7 +3073,8 @@ COMMANDS = (
         "mad backup box.backup", verb=True, word="file", quiet=lambda made: [plain(made.get("name"))]),
 
     # -- token, completion --
-    Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), show_token, "mad token get | mad token --token -", local=True),
+    Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), show_token,
+            "mad token get | mad token --token -", local=True),
     Command("token revoke", "end a token", MadClient.revoke_token, (JWT,), said, "mad token revoke --token -"),
     Command("token get", "print an access token for a machine client, cached while it lasts", token_get, (
         Option("auth-url", "address of the AUTH server"), Option("client-id", "the client", metavar="ID"),
@@ -3071,8 +3129,9 @@ def run(command: Command, shell: Shell):
 def show_result(command: Command, shell: Shell, result) -> int:
     """Print a result in the form that is asked for. Return the exit status it means."""
     if command.flows:
+        page_lines = documents if shell.json else (command.quiet or ids) if shell.quiet else command.show
         for page in result:
-            for text in documents(page) if shell.json else (command.quiet or ids)(page) if shell.quiet else command.show(page):
+            for text in page_lines(page):
                 print(text)
             sys.stdout.flush()
     elif command.is_list and shell.json:
@@ -3129,8 +3188,9 @@ def _run_command(command: Command, words: list[str]) -> int:
         return _fail(shell.json, problem.exit_status, problem.error, problem.messages, hint=problem.hint)
     except MadError as problem:
         status = UNREACHABLE if isinstance(problem, Unreachable) else LOGIN if problem.status == 401 else REFUSED
-        hint = problem.hint or (
-            "log in with: mad session login" if status == LOGIN and command.call not in (session_login, token_get) else "")
+        hint = problem.hint
+        if not hint and status == LOGIN and command.call not in (session_login, token_get):
+            hint = "log in with: mad session login"
         return _fail(shell.json, status, problem.error, [problem.message], problem.errors, hint)
     except BadValue as problem:
         return _fail(shell.json, USAGE, "usage", [str(problem)])
