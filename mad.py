@@ -11,8 +11,8 @@ Contents
   Wire         one HTTP exchange on one connection
   Tokens       reading a JWT without verifying it
   Bindings     what the two classes below share: a request, a list in pages
-  MadClient    every request to ADMIN as a method
   AuthClient   every request to AUTH as a method
+  MadClient    every request to ADMIN as a method
   Profile      the saved login, the cached tokens
   Arguments    Option, Command, ArgumentReader, parse()
   Output       tables and lines that no server can use to drive a terminal
@@ -586,6 +586,141 @@ class Binding:
         """
         for page in method.__func__.pages(self, *args, **parameters):
             yield from page
+
+
+# == AuthClient ================================================================
+# The requests of AUTH.
+
+class AuthClient(Binding):
+    """The AUTH API of a microauthd, as a client of it; the ADMIN API is MadClient.
+
+        auth = AuthClient("http://localhost:9040", "app", secret)
+        answer = auth.password_login("bob", password, scope="openid email")
+        auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
+        auth.userinfo()["email"]
+
+    `client_id` and `client_secret` authenticate the client where AUTH requires it: with HTTP Basic, or as a public
+    client without a secret. `token` is the bearer token of the other requests; only the caller sets it. Objects are
+    those of MadClient, and Token: `access_token token_type expires_in scope jti`, with `refresh_token` and `id_token`
+    when they exist. Methods raise as MadClient's do; `error` is a code of RFC 6749 §5.2 at the OAuth endpoints.
+    """
+
+    def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
+                 token: str | None = None, ca_file: str | None = None, timeout: float | None = None):
+        super().__init__(auth_url, token, ca_file, timeout)
+        self.client_id, self.client_secret = client_id, client_secret
+
+    @property
+    def auth_url(self) -> str:
+        return self.url
+
+    def _as_client(self, path: str, **form) -> dict:
+        """POST a form as the client: Basic with a secret, `client_id` in the form without one. RFC 6749 §2.3.1."""
+        form, headers = _given(**form), {}
+        if not self.client_id:
+            raise BadValue("a client_id is needed here")
+        if self.client_secret is None:
+            form["client_id"] = self.client_id
+        else:
+            from binascii import b2a_base64
+            from urllib.parse import quote_plus
+            # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
+            pair = quote_plus(self.client_id) + ":" + quote_plus(self.client_secret)
+            headers["Authorization"] = "Basic " + b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
+        return self.request("POST", path, form=form, headers=headers, anonymous=True)
+
+    # -- what anybody may ask --
+
+    def discovery(self) -> dict:
+        """GET /.well-known/openid-configuration. Return the metadata of OpenID Connect Discovery §3."""
+        return self.request("GET", "/.well-known/openid-configuration", anonymous=True)
+
+    def jwks(self) -> dict:
+        """GET /jwks.json. Return {"keys": […]}, the public keys of AUTH. RFC 7517 §5."""
+        return self.request("GET", "/jwks.json", anonymous=True)
+
+    # -- tokens --
+
+    def client_credentials(self, scope: str | None = None) -> dict:
+        """POST /token. Return Token, for the client itself. RFC 6749 §4.4."""
+        return _checked_token(self._as_client("/token", grant_type="client_credentials", scope=scope or None))
+
+    def password_login(self, username: str, password: str, scope: str | None = None, totp: str | None = None) -> dict:
+        """POST /token. Return Token, for a user. A failed login is 403, whatever was wrong. RFC 6749 §4.3."""
+        return _checked_token(self._as_client("/token", grant_type="password", username=username, password=password,
+                                              scope=scope, totp=totp))
+
+    def exchange_code(self, code: str, redirect_uri: str, code_verifier: str | None = None) -> dict:
+        """POST /token. Return Token, for the code that came to `redirect_uri`. RFC 6749 §4.1.3, RFC 7636 §4.5."""
+        return _checked_token(self._as_client("/token", grant_type="authorization_code", code=code,
+                                              redirect_uri=redirect_uri, code_verifier=code_verifier))
+
+    def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
+        """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
+        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token,
+                                              scope=scope))
+
+    def introspect(self, token: str) -> dict:
+        """POST /introspect. Return the claims with `active` true, or {"active": false}. RFC 7662 §2."""
+        answer = self._as_client("/introspect", token=token)
+        if not isinstance(answer.get("active"), bool):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
+
+    def revoke(self, token: str) -> dict:
+        """POST /revoke. Return Msg, also for an unknown token. A refresh token's family ends too. RFC 7009 §2."""
+        return self._as_client("/revoke", token=token)
+
+    # -- whom the token speaks for --
+
+    def userinfo(self) -> dict:
+        """GET /userinfo. Return the claims the scopes of the token open. OpenID Connect Core §5.3."""
+        return self.request("GET", "/userinfo")
+
+    def me(self) -> dict:
+        """GET /me. Return {sub, email, roles, scopes}."""
+        return self.request("GET", "/me")
+
+    @listing(*PAGED)
+    def list_my_sessions(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
+        """GET /me/sessions. Return [Session], newest first."""
+        return self.pages("/me/sessions", **search)
+
+    @listing(*PAGED)
+    def list_my_refresh_tokens(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
+        """GET /me/refresh-tokens. Return [RefreshToken], newest first; never the tokens themselves."""
+        return self.pages("/me/refresh-tokens", **search)
+
+    def logout(self) -> dict:
+        """POST /logout. Return Msg. Ends every login of the user at the client of the token."""
+        return self.request("POST", "/logout")
+
+    def logout_all(self) -> dict:
+        """POST /logout-all. Return Msg. Ends every login of the user, everywhere."""
+        return self.request("POST", "/logout-all")
+
+    # -- users, for a token with one of the admin: scopes --
+
+    def create_user(self, username: str, email: str, password: str) -> dict:
+        """POST /user. Return the new User. Scope admin:provision_users."""
+        return self.request("POST", "/user", json={"username": username, "email": email, "password": password})
+
+    @listing(*SEARCH)
+    def list_users(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /users. Return [User]. Scope admin:list_users."""
+        return self.pages("/users", **search)
+
+    def get_user(self, id: str) -> dict:
+        """GET /user/{id}. Return User. Scope admin:read_user."""
+        return self.request("GET", _at("user", id))
+
+    def reset_password(self, id: str, new_password: str) -> dict:
+        """POST /user/{id}/reset. Return Msg. Scope admin:reset_passwords."""
+        return self.request("POST", _at("user", id, "reset"), json={"new_password": new_password})
+
+    def deactivate_user(self, id: str) -> dict:
+        """POST /user/{id}/deactivate. Return Msg. Scope admin:deactivate_users."""
+        return self.request("POST", _at("user", id, "deactivate"))
 
 
 # == MadClient =================================================================
@@ -1221,147 +1356,22 @@ class MadClient(Binding):
         return self.request("DELETE", _at("backup", name))
 
 
-# == AuthClient ================================================================
-# The requests of AUTH.
-
-class AuthClient(Binding):
-    """The AUTH API of a microauthd, as a client of it; the ADMIN API is MadClient.
-
-        auth = AuthClient("http://localhost:9040", "app", secret)
-        answer = auth.password_login("bob", password, scope="openid email")
-        auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
-        auth.userinfo()["email"]
-
-    `client_id` and `client_secret` authenticate the client where AUTH requires it: with HTTP Basic, or as a public
-    client without a secret. `token` is the bearer token of the other requests; only the caller sets it. Objects are
-    those of MadClient, and Token: `access_token token_type expires_in scope jti`, with `refresh_token` and `id_token`
-    when they exist. Methods raise as MadClient's do; `error` is a code of RFC 6749 §5.2 at the OAuth endpoints.
-    """
-
-    def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
-                 token: str | None = None, ca_file: str | None = None, timeout: float | None = None):
-        super().__init__(auth_url, token, ca_file, timeout)
-        self.client_id, self.client_secret = client_id, client_secret
-
-    @property
-    def auth_url(self) -> str:
-        return self.url
-
-    def _as_client(self, path: str, **form) -> dict:
-        """POST a form as the client: Basic with a secret, `client_id` in the form without one. RFC 6749 §2.3.1."""
-        form, headers = _given(**form), {}
-        if not self.client_id:
-            raise BadValue("a client_id is needed here")
-        if self.client_secret is None:
-            form["client_id"] = self.client_id
-        else:
-            from binascii import b2a_base64
-            from urllib.parse import quote_plus
-            # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
-            pair = quote_plus(self.client_id) + ":" + quote_plus(self.client_secret)
-            headers["Authorization"] = "Basic " + b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
-        return self.request("POST", path, form=form, headers=headers, anonymous=True)
-
-    # -- what anybody may ask --
-
-    def discovery(self) -> dict:
-        """GET /.well-known/openid-configuration. Return the metadata of OpenID Connect Discovery §3."""
-        return self.request("GET", "/.well-known/openid-configuration", anonymous=True)
-
-    def jwks(self) -> dict:
-        """GET /jwks.json. Return {"keys": […]}, the public keys of AUTH. RFC 7517 §5."""
-        return self.request("GET", "/jwks.json", anonymous=True)
-
-    # -- tokens --
-
-    def client_credentials(self, scope: str | None = None) -> dict:
-        """POST /token. Return Token, for the client itself. RFC 6749 §4.4."""
-        return _checked_token(self._as_client("/token", grant_type="client_credentials", scope=scope or None))
-
-    def password_login(self, username: str, password: str, scope: str | None = None, totp: str | None = None) -> dict:
-        """POST /token. Return Token, for a user. A failed login is 403, whatever was wrong. RFC 6749 §4.3."""
-        return _checked_token(self._as_client("/token", grant_type="password", username=username, password=password,
-                                              scope=scope, totp=totp))
-
-    def exchange_code(self, code: str, redirect_uri: str, code_verifier: str | None = None) -> dict:
-        """POST /token. Return Token, for the code that came to `redirect_uri`. RFC 6749 §4.1.3, RFC 7636 §4.5."""
-        return _checked_token(self._as_client("/token", grant_type="authorization_code", code=code,
-                                              redirect_uri=redirect_uri, code_verifier=code_verifier))
-
-    def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
-        """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
-        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token,
-                                              scope=scope))
-
-    def introspect(self, token: str) -> dict:
-        """POST /introspect. Return the claims with `active` true, or {"active": false}. RFC 7662 §2."""
-        answer = self._as_client("/introspect", token=token)
-        if not isinstance(answer.get("active"), bool):
-            raise _bad_answer("the answer is not the JSON it should be")
-        return answer
-
-    def revoke(self, token: str) -> dict:
-        """POST /revoke. Return Msg, also for an unknown token. A refresh token's family ends too. RFC 7009 §2."""
-        return self._as_client("/revoke", token=token)
-
-    # -- whom the token speaks for --
-
-    def userinfo(self) -> dict:
-        """GET /userinfo. Return the claims the scopes of the token open. OpenID Connect Core §5.3."""
-        return self.request("GET", "/userinfo")
-
-    def me(self) -> dict:
-        """GET /me. Return {sub, email, roles, scopes}."""
-        return self.request("GET", "/me")
-
-    @listing(*PAGED)
-    def list_my_sessions(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
-        """GET /me/sessions. Return [Session], newest first."""
-        return self.pages("/me/sessions", **search)
-
-    @listing(*PAGED)
-    def list_my_refresh_tokens(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
-        """GET /me/refresh-tokens. Return [RefreshToken], newest first; never the tokens themselves."""
-        return self.pages("/me/refresh-tokens", **search)
-
-    def logout(self) -> dict:
-        """POST /logout. Return Msg. Ends every login of the user at the client of the token."""
-        return self.request("POST", "/logout")
-
-    def logout_all(self) -> dict:
-        """POST /logout-all. Return Msg. Ends every login of the user, everywhere."""
-        return self.request("POST", "/logout-all")
-
-    # -- users, for a token with one of the admin: scopes --
-
-    def create_user(self, username: str, email: str, password: str) -> dict:
-        """POST /user. Return the new User. Scope admin:provision_users."""
-        return self.request("POST", "/user", json={"username": username, "email": email, "password": password})
-
-    @listing(*SEARCH)
-    def list_users(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
-        """GET /users. Return [User]. Scope admin:list_users."""
-        return self.pages("/users", **search)
-
-    def get_user(self, id: str) -> dict:
-        """GET /user/{id}. Return User. Scope admin:read_user."""
-        return self.request("GET", _at("user", id))
-
-    def reset_password(self, id: str, new_password: str) -> dict:
-        """POST /user/{id}/reset. Return Msg. Scope admin:reset_passwords."""
-        return self.request("POST", _at("user", id, "reset"), json={"new_password": new_password})
-
-    def deactivate_user(self, id: str) -> dict:
-        """POST /user/{id}/deactivate. Return Msg. Scope admin:deactivate_users."""
-        return self.request("POST", _at("user", id, "deactivate"))
-
-
 # == Profile ===================================================================
 # ~/.mad_token (the raw JWT), ~/.mad_url (the server that issued it), and the cache of machine tokens. Their owner's
 # alone: whoever can plant a file or a link here could steal a token or lend a false one.
 
 def _unsafe(path: str, why: str) -> Refusal:
     return Refusal(LOGIN, "unsafe_file", f"{path} {why}", hint="look at it, then remove it")
+
+
+def _check_private(path: str, info: os.stat_result) -> None:
+    import stat
+    if stat.S_ISLNK(info.st_mode):
+        raise _unsafe(path, "is a symbolic link")
+    if not stat.S_ISREG(info.st_mode):
+        raise _unsafe(path, "is not a regular file")
+    if info.st_uid != os.geteuid():
+        raise _unsafe(path, "belongs to somebody else")
 
 
 def read_private(path: str) -> str | None:
@@ -1392,16 +1402,6 @@ def read_private(path: str) -> str | None:
         return octets[:MAX_SECRET].decode("ascii").strip() or None
     except UnicodeDecodeError:
         raise _unsafe(path, "is not what mad wrote") from None
-
-
-def _check_private(path: str, info: os.stat_result) -> None:
-    import stat
-    if stat.S_ISLNK(info.st_mode):
-        raise _unsafe(path, "is a symbolic link")
-    if not stat.S_ISREG(info.st_mode):
-        raise _unsafe(path, "is not a regular file")
-    if info.st_uid != os.geteuid():
-        raise _unsafe(path, "belongs to somebody else")
 
 
 def write_private(path: str, text: str, modified_at: int | None = None) -> None:
@@ -2166,6 +2166,44 @@ COMPLETIONS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish
 # == Shell =====================================================================
 # Flags win over the environment, the environment over the saved profile.
 
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    try:
+        return sys.stdin.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def read_secret(origin: str) -> str:
+    """Return the first line of stdin without its end. Raises Refusal when it is empty, long or not UTF-8."""
+    try:
+        octets = sys.stdin.buffer.readline(MAX_SECRET + 1)
+        text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+    except (AttributeError, ValueError, OSError):
+        raise Refusal(USAGE, "usage", f"{origin} finds no text in UTF-8 on standard input") from None
+    if not text or len(octets) > MAX_SECRET:
+        raise Refusal(USAGE, "usage", f"{origin} finds {'too much' if text else 'nothing'} on standard input")
+    return text
+
+
+def ask(prompt: str) -> str:
+    """Ask on stderr, so that stdout stays clean."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
+def ask_secret(prompt: str) -> str:
+    from getpass import getpass
+    try:
+        found = getpass(prompt)
+    except EOFError:
+        found = ""
+    if not found:
+        raise Refusal(USAGE, "usage", "nothing was typed")
+    return found
+
+
 class Shell:
     """What a running command knows: its option `values`, the table, the environment, the profile."""
 
@@ -2277,7 +2315,6 @@ class Shell:
             raise MadError(404, problem.error, f"there is no {option.of[:-1]} '{value}'",
                            hint=f"see: mad {option.of[:-1]} list") from None
 
-
     def resolve_within(self, client: MadClient, option: Option, value: str, whole: str | None) -> str:
         """Return the id of the part of `whole` that `value` is or names."""
         if is_uuid(value):
@@ -2302,46 +2339,17 @@ class Shell:
             raise Refusal(USAGE, "not_confirmed", "not confirmed; nothing was sent")
 
 
-def on_terminal() -> bool:
-    """Whether there is somebody to ask."""
-    try:
-        return sys.stdin.isatty()
-    except (AttributeError, ValueError):
-        return False
-
-
-def read_secret(origin: str) -> str:
-    """Return the first line of stdin without its end. Raises Refusal when it is empty, long or not UTF-8."""
-    try:
-        octets = sys.stdin.buffer.readline(MAX_SECRET + 1)
-        text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-    except (AttributeError, ValueError, OSError):
-        raise Refusal(USAGE, "usage", f"{origin} finds no text in UTF-8 on standard input") from None
-    if not text or len(octets) > MAX_SECRET:
-        raise Refusal(USAGE, "usage", f"{origin} finds {'too much' if text else 'nothing'} on standard input")
-    return text
-
-
-def ask(prompt: str) -> str:
-    """Ask on stderr, so that stdout stays clean."""
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
-    return sys.stdin.readline().strip()
-
-
-def ask_secret(prompt: str) -> str:
-    from getpass import getpass
-    try:
-        found = getpass(prompt)
-    except EOFError:
-        found = ""
-    if not found:
-        raise Refusal(USAGE, "usage", "nothing was typed")
-    return found
-
-
 # == Verbs =====================================================================
 # The commands that are more than one request. Each takes the Shell and its options, and returns what --json prints.
+
+def _name_in(claims: dict) -> str:
+    return str(claims.get("username") or claims.get("preferred_username") or "")
+
+
+def _expiry_in(claims: dict) -> str:
+    expires_at = claims.get("exp")
+    return utc(expires_at) if isinstance(expires_at, (int, float)) else ""
+
 
 def session_login(shell: Shell, username: str | None = None, password_stdin: bool = False,
                   totp: str | None = None) -> dict:
@@ -2416,15 +2424,6 @@ def session_status(shell: Shell) -> dict:
     return {"success": True, "sub": str(claims.get("sub", "")), "username": _name_in(claims),
             "role": roles[0] if roles else "(none)", "roles": roles, "expires_at": _expiry_in(claims),
             "token_use": str(claims.get("token_use", "")), "url": url.text}
-
-
-def _name_in(claims: dict) -> str:
-    return str(claims.get("username") or claims.get("preferred_username") or "")
-
-
-def _expiry_in(claims: dict) -> str:
-    expires_at = claims.get("exp")
-    return utc(expires_at) if isinstance(expires_at, (int, float)) else ""
 
 
 def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_password: int | None = None,
@@ -2524,6 +2523,26 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
     return made
 
 
+def _seq(row: dict) -> int:
+    number = str(row.get("id"))
+    if not (number.isascii() and number.isdigit() and len(number) < 20):
+        raise _bad_answer("the entries of this server have no numbers to go on from", hint="")
+    return int(number)
+
+
+def _wait(seconds: float) -> bool:
+    """Wait. Return whether stdout still has a reader, the moment it has none."""
+    import time
+    try:
+        from select import poll
+        poller = poll()
+        poller.register(sys.stdout.fileno(), 0)  # Errors and hang-ups are told in any case.
+    except (ImportError, AttributeError, OSError, ValueError):
+        time.sleep(seconds)
+        return True
+    return not poller.poll(seconds * 1000)
+
+
 def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
                action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
     """GET /audit-logs. Yield what is written to the audit log, until nobody reads it any more."""
@@ -2554,26 +2573,6 @@ def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int =
         yield rows
         if len(rows) == PAGE:
             pause = 0
-
-
-def _seq(row: dict) -> int:
-    number = str(row.get("id"))
-    if not (number.isascii() and number.isdigit() and len(number) < 20):
-        raise _bad_answer("the entries of this server have no numbers to go on from", hint="")
-    return int(number)
-
-
-def _wait(seconds: float) -> bool:
-    """Wait. Return whether stdout still has a reader, the moment it has none."""
-    import time
-    try:
-        from select import poll
-        poller = poll()
-        poller.register(sys.stdout.fileno(), 0)  # Errors and hang-ups are told in any case.
-    except (ImportError, AttributeError, OSError, ValueError):
-        time.sleep(seconds)
-        return True
-    return not poller.poll(seconds * 1000)
 
 
 def show_entries(rows: list[dict]) -> list[str]:
@@ -2714,6 +2713,7 @@ WHO_DID = (
     Option("user-id", "who did it", of="users", loose=True), Option("action", "exactly this action"),
     Option("target", "exactly this target"),
 )
+JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret",
                     stdin="secret-stdin")
 
@@ -2805,8 +2805,6 @@ def of_audit(noun: str) -> tuple:
         ), said, f"mad {noun} purge --days 365", danger=""),
     )
 
-
-JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 
 COMMANDS = (
     # -- session --

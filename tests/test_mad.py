@@ -1,7 +1,9 @@
 """mad: its words, its files, what it says and how it ends. The journeys against a real server stand in test_flows."""
 
+import ast
 import contextlib
 import datetime
+import dis
 import hashlib
 import http.server
 import json
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import mad
 import pexpect
@@ -1644,3 +1647,36 @@ class TestNamesNoPathCarries:
         fake.answers["GET /roles"] = (200, [], {})
         done = run("role", "get", "--id", "a/b")
         assert done.returncode == 1 and "there is no role 'a/b'" in done.stderr
+
+
+class TestOrder:
+    """mad.py is read downwards: a definition uses only names defined above it."""
+
+    SOURCE = (ROOT / "mad.py").read_text("utf-8")
+
+    def test_the_contents_are_the_banners(self):
+        contents = re.findall(r"^  ([A-Z]\w+) +\S", mad.__doc__.partition("Contents\n")[2], re.M)
+        assert contents == re.findall(r"^# == (\w+) =+$", self.SOURCE, re.M)
+
+    def test_a_definition_uses_only_names_defined_above_it(self):
+        defined = {}
+        for node in ast.parse(self.SOURCE).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined[node.name] = node.lineno
+            elif isinstance(node, ast.Assign):
+                for name in ast.walk(node):
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                        defined.setdefault(name.id, node.lineno)
+        for node in ast.parse(self.SOURCE).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
+                code = compile(ast.Module([node], []), "mad.py", "exec")
+                below = {name for name in self.globals_of(code) if defined.get(name, 0) > node.lineno}
+                assert not below, f"line {node.lineno} uses {below}"
+
+    def globals_of(self, code):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield instruction.argval
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType):
+                yield from self.globals_of(inner)
