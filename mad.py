@@ -3,7 +3,7 @@
 
 `mad <noun> <verb> [options]` is one request to the ADMIN server (a name given for an id costs one look-up before).
 Standard library only, and little of it: a command is to cost less than 35 ms of processor time, which is why there
-is no argparse (7 ms) and no http.client (25 ms), and why most imports stand where they are used.
+is no argparse (7 ms), http.client (25 ms) or contextlib (2 ms), and why most imports stand where they are used.
 
 Contents
   Vocabulary   names, limits, exit statuses
@@ -11,10 +11,10 @@ Contents
   Wire         one HTTP exchange on one connection
   Tokens       reading a JWT without verifying it
   Bindings     what the two classes below share: a request, a list in pages
-  MadClient    every request to ADMIN as a method
   AuthClient   every request to AUTH as a method
+  MadClient    every request to ADMIN as a method
   Profile      the saved login, the cached tokens
-  Arguments    Option, Command, parse()
+  Arguments    Option, Command, ArgumentReader, parse()
   Output       tables and lines that no server can use to drive a terminal
   Help         texts, rows for a README and completion scripts, all made from the table
   Shell        what a running command knows: options, environment, profile
@@ -148,16 +148,135 @@ class Url:
         self.scheme, self.host = parts.scheme, parts.hostname
         self.port = port if port is not None else 443 if self.scheme == "https" else 80
         self.base = parts.path.rstrip("/")
-        name = "[%s]" % self.host if ":" in self.host else self.host
+        name = f"[{self.host}]" if ":" in self.host else self.host
         default = self.port == (443 if self.scheme == "https" else 80)
-        self.authority = name if default else "%s:%d" % (name, self.port)
-        self.text = "%s://%s%s" % (self.scheme, self.authority, self.base)
+        self.authority = name if default else f"{name}:{self.port}"
+        self.text = f"{self.scheme}://{self.authority}{self.base}"
 
     @property
     def is_loopback(self) -> bool:
         parts = self.host.split(".")
         return self.host in ("localhost", "::1") or (
             len(parts) == 4 and parts[0] == "127" and all(part.isdigit() for part in parts))
+
+
+def _bad_answer(why: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
+    return Unreachable(0, "bad_answer", why, hint=hint)
+
+
+def _status_of(line: str) -> int:
+    """Return the status of a status line. RFC 9112 §4."""
+    version, _, rest = line.partition(" ")
+    code = rest[:3]
+    if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
+        raise _bad_answer("not an HTTP answer")
+    return int(code)
+
+
+def _headers_of(lines: list[str]) -> dict[str, str]:
+    """Return the header fields by lower-case name. Two lengths that differ are malformed. RFC 9112 §6.3."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name, value = name.lower(), value.strip()
+        if not colon or (name == "content-length" and headers.get(name, value) != value):
+            raise _bad_answer("the head of the answer is malformed")
+        headers[name] = value
+    return headers
+
+
+class AnswerReader:
+    """Reads one HTTP answer from a connection. `left` returns the seconds that remain, or raises TimeoutError."""
+
+    def __init__(self, connection, left: Callable[[], float]):
+        self.connection, self.left, self.buffer = connection, left, bytearray()
+
+    def more(self) -> bool:
+        """Receive once. Return whether anything came before the end."""
+        self.connection.settimeout(self.left())
+        part = self.connection.recv(65536)
+        self.buffer.extend(part)
+        return bool(part)
+
+    def fill(self, size: int) -> None:
+        """Receive until the buffer has `size` bytes."""
+        if size > MAX_BODY:
+            raise _bad_answer(f"the answer is longer than {MAX_BODY >> 20} MiB")
+        while len(self.buffer) < size:
+            if not self.more():
+                raise _bad_answer("the answer breaks off")
+
+    def read_head(self) -> list[str]:
+        """Take the lines before a blank line out of the buffer."""
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            if len(self.buffer) > MAX_HEAD:
+                raise _bad_answer("the head of the answer is too long")
+            if not self.more():
+                raise _bad_answer("not an HTTP answer" if self.buffer
+                                  else "the connection was closed without an answer")
+        head = self.buffer[:end].decode("latin-1").split("\r\n")
+        del self.buffer[:end + 4]
+        return head
+
+    def read(self) -> tuple[int, dict, bytes]:
+        """Return status, headers and body."""
+        status = 0
+        while status < 200:  # The ones below are interim: RFC 9110 §15.2.
+            head = self.read_head()
+            status = _status_of(head[0])
+        headers = _headers_of(head[1:])
+        return status, headers, b"" if status in (204, 304) else self.read_body(headers)
+
+    def read_body(self, headers: dict) -> bytes:
+        if "transfer-encoding" in headers:
+            if headers["transfer-encoding"].lower() != "chunked":
+                raise _bad_answer("the answer has an unknown transfer encoding")
+            return self.read_chunks()
+        if (length := headers.get("content-length")) is not None:
+            if not (length.isascii() and length.isdigit()) or len(length) > 18:
+                raise _bad_answer("the head of the answer is malformed")
+            self.fill(int(length))
+            return bytes(self.buffer[:int(length)])
+        while self.more():
+            if len(self.buffer) > MAX_BODY:
+                self.fill(len(self.buffer))
+        return bytes(self.buffer)
+
+    def read_chunks(self) -> bytes:
+        """Return the body of a chunked answer. RFC 9112 §7.1."""
+        body = bytearray()
+        while True:
+            while (end := self.buffer.find(b"\r\n")) < 0:
+                if len(self.buffer) > 1024 or not self.more():
+                    raise _bad_answer("the answer breaks off")
+            digits = bytes(self.buffer[:end]).split(b";")[0].strip()
+            if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
+                raise _bad_answer("the answer has a malformed chunk")
+            size = int(digits, 16)
+            del self.buffer[:end + 2]
+            if size == 0:
+                return bytes(body)
+            self.fill(len(body) + size if len(body) + size > MAX_BODY else size + 2)
+            body += self.buffer[:size]
+            if self.buffer[size:size + 2] != b"\r\n":
+                raise _bad_answer("the answer has a malformed chunk")
+            del self.buffer[:size + 2]
+
+
+def _tls(connection, host: str, ca_file: str | None, timeout: float):
+    import ssl
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as problem:
+        connection.close()
+        raise Unreachable(
+            0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
+    connection.settimeout(timeout)
+    try:
+        return context.wrap_socket(connection, server_hostname=host)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
@@ -177,11 +296,11 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             raise TimeoutError
         return rest
 
-    lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + url.authority, "Connection: close",
+    lines = [f"{method} {target} HTTP/1.1", "Host: " + url.authority, "Connection: close",
              "Accept: application/json", "User-Agent: mad/" + VERSION]
-    lines += ["%s: %s" % item for item in headers.items()]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     if body is not None or method != "GET":
-        lines.append("Content-Length: %d" % len(body or b""))
+        lines.append(f"Content-Length: {len(body) if body else 0}")
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii") + (body or b"")
 
     where = url.text
@@ -196,116 +315,20 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             connection.sendall(request)
         except (BrokenPipeError, ConnectionResetError):
             pass  # A server may refuse a request before it has read all of it; its answer is what counts.
-        return _read_answer(connection, left)
+        return AnswerReader(connection, left).read()
     except TimeoutError:
-        raise Unreachable(0, "timeout", "no answer from %s within %g seconds" % (where, timeout)) from None
+        raise Unreachable(0, "timeout", f"no answer from {where} within {timeout:g} seconds") from None
     except OSError as problem:
         if type(problem).__module__ == "ssl":
             reason = getattr(problem, "verify_message", "") or getattr(problem, "reason", "") or str(problem)
-            raise Unreachable(0, "untrusted", "no secure connection to %s: %s" % (where, reason), hint=(
+            raise Unreachable(0, "untrusted", f"no secure connection to {where}: {reason}", hint=(
                 "name the authority that signed its certificate in MAD_CA_FILE" if hasattr(problem, "verify_message")
                 else "does the server speak TLS on this port?")) from None
-        raise Unreachable(0, "unreachable", "cannot reach %s: %s" % (where, problem.strerror or problem),
+        raise Unreachable(0, "unreachable", f"cannot reach {where}: {problem.strerror or problem}",
                           hint="is the server running, and is this its address?") from None
     finally:
         if connection is not None:
             connection.close()
-
-
-def _tls(connection, host: str, ca_file: str | None, timeout: float):
-    import ssl
-    try:
-        context = ssl.create_default_context(cafile=ca_file or None)
-    except OSError as problem:
-        connection.close()
-        raise Unreachable(0, "untrusted", "cannot read the authorities in %s: %s"
-                          % (ca_file, problem.strerror or problem)) from None
-    connection.settimeout(timeout)
-    try:
-        return context.wrap_socket(connection, server_hostname=host)
-    except BaseException:
-        connection.close()
-        raise
-
-
-def _bad_answer(why: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
-    return Unreachable(0, "bad_answer", why, hint=hint)
-
-
-def _read_answer(connection, left) -> tuple[int, dict, bytes]:
-    buffer = bytearray()
-
-    def more() -> bool:
-        connection.settimeout(left())
-        part = connection.recv(65536)
-        buffer.extend(part)
-        return bool(part)
-
-    while True:
-        while (end := buffer.find(b"\r\n\r\n")) < 0:
-            if len(buffer) > MAX_HEAD:
-                raise _bad_answer("the head of the answer is too long")
-            if not more():
-                raise _bad_answer("the connection was closed without an answer" if not buffer else "not an HTTP answer")
-        head = buffer[:end].decode("latin-1").split("\r\n")
-        del buffer[:end + 4]
-        version, _, rest = head[0].partition(" ")
-        code = rest[:3]
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
-            raise _bad_answer("not an HTTP answer")
-        status = int(code)
-        if status >= 200:
-            break  # Whatever came before was interim: RFC 9110 §15.2.
-    headers: dict = {}
-    for line in head[1:]:
-        name, colon, value = line.partition(":")
-        name, value = name.lower(), value.strip()
-        if not colon or (name == "content-length" and headers.get(name, value) != value):
-            raise _bad_answer("the head of the answer is malformed")
-        headers[name] = value
-
-    def fill(size: int) -> None:
-        if size > MAX_BODY:
-            raise _bad_answer("the answer is longer than %d MiB" % (MAX_BODY >> 20))
-        while len(buffer) < size:
-            if not more():
-                raise _bad_answer("the answer breaks off")
-
-    if status in (204, 304):
-        return status, headers, b""
-    if "transfer-encoding" in headers:
-        if headers["transfer-encoding"].lower() != "chunked":
-            raise _bad_answer("the answer has an unknown transfer encoding")
-        return status, headers, _read_chunks(buffer, fill, more)
-    if (length := headers.get("content-length")) is not None:
-        if not (length.isascii() and length.isdigit()) or len(length) > 18:
-            raise _bad_answer("the head of the answer is malformed")
-        fill(int(length))
-        return status, headers, bytes(buffer[:int(length)])
-    while more():
-        if len(buffer) > MAX_BODY:
-            fill(len(buffer))
-    return status, headers, bytes(buffer)
-
-
-def _read_chunks(buffer: bytearray, fill, more) -> bytes:
-    body = bytearray()
-    while True:
-        while (end := buffer.find(b"\r\n")) < 0:
-            if len(buffer) > 1024 or not more():
-                raise _bad_answer("the answer breaks off")
-        digits = bytes(buffer[:end]).split(b";")[0].strip()
-        if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
-            raise _bad_answer("the answer has a malformed chunk")
-        size = int(digits, 16)
-        del buffer[:end + 2]
-        if size == 0:
-            return bytes(body)
-        fill(len(body) + size if len(body) + size > MAX_BODY else size + 2)
-        body += buffer[:size]
-        if buffer[size:size + 2] != b"\r\n":
-            raise _bad_answer("the answer has a malformed chunk")
-        del buffer[:size + 2]
 
 
 def read_json(body: bytes):
@@ -330,26 +353,26 @@ def is_token(text: str) -> bool:
 
 
 def decode_jwt(token: str) -> tuple[dict, dict, str]:
-    """Return header, claims and signature (as it stands) of a compact JWS, unverified. Raises ValueError. RFC 7515 §3.1."""
+    """Return header, claims and encoded signature of a compact JWS, unverified. Raises ValueError. RFC 7515 §3.1."""
     import binascii
     parts = token.split(".")
     if len(parts) != 3:
-        raise ValueError("not a JWT: it has %d parts instead of three" % len(parts))
+        raise ValueError(f"not a JWT: it has {len(parts)} parts instead of three")
     found = []
-    for name, part in zip(("header", "payload"), parts):
+    for name, part in zip(("header", "payload"), parts[:2], strict=True):
         try:
             if not part or set(part) & set("+/="):
                 raise ValueError
             octets = binascii.a2b_base64(part.replace("-", "+").replace("_", "/") + "=" * (-len(part) % 4),
                                          strict_mode=True)
         except ValueError:
-            raise ValueError("not a JWT: its %s is not base64url" % name) from None
+            raise ValueError(f"not a JWT: its {name} is not base64url") from None
         try:
             value = read_json(octets)
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise ValueError("not a JWT: its %s is not a JSON object" % name)
+            raise ValueError(f"not a JWT: its {name} is not a JSON object")
         found.append(value)
     return found[0], found[1], parts[2]
 
@@ -371,7 +394,7 @@ def _at(*parts: str) -> str:
     from urllib.parse import quote
     for part in parts:
         if not isinstance(part, str) or not part.strip() or part in (".", ".."):
-            raise BadValue("an id or a name is needed here, not %r" % (part,))
+            raise BadValue(f"an id or a name is needed here, not {part!r}")
     return "".join("/" + quote(part, safe="") for part in parts)
 
 
@@ -396,7 +419,10 @@ def next_query(link: str) -> str | None:
     return None
 
 
-LIMITED, PAGED, SORTED, SEARCH = ("limit",), ("limit", "offset"), ("limit", "offset", "sort"), ("limit", "offset", "q", "sort")
+LIMITED = ("limit",)
+PAGED = (*LIMITED, "offset")
+SORTED = (*PAGED, "sort")
+SEARCH = (*SORTED, "q")
 
 
 def listing(*takes: str) -> Callable[[Callable[P, Iterator[list[dict]]]], Callable[P, list[dict]]]:
@@ -415,9 +441,76 @@ def listing(*takes: str) -> Callable[[Callable[P, Iterator[list[dict]]]], Callab
     return decorate
 
 
+def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
+    """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
+    if not isinstance(value, dict):
+        if status in (502, 504):
+            return Unreachable(status, "unreachable",
+                               f"a gateway answers that the server cannot be reached ({status})")
+        value = {}
+    error = value.get("error")
+    error = error if isinstance(error, str) and error else f"http_{status}"
+    message = value.get("message") or value.get("error_description")
+    if not isinstance(message, str):
+        if status == 401 and with_token:
+            message = "the token is not accepted"
+        elif status == 429:
+            message = "too many requests"
+        else:
+            message = f"the server answers {status} {'' if error.startswith('http_') else error}".strip()
+    errors = value.get("errors")
+    errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
+    wait = fields.get("retry-after", "")
+    wait = wait if wait.isascii() and wait.isdigit() and len(wait) < 10 else ""
+    return MadError(status, error, message, errors, f"try again in {wait} seconds" if wait else "", int(wait or 0))
+
+
+def _checked_token(answer: dict) -> dict:
+    token = answer.get("access_token")
+    if not isinstance(token, str) or not is_token(token):
+        raise _bad_answer("the answer has no access token")
+    return answer
+
+
+def _encode(path: str, json, form: dict | None, query: dict | str | None) -> tuple[str, dict, bytes | None]:
+    """Return the request target, the Content-Type header if there is a body, and the body."""
+    fields, body = {}, None
+    if query or form is not None:
+        from urllib.parse import urlencode
+        if query:
+            path += "?" + (query if isinstance(query, str) else urlencode(query))
+        if form is not None:
+            fields["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urlencode(form).encode("ascii")
+    if json is not None:
+        from json import dumps
+        fields["Content-Type"] = "application/json"
+        body = dumps(json, separators=(",", ":")).encode("ascii")
+    return path, fields, body
+
+
+def _decode(status: int, headers: dict, octets: bytes, want: type | tuple[type, ...], with_token: bool):
+    """Return the value of an answer that is a success and a `want`. Raises MadError."""
+    if want is bytes and status < 300:
+        return octets
+    try:
+        value = read_json(octets) if octets else None
+    except ValueError:
+        value = octets  # No JSON value is bytes, so this is no `want`.
+    if status >= 400:
+        raise _failure(status, headers, value, with_token)
+    if want is dict and status == 204:
+        return {"success": True, "message": ""}
+    if want is dict and isinstance(value, dict) and value.get("success") is False:
+        raise _failure(status, headers, value, False)
+    if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
+        raise _bad_answer("the answer is not the JSON it should be")
+    return value
+
+
 class Answer:
     """What came back: `status`, `headers` (lower-case names), `value` (of the JSON)."""
-    __slots__ = ("status", "headers", "value")
+    __slots__ = ("headers", "status", "value")
 
     def __init__(self, status: int, headers: dict, value):
         self.status, self.headers, self.value = status, headers, value
@@ -431,7 +524,7 @@ class Binding:
         self.ca_file, self.timeout = ca_file, TIMEOUT if timeout is None else timeout
 
     def send(self, method: str, path: str, *, json=None, form: dict | None = None, query: dict | str | None = None,
-             want: type = dict, anonymous: bool = False, headers: dict | None = None) -> Answer:
+             want: type | tuple[type, ...] = dict, anonymous: bool = False, headers: dict | None = None) -> Answer:
         """Send a request and return its Answer, whose JSON must be a `want` (bytes: whatever it is, unread).
 
         `path` is already escaped. The bearer goes along unless `anonymous`. For what no method does, such as
@@ -441,47 +534,23 @@ class Binding:
             admin.send("PUT", "/users/" + id, json={"email": email}, headers={"If-Match": etag})  # or 412
         """
         url = Url(self.url)
-        headers, body, target = dict(headers or {}), None, path
-        if query or form is not None:
-            from urllib.parse import urlencode
-            if query:
-                target += "?" + (query if isinstance(query, str) else urlencode(query))
-            if form is not None:
-                headers["Content-Type"] = "application/x-www-form-urlencoded"
-                body = urlencode(form).encode("ascii")
-        if json is not None:
-            from json import dumps
-            headers["Content-Type"] = "application/json"
-            body = dumps(json, separators=(",", ":")).encode("ascii")
+        target, fields, body = _encode(path, json, form, query)
+        fields = {**(headers or {}), **fields}
         with_token = bool(self.token) and not anonymous
         if with_token:
             if not is_token(self.token or ""):
                 raise BadValue("the token has characters no token has")
-            headers["Authorization"] = "Bearer " + (self.token or "")
-        if any(not (text.isascii() and text.isprintable()) for item in headers.items() for text in item):
+            fields["Authorization"] = "Bearer " + (self.token or "")
+        if any(not (text.isascii() and text.isprintable()) for item in fields.items() for text in item):
             raise BadValue("a header has characters no header has")
-        status, fields, answer = exchange(url, method, url.base + target, headers, body, self.timeout, self.ca_file)
+        status, received, octets = exchange(url, method, url.base + target, fields, body, self.timeout, self.ca_file)
         if 300 <= status < 400:
-            raise Unreachable(status, "bad_answer", "%s redirects elsewhere, which is not followed" % url.text,
+            raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
                               hint="give the address it leads to, if you trust it")
-        if want is bytes and status < 300:
-            return Answer(status, fields, answer)
-        try:
-            value = read_json(answer) if answer else None
-        except ValueError:
-            value = answer  # Bytes: no JSON value is.
-        if status >= 400:
-            if status == 404 and fields.get("x-not-found") == "route":
-                raise NoRoute(404, "not_found", "this server has no %s %s" % (method, path),
-                              hint="is it older than this mad, or is the feature switched off there?")
-            raise _failure(status, fields, value, with_token)
-        if want is dict and status == 204:
-            return Answer(status, fields, {"success": True, "message": ""})
-        if want is dict and isinstance(value, dict) and value.get("success") is False:
-            raise _failure(status, fields, value, False)
-        if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
-            raise _bad_answer("the answer is not the JSON it should be")
-        return Answer(status, fields, value)
+        if status == 404 and received.get("x-not-found") == "route":
+            raise NoRoute(404, "not_found", f"this server has no {method} {path}",
+                          hint="is it older than this mad, or is the feature switched off there?")
+        return Answer(status, received, _decode(status, received, octets, want, with_token))
 
     def request(self, method: str, path: str, **how):
         """Send a request as `send` does, and return the value of its JSON answer alone."""
@@ -493,8 +562,8 @@ class Binding:
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
         left = limit if limit is not None and limit > 0 else None
-        wanted: dict | str | None = _given(**(query or {}), limit=None if left is None else min(left, PAGE), offset=offset,
-                                           q=q, sort=sort)
+        wanted: dict | str | None = _given(
+            **(query or {}), limit=None if left is None else min(left, PAGE), offset=offset, q=q, sort=sort)
         asked = set()
         while True:
             answer = self.send("GET", path, query=wanted, want=list)
@@ -517,6 +586,141 @@ class Binding:
         """
         for page in method.__func__.pages(self, *args, **parameters):
             yield from page
+
+
+# == AuthClient ================================================================
+# The requests of AUTH.
+
+class AuthClient(Binding):
+    """The AUTH API of a microauthd, as a client of it; the ADMIN API is MadClient.
+
+        auth = AuthClient("http://localhost:9040", "app", secret)
+        answer = auth.password_login("bob", password, scope="openid email")
+        auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
+        auth.userinfo()["email"]
+
+    `client_id` and `client_secret` authenticate the client where AUTH requires it: with HTTP Basic, or as a public
+    client without a secret. `token` is the bearer token of the other requests; only the caller sets it. Objects are
+    those of MadClient, and Token: `access_token token_type expires_in scope jti`, with `refresh_token` and `id_token`
+    when they exist. Methods raise as MadClient's do; `error` is a code of RFC 6749 §5.2 at the OAuth endpoints.
+    """
+
+    def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
+                 token: str | None = None, ca_file: str | None = None, timeout: float | None = None):
+        super().__init__(auth_url, token, ca_file, timeout)
+        self.client_id, self.client_secret = client_id, client_secret
+
+    @property
+    def auth_url(self) -> str:
+        return self.url
+
+    def _as_client(self, path: str, **form) -> dict:
+        """POST a form as the client: Basic with a secret, `client_id` in the form without one. RFC 6749 §2.3.1."""
+        form, headers = _given(**form), {}
+        if not self.client_id:
+            raise BadValue("a client_id is needed here")
+        if self.client_secret is None:
+            form["client_id"] = self.client_id
+        else:
+            from binascii import b2a_base64
+            from urllib.parse import quote_plus
+            # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
+            pair = quote_plus(self.client_id) + ":" + quote_plus(self.client_secret)
+            headers["Authorization"] = "Basic " + b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
+        return self.request("POST", path, form=form, headers=headers, anonymous=True)
+
+    # -- what anybody may ask --
+
+    def discovery(self) -> dict:
+        """GET /.well-known/openid-configuration. Return the metadata of OpenID Connect Discovery §3."""
+        return self.request("GET", "/.well-known/openid-configuration", anonymous=True)
+
+    def jwks(self) -> dict:
+        """GET /jwks.json. Return {"keys": […]}, the public keys of AUTH. RFC 7517 §5."""
+        return self.request("GET", "/jwks.json", anonymous=True)
+
+    # -- tokens --
+
+    def client_credentials(self, scope: str | None = None) -> dict:
+        """POST /token. Return Token, for the client itself. RFC 6749 §4.4."""
+        return _checked_token(self._as_client("/token", grant_type="client_credentials", scope=scope or None))
+
+    def password_login(self, username: str, password: str, scope: str | None = None, totp: str | None = None) -> dict:
+        """POST /token. Return Token, for a user. A failed login is 403, whatever was wrong. RFC 6749 §4.3."""
+        return _checked_token(self._as_client("/token", grant_type="password", username=username, password=password,
+                                              scope=scope, totp=totp))
+
+    def exchange_code(self, code: str, redirect_uri: str, code_verifier: str | None = None) -> dict:
+        """POST /token. Return Token, for the code that came to `redirect_uri`. RFC 6749 §4.1.3, RFC 7636 §4.5."""
+        return _checked_token(self._as_client("/token", grant_type="authorization_code", code=code,
+                                              redirect_uri=redirect_uri, code_verifier=code_verifier))
+
+    def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
+        """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
+        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token,
+                                              scope=scope))
+
+    def introspect(self, token: str) -> dict:
+        """POST /introspect. Return the claims with `active` true, or {"active": false}. RFC 7662 §2."""
+        answer = self._as_client("/introspect", token=token)
+        if not isinstance(answer.get("active"), bool):
+            raise _bad_answer("the answer is not the JSON it should be")
+        return answer
+
+    def revoke(self, token: str) -> dict:
+        """POST /revoke. Return Msg, also for an unknown token. A refresh token's family ends too. RFC 7009 §2."""
+        return self._as_client("/revoke", token=token)
+
+    # -- whom the token speaks for --
+
+    def userinfo(self) -> dict:
+        """GET /userinfo. Return the claims the scopes of the token open. OpenID Connect Core §5.3."""
+        return self.request("GET", "/userinfo")
+
+    def me(self) -> dict:
+        """GET /me. Return {sub, email, roles, scopes}."""
+        return self.request("GET", "/me")
+
+    @listing(*PAGED)
+    def list_my_sessions(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
+        """GET /me/sessions. Return [Session], newest first."""
+        return self.pages("/me/sessions", **search)
+
+    @listing(*PAGED)
+    def list_my_refresh_tokens(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
+        """GET /me/refresh-tokens. Return [RefreshToken], newest first; never the tokens themselves."""
+        return self.pages("/me/refresh-tokens", **search)
+
+    def logout(self) -> dict:
+        """POST /logout. Return Msg. Ends every login of the user at the client of the token."""
+        return self.request("POST", "/logout")
+
+    def logout_all(self) -> dict:
+        """POST /logout-all. Return Msg. Ends every login of the user, everywhere."""
+        return self.request("POST", "/logout-all")
+
+    # -- users, for a token with one of the admin: scopes --
+
+    def create_user(self, username: str, email: str, password: str) -> dict:
+        """POST /user. Return the new User. Scope admin:provision_users."""
+        return self.request("POST", "/user", json={"username": username, "email": email, "password": password})
+
+    @listing(*SEARCH)
+    def list_users(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
+        """GET /users. Return [User]. Scope admin:list_users."""
+        return self.pages("/users", **search)
+
+    def get_user(self, id: str) -> dict:
+        """GET /user/{id}. Return User. Scope admin:read_user."""
+        return self.request("GET", _at("user", id))
+
+    def reset_password(self, id: str, new_password: str) -> dict:
+        """POST /user/{id}/reset. Return Msg. Scope admin:reset_passwords."""
+        return self.request("POST", _at("user", id, "reset"), json={"new_password": new_password})
+
+    def deactivate_user(self, id: str) -> dict:
+        """POST /user/{id}/deactivate. Return Msg. Scope admin:deactivate_users."""
+        return self.request("POST", _at("user", id, "deactivate"))
 
 
 # == MadClient =================================================================
@@ -546,9 +750,9 @@ class MadClient(Binding):
       Msg           success message
 
     Where an id is asked, the server takes a name too, except for what has none; `find_id` turns one into the other.
-    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), long ones `offset`, those of the five nouns
-    `q` (search text) and `sort` (a member, `-` before it for descending); it returns a list, and follows the pages of
-    the server by itself. `each` yields the same rows without keeping them.
+    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), long ones `offset`, those of the five
+    nouns `q` (search text) and `sort` (a member, `-` before it for descending); it returns a list, and follows the
+    pages of the server by itself. `each` yields the same rows without keeping them.
     Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, NoRoute when the
     server lacks the route, BadValue for a blank id or an unusable URL. Redirects are not followed, proxies not asked.
     """
@@ -562,9 +766,11 @@ class MadClient(Binding):
     def admin_url(self) -> str:
         return self.url
 
-    def auth(self, client_id: str | None = None, client_secret: str | None = None, token: str | None = None) -> AuthClient:
+    def auth(self, client_id: str | None = None, client_secret: str | None = None,
+             token: str | None = None) -> AuthClient:
         """Return an AuthClient for the AUTH server of this microauthd. Asks nobody."""
-        return AuthClient(self.auth_url, client_id, client_secret, token=token, ca_file=self.ca_file, timeout=self.timeout)
+        return AuthClient(self.auth_url, client_id, client_secret, token=token, ca_file=self.ca_file,
+                          timeout=self.timeout)
 
     # -- login --
 
@@ -579,17 +785,20 @@ class MadClient(Binding):
         return self.request("POST", "/logout")
 
     def find_id(self, kind: str, name: str) -> str:
-        """GET /{kind}/id-by-name/{name}. `kind`: users, roles, permissions, scopes, clients. Return the id; 404 if none."""
+        """GET /{kind}/id-by-name/{name}. Return the id; an unknown name is 404.
+
+        `kind` is one of users, roles, permissions, scopes and clients.
+        """
         if "/" in name or "\\" in name:
             return self._search_id(kind, name.strip())
-        answer = self.request("GET", _at(kind, "id-by-name", name), want=(dict, str))  # type: ignore[arg-type]
+        answer = self.request("GET", _at(kind, "id-by-name", name), want=(dict, str))
         found = answer if isinstance(answer, str) else answer.get("result")
         if not isinstance(found, str) or not found:
             raise _bad_answer("the answer is not the JSON it should be")
         return found
 
     def _search_id(self, kind: str, name: str) -> str:
-        """Return the id of a name that no path can carry: the server refuses an encoded slash in one. Looks it up in the list."""
+        """Search the list for a name with a slash, which the server refuses in a path even when it is encoded."""
         member = {"users": "username", "clients": "client_id"}.get(kind, "name")
         same = str.casefold if kind == "users" else str
         for rows in self.pages("/" + kind, {"is_active": "all"} if kind == "users" else None, q=name):
@@ -851,9 +1060,10 @@ class MadClient(Binding):
             may_introspect=may_introspect))
 
     def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
-                      audience: str | None = None, is_active: bool | None = None, *, grant_types: list[str] | None = None,
-                      may_introspect: bool | None = None, is_first_party: bool | None = None,
-                      access_token_signed_alg: str | None = None, id_token_signed_response_alg: str | None = None) -> dict:
+                      audience: str | None = None, is_active: bool | None = None, *,
+                      grant_types: list[str] | None = None, may_introspect: bool | None = None,
+                      is_first_party: bool | None = None, access_token_signed_alg: str | None = None,
+                      id_token_signed_response_alg: str | None = None) -> dict:
         """PUT /clients/{id}. Return Client. What is None stays as it is. An algorithm of "" is the server's choice."""
         return self.request("PUT", _at("clients", id), json=_given(
             client_id=client_id, display_name=display_name, audience=audience, is_active=is_active,
@@ -1066,7 +1276,8 @@ class MadClient(Binding):
         while True:
             size = PAGE if left is None else min(left, PAGE)
             rows = self.request("GET", "/audit-logs", want=list, query=_given(
-                userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size, offset=offset))
+                userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size,
+                offset=offset))
             # What is written meanwhile moves the entries on to the next page: some come twice.
             fresh = [row for row in rows[:size] if row.get("id") not in seen]
             yield fresh
@@ -1084,7 +1295,10 @@ class MadClient(Binding):
         return self.request("GET", _at("audit-logs", id))
 
     def verify_audit_logs(self) -> dict:
-        """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}: whether the chain is whole."""
+        """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}.
+
+        `valid` is whether the hash chain is unbroken.
+        """
         answer = self.request("GET", "/audit-logs/verify")
         if not isinstance(answer.get("valid"), bool):
             raise _bad_answer("the answer is not the JSON it should be")
@@ -1118,17 +1332,23 @@ class MadClient(Binding):
     # -- backups --
 
     def make_backup(self, without_keys: bool = False) -> dict:
-        """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`. It lies on the server."""
+        """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`.
+
+        The file stays on the server until `delete_backup`.
+        """
         return self.request("POST", "/backup", json={"without_keys": without_keys})
 
     def read_backup(self, name: str) -> Iterator[bytes]:
         """GET /backup/{name}. Return its octets, a piece at a time."""
-        offset: str | None = "0"
-        while offset is not None:
-            answer = self.send("GET", _at("backup", name), query={"offset": offset}, want=bytes)
-            yield answer.value
-            before, offset = offset, answer.headers.get("x-next-offset")
-            if offset is not None and not (offset.isascii() and offset.isdigit() and int(offset) == int(before) + len(answer.value) > int(before)):
+        offset = 0
+        while True:
+            piece = self.send("GET", _at("backup", name), query={"offset": offset}, want=bytes)
+            yield piece.value
+            next_offset = piece.headers.get("x-next-offset")
+            if next_offset is None:
+                return
+            offset += len(piece.value)
+            if not (piece.value and next_offset.isascii() and next_offset.isdigit() and int(next_offset) == offset):
                 raise _bad_answer("the pieces of the backup do not follow each other")
 
     def delete_backup(self, name: str) -> dict:
@@ -1136,173 +1356,22 @@ class MadClient(Binding):
         return self.request("DELETE", _at("backup", name))
 
 
-def _failure(status: int, fields: dict, value, with_token: bool) -> MadError:
-    """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
-    if not isinstance(value, dict):
-        if status in (502, 504):
-            return Unreachable(status, "unreachable", "a gateway answers that the server cannot be reached (%d)" % status)
-        value = {}
-    error = value.get("error")
-    error = error if isinstance(error, str) and error else "http_%d" % status
-    message = value.get("message") or value.get("error_description")
-    if not isinstance(message, str):
-        message = ("the token is not accepted" if status == 401 and with_token else
-                   "too many requests" if status == 429 else "the server answers %d %s" % (
-                       status, "" if error.startswith("http_") else error)).strip()
-    errors = value.get("errors")
-    errors = {str(name): str(text) for name, text in errors.items()} if isinstance(errors, dict) else None
-    wait = fields.get("retry-after", "")
-    wait = wait if wait.isascii() and wait.isdigit() and len(wait) < 10 else ""
-    return MadError(status, error, message, errors, "try again in %s seconds" % wait if wait else "", int(wait or 0))
-
-
-def _checked_token(answer: dict) -> dict:
-    token = answer.get("access_token")
-    if not isinstance(token, str) or not is_token(token):
-        raise _bad_answer("the answer has no access token")
-    return answer
-
-
-# == AuthClient ================================================================
-# The requests of AUTH.
-
-class AuthClient(Binding):
-    """The AUTH API of a microauthd, as a client of it; the ADMIN API is MadClient.
-
-        auth = AuthClient("http://localhost:9040", "app", secret)
-        answer = auth.password_login("bob", password, scope="openid email")
-        auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
-        auth.userinfo()["email"]
-
-    `client_id` and `client_secret` authenticate the client where AUTH asks for it (Basic; without a secret the client is
-    a public one). `token` is the access token to speak for, and never set behind your back. Objects are those of
-    MadClient, and Token: `access_token token_type expires_in scope jti` with `refresh_token` and `id_token` when
-    they exist. Raises as MadClient does; `error` is a code of RFC 6749 §5.2 where AUTH speaks OAuth.
-    """
-
-    def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
-                 token: str | None = None, ca_file: str | None = None, timeout: float | None = None):
-        super().__init__(auth_url, token, ca_file, timeout)
-        self.client_id, self.client_secret = client_id, client_secret
-
-    @property
-    def auth_url(self) -> str:
-        return self.url
-
-    def _as_client(self, path: str, **form) -> dict:
-        """POST a form as the client: Basic with a secret, `client_id` in the form without one. RFC 6749 §2.3.1."""
-        form, headers = _given(**form), {}
-        if not self.client_id:
-            raise BadValue("a client_id is needed here")
-        if self.client_secret is None:
-            form["client_id"] = self.client_id
-        else:
-            from binascii import b2a_base64
-            from urllib.parse import quote_plus
-            # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
-            pair = quote_plus(self.client_id) + ":" + quote_plus(self.client_secret)
-            headers["Authorization"] = "Basic " + b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
-        return self.request("POST", path, form=form, headers=headers, anonymous=True)
-
-    # -- what anybody may ask --
-
-    def discovery(self) -> dict:
-        """GET /.well-known/openid-configuration. Return the metadata of OpenID Connect Discovery §3."""
-        return self.request("GET", "/.well-known/openid-configuration", anonymous=True)
-
-    def jwks(self) -> dict:
-        """GET /jwks.json. Return {"keys": […]}, the public keys of AUTH. RFC 7517 §5."""
-        return self.request("GET", "/jwks.json", anonymous=True)
-
-    # -- tokens --
-
-    def client_credentials(self, scope: str | None = None) -> dict:
-        """POST /token. Return Token, for the client itself. RFC 6749 §4.4."""
-        return _checked_token(self._as_client("/token", grant_type="client_credentials", scope=scope or None))
-
-    def password_login(self, username: str, password: str, scope: str | None = None, totp: str | None = None) -> dict:
-        """POST /token. Return Token, for a user. A failed login is 403, whatever was wrong. RFC 6749 §4.3."""
-        return _checked_token(self._as_client("/token", grant_type="password", username=username, password=password,
-                                              scope=scope, totp=totp))
-
-    def exchange_code(self, code: str, redirect_uri: str, code_verifier: str | None = None) -> dict:
-        """POST /token. Return Token, for the code that came to `redirect_uri`. RFC 6749 §4.1.3, RFC 7636 §4.5."""
-        return _checked_token(self._as_client("/token", grant_type="authorization_code", code=code,
-                                              redirect_uri=redirect_uri, code_verifier=code_verifier))
-
-    def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
-        """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
-        return _checked_token(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token, scope=scope))
-
-    def introspect(self, token: str) -> dict:
-        """POST /introspect. Return the claims with `active` true, or {"active": false}. RFC 7662 §2."""
-        answer = self._as_client("/introspect", token=token)
-        if not isinstance(answer.get("active"), bool):
-            raise _bad_answer("the answer is not the JSON it should be")
-        return answer
-
-    def revoke(self, token: str) -> dict:
-        """POST /revoke. Return Msg. A refresh token takes its family along; an unknown token is no failure. RFC 7009 §2."""
-        return self._as_client("/revoke", token=token)
-
-    # -- whom the token speaks for --
-
-    def userinfo(self) -> dict:
-        """GET /userinfo. Return the claims the scopes of the token open. OpenID Connect Core §5.3."""
-        return self.request("GET", "/userinfo")
-
-    def me(self) -> dict:
-        """GET /me. Return {sub, email, roles, scopes}."""
-        return self.request("GET", "/me")
-
-    @listing(*PAGED)
-    def list_my_sessions(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
-        """GET /me/sessions. Return [Session], newest first."""
-        return self.pages("/me/sessions", **search)
-
-    @listing(*PAGED)
-    def list_my_refresh_tokens(self, **search: Unpack[Paged]) -> Iterator[list[dict]]:
-        """GET /me/refresh-tokens. Return [RefreshToken], newest first; never the tokens themselves."""
-        return self.pages("/me/refresh-tokens", **search)
-
-    def logout(self) -> dict:
-        """POST /logout. Return Msg. Ends every login of the user at the client of the token."""
-        return self.request("POST", "/logout")
-
-    def logout_all(self) -> dict:
-        """POST /logout-all. Return Msg. Ends every login of the user, everywhere."""
-        return self.request("POST", "/logout-all")
-
-    # -- users, for a token with one of the admin: scopes --
-
-    def create_user(self, username: str, email: str, password: str) -> dict:
-        """POST /user. Return the new User. Scope admin:provision_users."""
-        return self.request("POST", "/user", json={"username": username, "email": email, "password": password})
-
-    @listing(*SEARCH)
-    def list_users(self, **search: Unpack[Search]) -> Iterator[list[dict]]:
-        """GET /users. Return [User]. Scope admin:list_users."""
-        return self.pages("/users", **search)
-
-    def get_user(self, id: str) -> dict:
-        """GET /user/{id}. Return User. Scope admin:read_user."""
-        return self.request("GET", _at("user", id))
-
-    def reset_password(self, id: str, new_password: str) -> dict:
-        """POST /user/{id}/reset. Return Msg. Scope admin:reset_passwords."""
-        return self.request("POST", _at("user", id, "reset"), json={"new_password": new_password})
-
-    def deactivate_user(self, id: str) -> dict:
-        """POST /user/{id}/deactivate. Return Msg. Scope admin:deactivate_users."""
-        return self.request("POST", _at("user", id, "deactivate"))
-
-
 # == Profile ===================================================================
 # ~/.mad_token (the raw JWT), ~/.mad_url (the server that issued it), and the cache of machine tokens. Their owner's
 # alone: whoever can plant a file or a link here could steal a token or lend a false one.
 
 def _unsafe(path: str, why: str) -> Refusal:
-    return Refusal(LOGIN, "unsafe_file", "%s %s" % (path, why), hint="look at it, then remove it")
+    return Refusal(LOGIN, "unsafe_file", f"{path} {why}", hint="look at it, then remove it")
+
+
+def _check_private(path: str, info: os.stat_result) -> None:
+    import stat
+    if stat.S_ISLNK(info.st_mode):
+        raise _unsafe(path, "is a symbolic link")
+    if not stat.S_ISREG(info.st_mode):
+        raise _unsafe(path, "is not a regular file")
+    if info.st_uid != os.geteuid():
+        raise _unsafe(path, "belongs to somebody else")
 
 
 def read_private(path: str) -> str | None:
@@ -1316,7 +1385,7 @@ def read_private(path: str) -> str | None:
     except OSError as problem:
         if os.path.islink(path):
             raise _unsafe(path, "is a symbolic link") from None
-        raise Refusal(LOGIN, "unsafe_file", "cannot read %s: %s" % (path, problem.strerror)) from None
+        raise Refusal(LOGIN, "unsafe_file", f"cannot read {path}: {problem.strerror}") from None
     try:
         info = os.fstat(handle)
         _check_private(path, info)
@@ -1326,7 +1395,7 @@ def read_private(path: str) -> str | None:
             os.fchmod(handle, 0o600)  # The original left its files readable to all.
         octets = os.read(handle, MAX_SECRET + 1)
     except OSError as problem:
-        raise Refusal(LOGIN, "unsafe_file", "cannot read %s: %s" % (path, problem.strerror)) from None
+        raise Refusal(LOGIN, "unsafe_file", f"cannot read {path}: {problem.strerror}") from None
     finally:
         os.close(handle)
     try:
@@ -1335,20 +1404,11 @@ def read_private(path: str) -> str | None:
         raise _unsafe(path, "is not what mad wrote") from None
 
 
-def _check_private(path: str, info: os.stat_result) -> None:
-    import stat
-    if stat.S_ISLNK(info.st_mode):
-        raise _unsafe(path, "is a symbolic link")
-    if not stat.S_ISREG(info.st_mode):
-        raise _unsafe(path, "is not a regular file")
-    if info.st_uid != os.geteuid():
-        raise _unsafe(path, "belongs to somebody else")
-
-
 def write_private(path: str, text: str, modified_at: int | None = None) -> None:
     """Put `text` into a file of mode 0600, whole or not at all, whatever the umask. Raises Refusal."""
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, ".%s.%d.%s" % (os.path.basename(path).lstrip("."), os.getpid(), os.urandom(6).hex()))
+    name = os.path.basename(path).lstrip(".")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(6).hex()}")
     try:
         try:
             _check_private(path, os.lstat(path))
@@ -1374,7 +1434,7 @@ def write_private(path: str, text: str, modified_at: int | None = None) -> None:
         finally:
             os.close(handle)
     except OSError as problem:
-        raise Refusal(LOGIN, "unsafe_file", "cannot write %s: %s" % (path, problem.strerror)) from None
+        raise Refusal(LOGIN, "unsafe_file", f"cannot write {path}: {problem.strerror}") from None
 
 
 class Profile:
@@ -1404,7 +1464,7 @@ class Profile:
         except FileNotFoundError:
             return False
         except OSError as problem:
-            raise Refusal(LOGIN, "unsafe_file", "cannot remove %s: %s" % (self.token_path, problem.strerror)) from None
+            raise Refusal(LOGIN, "unsafe_file", f"cannot remove {self.token_path}: {problem.strerror}") from None
         return True
 
 
@@ -1476,15 +1536,15 @@ class TokenCache:
 class Option:
     """One option of a command.
 
-    `kind` is text, number, flag, list, moment, lockout (a moment, or for good), secret or token (of which `-` means
-    standard input). `dest` is the parameter it becomes, `choices` are the values there are. `of` is the collection whose
-    ids it takes, so that a name may stand for one; with `loose` an unknown name is taken as it stands. `within` says
-    that of a part of something: the option that names the whole, the list of its parts, the members that are names.
-    A secret has a second spelling, the flag `stdin`, and is asked for on a terminal when `required`: twice, unless it
-    is `known` already.
+    `kind` is text, number, flag, list, moment (a date-time), lockout (a date-time, or `permanent`), secret or token
+    (`-` reads standard input). `dest` is the parameter that receives the value, `choices` are the allowed values.
+    `of` is the collection whose ids it takes: a name is looked up there, and with `loose` an unknown name is passed on
+    unchanged. `within` is for an id that is unique only inside another object: the option that names that object, the
+    method that lists its parts, the members that count as names. A secret has a second spelling, the flag `stdin`; a
+    `required` one is asked for on a terminal: twice, unless it is `known` already.
     """
-    __slots__ = ("name", "kind", "help", "required", "dest", "of", "loose", "within", "stdin", "known", "metavar",
-                 "least", "choices")
+    __slots__ = ("choices", "dest", "help", "kind", "known", "least", "loose", "metavar", "name", "of", "required",
+                 "stdin", "within")
 
     def __init__(self, name, help, kind="text", *, required=False, dest=None, of=None, loose=False, within=None,
                  stdin=None, known=False, metavar=None, least=None, choices=()):
@@ -1516,15 +1576,16 @@ YES = Option("yes", "do not ask before doing it; where there is no terminal noth
 class Command:
     """One row of COMMANDS.
 
-    `name` is what is typed. `call` gets the options as parameters, after a MadClient; after the Shell when `local`; after
-    both when a `verb`. `shape` may first bring the result into the form it has here. `show` turns it into lines,
-    `quiet` into those of --quiet (the ids, unless given); with --json the result itself is printed. A call that has
-    `pages` is a list, printed while it comes; one that `flows` yields pages too, and with --json a document a line.
-    `at_least_one` is for updates. `word` names the option that a bare word is taken for. `danger` marks what is asked about on a terminal: it names the option whose value
-    is to be typed again, or is "" for a plain question.
+    `name` is the noun and the verb. `call` is called with the options as parameters, after a MadClient; after the
+    Shell when `local`; after both when a `verb`. `shape` converts its result before it is printed. `show` returns the
+    lines of a result, `quiet` those of --quiet (by default the ids); --json prints the result itself. If `call` has
+    `pages`, the command is a list, and is printed page by page; a command that `flows` yields pages too, and prints
+    one JSON document a line with --json. An update with `at_least_one` needs an option that is not required.
+    `word` names the option that a positional argument is taken for. A command with `danger` is confirmed on a
+    terminal: by typing the value of the option it names, or with y when it is "".
     """
-    __slots__ = ("name", "help", "call", "options", "show", "example", "local", "verb", "at_least_one", "shape", "quiet",
-                 "flows", "danger", "word")
+    __slots__ = ("at_least_one", "call", "danger", "example", "flows", "help", "local", "name", "options", "quiet",
+                 "shape", "show", "verb", "word")
 
     def __init__(self, name, help, call, options, show, example="", *, local=False, verb=False, at_least_one=False,
                  shape=None, quiet=None, flows=False, danger=None, word=""):
@@ -1563,13 +1624,13 @@ def near(word: str, words) -> str:
 
 def moment(text: str) -> str | None:
     """Return a date-time as ISO 8601 in UTC: one of ISO 8601, in UTC unless it says otherwise, or Unix seconds."""
-    from datetime import datetime, timezone
+    from datetime import UTC, datetime
     try:
         if text.isascii() and text.isdigit() and len(text) > 8:
-            found = datetime.fromtimestamp(int(text), timezone.utc)
+            found = datetime.fromtimestamp(int(text), UTC)
         else:
             found = datetime.fromisoformat(text)
-            found = found.astimezone(timezone.utc) if found.tzinfo else found
+            found = found.astimezone(UTC) if found.tzinfo else found
     except (ValueError, OverflowError, OSError):
         return None
     return found.strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)
@@ -1586,11 +1647,11 @@ def words_in(path: str) -> list[str]:
             octets = file.read(MAX_SECRET + 1)
         text = octets.decode("utf-8-sig")
     except OSError as problem:
-        raise ValueError("cannot read %s: %s" % (path, problem.strerror)) from None
+        raise ValueError(f"cannot read {path}: {problem.strerror}") from None
     except ValueError:
-        raise ValueError("%s is not text in UTF-8" % path) from None
+        raise ValueError(f"{path} is not text in UTF-8") from None
     if len(octets) > MAX_SECRET:
-        raise ValueError("%s is too long" % path)
+        raise ValueError(f"{path} is too long")
     found = []
     for row in text.splitlines():
         if not row.lstrip().startswith("#"):
@@ -1599,116 +1660,163 @@ def words_in(path: str) -> list[str]:
             try:
                 found += list(lexer)
             except ValueError:
-                raise ValueError("%s has a quote without its end" % path) from None
+                raise ValueError(f"{path} has a quote without its end") from None
     return found
 
 
-def parse(command: Command, words: list[str]) -> Parsed:
-    """Read the words after the command. Collects every error instead of stopping at the first."""
-    words, files = list(words), 0
-    kinds: dict = {}
-    for option in command.all_options():
-        if option.name:
-            kinds[option.name] = option.kind
-        if option.stdin:
-            kinds[option.stdin] = "flag"
-    parsed, position = Parsed(), 0
-    while position < len(words):
-        word = words[position]
-        position += 1
-        if word in HELP_WORDS:
-            parsed.wants_help = True
-            continue
-        if word == "--":
-            parsed.errors += ["unexpected word '%s'" % extra for extra in words[position:]]
-            break
-        if word.startswith("@") and len(word) > 1:
-            files += 1
-            try:
-                words[position:position] = words_in(word[1:]) if files <= 10 else []
-            except ValueError as problem:
-                parsed.errors.append(str(problem))
-            if files == 11:
-                parsed.errors.append("too many files of words")
-            continue
-        if command.word and not word.startswith("-") and command.word not in parsed.values:
-            parsed.values[command.word] = word
-            continue
-        if not word.startswith("--"):
-            parsed.errors.append("unknown option '%s'" % word if word.startswith("-") else "unexpected word '%s'" % word)
-            continue
-        cut = min((i for i in (word.find("="), word.find(":")) if i > 0), default=len(word))
-        name, value = word[2:cut], word[cut + 1:] if cut < len(word) else None
-        kind = kinds.get(name)
+def convert(kind: str, text: str) -> tuple[str | int | bool | None, str]:
+    """Return the value that `text` stands for, and the complaint if it stands for none ("" otherwise)."""
+    if kind == "flag":
+        return text == "true", "" if text in ("true", "false") else "is true or false"
+    if kind == "number":
+        digits = text.removeprefix("-")
+        if digits.isascii() and digits.isdigit() and len(digits) < 16:
+            return int(text), ""
+        return text, "is a whole number"
+    if kind == "lockout" and text.lower() == "permanent":
+        return "9999-12-31T23:59:59Z", ""
+    if kind in ("moment", "lockout"):
+        value = moment(text)
+        return value, "" if value else "is an ISO 8601 date-time, such as 2030-01-31T12:00:00Z" + (
+            ", or the word permanent" if kind == "lockout" else ", or Unix seconds")
+    return text, ""
+
+
+class ArgumentReader:
+    """Reads the arguments of a command from left to right into `parsed`, without checking them as a whole."""
+
+    def __init__(self, command: Command, args: list[str]):
+        self.command, self.parsed = command, Parsed()
+        self.args, self.position, self.files = list(args), 0, 0
+        self.kinds: dict[str, str] = {}
+        for option in command.all_options():
+            if option.name:
+                self.kinds[option.name] = option.kind
+            if option.stdin:
+                self.kinds[option.stdin] = "flag"
+
+    def take(self) -> str:
+        self.position += 1
+        return self.args[self.position - 1]
+
+    def peek(self) -> str | None:
+        """Return the next argument without taking it, None at the end."""
+        return self.args[self.position] if self.position < len(self.args) else None
+
+    def next_is_value(self) -> bool:
+        """Whether the next argument exists and does not look like an option."""
+        return self.position < len(self.args) and not self.args[self.position].startswith("-")
+
+    def read(self) -> Parsed:
+        while self.position < len(self.args):
+            arg = self.take()
+            if arg in HELP_WORDS:
+                self.parsed.wants_help = True
+            elif arg == "--":
+                self.parsed.errors += [f"unexpected word '{extra}'" for extra in self.args[self.position:]]
+                break
+            elif arg.startswith("@") and len(arg) > 1:
+                self.insert_file(arg[1:])
+            elif self.command.word and not arg.startswith("-") and self.command.word not in self.parsed.values:
+                self.parsed.values[self.command.word] = arg
+            elif arg.startswith("--"):
+                self.read_option(arg)
+            else:
+                complaint = "unknown option" if arg.startswith("-") else "unexpected word"
+                self.parsed.errors.append(f"{complaint} '{arg}'")
+        return self.parsed
+
+    def insert_file(self, path: str) -> None:
+        """Put the words of a response file where it was named. A limit on files ends those that name each other."""
+        self.files += 1
+        if self.files == 11:
+            self.parsed.errors.append("too many files of words")
+        if self.files > 10:
+            return
+        try:
+            self.args[self.position:self.position] = words_in(path)
+        except ValueError as problem:
+            self.parsed.errors.append(str(problem))
+
+    def read_option(self, arg: str) -> None:
+        """Read an option with the arguments that are its value."""
+        cut = min((i for i in (arg.find("="), arg.find(":")) if i > 0), default=len(arg))
+        name, text = arg[2:cut], arg[cut + 1:] if cut < len(arg) else None
+        kind = self.kinds.get(name)
         if kind is None:
-            parsed.errors.append("unknown option '--%s'" % name)
-            if guess := near(name, kinds):
-                parsed.hint = "did you mean --%s?" % guess
-            # The word after it is most likely its value, and no second error.
-            if value is None and position < len(words) and not words[position].startswith("-"):
-                position += 1
-            continue
+            self.reject_unknown(name, text is None)
+            return
         if kind == "flag":
-            if value is None and position < len(words) and words[position].lower() in ("true", "false"):
-                value, position = words[position], position + 1
-            value = "true" if value is None else value.lower()
-            if value not in ("true", "false"):
-                parsed.errors.append("--%s is true or false" % name)
-            found = value == "true"
+            if text is None:
+                text = self.take() if (self.peek() or "").lower() in ("true", "false") else "true"
+            texts = [text.lower()]
+        elif text is None and self.peek() is None:
+            self.parsed.errors.append(f"--{name} needs a value")
+            return
         else:
-            if value is None:
-                if position == len(words):
-                    parsed.errors.append("--%s needs a value" % name)
-                    break
-                # Whatever stands here is the value: passwords may begin with a hyphen.
-                value, position = words[position], position + 1
-            found = value
-            if kind == "list":
-                found = [value]
-                while position < len(words) and not words[position].startswith("-"):
-                    found.append(words[position])
-                    position += 1
-            elif kind == "number":
-                digits = value[1:] if value[:1] == "-" else value
-                if digits.isascii() and digits.isdigit() and len(digits) < 16:
-                    found = int(value)
-                else:
-                    parsed.errors.append("--%s is a whole number" % name)
-            elif kind == "lockout" and value.lower() == "permanent":
-                found = "9999-12-31T23:59:59Z"
-            elif kind in ("moment", "lockout"):
-                found = moment(value)
-                if found is None:
-                    parsed.errors.append("--%s is an ISO 8601 date-time, such as 2030-01-31T12:00:00Z%s" % (
-                        name, ", or the word permanent" if kind == "lockout" else ", or Unix seconds"))
-        if any("\ud800" <= ch <= "\udfff" for ch in ("".join(found) if kind == "list" else value or "")):
-            parsed.errors.append("--%s is not valid UTF-8" % name)
+            # Whatever stands here is the value: passwords may begin with a hyphen.
+            texts = [self.take() if text is None else text]
+            while kind == "list" and self.next_is_value():
+                texts.append(self.take())
+        self.store(name, kind, texts)
+
+    def reject_unknown(self, name: str, without_value: bool) -> None:
+        self.parsed.errors.append(f"unknown option '--{name}'")
+        if guess := near(name, self.kinds):
+            self.parsed.hint = f"did you mean --{guess}?"
+        # The argument after it is most likely its value, and no second error.
+        if without_value and self.next_is_value():
+            self.take()
+
+    def store(self, name: str, kind: str, texts: list[str]) -> None:
+        """Convert and keep the value of an option: a list grows, anything else is given once."""
+        value, complaint = convert(kind, texts[0])
+        if complaint:
+            self.parsed.errors.append(f"--{name} {complaint}")
+        if any("\ud800" <= ch <= "\udfff" for text in texts for ch in text):
+            self.parsed.errors.append(f"--{name} is not valid UTF-8")
         if kind == "list":
-            parsed.values.setdefault(name, []).extend(found)
-        elif name in parsed.values:
-            parsed.errors.append("--%s is given twice" % name)
+            self.parsed.values.setdefault(name, []).extend(texts)
+        elif name in self.parsed.values:
+            self.parsed.errors.append(f"--{name} is given twice")
         else:
-            parsed.values[name] = found
+            self.parsed.values[name] = value
+
+
+def check_option(option: Option, values: dict) -> Iterator[str]:
+    """Yield what is wrong with the value of one option, or with its absence."""
+    given = values.get(option.name)
+    if option.kind == "secret" and option.stdin and given is not None:
+        if values.get(option.stdin):
+            yield f"--{option.name} and --{option.stdin} exclude each other"
+        if given == "":
+            yield f"--{option.name} is blank"
+    if option.required and option.kind != "secret" and given is None:
+        yield f"--{option.name} is missing"
+    if given is None:
+        return
+    if option.choices and given.lower() not in option.choices:
+        yield f"--{option.name} is one of " + ", ".join(option.choices)
+    if (option.of or option.within) and not all(
+            item.strip() for item in (given if isinstance(given, list) else [given])):
+        yield f"--{option.name} is blank"
+    if isinstance(given, int) and option.least is not None and given < option.least:
+        yield f"--{option.name} is at least {option.least}"
+
+
+def check_change(command: Command, values: dict) -> Iterator[str]:
+    """Yield the error of an update that changes nothing."""
+    optional = [option for option in command.options if not option.required]
+    if command.at_least_one and not any(option.name in values or option.stdin in values for option in optional):
+        yield "nothing to change: give at least one of " + ", ".join("--" + option.name for option in optional)
+
+
+def parse(command: Command, args: list[str]) -> Parsed:
+    """Read the arguments after the command. Collects every error instead of stopping at the first."""
+    parsed = ArgumentReader(command, args).read()
     for option in command.options:
-        given = parsed.values.get(option.name)
-        if option.kind == "secret" and option.stdin and given is not None and parsed.values.get(option.stdin):
-            parsed.errors.append("--%s and --%s exclude each other" % (option.name, option.stdin))
-        if option.kind == "secret" and option.stdin and given == "":
-            parsed.errors.append("--%s is blank" % option.name)
-        if option.required and option.kind != "secret" and given is None:
-            parsed.errors.append("--%s is missing" % option.name)
-        if option.choices and given is not None and given.lower() not in option.choices:
-            parsed.errors.append("--%s is one of %s" % (option.name, ", ".join(option.choices)))
-        if (option.of or option.within) and any(not item.strip() for item in (
-                given if isinstance(given, list) else [] if given is None else [given])):
-            parsed.errors.append("--%s is blank" % option.name)
-        if isinstance(given, int) and option.least is not None and given < option.least:
-            parsed.errors.append("--%s is at least %d" % (option.name, option.least))
-    if command.at_least_one and not any(
-            option.name in parsed.values or option.stdin in parsed.values
-            for option in command.options if not option.required):
-        parsed.errors.append("nothing to change: give at least one of " + ", ".join(
-            "--" + option.name for option in command.options if not option.required))
+        parsed.errors += check_option(option, parsed.values)
+    parsed.errors += check_change(command, parsed.values)
     return parsed
 
 
@@ -1729,7 +1837,7 @@ def plain(value) -> str:
     if text.isprintable():
         return text
     return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii")
-                   if not "\ud800" <= ch <= "\udfff" else "\\u%04x" % ord(ch) for ch in text)
+                   if not "\ud800" <= ch <= "\udfff" else f"\\u{ord(ch):04x}" for ch in text)
 
 
 def cell(member: str, value) -> str:
@@ -1777,8 +1885,11 @@ def _titled(spec: str) -> tuple[str, str]:
 
 
 def table(what: str, *specs: str):
-    """Return a `show` for a list of objects, with a column for each of `specs`. `show.lines` takes them as they come."""
-    titles, members = zip(*map(_titled, specs))
+    """Return a `show` for a list of objects, with a column for each of `specs`.
+
+    `show.lines` is the same for an iterator of objects, of which it keeps only the first PAGE in memory.
+    """
+    titles, members = zip(*map(_titled, specs), strict=True)
 
     def lines(rows) -> Iterator[str]:
         from itertools import chain, islice
@@ -1786,7 +1897,7 @@ def table(what: str, *specs: str):
         rows = ([cell(member, row.get(member)) for member in members] for row in rows)
         first = list(islice(rows, PAGE))
         if not first:
-            yield "(no %s)" % what
+            yield f"(no {what})"
             return
         first.insert(0, [title.upper() for title in titles])
         widths = [max(columns_of(texts[i]) for texts in first) for i in range(len(members))]
@@ -1803,8 +1914,9 @@ def table(what: str, *specs: str):
         first.insert(1, ["-" * width for width in widths])
         for texts in chain(first, rows):
             if limit:
-                texts = [fit(text, width) for text, width in zip(texts, widths)]
-            text = "  ".join(text + " " * (width - columns_of(text)) for text, width in zip(texts, widths)).rstrip()
+                texts = [fit(text, width) for text, width in zip(texts, widths, strict=True)]
+            padded = (text + " " * (width - columns_of(text)) for text, width in zip(texts, widths, strict=True))
+            text = "  ".join(padded).rstrip()
             yield fit(text, limit) if limit else text
 
     def show(rows: list[dict]) -> list[str]:
@@ -1819,7 +1931,7 @@ def fields(*specs: str):
     def show(row: dict) -> list[str]:
         pairs = [(title, cell(member, row[member])) for title, member in map(_titled, specs) if member in row]
         width = max((len(title) for title, _ in pairs), default=0)
-        return ["%s  %s" % ((title + ":").ljust(width + 1), text) for title, text in pairs]
+        return [(title + ":").ljust(width + 3) + text for title, text in pairs]
     return show
 
 
@@ -1875,7 +1987,7 @@ def tell(kind: str, text: str) -> None:
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     try:
-        print("mad: %s: %s" % (kind, text), file=sys.stderr)
+        print(f"mad: {kind}: {text}", file=sys.stderr)
     except OSError:
         pass
 
@@ -1891,14 +2003,14 @@ def nouns(commands) -> list[str]:
 def _rows(pairs) -> list[str]:
     pairs = list(pairs)
     width = max(len(left) for left, _ in pairs) if pairs else 0
-    return ["  %s  %s" % (left.ljust(width), right) for left, right in pairs]
+    return [f"  {left.ljust(width)}  {right}" for left, right in pairs]
 
 
 def _spellings(option: Option) -> list[tuple[str, str]]:
     """Return the ways to give an option, each with what to say about it."""
     found = []
     if option.name:
-        kind = {"flag": " [true|false]", "list": " %s ..." % option.metavar}.get(option.kind, " " + option.metavar)
+        kind = {"flag": " [true|false]", "list": f" {option.metavar} ..."}.get(option.kind, " " + option.metavar)
         must = " (required)" if option.required and (option.kind != "secret" or not option.stdin) else ""
         found.append(("--" + option.name + kind, option.help + must))
     if option.stdin:
@@ -1922,37 +2034,40 @@ def help_overview(commands) -> str:
     """Return the text of `mad --help`."""
     verbs = [(noun, ", ".join(command.name.partition(" ")[2] or "(inspect)" for command in commands
                               if command.name.split()[0] == noun)) for noun in nouns(commands)]
-    return "\n".join(
-        ["usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "", "commands:"]
-        + [text for noun, words in verbs for text in ["  " + noun] + wrap(words, 76, "      ")]
-        + ["", "where an id is asked, a name does; @file among the options stands for the words in that file",
-           "what cannot be undone is asked about on a terminal, unless --yes is given"]
-        + ["", "options of every command:"]
-        + _rows([pair for option in COMMON for pair in _spellings(option)] + [("--help", "say more about a command")])
-        + ["", "environment:"] + _rows(ENVIRONMENT)
-        + ["", "exit status:"] + _rows((str(code), text) for code, text in EXIT_STATUSES)
-        + ["", "for example:", "  mad user create --help"])
+    return "\n".join((
+        "usage: mad <noun> <verb> [options]", "", "administers a microauthd; start with: mad session login", "",
+        "commands:", *(text for noun, words in verbs for text in ("  " + noun, *wrap(words, 76, "      "))), "",
+        "where an id is asked, a name does; @file among the options stands for the words in that file",
+        "what cannot be undone is asked about on a terminal, unless --yes is given", "",
+        "options of every command:",
+        *_rows([*(pair for option in COMMON for pair in _spellings(option)), ("--help", "say more about a command")]),
+        "",
+        "environment:", *_rows(ENVIRONMENT), "",
+        "exit status:", *_rows((str(code), text) for code, text in EXIT_STATUSES), "",
+        "for example:", "  mad user create --help"))
+
+
+def help_command(command: Command) -> str:
+    """Return the text of `mad <noun> <verb> --help`."""
+    more = () if not command.flows else ("", "prints line by line while it goes; with --json each line is a document")
+    if command.danger is not None:
+        more = ("", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask")
+    return "\n".join((
+        f"usage: mad {command.name} [options]", "", command.help, *more, "",
+        "options:", *_rows(pair for option in command.all_options() for pair in _spellings(option)), "",
+        "for example:", "  " + command.example))
 
 
 def help_noun(commands, noun: str) -> str:
     """Return the text of `mad <noun> --help`."""
     chosen = [command for command in commands if command.name.split()[0] == noun]
-    bare = [help_command(command) + "\n" for command in chosen if command.name == noun]
-    return "\n".join(
-        bare + ["usage: mad %s <verb> [options]" % noun, "", "verbs:"]
-        + _rows((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
-        + ["", "for example:", "  " + chosen[0].example])
+    verbs = ((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
+    return "\n".join((
+        *(help_command(command) + "\n" for command in chosen if command.name == noun),
+        f"usage: mad {noun} <verb> [options]", "",
+        "verbs:", *_rows(verbs), "",
+        "for example:", "  " + chosen[0].example))
 
-
-def help_command(command: Command) -> str:
-    """Return the text of `mad <noun> <verb> --help`."""
-    more = [] if not command.flows else ["", "prints line by line while it goes; with --json each line is a document"]
-    if command.danger is not None:
-        more = ["", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask"]
-    return "\n".join(
-        ["usage: mad %s [options]" % command.name, "", command.help] + more + ["", "options:"]
-        + _rows(pair for option in command.all_options() for pair in _spellings(option))
-        + ["", "for example:", "  " + command.example])
 
 
 def describe_commands(commands) -> list[tuple[str, str, str]]:
@@ -1966,7 +2081,7 @@ def describe_commands(commands) -> list[tuple[str, str, str]]:
         for option in command.options:
             if option not in SERVER and option not in LIST:
                 text = " | ".join(left for left, _ in _spellings(option))
-                words.append(text if option.required and "|" not in text else "[%s]" % text)
+                words.append(text if option.required and "|" not in text else f"[{text}]")
         request = (command.call.__doc__ or "").partition(". ")[0].partition(".\n")[0]
         found.append((" ".join(words), command.help,
                       request if request.startswith(("GET /", "POST /", "PUT /", "DELETE /")) else ""))
@@ -1979,7 +2094,7 @@ def _option_words(command: Command) -> list[str]:
 
 def _word_cases(commands) -> list[tuple[str, list[str]]]:
     """Return what may follow each beginning of a command line: `""`, a noun, a whole command."""
-    cases: dict = {"": nouns(commands) + ["--help", "--version"]}
+    cases: dict = {"": [*nouns(commands), "--help", "--version"]}
     for noun in nouns(commands):
         cases[noun] = [c.name.split()[1] for c in commands if c.name.startswith(noun + " ")] + ["--help"]
     for command in commands:
@@ -1987,57 +2102,61 @@ def _word_cases(commands) -> list[tuple[str, list[str]]]:
     return list(cases.items())
 
 
-def complete_bash(commands) -> str:
-    """Return the completion script for bash."""
-    cases = "\n".join("    '%s') words='%s' ;;" % (start, " ".join(words)) for start, words in _word_cases(commands))
-    return """# completion of mad for bash
+BASH_HEAD = """# completion of mad for bash
 _mad() {
   local words= start=
   [ "$COMP_CWORD" -gt 1 ] && start=${COMP_WORDS[1]}
   [ "$COMP_CWORD" -gt 2 ] && [ "${COMP_WORDS[2]#-}" = "${COMP_WORDS[2]}" ] && start="$start ${COMP_WORDS[2]}"
   case "$start" in
-%s
-  esac
+"""
+BASH_TAIL = """  esac
   COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
-complete -o default -F _mad mad""" % cases
-
-
-def complete_zsh(commands) -> str:
-    """Return the completion script for zsh."""
-    cases = "\n".join("    '%s') found=(%s) ;;" % (start, " ".join(words)) for start, words in _word_cases(commands))
-    return """#compdef mad
+complete -o default -F _mad mad"""
+ZSH_HEAD = """#compdef mad
 _mad() {
   local start=
   local -a found
   (( CURRENT > 2 )) && start=$words[2]
   (( CURRENT > 3 )) && [[ $words[3] != -* ]] && start="$start $words[3]"
   case "$start" in
-%s
-  esac
+"""
+ZSH_TAIL = """  esac
   compadd -- $found || _files
 }
-if [ "$funcstack[1]" = "_mad" ]; then _mad "$@"; else compdef _mad mad; fi""" % cases
+if [ "$funcstack[1]" = "_mad" ]; then _mad "$@"; else compdef _mad mad; fi"""
+
+
+def complete_bash(commands) -> str:
+    """Return the completion script for bash."""
+    cases = [f"    '{start}') words='{' '.join(words)}' ;;\n" for start, words in _word_cases(commands)]
+    return BASH_HEAD + "".join(cases) + BASH_TAIL
+
+
+def complete_zsh(commands) -> str:
+    """Return the completion script for zsh."""
+    cases = [f"    '{start}') found=({' '.join(words)}) ;;\n" for start, words in _word_cases(commands)]
+    return ZSH_HEAD + "".join(cases) + ZSH_TAIL
 
 
 def complete_fish(commands) -> str:
     """Return the completion script for fish."""
     def quoted(text):
-        return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     lines = ["# completion of mad for fish", "complete -c mad -f",
-             "complete -c mad -n __fish_use_subcommand -a %s" % quoted(" ".join(nouns(commands)))]
+             "complete -c mad -n __fish_use_subcommand -a " + quoted(" ".join(nouns(commands)))]
     for command in commands:
         noun, _, verb = command.name.partition(" ")
         seen = "__fish_seen_subcommand_from " + noun
         if verb:
             others = " ".join(c.name.split()[1] for c in commands if c.name.startswith(noun + " "))
-            lines.append("complete -c mad -n '%s; and not __fish_seen_subcommand_from %s' -a %s -d %s"
-                         % (seen, others, verb, quoted(command.help)))
+            lines.append(f"complete -c mad -n '{seen}; and not __fish_seen_subcommand_from {others}'"
+                         f" -a {verb} -d {quoted(command.help)}")
             seen += "; and __fish_seen_subcommand_from " + verb
         for option in command.all_options():
             for left, text in _spellings(option):
                 takes = "" if option.kind == "flag" or left.endswith("-stdin") else " -r"
-                lines.append("complete -c mad -n '%s' -l %s%s -d %s" % (seen, left.split()[0][2:], takes, quoted(text)))
+                lines.append(f"complete -c mad -n '{seen}' -l {left.split()[0][2:]}{takes} -d {quoted(text)}")
     return "\n".join(lines)
 
 
@@ -2046,6 +2165,44 @@ COMPLETIONS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish
 
 # == Shell =====================================================================
 # Flags win over the environment, the environment over the saved profile.
+
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    try:
+        return sys.stdin.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def read_secret(origin: str) -> str:
+    """Return the first line of stdin without its end. Raises Refusal when it is empty, long or not UTF-8."""
+    try:
+        octets = sys.stdin.buffer.readline(MAX_SECRET + 1)
+        text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+    except (AttributeError, ValueError, OSError):
+        raise Refusal(USAGE, "usage", f"{origin} finds no text in UTF-8 on standard input") from None
+    if not text or len(octets) > MAX_SECRET:
+        raise Refusal(USAGE, "usage", f"{origin} finds {'too much' if text else 'nothing'} on standard input")
+    return text
+
+
+def ask(prompt: str) -> str:
+    """Ask on stderr, so that stdout stays clean."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
+def ask_secret(prompt: str) -> str:
+    from getpass import getpass
+    try:
+        found = getpass(prompt)
+    except EOFError:
+        found = ""
+    if not found:
+        raise Refusal(USAGE, "usage", "nothing was typed")
+    return found
+
 
 class Shell:
     """What a running command knows: its option `values`, the table, the environment, the profile."""
@@ -2062,9 +2219,9 @@ class Shell:
         try:
             url = Url(text)
         except BadValue as problem:
-            raise Refusal(USAGE, "bad_url", "%s is %s" % (origin, problem)) from None
+            raise Refusal(USAGE, "bad_url", f"{origin} is {problem}") from None
         if url.scheme == "http" and not url.is_loopback:
-            tell("warning", "secrets and tokens travel in clear to %s; use https" % url.text)
+            tell("warning", f"secrets and tokens travel in clear to {url.text}; use https")
         return url
 
     def admin_url(self) -> Url:
@@ -2097,7 +2254,7 @@ class Shell:
         else:
             token = self.profile.token()
             if token and url.text != (issuer := self.issuer().text):
-                raise Refusal(LOGIN, "foreign_server", "the saved login is for %s, not for %s" % (issuer, url.text),
+                raise Refusal(LOGIN, "foreign_server", f"the saved login is for {issuer}, not for {url.text}",
                               hint="log in there with: mad session login --admin-url " + url.text)
             if token:
                 self._check_age(token, hint)
@@ -2136,7 +2293,7 @@ class Shell:
             return None
         if not on_terminal():
             ways = " or ".join("--" + name for name in (option.stdin, option.name) if name)
-            raise Refusal(USAGE, "usage", "%s is missing" % ways, hint="pipe it in with --" + option.stdin)
+            raise Refusal(USAGE, "usage", f"{ways} is missing", hint="pipe it in with --" + option.stdin)
         if option.known:
             return ask_secret("password: ")
         first = ask_secret("new password: ")
@@ -2155,9 +2312,8 @@ class Shell:
                 raise
             if option.loose:
                 return value
-            raise MadError(404, problem.error, "there is no %s '%s'" % (option.of[:-1], value),
-                           hint="see: mad %s list" % option.of[:-1]) from None
-
+            raise MadError(404, problem.error, f"there is no {option.of[:-1]} '{value}'",
+                           hint=f"see: mad {option.of[:-1]} list") from None
 
     def resolve_within(self, client: MadClient, option: Option, value: str, whole: str | None) -> str:
         """Return the id of the part of `whole` that `value` is or names."""
@@ -2165,62 +2321,35 @@ class Shell:
             return value.lower()
         owner, parts, members = option.within
         if whole is None:
-            raise Refusal(USAGE, "usage", "--%s is no id, and to look it up --%s is missing" % (option.name, owner))
+            raise Refusal(USAGE, "usage", f"--{option.name} is no id, and to look it up --{owner} is missing")
         for row in client.each(getattr(client, parts.__name__), whole):
             if value in [row.get(member) for member in members] and isinstance(row.get("id"), str):
                 return row["id"]
-        raise MadError(404, "not_found", "there is no '%s' there" % value)
+        raise MadError(404, "not_found", f"there is no '{value}' there")
 
     def confirm(self, command: Command) -> None:
         """Ask whoever sits at the terminal before something is destroyed. Raises Refusal when it shall not be."""
         if command.danger is None or self.values.get("yes") or not on_terminal():
             return
-        sys.stderr.write("mad %s: %s\n" % (command.name, command.help))
+        sys.stderr.write(f"mad {command.name}: {command.help}\n")
         word = (self.values.get(command.danger) or "").strip() if command.danger else ""
-        if not (ask("type %s to confirm: " % plain(word)) == word if word else ask("go on? [y/N] ").lower() in ("y", "yes")):
+        is_confirmed = (ask(f"type {plain(word)} to confirm: ") == word if word
+                        else ask("go on? [y/N] ").lower() in ("y", "yes"))
+        if not is_confirmed:
             raise Refusal(USAGE, "not_confirmed", "not confirmed; nothing was sent")
-
-
-def on_terminal() -> bool:
-    """Whether there is somebody to ask."""
-    try:
-        return sys.stdin.isatty()
-    except (AttributeError, ValueError):
-        return False
-
-
-def read_secret(origin: str) -> str:
-    """Return the first line of stdin without its end. Raises Refusal when it is empty, long or not UTF-8."""
-    try:
-        octets = sys.stdin.buffer.readline(MAX_SECRET + 1)
-        text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-    except (AttributeError, ValueError, OSError):
-        raise Refusal(USAGE, "usage", "%s finds no text in UTF-8 on standard input" % origin) from None
-    if not text or len(octets) > MAX_SECRET:
-        raise Refusal(USAGE, "usage", "%s finds %s on standard input" % (origin, "too much" if text else "nothing"))
-    return text
-
-
-def ask(prompt: str) -> str:
-    """Ask on stderr, so that stdout stays clean."""
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
-    return sys.stdin.readline().strip()
-
-
-def ask_secret(prompt: str) -> str:
-    from getpass import getpass
-    try:
-        found = getpass(prompt)
-    except EOFError:
-        found = ""
-    if not found:
-        raise Refusal(USAGE, "usage", "nothing was typed")
-    return found
 
 
 # == Verbs =====================================================================
 # The commands that are more than one request. Each takes the Shell and its options, and returns what --json prints.
+
+def _name_in(claims: dict) -> str:
+    return str(claims.get("username") or claims.get("preferred_username") or "")
+
+
+def _expiry_in(claims: dict) -> str:
+    expires_at = claims.get("exp")
+    return utc(expires_at) if isinstance(expires_at, (int, float)) else ""
+
 
 def session_login(shell: Shell, username: str | None = None, password_stdin: bool = False,
                   totp: str | None = None) -> dict:
@@ -2234,12 +2363,14 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
             pass
     if not (username or "").strip():
         if password_stdin or not on_terminal():
-            raise Refusal(USAGE, "usage", "--username is missing", hint="without a terminal, give --username and --password-stdin")
+            raise Refusal(USAGE, "usage", "--username is missing",
+                          hint="without a terminal, give --username and --password-stdin")
         username = ask("username: ")
         if not username:
             raise Refusal(USAGE, "usage", "nothing was typed")
     if not password_stdin and not on_terminal():
-        raise Refusal(USAGE, "usage", "there is no terminal to ask for the password on", hint="pipe it in with --password-stdin")
+        raise Refusal(USAGE, "usage", "there is no terminal to ask for the password on",
+                      hint="pipe it in with --password-stdin")
     password = read_secret("--password-stdin") if password_stdin else ask_secret("password: ")
     client = shell.client(url, token="")
     try:
@@ -2259,7 +2390,7 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
         raise _bad_answer("the answer has no access token") from None
     shell.profile.save(token, url.text)
     subject = str(claims.get("sub", ""))
-    return {"success": True, "sub": subject, "message": "logged in as %s at %s" % (subject, url.text),
+    return {"success": True, "sub": subject, "message": f"logged in as {subject} at {url.text}",
             "username": _name_in(claims) or username, "expires_at": _expiry_in(claims), "url": url.text}
 
 
@@ -2276,7 +2407,7 @@ def session_logout(shell: Shell) -> dict:
     except (MadError, Refusal) as problem:
         # 404: a server without the route; 401: the token was dead already.
         if not (isinstance(problem, MadError) and problem.status in (401, 404, 405)):
-            tell("warning", "the server could not be told, so the token stays good until it expires: %s" % problem)
+            tell("warning", f"the server could not be told, so the token stays good until it expires: {problem}")
     return {"success": True, "message": "logged out"}
 
 
@@ -2287,21 +2418,12 @@ def session_status(shell: Shell) -> dict:
     try:
         claims = decode_jwt(token)[1]
     except ValueError as problem:
-        raise Refusal(LOGIN, "bad_token", "the token cannot be read: %s" % problem) from None
+        raise Refusal(LOGIN, "bad_token", f"the token cannot be read: {problem}") from None
     roles = claims.get("roles", claims.get("role"))
     roles = [str(role) for role in roles] if isinstance(roles, list) else [str(roles)] if roles else []
     return {"success": True, "sub": str(claims.get("sub", "")), "username": _name_in(claims),
             "role": roles[0] if roles else "(none)", "roles": roles, "expires_at": _expiry_in(claims),
             "token_use": str(claims.get("token_use", "")), "url": url.text}
-
-
-def _name_in(claims: dict) -> str:
-    return str(claims.get("username") or claims.get("preferred_username") or "")
-
-
-def _expiry_in(claims: dict) -> str:
-    expires_at = claims.get("exp")
-    return utc(expires_at) if isinstance(expires_at, (int, float)) else ""
 
 
 def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_password: int | None = None,
@@ -2316,7 +2438,8 @@ def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_p
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
         secret = generated = "".join(letters[octet & 63] for octet in os.urandom(gen_password))
     if shell.quiet and not shell.json and not public and (secret is None or generated):
-        raise Refusal(USAGE, "usage", "--quiet would lose the secret that is made", hint="use --json, or give one with --secret-stdin")
+        raise Refusal(USAGE, "usage", "--quiet would lose the secret that is made",
+                      hint="use --json, or give one with --secret-stdin")
     client = shell.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
                                           may_introspect=introspect, **others)
     if generated:
@@ -2324,7 +2447,8 @@ def client_create(shell: Shell, client_id: str, secret: str | None = None, gen_p
     return client
 
 
-def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | None = None, svg: str | None = None) -> dict:
+def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | None = None,
+                     svg: str | None = None) -> dict:
     """POST /users/{id}/totp/enroll. Make a second-factor secret; put its QR code into a file when one is named."""
     handle = None
     if svg is not None:
@@ -2332,7 +2456,7 @@ def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | 
         try:
             handle = os.open(svg, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as problem:
-            raise Refusal(USAGE, "usage", "cannot make %s: %s" % (svg, problem.strerror)) from None
+            raise Refusal(USAGE, "usage", f"cannot make {svg}: {problem.strerror}") from None
     try:
         answer = client.enroll_totp(id, client_id)
         if not isinstance(answer.get("otpauth_uri"), str):
@@ -2348,10 +2472,10 @@ def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | 
                 os.fchmod(file.fileno(), 0o600)
                 file.write(str(answer.get("svg") or ""))
         except OSError as problem:
-            tell("warning", "cannot write %s: %s" % (svg, problem.strerror))
+            tell("warning", f"cannot write {svg}: {problem.strerror}")
     if on_terminal() and not shell.json:
-        tell("hint", "put it into an authenticator, then confirm it with: mad user totp-verify --user-id %s --code CODE"
-             % shell.values["id"])
+        tell("hint", "put it into an authenticator, then confirm it with: "
+             f"mad user totp-verify --user-id {shell.values['id']} --code CODE")
     return answer
 
 
@@ -2364,12 +2488,12 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
     """POST /backup. Have the server make a backup, fetch it into `file`, and remove it there."""
     from hashlib import sha256
     if os.path.lexists(file) and not force:
-        raise Refusal(USAGE, "usage", "%s is there already" % file, hint="--force writes over it")
-    temporary = "%s.%d.new" % (file, os.getpid())
+        raise Refusal(USAGE, "usage", f"{file} is there already", hint="--force writes over it")
+    temporary = f"{file}.{os.getpid()}.new"
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as problem:
-        raise Refusal(USAGE, "usage", "cannot make %s: %s" % (file, problem.strerror)) from None
+        raise Refusal(USAGE, "usage", f"cannot make {file}: {problem.strerror}") from None
     made = None
     try:
         client.timeout = max(client.timeout, 600)  # A large one is written and read through before the answer.
@@ -2384,7 +2508,7 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
         os.fsync(handle)
         os.rename(temporary, file)
     except OSError as problem:
-        raise Refusal(REFUSED, "cannot_write", "cannot write %s: %s" % (file, problem.strerror)) from None
+        raise Refusal(REFUSED, "cannot_write", f"cannot write {file}: {problem.strerror}") from None
     finally:
         os.close(handle)
         try:
@@ -2395,39 +2519,8 @@ def backup(shell: Shell, client: MadClient, file: str, force: bool = False, with
             try:
                 client.delete_backup(str(made.get("name")))
             except MadError as problem:
-                tell("warning", "the server keeps its copy: %s" % problem.message)
+                tell("warning", f"the server keeps its copy: {problem.message}")
     return made
-
-
-def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
-               action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
-    """GET /audit-logs. Yield what is written to the audit log, until nobody reads it any more."""
-    def rows_of(**how) -> list[dict]:
-        return client.list_audit_logs(user_id, action, target=target, **how)
-    rows = rows_of(limit=max(lines, 1))
-    after = max(map(_seq, rows), default=0)
-    yield rows[:lines][::-1]
-    pause, is_down = interval, False
-    while _wait(pause):
-        pause = interval
-        try:
-            rows = rows_of(after=str(after), limit=PAGE)
-        except MadError as problem:
-            # A server that starts anew is waited for; what will not get better by itself is not.
-            if not (isinstance(problem, Unreachable) and problem.error != "untrusted" or problem.status in (429, 500, 503)):
-                raise
-            if not is_down:
-                tell("warning", "%s; trying again" % str(problem).rstrip("."))
-            is_down, pause = True, max(interval, min(problem.retry_after, 60))
-            continue
-        if is_down:
-            tell("warning", "the server answers again")
-            is_down = False
-        rows = [row for row in rows if _seq(row) > after]
-        after = max(map(_seq, rows), default=after)
-        yield rows
-        if len(rows) == PAGE:
-            pause = 0
 
 
 def _seq(row: dict) -> int:
@@ -2450,9 +2543,41 @@ def _wait(seconds: float) -> bool:
     return not poller.poll(seconds * 1000)
 
 
+def audit_tail(shell: Shell, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
+               action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
+    """GET /audit-logs. Yield what is written to the audit log, until nobody reads it any more."""
+    def rows_of(**how) -> list[dict]:
+        return client.list_audit_logs(user_id, action, target=target, **how)
+    rows = rows_of(limit=max(lines, 1))
+    after = max(map(_seq, rows), default=0)
+    yield rows[:lines][::-1]
+    pause, is_down = interval, False
+    while _wait(pause):
+        pause = interval
+        try:
+            rows = rows_of(after=str(after), limit=PAGE)
+        except MadError as problem:
+            # A restarting or busy server is tried again; other failures do not pass by themselves.
+            is_down_now = isinstance(problem, Unreachable) and problem.error != "untrusted"
+            if not is_down_now and problem.status not in (429, 500, 503):
+                raise
+            if not is_down:
+                tell("warning", str(problem).rstrip(".") + "; trying again")
+            is_down, pause = True, max(interval, min(problem.retry_after, 60))
+            continue
+        if is_down:
+            tell("warning", "the server answers again")
+            is_down = False
+        rows = [row for row in rows if _seq(row) > after]
+        after = max(map(_seq, rows), default=after)
+        yield rows
+        if len(rows) == PAGE:
+            pause = 0
+
+
 def show_entries(rows: list[dict]) -> list[str]:
     return [" ".join([cell("timestamp", row.get("timestamp")), plain(row.get("action"))] + [
-        "%s=%s" % (title, plain(row[member])) for title, member in (
+        f"{title}={plain(row[member])}" for title, member in (
             ("result", "result"), ("user", "actor_id"), ("target", "target"), ("secondary", "secondary"),
             ("ip", "ip_address")) if row.get(member)])
         for row in rows]
@@ -2460,7 +2585,8 @@ def show_entries(rows: list[dict]) -> list[str]:
 
 def chain_verdict(answer: dict) -> dict:
     if answer["valid"]:
-        return {"success": True, "message": "the audit log is whole: %s rows" % plain(answer.get("rows")), **answer}
+        rows = plain(answer.get("rows"))
+        return {"success": True, "message": f"the audit log is whole: {rows} rows", **answer}
     return {"success": False, "message": plain(answer.get("reason")) or "the audit log was changed",
             "error": "audit_log_changed", **answer}
 
@@ -2481,9 +2607,9 @@ def show_token(parts: dict) -> list[str]:
         for name, value in parts[title].items():
             is_stamp = name in ("exp", "iat", "nbf") and isinstance(value, int) and not isinstance(value, bool)
             text = utc(value, " UTC") if is_stamp else str(value) if isinstance(value, bool) else plain(value)
-            lines.append("%s: %s" % (plain(name), text))
+            lines.append(f"{plain(name)}: {text}")
         lines.append("")
-    return lines + ["SIGNATURE", "---------", plain(parts["signature"])]
+    return [*lines, "SIGNATURE", "---------", plain(parts["signature"])]
 
 
 def token_get(shell: Shell, client_id: str | None = None, secret: str | None = None, scope: str | None = None,
@@ -2498,7 +2624,8 @@ def token_get(shell: Shell, client_id: str | None = None, secret: str | None = N
     if not secret and on_terminal():
         secret = ask_secret("client secret: ")
     if not secret:
-        raise Refusal(USAGE, "usage", "the client secret is missing", hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
+        raise Refusal(USAGE, "usage", "the client secret is missing",
+                      hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
     scope = " ".join((scope or "").split())
     cache = None if no_cache else TokenCache(url.text, client_id, scope, secret)
     if cache and (answer := cache.find(int(time()))):
@@ -2565,8 +2692,10 @@ CLIENT_RIGHTS = (
     Option("grant", "a grant type it may use, one or more", "list", dest="grant_types"),
     Option("introspect", "may introspect tokens of other clients", "flag", dest="may_introspect"),
     Option("first-party", "is our own, so that nobody is asked for consent", "flag", dest="is_first_party"),
-    Option("access-token-signed-alg", "how its access tokens are signed; blank leaves it to the server", metavar="ES256|RS256"),
-    Option("id-token-signed-response-alg", "how its ID tokens are signed; blank leaves it to the server", metavar="ES256|RS256"),
+    Option("access-token-signed-alg", "how its access tokens are signed; blank leaves it to the server",
+           metavar="ES256|RS256"),
+    Option("id-token-signed-response-alg", "how its ID tokens are signed; blank leaves it to the server",
+           metavar="ES256|RS256"),
 )
 IDP = (
     Option("provider-key", "short key, such as google", required=True),
@@ -2584,7 +2713,9 @@ WHO_DID = (
     Option("user-id", "who did it", of="users", loose=True), Option("action", "exactly this action"),
     Option("target", "exactly this target"),
 )
-NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret", stdin="secret-stdin")
+JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
+NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret",
+                    stdin="secret-stdin")
 
 USER = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until", "created_at")
 ROLE = fields("id", "name", "description", "is_protected")
@@ -2600,7 +2731,8 @@ REDIRECT_URIS = table("redirect URIs", "id", "redirect_uri")
 URIS = table("URIs", "id", "uri")
 IDPS = ("id", "key=provider_key", "display_name", "issuer")
 FLAGS = table("flags", "flag", "is_enabled", "options")
-SESSION = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked", "issued_at", "expires_at")
+SESSION = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked", "issued_at",
+                 "expires_at")
 SESSIONS = table("sessions", "id", "user_id", "client_id", "use=token_use", "is_revoked", "expires=expires_at")
 REFRESH_TOKENS = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
 AUDIT = ("id", "user=actor_id", "action", "target", "secondary", "time=timestamp")
@@ -2612,12 +2744,12 @@ def of_client(verb: str, what: str, bound, uri: str) -> tuple:
     whole = ("client-id", list_, ("uri", "redirect_uri"))
     return (
         Command("client add-" + verb, "allow a client " + what, add, (CLIENT_ID, URI), line("added {uri} with id {id}"),
-                "mad client add-%s --id app --uri %s" % (verb, uri)),
-        Command("client list-%ss" % verb, "list what was added with add-" + verb, list_, (OF_CLIENT,), URIS,
-                "mad client list-%ss --client-id app" % verb),
+                f"mad client add-{verb} --id app --uri {uri}"),
+        Command(f"client list-{verb}s", "list what was added with add-" + verb, list_, (OF_CLIENT,), URIS,
+                f"mad client list-{verb}s --client-id app"),
         Command("client delete-" + verb, "remove " + what, delete, (
             OF_CLIENT, Option("id", "its id, or the URI itself", required=True, metavar="ID|URI", within=whole),
-        ), said, "mad client delete-%s --client-id app --id %s" % (verb, uri), danger=""),
+        ), said, f"mad client delete-{verb} --client-id app --id {uri}", danger=""),
     )
 
 
@@ -2627,50 +2759,52 @@ def of_sessions(noun: str) -> tuple:
         Command(noun + " list", "list the sessions, newest first", MadClient.list_sessions, (
             Option("user-id", "only those of this user", of="users"),
             Option("client-id", "only those at this client", metavar="ID|NAME"),
-        ), SESSIONS, "mad %s list --user-id bob" % noun),
+        ), SESSIONS, f"mad {noun} list --user-id bob"),
         Command(noun + " get", "show a session", MadClient.get_session, (RECORD,), SESSION,
-                "mad %s get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c" % noun),
+                f"mad {noun} get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
         Command(noun + " list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (OF_USER,),
-                SESSIONS, "mad %s list-by-user --user-id bob" % noun),
+                SESSIONS, f"mad {noun} list-by-user --user-id bob"),
         Command(noun + " introspect", "have the server read an AUTH token", MadClient.introspect, (JWT,),
-                lambda claims: ["%s: %s" % (plain(name), plain(value)) for name, value in claims.items()],
-                "mad %s introspect --token -" % noun),
+                lambda claims: [f"{plain(name)}: {plain(value)}" for name, value in claims.items()],
+                f"mad {noun} introspect --token -"),
         Command(noun + " revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD,), said,
-                "mad %s revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c" % noun, shape=outcome),
+                f"mad {noun} revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c", shape=outcome),
         Command(noun + " purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE, said,
-                "mad %s purge --older-than 86400 --expired" % noun, danger=""),
+                f"mad {noun} purge --older-than 86400 --expired", danger=""),
     )
 
 
 def of_audit(noun: str) -> tuple:
     """Return the commands on the audit log under one of its two nouns."""
     return (
-        Command(noun + " list", "list what was done, newest first", MadClient.list_audit_logs, WHO_DID + (
+        Command(noun + " list", "list what was done, newest first", MadClient.list_audit_logs, (
+            *WHO_DID,
             Option("since", "not before this: ISO 8601 in UTC unless it says otherwise, or Unix seconds", "moment"),
             Option("until", "not after this", "moment"),
             Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
-        ), table("entries", *AUDIT), "mad %s list --action user_created --since 2030-01-31" % noun),
+        ), table("entries", *AUDIT), f"mad {noun} list --action user_created --since 2030-01-31"),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD,),
-                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"), "mad %s get --id 17" % noun),
-        Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs, (),
-                lambda row: [plain(row["message"]), "last entry: %s" % plain(row.get("last_seq")), "head: %s" % plain(row.get("head"))],
-                "mad %s verify" % noun, shape=chain_verdict),
+                fields(*AUDIT, "result", "ip_address", "user_agent", "request_id", "row_sha256"),
+                f"mad {noun} get --id 17"),
+        Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs,
+                (), lambda row: [plain(row["message"]), "last entry: " + plain(row.get("last_seq")),
+                                 "head: " + plain(row.get("head"))],
+                f"mad {noun} verify", shape=chain_verdict),
         Command(noun + " export", "print the whole log as NDJSON, oldest first", MadClient.export_audit_logs, (
             Option("after", "only entries with a greater id", metavar="ID"),
             Option("limit", "at most so many in all", "number", least=1),
-        ), documents, "mad %s export > audit.ndjson" % noun, flows=True),
-        Command(noun + " tail", "follow what is done, until Ctrl-C", audit_tail, WHO_DID + (
+        ), documents, f"mad {noun} export > audit.ndjson", flows=True),
+        Command(noun + " tail", "follow what is done, until Ctrl-C", audit_tail, (
+            *WHO_DID,
             Option("lines", "begin with so many that are there (10)", "number", least=0, metavar="N"),
             Option("interval", "ask every so many seconds (1)", "number", least=1, metavar="SECONDS"),
-        ), show_entries, "mad %s tail --lines 50" % noun, verb=True, flows=True),
+        ), show_entries, f"mad {noun} tail --lines 50", verb=True, flows=True),
         Command(noun + " purge", "delete old entries", MadClient.purge_audit_logs, (
             Option("days", "older than so many days", "number", required=True, least=1),
-        ), said, "mad %s purge --days 365" % noun, danger=""),
+        ), said, f"mad {noun} purge --days 365", danger=""),
     )
 
-
-JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 
 COMMANDS = (
     # -- session --
@@ -2731,8 +2865,8 @@ COMMANDS = (
     ), said, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z"),
     Command("user clear-lockout", "end the lockout of a user", MadClient.clear_lockout, (USER_ID,), said,
             "mad user clear-lockout --id bob"),
-    Command("user unlock", "end the lockout of a user, as clear-lockout does", MadClient.clear_lockout, (USER_ID,), said,
-            "mad user unlock --id bob"),
+    Command("user unlock", "end the lockout of a user, as clear-lockout does", MadClient.clear_lockout, (USER_ID,),
+            said, "mad user unlock --id bob"),
     Command("user totp-enroll", "make a second-factor secret and show it once", user_totp_enroll, (
         USER_ID, MAYBE_CLIENT, Option("svg", "write its QR code into this new file, which only its owner can read",
                                       metavar="FILE"),
@@ -2754,7 +2888,8 @@ COMMANDS = (
             "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
     Command("role list", "list the roles", MadClient.list_roles, (), ROLES, "mad role list"),
     Command("role get", "show a role", MadClient.get_role, (ROLE_ID,), ROLE, "mad role get --id Operator"),
-    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator", danger="id"),
+    Command("role delete", "delete a role", MadClient.delete_role, (ROLE_ID,), said, "mad role delete --id Operator",
+            danger="id"),
     Command("role assign", "give a user a role", MadClient.assign_role, (OF_USER, OF_ROLE), said,
             "mad role assign --user-id bob --role-id Operator"),
     Command("role unassign", "take a role from a user", MadClient.unassign_role, (OF_USER, OF_ROLE), said,
@@ -2773,7 +2908,8 @@ COMMANDS = (
     Command("permission update", "rename a permission", MadClient.update_permission, (
         PERMISSION_ID, Option("name", "its new name", required=True)), fields("id", "name"),
         "mad permission update --id door.open --name gate.open"),
-    Command("permission list", "list the permissions", MadClient.list_permissions, (), PERMISSIONS, "mad permission list"),
+    Command("permission list", "list the permissions", MadClient.list_permissions, (), PERMISSIONS,
+            "mad permission list"),
     Command("permission get", "show a permission", MadClient.get_permission, (PERMISSION_ID,), fields("id", "name"),
             "mad permission get --id door.open"),
     Command("permission delete", "delete a permission", MadClient.delete_permission, (PERMISSION_ID,), said,
@@ -2802,18 +2938,23 @@ COMMANDS = (
         Option("grant", "a grant type it may use, one or more", "list"),
         Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
         Option("introspect", "may introspect tokens of other clients", "flag"),
-    ) + SERVER, with_secret(line("created client {client_id} with id {id}")),
+        *SERVER,
+    ), with_secret(line("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", local=True),
     Command("client list", "list the clients", MadClient.list_clients, (), CLIENTS, "mad client list"),
     Command("client get", "show a client", MadClient.get_client, (CLIENT_ID,), CLIENT, "mad client get --id sensor"),
     Command("client update", "change a client", MadClient.update_client, (
-        CLIENT_ID, Option("client-id", "new public identifier", metavar="ID"), Option("display-name", "what people read"),
-        Option("audience", "audience of its tokens"), Option("is-active", "whether it may get tokens", "flag"),
-    ) + CLIENT_RIGHTS, CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
-    Command("client change-secret", "give a client a new secret; one is made unless given", MadClient.change_client_secret, (
+        CLIENT_ID, Option("client-id", "new public identifier", metavar="ID"),
+        Option("display-name", "what people read"), Option("audience", "audience of its tokens"),
+        Option("is-active", "whether it may get tokens", "flag"),
+        *CLIENT_RIGHTS,
+    ), CLIENT, "mad client update --id sensor --display-name 'Sensor 1'", at_least_one=True),
+    Command("client change-secret", "give a client a new secret; one is made unless given",
+            MadClient.change_client_secret, (
         CLIENT_ID, Option("secret", "better from stdin: an argument is visible to every process", "secret",
                           stdin="secret-stdin", dest="new_secret"),
-        Option("overlap", "how long the old secret keeps working", "number", dest="overlap_seconds", metavar="SECONDS", least=0),
+        Option("overlap", "how long the old secret keeps working", "number", dest="overlap_seconds", metavar="SECONDS",
+               least=0),
     ), lambda row: ["the new secret, shown this once: " + plain(row["message"])],
         "mad client change-secret --id sensor --overlap 3600", quiet=said),
     Command("client delete", "delete a client and end its sessions", MadClient.delete_client, (CLIENT_ID,), said,
@@ -2829,15 +2970,16 @@ COMMANDS = (
     Command("client add-redirect-uri", "allow a client a redirect URI", MadClient.add_redirect_uri, (CLIENT_ID, URI),
             line("added {redirect_uri} with id {id}"),
             "mad client add-redirect-uri --id app --uri https://app.example/callback"),
-    Command("client list-redirect-uris", "list the redirect URIs of a client", MadClient.list_redirect_uris, (OF_CLIENT,),
-            REDIRECT_URIS, "mad client list-redirect-uris --client-id app"),
+    Command("client list-redirect-uris", "list the redirect URIs of a client", MadClient.list_redirect_uris,
+            (OF_CLIENT,), REDIRECT_URIS, "mad client list-redirect-uris --client-id app"),
     Command("client delete-redirect-uri", "remove a redirect URI", MadClient.delete_redirect_uri, (
         Option("client-id", "the client, needed when the URI is given instead of its id", of="clients"),
         Option("id", "its id, or the URI itself", required=True, metavar="ID|URI",
                within=("client-id", MadClient.list_redirect_uris, ("redirect_uri", "uri"))),
     ), said, "mad client delete-redirect-uri --client-id app --id https://app.example/callback", danger=""),
     *of_client("post-logout-uri", "a URI to send people to after logout", (
-        MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri), "https://app.example/bye"),
+        MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri),
+        "https://app.example/bye"),
     *of_client("cors-origin", "an origin whose pages may call AUTH as this client", (
         MadClient.add_cors_origin, MadClient.list_cors_origins, MadClient.delete_cors_origin), "https://app.example"),
     Command("client list-flags", "list the features of a client and their values", MadClient.list_flags, (OF_CLIENT,),
@@ -2847,32 +2989,34 @@ COMMANDS = (
         OF_CLIENT, FLAG, Option("enable", "true or false", "flag", required=True, dest="enabled"),
     ), said, "mad client set-flag --client-id app --flag ENABLE_TOTP --enable true"),
     Command("client get-flag", "tell whether a feature is on", MadClient.get_flag, (OF_CLIENT, FLAG),
-            lambda enabled: ["enabled" if enabled else "disabled"], "mad client get-flag --client-id app --flag ENABLE_TOTP"),
+            lambda enabled: ["enabled" if enabled else "disabled"],
+            "mad client get-flag --client-id app --flag ENABLE_TOTP"),
     Command("client set-flag-options", "set the value of a feature", MadClient.set_flag_options, (
         OF_CLIENT, FLAG, Option("options", "the value", required=True, metavar="VALUE"),
     ), said, "mad client set-flag-options --client-id app --flag TOKEN_EXPIRATION --options 600"),
     Command("client get-flag-options", "show the value of a feature", MadClient.get_flag_options, (OF_CLIENT, FLAG),
-            lambda text: [plain(text) or "(none)"], "mad client get-flag-options --client-id app --flag TOKEN_EXPIRATION"),
-    Command("client add-idp", "add an external identity provider", MadClient.add_idp, (CLIENT_ID,) + IDP,
+            lambda text: [plain(text) or "(none)"],
+            "mad client get-flag-options --client-id app --flag TOKEN_EXPIRATION"),
+    Command("client add-idp", "add an external identity provider", MadClient.add_idp, (CLIENT_ID, *IDP),
             line("added {provider_key} with id {id}"),
             "mad client add-idp --id app --provider-key google --display-name Google "
             "--issuer https://accounts.google.com --external-client-id 123"),
-    Command("client update-idp", "change an external identity provider", MadClient.update_idp, (CLIENT_ID, IDP_ID) + IDP,
-            line("updated {provider_key}"),
+    Command("client update-idp", "change an external identity provider", MadClient.update_idp,
+            (CLIENT_ID, IDP_ID, *IDP), line("updated {provider_key}"),
             "mad client update-idp --id app --idp-id google --provider-key google --display-name Google "
             "--issuer https://accounts.google.com --external-client-id 123"),
     Command("client list-idps", "list the external identity providers", MadClient.list_idps, (CLIENT_ID,),
             table("external providers", *IDPS), "mad client list-idps --id app"),
     Command("client get-idp", "show an external identity provider", MadClient.get_idp, (CLIENT_ID, IDP_ID),
             fields(*IDPS, "client_identifier", "scopes", "created_at"), "mad client get-idp --id app --idp-id google"),
-    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (CLIENT_ID, IDP_ID), said,
-            "mad client delete-idp --id app --idp-id google", danger=""),
-    Command("client assign-scope", "let a client ask for scopes", MadClient.assign_scopes_to_client, (OF_CLIENT, OF_SCOPES),
-            said, "mad client assign-scope --client-id sensor --scope-id read write"),
+    Command("client delete-idp", "remove an external identity provider", MadClient.delete_idp, (CLIENT_ID, IDP_ID),
+            said, "mad client delete-idp --id app --idp-id google", danger=""),
+    Command("client assign-scope", "let a client ask for scopes", MadClient.assign_scopes_to_client,
+            (OF_CLIENT, OF_SCOPES), said, "mad client assign-scope --client-id sensor --scope-id read write"),
     Command("client list-scopes", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
             "mad client list-scopes --client-id sensor"),
-    Command("client remove-scope", "take a scope from a client", MadClient.remove_scope_from_client, (OF_CLIENT, OF_SCOPE),
-            said, "mad client remove-scope --client-id sensor --scope-id write"),
+    Command("client remove-scope", "take a scope from a client", MadClient.remove_scope_from_client,
+            (OF_CLIENT, OF_SCOPE), said, "mad client remove-scope --client-id sensor --scope-id write"),
 
     # -- scope --
     Command("scope create", "create a scope", MadClient.create_scope, (NAME, DESCRIPTION),
@@ -2881,7 +3025,8 @@ COMMANDS = (
             "mad scope update --id read --description 'read all meters'", at_least_one=True),
     Command("scope list", "list the scopes", MadClient.list_scopes, (), SCOPES, "mad scope list"),
     Command("scope get", "show a scope", MadClient.get_scope, (SCOPE_ID,), SCOPE, "mad scope get --id read"),
-    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read", danger="id"),
+    Command("scope delete", "delete a scope", MadClient.delete_scope, (SCOPE_ID,), said, "mad scope delete --id read",
+            danger="id"),
     Command("scope assign-to-user", "give a user scopes", MadClient.assign_scopes_to_user, (OF_USER, OF_SCOPES), said,
             "mad scope assign-to-user --user-id bob --scope-id read write"),
     Command("scope list-for-user", "list the scopes of a user", MadClient.list_scopes_of_user, (OF_USER,), SCOPES,
@@ -2890,15 +3035,15 @@ COMMANDS = (
             said, "mad scope remove-from-user --user-id bob --scope-id write"),
     Command("scope assign-to-client", "let a client ask for scopes", MadClient.assign_scopes_to_client,
             (OF_CLIENT, OF_SCOPES), said, "mad scope assign-to-client --client-id sensor --scope-id read write"),
-    Command("scope list-for-client", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,), SCOPES,
-            "mad scope list-for-client --client-id sensor"),
+    Command("scope list-for-client", "list the scopes of a client", MadClient.list_scopes_of_client, (OF_CLIENT,),
+            SCOPES, "mad scope list-for-client --client-id sensor"),
     Command("scope remove-from-client", "take a scope from a client", MadClient.remove_scope_from_client,
             (OF_CLIENT, OF_SCOPE), said, "mad scope remove-from-client --client-id sensor --scope-id write"),
 
     Command("scope list-users", "list the users who have a scope", MadClient.list_users_of_scope, (SCOPE_ID,), USERS,
             "mad scope list-users --id read"),
-    Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope, (SCOPE_ID,),
-            CLIENTS, "mad scope list-clients --id read"),
+    Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope,
+            (SCOPE_ID,), CLIENTS, "mad scope list-clients --id read"),
 
     # -- sessionctl, refreshtoken, audit --
     *of_sessions("sessionctl"),
@@ -2911,8 +3056,9 @@ COMMANDS = (
             "mad refreshtoken get --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
     Command("refreshtoken revoke", "revoke a refresh token and the login it belongs to", MadClient.revoke_refresh_token,
             (RECORD,), said, "mad refreshtoken revoke --id 019344f2-c1d4-7a5b-9a4c-3e2d1f0a9b8c"),
-    *(Command("refreshtoken " + verb, "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE, said,
-              "mad refreshtoken %s --older-than 86400 --expired" % verb, danger="") for verb in ("purge", "purge-refresh")),
+    *(Command("refreshtoken " + verb, "delete the rows of old refresh tokens", MadClient.purge_refresh_tokens, PURGE,
+              said, f"mad refreshtoken {verb} --older-than 86400 --expired", danger="")
+      for verb in ("purge", "purge-refresh")),
     *of_audit("audit"),
     *of_audit("auditlog"),
 
@@ -2921,11 +3067,12 @@ COMMANDS = (
         Option("file", "where to put it; the word after backup says it too", required=True, metavar="FILE"),
         Option("force", "write over a file that is there", "flag"),
         Option("without-keys", "leave keys and settings out: needed where the database is not encrypted", "flag"),
-    ), lambda made: ["%s: %s bytes, %s users, %s clients" % tuple(plain(made.get(name)) for name in ("name", "bytes", "users", "clients"))],
+    ), line("{name}: {bytes} bytes, {users} users, {clients} clients"),
         "mad backup box.backup", verb=True, word="file", quiet=lambda made: [plain(made.get("name"))]),
 
     # -- token, completion --
-    Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), show_token, "mad token get | mad token --token -", local=True),
+    Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), show_token,
+            "mad token get | mad token --token -", local=True),
     Command("token revoke", "end a token", MadClient.revoke_token, (JWT,), said, "mad token revoke --token -"),
     Command("token get", "print an access token for a machine client, cached while it lasts", token_get, (
         Option("auth-url", "address of the AUTH server"), Option("client-id", "the client", metavar="ID"),
@@ -2960,7 +3107,7 @@ def run(command: Command, shell: Shell):
         if value is None:
             continue
         if option.kind == "token" and value == "-":
-            value = read_secret("--%s -" % option.name)
+            value = read_secret(f"--{option.name} -")
         if option.choices:
             value = value.lower()
         if option.of and client:
@@ -2980,8 +3127,9 @@ def run(command: Command, shell: Shell):
 def show_result(command: Command, shell: Shell, result) -> int:
     """Print a result in the form that is asked for. Return the exit status it means."""
     if command.flows:
+        page_lines = documents if shell.json else (command.quiet or ids) if shell.quiet else command.show
         for page in result:
-            for text in documents(page) if shell.json else (command.quiet or ids)(page) if shell.quiet else command.show(page):
+            for text in page_lines(page):
                 print(text)
             sys.stdout.flush()
     elif command.is_list and shell.json:
@@ -3016,7 +3164,7 @@ def _fail(as_json: bool, exit_status: int, error: str, messages, errors: dict | 
     for message in messages:
         tell("error", message)
     for name, text in (errors or {}).items():
-        tell("error", "%s: %s" % (name, text))
+        tell("error", f"{name}: {text}")
     if hint:
         tell("hint", hint)
     return exit_status
@@ -3029,7 +3177,7 @@ def _run_command(command: Command, words: list[str]) -> int:
         return DONE
     if parsed.errors:
         return _fail("--json" in words or parsed.values.get("json", False), USAGE, "usage", parsed.errors,
-                     hint=parsed.hint or "see: mad %s --help" % command.name)
+                     hint=parsed.hint or f"see: mad {command.name} --help")
     shell = Shell(parsed.values, COMMANDS)
     try:
         shell.confirm(command)
@@ -3038,8 +3186,9 @@ def _run_command(command: Command, words: list[str]) -> int:
         return _fail(shell.json, problem.exit_status, problem.error, problem.messages, hint=problem.hint)
     except MadError as problem:
         status = UNREACHABLE if isinstance(problem, Unreachable) else LOGIN if problem.status == 401 else REFUSED
-        hint = problem.hint or (
-            "log in with: mad session login" if status == LOGIN and command.call not in (session_login, token_get) else "")
+        hint = problem.hint
+        if not hint and status == LOGIN and command.call not in (session_login, token_get):
+            hint = "log in with: mad session login"
         return _fail(shell.json, status, problem.error, [problem.message], problem.errors, hint)
     except BadValue as problem:
         return _fail(shell.json, USAGE, "usage", [str(problem)])
@@ -3075,20 +3224,20 @@ def _dispatch(argv: list[str]) -> int:
         hint = "options stand after the command: mad <noun> <verb> [options]"
         if not noun.startswith("-"):
             guess = near(noun, nouns(COMMANDS))
-            hint = "did you mean mad %s?" % guess if guess else "see: mad --help"
-        return _fail(as_json, USAGE, "usage", ["unknown command '%s'" % noun], hint=hint)
+            hint = f"did you mean mad {guess}?" if guess else "see: mad --help"
+        return _fail(as_json, USAGE, "usage", [f"unknown command '{noun}'"], hint=hint)
     if verb and not verb.startswith(("-", "/")):
         guess = near(verb, [name.partition(" ")[2] for name in by_name if name.startswith(noun + " ")])
-        return _fail(as_json, USAGE, "usage", ["unknown command '%s %s'" % (noun, verb)],
-                     hint="did you mean mad %s %s?" % (noun, guess) if guess else "see: mad %s --help" % noun)
+        return _fail(as_json, USAGE, "usage", [f"unknown command '{noun} {verb}'"],
+                     hint=f"did you mean mad {noun} {guess}?" if guess else f"see: mad {noun} --help")
     if noun in by_name:
         return _run_command(by_name[noun], argv[1:])
     if verb in HELP_WORDS:
         print(help_noun(COMMANDS, noun))
         return DONE
     if verb:
-        return _fail(as_json, USAGE, "usage", ["mad %s needs a verb before its options" % noun],
-                     hint="see: mad %s --help" % noun)
+        return _fail(as_json, USAGE, "usage", [f"mad {noun} needs a verb before its options"],
+                     hint=f"see: mad {noun} --help")
     print(help_noun(COMMANDS, noun), file=sys.stderr)
     return USAGE
 
@@ -3115,7 +3264,7 @@ def main(argv: list[str]) -> int:
             pass
         if isinstance(problem, BrokenPipeError):
             return DONE  # The reader, a `head` or a `grep -q`, has seen enough.
-        tell("error", "cannot write the answer: %s" % problem.strerror)
+        tell("error", f"cannot write the answer: {problem.strerror}")
         return REFUSED
 
 

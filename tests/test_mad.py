@@ -1,7 +1,9 @@
 """mad: its words, its files, what it says and how it ends. The journeys against a real server stand in test_flows."""
 
+import ast
 import contextlib
 import datetime
+import dis
 import hashlib
 import http.server
 import json
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import mad
 import pexpect
@@ -716,8 +719,10 @@ client set-flag --client-id ID --flag ENABLE_TOTP --enable true
 client get-flag --client-id ID --flag ENABLE_TOTP
 client set-flag-options --client-id ID --flag TOKEN_EXPIRATION --options 600
 client get-flag-options --client-id ID --flag TOKEN_EXPIRATION
-client add-idp --id ID --provider-key google --display-name Google --issuer https://accounts.google.com --external-client-id 1
-client update-idp --id ID --idp-id ID --provider-key google --display-name Google --issuer https://accounts.google.com --external-client-id 1 --scopes openid
+client add-idp --id ID --provider-key google --display-name Google \
+--issuer https://accounts.google.com --external-client-id 1
+client update-idp --id ID --idp-id ID --provider-key google --display-name Google \
+--issuer https://accounts.google.com --external-client-id 1 --scopes openid
 client list-idps --id ID
 client delete-idp --id ID --idp-id ID
 client assign-scope --client-id ID --scope-id ID ID
@@ -1598,7 +1603,11 @@ class TestTerminal:
 class TestStart:
     def test_a_command_loads_little(self, fake, env_of_nobody):
         fake.answers["GET /users"] = (200, [USER], {})
-        code = "import sys, mad; mad.main(sys.argv[1:]); print(*sorted({'ssl', 'argparse', 'http.client', 'urllib.request', 'email', 'asyncio', 'importlib.metadata', 'hashlib', 'shutil', 'typing', 'difflib', 'datetime'} & set(sys.modules)))"
+        slow = {
+            "ssl", "argparse", "http.client", "urllib.request", "email", "asyncio", "importlib.metadata", "hashlib",
+            "shutil", "typing", "difflib", "datetime", "contextlib",
+        }
+        code = f"import sys, mad; mad.main(sys.argv[1:]); print(*sorted({slow} & set(sys.modules)))"
         done = subprocess.run(
             [sys.executable, "-S", "-c", code, "user", "list", "--quiet", "--admin-url", fake.url], cwd=ROOT,
             env=env_of_nobody, capture_output=True, text=True,
@@ -1638,3 +1647,36 @@ class TestNamesNoPathCarries:
         fake.answers["GET /roles"] = (200, [], {})
         done = run("role", "get", "--id", "a/b")
         assert done.returncode == 1 and "there is no role 'a/b'" in done.stderr
+
+
+class TestOrder:
+    """mad.py is read downwards: a definition uses only names defined above it."""
+
+    SOURCE = (ROOT / "mad.py").read_text("utf-8")
+
+    def test_the_contents_are_the_banners(self):
+        contents = re.findall(r"^  ([A-Z]\w+) +\S", mad.__doc__.partition("Contents\n")[2], re.M)
+        assert contents == re.findall(r"^# == (\w+) =+$", self.SOURCE, re.M)
+
+    def test_a_definition_uses_only_names_defined_above_it(self):
+        defined = {}
+        for node in ast.parse(self.SOURCE).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined[node.name] = node.lineno
+            elif isinstance(node, ast.Assign):
+                for name in ast.walk(node):
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                        defined.setdefault(name.id, node.lineno)
+        for node in ast.parse(self.SOURCE).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
+                code = compile(ast.Module([node], []), "mad.py", "exec")
+                below = {name for name in self.globals_of(code) if defined.get(name, 0) > node.lineno}
+                assert not below, f"line {node.lineno} uses {below}"
+
+    def globals_of(self, code):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield instruction.argval
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType):
+                yield from self.globals_of(inner)

@@ -60,7 +60,8 @@ mad client create --client-id sensor --grant client_credentials --json
 mad client create --client-id web --gen-password 32 --display-name Web --audience api
 mad client list
 mad client get --id web
-mad client update --id web --display-name 'Web 2' --grant authorization_code refresh_token --introspect false --first-party --access-token-signed-alg RS256
+mad client update --id web --display-name 'Web 2' --grant authorization_code refresh_token --introspect false \
+  --first-party --access-token-signed-alg RS256
 mad client change-secret --id web --overlap 600
 mad client secrets --id web
 mad client delete-secret --id web --secret-id "$(mad client secrets --id web --quiet | head -1)"
@@ -87,10 +88,12 @@ mad client set-flag --client-id web --flag ENABLE_TOTP --enable true
 mad client set-flag-options --client-id web --flag TOKEN_EXPIRATION --options 600
 mad client get-flag-options --client-id web --flag TOKEN_EXPIRATION
 mad client list-flags --client-id web
-mad client add-idp --id web --provider-key google --display-name Google --issuer https://accounts.google.com --external-client-id 123
+mad client add-idp --id web --provider-key google --display-name Google \
+  --issuer https://accounts.google.com --external-client-id 123
 mad client list-idps --id web
 mad client get-idp --id web --idp-id google
-mad client update-idp --id web --idp-id google --provider-key google --display-name G2 --issuer https://accounts.google.com --external-client-id 124
+mad client update-idp --id web --idp-id google --provider-key google --display-name G2 \
+  --issuer https://accounts.google.com --external-client-id 124
 mad client delete-idp --id web --idp-id google
 MAD_CLIENT_SECRET="$CLIENT_SECRET" mad token get --client-id app > tok
 mad sessionctl introspect --token - < tok
