@@ -4475,30 +4475,32 @@ class Hasher:
 class Digests:
     """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
 
-    The stored hash is part of what is digested, so a changed secret is forgotten by itself.
+    The stored hash is part of what is digested, so a changed secret is forgotten by itself. Each use
+    begins the while anew: `ttl` seconds, and as many `more` as it was learned with, at most a day in all.
     """
 
     def __init__(self, ttl, size):
         self.key, self.ttl, self.size = os.urandom(32), ttl, size
-        self.seen = {}
+        self.seen = {}  # digest: (until, seconds)
 
     def digest(self, stored_hash, secret):
         return hmac.digest(self.key, stored_hash.encode() + b"\0" + secret.encode(), "sha256")
 
     def knows(self, stored_hash, secret, now) -> bool:
         digest = self.digest(stored_hash, secret)
-        until = self.seen.get(digest)
-        if until is None or until < now:
+        until, seconds = self.seen.get(digest, (now - 1, 0))
+        if until < now:
             return False
-        self.seen[digest] = now + self.ttl
+        self.seen[digest] = now + seconds, seconds
         return True
 
-    def learn(self, stored_hash, secret, now):
+    def learn(self, stored_hash, secret, now, more=0):
         if len(self.seen) >= self.size:
-            self.seen = {digest: until for digest, until in list(self.seen.items()) if until >= now}
+            self.seen = {digest: found for digest, found in list(self.seen.items()) if found[0] >= now}
             if len(self.seen) >= self.size:
                 self.seen = {}
-        self.seen[self.digest(stored_hash, secret)] = now + self.ttl
+        seconds = min(self.ttl + more, 86400)
+        self.seen[self.digest(stored_hash, secret)] = now + seconds, seconds
 
 
 class Throttle:
@@ -6076,6 +6078,12 @@ def get_client(idp: Idp, id_or_client_id: str) -> Client:
     return client
 
 
+def token_lifetime(idp: Idp, client: Client) -> int:
+    """Return how many seconds an access token of this client lives."""
+    option = client.flags.get("TOKEN_EXPIRATION", "")
+    return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else idp.options.token_expiration
+
+
 def living_hashes(client: Client | None, now: int) -> list:
     return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
 
@@ -6113,7 +6121,8 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
                     client, now = find_client(idp, client_id), idp.now()
                     if stored not in living_hashes(client, now):
                         break
-                    idp.client_digests.learn(stored, secret, now)
+                    # For as long as its tokens live, and then some: it comes back when they end.
+                    idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
                     return client
         idp.hasher.turns.blame(turn, origin.peer)
     idp.throttle.spend(origin.peer, client_id)
