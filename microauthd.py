@@ -4246,7 +4246,7 @@ class HashGate:
         return self.taken >= (places // 2 if peer and self.of[peer] else places)
 
     def wait(self, peer: str) -> float:
-        """Return how many seconds one more of this peer would wait: peers take turns, whoever has the most comes last."""
+        """Return how many seconds one more of this peer would wait: peers take turns, the biggest crowd ends last."""
         before = self.of[peer] + 1
         return sum(min(count, before) for count in self.of.values()) * self.seconds / self.running
 

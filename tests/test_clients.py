@@ -576,7 +576,7 @@ class TestCrowd:
 
     @pytest.fixture
     def come(self, idp, monkeypatch):
-        """Let so many authenticate at once, one hash in a hundredth of a second: what they heard, and how many hashes."""
+        """Let so many authenticate at once, a hash in 10 ms: what they heard, and how many hashes."""
         hashes, compute = [], m.Argon2Memory.compute
 
         def slow(*words):
