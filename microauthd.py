@@ -223,6 +223,14 @@ class Replayed(Problem):
         self.claims = claims
 
 
+class Busy(Problem):
+    """slow_down, of who has done nothing wrong: too many wait for the same work."""
+
+    def __init__(self, log, retry_after=1):
+        super().__init__("slow_down", log=log, retry_after=retry_after)
+        self.message = "The server is busy; try again later."
+
+
 # == Objects ===================================================================
 # One Struct an object of the wire. `_at` is integer Unix seconds.
 
@@ -1109,38 +1117,69 @@ def jti_ms(jti: str) -> int:
     return int(jti[:12], 16)
 
 
+LONGEST_WAIT = 10  # seconds anybody is kept waiting for Argon2
+BLAMED_FOR = 60    # seconds a peer is remembered to have sent a wrong secret
+
+
 class HashGate:
     """Bounds the Argon2 work of a process: some run, some wait, the rest are told to come back.
 
     Each hash takes tens of megabytes and milliseconds, so an unbounded number of logins would be
-    a way to exhaust the box. `blocking` is set by Serve: it keeps threads free for those who need
-    no hashing.
+    a way to exhaust the box. All services of a box are one peer, and after a power cut all of them
+    come at once: a crowd that sent nothing wrong gets many places, whoever guesses gets few.
+    `blocking` is set by Serve: it keeps threads free for those who need no hashing.
     """
 
-    def __init__(self, running, waiting=60):
-        self.room = threading.Semaphore(running)
-        self.places, self.taken, self.of = (
-            running + waiting, 0, collections.Counter(),
-        )  # places in all; taken in all, and by peer
+    def __init__(self, running, waiting=320, guessing=60):
+        self.running, self.at_work = running, 0
+        self.places, self.few = running + waiting, running + guessing
+        self.taken, self.of = 0, collections.Counter()  # places taken in all, and by peer
+        self.seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
+        self.queues = {}  # peer: who waits to hash, each a lock its turn will open; the peer at the front is next
+        self.blamed = {}  # peer: monotonic seconds until it is forgotten
         self.lock = threading.Lock()
         self.held = threading.local()
         self.blocking = contextlib.nullcontext
 
-    @contextlib.contextmanager
-    def place(self, peer=""):
-        """Hold one of the places while waiting or hashing; a thread needs one only. Raises slow_down when all are taken.
+    def blame(self, peer: str):
+        """Remember for a while that a secret from this peer was wrong."""
+        now = time.monotonic()
+        with self.lock:
+            if len(self.blamed) >= 4096:
+                self.blamed = {other: until for other, until in self.blamed.items() if until > now}
+                if len(self.blamed) >= 4096:
+                    self.blamed = {}
+            self.blamed[peer] = now + BLAMED_FOR
+
+    def is_blamed(self, peer: str) -> bool:
+        return self.blamed.get(peer, 0) > time.monotonic()
+
+    def is_full(self, peer: str) -> bool:
+        """Is there no place for one more of this peer?
 
         The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
         """
+        places = min(self.places, self.few) if self.is_blamed(peer) else self.places
+        return self.taken >= (places // 2 if peer and self.of[peer] else places)
+
+    def wait(self, peer: str) -> float:
+        """Return how many seconds one more of this peer would wait: peers take turns, the biggest crowd ends last."""
+        before = self.of[peer] + 1
+        return sum(min(count, before) for count in self.of.values()) * self.seconds / self.running
+
+    @contextlib.contextmanager
+    def place(self, peer=""):
+        """Hold one of the places while waiting or hashing; a thread needs one only. Raises Busy when there is none."""
         if getattr(self.held, "place", False):
             yield
             return
         with self.lock:
-            if self.taken >= self.places or peer and self.taken >= self.places // 2 and self.of[peer]:
-                raise Problem("slow_down", log="the Argon2 gate is full", retry_after=1)
+            wait = self.wait(peer)
+            if self.is_full(peer) or wait > LONGEST_WAIT:
+                raise Busy("the Argon2 gate is full", min(LONGEST_WAIT, int(wait) + 1))
             self.taken += 1
             self.of[peer] += 1
-        self.held.place = True
+        self.held.place, self.held.peer = True, peer
         try:
             with self.blocking():
                 yield
@@ -1151,6 +1190,100 @@ class HashGate:
                 self.of[peer] -= 1
                 if not self.of[peer]:
                     del self.of[peer]
+
+    @contextlib.contextmanager
+    def hashing(self):
+        """Be one of those that run; a place is held. Raises Busy where that takes too long.
+
+        Peers take turns: the crowd of one keeps no other waiting.
+        """
+        turn, peer = threading.Lock(), self.held.peer
+        with self.lock:
+            if self.at_work < self.running:
+                self.at_work += 1
+            else:
+                turn.acquire()
+                self.queues.setdefault(peer, collections.deque()).append(turn)
+        if not turn.acquire(timeout=LONGEST_WAIT):
+            with self.lock:
+                if not turn.acquire(blocking=False):  # it has not come in this very moment
+                    self.queues[peer].remove(turn)
+                    if not self.queues[peer]:
+                        del self.queues[peer]
+                    raise Busy("the wait for Argon2 was too long", LONGEST_WAIT)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - began
+            with self.lock:
+                self.seconds += (took - self.seconds) / 8
+                if not self.queues:
+                    self.at_work -= 1
+                else:
+                    following = next(iter(self.queues))
+                    queue = self.queues.pop(following)
+                    queue.popleft().release()
+                    if queue:
+                        self.queues[following] = queue
+
+
+class Turn:
+    """The verification of one name that is under way."""
+
+    __slots__ = ("lock", "count", "wrong")
+
+    def __init__(self):
+        self.lock, self.count, self.wrong = threading.Lock(), 0, False  # count: of who verifies or waits
+
+
+class Turns:
+    """One verification of a name at a time: whoever comes meanwhile waits, and finds the secret remembered.
+
+    Who waits takes no place at the gate, but a thread; hence a bound of its own.
+    """
+
+    WAITERS = 32  # of one name, for as long as anybody is kept waiting
+    MOMENT = 1.0  # seconds, enough for a hash
+
+    def __init__(self, gate: HashGate):
+        self.gate, self.lock, self.names = gate, threading.Lock(), {}
+
+    def patience(self, turn: Turn, peer: str, others: bool | None) -> float:
+        """Return how many seconds one more may wait for this name; `others` is False where no thread would be left.
+
+        A crowd with the right secret waits for one hash, so a moment is granted to all of it. Once a secret of it was
+        wrong, that is for each of them: then only so many wait as leave threads to the others.
+        """
+        if turn.count <= self.WAITERS and others is not False:
+            return LONGEST_WAIT
+        return 0 if turn.wrong or self.gate.is_blamed(peer) else self.MOMENT
+
+    @contextlib.contextmanager
+    def take(self, kind: str, name: str, peer: str):
+        """Hold the turn of a name. Raises Busy where too many wait for it."""
+        with self.gate.blocking() as others:
+            with self.lock:
+                turn = self.names.setdefault((kind, name), Turn())
+                seconds = self.patience(turn, peer, others)
+                turn.count += 1
+            try:
+                if not turn.lock.acquire(timeout=seconds):
+                    raise Busy("too many wait for the verification of one name")
+                try:
+                    yield turn
+                finally:
+                    turn.lock.release()
+            finally:
+                with self.lock:
+                    turn.count -= 1
+                    if not turn.count:
+                        del self.names[(kind, name)]
+
+    def blame(self, turn: Turn, peer: str):
+        """A secret was wrong, in the turn that is held: neither its name nor its peer is taken for a good crowd."""
+        turn.wrong = True
+        self.gate.blame(peer)
 
 
 PHC = re.compile(r"\$argon2id\$v=19\$m=([0-9]{1,9}),t=([0-9]{1,9}),p=([0-9]{1,3})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
@@ -1211,6 +1344,7 @@ class Hasher:
         self.options = options
         running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
         self.gate, self.memory = HashGate(running), Argon2Memory()
+        self.turns = Turns(self.gate)
 
     def parameters(self):
         return f"$argon2id$v=19$m={self.options.argon2id_memory},t={self.options.argon2id_time},p={self.options.argon2id_parallelism}$"
@@ -1218,7 +1352,7 @@ class Hasher:
     def hash(self, password: str) -> str:
         """Return the PHC string of a password or client secret."""
         options = self.options
-        with self.gate.place(), self.gate.room:
+        with self.gate.place(), self.gate.hashing():
             try:
                 return argon2_hash(
                     password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time,
@@ -1234,7 +1368,7 @@ class Hasher:
             word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
             salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
             phc = f"{self.parameters()}{salt}${word}"
-        with self.gate.place(), self.gate.room:
+        with self.gate.place(), self.gate.hashing():
             try:
                 return self.matches(phc, password.encode()) and known
             except (Argon2Error, MemoryError, OSError) as error:
@@ -1258,30 +1392,32 @@ class Hasher:
 class Digests:
     """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
 
-    The stored hash is part of what is digested, so a changed secret is forgotten by itself.
+    The stored hash is part of what is digested, so a changed secret is forgotten by itself. Each use
+    begins the while anew: `ttl` seconds, and as many `more` as it was learned with, at most a day in all.
     """
 
     def __init__(self, ttl, size):
         self.key, self.ttl, self.size = os.urandom(32), ttl, size
-        self.seen = {}
+        self.seen = {}  # digest: (until, seconds)
 
     def digest(self, stored_hash, secret):
         return hmac.digest(self.key, stored_hash.encode() + b"\0" + secret.encode(), "sha256")
 
     def knows(self, stored_hash, secret, now) -> bool:
         digest = self.digest(stored_hash, secret)
-        until = self.seen.get(digest)
-        if until is None or until < now:
+        until, seconds = self.seen.get(digest, (now - 1, 0))
+        if until < now:
             return False
-        self.seen[digest] = now + self.ttl
+        self.seen[digest] = now + seconds, seconds
         return True
 
-    def learn(self, stored_hash, secret, now):
+    def learn(self, stored_hash, secret, now, more=0):
         if len(self.seen) >= self.size:
-            self.seen = {digest: until for digest, until in list(self.seen.items()) if until >= now}
+            self.seen = {digest: found for digest, found in list(self.seen.items()) if found[0] >= now}
             if len(self.seen) >= self.size:
                 self.seen = {}
-        self.seen[self.digest(stored_hash, secret)] = now + self.ttl
+        seconds = min(self.ttl + more, 86400)
+        self.seen[self.digest(stored_hash, secret)] = now + seconds, seconds
 
 
 class Throttle:
@@ -2019,7 +2155,7 @@ def authenticate_user(
     if not demanded and not why_not(idp, origin, account, admin) and remembers(idp, account, password):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with idp.hasher.gate.place(origin.peer), idp.locks[hash(name) % len(idp.locks)]:
+    with idp.hasher.turns.take("user", name, origin.peer) as turn:
         account = idp.store.find_account_by_name(name)
         obstacle = why_not(idp, origin, account, admin)
         if not obstacle and demanded and not account.totp_sealed:
@@ -2027,7 +2163,8 @@ def authenticate_user(
         if not obstacle and remembers(idp, account, password):
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        right = idp.hasher.verify(account.password_hash if account else None, password)
+        with idp.hasher.gate.place(origin.peer):
+            right = idp.hasher.verify(account.password_hash if account else None, password)
         failure = obstacle or ("" if right else "wrong password")
         amr = ["pwd"]
         if not failure and second_factor:
@@ -2038,6 +2175,7 @@ def authenticate_user(
             failure = "changed meanwhile"
         if failure:
             idp.throttle.spend(origin.peer, name)
+            idp.hasher.turns.blame(turn, origin.peer)
             # One durable write whatever was wrong, or its time would tell.
             with idp.store.transaction():
                 options = idp.options
@@ -2563,6 +2701,20 @@ def get_client(idp: Idp, id_or_client_id: str) -> Client:
     return client
 
 
+def token_lifetime(idp: Idp, client: Client) -> int:
+    """Return how many seconds an access token of this client lives."""
+    option = client.flags.get("TOKEN_EXPIRATION", "")
+    return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else idp.options.token_expiration
+
+
+def living_hashes(client: Client | None, now: int) -> list:
+    return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
+
+
+def remembers_secret(idp: Idp, hashes, secret, now) -> bool:
+    return any(idp.client_digests.knows(stored, secret, now) for stored in hashes)
+
+
 def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | None) -> Client:
     """Is this the client it says it is? RFC 6749 §2.3.
 
@@ -2575,18 +2727,27 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
         if client is not None and client.row.client_type == PUBLIC_CLIENT:
             return client
         raise Problem("invalid_client", log="no client secret")
-    hashes = [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
-    for stored in hashes:
-        if idp.client_digests.knows(stored, secret, now):
-            return client
+    if remembers_secret(idp, living_hashes(client, now), secret, now):
+        return client
     idp.throttle.check(origin.peer, client_id)
     # One verification of a client at a time: after a restart the first to come does the work for all who wait.
-    with idp.hasher.gate.place(origin.peer), idp.locks[hash(client_id) % len(idp.locks)]:
-        # At least one verification for an unknown client, one a living secret for a known one.
-        for stored in hashes or [None]:
-            if stored and idp.client_digests.knows(stored, secret, now) or idp.hasher.verify(stored, secret):
-                idp.client_digests.learn(stored, secret, now)
-                return client
+    with idp.hasher.turns.take("client", client_id, origin.peer) as turn:
+        # It may have changed while we waited; and again while it is verified.
+        client, now = find_client(idp, client_id), idp.now()
+        hashes = living_hashes(client, now)
+        if remembers_secret(idp, hashes, secret, now):
+            return client
+        with idp.hasher.gate.place(origin.peer):
+            # At least one verification for an unknown client, one a living secret for a known one.
+            for stored in hashes or [None]:
+                if idp.hasher.verify(stored, secret):
+                    client, now = find_client(idp, client_id), idp.now()
+                    if stored not in living_hashes(client, now):
+                        break
+                    # For as long as its tokens live, and then some: it comes back when they end.
+                    idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
+                    return client
+        idp.hasher.turns.blame(turn, origin.peer)
     idp.throttle.spend(origin.peer, client_id)
     audit(
         idp, origin, client.client_id if client else "anonymous", "client_authentication_failed",

@@ -1,7 +1,10 @@
 """Clients: registration, authentication, scopes."""
 
 import base64
+import collections
 import re
+import threading
+import time
 from urllib.parse import quote_plus
 
 import microauthd as m
@@ -13,6 +16,7 @@ from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 
 MACHINE = {"grant_type": "client_credentials"}
+BUSY = "The server is busy; try again later."
 
 
 def basic(client_id, secret):
@@ -210,6 +214,24 @@ class TestAuthentication:
         for _ in range(5):
             assert auth.post("/token", MACHINE, auth=service).status == 200
         assert len(calls) == 1
+
+    @pytest.mark.parametrize(
+        "option, passed, verified",
+        [("", 3600 + 300, 1), ("", 3600 + 901, 2), ("7200", 7200 + 300, 1), ("60", 961, 2), ("999999", 86399, 1),
+         ("999999", 86401, 2)],
+    )
+    def test_a_secret_is_remembered_until_the_client_renews(
+        self, auth, idp, service, clock, monkeypatch, option, passed, verified
+    ):
+        if option:
+            with idp.store.transaction(identity=True):
+                idp.store.put_feature(idp.store.find_client("service").id, "TOKEN_EXPIRATION", True, option)
+        calls, compute = [], m.Argon2Memory.compute
+        monkeypatch.setattr(m.Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+        clock.pass_(passed)
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+        assert len(calls) == verified
 
     def test_guessing_is_slowed_and_the_good_secret_is_not(self, auth, service):
         assert auth.post("/token", MACHINE, auth=service).status == 200
@@ -549,3 +571,93 @@ class TestUris:
         m.add_uri(idp, m.LOCAL, "test", "spa", "cors_origin", "https://app.example")
         with pytest.raises(m.Problem, match="invalid_request"):
             m.add_uri(idp, m.LOCAL, "test", "service", "cors_origin", "https://app.example")
+
+
+class TestCrowd:
+    """After a power cut all services of the box come at once, and all of them are one peer."""
+
+    @pytest.fixture
+    def come(self, idp, monkeypatch):
+        """Let so many authenticate at once, a hash in 10 ms: what they heard, and how many hashes."""
+        hashes, compute = [], m.Argon2Memory.compute
+
+        def slow(*words):
+            hashes.append(1)
+            time.sleep(0.01)
+            return compute(*words)
+
+        monkeypatch.setattr(m.Argon2Memory, "compute", slow)
+
+        def call(pairs, peer="127.0.0.1"):
+            heard, start = [], threading.Barrier(len(pairs))
+
+            def one(client_id, secret):
+                start.wait(20)
+                try:
+                    m.authenticate_client(idp, m.Origin(peer), client_id, secret)
+                    heard.append("welcome")
+                except m.Problem as problem:
+                    heard.append(problem.message)
+
+            threads = [threading.Thread(target=one, args=pair) for pair in pairs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+            told = collections.Counter(heard), len(hashes)
+            hashes.clear()
+            return told
+
+        return call
+
+    def test_a_hundred_of_one_client_are_served_for_one_hash(self, come, service):
+        assert come([service] * 100) == ({"welcome": 100}, 1)
+
+    def test_a_hundred_and_fifty_clients_are_served(self, come, new_client):
+        assert come([new_client(f"c{number}") for number in range(150)]) == ({"welcome": 150}, 150)
+
+    def test_who_guesses_does_not_keep_the_others_out(self, idp, come, service, new_client):
+        """From one peer, under a hundred names, as fast as it can."""
+        come([("nobody", "wrong")], "192.0.2.1")
+        heard, hashes = come([(f"nobody{number}", "wrong") for number in range(100)], "192.0.2.1")
+        few = idp.hasher.gate.few // 2
+        assert heard[BUSY] >= 100 - 2 * few and few <= hashes < 100
+        assert come([service], "192.0.2.2")[0] == {"welcome": 1}
+
+    def test_a_crowd_with_a_wrong_secret_is_told_to_come_back(self, idp, come, service):
+        """Each of them would hold a thread for a hash of its own."""
+        come([("service", "wrong")])
+        heard, hashes = come([("service", "wrong")] * 100)
+        assert heard[BUSY] >= 50 and hashes <= 1 + m.Turns.WAITERS
+        assert not idp.hasher.turns.names and not idp.hasher.gate.taken
+
+    @pytest.mark.parametrize("client_id", ["service", "nobody"])
+    def test_an_unknown_client_waits_and_hears_as_a_known_one(self, come, service, client_id):
+        heard, hashes = come([(client_id, "wrong")] * 10)
+        assert (heard, hashes) == ({m.ERRORS["invalid_client"][1]: 10}, 10)
+
+    def test_who_would_wait_too_long_hears_that_the_server_is_busy(self, idp, auth, service):
+        gate = idp.hasher.gate
+        gate.seconds, gate.of["192.0.2.7"] = 6.0 * gate.running, 2
+        answer = auth.post("/token", MACHINE, auth=service)
+        assert (answer.status, answer.json["error_description"]) == (429, BUSY), "two before it, six seconds each"
+        assert answer.headers["retry-after"] == "10"
+        gate.of["192.0.2.7"] = 1
+        assert auth.post("/token", MACHINE, auth=service).status == 200
+
+    def test_busy_is_said_as_such(self, idp, auth, service):
+        idp.hasher.gate.places = 0
+        answer = auth.post("/token", MACHINE, auth=service)
+        assert (answer.status, answer.json) == (429, {"error": "slow_down", "error_description": BUSY})
+        assert int(answer.headers["retry-after"]) >= 1
+
+    @pytest.mark.parametrize("what", ["is_active = 0", "client_id = 'another'"])
+    def test_what_changes_while_a_client_waits_holds(self, auth, service, monkeypatch, change, what):
+        compute = m.Argon2Memory.compute
+
+        def meanwhile(*words):
+            change(f"UPDATE client SET {what} WHERE client_id = 'service'")
+            return compute(*words)
+
+        monkeypatch.setattr(m.Argon2Memory, "compute", meanwhile)
+        assert auth.post("/token", MACHINE, auth=service).status == 401

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 import uuid
 from pathlib import Path
@@ -241,12 +242,129 @@ class TestGate:
         assert len(most) == 16 and max(most) <= 2
 
 
+    def test_who_guessed_has_half_of_few_places_and_who_did_not_half_of_many(self):
+        gate = m.HashGate(1, 319, 59)
+        gate.blame("192.0.2.1")
+        for peer, most in (("192.0.2.1", 30), ("192.0.2.2", 160)):
+            gate.of[peer] = 1
+            gate.taken = most - 1
+            assert not gate.is_full(peer)
+            gate.taken = most
+            assert gate.is_full(peer) and not gate.is_full("192.0.2.3")
+
+    def test_blame_is_forgotten_and_does_not_grow_without_bound(self, monkeypatch):
+        gate, now = m.HashGate(1), [1000.0]
+        monkeypatch.setattr(m.time, "monotonic", lambda: now[0])
+        for number in range(10_000):
+            gate.blame(str(number))
+            assert gate.is_blamed(str(number)) and len(gate.blamed) <= 4096
+        now[0] += m.BLAMED_FOR
+        assert not gate.is_blamed("9999")
+
+    def test_peers_take_turns_at_hashing(self):
+        gate, order, come, leave = m.HashGate(1), [], threading.Semaphore(0), threading.Event()
+
+        def hash_once(peer):
+            with gate.place(peer), gate.hashing():
+                order.append(peer)
+                come.release()
+                leave.wait(10)
+
+        threads = []
+        for count, peer in enumerate(["crowd", "crowd", "crowd", "crowd", "other", "third", "other"]):
+            threads.append(threading.Thread(target=hash_once, args=(peer,)))
+            threads[-1].start()
+            if not count:
+                come.acquire(timeout=5)
+            while gate.taken <= count or sum(map(len, list(gate.queues.values()))) < count:
+                time.sleep(0.001)
+        gate.seconds = 1.0
+        assert (gate.wait("crowd"), gate.wait("other"), gate.wait("new")) == (7.0, 6.0, 3.0)
+        leave.set()
+        for thread in threads:
+            thread.join(5)
+        assert order == ["crowd", "crowd", "other", "third", "crowd", "other", "crowd"]
+        assert (gate.at_work, gate.taken, gate.queues) == (0, 0, {})
+
+    def test_nobody_waits_longer_than_said(self, monkeypatch):
+        monkeypatch.setattr(m, "LONGEST_WAIT", 1)
+        gate = m.HashGate(1)
+        gate.at_work = 1
+        with pytest.raises(m.Busy) as caught, gate.place("192.0.2.1"), gate.hashing():
+            pass
+        assert is_slow_down(caught) and not gate.queues and not gate.taken
+        gate.seconds, gate.of["192.0.2.2"] = 2.0, 1
+        with pytest.raises(m.Busy) as caught, gate.place("192.0.2.1"):
+            pass
+        assert is_slow_down(caught)
+
+
+class TestTurns:
+    """One verification of a name at a time."""
+
+    def test_waiters_of_one_name_are_bounded_once_a_secret_was_wrong(self):
+        turns, heard = m.Turns(m.HashGate(1)), []
+
+        def come():
+            try:
+                with turns.take("client", "app", "192.0.2.1"):
+                    heard.append("turn")
+            except m.Busy:
+                heard.append("busy")
+
+        with turns.take("client", "app", "192.0.2.1") as turn:
+            turns.blame(turn, "192.0.2.1")
+            threads = [threading.Thread(target=come) for _ in range(50)]
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + 5
+            while heard.count("busy") < 50 - turns.WAITERS and time.monotonic() < end:
+                time.sleep(0.001)
+            with turns.take("client", "another", "192.0.2.1"), turns.take("user", "app", "192.0.2.1"):
+                pass
+        for thread in threads:
+            thread.join(5)
+        assert (heard.count("turn"), heard.count("busy")) == (turns.WAITERS, 50 - turns.WAITERS) and not turns.names
+
+    @pytest.mark.parametrize(
+        "count, others, wrong, blamed, seconds",
+        [
+            (32, None, True, True, m.LONGEST_WAIT), (32, True, False, False, m.LONGEST_WAIT),
+            (33, True, False, False, m.Turns.MOMENT), (33, True, True, False, 0), (33, True, False, True, 0),
+            (0, False, False, False, m.Turns.MOMENT), (0, False, False, True, 0), (0, False, True, False, 0),
+        ],
+    )
+    def test_a_good_crowd_is_granted_a_moment_and_the_last_thread_waits_for_nobody_who_guesses(
+        self, count, others, wrong, blamed, seconds
+    ):
+        turns, turn = m.Turns(m.HashGate(1)), m.Turn()
+        turn.count, turn.wrong = count, wrong
+        if blamed:
+            turns.gate.blame("192.0.2.1")
+        assert turns.patience(turn, "192.0.2.1", others) == seconds
+
+    def test_a_moment_ends(self, monkeypatch):
+        monkeypatch.setattr(m.Turns, "MOMENT", 0.01)
+        monkeypatch.setattr(m.Turns, "WAITERS", 0)
+        turns = m.Turns(m.HashGate(1))
+        with turns.take("client", "app", ""), pytest.raises(m.Busy) as caught, turns.take("client", "app", ""):
+            pass
+        assert is_slow_down(caught) and not turns.names
+
+
 class TestDigests:
     def test_what_was_learned_is_known_for_a_while(self):
         digests = m.Digests(300, 10)
         assert not digests.knows("hash", "secret", 0)
         digests.learn("hash", "secret", 0)
         assert digests.knows("hash", "secret", 300) and not digests.knows("hash", "secret", 601)
+
+    @pytest.mark.parametrize("more, seconds", [(0, 300), (3600, 3900), (10**9, 86400)])
+    def test_some_are_known_for_longer_but_never_for_more_than_a_day(self, more, seconds):
+        digests = m.Digests(300, 10)
+        digests.learn("hash", "secret", 0, more)
+        assert digests.knows("hash", "secret", seconds) and digests.knows("hash", "secret", 2 * seconds)
+        assert not digests.knows("hash", "secret", 3 * seconds + 1)
 
     def test_a_changed_secret_is_forgotten_by_itself(self):
         digests = m.Digests(300, 10)

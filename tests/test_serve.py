@@ -696,6 +696,52 @@ class TestLastThread:
         assert told == [True, False]
 
 
+class TestCrowd:
+    """More requests than threads, which all wait for the verification of one name."""
+
+    def crowd(self, one, app, count=100):
+        one.server.wsgi_app = app
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(one.connect(10)) for _ in range(count)]
+            for sock in socks:
+                sock.sendall(b"GET /of-one HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            time.sleep(0.1)
+            assert b" 200 " in one.get()
+            return [status for sock in socks for status in statuses(read_all(sock))]
+
+    def make_app(self, one, is_right):
+        gate, known = m.HashGate(1), []
+        gate.blocking, turns = one.server.blocking, m.Turns(gate)
+
+        def app(environ, start_response):
+            status = "200 OK"
+            try:
+                if environ["PATH_INFO"] == "/of-one":
+                    with turns.take("client", "app", "127.0.0.1") as turn:
+                        if not known:
+                            with gate.place("127.0.0.1"), gate.hashing():
+                                time.sleep(0.3 if is_right else 0.02)
+                            if is_right:
+                                known.append(1)
+                            else:
+                                turns.blame(turn, "127.0.0.1")
+            except m.Busy as busy:
+                status = f"{busy.status} Too Many Requests"
+            start_response(status, [("Content-Type", "text/plain")])
+            return [b""]
+
+        return app
+
+    def test_a_good_one_is_served_whole(self, run):
+        one = run(threads=2, max_threads=20)
+        assert self.crowd(one, self.make_app(one, True)) == [200] * 100
+
+    def test_one_that_guesses_leaves_threads_to_the_others(self, run):
+        one = run(threads=2, max_threads=50)
+        said = self.crowd(one, self.make_app(one, False))
+        assert said.count(200) + said.count(429) == 100 and said.count(429) >= 50
+
+
 class TestStopping:
     def test_what_has_begun_to_arrive_is_answered(self, run):
         one = run()
