@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import microauthd
+from appliance.base.settings import OPTIONS
 import pexpect
 import pytest
 from box import ARCHIVE, CHEAP, free_port
@@ -28,7 +29,7 @@ class TestTables:
         assert done.returncode == 0, done.stderr
 
     def test_every_option_route_and_error_stands_in_them(self):
-        for option in microauthd.OPTIONS:
+        for option in OPTIONS:
             assert f"`{option.name}`" in MANUAL["mad.conf.md"]
         for routes in (microauthd.AUTH, microauthd.ADMIN):
             for route in routes.routes:

@@ -254,7 +254,7 @@ class TestGate:
 
     def test_blame_is_forgotten_and_does_not_grow_without_bound(self, monkeypatch):
         gate, now = m.HashGate(1), [1000.0]
-        monkeypatch.setattr(m.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
         for number in range(10_000):
             gate.blame(str(number))
             assert gate.is_blamed(str(number)) and len(gate.blamed) <= 4096

@@ -154,10 +154,11 @@ class Ours:
 
     def open(self):
         """The box from within, as a command at the machine opens it."""
-        import microauthd as m
+        from appliance.base.settings import load_options
+        from appliance.recovery import open_idp
 
         os.chdir(self.folder)  # whose files the settings name
-        return m, m.open_idp(m.load_options({"config": ["mad.conf"]}, {}))
+        return open_idp(load_options({"config": ["mad.conf"]}, {}))
 
     def fill(self, sessions=1_000_000, users=100_000, rows=1_000_000):
         """Sessions that end in an hour, users, audit rows: all by one SQL statement a batch, in a few seconds."""
