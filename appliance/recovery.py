@@ -560,15 +560,17 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                 raise Refusal(
                     f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
                 )
+            drawn = {
+                port_name: [make_key(alg, rsa_bits_of(options, port_name), 0) for alg in wanted]
+                for port_name, (_, wanted) in rings.items()
+            }
+            now = idp.now()  # drawing them takes seconds: all begin to wait, and then to sign, at one moment
             staged = {}  # a disk that is full between two rings must not leave one rotated
             held.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
             for port_name, (entries, wanted) in rings.items():
                 if wanted:
                     path, passphrase, _ = ring_files(options)[port_name]
-                    fresh = [
-                        msgspec.structs.replace(make_key(alg, rsa_bits_of(options, port_name), idp.now()), state="next")
-                        for alg in wanted
-                    ]
+                    fresh = [msgspec.structs.replace(key, state="next", since=now) for key in drawn[port_name]]
                     # The audit row first: a change that nobody knows of is worse than a row too many.
                     audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
                     staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))

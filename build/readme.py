@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 import mad  # noqa: E402
 import microauthd  # noqa: E402
-from appliance import commands  # noqa: E402
 from appliance.base.settings import OPTIONS  # noqa: E402
+from appliance.commands import usage  # noqa: E402
 
 
 # A standard by its name, then its sections: `RFC 6749 §4.1 and §5.2`.
@@ -155,7 +155,7 @@ def standards():
 
 def server_commands():
     """The commands of microauthd, as its --help has them."""
-    text = commands.usage().partition("commands:\n")[2].partition("\n\n")[0]
+    text = usage().partition("commands:\n")[2].partition("\n\n")[0]
     rows = []
     for line in text.splitlines():
         name, told = line[2:21].strip(), line[21:].strip()

@@ -494,12 +494,11 @@ class TestOverAdmin:
             answer = call("POST", "/backup")
             assert answer.status == 503 and answer.headers["retry-after"] == "5"
         real = os.fstatvfs
-        monkeypatch.setattr(
-            os, "fstatvfs", lambda descriptor: os.statvfs_result((*real(descriptor)[:4], 1, *real(descriptor)[5:]))
-        )
-        assert call("POST", "/backup").status == 503
-        monkeypatch.undo()
-        os.chdir(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                os, "fstatvfs", lambda descriptor: os.statvfs_result((*real(descriptor)[:4], 1, *real(descriptor)[5:]))
+            )
+            assert call("POST", "/backup").status == 503
         (tmp_path / "seal.key").unlink()
         answer = call("POST", "/backup")
         assert (

@@ -142,11 +142,12 @@ class TestAnswers:
     def test_of_admin(self, idp, admin, admin_token, alice, service, log_in):
         log_in(alice)
         document = m.describe_api(idp, m.ADMIN)
-        for name, body in (
-            ("roles", {"name": "x"}), ("permissions", {"name": "x"}),
-            ("clients/service/redirect-uris", "https://app.example/"), ("clients/service/idp", {"provider_key": "x"}),
+        for name, body, status in (
+            ("roles", {"name": "x"}, 200), ("permissions", {"name": "x"}, 200),
+            ("clients/service/redirect-uris", "https://app.example/", 201),
+            ("clients/service/idp", {"provider_key": "x"}, 201),
         ):
-            assert admin("POST", f"/{name}", bearer=admin_token, json_body=body).status in (200, 201)
+            assert admin("POST", f"/{name}", bearer=admin_token, json_body=body).status == status
         ids = {
             "/users/{id}": "alice", "/roles/{id}": "x", "/permissions/{id}": "x", "/scopes/{id}": "api:read",
             "/clients/{id}": "service", "/sessions/user/{id}": "alice", "/refresh-tokens/user/{id}": "alice",

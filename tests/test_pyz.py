@@ -273,8 +273,9 @@ class TestUnpacking:
             and done.stderr.count("\n") == 1
         ), done.stderr
 
-    def test_a_home_that_is_not_there_is_a_sentence(self, home):
-        done = run("version", home=home, HOME="/nonexistent")
+    def test_a_home_that_is_not_there_is_a_sentence(self, home, tmp_path):
+        (tmp_path / "file").write_text("no folder")
+        done = run("version", home=home, HOME=str(tmp_path / "file" / "home"))
         assert done.returncode == 1 and "MICROAUTHD_CACHE" in done.stderr and "Traceback" not in done.stderr
 
     def test_an_old_python_is_told_in_one_line(self, tmp_path):

@@ -83,10 +83,11 @@ class TestBackup:
         assert idp.store.list_audit(limit=1)[0].action == "backup_made"
         idp.store.close()
 
-    @pytest.mark.parametrize("where", ["/nonexistent/x", "/dev/null", "/proc/x", "/"])
-    def test_where_it_cannot_be_written_it_says_so(self, house, where):
+    @pytest.mark.parametrize("where", ["file/x", "/dev/null", "/proc/x", "/"])
+    def test_where_it_cannot_be_written_it_says_so(self, house, tmp_path, where):
+        (tmp_path / "file").write_text("no folder")
         with pytest.raises(Refusal):
-            back_up(house, where, force=True)
+            back_up(house, str(tmp_path / where), force=True)
 
     def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
         stop, done = threading.Event(), []

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import uuid
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -162,22 +163,25 @@ class Ours:
 
     def fill(self, sessions=1_000_000, users=100_000, rows=1_000_000):
         """Sessions that end in an hour, users, audit rows: all by one SQL statement a batch, in a few seconds."""
-        m, idp = self.open()
+        from appliance.base.store import SESSION_INSERT_ROW
+        from microauthd import new_jti
+
+        idp = self.open()
         store, now = idp.store, idp.now()
         with store.transaction():
             store.connection.executemany(
                 "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) VALUES (?, ?, ?, 'x', ?, ?)",
                 (
-                    (str(m.uuid.uuid4()), f"user{number:06d}", f"u{number}@example.org", now, now)
+                    (str(uuid.uuid4()), f"user{number:06d}", f"u{number}@example.org", now, now)
                     for number in range(users)
                 ),
             )
         for begin in range(0, max(sessions, rows), 50_000):
             with store.transaction():
                 store.connection.executemany(
-                    m.SESSION_INSERT_ROW,
+                    SESSION_INSERT_ROW,
                     (
-                        (m.new_jti((now - 90_000) * 1000 + number), "bench", "", now - 90_000, now + 3600)
+                        (new_jti((now - 90_000) * 1000 + number), "bench", "", now - 90_000, now + 3600)
                         for number in range(begin, min(sessions, begin + 50_000))
                     ),
                 )
@@ -437,7 +441,7 @@ def peak_memory(ours, work):
 
 def purge_waits(ours):
     """How long another process waits for its turn to write while everything old is purged. Return seconds purging and the waits, ms."""
-    m, idp = ours.open()
+    idp = ours.open()
     store, waits, going = idp.store, [], True
     with store.transaction():
         store.connection.execute("UPDATE session SET expires_at = issued_at + 1")
@@ -511,8 +515,11 @@ def soak(ours, seconds, rate):
 
 def costs(ours, seconds=1.0):
     """Where a token's CPU goes, in this process: microseconds of each part, called as the server calls it."""
-    m, idp = ours.open()
     import httptools
+
+    import microauthd as m
+
+    idp = ours.open()
 
     client_id, secret = ours.client["MAD_CLIENT_ID"], ours.client["MAD_CLIENT_SECRET"]
     app = m.build_app(idp, m.AUTH)
