@@ -13,18 +13,6 @@ OTHER = "another battery staple"
 
 
 @pytest.fixture
-def call(admin, admin_token):
-    """Call ADMIN as an administrator."""
-
-    def call(method, path, body=None, **more):
-        answer = admin(method, path, bearer=admin_token, json_body=body, **more)
-        assert answer.status != 500, answer
-        return answer
-
-    return call
-
-
-@pytest.fixture
 def actions(idp):
     """The actions of the newest audit rows, newest first."""
     return lambda count=1: [row.action for row in idp.store.list_audit(limit=count)]

@@ -12,26 +12,10 @@ import jwt
 import microauthd as m
 import pytest
 from box import Box
-from conftest import CHEAP, Caller, die, in_child
+from conftest import Caller, die, in_child, made
 
 PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
-
-
-def made(folder, **more):
-    """A set-up box in this process, without a server: its options."""
-    config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
-    options = m.Options(
-        config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
-    )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
-    return options
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return made(tmp_path)
 
 
 def fresh_machine(tmp_path, monkeypatch, **more):

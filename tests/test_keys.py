@@ -12,20 +12,6 @@ import pytest
 from box import Box
 from conftest import CHEAP, Caller, die, in_child
 
-PASSWORD = "correct horse battery"
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A set-up box in this process, without a server: its options."""
-    monkeypatch.chdir(tmp_path)
-    options = m.Options(
-        {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
-        oidc_issuer="https://idp.example",
-    )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
-    return options
-
 
 def rows(options, port="auth"):
     return [(row["alg"], row["state"], row["kid"]) for row in m.describe_keys(options) if row["port"] == port]

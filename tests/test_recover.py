@@ -6,7 +6,7 @@ import microauthd as m
 import pyotp
 import pytest
 from box import Box
-from conftest import CHEAP, die, in_child
+from conftest import die, in_child
 
 PASSWORD = "correct horse battery"
 NEW = "another battery staple"
@@ -79,15 +79,6 @@ class TestBesideARunningServer:
 
 
 class TestAtTheMachine:
-    @pytest.fixture
-    def house(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        options = m.Options(
-            {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase"
-        )
-        m.set_up(options, m.Answers("root", "root@example.org", PASSWORD))
-        return options
-
     @pytest.mark.parametrize("step", ["set_password_hash", "assign_role", "clear_totp", "append_audit"])
     def test_killed_in_the_middle_it_has_done_nothing(self, house, step):
         def work():

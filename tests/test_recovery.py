@@ -20,18 +20,6 @@ PASSWORD = "correct horse battery"
 YEAR = 365 * 86400
 
 
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A set-up box in this process, without a server: its options."""
-    monkeypatch.chdir(tmp_path)
-    options = m.Options(
-        {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
-        key_overlap=900, oidc_issuer="https://idp.example",
-    )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
-    return options
-
-
 def opened(options, clock=None):
     idp = m.open_idp(options)
     if clock:
