@@ -1,6 +1,5 @@
 """The ADMIN API in use: what each change does, what it ends, and what is refused. contract/admin §3"""
 
-import os
 import re
 import threading
 
