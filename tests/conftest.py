@@ -1,4 +1,11 @@
-"""Fixtures: an Idp on a temporary database with a clock that tests move, and both apps called in process."""
+"""What tests share, and where it stands.
+
+Here: an Idp on a temporary database with a clock that tests move, both apps called in process, ADMIN called as an
+administrator (`call`), a set-up box in this process (`house`), and one that serves from the archive (`box`). A fixture of
+the same name in a file is that file's own: a box with other settings, a call that asserts more.
+`box.py`: the archive in a folder of its own, on free ports. `browser.py`: a browser without a screen, in process.
+`faults/crowd.py`: crowds and patience; `ledger.py`: what was acknowledged; `failing.py`, `losing.py`: machines that fail.
+"""
 
 import base64
 import io
@@ -11,6 +18,7 @@ from urllib.parse import urlencode
 import microauthd as m
 import pyotp
 import pytest
+from box import Box
 from hypothesis import HealthCheck, settings
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
@@ -310,3 +318,39 @@ def machine(auth, service):
     answer = auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
     assert answer.status == 200, answer
     return answer.json
+
+
+@pytest.fixture
+def call(admin, admin_token):
+    """Call ADMIN as an administrator."""
+
+    def call(method, path, body=None, **more):
+        answer = admin(method, path, bearer=admin_token, json_body=body, **more)
+        assert answer.status != 500, answer
+        return answer
+
+    return call
+
+
+def made(folder, **more):
+    """A set-up box in this process, without a server: its options."""
+    config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
+    options = m.Options(
+        config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
+    )
+    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    return options
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A set-up box in this process, without a server: its options."""
+    monkeypatch.chdir(tmp_path)
+    return made(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    """A box that serves, of the built archive, for all tests of a file."""
+    with Box(tmp_path_factory.mktemp("box") / "data") as box:
+        yield box

@@ -1,6 +1,5 @@
 """The ADMIN API in use: what each change does, what it ends, and what is refused. contract/admin §3"""
 
-import os
 import re
 import threading
 
@@ -14,18 +13,6 @@ from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.upkeep import note_configuration
 
 OTHER = "another battery staple"
-
-
-@pytest.fixture
-def call(admin, admin_token):
-    """Call ADMIN as an administrator."""
-
-    def call(method, path, body=None, **more):
-        answer = admin(method, path, bearer=admin_token, json_body=body, **more)
-        assert answer.status != 500, answer
-        return answer
-
-    return call
 
 
 @pytest.fixture

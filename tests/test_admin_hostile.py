@@ -25,18 +25,6 @@ def options(tmp_path):
     )
 
 
-@pytest.fixture
-def call(admin, admin_token):
-    """Call ADMIN as an administrator."""
-
-    def call(method, path, body=None, **more):
-        answer = admin(method, path, bearer=admin_token, json_body=body, **more)
-        assert answer.status != 500, answer
-        return answer
-
-    return call
-
-
 def wire(path):
     """Return a path as the connection hands it to the application."""
     return _path_info(quote(path, safe="/").encode())

@@ -13,7 +13,7 @@ import pyotp
 import pytest
 import sqlcipher3
 from conftest import PASSWORD, Clock, in_child
-from test_recovery import house, opened  # noqa: F401
+from test_recovery import opened
 from test_serve import TestTls as Tls
 from test_serve import certificate, read_all, run, statuses  # noqa: F401
 from test_upkeep import DAY, NOON, YEARS, Machine

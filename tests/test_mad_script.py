@@ -4,8 +4,7 @@ import os
 import subprocess
 import sys
 
-import pytest
-from box import ARCHIVE, Box
+from box import ARCHIVE
 
 SCRIPT = r"""
 mad() { "$PYTHON" -I "$ARCHIVE" mad "$@"; }
@@ -124,12 +123,6 @@ mad user delete --id bob
 [ "$(mad user list --is-active all --q bob --quiet)" = "" ]
 mad session logout
 """
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    with Box(tmp_path_factory.mktemp("box") / "data") as box:
-        yield box
 
 
 class TestScript:
