@@ -30,7 +30,7 @@ import sys
 TYPE_CHECKING = False  # What typing says to those who check types; loading it costs 5 ms.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import ParamSpec, TypedDict, Unpack
+    from typing import Any, ParamSpec, TypedDict, Unpack
 
     P = ParamSpec("P")
 
@@ -307,7 +307,8 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
     connection = None
     try:
         # Bytes, because a str is always run through the IDNA codec, whose tables cost 3 ms to load.
-        connection = socket.create_connection((url.host.encode("ascii"), url.port), left())
+        address = url.host.encode("ascii"), url.port
+        connection = socket.create_connection(address, left())  # type: ignore[arg-type]
         if url.scheme == "https":
             connection = _tls(connection, url.host, ca_file, left())
         connection.settimeout(left())
@@ -503,7 +504,10 @@ def _decode(status: int, headers: dict, octets: bytes, want: type | tuple[type, 
         return {"success": True, "message": ""}
     if want is dict and isinstance(value, dict) and value.get("success") is False:
         raise _failure(status, headers, value, False)
-    if not isinstance(value, want) or (want is list and not all(isinstance(item, dict) for item in value)):
+    is_wanted = isinstance(value, want)
+    if want is list:
+        is_wanted = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    if not is_wanted:
         raise _bad_answer("the answer is not the JSON it should be")
     return value
 
@@ -1494,7 +1498,9 @@ class TokenCache:
         """Return the cached token answer with `expires_in` as of `now`, None when there is none that lasts."""
         try:
             text = read_private(self.path) if self._is_ours() else None
-            entry = read_json(text.encode("ascii")) if text else None
+            if not text:
+                return None
+            entry = read_json(text.encode("ascii"))
             answer, stored_at, expires_at = entry["answer"], entry["stored_at"], entry["expires_at"]
             # A clock set back would make an old token look young.
             if not stored_at - CACHE_MARGIN <= now < expires_at - CACHE_MARGIN:
@@ -1546,11 +1552,19 @@ class Option:
     __slots__ = ("choices", "dest", "help", "kind", "known", "least", "loose", "metavar", "name", "of", "required",
                  "stdin", "within")
 
-    def __init__(self, name, help, kind="text", *, required=False, dest=None, of=None, loose=False, within=None,
-                 stdin=None, known=False, metavar=None, least=None, choices=()):
-        self.name, self.help, self.kind, self.required, self.of, self.loose = name, help, kind, required, of, loose
-        self.dest = dest or (name or stdin).replace("-", "_")
-        self.within, self.stdin, self.known, self.least, self.choices = within, stdin, known, least, choices
+    def __init__(self, name: str | None, help: str, kind: str = "text", *, required: bool = False,
+                 dest: str | None = None, of: str | None = None, loose: bool = False,
+                 within: tuple[str, Callable, tuple[str, ...]] | None = None, stdin: str | None = None,
+                 known: bool = False, metavar: str | None = None, least: int | None = None,
+                 choices: tuple[str, ...] = ()):
+        # Any: that an option with one of these is used only where it has it, the type cannot say.
+        self.name: Any = name
+        self.of: Any = of
+        self.within: Any = within
+        self.stdin: Any = stdin
+        self.help, self.kind, self.required, self.loose = help, kind, required, loose
+        self.dest = dest or (name or stdin or "").replace("-", "_")
+        self.known, self.least, self.choices = known, least, choices
         self.metavar = metavar or "|".join(choices) or {
             "number": "N", "secret": "SECRET", "moment": "MOMENT", "lockout": "MOMENT|permanent"}.get(kind) or (
             "ID|NAME" if of else (name or "").rpartition("-")[2].upper())
@@ -1587,8 +1601,10 @@ class Command:
     __slots__ = ("at_least_one", "call", "danger", "example", "flows", "help", "local", "name", "options", "quiet",
                  "shape", "show", "verb", "word")
 
-    def __init__(self, name, help, call, options, show, example="", *, local=False, verb=False, at_least_one=False,
-                 shape=None, quiet=None, flows=False, danger=None, word=""):
+    def __init__(self, name: str, help: str, call: Any, options: tuple[Option, ...], show: Any, example: str = "", *,
+                 local: bool = False, verb: bool = False, at_least_one: bool = False,
+                 shape: Callable[[Any], Any] | None = None, quiet: Callable[[Any], list[str]] | None = None,
+                 flows: bool = False, danger: str | None = None, word: str = ""):
         self.name, self.help, self.call, self.show, self.example = name, help, call, show, example
         self.local, self.verb, self.at_least_one, self.shape, self.quiet = local, verb, at_least_one, shape, quiet
         self.flows, self.danger, self.word = flows, danger, word
@@ -1601,7 +1617,7 @@ class Command:
     def is_list(self) -> bool:
         return hasattr(self.call, "pages") and not self.flows
 
-    def all_options(self) -> tuple:
+    def all_options(self) -> tuple[Option, ...]:
         """Return its options and the common ones."""
         return (self.options + (() if self.danger is None else (YES,)) + (() if self.local else SERVER) + COMMON)
 
@@ -1610,10 +1626,12 @@ HELP_WORDS = ("-h", "--help", "-?", "/?", "/h")
 
 
 class Parsed:
-    """What a command line says: `values` by option name, `errors` as sentences, `hint`, `wants_help`."""
+    """A parsed command line: `values` by option name, `errors` as sentences, a `hint` on them, `wants_help`."""
 
-    def __init__(self):
-        self.values, self.errors, self.hint, self.wants_help = {}, [], "", False
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.errors: list[str] = []
+        self.hint, self.wants_help = "", False
 
 
 def near(word: str, words) -> str:
@@ -1995,7 +2013,7 @@ def tell(kind: str, text: str) -> None:
 # == Help ======================================================================
 # What the table says, for people, for a README and for shells.
 
-def nouns(commands) -> list[str]:
+def nouns(commands: tuple[Command, ...]) -> list[str]:
     """Return the first words of the commands, in the order of the table."""
     return list(dict.fromkeys(command.name.split()[0] for command in commands))
 
@@ -2030,7 +2048,7 @@ def wrap(text: str, width: int, margin: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def help_overview(commands) -> str:
+def help_overview(commands: tuple[Command, ...]) -> str:
     """Return the text of `mad --help`."""
     verbs = [(noun, ", ".join(command.name.partition(" ")[2] or "(inspect)" for command in commands
                               if command.name.split()[0] == noun)) for noun in nouns(commands)]
@@ -2058,7 +2076,7 @@ def help_command(command: Command) -> str:
         "for example:", "  " + command.example))
 
 
-def help_noun(commands, noun: str) -> str:
+def help_noun(commands: tuple[Command, ...], noun: str) -> str:
     """Return the text of `mad <noun> --help`."""
     chosen = [command for command in commands if command.name.split()[0] == noun]
     verbs = ((command.name.partition(" ")[2], command.help) for command in chosen if command.name != noun)
@@ -2070,7 +2088,7 @@ def help_noun(commands, noun: str) -> str:
 
 
 
-def describe_commands(commands) -> list[tuple[str, str, str]]:
+def describe_commands(commands: tuple[Command, ...]) -> list[tuple[str, str, str]]:
     """Return a row for each command: how it is typed, what it does, the request it makes ("" when none of ADMIN).
 
     What every list takes, and what every command takes, is left out.
@@ -2092,7 +2110,7 @@ def _option_words(command: Command) -> list[str]:
     return [left.partition(" ")[0] for option in command.all_options() for left, _ in _spellings(option)] + ["--help"]
 
 
-def _word_cases(commands) -> list[tuple[str, list[str]]]:
+def _word_cases(commands: tuple[Command, ...]) -> list[tuple[str, list[str]]]:
     """Return what may follow each beginning of a command line: `""`, a noun, a whole command."""
     cases: dict = {"": [*nouns(commands), "--help", "--version"]}
     for noun in nouns(commands):
@@ -2127,19 +2145,19 @@ ZSH_TAIL = """  esac
 if [ "$funcstack[1]" = "_mad" ]; then _mad "$@"; else compdef _mad mad; fi"""
 
 
-def complete_bash(commands) -> str:
+def complete_bash(commands: tuple[Command, ...]) -> str:
     """Return the completion script for bash."""
     cases = [f"    '{start}') words='{' '.join(words)}' ;;\n" for start, words in _word_cases(commands)]
     return BASH_HEAD + "".join(cases) + BASH_TAIL
 
 
-def complete_zsh(commands) -> str:
+def complete_zsh(commands: tuple[Command, ...]) -> str:
     """Return the completion script for zsh."""
     cases = [f"    '{start}') found=({' '.join(words)}) ;;\n" for start, words in _word_cases(commands)]
     return ZSH_HEAD + "".join(cases) + ZSH_TAIL
 
 
-def complete_fish(commands) -> str:
+def complete_fish(commands: tuple[Command, ...]) -> str:
     """Return the completion script for fish."""
     def quoted(text):
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -2207,7 +2225,7 @@ def ask_secret(prompt: str) -> str:
 class Shell:
     """What a running command knows: its option `values`, the table, the environment, the profile."""
 
-    def __init__(self, values: dict, commands: tuple):
+    def __init__(self, values: dict[str, Any], commands: tuple[Command, ...]):
         self.commands = commands
         self.values, self.json, self.quiet = values, values.get("json", False), values.get("quiet", False)
         self.profile = Profile()
@@ -2361,12 +2379,13 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
             _check_private(path, os.lstat(path))
         except OSError:
             pass
-    if not (username or "").strip():
+    name = username or ""
+    if not name.strip():
         if password_stdin or not on_terminal():
             raise Refusal(USAGE, "usage", "--username is missing",
                           hint="without a terminal, give --username and --password-stdin")
-        username = ask("username: ")
-        if not username:
+        name = ask("username: ")
+        if not name:
             raise Refusal(USAGE, "usage", "nothing was typed")
     if not password_stdin and not on_terminal():
         raise Refusal(USAGE, "usage", "there is no terminal to ask for the password on",
@@ -2374,7 +2393,7 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
     password = read_secret("--password-stdin") if password_stdin else ask_secret("password: ")
     client = shell.client(url, token="")
     try:
-        answer = client.login(username, password, totp)
+        answer = client.login(name, password, totp)
     except MadError as problem:
         if problem.status not in (400, 401, 403) or totp or not on_terminal():
             raise
@@ -2382,7 +2401,7 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
         totp = ask("one-time code (blank if none): ")
         if not totp:
             raise
-        answer = client.login(username, password, totp)
+        answer = client.login(name, password, totp)
     token = answer["access_token"]
     try:
         claims = decode_jwt(token)[1]
@@ -2391,7 +2410,7 @@ def session_login(shell: Shell, username: str | None = None, password_stdin: boo
     shell.profile.save(token, url.text)
     subject = str(claims.get("sub", ""))
     return {"success": True, "sub": subject, "message": f"logged in as {subject} at {url.text}",
-            "username": _name_in(claims) or username, "expires_at": _expiry_in(claims), "url": url.text}
+            "username": _name_in(claims) or name, "expires_at": _expiry_in(claims), "url": url.text}
 
 
 def session_logout(shell: Shell) -> dict:
@@ -2462,7 +2481,7 @@ def user_totp_enroll(shell: Shell, client: MadClient, id: str, client_id: str | 
         if not isinstance(answer.get("otpauth_uri"), str):
             raise _bad_answer("the answer is not the JSON it should be")
     except BaseException:
-        if handle is not None:
+        if handle is not None and svg is not None:
             os.close(handle)
             os.unlink(svg)
         raise
@@ -3099,7 +3118,8 @@ NOT_PARAMETERS = {"admin-url", "admin-token", "auth-url"}  # These say where and
 def run(command: Command, shell: Shell):
     """Do what a command says and return its result."""
     client = None if command.local else shell.client()
-    parameters, parts = {}, []
+    parameters: dict[str, Any] = {}
+    parts = []
     for option in command.options:
         if option.name in NOT_PARAMETERS:
             continue
@@ -3116,9 +3136,10 @@ def run(command: Command, shell: Shell):
         if option.within:
             parts.append(option)
         parameters[option.dest] = value
-    for option in parts:
-        whole = next((parameters.get(one.dest) for one in command.options if one.name == option.within[0]), None)
-        parameters[option.dest] = shell.resolve_within(client, option, parameters[option.dest], whole)
+    if client:
+        for option in parts:
+            whole = next((parameters.get(one.dest) for one in command.options if one.name == option.within[0]), None)
+            parameters[option.dest] = shell.resolve_within(client, option, parameters[option.dest], whole)
     call = getattr(command.call, "pages", command.call)
     result = call(*([shell] if command.local or command.verb else []), *([client] if client else []), **parameters)
     return command.shape(result) if command.shape else result
