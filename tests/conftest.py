@@ -26,6 +26,7 @@ from appliance.base.log import Log
 from appliance.base.database import derive_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.backup import MACHINE
+from appliance.recovery import Answers, set_up
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -335,10 +336,10 @@ def call(admin, admin_token):
 def made(folder, **more):
     """A set-up box in this process, without a server: its options."""
     config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
-    options = m.Options(
+    options = Options(
         config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
     )
-    m.set_up(options, m.Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
     return options
 
 
