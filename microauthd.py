@@ -70,11 +70,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from appliance.base import Refusal
-from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, nap
+from appliance.base import StartupError
+from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options, guard_private
 from appliance.base.log import Log, escape
-from appliance.base.files import mark_of
+from appliance.base.files import file_fingerprint
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
@@ -1636,7 +1636,7 @@ def is_consistent(key) -> bool:
 def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     """Read a ring file; a single PEM key of the original is a ring too.
 
-    Raises Refusal: a bad key stops the start and never makes a new identity.
+    Raises StartupError: a bad key stops the start and never makes a new identity.
     """
     try:
         # A pipe would keep whoever opens it waiting.
@@ -1645,11 +1645,11 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
                 raise OSError(errno.EINVAL, "it is not a file")
             content = file.read()
     except FileNotFoundError:
-        raise Refusal(
+        raise StartupError(
             f"the signing key {path} is missing: restore it, or run setup anew without the database"
         ) from None
     except OSError as error:
-        raise Refusal(f"the signing key {path} cannot be read: {error.strerror}") from None
+        raise StartupError(f"the signing key {path} cannot be read: {error.strerror}") from None
     guard_private(path, "it is a private key")
     entries = []
     for match in PEM_BLOCK.finditer(content):
@@ -1657,7 +1657,7 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
         encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
         pem = match.group()[match.group().index(b"-----BEGIN") :]
         if encrypted and not passphrase:
-            raise Refusal(f"the signing key {path} is encrypted, and no passphrase for it is given")
+            raise StartupError(f"the signing key {path} is encrypted, and no passphrase for it is given")
         try:
             key = serialization.load_pem_private_key(
                 pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
@@ -1665,17 +1665,17 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
         except (
             ValueError, TypeError, UnsupportedAlgorithm,
         ):  # the last where a byte of the name of its kind is damaged
-            raise Refusal(
+            raise StartupError(
                 f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
             ) from None
         if not isinstance(key, rsa.RSAPrivateKey) and not (
             isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"
         ):
-            raise Refusal(f"the signing key {path} is neither RSA nor P-256")
+            raise StartupError(f"the signing key {path} is neither RSA nor P-256")
         if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
-            raise Refusal(f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048")
+            raise StartupError(f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048")
         if isinstance(key, rsa.RSAPrivateKey) and not is_consistent(key):
-            raise Refusal(f"the signing key {path} is damaged: its numbers do not belong together; restore a backup")
+            raise StartupError(f"the signing key {path} is damaged: its numbers do not belong together; restore a backup")
         der = key.private_bytes(
             serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -1689,9 +1689,9 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
         or stated not in (0, len(entries))
         or any(entry.state not in ("next", "active", "retired") for entry in entries)
     ):
-        raise Refusal(f"the signing key {path} is damaged: a part of it is missing; restore a backup")
+        raise StartupError(f"the signing key {path} is damaged: a part of it is missing; restore a backup")
     if not any(entry.state == "active" for entry in entries):
-        raise Refusal(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
+        raise StartupError(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
     return entries
 
 
@@ -1942,11 +1942,11 @@ class Idp:
         for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
             try:
                 seen, due = self.ring_files[port_name]
-                mark = mark_of(path)
+                mark = file_fingerprint(path)
                 if mark == seen and (due is None or self.now() < due):
                     continue
                 entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
-            except (OSError, Refusal) as error:
+            except (OSError, StartupError) as error:
                 if str(error) != self.rings_said.get(port_name):
                     self.log("keys.unreadable", "error", path=path, reason=error)
                 self.rings_said[port_name] = str(error)
@@ -2071,7 +2071,7 @@ def is_last_admin(idp: Idp, user_id: str) -> bool:
     return is_admin(idp, user_id) and not idp.store.list_able_admins(idp.now(), user_id)
 
 
-def spare_last_admin(idp: Idp, user_id: str):
+def forbid_removing_last_admin(idp: Idp, user_id: str):
     """Raise last_administrator where nobody could administer any more without this user. Within the changing transaction."""
     if is_last_admin(idp, user_id):
         raise Problem("last_administrator")
@@ -2089,7 +2089,7 @@ def is_good(account: Account | None, issued_ms: int) -> bool:
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
 
-def remembers(idp, account, password) -> bool:
+def was_verified_recently(idp, account, password) -> bool:
     """Has this password been verified lately?
 
     Asked only where nothing else can fail: otherwise the speed of the answer would tell that a password is right.
@@ -2099,7 +2099,7 @@ def remembers(idp, account, password) -> bool:
     return idp.password_digests.knows(account.password_hash, password, idp.now())
 
 
-def why_not(idp, origin, account, admin=False) -> str:
+def login_obstacle(idp, origin, account, admin=False) -> str:
     """Return what keeps this account out whatever its password, for the log."""
     if account is None:
         return "unknown user"
@@ -2152,15 +2152,15 @@ def authenticate_user(
     idp.throttle.check(origin.peer, name)
     account = idp.store.find_account_by_name(name)
     demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
-    if not demanded and not why_not(idp, origin, account, admin) and remembers(idp, account, password):
+    if not demanded and not login_obstacle(idp, origin, account, admin) and was_verified_recently(idp, account, password):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
     with idp.hasher.turns.take("user", name, origin.peer) as turn:
         account = idp.store.find_account_by_name(name)
-        obstacle = why_not(idp, origin, account, admin)
+        obstacle = login_obstacle(idp, origin, account, admin)
         if not obstacle and demanded and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
-        if not obstacle and remembers(idp, account, password):
+        if not obstacle and was_verified_recently(idp, account, password):
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.place(origin.peer):
@@ -2219,7 +2219,7 @@ def check_second_factor(
     idp.throttle.check(origin.peer, user_id)
     with idp.locks[hash(user_id) % len(idp.locks)]:
         account, now, used = idp.store.find_account(user_id), idp.now(), ""
-        failure = why_not(idp, origin, account)
+        failure = login_obstacle(idp, origin, account)
         if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
         if not failure and re.fullmatch(r"[0-9]{6}", code):
@@ -2373,7 +2373,7 @@ def set_user_active(idp: Idp, origin: Origin, actor: str, id: str, is_active: bo
             idp.store.set_account_active(account.id, 1, idp.now())
             audit(idp, origin, actor, "user_reactivated", account.id)
         else:
-            spare_last_admin(idp, account.id)
+            forbid_removing_last_admin(idp, account.id)
             idp.store.set_account_active(account.id, 0, idp.now())
             end_user(idp, origin, actor, account.id, "user_deactivated")
     return account
@@ -2383,7 +2383,7 @@ def delete_user(idp: Idp, origin: Origin, actor: str, id: str):
     """Delete a user and everything that hangs on it. Its tokens die with it."""
     with idp.store.transaction():
         account = get_user(idp, id)
-        spare_last_admin(idp, account.id)
+        forbid_removing_last_admin(idp, account.id)
         idp.store.delete_account(account.id)
         audit(idp, origin, actor, "delete_user", account.id, account.username)
 
@@ -2416,7 +2416,7 @@ def set_lockout(idp: Idp, origin: Origin, actor: str, id: str, value: str | int 
     with idp.store.transaction():
         account = get_user(idp, id)
         if until:
-            spare_last_admin(idp, account.id)
+            forbid_removing_last_admin(idp, account.id)
             idp.store.set_lockout(account.id, until, idp.now())
             end_user(idp, origin, actor, account.id, "admin.lockout.set", iso(until))
         else:
@@ -2566,7 +2566,7 @@ def unassign_role(idp: Idp, origin: Origin, actor: str, user_id: str, role_id: s
         if not any(held.id == role.id for held in idp.store.list_roles_of(account.id)):
             raise Problem("not_found", log="the user does not have this role")
         if role.id == MAD_ADMIN_ROLE_ID:
-            spare_last_admin(idp, account.id)
+            forbid_removing_last_admin(idp, account.id)
         idp.store.unassign_role(account.id, role.id)
         end_user(idp, origin, actor, account.id, "role_unassigned", role.id)
 
@@ -3212,7 +3212,7 @@ def remove_scope(idp: Idp, origin: Origin, actor: str, holder: Client | Account,
 # Refresh-token families, revocation, and the one answer to "is this token alive?".
 
 
-def living_claims(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
+def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
     """Is this access token alive? Return its claims. RFC 9068 §4, RFC 8725 §3.
 
     Alive by signature, `typ`, `iss`, `exp`, an `iat` that is not in the future, no tombstone for
@@ -3307,7 +3307,7 @@ def get_session(idp: Idp, jti: str) -> ListedSession:
     if session is None and re.fullmatch(r"[0-9a-f]{32}", jti) and abs(idp.now_ms() - jti_ms(jti)) < 1000:
         # The row of a machine token this young may still wait for its batch.
         idp.store.flush()
-        nap(2 * BATCH_SECONDS)
+        sleep(2 * BATCH_SECONDS)
         session = idp.store.find_session(jti)
     if session is None:
         raise Problem("not_found")
@@ -3416,7 +3416,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     active = typ == AT_JWT
     if active:
         try:
-            living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
         except (Problem, Unavailable):
             active = False
     return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
@@ -3426,7 +3426,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     """Return RFC 7662 §2.2 claims to the token's own client or one with the introspect right; else exactly {"active": false}."""
     inactive = {"active": False}
     try:
-        claims = living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
     except Problem as problem:
         if problem.code != "invalid_token":
             raise
@@ -3443,7 +3443,7 @@ def introspect_refresh_token(idp, client, token) -> dict | None:
         return None
     if refresh.rotated_at is not None or refresh.revoked_at is not None or refresh.expires_at <= now:
         return None
-    family = living_family(idp, refresh.sid)
+    family = active_family(idp, refresh.sid)
     if family is None:
         return None
     return {
@@ -3453,7 +3453,7 @@ def introspect_refresh_token(idp, client, token) -> dict | None:
     }
 
 
-def living_family(idp: Idp, sid: str) -> Family | None:
+def active_family(idp: Idp, sid: str) -> Family | None:
     """Return a login that still carries: not ended, not over, its user and client still good."""
     family = idp.store.find_family(sid)
     if (
@@ -3517,7 +3517,7 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     found = idp.store.find_refresh_token(token_sha256)
     if found is None or found.client_id != client.client_id:
         raise Problem("invalid_grant", log="unknown refresh token, or one of another client")
-    family = living_family(idp, found.sid)
+    family = active_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
     if (
@@ -3807,7 +3807,7 @@ PROMPTS = ("none", "login", "consent", "select_account")
 RESPONSE_MODES = ("query", "form_post")
 
 
-def prove_client(idp: Idp, params) -> tuple[Client, str]:
+def validate_client(idp: Idp, params) -> tuple[Client, str]:
     """Return client and redirect URI of an authorization request. Until this returns, nobody is redirected. RFC 6749 §4.1.2.1."""
     client = find_client(idp, params.need("client_id"))
     if client is None:
@@ -4049,7 +4049,7 @@ def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, lis
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
     account = idp.store.find_account(login.row.user_id)
-    if why_not(idp, origin, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
+    if login_obstacle(idp, origin, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     seed = idp.seal.open(login.row.pending, account.id)
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
@@ -4428,7 +4428,7 @@ def read_bearer(params) -> str:
 def read_claims(idp, ring, issuer, params) -> dict:
     """Return the claims of the living access token a request brings."""
     try:
-        return living_claims(idp, ring, issuer, read_bearer(params))
+        return verify_access_token(idp, ring, issuer, read_bearer(params))
     except Replayed as replayed:
         note_replay(idp, params.origin, replayed)
         raise
@@ -5438,7 +5438,7 @@ def authorize(idp, params):
     headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
     if headless:
         return begin_headless(idp, params)
-    client, redirect_uri = prove_client(idp, params)
+    client, redirect_uri = validate_client(idp, params)
     try:
         request = read_request(idp, client, redirect_uri, params)
         if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
@@ -5568,7 +5568,7 @@ def picture(uri: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
-def go_on(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
+def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
     """Lead a login on: to its next page, or back to its client. With an account its last factor was just proven: the browser is logged in."""
     cookies, handle = [], session_handle(idp, params)
     row = login.row
@@ -5634,7 +5634,7 @@ def login_password(idp, params):
         return refused_step(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
         )
-    return go_on(
+    return continue_login(
         idp, params, after,
         idp.store.find_account(after.row.user_id) if after.row.state in ("done", "consent") else None,
     )
@@ -5651,7 +5651,7 @@ def login_totp(idp, params):
         after = give_code(idp, params.origin, login, (params.get("totp") or "").strip())
     except Problem as problem:
         return refused_step(idp, params, login, problem, "wrong_code")
-    return go_on(idp, params, after, idp.store.find_account(after.row.user_id))
+    return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
 
 
 @AUTH(
@@ -5665,7 +5665,7 @@ def login_enrol(idp, params):
         after, recovery = enrol(idp, params.origin, login, (params.get("totp") or "").strip())
     except Problem as problem:
         return refused_step(idp, params, login, problem, "wrong_code")
-    return go_on(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
+    return continue_login(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
 
 
 @AUTH(
@@ -5679,7 +5679,7 @@ def login_codes(idp, params):
     account = idp.store.find_account(row.user_id)
     if not is_good(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return go_on(
+    return continue_login(
         idp, params,
         step(
             idp, login, after_factors(idp, login, account), row.user_id, row.amr.split(), row.auth_time, row.proven_ms
@@ -5696,10 +5696,10 @@ def login_select(idp, params):
     login = posted_login(idp, params, "select")
     held = find_browser_session(idp, session_handle(idp, params))
     if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
-        return go_on(idp, params, step(idp, login, "password", None, []))
+        return continue_login(idp, params, step(idp, login, "password", None, []))
     session, account = held
     state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
-    return go_on(
+    return continue_login(
         idp, params,
         step(
             idp, login, state, account.id, session.amr.split(), session.auth_time, session.created_ms,
@@ -5730,7 +5730,7 @@ def login_consent(idp, params):
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
         audit(idp, params.origin, row.user_id, "consent_given", row.client_id, " ".join(sorted(wanted)))
-    return go_on(idp, params, decided)
+    return continue_login(idp, params, decided)
 
 
 @AUTH(
@@ -5782,7 +5782,7 @@ def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
 def begin_headless(idp: Idp, params) -> Reply:
     """Begin a login for a first-party application; the `jti` in the answer is the secret it is bound to."""
     try:
-        client, redirect_uri = prove_client(idp, params)
+        client, redirect_uri = validate_client(idp, params)
         if not params.get("response_type"):
             params.values["response_type"] = "code"  # the original never asked for it
         request = read_request(idp, client, redirect_uri, params)
@@ -7222,7 +7222,7 @@ def admin_revoke_session(idp, claims, params):
 def admin_purge_sessions(idp, claims, params):
     """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
-    count = purge_tokens(idp, params.origin, claims["sub"], params.body, kinds, nap)
+    count = purge_tokens(idp, params.origin, claims["sub"], params.body, kinds, sleep)
     return msg(f"{count} rows purged.")
 
 
@@ -7299,7 +7299,7 @@ def admin_revoke_refresh_token(idp, claims, params):
 )
 def admin_purge_refresh_tokens(idp, claims, params):
     """Delete the rows of refresh tokens that expired long enough ago."""
-    count = purge_tokens(idp, params.origin, claims["sub"], params.body, ('refresh_token',), nap)
+    count = purge_tokens(idp, params.origin, claims["sub"], params.body, ('refresh_token',), sleep)
     return msg(f"{count} rows purged.")
 
 
@@ -7365,7 +7365,7 @@ def admin_get_audit(idp, claims, params):
 @ADMIN("POST", "/audit-logs/purge", guard=by_admin(), spec="contract/admin §3.13", takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days, which is itself written down."""
-    count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, nap)
+    count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, sleep)
     return msg(f"{count} rows purged.")
 
 

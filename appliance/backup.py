@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlcipher3
 
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import Options
 from appliance.base.files import sync_directory
 from appliance.base.database import Unavailable
@@ -23,15 +23,15 @@ from microauthd import BackupObject, Idp, Machine, Origin, Problem, audit, iso, 
 
 
 def check_copy(path: str, key: str) -> dict:
-    """Read a database through, page by page and row by row. Return what it holds. Raises Refusal where it is not whole."""
+    """Read a database through, page by page and row by row. Return what it holds. Raises StartupError where it is not whole."""
     copy = Store(path, key)
     try:
         damage = copy.check_whole()
         if damage:
-            raise Refusal(f"{path} is damaged: {damage}")
+            raise StartupError(f"{path} is damaged: {damage}")
         return copy.describe_copy()
     except (Unavailable, sqlcipher3.Error) as error:
-        raise Refusal(f"{path} is damaged: {error.log if isinstance(error, Unavailable) else error}") from None
+        raise StartupError(f"{path} is damaged: {error.log if isinstance(error, Unavailable) else error}") from None
     finally:
         copy.close()
 
@@ -47,20 +47,20 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
     """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
 
     Beside a server that writes. Encrypted as the database is; read through after writing, from the disk and not from
-    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises Refusal.
+    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises StartupError.
     """
     path = os.path.abspath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise Refusal(f"{path} is there already, and is no file")
+        raise StartupError(f"{path} is there already, and is no file")
     if os.path.exists(path) and not force:
-        raise Refusal(f"{path} is there already: --force writes over it")
+        raise StartupError(f"{path} is there already: --force writes over it")
     if os.path.exists(path) and any(
         os.path.exists(file) and os.path.samefile(path, file)
         for file in (idp.store.path, *backup_files(idp.options).values())
     ):
-        raise Refusal(f"{path} is what is to be backed up")
+        raise StartupError(f"{path} is what is to be backed up")
     if not idp.store.key and not without_keys:
-        raise Refusal(
+        raise StartupError(
             "the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out"
         )
     files = {}
@@ -69,7 +69,7 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
             files[name] = Path(file).read_bytes()
         except OSError as error:
             if name != "config" or not isinstance(error, FileNotFoundError):  # settings may come from the environment
-                raise Refusal(f"{file} cannot be backed up: {error.strerror}") from None
+                raise StartupError(f"{file} cannot be backed up: {error.strerror}") from None
     temporary = path + ".backing-up"
     leftovers = [temporary + suffix for suffix in ("", "-journal", "-wal", "-shm")]
     try:
@@ -87,9 +87,9 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
         os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:
-        raise Refusal(f"the backup {path} cannot be written: {error.strerror}") from None
+        raise StartupError(f"the backup {path} cannot be written: {error.strerror}") from None
     except (sqlcipher3.Error, Unavailable) as error:
-        raise Refusal(
+        raise StartupError(
             f"the backup {path} cannot be written: {error.log if isinstance(error, Unavailable) else error}"
         ) from None
     finally:
@@ -151,7 +151,7 @@ def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> Bac
         path = os.path.join(idp.options.backup_folder, name)
         try:
             done = write_backup(idp, origin, actor, path, without_keys=without_keys)
-        except Refusal as refusal:
+        except StartupError as refusal:
             raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
         with open(path, "rb") as file:
             return BackupObject(

@@ -7,7 +7,7 @@ import sys
 
 import sqlcipher3
 
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import OPTIONS, Options, config_path, describe_options, load_options, parse_flags
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
 from appliance.base.store import Store
@@ -173,10 +173,10 @@ def run_restore(options, words, own, values) -> int:
         with open(words[0], "rb") as file:
             is_plain = file.read(16) == SQLITE_MAGIC
     except OSError as error:
-        raise Refusal(f"the backup {words[0]} cannot be read: {error.strerror}") from None
+        raise StartupError(f"the backup {words[0]} cannot be read: {error.strerror}") from None
     if not options.db_pass and not options.no_db_pass and not is_plain:
         if not sys.stdin.isatty():
-            raise Refusal("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
+            raise StartupError("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
         import getpass
 
         values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
@@ -197,7 +197,7 @@ def run_factory_reset(options, words, own, values) -> int:
     name = socket.gethostname()
     if "--yes" not in own:
         if not sys.stdin.isatty():
-            raise Refusal("factory-reset destroys every account and key: --yes says that this is meant")
+            raise StartupError("factory-reset destroys every account and key: --yes says that this is meant")
         if (
             input(
                 f"This destroys every account and key of {options.auth_issuer}. Type the name of this machine, {name}, to go on: "
@@ -260,9 +260,9 @@ def run_admin(options, words, own, values) -> int:
 
         password = getpass.getpass("new password: ")
         if getpass.getpass("once more: ") != password:
-            raise Refusal("the two passwords differ")
+            raise StartupError("the two passwords differ")
     else:
-        raise Refusal("without a terminal the password comes by --password-stdin")
+        raise StartupError("without a terminal the password comes by --password-stdin")
     done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
     print(
         f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, {'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the account before is ended"
@@ -270,7 +270,7 @@ def run_admin(options, words, own, values) -> int:
     return 0
 
 
-COMMANDS_AT_THE_MACHINE = {
+LOCAL_COMMANDS = {
     "backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys,
     "admin": run_admin, "clock": run_clock,
 }
@@ -282,11 +282,11 @@ def first_start(options: Options, flags: dict):
         path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)
     ]
     if keys:
-        raise Refusal(
+        raise StartupError(
             f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the database, or run setup to begin anew with these keys"
         )
     if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise Refusal(
+        raise StartupError(
             f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with --answers FILE"
         )
     if status := setup(options, flags | {"config-may-be-missing": True}, [], {}):
@@ -309,7 +309,7 @@ def run(command: str, argv: list[str]) -> int:
         return 2
     try:
         flags, words = parse_flags(rest)
-    except Refusal as refusal:
+    except StartupError as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
         return 2
     takes = OWN_WORDS.get(command, 0)
@@ -326,15 +326,15 @@ def run(command: str, argv: list[str]) -> int:
     config = config_path(flags, os.environ)
     recover_setup(config)
     options = load_options(flags, os.environ)
-    if command in COMMANDS_AT_THE_MACHINE:
+    if command in LOCAL_COMMANDS:
         try:
             require_owner(options)
             if command == "restore":  # holds it itself, against all others
                 return run_restore(options, words, own, values)
             with hold_setup(config, beside_others=command != "factory-reset"):
-                return COMMANDS_AT_THE_MACHINE[command](options, words, own, values)
+                return LOCAL_COMMANDS[command](options, words, own, values)
         except OSError as error:
-            raise Refusal(f"{error.filename or options.db_file}: {error.strerror}") from None
+            raise StartupError(f"{error.filename or options.db_file}: {error.strerror}") from None
     if command == "options":
         return show_options(options, "--json" in own)
     if command == "setup":
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     os.umask(0o077)
     try:
         return run(command, argv)
-    except Refusal as refusal:
+    except StartupError as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
         return 1
     except (Problem, Unavailable) as error:

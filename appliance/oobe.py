@@ -28,7 +28,7 @@ import sqlcipher3  # noqa: E402
 
 import microauthd  # noqa: E402
 from appliance import recovery  # noqa: E402
-from appliance.base import Refusal  # noqa: E402
+from appliance.base import StartupError  # noqa: E402
 from appliance.base.settings import ( # noqa: E402
     OPTIONS, OPTION_NAMES, Options, boolean, check_options, did_you_mean, networks, whole,
 )
@@ -138,7 +138,7 @@ class Draft:
         self.chosen[name] = value
 
     def resolve(self, derived=()):
-        """Return Options of all this. Raises Refusal where they contradict each other."""
+        """Return Options of all this. Raises StartupError where they contradict each other."""
         chosen = self.chosen | dict(derived)
         values = {option.attribute: getattr(self.options, option.attribute) for option in OPTIONS}
         values |= {OPTION_NAMES[name].attribute: value for name, value in chosen.items()}
@@ -225,7 +225,7 @@ def check_printable(answer):
     return answer
 
 
-def check_place(path):
+def check_files_unchanged(path):
     """Refuse a path where no file could be made."""
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):
@@ -258,9 +258,9 @@ def check_option(draft, name, asked=True):
             others = [draft.config, *(draft[other] for other in FILES if other != name)]
             if os.path.abspath(value) in map(os.path.abspath, others):
                 raise ValueError("config, keys and database must be different files")
-            check_place(value)
+            check_files_unchanged(value)
         if name == "log-file" and value:
-            check_place(value)
+            check_files_unchanged(value)
         if name == "db-file" and os.path.lexists(value):
             raise ValueError(f"{value} is there already")
         if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
@@ -337,7 +337,7 @@ class Asker:
                 meant = check(answer if hidden else answer.strip())
             except UnicodeEncodeError:
                 self.say("that is not UTF-8: the locale of this terminal says otherwise", "  ")
-            except (ValueError, Refusal) as error:
+            except (ValueError, StartupError) as error:
                 self.say(str(error), "  ")
             else:
                 if not twice or not answer or self.read("The same again:", hidden=True) == answer:
@@ -660,7 +660,7 @@ def make(settled, answers):
         what = f"{error.filename or 'the disk'}: {error.strerror or error}"
     except sqlcipher3.Error as error:
         what = f"the database {settled.db_file} cannot be made: {error}"
-    raise Refusal(f"{ended(settled.config_file)} {what}")
+    raise StartupError(f"{ended(settled.config_file)} {what}")
 
 
 def ended(config):
@@ -718,13 +718,13 @@ class AnswersFile:
                 self.content = file.read().decode()
             self.document = tomllib.loads(self.content)
         except OSError as error:
-            raise Refusal(f"the answers file {path!r} cannot be read: {error.strerror}") from None
+            raise StartupError(f"the answers file {path!r} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise Refusal(f"the answers file {path} is not UTF-8") from None
+            raise StartupError(f"the answers file {path} is not UTF-8") from None
         except tomllib.TOMLDecodeError as error:
             message, _, at = str(error).partition(" (at ")
             line = re.match("line ([0-9]+)", at)
-            raise Refusal(f"{path}:{line[1] if line else len(self.content.splitlines())}: {message}") from None
+            raise StartupError(f"{path}:{line[1] if line else len(self.content.splitlines())}: {message}") from None
 
     def at(self, key, table=""):
         """Return "file:line" of a key, or "file" where its line is written in an unusual way."""
@@ -745,7 +745,7 @@ class AnswersFile:
         """Return what a check makes of it; note what it says is wrong."""
         try:
             return check(*words)
-        except (ValueError, Refusal) as error:
+        except (ValueError, StartupError) as error:
             self.wrong(str(error), key, table)
             return None
 
@@ -902,24 +902,24 @@ def check_usage(own, values):
     if "--answers" not in values:
         for name in ("--admin-password-stdin", "--admin-password-file"):
             if name in own or name in values:
-                raise Refusal(f"{name} goes with --answers FILE; the wizard asks for the password itself")
+                raise StartupError(f"{name} goes with --answers FILE; the wizard asks for the password itself")
     elif "--quick" in own or "--guided" in own:
-        raise Refusal("--quick and --guided are ways to be asked; with --answers FILE nothing is asked")
+        raise StartupError("--quick and --guided are ways to be asked; with --answers FILE nothing is asked")
     if "--quick" in own and "--guided" in own:
-        raise Refusal("--quick and --guided contradict each other")
+        raise StartupError("--quick and --guided contradict each other")
     if "--admin-password-stdin" in own and "--admin-password-file" in values:
-        raise Refusal("--admin-password-stdin and --admin-password-file contradict each other")
+        raise StartupError("--admin-password-stdin and --admin-password-file contradict each other")
 
 
 def run(options, flags, own, values) -> int:
-    """Set up by questions, or by --answers. Returns the exit status; raises Refusal or Problem, and then nothing was made."""
+    """Set up by questions, or by --answers. Returns the exit status; raises StartupError or Problem, and then nothing was made."""
     if os.path.lexists(options.db_file):
-        raise Refusal(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+        raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
     check_usage(own, values)
     if "--answers" in values:
         return unattended(options, own, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise Refusal(
+        raise StartupError(
             "set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial"
         )
     try:
@@ -932,4 +932,4 @@ def run(options, flags, own, values) -> int:
         return 130
     except Ended:
         print()
-        raise Refusal("the input ended before the last question; nothing was written") from None
+        raise StartupError("the input ended before the last question; nothing was written") from None

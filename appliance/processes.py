@@ -19,17 +19,17 @@ from pathlib import Path
 
 import msgspec
 
-from appliance.base import Refusal
-from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, nap
+from appliance.base import StartupError
+from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options, guard_private
 from appliance.base.log import Log
-from appliance.base.files import mark_of
+from appliance.base.files import file_fingerprint
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.wire import Limits, Server, listen, tls_context
 from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, admit_hosts, build_app, next_due, read_ring, ring_files
 from appliance.backup import MACHINE
-from appliance.upkeep import Clockwork, Upkeep
+from appliance.upkeep import ClockThread, Upkeep
 
 # == Serve =====================================================================
 # The processes of a server.
@@ -40,7 +40,7 @@ from appliance.upkeep import Clockwork, Upkeep
 # before the first fork and stay open here, so while a child is replaced its connections wait.
 
 
-class Plan(msgspec.Struct):
+class StartupState(msgspec.Struct):
     """What is settled before the first fork: plain data and listening sockets; no thread, key or database handle."""
 
     options: Options
@@ -56,13 +56,13 @@ class Plan(msgspec.Struct):
     log: Log
 
 
-def prepare(options: Options) -> Plan:
-    """Check everything a start needs, and bind both ports. Raises Refusal with one sentence."""
+def prepare(options: Options) -> StartupState:
+    """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
     log = Log(options)
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
     guard_private(options.db_file, "it is the database")
     marks = {
-        port_name: mark_of(path) if os.path.exists(path) else None
+        port_name: file_fingerprint(path) if os.path.exists(path) else None
         for port_name, (path, _, _) in ring_files(options).items()
     }
     auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
@@ -88,8 +88,8 @@ def prepare(options: Options) -> Plan:
             if not auth_sockets
             else f"{options.admin_ip} port {options.admin_port}"
         )
-        raise Refusal(f"cannot listen on {where}: {error.strerror}") from None
-    return Plan(
+        raise StartupError(f"cannot listen on {where}: {error.strerror}") from None
+    return StartupState(
         options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
         clock, log,
     )
@@ -108,7 +108,7 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
         if clock.state == "guessed":  # how long it was off, nobody knows: longer than a code lives
             store.forget_logins()
         elif store.newest_at() > now + IAT_SKEW:
-            store.end_what_is_later(now, int(clock() * 1000), now // 30)
+            store.revoke_future_rows(now, int(clock() * 1000), now // 30)
     except Unavailable as problem:  # what serves goes on reading
         log("clock.failed", "error", reason=problem.log)
     return clock
@@ -125,7 +125,7 @@ def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
             getattr(options, f"{side}_ssl_cert_pass") or None,
         )
     except ValueError as error:
-        raise Refusal(f"{side}-ssl-cert-file: {error}") from None
+        raise StartupError(f"{side}-ssl-cert-file: {error}") from None
 
 
 def read_seal_key(path: str) -> bytes:
@@ -134,7 +134,7 @@ def read_seal_key(path: str) -> bytes:
     except (OSError, ValueError):
         key = b""
     if len(key) != 32:
-        raise Refusal(f"the seal key {path} is missing or damaged: restore a backup")
+        raise StartupError(f"the seal key {path} is missing or damaged: restore a backup")
     guard_private(path, "it is a key")
     return key
 
@@ -157,10 +157,10 @@ def grant_connections(servers: int) -> Limits:
     return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
 
 
-class Node:
+class ServerProcess:
     """The servers of one process, and what they share."""
 
-    def __init__(self, plan: Plan, slot: int, auth_socket=None, admin_socket=None):
+    def __init__(self, plan: StartupState, slot: int, auth_socket=None, admin_socket=None):
         options = plan.options
         plan.generation.slot = slot
         self.log = plan.log
@@ -168,7 +168,7 @@ class Node:
         if options.worker_processes:
             self.store.take_turns()
         self.store.start_flusher()
-        self.upkeep, self.clockwork, self.servers = None, None, []
+        self.upkeep, self.clock_thread, self.servers = None, None, []
         limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
         auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
@@ -186,7 +186,7 @@ class Node:
             app = build_app(idp, routes)
             if name == "admin":
                 app = admit_hosts(app, idp)
-                self.upkeep, self.clockwork = Upkeep(idp), Clockwork(idp)
+                self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
             server = Server(
                 name, [listening], app, limits=limits, tls=tls_of(options, name),
                 trusted_proxies=options.trusted_proxies, log=self.refused,
@@ -209,7 +209,7 @@ class Node:
             server.start()
         if self.upkeep:
             self.upkeep.start()
-            self.clockwork.start()
+            self.clock_thread.start()
 
     def stop(self):
         """Answer what is in flight, then write what is queued."""
@@ -220,21 +220,21 @@ class Node:
             thread.start()
         for thread in stopping:
             thread.join()
-        if self.clockwork:
-            self.clockwork.ending.set()
+        if self.clock_thread:
+            self.clock_thread.ending.set()
             with contextlib.suppress(Unavailable):
-                self.clockwork.note()
+                self.clock_thread.note()
         self.store.close()
 
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
 
 
-def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
+def run_child(plan: StartupState, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
     """Serve in a forked process until SIGTERM, or at once no more when the supervisor is gone. Never returns."""
     status = 1
     try:
-        node = Node(plan, slot, auth_socket, admin_socket)
+        node = ServerProcess(plan, slot, auth_socket, admin_socket)
 
         def watch():
             os.read(lifeline, 1)  # returns when the supervisor, the only writer, has died
@@ -250,12 +250,12 @@ def run_child(plan: Plan, slot: int, auth_socket, admin_socket, ready: int, life
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         node.start()
         os.write(ready, bytes([slot - 1]))
-        give_back()
+        drop_startup_pages()
         # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
         signal.sigwait({signal.SIGTERM})
         node.stop()
         status = 0
-    except Refusal as refusal:
+    except StartupError as refusal:
         plan.log("start.failed", "error", reason=refusal)
     except BaseException as error:
         plan.log("start.failed", "error", exc_info=error)
@@ -270,7 +270,7 @@ START_SECONDS = 120  # to begin with a large log of the database on a slow disk
 class Supervisor:
     """Forks the children, replaces one that dies or hangs, ends them all. It never gives up: one that cannot start is tried again, while the others go on."""
 
-    def __init__(self, plan: Plan, close_in_child=()):
+    def __init__(self, plan: StartupState, close_in_child=()):
         self.plan, self.close_in_child = plan, close_in_child
         self.children = {}  # pid -> (role number, started)
         self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
@@ -336,7 +336,7 @@ class Supervisor:
         import gc
 
         gc.collect()
-        give_back()
+        drop_startup_pages()
         gc.freeze()  # so that the collector does not touch, and thereby copy, the pages we share
         for number in range(self.roles()):
             self.fork(number)
@@ -424,7 +424,7 @@ class Supervisor:
         while self.children and time.monotonic() < deadline:
             for _ in self.reap():
                 pass
-            nap(0.005)
+            sleep(0.005)
         for pid in self.children:
             self.plan.log("worker.killed", "error", pid=pid)
             os.kill(pid, signal.SIGKILL)
@@ -442,7 +442,7 @@ def notify(state: str):
             channel.send(state.encode())
 
 
-def announce(plan: Plan):
+def announce(plan: StartupState):
     options = plan.options
     notify("READY=1")
     plan.log(
@@ -462,22 +462,22 @@ def announce(plan: Plan):
 
 @contextlib.contextmanager
 def hold_database(path: str):
-    """Hold the lock of a database while it is served or set up. Raises Refusal naming the pid that holds it."""
+    """Hold the lock of a database while it is served or set up. Raises StartupError naming the pid that holds it."""
     try:
         descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
+        raise StartupError(f"the folder of the database {path} cannot be written: {error.strerror}") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
-            raise Refusal(f"microauthd is running on {path} already, as process {pid}") from None
+            raise StartupError(f"microauthd is running on {path} already, as process {pid}") from None
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         except OSError as error:
-            raise Refusal(f"the folder of the database {path} cannot be written: {error.strerror}") from None
+            raise StartupError(f"the folder of the database {path} cannot be written: {error.strerror}") from None
         yield descriptor
     finally:
         os.close(descriptor)
@@ -504,7 +504,7 @@ def share_one_arena():
         libc("mallopt", "int", "int")(-8, 1)  # M_ARENA_MAX of <malloc.h>
 
 
-def give_back():
+def drop_startup_pages():
     """Unmap what only the start has read of the program's files: tables of relocations, self-tests. 10 MB less.
 
     A mapping without one page of its own is what the file says, and is read again where it is needed.
@@ -533,9 +533,9 @@ def serve(options: Options) -> int:
         plan = prepare(options)
         if options.worker_processes:
             return Supervisor(plan, [lock]).run()
-        node = Node(plan, 0, plan.auth_sockets[0], plan.admin_socket)
+        node = ServerProcess(plan, 0, plan.auth_sockets[0], plan.admin_socket)
         node.start()
-        give_back()
+        drop_startup_pages()
         announce(plan)
         while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
             plan.generation.bump()

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 import sqlcipher3
 
-from appliance.base import Refusal
-from appliance.base.clock import CLOCK_FAR, RELEASED_AT, nap
+from appliance.base import StartupError
+from appliance.base.clock import CLOCK_FAR, RELEASED_AT, sleep
 from appliance.base.settings import OPTIONS, OPTION_NAMES, Options, parse_config, write_config
 from appliance.base.files import sync_directory, write_beside, write_durably
 from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
@@ -75,7 +75,7 @@ def hold_setup(config: str, beside_others=False):
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(
+            raise StartupError(
                 "another process is setting up, restoring or at work on the files here right now: wait until it is done"
             ) from None
         yield
@@ -119,7 +119,7 @@ def finish_setup(config: str):
 
 
 def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> MadeClient:
-    """Make everything a first start needs. Raises Refusal or Problem, and then nothing was made.
+    """Make everything a first start needs. Raises StartupError or Problem, and then nothing was made.
 
     Every file is written under a staging name and synced; then the journal says "committed", in
     one rename; then the files take their names. `checkpoint` is called between the steps.
@@ -129,17 +129,17 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
     with hold_setup(config):
         finish_setup(config)
         if os.path.exists(options.db_file):
-            raise Refusal(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+            raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
         if not options.db_pass and not options.no_db_pass:
-            raise Refusal("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+            raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
         if options.db_pass and options.no_db_pass:
-            raise Refusal("db-pass and no-db-pass contradict each other")
+            raise StartupError("db-pass and no-db-pass contradict each other")
         finals = [
             config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
             options.db_file,
         ]
         if len({os.path.abspath(path) for path in finals}) != len(finals):
-            raise Refusal("config, keys and database must be different files")
+            raise StartupError("config, keys and database must be different files")
         for path in finals:
             folder = os.path.dirname(os.path.abspath(path))
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -248,7 +248,7 @@ def set_up_demo(options: Options, make):
     try:
         write_durably(path, f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
     except OSError as error:
-        raise Refusal(f"it is set up, and these are shown once; {path} cannot be written: {error.strerror}") from None
+        raise StartupError(f"it is set up, and these are shown once; {path} cannot be written: {error.strerror}") from None
     print("These are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
 
 
@@ -258,7 +258,7 @@ def set_up_demo(options: Options, make):
 
 
 def open_idp(options: Options) -> Idp:
-    """Return the identity provider of the files, for a command beside a running server or without one. Raises Refusal."""
+    """Return the identity provider of the files, for a command beside a running server or without one. Raises StartupError."""
     require_owner(options)
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
@@ -276,28 +276,28 @@ def open_idp(options: Options) -> Idp:
 
 @contextlib.contextmanager
 def without_server(options: Options):
-    """Hold the database to bring it up to date. Raises Refusal where a server of an older release goes on with what it knows."""
+    """Hold the database to bring it up to date. Raises StartupError where a server of an older release goes on with what it knows."""
     with contextlib.ExitStack() as stack:
         for attempt in range(20):  # it may be another command that does the same
             try:
                 stack.enter_context(hold_database(options.db_file))
                 break
-            except Refusal as refusal:
+            except StartupError as refusal:
                 if attempt == 19:
-                    raise Refusal(f"{refusal}, of an older release: restart it first") from None
-                nap(0.1)
+                    raise StartupError(f"{refusal}, of an older release: restart it first") from None
+                sleep(0.1)
         yield
 
 
 def require_owner(options: Options):
-    """Raise Refusal unless this is the user whose server it is: not even root, whose files that user could not read."""
+    """Raise StartupError unless this is the user whose server it is: not even root, whose files that user could not read."""
     place = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
     try:
         owner = os.stat(place).st_uid
     except OSError:
         return  # nobody's yet
     if os.geteuid() != owner and (place == options.db_file or os.geteuid() == 0):
-        raise Refusal(f"{place} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
+        raise StartupError(f"{place} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
 
 
 def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
@@ -312,31 +312,31 @@ def back_up(options: Options, path: str, force=False, without_keys=False) -> dic
 
 @contextlib.contextmanager
 def hold_folder(folder: str):
-    """Let one backup at a time be written into a folder: two under one name would take each other's file. Raises Refusal."""
+    """Let one backup at a time be written into a folder: two under one name would take each other's file. Raises StartupError."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise Refusal(f"the folder {folder} cannot be opened: {error.strerror}") from None
+        raise StartupError(f"the folder {folder} cannot be opened: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise Refusal(f"another backup is being written into {folder}") from None
+        raise StartupError(f"another backup is being written into {folder}") from None
     finally:
         os.close(descriptor)
 
 
 def read_backup(source: str, key: str) -> dict:
-    """Return the files that travel in a backup. Raises Refusal where it is none, or does not open."""
+    """Return the files that travel in a backup. Raises StartupError where it is none, or does not open."""
     copy = Store(source, key)
     try:
         files = copy.read_backup_files()
     except (Unavailable, sqlcipher3.Error):
-        raise Refusal(f"{source} does not open: the passphrase is wrong, or the file is damaged") from None
+        raise StartupError(f"{source} does not open: the passphrase is wrong, or the file is damaged") from None
     finally:
         copy.close()
     if files is None:
-        raise Refusal(f"{source} is a database, and no backup: the keys are not in it")
+        raise StartupError(f"{source} is a database, and no backup: the keys are not in it")
     return files
 
 
@@ -348,7 +348,7 @@ def settle_options(options: Options, content: bytes, where: str) -> Options:
             try:
                 values[OPTION_NAMES[name].attribute] = OPTION_NAMES[name].parse(value)
             except ValueError as error:
-                raise Refusal(f"{origin}: {name} {error}") from None
+                raise StartupError(f"{origin}: {name} {error}") from None
     return Options(options.origins, **values)
 
 
@@ -369,7 +369,7 @@ def look_back(options: Options) -> tuple[set, int, bool]:
             options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
         )
         return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
-    except (Refusal, Unavailable, sqlcipher3.Error):
+    except (StartupError, Unavailable, sqlcipher3.Error):
         return set(), 0, False
     finally:
         if store:
@@ -381,7 +381,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
 
     Nothing that was issued before lives on, whenever that was, and a key that was revoked here stays so. The settings of
     the backup are taken where there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether it
-    could be seen which keys were revoked here. Raises Refusal, and then everything is as it was.
+    could be seen which keys were revoked here. Raises StartupError, and then everything is as it was.
     """
     key = read_database_key(source, options.db_pass, options.no_db_pass)
     config = options.config_file
@@ -400,7 +400,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])
         ]
         if lost:
-            raise Refusal(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
+            raise StartupError(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
         finals = {name: finals[name] for name in finals if name in files} | {
             "database": os.path.abspath(options.db_file)
         }
@@ -465,7 +465,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
         idp = Idp(options, store, *rings, Seal(read_seal_key(places["seal"])))
         newest = store.newest_at()
         if not idp.check_clock():
-            raise Refusal(
+            raise StartupError(
                 "the clock of this machine is behind the newest row of the backup: put it right first, for what was issued since is to end"
             )
         with store.transaction():
@@ -527,7 +527,7 @@ def describe_keys(options: Options) -> list[dict]:
     return rows
 
 
-def doubt_clock(idp: Idp) -> str:
+def clock_problem(idp: Idp) -> str:
     """Return why the machine's clock is not to be believed, or nothing: a key would sign too early, or never."""
     if not idp.check_clock():
         return "is behind the newest row of the database"
@@ -544,8 +544,8 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
     """
     idp, made = open_idp(options), []
     try:
-        if why := doubt_clock(idp):
-            raise Refusal(f"the clock of this machine {why}: put it right first")
+        if why := clock_problem(idp):
+            raise StartupError(f"the clock of this machine {why}: put it right first")
         with contextlib.ExitStack() as held:
             rings = {}
             for port_name in ports:
@@ -555,9 +555,9 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                 signing = {alg_of(entry) for entry in entries if entry.state == "active"}
                 rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
                 if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
-                    raise Refusal(f"a next key of {port_name} waits to sign already; see microauthd keys list")
+                    raise StartupError(f"a next key of {port_name} waits to sign already; see microauthd keys list")
             if not any(wanted for _, wanted in rings.values()):
-                raise Refusal(
+                raise StartupError(
                     f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
                 )
             drawn = {
@@ -590,7 +590,7 @@ def revoke_key(options: Options, kid: str) -> str:
         for port_name, (path, passphrase, _) in ring_files(options).items():
             with hold_ring(path):
                 entries = read_ring(path, passphrase)
-                if not doubt_clock(idp):
+                if not clock_problem(idp):
                     entries = promote(entries, idp.now(), options.key_overlap)
                 rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
                 if rest == entries:
@@ -603,7 +603,7 @@ def revoke_key(options: Options, kid: str) -> str:
                 return port_name
     finally:
         idp.store.close()
-    raise Refusal(f"there is no key {kid}; see microauthd keys list")
+    raise StartupError(f"there is no key {kid}; see microauthd keys list")
 
 
 def accept_clock(options: Options) -> dict:
@@ -615,11 +615,11 @@ def accept_clock(options: Options) -> dict:
     try:
         now = idp.now()
         if now < RELEASED_AT:
-            raise Refusal(
+            raise StartupError(
                 f"the clock of this machine says {iso(now)}, which is before this program was made: put it right first"
             )
         with idp.store.transaction():
-            ended = idp.store.end_what_is_later(now, idp.now_ms(), now // 30)
+            ended = idp.store.revoke_future_rows(now, idp.now_ms(), now // 30)
             idp.store.forget_logins()
             idp.store.put_meta("clock", now)
             idp.store.put_meta("clock_accepted", uuid.uuid4())

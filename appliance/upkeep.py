@@ -9,7 +9,7 @@ import time
 
 import msgspec
 
-from appliance.base.clock import IAT_SKEW, nap
+from appliance.base.clock import IAT_SKEW, sleep
 from appliance.base.settings import OPTIONS
 from appliance.base.files import write_durably
 from appliance.base.database import Unavailable
@@ -25,7 +25,7 @@ from microauthd import (
 UPKEEP_SECONDS = 3600
 
 
-def purge(idp: Idp, pause=nap):
+def purge(idp: Idp, pause=sleep):
     """Delete what is over. A clock that cannot be believed purges nothing."""
     options, store, now = idp.options, idp.store, idp.now()
     if not idp.check_clock():
@@ -75,7 +75,7 @@ def note_configuration(idp: Idp):
         audit(idp, LOCAL, "system", "server_started", f"version={VERSION}")
 
 
-def tend_rings(idp: Idp):
+def advance_key_states(idp: Idp):
     """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead."""
     options, now = idp.options, idp.now()
     if not idp.ring_files or not idp.check_clock():
@@ -98,7 +98,7 @@ def tend_rings(idp: Idp):
                 idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
 
 
-class Code:
+class UnpackedProgram:
     """The unpacked program, some of which is read when it is first asked for. It lies in a cache, and caches are cleaned."""
 
     def __init__(self, log):
@@ -138,7 +138,7 @@ class Upkeep(threading.Thread):
 
     def __init__(self, idp):
         super().__init__(name="upkeep", daemon=True)
-        self.idp, self.code, self.ending = idp, Code(idp.log), threading.Event()
+        self.idp, self.code, self.ending = idp, UnpackedProgram(idp.log), threading.Event()
 
     def run(self):
         if not self.ending.wait(1):  # a start has more urgent things to write
@@ -148,7 +148,7 @@ class Upkeep(threading.Thread):
                 return
             self.attempt(self.code.keep)
             if look * self.LOOK % 60 == 0:
-                self.attempt(tend_rings, self.idp)
+                self.attempt(advance_key_states, self.idp)
             if look * self.LOOK % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
 
@@ -160,7 +160,7 @@ class Upkeep(threading.Thread):
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
-class Clockwork(threading.Thread):
+class ClockThread(threading.Thread):
     """Looks at the machine's clock twice a second, says what is wrong with it, and notes every hour what time it is."""
 
     LOOK, NOTE = 0.5, 3600
@@ -214,6 +214,6 @@ class Clockwork(threading.Thread):
 
 def settle_clock(idp: Idp):
     """End what was done at times that are not yet: the clock ran ahead, and has gone back."""
-    ended = idp.store.end_what_is_later(idp.now(), idp.now_ms(), idp.now() // 30)
+    ended = idp.store.revoke_future_rows(idp.now(), idp.now_ms(), idp.now() // 30)
     audit(idp, LOCAL, "system", "clock_went_back", "", f"ended={ended}")
     idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)

@@ -12,7 +12,7 @@ from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
-from appliance.base.wire import Refused, _path_info
+from appliance.base.wire import HttpRefusal, _path_info
 
 OTHER, CHOSEN = "another battery staple", "a secret somebody chose"
 
@@ -352,7 +352,7 @@ class TestHostileNames:
         made = call("POST", f"/{kind}", body).json
         name = body.get("name") or body.get("username") or body.get("client_id")
         for path in (f"/{kind}/{name}", f"/{kind}/id-by-name/{name}"):
-            with pytest.raises(Refused):
+            with pytest.raises(HttpRefusal):
                 _path_info(
                     (
                         "/"
@@ -370,7 +370,7 @@ class TestHostileNames:
     @pytest.mark.parametrize("path", [b"/users/%ffalice", b"/users/al%c0%afice", b"/users/%ed%a0%80alice"])
     def test_octets_that_are_no_text_name_nobody(self, path):
         """The router would leave them out, and alice would be deleted."""
-        with pytest.raises(Refused):
+        with pytest.raises(HttpRefusal):
             _path_info(path)
 
 

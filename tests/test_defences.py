@@ -17,7 +17,7 @@ from test_recovery import opened
 from test_serve import TestTls as Tls
 from test_serve import certificate, read_all, run, statuses  # noqa: F401
 from test_upkeep import DAY, NOON, YEARS, Machine
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, Timekeeper
 from appliance.base.database import Unavailable
 from appliance.base.store import AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, SLICE, Store
@@ -47,7 +47,7 @@ def test_all_that_was_done_at_times_that_are_not_yet_is_ended(idp, alice, servic
         store.run("UPDATE account SET totp_last_step = :step, revoked_before = :ms", step=late // 30, ms=1000 * late)
         store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
         store.put_meta("revoked_before", 1000 * late)
-    store.end_what_is_later(now, 1000 * now, now // 30)
+    store.revoke_future_rows(now, 1000 * now, now // 30)
     account = store.find_account(alice.id)
     assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
     assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
@@ -256,7 +256,7 @@ def test_a_ring_without_states_that_lost_a_key_stops_the_start(tmp_path):
     whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
     path.write_bytes(b"".join(line for line in whole.splitlines(True) if not line.startswith(b"#"))[:-40])
     path.chmod(0o600)
-    with pytest.raises(Refusal):
+    with pytest.raises(StartupError):
         m.read_ring(str(path), "")
 
 

@@ -11,10 +11,10 @@ import microauthd as m
 import pytest
 from box import Box
 from conftest import CHEAP, Caller, die, in_child
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
-from appliance.upkeep import tend_rings
+from appliance.upkeep import advance_key_states
 from appliance.recovery import Answers, describe_keys, open_idp, revoke_key, rotate_keys, set_up
 
 PASSWORD = "correct horse battery"
@@ -66,12 +66,12 @@ class TestRotation:
     def test_it_is_all_rings_or_none(self, house):
         rotate_keys(house, ["admin"])
         before = rows(house)
-        with pytest.raises(Refusal, match="waits to sign"):
+        with pytest.raises(StartupError, match="waits to sign"):
             rotate_keys(house, ["auth", "admin"])
         assert rows(house) == before
 
     def test_an_algorithm_that_does_not_sign_is_refused(self, house):
-        with pytest.raises(Refusal, match="no key of admin signs with RS256"):
+        with pytest.raises(StartupError, match="no key of admin signs with RS256"):
             rotate_keys(house, ["admin"], ["RS256"])
 
     def test_a_clock_behind_the_times_is_put_right_first(self, house, monkeypatch):
@@ -79,7 +79,7 @@ class TestRotation:
         before = rows(house)
         with monkeypatch.context() as patched:
             patched.setattr(m.Idp, "now", lambda idp: RELEASED_AT - 86400)
-            with pytest.raises(Refusal, match="clock"):
+            with pytest.raises(StartupError, match="clock"):
                 rotate_keys(house, ["auth"])
         assert rows(house) == before
 
@@ -132,7 +132,7 @@ class TestRotation:
         idp = open_idp(house)
         idp.clock = lambda: later
         idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-        tend_rings(idp)
+        advance_key_states(idp)
         idp.store.close()
         content = open(house.token_signing_key_file, "rb").read()
         assert b"state=next" not in content and b"state=retired" in content
@@ -142,7 +142,7 @@ class TestRotation:
     def test_what_is_no_file_is_no_ring_and_keeps_nobody_waiting(self, tmp_path, what):
         path = tmp_path / "token.pem"
         os.mkfifo(path, 0o600) if what == "a pipe" else path.mkdir(0o700)
-        with pytest.raises(Refusal, match="cannot be read"):
+        with pytest.raises(StartupError, match="cannot be read"):
             m.read_ring(str(path), "")
 
 

@@ -20,7 +20,7 @@ import pytest
 import segno
 from appliance import oobe
 from box import CHEAP, ROOT, free_port
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
 from appliance.base.database import read_database_key
@@ -705,7 +705,7 @@ class TestDemo:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("appliance.recovery.set_up", refused)
-        with pytest.raises(Refusal, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
+        with pytest.raises(StartupError, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
             setup(Options(), {}, ["--demo"], {})
 
     def test_its_secrets_are_said_where_their_file_cannot_be_written(self, tmp_path, monkeypatch, capsys):
@@ -718,7 +718,7 @@ class TestDemo:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("appliance.recovery.write_durably", refused)
-        with pytest.raises(Refusal, match="it is set up"):
+        with pytest.raises(StartupError, match="it is set up"):
             setup(
                 load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {}
             )

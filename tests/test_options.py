@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import (
     OPTIONS, Options, absolute, address, boolean, check_options, color, days, describe_options, domain, issuer, label,
     load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
@@ -73,7 +73,7 @@ class TestFile:
         ],
     )
     def test_what_is_wrong_is_said_with_its_line(self, tmp_path, content, sentence):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             load(tmp_path, content)
         assert sentence in str(caught.value)
 
@@ -93,12 +93,12 @@ class TestFile:
         assert "readable by others" in capsys.readouterr().err
 
     def test_a_named_file_must_be_there(self, tmp_path):
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             load_options({"config": (str(tmp_path / "missing"), "flag")}, {})
 
     @pytest.mark.parametrize("letter", ["\n", "\r", "\0", "\t", "\x0b", "\x1b", "\x7f", "\x85", "\u2028", "\u2029"])
     def test_a_control_character_cannot_be_written(self, letter):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             write_config(Options(db_pass=f"a{letter}auth-ip = 0.0.0.0"))
         assert "db-pass" in str(caught.value) and "0.0.0.0" not in str(caught.value)
         if letter != "\n":
@@ -125,7 +125,7 @@ class TestFile:
     def test_what_is_not_utf8_is_refused_in_a_sentence(self, tmp_path, content):
         path = tmp_path / "mad.conf"
         path.write_bytes(content)
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             load_options({"config": (str(path), "flag")}, {})
         assert "cannot be read" in str(caught.value)
 
@@ -134,7 +134,7 @@ class TestFile:
         path.write_text("db-pass = secret")
         path.chmod(0o644)
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             load_options({"config": (str(path), "flag")}, {})
         assert "chmod 600" in str(caught.value) and path.stat().st_mode & 0o777 == 0o644
 
@@ -192,7 +192,7 @@ class TestWriting:
         try:
             check_options(wanted)
             written = write_config(wanted)
-        except Refusal:
+        except StartupError:
             files = (
                 wanted.db_file, wanted.seal_key_file, wanted.token_signing_key_file,
                 wanted.admin_token_signing_key_file,
@@ -229,7 +229,7 @@ class TestWriting:
     def test_a_hostile_text_comes_back_or_is_refused(self, option, value):
         try:
             written = write_config(Options({}, **{option.attribute: value}))
-        except Refusal:
+        except StartupError:
             assert not value.isprintable()
         else:
             assert {name: word for name, (word, _) in parse_config(written, "x").items()} == {option.name: value}
@@ -244,7 +244,7 @@ class TestWriting:
 
 class TestEnvironment:
     def test_an_unknown_variable_is_an_error_and_those_of_mad_are_known(self, tmp_path):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             load(tmp_path, "", {"MAD_AUTH_PROT": "1"})
         assert "MAD_AUTH_PROT" in str(caught.value) and "auth-port" in str(caught.value)
         assert "1" not in str(caught.value).replace("did", ""), "its value may be a secret"
@@ -260,7 +260,7 @@ class TestEnvironment:
         assert load(tmp_path, "", {"mad_Docker": "TRUE"}).docker is True
 
     def test_one_option_under_two_names_is_refused(self, tmp_path):
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             load(tmp_path, "", {"MAD_ARGON2_TIME": "3", "MAD_ARGON2ID_TIME": "4"})
 
     def test_the_file_can_be_named_there(self, tmp_path):
@@ -294,7 +294,7 @@ class TestFlags:
         ],
     )
     def test_what_is_refused(self, argv):
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             parse_flags(argv)
 
     def test_words_that_are_no_flags_are_handed_back(self):
@@ -335,7 +335,7 @@ class TestChecks:
     def test_table(self, values, refused):
         try:
             check_options(Options(**values))
-        except Refusal:
+        except StartupError:
             assert refused
         else:
             assert not refused
@@ -353,7 +353,7 @@ class TestSecrets:
     def test_they_are_never_flags(self):
         for option in OPTIONS:
             if option.secret:
-                with pytest.raises(Refusal) as caught:
+                with pytest.raises(StartupError) as caught:
                     parse_flags([f"--{option.name}", "x"])
                 assert "secret" in str(caught.value)
 
@@ -361,7 +361,7 @@ class TestSecrets:
         for content, environ, argv in (
             ("auth-port = hush-hush", {}, ()), ("hush = hush-hush", {}, ()), ("", {"MAD_DB_PASSWORT": "hush-hush"}, ()),
         ):
-            with pytest.raises(Refusal) as caught:
+            with pytest.raises(StartupError) as caught:
                 load(tmp_path, content, environ, argv)
             assert "hush-hush" not in str(caught.value)
 

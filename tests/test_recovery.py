@@ -15,11 +15,11 @@ import pyotp
 import pytest
 from box import Box
 from conftest import CHEAP, die, in_child
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
-from appliance.upkeep import tend_rings
+from appliance.upkeep import advance_key_states
 from appliance.processes import hold_database
 from appliance.recovery import (
     Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, open_idp, recover_admin, recover_setup,
@@ -73,7 +73,7 @@ class TestBackup:
 
     def test_it_does_not_write_over_what_is_there(self, house, backup):
         before = backup.read_bytes()
-        with pytest.raises(Refusal, match="--force"):
+        with pytest.raises(StartupError, match="--force"):
             back_up(house, str(backup))
         assert backup.read_bytes() == before
         back_up(house, str(backup), force=True)
@@ -86,7 +86,7 @@ class TestBackup:
     @pytest.mark.parametrize("where", ["file/x", "/dev/null", "/proc/x", "/"])
     def test_where_it_cannot_be_written_it_says_so(self, house, tmp_path, where):
         (tmp_path / "file").write_text("no folder")
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             back_up(house, str(tmp_path / where), force=True)
 
     def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
@@ -148,10 +148,10 @@ class TestRestore:
         )
         for answer in (before, later):
             with pytest.raises(m.Problem, match="invalid_token"):
-                m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, answer["access_token"])
+                m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, answer["access_token"])
             assert m.introspect_refresh_token(idp, m.find_client(idp, "app"), answer["refresh_token"]) is None
         fresh = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
-        assert m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, fresh["access_token"])
+        assert m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, fresh["access_token"])
         idp.store.close()
 
     def test_on_a_new_box_one_file_is_enough(self, house, backup, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ class TestRestore:
 
     def test_a_wrong_passphrase_is_refused_and_everything_stays(self, house, backup, tmp_path):
         before = digest_of(tmp_path)
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             restore(Options(house.origins, **CHEAP, db_pass="another"), str(backup))
         assert digest_of(tmp_path) == before
 
@@ -182,19 +182,19 @@ class TestRestore:
         bad = tmp_path / "bad"
         bad.write_bytes(content)
         before = digest_of(tmp_path)
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             restore(house, str(bad))
         assert digest_of(tmp_path) == before
 
     @pytest.mark.parametrize("cut", [0, 100, 4096, 100_000])
     def test_a_cut_one_too(self, house, backup, tmp_path, cut):
         (tmp_path / "bad").write_bytes(backup.read_bytes()[:cut])
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             restore(house, str(tmp_path / "bad"))
 
     def test_a_database_is_no_backup(self, house, tmp_path):
         shutil.copy(house.db_file, tmp_path / "plain")
-        with pytest.raises(Refusal, match="no backup"):
+        with pytest.raises(StartupError, match="no backup"):
             restore(house, str(tmp_path / "plain"))
 
     @pytest.mark.parametrize("when", ["journal", "seal", "auth", "admin", "staged", "committed"])
@@ -234,7 +234,7 @@ class TestRestore:
         bad = bytearray((tmp_path / "good").read_bytes())
         bad[30_000] ^= 1
         (tmp_path / "bad").write_bytes(bad)
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             restore(house, str(tmp_path / "bad"))
         assert log.read_bytes() == content
         assert restore(house, str(tmp_path / "good"))["knows_revoked"] is False
@@ -249,7 +249,7 @@ class TestRestore:
             factory_reset(house)
         before = digest_of(tmp_path)
         monkeypatch.setattr(m.Idp.__init__, "__defaults__", (lambda: 1000.0, *m.Idp.__init__.__defaults__[1:]))
-        with pytest.raises(Refusal, match="clock of this machine is behind"):
+        with pytest.raises(StartupError, match="clock of this machine is behind"):
             restore(house, str(tmp_path / "good"))
         assert digest_of(tmp_path) == before
 
@@ -260,7 +260,7 @@ class TestRestore:
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "ALTER TABLE account ADD COLUMN later INTEGER NOT NULL DEFAULT 0;\n")
         )
         with hold_database(house.db_file):
-            with pytest.raises(Refusal, match="of an older release: restart it first"):
+            with pytest.raises(StartupError, match="of an older release: restart it first"):
                 back_up(house, str(tmp_path / "copy"))
             assert idp.store.find_account_by_name("root")
         idp.store.close()
@@ -268,7 +268,7 @@ class TestRestore:
 
     def test_two_backups_under_one_name_do_not_take_each_others_file(self, house, tmp_path, monkeypatch):
         back_up(house, str(tmp_path / "copy"))
-        with hold_folder(str(tmp_path)), pytest.raises(Refusal, match="another backup"):
+        with hold_folder(str(tmp_path)), pytest.raises(StartupError, match="another backup"):
             back_up(house, str(tmp_path / "copy"), force=True)
         back_up(house, str(tmp_path / "copy"), force=True)
 
@@ -295,12 +295,12 @@ class TestLinks:
         content = bytearray(log.read_bytes())
         content[20] ^= 1
         log.write_bytes(content)
-        with pytest.raises(Refusal, match="write-ahead log"):
+        with pytest.raises(StartupError, match="write-ahead log"):
             open_idp(linked)
         assert log.read_bytes() == content
 
     def test_two_names_are_one_database(self, linked, tmp_path):
-        with hold_database(linked.db_file), pytest.raises(Refusal, match="is running on"):
+        with hold_database(linked.db_file), pytest.raises(StartupError, match="is running on"):
             with hold_database(str(tmp_path / "data" / "mad.db3")):
                 pass
 
@@ -346,7 +346,7 @@ class TestKeys:
                         old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"],
                         options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False},
                     )
-            tend_rings(idp)
+            advance_key_states(idp)
         assert len(signed_by) == 2 and [row["state"] for row in describe_keys(house) if row["port"] == "auth"] == [
             "active", "active",
         ], "the retired ones are gone"
@@ -359,18 +359,18 @@ class TestKeys:
         idp.ring_files = {"auth": (None, None), "admin": (None, None)}
         before = idp.auth_ring.access.kid
         now[0] += 901
-        tend_rings(idp)
+        advance_key_states(idp)
         idp.rings_until = 0
         after = idp.auth_ring.access.kid
         now[0] -= 5000
         idp.rings_until = 0
-        tend_rings(idp)
+        advance_key_states(idp)
         assert before != after == idp.auth_ring.access.kid
         idp.store.close()
 
     def test_two_rotations_at_once_are_one(self, house):
         rotate_keys(house, ["auth"])
-        with pytest.raises(Refusal, match="waits to sign"):
+        with pytest.raises(StartupError, match="waits to sign"):
             rotate_keys(house, ["auth"])
 
     @pytest.mark.parametrize("waiting", [False, True])
@@ -386,13 +386,13 @@ class TestKeys:
         assert revoke_key(house, kid) == "auth"
         idp.rings_until = 0
         with pytest.raises(m.Problem, match="invalid_token"):
-            m.living_claims(idp, idp.auth_ring, idp.options.auth_issuer, token)
+            m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token)
         assert (
             kid not in idp.auth_ring.jwks().decode()
             and idp.auth_ring.access.alg == "ES256"
             and idp.store.list_audit(limit=1)[0].action == "key_revoked"
         )
-        with pytest.raises(Refusal):
+        with pytest.raises(StartupError):
             revoke_key(house, kid)
         idp.store.close()
 
@@ -426,7 +426,7 @@ class TestKeys:
         self.note_time(house)
         before = describe_keys(house)
         at(10 * YEAR)
-        with pytest.raises(Refusal, match="days ahead"):
+        with pytest.raises(StartupError, match="days ahead"):
             rotate_keys(house, ["auth"])
         accept_clock(house)
         rotate_keys(house, ["auth"], ["ES256"])
@@ -448,7 +448,7 @@ class TestKeys:
 
     def test_the_rings_are_two_files(self, house):
         for name in ("admin_token_signing_key_file", "seal_key_file", "db_file"):
-            with pytest.raises(Refusal, match="the same file"):
+            with pytest.raises(StartupError, match="the same file"):
                 check_options(Options(house.origins, **{name: os.path.abspath(house.token_signing_key_file)}))
 
 
@@ -487,7 +487,7 @@ class TestAdminRecovery:
             lambda: recover_admin(house, "root", "another battery staple"), lambda: back_up(house, "x"),
             lambda: factory_reset(house), lambda: rotate_keys(house, ["auth"]),
         ):
-            with pytest.raises(Refusal, match="belongs to user"):
+            with pytest.raises(StartupError, match="belongs to user"):
                 act()
 
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from appliance.base.wire import Limits, SWEEP, Server, listen, prove_peer, tls_context
+from appliance.base.wire import Limits, SWEEP, Server, listen, client_address, tls_context
 
 HOST = b"Host: box\r\n"
 
@@ -495,7 +495,7 @@ class TestPeer:
         ],
     )
     def test_the_right_most_untrusted_hop(self, remote, forwarded, peer):
-        assert prove_peer(remote, forwarded, self.NETS) == peer
+        assert client_address(remote, forwarded, self.NETS) == peer
 
     def test_only_trusted_proxies_are_believed(self, run, shared):
         headers = b"X-Forwarded-For: 192.0.2.9\r\nX-Forwarded-Proto: https\r\n"

@@ -13,7 +13,7 @@ import microauthd as m
 import pytest
 import sqlcipher3
 from conftest import PASSWORD
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import Options
 from appliance.base.database import Conflict, Generation, Unavailable, derive_key, read_database_key
 from appliance.base.store import (
@@ -83,7 +83,7 @@ class TestOpening:
         shutil.copyfile(encrypted, path)
         self.spoil(path, case)
         before = path.read_bytes()
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             open_it(path, passphrase, unencrypted)
         assert word in str(caught.value) and "\n" not in str(caught.value)
         assert path.read_bytes() == before and os.listdir(tmp_path) == ["mad.db3"]

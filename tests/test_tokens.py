@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.files import write_durably
 
 CLAIMS = {"iss": "https://idp.example", "sub": "s", "aud": "api", "exp": 4102444800, "iat": 1, "jti": "0" * 32}
@@ -211,7 +211,7 @@ class TestKeys:
         ):
             path.write_bytes(content)
             path.chmod(0o600)
-            with pytest.raises(Refusal):
+            with pytest.raises(StartupError):
                 m.read_ring(str(path), "")
             assert path.read_bytes() == content
 
@@ -283,7 +283,7 @@ class TestKeys:
         if case != "missing":
             path.write_bytes(content)
             path.chmod(0o600)
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(StartupError) as caught:
             m.read_ring(str(path), {"wrong passphrase": "other"}.get(case, ""))
         assert "\n" not in str(caught.value)
         assert not path.exists() if case == "missing" else path.read_bytes() == content
@@ -303,7 +303,7 @@ class TestDamagedKeys:
                 str(path),
                 b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n",
             )
-            with pytest.raises(Refusal):
+            with pytest.raises(StartupError):
                 m.read_ring(str(path), "")
         write_durably(str(path), m.write_ring([entry], ""))
         assert m.read_ring(str(path), "") == [entry]

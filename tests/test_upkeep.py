@@ -11,7 +11,7 @@ from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.store import Family, Session, Store, chain
-from appliance.upkeep import Clockwork, Upkeep
+from appliance.upkeep import ClockThread, Upkeep
 
 DAY = 86400
 
@@ -294,15 +294,15 @@ class TestClockwork:
 
     def test_what_was_done_at_times_that_are_not_yet_is_ended(self, idp, box, service, alice, log_in, auth):
         kept = log_in(alice)
-        clockwork = Clockwork(idp)
+        clock_thread = ClockThread(idp)
         box.wall += YEARS
         box.pass_(601)
         token = log_in(alice)
         assert auth.get("/me", bearer=token["access_token"]).status == 200 and idp.now() > NOON + YEARS - DAY
-        clockwork.step()
+        clock_thread.step()
         assert "clock.probation" in idp.stream.getvalue() and idp.store.meta("clock") == ""
         box.wall -= YEARS
-        clockwork.step()
+        clock_thread.step()
         said = idp.store.list_audit("clock_went_back", 1)[0]
         assert said.secondary != "ended=0" and said.at == idp.now()
         assert auth.get("/me", bearer=token["access_token"]).status == 401
@@ -317,12 +317,12 @@ class TestClockwork:
         assert log_in(alice)["access_token"] and idp.store.clock_floor() <= idp.now() + 60
 
     def test_it_says_what_is_wrong_and_notes_what_time_it_is(self, idp, box):
-        clockwork = Clockwork(idp)
-        clockwork.step()
+        clock_thread = ClockThread(idp)
+        clock_thread.step()
         assert idp.store.meta("clock") == str(idp.now())
         box.wall -= 5000
-        clockwork.step()
-        clockwork.step()
+        clock_thread.step()
+        clock_thread.step()
         assert (
             idp.stream.getvalue().count("clock.behind") == 1
             and not idp.check_clock()
@@ -330,33 +330,33 @@ class TestClockwork:
         )
 
     def test_an_operator_is_believed(self, idp, box):
-        clockwork = Clockwork(idp)
+        clock_thread = ClockThread(idp)
         box.wall -= 30 * DAY
-        clockwork.step()
+        clock_thread.step()
         assert idp.now() > box.wall + 29 * DAY
         idp.store.put_meta("clock_accepted", "1")
-        clockwork.step()
+        clock_thread.step()
         assert idp.now() == int(box.wall) and idp.check_clock()
 
     def test_what_an_operator_said_of_a_clock_that_was_right_is_not_said_of_a_later_one(self, idp, box):
-        clockwork = Clockwork(idp)
-        clockwork.step()
+        clock_thread = ClockThread(idp)
+        clock_thread.step()
         idp.store.put_meta("clock_accepted", "1")
         for _ in range(3):
             box.pass_(3600, 60)
-            clockwork.step()
+            clock_thread.step()
         box.wall += YEARS
         for _ in range(3):
             box.pass_(1)
-            clockwork.step()
+            clock_thread.step()
         assert box.keeper.state == "ahead" and idp.now() < NOON + DAY
         idp.store.put_meta("clock_accepted", "2")
-        clockwork.step()
+        clock_thread.step()
         assert idp.now() == int(box.wall)
 
     def test_what_could_not_be_ended_at_once_is_ended_later(self, idp, box, service, alice, log_in, auth, monkeypatch):
-        clockwork = Clockwork(idp)
-        clockwork.step()
+        clock_thread = ClockThread(idp)
+        clock_thread.step()
         box.wall += YEARS
         box.pass_(601)
         token = log_in(alice)
@@ -364,9 +364,9 @@ class TestClockwork:
         with monkeypatch.context() as patched:
             patched.setattr(Store, "end_what_is_later", refuse)
             with pytest.raises(Unavailable):
-                clockwork.step()
+                clock_thread.step()
         box.pass_(1)
-        clockwork.step()
+        clock_thread.step()
         assert (
             auth.post(
                 "/token", {"grant_type": "refresh_token", "refresh_token": token["refresh_token"]}, auth=service
@@ -378,8 +378,8 @@ class TestClockwork:
     def test_nobody_stays_locked_out_until_a_time_that_was_wrong(
         self, idp, box, service, alice, new_user, log_in, auth
     ):
-        clockwork, bob = Clockwork(idp), new_user("bob")
-        clockwork.step()
+        clock_thread, bob = ClockThread(idp), new_user("bob")
+        clock_thread.step()
         box.wall += YEARS
         box.pass_(601)
         for username in ("alice", "bob"):
@@ -392,7 +392,7 @@ class TestClockwork:
         )
         assert left > 0
         box.wall -= YEARS
-        clockwork.step()
+        clock_thread.step()
         found = idp.store.find_account(alice.id)
         assert 0 < found.lockout_until - idp.now() <= left and found.totp_locked_until <= idp.now() + 3600, (
             "as long to go as before, and no longer"
@@ -402,13 +402,13 @@ class TestClockwork:
         assert log_in(alice)
 
     def test_a_secret_that_was_replaced_at_a_wrong_time_ends(self, idp, box, service, auth):
-        clockwork = Clockwork(idp)
-        clockwork.step()
+        clock_thread = ClockThread(idp)
+        clock_thread.step()
         box.wall += YEARS
         box.pass_(601)
         m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
         box.wall -= YEARS
-        clockwork.step()
+        clock_thread.step()
         box.pass_(32 * DAY, 600)
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 401
 
@@ -452,7 +452,7 @@ class TestClockwork:
             [count(idp, table) for table in ("session", "refresh_token")], idp.store.list_audit(limit=1000)[-3:],
         )
         box.wall += {"behind": 5000}.get(state, -YEARS)
-        Clockwork(idp).step()
+        ClockThread(idp).step()
         box.pass_(1)
         assert (
             auth.post(

@@ -13,7 +13,7 @@ CLOCK_FAR = 45 * 86400    # seconds: a clock that leaps further is not trusted w
 IAT_SKEW = 60  # seconds a token's `iat` may lie in the future: two cores, two readings of a stepping clock
 
 
-def nap(seconds: float):
+def sleep(seconds: float):
     """Sleep. Not by time.sleep, which counts in absolute time: it raises where something sets the clocks of this process."""
     select.select([], [], [], seconds)
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import sqlcipher3
 
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.log import Log
 
 
@@ -104,28 +104,28 @@ def derive_key(passphrase: str, salt: bytes) -> str:
 
 
 def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
-    """Return the raw key of an existing database, empty where it has none. Raises Refusal with a sentence."""
+    """Return the raw key of an existing database, empty where it has none. Raises StartupError with a sentence."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise Refusal(f"the database {path} cannot be read: {error.strerror}") from None
+        raise StartupError(f"the database {path} cannot be read: {error.strerror}") from None
     if size < 512 or len(head) < 16:
-        raise Refusal(f"the database {path} is truncated ({size} bytes): restore a backup; it is left as it is")
+        raise StartupError(f"the database {path} is truncated ({size} bytes): restore a backup; it is left as it is")
     if head == SQLITE_MAGIC:
         if passphrase and not unencrypted:
-            raise Refusal(
+            raise StartupError(
                 f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true"
             )
         return ""
     if unencrypted or not passphrase:
-        raise Refusal(f"the database {path} is encrypted or damaged, and no db-pass is given")
+        raise StartupError(f"the database {path} is encrypted or damaged, and no db-pass is given")
     return derive_key(passphrase, head)
 
 
 def check_log(path: str):
-    """Raise Refusal where the write-ahead log beside a database begins with a damaged header.
+    """Raise StartupError where the write-ahead log beside a database begins with a damaged header.
 
     SQLite would take it for an empty one and begin it anew, and what was acknowledged last would be
     gone without a word. No power cut leaves one: the header is synced before anything follows it.
@@ -144,12 +144,12 @@ def check_log(path: str):
             two = two + other + one & 0xFFFFFFFF
         if not head or magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two):
             return
-    raise Refusal(
+    raise StartupError(
         f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it away to go on without; it is left as it is"
     )
 
 
-class Borrowed:
+class PooledConnection:
     """A connection in the hands of a thread: it goes back to the store when the thread ends."""
 
     __slots__ = ("store", "connection", "since")
@@ -252,7 +252,7 @@ class Database:
                 connection.execute(f"PRAGMA busy_timeout = {int(1000 * LOCK_SECONDS)}")
         flags[trouble.LOCKED] = 0
         try:
-            self.check_place()
+            self.check_files_unchanged()
             yield
             try:
                 connection.execute("COMMIT")
@@ -265,7 +265,7 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def look_up(self):
+    def stat_files(self):
         """Return which files the database, its log and the index of that are, by their paths; None where one is gone."""
         try:
             return tuple(
@@ -277,13 +277,13 @@ class Database:
         except OSError:
             return None
 
-    def check_place(self):
+    def check_files_unchanged(self):
         """Raise Unavailable where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
-        if any(place := self.generation.place) and place != self.look_up():
+        if any(place := self.generation.place) and place != self.stat_files():
             raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode=""):
-        self.check_place()  # two processes that have two indexes of one log would write over each other
+        self.check_files_unchanged()  # two processes that have two indexes of one log would write over each other
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
@@ -307,7 +307,7 @@ class Database:
             self.discard()
         except AttributeError:
             pass
-        self.local.borrowed = Borrowed(self)
+        self.local.borrowed = PooledConnection(self)
         return self.local.borrowed.connection
 
     def discard(self):

@@ -4,7 +4,7 @@ import contextlib
 import os
 
 
-def mark_of(path: str) -> tuple:
+def file_fingerprint(path: str) -> tuple:
     """Return what tells one version of a file from another."""
     info = os.stat(path)
     return info.st_mtime_ns, info.st_ino, info.st_size

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from appliance.base import Refusal
+from appliance.base import StartupError
 
 # == Options ===================================================================
 # Every setting, declared once. Default < file < environment < flag.
@@ -426,11 +426,11 @@ def parse_config(content: str, where: str) -> dict:
     """Return `{option name: (text value, "file:line")}` of an INI file.
 
     `key = value` a line; `#` and `;` begin comments; a value in double quotes is literal.
-    Raises Refusal naming file and line, and where a file that we wrote has lost its end: what
+    Raises StartupError naming file and line, and where a file that we wrote has lost its end: what
     is missing would be a default, and nobody would know.
     """
     if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
-        raise Refusal(
+        raise StartupError(
             f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line"
         )
     found = {}
@@ -441,23 +441,23 @@ def parse_config(content: str, where: str) -> dict:
         at = f"{where}:{number}"
         key, equals, value = line.partition("=")
         if not equals or not key.strip():
-            raise Refusal(f"{at}: not a line of the form key = value")
+            raise StartupError(f"{at}: not a line of the form key = value")
         key, value = key.strip().lower(), value.strip()
         if len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
         elif value[:1] == '"':
             value, quote, rest = value[1:].partition('"')
             if not quote or rest.strip()[:1] not in ("", "#", ";"):
-                raise Refusal(f"{at}: the value of {key} has a quote that does not close")
+                raise StartupError(f"{at}: the value of {key} has a quote that does not close")
         else:
             value = re.split("[#;]", value, maxsplit=1)[0].strip()
         if key in IGNORED_NAMES:
             continue
         if key not in OPTION_NAMES:
-            raise Refusal(f"{at}: unknown option {key!r}{did_you_mean(key)}")
+            raise StartupError(f"{at}: unknown option {key!r}{did_you_mean(key)}")
         name = OPTION_NAMES[key].name
         if name in found:
-            raise Refusal(f"{at}: {name} is set twice, first at {found[name][1]}")
+            raise StartupError(f"{at}: {name} is set twice, first at {found[name][1]}")
         found[name] = (value, at)
     return found
 
@@ -484,22 +484,22 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
             found[key] = ("true", "flag")
             continue
         elif key not in OPTION_NAMES:
-            raise Refusal(f"unknown flag --{key}{did_you_mean(key)}")
+            raise StartupError(f"unknown flag --{key}{did_you_mean(key)}")
         else:
             option = OPTION_NAMES[key]
             name = option.name
             if option.secret:
-                raise Refusal(
+                raise StartupError(
                     f"--{key} is a secret and cannot be a flag: put it into the config file or the environment"
                 )
             if option.parse is boolean and not equals:
                 value, equals = words.popleft() if words and words[0].lower() in ("true", "false") else "true", "="
         if not equals:
             if not words:
-                raise Refusal(f"--{key} needs a value")
+                raise StartupError(f"--{key} needs a value")
             value = words.popleft()
         if name in found and name != "trusted-proxies":
-            raise Refusal(f"--{key} is given twice")
+            raise StartupError(f"--{key} is given twice")
         found[name] = (f"{found[name][0]},{value}" if name in found else value, f"flag --{key}")
     return found, rest
 
@@ -513,7 +513,7 @@ def config_path(flags: dict, environ: dict) -> str:
 def load_options(flags: dict, environ: dict) -> Options:
     """Return the settings in force: default < file < environment < flag.
 
-    `flags` is what parse_flags() found. An unknown key or variable of our prefix raises Refusal:
+    `flags` is what parse_flags() found. An unknown key or variable of our prefix raises StartupError:
     a mistyped security setting must not pass in silence.
     """
     prefix = flags.get("env-var-prefix", ("MAD_",))[0]
@@ -524,9 +524,9 @@ def load_options(flags: dict, environ: dict) -> Options:
         given.update(parse_config(Path(path).read_text("utf-8"), path))
     except FileNotFoundError:
         if not may_be_missing:
-            raise Refusal(f"the config file {path} does not exist") from None
+            raise StartupError(f"the config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"the config file {path} cannot be read: {error}") from None
+        raise StartupError(f"the config file {path} cannot be read: {error}") from None
     else:
         if any(OPTION_NAMES[name].secret for name in given):
             guard_private(path, "it holds secrets")
@@ -538,10 +538,10 @@ def load_options(flags: dict, environ: dict) -> Options:
         if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
             continue
         if key not in OPTION_NAMES:
-            raise Refusal(f"unknown environment variable {variable}{did_you_mean(key)}")
+            raise StartupError(f"unknown environment variable {variable}{did_you_mean(key)}")
         other = named.setdefault(OPTION_NAMES[key].name, variable)
         if other != variable:
-            raise Refusal(f"the environment variables {other} and {variable} set the same option")
+            raise StartupError(f"the environment variables {other} and {variable} set the same option")
         given[OPTION_NAMES[key].name] = (value, f"environment {variable}")
     given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
     values, origins = {}, {"config": path}
@@ -550,7 +550,7 @@ def load_options(flags: dict, environ: dict) -> Options:
         try:
             values[option.attribute] = option.parse(value)
         except ValueError as error:
-            raise Refusal(f"{origin}: {name} {error}") from None
+            raise StartupError(f"{origin}: {name} {error}") from None
         origins[name] = origin
     for attribute in ("db_file", "seal_key_file", "token_signing_key_file", "admin_token_signing_key_file"):
         if os.path.islink(path := values.get(attribute, OPTION_NAMES[attribute.replace("_", "-")].default)):
@@ -562,7 +562,7 @@ def load_options(flags: dict, environ: dict) -> Options:
 
 
 def check_options(options: Options):
-    """Raise Refusal where settings contradict each other."""
+    """Raise StartupError where settings contradict each other."""
     files = [
         os.path.abspath(path)
         for path in (
@@ -571,21 +571,21 @@ def check_options(options: Options):
         )
     ]
     if len(set(files)) < len(files):
-        raise Refusal(
+        raise StartupError(
             "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
         )
     if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
-        raise Refusal("AUTH and ADMIN cannot listen on the same address and port")
+        raise StartupError("AUTH and ADMIN cannot listen on the same address and port")
     for side in ("auth", "admin"):
         ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
         tls = getattr(options, f"{side}_ssl_cert_file")
         if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
-            raise Refusal(
+            raise StartupError(
                 f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
                 f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
             )
     if options.argon2id_memory < 8 * options.argon2id_parallelism:
-        raise Refusal("argon2id-memory must be at least eight times argon2id-parallelism")
+        raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
 
 
 def guard_private(path, why: str):
@@ -594,7 +594,7 @@ def guard_private(path, why: str):
     if not info.st_mode & 0o077:
         return
     if info.st_uid != os.geteuid():
-        raise Refusal(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
+        raise StartupError(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
     os.chmod(path, info.st_mode & 0o700)
     print(f"microauthd: warning: {path} was readable by others, and {why}; it is now yours alone", file=sys.stderr)
 
@@ -629,7 +629,7 @@ def write_config(options: Options) -> str:
         else:
             word = str(value).lower() if isinstance(value, bool) else str(value)
         if any(ord(letter) < 32 or letter == "\x7f" for letter in word) or len(word.splitlines()) > 1:
-            raise Refusal(f"{option.name} contains a control character, which a config file cannot hold")
+            raise StartupError(f"{option.name} contains a control character, which a config file cannot hold")
         if word != word.strip() or re.search('[#;"]', word):
             word = f'"{word}"'
         lines.append(f"# {option.help}")

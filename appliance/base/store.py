@@ -13,8 +13,8 @@ import uuid
 import msgspec
 import sqlcipher3
 
-from appliance.base import Refusal
-from appliance.base.clock import CLOCK_FAR, IAT_SKEW, nap
+from appliance.base import StartupError
+from appliance.base.clock import CLOCK_FAR, IAT_SKEW, sleep
 from appliance.base.database import (
     BATCH_MAX, BATCH_SECONDS, Database, PROBE_SECONDS, SQLITE_BUSY, SQLITE_CANTOPEN, SQLITE_FULL, SQLITE_IOERR,
     SQLITE_READONLY, Unavailable, check_log, is_busy,
@@ -601,7 +601,7 @@ class Store(Database):
     def open(self, alone=contextlib.nullcontext):
         """Check that this is our database and that it is whole, then bring its schema up to date, which is done `alone`.
 
-        Raises Refusal with one sentence; the file is left as it is.
+        Raises StartupError with one sentence; the file is left as it is.
         """
         check_log(self.path)
         # The last writer that closes puts what a crash left in the log into the database, whatever either holds:
@@ -615,22 +615,22 @@ class Store(Database):
             if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (
                 SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN,
             ):
-                raise Refusal(
+                raise StartupError(
                     f"the database {self.path} does not open: db-pass is wrong, or the file is damaged"
                 ) from None
-            raise Refusal(f"the database {self.path} does not open: {error}") from None
+            raise StartupError(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
-            raise Refusal(
+            raise StartupError(
                 f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one"
             )
         try:
             if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
-                raise Refusal(f"the file {self.path} is not a microauthd database")
+                raise StartupError(f"the file {self.path} is not a microauthd database")
             # A large database is not read through at every start; a damaged page of it refuses when it is read.
             small = os.path.getsize(self.path) < 32_000_000
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
-                raise Refusal(
+                raise StartupError(
                     f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is"
                 )
             if left:
@@ -641,7 +641,7 @@ class Store(Database):
                     self.migrate()
         except (sqlcipher3.Error, Unavailable) as error:
             reason = error.log if isinstance(error, Unavailable) else error
-            raise Refusal(f"the database {self.path} cannot be used: {reason}") from None
+            raise StartupError(f"the database {self.path} cannot be used: {reason}") from None
 
     def migrate(self):
         """Run the steps that are missing. A step and its number commit together."""
@@ -729,7 +729,7 @@ class Store(Database):
 
     def probe(self):
         """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
-        self.check_place()
+        self.check_files_unchanged()
         if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
             self.write_something()
         room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
@@ -750,7 +750,7 @@ class Store(Database):
         known, newest = int(self.meta("clock", "0")), self.newest_at()
         return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
 
-    def end_what_is_later(self, now, now_ms, step):
+    def revoke_future_rows(self, now, now_ms, step):
         """End and forget what was done under a clock that ran ahead: it would live on until that time comes. Return how much."""
         later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
         done = 0
@@ -1820,21 +1820,21 @@ class Store(Database):
         """Start the thread that writes the batches. After a fork, never before."""
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
         try:
-            self.take_place()
+            self.record_file_ids()
         except Unavailable as problem:  # what needs no database is served, and the thread tries again
             self.note_failure(problem)
         self.flusher.start()
 
-    def take_place(self):
+    def record_file_ids(self):
         """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does. Who is first says for all processes which they are."""
         self.meta("created_at")
-        if not any(self.generation.place) and (files := self.look_up()):
+        if not any(self.generation.place) and (files := self.stat_files()):
             self.generation.place = files
 
     def flush_loop(self):
         while not self.closing:
             self.wake.wait(None if self.writable else 1)
-            nap(BATCH_SECONDS)
+            sleep(BATCH_SECONDS)
             self.wake.clear()
             self.flush()
 
@@ -1848,7 +1848,7 @@ class Store(Database):
                 return
             try:
                 if not self.writable:
-                    self.take_place()
+                    self.record_file_ids()
                     self.write_something()  # a batch is not synced, and may be empty
                 with self.writing():
                     connection = self.__dict__.get("batch_connection")

@@ -21,7 +21,7 @@ import httptools
 import msgspec
 from cryptography.hazmat.primitives import serialization
 
-from appliance.base.clock import nap
+from appliance.base.clock import sleep
 
 # == Serve =====================================================================
 # The two servers, their connections, and the processes they run in.
@@ -30,17 +30,17 @@ from appliance.base.clock import nap
 # Accept, TLS, framing, limits, deadlines, the WSGI call, the answer. Knows nothing of tokens.
 # cheroot gives the server its shape; llhttp parses; the rules llhttp leaves open stand in Connection.
 
-RECEIVE = 16384  # octets read at once: a whole TLS record; it also bounds what one wake can pipeline
+RECV_SIZE = 16384  # octets read at once: a whole TLS record; it also bounds what one wake can pipeline
 LINGER = 2       # seconds a closed connection still reads, so that the client gets the last answer. RFC 9112 §9.6
 SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
-PATIENCE = 0.002  # seconds a thread may stay with one request before another polls in its place
+LEADER_MAX_SECONDS = 0.002  # seconds a thread may stay with one request before another polls in its place
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
 METHODS = {
     name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 }
 # Fields whose repetition changes who is asking or what is asked. RFC 9110 §5.3 allows joining only lists.
-SINGLE = frozenset((
+NO_REPEAT = frozenset((
     "HTTP_HOST", "HTTP_AUTHORIZATION", "HTTP_ORIGIN", "HTTP_FORWARDED", "HTTP_X_FORWARDED_PROTO",
     "HTTP_X_FORWARDED_HOST", "HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "CONTENT_TYPE", "CONTENT_LENGTH"))
 HOST = re.compile(r"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")  # RFC 3986 §3.2.2, no encoding
@@ -48,7 +48,7 @@ PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # R
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 # What the server says itself, and the fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
-OURS = frozenset(
+SERVER_FIELDS = frozenset(
     ("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te")
 )
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -80,7 +80,7 @@ class Limits(msgspec.Struct, frozen=True):
     connections_per_peer: int = 1024  # not counted for loopback and trusted proxies, which speak for many
 
 
-class Refused(Exception):
+class HttpRefusal(Exception):
     """A request is not served: `status` for the client, `reason` for the log. Its connection ends with it."""
     def __init__(self, status, reason):
         super().__init__(reason)
@@ -183,7 +183,7 @@ def _among(address, networks):
     return any(address in network for network in networks)
 
 
-def prove_peer(remote_addr: str, forwarded_for: str | None, trusted_proxies: tuple) -> str:
+def client_address(remote_addr: str, forwarded_for: str | None, trusted_proxies: tuple) -> str:
     """Return the address a request comes from: through trusted proxies the right-most untrusted hop.
 
     `forwarded_for` is X-Forwarded-For, hops joined by commas. What is malformed proves nothing: the last trusted hop.
@@ -208,11 +208,11 @@ def _path_info(path):
                 or b"\\" in whole or any(octet < 32 or octet == 127 for octet in whole)
                 or any(part in (b".", b"..") for part in whole.split(b"/"))
                 or not PATH.fullmatch(PERCENT.sub(b"x", path))):
-            raise Refused(400, "path")
+            raise HttpRefusal(400, "path")
         try:
             whole.decode("utf-8")  # Bottle drops what is not: /users/%ffann would be ann
         except UnicodeDecodeError:
-            raise Refused(400, "path") from None
+            raise HttpRefusal(400, "path") from None
         path = whole
     return path.decode("latin-1")
 
@@ -276,19 +276,19 @@ class Connection:
     def on_url(self, piece):
         self.target += piece
         if len(self.target) > self.limits.request_line_bytes - 18:  # "OPTIONS ", " HTTP/1.1" and an edge
-            raise Refused(414, "request target")
+            raise HttpRefusal(414, "request target")
 
     def on_header(self, name, value):
         self.count += 1
         self.size += len(name) + len(value) + 4
         if self.count > self.limits.headers or self.size > self.limits.header_bytes:
-            raise Refused(431, "header size")
+            raise HttpRefusal(431, "header size")
         if self.headed:
             return  # A trailer field: discarded. RFC 9110 §6.5.1
         key = self.names[name]
         if key in self.environ:
-            if key in SINGLE:
-                raise Refused(400, "repeated header field")
+            if key in NO_REPEAT:
+                raise HttpRefusal(400, "repeated header field")
             self.environ[key] += ("; " if key == "HTTP_COOKIE" else ", ") + value.decode("latin-1").rstrip(" \t")
         elif key:
             self.environ[key] = value.decode("latin-1").rstrip(" \t")
@@ -300,7 +300,7 @@ class Connection:
             if name.lower() not in Names.FORWARDED:
                 return
             if name.lower() in self.dropped:
-                raise Refused(400, "repeated header field")
+                raise HttpRefusal(400, "repeated header field")
             self.dropped += (name.lower(),)
 
     def on_headers_complete(self):
@@ -308,28 +308,28 @@ class Connection:
         self.headed, self.count, self.wire = True, 0, 0
         token, version = parser.get_method(), parser.get_http_version()
         if version != "1.1" and version != "1.0":
-            raise Refused(505, "version")
+            raise HttpRefusal(505, "version")
         # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space. `place` keeps out the requests before.
         start = self.seen.find(b"\n%b %b HTTP/%b\r\n" % (token, target, version.encode()), self.place)
         if start < 0:
-            raise Refused(400, "request line")
+            raise HttpRefusal(400, "request line")
         self.place = self.seen.find(b"\r\n\r\n", start) + 3  # the last line feed of the header
         method = METHODS.get(token)
         if method is None:
-            raise Refused(501, "method")
+            raise HttpRefusal(501, "method")
         if self.size + len(target) > limits.header_bytes:
-            raise Refused(431, "header size")
+            raise HttpRefusal(431, "header size")
 
         # RFC 9112 §3.2: exactly one Host, and the target's authority is the same.
         host = environ.get("HTTP_HOST")
         if host is None and version == "1.1" or host is not None and not HOST.fullmatch(host):
-            raise Refused(400, "Host")
+            raise HttpRefusal(400, "Host")
         if b"#" in target:
-            raise Refused(400, "fragment")
+            raise HttpRefusal(400, "fragment")
         if not target.startswith(b"/"):
             absolute = ABSOLUTE.fullmatch(target)
             if not absolute or host is None or absolute[1].decode("latin-1").lower() != host.lower():
-                raise Refused(400, "request target")
+                raise HttpRefusal(400, "request target")
             target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
         path, _, query = target.partition(b"?")
         environ["REQUEST_METHOD"] = method
@@ -343,28 +343,28 @@ class Connection:
         length = environ.get("CONTENT_LENGTH")
         if coding is not None:
             if version == "1.0" or length is not None:
-                raise Refused(400, "Transfer-Encoding")
+                raise HttpRefusal(400, "Transfer-Encoding")
             if coding.lower() != "chunked":
-                raise Refused(501, "Transfer-Encoding")
+                raise HttpRefusal(501, "Transfer-Encoding")
             self.chunked = True
         if length is not None:
             if not (length.isascii() and length.isdigit()):
-                raise Refused(400, "Content-Length")
+                raise HttpRefusal(400, "Content-Length")
             if len(length) > 18 or int(length) > limits.body_bytes:
-                raise Refused(413, "content size")
+                raise HttpRefusal(413, "content size")
         content = self.chunked or length is not None and int(length) > 0
         # Upgrade may be ignored (RFC 9110 §7.8), but llhttp stops at one and would not read its content.
         if content and parser.should_upgrade():
-            raise Refused(400, "Upgrade with content")
+            raise HttpRefusal(400, "Upgrade with content")
         expect = environ.pop("HTTP_EXPECT", None)
         if expect is not None and version == "1.1":
             if expect.lower() != "100-continue":
-                raise Refused(417, "Expect")
+                raise HttpRefusal(417, "Expect")
             self.expecting = content
         if self.trusted:
             forwarded_for = environ.get("HTTP_X_FORWARDED_FOR")
             if forwarded_for:
-                peer = prove_peer(self.address, forwarded_for, self.server.trusted_proxies)
+                peer = client_address(self.address, forwarded_for, self.server.trusted_proxies)
                 environ["REMOTE_ADDR"] = environ["microauthd.peer"] = peer
             # The nearest proxy writes last.
             if environ.get("HTTP_X_FORWARDED_PROTO", "").rpartition(",")[2].strip().lower() == "https":
@@ -377,7 +377,7 @@ class Connection:
         if self.chunked:
             self.length += len(piece)
             if self.length > self.limits.body_bytes:
-                raise Refused(413, "content size")
+                raise HttpRefusal(413, "content size")
 
     def on_message_complete(self):
         environ, body = self.environ, b"".join(self.body)
@@ -397,7 +397,7 @@ class Connection:
             # RFC 9112 §2.2: an empty line before the request line is forgiven. Two are, no more.
             self.wire += len(data) - len(data.lstrip(b"\r\n"))
             if self.wire > 4:
-                self.refusal = Refused(400, "empty lines")
+                self.refusal = HttpRefusal(400, "empty lines")
                 return
         before = self.environ
         if before is not None and not self.headed:
@@ -410,15 +410,15 @@ class Connection:
             pass  # the request is whole, and the last one: what follows it is not HTTP
         except httptools.HttpParserError as error:
             cause = error.__context__
-            if isinstance(cause, Refused):
-                self.refusal = Refused(cause.status, cause.reason)  # without the traceback and what it holds
+            if isinstance(cause, HttpRefusal):
+                self.refusal = HttpRefusal(cause.status, cause.reason)  # without the traceback and what it holds
             elif cause is not None:
                 self.server.log("error", server=self.server.name, exc_info=(type(cause), cause, cause.__traceback__))
-                self.refusal = Refused(500, "error")
+                self.refusal = HttpRefusal(500, "error")
             elif data.startswith(b"\x16\x03") and not self.target:
-                self.refusal = Refused(0, "TLS on a plain port")
+                self.refusal = HttpRefusal(0, "TLS on a plain port")
             else:
-                self.refusal = Refused(505 if str(error) == "Invalid HTTP version" else 400, str(error))
+                self.refusal = HttpRefusal(505 if str(error) == "Invalid HTTP version" else 400, str(error))
             return
         if self.environ is None or self.headed:
             self.seen = b""
@@ -427,12 +427,12 @@ class Connection:
             self.wire += len(data)
             if not self.headed:
                 if self.wire > limits.header_bytes:
-                    self.refusal = Refused(431, "header size")
+                    self.refusal = HttpRefusal(431, "header size")
                 elif self.parser.get_http_version() == "0.9":
-                    self.refusal = Refused(505, "version")
+                    self.refusal = HttpRefusal(505, "version")
             # Sizes, extensions and trailers of chunks reach no callback, so they are weighed raw.
-            elif self.chunked and self.wire > 4 * limits.body_bytes + RECEIVE:
-                self.refusal = Refused(413, "chunks")
+            elif self.chunked and self.wire > 4 * limits.body_bytes + RECV_SIZE:
+                self.refusal = HttpRefusal(413, "chunks")
 
     def send(self):
         """Send what can be sent without waiting; true when all is. Raises SSLWantReadError and OSError."""
@@ -524,7 +524,7 @@ class Server(cheroot.wsgi.Server):
         self._draining = time.monotonic() + min(0.5, seconds / 2)
         while self._open and time.monotonic() < end:
             self._sweep()
-            nap(0.02)
+            sleep(0.02)
         self.ready = False
         ended = not self._open
         for connection in list(self._open.values()):
@@ -622,7 +622,7 @@ class Server(cheroot.wsgi.Server):
                 ) as error:  # one that ended for it, of memory most likely, would be missing when there is some again
                     if not isinstance(error, MemoryError):
                         self.log("error", server=self.name, exc_info=sys.exc_info())
-                    nap(PATIENCE)
+                    sleep(LEADER_MAX_SECONDS)
                 with self._lock:
                     if self._leader is me:
                         self._leader = None
@@ -645,7 +645,7 @@ class Server(cheroot.wsgi.Server):
                     # Nobody takes the events of a leader that is busy; an idle server wakes nobody.
                     events.poll()
                     turn = self._turn
-                    nap(PATIENCE)
+                    sleep(LEADER_MAX_SECONDS)
                     if self._leader is not None and self._turn != turn:
                         continue
                 with self._lock:
@@ -759,7 +759,7 @@ class Server(cheroot.wsgi.Server):
             if connection.handshaking:
                 self._shake_hands(connection)
             if not (connection.out or connection.requests or connection.refusal is not None or connection.expecting):
-                data = connection.sock.recv(RECEIVE)
+                data = connection.sock.recv(RECV_SIZE)
                 if not data:
                     return 0
                 connection.feed(data)
@@ -817,7 +817,7 @@ class Server(cheroot.wsgi.Server):
             if error.reason == "HTTP_REQUEST":
                 connection.handshaking = False
                 self._bare(connection)
-                connection.refusal = Refused(400, "plain HTTP on a TLS port")
+                connection.refusal = HttpRefusal(400, "plain HTTP on a TLS port")
                 return
             if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
                 self.log(
@@ -848,11 +848,11 @@ class Server(cheroot.wsgi.Server):
 
     def _linger(self, connection):
         try:
-            data = connection.sock.recv(RECEIVE)
+            data = connection.sock.recv(RECV_SIZE)
         except BlockingIOError:
             return select.EPOLLIN
         connection.wire += len(data)
-        return select.EPOLLIN if data and connection.wire < 64 * RECEIVE else 0
+        return select.EPOLLIN if data and connection.wire < 64 * RECV_SIZE else 0
 
     # -- answers --
 
@@ -912,7 +912,7 @@ class Server(cheroot.wsgi.Server):
         """Return the status line and the fields of an answer, checked; remembered, because they repeat."""
         if status[:3] < "200":
             raise ValueError("an application cannot give an interim response")
-        lines = [f"{name}: {value}\r\n" for name, value in headers if name.lower() not in OURS]
+        lines = [f"{name}: {value}\r\n" for name, value in headers if name.lower() not in SERVER_FIELDS]
         fields = "".join(lines)
         # A field is one line, or it is two fields. RFC 9110 §5.5
         if not (fields.count("\r") == fields.count("\n") == len(lines)) or "\0" in fields or not status.isprintable():
@@ -987,7 +987,7 @@ class Server(cheroot.wsgi.Server):
                 elif connection.environ is None or connection.out or connection.requests or connection.lingering:
                     self._close(connection)
                 else:
-                    connection.refusal = Refused(408, "time")
+                    connection.refusal = HttpRefusal(408, "time")
                     self._move(connection)
             finally:
                 connection.lock.release()

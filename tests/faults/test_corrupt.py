@@ -13,7 +13,7 @@ import microauthd as m
 import pytest
 from box import Box
 from ledger import Line
-from appliance.base import Refusal
+from appliance.base import StartupError
 from appliance.base.settings import CONFIG_HEAD, parse_config
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
@@ -273,7 +273,7 @@ class TestKeys:
             path.write_bytes(content[:at] + letters[(letters.index(content[at]) + 1) % 64 :][:1] + content[at + 1 :])
             try:
                 keys = [m.Key(entry) for entry in m.read_ring(path, "")]
-            except Refusal:
+            except StartupError:
                 refused += 1
                 continue
             assert sorted(key.kid for key in keys) == whole, at
@@ -323,6 +323,6 @@ class TestConfig:
         content = (boxes["plain"].folder / "mad.conf").read_text()
         whole = parse_config(content, "mad.conf")
         for at in range(1, len(content)):
-            with contextlib.suppress(Refusal):
+            with contextlib.suppress(StartupError):
                 if content[:at].startswith(CONFIG_HEAD):  # before that it is a comment, and nothing
                     assert parse_config(content[:at], "mad.conf") == whole, at
