@@ -2131,7 +2131,7 @@ def check_totp(idp, account, code) -> str:
 
 def rehash(idp, account, password):
     """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(Problem, Unavailable):
         idp.store.set_password_hash(account.id, idp.hasher.hash(password), idp.now(), account.password_hash)
 
 
@@ -3284,7 +3284,7 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
         return
     if len(idp.replays) >= 4096:
         idp.replays.clear()
-    with contextlib.suppress(Problem):  # where nothing can be written, a dead token is refused all the same
+    with contextlib.suppress(Problem, Unavailable):  # where nothing can be written, a dead token is refused all the same
         audit(
             idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
             FAILURE,
