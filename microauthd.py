@@ -1090,7 +1090,7 @@ def read_time(value: str | int) -> int | None:
         return FOREVER
     if found.year == 1:
         return 0
-    return int((found if found.tzinfo else found.replace(tzinfo=datetime.timezone.utc)).timestamp())
+    return int((found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp())
 
 
 # == Secrets ===================================================================
@@ -1817,7 +1817,7 @@ class KeyRing:
             if key is None or len(token) > 8192:
                 raise Problem("invalid_token", log="not signed by a key of this port")
             try:
-                body, dot, signature = rest.partition(".")
+                body, _, signature = rest.partition(".")
                 key.verify(unb64url(signature), f"{header}.{body}".encode())
                 claims = msgspec.json.decode(unb64url(body))
             except (InvalidSignature, ValueError, binascii.Error):
@@ -3626,7 +3626,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     if account is None:
         answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
         actor = (
-            (row.client_id, origin.peer, origin.user_agent[:200], origin.request_id, now)[:4]
+            (row.client_id, origin.peer, origin.user_agent[:200], origin.request_id)
             if options.enable_audit_logging
             else None
         )
@@ -4358,14 +4358,6 @@ class Params:
             raise Problem("invalid_request", log=f"no {name}")
         return value
 
-    def whole(self, name: str, default: int, most: int) -> int:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not re.fullmatch(r"[0-9]{1,9}", value):
-            raise Problem("invalid_request", errors={name: "must be a whole number"})
-        return min(int(value), most)
-
 
 # -- guards: who is calling --
 
@@ -4494,16 +4486,12 @@ def by_scope(name):
     return guard
 
 
-def by_admin(permission=""):
+def by_admin(idp: Idp, params) -> dict:
     """A guard for the living ADMIN tokens of users who are administrators still."""
-
-    def guard(idp, params) -> dict:
-        claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
-        if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
-            raise Problem("invalid_token", log="not an administrator any more")
-        return claims
-
-    return guard
+    claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
+    if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
+        raise Problem("invalid_token", log="not an administrator any more")
+    return claims
 
 
 # -- versions and pages --
@@ -6289,7 +6277,7 @@ def admin_token(idp, params):
     }
 
 
-@ADMIN("POST", "/logout", guard=by_admin(), spec="mad session logout", form=BearerForm, gives=Msg)
+@ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)
 def admin_logout(idp, claims, params):
     """End the login this token belongs to."""
     revoke_family(idp, params.origin, claims["sub"], claims["sid"], "logout", "admin")
@@ -6299,32 +6287,32 @@ def admin_logout(idp, claims, params):
 # -- users --
 
 
-@ADMIN("POST", "/users", guard=by_admin(), spec="contract/admin §3.2", takes=CreateUser, gives=UserObject)
+@ADMIN("POST", "/users", guard=by_admin, spec="contract/admin §3.2", takes=CreateUser, gives=UserObject)
 def admin_create_user(idp, claims, params):
     """Create a user."""
     return user_object(create_user(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/users", guard=by_admin(), spec="contract/admin §3.2", query=ListUsers, gives=list[UserObject])
+@ADMIN("GET", "/users", guard=by_admin, spec="contract/admin §3.2", query=ListUsers, gives=list[UserObject])
 def admin_list_users(idp, claims, params):
     """The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their number in X-Total-Count."""
     return list_users(idp, params)
 
 
-@ADMIN("GET", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", gives=UserObject, versioned=True)
+@ADMIN("GET", "/users/<id>", guard=by_admin, spec="contract/admin §3.2", gives=UserObject, versioned=True)
 def admin_get_user(idp, claims, params):
     """One user, by id or name."""
     return user_object(get_user(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.2", gives=Found)
+@ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.2", gives=Found)
 def admin_user_id(idp, claims, params):
     """The id of a user name."""
     return Found(get_user(idp, params.path["name"]).id)
 
 
 @ADMIN(
-    "PUT", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject,
+    "PUT", "/users/<id>", guard=by_admin, spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject,
     versioned=True,
 )
 def admin_update_user(idp, claims, params):
@@ -6333,7 +6321,7 @@ def admin_update_user(idp, claims, params):
         return user_object(update_user(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/users/<id>", guard=by_admin(), spec="contract/admin §3.2", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/users/<id>", guard=by_admin, spec="contract/admin §3.2", gives=Msg, versioned=True)
 def admin_delete_user(idp, claims, params):
     """Delete a user and everything that hangs on it. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
@@ -6341,7 +6329,7 @@ def admin_delete_user(idp, claims, params):
     return msg("User deleted.")
 
 
-@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin(), spec="contract/admin §3.2", gives=Msg)
+@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec="contract/admin §3.2", gives=Msg)
 def admin_verify_email(idp, claims, params):
     """Mark the e-mail address of a user as verified."""
     verify_email(idp, params.origin, claims["sub"], params.path["id"])
@@ -6349,7 +6337,7 @@ def admin_verify_email(idp, claims, params):
 
 
 @ADMIN(
-    "POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin(), spec="contract/admin §3.2",
+    "POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec="contract/admin §3.2",
     gives=Msg,
 )
 def admin_deactivate_user(idp, claims, params):
@@ -6358,14 +6346,14 @@ def admin_deactivate_user(idp, claims, params):
     return msg("User deactivated.")
 
 
-@ADMIN("POST", "/users/<id>/activate", guard=by_admin(), spec="contract/admin §3.2", gives=Msg)
+@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec="contract/admin §3.2", gives=Msg)
 def admin_activate_user(idp, claims, params):
     """Let a user in again."""
     set_user_active(idp, params.origin, claims["sub"], params.path["id"], True)
     return msg("User activated.")
 
 
-@ADMIN("POST", "/users/<id>/reset", guard=by_admin(), spec="contract/admin §3.2", takes=ResetPassword, gives=Msg)
+@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec="contract/admin §3.2", takes=ResetPassword, gives=Msg)
 def admin_reset_password(idp, claims, params):
     """Give a user a new password, and end all the old one opened."""
     reset_password(
@@ -6374,21 +6362,21 @@ def admin_reset_password(idp, claims, params):
     return msg("Password reset; every login of the user is ended.")
 
 
-@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin(), spec="contract/admin §3.2", takes=SetLockout, gives=Msg)
+@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec="contract/admin §3.2", takes=SetLockout, gives=Msg)
 def admin_set_lockout(idp, claims, params):
     """Lock a user out until a time, which ends all it has; null or the year 1 clears every lockout."""
     set_lockout(idp, params.origin, claims["sub"], params.path["id"], params.body.lockout_until)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin(), spec="contract/admin §3.2", gives=Msg)
+@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec="contract/admin §3.2", gives=Msg)
 def admin_clear_lockout(idp, claims, params):
     """End every lockout of a user, of passwords and of one-time codes."""
     set_lockout(idp, params.origin, claims["sub"], params.path["id"], None)
     return msg("Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
+@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
@@ -6397,7 +6385,7 @@ def admin_revoke_user(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/users/verify-password", guard=by_admin(), spec="contract/admin §6", takes=VerifyPassword,
+    "POST", "/users/verify-password", guard=by_admin, spec="contract/admin §6", takes=VerifyPassword,
     gives=PasswordVerdict,
 )
 def admin_verify_password(idp, claims, params):
@@ -6438,7 +6426,7 @@ def write_below(root: str, folder: str, name: str, content: bytes):
 
 
 @ADMIN(
-    "POST", "/users/<id>/totp/enroll", guard=by_admin(), spec="contract/admin §3.3", takes=EnrolTotp,
+    "POST", "/users/<id>/totp/enroll", guard=by_admin, spec="contract/admin §3.3", takes=EnrolTotp,
     gives=TotpEnrolment,
 )
 def admin_enrol_totp(idp, claims, params):
@@ -6450,7 +6438,7 @@ def admin_enrol_totp(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/users/<id>/totp/generate", guard=by_admin(), spec="contract/admin §3.3", takes=GenerateTotp, gives=TotpQr
+    "POST", "/users/<id>/totp/generate", guard=by_admin, spec="contract/admin §3.3", takes=GenerateTotp, gives=TotpQr
 )
 def admin_generate_totp(idp, claims, params):
     """Make a second factor for a user and write its QR code to a file below totp-qr-output-root."""
@@ -6473,14 +6461,14 @@ def admin_generate_totp(idp, claims, params):
     return TotpQr(True, name, name)
 
 
-@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin(), spec="contract/admin §3.3", takes=ConfirmTotp, gives=Msg)
+@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec="contract/admin §3.3", takes=ConfirmTotp, gives=Msg)
 def admin_confirm_totp(idp, claims, params):
     """Put a new second factor in force by its first code; 403 where the code is wrong."""
     confirm_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.code)
     return msg("Second factor enabled.")
 
 
-@ADMIN("POST", "/users/totp/verify", guard=by_admin(), spec="contract/admin §3.3", takes=VerifyTotp, gives=Msg)
+@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec="contract/admin §3.3", takes=VerifyTotp, gives=Msg)
 def admin_verify_totp(idp, claims, params):
     """The same, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
@@ -6488,14 +6476,14 @@ def admin_verify_totp(idp, claims, params):
     return msg("Second factor enabled.")
 
 
-@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin(), spec="contract/admin §3.3", gives=Msg)
+@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec="contract/admin §3.3", gives=Msg)
 def admin_disable_totp(idp, claims, params):
     """Take the second factor of a user away."""
     disable_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
-@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin(), spec="contract/admin §3.3", gives=Msg)
+@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec="contract/admin §3.3", gives=Msg)
 def admin_disable_client_totp(idp, claims, params):
     """The same; a second factor belongs to the user, so the client is only checked to demand one."""
     totp_issuer(idp, params.path["client_id"])
@@ -6510,13 +6498,13 @@ def role_object(role: Role) -> RoleObject:
     return RoleObject(role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active))
 
 
-@ADMIN("POST", "/roles", guard=by_admin(), spec="contract/admin §3.6", takes=CreateRole, gives=RoleObject)
+@ADMIN("POST", "/roles", guard=by_admin, spec="contract/admin §3.6", takes=CreateRole, gives=RoleObject)
 def admin_create_role(idp, claims, params):
     """Create a role."""
     return role_object(create_role(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/roles", guard=by_admin(), spec="contract/admin §3.6", query=ListNamed, gives=list[RoleObject])
+@ADMIN("GET", "/roles", guard=by_admin, spec="contract/admin §3.6", query=ListNamed, gives=list[RoleObject])
 def admin_list_roles(idp, claims, params):
     """The roles by name, those matching `q`, a page at a time."""
     query = params.query
@@ -6524,20 +6512,20 @@ def admin_list_roles(idp, claims, params):
     return listed(params, [role_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=RoleObject, versioned=True)
+@ADMIN("GET", "/roles/<id>", guard=by_admin, spec="contract/admin §3.6", gives=RoleObject, versioned=True)
 def admin_get_role(idp, claims, params):
     """One role, by id or name."""
     return role_object(get_role(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/roles/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.6", gives=Found)
+@ADMIN("GET", "/roles/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.6", gives=Found)
 def admin_role_id(idp, claims, params):
     """The id of a role name."""
     return Found(get_role(idp, params.path["name"]).id)
 
 
 @ADMIN(
-    "PUT", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject,
+    "PUT", "/roles/<id>", guard=by_admin, spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject,
     versioned=True,
 )
 def admin_update_role(idp, claims, params):
@@ -6546,7 +6534,7 @@ def admin_update_role(idp, claims, params):
         return role_object(update_role(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/roles/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/roles/<id>", guard=by_admin, spec="contract/admin §3.6", gives=Msg, versioned=True)
 def admin_delete_role(idp, claims, params):
     """Delete a role; whoever had it logs in anew. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
@@ -6554,7 +6542,7 @@ def admin_delete_role(idp, claims, params):
     return msg("Role deleted.")
 
 
-@ADMIN("POST", "/roles/assign", guard=by_admin(), spec="contract/admin §3.6", takes=RoleMember, gives=Msg)
+@ADMIN("POST", "/roles/assign", guard=by_admin, spec="contract/admin §3.6", takes=RoleMember, gives=Msg)
 def admin_assign_role(idp, claims, params):
     """Give a user a role."""
     assign_role(idp, params.origin, claims["sub"], params.body.user_id, params.body.role_id)
@@ -6562,7 +6550,7 @@ def admin_assign_role(idp, claims, params):
 
 
 @ADMIN(
-    "POST", ("/roles/unassign", "/roles/remove"), guard=by_admin(), spec="contract/admin §3.6", takes=RoleMember,
+    "POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec="contract/admin §3.6", takes=RoleMember,
     gives=Msg,
 )
 def admin_unassign_role(idp, claims, params):
@@ -6571,13 +6559,13 @@ def admin_unassign_role(idp, claims, params):
     return msg("Role unassigned.")
 
 
-@ADMIN("GET", "/roles/user/<id>", guard=by_admin(), spec="contract/admin §3.6", gives=list[str])
+@ADMIN("GET", "/roles/user/<id>", guard=by_admin, spec="contract/admin §3.6", gives=list[str])
 def admin_list_role_ids_of_user(idp, claims, params):
     """The ids of the roles of a user."""
     return [role.id for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("GET", "/users/<id>/roles", guard=by_admin(), spec="contract/admin §3.6", query=ListRoles, gives=list[NameRef])
+@ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec="contract/admin §3.6", query=ListRoles, gives=list[NameRef])
 def admin_list_roles_of_user(idp, claims, params):
     """The roles of a user, or with `all` every role there is."""
     user = get_user(idp, params.path["id"])
@@ -6590,7 +6578,7 @@ def admin_list_roles_of_user(idp, claims, params):
 
 
 @ADMIN(
-    "PUT", "/users/<id>/roles", guard=by_admin(), spec="contract/admin §3.6", takes=list[RoleRef] | SetRoles, gives=Msg
+    "PUT", "/users/<id>/roles", guard=by_admin, spec="contract/admin §3.6", takes=list[RoleRef] | SetRoles, gives=Msg
 )
 def admin_set_roles(idp, claims, params):
     """Give a user exactly these roles, all or none."""
@@ -6599,7 +6587,7 @@ def admin_set_roles(idp, claims, params):
     return msg("Roles set.")
 
 
-@ADMIN("GET", "/roles/<id>/users", guard=by_admin(), spec="contract/admin §3.6", query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec="contract/admin §3.6", query=Paged, gives=list[UserObject])
 def admin_list_users_of_role(idp, claims, params):
     """The users who have a role, a page at a time."""
     rows, total = idp.store.list_accounts(
@@ -6616,13 +6604,13 @@ def name_ref(row: Permission) -> NameRef:
     return NameRef(row.id, row.name)
 
 
-@ADMIN("POST", "/permissions", guard=by_admin(), spec="contract/admin §3.7", takes=CreatePermission, gives=NameRef)
+@ADMIN("POST", "/permissions", guard=by_admin, spec="contract/admin §3.7", takes=CreatePermission, gives=NameRef)
 def admin_create_permission(idp, claims, params):
     """Create a permission."""
     return name_ref(create_permission(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/permissions", guard=by_admin(), spec="contract/admin §3.7", query=ListNamed, gives=list[NameRef])
+@ADMIN("GET", "/permissions", guard=by_admin, spec="contract/admin §3.7", query=ListNamed, gives=list[NameRef])
 def admin_list_permissions(idp, claims, params):
     """The permissions by name, those matching `q`, a page at a time."""
     query = params.query
@@ -6630,26 +6618,26 @@ def admin_list_permissions(idp, claims, params):
     return listed(params, [name_ref(row) for row in rows], total)
 
 
-@ADMIN("GET", "/permissions/retrieve/all", guard=by_admin(), spec="contract/admin §3.7", gives=list[NameRef])
+@ADMIN("GET", "/permissions/retrieve/all", guard=by_admin, spec="contract/admin §3.7", gives=list[NameRef])
 def admin_retrieve_permissions(idp, claims, params):
     """Every permission."""
     return [name_ref(row) for row in idp.store.list_permissions()[0]]
 
 
-@ADMIN("GET", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=NameRef, versioned=True)
+@ADMIN("GET", "/permissions/<id>", guard=by_admin, spec="contract/admin §3.7", gives=NameRef, versioned=True)
 def admin_get_permission(idp, claims, params):
     """One permission, by id or name."""
     return name_ref(get_permission(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/permissions/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.7", gives=Found)
+@ADMIN("GET", "/permissions/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.7", gives=Found)
 def admin_permission_id(idp, claims, params):
     """The id of a permission name."""
     return Found(get_permission(idp, params.path["name"]).id)
 
 
 @ADMIN(
-    "PUT", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef,
+    "PUT", "/permissions/<id>", guard=by_admin, spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef,
     versioned=True,
 )
 def admin_update_permission(idp, claims, params):
@@ -6658,7 +6646,7 @@ def admin_update_permission(idp, claims, params):
         return name_ref(update_permission(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/permissions/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/permissions/<id>", guard=by_admin, spec="contract/admin §3.7", gives=Msg, versioned=True)
 def admin_delete_permission(idp, claims, params):
     """Delete a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
@@ -6666,14 +6654,14 @@ def admin_delete_permission(idp, claims, params):
     return msg("Permission deleted.")
 
 
-@ADMIN("POST", "/permissions/assign", guard=by_admin(), spec="contract/admin §6", takes=PermissionMember, gives=Msg)
+@ADMIN("POST", "/permissions/assign", guard=by_admin, spec="contract/admin §6", takes=PermissionMember, gives=Msg)
 def admin_assign_permission_to(idp, claims, params):
     """Give a role a permission; both in the body."""
     assign_permission(idp, params.origin, claims["sub"], params.body.role_id, params.body.permission_id)
     return msg("Permission assigned.")
 
 
-@ADMIN("POST", "/permissions/remove", guard=by_admin(), spec="contract/admin §6", takes=PermissionMember, gives=Msg)
+@ADMIN("POST", "/permissions/remove", guard=by_admin, spec="contract/admin §6", takes=PermissionMember, gives=Msg)
 def admin_remove_permission_from(idp, claims, params):
     """Take a permission from a role; both in the body."""
     remove_permission(idp, params.origin, claims["sub"], params.body.role_id, params.body.permission_id)
@@ -6681,7 +6669,7 @@ def admin_remove_permission_from(idp, claims, params):
 
 
 @ADMIN(
-    "GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin(), spec="contract/admin §3.7",
+    "GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin, spec="contract/admin §3.7",
     gives=list[NameRef],
 )
 def admin_list_permissions_of_role(idp, claims, params):
@@ -6690,7 +6678,7 @@ def admin_list_permissions_of_role(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/roles/<id>/permissions", guard=by_admin(), spec="contract/admin §3.7", takes=AssignPermission, gives=Msg
+    "POST", "/roles/<id>/permissions", guard=by_admin, spec="contract/admin §3.7", takes=AssignPermission, gives=Msg
 )
 def admin_assign_permission(idp, claims, params):
     """Give a role a permission."""
@@ -6698,26 +6686,26 @@ def admin_assign_permission(idp, claims, params):
     return msg("Permission assigned.")
 
 
-@ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin(), spec="contract/admin §3.7", gives=Msg)
+@ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin, spec="contract/admin §3.7", gives=Msg)
 def admin_remove_permission(idp, claims, params):
     """Take a permission from a role."""
     remove_permission(idp, params.origin, claims["sub"], params.path["id"], params.path["permission_id"])
     return msg("Permission removed.")
 
 
-@ADMIN("GET", "/permissions/user/<id>", guard=by_admin(), spec="contract/admin §3.7", gives=list[NameRef])
+@ADMIN("GET", "/permissions/user/<id>", guard=by_admin, spec="contract/admin §3.7", gives=list[NameRef])
 def admin_list_permissions_of_user(idp, claims, params):
     """What a user may do, by all its roles."""
     return [name_ref(row) for row in idp.store.list_permissions_of_user(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("GET", "/permissions/<id>/roles", guard=by_admin(), spec="contract/admin §3.7", gives=list[RoleObject])
+@ADMIN("GET", "/permissions/<id>/roles", guard=by_admin, spec="contract/admin §3.7", gives=list[RoleObject])
 def admin_list_roles_with_permission(idp, claims, params):
     """The roles that have a permission."""
     return [role_object(role) for role in idp.store.list_roles_with(get_permission(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/check-access", guard=by_admin(), spec="contract/admin §3.7", takes=CheckAccess, gives=AccessVerdict)
+@ADMIN("POST", "/check-access", guard=by_admin, spec="contract/admin §3.7", takes=CheckAccess, gives=AccessVerdict)
 def admin_check_access(idp, claims, params):
     """May this user do this? What is unknown may not."""
     return check_access(idp, params.body)
@@ -6733,13 +6721,13 @@ def scope_object(scope: Scope) -> ScopeObject:
     )
 
 
-@ADMIN("POST", "/scopes", guard=by_admin(), spec="contract/admin §3.8", takes=CreateScope, gives=ScopeObject)
+@ADMIN("POST", "/scopes", guard=by_admin, spec="contract/admin §3.8", takes=CreateScope, gives=ScopeObject)
 def admin_create_scope(idp, claims, params):
     """Create a scope."""
     return scope_object(create_scope(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/scopes", guard=by_admin(), spec="contract/admin §3.8", query=ListNamed, gives=list[ScopeObject])
+@ADMIN("GET", "/scopes", guard=by_admin, spec="contract/admin §3.8", query=ListNamed, gives=list[ScopeObject])
 def admin_list_scopes(idp, claims, params):
     """The scopes by name, those matching `q`, a page at a time."""
     query = params.query
@@ -6747,20 +6735,20 @@ def admin_list_scopes(idp, claims, params):
     return listed(params, [scope_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", gives=ScopeObject, versioned=True)
+@ADMIN("GET", "/scopes/<id>", guard=by_admin, spec="contract/admin §3.8", gives=ScopeObject, versioned=True)
 def admin_get_scope(idp, claims, params):
     """One scope, by id or name."""
     return scope_object(get_scope(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.8", gives=Found)
+@ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.8", gives=Found)
 def admin_scope_id(idp, claims, params):
     """The id of a scope name."""
     return Found(get_scope(idp, params.path["name"]).id)
 
 
 @ADMIN(
-    "PUT", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject,
+    "PUT", "/scopes/<id>", guard=by_admin, spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject,
     versioned=True,
 )
 def admin_update_scope(idp, claims, params):
@@ -6769,7 +6757,7 @@ def admin_update_scope(idp, claims, params):
         return scope_object(update_scope(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/scopes/<id>", guard=by_admin(), spec="contract/admin §3.8", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/scopes/<id>", guard=by_admin, spec="contract/admin §3.8", gives=Msg, versioned=True)
 def admin_delete_scope(idp, claims, params):
     """Delete a scope. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
@@ -6778,7 +6766,7 @@ def admin_delete_scope(idp, claims, params):
 
 
 @ADMIN(
-    "GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin(), spec="contract/admin §3.8",
+    "GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec="contract/admin §3.8",
     gives=list[ScopeObject],
 )
 def admin_list_scopes_of_user(idp, claims, params):
@@ -6786,14 +6774,14 @@ def admin_list_scopes_of_user(idp, claims, params):
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/users/<id>/scopes", guard=by_admin(), spec="contract/admin §3.8", takes=AssignScopes, gives=Msg)
+@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec="contract/admin §3.8", takes=AssignScopes, gives=Msg)
 def admin_assign_scopes_to_user(idp, claims, params):
     """Assign scopes to a user, all or none."""
     added = assign_scopes(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
-@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin(), spec="contract/admin §3.8", gives=Msg)
+@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec="contract/admin §3.8", gives=Msg)
 def admin_remove_scope_from_user(idp, claims, params):
     """Take a scope from a user."""
     remove_scope(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.path["scope_id"])
@@ -6801,7 +6789,7 @@ def admin_remove_scope_from_user(idp, claims, params):
 
 
 @ADMIN(
-    "GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin(), spec="contract/admin §3.8",
+    "GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec="contract/admin §3.8",
     gives=list[ScopeObject],
 )
 def admin_list_scopes_of_client(idp, claims, params):
@@ -6809,14 +6797,14 @@ def admin_list_scopes_of_client(idp, claims, params):
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
 
 
-@ADMIN("POST", "/clients/<id>/scopes", guard=by_admin(), spec="contract/admin §3.8", takes=AssignScopes, gives=Msg)
+@ADMIN("POST", "/clients/<id>/scopes", guard=by_admin, spec="contract/admin §3.8", takes=AssignScopes, gives=Msg)
 def admin_assign_scopes_to_client(idp, claims, params):
     """Assign scopes to a client, all or none."""
     added = assign_scopes(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
-@ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin(), spec="contract/admin §3.8", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin, spec="contract/admin §3.8", gives=Msg)
 def admin_remove_scope_from_client(idp, claims, params):
     """Take a scope from a client."""
     remove_scope(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.path["scope_id"])
@@ -6831,7 +6819,7 @@ def holder_of(idp, wanted: ScopeMember) -> Client | Account:
 
 
 @ADMIN(
-    "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin(), spec="contract/admin §6",
+    "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin, spec="contract/admin §6",
     takes=ScopeMember, gives=Msg,
 )
 def admin_assign_scope_to(idp, claims, params):
@@ -6841,7 +6829,7 @@ def admin_assign_scope_to(idp, claims, params):
 
 
 @ADMIN(
-    "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin(), spec="contract/admin §6",
+    "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin, spec="contract/admin §6",
     takes=ScopeMember, gives=Msg,
 )
 def admin_remove_scope_from(idp, claims, params):
@@ -6850,7 +6838,7 @@ def admin_remove_scope_from(idp, claims, params):
     return msg("Scope removed.")
 
 
-@ADMIN("GET", "/scopes/<id>/users", guard=by_admin(), spec="contract/admin §3.8", query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec="contract/admin §3.8", query=Paged, gives=list[UserObject])
 def admin_list_users_with_scope(idp, claims, params):
     """The users who may be granted a scope, a page at a time."""
     rows, total = idp.store.list_accounts(
@@ -6861,7 +6849,7 @@ def admin_list_users_with_scope(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/scopes/<id>/clients", guard=by_admin(), spec="contract/admin §3.8", query=Paged, gives=list[ClientObject]
+    "GET", "/scopes/<id>/clients", guard=by_admin, spec="contract/admin §3.8", query=Paged, gives=list[ClientObject]
 )
 def admin_list_clients_with_scope(idp, claims, params):
     """The clients that may ask for a scope, a page at a time."""
@@ -6883,13 +6871,13 @@ def client_object(client: Client, secret="") -> ClientObject:
     )
 
 
-@ADMIN("POST", "/clients", guard=by_admin(), spec="contract/admin §3.9", takes=CreateClient, gives=ClientObject)
+@ADMIN("POST", "/clients", guard=by_admin, spec="contract/admin §3.9", takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
     """Register a client; a secret that was made is in this answer and never again."""
     return client_object(*create_client(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/clients", guard=by_admin(), spec="contract/admin §3.9", query=ListClients, gives=list[ClientObject])
+@ADMIN("GET", "/clients", guard=by_admin, spec="contract/admin §3.9", query=ListClients, gives=list[ClientObject])
 def admin_list_clients(idp, claims, params):
     """The clients by display name, those matching `q`, a page at a time."""
     query = params.query
@@ -6897,20 +6885,20 @@ def admin_list_clients(idp, claims, params):
     return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
-@ADMIN("GET", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", gives=ClientObject, versioned=True)
+@ADMIN("GET", "/clients/<id>", guard=by_admin, spec="contract/admin §3.9", gives=ClientObject, versioned=True)
 def admin_get_client(idp, claims, params):
     """One client, by id or client_id."""
     return client_object(get_client(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin(), spec="contract/admin §3.9", gives=Found)
+@ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.9", gives=Found)
 def admin_client_id(idp, claims, params):
     """The internal id of a client_id."""
     return Found(get_client(idp, params.path["name"]).row.id)
 
 
 @ADMIN(
-    "PUT", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject,
+    "PUT", "/clients/<id>", guard=by_admin, spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject,
     versioned=True,
 )
 def admin_update_client(idp, claims, params):
@@ -6919,7 +6907,7 @@ def admin_update_client(idp, claims, params):
         return client_object(update_client(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/clients/<id>", guard=by_admin(), spec="contract/admin §3.9", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/clients/<id>", guard=by_admin, spec="contract/admin §3.9", gives=Msg, versioned=True)
 def admin_delete_client(idp, claims, params):
     """Delete a client, by id or client_id, and end what it holds. Honours If-Match."""
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
@@ -6927,7 +6915,7 @@ def admin_delete_client(idp, claims, params):
     return msg("Client deleted.")
 
 
-@ADMIN("POST", "/clients/<id>/revoke", guard=by_admin(), spec="contract/admin §3.4", gives=Msg)
+@ADMIN("POST", "/clients/<id>/revoke", guard=by_admin, spec="contract/admin §3.4", gives=Msg)
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
     with idp.store.transaction(identity=True):
@@ -6935,13 +6923,13 @@ def admin_revoke_client(idp, claims, params):
     return msg("Everything issued to the client is revoked.")
 
 
-@ADMIN("POST", "/clients/secret", guard=by_admin(), spec="contract/admin §3.9", takes=ChangeSecret, gives=Msg)
+@ADMIN("POST", "/clients/secret", guard=by_admin, spec="contract/admin §3.9", takes=ChangeSecret, gives=Msg)
 def admin_change_secret(idp, claims, params):
     """Give a client a new secret: the message is the secret. The one before lives on for `overlap_seconds`."""
     return msg(change_secret(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/clients/<id>/secrets", guard=by_admin(), spec="contract/admin §3.9", gives=list[SecretObject])
+@ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec="contract/admin §3.9", gives=list[SecretObject])
 def admin_list_secrets(idp, claims, params):
     """The secrets of a client that live, newest first; never the secrets themselves."""
     rows = idp.store.list_secrets(get_client(idp, params.path["id"]).row.id, idp.now())
@@ -6951,7 +6939,7 @@ def admin_list_secrets(idp, claims, params):
     ]
 
 
-@ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin(), spec="contract/admin §3.9", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin, spec="contract/admin §3.9", gives=Msg)
 def admin_delete_secret(idp, claims, params):
     """End one secret of a client."""
     delete_secret(idp, params.origin, claims["sub"], params.path["id"], params.path["secret_id"])
@@ -6965,14 +6953,14 @@ def uri_object(row: ClientUri) -> UriObject:
     return UriObject(row.id, row.client_id, row.uri, row.uri if row.kind == "redirect" else UNSET)
 
 
-@ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin(), spec="contract/admin §3.10", takes=str, gives=Msg)
+@ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin, spec="contract/admin §3.10", takes=str, gives=Msg)
 def admin_delete_redirect_uri_by_body(idp, claims, params):
     """Take a redirect URI from a client, by the id of its record, a JSON string."""
     delete_uri(idp, params.origin, claims["sub"], params.body.strip(), "redirect")
     return msg("Redirect URI removed.")
 
 
-@ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin(), spec="contract/admin §6", gives=Msg)
+@ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin, spec="contract/admin §6", gives=Msg)
 def admin_delete_redirect_uri_by_id(idp, claims, params):
     """The same, with the id in the path."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "redirect")
@@ -6980,7 +6968,7 @@ def admin_delete_redirect_uri_by_id(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/clients/<id>/redirect-uris", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri,
+    "POST", "/clients/<id>/redirect-uris", guard=by_admin, spec="contract/admin §3.10", takes=str | AddUri,
     gives=UriObject, status=201,
 )
 def admin_add_redirect_uri(idp, claims, params):
@@ -6989,13 +6977,13 @@ def admin_add_redirect_uri(idp, claims, params):
     return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "redirect", uri))
 
 
-@ADMIN("GET", "/clients/<id>/redirect-uris", guard=by_admin(), spec="contract/admin §3.10", gives=list[UriObject])
+@ADMIN("GET", "/clients/<id>/redirect-uris", guard=by_admin, spec="contract/admin §3.10", gives=list[UriObject])
 def admin_list_redirect_uris(idp, claims, params):
     """The redirect URIs of a client."""
     return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "redirect")]
 
 
-@ADMIN("DELETE", "/clients/<id>/redirect-uris/<record_id>", guard=by_admin(), spec="contract/admin §3.10", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/redirect-uris/<record_id>", guard=by_admin, spec="contract/admin §3.10", gives=Msg)
 def admin_delete_redirect_uri(idp, claims, params):
     """Take a redirect URI from a client."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "redirect", params.path["id"])
@@ -7003,7 +6991,7 @@ def admin_delete_redirect_uri(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin(), spec="contract/admin §3.10",
+    "POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec="contract/admin §3.10",
     takes=str | AddUri, gives=UriObject, status=201,
 )
 def admin_add_post_logout_redirect_uri(idp, claims, params):
@@ -7013,7 +7001,7 @@ def admin_add_post_logout_redirect_uri(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin(), spec="contract/admin §3.10",
+    "GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec="contract/admin §3.10",
     gives=list[UriObject],
 )
 def admin_list_post_logout_redirect_uris(idp, claims, params):
@@ -7022,7 +7010,7 @@ def admin_list_post_logout_redirect_uris(idp, claims, params):
 
 
 @ADMIN(
-    "DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin(), spec="contract/admin §3.10",
+    "DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin, spec="contract/admin §3.10",
     gives=Msg,
 )
 def admin_delete_post_logout_redirect_uri(idp, claims, params):
@@ -7032,7 +7020,7 @@ def admin_delete_post_logout_redirect_uri(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/clients/<id>/cors-origins", guard=by_admin(), spec="contract/admin §3.10", takes=str | AddUri,
+    "POST", "/clients/<id>/cors-origins", guard=by_admin, spec="contract/admin §3.10", takes=str | AddUri,
     gives=UriObject, status=201,
 )
 def admin_add_cors_origin(idp, claims, params):
@@ -7041,13 +7029,13 @@ def admin_add_cors_origin(idp, claims, params):
     return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "cors_origin", uri))
 
 
-@ADMIN("GET", "/clients/<id>/cors-origins", guard=by_admin(), spec="contract/admin §3.10", gives=list[UriObject])
+@ADMIN("GET", "/clients/<id>/cors-origins", guard=by_admin, spec="contract/admin §3.10", gives=list[UriObject])
 def admin_list_cors_origins(idp, claims, params):
     """The origins a browser may call from for a client."""
     return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "cors_origin")]
 
 
-@ADMIN("DELETE", "/clients/<id>/cors-origins/<record_id>", guard=by_admin(), spec="contract/admin §3.10", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/cors-origins/<record_id>", guard=by_admin, spec="contract/admin §3.10", gives=Msg)
 def admin_delete_cors_origin(idp, claims, params):
     """Take an origin from a client."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "cors_origin", params.path["id"])
@@ -7057,7 +7045,7 @@ def admin_delete_cors_origin(idp, claims, params):
 # -- feature flags of clients --
 
 
-@ADMIN("GET", "/clients/<id>/options", guard=by_admin(), spec="contract/admin §3.11", gives=dict[str, FlagObject])
+@ADMIN("GET", "/clients/<id>/options", guard=by_admin, spec="contract/admin §3.11", gives=dict[str, FlagObject])
 def admin_list_flags(idp, claims, params):
     """Every feature flag of a client, with its option."""
     return list_flags(idp, params.path["id"])
@@ -7072,7 +7060,7 @@ def client_of(params) -> str:
 
 
 @ADMIN(
-    "POST", "/client/options/<flag>", guard=by_admin(), spec="contract/admin §3.11", takes=SetFlag, media=(JSON, FORM),
+    "POST", "/client/options/<flag>", guard=by_admin, spec="contract/admin §3.11", takes=SetFlag, media=(JSON, FORM),
     query=OfClient, gives=Msg,
 )
 def admin_set_flag(idp, claims, params):
@@ -7088,14 +7076,14 @@ def admin_set_flag(idp, claims, params):
     return msg(f"{flag} set.")
 
 
-@ADMIN("GET", "/client/options/<flag>", guard=by_admin(), spec="contract/admin §3.11", query=OfClient, gives=Msg)
+@ADMIN("GET", "/client/options/<flag>", guard=by_admin, spec="contract/admin §3.11", query=OfClient, gives=Msg)
 def admin_get_flag(idp, claims, params):
     """Tell whether a feature is on: the message is True or False."""
     return msg(str(list_flags(idp, client_of(params))[check_flag(params.path["flag"])].is_enabled))
 
 
 @ADMIN(
-    "POST", "/client/options/<flag>/ext", guard=by_admin(), spec="contract/admin §3.11", takes=SetFlagOption,
+    "POST", "/client/options/<flag>/ext", guard=by_admin, spec="contract/admin §3.11", takes=SetFlagOption,
     media=(JSON, FORM), query=OfClient, gives=Msg,
 )
 def admin_set_flag_option(idp, claims, params):
@@ -7104,7 +7092,7 @@ def admin_set_flag_option(idp, claims, params):
     return msg("Option set.")
 
 
-@ADMIN("GET", "/client/options/<flag>/ext", guard=by_admin(), spec="contract/admin §3.11", query=OfClient, gives=Msg)
+@ADMIN("GET", "/client/options/<flag>/ext", guard=by_admin, spec="contract/admin §3.11", query=OfClient, gives=Msg)
 def admin_get_flag_option(idp, claims, params):
     """The option of a feature is the message, empty where it is not set."""
     flag = check_flag(params.path["flag"])
@@ -7124,7 +7112,7 @@ def idp_object(row: ExternalIdp) -> IdpObject:
 
 
 @ADMIN(
-    "GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin(), spec="contract/admin §3.12",
+    "GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec="contract/admin §3.12",
     gives=list[IdpObject],
 )
 def admin_list_idps(idp, claims, params):
@@ -7133,7 +7121,7 @@ def admin_list_idps(idp, claims, params):
 
 
 @ADMIN(
-    "POST", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin(), spec="contract/admin §3.12",
+    "POST", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec="contract/admin §3.12",
     takes=PutIdp, gives=IdpObject, status=201,
 )
 def admin_add_idp(idp, claims, params):
@@ -7142,7 +7130,7 @@ def admin_add_idp(idp, claims, params):
 
 
 @ADMIN(
-    "GET", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(),
+    "GET", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin,
     spec="contract/admin §3.12", gives=IdpObject,
 )
 def admin_get_idp(idp, claims, params):
@@ -7154,7 +7142,7 @@ def admin_get_idp(idp, claims, params):
 
 
 @ADMIN(
-    "PUT", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(),
+    "PUT", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin,
     spec="contract/admin §3.12", takes=PutIdp, gives=IdpObject,
 )
 def admin_update_idp(idp, claims, params):
@@ -7163,7 +7151,7 @@ def admin_update_idp(idp, claims, params):
 
 
 @ADMIN(
-    "DELETE", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin(),
+    "DELETE", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin,
     spec="contract/admin §3.12", gives=Msg,
 )
 def admin_delete_idp(idp, claims, params):
@@ -7175,7 +7163,7 @@ def admin_delete_idp(idp, claims, params):
 # -- sessions and tokens --
 
 
-@ADMIN("GET", "/sessions", guard=by_admin(), spec="contract/admin §3.4", query=ListSessions, gives=list[SessionObject])
+@ADMIN("GET", "/sessions", guard=by_admin, spec="contract/admin §3.4", query=ListSessions, gives=list[SessionObject])
 def admin_list_sessions(idp, claims, params):
     """The sessions, newest first, of one user or client where asked, a page at a time."""
     query = params.query
@@ -7185,14 +7173,14 @@ def admin_list_sessions(idp, claims, params):
     return listed(params, [session_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/sessions/<jti>", guard=by_admin(), spec="contract/admin §3.4", gives=SessionObject)
+@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec="contract/admin §3.4", gives=SessionObject)
 def admin_get_session(idp, claims, params):
     """One session, by the jti of its token."""
     return session_object(get_session(idp, params.path["jti"]))
 
 
 @ADMIN(
-    "GET", "/sessions/user/<id>", guard=by_admin(), spec="contract/admin §3.4", query=Paged, gives=list[SessionObject]
+    "GET", "/sessions/user/<id>", guard=by_admin, spec="contract/admin §3.4", query=Paged, gives=list[SessionObject]
 )
 def admin_list_sessions_of_user(idp, claims, params):
     """The sessions of a user, newest first, a page at a time."""
@@ -7206,7 +7194,7 @@ def admin_list_sessions_of_user(idp, claims, params):
 
 
 @ADMIN(
-    "DELETE", "/sessions/<jti>", guard=by_admin(), spec="contract/admin §3.4", gives=Revoked,
+    "DELETE", "/sessions/<jti>", guard=by_admin, spec="contract/admin §3.4", gives=Revoked,
     option="enable_token_revocation",
 )
 def admin_revoke_session(idp, claims, params):
@@ -7216,7 +7204,7 @@ def admin_revoke_session(idp, claims, params):
 
 
 @ADMIN(
-    "POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin(), spec="contract/admin §3.4", takes=PurgeTokens,
+    "POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin, spec="contract/admin §3.4", takes=PurgeTokens,
     gives=Msg,
 )
 def admin_purge_sessions(idp, claims, params):
@@ -7227,7 +7215,7 @@ def admin_purge_sessions(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/revoke", guard=by_admin(), spec="contract/admin §3.4", takes=TokenIn, media=(JSON, FORM), gives=Msg,
+    "POST", "/revoke", guard=by_admin, spec="contract/admin §3.4", takes=TokenIn, media=(JSON, FORM), gives=Msg,
     option="enable_token_revocation",
 )
 def admin_revoke_token(idp, claims, params):
@@ -7237,7 +7225,7 @@ def admin_revoke_token(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/introspect", guard=by_admin(), spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict
+    "POST", "/introspect", guard=by_admin, spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict
 )
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
@@ -7247,7 +7235,7 @@ def admin_introspect(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/refresh-tokens", guard=by_admin(), spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject],
+    "GET", "/refresh-tokens", guard=by_admin, spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject],
     option="enable_token_refresh",
 )
 def admin_list_refresh_tokens(idp, claims, params):
@@ -7257,7 +7245,7 @@ def admin_list_refresh_tokens(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/refresh-tokens/<id>", guard=by_admin(), spec="contract/admin §3.5", gives=RefreshTokenObject,
+    "GET", "/refresh-tokens/<id>", guard=by_admin, spec="contract/admin §3.5", gives=RefreshTokenObject,
     option="enable_token_refresh",
 )
 def admin_get_refresh_token(idp, claims, params):
@@ -7269,7 +7257,7 @@ def admin_get_refresh_token(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/refresh-tokens/user/<id>", guard=by_admin(), spec="contract/admin §3.5", query=Paged,
+    "GET", "/refresh-tokens/user/<id>", guard=by_admin, spec="contract/admin §3.5", query=Paged,
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def admin_list_refresh_tokens_of_user(idp, claims, params):
@@ -7284,7 +7272,7 @@ def admin_list_refresh_tokens_of_user(idp, claims, params):
 
 
 @ADMIN(
-    "DELETE", "/refresh-tokens/<id>", guard=by_admin(), spec="contract/admin §6", gives=Msg,
+    "DELETE", "/refresh-tokens/<id>", guard=by_admin, spec="contract/admin §6", gives=Msg,
     option="enable_token_refresh",
 )
 def admin_revoke_refresh_token(idp, claims, params):
@@ -7294,7 +7282,7 @@ def admin_revoke_refresh_token(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/refresh-tokens/purge", guard=by_admin(), spec="contract/admin §3.5", takes=PurgeTokens, gives=Msg,
+    "POST", "/refresh-tokens/purge", guard=by_admin, spec="contract/admin §3.5", takes=PurgeTokens, gives=Msg,
     option="enable_token_refresh",
 )
 def admin_purge_refresh_tokens(idp, claims, params):
@@ -7320,7 +7308,7 @@ def read_moment(value, member, default) -> int:
     return moment
 
 
-@ADMIN("GET", "/audit-logs", guard=by_admin(), spec="contract/admin §3.13", query=ListAudit, gives=list[AuditObject])
+@ADMIN("GET", "/audit-logs", guard=by_admin, spec="contract/admin §3.13", query=ListAudit, gives=list[AuditObject])
 def admin_list_audit(idp, claims, params):
     """Audit rows, newest first; with `after` those that came since, oldest first."""
     query = params.query
@@ -7335,14 +7323,14 @@ def admin_list_audit(idp, claims, params):
     return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
 
 
-@ADMIN("GET", "/audit-logs/verify", guard=by_admin(), spec="append-only audit log", gives=AuditVerdict)
+@ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
 def admin_verify_audit(idp, claims, params):
     """Walk the hash chain of the whole audit log, and tell whether a row was altered or is missing."""
     return AuditVerdict(**idp.store.verify_audit())
 
 
 @ADMIN(
-    "GET", "/audit-logs/export", guard=by_admin(), spec="append-only audit log", query=ExportAudit, gives=AuditObject,
+    "GET", "/audit-logs/export", guard=by_admin, spec="append-only audit log", query=ExportAudit, gives=AuditObject,
     gives_media="application/x-ndjson",
 )
 def admin_export_audit(idp, claims, params):
@@ -7353,7 +7341,7 @@ def admin_export_audit(idp, claims, params):
     return Page(b"".join(ENCODE(audit_object(row)) + b"\n" for row in rows), "application/x-ndjson", headers=more)
 
 
-@ADMIN("GET", "/audit-logs/<id>", guard=by_admin(), spec="contract/admin §3.13", gives=AuditObject)
+@ADMIN("GET", "/audit-logs/<id>", guard=by_admin, spec="contract/admin §3.13", gives=AuditObject)
 def admin_get_audit(idp, claims, params):
     """One audit row."""
     row = idp.store.find_audit(int(params.path["id"])) if re.fullmatch(r"[0-9]{1,15}", params.path["id"]) else None
@@ -7362,7 +7350,7 @@ def admin_get_audit(idp, claims, params):
     return audit_object(row)
 
 
-@ADMIN("POST", "/audit-logs/purge", guard=by_admin(), spec="contract/admin §3.13", takes=PurgeAudit, gives=Msg)
+@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec="contract/admin §3.13", takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days, which is itself written down."""
     count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, sleep)
@@ -7372,7 +7360,7 @@ def admin_purge_audit(idp, claims, params):
 # -- description --
 
 
-@ADMIN("POST", "/backup", guard=by_admin(), spec="online backup", takes=MakeBackup, gives=BackupObject)
+@ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject)
 def admin_make_backup(idp, claims, params):
     """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is set."""
     with idp.hasher.gate.blocking():
@@ -7380,7 +7368,7 @@ def admin_make_backup(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/backup/<name>", guard=by_admin(), spec="online backup", query=BackupPiece, gives=bytes,
+    "GET", "/backup/<name>", guard=by_admin, spec="online backup", query=BackupPiece, gives=bytes,
     gives_media="application/octet-stream",
 )
 def admin_read_backup(idp, claims, params):
@@ -7389,7 +7377,7 @@ def admin_read_backup(idp, claims, params):
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 
-@ADMIN("DELETE", "/backup/<name>", guard=by_admin(), spec="online backup", gives=Msg)
+@ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg)
 def admin_delete_backup(idp, claims, params):
     """Remove a backup from `backup-folder`."""
     idp.machine.delete_backup(idp, params.origin, claims["sub"], params.path["name"])

@@ -44,9 +44,7 @@ class LogFile(logging.Handler):
     def emit(self, record):
         try:
             line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
-            if self.descriptor is None:
-                self.open()
-            elif not self.same_file():
+            if self.descriptor is None or not self.same_file():
                 self.open()
             if os.fstat(self.descriptor).st_size > self.max_bytes:
                 self.rotate()

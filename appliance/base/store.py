@@ -1437,9 +1437,6 @@ class Store(Database):
         where = " AND ".join(["1 = 1", *(f"refresh_token.{name} = :{name}" for name in wanted)])
         return self.page(ListedRefreshToken, f"{LISTED_REFRESH_TOKENS} WHERE {where}", sort, limit, offset, **wanted)
 
-    def list_refresh_tokens_of(self, user_id):
-        return self.list_refresh_tokens(user_id)[0]
-
     def find_refresh_token_by_id(self, id):
         return next(iter(self.list_refresh_tokens(id=id)[0]), None)
 
@@ -1584,12 +1581,6 @@ class Store(Database):
         self.run(
             "UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
             id_sha256=id_sha256, now=now,
-        )
-
-    def strengthen_browser_session(self, id_sha256, amr, now):
-        self.run(
-            "UPDATE browser_session SET amr = :amr, last_seen_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
-            id_sha256=id_sha256, amr=amr, now=now,
         )
 
     def revoke_browser_session(self, id_sha256, now) -> bool:
