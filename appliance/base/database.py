@@ -18,12 +18,12 @@ from appliance.base.log import Log
 
 
 BATCH_SECONDS = 0.02
-BATCH_MAX = 50_000  # rows waiting for the disk before we stop issuing
-LOCK_SECONDS = 5  # how long a write waits for a lock that others hold on the database
-PROBE_SECONDS = 30  # a readiness probe writes something where nothing else was written for so long: flash wears out
+BATCH_MAX = 50_000  # token rows queued in memory; beyond that no token is issued
+LOCK_SECONDS = 5  # SQLite's busy timeout: how long a write waits for another process's lock
+PROBE_SECONDS = 30  # a readiness probe writes only if no write succeeded for so long: writes wear out flash
 SQLITE_MAGIC = b"SQLite format 3\0"
-SPARE_CONNECTIONS = 4  # each holds up to a megabyte
-KDF_ROUNDS = 256_000  # SQLCipher 4's own derivation, so that its tools open the file with the passphrase
+SPARE_CONNECTIONS = 4  # idle connections kept for reuse; each has a page cache of up to a megabyte
+KDF_ROUNDS = 256_000  # SQLCipher 4's default, so that its own tools open the file with the passphrase
 
 
 SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = (
@@ -32,12 +32,12 @@ SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = (
 
 
 def is_busy(error: sqlcipher3.Error) -> bool:
-    """Is somebody else at the database, and nothing wrong with it?"""
+    """Return whether this is SQLITE_BUSY: another connection holds a lock, and nothing is broken."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY
 
 
 class Unavailable(Exception):
-    """The database cannot be read or written just now. `log` is for the operator; `retry_after` is seconds."""
+    """The database cannot be read or written at the moment. `log` is for the operator; `retry_after` is seconds."""
 
     def __init__(self, log: str, retry_after: int):
         super().__init__(log)
@@ -45,21 +45,21 @@ class Unavailable(Exception):
 
 
 class Conflict(Exception):
-    """A row with this name or id is there already, or one it refers to is not."""
+    """A UNIQUE or FOREIGN KEY constraint failed: the name or id exists already, or the row referred to does not."""
 
 
 class Generation:
-    """A counter in memory shared by all processes, which says that cached identity data may be stale.
+    """A counter in shared memory. When it changes, every process drops its cached identity data.
 
-    Each process adds to a slot of its own, so no bump is lost; all slots together are the value.
-    Behind them stands what is wrong with the database, where whoever writes next has to know it:
+    Each process increments a slot of its own, so no bump is lost without a lock between processes; the
+    value is all slots together. The same memory tells all processes the state of the database:
 
-        FAILED    a write has failed, and none has gone through since
-        LOCKED    somebody else holds its lock, and has held it for LOCK_SECONDS
-        UNSYNCED  a sync has failed: what the kernel was to write it may have thrown away
-        HEALED    counts how often writes went through again; connections of before are not used any more
-        BEATS     of each process a count of its own, by which the supervisor knows that it goes on; 0 until it serves
-        PLACE     device and inode of the database, its log and the index of that, which all processes have open
+        FAILED    a write has failed, and no write has succeeded since
+        LOCKED    another process has held the database lock for at least LOCK_SECONDS
+        UNSYNCED  an fsync of the WAL has failed: the kernel may have dropped the dirty pages
+        HEALED    counts recoveries after a failure; connections opened before the last one are closed, not reused
+        BEATS     a heartbeat counter for each process, watched by the supervisor; 0 until the process serves
+        PLACE     device and inode of the database, its -wal and its -shm, as all processes have them open
     """
 
     SLOTS = 66
@@ -86,7 +86,7 @@ class Generation:
 
     @property
     def place(self) -> tuple:
-        """What PLACE says, zeros while nobody serves the database."""
+        """The six numbers stored at PLACE; zeros while no server has the database open."""
         return self.FILES.unpack_from(self.map, self.PLACE)
 
     @place.setter
@@ -97,14 +97,14 @@ class Generation:
 def derive_key(passphrase: str, salt: bytes) -> str:
     """Return SQLCipher's raw key for a passphrase: hex of the 32-byte key and the 16-byte salt.
 
-    Once a start rather than once a connection: the derivation takes a tenth of a second.
+    PBKDF2 takes a tenth of a second, so it runs once at start-up, not for every connection.
     """
     key = hashlib.pbkdf2_hmac("sha512", passphrase.encode(), salt, KDF_ROUNDS, 32)
     return (key + salt).hex()
 
 
 def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
-    """Return the raw key of an existing database, empty where it has none. Raises StartupError with a sentence."""
+    """Return the raw key of an existing database, or "" if it is unencrypted. Raises StartupError with a sentence."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -125,13 +125,13 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
 
 
 def check_log(path: str):
-    """Raise StartupError where the write-ahead log beside a database begins with a damaged header.
+    """Raise StartupError if the header of the database's write-ahead log is damaged.
 
-    SQLite would take it for an empty one and begin it anew, and what was acknowledged last would be
-    gone without a word. No power cut leaves one: the header is synced before anything follows it.
+    SQLite would treat such a WAL as empty and overwrite it, silently losing the last acknowledged
+    transactions. A power cut cannot cause this: SQLite syncs the header before it writes any frame.
     https://www.sqlite.org/fileformat2.html#walformat
     """
-    for _ in range(3):  # a server beside us may be writing it
+    for _ in range(3):  # a running server may be rewriting the header while we read it
         try:
             with open(path + "-wal", "rb") as file:
                 head = file.read(32)
@@ -145,12 +145,13 @@ def check_log(path: str):
         if not head or magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two):
             return
     raise StartupError(
-        f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it away to go on without; it is left as it is"
+        f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it "
+        "away to go on without; it is left as it is"
     )
 
 
 class PooledConnection:
-    """A connection in the hands of a thread: it goes back to the store when the thread ends."""
+    """The connection of one thread. When the thread ends, the connection returns to the pool in `store.spare`."""
 
     __slots__ = ("store", "connection", "since")
 
@@ -168,7 +169,7 @@ class PooledConnection:
     def __del__(self):
         store, connection = self.store, getattr(self, "connection", None)
         if connection is None or store.closing:
-            return  # close() has it
+            return  # close() closes it
         if len(store.spare) < SPARE_CONNECTIONS and not connection.in_transaction:
             store.spare.append((self.since, connection))
         else:
@@ -177,41 +178,44 @@ class PooledConnection:
 
 
 class Database:
-    """The engine under the store. One connection a thread; writers of this process queue on a lock, processes on the busy timeout.
+    """Connections and transactions for the store.
 
-    Every transaction is on the disk before it returns: synchronous=FULL.
+    Each thread has its own connection. Writing threads of one process queue on a lock, writing
+    processes on an fcntl lock or on SQLite's busy timeout. Every transaction is on the disk
+    before it returns: synchronous=FULL.
     """
 
     def __init__(self, path, key="", generation=None, log=None, mode="rw"):
         self.path, self.key, self.mode = str(path), key, mode
         self.generation = generation or Generation()
         self.log = log or Log()
-        # Set by the server: entered by who is about to wait, gives whether somebody is left to serve.
+        # Set by the server. Context manager entered before waiting for the write lock; yields False if no other
+        # thread could serve.
         self.blocking = contextlib.nullcontext
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
-        self.turns = None  # a descriptor, where several processes write
+        self.turns = None  # descriptor of the lock file, if several processes write
         self.closing = False
         self.connections = set()
-        self.spare = collections.deque()  # connections of threads that have ended, for those to come
+        self.spare = collections.deque()  # (HEALED, connection) of threads that have ended, for new threads
 
     # -- connections and transactions --
 
     def take_turns(self):
-        """Let the writers of several processes queue in the kernel. After a fork, never before.
+        """Open the lock file on which writing processes queue in the kernel. Call this after a fork, never before.
 
-        SQLite's own lock makes a waiter sleep and try again, up to 100 ms apart. This one is on
-        the `.lock` file, by fcntl, which knows nothing of the flock that says who serves it; it is
-        gone with the process that held it.
+        SQLite's busy handler polls its lock, sleeping up to 100 ms between attempts. A blocking fcntl lock
+        on the `.lock` file wakes the next writer at once. It is independent of the flock on the
+        same file, which marks the server that owns the database. The kernel releases it if a process dies.
         """
         self.turns = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @contextlib.contextmanager
     def writing(self):
-        """Hold the turn to write, of this process and of all. Not entered twice by a thread."""
+        """Hold the write lock of this process, then the one between processes. A thread must not enter this twice."""
         if not self.write_lock.acquire(timeout=0.05):
-            with self.blocking() as others:  # a write hangs: who only reads needs threads
+            with self.blocking() as others:  # a write is slow: other threads must remain for requests that only read
                 if others is False:
                     raise Unavailable("too many wait to write", LOCK_SECONDS)
                 self.write_lock.acquire()
@@ -229,16 +233,17 @@ class Database:
 
     @contextlib.contextmanager
     def committing(self, connection):
-        """BEGIN, and COMMIT or ROLLBACK. The turn is held."""
+        """BEGIN, and COMMIT or ROLLBACK. The caller holds the write lock: see writing()."""
         trouble, flags = self.generation, self.generation.map
         if flags[trouble.UNSYNCED]:
-            # What the failed sync covered counts as clean now, so no later one writes it, and it may stand before what is
-            # acknowledged next: after a power cut the log would end there. So it goes into the database, and the log begins
-            # anew; what was refused and lies behind its end is gone with it. https://www.sqlite.org/wal.html
+            # After a failed fsync Linux marks the pages clean and never retries them, so a WAL frame may be missing
+            # on the disk. After a power cut, recovery would stop at that frame and lose the commits behind it.
+            # Checkpoint and truncate the WAL before the next commit; this also drops the frames of the refused
+            # transaction behind its end. https://www.sqlite.org/wal.html
             if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 raise sqlcipher3.OperationalError("the write-ahead log cannot be begun anew while somebody reads")
             flags[trouble.UNSYNCED] = 0
-        # One has waited for all: as long as the lock is held, nobody else waits as long.
+        # One writer has already waited the full busy timeout; until the lock is free, others fail after 50 ms.
         if was_locked := flags[trouble.LOCKED]:
             connection.execute("PRAGMA busy_timeout = 50")
         try:
@@ -266,7 +271,7 @@ class Database:
             raise
 
     def stat_files(self):
-        """Return which files the database, its log and the index of that are, by their paths; None where one is gone."""
+        """Return device and inode of the database, -wal and -shm now at their paths, or None if one is missing."""
         try:
             return tuple(
                 number
@@ -278,17 +283,20 @@ class Database:
             return None
 
     def check_files_unchanged(self):
-        """Raise Unavailable where the files that are open are not those that the next start would find: one was moved, removed or replaced."""
+        """Raise Unavailable if the open database, -wal or -shm is not the file at its path any more.
+
+        One was moved, removed or replaced, so the next start would not find what is written now.
+        """
         if any(place := self.generation.place) and place != self.stat_files():
             raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode=""):
-        self.check_files_unchanged()  # two processes that have two indexes of one log would write over each other
+        self.check_files_unchanged()  # two processes with different -shm files for one WAL would overwrite each other
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
         )
-        connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to stderr; what fails raises
+        connection.execute("PRAGMA cipher_log_level = NONE")  # SQLCipher logs to stderr; failures raise anyway
         if self.key:
             connection.execute(f"PRAGMA key = \"x'{self.key}'\"")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -311,7 +319,10 @@ class Database:
         return self.local.borrowed.connection
 
     def discard(self):
-        """Close the connection of this thread: one that has met an error of the disk, or was opened meanwhile, stays read-only or without its key."""
+        """Close this thread's connection.
+
+        A connection that met a disk error, or was opened during one, may stay read-only or without its key.
+        """
         borrowed = self.local.__dict__.pop("borrowed", None)
         if borrowed is not None:
             connection, borrowed.connection = borrowed.connection, None
@@ -330,7 +341,7 @@ class Database:
 
     @contextlib.contextmanager
     def guard(self):
-        """Turn what the engine raises into what callers expect."""
+        """Translate SQLite's exceptions: IntegrityError becomes Conflict, any other becomes Unavailable."""
         try:
             yield
         except sqlcipher3.IntegrityError as error:
@@ -338,14 +349,14 @@ class Database:
         except sqlcipher3.Error as error:
             borrowed = self.local.__dict__.get("borrowed")
             if not is_busy(error) and borrowed is not None and not borrowed.connection.in_transaction:
-                self.discard()  # within a transaction, when that is rolled back
+                self.discard()  # inside a transaction, transaction() does this after the rollback
             raise Unavailable(f"database: {error}", 5) from error
 
     @contextlib.contextmanager
     def transaction(self, identity=False):
-        """All or nothing, on the disk when it returns. Joins one that is open on this thread.
+        """Run the block atomically; it is on the disk when this returns. Joins a transaction open on this thread.
 
-        `identity` says that data other processes cache (clients, scopes) is changed.
+        `identity` says that the block changes data that other processes cache (clients, scopes).
         """
         with self.guard():
             connection = self.connection
@@ -362,7 +373,8 @@ class Database:
             except sqlcipher3.IntegrityError:
                 raise
             except (sqlcipher3.Error, Unavailable) as error:
-                cause = error.__cause__ if isinstance(error, Unavailable) else error  # of a statement within, or our own
+                # A statement in the block raises Unavailable by way of guard(); BEGIN and COMMIT raise SQLite's error.
+                cause = error.__cause__ if isinstance(error, Unavailable) else error
                 if isinstance(cause, sqlcipher3.Error):
                     self.note_failure(cause)
                     if not is_busy(cause):
@@ -375,7 +387,7 @@ class Database:
             self.generation.bump()
 
     def note_failure(self, error: Exception):
-        """Let every process know that a write has failed."""
+        """Tell every process that a write has failed."""
         self.generation.map[self.generation.FAILED] = 1
 
     def one(self, record, sql, **parameters):
@@ -388,9 +400,10 @@ class Database:
             return [record(*row) for row in self.connection.execute(sql, parameters)]
 
     def run(self, sql, **parameters) -> int:
-        """Run a writing statement; the number of rows it touched. Always inside transaction().
+        """Run a writing statement in transaction(). Return the number of rows it changed.
 
-        Raises Conflict here too, not only at the end of the transaction it joins: whoever catches it is on the way.
+        guard() is entered here too, so that a caller inside a longer transaction can catch Conflict
+        at this statement and not only when that transaction ends.
         """
         with self.transaction(), self.guard():
             return self.connection.execute(sql, parameters).rowcount
