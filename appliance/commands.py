@@ -158,7 +158,8 @@ def setup(options: Options, flags: dict, own: list, values: dict) -> int:
 def run_backup(options, words, own, values) -> int:
     done = back_up(options, words[0], "--force" in own, "--without-keys" in own)
     print(
-        f"{words[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to {iso(done['newest_at']) or 'the beginning'}, read through after writing"
+        f"{words[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to "
+        f"{iso(done['newest_at']) or 'the beginning'}, read through after writing"
     )
     if "--without-keys" in own:
         print(
@@ -183,11 +184,13 @@ def run_restore(options, words, own, values) -> int:
         options = Options(options.origins, **(values | {"db_pass": getpass.getpass("passphrase of the backup: ")}))
     done = restore(options, words[0])
     print(
-        f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was issued before is good any more"
+        f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was "
+        "issued before is good any more"
     )
     if not done["knows_revoked"]:
         print(
-            "microauthd: warning: the database that was here could not be read: a key revoked since the backup must be revoked again",
+            "microauthd: warning: the database that was here could not be read: a key revoked since the backup "
+            "must be revoked again",
             file=sys.stderr,
         )
     return 0
@@ -200,7 +203,8 @@ def run_factory_reset(options, words, own, values) -> int:
             raise StartupError("factory-reset destroys every account and key: --yes says that this is meant")
         if (
             input(
-                f"This destroys every account and key of {options.auth_issuer}. Type the name of this machine, {name}, to go on: "
+                f"This destroys every account and key of {options.auth_issuer}. Type the name of this machine, "
+                f"{name}, to go on: "
             ).strip()
             != name
         ):
@@ -230,7 +234,8 @@ def run_keys(options, words, own, values) -> int:
         print(f"microauthd: published now, signing in {options.key_overlap} seconds", file=sys.stderr)
     elif words[0] == "revoke":
         print(
-            f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches forget it within 300 seconds"
+            f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches "
+            "forget it within 300 seconds"
         )
     elif "--json" in own:
         print(json.dumps(describe_keys(options), indent=1))
@@ -265,7 +270,9 @@ def run_admin(options, words, own, values) -> int:
         raise StartupError("without a terminal the password comes by --password-stdin")
     done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
     print(
-        f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, {'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the account before is ended"
+        f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, "
+        f"{'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the "
+        "account before is ended"
     )
     return 0
 
@@ -283,11 +290,13 @@ def first_start(options: Options, flags: dict):
     ]
     if keys:
         raise StartupError(
-            f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the database, or run setup to begin anew with these keys"
+            f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the "
+            "database, or run setup to begin anew with these keys"
         )
     if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StartupError(
-            f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with --answers FILE"
+            f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with "
+            "--answers FILE"
         )
     if status := setup(options, flags | {"config-may-be-missing": True}, [], {}):
         raise SystemExit(status)

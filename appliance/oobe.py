@@ -130,7 +130,8 @@ class Draft:
         """Raise ValueError where an answer could have no effect."""
         if (origin := self.overruled(name)) and value != getattr(self.options, OPTION_NAMES[name].attribute):
             raise ValueError(
-                f"{name} is set by the {origin}, which overrules the config file: keep that value, or unset it and begin again"
+                f"{name} is set by the {origin}, which overrules the config file: keep that value, or unset it "
+                "and begin again"
             )
 
     def choose(self, name, value):
@@ -752,7 +753,8 @@ class AnswersFile:
     def guard_inline(self, key, table):
         if not self.private:
             self.wrong(
-                f"it holds the secret {key} and can be read by others: chmod 600 {self.path}, or name a file that holds the secret",
+                f"it holds the secret {key} and can be read by others: chmod 600 {self.path}, or name a file that "
+                "holds the secret",
                 key, table,
             )
 
@@ -818,7 +820,8 @@ class AnswersFile:
         email = self.try_("email", "admin", check_email, words["email"]) if "email" in words else ""
         if admin.get("totp", False) is not False:
             self.wrong(
-                "totp can only be false: a second factor is confirmed by its owner, so it is turned on after the set-up",
+                "totp can only be false: a second factor is confirmed by its owner, so it is turned on after the "
+                "set-up",
                 "totp", "admin",
             )
         if "--admin-password-stdin" in own:
@@ -835,7 +838,8 @@ class AnswersFile:
             self.guard_inline("password", "admin")
         else:
             self.wrong(
-                "the administrator needs a password: password_file in [admin], --admin-password-file or --admin-password-stdin",
+                "the administrator needs a password: password_file in [admin], --admin-password-file or "
+                "--admin-password-stdin",
                 "admin",
             )
             return username, email, None

@@ -241,7 +241,8 @@ def set_up_demo(options: Options, make):
     options, answers = demo_answers(options)
     made = make(options, answers)
     print(
-        f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      {made.client_id}\nclient_secret  {made.secret}",
+        f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      "
+        f"{made.client_id}\nclient_secret  {made.secret}",
         file=sys.stderr,
     )
     path = os.path.join(os.path.dirname(os.path.abspath(options.config_file)), "demo.env")
@@ -466,7 +467,8 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
         newest = store.newest_at()
         if not idp.check_clock():
             raise StartupError(
-                "the clock of this machine is behind the newest row of the backup: put it right first, for what was issued since is to end"
+                "the clock of this machine is behind the newest row of the backup: put it right first, for what "
+                "was issued since is to end"
             )
         with store.transaction():
             # Later than anything that was ever issued, by this box or by the one the backup was made of.

@@ -303,7 +303,8 @@ OPTIONS = (
     ),
     Option(
         "key-overlap", 900, whole(1, 604800),
-        "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set shorter.",
+        "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set "
+        "shorter.",
         group="Keys and tokens",
     ),
     Option(
@@ -431,7 +432,8 @@ def parse_config(content: str, where: str) -> dict:
     """
     if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
         raise StartupError(
-            f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; restore it, or check it and add that line"
+            f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; "
+            "restore it, or check it and add that line"
         )
     found = {}
     for number, line in enumerate(content.split("\n"), 1):

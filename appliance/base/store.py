@@ -468,7 +468,10 @@ def like(q: str) -> str:
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
-SESSION_INSERT = "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, :issued_at, :expires_at, :revoked_at)"
+SESSION_INSERT = (
+    "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, "
+    ":issued_at, :expires_at, :revoked_at)"
+)
 SESSION_INSERT_ROW = (
     "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access', 'auth', 'client_credentials', ?, ?, NULL)"
 )
@@ -621,7 +624,8 @@ class Store(Database):
             raise StartupError(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
             raise StartupError(
-                f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows {len(MIGRATIONS)}): use that one"
+                f"the database {self.path} was written by a newer microauthd (schema {version}, this one knows "
+                f"{len(MIGRATIONS)}): use that one"
             )
         try:
             if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
@@ -631,7 +635,8 @@ class Store(Database):
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
                 raise StartupError(
-                    f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is left as it is"
+                    f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is "
+                    "left as it is"
                 )
             if left:
                 self.connections.discard(connection)
@@ -882,7 +887,8 @@ class Store(Database):
         """Whether that changed anything."""
         return (
             self.run(
-                "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id AND is_active <> :is_active",
+                "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id "
+                "AND is_active <> :is_active",
                 id=id, is_active=is_active, now=now,
             )
             == 1
@@ -940,7 +946,8 @@ class Store(Database):
         """The administrators other than one who could log in now."""
         with self.guard():
             rows = self.connection.execute(
-                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id AND is_active = 1 AND lockout_until <= :now AND user_id <> :but LIMIT 1",
+                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id "
+                "AND is_active = 1 AND lockout_until <= :now AND user_id <> :but LIMIT 1",
                 {"role_id": MAD_ADMIN_ROLE_ID, "now": now, "but": but},
             )
             return [user_id for (user_id,) in rows]
@@ -957,7 +964,8 @@ class Store(Database):
 
     def set_totp(self, id, sealed, now):
         self.run(
-            "UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now WHERE id = :id",
+            "UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = "
+            ":now WHERE id = :id",
             id=id, sealed=sealed, now=now,
         )
 
@@ -984,7 +992,8 @@ class Store(Database):
         """Accept a time step once. RFC 6238 §5.2."""
         return (
             self.run(
-                "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id AND totp_last_step < :step",
+                "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id "
+                "AND totp_last_step < :step",
                 id=id, step=step,
             )
             == 1
@@ -1016,14 +1025,16 @@ class Store(Database):
     def add_role(self, id, name, description, now):
         return self.one(
             Role,
-            "INSERT INTO role (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *",
+            "INSERT INTO role (id, name, description, created_at, modified_at) "
+            "VALUES (:id, :name, :description, :now, :now) RETURNING *",
             id=id, name=name, description=description, now=now,
         )
 
     def update_role(self, id, name, description, now):
         return self.one(
             Role,
-            "UPDATE role SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now WHERE id = :id RETURNING *",
+            "UPDATE role SET name = coalesce(:name, name), description = coalesce(:description, description), "
+            "modified_at = :now WHERE id = :id RETURNING *",
             id=id, name=name, description=description, now=now,
         )
 
@@ -1033,7 +1044,8 @@ class Store(Database):
     def list_roles_of(self, user_id):
         return self.all(
             Role,
-            "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name",
+            "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id "
+            "AND is_active = 1 ORDER BY name",
             user_id=user_id,
         )
 
@@ -1041,7 +1053,8 @@ class Store(Database):
         with self.guard():
             return (
                 self.connection.execute(
-                    "SELECT 1 FROM user_role JOIN role ON role.id = role_id WHERE user_id = :user_id AND role_id = :role_id AND is_active = 1",
+                    "SELECT 1 FROM user_role JOIN role ON role.id = role_id WHERE user_id = :user_id "
+                    "AND role_id = :role_id AND is_active = 1",
                     {"user_id": user_id, "role_id": role_id},
                 ).fetchone()
                 is not None
@@ -1095,14 +1108,16 @@ class Store(Database):
     def list_permissions_of_role(self, role_id):
         return self.all(
             Permission,
-            "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id WHERE role_id = :role_id ORDER BY name",
+            "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id "
+            "WHERE role_id = :role_id ORDER BY name",
             role_id=role_id,
         )
 
     def list_roles_with(self, permission_id):
         return self.all(
             Role,
-            "SELECT role.* FROM role JOIN role_permission ON role.id = role_id WHERE permission_id = :permission_id ORDER BY name",
+            "SELECT role.* FROM role JOIN role_permission ON role.id = role_id "
+            "WHERE permission_id = :permission_id ORDER BY name",
             permission_id=permission_id,
         )
 
@@ -1143,7 +1158,8 @@ class Store(Database):
     def list_scopes_of_user(self, user_id):
         return self.all(
             Scope,
-            "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id AND is_active = 1 ORDER BY name",
+            "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id "
+            "AND is_active = 1 ORDER BY name",
             user_id=user_id,
         )
 
@@ -1354,7 +1370,8 @@ class Store(Database):
     def update_scope(self, id, name, description, now):
         return self.one(
             Scope,
-            "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now WHERE id = :id RETURNING *",
+            "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), "
+            "modified_at = :now WHERE id = :id RETURNING *",
             id=id, name=name, description=description, now=now,
         )
 
@@ -1373,14 +1390,16 @@ class Store(Database):
     def add_scope(self, id, name, description, now):
         return self.one(
             Scope,
-            "INSERT INTO scope (id, name, description, created_at, modified_at) VALUES (:id, :name, :description, :now, :now) RETURNING *",
+            "INSERT INTO scope (id, name, description, created_at, modified_at) "
+            "VALUES (:id, :name, :description, :now, :now) RETURNING *",
             id=id, name=name, description=description, now=now,
         )
 
     def list_scopes_of_client(self, client_id):
         return self.all(
             Scope,
-            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id AND is_active = 1 ORDER BY name",
+            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id "
+            "AND is_active = 1 ORDER BY name",
             client_id=client_id,
         )
 
@@ -1394,7 +1413,8 @@ class Store(Database):
 
     def add_family(self, family: Family):
         self.run(
-            "INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, :created_ms, :expires_at, :revoked_at, :browser, :claims)",
+            "INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, "
+            ":created_ms, :expires_at, :revoked_at, :browser, :claims)",
             **msgspec.structs.asdict(family),
         )
 
@@ -1423,7 +1443,8 @@ class Store(Database):
 
     def add_refresh_token(self, token: RefreshToken):
         self.run(
-            "INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, :issued_at, :expires_at, :rotated_at, :revoked_at)",
+            "INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, "
+            ":issued_at, :expires_at, :rotated_at, :revoked_at)",
             **msgspec.structs.asdict(token),
         )
 
@@ -1462,19 +1483,22 @@ class Store(Database):
     def list_families_of(self, user_id, client_id=None):
         return self.all(
             Family,
-            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL",
+            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) "
+            "AND revoked_at IS NULL",
             user_id=user_id, client_id=client_id,
         )
 
     def revoke_role_holders(self, role_id, now, now_ms):
         """End everything that was issued to whoever has a role."""
         self.run(
-            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id FROM user_role WHERE role_id = :role_id)",
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id "
+            "FROM user_role WHERE role_id = :role_id)",
             role_id=role_id, now_ms=now_ms,
         )
         for table in ("family", "refresh_token", "session", "browser_session"):
             self.run(
-                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role WHERE role_id = :role_id) AND revoked_at IS NULL",
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role "
+                "WHERE role_id = :role_id) AND revoked_at IS NULL",
                 role_id=role_id, now=now,
             )
 
@@ -1548,7 +1572,8 @@ class Store(Database):
     def count_failed_step(self, id, most):
         """Count a failure of a login under way; too many end it."""
         self.run(
-            "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most THEN 0 ELSE expires_at END WHERE id = :id",
+            "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most "
+            "THEN 0 ELSE expires_at END WHERE id = :id",
             id=id, most=most,
         )
 
@@ -1561,7 +1586,8 @@ class Store(Database):
 
     def add_browser_session(self, session: BrowserSession):
         self.run(
-            "INSERT INTO browser_session VALUES (:id_sha256, :user_id, :amr, :auth_time, :created_ms, :last_seen_at, :expires_at, :revoked_at, :ip_address, :user_agent)",
+            "INSERT INTO browser_session VALUES (:id_sha256, :user_id, :amr, :auth_time, :created_ms, "
+            ":last_seen_at, :expires_at, :revoked_at, :ip_address, :user_agent)",
             **msgspec.structs.asdict(session),
         )
 
@@ -1573,7 +1599,8 @@ class Store(Database):
     def list_browser_sessions(self, user_id, now):
         return self.all(
             BrowserSession,
-            "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now ORDER BY last_seen_at DESC",
+            "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now "
+            "ORDER BY last_seen_at DESC",
             user_id=user_id, now=now,
         )
 
@@ -1589,7 +1616,8 @@ class Store(Database):
             family.sid
             for family in self.all(
                 Family,
-                "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)",
+                "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL "
+                "AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)",
                 browser=id_sha256,
             )
         ]:
@@ -1678,7 +1706,8 @@ class Store(Database):
     def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
         return (
             self.run(
-                "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 AND spent_at IS NULL",
+                "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
+                "AND spent_at IS NULL",
                 user_id=user_id, code_sha256=code_sha256, now=now,
             )
             == 1
@@ -1706,7 +1735,8 @@ class Store(Database):
             return frozenset(
                 uri
                 for (uri,) in self.connection.execute(
-                    "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
+                    "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id "
+                    "WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
                 )
             )
 
@@ -1775,7 +1805,8 @@ class Store(Database):
                 seen_head = int(head[0]) < seq or int(head[0]) == seq and head[1] == digest
                 found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
                 for row in connection.execute(
-                    "SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result, row_sha256 FROM audit ORDER BY seq"
+                    "SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, "
+                    "result, row_sha256 FROM audit ORDER BY seq"
                 ):
                     if row[0] != seq + 1:
                         return found | {"valid": False, "reason": f"rows {seq + 1} to {row[0] - 1} are missing"}
