@@ -2668,7 +2668,7 @@ GRANT_TYPES = (AUTHORIZATION_CODE, CLIENT_CREDENTIALS, PASSWORD, REFRESH_TOKEN)
 
 
 def find_client(idp: Idp, client_id: str) -> Client | None:
-    """Return an active client as the rules see it, cached for the present generation."""
+    """Return an active client with its secrets, scopes, flags and URIs; cached until the cache generation changes."""
     cache = idp.cache()
     client = cache.get(client_id)
     if client is None:
@@ -2716,10 +2716,10 @@ def remembers_secret(idp: Idp, hashes, secret, now) -> bool:
 
 
 def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | None) -> Client:
-    """Is this the client it says it is? RFC 6749 §2.3.
+    """Authenticate a client and return it. RFC 6749 §2.3.
 
-    `secret` is None where none was sent: right for a public client, wrong for any other. Raises
-    invalid_client after the same work, whatever is wrong.
+    `secret` is None if the request had none: correct for a public client only. Raises invalid_client, after
+    the same amount of hashing for an unknown client as for a wrong secret.
     """
     client = find_client(idp, client_id)
     now = idp.now()
@@ -2730,21 +2730,21 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
     if remembers_secret(idp, living_hashes(client, now), secret, now):
         return client
     idp.throttle.check(origin.peer, client_id)
-    # One verification of a client at a time: after a restart the first to come does the work for all who wait.
+    # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
     with idp.hasher.turns.take("client", client_id, origin.peer) as turn:
-        # It may have changed while we waited; and again while it is verified.
+        # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
         hashes = living_hashes(client, now)
         if remembers_secret(idp, hashes, secret, now):
             return client
         with idp.hasher.gate.place(origin.peer):
-            # At least one verification for an unknown client, one a living secret for a known one.
+            # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):
                     client, now = find_client(idp, client_id), idp.now()
                     if stored not in living_hashes(client, now):
                         break
-                    # For as long as its tokens live, and then some: it comes back when they end.
+                    # Remember the secret for one token lifetime and some more: the client comes back when its token expires.
                     idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
                     return client
         idp.hasher.turns.blame(turn, origin.peer)
@@ -2757,11 +2757,11 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
 
 
 def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str:
-    """Which scopes? Return them space-delimited, in the order of their names.
+    """Return the scopes to grant, space-delimited and sorted by name. RFC 6749 §3.3.
 
-    requested ∩ client's ∩ user's; for a user who asks for `openid`, the scopes of OpenID Connect
-    besides. `user_scopes` None means that there is no user. Nothing requested is all that is
-    allowed. Whatever is unknown or refused raises invalid_scope. RFC 6749 §3.3.
+    requested ∩ client's ∩ user's; a user who requests `openid` may also get the OpenID Connect scopes.
+    `user_scopes` None means that there is no user. A request without scopes gets all that are allowed.
+    Raises invalid_scope if a requested scope is unknown or not allowed.
     """
     allowed = client_scopes if user_scopes is None else client_scopes & user_scopes
     if requested is None or not requested.strip(" "):
@@ -2775,14 +2775,14 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
 
 
 def check_client_id(client_id: str) -> str:
-    """Return what is wrong with a client_id, or nothing. Shaped like a UUID it could be taken for a user's `sub`."""
+    """Return what is wrong with a client_id, or "". A UUID is refused: it could be mistaken for a user's `sub`."""
     if not CLIENT_ID.fullmatch(client_id) or GROUPS_OF_UUID.fullmatch(client_id):
         return "must be 1 to 255 printable ASCII characters without blank or colon, and not look like a UUID"
     return ""
 
 
 def check_scope_name(name: str) -> str:
-    """Return what is wrong with the name of a scope, or nothing. RFC 6749 §3.3."""
+    """Return what is wrong with the name of a scope, or "". RFC 6749 §3.3."""
     if not SCOPE_TOKEN.fullmatch(name) or GROUPS_OF_UUID.fullmatch(name):
         return "must be printable ASCII without blank, quote or backslash, and not look like a UUID"
     return ""
@@ -2792,9 +2792,9 @@ DANGEROUS_SCHEMES = ("javascript", "data", "vbscript", "file", "blob", "about", 
 
 
 def check_redirect_uri(uri: str) -> str:
-    """Return what is wrong with a URI we would send a browser to, or nothing. RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1.
+    """Return what is wrong with a redirect URI, or "". RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1.
 
-    https anywhere; http for loopback only; a scheme of a native application must be a reversed domain name.
+    https for any host; http for loopback only; the private-use scheme of a native app must be a reversed domain name.
     """
     if len(uri) > 2000 or not re.fullmatch(r"[\x21-\x7e]+", uri) or re.search(r'["<>\\^`{|}]', uri):
         return "must be a URI of at most 2000 characters, everything else percent-encoded"
@@ -2821,7 +2821,7 @@ def is_loopback_host(host: str) -> bool:
 
 
 def check_origin(uri: str) -> str:
-    """Return what is wrong with an origin a browser may call us from, or nothing. RFC 6454 §6.1."""
+    """Return what is wrong with a CORS origin, or "". RFC 6454 §6.1."""
     found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([0-9]{1,5}))?", uri)
     if not found:
         return "must be scheme, host and port in lower case, such as https://app.example, and nothing more"
@@ -2832,7 +2832,10 @@ def check_origin(uri: str) -> str:
 
 
 def is_registered_uri(uri: str, registered) -> bool:
-    """Is this redirect URI registered? Exact octets; for a loopback IP literal any port. RFC 9700 §2.1, RFC 8252 §7.3."""
+    """Return whether a redirect URI is registered, compared octet by octet.
+
+    The port of a loopback IP literal may differ. RFC 9700 §2.1, RFC 8252 §7.3.
+    """
     if uri in registered:
         return True
     loopback = re.compile(r"http://(127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?((?:[/?].*)?)", re.S)
@@ -2847,7 +2850,7 @@ URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_u
 
 
 def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
-    """Register a URI of a client. Raises invalid_request, not_found, or conflict where it has it already."""
+    """Register a URI of a client. Raises invalid_request, not_found, or conflict if it is already registered."""
     uri = uri.strip()
     reject(uri=dict(URI_CHECKS)[kind](uri))
     try:
@@ -2863,7 +2866,7 @@ def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: st
 
 
 def delete_uri(idp: Idp, origin: Origin, actor: str, record_id: str, kind: str, id_or_client_id: str | None = None):
-    """Take a URI from a client, by the id of its record. Raises not_found."""
+    """Remove a URI of a client by the id of its record. Raises not_found."""
     with idp.store.transaction(identity=True):
         found = idp.store.find_uri(record_id)
         owner = get_client(idp, id_or_client_id or found.client_id) if found else None
@@ -2874,25 +2877,28 @@ def delete_uri(idp: Idp, origin: Origin, actor: str, record_id: str, kind: str, 
 
 
 def check_grant_types(grant_types, client_type: str) -> str:
-    """Return what is wrong with the grants of a client, or nothing."""
+    """Return what is wrong with the grant types of a client, or ""."""
     possible = [grant for grant in GRANT_TYPES if client_type != PUBLIC_CLIENT or grant != CLIENT_CREDENTIALS]
     return "" if set(grant_types) <= set(possible) else "must be among " + ", ".join(possible)
 
 
 def check_client_secret(secret: str) -> str:
-    """Return what is wrong with a secret somebody chose, or nothing. RFC 6749 §2.3.1 asks for guessing to be hard, not how."""
+    """Return what is wrong with a chosen client secret, or "".
+
+    RFC 6749 §2.3.1 demands protection against guessing, but no particular length.
+    """
     return "" if 8 <= len(secret) <= 255 and secret.isprintable() else "must have 8 to 255 printable characters"
 
 
 def end_client(idp: Idp, origin: Origin, actor: str, row: ClientRow, action: str, secondary=""):
-    """End all that was ever issued to a client. Whatever takes a right from a client comes here, in its transaction."""
+    """Revoke everything ever issued to a client. Each change that reduces its rights calls this in its transaction."""
     with idp.store.transaction(identity=True):
         idp.store.revoke_client(row.id, row.client_id, idp.now(), idp.now_ms())
         audit(idp, origin, actor, action, row.client_id, secondary)
 
 
 def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) -> tuple[Client, str]:
-    """Register a client. Return it and its secret where one was made. Raises invalid_request or conflict."""
+    """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict."""
     client_id, errors = wanted.client_id.strip(), {}
     errors["client_id"] = check_client_id(client_id)
     if wanted.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
@@ -2923,7 +2929,7 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
         grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect),
         is_first_party=int(wanted.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
-        revoked_before=idp.now_ms(),  # what a client of this name that is gone still holds is not its own
+        revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now,
     )
     secret_hash = "" if public else idp.hasher.hash(secret or made)
@@ -2941,7 +2947,7 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
 
 
 def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) -> str:
-    """Give a client a new secret and return it. The one before lives on for `overlap_seconds`, at most a day's worth of weeks."""
+    """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days."""
     client = get_client(idp, wanted.client_id)
     if not client.row.is_active:
         raise Problem("not_found", log="the client is inactive")
@@ -2957,7 +2963,7 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
     secret = secret or random_handle()
     secret_hash, now = idp.hasher.hash(secret), idp.now()
     with idp.store.transaction(identity=True):
-        client = get_client(idp, client.row.id)  # hashing took its time
+        client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
         if not client.row.is_active:
             raise Problem("not_found", log="the client is inactive")
         idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
@@ -2967,10 +2973,10 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
 
 
 def update_client(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateClient) -> Client:
-    """Change what was sent, all of it or nothing. Raises invalid_request, not_found or conflict.
+    """Change the members that were sent, all or none. Raises invalid_request, not_found or conflict.
 
-    A client that is switched off, renamed or given another audience loses what it holds: tokens
-    that name it would be nobody's, or somebody else's later.
+    Deactivating a client, renaming it or changing its audience revokes its tokens: their `client_id` or
+    `aud` would belong to no client, or later to another one.
     """
     try:
         with idp.store.transaction(identity=True):
@@ -3012,7 +3018,7 @@ def update_client(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateC
 
 
 def delete_client(idp: Idp, origin: Origin, actor: str, id: str):
-    """Delete a client and everything that hangs on it, and end what it holds."""
+    """Delete a client and all its records, and revoke its tokens."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         end_client(idp, origin, actor, row, "delete_client", row.id)
@@ -3020,7 +3026,7 @@ def delete_client(idp: Idp, origin: Origin, actor: str, id: str):
 
 
 def delete_secret(idp: Idp, origin: Origin, actor: str, id: str, secret_id: str):
-    """End one of the secrets of a client, the last one too."""
+    """Delete one secret of a client, even the last one."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         if not idp.store.delete_secret(row.id, secret_id):
@@ -3036,7 +3042,7 @@ def check_flag(flag: str) -> str:
 
 
 def set_flag(idp: Idp, origin: Origin, actor: str, id: str, flag: str, is_enabled: bool):
-    """Switch a feature of a client; its option stays."""
+    """Switch a feature of a client on or off; its option is kept."""
     with idp.store.transaction(identity=True):
         row, flag = get_client(idp, id).row, check_flag(flag)
         idp.store.put_feature(row.id, flag, is_enabled=is_enabled)
@@ -3044,7 +3050,7 @@ def set_flag(idp: Idp, origin: Origin, actor: str, id: str, flag: str, is_enable
 
 
 def set_flag_option(idp: Idp, origin: Origin, actor: str, id: str, flag: str, option: str):
-    """Set the option of a feature: seconds, or the issuer authenticator apps show."""
+    """Set the option of a feature: seconds, or the issuer that authenticator apps display."""
     flag, option = check_flag(flag), option.strip()
     if not FLAGS[flag]:
         reject(flag="takes no option")
@@ -3059,7 +3065,7 @@ def set_flag_option(idp: Idp, origin: Origin, actor: str, id: str, flag: str, op
 
 
 def list_flags(idp: Idp, id: str) -> dict:
-    """Return {flag: FlagObject} of a client, every flag there is."""
+    """Return {flag: FlagObject} of a client, including flags that were never set."""
     stored = {feature.feature_flag: feature for feature in idp.store.list_all_features(get_client(idp, id).row.id)}
     return {
         flag: FlagObject(bool(stored[flag].is_enabled), stored[flag].options)
@@ -3070,7 +3076,10 @@ def list_flags(idp: Idp, id: str) -> dict:
 
 
 def totp_issuer(idp: Idp, client_id: str | None) -> str:
-    """Return the issuer authenticator apps show. Raises not_found, or invalid_request for a client that demands no second factor."""
+    """Return the issuer that authenticator apps display.
+
+    Raises not_found, or invalid_request if the client does not demand a second factor.
+    """
     if not client_id:
         return "microauthd"
     client = get_client(idp, client_id)
@@ -3166,7 +3175,7 @@ def update_scope(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateSc
 
 
 def delete_scope(idp: Idp, origin: Origin, actor: str, id: str):
-    """Delete a scope: no token gets it any more, and a refreshed one loses it."""
+    """Delete a scope: new tokens cannot get it, and refreshed tokens lose it."""
     with idp.store.transaction(identity=True):
         scope = get_scope(idp, id)
         if scope.is_protected:
@@ -3176,7 +3185,7 @@ def delete_scope(idp: Idp, origin: Origin, actor: str, id: str):
 
 
 def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account, ids) -> int:
-    """Assign scopes, by id or name, to a client or a user. All or none. Return how many are new."""
+    """Assign scopes, by id or name, to a client or a user; all or none. Return how many were not assigned before."""
     scopes = [idp.store.find_scope(key_of(id)) for id in ids]
     if not scopes or None in scopes:
         raise Problem("invalid_request", errors={"scope_ids": "must name at least one scope, and each must exist"})
@@ -3195,7 +3204,7 @@ def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account
 
 
 def remove_scope(idp: Idp, origin: Origin, actor: str, holder: Client | Account, scope_id: str):
-    """Take a scope from a client or a user. Raises not_found where it has it not."""
+    """Remove a scope from a client or a user. Raises not_found if it was not assigned."""
     kind, id, remove = (
         ("client", holder.row.id, idp.store.remove_scope_from_client)
         if isinstance(holder, Client)
@@ -3209,15 +3218,15 @@ def remove_scope(idp: Idp, origin: Origin, actor: str, holder: Client | Account,
 
 
 # == Sessions ==================================================================
-# Refresh-token families, revocation, and the one answer to "is this token alive?".
+# Refresh-token families, revocation, and the one check of whether a token is valid.
 
 
 def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
-    """Is this access token alive? Return its claims. RFC 9068 §4, RFC 8725 §3.
+    """Return the claims of a valid access token. RFC 9068 §4, RFC 8725 §3.
 
-    Alive by signature, `typ`, `iss`, `exp`, an `iat` that is not in the future, no tombstone for
-    its `jti`, and issued after the revocation epochs of the server, its client, its user and its
-    login. Raises invalid_token. Every guard, introspection, userinfo and revocation asks here.
+    Valid means: signature, `typ`, `iss` and `exp` are right, `iat` is not in the future, the `jti` is not
+    revoked, and it was issued after the revocation epochs of the server, its client, its user and its login.
+    Raises invalid_token. Guards, introspection, userinfo and revocation all use this function.
     """
     claims = ring.verify(token, AT_JWT)
     now = idp.now()
@@ -3241,7 +3250,7 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=F
 
 
 def revoke_family(idp: Idp, origin: Origin, actor: str, family_sid: str, action: str, target: str, result=SUCCESS):
-    """End a login at a client: its refresh tokens and the access tokens that name it."""
+    """Revoke a login at a client: its refresh tokens and the access tokens with its `sid`."""
     with idp.store.transaction():
         idp.store.revoke_family(family_sid, idp.now())
         audit(idp, origin, actor, action, target, f"sid={family_sid}", result)
@@ -3256,9 +3265,9 @@ def end_logins(idp: Idp, origin: Origin, user_id: str, client_id: str):
 
 
 def revoke_token(idp: Idp, origin: Origin, client: Client, token: str) -> None:
-    """Revoke an access or refresh token of this client. What is dead or unknown already is no error. RFC 7009 §2.
+    """Revoke an access or refresh token of this client. An invalid or unknown token is no error. RFC 7009 §2.
 
-    A token of another client is refused with unauthorized_client. RFC 7009 §2.1.
+    Raises unauthorized_client for a token of another client. RFC 7009 §2.1.
     """
     refresh = idp.store.find_refresh_token(sha256(token))
     if refresh is not None:
@@ -3278,7 +3287,7 @@ def revoke_token(idp: Idp, origin: Origin, client: Client, token: str) -> None:
 
 
 def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
-    """Write down that somebody presents a token that was ended; once for each, so that nobody fills the log with it."""
+    """Audit the use of a revoked token, once per token, so that replaying it cannot flood the log."""
     claims = replayed.claims
     if claims["jti"] in idp.replays:
         return
@@ -3293,7 +3302,7 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
 
 
 def is_session_dead(session: ListedSession) -> bool:
-    """Was this access token ended: by itself, with its login, or by an epoch of its user or client?"""
+    """Return whether an access token was revoked: by itself, with its login, or by an epoch of its user or client."""
     return (
         session.revoked_at is not None
         or session.family_revoked_at is not None
@@ -3305,7 +3314,7 @@ def get_session(idp: Idp, jti: str) -> ListedSession:
     jti = jti.strip().lower()
     session = idp.store.find_session(jti)
     if session is None and re.fullmatch(r"[0-9a-f]{32}", jti) and abs(idp.now_ms() - jti_ms(jti)) < 1000:
-        # The row of a machine token this young may still wait for its batch.
+        # Sessions of machine tokens are written in batches (group commit): a row this young may not be stored yet.
         idp.store.flush()
         sleep(2 * BATCH_SECONDS)
         session = idp.store.find_session(jti)
@@ -3315,8 +3324,11 @@ def get_session(idp: Idp, jti: str) -> ListedSession:
 
 
 def revoke_session(idp: Idp, origin: Origin, actor: str, jti: str) -> ListedSession:
-    """End an access token and, where it belongs to a login, that login. Raises not_found, or unchanged where it is dead already."""
-    get_session(idp, jti)  # waits for a young one, outside the transaction
+    """Revoke an access token and its login, if it has one.
+
+    Raises not_found, or unchanged if it has expired or was revoked before.
+    """
+    get_session(idp, jti)  # may wait for a pending batch, so outside the transaction
     with idp.store.transaction():
         session = get_session(idp, jti)
         if is_session_dead(session) or session.expires_at <= idp.now():
@@ -3336,7 +3348,10 @@ def is_signed(ring: KeyRing, token: str, typ: str) -> bool:
 
 
 def revoke_any_token(idp: Idp, origin: Origin, actor: str, token: str):
-    """End an access, ADMIN or refresh token on an administrator's word. Raises invalid_request where it is none of ours."""
+    """Revoke an access, ADMIN or refresh token for an administrator.
+
+    Raises invalid_request if this server did not issue it.
+    """
     refresh = idp.store.find_refresh_token(sha256(token))
     if refresh is not None:
         revoke_family(idp, origin, actor, refresh.sid, "refresh_token_revoked", refresh.user_id)
@@ -3353,7 +3368,7 @@ def revoke_any_token(idp: Idp, origin: Origin, actor: str, token: str):
 
 
 def revoke_refresh_token(idp: Idp, origin: Origin, actor: str, id: str):
-    """End the login a refresh token belongs to, by the id of its row."""
+    """Revoke the login of a refresh token, by the id of the token's row."""
     row = idp.store.find_refresh_token_by_id(id)
     if row is None:
         raise Problem("not_found")
@@ -3361,7 +3376,10 @@ def revoke_refresh_token(idp: Idp, origin: Origin, actor: str, id: str):
 
 
 def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
-    """Delete the rows of sessions or refresh tokens that expired long enough ago. Return how many. Nothing that lives is touched."""
+    """Delete the rows of expired or revoked sessions or refresh tokens; return how many.
+
+    Only rows that expired at least `older_than_seconds` ago are deleted.
+    """
     require_clock(idp)
     if wanted.user_id:
         wanted.user_id = get_user(idp, wanted.user_id).id
@@ -3371,7 +3389,7 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
     if not (wanted.purge_expired or wanted.purge_revoked):
         return 0
     narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
-    # Before anything goes: whatever ends the slices, who began is known.
+    # Audited first, so that the actor is known even if the purge is interrupted between two slices.
     audit(
         idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "",
         f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}",
@@ -3402,9 +3420,9 @@ def audit_purge(idp, origin, actor, action, done, wanted) -> int:
 
 
 def describe_token(idp: Idp, token: str) -> dict:
-    """Return the claims of an AUTH token for an administrator, an expired one too, with `valid`, `expired` and `active`.
+    """Return the claims of an AUTH token, even an expired one, with `valid`, `expired` and `active`.
 
-    Raises invalid_request where it is not one, access_denied for a token of ADMIN.
+    For administrators. Raises invalid_request if it is no AUTH token, access_denied for an ADMIN token.
     """
     token = token.strip()
     if any(is_signed(idp.admin_ring, token, typ) for typ in (AT_JWT, JWT)):
@@ -3423,7 +3441,10 @@ def describe_token(idp: Idp, token: str) -> dict:
 
 
 def introspect_token(idp: Idp, client: Client, token: str) -> dict:
-    """Return RFC 7662 §2.2 claims to the token's own client or one with the introspect right; else exactly {"active": false}."""
+    """Return the RFC 7662 §2.2 claims of a token.
+
+    Only the token's own client and clients with the introspect right see them; others get {"active": false}.
+    """
     inactive = {"active": False}
     try:
         claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
@@ -3454,7 +3475,7 @@ def introspect_refresh_token(idp, client, token) -> dict | None:
 
 
 def active_family(idp: Idp, sid: str) -> Family | None:
-    """Return a login that still carries: not ended, not over, its user and client still good."""
+    """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
     family = idp.store.find_family(sid)
     if (
         family is None
@@ -3470,11 +3491,11 @@ def active_family(idp: Idp, sid: str) -> Family | None:
 
 
 # == Grants ====================================================================
-# One function per grant_type proves who and what; issue() does the rest.
+# One function per grant_type validates the request; issue() mints and stores the tokens.
 
 
 class Granted(msgspec.Struct):
-    """What a grant has proven. Without an account the subject is the client itself."""
+    """What a grant has validated. Without an account the subject is the client itself."""
 
     scope: str
     login_method: str
@@ -3482,9 +3503,9 @@ class Granted(msgspec.Struct):
     amr: list = []
     auth_time: int = 0
     nonce: str = ""
-    family: Family | None = None  # the login to go on with; None begins one
+    family: Family | None = None  # the login to continue; None begins a new one
     spends: str = ""  # SHA-256 of the refresh token to rotate within the issuing transaction
-    code: AuthorizationCode | None = None  # what the login begins with, where it was at a browser
+    code: AuthorizationCode | None = None  # the code to spend, if the login was at a browser
 
 
 def client_credentials(idp: Idp, client: Client, params) -> Granted:
@@ -3509,9 +3530,9 @@ def scopes_of_user(idp, user_id) -> frozenset:
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §6. The token is spent by one statement; a second use ends the family. RFC 9700 §4.14.2.
+    """RFC 6749 §6. One UPDATE spends the token; using it a second time revokes the family. RFC 9700 §4.14.2.
 
-    The example login page of the original sends the token as `token`.
+    The example login page of the original sends the refresh token as `token`.
     """
     token_sha256 = sha256(params.get("refresh_token") or params.need("token"))
     found = idp.store.find_refresh_token(token_sha256)
@@ -3522,11 +3543,11 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
     if (
         found.rotated_at is not None
-    ):  # before anything else can be refused: whoever asks learns nothing, and the family ends
+    ):  # checked before any other refusal, so that reuse always revokes the family and the answer reveals nothing
         revoke_family(idp, params.origin, family.user_id, family.sid, "refresh_token_reused", client.client_id, FAILURE)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
-    # What was granted, less what has been taken away since; a request may narrow it.
+    # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
     held = frozenset(family.scope.split())
     still = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in held else ())
     scope = decide_scopes(params.get("scope"), held & still)
@@ -3538,7 +3559,7 @@ CODE_VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")  # RFC 7636 §4.1
 
 
 def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
-    """Return what is wrong with a code verifier, or nothing. RFC 7636 §4.6, RFC 9700 §2.1.1."""
+    """Return what is wrong with a code verifier, or "". RFC 7636 §4.6, RFC 9700 §2.1.1."""
     if not code.code_challenge:
         return "a verifier without a challenge" if verifier is not None else ""
     if verifier is None or not CODE_VERIFIER.fullmatch(verifier):
@@ -3548,8 +3569,10 @@ def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.1.3. A failed attempt spends the code too: it must not be repeatable (§10.5). A good one does within the
-    transaction that issues: where that cannot be stored, the client comes again."""
+    """RFC 6749 §4.1.3. A failed attempt spends the code, so that it cannot be repeated (§10.5).
+
+    A successful one spends it in the transaction of issue(): if that fails, the client may send the code again.
+    """
     code_sha256, now = sha256(params.need("code")), idp.now()
     code = idp.store.find_code(code_sha256)
     if code is None or code.client_id != client.client_id or code.spent_at is not None:
@@ -3578,10 +3601,10 @@ def is_logged_out(idp: Idp, id_sha256: str) -> bool:
 
 
 def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
-    """End the login a code began that is presented again, begun or still beginning. RFC 6749 §4.1.2."""
+    """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
     with idp.store.transaction():
         if idp.store.find_family(code.sid) is None:
-            # The first exchange has spent it and is about to begin this login: it finds the name taken, and dead.
+            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one fails.
             now = idp.now()
             idp.store.add_family(
                 Family(
@@ -3599,18 +3622,18 @@ GRANTS = {
 
 
 def ttl(client: Client, flag: str, default: int) -> int:
-    """Return a lifetime in seconds: the client's option where it is a positive number, else the server's."""
+    """Return a lifetime in seconds: the client's option if it is a positive number, else `default`."""
     option = client.flags.get(flag, "")
     return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else default
 
 
 def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
-    """Mint what was granted, write it down, and return the token answer. RFC 6749 §5.1, RFC 9068 §2.2."""
+    """Mint and store the granted tokens; return the token response. RFC 6749 §5.1, RFC 9068 §2.2."""
     options, now = idp.options, idp.now()
     row, account = client.row, granted.account
     key = idp.auth_ring.signer(row.access_token_signed_alg or idp.auth_ring.access.alg)
     lifetime = ttl(client, "TOKEN_EXPIRATION", options.token_expiration)
-    # Never in or before the millisecond of a revocation, or the token would be born dead.
+    # Later than the millisecond of any revocation, or the new token would count as revoked.
     ms = max(idp.now_ms(), row.revoked_before + 1, idp.revoked_before + 1, account.revoked_before + 1 if account else 0)
     jti = new_jti(ms)
     claims = {
@@ -3634,7 +3657,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
         return answer
     roles = idp.store.list_roles_of(account.id)
     with idp.store.transaction():
-        # Inside the transaction, so that a revocation that came first is seen and one that comes later sees us.
+        # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
         check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
@@ -3664,7 +3687,8 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
                 idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id,
                 f"jti={jti}",
             )
-            # Here, because nothing may fail once a code or a refresh token is spent: the client would have neither it nor an answer.
+            # Mint inside the transaction: if signing failed after the commit, the client would have lost its
+            # code or refresh token and got no token.
             claims |= {
                 "username": account.username, "preferred_username": account.username, "amr": granted.amr,
                 "auth_time": granted.auth_time, "sid": family.sid, "role": [role.id for role in roles],
@@ -3681,23 +3705,29 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
 
 
 def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
-    """Raise invalid_grant where the user was ended, revoked or deactivated since `account` was read. Within the issuing transaction."""
+    """Raise invalid_grant if the user was deleted, revoked or deactivated since `account` was read.
+
+    Runs within the issuing transaction.
+    """
     fresh = idp.store.find_account(account.id)
     if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
         raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
 
 
 def check_client_unchanged(idp: Idp, row: ClientRow):
-    """Raise invalid_grant where the client was ended or switched off since `row` was read. Within the issuing transaction."""
+    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read.
+
+    Runs within the issuing transaction.
+    """
     fresh = idp.store.find_client(row.client_id)
     if fresh is None or not fresh.is_active or (fresh.id, fresh.revoked_before) != (row.id, row.revoked_before):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
 def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
-    """Begin a login, or go on with one, by spending its code or refresh token; None when that cannot be spent.
+    """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
-    A spent token that comes back ends its family: whoever holds the newer one may be the thief.
+    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief.
     RFC 9700 §4.14.2.
     """
     now = idp.now()
@@ -3717,7 +3747,7 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
         browser=code.browser if code else "", claims=code.claims if code else "",
     )
     if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
-        end_code(idp, origin, code)  # presented again meanwhile
+        end_code(idp, origin, code)  # a concurrent request spent the code
         return None
     idp.store.add_family(family)
     return family
@@ -3726,11 +3756,11 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
 USER_CLAIMS = {
     "name": "profile", "preferred_username": "profile", "updated_at": "profile", "email": "email",
     "email_verified": "email", "roles": "roles",
-}  # claim -> scope that opens it
+}  # claim -> scope that releases it
 
 
 def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
-    """Return the claims of a user that a scope opens, and those asked for one by one. OpenID Connect Core §5.4 and §5.5."""
+    """Return the claims about a user that a scope releases, and those in `also`. OpenID Connect Core §5.4, §5.5."""
     if also:
         one_by_one = user_claims(idp, account, " ".join({USER_CLAIMS[name] for name in also if name in USER_CLAIMS}))
         return user_claims(idp, account, scope) | {name: value for name, value in one_by_one.items() if name in also}
@@ -3745,7 +3775,7 @@ def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
 
 
 def asked_claims(claims: str, of: str) -> tuple:
-    """Return the names that the claims parameter asks for in `id_token` or `userinfo`."""
+    """Return the names that the claims parameter requests for `of`, either `id_token` or `userinfo`."""
     return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
 
 
@@ -3758,7 +3788,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
         "token_use": "id",
-        # The left half of the digest that goes with the algorithm; SHA-256 for both of ours.
+        # The left half of the hash that the signing algorithm names; SHA-256 for both supported ones.
         "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
     }
     if granted.nonce:
