@@ -270,7 +270,10 @@ class ResetPassword(msgspec.Struct):
 
 
 class SetLockout(msgspec.Struct):
-    """POST /users/{id}/set-lockout. ISO 8601 in UTC, or Unix seconds; the year 9999 is for good, null and the year 1 clear it."""
+    """POST /users/{id}/set-lockout.
+
+    ISO 8601 in UTC, or Unix seconds; the year 9999 is for good, null and the year 1 clear it.
+    """
 
     lockout_until: str | int | None
 
@@ -506,7 +509,10 @@ class PurgeAudit(msgspec.Struct):
 
 
 class TokenForm(msgspec.Struct):
-    """RFC 6749 §4: which members are needed depends on `grant_type`. A client authenticates by Basic, or by the last two."""
+    """RFC 6749 §4: which members are needed depends on `grant_type`.
+
+    A client authenticates by Basic, or by the last two.
+    """
 
     grant_type: str
     scope: str = ""
@@ -561,7 +567,10 @@ class AuthorizeForm(msgspec.Struct):
 
 
 class LoginPageForm(msgspec.Struct):
-    """`tx` or `jti` names a login under way; only the browser that began it is shown its page. Without it one's own account is shown."""
+    """`tx` or `jti` names a login under way; only the browser that began it is shown its page.
+
+    Without it one's own account is shown.
+    """
 
     tx: str = ""
     jti: str = ""
@@ -698,7 +707,9 @@ class ListRoles(msgspec.Struct):
 
 
 class ListAudit(msgspec.Struct):
-    """`userId` is the actor; `target` is the target or the secondary; `after` asks for what came after an id, oldest first."""
+    """`userId` is the actor; `target` is the target or the secondary; `after` asks for what came after an id, oldest
+    first.
+    """
 
     userId: str | None = None
     user_id: str | None = None
@@ -880,7 +891,8 @@ class IdpObject(msgspec.Struct):
 
 
 class SessionObject(msgspec.Struct):
-    """`user_id` is null for a machine's token; `client_identifier` and `created_at` are what published bindings read."""
+    """`user_id` is null for a machine's token; `client_identifier` and `created_at` are what published bindings read.
+    """
 
     id: str
     user_id: str | None
@@ -1079,7 +1091,10 @@ def iso(at: int | None) -> str | None:
 
 
 def read_time(value: str | int) -> int | None:
-    """Return the Unix seconds of an ISO 8601 date-time or of a number; None where it is neither. UTC unless it says otherwise."""
+    """Return the Unix seconds of an ISO 8601 date-time or of a number;
+
+    None where it is neither. UTC unless it says otherwise.
+    """
     if isinstance(value, int) or re.fullmatch(r"[0-9]{1,12}", value):
         return min(int(value), FOREVER) if int(value) >= 0 else None
     try:
@@ -1291,7 +1306,9 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 class Argon2Memory:
-    """Memory for Argon2 in huge pages, where the kernel gives them: 16 page faults a hash instead of 8192, a quarter less CPU."""
+    """Memory for Argon2 in huge pages, where the kernel gives them: 16 page faults a hash instead of 8192, a quarter
+    less CPU.
+    """
 
     def __init__(self):
         self.local, self.allocate, self.free = threading.local(), None, None
@@ -1347,7 +1364,10 @@ class Hasher:
         self.turns = Turns(self.gate)
 
     def parameters(self):
-        return f"$argon2id$v=19$m={self.options.argon2id_memory},t={self.options.argon2id_time},p={self.options.argon2id_parallelism}$"
+        options = self.options
+        return (
+            f"$argon2id$v=19$m={options.argon2id_memory},t={options.argon2id_time},p={options.argon2id_parallelism}$"
+        )
 
     def hash(self, password: str) -> str:
         """Return the PHC string of a password or client secret."""
@@ -1427,7 +1447,7 @@ class Throttle:
     Loopback has no bucket of its own: every service of the box shares it.
     """
 
-    RATES = {  # burst, refill a second
+    RATES = {  # noqa: RUF012 - burst, refill a second
         "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
         "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
     }
@@ -1552,7 +1572,9 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
 
 @functools.cache
 def common_passwords() -> bytes:
-    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for this."""
+    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for
+    this.
+    """
     return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
@@ -1615,7 +1637,8 @@ def write_ring(entries, passphrase: str) -> bytes:
 
 
 def is_consistent(key) -> bool:
-    """Return whether the numbers of an RSA key belong together: whichever bit of it is flipped, they do not. RFC 8017 §3.2.
+    """Return whether the numbers of an RSA key belong together: whichever bit of it is flipped, they do not. RFC 8017
+    §3.2.
 
     All that OpenSSL checks but the primality of two numbers, which takes it 45 ms of every start.
     """
@@ -1673,9 +1696,13 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
         ):
             raise StartupError(f"the signing key {path} is neither RSA nor P-256")
         if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
-            raise StartupError(f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048")
+            raise StartupError(
+                f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048"
+            )
         if isinstance(key, rsa.RSAPrivateKey) and not is_consistent(key):
-            raise StartupError(f"the signing key {path} is damaged: its numbers do not belong together; restore a backup")
+            raise StartupError(
+                f"the signing key {path} is damaged: its numbers do not belong together; restore a backup"
+            )
         der = key.private_bytes(
             serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -1696,7 +1723,9 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
 
 
 def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
-    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who signed retires."""
+    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who
+    signed retires.
+    """
     entries = list(entries)
     for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
         alg, at = alg_of(entry), entry.since + overlap
@@ -1812,7 +1841,7 @@ class KeyRing:
         """
         known = self.verified.get(token)
         if known is None:
-            header, dot, rest = token.partition(".")
+            header, _, rest = token.partition(".")
             key, signed_as = self.headers.get(header, (None, None))
             if key is None or len(token) > 8192:
                 raise Problem("invalid_token", log="not signed by a key of this port")
@@ -1954,7 +1983,8 @@ class Idp:
             self.rings_said.pop(port_name, None)
             self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
-            # After the ring: who holds the dict of before may have built a page from the ring of before. See prebuilt().
+            # After the ring: who holds the dict of before may have built a page from the ring of before. See
+            # prebuilt().
             self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
             self.log(
                 "keys.changed", port=port_name,
@@ -2072,13 +2102,19 @@ def is_last_admin(idp: Idp, user_id: str) -> bool:
 
 
 def forbid_removing_last_admin(idp: Idp, user_id: str):
-    """Raise last_administrator where nobody could administer any more without this user. Within the changing transaction."""
+    """Raise last_administrator where nobody could administer any more without this user.
+
+    Within the changing transaction.
+    """
     if is_last_admin(idp, user_id):
         raise Problem("last_administrator")
 
 
 def end_user(idp: Idp, origin: Origin, actor: str, user_id: str, action: str, secondary=""):
-    """End all that was ever issued to a user, on both ports. Whatever takes a right from a user comes here, in its transaction."""
+    """End all that was ever issued to a user, on both ports.
+
+    Whatever takes a right from a user comes here, in its transaction.
+    """
     with idp.store.transaction():
         idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
         audit(idp, origin, actor, action, user_id, secondary)
@@ -2152,7 +2188,11 @@ def authenticate_user(
     idp.throttle.check(origin.peer, name)
     account = idp.store.find_account_by_name(name)
     demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
-    if not demanded and not login_obstacle(idp, origin, account, admin) and was_verified_recently(idp, account, password):
+    if (
+        not demanded
+        and not login_obstacle(idp, origin, account, admin)
+        and was_verified_recently(idp, account, password)
+    ):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
     with idp.hasher.turns.take("user", name, origin.peer) as turn:
@@ -2362,7 +2402,10 @@ def refuse_admins(idp: Idp, user_id: str):
 
 
 def set_user_active(idp: Idp, origin: Origin, actor: str, id: str, is_active: bool, but_admins=False) -> Account:
-    """Let a user in again, or keep one out and end all it has. Raises unchanged, last_administrator, or with `but_admins` access_denied."""
+    """Let a user in again, or keep one out and end all it has.
+
+    Raises unchanged, last_administrator, or with `but_admins` access_denied.
+    """
     with idp.store.transaction():
         account = get_user(idp, id)
         if but_admins:
@@ -2454,7 +2497,10 @@ def begin_totp(idp: Idp, origin: Origin, actor: str, account: Account, seed="") 
 
 
 def confirm_totp(idp: Idp, origin: Origin, actor: str, account: Account, code: str):
-    """Put the waiting seed in force by its first code. Raises invalid_grant with 403; guesses are counted as at a login."""
+    """Put the waiting seed in force by its first code.
+
+    Raises invalid_grant with 403; guesses are counted as at a login.
+    """
     if not account.totp_pending_sealed:
         reject(code="no second factor waits for its first code: generate one")
     now = idp.now()
@@ -2641,7 +2687,10 @@ def remove_permission(idp: Idp, origin: Origin, actor: str, role_id: str, permis
 
 
 def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
-    """May this user do this? What is unknown may not. By the name of a permission or scope the answer is `access` alone."""
+    """May this user do this? What is unknown may not.
+
+    By the name of a permission or scope the answer is `access` alone.
+    """
     account = idp.store.find_account(wanted.user_id.lower()) or idp.store.find_account_by_name(fold(wanted.user_id))
     user_id = account.id if account else wanted.user_id
     if wanted.scope:
@@ -2744,7 +2793,8 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
                     client, now = find_client(idp, client_id), idp.now()
                     if stored not in living_hashes(client, now):
                         break
-                    # Remember the secret for one token lifetime and some more: the client comes back when its token expires.
+                    # Remember the secret for one token lifetime and some more: the client comes back when its token
+                    # expires.
                     idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
                     return client
         idp.hasher.turns.blame(turn, origin.peer)
@@ -2840,7 +2890,7 @@ def is_registered_uri(uri: str, registered) -> bool:
         return True
     loopback = re.compile(r"http://(127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?((?:[/?].*)?)", re.S)
     found = loopback.fullmatch(uri)
-    if not found or "#" in uri or found[2] and not 0 < int(found[2]) < 65536:
+    if not found or "#" in uri or (found[2] and not 0 < int(found[2]) < 65536):
         return False
     others = (loopback.fullmatch(other) for other in registered)
     return any(other and (other[1], other[3]) == (found[1], found[3]) for other in others)
@@ -3233,7 +3283,7 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=F
     if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
     issued_ms, asks = jti_ms(claims["jti"]), asks or idp.options.enable_token_revocation or ring is idp.admin_ring
-    if issued_ms <= idp.revoked_before or asks and idp.store.is_revoked(claims["jti"]):
+    if issued_ms <= idp.revoked_before or (asks and idp.store.is_revoked(claims["jti"])):
         raise Replayed(claims, "revoked")
     if claims["mad"] == "auth":
         client = find_client(idp, claims["client_id"])
@@ -3293,7 +3343,8 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
         return
     if len(idp.replays) >= 4096:
         idp.replays.clear()
-    with contextlib.suppress(Problem, Unavailable):  # where nothing can be written, a dead token is refused all the same
+    # where nothing can be written, a dead token is refused all the same
+    with contextlib.suppress(Problem, Unavailable):
         audit(
             idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
             FAILURE,
@@ -3460,7 +3511,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
 def introspect_refresh_token(idp, client, token) -> dict | None:
     refresh = idp.store.find_refresh_token(sha256(token))
     now = idp.now()
-    if refresh is None or refresh.client_id != client.client_id and not client.row.may_introspect:
+    if refresh is None or (refresh.client_id != client.client_id and not client.row.may_introspect):
         return None
     if refresh.rotated_at is not None or refresh.revoked_at is not None or refresh.expires_at <= now:
         return None
@@ -3604,7 +3655,8 @@ def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
     """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
     with idp.store.transaction():
         if idp.store.find_family(code.sid) is None:
-            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one fails.
+            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
+            # fails.
             now = idp.now()
             idp.store.add_family(
                 Family(
@@ -3806,7 +3858,10 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
 
 
 class AuthorizeRequest(msgspec.Struct):
-    """What a client asks for, once it is proven who it is and where the answer goes. RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1."""
+    """What a client asks for, once it is proven who it is and where the answer goes.
+
+    RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1.
+    """
 
     client_id: str
     redirect_uri: str
@@ -3838,7 +3893,10 @@ RESPONSE_MODES = ("query", "form_post")
 
 
 def validate_client(idp: Idp, params) -> tuple[Client, str]:
-    """Return client and redirect URI of an authorization request. Until this returns, nobody is redirected. RFC 6749 §4.1.2.1."""
+    """Return client and redirect URI of an authorization request.
+
+    Until this returns, nobody is redirected. RFC 6749 §4.1.2.1.
+    """
     client = find_client(idp, params.need("client_id"))
     if client is None:
         raise Problem("invalid_request", log="authorize: unknown or inactive client")
@@ -3870,10 +3928,10 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
         method = method or "plain"  # RFC 7636 §4.3
         if method != "S256" and not (method == "plain" and idp.options.allow_plain_pkce):
             raise Problem("invalid_request", log="this code_challenge_method is not accepted")
-        if not CODE_VERIFIER.fullmatch(challenge) or method == "S256" and len(challenge) != 43:
+        if not CODE_VERIFIER.fullmatch(challenge) or (method == "S256" and len(challenge) != 43):
             raise Problem("invalid_request", log="malformed code_challenge")
     prompt = (get("prompt") or "").split()
-    if set(prompt) - set(PROMPTS) or "none" in prompt and len(prompt) > 1:
+    if set(prompt) - set(PROMPTS) or ("none" in prompt and len(prompt) > 1):
         raise Problem("invalid_request", log="bad prompt")
     max_age = get("max_age")
     if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
@@ -3921,7 +3979,9 @@ def read_claims_parameter(claims: str | None) -> str:
 
 
 def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, Account] | None:
-    """Return the living session a cookie names, and its user: not ended, not idle too long, nothing of the user ended since."""
+    """Return the living session a cookie names, and its user: not ended, not idle too long, nothing of the user ended
+    since.
+    """
     if not handle or len(handle) > 100:
         return None
     session, now = idp.store.find_browser_session(sha256(handle)), idp.now()
@@ -3945,7 +4005,11 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 def begin_browser_session(
     idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None
 ) -> str:
-    """Log somebody in at a browser: always a fresh session. The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the cookie."""
+    """Log somebody in at a browser: always a fresh session.
+
+    The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the
+    cookie.
+    """
     handle, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
     with idp.store.transaction():
@@ -3970,16 +4034,20 @@ def end_browser_session(idp: Idp, origin: Origin, actor: str, id_sha256: str):
 
 
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
-    """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core §3.1.2.3."""
+    """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core
+    §3.1.2.3.
+    """
     age = idp.now() - session.auth_time
     own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
-    if request.max_age is not None and age > request.max_age or request.max_age == 0 or own and age > own:
+    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (own and age > own):
         return False
     return "login" not in request.prompt and named_user(request) in ("", session.user_id)
 
 
 def named_user(request: AuthorizeRequest) -> str:
-    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it names none."""
+    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it
+    names none.
+    """
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
 
@@ -3990,7 +4058,10 @@ def begin_login(
     idp: Idp, origin: Origin, binding: str, request: AuthorizeRequest | None, state="password",
     session: BrowserSession | None = None,
 ) -> LoginTransaction:
-    """Begin a login for whoever holds the secret `binding`. With a session the password is proven already, and what is left is the next state."""
+    """Begin a login for whoever holds the secret `binding`.
+
+    With a session the password is proven already, and what is left is the next state.
+    """
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(origin.peer)
     idp.store.purge_logins(now, 20)  # what is over makes room for what begins
@@ -4039,7 +4110,7 @@ def give_password(idp: Idp, origin: Origin, login: Login, username: str, passwor
     if login.row.state != "password":
         raise Problem("conflict", log="no password is asked for in this state")
     try:
-        account, amr = authenticate_user(idp, origin, username, password, client=login.client, only_password=True)
+        account, _ = authenticate_user(idp, origin, username, password, client=login.client, only_password=True)
     except Problem as problem:
         if problem.code == "invalid_grant":
             fail_step(idp, login)
@@ -4075,7 +4146,10 @@ def give_code(idp: Idp, origin: Origin, login: Login, code: str) -> Login:
 
 
 def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, list[str]]:
-    """The second step of a user who gets a second factor now, by its first code. Return the recovery codes, shown once."""
+    """The second step of a user who gets a second factor now, by its first code.
+
+    Return the recovery codes, shown once.
+    """
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
     account = idp.store.find_account(login.row.user_id)
@@ -4098,7 +4172,9 @@ def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, lis
 
 
 def after_factors(idp: Idp, login: Login, account: Account) -> str:
-    """Return the state after the last factor: consent where it is needed, else done; an application with its own screens says when."""
+    """Return the state after the last factor: consent where it is needed, else done; an application with its own
+    screens says when.
+    """
     if login.request and login.request.headless:
         return "ready"
     return "consent" if login.request and needs_consent(idp, login.client, account.id, login.request) else "done"
@@ -4109,7 +4185,9 @@ def scope_for(idp: Idp, client: Client, account: Account, request: AuthorizeRequ
 
 
 def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
-    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the client asks."""
+    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the
+    client asks.
+    """
     if "consent" in request.prompt:
         return True
     if client.row.is_first_party:
@@ -4123,13 +4201,17 @@ def issue_code(
     idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
 ) -> str:
-    """Return a fresh authorization code for somebody who is in. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    """Return a fresh authorization code for somebody who is in.
+
+    Raises the Problem to redirect with. RFC 6749 §4.1.2.
+    """
     if named_user(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = max(idp.now_ms(), account.revoked_before + 1, client.row.revoked_before + 1, idp.revoked_before + 1)
-    # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a native
+    # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a
+    # native
     # application with screens of its own, by its grant.
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
@@ -4290,7 +4372,8 @@ def members_of(wanted) -> dict:
 
 
 def convert(found, wanted, strict=True):
-    """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are ignored.
+    """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are
+    ignored.
 
     Raises invalid_request naming the member at fault. Not strict: text may stand for numbers and truth values.
     """
@@ -4352,7 +4435,10 @@ class Params:
             self.values = parse_form(body)
 
     def decode(self):
-        """Decode body and query into the objects the route declares. After the guard: strangers learn nothing of our objects."""
+        """Decode body and query into the objects the route declares.
+
+        After the guard: strangers learn nothing of our objects.
+        """
         route = self.route
         if route.query is not None:
             self.query = convert(
@@ -4464,7 +4550,8 @@ def lacks_scope(scope) -> Problem:
 
 
 def by_bearer(scope="", user=False):
-    """A guard for the living access tokens of AUTH, with this scope where one is named, of a user where that matters."""
+    """A guard for the living access tokens of AUTH, with this scope where one is named, of a user where that matters.
+    """
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
@@ -4503,7 +4590,9 @@ def held_scopes(idp, claims) -> frozenset:
 
 
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and whose bearer holds it still."""
+    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and
+    whose bearer holds it still.
+    """
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
@@ -4725,7 +4814,10 @@ def page_texts(idp: Idp) -> dict:
 
 
 def choose_language(idp: Idp, environ, ui_locales="") -> str:
-    """Return the language of a page: ui_locales, else Accept-Language, else English. OpenID Connect Core §3.1.2.1, RFC 9110 §12.5.4."""
+    """Return the language of a page: ui_locales, else Accept-Language, else English.
+
+    OpenID Connect Core §3.1.2.1, RFC 9110 §12.5.4.
+    """
     texts, wanted = page_texts(idp), []
     for part in environ.get("HTTP_ACCEPT_LANGUAGE", "")[:200].split(","):
         name, _, quality = part.strip().partition(";q=")
@@ -4769,7 +4861,9 @@ def template(idp: Idp, name: str) -> bottle.SimpleTemplate:
 def show_page(
     idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
 ) -> Page:
-    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a redirect, too."""
+    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
+    redirect, too.
+    """
     language = choose_language(idp, environ, ui_locales)
     base = idp.options.auth_issuer
     common = {
@@ -4812,7 +4906,10 @@ def draw_qr(uri: str) -> bytes:
 
 
 def cookie_name(idp: Idp, name: str) -> str:
-    """Return the name of a cookie; under https one that no other host and no plain page can set. RFC 6265bis §4.1.3.2."""
+    """Return the name of a cookie; under https one that no other host and no plain page can set.
+
+    RFC 6265bis §4.1.3.2.
+    """
     return ("__Host-" if idp.options.auth_issuer.startswith("https:") else "") + name
 
 
@@ -4854,7 +4951,8 @@ FRAMING = (400, 408, 413, 414, 417, 431, 500, 501, 503, 505)  # what any request
 SECURITY = {
     "client_basic": {
         "type": "http", "scheme": "basic",
-        "description": "client_id and client_secret, each form-encoded; or as members of the form; a public client sends its client_id alone. RFC 6749 §2.3.1.",
+        "description": "client_id and client_secret, each form-encoded; or as members of the form; "
+        "a public client sends its client_id alone. RFC 6749 §2.3.1.",
     },
     "bearer": {
         "type": "http", "scheme": "bearer", "bearerFormat": "JWT",
@@ -4880,7 +4978,7 @@ def possible_statuses(route: Route, method: str, path: str, port_name: str) -> s
     guard, found = guard_name(route), set(FRAMING)
     if guard != "anyone":
         found |= {401, 403}
-    if "<" in path or route.takes is not None or route.query is not None and guard != "anyone":
+    if "<" in path or route.takes is not None or (route.query is not None and guard != "anyone"):
         found.add(404)
     if route.takes is not None:
         found.add(415)
@@ -4908,7 +5006,7 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
         "tags": [(path.strip("/").split("/")[0] or "files").strip("<>.")], "x-specification": route.spec,
         "parameters": [], "responses": {},
     }
-    for name, kind in re.findall(r"<(\w+)(?::(\w+))?>", path):
+    for name, _ in re.findall(r"<(\w+)(?::(\w+))?>", path):
         operation["parameters"].append(
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         )
@@ -4956,7 +5054,7 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
             "X-Total-Count": {"schema": {"type": "string"}},
             "Link": {"description": "RFC 8288; rel=next where there is more.", "schema": {"type": "string"}},
         }
-    if route.tagged or route.versioned and method != "DELETE":
+    if route.tagged or (route.versioned and method != "DELETE"):
         headers["ETag"] = {"schema": {"type": "string"}}
     operation["responses"][str(route.status)] = {
         "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}},
@@ -5016,7 +5114,9 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
 
 
 class Router(bottle.Router):
-    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of a start."""
+    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of
+    a start.
+    """
 
     def _compile(self, method):
         """Nothing yet."""
@@ -5028,7 +5128,11 @@ class Router(bottle.Router):
 
 SWAGGER = APPLIANCE / "swagger"
 # The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
-SWAGGER_POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+SWAGGER_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "font-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def swagger_file(name: str) -> Page:
@@ -5424,7 +5528,10 @@ def logout_all(idp, claims, params):
 def answer_client(
     idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, members: dict, cookies=()
 ):
-    """Send a browser back to its client, with `state` and `iss`. RFC 6749 §4.1.2, RFC 9207 §2, OAuth 2.0 Form Post Response Mode."""
+    """Send a browser back to its client, with `state` and `iss`.
+
+    RFC 6749 §4.1.2, RFC 9207 §2, OAuth 2.0 Form Post Response Mode.
+    """
     members = members | ({"state": state} if state is not None else {}) | {"iss": idp.options.auth_issuer}
     if response_mode == "form_post":
         return show_page(
@@ -5452,7 +5559,10 @@ def refuse_client(
     gives=PkceStep, html=True, option="enable_pkce",
 )
 def authorize(idp, params):
-    """Let a user log in for a client. A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON."""
+    """Let a user log in for a client.
+
+    A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON.
+    """
     headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
     if headless:
         return begin_headless(idp, params)
@@ -5587,7 +5697,10 @@ def picture(uri: str) -> str:
 
 
 def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
-    """Lead a login on: to its next page, or back to its client. With an account its last factor was just proven: the browser is logged in."""
+    """Lead a login on: to its next page, or back to its client.
+
+    With an account its last factor was just proven: the browser is logged in.
+    """
     cookies, handle = [], session_handle(idp, params)
     row = login.row
     if account is not None:
@@ -5633,7 +5746,10 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_page(idp, params):
-    """The page of a login under way: password, second factor, consent, whatever is next. Without one, the way to the account page."""
+    """The page of a login under way: password, second factor, consent, whatever is next.
+
+    Without one, the way to the account page.
+    """
     if params.get("tx") is None and params.get("jti") is None:
         return Redirect(f"{idp.options.auth_issuer}/account")
     return show_login(idp, params, held_login(idp, params))
@@ -5900,7 +6016,8 @@ def log_browser_out(idp: Idp, params, location=""):
 def forget_browser(idp: Idp, params, handle: str | None, location: str):
     """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
 
-    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log anybody out.
+    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log
+    anybody out.
     """
     if handle:
         held = find_browser_session(idp, handle)
@@ -5914,7 +6031,10 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
 
 
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
-    """Return the claims of the id_token_hint, and where to go afterwards: a registered URI or nowhere. Raises invalid_request."""
+    """Return the claims of the id_token_hint, and where to go afterwards: a registered URI or nowhere.
+
+    Raises invalid_request.
+    """
     hint = read_hint(idp, params.get("id_token_hint"))
     if params.get("id_token_hint") and hint is None:
         raise Problem("invalid_request", log="id_token_hint is no ID token of ours")
@@ -6031,7 +6151,10 @@ def account_page(idp, params):
     html=True, option="enable_pkce",
 )
 def account_change(idp, params):
-    """End sessions, change the password, set up or take away the second factor. What weakens asks for the password and the code."""
+    """End sessions, change the password, set up or take away the second factor.
+
+    What weakens asks for the password and the code.
+    """
     handle = session_handle(idp, params)
     held = find_browser_session(idp, handle)
     if held is None:
@@ -6087,7 +6210,10 @@ def end_all_others(idp, params, session, account):
 
 
 def prove_again(idp, params, account):
-    """Ask for the password, and the second factor of who has one. A recovery code does, or a lost authenticator could never be replaced."""
+    """Ask for the password, and the second factor of who has one.
+
+    A recovery code does, or a lost authenticator could never be replaced.
+    """
     account, _ = authenticate_user(
         idp, params.origin, account.username, params.get("password") or "", only_password=True
     )
@@ -6270,7 +6396,10 @@ def admin_ready(idp, params):
 
 @ADMIN("POST", "/token", guard=anyone, spec="contract/admin §3.1", form=AdminTokenForm, gives=TokenObject)
 def admin_token(idp, params):
-    """Log an administrator in. Form: username, password, totp where the user has a second factor, client_id for the record."""
+    """Log an administrator in.
+
+    Form: username, password, totp where the user has a second factor, client_id for the record.
+    """
     username, password = params.need("username"), params.need("password")
     account, amr = authenticate_user(
         idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", admin=True
@@ -6325,7 +6454,9 @@ def admin_create_user(idp, claims, params):
 
 @ADMIN("GET", "/users", guard=by_admin, spec="contract/admin §3.2", query=ListUsers, gives=list[UserObject])
 def admin_list_users(idp, claims, params):
-    """The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their number in X-Total-Count."""
+    """The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their
+    number in X-Total-Count.
+    """
     return list_users(idp, params)
 
 
@@ -6428,9 +6559,12 @@ def admin_verify_password(idp, claims, params):
 
 
 def write_below(root: str, folder: str, name: str, content: bytes):
-    """Write a private file below a root. Folders are made; a symbolic link on the way, or a path that leaves the root, is refused."""
+    """Write a private file below a root.
+
+    Folders are made; a symbolic link on the way, or a path that leaves the root, is refused.
+    """
     path = os.path.normpath(os.path.join(root, folder))
-    if path != root and not path.startswith(root.rstrip("/") + "/") or not folder.strip() or "\0" in folder:
+    if (path != root and not path.startswith(root.rstrip("/") + "/")) or not folder.strip() or "\0" in folder:
         reject(qr_output_path="must lie below totp-qr-output-root")
     held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -6460,7 +6594,10 @@ def write_below(root: str, folder: str, name: str, content: bytes):
     gives=TotpEnrolment,
 )
 def admin_enrol_totp(idp, claims, params):
-    """Make a second factor for a user and show it once: otpauth URI, seed and QR code. It counts from its first code on."""
+    """Make a second factor for a user and show it once: otpauth URI, seed and QR code.
+
+    It counts from its first code on.
+    """
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
     seed = begin_totp(idp, params.origin, claims["sub"], account)
     uri = totp_uri(seed, account.username, issuer_name)
@@ -6932,7 +7069,10 @@ def admin_client_id(idp, claims, params):
     versioned=True,
 )
 def admin_update_client(idp, claims, params):
-    """Change what is sent of a client; switched off, renamed or given another audience it loses what it holds. Honours If-Match."""
+    """Change what is sent of a client; switched off, renamed or given another audience it loses what it holds.
+
+    Honours If-Match.
+    """
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
         return client_object(update_client(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
@@ -7096,7 +7236,7 @@ def client_of(params) -> str:
 def admin_set_flag(idp, claims, params):
     """Switch a feature of a client: form or JSON."""
     wanted = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
-    if wanted is UNSET or isinstance(wanted, str) and wanted.lower() not in ("true", "false"):
+    if wanted is UNSET or (isinstance(wanted, str) and wanted.lower() not in ("true", "false")):
         reject(enabled="must be true or false")
     flag = check_flag(params.path["flag"])
     set_flag(
@@ -7392,7 +7532,9 @@ def admin_purge_audit(idp, claims, params):
 
 @ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject)
 def admin_make_backup(idp, claims, params):
-    """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is set."""
+    """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is
+    set.
+    """
     with idp.hasher.gate.blocking():
         return idp.machine.make_backup(idp, params.origin, claims["sub"], params.body.without_keys)
 

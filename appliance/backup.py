@@ -23,7 +23,10 @@ from microauthd import BackupObject, Idp, Machine, Origin, Problem, audit, iso, 
 
 
 def check_copy(path: str, key: str) -> dict:
-    """Read a database through, page by page and row by row. Return what it holds. Raises StartupError where it is not whole."""
+    """Read a database through, page by page and row by row.
+
+    Return what it holds. Raises StartupError where it is not whole.
+    """
     copy = Store(path, key)
     try:
         damage = copy.check_whole()
@@ -47,7 +50,8 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
     """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
 
     Beside a server that writes. Encrypted as the database is; read through after writing, from the disk and not from
-    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises StartupError.
+    memory; in place at once or not at all. Return `bytes`, `users`, `clients` and `newest_at` of the copy. Raises
+    StartupError.
     """
     path = os.path.abspath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
@@ -61,7 +65,8 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
         raise StartupError(f"{path} is what is to be backed up")
     if not idp.store.key and not without_keys:
         raise StartupError(
-            "the database is not encrypted, so a backup would hold its keys for all to read: --without-keys leaves keys and settings out"
+            "the database is not encrypted, so a backup would hold its keys for all to read: "
+            "--without-keys leaves keys and settings out"
         )
     files = {}
     for name, file in {} if without_keys else backup_files(idp.options).items():
@@ -136,7 +141,8 @@ def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> Bac
     """Write a backup into `backup-folder`, with room to spare beside it."""
     if idp.options.backup_folder and not idp.store.key and not without_keys:
         reject(
-            without_keys="the database is not encrypted, so its backup would hold the keys for all to read: true leaves them out"
+            without_keys="the database is not encrypted, so its backup would hold the keys for all to read: "
+            "true leaves them out"
         )
     with hold_backup_folder(idp.options, make=True) as folder:
         for name in os.listdir(folder):  # of one that was killed

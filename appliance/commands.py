@@ -357,7 +357,8 @@ def run(command: str, argv: list[str]) -> int:
 def open_streams():
     """Open nothing in place of each standard stream that was closed by whoever started us.
 
-    Else the next file would have its number, the database perhaps, and what a library writes to stderr would land in it.
+    Else the next file would have its number, the database perhaps, and what a library writes to stderr would land in
+    it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

@@ -24,16 +24,16 @@ import tomllib
 # Serial consoles cannot say where their cursor is; prompt_toolkit need not ask.
 os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
 
-import sqlcipher3  # noqa: E402
+import sqlcipher3
 
-import microauthd  # noqa: E402
-from appliance import recovery  # noqa: E402
-from appliance.base import StartupError  # noqa: E402
-from appliance.base.settings import ( # noqa: E402
+import microauthd
+from appliance import recovery
+from appliance.base import StartupError
+from appliance.base.settings import (
     OPTIONS, OPTION_NAMES, Options, boolean, check_options, did_you_mean, networks, whole,
 )
-from appliance.base.wire import tls_context  # noqa: E402
-from appliance.recovery import Answers, journal_of  # noqa: E402
+from appliance.base.wire import tls_context
+from appliance.recovery import Answers, journal_of
 
 # Asked in words of their own, or by the part about the first client.
 BY_HAND = ("db-file", "db-pass", "oidc-client-id")
@@ -500,7 +500,9 @@ def ask_database(asker, draft):
 
 
 def ask_client(asker, draft):
-    """Return client_id, secret, audience and scopes of the first client; the secret is empty where the server makes one."""
+    """Return client_id, secret, audience and scopes of the first client; the secret is empty where the server makes
+    one.
+    """
     client_id = asker.ask("client_id of the first service (empty: none)?", draft["oidc-client-id"], check_client_id)
     if not client_id:
         return "", "", "microauthd", []
@@ -604,8 +606,8 @@ def wizard(options, own):
     ask_database(asker, draft)
     guided = (
         "--guided" in own
-        or "--quick" not in own
-        and asker.confirm("Go through every setting? (no: the few that matter)", False)
+        or ("--quick" not in own
+        and asker.confirm("Go through every setting? (no: the few that matter)", False))
     )
     asker.say()
     if guided:
@@ -706,7 +708,7 @@ def word_of(option, value):
 class AnswersFile:
     """An answers file, read once; what is wrong with it is collected, a sentence a problem."""
 
-    TABLES = {
+    TABLES = {  # noqa: RUF012 - never changed
         "admin": ("username", "email", "password", "password_file", "totp"),
         "client": ("client_id", "audience", "scopes", "secret_file"),
     }
@@ -916,7 +918,10 @@ def check_usage(own, values):
 
 
 def run(options, flags, own, values) -> int:
-    """Set up by questions, or by --answers. Returns the exit status; raises StartupError or Problem, and then nothing was made."""
+    """Set up by questions, or by --answers.
+
+    Returns the exit status; raises StartupError or Problem, and then nothing was made.
+    """
     if os.path.lexists(options.db_file):
         raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
     check_usage(own, values)

@@ -199,7 +199,7 @@ class ServerProcess:
     def blocking(self):
         """Tell the server whose thread this is that it is about to wait."""
         with contextlib.ExitStack() as stack:
-            yield all([stack.enter_context(server.blocking()) for server in self.servers])
+            yield all([stack.enter_context(server.blocking()) for server in self.servers])  # noqa: C419 - each is entered
 
     def refused(self, event, **fields):
         self.log(event, "error" if event == "error" else "info", **fields)
@@ -243,7 +243,8 @@ def run_child(plan: StartupState, slot: int, auth_socket, admin_socket, ready: i
             os._exit(1)
 
         with contextlib.suppress(ImportError, AttributeError, OSError):
-            # One that is stopped goes on when the supervisor dies, and ends: its socket would share the port with the next start.
+            # One that is stopped goes on when the supervisor dies, and ends: its socket would share the port with the
+            # next start.
             libc("prctl", "int", "long", "long", "long", "long")(
                 1, signal.SIGCONT, 0, 0, 0
             )  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -268,7 +269,10 @@ START_SECONDS = 120  # to begin with a large log of the database on a slow disk
 
 
 class Supervisor:
-    """Forks the children, replaces one that dies or hangs, ends them all. It never gives up: one that cannot start is tried again, while the others go on."""
+    """Forks the children, replaces one that dies or hangs, ends them all.
+
+    It never gives up: one that cannot start is tried again, while the others go on.
+    """
 
     def __init__(self, plan: StartupState, close_in_child=()):
         self.plan, self.close_in_child = plan, close_in_child
@@ -316,7 +320,8 @@ class Supervisor:
         self.short.discard(number)
 
     def owe(self, number):
-        """Try again soon; after two seconds less often, and meanwhile let others have the connections that would wait."""
+        """Try again soon; after two seconds less often, and meanwhile let others have the connections that would wait.
+        """
         self.tries[number] += 1
         often = self.tries[number] <= 10
         self.owed[number] = time.monotonic() + (0.2 if often else 5)
@@ -367,7 +372,9 @@ class Supervisor:
                 yield number, time.monotonic() - started, pid, status
 
     def end_stuck(self):
-        """Kill what has not gone on for STUCK_SECONDS, or not begun for START_SECONDS: it was stopped, or hangs, and its connections would wait for ever."""
+        """Kill what has not gone on for STUCK_SECONDS, or not begun for START_SECONDS: it was stopped, or hangs, and
+        its connections would wait for ever.
+        """
         generation, known, now = self.plan.generation, self.beats, time.monotonic()
         # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
         passed = min(2.0, now - self.beats_at)

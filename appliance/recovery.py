@@ -237,7 +237,10 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
 
 
 def set_up_demo(options: Options, make):
-    """Set up a trial and say its secrets once. The client's stand in demo.env too, for scripts. `make` is set_up() that refuses in a sentence."""
+    """Set up a trial and say its secrets once.
+
+    The client's stand in demo.env too, for scripts. `make` is set_up() that refuses in a sentence.
+    """
     options, answers = demo_answers(options)
     made = make(options, answers)
     print(
@@ -249,7 +252,9 @@ def set_up_demo(options: Options, make):
     try:
         write_durably(path, f"MAD_CLIENT_ID={made.client_id}\nMAD_CLIENT_SECRET={made.secret}\n".encode())
     except OSError as error:
-        raise StartupError(f"it is set up, and these are shown once; {path} cannot be written: {error.strerror}") from None
+        raise StartupError(
+            f"it is set up, and these are shown once; {path} cannot be written: {error.strerror}"
+        ) from None
     print("These are shown once; the client's stand in demo.env, readable by you alone.", file=sys.stderr)
 
 
@@ -259,7 +264,10 @@ def set_up_demo(options: Options, make):
 
 
 def open_idp(options: Options) -> Idp:
-    """Return the identity provider of the files, for a command beside a running server or without one. Raises StartupError."""
+    """Return the identity provider of the files, for a command beside a running server or without one.
+
+    Raises StartupError.
+    """
     require_owner(options)
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
@@ -277,7 +285,10 @@ def open_idp(options: Options) -> Idp:
 
 @contextlib.contextmanager
 def without_server(options: Options):
-    """Hold the database to bring it up to date. Raises StartupError where a server of an older release goes on with what it knows."""
+    """Hold the database to bring it up to date.
+
+    Raises StartupError where a server of an older release goes on with what it knows.
+    """
     with contextlib.ExitStack() as stack:
         for attempt in range(20):  # it may be another command that does the same
             try:
@@ -291,7 +302,9 @@ def without_server(options: Options):
 
 
 def require_owner(options: Options):
-    """Raise StartupError unless this is the user whose server it is: not even root, whose files that user could not read."""
+    """Raise StartupError unless this is the user whose server it is: not even root, whose files that user could not
+    read.
+    """
     place = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
     try:
         owner = os.stat(place).st_uid
@@ -313,7 +326,10 @@ def back_up(options: Options, path: str, force=False, without_keys=False) -> dic
 
 @contextlib.contextmanager
 def hold_folder(folder: str):
-    """Let one backup at a time be written into a folder: two under one name would take each other's file. Raises StartupError."""
+    """Let one backup at a time be written into a folder: two under one name would take each other's file.
+
+    Raises StartupError.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -342,7 +358,9 @@ def read_backup(source: str, key: str) -> dict:
 
 
 def settle_options(options: Options, content: bytes, where: str) -> Options:
-    """Return the options with the settings of a backup for what nobody says here: they name the files and open the keys."""
+    """Return the options with the settings of a backup for what nobody says here: they name the files and open the
+    keys.
+    """
     values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
     for name, (value, origin) in parse_config(content.decode("utf-8"), where).items():
         if name not in options.origins:
@@ -354,12 +372,16 @@ def settle_options(options: Options, content: bytes, where: str) -> Options:
 
 
 def last_issued_ms(store: Store) -> int:
-    """Return a millisecond that nothing this database knows of was issued after. See issue(): a clock may be behind its epoch."""
+    """Return a millisecond that nothing this database knows of was issued after.
+
+    See issue(): a clock may be behind its epoch.
+    """
     return max(store.newest_at() * 1000 + 999, int(store.meta("revoked_before", "0")) + 1)
 
 
 def look_back(options: Options) -> tuple[set, int, bool]:
-    """Return the keys that were revoked here, when something was issued last, and whether the database could be asked."""
+    """Return the keys that were revoked here, when something was issued last, and whether the database could be asked.
+    """
     if not os.path.exists(options.db_file):
         return set(), 0, True
     store = None
@@ -380,7 +402,8 @@ def look_back(options: Options) -> tuple[set, int, bool]:
 def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
     """Put the box back to what a backup holds, all of it or nothing; the server must not run.
 
-    Nothing that was issued before lives on, whenever that was, and a key that was revoked here stays so. The settings of
+    Nothing that was issued before lives on, whenever that was, and a key that was revoked here stays so. The settings
+    of
     the backup are taken where there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether it
     could be seen which keys were revoked here. Raises StartupError, and then everything is as it was.
     """
@@ -432,7 +455,10 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
 
 
 def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
-    """Write what a backup holds under staging names. Return its newest row, and whether it is known what was revoked here."""
+    """Write what a backup holds under staging names.
+
+    Return its newest row, and whether it is known what was revoked here.
+    """
     revoked, issued_here, knows_revoked = look_back(options)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(staged["database"])
@@ -486,7 +512,8 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
 
 
 def factory_reset(options: Options) -> list[str]:
-    """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what went.
+    """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what
+    went.
 
     Flash may keep old copies of what is overwritten; what protects those is the passphrase. Cut off in
     the middle, it is done again by running it again.
@@ -535,14 +562,17 @@ def clock_problem(idp: Idp) -> str:
         return "is behind the newest row of the database"
     known = idp.store.clock_floor()
     if known > RELEASED_AT and idp.now() > known + CLOCK_FAR:
-        return f"is {(idp.now() - known) // 86400} days ahead of what was last noted, unless 'clock accept' says that it is right"
+        ahead = (idp.now() - known) // 86400
+        return f"is {ahead} days ahead of what was last noted, unless 'clock accept' says that it is right"
     return ""
 
 
 def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
-    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new kids.
+    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new
+    kids.
 
-    Refused for all where it is refused for one. A clock behind the times would let a key sign as soon as it is put right.
+    Refused for all where it is refused for one. A clock behind the times would let a key sign as soon as it is put
+    right.
     """
     idp, made = open_idp(options), []
     try:
@@ -586,7 +616,10 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
 
 
 def revoke_key(options: Options, kid: str) -> str:
-    """Take a stolen key out of its ring: no token it signed is good any more, from now on. Where it signed, a new one does. Return its port."""
+    """Take a stolen key out of its ring: no token it signed is good any more, from now on.
+
+    Where it signed, a new one does. Return its port.
+    """
     idp = open_idp(options)
     try:
         for port_name, (path, passphrase, _) in ring_files(options).items():
@@ -598,7 +631,8 @@ def revoke_key(options: Options, kid: str) -> str:
                 if rest == entries:
                     continue
                 with idp.store.transaction():
-                    # Remembered, for a backup that was made before still holds it: whoever has it could sign what comes after.
+                    # Remembered, for a backup that was made before still holds it: whoever has it could sign what comes
+                    # after.
                     idp.store.put_meta("revoked_kids", " ".join(sorted({*idp.store.meta("revoked_kids").split(), kid})))
                     audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
                 write_durably(path, write_ring(rest, passphrase))
@@ -609,7 +643,8 @@ def revoke_key(options: Options, kid: str) -> str:
 
 
 def accept_clock(options: Options) -> dict:
-    """Say that the machine's clock is right, whatever was noted under a wrong one. A running server goes by it within a second.
+    """Say that the machine's clock is right, whatever was noted under a wrong one. A running server goes by it within a
+    second.
 
     What was done at times that are not yet is ended. Return `now` and how much was `ended`.
     """
@@ -643,7 +678,10 @@ def accept_clock(options: Options) -> dict:
 
 
 def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:
-    """Let an administrator in again, or make one: a new password, active, not locked, the role. Ends what the account had. Return what was done."""
+    """Let an administrator in again, or make one: a new password, active, not locked, the role.
+
+    Ends what the account had. Return what was done.
+    """
     idp = open_idp(options)
     try:
         name = fold(username)

@@ -62,7 +62,9 @@ def purge(idp: Idp, pause=sleep):
 
 
 def note_configuration(idp: Idp):
-    """Write down that the server started, and with which options changed since it last did: their names, never a secret."""
+    """Write down that the server started, and with which options changed since it last did: their names, never a
+    secret.
+    """
     shown = {option.name: str(getattr(idp.options, option.attribute)) for option in OPTIONS if not option.secret}
     known = idp.store.meta("options")
     with idp.store.transaction():
@@ -76,7 +78,8 @@ def note_configuration(idp: Idp):
 
 
 def advance_key_states(idp: Idp):
-    """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead."""
+    """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead.
+    """
     options, now = idp.options, idp.now()
     if not idp.ring_files or not idp.check_clock():
         return
@@ -99,14 +102,20 @@ def advance_key_states(idp: Idp):
 
 
 class UnpackedProgram:
-    """The unpacked program, some of which is read when it is first asked for. It lies in a cache, and caches are cleaned."""
+    """The unpacked program, some of which is read when it is first asked for.
+
+    It lies in a cache, and caches are cleaned.
+    """
 
     def __init__(self, log):
         archive = getattr(sys.modules["__main__"], "ARCHIVE", None)  # of the archive's own start
         self.archive, self.log, self.lock, self.again = archive and os.path.abspath(archive), log, None, 0.0
 
     def keep(self):
-        """Where files of it were removed, have the archive unpack itself again. What cannot be had back is tried again every ten minutes."""
+        """Where files of it were removed, have the archive unpack itself again.
+
+        What cannot be had back is tried again every ten minutes.
+        """
         if (
             not self.archive
             or time.monotonic() < self.again
@@ -132,7 +141,10 @@ class UnpackedProgram:
 
 
 class Upkeep(threading.Thread):
-    """Looks after the code every few seconds, the rings every minute; purges at the start and every hour. What fails is logged and tried again."""
+    """Looks after the code every few seconds, the rings every minute; purges at the start and every hour.
+
+    What fails is logged and tried again.
+    """
 
     LOOK = 5
 
@@ -177,7 +189,8 @@ class ClockThread(threading.Thread):
             try:
                 self.step()
             except Exception as error:
-                self.idp.log("clock.failed", "error", reason=error.log if isinstance(error, Unavailable) else repr(error))
+                reason = error.log if isinstance(error, Unavailable) else repr(error)
+                self.idp.log("clock.failed", "error", reason=reason)
                 self.ending.wait(5)
 
     def step(self):
@@ -196,7 +209,7 @@ class ClockThread(threading.Thread):
             settle_clock(idp)
             self.unsettled = False
         state, monotonic = keeper.state, keeper.monotonic()
-        if state != self.said or state != "right" and monotonic - self.said_at >= 3600:
+        if state != self.said or (state != "right" and monotonic - self.said_at >= 3600):
             idp.log(
                 "clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error",
                 now=idp.now(), clock=int(keeper.wall()),

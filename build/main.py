@@ -167,7 +167,9 @@ def members_of(archive):
 
 
 def use(members, tree):
-    """Return the shared lock of a tree, or None where a file is missing or cut off: caches are cleaned, a file at a time, too."""
+    """Return the shared lock of a tree, or None where a file is missing or cut off: caches are cleaned, a file at a
+    time, too.
+    """
     try:
         whole = all(os.lstat(tree + "/" + inside).st_size == size for _, inside, size in members)
     except OSError:

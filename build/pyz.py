@@ -90,7 +90,10 @@ def compile_mad(folder: Path) -> bytes:
 
 
 def directory_digest(archive) -> bytes:
-    """As build/main.py has it: names, sizes and CRCs. With the CRCs, which are checked when a member is read, it covers every byte."""
+    """As build/main.py has it: names, sizes and CRCs.
+
+    With the CRCs, which are checked when a member is read, it covers every byte.
+    """
     return (
         hashlib.sha256(
             "".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist()).encode()
@@ -101,7 +104,9 @@ def directory_digest(archive) -> bytes:
 
 
 def seal(members, target: Path):
-    """Write the archive: fixed modes, times and order, a build-id made of all content, and as its comment a digest of its directory."""
+    """Write the archive: fixed modes, times and order, a build-id made of all content, and as its comment a digest of
+    its directory.
+    """
     members = sorted(members)
     digest = hashlib.sha256()
     for name, content in members:

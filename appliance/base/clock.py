@@ -14,7 +14,9 @@ IAT_SKEW = 60  # seconds a token's `iat` may lie in the future: two cores, two r
 
 
 def sleep(seconds: float):
-    """Sleep. Not by time.sleep, which counts in absolute time: it raises where something sets the clocks of this process."""
+    """Sleep. Not by time.sleep, which counts in absolute time: it raises where something sets the clocks of this
+    process.
+    """
     select.select([], [], [], seconds)
 
 

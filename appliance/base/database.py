@@ -142,7 +142,7 @@ def check_log(path: str):
         for word, other in struct.iter_unpack(">II" if magic & 1 else "<II", head[:24].ljust(24)):
             one = one + word + two & 0xFFFFFFFF
             two = two + other + one & 0xFFFFFFFF
-        if not head or magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two):
+        if not head or (magic | 1 == 0x377F0683 and head[24:] == struct.pack(">II", one, two)):
             return
     raise StartupError(
         f"the write-ahead log {path}-wal is damaged, and holds what was done last: restore a backup, or move it "

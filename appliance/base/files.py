@@ -19,7 +19,10 @@ def sync_directory(path):
 
 
 def write_beside(path: str, content: bytes) -> str:
-    """Write what is to take the place of a private file, synced, beside it, and return its path. Nothing is left where that fails."""
+    """Write what is to take the place of a private file, synced, beside it, and return its path.
+
+    Nothing is left where that fails.
+    """
     temporary = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)

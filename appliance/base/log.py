@@ -77,7 +77,10 @@ def escape(value) -> str:
 
 
 class Console(logging.StreamHandler):
-    """A stream of the caller's. A line that it does not take at once is lost: a terminal that is held, a pipe that nobody reads."""
+    """A stream of the caller's.
+
+    A line that it does not take at once is lost: a terminal that is held, a pipe that nobody reads.
+    """
 
     def emit(self, record):
         try:

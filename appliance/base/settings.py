@@ -110,7 +110,8 @@ def worker_count(value):
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One setting. From it come the file key, the variable, the flag, the help line, the README row and the question."""
+    """One setting. From it come the file key, the variable, the flag, the help line, the README row and the question.
+    """
 
     name: str
     default: object

@@ -99,7 +99,8 @@ class Scope(Record):
 
 
 class ClientRow(Record):
-    """A client as stored. `grant_types` is space-delimited; `access_token_signed_alg` empty means the server's choice."""
+    """A client as stored. `grant_types` is space-delimited; `access_token_signed_alg` empty means the server's choice.
+    """
 
     id: str
     client_id: str
@@ -162,7 +163,9 @@ class Family(Record):
 
 
 class LoginTransaction(Record):
-    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was proven."""
+    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was
+    proven.
+    """
 
     id: str
     binding_sha256: str
@@ -228,7 +231,9 @@ class RefreshToken(Record):
 
 
 class ListedSession(Session):
-    """A session and what its listing shows besides. `dead_before` is Unix milliseconds: the epochs of its user and client."""
+    """A session and what its listing shows besides. `dead_before` is Unix milliseconds: the epochs of its user and
+    client.
+    """
 
     username: str
     dead_before: int
@@ -560,7 +565,9 @@ class Store(Database):
         super().close()
 
     def note_failure(self, error):
-        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush() tries."""
+        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush()
+        tries.
+        """
         super().note_failure(error)
         was_writable, self.writable = self.writable, False
         if was_writable and self.flusher:  # a command says it in its own sentence
@@ -602,7 +609,8 @@ class Store(Database):
         return store
 
     def open(self, alone=contextlib.nullcontext):
-        """Check that this is our database and that it is whole, then bring its schema up to date, which is done `alone`.
+        """Check that this is our database and that it is whole, then bring its schema up to date, which is done
+        `alone`.
 
         Raises StartupError with one sentence; the file is left as it is.
         """
@@ -659,7 +667,10 @@ class Store(Database):
                 self.connection.execute(f"PRAGMA user_version = {number:d}")
 
     def copy_to(self, path, files: dict, now):
-        """Copy the database into an empty file as it is now, with these files in a table of the copy. Writers go on meanwhile."""
+        """Copy the database into an empty file as it is now, with these files in a table of the copy.
+
+        Writers go on meanwhile.
+        """
         copy = Store(path, self.key)
         try:
             self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
@@ -733,7 +744,9 @@ class Store(Database):
         self.put_meta("written", secrets.token_hex(8))
 
     def probe(self):
-        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately, and there is room."""
+        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately,
+        and there is room.
+        """
         self.check_files_unchanged()
         if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
             self.write_something()
@@ -756,7 +769,10 @@ class Store(Database):
         return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
 
     def revoke_future_rows(self, now, now_ms, step):
-        """End and forget what was done under a clock that ran ahead: it would live on until that time comes. Return how much."""
+        """End and forget what was done under a clock that ran ahead: it would live on until that time comes.
+
+        Return how much.
+        """
         later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
         done = 0
         with self.transaction(identity=True):
@@ -772,7 +788,8 @@ class Store(Database):
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
-            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's stays.
+            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's
+            # stays.
             done += self.run(
                 """
                 UPDATE account
@@ -841,7 +858,8 @@ class Store(Database):
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
-        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a page of the disk.
+        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a
+        # page of the disk.
         order = (
             f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
         )
@@ -953,7 +971,8 @@ class Store(Database):
             return [user_id for (user_id,) in rows]
 
     def set_password_hash(self, id, password_hash, now, instead_of=None):
-        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone."""
+        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone.
+        """
         self.run(
             """
             UPDATE account SET password_hash = :password_hash, modified_at = :now
@@ -1223,7 +1242,10 @@ class Store(Database):
         self.run("DELETE FROM client WHERE id = :id", id=id)
 
     def revoke_client(self, id, client_id, now, now_ms):
-        """End everything that was issued to a client. Its sessions are not rewritten, which may be a million: the epoch ends them."""
+        """End everything that was issued to a client.
+
+        Its sessions are not rewritten, which may be a million: the epoch ends them.
+        """
         self.run(
             "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
         )
@@ -1286,7 +1308,10 @@ class Store(Database):
             )
 
     def put_feature(self, client_id, flag, is_enabled=None, options=None):
-        """Set a flag, its option, or both; what is None stays. An option set on a flag that was never set switches it on."""
+        """Set a flag, its option, or both; what is None stays.
+
+        An option set on a flag that was never set switches it on.
+        """
         self.run(
             """
             INSERT INTO client_feature VALUES (:client_id, :flag, coalesce(:is_enabled, 1), coalesce(:options, ''))
@@ -1503,7 +1528,10 @@ class Store(Database):
             )
 
     def revoke_account(self, user_id, now, now_ms):
-        """End everything that was issued to a user, on both ports. The epoch always grows: what was issued just after the last one dies too."""
+        """End everything that was issued to a user, on both ports.
+
+        The epoch always grows: what was issued just after the last one dies too.
+        """
         self.run(
             "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id,
             now_ms=now_ms,
@@ -1556,7 +1584,10 @@ class Store(Database):
         )
 
     def advance_login(self, login: LoginTransaction, state, user_id, amr, auth_time, proven_ms, now, pending=""):
-        """Take one step from the state that was read, once. Return it as it is then, or None where somebody was first."""
+        """Take one step from the state that was read, once.
+
+        Return it as it is then, or None where somebody was first.
+        """
         return self.one(
             LoginTransaction,
             """
@@ -1631,7 +1662,9 @@ class Store(Database):
         )
 
     def replace_browser_session(self, old, new, user_id, now):
-        """Let one browser session follow another: of the same user it hands its logins over, of another it ends with them."""
+        """Let one browser session follow another: of the same user it hands its logins over, of another it ends with
+        them.
+        """
         found = self.find_browser_session(old)
         if found is None:
             return
@@ -1743,7 +1776,8 @@ class Store(Database):
     # -- audit --
 
     def append_audit(self, rows, connection=None):
-        """Append `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` rows to the hash chain.
+        """Append `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` rows to the
+        hash chain.
 
         Inside a transaction: the last hash is read and extended under the same lock. A durable one
         notes the head of the chain too, so that rows taken off its end are missed; batches do not,
@@ -1791,7 +1825,8 @@ class Store(Database):
         return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
 
     def verify_audit(self) -> dict:
-        """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, where it is broken, `reason`.
+        """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, where it is broken,
+        `reason`.
 
         One read transaction: what is appended meanwhile is not seen. What retention deleted is
         known by the anchor it left.
@@ -1802,7 +1837,7 @@ class Store(Database):
             try:
                 anchor, head = (self.meta(name, "0:").split(":", 1) for name in ("audit_anchor", "audit_head"))
                 seq, digest, rows, first = int(anchor[0]), anchor[1], 0, None
-                seen_head = int(head[0]) < seq or int(head[0]) == seq and head[1] == digest
+                seen_head = int(head[0]) < seq or (int(head[0]) == seq and head[1] == digest)
                 found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
                 for row in connection.execute(
                     "SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, "
@@ -1813,7 +1848,7 @@ class Store(Database):
                     seq, digest = row[0], chain(digest, row[0], row[1:10])
                     if digest != row[10]:
                         return found | {"valid": False, "reason": f"row {seq} was altered"}
-                    seen_head = seen_head or seq == int(head[0]) and digest == head[1]
+                    seen_head = seen_head or (seq == int(head[0]) and digest == head[1])
                     rows, first = rows + 1, first or seq
                     found |= {"rows": rows, "first_seq": first, "last_seq": seq, "head": digest}
                 if not seen_head:
@@ -1848,7 +1883,10 @@ class Store(Database):
         self.flusher.start()
 
     def record_file_ids(self):
-        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does. Who is first says for all processes which they are."""
+        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does.
+
+        Who is first says for all processes which they are.
+        """
         self.meta("created_at")
         if not any(self.generation.place) and (files := self.stat_files()):
             self.generation.place = files
@@ -1899,7 +1937,8 @@ class Store(Database):
     def purge_sessions(self, older_than_id, before, after_id, limit, revoked=False, user_id=None, client_id=None):
         """Delete a slice of sessions that expired before `before`, walking in the order of their ids.
 
-        Only revoked ones, of one user or client, where that is asked. Returns (id to go on after or None, rows deleted).
+        Only revoked ones, of one user or client, where that is asked. Returns (id to go on after or None, rows
+        deleted).
         """
         with self.guard():
             ids = self.connection.execute(
@@ -1920,7 +1959,8 @@ class Store(Database):
         return (ids[-1][0] if len(ids) == limit else None), len(dead)
 
     def purge_walk(self, table, key, dead, after, limit, **parameters):
-        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our own words.
+        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our
+        own words.
 
         The rows are looked at before the turn to write is taken, so that nobody waits for those
         that live, and again when they are deleted; not many at once, for they may lie anywhere in

@@ -136,9 +136,9 @@ def tls_context(cert_file: str, key_file: str | None = None, password: str | Non
             raise ValueError(f"The TLS key does not belong to the certificate {cert_file}.") from None
         if (
             error.reason == "NO_START_LINE"
-            or error.reason is None
+            or (error.reason is None
             and not key_file
-            and b"PRIVATE KEY-----" not in certificate
+            and b"PRIVATE KEY-----" not in certificate)
         ):
             raise ValueError(
                 f"The TLS file {key_file or cert_file} has no private key or no certificate in it."
@@ -229,8 +229,8 @@ class Names(dict):
         if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
             key = "HTTP_" + key
         # X_Forwarded_For is not X-Forwarded-For; Proxy would become the HTTP_PROXY of CGI (httpoxy).
-        if b"_" in name or key == "HTTP_PROXY" or not self.trusted and (
-                key in ("HTTP_FORWARDED", "HTTP_X_REAL_IP") or key.startswith("HTTP_X_FORWARDED")):
+        if b"_" in name or key == "HTTP_PROXY" or (not self.trusted and (
+                key in ("HTTP_FORWARDED", "HTTP_X_REAL_IP") or key.startswith("HTTP_X_FORWARDED"))):
             key = ""
         if len(name) <= 64:
             if len(self) >= 512:  # somebody is making names up
@@ -322,7 +322,7 @@ class Connection:
 
         # RFC 9112 §3.2: exactly one Host, and the target's authority is the same.
         host = environ.get("HTTP_HOST")
-        if host is None and version == "1.1" or host is not None and not HOST.fullmatch(host):
+        if (host is None and version == "1.1") or (host is not None and not HOST.fullmatch(host)):
             raise HttpRefusal(400, "Host")
         if b"#" in target:
             raise HttpRefusal(400, "fragment")
@@ -352,7 +352,7 @@ class Connection:
                 raise HttpRefusal(400, "Content-Length")
             if len(length) > 18 or int(length) > limits.body_bytes:
                 raise HttpRefusal(413, "content size")
-        content = self.chunked or length is not None and int(length) > 0
+        content = self.chunked or (length is not None and int(length) > 0)
         # Upgrade may be ignored (RFC 9110 §7.8), but llhttp stops at one and would not read its content.
         if content and parser.should_upgrade():
             raise HttpRefusal(400, "Upgrade with content")
@@ -449,7 +449,8 @@ class Server(cheroot.wsgi.Server):
 
     Its threads share one epoll, and take turns: one, the leader, polls and handles; the second watches, and takes the
     lead when the leader stays with one request longer than PATIENCE or says that it waits (`blocking()`). The others
-    stand behind the second. Threads that all poll at once are slower by half: they pass the GIL around at every system call.
+    stand behind the second. Threads that all poll at once are slower by half: they pass the GIL around at every system
+    call.
     """
 
     def __init__(self, name, sockets, app, *, limits=Limits(), tls=None, trusted_proxies=(), log=None,
@@ -505,7 +506,8 @@ class Server(cheroot.wsgi.Server):
         self._sweeper.start()
 
     def stop(self, seconds: float = 4) -> bool:
-        """Stop accepting, close idle connections, finish what has begun to arrive; true when all of it ended in time."""
+        """Stop accepting, close idle connections, finish what has begun to arrive; true when all of it ended in time.
+        """
         if not self.ready:
             return True
         if not hasattr(select, "epoll"):
@@ -563,7 +565,8 @@ class Server(cheroot.wsgi.Server):
     def _hire(self):
         """Start threads while too few are left free.
 
-        Holding nothing, and from the sweep: Thread.start() waits for ever for one that has no memory to begin. The sweep
+        Holding nothing, and from the sweep: Thread.start() waits for ever for one that has no memory to begin. The
+        sweep
         does not go on then, which the supervisor sees.
         """
         while True:
@@ -590,7 +593,8 @@ class Server(cheroot.wsgi.Server):
     def blocking(self):
         """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free.
 
-        Gives whether there is one besides whoever it waits for. Means nothing to a thread that is not ours, or waits already.
+        Gives whether there is one besides whoever it waits for. Means nothing to a thread that is not ours, or waits
+        already.
         """
         me = threading.current_thread()
         if me not in self._pool or me in self._waiting:
@@ -683,7 +687,8 @@ class Server(cheroot.wsgi.Server):
                     break
                 except OSError as error:
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        # Nothing left to accept with. The listener stays disarmed until the next sweep, and does not spin.
+                        # Nothing left to accept with. The listener stays disarmed until the next sweep, and does not
+                        # spin.
                         self._crowd = [self._crowd[0] + 1, ""]
                         return
                     continue  # that connection's own trouble
@@ -836,7 +841,10 @@ class Server(cheroot.wsgi.Server):
         connection.sock.setblocking(False)
 
     def _part(self, connection):
-        """Say goodbye and read on for a while: unread octets would make a reset of it, and eat the answer. RFC 9112 §9.6"""
+        """Say goodbye and read on for a while: unread octets would make a reset of it, and eat the answer.
+
+        RFC 9112 §9.6
+        """
         connection.lingering, connection.wire = True, 0
         connection.deadline = time.monotonic() + LINGER
         if isinstance(connection.sock, ssl.SSLSocket):
@@ -976,7 +984,7 @@ class Server(cheroot.wsgi.Server):
             late = now > connection.deadline - (
                 0.8 * self.limits.idle_seconds if crowded and idle and not connection.lingering else 0
             )
-            if not (late or idle and 0 < self._draining <= now) or not connection.lock.acquire(blocking=False):
+            if not (late or (idle and 0 < self._draining <= now)) or not connection.lock.acquire(blocking=False):
                 continue
             try:
                 if connection.fd < 0:

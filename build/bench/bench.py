@@ -682,7 +682,7 @@ def main():
             time.sleep(1)
             memory.setdefault((who, "idle"), []).append(pss_mb(server.pid))
             for work, (path, body) in server.works.items():
-                if who == grown_key and work != "token" or who[2] == "RS256" and work != "token":
+                if (who == grown_key and work != "token") or (who[2] == "RS256" and work != "token"):
                     continue
                 wrk(server.port, path, body, server.auth, 1)  # warm
                 before = cpu_seconds(server.pid)
