@@ -362,7 +362,7 @@ class TestClockwork:
         token = log_in(alice)
         box.wall -= YEARS
         with monkeypatch.context() as patched:
-            patched.setattr(Store, "end_what_is_later", refuse)
+            patched.setattr(Store, "revoke_future_rows", refuse)
             with pytest.raises(Unavailable):
                 clock_thread.step()
         box.pass_(1)
