@@ -2750,10 +2750,15 @@ def get_client(idp: Idp, id_or_client_id: str) -> Client:
     return client
 
 
+def ttl(client: Client, flag: str, default: int) -> int:
+    """Return a lifetime in seconds: the client's option if it is a positive number, else `default`."""
+    option = client.flags.get(flag, "")
+    return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else default
+
+
 def token_lifetime(idp: Idp, client: Client) -> int:
     """Return how many seconds an access token of this client lives."""
-    option = client.flags.get("TOKEN_EXPIRATION", "")
-    return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else idp.options.token_expiration
+    return ttl(client, "TOKEN_EXPIRATION", idp.options.token_expiration)
 
 
 def living_hashes(client: Client | None, now: int) -> list:
@@ -3673,18 +3678,12 @@ GRANTS = {
 }
 
 
-def ttl(client: Client, flag: str, default: int) -> int:
-    """Return a lifetime in seconds: the client's option if it is a positive number, else `default`."""
-    option = client.flags.get(flag, "")
-    return int(option) if re.fullmatch(r"[0-9]{1,9}", option) and int(option) else default
-
-
 def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     """Mint and store the granted tokens; return the token response. RFC 6749 §5.1, RFC 9068 §2.2."""
     options, now = idp.options, idp.now()
     row, account = client.row, granted.account
     key = idp.auth_ring.signer(row.access_token_signed_alg or idp.auth_ring.access.alg)
-    lifetime = ttl(client, "TOKEN_EXPIRATION", options.token_expiration)
+    lifetime = token_lifetime(idp, client)
     # Later than the millisecond of any revocation, or the new token would count as revoked.
     ms = max(idp.now_ms(), row.revoked_before + 1, idp.revoked_before + 1, account.revoked_before + 1 if account else 0)
     jti = new_jti(ms)
