@@ -76,6 +76,11 @@ QUESTIONS = {
     "auth-insecure-http": "Plain HTTP on {ip}: tokens and passwords travel in clear. Allow it?",
     "admin-insecure-http": "Plain HTTP on {ip}: tokens and passwords travel in clear. Allow it?",
 }
+
+def exposed(draft, side):
+    return not draft[f"{side}-ssl-cert-file"] and not ipaddress.ip_address(draft[f"{side}-ip"]).is_loopback
+
+
 # Asked only when it matters; what is not asked keeps its value, for the day the feature is turned on.
 MATTERS = {
     "auth-ssl-key-file": lambda draft: draft["auth-ssl-cert-file"],
@@ -165,10 +170,6 @@ class Draft:
         if not self["admin-ssl-cert-file"] and "admin-domain-no-ssl" not in origins:
             derived["admin-domain-no-ssl"] = True
         return self.resolve({name: value for name, value in derived.items() if not self.overruled(name)})
-
-
-def exposed(draft, side):
-    return not draft[f"{side}-ssl-cert-file"] and not ipaddress.ip_address(draft[f"{side}-ip"]).is_loopback
 
 
 # == Checks ====================================================================

@@ -11,16 +11,21 @@ import mad
 import microauthd as m
 import pytest
 
-SOURCE = Path(m.__file__).read_text("utf-8")
-TREE = ast.parse(SOURCE)
-BANNERS = [
-    (match[1], SOURCE.count("\n", 0, match.start()) + 1) for match in re.finditer(r"^# == (.+?) =+$", SOURCE, re.M)
-]
-SECTIONS = [name for name, _ in BANNERS]
+ROOT = Path(m.__file__).parent
+# From the ground up: a room may import those that stand before it, and no other.
+ROOMS = (
+    "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
+    "appliance.base.database", "appliance.base.store", "appliance.base.wire", "microauthd", "appliance.backup",
+    "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.commands",
+)
 
 
-def section_of(line):
-    return max((number for number, (_, at) in enumerate(BANNERS) if at <= line), default=-1)
+def path_of(room):
+    path = ROOT / room.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+PROGRAM = {room: path_of(room).read_text("utf-8") for room in ROOMS}
 
 
 def bound_by(node):
@@ -40,75 +45,36 @@ def globals_of(code):
             yield from globals_of(inner)
 
 
-STATEMENTS = [
-    node for node in TREE.body if not isinstance(node, (ast.Import, ast.ImportFrom)) and section_of(node.lineno) >= 0
-]
-DEFINED = {}
-for statement in STATEMENTS:
-    for bound in bound_by(statement):
-        DEFINED.setdefault(bound, statement.lineno)
-IMPORTED = {
-    alias.asname or alias.name.partition(".")[0]
-    for node in TREE.body
-    if isinstance(node, (ast.Import, ast.ImportFrom))
-    for alias in node.names
-}
+class Room:
+    """One file of the program, as its text has it."""
+
+    def __init__(self, source):
+        self.source, self.tree = source, ast.parse(source)
+        self.banners = [
+            (match[1], source.count("\n", 0, match.start()) + 1)
+            for match in re.finditer(r"^# == (.+?) =+$", source, re.M)
+        ]
+        self.sections = [name for name, _ in self.banners]
+        imports = [node for node in self.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        self.imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+        # All but the docstring, the imports and `if __name__ == "__main__"`.
+        self.statements = [
+            node for node in self.tree.body if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr, ast.If))
+        ]
+        self.defined = {}
+        for node in self.statements:
+            for name in bound_by(node):
+                self.defined.setdefault(name, node.lineno)
+
+    def section_of(self, line):
+        return max((number for number, (_, at) in enumerate(self.banners) if at <= line), default=-1)
+
+    def globals_of(self, node):
+        return globals_of(compile(ast.Module([node], []), "room", "exec"))
 
 
-class TestOrder:
-    def test_the_contents_are_the_banners(self):
-        contents = re.findall(
-            r"^    ([A-Z][A-Za-z ]*?)  +\S", m.__doc__.partition("Contents\n")[2].partition("The life")[0], re.M
-        )
-        assert contents == SECTIONS
-
-    @pytest.mark.parametrize("section", SECTIONS)
-    def test_a_section_uses_only_names_defined_above_its_end(self, section):
-        here = SECTIONS.index(section)
-        for node in STATEMENTS:
-            if section_of(node.lineno) != here or isinstance(node, ast.If):
-                continue
-            code = compile(ast.Module([node], []), m.__file__, "exec")
-            for name in globals_of(code):
-                if name in DEFINED:
-                    assert section_of(DEFINED[name]) <= here, (
-                        f"line {node.lineno} uses {name} of {SECTIONS[section_of(DEFINED[name])]}"
-                    )
-
-    def test_every_name_is_defined_somewhere(self):
-        own = {"__name__", "__file__", "__doc__", "__module__", "__qualname__", "__annotations__"}
-        for node in STATEMENTS:
-            inside = set()
-            if isinstance(node, ast.If):  # __main__
-                continue
-            if isinstance(node, ast.ClassDef):  # a class body looks its own names up first
-                inside = {
-                    name
-                    for part in node.body
-                    for name in bound_by(part) | ({part.target.id} if isinstance(part, ast.AnnAssign) else set())
-                }
-            for name in globals_of(compile(ast.Module([node], []), m.__file__, "exec")):
-                assert (
-                    name in DEFINED or name in IMPORTED or name in inside or name in own or hasattr(builtins, name)
-                ), f"line {node.lineno}: {name}"
-
-
-
-ROOT = Path(m.__file__).parent
-# From the ground up: a room may import those that stand before it, and no other.
-ROOMS = (
-    "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
-    "appliance.base.database", "appliance.base.store", "appliance.base.wire", "microauthd", "appliance.backup",
-    "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.commands",
-)
-
-
-def path_of(room):
-    path = ROOT / room.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-PROGRAM = {room: path_of(room).read_text("utf-8") for room in ROOMS}
+HOUSE = {room: Room(source) for room, source in PROGRAM.items()}
+SERVER = HOUSE["microauthd"]
 
 
 def imports_of(source):
@@ -166,11 +132,47 @@ class TestHouse:
     @pytest.mark.parametrize("word", ["bottle.request", "bottle.response"])
     def test_only_http_touches_the_request_of_bottle(self, word):
         lines = {
-            section_of(number)
-            for number, line in enumerate(SOURCE.split("\n"), 1)
+            SERVER.section_of(number)
+            for number, line in enumerate(SERVER.source.split("\n"), 1)
             if re.search(rf"\b{re.escape(word)}\b", line.partition("#")[0])
         } - {-1}
-        assert {SECTIONS[number] for number in lines} <= {"HTTP"}
+        assert {SERVER.sections[number] for number in lines} <= {"HTTP"}
+
+
+class TestOrder:
+    def test_the_contents_are_the_banners(self):
+        contents = re.findall(
+            r"^    ([A-Z][A-Za-z ]*?)  +\S", m.__doc__.partition("Contents\n")[2].partition("The life")[0], re.M
+        )
+        assert contents == SERVER.sections
+
+    @pytest.mark.parametrize(
+        "name, section", [(name, section) for name, room in HOUSE.items() for section in range(-1, len(room.sections))]
+    )
+    def test_a_section_uses_only_names_defined_above_its_end(self, name, section):
+        room = HOUSE[name]
+        for node in room.statements:
+            if room.section_of(node.lineno) != section:
+                continue
+            for used in room.globals_of(node):
+                if used in room.defined:
+                    assert room.section_of(room.defined[used]) <= section, f"{name}, line {node.lineno} uses {used}"
+
+    @pytest.mark.parametrize("name", ROOMS)
+    def test_every_name_is_defined_somewhere(self, name):
+        room = HOUSE[name]
+        own = {"__name__", "__file__", "__doc__", "__module__", "__qualname__", "__annotations__"}
+        for node in room.statements:
+            inside = set()
+            if isinstance(node, ast.ClassDef):  # a class body looks its own names up first
+                inside = {
+                    bound
+                    for part in node.body
+                    for bound in bound_by(part) | ({part.target.id} if isinstance(part, ast.AnnAssign) else set())
+                }
+            known = room.defined.keys() | room.imported | inside | own
+            for used in room.globals_of(node):
+                assert used in known or hasattr(builtins, used), f"{name}, line {node.lineno}: {used}"
 
 
 class TestState:
@@ -178,26 +180,29 @@ class TestState:
 
     TABLES = {
         "FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS",
-        "OWN_VALUES", "OWN_WORDS", "COMMANDS_AT_THE_MACHINE", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH",
-        "ADMIN",
+        "OWN_VALUES", "OWN_WORDS", "LOCAL_COMMANDS", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH",
+        "ADMIN", "QUESTIONS", "RANGES", "MATTERS",
     }
 
-    def mutable(self):
-        for node in STATEMENTS:
+    def mutable(self, room):
+        for node in room.statements:
             value = getattr(node, "value", None)
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(
                 value, (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
             ):
                 yield from (target.id for target in getattr(node, "targets", None) or [node.target])
 
-    def test_what_can_change_is_a_declared_table(self):
-        assert set(self.mutable()) <= self.TABLES
+    @pytest.mark.parametrize("name", ROOMS)
+    def test_what_can_change_is_a_declared_table(self, name):
+        assert set(self.mutable(HOUSE[name])) <= self.TABLES
 
-    def test_no_function_rebinds_or_changes_a_name_of_the_module(self):
+    @pytest.mark.parametrize("name", ROOMS)
+    def test_no_function_rebinds_or_changes_a_name_of_the_module(self, name):
+        room = HOUSE[name]
         changers = {
             "append", "add", "update", "setdefault", "pop", "popitem", "clear", "extend", "insert", "remove", "discard",
         }
-        for function in ast.walk(TREE):
+        for function in ast.walk(room.tree):
             if not isinstance(function, (ast.FunctionDef, ast.Lambda)):
                 continue
             local = {inner.arg for inner in ast.walk(function) if isinstance(inner, ast.arg)} | {
@@ -217,12 +222,14 @@ class TestState:
                 ):
                     target = inner.func.value
                 if isinstance(target, ast.Name):
-                    assert target.id not in DEFINED or target.id in local, f"line {inner.lineno} changes {target.id}"
+                    shared = target.id in room.defined or target.id in room.imported
+                    assert not shared or target.id in local, f"{name}, line {inner.lineno} changes {target.id}"
 
     def test_what_is_remembered_for_ever_is_a_file_of_the_package(self):
         cached = {
             node.name
-            for node in TREE.body
+            for room in HOUSE.values()
+            for node in room.tree.body
             if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(word) for word in node.decorator_list)
         }
         assert cached <= {"common_passwords"}
@@ -284,7 +291,8 @@ class TestRoutes:
     def test_every_code_that_is_raised_is_in_the_table(self):
         raised = {
             call.args[0].value
-            for call in ast.walk(TREE)
+            for room in HOUSE.values()
+            for call in ast.walk(room.tree)
             if isinstance(call, ast.Call)
             and getattr(call.func, "id", "") == "Problem"
             and call.args
