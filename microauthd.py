@@ -1142,7 +1142,7 @@ class HashGate:
     Each hash takes tens of megabytes and milliseconds, so an unbounded number of logins would be
     a way to exhaust the box. All services of a box are one peer, and after a power cut all of them
     come at once: a crowd that sent nothing wrong gets many places, whoever guesses gets few.
-    `blocking` is set by Serve: it keeps threads free for those who need no hashing.
+    `blocking` is set by the server: it keeps threads free for those who need no hashing.
     """
 
     def __init__(self, running, waiting=320, guessing=60):
@@ -5091,7 +5091,7 @@ def describe_api(idp: Idp, routes: Routes) -> dict:
             shown[method.lower()] = describe_operation(route, method, path, routes.name, number)
         used += [part for part in (route.takes, route.form, route.gives) if part not in (None, bytes)]
     _, schemas = msgspec.json.schema_components(used, ref_template=REF)
-    either = {"anyOf": [schema_of(OAuthError), schema_of(Err)]}  # what Serve refuses has both sets of members
+    either = {"anyOf": [schema_of(OAuthError), schema_of(Err)]}  # what base.wire refuses has both sets of members
     return {
         "openapi": "3.1.0",
         "info": {"title": f"microauthd {routes.name} API", "version": VERSION},

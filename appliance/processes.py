@@ -31,10 +31,7 @@ from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, admit_hosts, bu
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
 
-# == Serve =====================================================================
-# The processes of a server.
-
-# -- processes --
+# == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
 # by forking again: one process for ADMIN and upkeep, `workers` for AUTH. Listening sockets are made
 # before the first fork and stay open here, so while a child is replaced its connections wait.

@@ -160,7 +160,7 @@ class Answered:
 
 
 class Caller:
-    """Calls a WSGI app as the Serve section would."""
+    """Calls a WSGI app as the server would."""
 
     def __init__(self, app, host="localhost:9041"):
         self.app, self.host = app, host

@@ -13,7 +13,7 @@ import microauthd as m
 from appliance import backup
 import pytest
 from box import Box
-from conftest import CHEAP, Caller, die, in_child
+from conftest import PASSWORD, Caller, die, in_child, made
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import OPTIONS, Options, load_options
@@ -23,29 +23,12 @@ from appliance.backup import (
     MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
 )
 from appliance.recovery import (
-    Answers, back_up, describe_keys, factory_reset, hold_setup, open_idp, recover_setup, restore, revoke_key,
-    rotate_keys, set_up,
+    back_up, describe_keys, factory_reset, hold_setup, open_idp, recover_setup, restore, revoke_key,
+    rotate_keys,
 )
 from appliance.commands import main
 
-PASSWORD = "correct horse battery"
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
-
-
-def made(folder, **more):
-    """A set-up box in this process, without a server: its options."""
-    config = {"config": str(folder / "mad.conf")} | {name.replace("_", "-"): "test" for name in more}
-    options = Options(
-        config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
-    )
-    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
-    return options
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return made(tmp_path)
 
 
 def fresh_machine(tmp_path, monkeypatch, **more):

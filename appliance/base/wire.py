@@ -23,10 +23,7 @@ from cryptography.hazmat.primitives import serialization
 
 from appliance.base.clock import sleep
 
-# == Serve =====================================================================
-# The two servers, their connections, and the processes they run in.
-
-# -- connections --
+# == Connections ===============================================================
 # Accept, TLS, framing, limits, deadlines, the WSGI call, the answer. Knows nothing of tokens.
 # cheroot gives the server its shape; llhttp parses; the rules llhttp leaves open stand in Connection.
 
