@@ -223,14 +223,6 @@ class Replayed(Problem):
         self.claims = claims
 
 
-class Busy(Problem):
-    """slow_down, of who has done nothing wrong: too many wait for the same work."""
-
-    def __init__(self, log, retry_after=1):
-        super().__init__("slow_down", log=log, retry_after=retry_after)
-        self.message = "The server is busy; try again later."
-
-
 # == Objects ===================================================================
 # One Struct an object of the wire. `_at` is integer Unix seconds.
 
@@ -1132,6 +1124,18 @@ def jti_ms(jti: str) -> int:
     return int(jti[:12], 16)
 
 
+class Busy(Exception):
+    """Too many wait for Argon2. `log` is for the operator; `retry_after` is seconds."""
+
+    def __init__(self, log: str, retry_after=1):
+        super().__init__(log)
+        self.log, self.retry_after = log, retry_after
+
+
+class HashFailed(Exception):
+    """Argon2 could not be computed: the machine lacks memory or threads."""
+
+
 LONGEST_WAIT = 10  # seconds anybody is kept waiting for Argon2
 BLAMED_FOR = 60    # seconds a peer is remembered to have sent a wrong secret
 
@@ -1379,7 +1383,7 @@ class Hasher:
                     options.argon2id_memory, options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
                 ).decode()
             except (Argon2Error, MemoryError, OSError) as error:
-                raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
+                raise HashFailed(f"Argon2: {error}") from None
 
     def verify(self, phc: str | None, password: str) -> bool:
         """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
@@ -1395,7 +1399,7 @@ class Hasher:
                 # A wrong password, or a stored hash that is none; what else fails is the machine.
                 if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
                     return False
-                raise Problem("temporarily_unavailable", log=f"Argon2: {error}", retry_after=1) from None
+                raise HashFailed(f"Argon2: {error}") from None
 
     def matches(self, phc: str, password: bytes) -> bool:
         found = PHC.fullmatch(phc)
@@ -1438,6 +1442,19 @@ class Digests:
                 self.seen = {}
         seconds = min(self.ttl + more, 86400)
         self.seen[self.digest(stored_hash, secret)] = now + seconds, seconds
+
+
+@contextlib.contextmanager
+def hash_problems():
+    """Make a Problem of what keeps a hash from being computed. Being busy is nobody's fault, and is not called one."""
+    try:
+        yield
+    except Busy as busy:
+        problem = Problem("slow_down", log=busy.log, retry_after=busy.retry_after)
+        problem.message = "The server is busy; try again later."
+        raise problem from None
+    except HashFailed as error:
+        raise Problem("temporarily_unavailable", log=str(error), retry_after=1) from None
 
 
 class Throttle:
@@ -1773,10 +1790,10 @@ class Key:
             }
         # RFC 7638 §3: the required members in lexicographic order, no white space.
         self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
-        self.headers = {
-            typ: b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid}))
-            for typ in (AT_JWT, JWT)
-        }
+
+    def header(self, typ: str) -> bytes:
+        """Return the JOSE header of what this key signs, encoded. RFC 7515 §4.1."""
+        return b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid}))
 
     def public_jwk(self):
         return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
@@ -1820,7 +1837,8 @@ class KeyRing:
         self.access = active.get("ES256" if prefer_ec else "RS256") or next(iter(active.values()))
         # A header is compared byte by byte with those we write, so no token can choose its own algorithm.
         # RFC 8725 §3.1.
-        self.headers = {header.decode(): (key, typ) for key in self.keys for typ, header in key.headers.items()}
+        self.written = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        self.headers = {self.written[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
         self.verified = {}
 
     def signer(self, alg) -> Key:
@@ -1831,7 +1849,7 @@ class KeyRing:
 
     def mint(self, key: Key, typ: str, claims: dict) -> str:
         """Return a compact JWS. RFC 7515 §3.1."""
-        message = key.headers[typ] + b"." + b64url_bytes(ENCODE(claims))
+        message = self.written[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
         return (message + b"." + b64url_bytes(key.sign(message))).decode()
 
     def verify(self, token: str, typ: str) -> dict:
@@ -2038,6 +2056,12 @@ class Idp:
         return sane
 
 
+def hash_secret(idp: Idp, secret: str) -> str:
+    """Return the PHC string of a password or client secret. Raises slow_down or temporarily_unavailable."""
+    with hash_problems():
+        return idp.hasher.hash(secret)
+
+
 def as_problem(error: "Problem | Unavailable") -> Problem:
     """Return what a client is told of an error: a database that cannot be used is a 503."""
     if isinstance(error, Problem):
@@ -2168,7 +2192,7 @@ def check_totp(idp, account, code) -> str:
 def rehash(idp, account, password):
     """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
     with contextlib.suppress(Problem, Unavailable):
-        idp.store.set_password_hash(account.id, idp.hasher.hash(password), idp.now(), account.password_hash)
+        idp.store.set_password_hash(account.id, hash_secret(idp, password), idp.now(), account.password_hash)
 
 
 def authenticate_user(
@@ -2195,7 +2219,7 @@ def authenticate_user(
     ):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with idp.hasher.turns.take("user", name, origin.peer) as turn:
+    with hash_problems(), idp.hasher.turns.take("user", name, origin.peer) as turn:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, origin, account, admin)
         if not obstacle and demanded and not account.totp_sealed:
@@ -2329,7 +2353,7 @@ def create_user(idp: Idp, origin: Origin, actor: str, wanted: CreateUser) -> Acc
         username=check_username(username), email="" if nameless else check_email(email),
         password=check_new_password(idp.options, password, username, email),
     )
-    password_hash = idp.hasher.hash(password)
+    password_hash = hash_secret(idp, password)
     try:
         with idp.store.transaction():
             account = idp.store.add_account(str(uuid.uuid4()), username, email, password_hash, idp.now())
@@ -2444,7 +2468,7 @@ def reset_password(idp: Idp, origin: Origin, actor: str, id: str, password: str,
     """Give a user a new password, and end all that the old one opened."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
-    password_hash = idp.hasher.hash(password)
+    password_hash = hash_secret(idp, password)
     with idp.store.transaction():
         account = get_user(idp, account.id)
         if but_admins:
@@ -2785,7 +2809,7 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
         return client
     idp.throttle.check(origin.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
-    with idp.hasher.turns.take("client", client_id, origin.peer) as turn:
+    with hash_problems(), idp.hasher.turns.take("client", client_id, origin.peer) as turn:
         # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
         hashes = living_hashes(client, now)
@@ -2987,7 +3011,7 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
         revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now,
     )
-    secret_hash = "" if public else idp.hasher.hash(secret or made)
+    secret_hash = "" if public else hash_secret(idp, secret or made)
     try:
         with idp.store.transaction(identity=True):
             idp.store.add_client(row)
@@ -3016,7 +3040,7 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
         errors["overlap_seconds"] = f"must be from 0 to {OVERLAP_MAX}"
     reject(**errors)
     secret = secret or random_handle()
-    secret_hash, now = idp.hasher.hash(secret), idp.now()
+    secret_hash, now = hash_secret(idp, secret), idp.now()
     with idp.store.transaction(identity=True):
         client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
         if not client.row.is_active:

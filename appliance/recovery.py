@@ -23,8 +23,8 @@ from appliance.base.database import Unavailable, check_log, derive_key, read_dat
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from microauthd import (
     CreateClient, CreateScope, CreateUser, Idp, Key, KeyRing, LOCAL, Seal, alg_of, audit, check_new_password,
-    create_client, create_scope, create_user, enable_totp, end_user, fold, hold_ring, iso, make_key, normalise,
-    promote, random_handle, read_ring, reject, replace_keys, ring_files, write_ring,
+    create_client, create_scope, create_user, enable_totp, end_user, fold, hash_secret, hold_ring, iso, make_key,
+    normalise, promote, random_handle, read_ring, reject, replace_keys, ring_files, write_ring,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
@@ -691,7 +691,7 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
         else:
             reject(password=check_new_password(options, password, account.username, account.email))
             done = "recovered"
-        password_hash = idp.hasher.hash(password)
+        password_hash = hash_secret(idp, password)
         with idp.store.transaction(identity=True):
             idp.store.set_password_hash(account.id, password_hash, idp.now())
             idp.store.set_account_active(account.id, 1, idp.now())
