@@ -6,7 +6,7 @@ Contents
     Vocabulary        names from the standards, constants of the program
     Errors            ERRORS, Problem, its renderings
     Objects           what each object of the wire looks like
-    Secrets           hashes, random handles, sealing, TOTP
+    Secrets           random handles, sealing, TOTP, the throttle
     Tokens            key rings, JWKS, minting and verifying JWTs
     Idp               options, store, keys, clock: what every function below is handed
     Audit             audit()
@@ -19,7 +19,7 @@ Contents
     AUTH endpoints    the routes of the auth port
     ADMIN endpoints   the routes of the admin port
 
-What it stands on is in appliance/base: the store, the two servers, settings, clock and log. What runs it
+What it stands on is in appliance/base: the store, the two servers, keys, Argon2, settings, clock and log. What runs it
 is in appliance: the command line, the wizard, processes, upkeep and recovery.
 
 The life of a request
@@ -36,14 +36,11 @@ import collections
 import contextlib
 import datetime
 import errno
-import fcntl
 import functools
 import hashlib
 import hmac
 import io
 import ipaddress
-import json
-import mmap
 import os
 import re
 import secrets
@@ -59,20 +56,12 @@ from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
 import msgspec
-from argon2.exceptions import Argon2Error, VerificationError
-from argon2.low_level import (
-    Type as Argon2Type, core as argon2_core, error_to_str as argon2_error, ffi as argon2_ffi,
-    hash_secret as argon2_hash, hash_secret_raw as argon2_raw, verify_secret as argon2_verify,
-)
-from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import Options, guard_private
+from appliance.base.settings import Options
 from appliance.base.log import Log, escape
 from appliance.base.files import file_fingerprint
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
@@ -81,6 +70,8 @@ from appliance.base.store import (
     Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, OVERLAP_MAX,
     Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
+from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
+from appliance.base.hashing import Busy, Digests, HashFailed, Hasher
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -1101,7 +1092,7 @@ def read_time(value: str | int) -> int | None:
 
 
 # == Secrets ===================================================================
-# Hashes, random handles, sealing, TOTP, and the two brakes on guessing.
+# Random handles, sealing, TOTP, and the throttle of guessing.
 
 
 def random_handle() -> str:
@@ -1122,326 +1113,6 @@ def new_jti(ms: int) -> str:
 
 def jti_ms(jti: str) -> int:
     return int(jti[:12], 16)
-
-
-class Busy(Exception):
-    """Too many wait for Argon2. `log` is for the operator; `retry_after` is seconds."""
-
-    def __init__(self, log: str, retry_after=1):
-        super().__init__(log)
-        self.log, self.retry_after = log, retry_after
-
-
-class HashFailed(Exception):
-    """Argon2 could not be computed: the machine lacks memory or threads."""
-
-
-LONGEST_WAIT = 10  # seconds anybody is kept waiting for Argon2
-BLAMED_FOR = 60    # seconds a peer is remembered to have sent a wrong secret
-
-
-class HashGate:
-    """Bounds the Argon2 work of a process: some run, some wait, the rest are told to come back.
-
-    Each hash takes tens of megabytes and milliseconds, so an unbounded number of logins would be
-    a way to exhaust the box. All services of a box are one peer, and after a power cut all of them
-    come at once: a crowd that sent nothing wrong gets many places, whoever guesses gets few.
-    `blocking` is set by the server: it keeps threads free for those who need no hashing.
-    """
-
-    def __init__(self, running, waiting=320, guessing=60):
-        self.running, self.at_work = running, 0
-        self.places, self.few = running + waiting, running + guessing
-        self.taken, self.of = 0, collections.Counter()  # places taken in all, and by peer
-        self.seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
-        self.queues = {}  # peer: who waits to hash, each a lock its turn will open; the peer at the front is next
-        self.blamed = {}  # peer: monotonic seconds until it is forgotten
-        self.lock = threading.Lock()
-        self.held = threading.local()
-        self.blocking = contextlib.nullcontext
-
-    def blame(self, peer: str):
-        """Remember for a while that a secret from this peer was wrong."""
-        now = time.monotonic()
-        with self.lock:
-            if len(self.blamed) >= 4096:
-                self.blamed = {other: until for other, until in self.blamed.items() if until > now}
-                if len(self.blamed) >= 4096:
-                    self.blamed = {}
-            self.blamed[peer] = now + BLAMED_FOR
-
-    def is_blamed(self, peer: str) -> bool:
-        return self.blamed.get(peer, 0) > time.monotonic()
-
-    def is_full(self, peer: str) -> bool:
-        """Is there no place for one more of this peer?
-
-        The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
-        """
-        places = min(self.places, self.few) if self.is_blamed(peer) else self.places
-        return self.taken >= (places // 2 if peer and self.of[peer] else places)
-
-    def wait(self, peer: str) -> float:
-        """Return how many seconds one more of this peer would wait: peers take turns, the biggest crowd ends last."""
-        before = self.of[peer] + 1
-        return sum(min(count, before) for count in self.of.values()) * self.seconds / self.running
-
-    @contextlib.contextmanager
-    def place(self, peer=""):
-        """Hold one of the places while waiting or hashing; a thread needs one only. Raises Busy when there is none."""
-        if getattr(self.held, "place", False):
-            yield
-            return
-        with self.lock:
-            wait = self.wait(peer)
-            if self.is_full(peer) or wait > LONGEST_WAIT:
-                raise Busy("the Argon2 gate is full", min(LONGEST_WAIT, int(wait) + 1))
-            self.taken += 1
-            self.of[peer] += 1
-        self.held.place, self.held.peer = True, peer
-        try:
-            with self.blocking():
-                yield
-        finally:
-            self.held.place = False
-            with self.lock:
-                self.taken -= 1
-                self.of[peer] -= 1
-                if not self.of[peer]:
-                    del self.of[peer]
-
-    @contextlib.contextmanager
-    def hashing(self):
-        """Be one of those that run; a place is held. Raises Busy where that takes too long.
-
-        Peers take turns: the crowd of one keeps no other waiting.
-        """
-        turn, peer = threading.Lock(), self.held.peer
-        with self.lock:
-            if self.at_work < self.running:
-                self.at_work += 1
-            else:
-                turn.acquire()
-                self.queues.setdefault(peer, collections.deque()).append(turn)
-        if not turn.acquire(timeout=LONGEST_WAIT):
-            with self.lock:
-                if not turn.acquire(blocking=False):  # it has not come in this very moment
-                    self.queues[peer].remove(turn)
-                    if not self.queues[peer]:
-                        del self.queues[peer]
-                    raise Busy("the wait for Argon2 was too long", LONGEST_WAIT)
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            took = time.monotonic() - began
-            with self.lock:
-                self.seconds += (took - self.seconds) / 8
-                if not self.queues:
-                    self.at_work -= 1
-                else:
-                    following = next(iter(self.queues))
-                    queue = self.queues.pop(following)
-                    queue.popleft().release()
-                    if queue:
-                        self.queues[following] = queue
-
-
-class Turn:
-    """The verification of one name that is under way."""
-
-    __slots__ = ("lock", "count", "wrong")
-
-    def __init__(self):
-        self.lock, self.count, self.wrong = threading.Lock(), 0, False  # count: of who verifies or waits
-
-
-class Turns:
-    """One verification of a name at a time: whoever comes meanwhile waits, and finds the secret remembered.
-
-    Who waits takes no place at the gate, but a thread; hence a bound of its own.
-    """
-
-    WAITERS = 32  # of one name, for as long as anybody is kept waiting
-    MOMENT = 1.0  # seconds, enough for a hash
-
-    def __init__(self, gate: HashGate):
-        self.gate, self.lock, self.names = gate, threading.Lock(), {}
-
-    def patience(self, turn: Turn, peer: str, others: bool | None) -> float:
-        """Return how many seconds one more may wait for this name; `others` is False where no thread would be left.
-
-        A crowd with the right secret waits for one hash, so a moment is granted to all of it. Once a secret of it was
-        wrong, that is for each of them: then only so many wait as leave threads to the others.
-        """
-        if turn.count <= self.WAITERS and others is not False:
-            return LONGEST_WAIT
-        return 0 if turn.wrong or self.gate.is_blamed(peer) else self.MOMENT
-
-    @contextlib.contextmanager
-    def take(self, kind: str, name: str, peer: str):
-        """Hold the turn of a name. Raises Busy where too many wait for it."""
-        with self.gate.blocking() as others:
-            with self.lock:
-                turn = self.names.setdefault((kind, name), Turn())
-                seconds = self.patience(turn, peer, others)
-                turn.count += 1
-            try:
-                if not turn.lock.acquire(timeout=seconds):
-                    raise Busy("too many wait for the verification of one name")
-                try:
-                    yield turn
-                finally:
-                    turn.lock.release()
-            finally:
-                with self.lock:
-                    turn.count -= 1
-                    if not turn.count:
-                        del self.names[(kind, name)]
-
-    def blame(self, turn: Turn, peer: str):
-        """A secret was wrong, in the turn that is held: neither its name nor its peer is taken for a good crowd."""
-        turn.wrong = True
-        self.gate.blame(peer)
-
-
-PHC = re.compile(r"\$argon2id\$v=19\$m=([0-9]{1,9}),t=([0-9]{1,9}),p=([0-9]{1,3})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
-HUGE_PAGE = 2 << 20  # bytes
-
-
-class Argon2Memory:
-    """Memory for Argon2 in huge pages, where the kernel gives them: 16 page faults a hash instead of 8192, a quarter
-    less CPU.
-    """
-
-    def __init__(self):
-        self.local, self.allocate, self.free = threading.local(), None, None
-        # Argon2 asks in the thread that called it, once a hash, for what compute() has made. Where memory is never
-        # written and executed both (systemd's MemoryDenyWriteExecute), there is no asking back: it takes its own.
-        with contextlib.suppress(MemoryError, SystemError):
-            self.free = argon2_ffi.callback("void(uint8_t *, size_t)", lambda address, size: None)
-            self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.give, error=-1)
-
-    def give(self, address, size):
-        begin, room = self.local.area
-        if size > room:
-            return -1
-        address[0] = begin
-        return 0
-
-    def compute(self, password: bytes, salt: bytes, passes, memory, lanes, length) -> bytes:
-        """Return Argon2id of a password; `memory` in KiB. RFC 9106 §3.1. Raises Argon2Error, MemoryError, OSError."""
-        if self.allocate is None:
-            return argon2_raw(password, salt, passes, memory, lanes, length, Argon2Type.ID)
-        tag, word, grain = (
-            argon2_ffi.new("uint8_t[]", length), argon2_ffi.new("uint8_t[]", password),
-            argon2_ffi.new("uint8_t[]", salt),
-        )
-        context = argon2_ffi.new(
-            "argon2_context *",
-            {
-                "out": tag, "outlen": length, "pwd": word, "pwdlen": len(password), "salt": grain, "saltlen": len(salt),
-                "t_cost": passes, "m_cost": memory, "lanes": lanes, "threads": lanes, "version": 0x13,
-                "allocate_cbk": self.allocate, "free_cbk": self.free,
-            },
-        )
-        room = 1024 * memory
-        # Begun at a huge page; kernels before 6.7 do not see to that.
-        with mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-            with contextlib.suppress(OSError):
-                area.madvise(mmap.MADV_HUGEPAGE)
-            with argon2_ffi.from_buffer("uint8_t[]", area) as begin:
-                self.local.area = begin + -int(argon2_ffi.cast("uintptr_t", begin)) % HUGE_PAGE, room
-                status = argon2_core(context, Argon2Type.ID.value)  # which wipes the area
-        if status:
-            raise VerificationError(argon2_error(status))
-        return bytes(argon2_ffi.buffer(tag))
-
-
-class Hasher:
-    """Argon2id with the parameters in force, behind the gate. RFC 9106."""
-
-    def __init__(self, options: Options):
-        self.options = options
-        running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
-        self.gate, self.memory = HashGate(running), Argon2Memory()
-        self.turns = Turns(self.gate)
-
-    def parameters(self):
-        options = self.options
-        return (
-            f"$argon2id$v=19$m={options.argon2id_memory},t={options.argon2id_time},p={options.argon2id_parallelism}$"
-        )
-
-    def hash(self, password: str) -> str:
-        """Return the PHC string of a password or client secret."""
-        options = self.options
-        with self.gate.place(), self.gate.hashing():
-            try:
-                return argon2_hash(
-                    password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time,
-                    options.argon2id_memory, options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
-                ).decode()
-            except (Argon2Error, MemoryError, OSError) as error:
-                raise HashFailed(f"Argon2: {error}") from None
-
-    def verify(self, phc: str | None, password: str) -> bool:
-        """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
-        known = phc is not None
-        if not known:
-            word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
-            salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
-            phc = f"{self.parameters()}{salt}${word}"
-        with self.gate.place(), self.gate.hashing():
-            try:
-                return self.matches(phc, password.encode()) and known
-            except (Argon2Error, MemoryError, OSError) as error:
-                # A wrong password, or a stored hash that is none; what else fails is the machine.
-                if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
-                    return False
-                raise HashFailed(f"Argon2: {error}") from None
-
-    def matches(self, phc: str, password: bytes) -> bool:
-        found = PHC.fullmatch(phc)
-        if not found:  # of another version or kind: the library knows what to say
-            return argon2_verify(phc.encode(), password, Argon2Type.ID)
-        memory, passes, lanes = map(int, found.groups()[:3])
-        try:
-            salt, tag = (base64.b64decode(word + "=" * (-len(word) % 4)) for word in found.groups()[3:])
-        except ValueError:
-            return False
-        return hmac.compare_digest(self.memory.compute(password, salt, passes, memory, lanes, len(tag)), tag)
-
-
-class Digests:
-    """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
-
-    The stored hash is part of what is digested, so a changed secret is forgotten by itself. Each use
-    begins the while anew: `ttl` seconds, and as many `more` as it was learned with, at most a day in all.
-    """
-
-    def __init__(self, ttl, size):
-        self.key, self.ttl, self.size = os.urandom(32), ttl, size
-        self.seen = {}  # digest: (until, seconds)
-
-    def digest(self, stored_hash, secret):
-        return hmac.digest(self.key, stored_hash.encode() + b"\0" + secret.encode(), "sha256")
-
-    def knows(self, stored_hash, secret, now) -> bool:
-        digest = self.digest(stored_hash, secret)
-        until, seconds = self.seen.get(digest, (now - 1, 0))
-        if until < now:
-            return False
-        self.seen[digest] = now + seconds, seconds
-        return True
-
-    def learn(self, stored_hash, secret, now, more=0):
-        if len(self.seen) >= self.size:
-            self.seen = {digest: found for digest, found in list(self.seen.items()) if found[0] >= now}
-            if len(self.seen) >= self.size:
-                self.seen = {}
-        seconds = min(self.ttl + more, 86400)
-        self.seen[self.digest(stored_hash, secret)] = now + seconds, seconds
 
 
 @contextlib.contextmanager
@@ -1596,235 +1267,10 @@ def common_passwords() -> bytes:
 
 
 # == Tokens ====================================================================
-# Signing keys, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
+# Key rings, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
 
 
-SHA256 = hashes.SHA256()
-PKCS1 = padding.PKCS1v15()
-ECDSA_SHA256 = ec.ECDSA(SHA256)
 ENCODE = msgspec.json.Encoder().encode
-B64URL = bytes.maketrans(b"+/", b"-_")
-PEM_BLOCK = re.compile(
-    rb"(?:^# state=(\w+) since=(\d+)[^\n]*\n)?^-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?^-----END \3-----", re.S | re.M
-)
-
-
-class KeyEntry(msgspec.Struct, frozen=True):
-    """A private key as it lies in a ring file: unencrypted PKCS#8 DER, its state and since when."""
-
-    der: bytes
-    state: str  # next | active | retired
-    since: int
-
-
-def b64url(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-
-
-def b64url_bytes(raw: bytes) -> bytes:
-    """As b64url, in bytes and half the time: two of these are spent on every token."""
-    return binascii.b2a_base64(raw, newline=False).rstrip(b"=").translate(B64URL)
-
-
-def unb64url(word: str) -> bytes:
-    """Decode unpadded base64url, refusing whatever is not its canonical form. RFC 7515 §2."""
-    raw = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
-    if b64url(raw) != word:
-        raise ValueError("not canonical base64url")
-    return raw
-
-
-def make_key(alg, rsa_bits, now) -> KeyEntry:
-    key = ec.generate_private_key(ec.SECP256R1()) if alg == "ES256" else rsa.generate_private_key(65537, rsa_bits)
-    der = key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return KeyEntry(der, "active", now)
-
-
-def write_ring(entries, passphrase: str) -> bytes:
-    """Return a ring file: one PEM block a key, its state in the comment line above it."""
-    blocks = []
-    for entry in entries:
-        encryption = serialization.NoEncryption()
-        if passphrase:
-            encryption = serialization.BestAvailableEncryption(passphrase.encode())
-        key = serialization.load_der_private_key(entry.der, None)
-        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-        blocks.append(b"# state=%s since=%d\n" % (entry.state.encode(), entry.since) + pem)
-    return b"".join(blocks)
-
-
-def is_consistent(key) -> bool:
-    """Return whether the numbers of an RSA key belong together: whichever bit of it is flipped, they do not. RFC 8017
-    §3.2.
-
-    All that OpenSSL checks but the primality of two numbers, which takes it 45 ms of every start.
-    """
-    private = key.private_numbers()
-    n, e, d, p, q = private.public_numbers.n, private.public_numbers.e, private.d, private.p, private.q
-    return (
-        p * q == n
-        and p > 1
-        and q > 1
-        and all(
-            e * d % (prime - 1) == 1 and part == d % (prime - 1)
-            for prime, part in ((p, private.dmp1), (q, private.dmq1))
-        )
-        and private.iqmp * q % p == 1
-    )
-
-
-def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
-    """Read a ring file; a single PEM key of the original is a ring too.
-
-    Raises StartupError: a bad key stops the start and never makes a new identity.
-    """
-    try:
-        # A pipe would keep whoever opens it waiting.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not os.path.isfile(path):
-                raise OSError(errno.EINVAL, "it is not a file")
-            content = file.read()
-    except FileNotFoundError:
-        raise StartupError(
-            f"the signing key {path} is missing: restore it, or run setup anew without the database"
-        ) from None
-    except OSError as error:
-        raise StartupError(f"the signing key {path} cannot be read: {error.strerror}") from None
-    guard_private(path, "it is a private key")
-    entries = []
-    for match in PEM_BLOCK.finditer(content):
-        state, since, kind = match.groups()
-        encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
-        pem = match.group()[match.group().index(b"-----BEGIN") :]
-        if encrypted and not passphrase:
-            raise StartupError(f"the signing key {path} is encrypted, and no passphrase for it is given")
-        try:
-            key = serialization.load_pem_private_key(
-                pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
-            )
-        except (
-            ValueError, TypeError, UnsupportedAlgorithm,
-        ):  # the last where a byte of the name of its kind is damaged
-            raise StartupError(
-                f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
-            ) from None
-        if not isinstance(key, rsa.RSAPrivateKey) and not (
-            isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"
-        ):
-            raise StartupError(f"the signing key {path} is neither RSA nor P-256")
-        if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
-            raise StartupError(
-                f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048"
-            )
-        if isinstance(key, rsa.RSAPrivateKey) and not is_consistent(key):
-            raise StartupError(
-                f"the signing key {path} is damaged: its numbers do not belong together; restore a backup"
-            )
-        der = key.private_bytes(
-            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
-    begun, stated = (
-        len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M)),
-        len(re.findall(rb"^# state=", content, re.M)),
-    )
-    if (
-        begun != len(entries)
-        or stated not in (0, len(entries))
-        or any(entry.state not in ("next", "active", "retired") for entry in entries)
-    ):
-        raise StartupError(f"the signing key {path} is damaged: a part of it is missing; restore a backup")
-    if not any(entry.state == "active" for entry in entries):
-        raise StartupError(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
-    return entries
-
-
-def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
-    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who
-    signed retires.
-    """
-    entries = list(entries)
-    for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
-        alg, at = alg_of(entry), entry.since + overlap
-        entries = [
-            msgspec.structs.replace(other, state="retired", since=at)
-            if other.state == "active" and alg_of(other) == alg
-            else msgspec.structs.replace(other, state="active", since=at)
-            if other is entry
-            else other
-            for other in entries
-        ]
-    return entries
-
-
-def next_due(entries, overlap: int) -> int | None:
-    """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
-    return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
-
-
-def alg_of(entry: KeyEntry) -> str:
-    key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
-    return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
-
-
-class Key:
-    """A key at work."""
-
-    def __init__(self, entry: KeyEntry):
-        self.state = entry.state
-        self.private = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
-        self.public = self.private.public_key()
-        numbers = self.public.public_numbers()
-        if isinstance(self.private, rsa.RSAPrivateKey):
-            self.alg = "RS256"
-            size = (numbers.n.bit_length() + 7) // 8
-            self.jwk = {
-                "e": b64url(numbers.e.to_bytes(3, "big").lstrip(b"\0")), "kty": "RSA",
-                "n": b64url(numbers.n.to_bytes(size, "big")),
-            }
-        else:
-            self.alg = "ES256"
-            self.jwk = {
-                "crv": "P-256", "kty": "EC", "x": b64url(numbers.x.to_bytes(32, "big")),
-                "y": b64url(numbers.y.to_bytes(32, "big")),
-            }
-        # RFC 7638 §3: the required members in lexicographic order, no white space.
-        self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
-
-    def header(self, typ: str) -> bytes:
-        """Return the JOSE header of what this key signs, encoded. RFC 7515 §4.1."""
-        return b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid}))
-
-    def public_jwk(self):
-        return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
-
-    def sign(self, message: bytes) -> bytes:
-        """RFC 7518 §3.3 and §3.4: an ECDSA signature is r and s, 32 bytes each."""
-        if self.alg == "RS256":
-            return self.private.sign(message, PKCS1, SHA256)
-        r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
-        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
-
-    def verify(self, signature: bytes, message: bytes):
-        """Raise InvalidSignature or ValueError."""
-        if self.alg == "RS256":
-            self.public.verify(signature, message, PKCS1, SHA256)
-        else:
-            if len(signature) != 64:
-                raise InvalidSignature
-            r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
-            self.public.verify(encode_dss_signature(r, s), message, ECDSA_SHA256)
-
-
-def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
-    """Return a ring without these keys. Where one of them signed, the next of its algorithm does, or a new one."""
-    gone = [entry for entry in entries if Key(entry).kid in kids]
-    rest = [entry for entry in entries if entry not in gone]
-    for alg in sorted({alg_of(entry) for entry in gone if entry.state == "active"}):
-        waiting = next((entry for entry in rest if entry.state == "next" and alg_of(entry) == alg), None)
-        fresh = msgspec.structs.replace(waiting, state="active", since=now) if waiting else make_key(alg, rsa_bits, now)
-        rest = [entry for entry in rest if entry is not waiting] + [fresh]
-    return rest
 
 
 class KeyRing:
@@ -1876,17 +1322,6 @@ class KeyRing:
         if known[0] != typ:
             raise Problem("invalid_token", log=f"a token of type {known[0]} where {typ} is needed")
         return known[1]
-
-
-@contextlib.contextmanager
-def hold_ring(path: str):
-    """Let one at a time change a ring: a command at the machine, or the upkeep of a server."""
-    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # == Idp =======================================================================

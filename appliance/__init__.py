@@ -12,6 +12,7 @@
     base.database                       the engine under the store
     base.wire                           the two servers: whole requests, limits, deadlines, TLS
     base.settings                       OPTIONS and what loads, describes and writes them
+    base.keys, base.hashing             key files and signatures; Argon2id and the bound on it
     base.clock, base.log, base.files    the time, the log, files that survive a power cut
 
 `base` knows nothing of OAuth; `microauthd` knows nothing of sockets, processes, SQL or the command line;

@@ -11,9 +11,11 @@ from appliance.base import StartupError
 from appliance.base.settings import OPTIONS, Options, config_path, describe_options, load_options, parse_flags
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
 from appliance.base.store import Store
+from appliance.base.hashing import Hasher
+from appliance.base.keys import make_key
 from microauthd import (
-    AT_JWT, HERE, Hasher, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, iso, make_key,
-    new_totp_seed, totp_step, totp_uri,
+    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, iso, new_totp_seed, totp_step,
+    totp_uri,
 )
 from appliance.processes import serve
 from appliance.recovery import (

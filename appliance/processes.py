@@ -26,8 +26,9 @@ from appliance.base.log import Log
 from appliance.base.files import file_fingerprint
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
+from appliance.base.keys import next_due, read_ring
 from appliance.base.wire import Limits, Server, listen, tls_context
-from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, admit_hosts, build_app, next_due, read_ring, ring_files
+from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, admit_hosts, build_app, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
 

@@ -132,9 +132,11 @@ def citing(path, kinds):
 def standards():
     """A row for each section the program cites: what keeps it, and the tests that cite it or the section around it."""
     functions, tests = {}, {}
-    for name, found in citing(ROOT / "microauthd.py", (ast.FunctionDef, ast.ClassDef)):
-        for key in found:
-            functions.setdefault(key, []).append(f"`{name}`")
+    for path in (ROOT / "microauthd.py", *sorted((ROOT / "appliance/base").glob("*.py"))):
+        room = "" if path.stem == "microauthd" else f"{path.stem}."
+        for name, found in citing(path, (ast.FunctionDef, ast.ClassDef)):
+            for key in found:
+                functions.setdefault(key, []).append(f"`{room}{name}`")
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for name, found in citing(path, ast.ClassDef):
             for key in found:
@@ -150,7 +152,7 @@ def standards():
         return standard.startswith("OpenID"), standard, [int(part) for part in section.split(".")]
 
     rows = [(*key, ", ".join(functions[key]), tested(*key)) for key in sorted(functions, key=order)]
-    return table(("Standard", "Section", "In microauthd.py", "Tests"), [(a, f"§{b}", c, d) for a, b, c, d in rows])
+    return table(("Standard", "Section", "In", "Tests"), [(a, f"§{b}", c, d) for a, b, c, d in rows])
 
 
 def server_commands():

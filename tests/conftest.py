@@ -25,6 +25,7 @@ from appliance.base.settings import Options
 from appliance.base.log import Log
 from appliance.base.database import derive_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
+from appliance.base.keys import make_key
 from appliance.backup import MACHINE
 from appliance.recovery import Answers, set_up
 
@@ -71,7 +72,7 @@ def die(*words):
 
 @pytest.fixture(scope="session")
 def rings():
-    return [m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], [m.make_key("ES256", 2048, 0)]
+    return [make_key("ES256", 2048, 0), make_key("RS256", 2048, 0)], [make_key("ES256", 2048, 0)]
 
 
 @pytest.fixture(scope="session")

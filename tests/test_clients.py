@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
+from appliance.base.hashing import Argon2Memory, Turns
 
 MACHINE = {"grant_type": "client_credentials"}
 BUSY = "The server is busy; try again later."
@@ -211,14 +212,14 @@ class TestAuthentication:
     ):
         new_client("idle")
         change("UPDATE client SET is_active = 0 WHERE client_id = 'idle'")
-        calls, compute = [], m.Argon2Memory.compute
-        monkeypatch.setattr(m.Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
+        calls, compute = [], Argon2Memory.compute
+        monkeypatch.setattr(Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
         answer = auth.post("/token", MACHINE, auth=(client_id, "wrong"))
         assert (answer.status, len(calls)) == (401, 1)
 
     def test_a_good_secret_is_verified_once_and_then_remembered(self, auth, service, monkeypatch):
-        calls, compute = [], m.Argon2Memory.compute
-        monkeypatch.setattr(m.Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
+        calls, compute = [], Argon2Memory.compute
+        monkeypatch.setattr(Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
         for _ in range(5):
             assert auth.post("/token", MACHINE, auth=service).status == 200
         assert len(calls) == 1
@@ -234,8 +235,8 @@ class TestAuthentication:
         if option:
             with idp.store.transaction(identity=True):
                 idp.store.put_feature(idp.store.find_client("service").id, "TOKEN_EXPIRATION", True, option)
-        calls, compute = [], m.Argon2Memory.compute
-        monkeypatch.setattr(m.Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
+        calls, compute = [], Argon2Memory.compute
+        monkeypatch.setattr(Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
         assert auth.post("/token", MACHINE, auth=service).status == 200
         clock.pass_(passed)
         assert auth.post("/token", MACHINE, auth=service).status == 200
@@ -587,14 +588,14 @@ class TestCrowd:
     @pytest.fixture
     def come(self, idp, monkeypatch):
         """Let so many authenticate at once, a hash in 10 ms: what they heard, and how many hashes."""
-        hashes, compute = [], m.Argon2Memory.compute
+        hashes, compute = [], Argon2Memory.compute
 
         def slow(*words):
             hashes.append(1)
             time.sleep(0.01)
             return compute(*words)
 
-        monkeypatch.setattr(m.Argon2Memory, "compute", slow)
+        monkeypatch.setattr(Argon2Memory, "compute", slow)
 
         def call(pairs, peer="127.0.0.1"):
             heard, start = [], threading.Barrier(len(pairs))
@@ -636,7 +637,7 @@ class TestCrowd:
         """Each of them would hold a thread for a hash of its own."""
         come([("service", "wrong")])
         heard, hashes = come([("service", "wrong")] * 100)
-        assert heard[BUSY] >= 50 and hashes <= 1 + m.Turns.WAITERS
+        assert heard[BUSY] >= 50 and hashes <= 1 + Turns.WAITERS
         assert not idp.hasher.turns.names and not idp.hasher.gate.taken
 
     @pytest.mark.parametrize("client_id", ["service", "nobody"])
@@ -661,11 +662,11 @@ class TestCrowd:
 
     @pytest.mark.parametrize("what", ["is_active = 0", "client_id = 'another'"])
     def test_what_changes_while_a_client_waits_holds(self, auth, service, monkeypatch, change, what):
-        compute = m.Argon2Memory.compute
+        compute = Argon2Memory.compute
 
         def meanwhile(*words):
             change(f"UPDATE client SET {what} WHERE client_id = 'service'")
             return compute(*words)
 
-        monkeypatch.setattr(m.Argon2Memory, "compute", meanwhile)
+        monkeypatch.setattr(Argon2Memory, "compute", meanwhile)
         assert auth.post("/token", MACHINE, auth=service).status == 401

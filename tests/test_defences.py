@@ -21,6 +21,7 @@ from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, Timekeeper
 from appliance.base.database import Unavailable
 from appliance.base.store import AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, SLICE, Store
+from appliance.base.keys import hold_ring, make_key, read_ring, write_ring
 from appliance.base.wire import Limits, tls_context
 from appliance.upkeep import purge
 from appliance.processes import DESCRIPTORS_KEPT, grant_connections, start_clock
@@ -253,11 +254,11 @@ def test_a_signed_token_that_is_too_long_is_none(rings):
 
 def test_a_ring_without_states_that_lost_a_key_stops_the_start(tmp_path):
     path = tmp_path / "token.pem"
-    whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
+    whole = write_ring([make_key("ES256", 2048, 0), make_key("RS256", 2048, 0)], "")
     path.write_bytes(b"".join(line for line in whole.splitlines(True) if not line.startswith(b"#"))[:-40])
     path.chmod(0o600)
     with pytest.raises(StartupError):
-        m.read_ring(str(path), "")
+        read_ring(str(path), "")
 
 
 def test_no_more_connections_than_descriptors():
@@ -413,7 +414,7 @@ def test_the_epoch_of_a_restore_on_a_new_machine_is_later_than_what_the_backup_k
 
 def test_a_restore_waits_for_who_changes_a_ring(house, tmp_path):
     back_up(house, str(tmp_path / "b"))
-    with m.hold_ring(house.token_signing_key_file):
+    with hold_ring(house.token_signing_key_file):
         thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
         thread.start()
         thread.join(1.5)

@@ -11,6 +11,7 @@ from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
+from appliance.base.keys import b64url
 
 MACHINE = {"grant_type": "client_credentials"}
 REFRESH = {"grant_type": "refresh_token"}
@@ -162,7 +163,7 @@ class TestIdToken:
             "iss": "https://idp.example", "sub": alice.id, "aud": "service", "azp": "service", "iat": idp.now(),
             "exp": idp.now() + 600, "auth_time": idp.now(), "amr": ["pwd"],
             "sid": claims_of(answer["access_token"])["sid"], "token_use": "id",
-            "at_hash": m.b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16]),
+            "at_hash": b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16]),
         }
         assert jwt.get_unverified_header(answer["id_token"]) == {
             "alg": "RS256", "typ": "JWT", "kid": idp.auth_ring.signer("RS256").kid,

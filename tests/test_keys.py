@@ -14,6 +14,7 @@ from conftest import CHEAP, Caller, die, in_child
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
+from appliance.base.keys import make_key, read_ring
 from appliance.upkeep import advance_key_states
 from appliance.recovery import Answers, describe_keys, open_idp, revoke_key, rotate_keys, set_up
 
@@ -54,7 +55,7 @@ class TestKeySet:
         """A thread that read the old ring answers once with it, and leaves it nowhere."""
 
         def make():
-            idp.rings["auth"] = m.KeyRing([m.make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
+            idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
             idp.pages = {}
             return b"of before"
 
@@ -143,7 +144,7 @@ class TestRotation:
         path = tmp_path / "token.pem"
         os.mkfifo(path, 0o600) if what == "a pipe" else path.mkdir(0o700)
         with pytest.raises(StartupError, match="cannot be read"):
-            m.read_ring(str(path), "")
+            read_ring(str(path), "")
 
 
 class TestUnderLoad:

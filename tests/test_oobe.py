@@ -25,6 +25,7 @@ from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.base.keys import read_ring
 from appliance.processes import read_seal_key
 from appliance.recovery import Answers, MadeClient, recover_setup, set_up
 from appliance.commands import main, setup
@@ -98,8 +99,8 @@ def log_in(folder, username="admin", password=PASSWORD, totp="", config="mad.con
         options = load_options({"config": (config, "test")}, CHEAP)
         store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
         store.open()
-        auth = m.KeyRing(m.read_ring(options.token_signing_key_file, options.token_signing_key_pass))
-        admin = m.KeyRing(m.read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass))
+        auth = m.KeyRing(read_ring(options.token_signing_key_file, options.token_signing_key_pass))
+        admin = m.KeyRing(read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass))
         idp = m.Idp(options, store, auth, admin, m.Seal(read_seal_key(options.seal_key_file)))
         try:
             account, _ = m.authenticate_user(idp, m.LOCAL, username, password, totp, admin=True)

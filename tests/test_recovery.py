@@ -19,6 +19,7 @@ from appliance.base import StartupError
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
+from appliance.base.keys import Key, read_ring
 from appliance.upkeep import advance_key_states
 from appliance.processes import hold_database
 from appliance.recovery import (
@@ -308,7 +309,7 @@ class TestLinks:
         kid = describe_keys(linked)[0]["kid"]
         revoke_key(linked, kid)
         assert (tmp_path / "token.pem").is_symlink() and kid not in [
-            m.Key(entry).kid for entry in m.read_ring(str(tmp_path / "data" / "token.pem"), "")
+            Key(entry).kid for entry in read_ring(str(tmp_path / "data" / "token.pem"), "")
         ]
         factory_reset(linked)
         assert not [path.name for path in (tmp_path / "data").iterdir() if not path.name.endswith(".lock")]
@@ -443,7 +444,7 @@ class TestKeys:
         (stolen,) = (row["kid"] for row in describe_keys(house) if row["port"] == "auth" and row["alg"] == "RS256")
         at(10 * YEAR)
         revoke_key(house, stolen)
-        states = {m.Key(entry).kid: entry.state for entry in m.read_ring(house.token_signing_key_file, "")}
+        states = {Key(entry).kid: entry.state for entry in read_ring(house.token_signing_key_file, "")}
         assert states[waiting] == "next" and stolen not in states
 
     def test_the_rings_are_two_files(self, house):

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from appliance.base import StartupError
 from appliance.base.files import write_durably
+from appliance.base.keys import Key, b64url, b64url_bytes, make_key, read_ring, unb64url, write_ring
 
 CLAIMS = {"iss": "https://idp.example", "sub": "s", "aud": "api", "exp": 4102444800, "iat": 1, "jti": "0" * 32}
 
 
 @pytest.fixture(scope="module")
 def ring():
-    return m.KeyRing([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)])
+    return m.KeyRing([make_key("ES256", 2048, 0), make_key("RS256", 2048, 0)])
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def token(ring):
 
 
 def encode(value):
-    return m.b64url(json.dumps(value).encode() if isinstance(value, dict) else value)
+    return b64url(json.dumps(value).encode() if isinstance(value, dict) else value)
 
 
 class TestVerifying:
@@ -44,16 +45,16 @@ class TestVerifying:
             head = encode({"alg": "HS256", "typ": "at+jwt", "kid": key.kid})
             return f"{head}.{body}.{encode(hmac.digest(pem, f'{head}.{body}'.encode(), 'sha256'))}"
         if case == "another key":
-            other = m.KeyRing([m.make_key("ES256", 2048, 0)])
+            other = m.KeyRing([make_key("ES256", 2048, 0)])
             return other.mint(other.access, m.AT_JWT, CLAIMS)
         if case == "our kid, another key":
-            other = m.KeyRing([m.make_key("ES256", 2048, 0)])
-            return f"{header}.{body}." + m.b64url(other.access.sign(f"{header}.{body}".encode()))
+            other = m.KeyRing([make_key("ES256", 2048, 0)])
+            return f"{header}.{body}." + b64url(other.access.sign(f"{header}.{body}".encode()))
         if case == "an ID token":
             return ring.mint(key, m.JWT, CLAIMS)
         if case == "the same header, spelled otherwise":
             head = encode({"kid": key.kid, "typ": "at+jwt", "alg": "ES256"})
-            return f"{head}.{body}." + m.b64url(key.sign(f"{head}.{body}".encode()))
+            return f"{head}.{body}." + b64url(key.sign(f"{head}.{body}".encode()))
         if case == "another body":
             return f"{header}.{encode(CLAIMS | {'sub': 'root'})}.{signature}"
         if case == "padding":
@@ -61,9 +62,9 @@ class TestVerifying:
         if case == "a DER signature":
             from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
-            raw = m.unb64url(signature)
+            raw = unb64url(signature)
             der = encode_dss_signature(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
-            return f"{header}.{body}.{m.b64url(der)}"
+            return f"{header}.{body}.{b64url(der)}"
         if case == "line break":
             return token + "\n"
         return {
@@ -97,12 +98,12 @@ class TestVerifying:
     @given(data=st.data(), alg=st.sampled_from(["ES256", "RS256"]))
     def test_no_flipped_bit_verifies(self, ring, data, alg):
         token = ring.mint(ring.signer(alg), m.AT_JWT, CLAIMS)
-        parts = [bytearray(m.unb64url(part)) for part in token.split(".")]
+        parts = [bytearray(unb64url(part)) for part in token.split(".")]
         part = data.draw(st.integers(0, 2))
         bit = data.draw(st.integers(0, 8 * len(parts[part]) - 1))
         parts[part][bit // 8] ^= 1 << bit % 8
         with pytest.raises(m.Problem) as caught:
-            ring.verify(".".join(m.b64url(bytes(part)) for part in parts), m.AT_JWT)
+            ring.verify(".".join(b64url(bytes(part)) for part in parts), m.AT_JWT)
         assert caught.value.code == "invalid_token"
 
     @pytest.mark.parametrize("alg", ["ES256", "RS256"])
@@ -122,10 +123,10 @@ class TestVerifying:
 
     @given(st.binary(max_size=40))
     def test_base64url_is_what_its_standard_says(self, raw):
-        assert m.unb64url(m.b64url(raw)) == raw and m.b64url_bytes(raw).decode() == m.b64url(raw)
+        assert unb64url(b64url(raw)) == raw and b64url_bytes(raw).decode() == b64url(raw)
 
     def test_what_is_remembered_is_bounded(self):
-        ring = m.KeyRing([m.make_key("ES256", 2048, 0)])
+        ring = m.KeyRing([make_key("ES256", 2048, 0)])
         for number in range(4100):
             ring.verified[str(number)] = ("", {})
         ring.verify(ring.mint(ring.access, m.AT_JWT, CLAIMS), m.AT_JWT)
@@ -135,7 +136,7 @@ class TestVerifying:
         """The "psychic" signature of ECDSA: r = s = 0."""
         header, body, _ = ring.mint(ring.signer("ES256"), m.AT_JWT, CLAIMS).split(".")
         with pytest.raises(m.Problem):
-            ring.verify(f"{header}.{body}.{m.b64url(bytes(64))}", m.AT_JWT)
+            ring.verify(f"{header}.{body}.{b64url(bytes(64))}", m.AT_JWT)
 
     def test_a_remembered_signature_does_not_change_the_type(self, ring):
         token = ring.mint(ring.access, m.JWT, CLAIMS)
@@ -176,11 +177,11 @@ class TestKeys:
 
     @pytest.mark.parametrize("passphrase", ["", "phrase \u00e4"])
     def test_a_ring_survives_its_file(self, tmp_path, passphrase):
-        entries = [m.make_key("ES256", 2048, 5), m.make_key("RS256", 2048, 6)]
+        entries = [make_key("ES256", 2048, 5), make_key("RS256", 2048, 6)]
         path = tmp_path / "token.pem"
-        path.write_bytes(m.write_ring(entries, passphrase))
+        path.write_bytes(write_ring(entries, passphrase))
         path.chmod(0o600)
-        assert m.read_ring(str(path), passphrase) == entries
+        assert read_ring(str(path), passphrase) == entries
         assert passphrase == "" or b"BEGIN PRIVATE KEY" not in path.read_bytes()
 
     @pytest.mark.parametrize(
@@ -197,12 +198,12 @@ class TestKeys:
             key.private_bytes(serialization.Encoding.PEM, getattr(serialization.PrivateFormat, form), encryption)
         )
         path.chmod(0o600)
-        ring = m.KeyRing(m.read_ring(str(path), passphrase))
+        ring = m.KeyRing(read_ring(str(path), passphrase))
         assert ring.verify(ring.mint(ring.access, m.AT_JWT, CLAIMS), m.AT_JWT) == CLAIMS
 
     def test_a_ring_that_lost_a_key_stops_the_start(self, tmp_path):
         path = tmp_path / "token.pem"
-        whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
+        whole = write_ring([make_key("ES256", 2048, 0), make_key("RS256", 2048, 0)], "")
         second = whole.index(b"# state", 10)
         for content in (
             whole[:-40], whole[: second + 60], whole[: second + 30],
@@ -212,38 +213,38 @@ class TestKeys:
             path.write_bytes(content)
             path.chmod(0o600)
             with pytest.raises(StartupError):
-                m.read_ring(str(path), "")
+                read_ring(str(path), "")
             assert path.read_bytes() == content
 
     def test_a_ring_file_may_have_been_edited_on_windows(self, tmp_path):
         path = tmp_path / "token.pem"
-        entries = [m.make_key("ES256", 2048, 7), m.make_key("RS256", 2048, 8)]
-        path.write_bytes(m.write_ring(entries, "").replace(b"\n", b"\r\n"))
+        entries = [make_key("ES256", 2048, 7), make_key("RS256", 2048, 8)]
+        path.write_bytes(write_ring(entries, "").replace(b"\n", b"\r\n"))
         path.chmod(0o600)
-        assert m.read_ring(str(path), "") == entries
+        assert read_ring(str(path), "") == entries
 
     def test_a_readable_key_becomes_its_owners_alone_and_that_is_said(self, tmp_path, capsys):
         path = tmp_path / "token.pem"
-        path.write_bytes(m.write_ring([m.make_key("ES256", 2048, 0)], ""))
+        path.write_bytes(write_ring([make_key("ES256", 2048, 0)], ""))
         path.chmod(0o644)
-        m.read_ring(str(path), "")
+        read_ring(str(path), "")
         assert path.stat().st_mode & 0o777 == 0o600 and "readable by others" in capsys.readouterr().err
 
     def test_the_next_and_the_retired_key_are_published_and_sign_nothing(self):
         import msgspec
 
         old, now, new = (
-            msgspec.structs.replace(m.make_key("ES256", 2048, 0), state=state)
+            msgspec.structs.replace(make_key("ES256", 2048, 0), state=state)
             for state in ("retired", "active", "next")
         )
         ring, before = m.KeyRing([old, now, new]), m.KeyRing([msgspec.structs.replace(old, state="active")])
         assert len(json.loads(ring.jwks())["keys"]) == 3
-        assert ring.access.kid == ring.signer("ES256").kid == m.Key(now).kid
+        assert ring.access.kid == ring.signer("ES256").kid == Key(now).kid
         assert ring.verify(before.mint(before.access, m.AT_JWT, CLAIMS), m.AT_JWT) == CLAIMS
 
     @pytest.mark.parametrize("prefer_ec, alg", [(True, "ES256"), (False, "RS256")])
     def test_which_key_signs_access_tokens_is_an_option(self, prefer_ec, alg):
-        entries = [m.make_key("RS256", 2048, 0), m.make_key("ES256", 2048, 0)]
+        entries = [make_key("RS256", 2048, 0), make_key("ES256", 2048, 0)]
         assert m.KeyRing(entries, prefer_ec).access.alg == alg
         assert (
             m.KeyRing(entries[:1], True).access.alg == "RS256" and m.KeyRing(entries[:1]).signer("ES256").alg == "RS256"
@@ -270,7 +271,7 @@ class TestKeys:
     )
     def test_a_bad_file_stops_the_start_and_stays(self, tmp_path, case):
         path = tmp_path / "token.pem"
-        content = m.write_ring([m.make_key("ES256", 2048, 0)], "phrase" if "passphrase" in case else "")
+        content = write_ring([make_key("ES256", 2048, 0)], "phrase" if "passphrase" in case else "")
         if case == "another curve":
             content = ec.generate_private_key(ec.SECP384R1()).private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -284,7 +285,7 @@ class TestKeys:
             path.write_bytes(content)
             path.chmod(0o600)
         with pytest.raises(StartupError) as caught:
-            m.read_ring(str(path), {"wrong passphrase": "other"}.get(case, ""))
+            read_ring(str(path), {"wrong passphrase": "other"}.get(case, ""))
         assert "\n" not in str(caught.value)
         assert not path.exists() if case == "missing" else path.read_bytes() == content
 
@@ -294,7 +295,7 @@ class TestDamagedKeys:
 
     def test_whichever_bit_is_flipped_the_key_is_refused(self, tmp_path):
         """A key that is off by one signs wrongly, slowly, or so that its factors can be computed."""
-        entry = m.make_key("RS256", 2048, 0)
+        entry = make_key("RS256", 2048, 0)
         path = tmp_path / "token.pem"
         for bit in range(0, len(entry.der) * 8, 37):
             der = bytearray(entry.der)
@@ -304,6 +305,6 @@ class TestDamagedKeys:
                 b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n",
             )
             with pytest.raises(StartupError):
-                m.read_ring(str(path), "")
-        write_durably(str(path), m.write_ring([entry], ""))
-        assert m.read_ring(str(path), "") == [entry]
+                read_ring(str(path), "")
+        write_durably(str(path), write_ring([entry], ""))
+        assert read_ring(str(path), "") == [entry]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 
-import microauthd as m
 import pytest
 from box import Box
 from ledger import Line
@@ -17,6 +16,7 @@ from appliance.base import StartupError
 from appliance.base.settings import CONFIG_HEAD, parse_config
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.base.keys import Key, read_ring
 
 KEYS = ("token.pem", "admin_token.pem", "seal.key")
 # SQLite builds the index of the log anew in -shm, whatever it then finds; .lock holds the pid of whoever tries to serve.
@@ -265,14 +265,14 @@ class TestKeys:
         content, path = (boxes["encrypted"].folder / "token.pem").read_bytes(), tmp_path / "token.pem"
         path.touch(0o600)
         whole, letters = (
-            sorted(m.Key(entry).kid for entry in m.read_ring(boxes["encrypted"].folder / "token.pem", "")),
+            sorted(Key(entry).kid for entry in read_ring(boxes["encrypted"].folder / "token.pem", "")),
             b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/",
         )
         places, refused = [at for at in range(len(content)) if content[at] in letters], 0
         for at in (*places[60:100], *places[100::every]):  # the names of kind and curve stand at the beginning
             path.write_bytes(content[:at] + letters[(letters.index(content[at]) + 1) % 64 :][:1] + content[at + 1 :])
             try:
-                keys = [m.Key(entry) for entry in m.read_ring(path, "")]
+                keys = [Key(entry) for entry in read_ring(path, "")]
             except StartupError:
                 refused += 1
                 continue

@@ -1,0 +1,339 @@
+"""Argon2id: the memory it works in, a bound on how many hashes run and wait, and what it has accepted."""
+
+import base64
+import collections
+import contextlib
+import hmac
+import mmap
+import os
+import re
+import threading
+import time
+
+from argon2.exceptions import Argon2Error, VerificationError
+from argon2.low_level import (
+    Type as Argon2Type, core as argon2_core, error_to_str as argon2_error, ffi as argon2_ffi,
+    hash_secret as argon2_hash, hash_secret_raw as argon2_raw, verify_secret as argon2_verify,
+)
+
+from appliance.base.settings import Options
+
+
+class Busy(Exception):
+    """Too many wait for Argon2. `log` is for the operator; `retry_after` is seconds."""
+
+    def __init__(self, log: str, retry_after=1):
+        super().__init__(log)
+        self.log, self.retry_after = log, retry_after
+
+
+class HashFailed(Exception):
+    """Argon2 could not be computed: the machine lacks memory or threads."""
+
+
+LONGEST_WAIT = 10  # seconds anybody is kept waiting for Argon2
+BLAMED_FOR = 60    # seconds a peer is remembered to have sent a wrong secret
+
+
+class HashGate:
+    """Bounds the Argon2 work of a process: some run, some wait, the rest are told to come back.
+
+    Each hash takes tens of megabytes and milliseconds, so an unbounded number of logins would be
+    a way to exhaust the box. All services of a box are one peer, and after a power cut all of them
+    come at once: a crowd that sent nothing wrong gets many places, whoever guesses gets few.
+    `blocking` is set by the server: it keeps threads free for those who need no hashing.
+    """
+
+    def __init__(self, running, waiting=320, guessing=60):
+        self.running, self.at_work = running, 0
+        self.places, self.few = running + waiting, running + guessing
+        self.taken, self.of = 0, collections.Counter()  # places taken in all, and by peer
+        self.seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
+        self.queues = {}  # peer: who waits to hash, each a lock its turn will open; the peer at the front is next
+        self.blamed = {}  # peer: monotonic seconds until it is forgotten
+        self.lock = threading.Lock()
+        self.held = threading.local()
+        self.blocking = contextlib.nullcontext
+
+    def blame(self, peer: str):
+        """Remember for a while that a secret from this peer was wrong."""
+        now = time.monotonic()
+        with self.lock:
+            if len(self.blamed) >= 4096:
+                self.blamed = {other: until for other, until in self.blamed.items() if until > now}
+                if len(self.blamed) >= 4096:
+                    self.blamed = {}
+            self.blamed[peer] = now + BLAMED_FOR
+
+    def is_blamed(self, peer: str) -> bool:
+        return self.blamed.get(peer, 0) > time.monotonic()
+
+    def is_full(self, peer: str) -> bool:
+        """Is there no place for one more of this peer?
+
+        The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
+        """
+        places = min(self.places, self.few) if self.is_blamed(peer) else self.places
+        return self.taken >= (places // 2 if peer and self.of[peer] else places)
+
+    def wait(self, peer: str) -> float:
+        """Return how many seconds one more of this peer would wait: peers take turns, the biggest crowd ends last."""
+        before = self.of[peer] + 1
+        return sum(min(count, before) for count in self.of.values()) * self.seconds / self.running
+
+    @contextlib.contextmanager
+    def place(self, peer=""):
+        """Hold one of the places while waiting or hashing; a thread needs one only. Raises Busy when there is none."""
+        if getattr(self.held, "place", False):
+            yield
+            return
+        with self.lock:
+            wait = self.wait(peer)
+            if self.is_full(peer) or wait > LONGEST_WAIT:
+                raise Busy("the Argon2 gate is full", min(LONGEST_WAIT, int(wait) + 1))
+            self.taken += 1
+            self.of[peer] += 1
+        self.held.place, self.held.peer = True, peer
+        try:
+            with self.blocking():
+                yield
+        finally:
+            self.held.place = False
+            with self.lock:
+                self.taken -= 1
+                self.of[peer] -= 1
+                if not self.of[peer]:
+                    del self.of[peer]
+
+    @contextlib.contextmanager
+    def hashing(self):
+        """Be one of those that run; a place is held. Raises Busy where that takes too long.
+
+        Peers take turns: the crowd of one keeps no other waiting.
+        """
+        turn, peer = threading.Lock(), self.held.peer
+        with self.lock:
+            if self.at_work < self.running:
+                self.at_work += 1
+            else:
+                turn.acquire()
+                self.queues.setdefault(peer, collections.deque()).append(turn)
+        if not turn.acquire(timeout=LONGEST_WAIT):
+            with self.lock:
+                if not turn.acquire(blocking=False):  # it has not come in this very moment
+                    self.queues[peer].remove(turn)
+                    if not self.queues[peer]:
+                        del self.queues[peer]
+                    raise Busy("the wait for Argon2 was too long", LONGEST_WAIT)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - began
+            with self.lock:
+                self.seconds += (took - self.seconds) / 8
+                if not self.queues:
+                    self.at_work -= 1
+                else:
+                    following = next(iter(self.queues))
+                    queue = self.queues.pop(following)
+                    queue.popleft().release()
+                    if queue:
+                        self.queues[following] = queue
+
+
+class Turn:
+    """The verification of one name that is under way."""
+
+    __slots__ = ("lock", "count", "wrong")
+
+    def __init__(self):
+        self.lock, self.count, self.wrong = threading.Lock(), 0, False  # count: of who verifies or waits
+
+
+class Turns:
+    """One verification of a name at a time: whoever comes meanwhile waits, and finds the secret remembered.
+
+    Who waits takes no place at the gate, but a thread; hence a bound of its own.
+    """
+
+    WAITERS = 32  # of one name, for as long as anybody is kept waiting
+    MOMENT = 1.0  # seconds, enough for a hash
+
+    def __init__(self, gate: HashGate):
+        self.gate, self.lock, self.names = gate, threading.Lock(), {}
+
+    def patience(self, turn: Turn, peer: str, others: bool | None) -> float:
+        """Return how many seconds one more may wait for this name; `others` is False where no thread would be left.
+
+        A crowd with the right secret waits for one hash, so a moment is granted to all of it. Once a secret of it was
+        wrong, that is for each of them: then only so many wait as leave threads to the others.
+        """
+        if turn.count <= self.WAITERS and others is not False:
+            return LONGEST_WAIT
+        return 0 if turn.wrong or self.gate.is_blamed(peer) else self.MOMENT
+
+    @contextlib.contextmanager
+    def take(self, kind: str, name: str, peer: str):
+        """Hold the turn of a name. Raises Busy where too many wait for it."""
+        with self.gate.blocking() as others:
+            with self.lock:
+                turn = self.names.setdefault((kind, name), Turn())
+                seconds = self.patience(turn, peer, others)
+                turn.count += 1
+            try:
+                if not turn.lock.acquire(timeout=seconds):
+                    raise Busy("too many wait for the verification of one name")
+                try:
+                    yield turn
+                finally:
+                    turn.lock.release()
+            finally:
+                with self.lock:
+                    turn.count -= 1
+                    if not turn.count:
+                        del self.names[(kind, name)]
+
+    def blame(self, turn: Turn, peer: str):
+        """A secret was wrong, in the turn that is held: neither its name nor its peer is taken for a good crowd."""
+        turn.wrong = True
+        self.gate.blame(peer)
+
+
+PHC = re.compile(r"\$argon2id\$v=19\$m=([0-9]{1,9}),t=([0-9]{1,9}),p=([0-9]{1,3})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
+HUGE_PAGE = 2 << 20  # bytes
+
+
+class Argon2Memory:
+    """Memory for Argon2 in huge pages, where the kernel gives them: 16 page faults a hash instead of 8192, a quarter
+    less CPU.
+    """
+
+    def __init__(self):
+        self.local, self.allocate, self.free = threading.local(), None, None
+        # Argon2 asks in the thread that called it, once a hash, for what compute() has made. Where memory is never
+        # written and executed both (systemd's MemoryDenyWriteExecute), there is no asking back: it takes its own.
+        with contextlib.suppress(MemoryError, SystemError):
+            self.free = argon2_ffi.callback("void(uint8_t *, size_t)", lambda address, size: None)
+            self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.give, error=-1)
+
+    def give(self, address, size):
+        begin, room = self.local.area
+        if size > room:
+            return -1
+        address[0] = begin
+        return 0
+
+    def compute(self, password: bytes, salt: bytes, passes, memory, lanes, length) -> bytes:
+        """Return Argon2id of a password; `memory` in KiB. RFC 9106 §3.1. Raises Argon2Error, MemoryError, OSError."""
+        if self.allocate is None:
+            return argon2_raw(password, salt, passes, memory, lanes, length, Argon2Type.ID)
+        tag, word, grain = (
+            argon2_ffi.new("uint8_t[]", length), argon2_ffi.new("uint8_t[]", password),
+            argon2_ffi.new("uint8_t[]", salt),
+        )
+        context = argon2_ffi.new(
+            "argon2_context *",
+            {
+                "out": tag, "outlen": length, "pwd": word, "pwdlen": len(password), "salt": grain, "saltlen": len(salt),
+                "t_cost": passes, "m_cost": memory, "lanes": lanes, "threads": lanes, "version": 0x13,
+                "allocate_cbk": self.allocate, "free_cbk": self.free,
+            },
+        )
+        room = 1024 * memory
+        # Begun at a huge page; kernels before 6.7 do not see to that.
+        with mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+            with contextlib.suppress(OSError):
+                area.madvise(mmap.MADV_HUGEPAGE)
+            with argon2_ffi.from_buffer("uint8_t[]", area) as begin:
+                self.local.area = begin + -int(argon2_ffi.cast("uintptr_t", begin)) % HUGE_PAGE, room
+                status = argon2_core(context, Argon2Type.ID.value)  # which wipes the area
+        if status:
+            raise VerificationError(argon2_error(status))
+        return bytes(argon2_ffi.buffer(tag))
+
+
+class Hasher:
+    """Argon2id with the parameters in force, behind the gate. RFC 9106."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
+        self.gate, self.memory = HashGate(running), Argon2Memory()
+        self.turns = Turns(self.gate)
+
+    def parameters(self):
+        options = self.options
+        return (
+            f"$argon2id$v=19$m={options.argon2id_memory},t={options.argon2id_time},p={options.argon2id_parallelism}$"
+        )
+
+    def hash(self, password: str) -> str:
+        """Return the PHC string of a password or client secret."""
+        options = self.options
+        with self.gate.place(), self.gate.hashing():
+            try:
+                return argon2_hash(
+                    password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time,
+                    options.argon2id_memory, options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
+                ).decode()
+            except (Argon2Error, MemoryError, OSError) as error:
+                raise HashFailed(f"Argon2: {error}") from None
+
+    def verify(self, phc: str | None, password: str) -> bool:
+        """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
+        known = phc is not None
+        if not known:
+            word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
+            salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
+            phc = f"{self.parameters()}{salt}${word}"
+        with self.gate.place(), self.gate.hashing():
+            try:
+                return self.matches(phc, password.encode()) and known
+            except (Argon2Error, MemoryError, OSError) as error:
+                # A wrong password, or a stored hash that is none; what else fails is the machine.
+                if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
+                    return False
+                raise HashFailed(f"Argon2: {error}") from None
+
+    def matches(self, phc: str, password: bytes) -> bool:
+        found = PHC.fullmatch(phc)
+        if not found:  # of another version or kind: the library knows what to say
+            return argon2_verify(phc.encode(), password, Argon2Type.ID)
+        memory, passes, lanes = map(int, found.groups()[:3])
+        try:
+            salt, tag = (base64.b64decode(word + "=" * (-len(word) % 4)) for word in found.groups()[3:])
+        except ValueError:
+            return False
+        return hmac.compare_digest(self.memory.compute(password, salt, passes, memory, lanes, len(tag)), tag)
+
+
+class Digests:
+    """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
+
+    The stored hash is part of what is digested, so a changed secret is forgotten by itself. Each use
+    begins the while anew: `ttl` seconds, and as many `more` as it was learned with, at most a day in all.
+    """
+
+    def __init__(self, ttl, size):
+        self.key, self.ttl, self.size = os.urandom(32), ttl, size
+        self.seen = {}  # digest: (until, seconds)
+
+    def digest(self, stored_hash, secret):
+        return hmac.digest(self.key, stored_hash.encode() + b"\0" + secret.encode(), "sha256")
+
+    def knows(self, stored_hash, secret, now) -> bool:
+        digest = self.digest(stored_hash, secret)
+        until, seconds = self.seen.get(digest, (now - 1, 0))
+        if until < now:
+            return False
+        self.seen[digest] = now + seconds, seconds
+        return True
+
+    def learn(self, stored_hash, secret, now, more=0):
+        if len(self.seen) >= self.size:
+            self.seen = {digest: found for digest, found in list(self.seen.items()) if found[0] >= now}
+            if len(self.seen) >= self.size:
+                self.seen = {}
+        seconds = min(self.ttl + more, 86400)
+        self.seen[self.digest(stored_hash, secret)] = now + seconds, seconds

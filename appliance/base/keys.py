@@ -1,0 +1,258 @@
+"""Key files, and the signatures that their keys make and check. RFC 7515, 7517, 7518, 7638."""
+
+import base64
+import binascii
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+
+import msgspec
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+
+from appliance.base import StartupError
+from appliance.base.settings import guard_private
+
+
+SHA256 = hashes.SHA256()
+PKCS1 = padding.PKCS1v15()
+ECDSA_SHA256 = ec.ECDSA(SHA256)
+B64URL = bytes.maketrans(b"+/", b"-_")
+PEM_BLOCK = re.compile(
+    rb"(?:^# state=(\w+) since=(\d+)[^\n]*\n)?^-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?^-----END \3-----", re.S | re.M
+)
+
+
+class KeyEntry(msgspec.Struct, frozen=True):
+    """A private key as it lies in a ring file: unencrypted PKCS#8 DER, its state and since when."""
+
+    der: bytes
+    state: str  # next | active | retired
+    since: int
+
+
+def b64url(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def b64url_bytes(raw: bytes) -> bytes:
+    """As b64url, in bytes and half the time: two of these are spent on every token."""
+    return binascii.b2a_base64(raw, newline=False).rstrip(b"=").translate(B64URL)
+
+
+def unb64url(word: str) -> bytes:
+    """Decode unpadded base64url, refusing whatever is not its canonical form. RFC 7515 §2."""
+    raw = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
+    if b64url(raw) != word:
+        raise ValueError("not canonical base64url")
+    return raw
+
+
+def make_key(alg, rsa_bits, now) -> KeyEntry:
+    key = ec.generate_private_key(ec.SECP256R1()) if alg == "ES256" else rsa.generate_private_key(65537, rsa_bits)
+    der = key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return KeyEntry(der, "active", now)
+
+
+def write_ring(entries, passphrase: str) -> bytes:
+    """Return a ring file: one PEM block a key, its state in the comment line above it."""
+    blocks = []
+    for entry in entries:
+        encryption = serialization.NoEncryption()
+        if passphrase:
+            encryption = serialization.BestAvailableEncryption(passphrase.encode())
+        key = serialization.load_der_private_key(entry.der, None)
+        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        blocks.append(b"# state=%s since=%d\n" % (entry.state.encode(), entry.since) + pem)
+    return b"".join(blocks)
+
+
+def is_consistent(key) -> bool:
+    """Return whether the numbers of an RSA key belong together: whichever bit of it is flipped, they do not. RFC 8017
+    §3.2.
+
+    All that OpenSSL checks but the primality of two numbers, which takes it 45 ms of every start.
+    """
+    private = key.private_numbers()
+    n, e, d, p, q = private.public_numbers.n, private.public_numbers.e, private.d, private.p, private.q
+    return (
+        p * q == n
+        and p > 1
+        and q > 1
+        and all(
+            e * d % (prime - 1) == 1 and part == d % (prime - 1)
+            for prime, part in ((p, private.dmp1), (q, private.dmq1))
+        )
+        and private.iqmp * q % p == 1
+    )
+
+
+def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
+    """Read a ring file; a single PEM key of the original is a ring too.
+
+    Raises StartupError: a bad key stops the start and never makes a new identity.
+    """
+    try:
+        # A pipe would keep whoever opens it waiting.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not os.path.isfile(path):
+                raise OSError(errno.EINVAL, "it is not a file")
+            content = file.read()
+    except FileNotFoundError:
+        raise StartupError(
+            f"the signing key {path} is missing: restore it, or run setup anew without the database"
+        ) from None
+    except OSError as error:
+        raise StartupError(f"the signing key {path} cannot be read: {error.strerror}") from None
+    guard_private(path, "it is a private key")
+    entries = []
+    for match in PEM_BLOCK.finditer(content):
+        state, since, kind = match.groups()
+        encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
+        pem = match.group()[match.group().index(b"-----BEGIN") :]
+        if encrypted and not passphrase:
+            raise StartupError(f"the signing key {path} is encrypted, and no passphrase for it is given")
+        try:
+            key = serialization.load_pem_private_key(
+                pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
+            )
+        except (
+            ValueError, TypeError, UnsupportedAlgorithm,
+        ):  # the last where a byte of the name of its kind is damaged
+            raise StartupError(
+                f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
+            ) from None
+        if not isinstance(key, rsa.RSAPrivateKey) and not (
+            isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"
+        ):
+            raise StartupError(f"the signing key {path} is neither RSA nor P-256")
+        if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
+            raise StartupError(
+                f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048"
+            )
+        if isinstance(key, rsa.RSAPrivateKey) and not is_consistent(key):
+            raise StartupError(
+                f"the signing key {path} is damaged: its numbers do not belong together; restore a backup"
+            )
+        der = key.private_bytes(
+            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
+    begun, stated = (
+        len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M)),
+        len(re.findall(rb"^# state=", content, re.M)),
+    )
+    if (
+        begun != len(entries)
+        or stated not in (0, len(entries))
+        or any(entry.state not in ("next", "active", "retired") for entry in entries)
+    ):
+        raise StartupError(f"the signing key {path} is damaged: a part of it is missing; restore a backup")
+    if not any(entry.state == "active" for entry in entries):
+        raise StartupError(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
+    return entries
+
+
+def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
+    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who
+    signed retires.
+    """
+    entries = list(entries)
+    for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
+        alg, at = alg_of(entry), entry.since + overlap
+        entries = [
+            msgspec.structs.replace(other, state="retired", since=at)
+            if other.state == "active" and alg_of(other) == alg
+            else msgspec.structs.replace(other, state="active", since=at)
+            if other is entry
+            else other
+            for other in entries
+        ]
+    return entries
+
+
+def next_due(entries, overlap: int) -> int | None:
+    """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
+    return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
+
+
+def alg_of(entry: KeyEntry) -> str:
+    key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+    return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
+
+
+class Key:
+    """A key at work."""
+
+    def __init__(self, entry: KeyEntry):
+        self.state = entry.state
+        self.private = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+        self.public = self.private.public_key()
+        numbers = self.public.public_numbers()
+        if isinstance(self.private, rsa.RSAPrivateKey):
+            self.alg = "RS256"
+            size = (numbers.n.bit_length() + 7) // 8
+            self.jwk = {
+                "e": b64url(numbers.e.to_bytes(3, "big").lstrip(b"\0")), "kty": "RSA",
+                "n": b64url(numbers.n.to_bytes(size, "big")),
+            }
+        else:
+            self.alg = "ES256"
+            self.jwk = {
+                "crv": "P-256", "kty": "EC", "x": b64url(numbers.x.to_bytes(32, "big")),
+                "y": b64url(numbers.y.to_bytes(32, "big")),
+            }
+        # RFC 7638 §3: the required members in lexicographic order, no white space.
+        self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
+
+    def header(self, typ: str) -> bytes:
+        """Return the JOSE header of what this key signs, encoded. RFC 7515 §4.1."""
+        return b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid}))
+
+    def public_jwk(self):
+        return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
+
+    def sign(self, message: bytes) -> bytes:
+        """RFC 7518 §3.3 and §3.4: an ECDSA signature is r and s, 32 bytes each."""
+        if self.alg == "RS256":
+            return self.private.sign(message, PKCS1, SHA256)
+        r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
+        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+    def verify(self, signature: bytes, message: bytes):
+        """Raise InvalidSignature or ValueError."""
+        if self.alg == "RS256":
+            self.public.verify(signature, message, PKCS1, SHA256)
+        else:
+            if len(signature) != 64:
+                raise InvalidSignature
+            r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+            self.public.verify(encode_dss_signature(r, s), message, ECDSA_SHA256)
+
+
+def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
+    """Return a ring without these keys. Where one of them signed, the next of its algorithm does, or a new one."""
+    gone = [entry for entry in entries if Key(entry).kid in kids]
+    rest = [entry for entry in entries if entry not in gone]
+    for alg in sorted({alg_of(entry) for entry in gone if entry.state == "active"}):
+        waiting = next((entry for entry in rest if entry.state == "next" and alg_of(entry) == alg), None)
+        fresh = msgspec.structs.replace(waiting, state="active", since=now) if waiting else make_key(alg, rsa_bits, now)
+        rest = [entry for entry in rest if entry is not waiting] + [fresh]
+    return rest
+
+
+@contextlib.contextmanager
+def hold_ring(path: str):
+    """Let one at a time change a ring: a command at the machine, or the upkeep of a server."""
+    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
