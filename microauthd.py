@@ -4455,6 +4455,71 @@ def possible_statuses(route: Route, method: str, path: str, port_name: str) -> s
     return found
 
 
+def describe_parameters(route: Route, method: str, path: str) -> list[dict]:
+    """Return the parameter objects of one method at one path. OpenAPI 3.1 §4.8.12."""
+    found = [("path", name, True, {"type": "string", "minLength": 1}) for name in re.findall(r"<(\w+)(?::\w+)?>", path)]
+    # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
+    query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
+    if query is not None:
+        (_,), components = msgspec.json.schema_components([query], ref_template=REF)
+        described = components[query.__name__]
+        found += [
+            ("query", name, name in described["required"], schema) for name, schema in described["properties"].items()
+        ]
+    if route.versioned and method != "GET":
+        found.append(("header", "If-Match", False, {"type": "string"}))
+    if route.tagged:
+        found.append(("header", "If-None-Match", False, {"type": "string"}))
+    return [
+        {"name": name, "in": place, "required": required, "schema": schema} for place, name, required, schema in found
+    ]
+
+
+def describe_body(route: Route, method: str) -> dict | None:
+    """Return the request body object of one method, or None where it takes none. OpenAPI 3.1 §4.8.13."""
+    if route.takes is not None:
+        return {"required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media}}
+    if route.form is not None and method == "POST":
+        return {
+            "required": any(field.required for field in msgspec.structs.fields(route.form)),
+            "content": {FORM: {"schema": schema_of(route.form)}},
+        }
+    return None
+
+
+def describe_responses(route: Route, method: str, path: str, port_name: str) -> dict:
+    """Return the responses object of one method at one path. OpenAPI 3.1 §4.8.16."""
+    headers, responses, text = {}, {}, {"schema": {"type": "string"}}
+    if (
+        route.query is not None
+        and "offset" in route.query.__struct_fields__
+        and getattr(route.gives, "__origin__", None) is list
+    ):
+        link = {"description": "RFC 8288; rel=next where there is more.", **text}
+        headers |= {"X-Total-Count": text, "Link": link}
+    if route.tagged or (route.versioned and method != "DELETE"):
+        headers["ETag"] = text
+    if route.tagged:
+        responses["304"] = {"description": "As you have it.", "headers": {"ETag": text}}
+    content = {route.gives_media: {"schema": schema_of(route.gives)}}
+    responses[str(route.status)] = {"description": "As asked.", "content": content}
+    if headers:
+        responses[str(route.status)]["headers"] = headers
+    if route.html and route.gives is not bytes:
+        responses["200"]["content"] = {"text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)}}
+    if route.html or route.redirects:
+        responses["303" if route.html else "302"] = {
+            "description": "To be fetched by GET.", "headers": {"Location": text},
+        }
+    for status in sorted(possible_statuses(route, method, path, port_name)):
+        of_the_wire = status >= 500 or status in (408, 413, 414, 417, 431)
+        form = "page" if route.html else "oauth" if route.oauth and not of_the_wire else "err"
+        responses[str(status)] = {"$ref": f"#/components/responses/{form}"}
+    if path.startswith("/health/ready"):
+        responses["503"] = {"description": "Not ready.", "content": {JSON: {"schema": schema_of(route.gives)}}}
+    return responses
+
+
 def describe_operation(route: Route, method: str, path: str, port_name: str, number: int) -> dict:
     """Return the operation object of one method at one path. OpenAPI 3.1 §4.8.10."""
     doc = " ".join(route.handler.__doc__.split())
@@ -4462,113 +4527,57 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
         "operationId": route.handler.__name__ + (f"_{number}" if number else ""),
         "summary": doc.partition(".")[0] + ".", "description": doc,
         "tags": [(path.strip("/").split("/")[0] or "files").strip("<>.")], "x-specification": route.spec,
-        "parameters": [], "responses": {},
+        "parameters": describe_parameters(route, method, path),
+        "responses": describe_responses(route, method, path, port_name),
     }
-    for name, _ in re.findall(r"<(\w+)(?::(\w+))?>", path):
-        operation["parameters"].append(
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        )
-    # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
-    query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
-    if query is not None:
-        (_,), components = msgspec.json.schema_components([query], ref_template=REF)
-        described = components[query.__name__]
-        for name, schema in described["properties"].items():
-            operation["parameters"].append(
-                {"name": name, "in": "query", "required": name in described["required"], "schema": schema}
-            )
-    if route.versioned and method != "GET":
-        operation["parameters"].append(
-            {"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}}
-        )
-    if route.tagged:
-        operation["parameters"].append(
-            {"name": "If-None-Match", "in": "header", "required": False, "schema": {"type": "string"}}
-        )
-        operation["responses"]["304"] = {
-            "description": "As you have it.", "headers": {"ETag": {"schema": {"type": "string"}}},
-        }
-    guard = guard_name(route)
+    guard, body = guard_name(route), describe_body(route, method)
     if guard in ("by_client", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by members of the form, which OpenAPI has no word for
     elif guard != "anyone":
         operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
-    if route.takes is not None:
-        operation["requestBody"] = {
-            "required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media},
-        }
-    elif route.form is not None and method == "POST":
-        operation["requestBody"] = {
-            "required": any(field.required for field in msgspec.structs.fields(route.form)),
-            "content": {FORM: {"schema": schema_of(route.form)}},
-        }
-    headers = {}
-    if (
-        route.query is not None
-        and "offset" in route.query.__struct_fields__
-        and getattr(route.gives, "__origin__", None) is list
-    ):
-        headers |= {
-            "X-Total-Count": {"schema": {"type": "string"}},
-            "Link": {"description": "RFC 8288; rel=next where there is more.", "schema": {"type": "string"}},
-        }
-    if route.tagged or (route.versioned and method != "DELETE"):
-        headers["ETag"] = {"schema": {"type": "string"}}
-    operation["responses"][str(route.status)] = {
-        "description": "As asked.", "content": {route.gives_media: {"schema": schema_of(route.gives)}},
-        **({"headers": headers} if headers else {}),
-    }
-    if route.html and route.gives is not bytes:
-        operation["responses"]["200"]["content"] = {
-            "text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)},
-        }
-    if route.html or route.redirects:
-        operation["responses"]["303" if route.html else "302"] = {
-            "description": "To be fetched by GET.", "headers": {"Location": {"schema": {"type": "string"}}},
-        }
-    for status in sorted(possible_statuses(route, method, path, port_name)):
-        form = (
-            "page"
-            if route.html
-            else "oauth"
-            if route.oauth and status < 500 and status not in (408, 413, 414, 417, 431)
-            else "err"
-        )
-        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{form}"}
-    if path.startswith("/health/ready"):
-        operation["responses"]["503"] = {"description": "Not ready.", "content": {JSON: {"schema": schema_of(Health)}}}
+    if body:
+        operation["requestBody"] = body
     return operation
 
 
-def describe_api(idp: Idp, routes: Routes) -> dict:
-    """Return the OpenAPI 3.1 document of a port: exactly the routes that are mounted."""
-    paths, used, numbers = {}, [Err, OAuthError], {}
-    for route, path in mounted(idp, routes):
+def describe_api(port_name: str, version: str, server: str, routes, err, oauth_error) -> dict:
+    """Return the OpenAPI 3.1 document of a port, whose base URL is `server`.
+
+    `routes` are pairs of a Route and one of its paths; `err` and `oauth_error` the Structs in which refusals come.
+    """
+    paths, used, numbers = {}, [err, oauth_error], {}
+    for route, path in routes:
         shown = paths.setdefault(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", path), {})
         for method in route.methods:
             number = numbers[route.handler.__name__] = numbers.get(route.handler.__name__, -1) + 1
-            shown[method.lower()] = describe_operation(route, method, path, routes.name, number)
+            shown[method.lower()] = describe_operation(route, method, path, port_name, number)
         used += [part for part in (route.takes, route.form, route.gives) if part not in (None, bytes)]
     _, schemas = msgspec.json.schema_components(used, ref_template=REF)
-    either = {"anyOf": [schema_of(OAuthError), schema_of(Err)]}  # what base.wire refuses has both sets of members
+    either = {"anyOf": [schema_of(oauth_error), schema_of(err)]}  # what base.wire refuses has both sets of members
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"microauthd {routes.name} API", "version": VERSION},
-        "servers": [{"url": idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer}],
+        "info": {"title": f"microauthd {port_name} API", "version": version},
+        "servers": [{"url": server}],
         "paths": paths,
         "components": {
             "schemas": schemas,
             "responses": {
-                "err": {"description": "Refused.", "content": {JSON: {"schema": schema_of(Err)}}},
+                "err": {"description": "Refused.", "content": {JSON: {"schema": schema_of(err)}}},
                 "oauth": {"description": "Refused. RFC 6749 §5.2.", "content": {JSON: {"schema": either}}},
                 "page": {
                     "description": "Refused, in words for people.",
-                    "content": {"text/html": {"schema": {}}, JSON: {"schema": schema_of(Err)}},
+                    "content": {"text/html": {"schema": {}}, JSON: {"schema": schema_of(err)}},
                 },
             },
             "securitySchemes": SECURITY,
         },
     }
+
+
+def describe_port(idp: Idp, routes: Routes) -> dict:
+    """Return the OpenAPI document of a port: exactly the routes that are mounted."""
+    server = idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer
+    return describe_api(routes.name, VERSION, server, mounted(idp, routes), Err, OAuthError)
 
 
 class Router(bottle.Router):
@@ -5780,7 +5789,7 @@ def scoped_deactivate_user(idp, claims, params):
 )
 def auth_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
-    return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_api(idp, AUTH)))
+    return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_port(idp, AUTH)))
 
 
 @AUTH(
@@ -7020,7 +7029,7 @@ def admin_delete_backup(idp, claims, params):
 )
 def admin_openapi(idp, params):
     """What this port serves, made from the declarations of its routes."""
-    return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_api(idp, ADMIN)))
+    return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_port(idp, ADMIN)))
 
 
 @ADMIN(

@@ -34,14 +34,14 @@ class TestDocument:
             cell.cell_contents for cell in app.__closure__ if isinstance(cell.cell_contents, bottle.Bottle)
         ]
         served = {(route.method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.rule)) for route in bottle_app.routes}
-        document = m.describe_api(described, routes)
+        document = m.describe_port(described, routes)
         assert {(method.upper(), path) for path, methods in document["paths"].items() for method in methods} == served
         ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
         assert len(ids) == len(set(ids))
 
     @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
     def test_every_reference_leads_somewhere(self, described, routes):
-        document = m.describe_api(described, routes)
+        document = m.describe_port(described, routes)
         for reference in re.findall(r'"#/([^"]+)"', json.dumps(document)):
             place = document
             for part in reference.split("/"):
@@ -63,7 +63,7 @@ class TestDocument:
             )
 
     def test_who_may_call_is_said(self, described):
-        admin, auth = m.describe_api(described, m.ADMIN)["paths"], m.describe_api(described, m.AUTH)["paths"]
+        admin, auth = m.describe_port(described, m.ADMIN)["paths"], m.describe_port(described, m.AUTH)["paths"]
         assert (
             admin["/users"]["get"]["security"] == [{"bearer": []}]
             and "security" not in admin["/ping"]["get"]
@@ -121,7 +121,7 @@ class TestRequests:
 
     def test_what_a_get_reads_is_its_query_and_an_access_token_is_never_there(self, described):
         """RFC 9700 §4.3.2"""
-        paths = m.describe_api(described, m.AUTH)["paths"]
+        paths = m.describe_port(described, m.AUTH)["paths"]
         queries = {
             path: {part["name"]: part["required"] for part in methods["get"]["parameters"] if part["in"] == "query"}
             for path, methods in paths.items()
@@ -141,7 +141,7 @@ class TestAnswers:
 
     def test_of_admin(self, idp, admin, admin_token, alice, service, log_in):
         log_in(alice)
-        document = m.describe_api(idp, m.ADMIN)
+        document = m.describe_port(idp, m.ADMIN)
         for name, body, status in (
             ("roles", {"name": "x"}, 200), ("permissions", {"name": "x"}, 200),
             ("clients/service/redirect-uris", "https://app.example/", 201),
@@ -172,7 +172,7 @@ class TestAnswers:
         assert asked > 35
 
     def test_of_auth(self, idp, auth, service, alice, log_in, machine):
-        document = m.describe_api(idp, m.AUTH)
+        document = m.describe_port(idp, m.AUTH)
         person = log_in(alice, scope="openid profile email roles")
         answers = {
             ("/token", "post"): person,
@@ -202,7 +202,7 @@ class TestAnswers:
         """RFC 9110 §15.4.5"""
         idp = make_idp(Options(**CHEAP, **OPTIONS))
         caller = Caller(m.build_app(idp, routes))
-        for path, methods in m.describe_api(idp, routes)["paths"].items():
+        for path, methods in m.describe_port(idp, routes)["paths"].items():
             if "get" in methods and "{" not in path:
                 tag = caller.get(path).headers.get("etag")
                 assert ("304" in methods["get"]["responses"]) == (tag is not None), path
@@ -210,7 +210,7 @@ class TestAnswers:
                     assert caller.get(path, headers=[("If-None-Match", tag)]).status == 304
 
     def test_the_check_itself_can_fail(self, idp):
-        document = m.describe_api(idp, m.ADMIN)
+        document = m.describe_port(idp, m.ADMIN)
         assert not conforms(document, {"$ref": "#/components/schemas/Msg"}, {"success": True}) and not conforms(
             document, {"$ref": "#/components/schemas/Msg"}, {"success": True, "message": "x", "more": 1}
         )
