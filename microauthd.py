@@ -70,8 +70,9 @@ from appliance.base.store import (
     Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, OVERLAP_MAX,
     Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
-from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
+from appliance.base.openapi import FORM, JSON, Routes, describe_api
 from appliance.base.hashing import Busy, Digests, HashFailed, Hasher
+from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -3702,9 +3703,6 @@ def finish_login(idp: Idp, login: Login) -> Account:
 BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
-JSON, FORM = "application/json", "application/x-www-form-urlencoded"
-
-
 class Page(msgspec.Struct):
     """A body that is not JSON: bytes already made. `cache` is seconds; 0 forbids storing."""
 
@@ -3731,48 +3729,6 @@ class Reply(msgspec.Struct):
     body: object
     headers: list = []
     status: int = 200
-
-
-class Route(msgspec.Struct, frozen=True):
-    """A declaration: everything about a route stands here."""
-
-    methods: tuple
-    paths: tuple
-    guard: object
-    spec: str
-    handler: object
-    takes: object = None  # type of the body, decoded before the handler runs
-    media: tuple = (JSON,)  # in which that is taken
-    form: object = (
-        None  # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
-    )
-    query: object = None  # Struct of the query, decoded before the handler runs
-    gives: object = dict  # type of the answer
-    gives_media: str = JSON
-    status: int = 200
-    versioned: bool = False  # what is shown has an entity tag; what changes it asks for it by If-Match
-    oauth: bool = False  # failures in the form of RFC 6749 §5.2
-    html: bool = False  # failures as a page for people
-    redirects: bool = False  # answers with 302, as the contract says; pages redirect with 303
-    tagged: bool = False  # does not change while the server runs: 304 to who has it already
-    cors: bool = False  # for the origins that public clients have registered
-    option: str = ""  # served only when this option is on
-
-
-class Routes:
-    """The routes of one port, declared by decorating their handlers. `guard` has no default."""
-
-    def __init__(self, name):
-        self.name, self.routes = name, []
-
-    def __call__(self, methods, paths, *, guard, spec, **more):
-        paths = (paths,) if isinstance(paths, str) else tuple(paths)
-
-        def declare(handler):
-            self.routes.append(Route(tuple(methods.split()), paths, guard, spec, handler, **more))
-            return handler
-
-        return declare
 
 
 def parse_form(body: bytes) -> dict:
@@ -4401,177 +4357,7 @@ def check_form(params, secret: str | None, purpose: str):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
 
-# -- the API describes itself --
-# OpenAPI 3.1, made of the declarations and of nothing else.
-
-REF = "#/components/schemas/{name}"
-FRAMING = (400, 408, 413, 414, 417, 431, 500, 501, 503, 505)  # what any request may hear
-SECURITY = {
-    "client_basic": {
-        "type": "http", "scheme": "basic",
-        "description": "client_id and client_secret, each form-encoded; or as members of the form; "
-        "a public client sends its client_id alone. RFC 6749 §2.3.1.",
-    },
-    "bearer": {
-        "type": "http", "scheme": "bearer", "bearerFormat": "JWT",
-        "description": "An access token of this port. RFC 6750, RFC 9068.",
-    },
-}
-
-
-def schema_of(wanted) -> dict:
-    """Return the schema of a type; structs are referred to."""
-    if wanted is bytes:
-        return {}
-    (schema,), _ = msgspec.json.schema_components([wanted], ref_template=REF)
-    return schema
-
-
-def guard_name(route: Route) -> str:
-    return getattr(route.guard, "__qualname__", "").split(".")[0]
-
-
-def possible_statuses(route: Route, method: str, path: str, port_name: str) -> set:
-    """Return the statuses a route may refuse with."""
-    guard, found = guard_name(route), set(FRAMING)
-    if guard != "anyone":
-        found |= {401, 403}
-    if "<" in path or route.takes is not None or (route.query is not None and guard != "anyone"):
-        found.add(404)
-    if route.takes is not None:
-        found.add(415)
-    if method in ("POST", "PUT", "DELETE") and guard != "anyone":
-        found.add(409)
-    if route.form is not None or route.takes is not None:
-        found |= {403, 429}
-    if route.versioned and method != "GET":
-        found.add(412)
-    if route.gives_media == "*/*" and method == "GET":
-        found.add(404)  # a file that is not there
-    if route.html:
-        found |= {403, 404, 409, 429}
-    if port_name == "admin":
-        found.add(421)
-    return found
-
-
-def describe_parameters(route: Route, method: str, path: str) -> list[dict]:
-    """Return the parameter objects of one method at one path. OpenAPI 3.1 §4.8.12."""
-    found = [("path", name, True, {"type": "string", "minLength": 1}) for name in re.findall(r"<(\w+)(?::\w+)?>", path)]
-    # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
-    query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
-    if query is not None:
-        (_,), components = msgspec.json.schema_components([query], ref_template=REF)
-        described = components[query.__name__]
-        found += [
-            ("query", name, name in described["required"], schema) for name, schema in described["properties"].items()
-        ]
-    if route.versioned and method != "GET":
-        found.append(("header", "If-Match", False, {"type": "string"}))
-    if route.tagged:
-        found.append(("header", "If-None-Match", False, {"type": "string"}))
-    return [
-        {"name": name, "in": place, "required": required, "schema": schema} for place, name, required, schema in found
-    ]
-
-
-def describe_body(route: Route, method: str) -> dict | None:
-    """Return the request body object of one method, or None where it takes none. OpenAPI 3.1 §4.8.13."""
-    if route.takes is not None:
-        return {"required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media}}
-    if route.form is not None and method == "POST":
-        return {
-            "required": any(field.required for field in msgspec.structs.fields(route.form)),
-            "content": {FORM: {"schema": schema_of(route.form)}},
-        }
-    return None
-
-
-def describe_responses(route: Route, method: str, path: str, port_name: str) -> dict:
-    """Return the responses object of one method at one path. OpenAPI 3.1 §4.8.16."""
-    headers, responses, text = {}, {}, {"schema": {"type": "string"}}
-    if (
-        route.query is not None
-        and "offset" in route.query.__struct_fields__
-        and getattr(route.gives, "__origin__", None) is list
-    ):
-        link = {"description": "RFC 8288; rel=next where there is more.", **text}
-        headers |= {"X-Total-Count": text, "Link": link}
-    if route.tagged or (route.versioned and method != "DELETE"):
-        headers["ETag"] = text
-    if route.tagged:
-        responses["304"] = {"description": "As you have it.", "headers": {"ETag": text}}
-    content = {route.gives_media: {"schema": schema_of(route.gives)}}
-    responses[str(route.status)] = {"description": "As asked.", "content": content}
-    if headers:
-        responses[str(route.status)]["headers"] = headers
-    if route.html and route.gives is not bytes:
-        responses["200"]["content"] = {"text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)}}
-    if route.html or route.redirects:
-        responses["303" if route.html else "302"] = {
-            "description": "To be fetched by GET.", "headers": {"Location": text},
-        }
-    for status in sorted(possible_statuses(route, method, path, port_name)):
-        of_the_wire = status >= 500 or status in (408, 413, 414, 417, 431)
-        form = "page" if route.html else "oauth" if route.oauth and not of_the_wire else "err"
-        responses[str(status)] = {"$ref": f"#/components/responses/{form}"}
-    if path.startswith("/health/ready"):
-        responses["503"] = {"description": "Not ready.", "content": {JSON: {"schema": schema_of(route.gives)}}}
-    return responses
-
-
-def describe_operation(route: Route, method: str, path: str, port_name: str, number: int) -> dict:
-    """Return the operation object of one method at one path. OpenAPI 3.1 §4.8.10."""
-    doc = " ".join(route.handler.__doc__.split())
-    operation = {
-        "operationId": route.handler.__name__ + (f"_{number}" if number else ""),
-        "summary": doc.partition(".")[0] + ".", "description": doc,
-        "tags": [(path.strip("/").split("/")[0] or "files").strip("<>.")], "x-specification": route.spec,
-        "parameters": describe_parameters(route, method, path),
-        "responses": describe_responses(route, method, path, port_name),
-    }
-    guard, body = guard_name(route), describe_body(route, method)
-    if guard in ("by_client", "by_confidential_client"):
-        operation["security"] = [{"client_basic": []}, {}]  # or by members of the form, which OpenAPI has no word for
-    elif guard != "anyone":
-        operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
-    if body:
-        operation["requestBody"] = body
-    return operation
-
-
-def describe_api(port_name: str, version: str, server: str, routes, err, oauth_error) -> dict:
-    """Return the OpenAPI 3.1 document of a port, whose base URL is `server`.
-
-    `routes` are pairs of a Route and one of its paths; `err` and `oauth_error` the Structs in which refusals come.
-    """
-    paths, used, numbers = {}, [err, oauth_error], {}
-    for route, path in routes:
-        shown = paths.setdefault(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", path), {})
-        for method in route.methods:
-            number = numbers[route.handler.__name__] = numbers.get(route.handler.__name__, -1) + 1
-            shown[method.lower()] = describe_operation(route, method, path, port_name, number)
-        used += [part for part in (route.takes, route.form, route.gives) if part not in (None, bytes)]
-    _, schemas = msgspec.json.schema_components(used, ref_template=REF)
-    either = {"anyOf": [schema_of(oauth_error), schema_of(err)]}  # what base.wire refuses has both sets of members
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": f"microauthd {port_name} API", "version": version},
-        "servers": [{"url": server}],
-        "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "responses": {
-                "err": {"description": "Refused.", "content": {JSON: {"schema": schema_of(err)}}},
-                "oauth": {"description": "Refused. RFC 6749 §5.2.", "content": {JSON: {"schema": either}}},
-                "page": {
-                    "description": "Refused, in words for people.",
-                    "content": {"text/html": {"schema": {}}, JSON: {"schema": schema_of(err)}},
-                },
-            },
-            "securitySchemes": SECURITY,
-        },
-    }
+# -- the routes of a port --
 
 
 def describe_port(idp: Idp, routes: Routes) -> dict:

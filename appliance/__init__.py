@@ -8,6 +8,7 @@
     ────────────────────────────────────────────────────────────────────────────────────────────────
     microauthd                          the server: one Bottle module with every rule and every route
     ────────────────────────────────────────────────────────────────────────────────────────────────
+    base.openapi                        what a route is, and the description that its declaration makes
     base.store                          rows, MIGRATIONS, every SQL statement
     base.database                       the engine under the store
     base.wire                           the two servers: whole requests, limits, deadlines, TLS

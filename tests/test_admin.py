@@ -8,6 +8,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID
+from appliance.base.openapi import FORM
 
 PROTECTED = [
     (method, path, route.takes)
@@ -19,7 +20,7 @@ PROTECTED = [
 ONLY_JSON = [
     (method, path)
     for route in m.ADMIN.routes
-    if route.takes and m.FORM not in route.media
+    if route.takes and FORM not in route.media
     for method in route.methods
     for path in route.paths
 ]
