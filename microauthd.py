@@ -101,6 +101,7 @@ OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offli
 AT_JWT = "at+jwt"
 JWT = "JWT"
 
+OWN = "its own"  # the specification of a route that no standard defines: the manual describes it
 FLAGS = {  # per-client feature flags: name -> takes an option
     "ENABLE_TOTP": False,
     "TOTP_ISSUER": True,
@@ -176,7 +177,7 @@ class Problem(Exception):
     """What went wrong, as an error code of ERRORS.
 
     `log` is for the operator and never leaves the server. `errors` names each bad member of a
-    request body. `status` overrides the table where the contract does. `retry_after` is seconds.
+    request body. `status` overrides the table where a route answers with another. `retry_after` is seconds.
     `audited` says that the audit log has it already.
     """
 
@@ -193,7 +194,7 @@ class Problem(Exception):
         return {"error": self.code, "error_description": self.message}
 
     def as_err(self) -> dict:
-        """The Err of the wire contract, with `errors` where members are at fault."""
+        """The Err of ADMIN and of the rest of AUTH, with `errors` where members are at fault."""
         err = {"success": False, "message": self.message, "error": self.code}
         if self.errors:
             err["errors"] = self.errors
@@ -718,7 +719,7 @@ class OfClient(msgspec.Struct):
 
 
 # -- what answers carry --
-# The objects of the wire, their members in the order of the contract. Times are ISO 8601 in UTC.
+# The objects of the wire, their members in the order in which they are sent. Times are ISO 8601 in UTC.
 
 
 class Err(msgspec.Struct):
@@ -4505,7 +4506,7 @@ def admit_hosts(app, idp: Idp):
 
 
 def msg(message: str) -> Msg:
-    """The Msg of the wire contract: exactly two members."""
+    """Return a Msg: exactly two members."""
     return Msg(True, message)
 
 
@@ -4543,13 +4544,13 @@ def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
     return page
 
 
-@AUTH("GET", "/ping", guard=anyone, spec="contract/auth §1.1", gives=Ping)
+@AUTH("GET", "/ping", guard=anyone, spec=OWN, gives=Ping)
 def ping(idp, params):
     """Answer that somebody is there."""
     return {"message": "pong from auth"}
 
 
-@AUTH("GET", "/version", guard=anyone, spec="contract/auth §1.1", gives=Version)
+@AUTH("GET", "/version", guard=anyone, spec=OWN, gives=Version)
 def version(idp, params):
     """Name and version of the program."""
     return {"name": "microauthd", "version": VERSION}
@@ -4700,7 +4701,7 @@ def userinfo(idp, claims, params):
     )
 
 
-@AUTH("GET", "/me", guard=by_bearer(), spec="contract/auth §1.3", gives=Me)
+@AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
 def me(idp, claims, params):
     """Who the token speaks for."""
     account = idp.store.find_account(claims["sub"])
@@ -4710,7 +4711,7 @@ def me(idp, claims, params):
     }
 
 
-@AUTH("GET", "/whoami", guard=by_bearer(), spec="contract/auth §1.3", gives=Ping)
+@AUTH("GET", "/whoami", guard=by_bearer(), spec=OWN, gives=Ping)
 def whoami(idp, claims, params):
     """A greeting for whoever the token speaks for."""
     return {"message": f"Hello, {claims['sub']}"}
@@ -4732,9 +4733,7 @@ def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
     )
 
 
-@AUTH(
-    "GET", "/me/sessions", guard=by_bearer(user=True), spec="contract/auth §1.2", query=Paged, gives=list[SessionObject]
-)
+@AUTH("GET", "/me/sessions", guard=by_bearer(user=True), spec=OWN, query=Paged, gives=list[SessionObject])
 def my_sessions(idp, claims, params):
     """The access tokens of this user, newest first."""
     rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
@@ -4742,7 +4741,7 @@ def my_sessions(idp, claims, params):
 
 
 @AUTH(
-    "GET", "/me/refresh-tokens", guard=by_bearer(user=True), spec="contract/auth §1.2", query=Paged,
+    "GET", "/me/refresh-tokens", guard=by_bearer(user=True), spec=OWN, query=Paged,
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def my_refresh_tokens(idp, claims, params):
@@ -4753,7 +4752,7 @@ def my_refresh_tokens(idp, claims, params):
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-@AUTH("POST", "/logout", guard=by_bearer_or_form(), spec="contract/auth §5.6", form=LogoutForm, gives=Msg)
+@AUTH("POST", "/logout", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout(idp, claims, params):
     """End every login of this user at the token's client; from our own page, the session of the browser."""
     if claims is None:
@@ -4762,7 +4761,7 @@ def logout(idp, claims, params):
     return msg("Logged out of this client.")
 
 
-@AUTH("POST", "/logout-all", guard=by_bearer_or_form(), spec="contract/auth §5.6", form=LogoutForm, gives=Msg)
+@AUTH("POST", "/logout-all", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout_all(idp, claims, params):
     """End every login of this user, everywhere."""
     if claims is None:
@@ -4995,7 +4994,7 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
 
 
 @AUTH(
-    "GET", ("/login", "/totp"), guard=anyone, spec="contract/auth §5.3", form=LoginPageForm, gives=bytes,
+    "GET", ("/login", "/totp"), guard=anyone, spec=OWN, form=LoginPageForm, gives=bytes,
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_page(idp, params):
@@ -5009,7 +5008,7 @@ def login_page(idp, params):
 
 
 @AUTH(
-    "POST", "/login", guard=anyone, spec="contract/auth §5.3", form=PasswordForm, gives=bytes, gives_media="text/html",
+    "POST", "/login", guard=anyone, spec=OWN, form=PasswordForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
 def login_password(idp, params):
@@ -5028,7 +5027,7 @@ def login_password(idp, params):
 
 
 @AUTH(
-    "POST", "/totp", guard=anyone, spec="contract/auth §5.3", form=CodeForm, gives=bytes, gives_media="text/html",
+    "POST", "/totp", guard=anyone, spec=OWN, form=CodeForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
 def login_totp(idp, params):
@@ -5148,7 +5147,7 @@ def page_asset(idp, params):
 
 
 def as_err(handler):
-    """Failures of these routes are one answer without detail, whatever was wrong. contract/auth §5.2."""
+    """Failures of these routes are one answer without detail, whatever was wrong."""
 
     @functools.wraps(handler)
     def wrapped(idp, params):
@@ -5195,7 +5194,7 @@ def headless_login(idp, params) -> tuple[Login, str]:
 
 
 @AUTH(
-    "POST", "/login/password", guard=anyone, spec="contract/auth §5.2", form=HeadlessPasswordForm, gives=PkceStep,
+    "POST", "/login/password", guard=anyone, spec=OWN, form=HeadlessPasswordForm, gives=PkceStep,
     option="enable_pkce",
 )
 @as_err
@@ -5209,10 +5208,7 @@ def headless_password(idp, params):
     return headless_step(after, jti, after.row.state == "totp")
 
 
-@AUTH(
-    "POST", "/login/totp", guard=anyone, spec="contract/auth §5.2", form=HeadlessCodeForm, gives=PkceStep,
-    option="enable_pkce",
-)
+@AUTH("POST", "/login/totp", guard=anyone, spec=OWN, form=HeadlessCodeForm, gives=PkceStep, option="enable_pkce")
 @as_err
 def headless_totp(idp, params):
     """The second step of an application with screens of its own."""
@@ -5222,7 +5218,7 @@ def headless_totp(idp, params):
 
 
 @AUTH(
-    "POST", "/login/finalize", guard=anyone, spec="contract/auth §5.2", form=HeadlessLastForm, gives=bytes,
+    "POST", "/login/finalize", guard=anyone, spec=OWN, form=HeadlessLastForm, gives=bytes,
     gives_media="*/*", redirects=True, option="enable_pkce",
 )
 @as_err
@@ -5240,7 +5236,7 @@ def headless_finalize(idp, params):
     return answer
 
 
-@AUTH("GET", "/auth-session/<jti>", guard=anyone, spec="contract/auth §5.2", gives=AuthSession, option="enable_pkce")
+@AUTH("GET", "/auth-session/<jti>", guard=anyone, spec=OWN, gives=AuthSession, option="enable_pkce")
 def auth_session(idp, params):
     """What is under way, for the holder of its secret alone."""
     row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())
@@ -5336,10 +5332,7 @@ def end_session(idp, params):
     return forget_browser(idp, params, handle, location)
 
 
-@AUTH(
-    "GET", "/logout", guard=anyone, spec="contract/auth §5.6", gives=bytes, gives_media="text/html", html=True,
-    option="enable_pkce",
-)
+@AUTH("GET", "/logout", guard=anyone, spec=OWN, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
 def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
@@ -5522,34 +5515,25 @@ ACCOUNT_CHANGES = {
 # -- administration by scope --
 
 
-@AUTH(
-    "POST", "/user", guard=by_scope("admin:provision_users"), spec="contract/auth §1.4", takes=CreateUser,
-    gives=UserObject,
-)
+@AUTH("POST", "/user", guard=by_scope("admin:provision_users"), spec=OWN, takes=CreateUser, gives=UserObject)
 def scoped_create_user(idp, claims, params):
     """Create a user."""
     return user_object(create_user(idp, params.origin, claims["sub"], params.body))
 
 
-@AUTH(
-    "GET", "/users", guard=by_scope("admin:list_users"), spec="contract/auth §1.4", query=ListUsers,
-    gives=list[UserObject],
-)
+@AUTH("GET", "/users", guard=by_scope("admin:list_users"), spec=OWN, query=ListUsers, gives=list[UserObject])
 def scoped_list_users(idp, claims, params):
     """The users by name, those matching `q`, a page at a time."""
     return list_users(idp, params)
 
 
-@AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec="contract/auth §1.4", gives=UserObject)
+@AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec=OWN, gives=UserObject)
 def scoped_get_user(idp, claims, params):
     """One user, by id or name."""
     return user_object(get_user(idp, params.path["id"]))
 
 
-@AUTH(
-    "POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec="contract/auth §1.4", takes=ResetPassword,
-    gives=Msg,
-)
+@AUTH("POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=ResetPassword, gives=Msg)
 def scoped_reset_password(idp, claims, params):
     """Give a user a new password; never an administrator."""
     reset_password(
@@ -5559,7 +5543,7 @@ def scoped_reset_password(idp, claims, params):
     return msg("Password reset; every login of the user is ended.")
 
 
-@AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec="contract/auth §1.4", gives=Msg)
+@AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
     """Keep a user out and end all it has; never an administrator."""
     set_user_active(idp, params.origin, claims["sub"], params.path["id"], False, but_admins=True)
@@ -5597,7 +5581,7 @@ def auth_swagger_script(idp, params):
 
 
 @AUTH(
-    "GET", ("/", "/<path:path>"), guard=anyone, spec="contract/auth §1.1", gives=bytes, gives_media="*/*",
+    "GET", ("/", "/<path:path>"), guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
@@ -5623,13 +5607,13 @@ def public_file(idp, params):
 ADMIN = Routes("admin")
 
 
-@ADMIN("GET", "/ping", guard=anyone, spec="contract/admin §3.1", gives=Ping)
+@ADMIN("GET", "/ping", guard=anyone, spec=OWN, gives=Ping)
 def admin_ping(idp, params):
     """Answer that somebody is there."""
     return {"message": "pong from admin"}
 
 
-@ADMIN("GET", "/version", guard=anyone, spec="contract/admin §3.1", gives=Version)
+@ADMIN("GET", "/version", guard=anyone, spec=OWN, gives=Version)
 def admin_version(idp, params):
     """Name and version of the program."""
     return version(idp, params)
@@ -5647,7 +5631,7 @@ def admin_ready(idp, params):
     return ready(idp, params)
 
 
-@ADMIN("POST", "/token", guard=anyone, spec="contract/admin §3.1", form=AdminTokenForm, gives=TokenObject)
+@ADMIN("POST", "/token", guard=anyone, spec=OWN, form=AdminTokenForm, gives=TokenObject)
 def admin_token(idp, params):
     """Log an administrator in.
 
@@ -5699,13 +5683,13 @@ def admin_logout(idp, claims, params):
 # -- users --
 
 
-@ADMIN("POST", "/users", guard=by_admin, spec="contract/admin §3.2", takes=CreateUser, gives=UserObject)
+@ADMIN("POST", "/users", guard=by_admin, spec=OWN, takes=CreateUser, gives=UserObject)
 def admin_create_user(idp, claims, params):
     """Create a user."""
     return user_object(create_user(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/users", guard=by_admin, spec="contract/admin §3.2", query=ListUsers, gives=list[UserObject])
+@ADMIN("GET", "/users", guard=by_admin, spec=OWN, query=ListUsers, gives=list[UserObject])
 def admin_list_users(idp, claims, params):
     """The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their
     number in X-Total-Count.
@@ -5713,29 +5697,26 @@ def admin_list_users(idp, claims, params):
     return list_users(idp, params)
 
 
-@ADMIN("GET", "/users/<id>", guard=by_admin, spec="contract/admin §3.2", gives=UserObject, versioned=True)
+@ADMIN("GET", "/users/<id>", guard=by_admin, spec=OWN, gives=UserObject, versioned=True)
 def admin_get_user(idp, claims, params):
     """One user, by id or name."""
     return user_object(get_user(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.2", gives=Found)
+@ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
 def admin_user_id(idp, claims, params):
     """The id of a user name."""
     return Found(get_user(idp, params.path["name"]).id)
 
 
-@ADMIN(
-    "PUT", "/users/<id>", guard=by_admin, spec="contract/admin §3.2", takes=UpdateUser, gives=UserObject,
-    versioned=True,
-)
+@ADMIN("PUT", "/users/<id>", guard=by_admin, spec=OWN, takes=UpdateUser, gives=UserObject, versioned=True)
 def admin_update_user(idp, claims, params):
     """Change what is sent of a user; the id of the path counts. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
         return user_object(update_user(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/users/<id>", guard=by_admin, spec="contract/admin §3.2", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/users/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_user(idp, claims, params):
     """Delete a user and everything that hangs on it. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
@@ -5743,31 +5724,28 @@ def admin_delete_user(idp, claims, params):
     return msg("User deleted.")
 
 
-@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec="contract/admin §3.2", gives=Msg)
+@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg)
 def admin_verify_email(idp, claims, params):
     """Mark the e-mail address of a user as verified."""
     verify_email(idp, params.origin, claims["sub"], params.path["id"])
     return msg("E-mail address verified.")
 
 
-@ADMIN(
-    "POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec="contract/admin §3.2",
-    gives=Msg,
-)
+@ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg)
 def admin_deactivate_user(idp, claims, params):
     """Keep a user out, and end all it has."""
     set_user_active(idp, params.origin, claims["sub"], params.path["id"], False)
     return msg("User deactivated.")
 
 
-@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec="contract/admin §3.2", gives=Msg)
+@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg)
 def admin_activate_user(idp, claims, params):
     """Let a user in again."""
     set_user_active(idp, params.origin, claims["sub"], params.path["id"], True)
     return msg("User activated.")
 
 
-@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec="contract/admin §3.2", takes=ResetPassword, gives=Msg)
+@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg)
 def admin_reset_password(idp, claims, params):
     """Give a user a new password, and end all the old one opened."""
     reset_password(
@@ -5776,21 +5754,21 @@ def admin_reset_password(idp, claims, params):
     return msg("Password reset; every login of the user is ended.")
 
 
-@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec="contract/admin §3.2", takes=SetLockout, gives=Msg)
+@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
 def admin_set_lockout(idp, claims, params):
     """Lock a user out until a time, which ends all it has; null or the year 1 clears every lockout."""
     set_lockout(idp, params.origin, claims["sub"], params.path["id"], params.body.lockout_until)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec="contract/admin §3.2", gives=Msg)
+@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg)
 def admin_clear_lockout(idp, claims, params):
     """End every lockout of a user, of passwords and of one-time codes."""
     set_lockout(idp, params.origin, claims["sub"], params.path["id"], None)
     return msg("Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec="contract/admin §3.4", gives=Msg)
+@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
@@ -5798,10 +5776,7 @@ def admin_revoke_user(idp, claims, params):
     return msg("Everything issued to the user is revoked.")
 
 
-@ADMIN(
-    "POST", "/users/verify-password", guard=by_admin, spec="contract/admin §6", takes=VerifyPassword,
-    gives=PasswordVerdict,
-)
+@ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)
 def admin_verify_password(idp, claims, params):
     """Is this the password of a user who could log in? 403 where not, whatever is wrong."""
     account = verify_password(idp, params.origin, params.body)
@@ -5842,10 +5817,7 @@ def write_below(root: str, folder: str, name: str, content: bytes):
         os.close(held)
 
 
-@ADMIN(
-    "POST", "/users/<id>/totp/enroll", guard=by_admin, spec="contract/admin §3.3", takes=EnrolTotp,
-    gives=TotpEnrolment,
-)
+@ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
 def admin_enrol_totp(idp, claims, params):
     """Make a second factor for a user and show it once: otpauth URI, seed and QR code.
 
@@ -5857,9 +5829,7 @@ def admin_enrol_totp(idp, claims, params):
     return TotpEnrolment(True, uri, seed, draw_qr(uri).decode())
 
 
-@ADMIN(
-    "POST", "/users/<id>/totp/generate", guard=by_admin, spec="contract/admin §3.3", takes=GenerateTotp, gives=TotpQr
-)
+@ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
 def admin_generate_totp(idp, claims, params):
     """Make a second factor for a user and write its QR code to a file below totp-qr-output-root."""
     account, issuer_name, root = (
@@ -5881,14 +5851,14 @@ def admin_generate_totp(idp, claims, params):
     return TotpQr(True, name, name)
 
 
-@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec="contract/admin §3.3", takes=ConfirmTotp, gives=Msg)
+@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=Msg)
 def admin_confirm_totp(idp, claims, params):
     """Put a new second factor in force by its first code; 403 where the code is wrong."""
     confirm_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.code)
     return msg("Second factor enabled.")
 
 
-@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec="contract/admin §3.3", takes=VerifyTotp, gives=Msg)
+@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg)
 def admin_verify_totp(idp, claims, params):
     """The same, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
@@ -5896,14 +5866,14 @@ def admin_verify_totp(idp, claims, params):
     return msg("Second factor enabled.")
 
 
-@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec="contract/admin §3.3", gives=Msg)
+@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_totp(idp, claims, params):
     """Take the second factor of a user away."""
     disable_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
-@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec="contract/admin §3.3", gives=Msg)
+@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_client_totp(idp, claims, params):
     """The same; a second factor belongs to the user, so the client is only checked to demand one."""
     totp_issuer(idp, params.path["client_id"])
@@ -5918,13 +5888,13 @@ def role_object(role: Role) -> RoleObject:
     return RoleObject(role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active))
 
 
-@ADMIN("POST", "/roles", guard=by_admin, spec="contract/admin §3.6", takes=CreateRole, gives=RoleObject)
+@ADMIN("POST", "/roles", guard=by_admin, spec=OWN, takes=CreateRole, gives=RoleObject)
 def admin_create_role(idp, claims, params):
     """Create a role."""
     return role_object(create_role(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/roles", guard=by_admin, spec="contract/admin §3.6", query=ListNamed, gives=list[RoleObject])
+@ADMIN("GET", "/roles", guard=by_admin, spec=OWN, query=ListNamed, gives=list[RoleObject])
 def admin_list_roles(idp, claims, params):
     """The roles by name, those matching `q`, a page at a time."""
     query = params.query
@@ -5932,29 +5902,26 @@ def admin_list_roles(idp, claims, params):
     return listed(params, [role_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/roles/<id>", guard=by_admin, spec="contract/admin §3.6", gives=RoleObject, versioned=True)
+@ADMIN("GET", "/roles/<id>", guard=by_admin, spec=OWN, gives=RoleObject, versioned=True)
 def admin_get_role(idp, claims, params):
     """One role, by id or name."""
     return role_object(get_role(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/roles/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.6", gives=Found)
+@ADMIN("GET", "/roles/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
 def admin_role_id(idp, claims, params):
     """The id of a role name."""
     return Found(get_role(idp, params.path["name"]).id)
 
 
-@ADMIN(
-    "PUT", "/roles/<id>", guard=by_admin, spec="contract/admin §3.6", takes=UpdateRole, gives=RoleObject,
-    versioned=True,
-)
+@ADMIN("PUT", "/roles/<id>", guard=by_admin, spec=OWN, takes=UpdateRole, gives=RoleObject, versioned=True)
 def admin_update_role(idp, claims, params):
     """Change what is sent of a role. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
         return role_object(update_role(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/roles/<id>", guard=by_admin, spec="contract/admin §3.6", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/roles/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_role(idp, claims, params):
     """Delete a role; whoever had it logs in anew. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
@@ -5962,30 +5929,27 @@ def admin_delete_role(idp, claims, params):
     return msg("Role deleted.")
 
 
-@ADMIN("POST", "/roles/assign", guard=by_admin, spec="contract/admin §3.6", takes=RoleMember, gives=Msg)
+@ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_assign_role(idp, claims, params):
     """Give a user a role."""
     assign_role(idp, params.origin, claims["sub"], params.body.user_id, params.body.role_id)
     return msg("Role assigned.")
 
 
-@ADMIN(
-    "POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec="contract/admin §3.6", takes=RoleMember,
-    gives=Msg,
-)
+@ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_unassign_role(idp, claims, params):
     """Take a role from a user, and end what was issued with it."""
     unassign_role(idp, params.origin, claims["sub"], params.body.user_id, params.body.role_id)
     return msg("Role unassigned.")
 
 
-@ADMIN("GET", "/roles/user/<id>", guard=by_admin, spec="contract/admin §3.6", gives=list[str])
+@ADMIN("GET", "/roles/user/<id>", guard=by_admin, spec=OWN, gives=list[str])
 def admin_list_role_ids_of_user(idp, claims, params):
     """The ids of the roles of a user."""
     return [role.id for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec="contract/admin §3.6", query=ListRoles, gives=list[NameRef])
+@ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef])
 def admin_list_roles_of_user(idp, claims, params):
     """The roles of a user, or with `all` every role there is."""
     user = get_user(idp, params.path["id"])
@@ -5997,9 +5961,7 @@ def admin_list_roles_of_user(idp, claims, params):
     return [NameRef(role.id, role.name) for role in roles]
 
 
-@ADMIN(
-    "PUT", "/users/<id>/roles", guard=by_admin, spec="contract/admin §3.6", takes=list[RoleRef] | SetRoles, gives=Msg
-)
+@ADMIN("PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg)
 def admin_set_roles(idp, claims, params):
     """Give a user exactly these roles, all or none."""
     wanted = params.body.roles if isinstance(params.body, SetRoles) else params.body
@@ -6007,7 +5969,7 @@ def admin_set_roles(idp, claims, params):
     return msg("Roles set.")
 
 
-@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec="contract/admin §3.6", query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
 def admin_list_users_of_role(idp, claims, params):
     """The users who have a role, a page at a time."""
     rows, total = idp.store.list_accounts(
@@ -6024,13 +5986,13 @@ def name_ref(row: Permission) -> NameRef:
     return NameRef(row.id, row.name)
 
 
-@ADMIN("POST", "/permissions", guard=by_admin, spec="contract/admin §3.7", takes=CreatePermission, gives=NameRef)
+@ADMIN("POST", "/permissions", guard=by_admin, spec=OWN, takes=CreatePermission, gives=NameRef)
 def admin_create_permission(idp, claims, params):
     """Create a permission."""
     return name_ref(create_permission(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/permissions", guard=by_admin, spec="contract/admin §3.7", query=ListNamed, gives=list[NameRef])
+@ADMIN("GET", "/permissions", guard=by_admin, spec=OWN, query=ListNamed, gives=list[NameRef])
 def admin_list_permissions(idp, claims, params):
     """The permissions by name, those matching `q`, a page at a time."""
     query = params.query
@@ -6038,35 +6000,32 @@ def admin_list_permissions(idp, claims, params):
     return listed(params, [name_ref(row) for row in rows], total)
 
 
-@ADMIN("GET", "/permissions/retrieve/all", guard=by_admin, spec="contract/admin §3.7", gives=list[NameRef])
+@ADMIN("GET", "/permissions/retrieve/all", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_retrieve_permissions(idp, claims, params):
     """Every permission."""
     return [name_ref(row) for row in idp.store.list_permissions()[0]]
 
 
-@ADMIN("GET", "/permissions/<id>", guard=by_admin, spec="contract/admin §3.7", gives=NameRef, versioned=True)
+@ADMIN("GET", "/permissions/<id>", guard=by_admin, spec=OWN, gives=NameRef, versioned=True)
 def admin_get_permission(idp, claims, params):
     """One permission, by id or name."""
     return name_ref(get_permission(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/permissions/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.7", gives=Found)
+@ADMIN("GET", "/permissions/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
 def admin_permission_id(idp, claims, params):
     """The id of a permission name."""
     return Found(get_permission(idp, params.path["name"]).id)
 
 
-@ADMIN(
-    "PUT", "/permissions/<id>", guard=by_admin, spec="contract/admin §3.7", takes=UpdatePermission, gives=NameRef,
-    versioned=True,
-)
+@ADMIN("PUT", "/permissions/<id>", guard=by_admin, spec=OWN, takes=UpdatePermission, gives=NameRef, versioned=True)
 def admin_update_permission(idp, claims, params):
     """Rename a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
         return name_ref(update_permission(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/permissions/<id>", guard=by_admin, spec="contract/admin §3.7", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/permissions/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_permission(idp, claims, params):
     """Delete a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
@@ -6074,58 +6033,53 @@ def admin_delete_permission(idp, claims, params):
     return msg("Permission deleted.")
 
 
-@ADMIN("POST", "/permissions/assign", guard=by_admin, spec="contract/admin §6", takes=PermissionMember, gives=Msg)
+@ADMIN("POST", "/permissions/assign", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_assign_permission_to(idp, claims, params):
     """Give a role a permission; both in the body."""
     assign_permission(idp, params.origin, claims["sub"], params.body.role_id, params.body.permission_id)
     return msg("Permission assigned.")
 
 
-@ADMIN("POST", "/permissions/remove", guard=by_admin, spec="contract/admin §6", takes=PermissionMember, gives=Msg)
+@ADMIN("POST", "/permissions/remove", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_remove_permission_from(idp, claims, params):
     """Take a permission from a role; both in the body."""
     remove_permission(idp, params.origin, claims["sub"], params.body.role_id, params.body.permission_id)
     return msg("Permission removed.")
 
 
-@ADMIN(
-    "GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin, spec="contract/admin §3.7",
-    gives=list[NameRef],
-)
+@ADMIN("GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_list_permissions_of_role(idp, claims, params):
     """The permissions of a role."""
     return [name_ref(row) for row in idp.store.list_permissions_of_role(get_role(idp, params.path["id"]).id)]
 
 
-@ADMIN(
-    "POST", "/roles/<id>/permissions", guard=by_admin, spec="contract/admin §3.7", takes=AssignPermission, gives=Msg
-)
+@ADMIN("POST", "/roles/<id>/permissions", guard=by_admin, spec=OWN, takes=AssignPermission, gives=Msg)
 def admin_assign_permission(idp, claims, params):
     """Give a role a permission."""
     assign_permission(idp, params.origin, claims["sub"], params.path["id"], params.body.permission_id)
     return msg("Permission assigned.")
 
 
-@ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin, spec="contract/admin §3.7", gives=Msg)
+@ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_permission(idp, claims, params):
     """Take a permission from a role."""
     remove_permission(idp, params.origin, claims["sub"], params.path["id"], params.path["permission_id"])
     return msg("Permission removed.")
 
 
-@ADMIN("GET", "/permissions/user/<id>", guard=by_admin, spec="contract/admin §3.7", gives=list[NameRef])
+@ADMIN("GET", "/permissions/user/<id>", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_list_permissions_of_user(idp, claims, params):
     """What a user may do, by all its roles."""
     return [name_ref(row) for row in idp.store.list_permissions_of_user(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("GET", "/permissions/<id>/roles", guard=by_admin, spec="contract/admin §3.7", gives=list[RoleObject])
+@ADMIN("GET", "/permissions/<id>/roles", guard=by_admin, spec=OWN, gives=list[RoleObject])
 def admin_list_roles_with_permission(idp, claims, params):
     """The roles that have a permission."""
     return [role_object(role) for role in idp.store.list_roles_with(get_permission(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/check-access", guard=by_admin, spec="contract/admin §3.7", takes=CheckAccess, gives=AccessVerdict)
+@ADMIN("POST", "/check-access", guard=by_admin, spec=OWN, takes=CheckAccess, gives=AccessVerdict)
 def admin_check_access(idp, claims, params):
     """May this user do this? What is unknown may not."""
     return check_access(idp, params.body)
@@ -6141,13 +6095,13 @@ def scope_object(scope: Scope) -> ScopeObject:
     )
 
 
-@ADMIN("POST", "/scopes", guard=by_admin, spec="contract/admin §3.8", takes=CreateScope, gives=ScopeObject)
+@ADMIN("POST", "/scopes", guard=by_admin, spec=OWN, takes=CreateScope, gives=ScopeObject)
 def admin_create_scope(idp, claims, params):
     """Create a scope."""
     return scope_object(create_scope(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/scopes", guard=by_admin, spec="contract/admin §3.8", query=ListNamed, gives=list[ScopeObject])
+@ADMIN("GET", "/scopes", guard=by_admin, spec=OWN, query=ListNamed, gives=list[ScopeObject])
 def admin_list_scopes(idp, claims, params):
     """The scopes by name, those matching `q`, a page at a time."""
     query = params.query
@@ -6155,29 +6109,26 @@ def admin_list_scopes(idp, claims, params):
     return listed(params, [scope_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/scopes/<id>", guard=by_admin, spec="contract/admin §3.8", gives=ScopeObject, versioned=True)
+@ADMIN("GET", "/scopes/<id>", guard=by_admin, spec=OWN, gives=ScopeObject, versioned=True)
 def admin_get_scope(idp, claims, params):
     """One scope, by id or name."""
     return scope_object(get_scope(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.8", gives=Found)
+@ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
 def admin_scope_id(idp, claims, params):
     """The id of a scope name."""
     return Found(get_scope(idp, params.path["name"]).id)
 
 
-@ADMIN(
-    "PUT", "/scopes/<id>", guard=by_admin, spec="contract/admin §3.8", takes=UpdateScope, gives=ScopeObject,
-    versioned=True,
-)
+@ADMIN("PUT", "/scopes/<id>", guard=by_admin, spec=OWN, takes=UpdateScope, gives=ScopeObject, versioned=True)
 def admin_update_scope(idp, claims, params):
     """Change what is sent of a scope; a protected one keeps its name. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
         return scope_object(update_scope(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/scopes/<id>", guard=by_admin, spec="contract/admin §3.8", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/scopes/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_scope(idp, claims, params):
     """Delete a scope. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
@@ -6185,46 +6136,40 @@ def admin_delete_scope(idp, claims, params):
     return msg("Scope deleted.")
 
 
-@ADMIN(
-    "GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec="contract/admin §3.8",
-    gives=list[ScopeObject],
-)
+@ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
 def admin_list_scopes_of_user(idp, claims, params):
     """The scopes a user may be granted."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec="contract/admin §3.8", takes=AssignScopes, gives=Msg)
+@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
 def admin_assign_scopes_to_user(idp, claims, params):
     """Assign scopes to a user, all or none."""
     added = assign_scopes(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
-@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec="contract/admin §3.8", gives=Msg)
+@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_user(idp, claims, params):
     """Take a scope from a user."""
     remove_scope(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
-@ADMIN(
-    "GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec="contract/admin §3.8",
-    gives=list[ScopeObject],
-)
+@ADMIN("GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
 def admin_list_scopes_of_client(idp, claims, params):
     """The scopes a client may ask for."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
 
 
-@ADMIN("POST", "/clients/<id>/scopes", guard=by_admin, spec="contract/admin §3.8", takes=AssignScopes, gives=Msg)
+@ADMIN("POST", "/clients/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
 def admin_assign_scopes_to_client(idp, claims, params):
     """Assign scopes to a client, all or none."""
     added = assign_scopes(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
-@ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin, spec="contract/admin §3.8", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_client(idp, claims, params):
     """Take a scope from a client."""
     remove_scope(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.path["scope_id"])
@@ -6239,7 +6184,7 @@ def holder_of(idp, wanted: ScopeMember) -> Client | Account:
 
 
 @ADMIN(
-    "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin, spec="contract/admin §6",
+    "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin, spec=OWN,
     takes=ScopeMember, gives=Msg,
 )
 def admin_assign_scope_to(idp, claims, params):
@@ -6249,7 +6194,7 @@ def admin_assign_scope_to(idp, claims, params):
 
 
 @ADMIN(
-    "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin, spec="contract/admin §6",
+    "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin, spec=OWN,
     takes=ScopeMember, gives=Msg,
 )
 def admin_remove_scope_from(idp, claims, params):
@@ -6258,7 +6203,7 @@ def admin_remove_scope_from(idp, claims, params):
     return msg("Scope removed.")
 
 
-@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec="contract/admin §3.8", query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
 def admin_list_users_with_scope(idp, claims, params):
     """The users who may be granted a scope, a page at a time."""
     rows, total = idp.store.list_accounts(
@@ -6268,9 +6213,7 @@ def admin_list_users_with_scope(idp, claims, params):
     return listed(params, [user_object(row) for row in rows], total)
 
 
-@ADMIN(
-    "GET", "/scopes/<id>/clients", guard=by_admin, spec="contract/admin §3.8", query=Paged, gives=list[ClientObject]
-)
+@ADMIN("GET", "/scopes/<id>/clients", guard=by_admin, spec=OWN, query=Paged, gives=list[ClientObject])
 def admin_list_clients_with_scope(idp, claims, params):
     """The clients that may ask for a scope, a page at a time."""
     rows, total = idp.store.list_clients(
@@ -6291,13 +6234,13 @@ def client_object(client: Client, secret="") -> ClientObject:
     )
 
 
-@ADMIN("POST", "/clients", guard=by_admin, spec="contract/admin §3.9", takes=CreateClient, gives=ClientObject)
+@ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
     """Register a client; a secret that was made is in this answer and never again."""
     return client_object(*create_client(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/clients", guard=by_admin, spec="contract/admin §3.9", query=ListClients, gives=list[ClientObject])
+@ADMIN("GET", "/clients", guard=by_admin, spec=OWN, query=ListClients, gives=list[ClientObject])
 def admin_list_clients(idp, claims, params):
     """The clients by display name, those matching `q`, a page at a time."""
     query = params.query
@@ -6305,22 +6248,19 @@ def admin_list_clients(idp, claims, params):
     return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
-@ADMIN("GET", "/clients/<id>", guard=by_admin, spec="contract/admin §3.9", gives=ClientObject, versioned=True)
+@ADMIN("GET", "/clients/<id>", guard=by_admin, spec=OWN, gives=ClientObject, versioned=True)
 def admin_get_client(idp, claims, params):
     """One client, by id or client_id."""
     return client_object(get_client(idp, params.path["id"]))
 
 
-@ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin, spec="contract/admin §3.9", gives=Found)
+@ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
 def admin_client_id(idp, claims, params):
     """The internal id of a client_id."""
     return Found(get_client(idp, params.path["name"]).row.id)
 
 
-@ADMIN(
-    "PUT", "/clients/<id>", guard=by_admin, spec="contract/admin §3.9", takes=UpdateClient, gives=ClientObject,
-    versioned=True,
-)
+@ADMIN("PUT", "/clients/<id>", guard=by_admin, spec=OWN, takes=UpdateClient, gives=ClientObject, versioned=True)
 def admin_update_client(idp, claims, params):
     """Change what is sent of a client; switched off, renamed or given another audience it loses what it holds.
 
@@ -6330,7 +6270,7 @@ def admin_update_client(idp, claims, params):
         return client_object(update_client(idp, params.origin, claims["sub"], params.path["id"], params.body))
 
 
-@ADMIN("DELETE", "/clients/<id>", guard=by_admin, spec="contract/admin §3.9", gives=Msg, versioned=True)
+@ADMIN("DELETE", "/clients/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_client(idp, claims, params):
     """Delete a client, by id or client_id, and end what it holds. Honours If-Match."""
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
@@ -6338,7 +6278,7 @@ def admin_delete_client(idp, claims, params):
     return msg("Client deleted.")
 
 
-@ADMIN("POST", "/clients/<id>/revoke", guard=by_admin, spec="contract/admin §3.4", gives=Msg)
+@ADMIN("POST", "/clients/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg)
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
     with idp.store.transaction(identity=True):
@@ -6346,13 +6286,13 @@ def admin_revoke_client(idp, claims, params):
     return msg("Everything issued to the client is revoked.")
 
 
-@ADMIN("POST", "/clients/secret", guard=by_admin, spec="contract/admin §3.9", takes=ChangeSecret, gives=Msg)
+@ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)
 def admin_change_secret(idp, claims, params):
     """Give a client a new secret: the message is the secret. The one before lives on for `overlap_seconds`."""
     return msg(change_secret(idp, params.origin, claims["sub"], params.body))
 
 
-@ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec="contract/admin §3.9", gives=list[SecretObject])
+@ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec=OWN, gives=list[SecretObject])
 def admin_list_secrets(idp, claims, params):
     """The secrets of a client that live, newest first; never the secrets themselves."""
     rows = idp.store.list_secrets(get_client(idp, params.path["id"]).row.id, idp.now())
@@ -6362,7 +6302,7 @@ def admin_list_secrets(idp, claims, params):
     ]
 
 
-@ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin, spec="contract/admin §3.9", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_secret(idp, claims, params):
     """End one secret of a client."""
     delete_secret(idp, params.origin, claims["sub"], params.path["id"], params.path["secret_id"])
@@ -6376,37 +6316,34 @@ def uri_object(row: ClientUri) -> UriObject:
     return UriObject(row.id, row.client_id, row.uri, row.uri if row.kind == "redirect" else UNSET)
 
 
-@ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin, spec="contract/admin §3.10", takes=str, gives=Msg)
+@ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin, spec=OWN, takes=str, gives=Msg)
 def admin_delete_redirect_uri_by_body(idp, claims, params):
     """Take a redirect URI from a client, by the id of its record, a JSON string."""
     delete_uri(idp, params.origin, claims["sub"], params.body.strip(), "redirect")
     return msg("Redirect URI removed.")
 
 
-@ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin, spec="contract/admin §6", gives=Msg)
+@ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_redirect_uri_by_id(idp, claims, params):
     """The same, with the id in the path."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "redirect")
     return msg("Redirect URI removed.")
 
 
-@ADMIN(
-    "POST", "/clients/<id>/redirect-uris", guard=by_admin, spec="contract/admin §3.10", takes=str | AddUri,
-    gives=UriObject, status=201,
-)
+@ADMIN("POST", "/clients/<id>/redirect-uris", guard=by_admin, spec=OWN, takes=str | AddUri, gives=UriObject, status=201)
 def admin_add_redirect_uri(idp, claims, params):
     """Give a client a redirect URI: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
     return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "redirect", uri))
 
 
-@ADMIN("GET", "/clients/<id>/redirect-uris", guard=by_admin, spec="contract/admin §3.10", gives=list[UriObject])
+@ADMIN("GET", "/clients/<id>/redirect-uris", guard=by_admin, spec=OWN, gives=list[UriObject])
 def admin_list_redirect_uris(idp, claims, params):
     """The redirect URIs of a client."""
     return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "redirect")]
 
 
-@ADMIN("DELETE", "/clients/<id>/redirect-uris/<record_id>", guard=by_admin, spec="contract/admin §3.10", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_redirect_uri(idp, claims, params):
     """Take a redirect URI from a client."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "redirect", params.path["id"])
@@ -6414,7 +6351,7 @@ def admin_delete_redirect_uri(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec="contract/admin §3.10",
+    "POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec=OWN,
     takes=str | AddUri, gives=UriObject, status=201,
 )
 def admin_add_post_logout_redirect_uri(idp, claims, params):
@@ -6423,42 +6360,33 @@ def admin_add_post_logout_redirect_uri(idp, claims, params):
     return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "post_logout", uri))
 
 
-@ADMIN(
-    "GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec="contract/admin §3.10",
-    gives=list[UriObject],
-)
+@ADMIN("GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec=OWN, gives=list[UriObject])
 def admin_list_post_logout_redirect_uris(idp, claims, params):
     """The post-logout redirect URIs of a client."""
     return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "post_logout")]
 
 
-@ADMIN(
-    "DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin, spec="contract/admin §3.10",
-    gives=Msg,
-)
+@ADMIN("DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_post_logout_redirect_uri(idp, claims, params):
     """Take a post-logout redirect URI from a client."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "post_logout", params.path["id"])
     return msg("Removed.")
 
 
-@ADMIN(
-    "POST", "/clients/<id>/cors-origins", guard=by_admin, spec="contract/admin §3.10", takes=str | AddUri,
-    gives=UriObject, status=201,
-)
+@ADMIN("POST", "/clients/<id>/cors-origins", guard=by_admin, spec=OWN, takes=str | AddUri, gives=UriObject, status=201)
 def admin_add_cors_origin(idp, claims, params):
     """Give a public client an origin a browser may call from: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
     return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "cors_origin", uri))
 
 
-@ADMIN("GET", "/clients/<id>/cors-origins", guard=by_admin, spec="contract/admin §3.10", gives=list[UriObject])
+@ADMIN("GET", "/clients/<id>/cors-origins", guard=by_admin, spec=OWN, gives=list[UriObject])
 def admin_list_cors_origins(idp, claims, params):
     """The origins a browser may call from for a client."""
     return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "cors_origin")]
 
 
-@ADMIN("DELETE", "/clients/<id>/cors-origins/<record_id>", guard=by_admin, spec="contract/admin §3.10", gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/cors-origins/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_cors_origin(idp, claims, params):
     """Take an origin from a client."""
     delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "cors_origin", params.path["id"])
@@ -6468,7 +6396,7 @@ def admin_delete_cors_origin(idp, claims, params):
 # -- feature flags of clients --
 
 
-@ADMIN("GET", "/clients/<id>/options", guard=by_admin, spec="contract/admin §3.11", gives=dict[str, FlagObject])
+@ADMIN("GET", "/clients/<id>/options", guard=by_admin, spec=OWN, gives=dict[str, FlagObject])
 def admin_list_flags(idp, claims, params):
     """Every feature flag of a client, with its option."""
     return list_flags(idp, params.path["id"])
@@ -6483,7 +6411,7 @@ def client_of(params) -> str:
 
 
 @ADMIN(
-    "POST", "/client/options/<flag>", guard=by_admin, spec="contract/admin §3.11", takes=SetFlag, media=(JSON, FORM),
+    "POST", "/client/options/<flag>", guard=by_admin, spec=OWN, takes=SetFlag, media=(JSON, FORM),
     query=OfClient, gives=Msg,
 )
 def admin_set_flag(idp, claims, params):
@@ -6499,14 +6427,14 @@ def admin_set_flag(idp, claims, params):
     return msg(f"{flag} set.")
 
 
-@ADMIN("GET", "/client/options/<flag>", guard=by_admin, spec="contract/admin §3.11", query=OfClient, gives=Msg)
+@ADMIN("GET", "/client/options/<flag>", guard=by_admin, spec=OWN, query=OfClient, gives=Msg)
 def admin_get_flag(idp, claims, params):
     """Tell whether a feature is on: the message is True or False."""
     return msg(str(list_flags(idp, client_of(params))[check_flag(params.path["flag"])].is_enabled))
 
 
 @ADMIN(
-    "POST", "/client/options/<flag>/ext", guard=by_admin, spec="contract/admin §3.11", takes=SetFlagOption,
+    "POST", "/client/options/<flag>/ext", guard=by_admin, spec=OWN, takes=SetFlagOption,
     media=(JSON, FORM), query=OfClient, gives=Msg,
 )
 def admin_set_flag_option(idp, claims, params):
@@ -6515,7 +6443,7 @@ def admin_set_flag_option(idp, claims, params):
     return msg("Option set.")
 
 
-@ADMIN("GET", "/client/options/<flag>/ext", guard=by_admin, spec="contract/admin §3.11", query=OfClient, gives=Msg)
+@ADMIN("GET", "/client/options/<flag>/ext", guard=by_admin, spec=OWN, query=OfClient, gives=Msg)
 def admin_get_flag_option(idp, claims, params):
     """The option of a feature is the message, empty where it is not set."""
     flag = check_flag(params.path["flag"])
@@ -6534,17 +6462,14 @@ def idp_object(row: ExternalIdp) -> IdpObject:
     )
 
 
-@ADMIN(
-    "GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec="contract/admin §3.12",
-    gives=list[IdpObject],
-)
+@ADMIN("GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec=OWN, gives=list[IdpObject])
 def admin_list_idps(idp, claims, params):
     """The external identity providers of a client."""
     return [idp_object(row) for row in idp.store.list_idps(get_client(idp, params.path["id"]).row.id)]
 
 
 @ADMIN(
-    "POST", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec="contract/admin §3.12",
+    "POST", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec=OWN,
     takes=PutIdp, gives=IdpObject, status=201,
 )
 def admin_add_idp(idp, claims, params):
@@ -6554,7 +6479,7 @@ def admin_add_idp(idp, claims, params):
 
 @ADMIN(
     "GET", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin,
-    spec="contract/admin §3.12", gives=IdpObject,
+    spec=OWN, gives=IdpObject,
 )
 def admin_get_idp(idp, claims, params):
     """One external identity provider of a client."""
@@ -6566,7 +6491,7 @@ def admin_get_idp(idp, claims, params):
 
 @ADMIN(
     "PUT", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin,
-    spec="contract/admin §3.12", takes=PutIdp, gives=IdpObject,
+    spec=OWN, takes=PutIdp, gives=IdpObject,
 )
 def admin_update_idp(idp, claims, params):
     """Change an external identity provider of a client."""
@@ -6575,7 +6500,7 @@ def admin_update_idp(idp, claims, params):
 
 @ADMIN(
     "DELETE", ("/clients/<id>/idp/<idp_id>", "/admin/clients/<id>/idp/<idp_id>"), guard=by_admin,
-    spec="contract/admin §3.12", gives=Msg,
+    spec=OWN, gives=Msg,
 )
 def admin_delete_idp(idp, claims, params):
     """Remove an external identity provider from a client."""
@@ -6586,7 +6511,7 @@ def admin_delete_idp(idp, claims, params):
 # -- sessions and tokens --
 
 
-@ADMIN("GET", "/sessions", guard=by_admin, spec="contract/admin §3.4", query=ListSessions, gives=list[SessionObject])
+@ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionObject])
 def admin_list_sessions(idp, claims, params):
     """The sessions, newest first, of one user or client where asked, a page at a time."""
     query = params.query
@@ -6596,15 +6521,13 @@ def admin_list_sessions(idp, claims, params):
     return listed(params, [session_object(row) for row in rows], total)
 
 
-@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec="contract/admin §3.4", gives=SessionObject)
+@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
 def admin_get_session(idp, claims, params):
     """One session, by the jti of its token."""
     return session_object(get_session(idp, params.path["jti"]))
 
 
-@ADMIN(
-    "GET", "/sessions/user/<id>", guard=by_admin, spec="contract/admin §3.4", query=Paged, gives=list[SessionObject]
-)
+@ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionObject])
 def admin_list_sessions_of_user(idp, claims, params):
     """The sessions of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
@@ -6616,20 +6539,14 @@ def admin_list_sessions_of_user(idp, claims, params):
     return listed(params, [session_object(row) for row in rows], total)
 
 
-@ADMIN(
-    "DELETE", "/sessions/<jti>", guard=by_admin, spec="contract/admin §3.4", gives=Revoked,
-    option="enable_token_revocation",
-)
+@ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
 def admin_revoke_session(idp, claims, params):
     """End a session, and the login it belongs to."""
     session = revoke_session(idp, params.origin, claims["sub"], params.path["jti"])
     return Revoked(session.id, "revoked", "Session revoked.")
 
 
-@ADMIN(
-    "POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin, spec="contract/admin §3.4", takes=PurgeTokens,
-    gives=Msg,
-)
+@ADMIN("POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin, spec=OWN, takes=PurgeTokens, gives=Msg)
 def admin_purge_sessions(idp, claims, params):
     """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
@@ -6638,7 +6555,7 @@ def admin_purge_sessions(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/revoke", guard=by_admin, spec="contract/admin §3.4", takes=TokenIn, media=(JSON, FORM), gives=Msg,
+    "POST", "/revoke", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=Msg,
     option="enable_token_revocation",
 )
 def admin_revoke_token(idp, claims, params):
@@ -6647,9 +6564,7 @@ def admin_revoke_token(idp, claims, params):
     return msg("Token revoked.")
 
 
-@ADMIN(
-    "POST", "/introspect", guard=by_admin, spec="contract/admin §3.14", takes=TokenIn, media=(JSON, FORM), gives=dict
-)
+@ADMIN("POST", "/introspect", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
     found = describe_token(idp, params.body.token)
@@ -6658,7 +6573,7 @@ def admin_introspect(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/refresh-tokens", guard=by_admin, spec="contract/admin §3.5", query=Paged, gives=list[RefreshTokenObject],
+    "GET", "/refresh-tokens", guard=by_admin, spec=OWN, query=Paged, gives=list[RefreshTokenObject],
     option="enable_token_refresh",
 )
 def admin_list_refresh_tokens(idp, claims, params):
@@ -6667,10 +6582,7 @@ def admin_list_refresh_tokens(idp, claims, params):
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-@ADMIN(
-    "GET", "/refresh-tokens/<id>", guard=by_admin, spec="contract/admin §3.5", gives=RefreshTokenObject,
-    option="enable_token_refresh",
-)
+@ADMIN("GET", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=RefreshTokenObject, option="enable_token_refresh")
 def admin_get_refresh_token(idp, claims, params):
     """One refresh token, by the id of its row."""
     row = idp.store.find_refresh_token_by_id(params.path["id"])
@@ -6680,7 +6592,7 @@ def admin_get_refresh_token(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/refresh-tokens/user/<id>", guard=by_admin, spec="contract/admin §3.5", query=Paged,
+    "GET", "/refresh-tokens/user/<id>", guard=by_admin, spec=OWN, query=Paged,
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def admin_list_refresh_tokens_of_user(idp, claims, params):
@@ -6694,10 +6606,7 @@ def admin_list_refresh_tokens_of_user(idp, claims, params):
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-@ADMIN(
-    "DELETE", "/refresh-tokens/<id>", guard=by_admin, spec="contract/admin §6", gives=Msg,
-    option="enable_token_refresh",
-)
+@ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_token_refresh")
 def admin_revoke_refresh_token(idp, claims, params):
     """End a refresh token and the login it belongs to."""
     revoke_refresh_token(idp, params.origin, claims["sub"], params.path["id"])
@@ -6705,7 +6614,7 @@ def admin_revoke_refresh_token(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/refresh-tokens/purge", guard=by_admin, spec="contract/admin §3.5", takes=PurgeTokens, gives=Msg,
+    "POST", "/refresh-tokens/purge", guard=by_admin, spec=OWN, takes=PurgeTokens, gives=Msg,
     option="enable_token_refresh",
 )
 def admin_purge_refresh_tokens(idp, claims, params):
@@ -6731,7 +6640,7 @@ def read_moment(value, member, default) -> int:
     return moment
 
 
-@ADMIN("GET", "/audit-logs", guard=by_admin, spec="contract/admin §3.13", query=ListAudit, gives=list[AuditObject])
+@ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])
 def admin_list_audit(idp, claims, params):
     """Audit rows, newest first; with `after` those that came since, oldest first."""
     query = params.query
@@ -6764,7 +6673,7 @@ def admin_export_audit(idp, claims, params):
     return Page(b"".join(ENCODE(audit_object(row)) + b"\n" for row in rows), "application/x-ndjson", headers=more)
 
 
-@ADMIN("GET", "/audit-logs/<id>", guard=by_admin, spec="contract/admin §3.13", gives=AuditObject)
+@ADMIN("GET", "/audit-logs/<id>", guard=by_admin, spec=OWN, gives=AuditObject)
 def admin_get_audit(idp, claims, params):
     """One audit row."""
     row = idp.store.find_audit(int(params.path["id"])) if re.fullmatch(r"[0-9]{1,15}", params.path["id"]) else None
@@ -6773,7 +6682,7 @@ def admin_get_audit(idp, claims, params):
     return audit_object(row)
 
 
-@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec="contract/admin §3.13", takes=PurgeAudit, gives=Msg)
+@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days, which is itself written down."""
     count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, sleep)

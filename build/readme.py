@@ -59,17 +59,12 @@ def routes(routes):
             rows.append(
                 (
                     " ".join(route.methods), ", ".join(f"`{path}`" for path in route.paths), guard_of(route),
-                    spec_of(route), doc + only,
+                    route.spec, doc + only,
                 )
             )
         return table(("Method", "Path", "Who", "Specification", "What it does"), rows)
 
     return render
-
-
-def spec_of(route):
-    """What the route is held to by somebody else; the rest is this program's own interface."""
-    return "its own" if route.spec.startswith("contract/") else route.spec
 
 
 def guard_of(route):
