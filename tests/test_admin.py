@@ -30,16 +30,6 @@ def path_of(path):
     return re.sub("<[a-z_]+>", "x", path)
 
 
-@pytest.fixture
-def call(admin, admin_token):
-    """Call ADMIN as an administrator."""
-
-    def call(method, path, body=None, **more):
-        return admin(method, path, bearer=admin_token, json_body=body, **more)
-
-    return call
-
-
 class TestEveryProtectedRoute:
     @pytest.mark.parametrize("method, path, takes", PROTECTED)
     def test_refuses_strangers_and_tells_them_nothing(

@@ -5,11 +5,6 @@ import pytest
 from conftest import PASSWORD
 
 
-@pytest.fixture
-def call(admin, admin_token):
-    return lambda method, path, body=None: admin(method, path, bearer=admin_token, json_body=body)
-
-
 def forget_the_bug(idp):
     """The traceback in the log is the one this test made."""
     idp.stream.seek(0)

@@ -16,21 +16,7 @@ from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.keys import make_key, read_ring
 from appliance.upkeep import advance_key_states
-from appliance.recovery import Answers, describe_keys, open_idp, revoke_key, rotate_keys, set_up
-
-PASSWORD = "correct horse battery"
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A set-up box in this process, without a server: its options."""
-    monkeypatch.chdir(tmp_path)
-    options = Options(
-        {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
-        oidc_issuer="https://idp.example",
-    )
-    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
-    return options
+from appliance.recovery import describe_keys, open_idp, revoke_key, rotate_keys
 
 
 def rows(options, port="auth"):

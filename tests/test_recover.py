@@ -6,12 +6,10 @@ import microauthd as m
 import pyotp
 import pytest
 from box import Box
-from conftest import CHEAP, die, in_child
-from appliance.base.settings import Options
+from conftest import PASSWORD, die, in_child
 from appliance.base.store import Store
-from appliance.recovery import Answers, open_idp, recover_admin, set_up
+from appliance.recovery import open_idp, recover_admin
 
-PASSWORD = "correct horse battery"
 NEW = "another battery staple"
 
 
@@ -82,15 +80,6 @@ class TestBesideARunningServer:
 
 
 class TestAtTheMachine:
-    @pytest.fixture
-    def house(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        options = Options(
-            {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase"
-        )
-        set_up(options, Answers("root", "root@example.org", PASSWORD))
-        return options
-
     @pytest.mark.parametrize("step", ["set_password_hash", "assign_role", "clear_totp", "append_audit"])
     def test_killed_in_the_middle_it_has_done_nothing(self, house, step):
         def work():

@@ -14,7 +14,7 @@ import microauthd as m
 import pyotp
 import pytest
 from box import Box
-from conftest import CHEAP, die, in_child
+from conftest import CHEAP, PASSWORD, die, in_child
 from appliance.base import StartupError
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
@@ -27,20 +27,7 @@ from appliance.recovery import (
     restore, revoke_key, rotate_keys, set_up,
 )
 
-PASSWORD = "correct horse battery"
 YEAR = 365 * 86400
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A set-up box in this process, without a server: its options."""
-    monkeypatch.chdir(tmp_path)
-    options = Options(
-        {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_pass="a phrase",
-        key_overlap=900, oidc_issuer="https://idp.example",
-    )
-    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
-    return options
 
 
 def opened(options, clock=None):
