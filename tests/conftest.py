@@ -20,14 +20,13 @@ import pyotp
 import pytest
 from box import Box
 from hypothesis import HealthCheck, settings
-from appliance.base.clock import RELEASED_AT
-from appliance.base.settings import Options
-from appliance.base.log import Log
-from appliance.base.database import derive_key
-from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
-from appliance.base.keys import make_key
 from appliance.backup import MACHINE
-from appliance.recovery import Answers, set_up
+from appliance.base.clock import RELEASED_AT, Timekeeper
+from appliance.base.database import derive_key
+from appliance.base.log import Log
+from appliance.base.settings import Options
+from appliance.base.store import MAD_ADMIN_ROLE_ID, AuthorizationCode, LoginTransaction, Store
+from appliance.recovery import Answers, back_up, describe_keys, open_idp, set_up
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +35,10 @@ settings.load_profile("house")
 PASSWORD = "correct horse battery"
 DATABASE_KEY = derive_key("a database phrase", bytes(range(16)))
 CHEAP = {"argon2id_memory": 64, "argon2id_time": 1, "argon2id_parallelism": 1}
+FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
+DAY = 86400
+YEARS = 10 * 365 * DAY
+NOON = RELEASED_AT + 50_000.0
 
 
 class Clock:
@@ -354,3 +357,78 @@ def box(tmp_path_factory):
     """A box that serves, of the built archive, for all tests of a file."""
     with Box(tmp_path_factory.mktemp("box") / "data") as box:
         yield box
+
+
+class Machine:
+    """A machine's clock and the seconds since its boot, each moved by hand."""
+
+    def __init__(self, wall, floor=None):
+        self.wall, self.boot = wall, 1000.0
+        self.keeper = Timekeeper(floor or int(wall) - 10, lambda: self.wall, lambda: self.boot, lambda: self.boot)
+
+    def pass_(self, seconds, step=0.5):
+        """Let time pass, looked at twice a second. Return whether it ever went back."""
+        went_back, before = False, self.keeper()
+        for _ in range(int(seconds / step)):
+            self.wall, self.boot = self.wall + step, self.boot + step
+            stepped = self.keeper.look()
+            assert stepped or self.keeper() >= before, "time went back"
+            went_back, before = went_back or stepped, self.keeper()
+        return went_back
+
+    @property
+    def now(self):
+        return self.keeper()
+
+
+def fresh_machine(tmp_path, monkeypatch, **more):
+    """An empty folder, and the options of somebody who knows nothing but the passphrase."""
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder, Options(
+        {"config": str(folder / "mad.conf"), "db-pass": "environment MAD_DB_PASS"}, db_pass="a phrase", **more
+    )
+
+
+def kids(options):
+    return {row["kid"] for row in describe_keys(options)}
+
+
+def states(folder):
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))
+    }
+
+
+@pytest.fixture
+def backup(house, tmp_path):
+    (tmp_path / "out").mkdir()
+    back_up(house, str(tmp_path / "out" / "box.backup"))
+    return tmp_path / "out" / "box.backup"
+
+
+def opened(options, clock=None):
+    idp = open_idp(options)
+    if clock:
+        idp.clock = clock
+    return idp
+
+
+def under_way(idp, user):
+    now = idp.now()
+    idp.store.add_code(
+        AuthorizationCode(
+            "c", "app", user, "s", "https://x", "", "", "", "", "", "pwd", now, 1000 * now, now + 60, None, "", 0
+        )
+    )
+    idp.store.add_login(LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, now, now + 60, 0, ""))
+
+
+def left(idp):
+    return [
+        idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        for table in ("authorization_code", "login_transaction")
+    ]

@@ -11,6 +11,8 @@ from appliance.base.store import FOREVER, LOCKOUT_MAX
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
 
+PEER = m.Origin("192.0.2.1", is_local=False)
+
 
 def fail(auth, service, **more):
     return auth.post("/token", GOOD | {"password": "wrong wrong"} | more, auth=service)
@@ -38,6 +40,12 @@ REFUSALS = [
     "wrong password", "inactive", "locked", "locked for ever", "one-time code missing", "one-time code wrong",
     "one-time code used", "one-time code locked",
 ]
+
+
+def guess(idp, alice, code="000000"):
+    with pytest.raises(m.Problem) as caught:
+        m.check_second_factor(idp, PEER, alice.id, idp.now_ms() + 1, code)
+    return caught.value.code
 
 
 class TestOneAnswer:
@@ -530,3 +538,44 @@ class TestNewUsers:
         with pytest.raises(m.Problem) as caught:
             m.create_user(idp, m.LOCAL, "test", m.CreateUser(**(good | {member: value})))
         assert list(caught.value.errors) == [member]
+
+
+def test_guesses_of_the_second_step_are_slowed_as_those_of_the_first(idp, alice, give_totp):
+    give_totp(idp, idp.store.find_account(alice.id))
+    said = [guess(idp, alice) for _ in range(22)]
+    assert said[0] == "invalid_grant" and said[-1] == "slow_down", said
+
+
+def test_a_locked_second_factor_takes_no_recovery_code_and_spends_none(idp, alice, give_totp):
+    give_totp(idp, idp.store.find_account(alice.id))
+    codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
+    for _ in range(m.TOTP_TRIES):
+        guess(idp, alice)
+    assert guess(idp, alice, codes[0]) == "invalid_grant" and idp.store.count_recovery_codes(alice.id) == 10
+
+
+def test_who_is_locked_out_between_the_steps_stays_out(idp, alice, give_totp, clock):
+    seed = give_totp(idp, idp.store.find_account(alice.id))
+    clock.pass_(60)
+    idp.store.set_lockout(alice.id, idp.now() + 600, idp.now())
+    assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
+
+
+def test_a_revocation_between_the_steps_spends_nothing(idp, alice, give_totp, clock):
+    give_totp(idp, idp.store.find_account(alice.id))
+    codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
+    proven = idp.now_ms()
+    clock.pass_(1)
+    m.end_user(idp, m.LOCAL, "t", alice.id, "x")
+    with pytest.raises(m.Problem):
+        m.check_second_factor(idp, PEER, alice.id, proven, codes[0])
+    assert idp.store.count_recovery_codes(alice.id) == 10
+
+
+def test_logins_of_a_peer_that_holds_half_the_gate_are_told_to_come_back(idp, alice):
+    gate = idp.hasher.gate
+    gate.taken, gate.of["192.0.2.1"] = gate.places // 2, 1
+    with pytest.raises(m.Problem) as caught:
+        m.authenticate_user(idp, m.Origin("192.0.2.1", is_local=False), "alice", PASSWORD)
+    assert caught.value.code == "slow_down"
+    assert m.authenticate_user(idp, m.Origin("192.0.2.2", is_local=False), "alice", PASSWORD)

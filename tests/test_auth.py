@@ -9,8 +9,8 @@ import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
-from appliance.base.settings import Options
 from appliance.base.database import PROBE_SECONDS
+from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 
 PROTECTED = [
@@ -497,3 +497,52 @@ class TestScopedAdministration:
             )
             assert (answer.status, answer.json["error"]) == (403, "access_denied")
         assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 200
+    @pytest.mark.parametrize(
+        "take, status",
+        [
+            (lambda idp: m.remove_scope(idp, m.LOCAL, "t", m.get_client(idp, "clerk"), "admin:list_users"), 403),
+            (lambda idp: m.delete_client(idp, m.LOCAL, "t", "clerk"), 401),
+        ],
+    )
+    def test_a_right_that_was_taken_away_is_gone_before_its_token_is(self, idp, auth, new_client, take, status):
+        client = new_client("clerk", scopes=["admin:list_users"])
+        token = auth.post("/token", {"grant_type": "client_credentials"}, auth=client).json["access_token"]
+        assert auth.get("/users", bearer=token).status == 200
+        take(idp)
+        assert auth.get("/users", bearer=token).status == status
+
+    def test_of_a_user_too(self, idp, auth, new_client, new_user):
+        client = new_client("desk", scopes=["admin:list_users"])
+        new_user("clerk", ["admin:list_users"])
+        token = auth.post(
+            "/token", {"grant_type": "password", "username": "clerk", "password": PASSWORD}, auth=client
+        ).json["access_token"]
+        assert auth.get("/users", bearer=token).status == 200
+        m.remove_scope(idp, m.LOCAL, "t", m.get_user(idp, "clerk"), "admin:list_users")
+        assert auth.get("/users", bearer=token).status == 403
+
+
+class TestKeySet:
+    """RFC 7517 §5"""
+
+    @pytest.mark.parametrize(
+        "overlap, told",
+        [
+            (900, "public, max-age=300"), (302, "public, max-age=300"), (100, "public, max-age=98"), (2, "no-store"),
+            (1, "no-store"),
+        ],
+    )
+    def test_caches_keep_it_for_less_than_a_new_key_waits(self, make_idp, overlap, told):
+        auth = Caller(m.build_app(make_idp(Options(**CHEAP, key_overlap=overlap)), m.AUTH))
+        assert auth.get("/jwks.json").headers["cache-control"] == told
+
+    def test_one_made_while_the_keys_changed_does_not_stay(self, idp):
+        """A thread that read the old ring answers once with it, and leaves it nowhere."""
+
+        def make():
+            idp.rings["auth"] = m.KeyRing([m.make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
+            idp.pages = {}
+            return b"of before"
+
+        assert m.prebuilt(idp, "jwks", make).content == b"of before"
+        assert m.prebuilt(idp, "jwks", idp.auth_ring.jwks).content == idp.auth_ring.jwks()

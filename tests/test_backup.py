@@ -1,56 +1,27 @@
-"""Backup, restore and reset where it hurts: other machines, full disks, kills, stolen keys, other users."""
+"""Backup: what a copy of the box is, and how it is made and fetched over ADMIN."""
 
 import hashlib
 import os
-import random
 import resource
-import shutil
 import signal
 import threading
+import time
 
 import jwt
 import microauthd as m
-from appliance import backup
 import pytest
 from box import Box
-from conftest import PASSWORD, Caller, die, in_child, made
-from appliance.base import StartupError
-from appliance.base.clock import RELEASED_AT
-from appliance.base.settings import OPTIONS, Options, load_options
-from appliance.base.database import read_database_key
-from appliance.base.store import Store
+from conftest import FILES, PASSWORD, Caller, die, fresh_machine, in_child, kids, made, opened, states
+from appliance import backup
 from appliance.backup import (
     MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
 )
-from appliance.recovery import (
-    back_up, describe_keys, factory_reset, hold_setup, open_idp, recover_setup, restore, revoke_key,
-    rotate_keys,
-)
-from appliance.commands import main
-
-FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
-
-
-def fresh_machine(tmp_path, monkeypatch, **more):
-    """An empty folder, and the options of somebody who knows nothing but the passphrase."""
-    folder = tmp_path / "fresh"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder, Options(
-        {"config": str(folder / "mad.conf"), "db-pass": "environment MAD_DB_PASS"}, db_pass="a phrase", **more
-    )
-
-
-def kids(options):
-    return {row["kid"] for row in describe_keys(options)}
-
-
-def states(folder):
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))
-    }
+from appliance.base import StartupError
+from appliance.base.clock import RELEASED_AT
+from appliance.base.database import read_database_key
+from appliance.base.settings import OPTIONS, Options
+from appliance.base.store import Store
+from appliance.recovery import back_up, describe_keys, open_idp, restore
 
 
 class TestWhatABackupIs:
@@ -133,195 +104,6 @@ class TestWhatABackupIs:
         assert not list(tmp_path.glob("b*"))
 
 
-class TestRestore:
-    def test_on_a_new_machine_the_settings_within_it_say_where_and_open_the_keys(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        options = made(
-            tmp_path, db_file="data/accounts.db3", token_signing_key_pass="ring phrase", seal_key_file="data/seal"
-        )
-        back_up(options, "b")
-        folder, knows_only_the_passphrase = fresh_machine(tmp_path, monkeypatch)
-        restore(knows_only_the_passphrase, str(tmp_path / "b"))
-        assert {
-            str(path.relative_to(folder))
-            for path in folder.rglob("*")
-            if path.is_file() and not path.name.endswith(".lock")
-        } == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
-        found = load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
-        idp = open_idp(found)
-        assert found.oidc_issuer == "https://idp.example" and m.get_user(idp, "root")
-        idp.store.close()
-
-    def test_what_is_said_at_the_machine_goes_before_the_settings_within(self, house, tmp_path, monkeypatch):
-        back_up(house, "b")
-        folder, options = fresh_machine(tmp_path, monkeypatch)
-        options = Options(
-            options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3"
-        )
-        restore(options, str(tmp_path / "b"))
-        assert (folder / "elsewhere.db3").exists() and not (folder / "mad.db3").exists()
-
-    def test_a_revoked_key_does_not_come_back(self, house):
-        """Whoever stole it could sign what is issued after the restore."""
-        stolen = next(row["kid"] for row in describe_keys(house) if row["alg"] == "ES256" and row["port"] == "auth")
-        back_up(house, "b")
-        revoke_key(house, stolen)
-        for _ in range(2):  # and the box that was restored still knows it
-            assert restore(house, "b")["knows_revoked"] is True
-            assert stolen not in kids(house)
-            assert [row["state"] for row in describe_keys(house)] == ["active"] * 3
-            idp = open_idp(house)
-            assert f"still_revoked={stolen}" in idp.store.list_audit("restored", 1)[0].secondary
-            idp.store.close()
-
-    def test_where_what_was_here_cannot_be_read_it_says_so_and_restores(self, house, tmp_path):
-        back_up(house, "b")
-        content = bytearray((tmp_path / "mad.db3").read_bytes())
-        content[100:200] = bytes(100)
-        (tmp_path / "mad.db3").write_bytes(content)
-        assert restore(house, "b")["knows_revoked"] is False
-        idp = open_idp(house)
-        assert m.get_user(idp, "root")
-        idp.store.close()
-
-    def test_what_a_killed_server_left_in_its_log_does_not_get_into_the_restored_database(self, house, tmp_path):
-        back_up(house, "b")
-
-        def write():
-            idp = open_idp(house)
-            m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
-            die()
-
-        assert in_child(write) == signal.SIGKILL
-        assert (tmp_path / "mad.db3-wal").stat().st_size
-        for name in ("mad.db3", "mad.db3-wal"):
-            shutil.copy(tmp_path / name, tmp_path / f"{name}.kept")
-        assert in_child(lambda: restore(house, "b", lambda name: name == "committed" and die())) == signal.SIGKILL
-        shutil.copy(tmp_path / "mad.db3-wal.kept", tmp_path / "mad.db3-wal")
-        recover_setup(house.origins["config"])
-        idp = open_idp(house)
-        assert (
-            idp.store.find_account_by_name("late") is None
-            and idp.store.verify_audit()["valid"]
-            and idp.store.check_whole() == ""
-        )
-        idp.store.close()
-
-    def test_its_epoch_is_later_than_what_either_box_issued_whatever_the_clock_says(self, house):
-        back_up(house, "b")
-        idp = open_idp(house)
-        idp.store.put_meta("revoked_before", 9_000_000_000_000)
-        idp.store.close()
-        restore(house, "b")
-        idp = open_idp(house)
-        answer = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
-        assert idp.revoked_before > 9_000_000_000_000 and m.verify_access_token(
-            idp, idp.auth_ring, house.auth_issuer, answer["access_token"]
-        )
-        idp.store.close()
-
-    def test_a_flipped_byte_anywhere_is_refused(self, house, tmp_path):
-        """Every page in order, a byte of it by chance."""
-        back_up(house, "b")
-        content, before = (tmp_path / "b").read_bytes(), None
-        chance = random.Random(1)
-        key = read_database_key("b", "a phrase", False)
-        for page in range(0, len(content), 4096):
-            at = page + chance.randrange(16 if page == 0 else 0, 4096)
-            bad = bytearray(content)
-            bad[at] ^= 1 << chance.randrange(8)
-            (tmp_path / "bad").write_bytes(bad)
-            with pytest.raises(StartupError):
-                check_copy("bad", key)
-        before = states(tmp_path)
-        with pytest.raises(StartupError):
-            restore(house, "bad")
-        assert states(tmp_path) == before
-
-    def test_a_full_disk_leaves_everything_as_it_was(self, house, tmp_path):
-        back_up(house, "b")
-        before = states(tmp_path)
-        size = (tmp_path / "b").stat().st_size
-        for room in (2000, 50_000, size - 1):
-
-            def work():
-                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-                assert main(["restore", "b", "--config", str(tmp_path / "mad.conf")]) == 1, "refused, with a sentence"
-
-            assert in_child(work) == 0
-            assert states(tmp_path) == before
-
-    @pytest.mark.parametrize("when", ["journal", "database", "config", "seal", "auth", "admin", "staged", "committed"])
-    def test_killed_on_a_new_machine_there_is_all_or_nothing(self, house, tmp_path, monkeypatch, when):
-        back_up(house, "b")
-        folder, options = fresh_machine(tmp_path, monkeypatch)
-        assert (
-            in_child(lambda: restore(options, str(tmp_path / "b"), lambda name: name == when and die()))
-            == signal.SIGKILL
-        )
-        recover_setup(options.origins["config"])
-        assert set(states(folder)) == (set(FILES) if when == "committed" else set())
-
-    def test_it_waits_for_nobody_and_nobody_works_beside_it(self, house, tmp_path):
-        back_up(house, "b")
-        with (
-            hold_setup(house.origins["config"], beside_others=True),
-            hold_setup(house.origins["config"], beside_others=True),
-        ):
-            with pytest.raises(StartupError, match="at work"):
-                restore(house, "b")
-        with hold_setup(house.origins["config"]):
-            for words in (["backup", "c"], ["keys", "list"], ["factory-reset", "--yes"]):
-                assert main([*words, "--config", str(tmp_path / "mad.conf")]) == 1
-        assert not (tmp_path / "c").exists() and (tmp_path / "mad.db3").exists()
-
-    def test_root_leaves_no_file_that_the_user_of_the_server_could_not_read(self, house, monkeypatch):
-        back_up(house, "b")
-        if not os.stat(house.db_file).st_uid:
-            os.chown(house.db_file, 12345, -1)
-        monkeypatch.setattr(os, "geteuid", lambda: 0)
-        for act in (
-            lambda: restore(house, "b"), lambda: back_up(house, "c"), lambda: rotate_keys(house, ["auth"]),
-        ):
-            with pytest.raises(StartupError, match="belongs to user"):
-                act()
-
-
-class TestFactoryReset:
-    @pytest.mark.parametrize("nth", range(1, 5))
-    def test_cut_off_in_the_middle_it_is_done_by_doing_it_again(self, house, tmp_path, nth):
-
-        def work():
-            real, calls = os.unlink, []
-
-            def deadly(path):
-                real(path)
-                calls.append(path)
-                if len(calls) == nth:
-                    die()
-
-            os.unlink = deadly
-            factory_reset(house)
-
-        assert in_child(work) == signal.SIGKILL
-        assert not (tmp_path / "seal.key").exists()
-        factory_reset(house)
-        assert set(states(tmp_path)) == {"mad.conf"}
-
-    def test_what_lay_there_is_overwritten_before_it_goes(self, house, tmp_path):
-        """A second name of the same file shows what is left on the disk."""
-        before = {}
-        for name in FILES[1:]:
-            os.link(tmp_path / name, tmp_path / f"kept {name}")
-            before[name] = (tmp_path / name).read_bytes()
-        factory_reset(house)
-        for name, content in before.items():
-            left = (tmp_path / f"kept {name}").read_bytes()
-            assert len(left) == len(content) and not any(
-                content[at : at + 32] in left for at in range(0, len(content) - 31, 512)
-            )
-
-
 class TestBesideARunningServer:
     def test_every_change_that_was_acknowledged_is_in_the_backup(self, tmp_path):
         """Users made over ADMIN and tokens issued by two workers, while the backup is made."""
@@ -402,14 +184,6 @@ class TestBesideARunningServer:
             box.stop()
             done = box.run("restore", "fetched")
             assert done.returncode == 0, done.stderr
-
-    def test_typed_wrongly_it_destroys_nothing(self, tmp_path):
-        box = Box(tmp_path / "data").set_up()
-        assert box.run("factory-reset").returncode == 1 and (box.folder / "mad.db3").exists()
-        assert box.run("restore", "nothing").returncode == 1
-        box.run("backup", "b")
-        done = box.run("restore", "b", MAD_DB_PASS="another")
-        assert done.returncode == 1 and "Traceback" not in done.stderr and "another" not in done.stderr
 
 
 class TestOverAdmin:
@@ -531,3 +305,58 @@ class TestOverAdmin:
         ):
             with pytest.raises(m.Problem, match="not_found"):
                 call()
+
+
+class TestBackup:
+    def test_it_is_one_private_encrypted_file(self, backup, tmp_path):
+        assert os.listdir(tmp_path / "out") == ["box.backup"] and backup.stat().st_mode & 0o777 == 0o600
+        content = backup.read_bytes()
+        for word in (b"root", b"PRIVATE KEY", b"SQLite format", b"a phrase"):
+            assert word not in content
+
+    def test_it_does_not_write_over_what_is_there(self, house, backup):
+        before = backup.read_bytes()
+        with pytest.raises(StartupError, match="--force"):
+            back_up(house, str(backup))
+        assert backup.read_bytes() == before
+        back_up(house, str(backup), force=True)
+
+    def test_it_is_written_down(self, house, backup):
+        idp = opened(house)
+        assert idp.store.list_audit(limit=1)[0].action == "backup_made"
+        idp.store.close()
+
+    @pytest.mark.parametrize("where", ["file/x", "/dev/null", "/proc/x", "/"])
+    def test_where_it_cannot_be_written_it_says_so(self, house, tmp_path, where):
+        (tmp_path / "file").write_text("no folder")
+        with pytest.raises(StartupError):
+            back_up(house, str(tmp_path / where), force=True)
+
+    def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
+        stop, done = threading.Event(), []
+
+        def write():
+            idp = opened(house)
+            while not stop.is_set():
+                m.audit(idp, m.LOCAL, "test", "write", str(len(done)))
+                done.append(1)
+                time.sleep(0.001)  # within one process writers have no turns
+            idp.store.close()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        while len(done) < 20:
+            time.sleep(0.001)
+        counts = []
+        for number in range(3):
+            counts.append(len(done))
+            back_up(house, str(tmp_path / f"{number}.backup"))
+        stop.set()
+        thread.join()
+        for number, count in enumerate(counts):
+            copy = Store(
+                tmp_path / f"{number}.backup",
+                read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False),
+            )
+            assert len(copy.list_audit("write", 100_000)) >= count and copy.verify_audit()["valid"]
+            copy.close()

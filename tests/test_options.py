@@ -10,7 +10,6 @@ from appliance.base.settings import (
     OPTIONS, Options, absolute, address, boolean, check_options, color, days, describe_options, domain, issuer, label,
     load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
 )
-from appliance.commands import main
 
 
 def load(tmp_path, content="", environ=None, argv=()):
@@ -386,18 +385,3 @@ class TestIssuer:
 
     def test_the_ports_have_issuers_of_their_own(self):
         assert Options().auth_issuer != Options().admin_issuer
-
-
-class TestCommandLine:
-    @pytest.mark.parametrize(
-        "argv, status",
-        [
-            (["version"], 0), (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2),
-            (["serve", "--db-pass", "x"], 2),
-        ],
-    )
-    def test_exit_statuses(self, argv, status, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        mask = os.umask(0o022)
-        assert main(argv) == status
-        os.umask(mask)

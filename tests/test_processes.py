@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,8 +17,11 @@ from urllib.parse import urlencode
 
 import pytest
 from box import PROGRAM, Box
+from conftest import in_child, left, under_way
+from appliance.base.clock import Timekeeper
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.processes import DESCRIPTORS_KEPT, grant_connections, start_clock
 
 REFRESH = {"grant_type": "refresh_token"}
 
@@ -375,3 +379,19 @@ class TestTrouble:
                 assert box.auth("/revoke", {"token": token}, client=box.client).status == 200
         finally:
             subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_no_more_connections_than_descriptors():
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+        assert grant_connections(1).connections == 512 - DESCRIPTORS_KEPT
+
+    assert in_child(work) == 0
+
+
+def test_a_start_that_has_to_guess_the_time_forgets_what_was_under_way(idp, alice, service, monkeypatch):
+    under_way(idp, alice.id)
+    idp.store.put_meta("clock", idp.now())
+    monkeypatch.setattr(Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
+    assert start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]

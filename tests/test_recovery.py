@@ -1,8 +1,11 @@
-"""At the machine: back up, restore, begin anew, rotate keys, let an administrator in again."""
+"""At the machine: restore, begin anew, rotate keys, let an administrator in again; on other machines and full disks,
+and killed at any point."""
 
 import hashlib
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 import threading
@@ -14,27 +17,26 @@ import microauthd as m
 import pyotp
 import pytest
 from box import Box
-from conftest import CHEAP, PASSWORD, die, in_child
+from conftest import (
+    CHEAP, FILES, PASSWORD, die, fresh_machine, in_child, kids, left, made, opened, states, under_way,
+)
+from appliance.backup import check_copy
 from appliance.base import StartupError
-from appliance.base.settings import Options, check_options, load_options, parse_flags
+from appliance.base.clock import RELEASED_AT
 from appliance.base.database import read_database_key
+from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
-from appliance.base.keys import Key, read_ring
-from appliance.upkeep import advance_key_states
+from appliance.commands import main
 from appliance.processes import hold_database
 from appliance.recovery import (
-    Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, open_idp, recover_admin, recover_setup,
-    restore, revoke_key, rotate_keys, set_up,
+    Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, hold_setup, open_idp, recover_admin,
+    recover_setup, restore, revoke_key, rotate_keys, set_up,
 )
+from appliance.upkeep import advance_key_states
 
 YEAR = 365 * 86400
 
-
-def opened(options, clock=None):
-    idp = open_idp(options)
-    if clock:
-        idp.clock = clock
-    return idp
+NEW = "another battery staple"
 
 
 def digest_of(folder):
@@ -45,66 +47,8 @@ def digest_of(folder):
     }
 
 
-@pytest.fixture
-def backup(house, tmp_path):
-    (tmp_path / "out").mkdir()
-    back_up(house, str(tmp_path / "out" / "box.backup"))
-    return tmp_path / "out" / "box.backup"
-
-
-class TestBackup:
-    def test_it_is_one_private_encrypted_file(self, backup, tmp_path):
-        assert os.listdir(tmp_path / "out") == ["box.backup"] and backup.stat().st_mode & 0o777 == 0o600
-        content = backup.read_bytes()
-        for word in (b"root", b"PRIVATE KEY", b"SQLite format", b"a phrase"):
-            assert word not in content
-
-    def test_it_does_not_write_over_what_is_there(self, house, backup):
-        before = backup.read_bytes()
-        with pytest.raises(StartupError, match="--force"):
-            back_up(house, str(backup))
-        assert backup.read_bytes() == before
-        back_up(house, str(backup), force=True)
-
-    def test_it_is_written_down(self, house, backup):
-        idp = opened(house)
-        assert idp.store.list_audit(limit=1)[0].action == "backup_made"
-        idp.store.close()
-
-    @pytest.mark.parametrize("where", ["file/x", "/dev/null", "/proc/x", "/"])
-    def test_where_it_cannot_be_written_it_says_so(self, house, tmp_path, where):
-        (tmp_path / "file").write_text("no folder")
-        with pytest.raises(StartupError):
-            back_up(house, str(tmp_path / where), force=True)
-
-    def test_what_was_acknowledged_before_it_is_in_it_while_others_write(self, house, tmp_path):
-        stop, done = threading.Event(), []
-
-        def write():
-            idp = opened(house)
-            while not stop.is_set():
-                m.audit(idp, m.LOCAL, "test", "write", str(len(done)))
-                done.append(1)
-                time.sleep(0.001)  # within one process writers have no turns
-            idp.store.close()
-
-        thread = threading.Thread(target=write)
-        thread.start()
-        while len(done) < 20:
-            time.sleep(0.001)
-        counts = []
-        for number in range(3):
-            counts.append(len(done))
-            back_up(house, str(tmp_path / f"{number}.backup"))
-        stop.set()
-        thread.join()
-        for number, count in enumerate(counts):
-            copy = Store(
-                tmp_path / f"{number}.backup",
-                read_database_key(str(tmp_path / f"{number}.backup"), "a phrase", False),
-            )
-            assert len(copy.list_audit("write", 100_000)) >= count and copy.verify_audit()["valid"]
-            copy.close()
+def rows(options, port="auth"):
+    return [(row["alg"], row["state"], row["kid"]) for row in describe_keys(options) if row["port"] == port]
 
 
 class TestRestore:
@@ -259,6 +203,157 @@ class TestRestore:
         with hold_folder(str(tmp_path)), pytest.raises(StartupError, match="another backup"):
             back_up(house, str(tmp_path / "copy"), force=True)
         back_up(house, str(tmp_path / "copy"), force=True)
+    def test_on_a_new_machine_the_settings_within_it_say_where_and_open_the_keys(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = made(
+            tmp_path, db_file="data/accounts.db3", token_signing_key_pass="ring phrase", seal_key_file="data/seal"
+        )
+        back_up(options, "b")
+        folder, knows_only_the_passphrase = fresh_machine(tmp_path, monkeypatch)
+        restore(knows_only_the_passphrase, str(tmp_path / "b"))
+        assert {
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.endswith(".lock")
+        } == {"mad.conf", "data/accounts.db3", "data/seal", "token.pem", "admin_token.pem"}
+        found = load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
+        idp = open_idp(found)
+        assert found.oidc_issuer == "https://idp.example" and m.get_user(idp, "root")
+        idp.store.close()
+
+    def test_what_is_said_at_the_machine_goes_before_the_settings_within(self, house, tmp_path, monkeypatch):
+        back_up(house, "b")
+        folder, options = fresh_machine(tmp_path, monkeypatch)
+        options = Options(
+            options.origins | {"db-file": "flag --db-file"}, db_pass="a phrase", db_file="elsewhere.db3"
+        )
+        restore(options, str(tmp_path / "b"))
+        assert (folder / "elsewhere.db3").exists() and not (folder / "mad.db3").exists()
+
+    def test_a_revoked_key_does_not_come_back(self, house):
+        """Whoever stole it could sign what is issued after the restore."""
+        stolen = next(row["kid"] for row in describe_keys(house) if row["alg"] == "ES256" and row["port"] == "auth")
+        back_up(house, "b")
+        revoke_key(house, stolen)
+        for _ in range(2):  # and the box that was restored still knows it
+            assert restore(house, "b")["knows_revoked"] is True
+            assert stolen not in kids(house)
+            assert [row["state"] for row in describe_keys(house)] == ["active"] * 3
+            idp = open_idp(house)
+            assert f"still_revoked={stolen}" in idp.store.list_audit("restored", 1)[0].secondary
+            idp.store.close()
+
+    def test_where_what_was_here_cannot_be_read_it_says_so_and_restores(self, house, tmp_path):
+        back_up(house, "b")
+        content = bytearray((tmp_path / "mad.db3").read_bytes())
+        content[100:200] = bytes(100)
+        (tmp_path / "mad.db3").write_bytes(content)
+        assert restore(house, "b")["knows_revoked"] is False
+        idp = open_idp(house)
+        assert m.get_user(idp, "root")
+        idp.store.close()
+
+    def test_what_a_killed_server_left_in_its_log_does_not_get_into_the_restored_database(self, house, tmp_path):
+        back_up(house, "b")
+
+        def write():
+            idp = open_idp(house)
+            m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+            die()
+
+        assert in_child(write) == signal.SIGKILL
+        assert (tmp_path / "mad.db3-wal").stat().st_size
+        for name in ("mad.db3", "mad.db3-wal"):
+            shutil.copy(tmp_path / name, tmp_path / f"{name}.kept")
+        assert in_child(lambda: restore(house, "b", lambda name: name == "committed" and die())) == signal.SIGKILL
+        shutil.copy(tmp_path / "mad.db3-wal.kept", tmp_path / "mad.db3-wal")
+        recover_setup(house.origins["config"])
+        idp = open_idp(house)
+        assert (
+            idp.store.find_account_by_name("late") is None
+            and idp.store.verify_audit()["valid"]
+            and idp.store.check_whole() == ""
+        )
+        idp.store.close()
+
+    def test_its_epoch_is_later_than_what_either_box_issued_whatever_the_clock_says(self, house):
+        back_up(house, "b")
+        idp = open_idp(house)
+        idp.store.put_meta("revoked_before", 9_000_000_000_000)
+        idp.store.close()
+        restore(house, "b")
+        idp = open_idp(house)
+        answer = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)
+        assert idp.revoked_before > 9_000_000_000_000 and m.verify_access_token(
+            idp, idp.auth_ring, house.auth_issuer, answer["access_token"]
+        )
+        idp.store.close()
+
+    def test_a_flipped_byte_anywhere_is_refused(self, house, tmp_path):
+        """Every page in order, a byte of it by chance."""
+        back_up(house, "b")
+        content, before = (tmp_path / "b").read_bytes(), None
+        chance = random.Random(1)
+        key = read_database_key("b", "a phrase", False)
+        for page in range(0, len(content), 4096):
+            at = page + chance.randrange(16 if page == 0 else 0, 4096)
+            bad = bytearray(content)
+            bad[at] ^= 1 << chance.randrange(8)
+            (tmp_path / "bad").write_bytes(bad)
+            with pytest.raises(StartupError):
+                check_copy("bad", key)
+        before = states(tmp_path)
+        with pytest.raises(StartupError):
+            restore(house, "bad")
+        assert states(tmp_path) == before
+
+    def test_a_full_disk_leaves_everything_as_it_was(self, house, tmp_path):
+        back_up(house, "b")
+        before = states(tmp_path)
+        size = (tmp_path / "b").stat().st_size
+        for room in (2000, 50_000, size - 1):
+
+            def work():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+                assert main(["restore", "b", "--config", str(tmp_path / "mad.conf")]) == 1, "refused, with a sentence"
+
+            assert in_child(work) == 0
+            assert states(tmp_path) == before
+
+    @pytest.mark.parametrize("when", ["journal", "database", "config", "seal", "auth", "admin", "staged", "committed"])
+    def test_killed_on_a_new_machine_there_is_all_or_nothing(self, house, tmp_path, monkeypatch, when):
+        back_up(house, "b")
+        folder, options = fresh_machine(tmp_path, monkeypatch)
+        assert (
+            in_child(lambda: restore(options, str(tmp_path / "b"), lambda name: name == when and die()))
+            == signal.SIGKILL
+        )
+        recover_setup(options.origins["config"])
+        assert set(states(folder)) == (set(FILES) if when == "committed" else set())
+
+    def test_it_waits_for_nobody_and_nobody_works_beside_it(self, house, tmp_path):
+        back_up(house, "b")
+        with (
+            hold_setup(house.origins["config"], beside_others=True),
+            hold_setup(house.origins["config"], beside_others=True),
+        ):
+            with pytest.raises(StartupError, match="at work"):
+                restore(house, "b")
+        with hold_setup(house.origins["config"]):
+            for words in (["backup", "c"], ["keys", "list"], ["factory-reset", "--yes"]):
+                assert main([*words, "--config", str(tmp_path / "mad.conf")]) == 1
+        assert not (tmp_path / "c").exists() and (tmp_path / "mad.db3").exists()
+
+    def test_root_leaves_no_file_that_the_user_of_the_server_could_not_read(self, house, monkeypatch):
+        back_up(house, "b")
+        if not os.stat(house.db_file).st_uid:
+            os.chown(house.db_file, 12345, -1)
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        for act in (
+            lambda: restore(house, "b"), lambda: back_up(house, "c"), lambda: rotate_keys(house, ["auth"]),
+        ):
+            with pytest.raises(StartupError, match="belongs to user"):
+                act()
 
 
 class TestLinks:
@@ -303,59 +398,6 @@ class TestLinks:
 
 
 class TestKeys:
-    def test_the_next_key_is_published_before_it_signs_and_the_old_one_until_its_last_token_is_dead(
-        self, house, monkeypatch
-    ):
-        """A client that caches the key set for its max-age never meets a kid it does not know."""
-        start = time.time()
-        now = [start]
-        idp = opened(house, lambda: now[0])
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-        cached, cached_at, tokens, signed_by = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0], [], set()
-        rotated = False
-        for _ in range(120):
-            now[0] += 60
-            idp.rings_until = 0
-            if now[0] >= cached_at + 300:
-                cached, cached_at = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0]
-            if not rotated and now[0] > start + 1000:
-                with monkeypatch.context() as patched:
-                    patched.setattr("appliance.recovery.open_idp", lambda options: opened_with(open_idp, options, now))
-                    rotate_keys(house, ["auth"])
-                rotated = True
-            token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
-                "access_token"
-            ]
-            tokens.append((token, now[0]))
-            signed_by.add(jwt.get_unverified_header(token)["kid"])
-            for old, at in tokens:
-                if at + 3600 > now[0]:
-                    jwt.decode(
-                        old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"],
-                        options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False},
-                    )
-            advance_key_states(idp)
-        assert len(signed_by) == 2 and [row["state"] for row in describe_keys(house) if row["port"] == "auth"] == [
-            "active", "active",
-        ], "the retired ones are gone"
-        idp.store.close()
-
-    def test_a_clock_set_back_undoes_nothing(self, house):
-        now = [time.time()]
-        rotate_keys(house, ["auth"], ["ES256"])
-        idp = opened(house, lambda: now[0])
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-        before = idp.auth_ring.access.kid
-        now[0] += 901
-        advance_key_states(idp)
-        idp.rings_until = 0
-        after = idp.auth_ring.access.kid
-        now[0] -= 5000
-        idp.rings_until = 0
-        advance_key_states(idp)
-        assert before != after == idp.auth_ring.access.kid
-        idp.store.close()
-
     def test_two_rotations_at_once_are_one(self, house):
         rotate_keys(house, ["auth"])
         with pytest.raises(StartupError, match="waits to sign"):
@@ -382,15 +424,6 @@ class TestKeys:
         )
         with pytest.raises(StartupError):
             revoke_key(house, kid)
-        idp.store.close()
-
-    def test_a_ring_that_cannot_be_read_leaves_the_keys_at_work(self, house, tmp_path):
-        idp = opened(house)
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
-        kid = idp.auth_ring.access.kid
-        (tmp_path / "token.pem").write_text("nonsense")
-        idp.rings_until = 0
-        assert idp.auth_ring.access.kid == kid
         idp.store.close()
 
 
@@ -488,23 +521,38 @@ class TestFactoryReset:
             and (tmp_path / "mad.conf").exists()
         )
         set_up(house, Answers("root", "root@example.org", PASSWORD))
+    @pytest.mark.parametrize("nth", range(1, 5))
+    def test_cut_off_in_the_middle_it_is_done_by_doing_it_again(self, house, tmp_path, nth):
 
-
-def opened_with(real, options, now):
-    idp = real(options)
-    idp.clock = lambda: now[0]
-    return idp
-
-
-    def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
         def work():
-            os.replace = die
-            rotate_keys(house, ["auth"])
+            real, calls = os.unlink, []
 
-        in_child(work)
-        assert list(tmp_path.glob("*.new"))
+            def deadly(path):
+                real(path)
+                calls.append(path)
+                if len(calls) == nth:
+                    die()
+
+            os.unlink = deadly
+            factory_reset(house)
+
+        assert in_child(work) == signal.SIGKILL
+        assert not (tmp_path / "seal.key").exists()
         factory_reset(house)
-        assert not list(tmp_path.glob("*.new"))
+        assert set(states(tmp_path)) == {"mad.conf"}
+
+    def test_what_lay_there_is_overwritten_before_it_goes(self, house, tmp_path):
+        """A second name of the same file shows what is left on the disk."""
+        before = {}
+        for name in FILES[1:]:
+            os.link(tmp_path / name, tmp_path / f"kept {name}")
+            before[name] = (tmp_path / name).read_bytes()
+        factory_reset(house)
+        for name, content in before.items():
+            left = (tmp_path / f"kept {name}").read_bytes()
+            assert len(left) == len(content) and not any(
+                content[at : at + 32] in left for at in range(0, len(content) - 31, 512)
+            )
 
 
 class TestBesideARunningServer:
@@ -554,13 +602,258 @@ class TestBesideARunningServer:
             box.stop()
             assert box.run("factory-reset", "--yes").returncode == 0 and box.run("serve").returncode == 1
 
-    @pytest.mark.parametrize(
-        "words",
-        [
-            ["backup"], ["backup", "a", "b"], ["restore"], ["keys"], ["keys", "turn"], ["keys", "revoke"],
-            ["keys", "rotate", "--ring", "x"], ["admin"], ["admin", "recover"], ["admin", "destroy", "--username", "x"],
-        ],
-    )
-    def test_bad_usage_is_two(self, tmp_path, words):
+    def test_typed_wrongly_it_destroys_nothing(self, tmp_path):
         box = Box(tmp_path / "data").set_up()
-        assert box.run(*words).returncode == 2
+        assert box.run("factory-reset").returncode == 1 and (box.folder / "mad.db3").exists()
+        assert box.run("restore", "nothing").returncode == 1
+        box.run("backup", "b")
+        done = box.run("restore", "b", MAD_DB_PASS="another")
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "another" not in done.stderr
+    def log_in(self, box, username, password, **more):
+        return box.admin("POST", "/token", {"username": username, "password": password, "client_id": "test"} | more)
+
+    def recover(self, box, username, *words):
+        done = box.run("admin", "recover", "--username", username, "--password-stdin", *words, input=NEW + "\n")
+        assert done.returncode == 0 and NEW not in done.stdout + done.stderr, done.stderr
+        return done.stdout
+
+    def test_one_of_a_new_name_is_made_and_one_who_lost_everything_gets_in_again(self, tmp_path):
+        with Box(tmp_path / "data", workers="2") as box:
+            root = box.admin_token()
+            assert "administrator second made" in self.recover(box, "Second")
+            second = self.log_in(box, "second", NEW).json["access_token"]
+            (user,) = [user for user in box.admin("GET", "/users", bearer=root).json if user["username"] == "second"]
+
+            # What can keep an administrator out: a second factor that is lost, a lockout, a role that is gone.
+            seed = box.admin("POST", f"/users/{user['id']}/totp/enroll", json_body={}, bearer=root).json["secret"]
+            assert (
+                box.admin(
+                    "POST", f"/users/{user['id']}/totp/verify", json_body={"code": pyotp.TOTP(seed).now()}, bearer=root
+                ).status
+                == 200
+            )
+            assert (
+                box.admin(
+                    "POST", f"/users/{user['id']}/set-lockout", json_body={"lockout_until": "9999-12-31T23:59:59Z"},
+                    bearer=root,
+                ).status
+                == 200
+            )
+            assert (
+                box.admin(
+                    "POST", "/roles/unassign", json_body={"user_id": user["id"], "role_id": "MadAdmin"}, bearer=root
+                ).status
+                == 200
+            )
+            assert self.log_in(box, "second", NEW).status == 403
+
+            said = self.recover(box, "second")
+            assert "recovered" in said and "no lockout" in said and "second factor" not in said
+            assert self.log_in(box, "second", NEW).status == 403, "the second factor stays unless it is to go"
+            assert "no second factor" in self.recover(box, "second", "--disable-totp")
+            fresh = self.log_in(box, "second", NEW)
+            assert (
+                fresh.status == 200
+                and box.admin("GET", "/users", bearer=second).status == 401
+                and box.admin("GET", "/users", bearer=root).status == 200
+            )
+            rows = box.admin("GET", "/audit-logs?action=admin_recovered", bearer=root).json
+            assert [row["actor_id"] for row in rows] == ["machine"] * 3 and [row["target"] for row in rows] == [
+                user["id"]
+            ] * 3
+            assert NEW not in box.said()
+
+    def test_no_route_leads_to_any_of_this(self):
+        """The network can neither recover, restore, rotate nor reset."""
+        for routes in (m.AUTH, m.ADMIN):
+            for route in routes.routes:
+                assert not any(
+                    word in path
+                    for path in route.paths
+                    for word in ("recover", "restore", "rotate", "factory", "keys/")
+                ), route.paths
+
+
+def test_a_restore_forgets_what_was_under_way(house, tmp_path):
+    idp = opened(house)
+    under_way(idp, m.get_user(idp, "root").id)
+    idp.store.close()
+    back_up(house, str(tmp_path / "b"))
+    restore(house, str(tmp_path / "b"))
+    idp = opened(house)
+    assert left(idp) == [0, 0]
+    idp.store.close()
+
+
+def test_the_epoch_of_a_restore_on_a_new_machine_is_later_than_what_the_backup_knows(house, tmp_path):
+    idp = opened(house)
+    idp.store.put_meta("revoked_before", 9_000_000_000_000)
+    idp.store.close()
+    back_up(house, str(tmp_path / "b"))
+    os.unlink(house.db_file)
+    restore(house, str(tmp_path / "b"))
+    idp = opened(house)
+    assert idp.revoked_before > 9_000_000_000_000
+    idp.store.close()
+
+
+def test_a_restore_waits_for_who_changes_a_ring(house, tmp_path):
+    back_up(house, str(tmp_path / "b"))
+    with m.hold_ring(house.token_signing_key_file):
+        thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
+        thread.start()
+        thread.join(1.5)
+        assert thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+class TestRotation:
+    def test_it_is_all_rings_or_none(self, house):
+        rotate_keys(house, ["admin"])
+        before = rows(house)
+        with pytest.raises(StartupError, match="waits to sign"):
+            rotate_keys(house, ["auth", "admin"])
+        assert rows(house) == before
+
+    def test_an_algorithm_that_does_not_sign_is_refused(self, house):
+        with pytest.raises(StartupError, match="no key of admin signs with RS256"):
+            rotate_keys(house, ["admin"], ["RS256"])
+
+    def test_a_clock_behind_the_times_is_put_right_first(self, house, monkeypatch):
+        """Once it is, the new key would sign at once, and no cache would know it."""
+        before = rows(house)
+        with monkeypatch.context() as patched:
+            patched.setattr(m.Idp, "now", lambda idp: RELEASED_AT - 86400)
+            with pytest.raises(StartupError, match="clock"):
+                rotate_keys(house, ["auth"])
+        assert rows(house) == before
+
+    @pytest.mark.parametrize("act", ["rotate", "revoke"])
+    @pytest.mark.parametrize("step", ["os.fsync", "os.replace", "after os.replace"])
+    @pytest.mark.parametrize("nth", [1, 2])
+    def test_killed_at_any_point_a_ring_is_whole_and_the_command_can_be_repeated(
+        self, house, monkeypatch, act, step, nth
+    ):
+        before = rows(house)
+        name = step.split(".")[-1]
+
+        def work():
+            real, calls = getattr(os, name), []
+
+            def deadly(*words):
+                calls.append(1)
+                if len(calls) == nth and not step.startswith("after"):
+                    die()
+                real(*words)
+                if len(calls) == nth:
+                    die()
+
+            setattr(os, name, deadly)
+            rotate_keys(house, ["auth", "admin"]) if act == "rotate" else revoke_key(house, before[0][2])
+
+        assert in_child(work) == (0 if act == "revoke" and name == "replace" and nth == 2 else signal.SIGKILL), (
+            "a revocation replaces one file"
+        )
+        for port in ("auth", "admin"):
+            states = [state for _, state, _ in rows(house, port)]
+            assert states.count("active") == (2 if port == "auth" else 1) and len(states) - states.count("active") in (
+                0, states.count("next"),
+            )
+        if act == "revoke" and before[0] in rows(house):
+            revoke_key(house, before[0][2])
+        if act == "revoke":
+            assert before[0][2] not in [kid for _, _, kid in rows(house)]
+        for port in ("auth", "admin"):
+            if "next" not in [state for _, state, _ in rows(house, port)]:
+                rotate_keys(house, [port])
+
+    def test_what_time_has_done_is_seen_after_a_restart_and_written_by_the_upkeep(self, house, monkeypatch):
+        (new,) = rotate_keys(house, ["auth"], ["ES256"])
+        later = time.time() + 901
+        monkeypatch.setattr(time, "time", lambda: later)
+        assert ("ES256", "active", new) in rows(house) and b"state=next" in open(
+            house.token_signing_key_file, "rb"
+        ).read()
+        idp = open_idp(house)
+        idp.clock = lambda: later
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        advance_key_states(idp)
+        idp.store.close()
+        content = open(house.token_signing_key_file, "rb").read()
+        assert b"state=next" not in content and b"state=retired" in content
+
+
+class TestUnderLoad:
+    def test_no_verification_fails_while_both_rings_rotate_and_a_stolen_key_goes(self, tmp_path):
+        """Clients of a serving box that keep the key set exactly as long as they are told."""
+        with Box(tmp_path / "data", workers="2", key_overlap="4") as box:
+            stop, failures, seen, counts = threading.Event(), [], set(), [0, 0]
+
+            def client(number):
+                cached, until = {}, 0
+                while not stop.is_set():
+                    token = box.token().json["access_token"]
+                    kid = jwt.get_unverified_header(token)["kid"]
+                    if time.monotonic() >= until:
+                        asked = time.monotonic()  # an answer that was long under way is as old as that. RFC 9111 §4.2.3
+                        answer = box.auth("/jwks.json")
+                        control = answer.headers["Cache-Control"]
+                        until = asked + int(control.partition("max-age=")[2] or 0)
+                        cached = {key["kid"]: jwt.PyJWK(key).key for key in answer.json["keys"]}
+                    try:
+                        jwt.decode(token, cached[kid], algorithms=["ES256"], audience="api")
+                    except (KeyError, jwt.PyJWTError) as error:
+                        failures.append(repr(error))
+                    seen.add(kid)
+                    counts[number] += 1
+
+            # One process made its first key set before the new key was there, and says max-age=2.
+            assert box.auth("/jwks.json").headers["Cache-Control"] == "public, max-age=2"
+            threads = [threading.Thread(target=client, args=(number,)) for number in range(2)]
+            for thread in threads:
+                thread.start()
+            try:
+                end = time.monotonic() + 60
+                while not all(counts):
+                    assert time.monotonic() < end
+                admin_token = box.admin_token()
+                done = box.run("keys", "rotate")
+                assert done.returncode == 0 and len(done.stdout.split()) == 3, done.stderr
+                while len(seen) < 2:
+                    assert time.monotonic() < end and not failures, failures
+                sofar = list(counts)
+                while any(count < before + 50 for count, before in zip(counts, sofar)):
+                    assert time.monotonic() < end and not failures, failures
+                assert box.admin("GET", "/users", bearer=admin_token).status == 200, (
+                    "the old ADMIN key is good until its last token is dead"
+                )
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
+            assert failures == [] and len(seen) == 2
+            said = json.loads(box.run("keys", "list", "--json").stdout)
+            assert sorted(row["state"] for row in said) == ["active"] * 3 + ["retired"] * 3
+            assert box.admin("GET", "/audit-logs/verify", bearer=box.admin_token()).json["valid"] is True
+
+
+class TestAtTheMachine:
+    @pytest.mark.parametrize("step", ["set_password_hash", "assign_role", "clear_totp", "append_audit"])
+    def test_killed_in_the_middle_it_has_done_nothing(self, house, step):
+        def work():
+            setattr(Store, step, die)
+            recover_admin(house, "root", NEW, drop_totp=True)
+
+        assert in_child(work) == signal.SIGKILL
+        idp = open_idp(house)
+        account, _ = m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
+        assert account.username == "root" and not idp.store.list_audit("admin_recovered")
+        idp.store.close()
+
+    def test_an_empty_answer_sets_no_password(self, house, tmp_path):
+        with pytest.raises(m.Problem):
+            recover_admin(house, "root", "")
+        idp = open_idp(house)
+        assert m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
+        idp.store.close()

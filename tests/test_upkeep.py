@@ -1,27 +1,45 @@
 """Upkeep: what is over goes, the rest stays."""
 
+import os
 import time
 
-import msgspec
-import appliance.upkeep as upkeep_room
+import jwt
 import microauthd as m
+import msgspec
 import pytest
-from conftest import CHEAP, PASSWORD, in_child
-from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper
-from appliance.base.settings import Options
+from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, die, in_child, opened
+import appliance.upkeep as upkeep_room
+from appliance.base.clock import IAT_SKEW, RELEASED_AT
 from appliance.base.database import Unavailable
+from appliance.base.settings import Options
 from appliance.base.store import Family, Session, Store, chain
-from appliance.upkeep import ClockThread, Upkeep
+from appliance.recovery import describe_keys, factory_reset, open_idp, rotate_keys
+from appliance.upkeep import ClockThread, Upkeep, advance_key_states
 
-DAY = 86400
 
-
-def purge(idp):
-    upkeep_room.purge(idp, lambda seconds: None)
+def purge(idp, pause=lambda seconds: None):
+    upkeep_room.purge(idp, pause)
 
 
 def count(idp, table):
     return idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def opened_with(real, options, now):
+    idp = real(options)
+    idp.clock = lambda: now[0]
+    return idp
+
+
+    def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
+        def work():
+            os.replace = die
+            rotate_keys(house, ["auth"])
+
+        in_child(work)
+        assert list(tmp_path.glob("*.new"))
+        factory_reset(house)
+        assert not list(tmp_path.glob("*.new"))
 
 
 class TestPurge:
@@ -160,129 +178,8 @@ class TestThread:
         assert not upkeep.is_alive() and "disk full" in idp.stream.getvalue()
 
 
-class Machine:
-    """A machine's clock and the seconds since its boot, each moved by hand."""
-
-    def __init__(self, wall, floor=None):
-        self.wall, self.boot = wall, 1000.0
-        self.keeper = Timekeeper(floor or int(wall) - 10, lambda: self.wall, lambda: self.boot, lambda: self.boot)
-
-    def pass_(self, seconds, step=0.5):
-        """Let time pass, looked at twice a second. Return whether it ever went back."""
-        went_back, before = False, self.keeper()
-        for _ in range(int(seconds / step)):
-            self.wall, self.boot = self.wall + step, self.boot + step
-            stepped = self.keeper.look()
-            assert stepped or self.keeper() >= before, "time went back"
-            went_back, before = went_back or stepped, self.keeper()
-        return went_back
-
-    @property
-    def now(self):
-        return self.keeper()
-
-
 def refuse(*words):
     raise Unavailable("the disk is full", 5)
-
-
-NOON = RELEASED_AT + 50_000.0
-YEARS = 10 * 365 * DAY
-
-
-class TestTimekeeper:
-    """Time goes on, whatever the clock does."""
-
-    def test_a_clock_that_is_right_is_followed(self):
-        box = Machine(NOON)
-        box.pass_(100)
-        assert box.now == box.wall and box.keeper.state == "right"
-        box.wall += 30  # NTP
-        box.pass_(1)
-        assert box.now == box.wall and box.keeper.state == "right"
-
-    @pytest.mark.parametrize("ahead", [130, 3600, DAY, YEARS])
-    def test_a_leap_forward_is_not_believed_for_a_minute(self, ahead):
-        box = Machine(NOON)
-        box.wall += ahead
-        box.pass_(60)
-        assert box.now == NOON + 60 and box.keeper.state == "ahead"
-        box.wall -= ahead
-        box.pass_(1)
-        assert box.now == NOON + 61 == box.wall and box.keeper.state == "right"
-
-    def test_a_leap_that_lasts_is_followed_and_one_of_years_may_still_go_back(self):
-        box = Machine(NOON)
-        box.wall += 3600
-        box.pass_(601)
-        assert box.now == box.wall and box.keeper.state == "right"
-        box.wall += YEARS
-        box.pass_(700)
-        assert box.now == box.wall and box.keeper.state == "probation"
-        box.wall -= YEARS
-        assert box.pass_(1) and box.now == box.wall == NOON + 3600 + 1302 and box.keeper.state == "right"
-
-    def test_after_a_day_a_leap_is_trusted(self):
-        box = Machine(NOON)
-        box.wall += YEARS
-        box.pass_(DAY + 700, 30)
-        assert box.keeper.state == "right" and box.now == box.wall
-
-    def test_an_hour_back_is_made_up_for_slowly(self):
-        box = Machine(NOON)
-        box.wall -= 3600
-        assert not box.pass_(3600) and 1790 < box.now - NOON < 1810 and box.keeper.state == "behind"
-        box.pass_(3600)
-        assert box.now == box.wall and box.keeper.state == "right"
-
-    def test_a_second_back_passes_unseen(self):
-        box = Machine(NOON)
-        box.wall -= 1.5
-        box.pass_(4)
-        assert box.keeper.state == "right" and box.now == box.wall
-
-    @pytest.mark.parametrize("found", [NOON, NOON + 100 * DAY])
-    def test_a_start_in_1970_goes_on_from_what_is_known_until_the_clock_is_set(self, found):
-        box = Machine(1000.0, floor=int(NOON) - 600)
-        assert box.now == NOON - 600 and box.keeper.state == "guessed"
-        box.pass_(60)
-        assert box.now == NOON - 540 and box.keeper.state == "guessed"
-        box.wall = found
-        box.pass_(1)
-        assert box.now == box.wall and box.keeper.state == ("right" if found == NOON else "probation")
-
-    def test_a_start_ten_years_ahead_may_go_back_for_a_day(self):
-        box = Machine(NOON + YEARS, floor=int(NOON))
-        assert box.keeper.state == "probation" and box.now == NOON + YEARS
-        box.wall -= YEARS - 60
-        assert box.pass_(1) and box.now == box.wall and box.keeper.state == "right"
-
-    def test_a_month_back_is_not_followed_until_somebody_says_so(self):
-        box = Machine(NOON)
-        box.wall -= 30 * DAY
-        box.pass_(1000)
-        assert box.now == NOON + 1000 and box.keeper.state == "behind"
-        box.keeper.accept()
-        assert box.now == box.wall and box.keeper.state == "right"
-
-    def test_seconds_since_boot_that_leap_are_found_out(self):
-        box = Machine(NOON)
-        box.keeper.uptime = lambda: 1000.0  # what the kernel says itself
-        box.wall, box.boot = box.wall + YEARS, box.boot + YEARS
-        box.keeper.look()
-        assert abs(box.now - NOON) < 1
-        box.keeper.uptime = lambda: box.boot - YEARS
-        box.pass_(30)
-        assert abs(box.now - NOON - 30) < 2 and box.keeper.state == "ahead"
-
-    def test_all_processes_read_the_same(self):
-        box = Machine(NOON)
-        box.wall += 60
-
-        def look():
-            box.keeper.look()
-
-        assert in_child(look) == 0 and box.now == NOON + 60
 
 
 class TestClockwork:
@@ -477,3 +374,65 @@ class TestClockwork:
         assert box.keeper.state == state
         purge(idp)
         assert (count(idp, "session") == 0) is purged
+
+
+def test_a_tombstone_stays_as_long_as_a_clock_may_be_behind(idp, auth, service, machine, clock):
+    auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
+    clock.pass_(3600 + IAT_SKEW - 1)
+    purge(idp, lambda seconds: None)
+    assert idp.store.is_revoked(machine["jti"])
+
+
+class TestKeys:
+    def test_the_next_key_is_published_before_it_signs_and_the_old_one_until_its_last_token_is_dead(
+        self, house, monkeypatch
+    ):
+        """A client that caches the key set for its max-age never meets a kid it does not know."""
+        start = time.time()
+        now = [start]
+        idp = opened(house, lambda: now[0])
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        cached, cached_at, tokens, signed_by = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0], [], set()
+        rotated = False
+        for _ in range(120):
+            now[0] += 60
+            idp.rings_until = 0
+            if now[0] >= cached_at + 300:
+                cached, cached_at = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0]
+            if not rotated and now[0] > start + 1000:
+                with monkeypatch.context() as patched:
+                    patched.setattr("appliance.recovery.open_idp", lambda options: opened_with(open_idp, options, now))
+                    rotate_keys(house, ["auth"])
+                rotated = True
+            token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
+                "access_token"
+            ]
+            tokens.append((token, now[0]))
+            signed_by.add(jwt.get_unverified_header(token)["kid"])
+            for old, at in tokens:
+                if at + 3600 > now[0]:
+                    jwt.decode(
+                        old, cached[jwt.get_unverified_header(old)["kid"]].key, algorithms=["ES256"],
+                        options={"verify_exp": False, "verify_aud": False, "verify_iat": False, "verify_nbf": False},
+                    )
+            advance_key_states(idp)
+        assert len(signed_by) == 2 and [row["state"] for row in describe_keys(house) if row["port"] == "auth"] == [
+            "active", "active",
+        ], "the retired ones are gone"
+        idp.store.close()
+
+    def test_a_clock_set_back_undoes_nothing(self, house):
+        now = [time.time()]
+        rotate_keys(house, ["auth"], ["ES256"])
+        idp = opened(house, lambda: now[0])
+        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        before = idp.auth_ring.access.kid
+        now[0] += 901
+        advance_key_states(idp)
+        idp.rings_until = 0
+        after = idp.auth_ring.access.kid
+        now[0] -= 5000
+        idp.rings_until = 0
+        advance_key_states(idp)
+        assert before != after == idp.auth_ring.access.kid
+        idp.store.close()

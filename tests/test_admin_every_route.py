@@ -1,20 +1,46 @@
-"""ADMIN as an attacker and a picky reviewer meet it: hostile names, races, rows that must be there, work that must not make others wait."""
+"""ADMIN, whatever the route: who may call it, what a change writes down, hostile names, races, big tables."""
 
 import re
 import threading
 from urllib.parse import quote
 
-import appliance.upkeep as upkeep_room
 import microauthd as m
+import msgspec
 import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
-from appliance.base.settings import Options
+import appliance.upkeep as upkeep_room
 from appliance.base.database import Unavailable
+from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
 from appliance.base.wire import HttpRefusal, _path_info
 
+PROTECTED = [
+    (method, path, route.takes)
+    for route in m.ADMIN.routes
+    if route.guard is not m.anyone
+    for method in route.methods
+    for path in route.paths
+]
+
+ONLY_JSON = [
+    (method, path)
+    for route in m.ADMIN.routes
+    if route.takes and m.FORM not in route.media
+    for method in route.methods
+    for path in route.paths
+]
+
 OTHER, CHOSEN = "another battery staple", "a secret somebody chose"
+
+HOSTILE = [
+    "x' OR '1'='1", '"; DROP TABLE account; --', "%", "_", "ünï-名前", "a b+c&d=e", "<script>", "{{7*7}}", "id-by-name",
+    "user", "retrieve", "all", "..x", "-", "null", "0", "\u202ename"[1:] + "ß",
+]
+
+
+def path_of(path):
+    return re.sub("<[a-z_]+>", "x", path)
 
 
 @pytest.fixture
@@ -28,6 +54,57 @@ def options(tmp_path):
 def wire(path):
     """Return a path as the connection hands it to the application."""
     return _path_info(quote(path, safe="/").encode())
+
+
+def forget_the_bug(idp):
+    """The traceback in the log is the one this test made."""
+    idp.stream.seek(0)
+    idp.stream.truncate()
+
+
+class TestEveryProtectedRoute:
+    @pytest.mark.parametrize("method, path, takes", PROTECTED)
+    def test_refuses_strangers_and_tells_them_nothing(
+        self, admin, auth, log_in, root, admin_token, change, clock, method, path, takes
+    ):
+        def ask(token):
+            return admin(method, path_of(path), bearer=token, json_body=b"{not json" if takes else None)
+
+        user = log_in(root, scope="openid")
+        for token in (None, "x.y.z", user["access_token"], user["id_token"], user["refresh_token"]):
+            answer = ask(token)
+            assert (
+                answer.status == 401
+                and answer.headers["www-authenticate"].startswith("Bearer")
+                and "errors" not in answer.json
+            )
+        change("UPDATE account SET is_active = 0 WHERE id = :id", id=root.id)
+        assert ask(admin_token).status == 401, "a deactivated administrator"
+        change("UPDATE account SET is_active = 1 WHERE id = :id", id=root.id)
+        clock.pass_(3600)
+        assert ask(admin_token).status == 401, "an expired token"
+
+    @pytest.mark.parametrize("method, path, takes", PROTECTED)
+    def test_refuses_a_demoted_administrator(self, admin, root, admin_token, change, method, path, takes):
+        change("DELETE FROM user_role WHERE user_id = :id", id=root.id)
+        assert admin(method, path_of(path), bearer=admin_token, json_body={} if takes else None).status == 401
+
+    @pytest.mark.parametrize("method, path", ONLY_JSON)
+    def test_that_takes_json_takes_nothing_else(self, admin, admin_token, method, path):
+        for headers in (
+            [("CONTENT_TYPE", "text/plain")], [("CONTENT_TYPE", "")],
+            [("CONTENT_TYPE", "application/x-www-form-urlencoded")],
+        ):
+            answer = admin(method, path_of(path), bearer=admin_token, json_body={"name": "x"}, headers=headers)
+            assert (answer.status, answer.json["error"]) == (415, "unsupported_media_type")
+
+    @pytest.mark.parametrize("method, path, takes", [row for row in PROTECTED if row[2]])
+    def test_refuses_a_bad_body_without_a_word_of_it(self, idp, call, service, root, method, path, takes):
+        path = path_of(path.replace("/clients/<id>", "/clients/service").replace("/users/<id>", "/users/root"))
+        # An empty list is a list of roles; an empty object may be one where nothing is required.
+        for body in (b"", b"5", b"{", b"null", b"[5]", b"[" * 60_000, b'{"' + b"x" * 60_000):
+            answer = call(method, path, body)
+            assert answer.status == 400 and answer.json["error"] == "invalid_request" and b"xxx" not in answer.body
 
 
 class TestEveryChangeLeavesARow:
@@ -263,12 +340,6 @@ class TestWhoAsksIsWrittenDown:
         assert [(row.action, row.actor_id) for row in idp.store.list_audit(limit=2)] == [
             ("audit_purge_begun", root.id), ("purge_begun", root.id),
         ]
-
-
-HOSTILE = [
-    "x' OR '1'='1", '"; DROP TABLE account; --', "%", "_", "ünï-名前", "a b+c&d=e", "<script>", "{{7*7}}", "id-by-name",
-    "user", "retrieve", "all", "..x", "-", "null", "0", "\u202ename"[1:] + "ß",
-]
 
 
 class TestHostileNames:
@@ -615,3 +686,198 @@ class TestBigTables:
             page.headers["x-total-count"]
         )
         assert call("GET", "/users?limit=1&offset=2000").json[0]["username"] == "u01999"  # root stands before, with r
+
+
+class TestAudit:
+    def test_an_introspection_names_the_administrator_who_asked(self, idp, call, root, machine):
+        assert call("POST", "/introspect", {"token": machine["access_token"]}).status == 200
+        row = idp.store.list_audit("admin.auth.token.introspect")[0]
+        assert (row.actor_id, row.target) == (root.id, "service")
+
+    def test_a_purge_is_written_down_before_its_first_row_goes(self, idp, call, root, monkeypatch):
+        monkeypatch.setattr(idp.store, "purge_sessions", lambda *words, **more: 1 / 0)
+        assert call("POST", "/sessions/purge", {"older_than_seconds": 0}).status == 500
+        assert idp.store.list_audit(limit=1)[0].action == "purge_begun"
+        forget_the_bug(idp)
+
+    @pytest.mark.parametrize(
+        "method, path, body",
+        [
+            ("POST", "/users", {"username": "new", "email": "new@example.org", "password": PASSWORD}),
+            ("PUT", "/users/alice", {"email": "x@example.org"}), ("POST", "/users/alice/verify-email", None),
+            ("POST", "/users/alice/deactivate", None),
+            ("POST", "/users/alice/reset", {"new_password": "another battery staple"}),
+            ("POST", "/users/alice/set-lockout", {"lockout_until": None}), ("POST", "/users/alice/revoke", None),
+            ("POST", "/users/alice/totp/enroll", {}), ("DELETE", "/users/alice", None),
+            ("POST", "/roles", {"name": "x"}), ("POST", "/permissions", {"name": "x"}),
+            ("POST", "/scopes", {"name": "x"}), ("PUT", "/scopes/api:read", {"desc": "x"}),
+            ("DELETE", "/scopes/api:read", None),
+            ("POST", "/clients", {"client_id": "x", "client_secret": "sixteen characters"}),
+            ("PUT", "/clients/service", {"display_name": "x"}),
+            ("POST", "/clients/secret", {"client_id": "service", "new_secret": "sixteen characters"}),
+            ("POST", "/clients/service/revoke", None), ("POST", "/clients/service/redirect-uris", "https://a.example/"),
+            ("POST", "/client/options/ENABLE_TOTP", {"client_id": "service", "enabled": True}),
+            ("POST", "/client/options/TOTP_ISSUER/ext", {"client_id": "service", "options": "x"}),
+            ("POST", "/clients/service/idp", {"provider_key": "x"}), ("DELETE", "/clients/service", None),
+            ("POST", "/clients/service/scopes", {"scope_ids": ["api:read"]}),
+            ("DELETE", "/clients/service/scopes/api:read", None),
+            ("POST", "/users/alice/scopes", {"scope_ids": ["api:write"]}), ("POST", "/logout", None),
+        ],
+    )
+    def test_every_change_leaves_a_row_in_its_own_transaction(
+        self, idp, call, root, alice, service, monkeypatch, method, path, body
+    ):
+        before = idp.store.list_audit(limit=1)[0].seq
+        table = idp.store.connection.execute("SELECT count(*), max(modified_at) FROM account").fetchone()
+        append = idp.store.append_audit
+        monkeypatch.setattr(idp.store, "append_audit", lambda *words: 1 / 0)
+        assert call(method, path, body).status == 500, "a change that cannot be written down is none"
+        assert idp.store.connection.execute("SELECT count(*), max(modified_at) FROM account").fetchone() == table
+        forget_the_bug(idp)
+        monkeypatch.setattr(idp.store, "append_audit", append)
+        made = method == "POST" and path.endswith(("/redirect-uris", "/idp"))
+        assert call(method, path, body).status == (201 if made else 200)
+        rows = [row for row in idp.store.list_audit(limit=10) if row.seq > before]
+        assert (
+            rows
+            and {row.actor_id for row in rows} == {root.id}
+            and not any("another battery" in str(row) or "sixteen" in str(row) for row in rows)
+        )
+
+
+class TestLostUpdates:
+    """RFC 9110 §13.1.1"""
+
+    @pytest.mark.parametrize(
+        "path, body",
+        [
+            ("/users/alice", {"email": "x@example.org"}), ("/roles/ops", {"description": "x"}),
+            ("/permissions/open", {"name": "close"}), ("/scopes/api:read", {"desc": "x"}),
+            ("/clients/service", {"display_name": "x"}),
+        ],
+    )
+    def test_a_change_that_was_not_seen_is_not_overwritten(self, call, alice, service, path, body):
+        call("POST", "/roles", {"name": "ops"})
+        call("POST", "/permissions", {"name": "open"})
+        seen = call("GET", path).headers["etag"]
+        assert call("PUT", path, body, headers=[("If-Match", '"other"')]).json["error"] == "precondition_failed"
+        changed = call("PUT", path, body, headers=[("If-Match", f'"x", {seen}')])
+        assert changed.status == 200 and changed.headers["etag"] != seen
+        path = path.replace("open", "close")
+        assert (
+            call("PUT", path, body, headers=[("If-Match", seen)]).status == 412
+            and call("DELETE", path, headers=[("If-Match", seen)]).status == 412
+        )
+        assert (
+            call("PUT", path, body, headers=[("If-Match", "*")]).status == 200 and call("PUT", path, body).status == 200
+        )
+        assert (
+            call("DELETE", path, headers=[("If-Match", call("GET", path).headers["etag"])]).status == 200
+            and call("GET", path).status == 404
+        )
+
+    @pytest.mark.parametrize(
+        "path, body",
+        [
+            ("/users", {"username": "new", "email": "new@example.org", "password": PASSWORD}),
+            ("/roles", {"name": "new"}), ("/permissions", {"name": "new"}), ("/scopes", {"name": "new"}),
+            ("/clients", {"client_id": "new", "client_secret": "sixteen characters"}),
+        ],
+    )
+    def test_of_two_who_create_the_same_at_once_one_does(self, call, path, body):
+        barrier, answers = threading.Barrier(2), []
+
+        def create():
+            barrier.wait()
+            answers.append(call("POST", path, body))
+
+        threads = [threading.Thread(target=create) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(answer.status for answer in answers) == [200, 409]
+
+
+class TestMassAssignment:
+    """Members that are not for the caller to set do nothing, on every route that takes an object."""
+
+    def test_no_object_has_a_member_of_the_store_it_should_not(self):
+        hidden = {
+            "password_hash", "secret_hash", "revoked_before", "is_protected", "failed_logins", "lockouts",
+            "totp_sealed", "totp_pending_sealed", "created_at", "row_sha256", "seq", "modified_at",
+        }
+        for routes in (m.AUTH, m.ADMIN):
+            for route in routes.routes:
+                assert not hidden & set(m.members_of(route.takes) if route.takes else ()), route.paths
+
+    def test_no_answer_has_a_hash_or_a_seed(self):
+        for struct in vars(m).values():
+            if (
+                isinstance(struct, type)
+                and issubclass(struct, msgspec.Struct)
+                and any(
+                    route.gives in (struct, list[struct]) for routes in (m.AUTH, m.ADMIN) for route in routes.routes
+                )
+            ):
+                assert not {"password_hash", "secret_hash", "totp_sealed", "token_sha256"} & set(
+                    struct.__struct_fields__
+                ), struct
+
+
+class TestLastAdministrator:
+    """Nobody who administers can be taken away when nobody else could log in."""
+
+    AWAY = [
+        ("DELETE", "/users/root", None), ("POST", "/users/deactivate/root", None),
+        ("PUT", "/users/root", {"is_active": False}),
+        ("POST", "/users/root/set-lockout", {"lockout_until": "9999-12-31T23:59:59Z"}),
+        ("PUT", "/users/root", {"lockout_until": "9999-12-31T23:59:59Z"}),
+        ("POST", "/roles/unassign", {"user_id": "root", "role_id": "MadAdmin"}),
+        ("POST", "/roles/remove", {"user_id": "root", "role_id": MAD_ADMIN_ROLE_ID}),
+        ("PUT", "/users/root/roles", []),
+    ]
+
+    @pytest.mark.parametrize("method, path, body", AWAY)
+    def test_the_last_one_stays(self, call, new_user, method, path, body):
+        new_user("locked", admin=True)
+        assert call("POST", "/users/locked/set-lockout", {"lockout_until": "9999-12-31T23:59:59Z"}).status == 200
+        answer = call(method, path, body)
+        assert (answer.status, answer.json["error"]) == (409, "last_administrator") and call(
+            "GET", "/users"
+        ).status == 200
+
+    @pytest.mark.parametrize("method, path, body", AWAY)
+    def test_one_of_two_goes_and_its_token_at_once(self, call, admin, new_user, method, path, body):
+        new_user("other", admin=True)
+        other = admin.post("/token", {"username": "other", "password": PASSWORD}).json["access_token"]
+        assert call(method, path, body).status == 200 and call("GET", "/users").status == 401
+        assert admin.get("/users", bearer=other).status == 200
+
+    def test_two_who_take_the_right_from_each_other_leave_one(self, idp, admin, new_user):
+        tokens = {}
+        for name in ("ann", "ben"):
+            new_user(name, admin=True)
+            tokens[name] = admin.post("/token", {"username": name, "password": PASSWORD}).json["access_token"]
+        for _ in range(5):
+            barrier, statuses = threading.Barrier(2), []
+
+            def demote(actor, victim):
+                barrier.wait()
+                statuses.append(
+                    admin(
+                        "POST", "/roles/unassign", bearer=tokens[actor],
+                        json_body={"user_id": victim, "role_id": "MadAdmin"},
+                    ).status
+                )
+
+            threads = [threading.Thread(target=demote, args=pair) for pair in (("ann", "ben"), ("ben", "ann"))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            left = idp.store.list_able_admins(idp.now(), "")
+            assert len(left) == 1 or sum(m.is_admin(idp, m.get_user(idp, name).id) for name in tokens) == 1, statuses
+            for name in tokens:
+                idp.store.assign_role(m.get_user(idp, name).id, MAD_ADMIN_ROLE_ID, idp.now())
+                tokens[name] = admin.post("/token", {"username": name, "password": PASSWORD}).json["access_token"]

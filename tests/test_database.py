@@ -1,0 +1,348 @@
+"""The engine under the store: opening a file, connections, transactions, durability, generations."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+
+import microauthd as m
+import pytest
+import sqlcipher3
+from appliance.base import StartupError
+from appliance.base.database import Conflict, Generation, Unavailable, derive_key, read_database_key
+from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "mad.db3"
+    Store.make(path, derive_key("right phrase", os.urandom(16)), 1).close()
+    return path
+
+
+def open_it(path, passphrase="right phrase", unencrypted=False):
+    store = Store(path, read_database_key(str(path), passphrase, unencrypted))
+    try:
+        store.open()
+        return store.meta("created_at")
+    finally:
+        store.close()
+
+
+class TestOpening:
+    def spoil(self, path, case):
+        if case == "truncated":
+            os.truncate(path, 300)
+        elif case == "zero length":
+            os.truncate(path, 0)
+        elif case == "garbage":
+            path.write_bytes(os.urandom(50_000))
+        elif case == "header":
+            self.flip(path, 5)
+        elif case == "middle page":
+            self.flip(path, 4096 * 3 + 100)
+        elif case == "newer":
+            store = Store(path, read_database_key(str(path), "right phrase", False))
+            store.connection.execute("PRAGMA user_version = 99")
+            store.close()
+        elif case == "not ours":
+            path.unlink()
+            connection = sqlcipher3.connect(str(path))
+            connection.execute("CREATE TABLE x (y)")
+            connection.close()
+
+    def flip(self, path, at):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(bytes(content))
+
+    @pytest.mark.parametrize(
+        "case, passphrase, unencrypted, word",
+        [
+            ("wrong", "wrong phrase", False, "db-pass is wrong"), ("missing", "", False, "no db-pass"),
+            ("missing", "right phrase", True, "no db-pass"), ("truncated", "right phrase", False, "truncated"),
+            ("zero length", "right phrase", False, "truncated"), ("garbage", "right phrase", False, "damaged"),
+            ("header", "right phrase", False, "damaged"), ("middle page", "right phrase", False, ""),
+            ("newer", "right phrase", False, "newer"), ("not ours", "", False, "not a microauthd database"),
+            ("not ours", "right phrase", False, "not encrypted"),
+        ],
+    )
+    def test_what_is_wrong_is_one_sentence_and_the_file_stays(
+        self, tmp_path, encrypted, case, passphrase, unencrypted, word
+    ):
+        path = tmp_path / "mad.db3"
+        shutil.copyfile(encrypted, path)
+        self.spoil(path, case)
+        before = path.read_bytes()
+        with pytest.raises(StartupError) as caught:
+            open_it(path, passphrase, unencrypted)
+        assert word in str(caught.value) and "\n" not in str(caught.value)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["mad.db3"]
+
+    def test_it_opens_with_its_passphrase(self, encrypted):
+        assert open_it(encrypted) == "1"
+
+    def test_the_tools_of_sqlcipher_open_it_with_the_passphrase(self, encrypted):
+        connection = sqlcipher3.connect(str(encrypted))
+        connection.execute("PRAGMA key = 'right phrase'")
+        assert connection.execute("SELECT count(*) FROM scope").fetchone() == (5,)
+        connection.close()
+
+    def test_nothing_of_it_is_readable(self, encrypted):
+        assert b"CREATE TABLE" not in encrypted.read_bytes() and not encrypted.read_bytes().startswith(b"SQLite")
+
+
+    def test_a_path_may_hold_any_character(self, tmp_path):
+        path = tmp_path / "a?b=c&d%41#e \xe4.db3"
+        Store.make(path, "", 1).close()
+        assert path.exists() and sorted(os.listdir(tmp_path)) == [path.name] and open_it(path, "") == "1"
+
+    def test_a_database_is_never_made_over_another(self, encrypted):
+        before = encrypted.read_bytes()
+        with pytest.raises(FileExistsError):
+            Store.make(encrypted, "", 1)
+        assert encrypted.read_bytes() == before
+
+    def test_it_is_its_owners_alone_whatever_the_umask(self, tmp_path):
+        mask = os.umask(0)
+        try:
+            Store.make(tmp_path / "mad.db3", "", 1).close()
+        finally:
+            os.umask(mask)
+        assert (tmp_path / "mad.db3").stat().st_mode & 0o777 == 0o600
+
+
+class TestConnections:
+    def test_a_thread_that_ends_gives_its_connection_back(self, idp):
+        import threading
+
+        from appliance.base.database import SPARE_CONNECTIONS
+
+        idp.store.meta("created_at")
+        before = len(idp.store.connections)
+        for _ in range(5):
+            gate = threading.Barrier(20)
+
+            def read(gate=gate):
+                gate.wait()
+                assert idp.store.meta("created_at")
+                gate.wait()
+
+            threads = [threading.Thread(target=read) for _ in range(20)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(idp.store.connections) <= before + SPARE_CONNECTIONS
+
+
+class TestWriting:
+    def test_two_durabilities(self, idp, machine):
+        idp.store.flush()
+        assert idp.store.connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert idp.store.batch_connection.execute("PRAGMA synchronous").fetchone() == (1,)
+
+    def test_every_thread_is_durable(self, idp):
+        found = []
+        thread = threading.Thread(
+            target=lambda: found.append(idp.store.connection.execute("PRAGMA synchronous").fetchone())
+        )
+        thread.start()
+        thread.join()
+        assert found == [(2,)]
+
+    def test_an_inner_transaction_joins_the_outer(self, idp):
+        with pytest.raises(ZeroDivisionError), idp.store.transaction():
+            with idp.store.transaction(identity=True):
+                idp.store.put_meta("inner", 1)
+            1 / 0
+        assert idp.store.meta("inner") == ""
+
+    def test_a_conflict_is_one_at_its_statement_in_a_joined_transaction_too(self, idp):
+        with idp.store.transaction():
+            with pytest.raises(Conflict):
+                idp.store.run("UPDATE role SET name = NULL")
+        assert m.get_role(idp, MAD_ADMIN_ROLE_ID).name
+
+    def test_only_a_change_of_identity_bumps_the_generation_and_only_when_committed(self, idp):
+        before = idp.store.generation.read()
+        idp.store.put_meta("x", 1)
+        with pytest.raises(ZeroDivisionError), idp.store.transaction(identity=True):
+            1 / 0
+        assert idp.store.generation.read() == before
+        with idp.store.transaction():
+            with idp.store.transaction(identity=True):
+                pass
+            assert idp.store.generation.read() == before, "not before the commit"
+        assert idp.store.generation.read() != before
+
+    def test_threads_write_one_after_the_other(self, idp):
+        idp.store.put_meta("count", 0)
+
+        def add():
+            for _ in range(20):
+                with idp.store.transaction():
+                    idp.store.put_meta("count", int(idp.store.meta("count")) + 1)
+
+        threads = [threading.Thread(target=add) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert idp.store.meta("count") == "80"
+
+    def test_a_transaction_is_all_or_nothing(self, idp):
+        with pytest.raises(ZeroDivisionError), idp.store.transaction():
+            idp.store.put_meta("half", 1)
+            m.audit(idp, m.LOCAL, "test", "half")
+            1 / 0
+        assert idp.store.meta("half") == "" and "half" not in {row.action for row in idp.store.list_audit()}
+
+    def test_a_durable_write_that_fails_says_so(self, idp, auth, service, machine):
+        idp.store.connection.execute("PRAGMA query_only = ON")
+        answer = auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
+        idp.store.connection.execute("PRAGMA query_only = OFF")
+        assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable")
+        assert auth.post("/introspect", {"token": machine["access_token"]}, auth=service).json["active"] is True
+
+    def test_without_memory_the_answer_is_503_and_a_line_of_the_log_is_left_out(
+        self, idp, auth, service, machine, monkeypatch
+    ):
+        def fail(*_, **__):
+            raise MemoryError
+
+        monkeypatch.setattr(idp.store, "is_revoked", fail)
+        answer = auth.post("/introspect", {"token": machine["access_token"]}, auth=service)
+        assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable") and answer.headers[
+            "retry-after"
+        ]
+        monkeypatch.setattr(json, "dumps", fail)
+        monkeypatch.setattr("appliance.base.log.escape", fail)
+        idp.log("refused", reason="two words")
+
+    def test_connections_of_a_failure_and_of_before_are_not_used_again(self, idp):
+        store = idp.store
+        first = store.connection
+        first.execute("PRAGMA query_only = ON")
+        with pytest.raises(Unavailable):
+            store.put_meta("x", 1)
+        second = store.connection
+        assert second is not first and first not in store.connections
+        store.put_meta("x", 1)
+        assert store.connection is not second and second not in store.connections, (
+            "it may have been opened while the disk was read-only"
+        )
+        third = store.connection
+        store.put_meta("x", 2)
+        assert store.connection is third
+
+    def test_one_waits_for_a_lock_of_others_and_the_rest_ask(self, idp, monkeypatch):
+        monkeypatch.setattr("appliance.base.database.LOCK_SECONDS", 0.3)
+        store, other = Store(idp.store.path, idp.store.key), sqlcipher3.connect(idp.store.path, isolation_level=None)
+        other.execute(f"PRAGMA key = \"x'{idp.store.key}'\"")
+        other.execute("BEGIN IMMEDIATE")
+        times = []
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(Unavailable):
+                store.put_meta("x", 1)
+            times.append(time.monotonic() - began)
+        assert times[0] > 0.25 and max(times[1:]) < 0.2, times
+        other.execute("ROLLBACK")
+        other.close()
+        store.put_meta("x", 1)
+        assert not store.generation.map[store.generation.LOCKED] and store.connection.execute(
+            "PRAGMA busy_timeout"
+        ).fetchone() == (300,)
+        store.close()
+
+    def test_a_change_is_seen_by_the_other_process(self, idp, make_idp, service):
+        other = make_idp(idp.options)
+        other.store.generation = idp.store.generation
+        assert m.find_client(other, "service").scopes == {"api:read", "api:write"}
+        m.assign_scopes(idp, m.LOCAL, "test", m.get_client(idp, "service"), ["api:secret"])
+        assert "api:secret" in m.find_client(other, "service").scopes
+
+    def test_generations_of_processes_do_not_lose_each_other(self):
+        generation = Generation()
+        before = generation.read()
+        children = []
+        for slot in (1, 2, 3):
+            pid = os.fork()
+            if pid == 0:
+                generation.slot = slot
+                for _ in range(1000):
+                    generation.bump()
+                os._exit(0)
+            children.append(pid)
+        for pid in children:
+            os.waitpid(pid, 0)
+        after = generation.read()
+        assert (
+            after != before
+            and [int.from_bytes(after[8 * slot : 8 * slot + 8], "little") for slot in (1, 2, 3)] == [1000] * 3
+        )
+
+
+def test_after_a_failed_sync_nothing_is_acknowledged_while_a_reader_keeps_the_log(idp, monkeypatch):
+    monkeypatch.setattr("appliance.base.database.LOCK_SECONDS", 0.2)
+    store = Store(idp.store.path, idp.store.key)
+    store.put_meta("x", 1)
+    reader = idp.store.connection
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM meta").fetchone()
+    store.put_meta("x", 2)
+    flags = store.generation.map
+    flags[store.generation.UNSYNCED] = 1
+    with pytest.raises(Unavailable):
+        store.put_meta("x", 3)
+    assert flags[store.generation.UNSYNCED] == 1
+    reader.execute("ROLLBACK")
+    store.put_meta("x", 4)
+    assert not flags[store.generation.UNSYNCED] and store.meta("x") == "4"
+    store.close()
+
+
+def test_where_nobody_is_left_to_serve_a_writer_does_not_wait(idp):
+    store, entered = idp.store, []
+
+    @contextlib.contextmanager
+    def last():
+        yield False
+
+    store.blocking = last
+    store.write_lock.acquire()
+    try:
+
+        def write():
+            try:
+                store.put_meta("x", 1)
+            except Unavailable as problem:
+                entered.append(problem.log)
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(3)
+    finally:
+        store.write_lock.release()
+    assert entered == ["too many wait to write"]
+
+
+def test_writers_of_all_processes_wait_for_their_turn(idp):
+    idp.store.take_turns()
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        fcntl.lockf(os.open(idp.store.path + ".lock", os.O_RDWR), fcntl.LOCK_EX)
+        os.write(writing, b"x")
+        time.sleep(0.6)
+        os._exit(0)
+    os.read(reading, 1)
+    began = time.monotonic()
+    idp.store.put_meta("x", 1)
+    took = time.monotonic() - began
+    os.waitpid(pid, 0)
+    assert took > 0.4
