@@ -489,6 +489,34 @@ class TestSecondFactor:
             "pwd", "otp", "mfa",
         ]
 
+    def test_guesses_of_the_second_step_are_slowed_as_those_of_the_first(self, idp, alice, give_totp):
+        give_totp(idp, idp.store.find_account(alice.id))
+        said = [guess(idp, alice) for _ in range(22)]
+        assert said[0] == "invalid_grant" and said[-1] == "slow_down", said
+
+    def test_a_locked_second_factor_takes_no_recovery_code_and_spends_none(self, idp, alice, give_totp):
+        give_totp(idp, idp.store.find_account(alice.id))
+        codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
+        for _ in range(m.TOTP_TRIES):
+            guess(idp, alice)
+        assert guess(idp, alice, codes[0]) == "invalid_grant" and idp.store.count_recovery_codes(alice.id) == 10
+
+    def test_who_is_locked_out_between_the_steps_stays_out(self, idp, alice, give_totp, clock):
+        seed = give_totp(idp, idp.store.find_account(alice.id))
+        clock.pass_(60)
+        idp.store.set_lockout(alice.id, idp.now() + 600, idp.now())
+        assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
+
+    def test_a_revocation_between_the_steps_spends_nothing(self, idp, alice, give_totp, clock):
+        give_totp(idp, idp.store.find_account(alice.id))
+        codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
+        proven = idp.now_ms()
+        clock.pass_(1)
+        m.end_user(idp, m.LOCAL, "t", alice.id, "x")
+        with pytest.raises(m.Problem):
+            m.check_second_factor(idp, PEER, alice.id, proven, codes[0])
+        assert idp.store.count_recovery_codes(alice.id) == 10
+
 
 class TestThrottle:
     def test_names_that_do_not_exist_are_counted_like_those_that_do(self, idp, alice):
@@ -506,6 +534,14 @@ class TestThrottle:
         with pytest.raises(m.Problem) as caught:
             m.authenticate_user(idp, m.LOCAL, "alice", "wrong wrong")
         assert caught.value.code == "slow_down" and caught.value.status == 429
+
+    def test_logins_of_a_peer_that_holds_half_the_gate_are_told_to_come_back(self, idp, alice):
+        gate = idp.hasher.gate
+        gate.taken, gate.of["192.0.2.1"] = gate.places // 2, 1
+        with pytest.raises(m.Problem) as caught:
+            m.authenticate_user(idp, m.Origin("192.0.2.1", is_local=False), "alice", PASSWORD)
+        assert caught.value.code == "slow_down"
+        assert m.authenticate_user(idp, m.Origin("192.0.2.2", is_local=False), "alice", PASSWORD)
 
 
 class TestNewUsers:
@@ -538,44 +574,3 @@ class TestNewUsers:
         with pytest.raises(m.Problem) as caught:
             m.create_user(idp, m.LOCAL, "test", m.CreateUser(**(good | {member: value})))
         assert list(caught.value.errors) == [member]
-
-
-def test_guesses_of_the_second_step_are_slowed_as_those_of_the_first(idp, alice, give_totp):
-    give_totp(idp, idp.store.find_account(alice.id))
-    said = [guess(idp, alice) for _ in range(22)]
-    assert said[0] == "invalid_grant" and said[-1] == "slow_down", said
-
-
-def test_a_locked_second_factor_takes_no_recovery_code_and_spends_none(idp, alice, give_totp):
-    give_totp(idp, idp.store.find_account(alice.id))
-    codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
-    for _ in range(m.TOTP_TRIES):
-        guess(idp, alice)
-    assert guess(idp, alice, codes[0]) == "invalid_grant" and idp.store.count_recovery_codes(alice.id) == 10
-
-
-def test_who_is_locked_out_between_the_steps_stays_out(idp, alice, give_totp, clock):
-    seed = give_totp(idp, idp.store.find_account(alice.id))
-    clock.pass_(60)
-    idp.store.set_lockout(alice.id, idp.now() + 600, idp.now())
-    assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
-
-
-def test_a_revocation_between_the_steps_spends_nothing(idp, alice, give_totp, clock):
-    give_totp(idp, idp.store.find_account(alice.id))
-    codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
-    proven = idp.now_ms()
-    clock.pass_(1)
-    m.end_user(idp, m.LOCAL, "t", alice.id, "x")
-    with pytest.raises(m.Problem):
-        m.check_second_factor(idp, PEER, alice.id, proven, codes[0])
-    assert idp.store.count_recovery_codes(alice.id) == 10
-
-
-def test_logins_of_a_peer_that_holds_half_the_gate_are_told_to_come_back(idp, alice):
-    gate = idp.hasher.gate
-    gate.taken, gate.of["192.0.2.1"] = gate.places // 2, 1
-    with pytest.raises(m.Problem) as caught:
-        m.authenticate_user(idp, m.Origin("192.0.2.1", is_local=False), "alice", PASSWORD)
-    assert caught.value.code == "slow_down"
-    assert m.authenticate_user(idp, m.Origin("192.0.2.2", is_local=False), "alice", PASSWORD)

@@ -38,28 +38,26 @@ class TestAuditRows:
         row = idp.store.list_audit(limit=1)[0]
         assert len(row.user_agent) == 200 and row.user_agent.isprintable()
 
+    def test_who_began_a_purge_of_many_slices_is_known(self, idp, monkeypatch, clock, service, alice):
+        monkeypatch.setattr("microauthd.SLICE", 2)
+        clock.pass_(40 * 86400)
+        m.audit(idp, m.LOCAL, "test", "now")
+        m.purge_audit_log(idp, m.LOCAL, "system", 30)
+        assert idp.store.list_audit("audit_purge_begun", 1)
 
-def test_who_began_a_purge_of_many_slices_is_known(idp, monkeypatch, clock, service, alice):
-    monkeypatch.setattr("microauthd.SLICE", 2)
-    clock.pass_(40 * 86400)
-    m.audit(idp, m.LOCAL, "test", "now")
-    m.purge_audit_log(idp, m.LOCAL, "system", 30)
-    assert idp.store.list_audit("audit_purge_begun", 1)
+    @pytest.mark.parametrize("act", ["access", "refresh", "user"])
+    def test_what_cannot_be_written_down_is_not_done(self, idp, auth, service, alice, log_in, monkeypatch, act):
+        issued = log_in(alice)
 
+        def fail(*_):
+            raise sqlcipher3.OperationalError("database or disk is full")
 
-@pytest.mark.parametrize("act", ["access", "refresh", "user"])
-def test_what_cannot_be_written_down_is_not_done(idp, auth, service, alice, log_in, monkeypatch, act):
-    issued = log_in(alice)
-
-    def fail(*_):
-        raise sqlcipher3.OperationalError("database or disk is full")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(idp.store, "append_audit", fail)
-        with contextlib.suppress(Unavailable):
-            if act == "user":
-                m.end_user(idp, m.LOCAL, "t", alice.id, "user_revoked")
-            else:
-                auth.post("/revoke", {"token": issued[f"{act}_token"]}, auth=service)
-    for name in ("access_token", "refresh_token"):
-        assert auth.post("/introspect", {"token": issued[name]}, auth=service).json["active"] is True
+        with monkeypatch.context() as broken:
+            broken.setattr(idp.store, "append_audit", fail)
+            with contextlib.suppress(Unavailable):
+                if act == "user":
+                    m.end_user(idp, m.LOCAL, "t", alice.id, "user_revoked")
+                else:
+                    auth.post("/revoke", {"token": issued[f"{act}_token"]}, auth=service)
+        for name in ("access_token", "refresh_token"):
+            assert auth.post("/introspect", {"token": issued[name]}, auth=service).json["active"] is True

@@ -98,21 +98,19 @@ class TestTimekeeper:
 
         assert in_child(look) == 0 and box.now == NOON + 60
 
+    def test_after_a_sleep_time_falls_back_no_more_than_for_a_minute(self):
+        box = Machine(NOON)
+        box.wall -= 3600
+        box.pass_(1)
+        before = box.now
+        box.boot, box.wall = box.boot + 3600, box.wall + 3600
+        box.keeper.look()
+        assert box.now - before >= 3600 - 31
 
-def test_after_a_sleep_time_falls_back_no_more_than_for_a_minute():
-    box = Machine(NOON)
-    box.wall -= 3600
-    box.pass_(1)
-    before = box.now
-    box.boot, box.wall = box.boot + 3600, box.wall + 3600
-    box.keeper.look()
-    assert box.now - before >= 3600 - 31
-
-
-def test_a_clock_in_probation_that_goes_back_too_far_is_not_followed():
-    box = Machine(NOON)
-    box.wall += YEARS
-    box.pass_(700)
-    assert box.keeper.state == "probation"
-    box.wall -= YEARS + 30 * DAY
-    assert not box.pass_(10) and box.now > NOON + YEARS and box.keeper.state == "behind"
+    def test_a_clock_in_probation_that_goes_back_too_far_is_not_followed(self):
+        box = Machine(NOON)
+        box.wall += YEARS
+        box.pass_(700)
+        assert box.keeper.state == "probation"
+        box.wall -= YEARS + 30 * DAY
+        assert not box.pass_(10) and box.now > NOON + YEARS and box.keeper.state == "behind"

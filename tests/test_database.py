@@ -286,63 +286,60 @@ class TestWriting:
             and [int.from_bytes(after[8 * slot : 8 * slot + 8], "little") for slot in (1, 2, 3)] == [1000] * 3
         )
 
+    def test_after_a_failed_sync_nothing_is_acknowledged_while_a_reader_keeps_the_log(self, idp, monkeypatch):
+        monkeypatch.setattr("appliance.base.database.LOCK_SECONDS", 0.2)
+        store = Store(idp.store.path, idp.store.key)
+        store.put_meta("x", 1)
+        reader = idp.store.connection
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM meta").fetchone()
+        store.put_meta("x", 2)
+        flags = store.generation.map
+        flags[store.generation.UNSYNCED] = 1
+        with pytest.raises(Unavailable):
+            store.put_meta("x", 3)
+        assert flags[store.generation.UNSYNCED] == 1
+        reader.execute("ROLLBACK")
+        store.put_meta("x", 4)
+        assert not flags[store.generation.UNSYNCED] and store.meta("x") == "4"
+        store.close()
 
-def test_after_a_failed_sync_nothing_is_acknowledged_while_a_reader_keeps_the_log(idp, monkeypatch):
-    monkeypatch.setattr("appliance.base.database.LOCK_SECONDS", 0.2)
-    store = Store(idp.store.path, idp.store.key)
-    store.put_meta("x", 1)
-    reader = idp.store.connection
-    reader.execute("BEGIN")
-    reader.execute("SELECT count(*) FROM meta").fetchone()
-    store.put_meta("x", 2)
-    flags = store.generation.map
-    flags[store.generation.UNSYNCED] = 1
-    with pytest.raises(Unavailable):
-        store.put_meta("x", 3)
-    assert flags[store.generation.UNSYNCED] == 1
-    reader.execute("ROLLBACK")
-    store.put_meta("x", 4)
-    assert not flags[store.generation.UNSYNCED] and store.meta("x") == "4"
-    store.close()
+    def test_where_nobody_is_left_to_serve_a_writer_does_not_wait(self, idp):
+        store, entered = idp.store, []
 
+        @contextlib.contextmanager
+        def last():
+            yield False
 
-def test_where_nobody_is_left_to_serve_a_writer_does_not_wait(idp):
-    store, entered = idp.store, []
+        store.blocking = last
+        store.write_lock.acquire()
+        try:
 
-    @contextlib.contextmanager
-    def last():
-        yield False
+            def write():
+                try:
+                    store.put_meta("x", 1)
+                except Unavailable as problem:
+                    entered.append(problem.log)
 
-    store.blocking = last
-    store.write_lock.acquire()
-    try:
+            thread = threading.Thread(target=write, daemon=True)
+            thread.start()
+            thread.join(3)
+        finally:
+            store.write_lock.release()
+        assert entered == ["too many wait to write"]
 
-        def write():
-            try:
-                store.put_meta("x", 1)
-            except Unavailable as problem:
-                entered.append(problem.log)
-
-        thread = threading.Thread(target=write, daemon=True)
-        thread.start()
-        thread.join(3)
-    finally:
-        store.write_lock.release()
-    assert entered == ["too many wait to write"]
-
-
-def test_writers_of_all_processes_wait_for_their_turn(idp):
-    idp.store.take_turns()
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        fcntl.lockf(os.open(idp.store.path + ".lock", os.O_RDWR), fcntl.LOCK_EX)
-        os.write(writing, b"x")
-        time.sleep(0.6)
-        os._exit(0)
-    os.read(reading, 1)
-    began = time.monotonic()
-    idp.store.put_meta("x", 1)
-    took = time.monotonic() - began
-    os.waitpid(pid, 0)
-    assert took > 0.4
+    def test_writers_of_all_processes_wait_for_their_turn(self, idp):
+        idp.store.take_turns()
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            fcntl.lockf(os.open(idp.store.path + ".lock", os.O_RDWR), fcntl.LOCK_EX)
+            os.write(writing, b"x")
+            time.sleep(0.6)
+            os._exit(0)
+        os.read(reading, 1)
+        began = time.monotonic()
+        idp.store.put_meta("x", 1)
+        took = time.monotonic() - began
+        os.waitpid(pid, 0)
+        assert took > 0.4

@@ -410,18 +410,22 @@ class TestRefresh:
         assert self.turn(auth, service, token).json["error"] == "invalid_grant"
 
 
-def test_a_code_of_the_millisecond_of_an_epoch_is_dead(idp, auth, service, alice, change):
-    for number, gap in ((0, 1), (1, 0)):
-        ms, now = idp.now_ms(), idp.now()
-        idp.store.add_code(
-            AuthorizationCode(
-                m.sha256(f"code{number}"), "service", alice.id, f"s{number}", "https://x", "", "", "", "", "", "pwd",
-                now, ms, now + 60, None, "", 0,
+class TestAuthorizationCode:
+    """RFC 6749 §4.1, the rest of it: test_login.py"""
+
+
+    def test_a_code_of_the_millisecond_of_an_epoch_is_dead(self, idp, auth, service, alice, change):
+        for number, gap in ((0, 1), (1, 0)):
+            ms, now = idp.now_ms(), idp.now()
+            idp.store.add_code(
+                AuthorizationCode(
+                    m.sha256(f"code{number}"), "service", alice.id, f"s{number}", "https://x", "", "", "", "", "",
+                    "pwd", now, ms, now + 60, None, "", 0,
+                )
             )
-        )
-        change("UPDATE client SET revoked_before = :ms", ms=ms - gap)
-        answer = auth.post(
-            "/token", {"grant_type": "authorization_code", "code": f"code{number}", "redirect_uri": "https://x"},
-            auth=service,
-        )
-        assert answer.status == (200 if gap else 400), answer
+            change("UPDATE client SET revoked_before = :ms", ms=ms - gap)
+            answer = auth.post(
+                "/token", {"grant_type": "authorization_code", "code": f"code{number}", "redirect_uri": "https://x"},
+                auth=service,
+            )
+            assert answer.status == (200 if gap else 400), answer

@@ -173,6 +173,20 @@ class TestStarting:
         finally:
             box.stop()
 
+    def test_no_more_connections_than_descriptors(self):
+
+        def work():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+            assert grant_connections(1).connections == 512 - DESCRIPTORS_KEPT
+
+        assert in_child(work) == 0
+
+    def test_a_start_that_has_to_guess_the_time_forgets_what_was_under_way(self, idp, alice, service, monkeypatch):
+        under_way(idp, alice.id)
+        idp.store.put_meta("clock", idp.now())
+        monkeypatch.setattr(Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
+        assert start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]
+
 
 class TestStopping:
     def test_under_load_every_accepted_request_is_answered(self, box):
@@ -379,19 +393,3 @@ class TestTrouble:
                 assert box.auth("/revoke", {"token": token}, client=box.client).status == 200
         finally:
             subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_no_more_connections_than_descriptors():
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-        assert grant_connections(1).connections == 512 - DESCRIPTORS_KEPT
-
-    assert in_child(work) == 0
-
-
-def test_a_start_that_has_to_guess_the_time_forgets_what_was_under_way(idp, alice, service, monkeypatch):
-    under_way(idp, alice.id)
-    idp.store.put_meta("clock", idp.now())
-    monkeypatch.setattr(Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
-    assert start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]

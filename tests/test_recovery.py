@@ -355,6 +355,37 @@ class TestRestore:
             with pytest.raises(StartupError, match="belongs to user"):
                 act()
 
+    def test_a_restore_forgets_what_was_under_way(self, house, tmp_path):
+        idp = opened(house)
+        under_way(idp, m.get_user(idp, "root").id)
+        idp.store.close()
+        back_up(house, str(tmp_path / "b"))
+        restore(house, str(tmp_path / "b"))
+        idp = opened(house)
+        assert left(idp) == [0, 0]
+        idp.store.close()
+
+    def test_the_epoch_of_a_restore_on_a_new_machine_is_later_than_what_the_backup_knows(self, house, tmp_path):
+        idp = opened(house)
+        idp.store.put_meta("revoked_before", 9_000_000_000_000)
+        idp.store.close()
+        back_up(house, str(tmp_path / "b"))
+        os.unlink(house.db_file)
+        restore(house, str(tmp_path / "b"))
+        idp = opened(house)
+        assert idp.revoked_before > 9_000_000_000_000
+        idp.store.close()
+
+    def test_a_restore_waits_for_who_changes_a_ring(self, house, tmp_path):
+        back_up(house, str(tmp_path / "b"))
+        with m.hold_ring(house.token_signing_key_file):
+            thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
+            thread.start()
+            thread.join(1.5)
+            assert thread.is_alive()
+        thread.join(10)
+        assert not thread.is_alive()
+
 
 class TestLinks:
     """A link is followed to the file: beside that lie its locks, its log and what is to take its place."""
@@ -672,40 +703,6 @@ class TestBesideARunningServer:
                     for path in route.paths
                     for word in ("recover", "restore", "rotate", "factory", "keys/")
                 ), route.paths
-
-
-def test_a_restore_forgets_what_was_under_way(house, tmp_path):
-    idp = opened(house)
-    under_way(idp, m.get_user(idp, "root").id)
-    idp.store.close()
-    back_up(house, str(tmp_path / "b"))
-    restore(house, str(tmp_path / "b"))
-    idp = opened(house)
-    assert left(idp) == [0, 0]
-    idp.store.close()
-
-
-def test_the_epoch_of_a_restore_on_a_new_machine_is_later_than_what_the_backup_knows(house, tmp_path):
-    idp = opened(house)
-    idp.store.put_meta("revoked_before", 9_000_000_000_000)
-    idp.store.close()
-    back_up(house, str(tmp_path / "b"))
-    os.unlink(house.db_file)
-    restore(house, str(tmp_path / "b"))
-    idp = opened(house)
-    assert idp.revoked_before > 9_000_000_000_000
-    idp.store.close()
-
-
-def test_a_restore_waits_for_who_changes_a_ring(house, tmp_path):
-    back_up(house, str(tmp_path / "b"))
-    with m.hold_ring(house.token_signing_key_file):
-        thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
-        thread.start()
-        thread.join(1.5)
-        assert thread.is_alive()
-    thread.join(10)
-    assert not thread.is_alive()
 
 
 class TestRotation:

@@ -481,6 +481,22 @@ class TestThrottle:
         assert self.is_spent(throttle)
         assert self.is_spent(throttle) <= 4
 
+    def test_logins_of_all_peers_together_are_bounded(self):
+        throttle = m.Throttle(Clock(1000.0))
+        for number in range(1000):
+            throttle.begin_login(f"10.{number // 250}.{number % 250}.1")
+        with pytest.raises(m.Problem) as caught:
+            throttle.begin_login("192.0.2.1")
+        assert caught.value.code == "slow_down"
+
+    def test_logins_begun_do_not_grow_the_throttle_without_bound(self):
+        clock = Clock(1000.0)
+        throttle = m.Throttle(clock, size=50)
+        for number in range(500):
+            clock.pass_(1)
+            throttle.begin_login(f"10.{number // 250}.{number % 250}.1")
+        assert len(throttle.buckets) <= 50
+
 
 class TestSeal:
     def test_what_is_sealed_opens_for_its_owner_only(self):
@@ -572,21 +588,3 @@ class TestHandles:
     def test_those_of_one_millisecond_differ_and_later_ones_sort_after(self):
         assert len({m.new_jti(5) for _ in range(1000)}) == 1000
         assert m.new_jti(5) < m.new_jti(6) < m.new_jti(16**11)
-
-
-def test_logins_of_all_peers_together_are_bounded():
-    throttle = m.Throttle(Clock(1000.0))
-    for number in range(1000):
-        throttle.begin_login(f"10.{number // 250}.{number % 250}.1")
-    with pytest.raises(m.Problem) as caught:
-        throttle.begin_login("192.0.2.1")
-    assert caught.value.code == "slow_down"
-
-
-def test_logins_begun_do_not_grow_the_throttle_without_bound():
-    clock = Clock(1000.0)
-    throttle = m.Throttle(clock, size=50)
-    for number in range(500):
-        clock.pass_(1)
-        throttle.begin_login(f"10.{number // 250}.{number % 250}.1")
-    assert len(throttle.buckets) <= 50

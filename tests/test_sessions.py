@@ -156,6 +156,43 @@ class TestAlive:
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
         assert introspect(auth, machine["access_token"], service) == {"active": False}
 
+    def test_replays_are_bounded(self, idp):
+        idp.replays = {str(number) for number in range(4096)}
+        m.note_replay(idp, m.LOCAL, m.Replayed({"jti": "x", "sub": "y", "mad": "auth"}, "revoked"))
+        assert len(idp.replays) <= 4096
+
+    def test_the_millisecond_of_the_epoch_of_the_server_is_dead(self, auth, service, alice, log_in, change):
+        issued = log_in(alice)
+        change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(m.jti_ms(issued["jti"])))
+        assert auth.get("/me", bearer=issued["access_token"]).status == 401
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service
+            ).status
+            == 400
+        )
+
+    def test_the_millisecond_of_the_epoch_of_a_client_ends_its_logins(self, auth, service, alice, log_in, change):
+        issued = log_in(alice)
+        change("UPDATE client SET revoked_before = :ms", ms=m.jti_ms(issued["jti"]))
+        assert (
+            auth.post(
+                "/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service
+            ).status
+            == 400
+        )
+
+    def test_a_session_of_the_millisecond_of_a_revocation_is_shown_as_dead(self, idp, alice, log_in, change):
+        jti = log_in(alice)["jti"]
+        change("UPDATE account SET revoked_before = :ms", ms=m.jti_ms(jti))
+        assert m.is_session_dead(idp.store.find_session(jti))
+
+    def test_a_row_that_waits_in_another_process_is_waited_for(self, idp, make_idp):
+        other, jti = make_idp(idp.options), m.new_jti(idp.now_ms())
+        other.store.enqueue((jti, "service", "", idp.now(), idp.now() + 60), None)
+        threading.Timer(0.01, other.store.flush).start()
+        assert m.get_session(idp, jti).id == jti
+
 
 class TestIntrospection:
     """RFC 7662 §2"""
@@ -333,45 +370,3 @@ class TestEnding:
         assert auth.get("/me", bearer=answer["access_token"]).status == 200
         m.end_user(idp, m.LOCAL, "test", alice.id, "logout_all")
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
-
-
-def test_replays_are_bounded(idp):
-    idp.replays = {str(number) for number in range(4096)}
-    m.note_replay(idp, m.LOCAL, m.Replayed({"jti": "x", "sub": "y", "mad": "auth"}, "revoked"))
-    assert len(idp.replays) <= 4096
-
-
-def test_the_millisecond_of_the_epoch_of_the_server_is_dead(auth, service, alice, log_in, change):
-    issued = log_in(alice)
-    change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(m.jti_ms(issued["jti"])))
-    assert auth.get("/me", bearer=issued["access_token"]).status == 401
-    assert (
-        auth.post(
-            "/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service
-        ).status
-        == 400
-    )
-
-
-def test_the_millisecond_of_the_epoch_of_a_client_ends_its_logins(auth, service, alice, log_in, change):
-    issued = log_in(alice)
-    change("UPDATE client SET revoked_before = :ms", ms=m.jti_ms(issued["jti"]))
-    assert (
-        auth.post(
-            "/token", {"grant_type": "refresh_token", "refresh_token": issued["refresh_token"]}, auth=service
-        ).status
-        == 400
-    )
-
-
-def test_a_session_of_the_millisecond_of_a_revocation_is_shown_as_dead(idp, alice, log_in, change):
-    jti = log_in(alice)["jti"]
-    change("UPDATE account SET revoked_before = :ms", ms=m.jti_ms(jti))
-    assert m.is_session_dead(idp.store.find_session(jti))
-
-
-def test_a_row_that_waits_in_another_process_is_waited_for(idp, make_idp):
-    other, jti = make_idp(idp.options), m.new_jti(idp.now_ms())
-    other.store.enqueue((jti, "service", "", idp.now(), idp.now() + 60), None)
-    threading.Timer(0.01, other.store.flush).start()
-    assert m.get_session(idp, jti).id == jti

@@ -201,6 +201,19 @@ class TestWriting:
         problem = m.as_problem(caught.value)
         assert (problem.code, problem.status) == ("temporarily_unavailable", 503)
 
+    def test_a_batch_is_not_longer_than_5000(self, idp):
+        for number in range(5001):
+            idp.store.enqueue((m.new_jti(number), "service", "", 1, 2), None)
+        idp.store.flush()
+        assert len(idp.store.queue) == 1 and idp.store.wake.is_set()
+
+    def test_a_disk_with_no_room_is_not_ready(self, idp, monkeypatch):
+        idp.store.put_meta("x", 1)
+        real = os.statvfs
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real(path)[:4], 1, *real(path)[5:])))
+        with pytest.raises(Unavailable):
+            idp.store.probe()
+
 
 class TestSecrecy:
     def test_no_secret_stands_in_any_table(
@@ -289,73 +302,60 @@ class TestAuditChain:
         assert self.rows(idp) == []
 
 
-def test_all_that_was_done_at_times_that_are_not_yet_is_ended(idp, alice, service):
-    store, now, late = idp.store, idp.now(), idp.now() + YEARS
-    with store.transaction():
-        store.add_browser_session(
-            BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
-        )
-        store.add_code(
-            AuthorizationCode(
-                "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
-                None, "", 0,
+class TestPurging:
+    def test_what_lies_scattered_goes_a_few_rows_at_a_time(self, idp):
+        tombs(idp, 60)
+        after, deleted = idp.store.purge_expired("revoked_token", "jti", 10, "", 500)
+        assert deleted <= 25 and after
+        assert SLICE <= 1000
+
+    def test_what_lives_again_when_its_turn_comes_stays(self, idp, monkeypatch):
+        tombs(idp, 3)
+        real = idp.store.transaction
+
+        @contextlib.contextmanager
+        def meanwhile(*words, **more):
+            with real(*words, **more):
+                idp.store.connection.execute("UPDATE revoked_token SET expires_at = 9000000000")
+                yield
+
+        monkeypatch.setattr(idp.store, "transaction", meanwhile)
+        assert idp.store.purge_expired("revoked_token", "jti", 10, "", 500)[1] == 0
+
+
+class TestRevoking:
+    def test_all_that_was_done_at_times_that_are_not_yet_is_ended(self, idp, alice, service):
+        store, now, late = idp.store, idp.now(), idp.now() + YEARS
+        with store.transaction():
+            store.add_browser_session(
+                BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
             )
-        )
-        store.add_login(
-            LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, "")
-        )
-        store.run("UPDATE account SET totp_last_step = :step, revoked_before = :ms", step=late // 30, ms=1000 * late)
-        store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
-        store.put_meta("revoked_before", 1000 * late)
-    store.revoke_future_rows(now, 1000 * now, now // 30)
-    account = store.find_account(alice.id)
-    assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
-    assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
-    assert account.totp_last_step == now // 30
-    assert account.revoked_before == 1000 * now
-    assert m.find_client(idp, "service").row.revoked_before == 1000 * now
-    assert idp.revoked_before == 1000 * now
+            store.add_code(
+                AuthorizationCode(
+                    "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
+                    None, "", 0,
+                )
+            )
+            store.add_login(
+                LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, "")
+            )
+            store.run(
+                "UPDATE account SET totp_last_step = :step, revoked_before = :ms", step=late // 30, ms=1000 * late
+            )
+            store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
+            store.put_meta("revoked_before", 1000 * late)
+        store.revoke_future_rows(now, 1000 * now, now // 30)
+        account = store.find_account(alice.id)
+        assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
+        assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
+        assert account.totp_last_step == now // 30
+        assert account.revoked_before == 1000 * now
+        assert m.find_client(idp, "service").row.revoked_before == 1000 * now
+        assert idp.revoked_before == 1000 * now
 
-
-def test_what_lies_scattered_goes_a_few_rows_at_a_time(idp):
-    tombs(idp, 60)
-    after, deleted = idp.store.purge_expired("revoked_token", "jti", 10, "", 500)
-    assert deleted <= 25 and after
-    assert SLICE <= 1000
-
-
-def test_what_lives_again_when_its_turn_comes_stays(idp, monkeypatch):
-    tombs(idp, 3)
-    real = idp.store.transaction
-
-    @contextlib.contextmanager
-    def meanwhile(*words, **more):
-        with real(*words, **more):
-            idp.store.connection.execute("UPDATE revoked_token SET expires_at = 9000000000")
-            yield
-
-    monkeypatch.setattr(idp.store, "transaction", meanwhile)
-    assert idp.store.purge_expired("revoked_token", "jti", 10, "", 500)[1] == 0
-
-
-def test_a_batch_is_not_longer_than_5000(idp):
-    for number in range(5001):
-        idp.store.enqueue((m.new_jti(number), "service", "", 1, 2), None)
-    idp.store.flush()
-    assert len(idp.store.queue) == 1 and idp.store.wake.is_set()
-
-
-def test_a_disk_with_no_room_is_not_ready(idp, monkeypatch):
-    idp.store.put_meta("x", 1)
-    real = os.statvfs
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real(path)[:4], 1, *real(path)[5:])))
-    with pytest.raises(Unavailable):
-        idp.store.probe()
-
-
-def test_the_epoch_of_role_holders_grows_too(idp, root):
-    epochs = []
-    for _ in range(2):
-        idp.store.revoke_role_holders(MAD_ADMIN_ROLE_ID, idp.now(), idp.now_ms())
-        epochs.append(idp.store.find_account(root.id).revoked_before)
-    assert epochs[0] < epochs[1]
+    def test_the_epoch_of_role_holders_grows_too(self, idp, root):
+        epochs = []
+        for _ in range(2):
+            idp.store.revoke_role_holders(MAD_ADMIN_ROLE_ID, idp.now(), idp.now_ms())
+            epochs.append(idp.store.find_account(root.id).revoked_before)
+        assert epochs[0] < epochs[1]

@@ -145,6 +145,11 @@ class TestVerifying:
         with pytest.raises(m.Problem):
             ring.verify(token, m.AT_JWT)
 
+    def test_a_signed_token_that_is_too_long_is_none(self, rings):
+        ring = m.KeyRing(rings[0])
+        with pytest.raises(m.Problem):
+            ring.verify(ring.mint(ring.access, m.AT_JWT, {"x": "y" * 9000}), m.AT_JWT)
+
 
 class TestKeys:
     def test_a_kid_is_the_thumbprint(self, ring):
@@ -310,23 +315,13 @@ class TestDamagedKeys:
         write_durably(str(path), m.write_ring([entry], ""))
         assert m.read_ring(str(path), "") == [entry]
 
-
-def test_a_signed_token_that_is_too_long_is_none(rings):
-    ring = m.KeyRing(rings[0])
-    with pytest.raises(m.Problem):
-        ring.verify(ring.mint(ring.access, m.AT_JWT, {"x": "y" * 9000}), m.AT_JWT)
-
-
-def test_a_ring_without_states_that_lost_a_key_stops_the_start(tmp_path):
-    path = tmp_path / "token.pem"
-    whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
-    path.write_bytes(b"".join(line for line in whole.splitlines(True) if not line.startswith(b"#"))[:-40])
-    path.chmod(0o600)
-    with pytest.raises(StartupError):
-        m.read_ring(str(path), "")
-
-
-class TestRotation:
+    def test_a_ring_without_states_that_lost_a_key_stops_the_start(self, tmp_path):
+        path = tmp_path / "token.pem"
+        whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
+        path.write_bytes(b"".join(line for line in whole.splitlines(True) if not line.startswith(b"#"))[:-40])
+        path.chmod(0o600)
+        with pytest.raises(StartupError):
+            m.read_ring(str(path), "")
     @pytest.mark.parametrize("what", ["a pipe", "a folder"])
     def test_what_is_no_file_is_no_ring_and_keeps_nobody_waiting(self, tmp_path, what):
         path = tmp_path / "token.pem"

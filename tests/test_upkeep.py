@@ -155,6 +155,12 @@ class TestPurge:
         purge(idp)
         assert "clock.right" in idp.stream.getvalue()
 
+    def test_a_tombstone_stays_as_long_as_a_clock_may_be_behind(self, idp, auth, service, machine, clock):
+        auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
+        clock.pass_(3600 + IAT_SKEW - 1)
+        purge(idp, lambda seconds: None)
+        assert idp.store.is_revoked(machine["jti"])
+
 
 class TestThread:
     def test_a_failure_is_said_and_the_next_one_comes(self, idp, monkeypatch):
@@ -374,13 +380,6 @@ class TestClockwork:
         assert box.keeper.state == state
         purge(idp)
         assert (count(idp, "session") == 0) is purged
-
-
-def test_a_tombstone_stays_as_long_as_a_clock_may_be_behind(idp, auth, service, machine, clock):
-    auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
-    clock.pass_(3600 + IAT_SKEW - 1)
-    purge(idp, lambda seconds: None)
-    assert idp.store.is_revoked(machine["jti"])
 
 
 class TestKeys:

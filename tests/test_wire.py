@@ -480,6 +480,12 @@ class TestRequests:
         }
         assert b" 500 " in said and b"secret" not in said and [event for event, _ in one.logged] == ["error"]
 
+    def test_blocks_are_bounded(self, run):
+        server = run().server
+        for number in range(600):
+            server._block("200 OK", (("X", str(number)),))
+        assert len(server._blocks) <= 256
+
 
 class TestPeer:
     NETS = tuple(map(ipaddress.ip_network, ("127.0.0.1/32", "10.0.0.0/8")))
@@ -503,6 +509,23 @@ class TestPeer:
         assert "HTTP_X_FORWARDED_FOR" not in shared.seen(headers=headers)["headers"]
         seen = run(trusted_proxies=self.NETS).seen(headers=headers)
         assert (seen["peer"], seen["scheme"]) == ("192.0.2.9", "https")
+
+    def test_a_peer_has_so_many_connections_and_gets_them_back(self, run, monkeypatch):
+        monkeypatch.setattr("appliance.base.wire._address", lambda text: ipaddress.ip_address("192.0.2.7"))
+        one = run(limits=Limits(connections_per_peer=2))
+
+        def ask(sock):
+            with contextlib.suppress(OSError):
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+                return statuses(sock.recv(65536))
+
+        first, second, third = one.connect(), one.connect(), one.connect()
+        assert [ask(first), ask(second)] == [[200], [200]] and ask(third) in ([], None)
+        for sock in (first, second, third):
+            sock.close()
+        time.sleep(0.3)
+        with one.connect() as again:
+            assert ask(again) == [200]
 
 
 @pytest.fixture(scope="module")
@@ -614,6 +637,16 @@ class TestSlowClients:
             time.sleep(0.1)
             one.app.go.set()
             assert all(statuses(read_all(sock)) == [200] for sock in waiting)
+
+    def test_a_refused_sender_is_cut_off_after_a_megabyte(self, run):
+        one = run()
+        with one.connect(3) as sock:
+            sock.sendall(b"GET /\r\n\r\n BAD\r\n\r\n")
+            sent, began = 0, time.monotonic()
+            with contextlib.suppress(OSError):
+                while sent < 50_000_000:
+                    sent += sock.send(bytes(65536))
+            assert sent < 20_000_000, sent
 
 
 class TestWithoutMemory:
@@ -884,95 +917,59 @@ class TestTls:
     def test_plain_http_on_the_tls_port_is_refused(self, run, certificate):
         assert b" 200 " not in run(tls=tls_context(str(certificate / "box.pem"))).get()
 
+    def test_a_handshake_that_drips_is_closed_by_its_deadline(self, run, certificate):
+        one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(handshake_seconds=0.6))
+        with one.connect() as sock:
+            sock.sendall(bytes.fromhex("1603010200010001fc0303"))
+            end = time.monotonic() + 3
+            with pytest.raises(OSError):
+                while time.monotonic() < end:
+                    sock.sendall(b"\0")
+                    time.sleep(0.1)
 
-def test_blocks_are_bounded(run):
-    server = run().server
-    for number in range(600):
-        server._block("200 OK", (("X", str(number)),))
-    assert len(server._blocks) <= 256
-
-
-def test_a_handshake_that_drips_is_closed_by_its_deadline(run, certificate):
-    one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(handshake_seconds=0.6))
-    with one.connect() as sock:
-        sock.sendall(bytes.fromhex("1603010200010001fc0303"))
-        end = time.monotonic() + 3
-        with pytest.raises(OSError):
-            while time.monotonic() < end:
-                sock.sendall(b"\0")
-                time.sleep(0.1)
+    def test_one_that_has_shaken_hands_and_says_nothing_is_closed(self, run, certificate):
+        one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(idle_seconds=0.4))
+        with self.client(certificate).wrap_socket(one.connect(4), server_hostname="localhost") as sock:
+            sock.settimeout(3)
+            assert sock.recv(1) == b""
 
 
-def test_one_that_has_shaken_hands_and_says_nothing_is_closed(run, certificate):
-    one = run(tls=tls_context(str(certificate / "box.pem")), limits=Limits(idle_seconds=0.4))
-    with TestTls.client(None, certificate).wrap_socket(one.connect(4), server_hostname="localhost") as sock:
-        sock.settimeout(3)
-        assert sock.recv(1) == b""
+class TestConnections:
+    """How many connections there may be, and how many threads."""
 
 
-def test_a_peer_has_so_many_connections_and_gets_them_back(run, monkeypatch):
-    monkeypatch.setattr("appliance.base.wire._address", lambda text: ipaddress.ip_address("192.0.2.7"))
-    one = run(limits=Limits(connections_per_peer=2))
+    def test_where_many_are_connected_the_idle_go_sooner(self, run):
+        one = run(limits=Limits(connections=8, idle_seconds=5))
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(one.connect(4)) for _ in range(5)]
+            began = time.monotonic()
+            assert read_all(socks[0]) == b"" and time.monotonic() - began < 3
 
-    def ask(sock):
-        with contextlib.suppress(OSError):
-            sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
-            return statuses(sock.recv(65536))
+    def test_no_more_threads_than_allowed(self, run):
+        one = run(threads=2, max_threads=4)
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(one.connect()) for _ in range(12)]
+            for sock in waiting:
+                sock.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            time.sleep(0.4)
+            assert one.server._running <= 4
+            one.app.go.set()
+            assert all(statuses(read_all(sock)) == [200] for sock in waiting)
 
-    first, second, third = one.connect(), one.connect(), one.connect()
-    assert [ask(first), ask(second)] == [[200], [200]] and ask(third) in ([], None)
-    for sock in (first, second, third):
-        sock.close()
-    time.sleep(0.3)
-    with one.connect() as again:
-        assert ask(again) == [200]
-
-
-def test_where_many_are_connected_the_idle_go_sooner(run):
-    one = run(limits=Limits(connections=8, idle_seconds=5))
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(one.connect(4)) for _ in range(5)]
-        began = time.monotonic()
-        assert read_all(socks[0]) == b"" and time.monotonic() - began < 3
-
-
-def test_a_refused_sender_is_cut_off_after_a_megabyte(run):
-    one = run()
-    with one.connect(3) as sock:
-        sock.sendall(b"GET /\r\n\r\n BAD\r\n\r\n")
-        sent, began = 0, time.monotonic()
-        with contextlib.suppress(OSError):
-            while sent < 50_000_000:
-                sent += sock.send(bytes(65536))
-        assert sent < 20_000_000, sent
-
-
-def test_no_more_threads_than_allowed(run):
-    one = run(threads=2, max_threads=4)
-    with contextlib.ExitStack() as stack:
-        waiting = [stack.enter_context(one.connect()) for _ in range(12)]
-        for sock in waiting:
-            sock.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
-        time.sleep(0.4)
-        assert one.server._running <= 4
-        one.app.go.set()
-        assert all(statuses(read_all(sock)) == [200] for sock in waiting)
-
-
-def test_without_more_threads_those_that_are_go_on(run, monkeypatch):
-    one = run(threads=2, max_threads=8)
-    real = threading.Thread.start
-    monkeypatch.setattr(
-        threading.Thread, "start",
-        lambda self: (
-            (_ for _ in ()).throw(RuntimeError("can't start new thread"))
-            if self.name.startswith("auth")
-            else real(self)
-        ),
-    )
-    with one.connect() as waiting:
-        waiting.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
-        time.sleep(0.2)
-        assert b" 200 " in one.get()
-        one.app.go.set()
-        assert statuses(read_all(waiting)) == [200]
+    def test_without_more_threads_those_that_are_go_on(self, run, monkeypatch):
+        one = run(threads=2, max_threads=8)
+        real = threading.Thread.start
+        monkeypatch.setattr(
+            threading.Thread, "start",
+            lambda self: (
+                (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+                if self.name.startswith("auth")
+                else real(self)
+            ),
+        )
+        with one.connect() as waiting:
+            waiting.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            time.sleep(0.2)
+            assert b" 200 " in one.get()
+            one.app.go.set()
+            assert statuses(read_all(waiting)) == [200]
