@@ -497,6 +497,7 @@ class TestScopedAdministration:
             )
             assert (answer.status, answer.json["error"]) == (403, "access_denied")
         assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 200
+
     @pytest.mark.parametrize(
         "take, status",
         [

@@ -203,6 +203,7 @@ class TestRestore:
         with hold_folder(str(tmp_path)), pytest.raises(StartupError, match="another backup"):
             back_up(house, str(tmp_path / "copy"), force=True)
         back_up(house, str(tmp_path / "copy"), force=True)
+
     def test_on_a_new_machine_the_settings_within_it_say_where_and_open_the_keys(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         options = made(
@@ -552,6 +553,7 @@ class TestFactoryReset:
             and (tmp_path / "mad.conf").exists()
         )
         set_up(house, Answers("root", "root@example.org", PASSWORD))
+
     @pytest.mark.parametrize("nth", range(1, 5))
     def test_cut_off_in_the_middle_it_is_done_by_doing_it_again(self, house, tmp_path, nth):
 
@@ -640,6 +642,7 @@ class TestBesideARunningServer:
         box.run("backup", "b")
         done = box.run("restore", "b", MAD_DB_PASS="another")
         assert done.returncode == 1 and "Traceback" not in done.stderr and "another" not in done.stderr
+
     def log_in(self, box, username, password, **more):
         return box.admin("POST", "/token", {"username": username, "password": password, "client_id": "test"} | more)
 

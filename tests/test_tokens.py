@@ -322,6 +322,7 @@ class TestDamagedKeys:
         path.chmod(0o600)
         with pytest.raises(StartupError):
             m.read_ring(str(path), "")
+
     @pytest.mark.parametrize("what", ["a pipe", "a folder"])
     def test_what_is_no_file_is_no_ring_and_keeps_nobody_waiting(self, tmp_path, what):
         path = tmp_path / "token.pem"
