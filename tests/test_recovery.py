@@ -1,7 +1,6 @@
 """At the machine: restore, begin anew, rotate keys, let an administrator in again; on other machines and full disks,
 and killed at any point."""
 
-import hashlib
 import json
 import os
 import random
@@ -37,14 +36,6 @@ from appliance.upkeep import advance_key_states
 YEAR = 365 * 86400
 
 NEW = "another battery staple"
-
-
-def digest_of(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm"))
-    }
 
 
 def rows(options, port="auth"):
@@ -102,10 +93,10 @@ class TestRestore:
         idp.store.close()
 
     def test_a_wrong_passphrase_is_refused_and_everything_stays(self, house, backup, tmp_path):
-        before = digest_of(tmp_path)
+        before = states(tmp_path)
         with pytest.raises(StartupError):
             restore(Options(house.origins, **CHEAP, db_pass="another"), str(backup))
-        assert digest_of(tmp_path) == before
+        assert states(tmp_path) == before
 
     @pytest.mark.parametrize("at", [0, 20, 100, 4095, 4096, 5000, 20_000, 70_000, 150_000, -4096, -100, -1])
     def test_a_flipped_byte_is_refused_and_everything_stays(self, house, backup, tmp_path, at):
@@ -113,10 +104,10 @@ class TestRestore:
         content[at] ^= 1
         bad = tmp_path / "bad"
         bad.write_bytes(content)
-        before = digest_of(tmp_path)
+        before = states(tmp_path)
         with pytest.raises(StartupError):
             restore(house, str(bad))
-        assert digest_of(tmp_path) == before
+        assert states(tmp_path) == before
 
     @pytest.mark.parametrize("cut", [0, 100, 4096, 100_000])
     def test_a_cut_one_too(self, house, backup, tmp_path, cut):
@@ -179,11 +170,11 @@ class TestRestore:
             Path(house.db_file).write_bytes(os.urandom(100_000))
         else:
             factory_reset(house)
-        before = digest_of(tmp_path)
+        before = states(tmp_path)
         monkeypatch.setattr(m.Idp.__init__, "__defaults__", (lambda: 1000.0, *m.Idp.__init__.__defaults__[1:]))
         with pytest.raises(StartupError, match="clock of this machine is behind"):
             restore(house, str(tmp_path / "good"))
-        assert digest_of(tmp_path) == before
+        assert states(tmp_path) == before
 
     def test_a_command_of_a_newer_release_does_not_change_the_schema_beneath_a_server(
         self, house, tmp_path, monkeypatch
@@ -553,6 +544,16 @@ class TestFactoryReset:
             and (tmp_path / "mad.conf").exists()
         )
         set_up(house, Answers("root", "root@example.org", PASSWORD))
+
+    def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
+        def work():
+            os.replace = die
+            rotate_keys(house, ["auth"])
+
+        in_child(work)
+        assert list(tmp_path.glob("*.new"))
+        factory_reset(house)
+        assert not list(tmp_path.glob("*.new"))
 
     @pytest.mark.parametrize("nth", range(1, 5))
     def test_cut_off_in_the_middle_it_is_done_by_doing_it_again(self, house, tmp_path, nth):

@@ -1,19 +1,18 @@
 """Upkeep: what is over goes, the rest stays."""
 
-import os
 import time
 
 import jwt
 import microauthd as m
 import msgspec
 import pytest
-from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, die, in_child, opened
+from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, opened
 import appliance.upkeep as upkeep_room
 from appliance.base.clock import IAT_SKEW, RELEASED_AT
 from appliance.base.database import Unavailable
 from appliance.base.settings import Options
 from appliance.base.store import Family, Session, Store, chain
-from appliance.recovery import describe_keys, factory_reset, open_idp, rotate_keys
+from appliance.recovery import describe_keys, open_idp, rotate_keys
 from appliance.upkeep import ClockThread, Upkeep, advance_key_states
 
 
@@ -29,17 +28,6 @@ def opened_with(real, options, now):
     idp = real(options)
     idp.clock = lambda: now[0]
     return idp
-
-
-    def test_what_a_rotation_that_was_killed_left_goes_too(self, house, tmp_path):
-        def work():
-            os.replace = die
-            rotate_keys(house, ["auth"])
-
-        in_child(work)
-        assert list(tmp_path.glob("*.new"))
-        factory_reset(house)
-        assert not list(tmp_path.glob("*.new"))
 
 
 class TestPurge:
