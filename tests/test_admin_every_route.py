@@ -4,16 +4,17 @@ import re
 import threading
 from urllib.parse import quote
 
+import appliance.upkeep as upkeep_room
 import microauthd as m
 import msgspec
 import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
-import appliance.upkeep as upkeep_room
-from appliance.base.database import Unavailable
 from appliance.base.settings import Options
+from appliance.base.database import Unavailable
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
 from appliance.base.wire import HttpRefusal, _path_info
+from appliance.base.openapi import FORM
 
 PROTECTED = [
     (method, path, route.takes)
@@ -26,7 +27,7 @@ PROTECTED = [
 ONLY_JSON = [
     (method, path)
     for route in m.ADMIN.routes
-    if route.takes and m.FORM not in route.media
+    if route.takes and FORM not in route.media
     for method in route.methods
     for path in route.paths
 ]

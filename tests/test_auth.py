@@ -9,9 +9,10 @@ import microauthd as m
 import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
-from appliance.base.database import PROBE_SECONDS
 from appliance.base.settings import Options
+from appliance.base.database import PROBE_SECONDS
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
+from appliance.base.keys import make_key
 
 PROTECTED = [
     (method, route.paths[0])
@@ -541,7 +542,7 @@ class TestKeySet:
         """A thread that read the old ring answers once with it, and leaves it nowhere."""
 
         def make():
-            idp.rings["auth"] = m.KeyRing([m.make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
+            idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
             idp.pages = {}
             return b"of before"
 

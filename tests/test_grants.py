@@ -11,6 +11,7 @@ from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES, AuthorizationCode
+from appliance.base.keys import b64url
 
 MACHINE = {"grant_type": "client_credentials"}
 

@@ -19,19 +19,20 @@ from box import Box
 from conftest import (
     CHEAP, FILES, PASSWORD, die, fresh_machine, in_child, kids, left, made, opened, states, under_way,
 )
-from appliance.backup import check_copy
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
-from appliance.base.database import read_database_key
 from appliance.base.settings import Options, check_options, load_options, parse_flags
+from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
-from appliance.commands import main
+from appliance.backup import check_copy
+from appliance.upkeep import advance_key_states
 from appliance.processes import hold_database
 from appliance.recovery import (
     Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, hold_setup, open_idp, recover_admin,
     recover_setup, restore, revoke_key, rotate_keys, set_up,
 )
-from appliance.upkeep import advance_key_states
+from appliance.commands import main
+from appliance.base.keys import Key, hold_ring, read_ring
 
 YEAR = 365 * 86400
 
@@ -370,7 +371,7 @@ class TestRestore:
 
     def test_a_restore_waits_for_who_changes_a_ring(self, house, tmp_path):
         back_up(house, str(tmp_path / "b"))
-        with m.hold_ring(house.token_signing_key_file):
+        with hold_ring(house.token_signing_key_file):
             thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
             thread.start()
             thread.join(1.5)

@@ -311,21 +311,21 @@ class TestDamagedKeys:
                 b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(bytes(der)) + b"-----END PRIVATE KEY-----\n",
             )
             with pytest.raises(StartupError):
-                m.read_ring(str(path), "")
-        write_durably(str(path), m.write_ring([entry], ""))
-        assert m.read_ring(str(path), "") == [entry]
+                read_ring(str(path), "")
+        write_durably(str(path), write_ring([entry], ""))
+        assert read_ring(str(path), "") == [entry]
 
     def test_a_ring_without_states_that_lost_a_key_stops_the_start(self, tmp_path):
         path = tmp_path / "token.pem"
-        whole = m.write_ring([m.make_key("ES256", 2048, 0), m.make_key("RS256", 2048, 0)], "")
+        whole = write_ring([make_key("ES256", 2048, 0), make_key("RS256", 2048, 0)], "")
         path.write_bytes(b"".join(line for line in whole.splitlines(True) if not line.startswith(b"#"))[:-40])
         path.chmod(0o600)
         with pytest.raises(StartupError):
-            m.read_ring(str(path), "")
+            read_ring(str(path), "")
 
     @pytest.mark.parametrize("what", ["a pipe", "a folder"])
     def test_what_is_no_file_is_no_ring_and_keeps_nobody_waiting(self, tmp_path, what):
         path = tmp_path / "token.pem"
         os.mkfifo(path, 0o600) if what == "a pipe" else path.mkdir(0o700)
         with pytest.raises(StartupError, match="cannot be read"):
-            m.read_ring(str(path), "")
+            read_ring(str(path), "")
