@@ -1330,16 +1330,21 @@ class KeyRing:
 # What every function below is handed.
 
 
-class Origin(msgspec.Struct, frozen=True):
-    """Where a call came from, for the throttle and the audit log."""
+class Caller(msgspec.Struct, frozen=True):
+    """Who calls and from where, for the throttle and the audit log."""
 
     peer: str = "127.0.0.1"
     user_agent: str = ""
     request_id: str = ""
     is_local: bool = True  # the socket itself is loopback, and no proxy spoke for another
+    actor: str = "anonymous"  # the id of a user, a client_id, or the name of a part of this program
+
+    def acting_as(self, actor: str) -> "Caller":
+        """Return the same caller with a proven name."""
+        return msgspec.structs.replace(self, actor=actor)
 
 
-LOCAL = Origin()
+LOCAL = Caller()
 
 
 def ring_files(options: Options) -> dict:
@@ -1509,15 +1514,15 @@ def as_problem(error: "Problem | Unavailable") -> Problem:
 # == Audit =====================================================================
 
 
-def audit(idp: Idp, origin: Origin, actor: str, action: str, target="", secondary="", result=SUCCESS):
+def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result=SUCCESS):
     """Append a row, in the transaction of what it tells of."""
     if idp.options.enable_audit_logging:
         with idp.store.transaction():
             idp.store.append_audit(
                 [
                     (
-                        idp.now(), actor, action, target, secondary, origin.peer, origin.user_agent[:200],
-                        origin.request_id, result,
+                        idp.now(), caller.actor, action, target, secondary, caller.peer, caller.user_agent[:200],
+                        caller.request_id, result,
                     )
                 ]
             )
@@ -1532,7 +1537,7 @@ def require_clock(idp: Idp):
         )
 
 
-def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambda seconds: None) -> int:
+def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: None) -> int:
     """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
     require_clock(idp)
     before, done, deleted = idp.now() - days * 86400, 0, SLICE
@@ -1542,10 +1547,10 @@ def purge_audit_log(idp: Idp, origin: Origin, actor: str, days: int, pause=lambd
         with idp.store.transaction():
             deleted = idp.store.purge_audit(before, SLICE)
             if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
-                audit(idp, origin, actor, "audit_purge_begun", "", f"older_than_days={days}")
+                audit(idp, caller, "audit_purge_begun", "", f"older_than_days={days}")
             done += deleted
             if deleted < SLICE and done:
-                audit(idp, origin, actor, "audit_purged", "", f"purged={done};older_than_days={days}")
+                audit(idp, caller, "audit_purged", "", f"purged={done};older_than_days={days}")
     return done
 
 
@@ -1571,14 +1576,14 @@ def forbid_removing_last_admin(idp: Idp, user_id: str):
         raise Problem("last_administrator")
 
 
-def end_user(idp: Idp, origin: Origin, actor: str, user_id: str, action: str, secondary=""):
+def end_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
     """End all that was ever issued to a user, on both ports.
 
     Whatever takes a right from a user comes here, in its transaction.
     """
     with idp.store.transaction():
         idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
-        audit(idp, origin, actor, action, user_id, secondary)
+        audit(idp, caller, action, user_id, secondary)
 
 
 def is_good(account: Account | None, issued_ms: int) -> bool:
@@ -1596,14 +1601,14 @@ def was_verified_recently(idp, account, password) -> bool:
     return idp.password_digests.knows(account.password_hash, password, idp.now())
 
 
-def login_obstacle(idp, origin, account, admin=False) -> str:
+def login_obstacle(idp, caller, account, admin=False) -> str:
     """Return what keeps this account out whatever its password, for the log."""
     if account is None:
         return "unknown user"
     if not account.is_active:
         return "inactive"
     if account.lockout_until > idp.now() and not (
-        origin.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
+        caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
     ):
         # The last administrator can always try at the machine itself; the throttle still counts there.
         return "locked"
@@ -1633,7 +1638,7 @@ def rehash(idp, account, password):
 
 
 def authenticate_user(
-    idp: Idp, origin: Origin, username: str, password: str, totp="", client: Client | None = None, admin=False,
+    idp: Idp, caller: Caller, username: str, password: str, totp="", client: Client | None = None, admin=False,
     only_password=False,
 ) -> tuple[Account, list]:
     """May this user in now? Return the account and its `amr` (RFC 8176).
@@ -1646,25 +1651,25 @@ def authenticate_user(
     check_second_factor().
     """
     name = fold(username)
-    idp.throttle.check(origin.peer, name)
+    idp.throttle.check(caller.peer, name)
     account = idp.store.find_account_by_name(name)
     demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
         not demanded
-        and not login_obstacle(idp, origin, account, admin)
+        and not login_obstacle(idp, caller, account, admin)
         and was_verified_recently(idp, account, password)
     ):
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with hash_problems(), idp.hasher.turns.take("user", name, origin.peer) as turn:
+    with hash_problems(), idp.hasher.turns.take("user", name, caller.peer) as turn:
         account = idp.store.find_account_by_name(name)
-        obstacle = login_obstacle(idp, origin, account, admin)
+        obstacle = login_obstacle(idp, caller, account, admin)
         if not obstacle and demanded and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, account, password):
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        with idp.hasher.gate.place(origin.peer):
+        with idp.hasher.gate.place(caller.peer):
             right = idp.hasher.verify(account.password_hash if account else None, password)
         failure = obstacle or ("" if right else "wrong password")
         amr = ["pwd"]
@@ -1675,8 +1680,8 @@ def authenticate_user(
         if not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
             failure = "changed meanwhile"
         if failure:
-            idp.throttle.spend(origin.peer, name)
-            idp.hasher.turns.blame(turn, origin.peer)
+            idp.throttle.spend(caller.peer, name)
+            idp.hasher.turns.blame(turn, caller.peer)
             # One durable write whatever was wrong, or its time would tell.
             with idp.store.transaction():
                 options = idp.options
@@ -1691,13 +1696,13 @@ def authenticate_user(
                     )
                     if counted.lockouts > account.lockouts:
                         audit(
-                            idp, origin, account.id, "user_locked_out", account.id,
+                            idp, caller.acting_as(account.id), "user_locked_out", account.id,
                             f"until={iso(counted.lockout_until)}", FAILURE,
                         )
                 if not options.enable_audit_logging:
                     idp.store.put_meta("last_failure_at", now)
                 audit(
-                    idp, origin, account.id if account else "anonymous", "user_login_failed",
+                    idp, caller.acting_as(account.id if account else "anonymous"), "user_login_failed",
                     client.client_id if client else "", f"reason={failure}", FAILURE,
                 )
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
@@ -1709,7 +1714,7 @@ def authenticate_user(
 
 
 def check_second_factor(
-    idp: Idp, origin: Origin, user_id: str, proven_ms: int, code: str, client_id=""
+    idp: Idp, caller: Caller, user_id: str, proven_ms: int, code: str, client_id=""
 ) -> tuple[Account, list]:
     """May this user, whose password was proven at that millisecond, in by this one-time or recovery code?
 
@@ -1717,10 +1722,10 @@ def check_second_factor(
     was ended since. Guesses are counted on the account, whatever login they belong to. Raises
     invalid_grant with 403.
     """
-    idp.throttle.check(origin.peer, user_id)
+    idp.throttle.check(caller.peer, user_id)
     with idp.locks[hash(user_id) % len(idp.locks)]:
         account, now, used = idp.store.find_account(user_id), idp.now(), ""
-        failure = login_obstacle(idp, origin, account)
+        failure = login_obstacle(idp, caller, account)
         if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
         if not failure and re.fullmatch(r"[0-9]{6}", code):
@@ -1729,17 +1734,19 @@ def check_second_factor(
         elif not failure:
             failure = check_recovery_code(idp, account, code)
         if failure:
-            idp.throttle.spend(origin.peer, user_id)
+            idp.throttle.spend(caller.peer, user_id)
             with idp.store.transaction():
                 if failure == WRONG_CODE:
                     idp.store.count_failed_totp(
                         account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
                     )
-                audit(idp, origin, user_id, "user_login_failed", client_id, f"reason={failure}", FAILURE)
+                audit(idp, caller.acting_as(user_id), "user_login_failed", client_id, f"reason={failure}", FAILURE)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
         if not used:
             audit(
-                idp, origin, user_id, "recovery_code_used", user_id, f"left={idp.store.count_recovery_codes(user_id)}"
+                idp, caller.acting_as(
+                    user_id
+                ), "recovery_code_used", user_id, f"left={idp.store.count_recovery_codes(user_id)}"
             )
     return account, ["pwd", *([used] if used else []), "mfa"]
 
@@ -1757,13 +1764,13 @@ def check_recovery_code(idp, account, code) -> str:
     return "" if idp.store.spend_recovery_code(account.id, sha256(fold_recovery_code(code)), now) else WRONG_CODE
 
 
-def make_recovery_codes(idp: Idp, origin: Origin, user_id: str) -> list[str]:
+def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
     """Make ten codes of 79 random bits that stand for a lost authenticator, each once. Those of before are void."""
     letters = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is taken for another
     codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
     with idp.store.transaction():
         idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
-        audit(idp, origin, user_id, "recovery_codes_made", user_id)
+        audit(idp, caller.acting_as(user_id), "recovery_codes_made", user_id)
     return ["-".join(re.findall("....", code)) for code in codes]
 
 
@@ -1781,7 +1788,7 @@ def check_email(email: str) -> str:
     return ""
 
 
-def create_user(idp: Idp, origin: Origin, actor: str, wanted: CreateUser) -> Account:
+def create_user(idp: Idp, caller: Caller, wanted: CreateUser) -> Account:
     """Raises invalid_request naming each bad member, or conflict."""
     username, password = fold(wanted.username), wanted.password or wanted.user_password
     email = fold(wanted.email or wanted.user_email or "")
@@ -1794,7 +1801,7 @@ def create_user(idp: Idp, origin: Origin, actor: str, wanted: CreateUser) -> Acc
     try:
         with idp.store.transaction():
             account = idp.store.add_account(str(uuid.uuid4()), username, email, password_hash, idp.now())
-            audit(idp, origin, actor, "user_created", account.username, account.id)
+            audit(idp, caller, "user_created", account.username, account.id)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
     return account
@@ -1817,7 +1824,7 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
     return until
 
 
-def update_user(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateUser) -> Account:
+def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Account:
     """Change what was sent, all of it or nothing. Raises invalid_request, not_found, conflict or last_administrator."""
     errors, username, email = {}, None, None
     if wanted.username is not UNSET:
@@ -1843,14 +1850,14 @@ def update_user(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateUse
                 idp.store.update_account(
                     account.id, changes.get("username"), changes.get("email"), changes.get("email_verified"), idp.now()
                 )
-                audit(idp, origin, actor, "user_updated", account.id, " ".join(sorted(changes)))
+                audit(idp, caller, "user_updated", account.id, " ".join(sorted(changes)))
             if wanted.is_active is not UNSET and wanted.is_active != bool(account.is_active):
-                set_user_active(idp, origin, actor, account.id, wanted.is_active)
+                set_user_active(idp, caller, account.id, wanted.is_active)
             if (
                 wanted.lockout_until is not UNSET
                 and (0 if wanted.lockout_until is None else read_time(wanted.lockout_until)) != account.lockout_until
             ):
-                set_lockout(idp, origin, actor, account.id, wanted.lockout_until)
+                set_lockout(idp, caller, account.id, wanted.lockout_until)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
     return get_user(idp, account.id)
@@ -1862,7 +1869,7 @@ def refuse_admins(idp: Idp, user_id: str):
         raise Problem("access_denied", log="the user is an administrator")
 
 
-def set_user_active(idp: Idp, origin: Origin, actor: str, id: str, is_active: bool, but_admins=False) -> Account:
+def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admins=False) -> Account:
     """Let a user in again, or keep one out and end all it has.
 
     Raises unchanged, last_administrator, or with `but_admins` access_denied.
@@ -1875,33 +1882,33 @@ def set_user_active(idp: Idp, origin: Origin, actor: str, id: str, is_active: bo
             raise Problem("unchanged")
         if is_active:
             idp.store.set_account_active(account.id, 1, idp.now())
-            audit(idp, origin, actor, "user_reactivated", account.id)
+            audit(idp, caller, "user_reactivated", account.id)
         else:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_account_active(account.id, 0, idp.now())
-            end_user(idp, origin, actor, account.id, "user_deactivated")
+            end_user(idp, caller, account.id, "user_deactivated")
     return account
 
 
-def delete_user(idp: Idp, origin: Origin, actor: str, id: str):
+def delete_user(idp: Idp, caller: Caller, id: str):
     """Delete a user and everything that hangs on it. Its tokens die with it."""
     with idp.store.transaction():
         account = get_user(idp, id)
         forbid_removing_last_admin(idp, account.id)
         idp.store.delete_account(account.id)
-        audit(idp, origin, actor, "delete_user", account.id, account.username)
+        audit(idp, caller, "delete_user", account.id, account.username)
 
 
-def verify_email(idp: Idp, origin: Origin, actor: str, id: str):
+def verify_email(idp: Idp, caller: Caller, id: str):
     with idp.store.transaction():
         account = get_user(idp, id)
         if not account.email:
             reject(email="the user has none")
         idp.store.update_account(account.id, None, None, 1, idp.now())
-        audit(idp, origin, actor, "user_email_verified", account.id)
+        audit(idp, caller, "user_email_verified", account.id)
 
 
-def reset_password(idp: Idp, origin: Origin, actor: str, id: str, password: str, but_admins=False):
+def reset_password(idp: Idp, caller: Caller, id: str, password: str, but_admins=False):
     """Give a user a new password, and end all that the old one opened."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
@@ -1911,10 +1918,10 @@ def reset_password(idp: Idp, origin: Origin, actor: str, id: str, password: str,
         if but_admins:
             refuse_admins(idp, account.id)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
-        end_user(idp, origin, actor, account.id, "user_password_reset")
+        end_user(idp, caller, account.id, "user_password_reset")
 
 
-def set_lockout(idp: Idp, origin: Origin, actor: str, id: str, value: str | int | None):
+def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
     """Lock a user out until then, which ends all it has, or clear every lockout."""
     until = read_lockout(idp, value)
     with idp.store.transaction():
@@ -1922,19 +1929,19 @@ def set_lockout(idp: Idp, origin: Origin, actor: str, id: str, value: str | int 
         if until:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_lockout(account.id, until, idp.now())
-            end_user(idp, origin, actor, account.id, "admin.lockout.set", iso(until))
+            end_user(idp, caller, account.id, "admin.lockout.set", iso(until))
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
-            audit(idp, origin, actor, "admin.lockout.clear", account.id)
+            audit(idp, caller, "admin.lockout.clear", account.id)
 
 
-def verify_password(idp: Idp, origin: Origin, wanted: VerifyPassword) -> Account:
+def verify_password(idp: Idp, caller: Caller, wanted: VerifyPassword) -> Account:
     """Is this the password of this user, and could it log in? Raises invalid_grant with 403, as every login."""
     if not (wanted.user_id or wanted.username):
         reject(user_id="is required, or username")
     account = idp.store.find_account(wanted.user_id.lower()) if wanted.user_id else None
     name = account.username if account else wanted.username or wanted.user_id
-    return authenticate_user(idp, origin, name, wanted.password, wanted.totp, only_password=True)[0]
+    return authenticate_user(idp, caller, name, wanted.password, wanted.totp, only_password=True)[0]
 
 
 def enable_totp(idp: Idp, account: Account, seed: str, code: str):
@@ -1945,19 +1952,19 @@ def enable_totp(idp: Idp, account: Account, seed: str, code: str):
     with idp.store.transaction():
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, step)
-        audit(idp, LOCAL, account.id, "totp_enabled", account.id)
+        audit(idp, LOCAL.acting_as(account.id), "totp_enabled", account.id)
 
 
-def begin_totp(idp: Idp, origin: Origin, actor: str, account: Account, seed="") -> str:
+def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
     """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
         idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
-        audit(idp, origin, actor, "totp_generated", account.id)
+        audit(idp, caller, "totp_generated", account.id)
     return seed
 
 
-def confirm_totp(idp: Idp, origin: Origin, actor: str, account: Account, code: str):
+def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
     """Put the waiting seed in force by its first code.
 
     Raises invalid_grant with 403; guesses are counted as at a login.
@@ -1972,21 +1979,21 @@ def confirm_totp(idp: Idp, origin: Origin, actor: str, account: Account, code: s
         if step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
             idp.store.spend_totp_step(account.id, step)
-            audit(idp, origin, actor, "totp_enabled", account.id)
+            audit(idp, caller, "totp_enabled", account.id)
             return
         idp.store.count_failed_totp(
             account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
         )
-        audit(idp, origin, actor, "totp_enabled", account.id, "", FAILURE)
+        audit(idp, caller, "totp_enabled", account.id, "", FAILURE)
     raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
 
 
-def disable_totp(idp: Idp, origin: Origin, actor: str, account: Account):
+def disable_totp(idp: Idp, caller: Caller, account: Account):
     """Take the second factor of a user away. Raises not_found where there is none."""
     with idp.store.transaction():
         if not idp.store.clear_totp(account.id, idp.now()):
             raise Problem("not_found", log="the user has no second factor")
-        audit(idp, origin, actor, "disable_totp", account.id)
+        audit(idp, caller, "disable_totp", account.id)
 
 
 # -- roles and permissions --
@@ -2016,19 +2023,19 @@ def get_role(idp: Idp, id_or_name: str) -> Role:
     return role
 
 
-def create_role(idp: Idp, origin: Origin, actor: str, wanted: CreateRole) -> Role:
+def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
     name, description = normalise(wanted.name), (wanted.description or "").strip()
     reject(name=check_name(name), description=check_label(description))
     try:
         with idp.store.transaction():
             role = idp.store.add_role(str(uuid.uuid4()), name, description, idp.now())
-            audit(idp, origin, actor, "role_created", name, role.id)
+            audit(idp, caller, "role_created", name, role.id)
     except Conflict:
         raise Problem("conflict") from None
     return role
 
 
-def update_role(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateRole) -> Role:
+def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
     """Change what was sent; a blank name and null stay as they are. Raises protected, conflict."""
     name = normalise(wanted.name) if wanted.name else None
     description = wanted.description.strip() if isinstance(wanted.description, str) else None
@@ -2039,13 +2046,13 @@ def update_role(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateRol
             if role.is_protected and (name not in (None, role.name) or description not in (None, role.description)):
                 raise Problem("protected")
             role = idp.store.update_role(role.id, name, description, idp.now())
-            audit(idp, origin, actor, "role_updated", role.id, role.name)
+            audit(idp, caller, "role_updated", role.id, role.name)
     except Conflict:
         raise Problem("conflict") from None
     return role
 
 
-def delete_role(idp: Idp, origin: Origin, actor: str, id: str):
+def delete_role(idp: Idp, caller: Caller, id: str):
     """Delete a role; whoever had it logs in anew."""
     with idp.store.transaction():
         role = get_role(idp, id)
@@ -2053,20 +2060,20 @@ def delete_role(idp: Idp, origin: Origin, actor: str, id: str):
             raise Problem("protected")
         idp.store.revoke_role_holders(role.id, idp.now(), idp.now_ms())
         idp.store.delete_role(role.id)
-        audit(idp, origin, actor, "delete_role", role.id, role.name)
+        audit(idp, caller, "delete_role", role.id, role.name)
 
 
-def assign_role(idp: Idp, origin: Origin, actor: str, user_id: str, role_id: str) -> bool:
+def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
     """Give a user a role. Whether that is new."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
         added = idp.store.assign_role(account.id, role.id, idp.now())
         if added:
-            audit(idp, origin, actor, "role_assigned", account.id, role.id)
+            audit(idp, caller, "role_assigned", account.id, role.id)
     return added
 
 
-def unassign_role(idp: Idp, origin: Origin, actor: str, user_id: str, role_id: str):
+def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
     """Take a role from a user, and end what was issued with it. Raises not_found, last_administrator."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
@@ -2075,10 +2082,10 @@ def unassign_role(idp: Idp, origin: Origin, actor: str, user_id: str, role_id: s
         if role.id == MAD_ADMIN_ROLE_ID:
             forbid_removing_last_admin(idp, account.id)
         idp.store.unassign_role(account.id, role.id)
-        end_user(idp, origin, actor, account.id, "role_unassigned", role.id)
+        end_user(idp, caller, account.id, "role_unassigned", role.id)
 
 
-def set_roles(idp: Idp, origin: Origin, actor: str, user_id: str, role_ids):
+def set_roles(idp: Idp, caller: Caller, user_id: str, role_ids):
     """Give a user exactly these roles, all or none."""
     with idp.store.transaction():
         account = get_user(idp, user_id)
@@ -2086,9 +2093,9 @@ def set_roles(idp: Idp, origin: Origin, actor: str, user_id: str, role_ids):
             {get_role(idp, id).id for id in role_ids}, {role.id for role in idp.store.list_roles_of(account.id)},
         )
         for role_id in sorted(wanted - held):
-            assign_role(idp, origin, actor, account.id, role_id)
+            assign_role(idp, caller, account.id, role_id)
         for role_id in sorted(held - wanted):
-            unassign_role(idp, origin, actor, account.id, role_id)
+            unassign_role(idp, caller, account.id, role_id)
 
 
 def get_permission(idp: Idp, id_or_name: str) -> Permission:
@@ -2098,53 +2105,53 @@ def get_permission(idp: Idp, id_or_name: str) -> Permission:
     return permission
 
 
-def create_permission(idp: Idp, origin: Origin, actor: str, wanted: CreatePermission) -> Permission:
+def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Permission:
     name = normalise(wanted.name)
     reject(name=check_name(name))
     try:
         with idp.store.transaction():
             permission = idp.store.add_permission(str(uuid.uuid4()), name, idp.now())
-            audit(idp, origin, actor, "create_permission", name, permission.id)
+            audit(idp, caller, "create_permission", name, permission.id)
     except Conflict:
         raise Problem("conflict") from None
     return permission
 
 
-def update_permission(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdatePermission) -> Permission:
+def update_permission(idp: Idp, caller: Caller, id: str, wanted: UpdatePermission) -> Permission:
     name = None if wanted.name is UNSET else normalise(wanted.name)
     reject(name=check_name(name) if name is not None else "")
     try:
         with idp.store.transaction():
             permission = idp.store.update_permission(get_permission(idp, id).id, name, idp.now())
-            audit(idp, origin, actor, "permission_updated", permission.id, permission.name)
+            audit(idp, caller, "permission_updated", permission.id, permission.name)
     except Conflict:
         raise Problem("conflict") from None
     return permission
 
 
-def delete_permission(idp: Idp, origin: Origin, actor: str, id: str):
+def delete_permission(idp: Idp, caller: Caller, id: str):
     with idp.store.transaction():
         permission = get_permission(idp, id)
         idp.store.delete_permission(permission.id)
-        audit(idp, origin, actor, "delete_permission", permission.id, permission.name)
+        audit(idp, caller, "delete_permission", permission.id, permission.name)
 
 
-def assign_permission(idp: Idp, origin: Origin, actor: str, role_id: str, permission_id: str) -> bool:
+def assign_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str) -> bool:
     """Give a role a permission. Whether that is new."""
     with idp.store.transaction():
         role, permission = get_role(idp, role_id), get_permission(idp, permission_id)
         added = idp.store.assign_permission(role.id, permission.id, idp.now())
         if added:
-            audit(idp, origin, actor, "assigned_permission", permission.id, role.id)
+            audit(idp, caller, "assigned_permission", permission.id, role.id)
     return added
 
 
-def remove_permission(idp: Idp, origin: Origin, actor: str, role_id: str, permission_id: str):
+def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str):
     with idp.store.transaction():
         role, permission = get_role(idp, role_id), get_permission(idp, permission_id)
         if not idp.store.remove_permission(role.id, permission.id):
             raise Problem("not_found", log="the role does not have this permission")
-        audit(idp, origin, actor, "permission_unassigned", role.id, permission.id)
+        audit(idp, caller, "permission_unassigned", role.id, permission.id)
 
 
 def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
@@ -2230,7 +2237,7 @@ def remembers_secret(idp: Idp, hashes, secret, now) -> bool:
     return any(idp.client_digests.knows(stored, secret, now) for stored in hashes)
 
 
-def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | None) -> Client:
+def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | None) -> Client:
     """Authenticate a client and return it. RFC 6749 §2.3.
 
     `secret` is None if the request had none: correct for a public client only. Raises invalid_client, after
@@ -2244,15 +2251,15 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
         raise Problem("invalid_client", log="no client secret")
     if remembers_secret(idp, living_hashes(client, now), secret, now):
         return client
-    idp.throttle.check(origin.peer, client_id)
+    idp.throttle.check(caller.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
-    with hash_problems(), idp.hasher.turns.take("client", client_id, origin.peer) as turn:
+    with hash_problems(), idp.hasher.turns.take("client", client_id, caller.peer) as turn:
         # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
         hashes = living_hashes(client, now)
         if remembers_secret(idp, hashes, secret, now):
             return client
-        with idp.hasher.gate.place(origin.peer):
+        with idp.hasher.gate.place(caller.peer):
             # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):
@@ -2263,10 +2270,10 @@ def authenticate_client(idp: Idp, origin: Origin, client_id: str, secret: str | 
                     # expires.
                     idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
                     return client
-        idp.hasher.turns.blame(turn, origin.peer)
-    idp.throttle.spend(origin.peer, client_id)
+        idp.hasher.turns.blame(turn, caller.peer)
+    idp.throttle.spend(caller.peer, client_id)
     audit(
-        idp, origin, client.client_id if client else "anonymous", "client_authentication_failed",
+        idp, caller.acting_as(client.client_id if client else "anonymous"), "client_authentication_failed",
         client.client_id if client else "", "", FAILURE,
     )
     raise Problem("invalid_client", log="unknown client, or wrong secret")
@@ -2365,7 +2372,7 @@ def is_registered_uri(uri: str, registered) -> bool:
 URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_uri), ("cors_origin", check_origin))
 
 
-def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
+def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
     """Register a URI of a client. Raises invalid_request, not_found, or conflict if it is already registered."""
     uri = uri.strip()
     reject(uri=dict(URI_CHECKS)[kind](uri))
@@ -2375,13 +2382,13 @@ def add_uri(idp: Idp, origin: Origin, actor: str, id_or_client_id: str, kind: st
             if kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
                 reject(uri="is for public clients: a confidential one has no place in a browser")
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
-            audit(idp, origin, actor, f"{kind}_uri_added", client.client_id, uri)
+            audit(idp, caller, f"{kind}_uri_added", client.client_id, uri)
     except Conflict:
         raise Problem("conflict", log="the client has this URI") from None
     return row
 
 
-def delete_uri(idp: Idp, origin: Origin, actor: str, record_id: str, kind: str, id_or_client_id: str | None = None):
+def delete_uri(idp: Idp, caller: Caller, record_id: str, kind: str, id_or_client_id: str | None = None):
     """Remove a URI of a client by the id of its record. Raises not_found."""
     with idp.store.transaction(identity=True):
         found = idp.store.find_uri(record_id)
@@ -2389,7 +2396,7 @@ def delete_uri(idp: Idp, origin: Origin, actor: str, record_id: str, kind: str, 
         if found is None or found.kind != kind or owner.row.id != found.client_id:
             raise Problem("not_found")
         idp.store.delete_uri(record_id)
-        audit(idp, origin, actor, f"{kind}_uri_removed", owner.client_id, found.uri)
+        audit(idp, caller, f"{kind}_uri_removed", owner.client_id, found.uri)
 
 
 def check_grant_types(grant_types, client_type: str) -> str:
@@ -2406,14 +2413,14 @@ def check_client_secret(secret: str) -> str:
     return "" if 8 <= len(secret) <= 255 and secret.isprintable() else "must have 8 to 255 printable characters"
 
 
-def end_client(idp: Idp, origin: Origin, actor: str, row: ClientRow, action: str, secondary=""):
+def end_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
     """Revoke everything ever issued to a client. Each change that reduces its rights calls this in its transaction."""
     with idp.store.transaction(identity=True):
         idp.store.revoke_client(row.id, row.client_id, idp.now(), idp.now_ms())
-        audit(idp, origin, actor, action, row.client_id, secondary)
+        audit(idp, caller, action, row.client_id, secondary)
 
 
-def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) -> tuple[Client, str]:
+def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Client, str]:
     """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict."""
     client_id, errors = wanted.client_id.strip(), {}
     errors["client_id"] = check_client_id(client_id)
@@ -2456,13 +2463,13 @@ def create_client(idp: Idp, origin: Origin, actor: str, wanted: CreateClient) ->
                 idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, now)
             for scope in scopes:
                 idp.store.assign_scope_to_client(row.id, scope.id, now)
-            audit(idp, origin, actor, "create_client", client_id, row.id)
+            audit(idp, caller, "create_client", client_id, row.id)
     except Conflict:
         raise Problem("conflict") from None
     return get_client(idp, row.id), made
 
 
-def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) -> str:
+def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
     """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days."""
     client = get_client(idp, wanted.client_id)
     if not client.row.is_active:
@@ -2484,11 +2491,11 @@ def change_secret(idp: Idp, origin: Origin, actor: str, wanted: ChangeSecret) ->
             raise Problem("not_found", log="the client is inactive")
         idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
-        audit(idp, origin, actor, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
+        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
     return secret
 
 
-def update_client(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateClient) -> Client:
+def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Client:
     """Change the members that were sent, all or none. Raises invalid_request, not_found or conflict.
 
     Deactivating a client, renaming it or changing its audience revokes its tokens: their `client_id` or
@@ -2522,32 +2529,29 @@ def update_client(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateC
             changes = {name: value for name, value in changes.items() if value != getattr(row, name)}
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
-                    end_client(idp, origin, actor, row, "client_revoked")
+                    end_client(idp, caller, row, "client_revoked")
                 idp.store.update_client(msgspec.structs.replace(row, **changes, modified_at=idp.now()))
-                audit(
-                    idp, origin, actor, "client_updated", changes.get("client_id", row.client_id),
-                    " ".join(sorted(changes)),
-                )
+                audit(idp, caller, "client_updated", changes.get("client_id", row.client_id), " ".join(sorted(changes)))
     except Conflict:
         raise Problem("conflict") from None
     return get_client(idp, row.id)
 
 
-def delete_client(idp: Idp, origin: Origin, actor: str, id: str):
+def delete_client(idp: Idp, caller: Caller, id: str):
     """Delete a client and all its records, and revoke its tokens."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
-        end_client(idp, origin, actor, row, "delete_client", row.id)
+        end_client(idp, caller, row, "delete_client", row.id)
         idp.store.delete_client(row.id)
 
 
-def delete_secret(idp: Idp, origin: Origin, actor: str, id: str, secret_id: str):
+def delete_secret(idp: Idp, caller: Caller, id: str, secret_id: str):
     """Delete one secret of a client, even the last one."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         if not idp.store.delete_secret(row.id, secret_id):
             raise Problem("not_found")
-        audit(idp, origin, actor, "client_secret_deleted", row.client_id, secret_id)
+        audit(idp, caller, "client_secret_deleted", row.client_id, secret_id)
 
 
 def check_flag(flag: str) -> str:
@@ -2557,15 +2561,15 @@ def check_flag(flag: str) -> str:
     return flag.upper()
 
 
-def set_flag(idp: Idp, origin: Origin, actor: str, id: str, flag: str, is_enabled: bool):
+def set_flag(idp: Idp, caller: Caller, id: str, flag: str, is_enabled: bool):
     """Switch a feature of a client on or off; its option is kept."""
     with idp.store.transaction(identity=True):
         row, flag = get_client(idp, id).row, check_flag(flag)
         idp.store.put_feature(row.id, flag, is_enabled=is_enabled)
-        audit(idp, origin, actor, "client_flag_set", row.client_id, f"{flag}={'on' if is_enabled else 'off'}")
+        audit(idp, caller, "client_flag_set", row.client_id, f"{flag}={'on' if is_enabled else 'off'}")
 
 
-def set_flag_option(idp: Idp, origin: Origin, actor: str, id: str, flag: str, option: str):
+def set_flag_option(idp: Idp, caller: Caller, id: str, flag: str, option: str):
     """Set the option of a feature: seconds, or the issuer that authenticator apps display."""
     flag, option = check_flag(flag), option.strip()
     if not FLAGS[flag]:
@@ -2577,7 +2581,7 @@ def set_flag_option(idp: Idp, origin: Origin, actor: str, id: str, flag: str, op
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         idp.store.put_feature(row.id, flag, options=option)
-        audit(idp, origin, actor, "client_flag_option_set", row.client_id, f"{flag}={option}")
+        audit(idp, caller, "client_flag_option_set", row.client_id, f"{flag}={option}")
 
 
 def list_flags(idp: Idp, id: str) -> dict:
@@ -2619,7 +2623,7 @@ def check_idp(wanted: PutIdp):
     return key
 
 
-def put_idp(idp: Idp, origin: Origin, actor: str, id: str, wanted: PutIdp, idp_id: str | None = None) -> ExternalIdp:
+def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | None = None) -> ExternalIdp:
     """Add an external identity provider to a client, or change one. Raises invalid_request, not_found or conflict."""
     key, now = check_idp(wanted), idp.now()
     try:
@@ -2634,21 +2638,21 @@ def put_idp(idp: Idp, origin: Origin, actor: str, id: str, wanted: PutIdp, idp_i
                 found.created_at if found else now, now,
             )
             idp.store.put_idp(row)
-            audit(idp, origin, actor, "external_idp_updated" if found else "external_idp_added", client.client_id, key)
+            audit(idp, caller, "external_idp_updated" if found else "external_idp_added", client.client_id, key)
     except Conflict:
         raise Problem("conflict", log="the client has a provider of this key") from None
     return row
 
 
-def delete_idp(idp: Idp, origin: Origin, actor: str, id: str, idp_id: str):
+def delete_idp(idp: Idp, caller: Caller, id: str, idp_id: str):
     with idp.store.transaction():
         client = get_client(idp, id)
         if not idp.store.delete_idp(client.row.id, idp_id):
             raise Problem("not_found")
-        audit(idp, origin, actor, "external_idp_deleted", client.client_id, idp_id)
+        audit(idp, caller, "external_idp_deleted", client.client_id, idp_id)
 
 
-def create_scope(idp: Idp, origin: Origin, actor: str, wanted: CreateScope) -> Scope:
+def create_scope(idp: Idp, caller: Caller, wanted: CreateScope) -> Scope:
     name = normalise(wanted.name)
     reject(name=check_scope_name(name), description=check_label(wanted.desc or wanted.description or ""))
     if name in OIDC_SCOPES:
@@ -2658,7 +2662,7 @@ def create_scope(idp: Idp, origin: Origin, actor: str, wanted: CreateScope) -> S
             scope = idp.store.add_scope(
                 str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now()
             )
-            audit(idp, origin, actor, "create_scope", name, scope.id)
+            audit(idp, caller, "create_scope", name, scope.id)
     except Conflict:
         raise Problem("conflict") from None
     return scope
@@ -2671,7 +2675,7 @@ def get_scope(idp: Idp, id_or_name: str) -> Scope:
     return scope
 
 
-def update_scope(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateScope) -> Scope:
+def update_scope(idp: Idp, caller: Caller, id: str, wanted: UpdateScope) -> Scope:
     """Change what was sent. Raises invalid_request, not_found, protected or conflict."""
     name = None if wanted.name is UNSET else normalise(wanted.name)
     description = next((word.strip() for word in (wanted.desc, wanted.description) if isinstance(word, str)), None)
@@ -2684,23 +2688,23 @@ def update_scope(idp: Idp, origin: Origin, actor: str, id: str, wanted: UpdateSc
             if scope.is_protected and name not in (None, scope.name):
                 raise Problem("protected")
             scope = idp.store.update_scope(scope.id, name, description, idp.now())
-            audit(idp, origin, actor, "scope_updated", scope.id, scope.name)
+            audit(idp, caller, "scope_updated", scope.id, scope.name)
     except Conflict:
         raise Problem("conflict") from None
     return scope
 
 
-def delete_scope(idp: Idp, origin: Origin, actor: str, id: str):
+def delete_scope(idp: Idp, caller: Caller, id: str):
     """Delete a scope: new tokens cannot get it, and refreshed tokens lose it."""
     with idp.store.transaction(identity=True):
         scope = get_scope(idp, id)
         if scope.is_protected:
             raise Problem("protected")
         idp.store.delete_scope(scope.id)
-        audit(idp, origin, actor, "delete_scope", scope.id, scope.name)
+        audit(idp, caller, "delete_scope", scope.id, scope.name)
 
 
-def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account, ids) -> int:
+def assign_scopes(idp: Idp, caller: Caller, holder: Client | Account, ids) -> int:
     """Assign scopes, by id or name, to a client or a user; all or none. Return how many were not assigned before."""
     scopes = [idp.store.find_scope(key_of(id)) for id in ids]
     if not scopes or None in scopes:
@@ -2713,13 +2717,13 @@ def assign_scopes(idp: Idp, origin: Origin, actor: str, holder: Client | Account
     try:
         with idp.store.transaction(identity=True):
             added = sum(assign(id, scope.id, idp.now()) for scope in scopes)
-            audit(idp, origin, actor, f"assign_scope_to_{kind}", id, " ".join(scope.name for scope in scopes))
+            audit(idp, caller, f"assign_scope_to_{kind}", id, " ".join(scope.name for scope in scopes))
     except Conflict:
         raise Problem("not_found", log="deleted meanwhile") from None
     return added
 
 
-def remove_scope(idp: Idp, origin: Origin, actor: str, holder: Client | Account, scope_id: str):
+def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: str):
     """Remove a scope from a client or a user. Raises not_found if it was not assigned."""
     kind, id, remove = (
         ("client", holder.row.id, idp.store.remove_scope_from_client)
@@ -2730,7 +2734,7 @@ def remove_scope(idp: Idp, origin: Origin, actor: str, holder: Client | Account,
         scope = get_scope(idp, scope_id)
         if not remove(id, scope.id):
             raise Problem("not_found", log=f"the {kind} does not have this scope")
-        audit(idp, origin, actor, f"remove_scope_from_{kind}", scope.id, id)
+        audit(idp, caller, f"remove_scope_from_{kind}", scope.id, id)
 
 
 # == Sessions ==================================================================
@@ -2765,22 +2769,22 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=F
     return claims
 
 
-def revoke_family(idp: Idp, origin: Origin, actor: str, family_sid: str, action: str, target: str, result=SUCCESS):
+def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target: str, result=SUCCESS):
     """Revoke a login at a client: its refresh tokens and the access tokens with its `sid`."""
     with idp.store.transaction():
         idp.store.revoke_family(family_sid, idp.now())
-        audit(idp, origin, actor, action, target, f"sid={family_sid}", result)
+        audit(idp, caller, action, target, f"sid={family_sid}", result)
 
 
-def end_logins(idp: Idp, origin: Origin, user_id: str, client_id: str):
+def end_logins(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
         for family in idp.store.list_families_of(user_id, client_id):
             idp.store.revoke_family(family.sid, idp.now())
-        audit(idp, origin, user_id, "logout", client_id)
+        audit(idp, caller.acting_as(user_id), "logout", client_id)
 
 
-def revoke_token(idp: Idp, origin: Origin, client: Client, token: str) -> None:
+def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
     """Revoke an access or refresh token of this client. An invalid or unknown token is no error. RFC 7009 §2.
 
     Raises unauthorized_client for a token of another client. RFC 7009 §2.1.
@@ -2789,7 +2793,7 @@ def revoke_token(idp: Idp, origin: Origin, client: Client, token: str) -> None:
     if refresh is not None:
         if refresh.client_id != client.client_id:
             raise Problem("unauthorized_client", log="the refresh token of another client")
-        revoke_family(idp, origin, client.client_id, refresh.sid, "refresh_token_revoked", refresh.user_id)
+        revoke_family(idp, caller.acting_as(client.client_id), refresh.sid, "refresh_token_revoked", refresh.user_id)
         return
     try:
         claims = idp.auth_ring.verify(token, AT_JWT)
@@ -2799,10 +2803,10 @@ def revoke_token(idp: Idp, origin: Origin, client: Client, token: str) -> None:
         raise Problem("unauthorized_client", log="the access token of another client")
     with idp.store.transaction():
         idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
-        audit(idp, origin, client.client_id, "token_revoked", claims["sub"], f"jti={claims['jti']}")
+        audit(idp, caller.acting_as(client.client_id), "token_revoked", claims["sub"], f"jti={claims['jti']}")
 
 
-def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
+def note_replay(idp: Idp, caller: Caller, replayed: Replayed):
     """Audit the use of a revoked token, once per token, so that replaying it cannot flood the log."""
     claims = replayed.claims
     if claims["jti"] in idp.replays:
@@ -2812,7 +2816,9 @@ def note_replay(idp: Idp, origin: Origin, replayed: Replayed):
     # where nothing can be written, a dead token is refused all the same
     with contextlib.suppress(Problem, Unavailable):
         audit(
-            idp, origin, claims["sub"], f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
+            idp, caller.acting_as(
+                claims["sub"]
+            ), f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
             FAILURE,
         )
         idp.replays.add(claims["jti"])
@@ -2840,7 +2846,7 @@ def get_session(idp: Idp, jti: str) -> ListedSession:
     return session
 
 
-def revoke_session(idp: Idp, origin: Origin, actor: str, jti: str) -> ListedSession:
+def revoke_session(idp: Idp, caller: Caller, jti: str) -> ListedSession:
     """Revoke an access token and its login, if it has one.
 
     Raises not_found, or unchanged if it has expired or was revoked before.
@@ -2853,7 +2859,7 @@ def revoke_session(idp: Idp, origin: Origin, actor: str, jti: str) -> ListedSess
         idp.store.revoke_jti(session.id, session.expires_at, idp.now())
         if session.sid:
             idp.store.revoke_family(session.sid, idp.now())
-        audit(idp, origin, actor, "session_revoked", session.id, session.user_id or session.client_id)
+        audit(idp, caller, "session_revoked", session.id, session.user_id or session.client_id)
     return session
 
 
@@ -2864,14 +2870,14 @@ def is_signed(ring: KeyRing, token: str, typ: str) -> bool:
         return False
 
 
-def revoke_any_token(idp: Idp, origin: Origin, actor: str, token: str):
+def revoke_any_token(idp: Idp, caller: Caller, token: str):
     """Revoke an access, ADMIN or refresh token for an administrator.
 
     Raises invalid_request if this server did not issue it.
     """
     refresh = idp.store.find_refresh_token(sha256(token))
     if refresh is not None:
-        revoke_family(idp, origin, actor, refresh.sid, "refresh_token_revoked", refresh.user_id)
+        revoke_family(idp, caller, refresh.sid, "refresh_token_revoked", refresh.user_id)
         return
     ring = next((ring for ring in (idp.auth_ring, idp.admin_ring) if is_signed(ring, token.strip(), AT_JWT)), None)
     if ring is None:
@@ -2881,18 +2887,18 @@ def revoke_any_token(idp: Idp, origin: Origin, actor: str, token: str):
         idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
         if claims.get("sid"):
             idp.store.revoke_family(claims["sid"], idp.now())
-        audit(idp, origin, actor, "token_revoked", claims["sub"], f"jti={claims['jti']}")
+        audit(idp, caller, "token_revoked", claims["sub"], f"jti={claims['jti']}")
 
 
-def revoke_refresh_token(idp: Idp, origin: Origin, actor: str, id: str):
+def revoke_refresh_token(idp: Idp, caller: Caller, id: str):
     """Revoke the login of a refresh token, by the id of the token's row."""
     row = idp.store.find_refresh_token_by_id(id)
     if row is None:
         raise Problem("not_found")
-    revoke_family(idp, origin, actor, row.sid, "refresh_token_revoked", row.user_id)
+    revoke_family(idp, caller, row.sid, "refresh_token_revoked", row.user_id)
 
 
-def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
+def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
     """Delete the rows of expired or revoked sessions or refresh tokens; return how many.
 
     Only rows that expired at least `older_than_seconds` ago are deleted.
@@ -2908,7 +2914,7 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
     narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
     # Audited first, so that the actor is known even if the purge is interrupted between two slices.
     audit(
-        idp, origin, actor, "purge_begun", wanted.user_id or wanted.client_id or "",
+        idp, caller, "purge_begun", wanted.user_id or wanted.client_id or "",
         f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}",
     )
     if "session" in kinds:
@@ -2917,20 +2923,20 @@ def purge_tokens(idp: Idp, origin: Origin, actor: str, wanted: PurgeTokens, kind
             after, deleted = idp.store.purge_sessions(f"{max(0, before) * 1000:012x}", before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, origin, actor, "sessions_purged", done, wanted)
+        total += audit_purge(idp, caller, "sessions_purged", done, wanted)
     if "refresh_token" in kinds:
         after, done = "", 0
         while after is not None:
             after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, origin, actor, "refresh_tokens_purged", done, wanted)
+        total += audit_purge(idp, caller, "refresh_tokens_purged", done, wanted)
     return total
 
 
-def audit_purge(idp, origin, actor, action, done, wanted) -> int:
+def audit_purge(idp, caller, action, done, wanted) -> int:
     audit(
-        idp, origin, actor, action, wanted.user_id or wanted.client_id or "",
+        idp, caller, action, wanted.user_id or wanted.client_id or "",
         f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
     )
     return done
@@ -3036,7 +3042,7 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
     """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
     username, password = params.need("username"), params.need("password")
     account, amr = authenticate_user(
-        idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", client
+        idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", client
     )
     scope = decide_scopes(params.get("scope"), client.scopes, scopes_of_user(idp, account.id))
     return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
@@ -3061,7 +3067,9 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     if (
         found.rotated_at is not None
     ):  # checked before any other refusal, so that reuse always revokes the family and the answer reveals nothing
-        revoke_family(idp, params.origin, family.user_id, family.sid, "refresh_token_reused", client.client_id, FAILURE)
+        revoke_family(
+            idp, params.caller.acting_as(family.user_id), family.sid, "refresh_token_reused", client.client_id, FAILURE
+        )
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
@@ -3094,7 +3102,7 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
     code = idp.store.find_code(code_sha256)
     if code is None or code.client_id != client.client_id or code.spent_at is not None:
         if code is not None and code.client_id == client.client_id:
-            end_code(idp, params.origin, code)
+            end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=code is not None)
     account = idp.store.find_account(code.user_id)
     wrong = (
@@ -3107,7 +3115,7 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
     )
     if wrong:
         if idp.store.spend_code(code_sha256, client.client_id, now) is None:
-            end_code(idp, params.origin, code)
+            end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log=f"code: {wrong}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
@@ -3117,7 +3125,7 @@ def is_logged_out(idp: Idp, id_sha256: str) -> bool:
     return session is None or session.revoked_at is not None
 
 
-def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
+def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
     """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
     with idp.store.transaction():
         if idp.store.find_family(code.sid) is None:
@@ -3130,7 +3138,9 @@ def end_code(idp: Idp, origin: Origin, code: AuthorizationCode):
                     now, now,
                 )
             )
-        revoke_family(idp, origin, code.user_id, code.sid, "authorization_code_reused", code.client_id, FAILURE)
+        revoke_family(
+            idp, caller.acting_as(code.user_id), code.sid, "authorization_code_reused", code.client_id, FAILURE
+        )
 
 
 GRANTS = {
@@ -3139,7 +3149,7 @@ GRANTS = {
 }
 
 
-def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
+def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
     """Mint and store the granted tokens; return the token response. RFC 6749 §5.1, RFC 9068 §2.2."""
     options, now = idp.options, idp.now()
     row, account = client.row, granted.account
@@ -3161,7 +3171,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
     if account is None:
         answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
         actor = (
-            (row.client_id, origin.peer, origin.user_agent[:200], origin.request_id)
+            (row.client_id, caller.peer, caller.user_agent[:200], caller.request_id)
             if options.enable_audit_logging
             else None
         )
@@ -3174,7 +3184,7 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        family = take_family(idp, client, granted, origin, ms)
+        family = take_family(idp, client, granted, caller, ms)
         refresh_token = ""
         may_refresh = granted.code is None or granted.code.offline
         if family and may_refresh and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
@@ -3196,7 +3206,9 @@ def issue(idp: Idp, client: Client, granted: Granted, origin: Origin) -> dict:
                 )
             )
             audit(
-                idp, origin, account.id, "refresh_token_used" if granted.spends else "user_token_issued", row.client_id,
+                idp, caller.acting_as(
+                    account.id
+                ), "refresh_token_used" if granted.spends else "user_token_issued", row.client_id,
                 f"jti={jti}",
             )
             # Mint inside the transaction: if signing failed after the commit, the client would have lost its
@@ -3236,7 +3248,7 @@ def check_client_unchanged(idp: Idp, row: ClientRow):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
-def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: int) -> Family | None:
+def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
     """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
     Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief.
@@ -3248,7 +3260,9 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
             return granted.family
         if idp.store.find_refresh_token(granted.spends).rotated_at is not None:
             revoke_family(
-                idp, origin, granted.account.id, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE
+                idp, caller.acting_as(
+                    granted.account.id
+                ), granted.family.sid, "refresh_token_reused", client.client_id, FAILURE
             )
         return None
     code = granted.code
@@ -3259,7 +3273,7 @@ def take_family(idp: Idp, client: Client, granted: Granted, origin: Origin, ms: 
         browser=code.browser if code else "", claims=code.claims if code else "",
     )
     if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
-        end_code(idp, origin, code)  # a concurrent request spent the code
+        end_code(idp, caller, code)  # a concurrent request spent the code
         return None
     idp.store.add_family(family)
     return family
@@ -3463,7 +3477,7 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 
 
 def begin_browser_session(
-    idp: Idp, origin: Origin, account: Account, amr: list, auth_time: int, replaces: str | None
+    idp: Idp, caller: Caller, account: Account, amr: list, auth_time: int, replaces: str | None
 ) -> str:
     """Log somebody in at a browser: always a fresh session.
 
@@ -3479,18 +3493,18 @@ def begin_browser_session(
         idp.store.add_browser_session(
             BrowserSession(
                 sha256(handle), account.id, " ".join(amr), auth_time, ms, now,
-                now + idp.options.session_absolute_expiration, None, origin.peer, origin.user_agent[:200],
+                now + idp.options.session_absolute_expiration, None, caller.peer, caller.user_agent[:200],
             )
         )
-        audit(idp, origin, account.id, "user_logged_in", account.id, "amr=" + ",".join(amr))
+        audit(idp, caller.acting_as(account.id), "user_logged_in", account.id, "amr=" + ",".join(amr))
     return handle
 
 
-def end_browser_session(idp: Idp, origin: Origin, actor: str, id_sha256: str):
+def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
     """Log a browser out, and end every login at a client that began in it."""
     with idp.store.transaction():
         if idp.store.revoke_browser_session(id_sha256, idp.now()):
-            audit(idp, origin, actor, "browser_logged_out", actor)
+            audit(idp, caller, "browser_logged_out", caller.actor)
 
 
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
@@ -3515,7 +3529,7 @@ def named_user(request: AuthorizeRequest) -> str:
 
 
 def begin_login(
-    idp: Idp, origin: Origin, binding: str, request: AuthorizeRequest | None, state="password",
+    idp: Idp, caller: Caller, binding: str, request: AuthorizeRequest | None, state="password",
     session: BrowserSession | None = None,
 ) -> LoginTransaction:
     """Begin a login for whoever holds the secret `binding`.
@@ -3523,7 +3537,7 @@ def begin_login(
     With a session the password is proven already, and what is left is the next state.
     """
     now, binding_sha256 = idp.now(), sha256(binding)
-    idp.throttle.begin_login(origin.peer)
+    idp.throttle.begin_login(caller.peer)
     idp.store.purge_logins(now, 20)  # what is over makes room for what begins
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
@@ -3565,12 +3579,12 @@ def fail_step(idp: Idp, login: Login):
     idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
 
 
-def give_password(idp: Idp, origin: Origin, login: Login, username: str, password: str) -> Login:
+def give_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
     """The first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
         raise Problem("conflict", log="no password is asked for in this state")
     try:
-        account, _ = authenticate_user(idp, origin, username, password, client=login.client, only_password=True)
+        account, _ = authenticate_user(idp, caller, username, password, client=login.client, only_password=True)
     except Problem as problem:
         if problem.code == "invalid_grant":
             fail_step(idp, login)
@@ -3587,13 +3601,13 @@ def new_pending(idp, user_id, state) -> str:
     return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
 
 
-def give_code(idp: Idp, origin: Origin, login: Login, code: str) -> Login:
+def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
     """The second step of a user who has a second factor: a one-time or a recovery code. Raises invalid_grant."""
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
     try:
         account, amr = check_second_factor(
-            idp, origin, login.row.user_id, login.row.proven_ms, code, login.row.client_id
+            idp, caller, login.row.user_id, login.row.proven_ms, code, login.row.client_id
         )
     except Problem as problem:
         if problem.code == "invalid_grant":
@@ -3605,7 +3619,7 @@ def give_code(idp: Idp, origin: Origin, login: Login, code: str) -> Login:
     )
 
 
-def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, list[str]]:
+def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
     """The second step of a user who gets a second factor now, by its first code.
 
     Return the recovery codes, shown once.
@@ -3613,7 +3627,7 @@ def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, lis
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
     account = idp.store.find_account(login.row.user_id)
-    if login_obstacle(idp, origin, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
+    if login_obstacle(idp, caller, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     seed = idp.seal.open(login.row.pending, account.id)
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
@@ -3627,8 +3641,8 @@ def enrol(idp: Idp, origin: Origin, login: Login, code: str) -> tuple[Login, lis
         login = step(idp, login, "codes", account.id, ["pwd", "otp", "mfa"], login.row.auth_time, login.row.proven_ms)
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
-        audit(idp, origin, account.id, "totp_enabled", account.id)
-        return login, make_recovery_codes(idp, origin, account.id)
+        audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
+        return login, make_recovery_codes(idp, caller, account.id)
 
 
 def after_factors(idp: Idp, login: Login, account: Account) -> str:
@@ -3658,7 +3672,7 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
 
 
 def issue_code(
-    idp: Idp, origin: Origin, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
+    idp: Idp, caller: Caller, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
 ) -> str:
     """Return a fresh authorization code for somebody who is in.
@@ -3683,7 +3697,7 @@ def issue_code(
                 auth_time, ms, now + min(CODE_TTL, idp.options.pkce_code_lifetime), None, browser, int(offline),
             )
         )
-        audit(idp, origin, account.id, "authorization_code_issued", client.client_id)
+        audit(idp, caller.acting_as(account.id), "authorization_code_issued", client.client_id)
     return code
 
 
@@ -3824,12 +3838,12 @@ def decode_body(body: bytes, wanted):
 class Params:
     """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
 
-    __slots__ = ("environ", "path", "values", "body", "query", "origin", "route", "raw")
+    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw")
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query, self.raw = environ, path, route, None, None, b""
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
-        self.origin = Origin(
+        self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
             peer in ("127.0.0.1", "::1")
             and environ.get("REMOTE_ADDR") == peer
@@ -3921,7 +3935,7 @@ def read_client_credentials(params) -> tuple[str, str | None]:
 
 def by_client(idp, params) -> Client:
     """An authenticated client; a public one by its client_id alone."""
-    return authenticate_client(idp, params.origin, *read_client_credentials(params))
+    return authenticate_client(idp, params.caller, *read_client_credentials(params))
 
 
 def by_confidential_client(idp, params) -> Client:
@@ -3949,12 +3963,14 @@ def read_bearer(params) -> str:
 
 
 def read_claims(idp, ring, issuer, params) -> dict:
-    """Return the claims of the living access token a request brings."""
+    """Return the claims of the living access token a request brings, and call its subject the actor."""
     try:
-        return verify_access_token(idp, ring, issuer, read_bearer(params))
+        claims = verify_access_token(idp, ring, issuer, read_bearer(params))
     except Replayed as replayed:
-        note_replay(idp, params.origin, replayed)
+        note_replay(idp, params.caller, replayed)
         raise
+    params.caller = params.caller.acting_as(claims["sub"])
+    return claims
 
 
 def lacks_scope(scope) -> Problem:
@@ -4662,12 +4678,12 @@ def token(idp, client, params):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
-        return issue(idp, client, GRANTS[grant_type](idp, client, params), params.origin)
+        return issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
     except Problem as problem:
         if problem.status < 429 and not problem.audited:
             grant = params.get("grant_type")
             audit(
-                idp, params.origin, client.client_id, "token_refused", client.client_id,
+                idp, params.caller.acting_as(client.client_id), "token_refused", client.client_id,
                 f"grant_type={grant if grant in GRANTS else 'unknown'} error={problem.code}", FAILURE,
             )
         raise
@@ -4685,7 +4701,7 @@ def introspect(idp, client, params):
 @AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", form=TokenHintForm, gives=Msg, oauth=True, cors=True)
 def revoke(idp, client, params):
     """End a token of this client; a refresh token takes its family along."""
-    revoke_token(idp, params.origin, client, params.need("token"))
+    revoke_token(idp, params.caller, client, params.need("token"))
     return msg("Token revoked.")
 
 
@@ -4757,7 +4773,7 @@ def logout(idp, claims, params):
     """End every login of this user at the token's client; from our own page, the session of the browser."""
     if claims is None:
         return log_browser_out(idp, params)
-    end_logins(idp, params.origin, claims["sub"], claims["client_id"])
+    end_logins(idp, params.caller, claims["sub"], claims["client_id"])
     return msg("Logged out of this client.")
 
 
@@ -4768,9 +4784,9 @@ def logout_all(idp, claims, params):
         held = find_browser_session(idp, session_handle(idp, params))
         check_form(params, session_handle(idp, params), "session")
         if held:
-            end_user(idp, params.origin, held[1].id, held[1].id, "logout_all")
+            end_user(idp, params.caller.acting_as(held[1].id), held[1].id, "logout_all")
         return log_browser_out(idp, params)
-    end_user(idp, params.origin, claims["sub"], claims["sub"], "logout_all")
+    end_user(idp, params.caller, claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
 
 
@@ -4851,7 +4867,7 @@ def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
     ):
         session, account = held
         code = issue_code(
-            idp, params.origin, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
+            idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
         )
         return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
     if held and "select_account" in request.prompt and (serves or not request.hinted_sub):
@@ -4876,7 +4892,7 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
     if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
         binding = random_handle()
         cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
-    row = begin_login(idp, params.origin, binding, request, state, session)
+    row = begin_login(idp, params.caller, binding, request, state, session)
     return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
 
 
@@ -4956,7 +4972,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     cookies, handle = [], session_handle(idp, params)
     row = login.row
     if account is not None:
-        handle = begin_browser_session(idp, params.origin, account, row.amr.split(), row.auth_time, handle)
+        handle = begin_browser_session(idp, params.caller, account, row.amr.split(), row.auth_time, handle)
         cookies.append(make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration))
     if recovery:
         page = show_login(idp, params, login, recovery=recovery)
@@ -4971,7 +4987,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     held = find_browser_session(idp, handle)
     browser = held[0].id_sha256 if held and held[1].id == account.id else ""
     try:
-        code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time, browser)
+        code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time, browser)
     except (Problem, Unavailable) as error:
         problem = as_problem(error)
         return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem, cookies)
@@ -5015,7 +5031,7 @@ def login_password(idp, params):
     """The first page of a login: user name and password."""
     login = posted_login(idp, params, "password")
     try:
-        after = give_password(idp, params.origin, login, params.get("username") or "", params.get("password") or "")
+        after = give_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
         return refused_step(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
@@ -5034,7 +5050,7 @@ def login_totp(idp, params):
     """The second page of a login: a one-time code, or a recovery code."""
     login = posted_login(idp, params, "totp")
     try:
-        after = give_code(idp, params.origin, login, (params.get("totp") or "").strip())
+        after = give_code(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
         return refused_step(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
@@ -5048,7 +5064,7 @@ def login_enrol(idp, params):
     """Set a second factor up in the middle of a login, by its first code; shows the recovery codes once."""
     login = posted_login(idp, params, "enrol")
     try:
-        after, recovery = enrol(idp, params.origin, login, (params.get("totp") or "").strip())
+        after, recovery = enrol(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
         return refused_step(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
@@ -5104,7 +5120,7 @@ def login_consent(idp, params):
     row, request = login.row, login.request
     decided = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
     if params.get("decision") != "allow":
-        audit(idp, params.origin, row.user_id, "consent_denied", row.client_id, "", FAILURE)
+        audit(idp, params.caller.acting_as(row.user_id), "consent_denied", row.client_id, "", FAILURE)
         return refuse_client(
             idp, params, request.redirect_uri, request.response_mode, request.state,
             Problem("access_denied", log="the user said no"),
@@ -5115,7 +5131,7 @@ def login_consent(idp, params):
     )
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
-        audit(idp, params.origin, row.user_id, "consent_given", row.client_id, " ".join(sorted(wanted)))
+        audit(idp, params.caller.acting_as(row.user_id), "consent_given", row.client_id, " ".join(sorted(wanted)))
     return continue_login(idp, params, decided)
 
 
@@ -5176,7 +5192,7 @@ def begin_headless(idp: Idp, params) -> Reply:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
         request.headless = True
         jti = random_handle()
-        row = begin_login(idp, params.origin, jti, request)
+        row = begin_login(idp, params.caller, jti, request)
         return Reply(headless_step(as_login(idp, row), jti, False))
     except (Problem, Unavailable) as error:
         return refuse(as_problem(error), False)
@@ -5202,7 +5218,7 @@ def headless_password(idp, params):
     """The first step of an application with screens of its own."""
     username, password = params.need("username"), params.need("password")
     login, jti = headless_login(idp, params)
-    after = give_password(idp, params.origin, login, username, password)
+    after = give_password(idp, params.caller, login, username, password)
     if after.row.state == "enrol":
         raise Problem("invalid_grant", log="the client demands a second factor, and the user has none")
     return headless_step(after, jti, after.row.state == "totp")
@@ -5214,7 +5230,7 @@ def headless_totp(idp, params):
     """The second step of an application with screens of its own."""
     code = params.need("totp_code")
     login, jti = headless_login(idp, params)
-    return headless_step(give_code(idp, params.origin, login, code.strip()), jti, False)
+    return headless_step(give_code(idp, params.caller, login, code.strip()), jti, False)
 
 
 @AUTH(
@@ -5230,7 +5246,7 @@ def headless_finalize(idp, params):
         raise Problem("invalid_grant", log="finalize before every factor was proven")
     done = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
     account = finish_login(idp, done)
-    code = issue_code(idp, params.origin, login.client, request, account, row.amr.split(), row.auth_time)
+    code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
     answer.status = 302  # what published clients look for
     return answer
@@ -5270,7 +5286,7 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
     """
     if handle:
         held = find_browser_session(idp, handle)
-        end_browser_session(idp, params.origin, held[1].id if held else "anonymous", sha256(handle))
+        end_browser_session(idp, params.caller.acting_as(held[1].id if held else "anonymous"), sha256(handle))
     cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
     return (
         Redirect(location, cookies)
@@ -5328,7 +5344,7 @@ def end_session(idp, params):
     family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
     if family and family.revoked_at is None and family.client_id == hint["aud"]:
         # The login the client speaks of ends even where the session it began in is over already.
-        revoke_family(idp, params.origin, family.user_id, family.sid, "logout", family.client_id)
+        revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
     return forget_browser(idp, params, handle, location)
 
 
@@ -5428,7 +5444,7 @@ def end_own_session(idp, params, session, account):
     row = idp.store.find_browser_session(params.need("id"))
     if row is None or row.user_id != account.id:
         raise Problem("not_found")
-    end_browser_session(idp, params.origin, account.id, row.id_sha256)
+    end_browser_session(idp, params.caller.acting_as(account.id), row.id_sha256)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
@@ -5436,14 +5452,14 @@ def end_own_login(idp, params, session, account):
     family = idp.store.find_family(params.need("id"))
     if family is None or family.user_id != account.id:
         raise Problem("not_found")
-    revoke_family(idp, params.origin, account.id, family.sid, "logout", family.client_id)
+    revoke_family(idp, params.caller.acting_as(account.id), family.sid, "logout", family.client_id)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
 def stay(idp, params, session, account, **words) -> Page:
     """Show the account page in a fresh session, after everything else of the user was ended."""
     account = idp.store.find_account(account.id)
-    handle = begin_browser_session(idp, params.origin, account, session.amr.split(), session.auth_time, None)
+    handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
     return show_account(
         idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie], **words
@@ -5451,7 +5467,7 @@ def stay(idp, params, session, account, **words) -> Page:
 
 
 def end_all_others(idp, params, session, account):
-    end_user(idp, params.origin, account.id, account.id, "logout_all")
+    end_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
     return stay(idp, params, session, account, notice="ended")
 
 
@@ -5461,18 +5477,18 @@ def prove_again(idp, params, account):
     A recovery code does, or a lost authenticator could never be replaced.
     """
     account, _ = authenticate_user(
-        idp, params.origin, account.username, params.get("password") or "", only_password=True
+        idp, params.caller, account.username, params.get("password") or "", only_password=True
     )
     if account.totp_sealed:
         check_second_factor(
-            idp, params.origin, account.id, max(idp.now_ms(), account.revoked_before + 1),
+            idp, params.caller, account.id, max(idp.now_ms(), account.revoked_before + 1),
             (params.get("totp") or "").strip(),
         )
 
 
 def change_own_password(idp, params, session, account):
     prove_again(idp, params, account)
-    reset_password(idp, params.origin, account.id, account.id, params.get("new_password") or "")
+    reset_password(idp, params.caller.acting_as(account.id), account.id, params.get("new_password") or "")
     return stay(idp, params, session, account, notice="password_changed")
 
 
@@ -5480,21 +5496,21 @@ def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
     prove_again(idp, params, account)  # a browser left open is not enough to lock its owner out
-    begin_totp(idp, params.origin, account.id, account)
+    begin_totp(idp, params.caller.acting_as(account.id), account)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
 def confirm_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
-    confirm_totp(idp, params.origin, account.id, account, (params.get("totp") or "").strip())
-    recovery = make_recovery_codes(idp, params.origin, account.id)
+    confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip())
+    recovery = make_recovery_codes(idp, params.caller, account.id)
     return show_account(idp, params, (session, account), notice="totp_on", recovery=recovery)
 
 
 def disable_own_totp(idp, params, session, account):
     prove_again(idp, params, account)
-    disable_totp(idp, params.origin, account.id, account)
+    disable_totp(idp, params.caller.acting_as(account.id), account)
     return show_account(idp, params, (session, account), notice="totp_off")
 
 
@@ -5502,7 +5518,7 @@ def renew_own_codes(idp, params, session, account):
     if not account.totp_sealed:
         raise Problem("invalid_request", log="recovery codes without a second factor")
     prove_again(idp, params, account)
-    return show_account(idp, params, (session, account), recovery=make_recovery_codes(idp, params.origin, account.id))
+    return show_account(idp, params, (session, account), recovery=make_recovery_codes(idp, params.caller, account.id))
 
 
 ACCOUNT_CHANGES = {
@@ -5518,7 +5534,7 @@ ACCOUNT_CHANGES = {
 @AUTH("POST", "/user", guard=by_scope("admin:provision_users"), spec=OWN, takes=CreateUser, gives=UserObject)
 def scoped_create_user(idp, claims, params):
     """Create a user."""
-    return user_object(create_user(idp, params.origin, claims["sub"], params.body))
+    return user_object(create_user(idp, params.caller, params.body))
 
 
 @AUTH("GET", "/users", guard=by_scope("admin:list_users"), spec=OWN, query=ListUsers, gives=list[UserObject])
@@ -5537,7 +5553,7 @@ def scoped_get_user(idp, claims, params):
 def scoped_reset_password(idp, claims, params):
     """Give a user a new password; never an administrator."""
     reset_password(
-        idp, params.origin, claims["sub"], params.path["id"], params.body.new_password or params.body.password,
+        idp, params.caller, params.path["id"], params.body.new_password or params.body.password,
         but_admins=True,
     )
     return msg("Password reset; every login of the user is ended.")
@@ -5546,7 +5562,7 @@ def scoped_reset_password(idp, claims, params):
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
     """Keep a user out and end all it has; never an administrator."""
-    set_user_active(idp, params.origin, claims["sub"], params.path["id"], False, but_admins=True)
+    set_user_active(idp, params.caller, params.path["id"], False, but_admins=True)
     return msg("User deactivated.")
 
 
@@ -5639,7 +5655,7 @@ def admin_token(idp, params):
     """
     username, password = params.need("username"), params.need("password")
     account, amr = authenticate_user(
-        idp, params.origin, username, password, params.get("totp") or params.get("totp_code") or "", admin=True
+        idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", admin=True
     )
     now, options, ms = idp.now(), idp.options, max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
@@ -5656,7 +5672,9 @@ def admin_token(idp, params):
             )
         )
         audit(
-            idp, params.origin, account.id, "admin_token_issued", (params.get("client_id") or "(no client id)")[:255],
+            idp, params.caller.acting_as(
+                account.id
+            ), "admin_token_issued", (params.get("client_id") or "(no client id)")[:255],
             f"jti={jti}",
         )
     claims = {
@@ -5676,7 +5694,7 @@ def admin_token(idp, params):
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)
 def admin_logout(idp, claims, params):
     """End the login this token belongs to."""
-    revoke_family(idp, params.origin, claims["sub"], claims["sid"], "logout", "admin")
+    revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
     return msg("Logged out.")
 
 
@@ -5686,7 +5704,7 @@ def admin_logout(idp, claims, params):
 @ADMIN("POST", "/users", guard=by_admin, spec=OWN, takes=CreateUser, gives=UserObject)
 def admin_create_user(idp, claims, params):
     """Create a user."""
-    return user_object(create_user(idp, params.origin, claims["sub"], params.body))
+    return user_object(create_user(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/users", guard=by_admin, spec=OWN, query=ListUsers, gives=list[UserObject])
@@ -5713,58 +5731,56 @@ def admin_user_id(idp, claims, params):
 def admin_update_user(idp, claims, params):
     """Change what is sent of a user; the id of the path counts. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
-        return user_object(update_user(idp, params.origin, claims["sub"], params.path["id"], params.body))
+        return user_object(update_user(idp, params.caller, params.path["id"], params.body))
 
 
 @ADMIN("DELETE", "/users/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_user(idp, claims, params):
     """Delete a user and everything that hangs on it. Honours If-Match."""
     with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
-        delete_user(idp, params.origin, claims["sub"], params.path["id"])
+        delete_user(idp, params.caller, params.path["id"])
     return msg("User deleted.")
 
 
 @ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg)
 def admin_verify_email(idp, claims, params):
     """Mark the e-mail address of a user as verified."""
-    verify_email(idp, params.origin, claims["sub"], params.path["id"])
+    verify_email(idp, params.caller, params.path["id"])
     return msg("E-mail address verified.")
 
 
 @ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg)
 def admin_deactivate_user(idp, claims, params):
     """Keep a user out, and end all it has."""
-    set_user_active(idp, params.origin, claims["sub"], params.path["id"], False)
+    set_user_active(idp, params.caller, params.path["id"], False)
     return msg("User deactivated.")
 
 
 @ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg)
 def admin_activate_user(idp, claims, params):
     """Let a user in again."""
-    set_user_active(idp, params.origin, claims["sub"], params.path["id"], True)
+    set_user_active(idp, params.caller, params.path["id"], True)
     return msg("User activated.")
 
 
 @ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg)
 def admin_reset_password(idp, claims, params):
     """Give a user a new password, and end all the old one opened."""
-    reset_password(
-        idp, params.origin, claims["sub"], params.path["id"], params.body.new_password or params.body.password
-    )
+    reset_password(idp, params.caller, params.path["id"], params.body.new_password or params.body.password)
     return msg("Password reset; every login of the user is ended.")
 
 
 @ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
 def admin_set_lockout(idp, claims, params):
     """Lock a user out until a time, which ends all it has; null or the year 1 clears every lockout."""
-    set_lockout(idp, params.origin, claims["sub"], params.path["id"], params.body.lockout_until)
+    set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
 @ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg)
 def admin_clear_lockout(idp, claims, params):
     """End every lockout of a user, of passwords and of one-time codes."""
-    set_lockout(idp, params.origin, claims["sub"], params.path["id"], None)
+    set_lockout(idp, params.caller, params.path["id"], None)
     return msg("Lockout cleared.")
 
 
@@ -5772,14 +5788,14 @@ def admin_clear_lockout(idp, claims, params):
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
-        end_user(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]).id, "user_revoked")
+        end_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)
 def admin_verify_password(idp, claims, params):
     """Is this the password of a user who could log in? 403 where not, whatever is wrong."""
-    account = verify_password(idp, params.origin, params.body)
+    account = verify_password(idp, params.caller, params.body)
     return PasswordVerdict(True, account.id, account.email, bool(account.totp_sealed))
 
 
@@ -5824,7 +5840,7 @@ def admin_enrol_totp(idp, claims, params):
     It counts from its first code on.
     """
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
-    seed = begin_totp(idp, params.origin, claims["sub"], account)
+    seed = begin_totp(idp, params.caller, account)
     uri = totp_uri(seed, account.username, issuer_name)
     return TotpEnrolment(True, uri, seed, draw_qr(uri).decode())
 
@@ -5847,14 +5863,14 @@ def admin_generate_totp(idp, claims, params):
         )
     except OSError as error:
         raise Problem("temporarily_unavailable", log=f"the QR file cannot be written: {error.strerror}") from None
-    begin_totp(idp, params.origin, claims["sub"], account, seed)
+    begin_totp(idp, params.caller, account, seed)
     return TotpQr(True, name, name)
 
 
 @ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=Msg)
 def admin_confirm_totp(idp, claims, params):
     """Put a new second factor in force by its first code; 403 where the code is wrong."""
-    confirm_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.code)
+    confirm_totp(idp, params.caller, get_user(idp, params.path["id"]), params.body.code)
     return msg("Second factor enabled.")
 
 
@@ -5862,14 +5878,14 @@ def admin_confirm_totp(idp, claims, params):
 def admin_verify_totp(idp, claims, params):
     """The same, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
-    confirm_totp(idp, params.origin, claims["sub"], get_user(idp, params.body.user_id), params.body.code)
+    confirm_totp(idp, params.caller, get_user(idp, params.body.user_id), params.body.code)
     return msg("Second factor enabled.")
 
 
 @ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_totp(idp, claims, params):
     """Take the second factor of a user away."""
-    disable_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]))
+    disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
@@ -5877,7 +5893,7 @@ def admin_disable_totp(idp, claims, params):
 def admin_disable_client_totp(idp, claims, params):
     """The same; a second factor belongs to the user, so the client is only checked to demand one."""
     totp_issuer(idp, params.path["client_id"])
-    disable_totp(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]))
+    disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
@@ -5891,7 +5907,7 @@ def role_object(role: Role) -> RoleObject:
 @ADMIN("POST", "/roles", guard=by_admin, spec=OWN, takes=CreateRole, gives=RoleObject)
 def admin_create_role(idp, claims, params):
     """Create a role."""
-    return role_object(create_role(idp, params.origin, claims["sub"], params.body))
+    return role_object(create_role(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/roles", guard=by_admin, spec=OWN, query=ListNamed, gives=list[RoleObject])
@@ -5918,28 +5934,28 @@ def admin_role_id(idp, claims, params):
 def admin_update_role(idp, claims, params):
     """Change what is sent of a role. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
-        return role_object(update_role(idp, params.origin, claims["sub"], params.path["id"], params.body))
+        return role_object(update_role(idp, params.caller, params.path["id"], params.body))
 
 
 @ADMIN("DELETE", "/roles/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_role(idp, claims, params):
     """Delete a role; whoever had it logs in anew. Honours If-Match."""
     with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
-        delete_role(idp, params.origin, claims["sub"], params.path["id"])
+        delete_role(idp, params.caller, params.path["id"])
     return msg("Role deleted.")
 
 
 @ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_assign_role(idp, claims, params):
     """Give a user a role."""
-    assign_role(idp, params.origin, claims["sub"], params.body.user_id, params.body.role_id)
+    assign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role assigned.")
 
 
 @ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_unassign_role(idp, claims, params):
     """Take a role from a user, and end what was issued with it."""
-    unassign_role(idp, params.origin, claims["sub"], params.body.user_id, params.body.role_id)
+    unassign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role unassigned.")
 
 
@@ -5965,7 +5981,7 @@ def admin_list_roles_of_user(idp, claims, params):
 def admin_set_roles(idp, claims, params):
     """Give a user exactly these roles, all or none."""
     wanted = params.body.roles if isinstance(params.body, SetRoles) else params.body
-    set_roles(idp, params.origin, claims["sub"], params.path["id"], [role.id for role in wanted if role.id.strip()])
+    set_roles(idp, params.caller, params.path["id"], [role.id for role in wanted if role.id.strip()])
     return msg("Roles set.")
 
 
@@ -5989,7 +6005,7 @@ def name_ref(row: Permission) -> NameRef:
 @ADMIN("POST", "/permissions", guard=by_admin, spec=OWN, takes=CreatePermission, gives=NameRef)
 def admin_create_permission(idp, claims, params):
     """Create a permission."""
-    return name_ref(create_permission(idp, params.origin, claims["sub"], params.body))
+    return name_ref(create_permission(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/permissions", guard=by_admin, spec=OWN, query=ListNamed, gives=list[NameRef])
@@ -6022,28 +6038,28 @@ def admin_permission_id(idp, claims, params):
 def admin_update_permission(idp, claims, params):
     """Rename a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
-        return name_ref(update_permission(idp, params.origin, claims["sub"], params.path["id"], params.body))
+        return name_ref(update_permission(idp, params.caller, params.path["id"], params.body))
 
 
 @ADMIN("DELETE", "/permissions/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_permission(idp, claims, params):
     """Delete a permission. Honours If-Match."""
     with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
-        delete_permission(idp, params.origin, claims["sub"], params.path["id"])
+        delete_permission(idp, params.caller, params.path["id"])
     return msg("Permission deleted.")
 
 
 @ADMIN("POST", "/permissions/assign", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_assign_permission_to(idp, claims, params):
     """Give a role a permission; both in the body."""
-    assign_permission(idp, params.origin, claims["sub"], params.body.role_id, params.body.permission_id)
+    assign_permission(idp, params.caller, params.body.role_id, params.body.permission_id)
     return msg("Permission assigned.")
 
 
 @ADMIN("POST", "/permissions/remove", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_remove_permission_from(idp, claims, params):
     """Take a permission from a role; both in the body."""
-    remove_permission(idp, params.origin, claims["sub"], params.body.role_id, params.body.permission_id)
+    remove_permission(idp, params.caller, params.body.role_id, params.body.permission_id)
     return msg("Permission removed.")
 
 
@@ -6056,14 +6072,14 @@ def admin_list_permissions_of_role(idp, claims, params):
 @ADMIN("POST", "/roles/<id>/permissions", guard=by_admin, spec=OWN, takes=AssignPermission, gives=Msg)
 def admin_assign_permission(idp, claims, params):
     """Give a role a permission."""
-    assign_permission(idp, params.origin, claims["sub"], params.path["id"], params.body.permission_id)
+    assign_permission(idp, params.caller, params.path["id"], params.body.permission_id)
     return msg("Permission assigned.")
 
 
 @ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_permission(idp, claims, params):
     """Take a permission from a role."""
-    remove_permission(idp, params.origin, claims["sub"], params.path["id"], params.path["permission_id"])
+    remove_permission(idp, params.caller, params.path["id"], params.path["permission_id"])
     return msg("Permission removed.")
 
 
@@ -6098,7 +6114,7 @@ def scope_object(scope: Scope) -> ScopeObject:
 @ADMIN("POST", "/scopes", guard=by_admin, spec=OWN, takes=CreateScope, gives=ScopeObject)
 def admin_create_scope(idp, claims, params):
     """Create a scope."""
-    return scope_object(create_scope(idp, params.origin, claims["sub"], params.body))
+    return scope_object(create_scope(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/scopes", guard=by_admin, spec=OWN, query=ListNamed, gives=list[ScopeObject])
@@ -6125,14 +6141,14 @@ def admin_scope_id(idp, claims, params):
 def admin_update_scope(idp, claims, params):
     """Change what is sent of a scope; a protected one keeps its name. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
-        return scope_object(update_scope(idp, params.origin, claims["sub"], params.path["id"], params.body))
+        return scope_object(update_scope(idp, params.caller, params.path["id"], params.body))
 
 
 @ADMIN("DELETE", "/scopes/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_scope(idp, claims, params):
     """Delete a scope. Honours If-Match."""
     with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
-        delete_scope(idp, params.origin, claims["sub"], params.path["id"])
+        delete_scope(idp, params.caller, params.path["id"])
     return msg("Scope deleted.")
 
 
@@ -6145,14 +6161,14 @@ def admin_list_scopes_of_user(idp, claims, params):
 @ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
 def admin_assign_scopes_to_user(idp, claims, params):
     """Assign scopes to a user, all or none."""
-    added = assign_scopes(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.body.ids)
+    added = assign_scopes(idp, params.caller, get_user(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
 @ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_user(idp, claims, params):
     """Take a scope from a user."""
-    remove_scope(idp, params.origin, claims["sub"], get_user(idp, params.path["id"]), params.path["scope_id"])
+    remove_scope(idp, params.caller, get_user(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
@@ -6165,14 +6181,14 @@ def admin_list_scopes_of_client(idp, claims, params):
 @ADMIN("POST", "/clients/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
 def admin_assign_scopes_to_client(idp, claims, params):
     """Assign scopes to a client, all or none."""
-    added = assign_scopes(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.body.ids)
+    added = assign_scopes(idp, params.caller, get_client(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
 @ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_client(idp, claims, params):
     """Take a scope from a client."""
-    remove_scope(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]), params.path["scope_id"])
+    remove_scope(idp, params.caller, get_client(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
@@ -6189,7 +6205,7 @@ def holder_of(idp, wanted: ScopeMember) -> Client | Account:
 )
 def admin_assign_scope_to(idp, claims, params):
     """Assign one scope; who gets it is in the body."""
-    assign_scopes(idp, params.origin, claims["sub"], holder_of(idp, params.body), [params.body.scope_id])
+    assign_scopes(idp, params.caller, holder_of(idp, params.body), [params.body.scope_id])
     return msg("Scope assigned.")
 
 
@@ -6199,7 +6215,7 @@ def admin_assign_scope_to(idp, claims, params):
 )
 def admin_remove_scope_from(idp, claims, params):
     """Take one scope away; from whom is in the body."""
-    remove_scope(idp, params.origin, claims["sub"], holder_of(idp, params.body), params.body.scope_id)
+    remove_scope(idp, params.caller, holder_of(idp, params.body), params.body.scope_id)
     return msg("Scope removed.")
 
 
@@ -6237,7 +6253,7 @@ def client_object(client: Client, secret="") -> ClientObject:
 @ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
     """Register a client; a secret that was made is in this answer and never again."""
-    return client_object(*create_client(idp, params.origin, claims["sub"], params.body))
+    return client_object(*create_client(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/clients", guard=by_admin, spec=OWN, query=ListClients, gives=list[ClientObject])
@@ -6267,14 +6283,14 @@ def admin_update_client(idp, claims, params):
     Honours If-Match.
     """
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
-        return client_object(update_client(idp, params.origin, claims["sub"], params.path["id"], params.body))
+        return client_object(update_client(idp, params.caller, params.path["id"], params.body))
 
 
 @ADMIN("DELETE", "/clients/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
 def admin_delete_client(idp, claims, params):
     """Delete a client, by id or client_id, and end what it holds. Honours If-Match."""
     with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
-        delete_client(idp, params.origin, claims["sub"], params.path["id"])
+        delete_client(idp, params.caller, params.path["id"])
     return msg("Client deleted.")
 
 
@@ -6282,14 +6298,14 @@ def admin_delete_client(idp, claims, params):
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
     with idp.store.transaction(identity=True):
-        end_client(idp, params.origin, claims["sub"], get_client(idp, params.path["id"]).row, "client_revoked")
+        end_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 
 @ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)
 def admin_change_secret(idp, claims, params):
     """Give a client a new secret: the message is the secret. The one before lives on for `overlap_seconds`."""
-    return msg(change_secret(idp, params.origin, claims["sub"], params.body))
+    return msg(change_secret(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec=OWN, gives=list[SecretObject])
@@ -6305,7 +6321,7 @@ def admin_list_secrets(idp, claims, params):
 @ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_secret(idp, claims, params):
     """End one secret of a client."""
-    delete_secret(idp, params.origin, claims["sub"], params.path["id"], params.path["secret_id"])
+    delete_secret(idp, params.caller, params.path["id"], params.path["secret_id"])
     return msg("Secret deleted.")
 
 
@@ -6319,14 +6335,14 @@ def uri_object(row: ClientUri) -> UriObject:
 @ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin, spec=OWN, takes=str, gives=Msg)
 def admin_delete_redirect_uri_by_body(idp, claims, params):
     """Take a redirect URI from a client, by the id of its record, a JSON string."""
-    delete_uri(idp, params.origin, claims["sub"], params.body.strip(), "redirect")
+    delete_uri(idp, params.caller, params.body.strip(), "redirect")
     return msg("Redirect URI removed.")
 
 
 @ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_redirect_uri_by_id(idp, claims, params):
     """The same, with the id in the path."""
-    delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "redirect")
+    delete_uri(idp, params.caller, params.path["record_id"], "redirect")
     return msg("Redirect URI removed.")
 
 
@@ -6334,7 +6350,7 @@ def admin_delete_redirect_uri_by_id(idp, claims, params):
 def admin_add_redirect_uri(idp, claims, params):
     """Give a client a redirect URI: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
-    return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "redirect", uri))
+    return uri_object(add_uri(idp, params.caller, params.path["id"], "redirect", uri))
 
 
 @ADMIN("GET", "/clients/<id>/redirect-uris", guard=by_admin, spec=OWN, gives=list[UriObject])
@@ -6346,7 +6362,7 @@ def admin_list_redirect_uris(idp, claims, params):
 @ADMIN("DELETE", "/clients/<id>/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_redirect_uri(idp, claims, params):
     """Take a redirect URI from a client."""
-    delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "redirect", params.path["id"])
+    delete_uri(idp, params.caller, params.path["record_id"], "redirect", params.path["id"])
     return msg("Removed.")
 
 
@@ -6357,7 +6373,7 @@ def admin_delete_redirect_uri(idp, claims, params):
 def admin_add_post_logout_redirect_uri(idp, claims, params):
     """Give a client a post-logout redirect URI: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
-    return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "post_logout", uri))
+    return uri_object(add_uri(idp, params.caller, params.path["id"], "post_logout", uri))
 
 
 @ADMIN("GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec=OWN, gives=list[UriObject])
@@ -6369,7 +6385,7 @@ def admin_list_post_logout_redirect_uris(idp, claims, params):
 @ADMIN("DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_post_logout_redirect_uri(idp, claims, params):
     """Take a post-logout redirect URI from a client."""
-    delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "post_logout", params.path["id"])
+    delete_uri(idp, params.caller, params.path["record_id"], "post_logout", params.path["id"])
     return msg("Removed.")
 
 
@@ -6377,7 +6393,7 @@ def admin_delete_post_logout_redirect_uri(idp, claims, params):
 def admin_add_cors_origin(idp, claims, params):
     """Give a public client an origin a browser may call from: a JSON string, or an object with `uri`."""
     uri = params.body.uri if isinstance(params.body, AddUri) else params.body
-    return uri_object(add_uri(idp, params.origin, claims["sub"], params.path["id"], "cors_origin", uri))
+    return uri_object(add_uri(idp, params.caller, params.path["id"], "cors_origin", uri))
 
 
 @ADMIN("GET", "/clients/<id>/cors-origins", guard=by_admin, spec=OWN, gives=list[UriObject])
@@ -6389,7 +6405,7 @@ def admin_list_cors_origins(idp, claims, params):
 @ADMIN("DELETE", "/clients/<id>/cors-origins/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_cors_origin(idp, claims, params):
     """Take an origin from a client."""
-    delete_uri(idp, params.origin, claims["sub"], params.path["record_id"], "cors_origin", params.path["id"])
+    delete_uri(idp, params.caller, params.path["record_id"], "cors_origin", params.path["id"])
     return msg("Removed.")
 
 
@@ -6420,10 +6436,7 @@ def admin_set_flag(idp, claims, params):
     if wanted is UNSET or (isinstance(wanted, str) and wanted.lower() not in ("true", "false")):
         reject(enabled="must be true or false")
     flag = check_flag(params.path["flag"])
-    set_flag(
-        idp, params.origin, claims["sub"], client_of(params), flag,
-        wanted in (True, "true") or str(wanted).lower() == "true",
-    )
+    set_flag(idp, params.caller, client_of(params), flag, wanted in (True, "true") or str(wanted).lower() == "true")
     return msg(f"{flag} set.")
 
 
@@ -6439,7 +6452,7 @@ def admin_get_flag(idp, claims, params):
 )
 def admin_set_flag_option(idp, claims, params):
     """Set the option of a feature: form or JSON."""
-    set_flag_option(idp, params.origin, claims["sub"], client_of(params), params.path["flag"], params.body.options)
+    set_flag_option(idp, params.caller, client_of(params), params.path["flag"], params.body.options)
     return msg("Option set.")
 
 
@@ -6474,7 +6487,7 @@ def admin_list_idps(idp, claims, params):
 )
 def admin_add_idp(idp, claims, params):
     """Add an external identity provider to a client."""
-    return idp_object(put_idp(idp, params.origin, claims["sub"], params.path["id"], params.body))
+    return idp_object(put_idp(idp, params.caller, params.path["id"], params.body))
 
 
 @ADMIN(
@@ -6495,7 +6508,7 @@ def admin_get_idp(idp, claims, params):
 )
 def admin_update_idp(idp, claims, params):
     """Change an external identity provider of a client."""
-    return idp_object(put_idp(idp, params.origin, claims["sub"], params.path["id"], params.body, params.path["idp_id"]))
+    return idp_object(put_idp(idp, params.caller, params.path["id"], params.body, params.path["idp_id"]))
 
 
 @ADMIN(
@@ -6504,7 +6517,7 @@ def admin_update_idp(idp, claims, params):
 )
 def admin_delete_idp(idp, claims, params):
     """Remove an external identity provider from a client."""
-    delete_idp(idp, params.origin, claims["sub"], params.path["id"], params.path["idp_id"])
+    delete_idp(idp, params.caller, params.path["id"], params.path["idp_id"])
     return msg("Removed.")
 
 
@@ -6542,7 +6555,7 @@ def admin_list_sessions_of_user(idp, claims, params):
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
 def admin_revoke_session(idp, claims, params):
     """End a session, and the login it belongs to."""
-    session = revoke_session(idp, params.origin, claims["sub"], params.path["jti"])
+    session = revoke_session(idp, params.caller, params.path["jti"])
     return Revoked(session.id, "revoked", "Session revoked.")
 
 
@@ -6550,7 +6563,7 @@ def admin_revoke_session(idp, claims, params):
 def admin_purge_sessions(idp, claims, params):
     """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
-    count = purge_tokens(idp, params.origin, claims["sub"], params.body, kinds, sleep)
+    count = purge_tokens(idp, params.caller, params.body, kinds, sleep)
     return msg(f"{count} rows purged.")
 
 
@@ -6560,7 +6573,7 @@ def admin_purge_sessions(idp, claims, params):
 )
 def admin_revoke_token(idp, claims, params):
     """End any token of this server, access, ADMIN or refresh: form or JSON."""
-    revoke_any_token(idp, params.origin, claims["sub"], params.body.token)
+    revoke_any_token(idp, params.caller, params.body.token)
     return msg("Token revoked.")
 
 
@@ -6568,7 +6581,7 @@ def admin_revoke_token(idp, claims, params):
 def admin_introspect(idp, claims, params):
     """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
     found = describe_token(idp, params.body.token)
-    audit(idp, params.origin, claims["sub"], "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
+    audit(idp, params.caller, "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
     return found
 
 
@@ -6609,7 +6622,7 @@ def admin_list_refresh_tokens_of_user(idp, claims, params):
 @ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_token_refresh")
 def admin_revoke_refresh_token(idp, claims, params):
     """End a refresh token and the login it belongs to."""
-    revoke_refresh_token(idp, params.origin, claims["sub"], params.path["id"])
+    revoke_refresh_token(idp, params.caller, params.path["id"])
     return msg("Refresh token revoked.")
 
 
@@ -6619,7 +6632,7 @@ def admin_revoke_refresh_token(idp, claims, params):
 )
 def admin_purge_refresh_tokens(idp, claims, params):
     """Delete the rows of refresh tokens that expired long enough ago."""
-    count = purge_tokens(idp, params.origin, claims["sub"], params.body, ('refresh_token',), sleep)
+    count = purge_tokens(idp, params.caller, params.body, ('refresh_token',), sleep)
     return msg(f"{count} rows purged.")
 
 
@@ -6685,7 +6698,7 @@ def admin_get_audit(idp, claims, params):
 @ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days, which is itself written down."""
-    count = purge_audit_log(idp, params.origin, claims["sub"], params.body.older_than_days, sleep)
+    count = purge_audit_log(idp, params.caller, params.body.older_than_days, sleep)
     return msg(f"{count} rows purged.")
 
 
@@ -6698,7 +6711,7 @@ def admin_make_backup(idp, claims, params):
     set.
     """
     with idp.hasher.gate.blocking():
-        return idp.machine.make_backup(idp, params.origin, claims["sub"], params.body.without_keys)
+        return idp.machine.make_backup(idp, params.caller, params.body.without_keys)
 
 
 @ADMIN(
@@ -6714,7 +6727,7 @@ def admin_read_backup(idp, claims, params):
 @ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg)
 def admin_delete_backup(idp, claims, params):
     """Remove a backup from `backup-folder`."""
-    idp.machine.delete_backup(idp, params.origin, claims["sub"], params.path["name"])
+    idp.machine.delete_backup(idp, params.caller, params.path["name"])
     return msg("Backup deleted.")
 
 

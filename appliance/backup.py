@@ -16,7 +16,7 @@ from appliance.base.settings import Options
 from appliance.base.files import sync_directory
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
-from microauthd import BackupObject, Idp, Machine, Origin, Problem, audit, iso, reject
+from microauthd import BackupObject, Idp, Machine, Caller, Problem, audit, iso, reject
 
 # == Backup ====================================================================
 # One file that restores the box, made beside everything that writes. Recovery puts it back.
@@ -46,7 +46,7 @@ def backup_files(options: Options) -> dict:
     }
 
 
-def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, without_keys=False) -> dict:
+def write_backup(idp: Idp, caller: Caller, path: str, force=False, without_keys=False) -> dict:
     """Write one file that restores the box: the database as of now, key rings, seal key and settings within it.
 
     Beside a server that writes. Encrypted as the database is; read through after writing, from the disk and not from
@@ -88,7 +88,7 @@ def write_backup(idp: Idp, origin: Origin, actor: str, path: str, force=False, w
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         held = check_copy(temporary, idp.store.key)
-        audit(idp, origin, actor, "backup_made", os.path.basename(path))  # before: no backup that nobody knows of
+        audit(idp, caller, "backup_made", os.path.basename(path))  # before: no backup that nobody knows of
         os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:
@@ -137,7 +137,7 @@ def hold_backup_folder(options: Options, make=False):
         os.close(descriptor)
 
 
-def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> BackupObject:
+def make_backup(idp: Idp, caller: Caller, without_keys=False) -> BackupObject:
     """Write a backup into `backup-folder`, with room to spare beside it."""
     if idp.options.backup_folder and not idp.store.key and not without_keys:
         reject(
@@ -156,7 +156,7 @@ def make_backup(idp: Idp, origin: Origin, actor: str, without_keys=False) -> Bac
         name = time.strftime("microauthd-%Y%m%dT%H%M%SZ-", time.gmtime(idp.now())) + secrets.token_hex(4) + ".backup"
         path = os.path.join(idp.options.backup_folder, name)
         try:
-            done = write_backup(idp, origin, actor, path, without_keys=without_keys)
+            done = write_backup(idp, caller, path, without_keys=without_keys)
         except StartupError as refusal:
             raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
         with open(path, "rb") as file:
@@ -179,14 +179,14 @@ def read_backup_piece(idp: Idp, name: str, offset: int) -> tuple[bytes, int]:
     return piece, offset + len(piece) if piece and offset + len(piece) < size else 0
 
 
-def delete_backup(idp: Idp, origin: Origin, actor: str, name: str):
+def delete_backup(idp: Idp, caller: Caller, name: str):
     """Remove a backup from `backup-folder`. Raises not_found."""
     with hold_backup_folder(idp.options) as folder:
         if not BACKUP_NAME.fullmatch(name):
             raise Problem("not_found")
         try:
             os.stat(name, dir_fd=folder, follow_symlinks=False)
-            audit(idp, origin, actor, "backup_deleted", name)
+            audit(idp, caller, "backup_deleted", name)
             os.unlink(name, dir_fd=folder)
         except OSError:
             raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None

@@ -193,10 +193,12 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
     try:
         checkpoint("database")
         idp = Idp(options, store, KeyRing(entries[0]), KeyRing(entries[1]), Seal(seal_key))
-        account = create_user(idp, LOCAL, "setup", CreateUser(answers.username, answers.email, answers.password))
+        account = create_user(
+            idp, LOCAL.acting_as("setup"), CreateUser(answers.username, answers.email, answers.password)
+        )
         with store.transaction():
             store.assign_role(account.id, MAD_ADMIN_ROLE_ID, now)
-            audit(idp, LOCAL, "setup", "role_assigned", account.id, MAD_ADMIN_ROLE_ID)
+            audit(idp, LOCAL.acting_as("setup"), "role_assigned", account.id, MAD_ADMIN_ROLE_ID)
         if answers.totp_seed:
             enable_totp(idp, account, answers.totp_seed, answers.totp_code)
         checkpoint("administrator")
@@ -204,11 +206,11 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
         if answers.client_id:
             for name in answers.scopes:
                 if store.find_scope(normalise(name)) is None:
-                    create_scope(idp, LOCAL, "setup", CreateScope(name))
+                    create_scope(idp, LOCAL.acting_as("setup"), CreateScope(name))
             wanted = CreateClient(
                 answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes
             )
-            client, secret = create_client(idp, LOCAL, "setup", wanted)
+            client, secret = create_client(idp, LOCAL.acting_as("setup"), wanted)
             made = MadeClient(client.client_id, secret)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
@@ -320,7 +322,7 @@ def back_up(options: Options, path: str, force=False, without_keys=False) -> dic
     idp = open_idp(options)
     try:
         with hold_folder(os.path.dirname(os.path.abspath(path))):
-            return write_backup(idp, LOCAL, "machine", path, force, without_keys)
+            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys)
     finally:
         idp.store.close()
 
@@ -503,7 +505,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
             store.put_meta("revoked_kids", " ".join(sorted(revoked)))
             store.forget_logins()
             audit(
-                idp, LOCAL, "machine", "restored", os.path.basename(source),
+                idp, LOCAL.acting_as("machine"), "restored", os.path.basename(source),
                 f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced),
             )
         store.settle()
@@ -605,7 +607,10 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                     path, passphrase, _ = ring_files(options)[port_name]
                     fresh = [msgspec.structs.replace(key, state="next", since=now) for key in drawn[port_name]]
                     # The audit row first: a change that nobody knows of is worse than a row too many.
-                    audit(idp, LOCAL, "machine", "keys_rotated", port_name, " ".join(Key(entry).kid for entry in fresh))
+                    audit(
+                        idp, LOCAL.acting_as("machine"), "keys_rotated", port_name,
+                        " ".join(Key(entry).kid for entry in fresh),
+                    )
                     staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
                     made += [Key(entry).kid for entry in fresh]
             for path, temporary in staged.items():
@@ -635,7 +640,7 @@ def revoke_key(options: Options, kid: str) -> str:
                     # Remembered, for a backup that was made before still holds it: whoever has it could sign what comes
                     # after.
                     idp.store.put_meta("revoked_kids", " ".join(sorted({*idp.store.meta("revoked_kids").split(), kid})))
-                    audit(idp, LOCAL, "machine", "key_revoked", port_name, kid)
+                    audit(idp, LOCAL.acting_as("machine"), "key_revoked", port_name, kid)
                 write_durably(path, write_ring(rest, passphrase))
                 return port_name
     finally:
@@ -661,7 +666,7 @@ def accept_clock(options: Options) -> dict:
             idp.store.forget_logins()
             idp.store.put_meta("clock", now)
             idp.store.put_meta("clock_accepted", uuid.uuid4())
-            audit(idp, LOCAL, "machine", "clock_accepted", "", f"ended={ended}")
+            audit(idp, LOCAL.acting_as("machine"), "clock_accepted", "", f"ended={ended}")
         for path, passphrase, _ in ring_files(options).values():
             with hold_ring(path):
                 entries = read_ring(path, passphrase)
@@ -688,7 +693,9 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
         name = fold(username)
         account = idp.store.find_account_by_name(name)
         if account is None:
-            account, done = create_user(idp, LOCAL, "machine", CreateUser(name, "", password, user_email=None)), "made"
+            account, done = create_user(
+                idp, LOCAL.acting_as("machine"), CreateUser(name, "", password, user_email=None)
+            ), "made"
         else:
             reject(password=check_new_password(options, password, account.username, account.email))
             done = "recovered"
@@ -701,7 +708,9 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
             if drop_totp:
                 idp.store.clear_totp(account.id, idp.now())
             end_user(
-                idp, LOCAL, "machine", account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")
+                idp, LOCAL.acting_as(
+                    "machine"
+                ), account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")
             )
         return done
     finally:

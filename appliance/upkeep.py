@@ -51,10 +51,12 @@ def purge(idp: Idp, pause=sleep):
             counts[table] = counts.get(table, 0) + done
             pause(0.01)
     if options.audit_log_retention_days:
-        counts["audit"] = purge_audit_log(idp, LOCAL, "system", options.audit_log_retention_days, pause)
+        counts["audit"] = purge_audit_log(idp, LOCAL.acting_as("system"), options.audit_log_retention_days, pause)
     if any(counts.values()):
         audit(
-            idp, LOCAL, "system", "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count)
+            idp, LOCAL.acting_as(
+                "system"
+            ), "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count)
         )
     idp.log("upkeep", **counts)
 
@@ -69,10 +71,10 @@ def note_configuration(idp: Idp):
         before = msgspec.json.decode(known) if known else shown
         changed = [f"{name}={value}" for name, value in shown.items() if before.get(name) != value]
         if changed:
-            audit(idp, LOCAL, "system", "configuration_changed", "", "; ".join(changed)[:2000])
+            audit(idp, LOCAL.acting_as("system"), "configuration_changed", "", "; ".join(changed)[:2000])
         if shown != before or not known:
             idp.store.put_meta("options", msgspec.json.encode(shown).decode())
-        audit(idp, LOCAL, "system", "server_started", f"version={VERSION}")
+        audit(idp, LOCAL.acting_as("system"), "server_started", f"version={VERSION}")
 
 
 def advance_key_states(idp: Idp):
@@ -226,5 +228,5 @@ class ClockThread(threading.Thread):
 def settle_clock(idp: Idp):
     """End what was done at times that are not yet: the clock ran ahead, and has gone back."""
     ended = idp.store.revoke_future_rows(idp.now(), idp.now_ms(), idp.now() // 30)
-    audit(idp, LOCAL, "system", "clock_went_back", "", f"ended={ended}")
+    audit(idp, LOCAL.acting_as("system"), "clock_went_back", "", f"ended={ended}")
     idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)

@@ -230,9 +230,9 @@ class Someone:
 @pytest.fixture
 def new_user(idp):
     def make(username, scopes=(), admin=False):
-        account = m.create_user(idp, m.LOCAL, "test", m.CreateUser(username, f"{username}@example.org", PASSWORD))
+        account = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(username, f"{username}@example.org", PASSWORD))
         if scopes:
-            m.assign_scopes(idp, m.LOCAL, "test", account, scopes)
+            m.assign_scopes(idp, m.LOCAL.acting_as("test"), account, scopes)
         if admin:
             idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
         return Someone(account)
@@ -243,14 +243,14 @@ def new_user(idp):
 @pytest.fixture
 def scopes(idp):
     for name in ("api:read", "api:write", "api:secret"):
-        m.create_scope(idp, m.LOCAL, "test", m.CreateScope(name))
+        m.create_scope(idp, m.LOCAL.acting_as("test"), m.CreateScope(name))
 
 
 @pytest.fixture
 def new_client(idp, scopes):
     def make(client_id, **more):
         client, secret = m.create_client(
-            idp, m.LOCAL, "test", m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more)
+            idp, m.LOCAL.acting_as("test"), m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more)
         )
         SECRETS.update({secret} - {""})
         return (client_id, secret)

@@ -11,7 +11,7 @@ from appliance.base.store import FOREVER, LOCKOUT_MAX
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
 
-PEER = m.Origin("192.0.2.1", is_local=False)
+PEER = m.Caller("192.0.2.1", is_local=False)
 
 
 def fail(auth, service, **more):
@@ -282,7 +282,7 @@ class TestLockout:
     def test_parallel_failures_are_all_counted(self, idp, alice):
         def attempt(number):
             with pytest.raises(m.Problem):
-                m.authenticate_user(idp, m.Origin(f"198.51.100.{number}"), "alice", "wrong wrong")
+                m.authenticate_user(idp, m.Caller(f"198.51.100.{number}"), "alice", "wrong wrong")
 
         threads = [threading.Thread(target=attempt, args=(number,)) for number in range(8)]
         for thread in threads:
@@ -319,7 +319,7 @@ class TestLockout:
         other = make_idp(Options(**CHEAP, max_login_failures=0))
         for number in range(30):
             with pytest.raises(m.Problem):
-                m.authenticate_user(other, m.Origin(f"198.51.100.{number}"), "alice", "wrong wrong")
+                m.authenticate_user(other, m.Caller(f"198.51.100.{number}"), "alice", "wrong wrong")
         assert m.authenticate_user(other, m.LOCAL, "alice", PASSWORD)
 
     def test_trying_while_locked_does_not_prolong_it(self, idp, auth, service, alice):
@@ -328,7 +328,7 @@ class TestLockout:
         assert idp.store.find_account(alice.id).lockout_until == idp.now() + 300
 
     def test_no_stranger_can_lock_every_administrator_out_of_the_machine(self, idp, root, new_user):
-        second, remote = new_user("second", admin=True), m.Origin("203.0.113.9", is_local=False)
+        second, remote = new_user("second", admin=True), m.Caller("203.0.113.9", is_local=False)
         for name in ("root", "second"):
             for _ in range(5):
                 with pytest.raises(m.Problem):
@@ -368,7 +368,7 @@ class TestLockout:
         assert admin.post("/token", {"username": "root", "password": PASSWORD}, peer="127.0.0.1").status == status
 
     def test_the_last_administrator_can_try_at_the_machine_itself(self, idp, root):
-        remote = m.Origin("203.0.113.9", is_local=False)
+        remote = m.Caller("203.0.113.9", is_local=False)
         for _ in range(6):
             with pytest.raises(m.Problem):
                 m.authenticate_user(idp, remote, "root", "wrong wrong", admin=True)
@@ -408,10 +408,10 @@ class TestSecondFactor:
         for number in range(m.TOTP_TRIES):
             with pytest.raises(m.Problem):
                 m.authenticate_user(
-                    idp, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "000000" if code != "000000" else "000001"
+                    idp, m.Caller(f"198.51.100.{number}"), "alice", PASSWORD, "000000" if code != "000000" else "000001"
                 )
         with pytest.raises(m.Problem) as caught:
-            m.authenticate_user(idp, m.Origin("198.51.100.99"), "alice", PASSWORD, code)
+            m.authenticate_user(idp, m.Caller("198.51.100.99"), "alice", PASSWORD, code)
         assert "second factor locked" in caught.value.log
 
     def test_its_lock_ends_and_doubles_and_is_not_that_of_the_password(self, idp, alice, clock, give_totp):
@@ -420,7 +420,7 @@ class TestSecondFactor:
             clock.pass_(90)
             for number in range(m.TOTP_TRIES):
                 with pytest.raises(m.Problem):
-                    m.authenticate_user(idp, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")
+                    m.authenticate_user(idp, m.Caller(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")
             account = idp.store.find_account(alice.id)
             assert account.totp_locked_until == idp.now() + duration and account.failed_logins == 0
             clock.pass_(duration)
@@ -433,7 +433,7 @@ class TestSecondFactor:
         other = make_idp(Options(**CHEAP, failed_password_lockout_duration=0, max_login_failures=0))
         for number in range(m.TOTP_TRIES):
             with pytest.raises(m.Problem):
-                m.authenticate_user(other, m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")
+                m.authenticate_user(other, m.Caller(f"198.51.100.{number}"), "alice", PASSWORD, "12345x")
         assert idp.store.find_account(alice.id).totp_locked_until > idp.now()
 
     def test_one_code_lets_one_of_many_in(self, idp, make_idp, alice, clock, give_totp):
@@ -445,7 +445,7 @@ class TestSecondFactor:
         def enter(number):
             try:
                 entered.append(
-                    m.authenticate_user(idps[number % 2], m.Origin(f"198.51.100.{number}"), "alice", PASSWORD, code)
+                    m.authenticate_user(idps[number % 2], m.Caller(f"198.51.100.{number}"), "alice", PASSWORD, code)
                 )
             except m.Problem:
                 pass
@@ -512,7 +512,7 @@ class TestSecondFactor:
         codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
         proven = idp.now_ms()
         clock.pass_(1)
-        m.end_user(idp, m.LOCAL, "t", alice.id, "x")
+        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "x")
         with pytest.raises(m.Problem):
             m.check_second_factor(idp, PEER, alice.id, proven, codes[0])
         assert idp.store.count_recovery_codes(alice.id) == 10
@@ -523,7 +523,7 @@ class TestThrottle:
         for name in ("alice", "nobody"):
             for count in range(21):
                 with pytest.raises(m.Problem) as caught:
-                    m.authenticate_user(idp, m.Origin("198.51.100.1"), name, "wrong wrong")
+                    m.authenticate_user(idp, m.Caller("198.51.100.1"), name, "wrong wrong")
                 assert caught.value.code == ("invalid_grant" if count < 20 else "slow_down")
             assert int(dict(caught.value.headers)["Retry-After"]) >= 1
 
@@ -539,22 +539,22 @@ class TestThrottle:
         gate = idp.hasher.gate
         gate.taken, gate.of["192.0.2.1"] = gate.places // 2, 1
         with pytest.raises(m.Problem) as caught:
-            m.authenticate_user(idp, m.Origin("192.0.2.1", is_local=False), "alice", PASSWORD)
+            m.authenticate_user(idp, m.Caller("192.0.2.1", is_local=False), "alice", PASSWORD)
         assert caught.value.code == "slow_down"
-        assert m.authenticate_user(idp, m.Origin("192.0.2.2", is_local=False), "alice", PASSWORD)
+        assert m.authenticate_user(idp, m.Caller("192.0.2.2", is_local=False), "alice", PASSWORD)
 
 
 class TestNewUsers:
     def test_a_name_is_folded_once_and_can_log_in(self, idp):
         """contract/auth B-10"""
-        made = m.create_user(idp, m.LOCAL, "test", m.CreateUser(" \uff21nn\u00c4 ", "Ann@Example.ORG", PASSWORD))
+        made = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(" \uff21nn\u00c4 ", "Ann@Example.ORG", PASSWORD))
         assert (made.username, made.email) == ("ann\u00e4", "ann@example.org")
         assert m.authenticate_user(idp, m.LOCAL, "ANNA\u0308", PASSWORD)[0].id == made.id
 
     @pytest.mark.parametrize("username, email", [("ALICE", "other@example.org"), ("other", "Alice@Example.org")])
     def test_names_and_addresses_are_taken_once(self, idp, alice, username, email):
         with pytest.raises(m.Problem) as caught:
-            m.create_user(idp, m.LOCAL, "test", m.CreateUser(username, email, PASSWORD))
+            m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(username, email, PASSWORD))
         assert caught.value.code == "conflict" and "alice" not in str(caught.value.as_err())
 
     def test_each_leaves_a_row_with_its_maker(self, idp, alice):
@@ -572,5 +572,5 @@ class TestNewUsers:
     def test_what_is_refused_names_the_member(self, idp, member, value):
         good = {"username": "newcomer", "email": "new@example.org", "password": PASSWORD}
         with pytest.raises(m.Problem) as caught:
-            m.create_user(idp, m.LOCAL, "test", m.CreateUser(**(good | {member: value})))
+            m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(**(good | {member: value})))
         assert list(caught.value.errors) == [member]

@@ -312,7 +312,7 @@ class TestEveryChangeLeavesARow:
         before = shown()
         monkeypatch.setattr(idp.store, "append_audit", gone)
         with pytest.raises(Unavailable, match="the disk is gone"):
-            change(idp, m.LOCAL, "test")
+            change(idp, m.LOCAL.acting_as("test"))
         assert shown() == before
 
 
@@ -333,8 +333,8 @@ class TestWhoAsksIsWrittenDown:
             raise RuntimeError("power")
 
         for purge in (
-            lambda: m.purge_tokens(idp, m.LOCAL, root.id, m.PurgeTokens(0), ("session",), die),
-            lambda: m.purge_audit_log(idp, m.LOCAL, root.id, 3, die),
+            lambda: m.purge_tokens(idp, m.LOCAL.acting_as(root.id), m.PurgeTokens(0), ("session",), die),
+            lambda: m.purge_audit_log(idp, m.LOCAL.acting_as(root.id), 3, die),
         ):
             with pytest.raises(RuntimeError):
                 purge()
@@ -567,9 +567,9 @@ class TestBetweenReadAndWrite:
         )
 
     def test_a_user_who_went_gets_no_second_factor(self, idp, alice):
-        m.delete_user(idp, m.LOCAL, "test", alice.id)
+        m.delete_user(idp, m.LOCAL.acting_as("test"), alice.id)
         with pytest.raises(m.Problem, match="not_found"):
-            m.begin_totp(idp, m.LOCAL, "test", alice.account)
+            m.begin_totp(idp, m.LOCAL.acting_as("test"), alice.account)
         assert not idp.store.list_audit("totp_generated")
 
     def test_two_who_write_the_same_version_do_not_both(self, idp, admin_token, alice, admin):
@@ -632,7 +632,7 @@ class TestBigTables:
 
     def test_a_purge_takes_all_that_is_over_and_nothing_else(self, idp, crowded):
         assert self.count(idp) == (self.MANY, self.MANY // 10)
-        assert m.purge_tokens(idp, m.LOCAL, "test", m.PurgeTokens(0), ("refresh_token",)) == self.MANY // 10
+        assert m.purge_tokens(idp, m.LOCAL.acting_as("test"), m.PurgeTokens(0), ("refresh_token",)) == self.MANY // 10
         assert self.count(idp) == (self.MANY - self.MANY // 10, 0)
 
     def test_it_holds_the_turn_to_write_only_for_a_few_rows_that_are_over(self, idp, crowded, monkeypatch):
@@ -644,11 +644,11 @@ class TestBigTables:
             return honest()
 
         monkeypatch.setattr(idp.store, "writing", writing)
-        m.purge_tokens(idp, m.LOCAL, "test", m.PurgeTokens(0), ("refresh_token",))
+        m.purge_tokens(idp, m.LOCAL.acting_as("test"), m.PurgeTokens(0), ("refresh_token",))
         changed = [after - before for before, after in zip(turns, turns[1:])]
         assert len(changed) >= self.MANY // 10 // SCATTERED and max(changed) <= SCATTERED + 5
         del turns[:]
-        m.purge_tokens(idp, m.LOCAL, "test", m.PurgeTokens(0), ("refresh_token",))
+        m.purge_tokens(idp, m.LOCAL.acting_as("test"), m.PurgeTokens(0), ("refresh_token",))
         assert len(turns) == 2, "two rows of the log, and no turn for those that live"
 
     def test_a_row_that_came_to_life_meanwhile_stays(self, idp, crowded, change, monkeypatch):

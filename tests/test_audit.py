@@ -41,8 +41,8 @@ class TestAuditRows:
     def test_who_began_a_purge_of_many_slices_is_known(self, idp, monkeypatch, clock, service, alice):
         monkeypatch.setattr("microauthd.SLICE", 2)
         clock.pass_(40 * 86400)
-        m.audit(idp, m.LOCAL, "test", "now")
-        m.purge_audit_log(idp, m.LOCAL, "system", 30)
+        m.audit(idp, m.LOCAL.acting_as("test"), "now")
+        m.purge_audit_log(idp, m.LOCAL.acting_as("system"), 30)
         assert idp.store.list_audit("audit_purge_begun", 1)
 
     @pytest.mark.parametrize("act", ["access", "refresh", "user"])
@@ -56,7 +56,7 @@ class TestAuditRows:
             broken.setattr(idp.store, "append_audit", fail)
             with contextlib.suppress(Unavailable):
                 if act == "user":
-                    m.end_user(idp, m.LOCAL, "t", alice.id, "user_revoked")
+                    m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "user_revoked")
                 else:
                     auth.post("/revoke", {"token": issued[f"{act}_token"]}, auth=service)
         for name in ("access_token", "refresh_token"):

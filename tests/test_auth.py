@@ -502,8 +502,8 @@ class TestScopedAdministration:
     @pytest.mark.parametrize(
         "take, status",
         [
-            (lambda idp: m.remove_scope(idp, m.LOCAL, "t", m.get_client(idp, "clerk"), "admin:list_users"), 403),
-            (lambda idp: m.delete_client(idp, m.LOCAL, "t", "clerk"), 401),
+            (lambda idp: m.remove_scope(idp, m.LOCAL.acting_as("t"), m.get_client(idp, "clerk"), "admin:list_users"), 403),
+            (lambda idp: m.delete_client(idp, m.LOCAL.acting_as("t"), "clerk"), 401),
         ],
     )
     def test_a_right_that_was_taken_away_is_gone_before_its_token_is(self, idp, auth, new_client, take, status):
@@ -520,7 +520,7 @@ class TestScopedAdministration:
             "/token", {"grant_type": "password", "username": "clerk", "password": PASSWORD}, auth=client
         ).json["access_token"]
         assert auth.get("/users", bearer=token).status == 200
-        m.remove_scope(idp, m.LOCAL, "t", m.get_user(idp, "clerk"), "admin:list_users")
+        m.remove_scope(idp, m.LOCAL.acting_as("t"), m.get_user(idp, "clerk"), "admin:list_users")
         assert auth.get("/users", bearer=token).status == 403
 
 

@@ -32,7 +32,7 @@ class TestWhatABackupIs:
         def copy_then_write(store, *words):
             real(store, *words)
             idp = open_idp(house)
-            m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+            m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
             idp.store.close()
 
         monkeypatch.setattr(Store, "copy_to", copy_then_write)
@@ -99,7 +99,7 @@ class TestWhatABackupIs:
         idp = open_idp(house)
         os.unlink(name)
         with pytest.raises(StartupError, match=name):
-            write_backup(idp, m.LOCAL, "t", str(tmp_path / "b"))
+            write_backup(idp, m.LOCAL.acting_as("t"), str(tmp_path / "b"))
         idp.store.close()
         assert not list(tmp_path.glob("b*"))
 
@@ -282,9 +282,9 @@ class TestOverAdmin:
         )
         try:
             with pytest.raises(m.Problem) as refused:
-                make_backup(idp, m.LOCAL, "test")
+                make_backup(idp, m.LOCAL.acting_as("test"))
             assert "without_keys" in refused.value.errors and not (tmp_path / "backups").exists()
-            made = make_backup(idp, m.LOCAL, "test", without_keys=True)
+            made = make_backup(idp, m.LOCAL.acting_as("test"), without_keys=True)
             assert (tmp_path / "backups" / made.name).stat().st_size == made.bytes and (
                 tmp_path / "backups"
             ).stat().st_mode & 0o777 == 0o700
@@ -300,8 +300,8 @@ class TestOverAdmin:
             )
         )
         for call in (
-            lambda: make_backup(idp, m.LOCAL, "test"), lambda: read_backup_piece(idp, "x", 0),
-            lambda: delete_backup(idp, m.LOCAL, "test", "x"),
+            lambda: make_backup(idp, m.LOCAL.acting_as("test")), lambda: read_backup_piece(idp, "x", 0),
+            lambda: delete_backup(idp, m.LOCAL.acting_as("test"), "x"),
         ):
             with pytest.raises(m.Problem, match="not_found"):
                 call()
@@ -338,7 +338,7 @@ class TestBackup:
         def write():
             idp = opened(house)
             while not stop.is_set():
-                m.audit(idp, m.LOCAL, "test", "write", str(len(done)))
+                m.audit(idp, m.LOCAL.acting_as("test"), "write", str(len(done)))
                 done.append(1)
                 time.sleep(0.001)  # within one process writers have no turns
             idp.store.close()

@@ -197,7 +197,7 @@ class TestWriting:
     def test_a_transaction_is_all_or_nothing(self, idp):
         with pytest.raises(ZeroDivisionError), idp.store.transaction():
             idp.store.put_meta("half", 1)
-            m.audit(idp, m.LOCAL, "test", "half")
+            m.audit(idp, m.LOCAL.acting_as("test"), "half")
             1 / 0
         assert idp.store.meta("half") == "" and "half" not in {row.action for row in idp.store.list_audit()}
 
@@ -263,7 +263,7 @@ class TestWriting:
         other = make_idp(idp.options)
         other.store.generation = idp.store.generation
         assert m.find_client(other, "service").scopes == {"api:read", "api:write"}
-        m.assign_scopes(idp, m.LOCAL, "test", m.get_client(idp, "service"), ["api:secret"])
+        m.assign_scopes(idp, m.LOCAL.acting_as("test"), m.get_client(idp, "service"), ["api:secret"])
         assert "api:secret" in m.find_client(other, "service").scopes
 
     def test_generations_of_processes_do_not_lose_each_other(self):

@@ -143,7 +143,7 @@ class TestTokenAnswer:
             if meanwhile == "password reset":
                 idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
             if meanwhile in ("password reset", "logged out everywhere"):
-                m.end_user(idp, m.LOCAL, "root", alice.id, "reset")
+                m.end_user(idp, m.LOCAL.acting_as("root"), alice.id, "reset")
             clock.pass_(1)
             return granted
 
@@ -338,7 +338,7 @@ class TestRefresh:
         self, idp, auth, service, log_in, alice, change
     ):
         token = log_in(alice)["refresh_token"]
-        m.assign_scopes(idp, m.LOCAL, "test", alice.account, ["api:write"])
+        m.assign_scopes(idp, m.LOCAL.acting_as("test"), alice.account, ["api:write"])
         answer = self.turn(auth, service, token).json
         assert answer["scope"] == "api:read"
         change("DELETE FROM client_scope")

@@ -34,11 +34,11 @@ def register(idp, new_client):
         )
         new_client(client_id, **kind | more)
         for uri in uris:
-            m.add_uri(idp, m.LOCAL, "test", client_id, "redirect", uri)
+            m.add_uri(idp, m.LOCAL.acting_as("test"), client_id, "redirect", uri)
         for flag, option in dict(flags).items():
-            m.set_flag(idp, m.LOCAL, "test", client_id, flag, True)
+            m.set_flag(idp, m.LOCAL.acting_as("test"), client_id, flag, True)
             if option:
-                m.set_flag_option(idp, m.LOCAL, "test", client_id, flag, option)
+                m.set_flag_option(idp, m.LOCAL.acting_as("test"), client_id, flag, option)
         return client_id
 
     return make
@@ -241,7 +241,7 @@ class TestAuthorizationCode:
         self, idp, register, new_client, alice, browser, exchange, auth
     ):
         name, secret = new_client("web")
-        m.add_uri(idp, m.LOCAL, "test", "web", "redirect", CALLBACK)
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "web", "redirect", CALLBACK)
         path = request("web", code_challenge=None, code_challenge_method=None, nonce=None, state=None)
         uri, members = sent_back(sign_in(browser, path))
         assert set(members) == {"code", "iss"}
@@ -312,7 +312,7 @@ class TestAuthorizationCode:
                 browser.open("/logout")
                 browser.submit()
             elif "revoked" in what:
-                m.end_client(idp, m.LOCAL, "test", client.row, "revoked")
+                m.end_client(idp, m.LOCAL.acting_as("test"), client.row, "revoked")
             else:
                 with idp.store.transaction(identity=True):
                     idp.store.run("UPDATE client SET is_active = 0 WHERE id = :id", id=client.row.id)
@@ -547,11 +547,11 @@ class TestSession:
     @pytest.mark.parametrize(
         "end",
         [
-            lambda idp, alice: m.set_user_active(idp, m.LOCAL, "t", alice.id, False),
-            lambda idp, alice: m.reset_password(idp, m.LOCAL, "t", alice.id, NEW_PASSWORD),
-            lambda idp, alice: m.set_lockout(idp, m.LOCAL, "t", alice.id, "9999-12-31T00:00:00Z"),
-            lambda idp, alice: m.end_user(idp, m.LOCAL, "t", alice.id, "x"),
-            lambda idp, alice: m.delete_user(idp, m.LOCAL, "t", alice.id),
+            lambda idp, alice: m.set_user_active(idp, m.LOCAL.acting_as("t"), alice.id, False),
+            lambda idp, alice: m.reset_password(idp, m.LOCAL.acting_as("t"), alice.id, NEW_PASSWORD),
+            lambda idp, alice: m.set_lockout(idp, m.LOCAL.acting_as("t"), alice.id, "9999-12-31T00:00:00Z"),
+            lambda idp, alice: m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "x"),
+            lambda idp, alice: m.delete_user(idp, m.LOCAL.acting_as("t"), alice.id),
         ],
     )
     def test_it_ends_with_what_its_user_loses(self, idp, spa, alice, browser, end):
@@ -622,7 +622,7 @@ class TestFirstFactor:
     def test_whatever_is_wrong_the_words_are_the_same(self, idp, spa, alice, new_user, browser, change):
         new_user("idle"), new_user("locked")
         change("UPDATE account SET is_active = 0 WHERE username = 'idle'")
-        m.set_lockout(idp, m.LOCAL, "t", "locked", "9999-12-31T00:00:00Z")
+        m.set_lockout(idp, m.LOCAL.acting_as("t"), "locked", "9999-12-31T00:00:00Z")
         pages = set()
         for username, password in (("alice", "wrong"), ("nobody", PASSWORD), ("idle", PASSWORD), ("locked", PASSWORD)):
             browser.open(request())
@@ -711,9 +711,9 @@ class TestSecondFactor:
     @pytest.mark.parametrize(
         "end",
         [
-            lambda idp, id: m.set_user_active(idp, m.LOCAL, "t", id, False),
-            lambda idp, id: m.reset_password(idp, m.LOCAL, "t", id, NEW_PASSWORD),
-            lambda idp, id: m.end_user(idp, m.LOCAL, "t", id, "x"),
+            lambda idp, id: m.set_user_active(idp, m.LOCAL.acting_as("t"), id, False),
+            lambda idp, id: m.reset_password(idp, m.LOCAL.acting_as("t"), id, NEW_PASSWORD),
+            lambda idp, id: m.end_user(idp, m.LOCAL.acting_as("t"), id, "x"),
         ],
     )
     def test_what_the_user_loses_between_the_steps_counts(self, idp, spa, alice, browser, give_totp, clock, end):
@@ -1000,7 +1000,7 @@ class TestLogout:
 
     @pytest.fixture
     def bye(self, idp, spa):
-        m.add_uri(idp, m.LOCAL, "test", "spa", "post_logout", "https://app.example/bye")
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "post_logout", "https://app.example/bye")
 
     def test_with_a_hint_it_is_at_once(self, auth, bye, alice, browser, exchange, clock):
         bought = exchange(code_of(sign_in(browser, request(scope="openid offline_access")))).json
@@ -1184,7 +1184,7 @@ class TestHeadless:
 
     def test_it_is_for_first_parties_with_pkce(self, auth, register, service, idp):
         register("third", is_first_party=False)
-        m.add_uri(idp, m.LOCAL, "test", "service", "redirect", CALLBACK)
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "redirect", CALLBACK)
         assert [
             self.begin(auth, client_id=client, code_challenge=None, code_challenge_method=None).status
             if client == "service"
@@ -1212,7 +1212,7 @@ class TestCors:
 
     @pytest.fixture
     def origin(self, idp, spa):
-        m.add_uri(idp, m.LOCAL, "test", "spa", "cors_origin", "https://app.example")
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", "https://app.example")
 
     @pytest.mark.parametrize(
         "method, path",
@@ -1284,7 +1284,7 @@ class TestCors:
         )
 
     def test_an_origin_counts_as_long_as_its_client(self, idp, auth, origin, change):
-        m.update_client(idp, m.LOCAL, "t", "spa", m.UpdateClient(is_active=False))
+        m.update_client(idp, m.LOCAL.acting_as("t"), "spa", m.UpdateClient(is_active=False))
         assert (
             "access-control-allow-origin"
             not in auth("GET", "/jwks.json", headers=[("Origin", "https://app.example")]).headers

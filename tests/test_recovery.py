@@ -59,7 +59,7 @@ class TestRestore:
             idp, m.find_client(idp, "app"), m.Granted("api:read", "pwd", m.get_user(idp, "root"), ["pwd"], idp.now()),
             m.LOCAL,
         )
-        m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+        m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
         idp.store.close()
         time.sleep(0.002)
         restore(house, str(tmp_path / "b"))
@@ -124,7 +124,7 @@ class TestRestore:
     @pytest.mark.parametrize("when", ["journal", "seal", "auth", "admin", "staged", "committed"])
     def test_killed_at_any_point_it_is_all_or_nothing(self, house, backup, tmp_path, when):
         idp = opened(house)
-        m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+        m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
         idp.store.close()
         pid = os.fork()
         if not pid:
@@ -251,7 +251,7 @@ class TestRestore:
 
         def write():
             idp = open_idp(house)
-            m.create_user(idp, m.LOCAL, "t", m.CreateUser("late", "late@example.org", PASSWORD))
+            m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
             die()
 
         assert in_child(write) == signal.SIGKILL

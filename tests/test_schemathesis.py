@@ -65,11 +65,11 @@ def options(tmp_path):
 @pytest.fixture
 def world(idp, make_idp, options, service, alice, root, public, tmp_path):
     """Something of everything, so that not every identifier is unknown. Call it for a copy: what one operation ends, the next has again."""
-    m.create_role(idp, m.LOCAL, "test", m.CreateRole("ops"))
-    m.create_permission(idp, m.LOCAL, "test", m.CreatePermission("door.open"))
-    m.add_uri(idp, m.LOCAL, "test", "service", "redirect", "https://app.example/cb")
-    m.put_idp(idp, m.LOCAL, "test", "service", m.PutIdp("google"))
-    m.assign_scopes(idp, m.LOCAL, "test", m.find_client(idp, "service"), [name for _, name, _ in SEEDED_SCOPES])
+    m.create_role(idp, m.LOCAL.acting_as("test"), m.CreateRole("ops"))
+    m.create_permission(idp, m.LOCAL.acting_as("test"), m.CreatePermission("door.open"))
+    m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "redirect", "https://app.example/cb")
+    m.put_idp(idp, m.LOCAL.acting_as("test"), "service", m.PutIdp("google"))
+    m.assign_scopes(idp, m.LOCAL.acting_as("test"), m.find_client(idp, "service"), [name for _, name, _ in SEEDED_SCOPES])
     idp.store.close()
     filled, copies = (tmp_path / "mad.db3").read_bytes(), itertools.count()
 

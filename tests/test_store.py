@@ -221,7 +221,7 @@ class TestSecrecy:
     ):
         answer = log_in(alice, scope="openid")
         seed = give_totp(idp, alice.account)
-        changed = m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
+        changed = m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60))
         auth.post("/token", {"grant_type": "refresh_token", "refresh_token": answer["refresh_token"]}, auth=service)
         auth.post("/token", {"grant_type": "password", "username": PASSWORD, "password": PASSWORD}, auth=service)
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
@@ -255,7 +255,7 @@ class TestAuditChain:
     def test_every_way_of_writing_continues_it(self, idp, auth, service, alice, machine, log_in):
         log_in(alice)
         idp.store.flush()
-        m.audit(idp, m.LOCAL, "test", "last")
+        m.audit(idp, m.LOCAL.acting_as("test"), "last")
         rows = self.rows(idp)
         assert self.broken_at(rows) is None and [row.seq for row in rows] == list(range(1, len(rows) + 1))
 
@@ -285,7 +285,7 @@ class TestAuditChain:
 
         def write(one):
             for _ in range(20):
-                m.audit(one, m.LOCAL, "test", "parallel")
+                m.audit(one, m.LOCAL.acting_as("test"), "parallel")
 
         threads = [threading.Thread(target=write, args=(one,)) for one in (idp, other)]
         for thread in threads:
@@ -298,7 +298,7 @@ class TestAuditChain:
         from conftest import CHEAP
 
         idp = make_idp(Options(**CHEAP, enable_audit_logging=False))
-        m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
+        m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser("bob", "bob@example.org", PASSWORD))
         assert self.rows(idp) == []
 
 

@@ -67,7 +67,7 @@ class TestPurge:
             token = answer.json["refresh_token"]
 
     def test_a_retired_secret_goes_and_the_living_stays(self, idp, auth, service, clock):
-        second = m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
+        second = m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60))
         clock.pass_(61)
         purge(idp)
         assert count(idp, "client_secret") == 1
@@ -86,7 +86,7 @@ class TestPurge:
 
     def test_zero_days_keep_everything(self, make_idp, clock):
         idp = make_idp(Options(**CHEAP, token_purge_days=0, refresh_token_purge_days=0, audit_log_retention_days=0))
-        account = m.create_user(idp, m.LOCAL, "test", m.CreateUser("bob", "bob@example.org", PASSWORD))
+        account = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser("bob", "bob@example.org", PASSWORD))
         with idp.store.transaction():
             idp.store.add_family(Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
             idp.store.add_session(
@@ -276,7 +276,7 @@ class TestClockwork:
         for username in ("alice", "bob"):
             for _ in range(6):
                 auth.post("/token", {"grant_type": "password", "username": username, "password": "wrong"}, auth=service)
-        m.set_lockout(idp, m.LOCAL, "test", bob.id, idp.now() + 7 * DAY)
+        m.set_lockout(idp, m.LOCAL.acting_as("test"), bob.id, idp.now() + 7 * DAY)
         idp.store.run("UPDATE account SET totp_locked_until = :until WHERE username = 'alice'", until=idp.now() + 600)
         left, until = (
             idp.store.find_account(alice.id).lockout_until - idp.now(), idp.store.find_account(bob.id).lockout_until,
@@ -297,7 +297,7 @@ class TestClockwork:
         clock_thread.step()
         box.wall += YEARS
         box.pass_(601)
-        m.change_secret(idp, m.LOCAL, "test", m.ChangeSecret("service", overlap_seconds=60))
+        m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60))
         box.wall -= YEARS
         clock_thread.step()
         box.pass_(32 * DAY, 600)
