@@ -164,7 +164,7 @@ class ServerProcess:
         self.log = plan.log
         self.store = Store(options.db_file, plan.database_key, plan.generation, plan.log)
         if options.worker_processes:
-            self.store.take_turns()
+            self.store.open_process_write_lock()
         self.store.start_flusher()
         self.upkeep, self.clock_thread, self.servers = None, None, []
         limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
@@ -288,7 +288,7 @@ class Supervisor:
 
     def fork(self, number):
         if not self.children:
-            self.plan.generation.place = (0,) * 6  # nobody has the database open
+            self.plan.generation.file_ids = (0,) * 6  # nobody has the database open
         self.plan.generation.map[self.plan.generation.BEATS + number + 1] = 0
         try:
             pid = os.fork()

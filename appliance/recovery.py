@@ -275,7 +275,7 @@ def open_idp(options: Options) -> Idp:
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
         store.open(functools.partial(without_server, options))
-        store.take_turns()  # a server beside us writes all the time
+        store.open_process_write_lock()  # a server beside us writes all the time
         rings = [
             KeyRing(read_ring(path, passphrase), prefer_ec)
             for path, passphrase, prefer_ec in ring_files(options).values()
@@ -508,7 +508,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
                 idp, LOCAL.acting_as("machine"), "restored", os.path.basename(source),
                 f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced),
             )
-        store.settle()
+        store.checkpoint()
     finally:
         store.close()
     return newest, knows_revoked

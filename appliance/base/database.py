@@ -59,15 +59,15 @@ class Generation:
         UNSYNCED  an fsync of the WAL has failed: the kernel may have dropped the dirty pages
         HEALED    counts recoveries after a failure; connections opened before the last one are closed, not reused
         BEATS     a heartbeat counter for each process, watched by the supervisor; 0 until the process serves
-        PLACE     device and inode of the database, its -wal and its -shm, as all processes have them open
+        FILE_IDS  device and inode of the database, its -wal and its -shm, as all processes have them open
     """
 
     SLOTS = 66
     FAILED, LOCKED, UNSYNCED, HEALED, BEATS = range(8 * SLOTS, 8 * SLOTS + 5)
-    PLACE, FILES = BEATS + SLOTS, struct.Struct("<6Q")
+    FILE_IDS, FILES = BEATS + SLOTS, struct.Struct("<6Q")
 
     def __init__(self):
-        self.map = mmap.mmap(-1, self.PLACE + self.FILES.size)
+        self.map = mmap.mmap(-1, self.FILE_IDS + self.FILES.size)
         self.slot = 0
         self.lock = threading.Lock()
 
@@ -85,13 +85,13 @@ class Generation:
         self.map[at] = self.map[at] % 255 + 1
 
     @property
-    def place(self) -> tuple:
-        """The six numbers stored at PLACE; zeros while no server has the database open."""
-        return self.FILES.unpack_from(self.map, self.PLACE)
+    def file_ids(self) -> tuple:
+        """The six numbers stored at FILE_IDS; zeros while no server has the database open."""
+        return self.FILES.unpack_from(self.map, self.FILE_IDS)
 
-    @place.setter
-    def place(self, files):
-        self.FILES.pack_into(self.map, self.PLACE, *files)
+    @file_ids.setter
+    def file_ids(self, numbers):
+        self.FILES.pack_into(self.map, self.FILE_IDS, *numbers)
 
 
 def derive_key(passphrase: str, salt: bytes) -> str:
@@ -195,21 +195,21 @@ class Database:
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
-        self.turns = None  # descriptor of the lock file, if several processes write
+        self.process_write_lock = None  # descriptor of the lock file, if several processes write
         self.closing = False
         self.connections = set()
         self.spare = collections.deque()  # (HEALED, connection) of threads that have ended, for new threads
 
     # -- connections and transactions --
 
-    def take_turns(self):
+    def open_process_write_lock(self):
         """Open the lock file on which writing processes queue in the kernel. Call this after a fork, never before.
 
         SQLite's busy handler polls its lock, sleeping up to 100 ms between attempts. A blocking fcntl lock
         on the `.lock` file wakes the next writer at once. It is independent of the flock on the
         same file, which marks the server that owns the database. The kernel releases it if a process dies.
         """
-        self.turns = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.process_write_lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @contextlib.contextmanager
     def writing(self):
@@ -220,14 +220,14 @@ class Database:
                     raise Unavailable("too many wait to write", LOCK_SECONDS)
                 self.write_lock.acquire()
         try:
-            if self.turns is None:
+            if self.process_write_lock is None:
                 yield
                 return
-            fcntl.lockf(self.turns, fcntl.LOCK_EX)
+            fcntl.lockf(self.process_write_lock, fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                fcntl.lockf(self.turns, fcntl.LOCK_UN)
+                fcntl.lockf(self.process_write_lock, fcntl.LOCK_UN)
         finally:
             self.write_lock.release()
 
@@ -287,7 +287,7 @@ class Database:
 
         One was moved, removed or replaced, so the next start would not find what is written now.
         """
-        if any(place := self.generation.place) and place != self.stat_files():
+        if any(file_ids := self.generation.file_ids) and file_ids != self.stat_files():
             raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
 
     def connect(self, synchronous="FULL", mode=""):

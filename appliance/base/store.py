@@ -721,7 +721,7 @@ class Store(Database):
         except sqlcipher3.Error as error:
             return str(error)
 
-    def settle(self):
+    def checkpoint(self):
         """Leave one file: everything in it, nothing beside it."""
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.execute("PRAGMA journal_mode = WAL")
@@ -960,13 +960,13 @@ class Store(Database):
             id=id, password_hash=password_hash, now=now,
         ) == 1
 
-    def list_able_admins(self, now, but):
+    def list_able_admins(self, now, excluding):
         """The administrators other than one who could log in now."""
         with self.guard():
             rows = self.connection.execute(
                 "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id "
-                "AND is_active = 1 AND lockout_until <= :now AND user_id <> :but LIMIT 1",
-                {"role_id": MAD_ADMIN_ROLE_ID, "now": now, "but": but},
+                "AND is_active = 1 AND lockout_until <= :now AND user_id <> :excluding LIMIT 1",
+                {"role_id": MAD_ADMIN_ROLE_ID, "now": now, "excluding": excluding},
             )
             return [user_id for (user_id,) in rows]
 
@@ -1888,8 +1888,8 @@ class Store(Database):
         Who is first says for all processes which they are.
         """
         self.meta("created_at")
-        if not any(self.generation.place) and (files := self.stat_files()):
-            self.generation.place = files
+        if not any(self.generation.file_ids) and (files := self.stat_files()):
+            self.generation.file_ids = files
 
     def flush_loop(self):
         while not self.closing:
