@@ -1564,7 +1564,7 @@ def is_admin(idp: Idp, user_id: str) -> bool:
 
 def is_last_admin(idp: Idp, user_id: str) -> bool:
     """Is this an administrator, and none other could log in now?"""
-    return is_admin(idp, user_id) and not idp.store.list_able_admins(idp.now(), user_id)
+    return is_admin(idp, user_id) and not idp.store.has_able_admin(idp.now(), user_id)
 
 
 def forbid_removing_last_admin(idp: Idp, user_id: str):
@@ -2458,7 +2458,7 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     secret_hash = "" if public else hash_secret(idp, secret or made)
     try:
         with idp.store.transaction(identity=True):
-            idp.store.add_client(row)
+            idp.store.insert(row)
             if secret_hash:
                 idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, now)
             for scope in scopes:
@@ -3132,7 +3132,7 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
             # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
             # fails.
             now = idp.now()
-            idp.store.add_family(
+            idp.store.insert(
                 Family(
                     code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms,
                     now, now,
@@ -3192,14 +3192,14 @@ def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
             until = min(
                 family.expires_at, now + ttl(client, "REFRESH_TOKEN_EXPIRATION", options.refresh_token_expiration)
             )
-            idp.store.add_refresh_token(
+            idp.store.insert(
                 RefreshToken(
                     new_jti(ms), sha256(refresh_token), family.sid, account.id, row.client_id, jti, now, until, None,
                     None,
                 )
             )
         if family:
-            idp.store.add_session(
+            idp.store.insert(
                 Session(
                     jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method,
                     now, now + lifetime, None,
@@ -3275,7 +3275,7 @@ def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: 
     if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
         end_code(idp, caller, code)  # a concurrent request spent the code
         return None
-    idp.store.add_family(family)
+    idp.store.insert(family)
     return family
 
 
@@ -3490,7 +3490,7 @@ def begin_browser_session(
         check_unchanged(idp, account, ms)
         if replaces:
             idp.store.replace_browser_session(sha256(replaces), sha256(handle), account.id, now)
-        idp.store.add_browser_session(
+        idp.store.insert(
             BrowserSession(
                 sha256(handle), account.id, " ".join(amr), auth_time, ms, now,
                 now + idp.options.session_absolute_expiration, None, caller.peer, caller.user_agent[:200],
@@ -3547,7 +3547,7 @@ def begin_login(
         session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0,
         new_pending(idp, session.user_id, state) if session else "",
     )
-    idp.store.add_login(row)
+    idp.store.insert(row)
     return row
 
 
@@ -3690,7 +3690,7 @@ def issue_code(
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
-        idp.store.add_code(
+        idp.store.insert(
             AuthorizationCode(
                 sha256(code), client.client_id, account.id, random_handle()[:22], request.redirect_uri, scope,
                 request.nonce, request.code_challenge, request.code_challenge_method, request.claims, " ".join(amr),
@@ -5664,8 +5664,8 @@ def admin_token(idp, params):
     )
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
-        idp.store.add_family(family)
-        idp.store.add_session(
+        idp.store.insert(family)
+        idp.store.insert(
             Session(
                 jti, account.id, (params.get("client_id") or "")[:255], family.sid, "", "access", "admin",
                 "otp" if "otp" in amr else "pwd", now, now + lifetime, None,

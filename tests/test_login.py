@@ -187,7 +187,7 @@ class TestAuthorizationCode:
             raise sqlcipher3.OperationalError("database or disk is full")
 
         with monkeypatch.context() as broken:
-            broken.setattr(idp.store, "add_session", fail)
+            broken.setattr(idp.store, "insert", fail)
             assert exchange(code).status == 503
         idp.store.flush()
         with monkeypatch.context() as broken:

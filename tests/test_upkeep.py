@@ -88,8 +88,8 @@ class TestPurge:
         idp = make_idp(Options(**CHEAP, token_purge_days=0, refresh_token_purge_days=0, audit_log_retention_days=0))
         account = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser("bob", "bob@example.org", PASSWORD))
         with idp.store.transaction():
-            idp.store.add_family(Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
-            idp.store.add_session(
+            idp.store.insert(Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
+            idp.store.insert(
                 Session(
                     m.new_jti(idp.now_ms()), account.id, "c", "s", "", "access", "auth", "pwd", idp.now(), idp.now(),
                     None,

@@ -3,14 +3,17 @@
 import collections
 import contextlib
 import fcntl
+import functools
 import hashlib
 import mmap
 import os
 import struct
 import threading
 import time
+from typing import ClassVar, TypeVar
 from urllib.parse import quote
 
+import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
@@ -46,6 +49,23 @@ class Unavailable(Exception):
 
 class Conflict(Exception):
     """A UNIQUE or FOREIGN KEY constraint failed: the name or id exists already, or the row referred to does not."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A row of `table`: its fields are the columns, in their order."""
+
+    table: ClassVar[str] = ""
+
+
+Row = TypeVar("Row", bound=Record)
+
+
+@functools.cache
+def insert_statement(record: type[Record]) -> str:
+    """Return the INSERT statement of a whole row, its values in the order of the fields."""
+    columns = record.__struct_fields__
+    # Names of a class and its fields, which are constants: nothing of a request is formatted into SQL.
+    return f"INSERT INTO {record.table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"  # noqa: S608
 
 
 class Generation:
@@ -309,23 +329,23 @@ class Database:
     @property
     def connection(self):
         try:
-            borrowed = self.local.borrowed
-            if borrowed.since == self.generation.map[self.generation.HEALED] or borrowed.connection.in_transaction:
-                return borrowed.connection
+            pooled = self.local.pooled
+            if pooled.since == self.generation.map[self.generation.HEALED] or pooled.connection.in_transaction:
+                return pooled.connection
             self.discard()
         except AttributeError:
             pass
-        self.local.borrowed = PooledConnection(self)
-        return self.local.borrowed.connection
+        self.local.pooled = PooledConnection(self)
+        return self.local.pooled.connection
 
     def discard(self):
         """Close this thread's connection.
 
         A connection that met a disk error, or was opened during one, may stay read-only or without its key.
         """
-        borrowed = self.local.__dict__.pop("borrowed", None)
-        if borrowed is not None:
-            connection, borrowed.connection = borrowed.connection, None
+        pooled = self.local.__dict__.pop("pooled", None)
+        if pooled is not None:
+            connection, pooled.connection = pooled.connection, None
             self.connections.discard(connection)
             with contextlib.suppress(sqlcipher3.Error):
                 connection.close()
@@ -347,8 +367,8 @@ class Database:
         except sqlcipher3.IntegrityError as error:
             raise Conflict(str(error)) from None
         except sqlcipher3.Error as error:
-            borrowed = self.local.__dict__.get("borrowed")
-            if not is_busy(error) and borrowed is not None and not borrowed.connection.in_transaction:
+            pooled = self.local.__dict__.get("pooled")
+            if not is_busy(error) and pooled is not None and not pooled.connection.in_transaction:
                 self.discard()  # inside a transaction, transaction() does this after the rollback
             raise Unavailable(f"database: {error}", 5) from error
 
@@ -390,16 +410,39 @@ class Database:
         """Tell every process that a write has failed."""
         self.generation.map[self.generation.FAILED] = 1
 
-    def one(self, record, sql, **parameters):
+    def one(self, record: type[Row], sql: str, **parameters) -> Row | None:
+        """Return the first row a statement finds, or None."""
         with self.guard():
             row = self.connection.execute(sql, parameters).fetchone()
         return None if row is None else record(*row)
 
-    def all(self, record, sql, **parameters):
+    def all(self, record: type[Row], sql: str, **parameters) -> list[Row]:
         with self.guard():
             return [record(*row) for row in self.connection.execute(sql, parameters)]
 
-    def run(self, sql, **parameters) -> int:
+    def value(self, sql: str, **parameters):
+        """Return the first column of the first row a statement finds, or None."""
+        with self.guard():
+            row = self.connection.execute(sql, parameters).fetchone()
+        return None if row is None else row[0]
+
+    def values(self, sql: str, **parameters) -> list:
+        """Return the first column of every row a statement finds."""
+        with self.guard():
+            return [row[0] for row in self.connection.execute(sql, parameters)]
+
+    def exists(self, sql: str, **parameters) -> bool:
+        """Return whether a statement finds any row."""
+        with self.guard():
+            return self.connection.execute(sql, parameters).fetchone() is not None
+
+    def insert(self, row: Row) -> Row:
+        """Insert a whole row in transaction(), and return it."""
+        with self.transaction(), self.guard():
+            self.connection.execute(insert_statement(type(row)), msgspec.structs.astuple(row))
+        return row
+
+    def run(self, sql: str, **parameters) -> int:
         """Run a writing statement in transaction(). Return the number of rows it changed.
 
         guard() is entered here too, so that a caller inside a longer transaction can catch Conflict
@@ -407,3 +450,7 @@ class Database:
         """
         with self.transaction(), self.guard():
             return self.connection.execute(sql, parameters).rowcount
+
+    def changed(self, sql: str, **parameters) -> bool:
+        """Run a statement that changes one row at most. Return whether it changed one."""
+        return self.run(sql, **parameters) == 1

@@ -16,8 +16,8 @@ import sqlcipher3
 from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, IAT_SKEW, sleep
 from appliance.base.database import (
-    BATCH_MAX, BATCH_SECONDS, Database, PROBE_SECONDS, SQLITE_BUSY, SQLITE_CANTOPEN, SQLITE_FULL, SQLITE_IOERR,
-    SQLITE_READONLY, Unavailable, check_log, is_busy,
+    BATCH_MAX, BATCH_SECONDS, Database, PROBE_SECONDS, Record, SQLITE_BUSY, SQLITE_CANTOPEN, SQLITE_FULL, SQLITE_IOERR,
+    SQLITE_READONLY, Unavailable, check_log, insert_statement, is_busy,
 )
 
 
@@ -42,13 +42,10 @@ SCATTERED = 25  # the same for rows that do not lie beside each other in every i
 # `_at` is integer Unix seconds; flags of a row are 0 or 1.
 
 
-class Record(msgspec.Struct, frozen=True, array_like=False):
-    """A row."""
-
-
-class Account(Record):
+class Account(Record, frozen=True):
     """A user. `revoked_before` is Unix milliseconds: what was issued up to it is dead."""
 
+    table = "account"
     id: str
     username: str
     email: str
@@ -70,7 +67,8 @@ class Account(Record):
     modified_at: int
 
 
-class Permission(Record):
+class Permission(Record, frozen=True):
+    table = "permission"
     id: str
     name: str
     is_active: int
@@ -78,17 +76,8 @@ class Permission(Record):
     modified_at: int
 
 
-class Role(Record):
-    id: str
-    name: str
-    description: str
-    is_protected: int
-    is_active: int
-    created_at: int
-    modified_at: int
-
-
-class Scope(Record):
+class Role(Record, frozen=True):
+    table = "role"
     id: str
     name: str
     description: str
@@ -98,10 +87,22 @@ class Scope(Record):
     modified_at: int
 
 
-class ClientRow(Record):
+class Scope(Record, frozen=True):
+    table = "scope"
+    id: str
+    name: str
+    description: str
+    is_protected: int
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class ClientRow(Record, frozen=True):
     """A client as stored. `grant_types` is space-delimited; `access_token_signed_alg` empty means the server's choice.
     """
 
+    table = "client"
     id: str
     client_id: str
     client_type: str
@@ -118,7 +119,8 @@ class ClientRow(Record):
     modified_at: int
 
 
-class Secret(Record):
+class Secret(Record, frozen=True):
+    table = "client_secret"
     id: str
     client_id: str
     secret_hash: str
@@ -126,9 +128,10 @@ class Secret(Record):
     expires_at: int
 
 
-class Session(Record):
+class Session(Record, frozen=True):
     """An access token that was issued; `id` is its `jti`."""
 
+    table = "session"
     id: str
     user_id: str | None
     client_id: str
@@ -142,12 +145,13 @@ class Session(Record):
     revoked_at: int | None
 
 
-class Family(Record):
+class Family(Record, frozen=True):
     """A login at a client, and all tokens that hang on it; `sid` of RFC 9068 and OpenID tokens.
 
     `created_ms` is Unix milliseconds, to be compared with `revoked_before`.
     """
 
+    table = "family"
     sid: str
     user_id: str
     client_id: str
@@ -162,11 +166,12 @@ class Family(Record):
     claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
 
 
-class LoginTransaction(Record):
+class LoginTransaction(Record, frozen=True):
     """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was
     proven.
     """
 
+    table = "login_transaction"
     id: str
     binding_sha256: str
     client_id: str
@@ -182,9 +187,10 @@ class LoginTransaction(Record):
     pending: str  # sealed: a seed that waits for its first code
 
 
-class BrowserSession(Record):
+class BrowserSession(Record, frozen=True):
     """Somebody logged in at a browser; its cookie holds what `id_sha256` is the hash of."""
 
+    table = "browser_session"
     id_sha256: str
     user_id: str
     amr: str
@@ -197,7 +203,8 @@ class BrowserSession(Record):
     user_agent: str
 
 
-class AuthorizationCode(Record):
+class AuthorizationCode(Record, frozen=True):
+    table = "authorization_code"
     code_sha256: str
     client_id: str
     user_id: str
@@ -217,7 +224,8 @@ class AuthorizationCode(Record):
     offline: int  # whether a refresh token may come of it
 
 
-class RefreshToken(Record):
+class RefreshToken(Record, frozen=True):
+    table = "refresh_token"
     id: str
     token_sha256: str
     sid: str
@@ -230,7 +238,7 @@ class RefreshToken(Record):
     revoked_at: int | None
 
 
-class ListedSession(Session):
+class ListedSession(Session, frozen=True):
     """A session and what its listing shows besides. `dead_before` is Unix milliseconds: the epochs of its user and
     client.
     """
@@ -240,16 +248,17 @@ class ListedSession(Session):
     family_revoked_at: int | None
 
 
-class ListedRefreshToken(RefreshToken):
+class ListedRefreshToken(RefreshToken, frozen=True):
     username: str
     scope: str
     dead_before: int
     family_created_ms: int
 
 
-class ExternalIdp(Record):
+class ExternalIdp(Record, frozen=True):
     """An external identity provider of a client: kept for it, used by no login yet."""
 
+    table = "external_idp_provider"
     id: str
     client_id: str
     provider_key: str
@@ -261,15 +270,16 @@ class ExternalIdp(Record):
     modified_at: int
 
 
-class Feature(Record):
+class Feature(Record, frozen=True):
     feature_flag: str
     is_enabled: int
     options: str
 
 
-class ClientUri(Record):
+class ClientUri(Record, frozen=True):
     """A URI of a client; `kind` is redirect, post_logout or cors_origin."""
 
+    table = "client_uri"
     id: str
     client_id: str
     kind: str
@@ -277,7 +287,8 @@ class ClientUri(Record):
     created_at: int
 
 
-class AuditRow(Record):
+class AuditRow(Record, frozen=True):
+    table = "audit"
     seq: int
     at: int
     actor_id: str
@@ -473,15 +484,11 @@ def like(q: str) -> str:
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
-SESSION_INSERT = (
-    "INSERT INTO session VALUES (:id, :user_id, :client_id, :sid, :scope, :token_use, :mad_use, :login_method, "
-    ":issued_at, :expires_at, :revoked_at)"
-)
-SESSION_INSERT_ROW = (
-    "INSERT INTO session VALUES (?, NULL, ?, NULL, ?, 'access', 'auth', 'client_credentials', ?, ?, NULL)"
-)
-
-
+# A client_credentials token is of a client alone; what all such rows share stands in the statement, not in the queue.
+MACHINE_SESSION_INSERT = """
+    INSERT INTO session (id, client_id, scope, token_use, mad_use, login_method, issued_at, expires_at)
+    VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
+"""
 SUCCESS, FAILURE = "success", "failure"
 
 
@@ -592,17 +599,11 @@ class Store(Database):
                 store.put_meta("created_at", now)
                 store.put_meta("instance_id", uuid.uuid4())
                 store.put_meta("revoked_before", 0)
-                store.run(
-                    "INSERT INTO role (id, name, description, is_protected, created_at, modified_at) "
-                    "VALUES (:id, 'MadAdmin', 'Administrator of this server.', 1, :now, :now)",
-                    id=MAD_ADMIN_ROLE_ID, now=now,
+                store.insert(
+                    Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now)
                 )
                 for id, name, description in SEEDED_SCOPES:
-                    store.run(
-                        "INSERT INTO scope (id, name, description, is_protected, created_at, modified_at) "
-                        "VALUES (:id, :name, :description, 1, :now, :now)",
-                        id=id, name=name, description=description, now=now,
-                    )
+                    store.insert(Scope(id, name, description, 1, 1, now, now))
         except BaseException:
             store.close()
             raise
@@ -686,9 +687,9 @@ class Store(Database):
 
     def read_backup_files(self) -> dict | None:
         """Return the files that travel in a copy, by name; None where it is no backup."""
+        if not self.exists("SELECT 1 FROM sqlite_schema WHERE name = 'backup'"):
+            return None
         with self.guard():
-            if not self.connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'backup'").fetchone():
-                return None
             return dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
 
     def drop_backup_files(self):
@@ -698,11 +699,10 @@ class Store(Database):
 
     def describe_copy(self) -> dict:
         """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
-        with self.guard():
-            users, clients = self.connection.execute(
-                "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM client)"
-            ).fetchone()
-        return {"users": users, "clients": clients, "newest_at": self.newest_at()}
+        return {
+            "users": self.value("SELECT count(*) FROM account"), "clients": self.value("SELECT count(*) FROM client"),
+            "newest_at": self.newest_at(),
+        }
 
     def forget_logins(self):
         """Drop what was under way: logins and codes."""
@@ -729,9 +729,8 @@ class Store(Database):
             os.fsync(file.fileno())
 
     def meta(self, name, default=""):
-        with self.guard():
-            row = self.connection.execute("SELECT value FROM meta WHERE name = :name", {"name": name}).fetchone()
-        return row[0] if row else default
+        value = self.value("SELECT value FROM meta WHERE name = :name", name=name)
+        return default if value is None else value
 
     def put_meta(self, name, value):
         self.run(
@@ -824,12 +823,12 @@ class Store(Database):
 
     def newest_at(self) -> int:
         """The latest time anything was written, Unix seconds."""
-        with self.guard():
-            row = self.connection.execute(
-                "SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),"
-                " coalesce((SELECT issued_at FROM session ORDER BY id DESC LIMIT 1), 0))"
-            ).fetchone()
-        return row[0]
+        return self.value(
+            """
+            SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),
+                       coalesce((SELECT issued_at FROM session ORDER BY id DESC LIMIT 1), 0))
+            """
+        )
 
     # -- users --
 
@@ -869,9 +868,7 @@ class Store(Database):
         )
         if offset == 0 and len(rows) < limit:
             return rows, len(rows)
-        with self.guard():
-            (total,) = self.connection.execute(f"SELECT count(*) FROM ({sql})", parameters).fetchone()
-        return rows, total
+        return rows, self.value(f"SELECT count(*) FROM ({sql})", **parameters)
 
     def list_accounts(self, q="", is_active=1, sort="username", limit=1000, offset=0, role_id=None, scope_id=None):
         """Users whose name or e-mail address holds `q`; active ones, inactive ones, or all (None)."""
@@ -903,13 +900,10 @@ class Store(Database):
 
     def set_account_active(self, id, is_active, now) -> bool:
         """Whether that changed anything."""
-        return (
-            self.run(
-                "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id "
-                "AND is_active <> :is_active",
-                id=id, is_active=is_active, now=now,
-            )
-            == 1
+        return self.changed(
+            "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id "
+            "AND is_active <> :is_active",
+            id=id, is_active=is_active, now=now,
         )
 
     def set_lockout(self, id, until, now):
@@ -926,7 +920,7 @@ class Store(Database):
         )
 
     def delete_account(self, id) -> bool:
-        return self.run("DELETE FROM account WHERE id = :id", id=id) == 1
+        return self.changed("DELETE FROM account WHERE id = :id", id=id)
 
     def count_failed_login(self, id, now, window, threshold, lockout, most):
         """Count one failure; the threshold starts a lockout that doubles with each one since the last success.
@@ -960,15 +954,15 @@ class Store(Database):
             id=id, password_hash=password_hash, now=now,
         ) == 1
 
-    def list_able_admins(self, now, excluding):
-        """The administrators other than one who could log in now."""
-        with self.guard():
-            rows = self.connection.execute(
-                "SELECT user_id FROM user_role JOIN account ON account.id = user_id WHERE role_id = :role_id "
-                "AND is_active = 1 AND lockout_until <= :now AND user_id <> :excluding LIMIT 1",
-                {"role_id": MAD_ADMIN_ROLE_ID, "now": now, "excluding": excluding},
-            )
-            return [user_id for (user_id,) in rows]
+    def has_able_admin(self, now, excluding) -> bool:
+        """Whether an administrator other than this one could log in now."""
+        return self.exists(
+            """
+            SELECT 1 FROM user_role JOIN account ON account.id = user_id
+             WHERE role_id = :role_id AND is_active = 1 AND lockout_until <= :now AND user_id <> :excluding
+            """,
+            role_id=MAD_ADMIN_ROLE_ID, now=now, excluding=excluding,
+        )
 
     def set_password_hash(self, id, password_hash, now, instead_of=None):
         """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone.
@@ -1009,13 +1003,10 @@ class Store(Database):
 
     def spend_totp_step(self, id, step) -> bool:
         """Accept a time step once. RFC 6238 §5.2."""
-        return (
-            self.run(
-                "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id "
-                "AND totp_last_step < :step",
-                id=id, step=step,
-            )
-            == 1
+        return self.changed(
+            "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id "
+            "AND totp_last_step < :step",
+            id=id, step=step,
         )
 
     def count_failed_totp(self, id, now, tries, lockout):
@@ -1042,12 +1033,7 @@ class Store(Database):
         )
 
     def add_role(self, id, name, description, now):
-        return self.one(
-            Role,
-            "INSERT INTO role (id, name, description, created_at, modified_at) "
-            "VALUES (:id, :name, :description, :now, :now) RETURNING *",
-            id=id, name=name, description=description, now=now,
-        )
+        return self.insert(Role(id, name, description, 0, 1, now, now))
 
     def update_role(self, id, name, description, now):
         return self.one(
@@ -1069,33 +1055,25 @@ class Store(Database):
         )
 
     def has_role(self, user_id, role_id) -> bool:
-        with self.guard():
-            return (
-                self.connection.execute(
-                    "SELECT 1 FROM user_role JOIN role ON role.id = role_id WHERE user_id = :user_id "
-                    "AND role_id = :role_id AND is_active = 1",
-                    {"user_id": user_id, "role_id": role_id},
-                ).fetchone()
-                is not None
-            )
+        return self.exists(
+            """
+            SELECT 1 FROM user_role JOIN role ON role.id = role_id
+             WHERE user_id = :user_id AND role_id = :role_id AND is_active = 1
+            """,
+            user_id=user_id, role_id=role_id,
+        )
 
     def assign_role(self, user_id, role_id, now) -> bool:
         """Whether that changed anything."""
-        return (
-            self.run(
-                "INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
-                role_id=role_id, now=now,
-            )
-            == 1
+        return self.changed(
+            "INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
+            role_id=role_id, now=now,
         )
 
     def unassign_role(self, user_id, role_id) -> bool:
-        return (
-            self.run(
-                "DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id,
-                role_id=role_id,
-            )
-            == 1
+        return self.changed(
+            "DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id,
+            role_id=role_id,
         )
 
     def find_permission(self, id_or_name):
@@ -1108,11 +1086,7 @@ class Store(Database):
         )
 
     def add_permission(self, id, name, now):
-        return self.one(
-            Permission,
-            "INSERT INTO permission (id, name, created_at, modified_at) VALUES (:id, :name, :now, :now) RETURNING *",
-            id=id, name=name, now=now,
-        )
+        return self.insert(Permission(id, name, 1, now, now))
 
     def update_permission(self, id, name, now):
         return self.one(
@@ -1157,21 +1131,15 @@ class Store(Database):
         )
 
     def assign_permission(self, role_id, permission_id, now) -> bool:
-        return (
-            self.run(
-                "INSERT INTO role_permission VALUES (:role_id, :permission_id, :now) ON CONFLICT DO NOTHING",
-                role_id=role_id, permission_id=permission_id, now=now,
-            )
-            == 1
+        return self.changed(
+            "INSERT INTO role_permission VALUES (:role_id, :permission_id, :now) ON CONFLICT DO NOTHING",
+            role_id=role_id, permission_id=permission_id, now=now,
         )
 
     def remove_permission(self, role_id, permission_id) -> bool:
-        return (
-            self.run(
-                "DELETE FROM role_permission WHERE role_id = :role_id AND permission_id = :permission_id",
-                role_id=role_id, permission_id=permission_id,
-            )
-            == 1
+        return self.changed(
+            "DELETE FROM role_permission WHERE role_id = :role_id AND permission_id = :permission_id",
+            role_id=role_id, permission_id=permission_id,
         )
 
     def list_scopes_of_user(self, user_id):
@@ -1189,12 +1157,9 @@ class Store(Database):
         )
 
     def remove_scope_from_user(self, user_id, scope_id) -> bool:
-        return (
-            self.run(
-                "DELETE FROM user_scope WHERE user_id = :user_id AND scope_id = :scope_id", user_id=user_id,
-                scope_id=scope_id,
-            )
-            == 1
+        return self.changed(
+            "DELETE FROM user_scope WHERE user_id = :user_id AND scope_id = :scope_id", user_id=user_id,
+            scope_id=scope_id,
         )
 
     # -- clients and scopes --
@@ -1214,15 +1179,6 @@ class Store(Database):
                AND (:scope_id IS NULL OR id IN (SELECT client_id FROM client_scope WHERE scope_id = :scope_id))
             """,
             sort, limit, offset, q=q, like=like(q), scope_id=scope_id,
-        )
-
-    def add_client(self, row: ClientRow):
-        self.run(
-            """
-            INSERT INTO client VALUES (:id, :client_id, :client_type, :display_name, :audience, :grant_types, :may_introspect,
-                :is_first_party, :access_token_signed_alg, :id_token_signed_response_alg, :is_active, :revoked_before, :created_at, :modified_at)
-            """,
-            **msgspec.structs.asdict(row),
         )
 
     def update_client(self, row: ClientRow):
@@ -1259,10 +1215,7 @@ class Store(Database):
         )
 
     def delete_secret(self, client_id, id) -> bool:
-        return (
-            self.run("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
-            == 1
-        )
+        return self.changed("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
 
     def list_secrets(self, client_id, now):
         return self.all(
@@ -1354,12 +1307,9 @@ class Store(Database):
         )
 
     def delete_idp(self, client_id, id) -> bool:
-        return (
-            self.run(
-                "DELETE FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id,
-                id=id,
-            )
-            == 1
+        return self.changed(
+            "DELETE FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id,
+            id=id,
         )
 
     def list_uris(self, client_id, kind=None):
@@ -1374,10 +1324,7 @@ class Store(Database):
         return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
 
     def add_uri(self, id, client_id, kind, uri, now):
-        return self.one(
-            ClientUri, "INSERT INTO client_uri VALUES (:id, :client_id, :kind, :uri, :now) RETURNING *", id=id,
-            client_id=client_id, kind=kind, uri=uri, now=now,
-        )
+        return self.insert(ClientUri(id, client_id, kind, uri, now))
 
     def delete_uri(self, id):
         return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
@@ -1404,21 +1351,13 @@ class Store(Database):
         self.run("DELETE FROM scope WHERE id = :id", id=id)
 
     def remove_scope_from_client(self, client_id, scope_id) -> bool:
-        return (
-            self.run(
-                "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
-                scope_id=scope_id,
-            )
-            == 1
+        return self.changed(
+            "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
+            scope_id=scope_id,
         )
 
     def add_scope(self, id, name, description, now):
-        return self.one(
-            Scope,
-            "INSERT INTO scope (id, name, description, created_at, modified_at) "
-            "VALUES (:id, :name, :description, :now, :now) RETURNING *",
-            id=id, name=name, description=description, now=now,
-        )
+        return self.insert(Scope(id, name, description, 0, 1, now, now))
 
     def list_scopes_of_client(self, client_id):
         return self.all(
@@ -1436,18 +1375,8 @@ class Store(Database):
 
     # -- sessions and refresh tokens --
 
-    def add_family(self, family: Family):
-        self.run(
-            "INSERT INTO family VALUES (:sid, :user_id, :client_id, :scope, :amr, :auth_time, :nonce, "
-            ":created_ms, :expires_at, :revoked_at, :browser, :claims)",
-            **msgspec.structs.asdict(family),
-        )
-
     def find_family(self, sid):
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
-
-    def add_session(self, session: Session):
-        self.run(SESSION_INSERT, **msgspec.structs.asdict(session))
 
     def list_sessions(self, user_id=None, client_id=None, id=None, sort="-id", limit=1000, offset=0):
         """Sessions with what their listing shows, newest first: their ids begin with their time."""
@@ -1465,13 +1394,6 @@ class Store(Database):
 
     def find_session(self, id):
         return next(iter(self.list_sessions(id=id)[0]), None)
-
-    def add_refresh_token(self, token: RefreshToken):
-        self.run(
-            "INSERT INTO refresh_token VALUES (:id, :token_sha256, :sid, :user_id, :client_id, :session_id, "
-            ":issued_at, :expires_at, :rotated_at, :revoked_at)",
-            **msgspec.structs.asdict(token),
-        )
 
     def find_refresh_token(self, token_sha256):
         return self.one(
@@ -1550,22 +1472,9 @@ class Store(Database):
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
 
     def is_revoked(self, jti) -> bool:
-        with self.guard():
-            return (
-                self.connection.execute("SELECT 1 FROM revoked_token WHERE jti = :jti", {"jti": jti}).fetchone()
-                is not None
-            )
+        return self.exists("SELECT 1 FROM revoked_token WHERE jti = :jti", jti=jti)
 
     # -- people: logins under way, browser sessions, codes, consent --
-
-    def add_login(self, login: LoginTransaction):
-        self.run(
-            """
-            INSERT INTO login_transaction VALUES (:id, :binding_sha256, :client_id, :state, :request, :user_id, :amr, :auth_time,
-                :failures, :created_at, :expires_at, :proven_ms, :pending)
-            """,
-            **msgspec.structs.asdict(login),
-        )
 
     def find_login(self, id, binding_sha256, now):
         """Look a login under way up; only for who began it."""
@@ -1609,17 +1518,9 @@ class Store(Database):
         )
 
     def count_logins(self, binding_sha256, now) -> int:
-        with self.guard():
-            return self.connection.execute(
-                "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding AND expires_at > :now",
-                {"binding": binding_sha256, "now": now},
-            ).fetchone()[0]
-
-    def add_browser_session(self, session: BrowserSession):
-        self.run(
-            "INSERT INTO browser_session VALUES (:id_sha256, :user_id, :amr, :auth_time, :created_ms, "
-            ":last_seen_at, :expires_at, :revoked_at, :ip_address, :user_agent)",
-            **msgspec.structs.asdict(session),
+        return self.value(
+            "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now",
+            binding_sha256=binding_sha256, now=now,
         )
 
     def find_browser_session(self, id_sha256):
@@ -1643,22 +1544,18 @@ class Store(Database):
 
     def revoke_browser_session(self, id_sha256, now) -> bool:
         """End a browser session and every login that began in it. Whether it was alive."""
-        for sid in [
-            family.sid
-            for family in self.all(
-                Family,
-                "SELECT * FROM family WHERE browser = :browser AND revoked_at IS NULL "
-                "AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)",
-                browser=id_sha256,
-            )
-        ]:
+        for sid in self.values(
+            """
+            SELECT sid FROM family
+             WHERE browser = :browser AND revoked_at IS NULL
+               AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)
+            """,
+            browser=id_sha256,
+        ):
             self.revoke_family(sid, now)
-        return (
-            self.run(
-                "UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
-                id_sha256=id_sha256, now=now,
-            )
-            == 1
+        return self.changed(
+            "UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
+            id_sha256=id_sha256, now=now,
         )
 
     def replace_browser_session(self, old, new, user_id, now):
@@ -1680,15 +1577,6 @@ class Store(Database):
             old=old, user_id=user_id,
         )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
-
-    def add_code(self, code: AuthorizationCode):
-        self.run(
-            """
-            INSERT INTO authorization_code VALUES (:code_sha256, :client_id, :user_id, :sid, :redirect_uri, :scope, :nonce, :code_challenge, :code_challenge_method,
-                :claims, :amr, :auth_time, :issued_ms, :expires_at, :spent_at, :browser, :offline)
-            """,
-            **msgspec.structs.asdict(code),
-        )
 
     def spend_code(self, code_sha256, client_id, now):
         """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
@@ -1712,12 +1600,10 @@ class Store(Database):
 
     def consented(self, user_id, client_id) -> str | None:
         """The scope a user has consented to, of a client by its internal id; None where it never did."""
-        with self.guard():
-            row = self.connection.execute(
-                "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
-                {"user_id": user_id, "client_id": client_id},
-            ).fetchone()
-        return row[0] if row else None
+        return self.value(
+            "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
+            user_id=user_id, client_id=client_id,
+        )
 
     def put_consent(self, user_id, client_id, scope, now):
         self.run(
@@ -1737,41 +1623,31 @@ class Store(Database):
             )
 
     def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
-        return (
-            self.run(
-                "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
-                "AND spent_at IS NULL",
-                user_id=user_id, code_sha256=code_sha256, now=now,
-            )
-            == 1
+        return self.changed(
+            "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
+            "AND spent_at IS NULL",
+            user_id=user_id, code_sha256=code_sha256, now=now,
         )
 
     def count_recovery_codes(self, user_id) -> int:
-        with self.guard():
-            return self.connection.execute(
-                "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", {"user_id": user_id}
-            ).fetchone()[0]
+        return self.value(
+            "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", user_id=user_id
+        )
 
     def list_token_lifetimes(self) -> list:
         """The TOKEN_EXPIRATION of every client that has one, as text."""
-        with self.guard():
-            return [
-                option
-                for (option,) in self.connection.execute(
-                    "SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'"
-                )
-            ]
+        return self.values("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")
 
     def list_cors_origins(self) -> frozenset:
         """The origins of all active public clients."""
-        with self.guard():
-            return frozenset(
-                uri
-                for (uri,) in self.connection.execute(
-                    "SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id "
-                    "WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'"
-                )
+        return frozenset(
+            self.values(
+                """
+                SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id
+                 WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'
+                """
             )
+        )
 
     # -- audit --
 
@@ -1791,7 +1667,7 @@ class Store(Database):
             seq += 1
             digest = chain(digest, seq, row)
             chained.append((seq, *row[:-1], digest, row[-1]))
-        connection.executemany("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", chained)
+        connection.executemany(insert_statement(AuditRow), chained)
         if connection is not self.__dict__.get("batch_connection"):
             connection.execute(
                 "INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
@@ -1811,15 +1687,12 @@ class Store(Database):
 
     def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
         """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
-        with self.guard():
-            if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
-                return self.connection.execute(
-                    "SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)"
-                ).fetchone()[0]
-            return self.connection.execute(
-                f"SELECT count(*) FROM audit {AUDIT_FILTER}",
-                {"action": action, "actor_id": actor_id, "target": target, "since": since, "until": until, "after": -1},
-            ).fetchone()[0]
+        if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
+            return self.value("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)")
+        return self.value(
+            f"SELECT count(*) FROM audit {AUDIT_FILTER}",
+            action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1,
+        )
 
     def find_audit(self, seq):
         return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
@@ -1915,7 +1788,7 @@ class Store(Database):
                     if connection is None:
                         connection = self.batch_connection = self.connect("NORMAL")
                     with self.committing(connection):
-                        connection.executemany(SESSION_INSERT_ROW, [session for session, _ in batch])
+                        connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
                         self.append_audit(batch_audit(batch), connection)
             except Exception as error:  # whatever it is, the rows wait and the thread lives
                 self.queue.extendleft(reversed(batch))
