@@ -67,21 +67,21 @@ class Account(Record, frozen=True):
     modified_at: int
 
 
-class Permission(Record, frozen=True):
-    table = "permission"
-    id: str
-    name: str
-    is_active: int
-    created_at: int
-    modified_at: int
-
-
 class Role(Record, frozen=True):
     table = "role"
     id: str
     name: str
     description: str
     is_protected: int
+    is_active: int
+    created_at: int
+    modified_at: int
+
+
+class Permission(Record, frozen=True):
+    table = "permission"
+    id: str
+    name: str
     is_active: int
     created_at: int
     modified_at: int
@@ -128,21 +128,36 @@ class Secret(Record, frozen=True):
     expires_at: int
 
 
-class Session(Record, frozen=True):
-    """An access token that was issued; `id` is its `jti`."""
+class ClientUri(Record, frozen=True):
+    """A URI of a client; `kind` is redirect, post_logout or cors_origin."""
 
-    table = "session"
+    table = "client_uri"
     id: str
-    user_id: str | None
     client_id: str
-    sid: str | None
-    scope: str
-    token_use: str
-    mad_use: str
-    login_method: str
-    issued_at: int
-    expires_at: int
-    revoked_at: int | None
+    kind: str
+    uri: str
+    created_at: int
+
+
+class Feature(Record, frozen=True):
+    feature_flag: str
+    is_enabled: int
+    options: str
+
+
+class ExternalIdp(Record, frozen=True):
+    """An external identity provider of a client: kept for it, used by no login yet."""
+
+    table = "external_idp_provider"
+    id: str
+    client_id: str
+    provider_key: str
+    display_name: str
+    issuer: str
+    client_identifier: str
+    scopes: str
+    created_at: int
+    modified_at: int
 
 
 class Family(Record, frozen=True):
@@ -166,62 +181,21 @@ class Family(Record, frozen=True):
     claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
 
 
-class LoginTransaction(Record, frozen=True):
-    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was
-    proven.
-    """
+class Session(Record, frozen=True):
+    """An access token that was issued; `id` is its `jti`."""
 
-    table = "login_transaction"
+    table = "session"
     id: str
-    binding_sha256: str
-    client_id: str
-    state: str  # select | password | totp | enrol | codes | consent | ready | done
-    request: str
     user_id: str | None
-    amr: str
-    auth_time: int
-    failures: int
-    created_at: int
-    expires_at: int
-    proven_ms: int
-    pending: str  # sealed: a seed that waits for its first code
-
-
-class BrowserSession(Record, frozen=True):
-    """Somebody logged in at a browser; its cookie holds what `id_sha256` is the hash of."""
-
-    table = "browser_session"
-    id_sha256: str
-    user_id: str
-    amr: str
-    auth_time: int
-    created_ms: int
-    last_seen_at: int
+    client_id: str
+    sid: str | None
+    scope: str
+    token_use: str
+    mad_use: str
+    login_method: str
+    issued_at: int
     expires_at: int
     revoked_at: int | None
-    ip_address: str
-    user_agent: str
-
-
-class AuthorizationCode(Record, frozen=True):
-    table = "authorization_code"
-    code_sha256: str
-    client_id: str
-    user_id: str
-    sid: str
-    redirect_uri: str
-    scope: str
-    nonce: str
-    code_challenge: str
-    code_challenge_method: str
-    claims: str
-    amr: str
-    auth_time: int
-    issued_ms: int
-    expires_at: int
-    spent_at: int | None
-    browser: str
-    offline: int  # whether a refresh token may come of it
 
 
 class RefreshToken(Record, frozen=True):
@@ -255,36 +229,62 @@ class ListedRefreshToken(RefreshToken, frozen=True):
     family_created_ms: int
 
 
-class ExternalIdp(Record, frozen=True):
-    """An external identity provider of a client: kept for it, used by no login yet."""
+class LoginTransaction(Record, frozen=True):
+    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was
+    proven.
+    """
 
-    table = "external_idp_provider"
+    table = "login_transaction"
     id: str
+    binding_sha256: str
     client_id: str
-    provider_key: str
-    display_name: str
-    issuer: str
-    client_identifier: str
-    scopes: str
+    state: str  # select | password | totp | enrol | codes | consent | ready | done
+    request: str
+    user_id: str | None
+    amr: str
+    auth_time: int
+    failures: int
     created_at: int
-    modified_at: int
+    expires_at: int
+    proven_ms: int
+    pending: str  # sealed: a seed that waits for its first code
 
 
-class Feature(Record, frozen=True):
-    feature_flag: str
-    is_enabled: int
-    options: str
-
-
-class ClientUri(Record, frozen=True):
-    """A URI of a client; `kind` is redirect, post_logout or cors_origin."""
-
-    table = "client_uri"
-    id: str
+class AuthorizationCode(Record, frozen=True):
+    table = "authorization_code"
+    code_sha256: str
     client_id: str
-    kind: str
-    uri: str
-    created_at: int
+    user_id: str
+    sid: str
+    redirect_uri: str
+    scope: str
+    nonce: str
+    code_challenge: str
+    code_challenge_method: str
+    claims: str
+    amr: str
+    auth_time: int
+    issued_ms: int
+    expires_at: int
+    spent_at: int | None
+    browser: str
+    offline: int  # whether a refresh token may come of it
+
+
+class BrowserSession(Record, frozen=True):
+    """Somebody logged in at a browser; its cookie holds what `id_sha256` is the hash of."""
+
+    table = "browser_session"
+    id_sha256: str
+    user_id: str
+    amr: str
+    auth_time: int
+    created_ms: int
+    last_seen_at: int
+    expires_at: int
+    revoked_at: int | None
+    ip_address: str
+    user_agent: str
 
 
 class AuditRow(Record, frozen=True):
@@ -560,31 +560,29 @@ class Store(Database):
         self.writable = True
         self.flusher = None
 
-    def close(self):
-        self.closing = True
-        self.wake.set()
-        if self.flusher:
-            self.flusher.join(5)
-        while self.queue and self.writable:
-            self.flush()
-        if self.queue:
-            self.log("store.lost", "error", rows=len(self.queue))
-        super().close()
+    # -- meta --
 
-    def note_failure(self, error):
-        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush()
-        tries.
-        """
-        super().note_failure(error)
-        was_writable, self.writable = self.writable, False
-        if was_writable and self.flusher:  # a command says it in its own sentence
-            self.log(
-                "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
-                waiting=len(self.queue),
-            )
-            self.wake.set()
+    def meta(self, name, default=""):
+        value = self.value("SELECT value FROM meta WHERE name = :name", name=name)
+        return default if value is None else value
 
-    # -- schema --
+    def put_meta(self, name, value):
+        self.run(
+            "INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            name=name, value=str(value),
+        )
+
+    # -- the schema --
+
+    def migrate(self):
+        """Run the steps that are missing. A step and its number commit together."""
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        for number, step in enumerate(MIGRATIONS[version:], version + 1):
+            with self.transaction():
+                for statement in step.split(";\n"):
+                    if statement.strip():
+                        self.connection.execute(statement)
+                self.connection.execute(f"PRAGMA user_version = {number:d}")
 
     @staticmethod
     def make(path, key, now):
@@ -657,15 +655,7 @@ class Store(Database):
             reason = error.log if isinstance(error, Unavailable) else error
             raise StartupError(f"the database {self.path} cannot be used: {reason}") from None
 
-    def migrate(self):
-        """Run the steps that are missing. A step and its number commit together."""
-        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
-        for number, step in enumerate(MIGRATIONS[version:], version + 1):
-            with self.transaction():
-                for statement in step.split(";\n"):
-                    if statement.strip():
-                        self.connection.execute(statement)
-                self.connection.execute(f"PRAGMA user_version = {number:d}")
+    # -- copies, and whether a database is whole --
 
     def copy_to(self, path, files: dict, now):
         """Copy the database into an empty file as it is now, with these files in a table of the copy.
@@ -697,18 +687,6 @@ class Store(Database):
         with self.transaction():
             self.connection.execute("DROP TABLE backup")
 
-    def describe_copy(self) -> dict:
-        """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
-        return {
-            "users": self.value("SELECT count(*) FROM account"), "clients": self.value("SELECT count(*) FROM client"),
-            "newest_at": self.newest_at(),
-        }
-
-    def forget_logins(self):
-        """Drop what was under way: logins and codes."""
-        self.run("DELETE FROM login_transaction")
-        self.run("DELETE FROM authorization_code")
-
     def check_whole(self) -> str:
         """Read every page and row. Return what is damaged, or nothing."""
         try:
@@ -728,126 +706,7 @@ class Store(Database):
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
-    def meta(self, name, default=""):
-        value = self.value("SELECT value FROM meta WHERE name = :name", name=name)
-        return default if value is None else value
-
-    def put_meta(self, name, value):
-        self.run(
-            "INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            name=name, value=str(value),
-        )
-
-    def write_something(self):
-        """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
-        self.put_meta("written", secrets.token_hex(8))
-
-    def probe(self):
-        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately,
-        and there is room.
-        """
-        self.check_files_unchanged()
-        if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
-            self.write_something()
-        room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
-        if (
-            not self.writable
-            or self.generation.map[self.generation.FAILED]
-            or room.f_flag & os.ST_RDONLY
-            or room.f_bavail * room.f_frsize < 1_000_000
-        ):
-            raise Unavailable("the disk of the database is full or refuses writes", 5)
-
-    def clock_floor(self) -> int:
-        """The latest time that is known to have been, Unix seconds: no honest clock is before it.
-
-        It is `clock` of meta, which only a clock that is believed writes, or a later row; but not one far
-        later, for that was written under a clock that was wrong.
-        """
-        known, newest = int(self.meta("clock", "0")), self.newest_at()
-        return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
-
-    def revoke_future_rows(self, now, now_ms, step):
-        """End and forget what was done under a clock that ran ahead: it would live on until that time comes.
-
-        Return how much.
-        """
-        later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
-        done = 0
-        with self.transaction(identity=True):
-            done += self.run(
-                "UPDATE family SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now,
-                later_ms=later_ms,
-            )
-            done += self.run(
-                "UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL",
-                now=now, later_ms=later_ms,
-            )
-            done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
-            done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
-            # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
-            done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
-            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's
-            # stays.
-            done += self.run(
-                """
-                UPDATE account
-                   SET lockout_until = CASE WHEN lockout_until BETWEEN last_failed_at AND last_failed_at + :most
-                                            THEN lockout_until - last_failed_at + :now ELSE lockout_until END,
-                       last_failed_at = :now
-                 WHERE last_failed_at > :later
-                """,
-                now=now, later=later, most=LOCKOUT_MAX,
-            )
-            done += self.run(
-                "UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until",
-                until=now + LOCKOUT_MAX,
-            )
-            # A secret that was replaced has at most as long to go as one that is replaced now.
-            done += self.run(
-                "UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever",
-                until=now + OVERLAP_MAX, forever=FOREVER,
-            )
-            done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
-            done += self.run(
-                "UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
-                later_ms=later_ms,
-            )
-            done += self.run(
-                "UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
-                later_ms=later_ms,
-            )
-            if int(self.meta("revoked_before", "0")) > later_ms:
-                self.put_meta("revoked_before", now_ms)
-        return done
-
-    def newest_at(self) -> int:
-        """The latest time anything was written, Unix seconds."""
-        return self.value(
-            """
-            SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),
-                       coalesce((SELECT issued_at FROM session ORDER BY id DESC LIMIT 1), 0))
-            """
-        )
-
-    # -- users --
-
-    def find_account(self, id):
-        return self.one(Account, "SELECT * FROM account WHERE id = :id", id=id)
-
-    def find_account_by_name(self, username):
-        return self.one(Account, "SELECT * FROM account WHERE username = :username", username=username)
-
-    def add_account(self, id, username, email, password_hash, now):
-        return self.one(
-            Account,
-            """
-            INSERT INTO account (id, username, email, password_hash, created_at, modified_at)
-            VALUES (:id, :username, :email, :password_hash, :now, :now)
-            RETURNING *
-            """,
-            id=id, username=username, email=email, password_hash=password_hash, now=now,
-        )
+    # -- pages of a list --
 
     def page(self, record, sql, sort, limit, offset, **parameters):
         """Return a page of what a SELECT finds, and how many rows it finds in all.
@@ -870,6 +729,14 @@ class Store(Database):
             return rows, len(rows)
         return rows, self.value(f"SELECT count(*) FROM ({sql})", **parameters)
 
+    # -- account, recovery_code --
+
+    def find_account(self, id):
+        return self.one(Account, "SELECT * FROM account WHERE id = :id", id=id)
+
+    def find_account_by_name(self, username):
+        return self.one(Account, "SELECT * FROM account WHERE username = :username", username=username)
+
     def list_accounts(self, q="", is_active=1, sort="username", limit=1000, offset=0, role_id=None, scope_id=None):
         """Users whose name or e-mail address holds `q`; active ones, inactive ones, or all (None)."""
         return self.page(
@@ -882,6 +749,17 @@ class Store(Database):
                AND (:scope_id IS NULL OR id IN (SELECT user_id FROM user_scope WHERE scope_id = :scope_id))
             """,
             sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
+        )
+
+    def add_account(self, id, username, email, password_hash, now):
+        return self.one(
+            Account,
+            """
+            INSERT INTO account (id, username, email, password_hash, created_at, modified_at)
+            VALUES (:id, :username, :email, :password_hash, :now, :now)
+            RETURNING *
+            """,
+            id=id, username=username, email=email, password_hash=password_hash, now=now,
         )
 
     def update_account(self, id, username, email, email_verified, now):
@@ -906,6 +784,20 @@ class Store(Database):
             id=id, is_active=is_active, now=now,
         )
 
+    def delete_account(self, id) -> bool:
+        return self.changed("DELETE FROM account WHERE id = :id", id=id)
+
+    def set_password_hash(self, id, password_hash, now, instead_of=None):
+        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone.
+        """
+        self.run(
+            """
+            UPDATE account SET password_hash = :password_hash, modified_at = :now
+             WHERE id = :id AND (:instead_of IS NULL OR password_hash = :instead_of)
+            """,
+            id=id, password_hash=password_hash, now=now, instead_of=instead_of,
+        )
+
     def set_lockout(self, id, until, now):
         """Lock an account until then; 0 clears every lockout and count there is."""
         self.run(
@@ -918,9 +810,6 @@ class Store(Database):
             """,
             id=id, until=until, now=now,
         )
-
-    def delete_account(self, id) -> bool:
-        return self.changed("DELETE FROM account WHERE id = :id", id=id)
 
     def count_failed_login(self, id, now, window, threshold, lockout, most):
         """Count one failure; the threshold starts a lockout that doubles with each one since the last success.
@@ -953,27 +842,6 @@ class Store(Database):
             """,
             id=id, password_hash=password_hash, now=now,
         ) == 1
-
-    def has_able_admin(self, now, excluding) -> bool:
-        """Whether an administrator other than this one could log in now."""
-        return self.exists(
-            """
-            SELECT 1 FROM user_role JOIN account ON account.id = user_id
-             WHERE role_id = :role_id AND is_active = 1 AND lockout_until <= :now AND user_id <> :excluding
-            """,
-            role_id=MAD_ADMIN_ROLE_ID, now=now, excluding=excluding,
-        )
-
-    def set_password_hash(self, id, password_hash, now, instead_of=None):
-        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone.
-        """
-        self.run(
-            """
-            UPDATE account SET password_hash = :password_hash, modified_at = :now
-             WHERE id = :id AND (:instead_of IS NULL OR password_hash = :instead_of)
-            """,
-            id=id, password_hash=password_hash, now=now, instead_of=instead_of,
-        )
 
     def set_totp(self, id, sealed, now):
         self.run(
@@ -1021,7 +889,27 @@ class Store(Database):
             id=id, now=now, tries=tries, lockout=lockout, most=LOCKOUT_MAX,
         )
 
-    # -- roles and permissions --
+    def replace_recovery_codes(self, user_id, hashes, now):
+        self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
+        for code_sha256 in hashes:
+            self.run(
+                "INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256,
+                user_id=user_id, now=now,
+            )
+
+    def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
+        return self.changed(
+            "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
+            "AND spent_at IS NULL",
+            user_id=user_id, code_sha256=code_sha256, now=now,
+        )
+
+    def count_recovery_codes(self, user_id) -> int:
+        return self.value(
+            "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", user_id=user_id
+        )
+
+    # -- role, user_role --
 
     def find_role(self, id_or_name):
         return self.one(Role, "SELECT * FROM role WHERE id = :it OR name = :it", it=id_or_name)
@@ -1063,6 +951,16 @@ class Store(Database):
             user_id=user_id, role_id=role_id,
         )
 
+    def has_able_admin(self, now, excluding) -> bool:
+        """Whether an administrator other than this one could log in now."""
+        return self.exists(
+            """
+            SELECT 1 FROM user_role JOIN account ON account.id = user_id
+             WHERE role_id = :role_id AND is_active = 1 AND lockout_until <= :now AND user_id <> :excluding
+            """,
+            role_id=MAD_ADMIN_ROLE_ID, now=now, excluding=excluding,
+        )
+
     def assign_role(self, user_id, role_id, now) -> bool:
         """Whether that changed anything."""
         return self.changed(
@@ -1075,6 +973,8 @@ class Store(Database):
             "DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id,
             role_id=role_id,
         )
+
+    # -- permission, role_permission --
 
     def find_permission(self, id_or_name):
         return self.one(Permission, "SELECT * FROM permission WHERE id = :it OR name = :it", it=id_or_name)
@@ -1142,6 +1042,32 @@ class Store(Database):
             role_id=role_id, permission_id=permission_id,
         )
 
+    # -- scope, user_scope, client_scope --
+
+    def find_scope(self, name):
+        """Look an active scope up by name or id."""
+        return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
+
+    def list_scopes(self, q="", sort="name", limit=1000, offset=0):
+        return self.page(
+            Scope, r"SELECT * FROM scope WHERE is_active = 1 AND (:q = '' OR name LIKE :like ESCAPE '\')", sort, limit,
+            offset, q=q, like=like(q),
+        )
+
+    def add_scope(self, id, name, description, now):
+        return self.insert(Scope(id, name, description, 0, 1, now, now))
+
+    def update_scope(self, id, name, description, now):
+        return self.one(
+            Scope,
+            "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), "
+            "modified_at = :now WHERE id = :id RETURNING *",
+            id=id, name=name, description=description, now=now,
+        )
+
+    def delete_scope(self, id):
+        self.run("DELETE FROM scope WHERE id = :id", id=id)
+
     def list_scopes_of_user(self, user_id):
         return self.all(
             Scope,
@@ -1162,7 +1088,27 @@ class Store(Database):
             scope_id=scope_id,
         )
 
-    # -- clients and scopes --
+    def list_scopes_of_client(self, client_id):
+        return self.all(
+            Scope,
+            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id "
+            "AND is_active = 1 ORDER BY name",
+            client_id=client_id,
+        )
+
+    def assign_scope_to_client(self, client_id, scope_id, now):
+        return self.run(
+            "INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id,
+            scope_id=scope_id, now=now,
+        )
+
+    def remove_scope_from_client(self, client_id, scope_id) -> bool:
+        return self.changed(
+            "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
+            scope_id=scope_id,
+        )
+
+    # -- client, client_secret --
 
     def find_client(self, client_id):
         """Look a client up by its identifier or its internal id; they cannot collide."""
@@ -1196,26 +1142,6 @@ class Store(Database):
 
     def delete_client(self, id):
         self.run("DELETE FROM client WHERE id = :id", id=id)
-
-    def revoke_client(self, id, client_id, now, now_ms):
-        """End everything that was issued to a client.
-
-        Its sessions are not rewritten, which may be a million: the epoch ends them.
-        """
-        self.run(
-            "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
-        )
-        self.run(
-            "UPDATE family SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
-            client_id=client_id, now=now,
-        )
-        self.run(
-            "UPDATE refresh_token SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
-            client_id=client_id, now=now,
-        )
-
-    def delete_secret(self, client_id, id) -> bool:
-        return self.changed("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
 
     def list_secrets(self, client_id, now):
         return self.all(
@@ -1251,6 +1177,39 @@ class Store(Database):
             now=now,
         )
 
+    def delete_secret(self, client_id, id) -> bool:
+        return self.changed("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
+
+    # -- client_uri, client_feature, external_idp_provider --
+
+    def list_uris(self, client_id, kind=None):
+        """The URIs of a client, by its internal id."""
+        return self.all(
+            ClientUri,
+            "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri",
+            client_id=client_id, kind=kind,
+        )
+
+    def find_uri(self, id):
+        return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
+
+    def add_uri(self, id, client_id, kind, uri, now):
+        return self.insert(ClientUri(id, client_id, kind, uri, now))
+
+    def delete_uri(self, id):
+        return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
+
+    def list_cors_origins(self) -> frozenset:
+        """The origins of all active public clients."""
+        return frozenset(
+            self.values(
+                """
+                SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id
+                 WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'
+                """
+            )
+        )
+
     def list_features(self, client_id):
         with self.guard():
             return dict(
@@ -1259,6 +1218,12 @@ class Store(Database):
                     {"client_id": client_id},
                 ).fetchall()
             )
+
+    def list_all_features(self, client_id):
+        return self.all(
+            Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
+            client_id=client_id,
+        )
 
     def put_feature(self, client_id, flag, is_enabled=None, options=None):
         """Set a flag, its option, or both; what is None stays.
@@ -1274,13 +1239,9 @@ class Store(Database):
             client_id=client_id, flag=flag, is_enabled=None if is_enabled is None else int(is_enabled), options=options,
         )
 
-    def list_all_features(self, client_id):
-        return self.all(
-            Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
-            client_id=client_id,
-        )
-
-    # -- external identity providers --
+    def list_token_lifetimes(self) -> list:
+        """The TOKEN_EXPIRATION of every client that has one, as text."""
+        return self.values("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")
 
     def list_idps(self, client_id):
         return self.all(
@@ -1312,71 +1273,23 @@ class Store(Database):
             id=id,
         )
 
-    def list_uris(self, client_id, kind=None):
-        """The URIs of a client, by its internal id."""
-        return self.all(
-            ClientUri,
-            "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri",
-            client_id=client_id, kind=kind,
-        )
-
-    def find_uri(self, id):
-        return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
-
-    def add_uri(self, id, client_id, kind, uri, now):
-        return self.insert(ClientUri(id, client_id, kind, uri, now))
-
-    def delete_uri(self, id):
-        return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
-
-    def find_scope(self, name):
-        """Look an active scope up by name or id."""
-        return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
-
-    def list_scopes(self, q="", sort="name", limit=1000, offset=0):
-        return self.page(
-            Scope, r"SELECT * FROM scope WHERE is_active = 1 AND (:q = '' OR name LIKE :like ESCAPE '\')", sort, limit,
-            offset, q=q, like=like(q),
-        )
-
-    def update_scope(self, id, name, description, now):
-        return self.one(
-            Scope,
-            "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), "
-            "modified_at = :now WHERE id = :id RETURNING *",
-            id=id, name=name, description=description, now=now,
-        )
-
-    def delete_scope(self, id):
-        self.run("DELETE FROM scope WHERE id = :id", id=id)
-
-    def remove_scope_from_client(self, client_id, scope_id) -> bool:
-        return self.changed(
-            "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
-            scope_id=scope_id,
-        )
-
-    def add_scope(self, id, name, description, now):
-        return self.insert(Scope(id, name, description, 0, 1, now, now))
-
-    def list_scopes_of_client(self, client_id):
-        return self.all(
-            Scope,
-            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id "
-            "AND is_active = 1 ORDER BY name",
-            client_id=client_id,
-        )
-
-    def assign_scope_to_client(self, client_id, scope_id, now):
-        return self.run(
-            "INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id,
-            scope_id=scope_id, now=now,
-        )
-
-    # -- sessions and refresh tokens --
+    # -- family, session, refresh_token, revoked_token --
 
     def find_family(self, sid):
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
+
+    def list_families_of(self, user_id, client_id=None):
+        return self.all(
+            Family,
+            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) "
+            "AND revoked_at IS NULL",
+            user_id=user_id, client_id=client_id,
+        )
+
+    def revoke_family(self, sid, now):
+        self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
 
     def list_sessions(self, user_id=None, client_id=None, id=None, sort="-id", limit=1000, offset=0):
         """Sessions with what their listing shows, newest first: their ids begin with their time."""
@@ -1422,48 +1335,6 @@ class Store(Database):
             token_sha256=token_sha256, client_id=client_id, now=now,
         )
 
-    def revoke_family(self, sid, now):
-        self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
-        self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
-        self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
-
-    def list_families_of(self, user_id, client_id=None):
-        return self.all(
-            Family,
-            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) "
-            "AND revoked_at IS NULL",
-            user_id=user_id, client_id=client_id,
-        )
-
-    def revoke_role_holders(self, role_id, now, now_ms):
-        """End everything that was issued to whoever has a role."""
-        self.run(
-            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id "
-            "FROM user_role WHERE role_id = :role_id)",
-            role_id=role_id, now_ms=now_ms,
-        )
-        for table in ("family", "refresh_token", "session", "browser_session"):
-            self.run(
-                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role "
-                "WHERE role_id = :role_id) AND revoked_at IS NULL",
-                role_id=role_id, now=now,
-            )
-
-    def revoke_account(self, user_id, now, now_ms):
-        """End everything that was issued to a user, on both ports.
-
-        The epoch always grows: what was issued just after the last one dies too.
-        """
-        self.run(
-            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id,
-            now_ms=now_ms,
-        )
-        for table in ("family", "refresh_token", "session", "browser_session"):
-            self.run(
-                f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL",
-                user_id=user_id, now=now,
-            )
-
     def revoke_jti(self, jti, expires_at, now):
         self.run(
             "INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti,
@@ -1474,7 +1345,7 @@ class Store(Database):
     def is_revoked(self, jti) -> bool:
         return self.exists("SELECT 1 FROM revoked_token WHERE jti = :jti", jti=jti)
 
-    # -- people: logins under way, browser sessions, codes, consent --
+    # -- login_transaction, authorization_code, consent --
 
     def find_login(self, id, binding_sha256, now):
         """Look a login under way up; only for who began it."""
@@ -1489,6 +1360,12 @@ class Store(Database):
         return self.one(
             LoginTransaction,
             "SELECT * FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now LIMIT 1",
+            binding_sha256=binding_sha256, now=now,
+        )
+
+    def count_logins(self, binding_sha256, now) -> int:
+        return self.value(
+            "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now",
             binding_sha256=binding_sha256, now=now,
         )
 
@@ -1517,11 +1394,48 @@ class Store(Database):
             id=id, most=most,
         )
 
-    def count_logins(self, binding_sha256, now) -> int:
-        return self.value(
-            "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now",
-            binding_sha256=binding_sha256, now=now,
+    def forget_logins(self):
+        """Drop what was under way: logins and codes."""
+        self.run("DELETE FROM login_transaction")
+        self.run("DELETE FROM authorization_code")
+
+    def find_code(self, code_sha256):
+        return self.one(
+            AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256",
+            code_sha256=code_sha256,
         )
+
+    def spend_code(self, code_sha256, client_id, now):
+        """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
+        with self.transaction():
+            return self.one(
+                AuthorizationCode,
+                """
+                UPDATE authorization_code
+                   SET spent_at = :now
+                 WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
+                RETURNING *
+                """,
+                code_sha256=code_sha256, client_id=client_id, now=now,
+            )
+
+    def consented(self, user_id, client_id) -> str | None:
+        """The scope a user has consented to, of a client by its internal id; None where it never did."""
+        return self.value(
+            "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
+            user_id=user_id, client_id=client_id,
+        )
+
+    def put_consent(self, user_id, client_id, scope, now):
+        self.run(
+            """
+            INSERT INTO consent VALUES (:user_id, :client_id, :scope, :now)
+            ON CONFLICT (user_id, client_id) DO UPDATE SET scope = excluded.scope, given_at = excluded.given_at
+            """,
+            user_id=user_id, client_id=client_id, scope=scope, now=now,
+        )
+
+    # -- browser_session --
 
     def find_browser_session(self, id_sha256):
         return self.one(
@@ -1578,75 +1492,52 @@ class Store(Database):
         )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
 
-    def spend_code(self, code_sha256, client_id, now):
-        """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
-        with self.transaction():
-            return self.one(
-                AuthorizationCode,
-                """
-                UPDATE authorization_code
-                   SET spent_at = :now
-                 WHERE code_sha256 = :code_sha256 AND client_id = :client_id AND spent_at IS NULL
-                RETURNING *
-                """,
-                code_sha256=code_sha256, client_id=client_id, now=now,
-            )
+    # -- the end of everything that was issued to somebody --
 
-    def find_code(self, code_sha256):
-        return self.one(
-            AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256",
-            code_sha256=code_sha256,
-        )
+    def revoke_account(self, user_id, now, now_ms):
+        """End everything that was issued to a user, on both ports.
 
-    def consented(self, user_id, client_id) -> str | None:
-        """The scope a user has consented to, of a client by its internal id; None where it never did."""
-        return self.value(
-            "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
-            user_id=user_id, client_id=client_id,
-        )
-
-    def put_consent(self, user_id, client_id, scope, now):
+        The epoch always grows: what was issued just after the last one dies too.
+        """
         self.run(
-            """
-            INSERT INTO consent VALUES (:user_id, :client_id, :scope, :now)
-            ON CONFLICT (user_id, client_id) DO UPDATE SET scope = excluded.scope, given_at = excluded.given_at
-            """,
-            user_id=user_id, client_id=client_id, scope=scope, now=now,
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id,
+            now_ms=now_ms,
         )
-
-    def replace_recovery_codes(self, user_id, hashes, now):
-        self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
-        for code_sha256 in hashes:
+        for table in ("family", "refresh_token", "session", "browser_session"):
             self.run(
-                "INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256,
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL",
                 user_id=user_id, now=now,
             )
 
-    def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
-        return self.changed(
-            "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
-            "AND spent_at IS NULL",
-            user_id=user_id, code_sha256=code_sha256, now=now,
+    def revoke_role_holders(self, role_id, now, now_ms):
+        """End everything that was issued to whoever has a role."""
+        self.run(
+            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id "
+            "FROM user_role WHERE role_id = :role_id)",
+            role_id=role_id, now_ms=now_ms,
         )
-
-    def count_recovery_codes(self, user_id) -> int:
-        return self.value(
-            "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", user_id=user_id
-        )
-
-    def list_token_lifetimes(self) -> list:
-        """The TOKEN_EXPIRATION of every client that has one, as text."""
-        return self.values("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")
-
-    def list_cors_origins(self) -> frozenset:
-        """The origins of all active public clients."""
-        return frozenset(
-            self.values(
-                """
-                SELECT uri FROM client_uri JOIN client ON client.id = client_uri.client_id
-                 WHERE kind = 'cors_origin' AND is_active = 1 AND client_type = 'public'
-                """
+        for table in ("family", "refresh_token", "session", "browser_session"):
+            self.run(
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role "
+                "WHERE role_id = :role_id) AND revoked_at IS NULL",
+                role_id=role_id, now=now,
             )
+
+    def revoke_client(self, id, client_id, now, now_ms):
+        """End everything that was issued to a client.
+
+        Its sessions are not rewritten, which may be a million: the epoch ends them.
+        """
+        self.run(
+            "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
+        )
+        self.run(
+            "UPDATE family SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
+            client_id=client_id, now=now,
+        )
+        self.run(
+            "UPDATE refresh_token SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
+            client_id=client_id, now=now,
         )
 
     # -- audit --
@@ -1685,6 +1576,9 @@ class Store(Database):
             after=-1 if after is None else after, limit=limit, offset=offset,
         )
 
+    def find_audit(self, seq):
+        return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
+
     def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
         """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
         if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
@@ -1693,9 +1587,6 @@ class Store(Database):
             f"SELECT count(*) FROM audit {AUDIT_FILTER}",
             action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1,
         )
-
-    def find_audit(self, seq):
-        return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
 
     def verify_audit(self) -> dict:
         """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, where it is broken,
@@ -1732,7 +1623,130 @@ class Store(Database):
             finally:
                 connection.execute("ROLLBACK")
 
+    # -- times, and a clock that ran ahead --
+
+    def newest_at(self) -> int:
+        """The latest time anything was written, Unix seconds."""
+        return self.value(
+            """
+            SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),
+                       coalesce((SELECT issued_at FROM session ORDER BY id DESC LIMIT 1), 0))
+            """
+        )
+
+    def describe_copy(self) -> dict:
+        """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
+        return {
+            "users": self.value("SELECT count(*) FROM account"), "clients": self.value("SELECT count(*) FROM client"),
+            "newest_at": self.newest_at(),
+        }
+
+    def clock_floor(self) -> int:
+        """The latest time that is known to have been, Unix seconds: no honest clock is before it.
+
+        It is `clock` of meta, which only a clock that is believed writes, or a later row; but not one far
+        later, for that was written under a clock that was wrong.
+        """
+        known, newest = int(self.meta("clock", "0")), self.newest_at()
+        return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
+
+    def revoke_future_rows(self, now, now_ms, step):
+        """End and forget what was done under a clock that ran ahead: it would live on until that time comes.
+
+        Return how much.
+        """
+        later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
+        done = 0
+        with self.transaction(identity=True):
+            done += self.run(
+                "UPDATE family SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL", now=now,
+                later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL",
+                now=now, later_ms=later_ms,
+            )
+            done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
+            done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
+            # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
+            done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
+            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's
+            # stays.
+            done += self.run(
+                """
+                UPDATE account
+                   SET lockout_until = CASE WHEN lockout_until BETWEEN last_failed_at AND last_failed_at + :most
+                                            THEN lockout_until - last_failed_at + :now ELSE lockout_until END,
+                       last_failed_at = :now
+                 WHERE last_failed_at > :later
+                """,
+                now=now, later=later, most=LOCKOUT_MAX,
+            )
+            done += self.run(
+                "UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until",
+                until=now + LOCKOUT_MAX,
+            )
+            # A secret that was replaced has at most as long to go as one that is replaced now.
+            done += self.run(
+                "UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever",
+                until=now + OVERLAP_MAX, forever=FOREVER,
+            )
+            done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
+            done += self.run(
+                "UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
+                later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
+                later_ms=later_ms,
+            )
+            if int(self.meta("revoked_before", "0")) > later_ms:
+                self.put_meta("revoked_before", now_ms)
+        return done
+
     # -- batches: the rows of machine tokens --
+
+    def note_failure(self, error):
+        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush()
+        tries.
+        """
+        super().note_failure(error)
+        was_writable, self.writable = self.writable, False
+        if was_writable and self.flusher:  # a command says it in its own sentence
+            self.log(
+                "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
+                waiting=len(self.queue),
+            )
+            self.wake.set()
+
+    def write_something(self):
+        """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
+        self.put_meta("written", secrets.token_hex(8))
+
+    def probe(self):
+        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately,
+        and there is room.
+        """
+        self.check_files_unchanged()
+        if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
+            self.write_something()
+        room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
+        if (
+            not self.writable
+            or self.generation.map[self.generation.FAILED]
+            or room.f_flag & os.ST_RDONLY
+            or room.f_bavail * room.f_frsize < 1_000_000
+        ):
+            raise Unavailable("the disk of the database is full or refuses writes", 5)
+
+    def record_file_ids(self):
+        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does.
+
+        Who is first says for all processes which they are.
+        """
+        self.meta("created_at")
+        if not any(self.generation.file_ids) and (files := self.stat_files()):
+            self.generation.file_ids = files
 
     def enqueue(self, session: tuple, caller: tuple | None):
         """Queue the row of a machine token, on the disk within BATCH_SECONDS.
@@ -1745,31 +1759,6 @@ class Store(Database):
         self.queue.append((session, caller))
         if not self.wake.is_set():
             self.wake.set()
-
-    def start_flusher(self):
-        """Start the thread that writes the batches. After a fork, never before."""
-        self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
-        try:
-            self.record_file_ids()
-        except Unavailable as problem:  # what needs no database is served, and the thread tries again
-            self.note_failure(problem)
-        self.flusher.start()
-
-    def record_file_ids(self):
-        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does.
-
-        Who is first says for all processes which they are.
-        """
-        self.meta("created_at")
-        if not any(self.generation.file_ids) and (files := self.stat_files()):
-            self.generation.file_ids = files
-
-    def flush_loop(self):
-        while not self.closing:
-            self.wake.wait(None if self.writable else 1)
-            sleep(BATCH_SECONDS)
-            self.wake.clear()
-            self.flush()
 
     def flush(self):
         """Write what is queued, in one transaction. What cannot be written stays queued."""
@@ -1804,6 +1793,33 @@ class Store(Database):
             self.writable = True
         if self.queue:
             self.wake.set()
+
+    def flush_loop(self):
+        while not self.closing:
+            self.wake.wait(None if self.writable else 1)
+            sleep(BATCH_SECONDS)
+            self.wake.clear()
+            self.flush()
+
+    def start_flusher(self):
+        """Start the thread that writes the batches. After a fork, never before."""
+        self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
+        try:
+            self.record_file_ids()
+        except Unavailable as problem:  # what needs no database is served, and the thread tries again
+            self.note_failure(problem)
+        self.flusher.start()
+
+    def close(self):
+        self.closing = True
+        self.wake.set()
+        if self.flusher:
+            self.flusher.join(5)
+        while self.queue and self.writable:
+            self.flush()
+        if self.queue:
+            self.log("store.lost", "error", rows=len(self.queue))
+        super().close()
 
     # -- purging, in small slices --
 
