@@ -729,6 +729,13 @@ class Store(Database):
             return rows, len(rows)
         return rows, self.value(f"SELECT count(*) FROM ({sql})", **parameters)
 
+    def page_of(self, record, sql, sort, limit, offset, **columns):
+        """Return a page of those rows whose columns have these values; a column that is None may have any."""
+        wanted = {name: value for name, value in columns.items() if value is not None}
+        # Only the columns that are asked for: behind "is null or equal" SQLite would not use an index.
+        where = " AND ".join(["1 = 1", *(f"{record.table}.{name} = :{name}" for name in wanted)])
+        return self.page(record, f"{sql} WHERE {where}", sort, limit, offset, **wanted)
+
     # -- account, recovery_code --
 
     def find_account(self, id):
@@ -1210,20 +1217,15 @@ class Store(Database):
             )
         )
 
-    def list_features(self, client_id):
-        with self.guard():
-            return dict(
-                self.connection.execute(
-                    "SELECT feature_flag, options FROM client_feature WHERE client_id = :client_id AND is_enabled = 1",
-                    {"client_id": client_id},
-                ).fetchall()
-            )
-
     def list_all_features(self, client_id):
         return self.all(
             Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
             client_id=client_id,
         )
+
+    def list_features(self, client_id):
+        """Return the flags that are switched on, with their options."""
+        return {feature.feature_flag: feature.options for feature in self.list_all_features(client_id) if feature.is_enabled}
 
     def put_feature(self, client_id, flag, is_enabled=None, options=None):
         """Set a flag, its option, or both; what is None stays.
@@ -1293,17 +1295,9 @@ class Store(Database):
 
     def list_sessions(self, user_id=None, client_id=None, id=None, sort="-id", limit=1000, offset=0):
         """Sessions with what their listing shows, newest first: their ids begin with their time."""
-        wanted = {
-            name: value
-            for name, value in (("id", id), ("user_id", user_id), ("client_id", client_id))
-            if value is not None
-        }
-        # No "is null or equal": the index would not be used.
-        where = " AND ".join(["1 = 1", *(f"session.{name} = :{name}" for name in wanted)])
-        return self.page(ListedSession, f"{LISTED_SESSIONS} WHERE {where}", sort, limit, offset, **wanted)
-
-    def list_sessions_of(self, user_id):
-        return self.list_sessions(user_id=user_id)[0]
+        return self.page_of(
+            ListedSession, LISTED_SESSIONS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
+        )
 
     def find_session(self, id):
         return next(iter(self.list_sessions(id=id)[0]), None)
@@ -1314,9 +1308,7 @@ class Store(Database):
         )
 
     def list_refresh_tokens(self, user_id=None, id=None, sort="-id", limit=1000, offset=0):
-        wanted = {name: value for name, value in (("id", id), ("user_id", user_id)) if value is not None}
-        where = " AND ".join(["1 = 1", *(f"refresh_token.{name} = :{name}" for name in wanted)])
-        return self.page(ListedRefreshToken, f"{LISTED_REFRESH_TOKENS} WHERE {where}", sort, limit, offset, **wanted)
+        return self.page_of(ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, id=id, user_id=user_id)
 
     def find_refresh_token_by_id(self, id):
         return next(iter(self.list_refresh_tokens(id=id)[0]), None)
@@ -1494,34 +1486,28 @@ class Store(Database):
 
     # -- the end of everything that was issued to somebody --
 
-    def revoke_account(self, user_id, now, now_ms):
-        """End everything that was issued to a user, on both ports.
+    def revoke_users(self, condition, now, now_ms, **parameters):
+        """End everything that was issued, on both ports, to the users whose id meets a condition.
 
-        The epoch always grows: what was issued just after the last one dies too.
+        The epoch always grows: what was issued just after the last one dies too. `condition` is SQL of our own.
         """
         self.run(
-            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :user_id", user_id=user_id,
-            now_ms=now_ms,
+            f"UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id {condition}",
+            now_ms=now_ms, **parameters,
         )
         for table in ("family", "refresh_token", "session", "browser_session"):
             self.run(
-                f"UPDATE {table} SET revoked_at = :now WHERE user_id = :user_id AND revoked_at IS NULL",
-                user_id=user_id, now=now,
+                f"UPDATE {table} SET revoked_at = :now WHERE user_id {condition} AND revoked_at IS NULL",
+                now=now, **parameters,
             )
 
+    def revoke_account(self, user_id, now, now_ms):
+        """End everything that was issued to a user."""
+        self.revoke_users("= :user_id", now, now_ms, user_id=user_id)
+
     def revoke_role_holders(self, role_id, now, now_ms):
-        """End everything that was issued to whoever has a role."""
-        self.run(
-            "UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id IN (SELECT user_id "
-            "FROM user_role WHERE role_id = :role_id)",
-            role_id=role_id, now_ms=now_ms,
-        )
-        for table in ("family", "refresh_token", "session", "browser_session"):
-            self.run(
-                f"UPDATE {table} SET revoked_at = :now WHERE user_id IN (SELECT user_id FROM user_role "
-                "WHERE role_id = :role_id) AND revoked_at IS NULL",
-                role_id=role_id, now=now,
-            )
+        """End everything that was issued to the users who have a role."""
+        self.revoke_users("IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", now, now_ms, role_id=role_id)
 
     def revoke_client(self, id, client_id, now, now_ms):
         """End everything that was issued to a client.
