@@ -10,7 +10,8 @@ import os
 import struct
 import threading
 import time
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -86,7 +87,7 @@ class Generation:
     FAILED, LOCKED, UNSYNCED, HEALED, BEATS = range(8 * SLOTS, 8 * SLOTS + 5)
     FILE_IDS, FILES = BEATS + SLOTS, struct.Struct("<6Q")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.map = mmap.mmap(-1, self.FILE_IDS + self.FILES.size)
         self.slot = 0
         self.lock = threading.Lock()
@@ -94,23 +95,23 @@ class Generation:
     def read(self) -> bytes:
         return self.map[: 8 * self.SLOTS]
 
-    def bump(self):
+    def bump(self) -> None:
         with self.lock:
             at = 8 * self.slot
             (count,) = struct.unpack_from("<Q", self.map, at)
             struct.pack_into("<Q", self.map, at, count + 1)
 
-    def beat(self):
+    def beat(self) -> None:
         at = self.BEATS + self.slot
         self.map[at] = self.map[at] % 255 + 1
 
     @property
-    def file_ids(self) -> tuple:
+    def file_ids(self) -> tuple[int, ...]:
         """The six numbers stored at FILE_IDS; zeros while no server has the database open."""
         return self.FILES.unpack_from(self.map, self.FILE_IDS)
 
     @file_ids.setter
-    def file_ids(self, numbers):
+    def file_ids(self, numbers: tuple[int, ...]) -> None:
         self.FILES.pack_into(self.map, self.FILE_IDS, *numbers)
 
 
@@ -144,7 +145,7 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
     return derive_key(passphrase, head)
 
 
-def check_log(path: str):
+def check_log(path: str) -> None:
     """Raise StartupError if the header of the database's write-ahead log is damaged.
 
     SQLite would treat such a WAL as empty and overwrite it, silently losing the last acknowledged
@@ -175,7 +176,7 @@ class PooledConnection:
 
     __slots__ = ("store", "connection", "since")
 
-    def __init__(self, store):
+    def __init__(self, store: "Database") -> None:
         self.store, self.since = store, store.generation.map[store.generation.HEALED]
         while store.spare:
             with contextlib.suppress(IndexError):
@@ -186,7 +187,7 @@ class PooledConnection:
                 self.connection.close()
         self.connection = store.connect()
 
-    def __del__(self):
+    def __del__(self) -> None:
         store, connection = self.store, getattr(self, "connection", None)
         if connection is None or store.closing:
             return  # close() closes it
@@ -205,24 +206,28 @@ class Database:
     before it returns: synchronous=FULL.
     """
 
-    def __init__(self, path, key="", generation=None, log=None, mode="rw"):
+    def __init__(
+        self, path: str | os.PathLike, key: str = "", generation: Generation | None = None, log: Log | None = None,
+        mode: str = "rw",
+    ) -> None:
         self.path, self.key, self.mode = str(path), key, mode
         self.generation = generation or Generation()
         self.log = log or Log()
         # Set by the server. Context manager entered before waiting for the write lock; yields False if no other
         # thread could serve.
-        self.blocking = contextlib.nullcontext
+        self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.local = threading.local()
         self.write_lock = threading.RLock()
-        self.process_write_lock = None  # descriptor of the lock file, if several processes write
+        self.process_write_lock: int | None = None  # descriptor of the lock file, if several processes write
         self.closing = False
-        self.connections = set()
-        self.spare = collections.deque()  # (HEALED, connection) of threads that have ended, for new threads
+        self.connections: set[sqlcipher3.Connection] = set()
+        # (HEALED, connection) of threads that have ended, for new threads
+        self.spare: collections.deque[tuple[int, sqlcipher3.Connection]] = collections.deque()
 
     # -- connections and transactions --
 
-    def open_process_write_lock(self):
+    def open_process_write_lock(self) -> None:
         """Open the lock file on which writing processes queue in the kernel. Call this after a fork, never before.
 
         SQLite's busy handler polls its lock, sleeping up to 100 ms between attempts. A blocking fcntl lock
@@ -232,7 +237,7 @@ class Database:
         self.process_write_lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @contextlib.contextmanager
-    def writing(self):
+    def writing(self) -> Iterator[None]:
         """Hold the write lock of this process, then the one between processes. A thread must not enter this twice."""
         if not self.write_lock.acquire(timeout=0.05):
             with self.blocking() as others:  # a write is slow: other threads must remain for requests that only read
@@ -252,7 +257,7 @@ class Database:
             self.write_lock.release()
 
     @contextlib.contextmanager
-    def committing(self, connection):
+    def committing(self, connection: sqlcipher3.Connection) -> Iterator[None]:
         """BEGIN, and COMMIT or ROLLBACK. The caller holds the write lock: see writing()."""
         trouble, flags = self.generation, self.generation.map
         if flags[trouble.UNSYNCED]:
@@ -290,7 +295,7 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def stat_files(self):
+    def stat_files(self) -> tuple[int, ...] | None:
         """Return device and inode of the database, -wal and -shm now at their paths, or None if one is missing."""
         try:
             return tuple(
@@ -302,7 +307,7 @@ class Database:
         except OSError:
             return None
 
-    def check_files_unchanged(self):
+    def check_files_unchanged(self) -> None:
         """Raise Unavailable if the open database, -wal or -shm is not the file at its path any more.
 
         One was moved, removed or replaced, so the next start would not find what is written now.
@@ -310,7 +315,7 @@ class Database:
         if any(file_ids := self.generation.file_ids) and file_ids != self.stat_files():
             raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
 
-    def connect(self, synchronous="FULL", mode=""):
+    def connect(self, synchronous: str = "FULL", mode: str = "") -> sqlcipher3.Connection:
         self.check_files_unchanged()  # two processes with different -shm files for one WAL would overwrite each other
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
@@ -327,7 +332,7 @@ class Database:
         return connection
 
     @property
-    def connection(self):
+    def connection(self) -> sqlcipher3.Connection:
         try:
             pooled = self.local.pooled
             if pooled.since == self.generation.map[self.generation.HEALED] or pooled.connection.in_transaction:
@@ -338,7 +343,7 @@ class Database:
         self.local.pooled = PooledConnection(self)
         return self.local.pooled.connection
 
-    def discard(self):
+    def discard(self) -> None:
         """Close this thread's connection.
 
         A connection that met a disk error, or was opened during one, may stay read-only or without its key.
@@ -350,7 +355,7 @@ class Database:
             with contextlib.suppress(sqlcipher3.Error):
                 connection.close()
 
-    def close(self):
+    def close(self) -> None:
         self.closing = True
         for connection in list(self.connections):
             with contextlib.suppress(sqlcipher3.Error):
@@ -360,7 +365,7 @@ class Database:
         self.local = threading.local()
 
     @contextlib.contextmanager
-    def guard(self):
+    def guard(self) -> Iterator[None]:
         """Translate SQLite's exceptions: IntegrityError becomes Conflict, any other becomes Unavailable."""
         try:
             yield
@@ -373,7 +378,7 @@ class Database:
             raise Unavailable(f"database: {error}", 5) from error
 
     @contextlib.contextmanager
-    def transaction(self, identity=False):
+    def transaction(self, identity: bool = False) -> Iterator[None]:
         """Run the block atomically; it is on the disk when this returns. Joins a transaction open on this thread.
 
         `identity` says that the block changes data that other processes cache (clients, scopes).
@@ -406,32 +411,32 @@ class Database:
         if self.local.identity:
             self.generation.bump()
 
-    def note_failure(self, error: Exception):
+    def note_failure(self, error: Exception) -> None:
         """Tell every process that a write has failed."""
         self.generation.map[self.generation.FAILED] = 1
 
-    def one(self, record: type[Row], sql: str, **parameters) -> Row | None:
+    def one(self, record: type[Row], sql: str, **parameters: object) -> Row | None:
         """Return the first row a statement finds, or None."""
         with self.guard():
             row = self.connection.execute(sql, parameters).fetchone()
         return None if row is None else record(*row)
 
-    def all(self, record: type[Row], sql: str, **parameters) -> list[Row]:
+    def all(self, record: type[Row], sql: str, **parameters: object) -> list[Row]:
         with self.guard():
             return [record(*row) for row in self.connection.execute(sql, parameters)]
 
-    def value(self, sql: str, **parameters):
+    def value(self, sql: str, **parameters: object) -> Any:
         """Return the first column of the first row a statement finds, or None."""
         with self.guard():
             row = self.connection.execute(sql, parameters).fetchone()
         return None if row is None else row[0]
 
-    def values(self, sql: str, **parameters) -> list:
+    def values(self, sql: str, **parameters: object) -> list:
         """Return the first column of every row a statement finds."""
         with self.guard():
             return [row[0] for row in self.connection.execute(sql, parameters)]
 
-    def exists(self, sql: str, **parameters) -> bool:
+    def exists(self, sql: str, **parameters: object) -> bool:
         """Return whether a statement finds any row."""
         with self.guard():
             return self.connection.execute(sql, parameters).fetchone() is not None
@@ -442,7 +447,7 @@ class Database:
             self.connection.execute(insert_statement(type(row)), msgspec.structs.astuple(row))
         return row
 
-    def run(self, sql: str, **parameters) -> int:
+    def run(self, sql: str, **parameters: object) -> int:
         """Run a writing statement in transaction(). Return the number of rows it changed.
 
         guard() is entered here too, so that a caller inside a longer transaction can catch Conflict
@@ -451,6 +456,6 @@ class Database:
         with self.transaction(), self.guard():
             return self.connection.execute(sql, parameters).rowcount
 
-    def changed(self, sql: str, **parameters) -> bool:
+    def changed(self, sql: str, **parameters: object) -> bool:
         """Run a statement that changes one row at most. Return whether it changed one."""
         return self.run(sql, **parameters) == 1

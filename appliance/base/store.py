@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable
 
 import msgspec
 import sqlcipher3
@@ -16,9 +17,10 @@ import sqlcipher3
 from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, IAT_SKEW, sleep
 from appliance.base.database import (
-    BATCH_MAX, BATCH_SECONDS, Database, PROBE_SECONDS, Record, SQLITE_BUSY, SQLITE_CANTOPEN, SQLITE_FULL, SQLITE_IOERR,
-    SQLITE_READONLY, Unavailable, check_log, insert_statement, is_busy,
+    BATCH_MAX, BATCH_SECONDS, Database, Generation, PROBE_SECONDS, Record, Row, SQLITE_BUSY, SQLITE_CANTOPEN,
+    SQLITE_FULL, SQLITE_IOERR, SQLITE_READONLY, Unavailable, check_log, insert_statement, is_busy,
 )
+from appliance.base.log import Log
 
 
 # Rows every database begins with; their identifiers are part of the wire contract.
@@ -306,19 +308,19 @@ class Client(msgspec.Struct, frozen=True):
     """A client as the rules see it: its row and everything that belongs to it."""
 
     row: ClientRow
-    secret_hashes: tuple  # of the secrets alive when it was read, with their expiry: ((hash, expires_at), …)
-    scopes: frozenset
-    flags: dict  # enabled flag -> option
-    redirect_uris: tuple = ()
-    post_logout_redirect_uris: tuple = ()
-    cors_origins: tuple = ()
+    secret_hashes: tuple[tuple[str, int], ...]  # of the secrets alive when it was read, with their expiry: ((hash, expires_at), …)
+    scopes: frozenset[str]
+    flags: dict[str, str]  # enabled flag -> option
+    redirect_uris: tuple[str, ...] = ()
+    post_logout_redirect_uris: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
 
     @property
-    def client_id(self):
+    def client_id(self) -> str:
         return self.row.client_id
 
     @property
-    def grant_types(self):
+    def grant_types(self) -> list[str]:
         return self.row.grant_types.split()
 
 
@@ -524,14 +526,14 @@ def chain(previous: str, seq: int, row: tuple) -> str:
     return base64.urlsafe_b64encode(digest)[:-1].decode()
 
 
-def batch_audit(batch):
+def batch_audit(batch: list[tuple[tuple, tuple | None]]) -> list[tuple]:
     """Return the audit rows of a batch of machine tokens: one for each client and peer in it.
 
     At rest that is one row a token; under load a row counts the tokens of some milliseconds and
     names the first and last `jti`, whose sessions are listed between them. So auditing does not
     wear the flash of a busy box.
     """
-    groups = {}
+    groups: dict[tuple, list[tuple]] = {}
     for session, caller in batch:
         if caller is not None:
             groups.setdefault(caller[:3], []).append((session, caller))
@@ -552,21 +554,24 @@ class Store(Database):
     (synchronous=NORMAL): the tokens stay alive, because aliveness does not need their rows.
     """
 
-    def __init__(self, path, key="", generation=None, log=None, mode="rw"):
+    def __init__(
+        self, path: str | os.PathLike, key: str = "", generation: Generation | None = None, log: Log | None = None,
+        mode: str = "rw"
+    ) -> None:
         super().__init__(path, key, generation, log, mode)
-        self.queue = collections.deque()
+        self.queue: collections.deque[tuple[tuple, tuple | None]] = collections.deque()
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
         self.writable = True
-        self.flusher = None
+        self.flusher: threading.Thread | None = None
 
     # -- meta --
 
-    def meta(self, name, default=""):
+    def meta(self, name: str, default: str = "") -> str:
         value = self.value("SELECT value FROM meta WHERE name = :name", name=name)
         return default if value is None else value
 
-    def put_meta(self, name, value):
+    def put_meta(self, name: str, value: object) -> None:
         self.run(
             "INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
             name=name, value=str(value),
@@ -574,7 +579,7 @@ class Store(Database):
 
     # -- the schema --
 
-    def migrate(self):
+    def migrate(self) -> None:
         """Run the steps that are missing. A step and its number commit together."""
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         for number, step in enumerate(MIGRATIONS[version:], version + 1):
@@ -585,7 +590,7 @@ class Store(Database):
                 self.connection.execute(f"PRAGMA user_version = {number:d}")
 
     @staticmethod
-    def make(path, key, now):
+    def make(path: str | os.PathLike, key: str, now: int) -> "Store":
         """Create a new database at `path`, which must not exist, with the rows every one begins with."""
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         os.close(descriptor)
@@ -607,7 +612,7 @@ class Store(Database):
             raise
         return store
 
-    def open(self, alone=contextlib.nullcontext):
+    def open(self, alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
         """Check that this is our database and that it is whole, then bring its schema up to date, which is done
         `alone`.
 
@@ -657,7 +662,7 @@ class Store(Database):
 
     # -- copies, and whether a database is whole --
 
-    def copy_to(self, path, files: dict, now):
+    def copy_to(self, path: str | os.PathLike, files: dict, now: int) -> None:
         """Copy the database into an empty file as it is now, with these files in a table of the copy.
 
         Writers go on meanwhile.
@@ -675,14 +680,14 @@ class Store(Database):
         finally:
             copy.close()
 
-    def read_backup_files(self) -> dict | None:
+    def read_backup_files(self) -> dict[str, bytes] | None:
         """Return the files that travel in a copy, by name; None where it is no backup."""
         if not self.exists("SELECT 1 FROM sqlite_schema WHERE name = 'backup'"):
             return None
         with self.guard():
             return dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
 
-    def drop_backup_files(self):
+    def drop_backup_files(self) -> None:
         """Make a database of a copy again: keys and settings have no place in one that serves."""
         with self.transaction():
             self.connection.execute("DROP TABLE backup")
@@ -699,7 +704,7 @@ class Store(Database):
         except sqlcipher3.Error as error:
             return str(error)
 
-    def checkpoint(self):
+    def checkpoint(self) -> None:
         """Leave one file: everything in it, nothing beside it."""
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.execute("PRAGMA journal_mode = WAL")
@@ -708,7 +713,9 @@ class Store(Database):
 
     # -- pages of a list --
 
-    def page(self, record, sql, sort, limit, offset, **parameters):
+    def page(
+        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, **parameters: object
+    ) -> tuple[list[Row], int]:
         """Return a page of what a SELECT finds, and how many rows it finds in all.
 
         `sort` is the name of a column, our own word, with a hyphen before it for descending.
@@ -729,7 +736,9 @@ class Store(Database):
             return rows, len(rows)
         return rows, self.value(f"SELECT count(*) FROM ({sql})", **parameters)
 
-    def page_of(self, record, sql, sort, limit, offset, **columns):
+    def page_of(
+        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, **columns: object
+    ) -> tuple[list[Row], int]:
         """Return a page of those rows whose columns have these values; a column that is None may have any."""
         wanted = {name: value for name, value in columns.items() if value is not None}
         # Only the columns that are asked for: behind "is null or equal" SQLite would not use an index.
@@ -738,13 +747,16 @@ class Store(Database):
 
     # -- account, recovery_code --
 
-    def find_account(self, id):
+    def find_account(self, id: str) -> Account | None:
         return self.one(Account, "SELECT * FROM account WHERE id = :id", id=id)
 
-    def find_account_by_name(self, username):
+    def find_account_by_name(self, username: str) -> Account | None:
         return self.one(Account, "SELECT * FROM account WHERE username = :username", username=username)
 
-    def list_accounts(self, q="", is_active=1, sort="username", limit=1000, offset=0, role_id=None, scope_id=None):
+    def list_accounts(
+        self, q: str = "", is_active: int | None = 1, sort: str = "username", limit: int = 1000, offset: int = 0,
+        role_id: str | None = None, scope_id: str | None = None
+    ) -> tuple[list[Account], int]:
         """Users whose name or e-mail address holds `q`; active ones, inactive ones, or all (None)."""
         return self.page(
             Account,
@@ -758,7 +770,7 @@ class Store(Database):
             sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
         )
 
-    def add_account(self, id, username, email, password_hash, now):
+    def add_account(self, id: str, username: str, email: str, password_hash: str, now: int) -> Account | None:
         return self.one(
             Account,
             """
@@ -769,7 +781,9 @@ class Store(Database):
             id=id, username=username, email=email, password_hash=password_hash, now=now,
         )
 
-    def update_account(self, id, username, email, email_verified, now):
+    def update_account(
+        self, id: str, username: str | None, email: str | None, email_verified: int | None, now: int
+    ) -> Account | None:
         """Change what is not None."""
         return self.one(
             Account,
@@ -783,7 +797,7 @@ class Store(Database):
             id=id, username=username, email=email, email_verified=email_verified, now=now,
         )
 
-    def set_account_active(self, id, is_active, now) -> bool:
+    def set_account_active(self, id: str, is_active: int, now: int) -> bool:
         """Whether that changed anything."""
         return self.changed(
             "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id "
@@ -791,10 +805,10 @@ class Store(Database):
             id=id, is_active=is_active, now=now,
         )
 
-    def delete_account(self, id) -> bool:
+    def delete_account(self, id: str) -> bool:
         return self.changed("DELETE FROM account WHERE id = :id", id=id)
 
-    def set_password_hash(self, id, password_hash, now, instead_of=None):
+    def set_password_hash(self, id: str, password_hash: str, now: int, instead_of: str | None = None) -> None:
         """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone.
         """
         self.run(
@@ -805,7 +819,7 @@ class Store(Database):
             id=id, password_hash=password_hash, now=now, instead_of=instead_of,
         )
 
-    def set_lockout(self, id, until, now):
+    def set_lockout(self, id: str, until: int, now: int) -> None:
         """Lock an account until then; 0 clears every lockout and count there is."""
         self.run(
             """
@@ -818,7 +832,9 @@ class Store(Database):
             id=id, until=until, now=now,
         )
 
-    def count_failed_login(self, id, now, window, threshold, lockout, most):
+    def count_failed_login(
+        self, id: str, now: int, window: int, threshold: int, lockout: int, most: int
+    ) -> Account | None:
         """Count one failure; the threshold starts a lockout that doubles with each one since the last success.
 
         One statement, so that concurrent failures are all counted. An administrator's later lockout stays.
@@ -840,7 +856,7 @@ class Store(Database):
             id=id, now=now, window=window, threshold=threshold, lockout=lockout, most=most,
         )
 
-    def count_good_login(self, id, password_hash, now) -> bool:
+    def count_good_login(self, id: str, password_hash: str, now: int) -> bool:
         """Note a login, unless the account was changed, deactivated or deleted since its password was read."""
         return self.run(
             """
@@ -850,21 +866,21 @@ class Store(Database):
             id=id, password_hash=password_hash, now=now,
         ) == 1
 
-    def set_totp(self, id, sealed, now):
+    def set_totp(self, id: str, sealed: str, now: int) -> None:
         self.run(
             "UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = "
             ":now WHERE id = :id",
             id=id, sealed=sealed, now=now,
         )
 
-    def set_pending_totp(self, id, sealed, now):
+    def set_pending_totp(self, id: str, sealed: str, now: int) -> None:
         """Note a seed that is not confirmed yet; the one in force stays in force."""
         self.run(
             "UPDATE account SET totp_pending_sealed = :sealed, modified_at = :now WHERE id = :id", id=id, sealed=sealed,
             now=now,
         )
 
-    def clear_totp(self, id, now) -> bool:
+    def clear_totp(self, id: str, now: int) -> bool:
         """Remove the second factor and what is pending of one. Whether there was any."""
         found = self.run(
             """
@@ -876,7 +892,7 @@ class Store(Database):
         self.run("DELETE FROM recovery_code WHERE user_id = :id", id=id)
         return found == 1
 
-    def spend_totp_step(self, id, step) -> bool:
+    def spend_totp_step(self, id: str, step: int) -> bool:
         """Accept a time step once. RFC 6238 §5.2."""
         return self.changed(
             "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id "
@@ -884,7 +900,7 @@ class Store(Database):
             id=id, step=step,
         )
 
-    def count_failed_totp(self, id, now, tries, lockout):
+    def count_failed_totp(self, id: str, now: int, tries: int, lockout: int) -> None:
         self.run(
             """
             UPDATE account
@@ -896,7 +912,7 @@ class Store(Database):
             id=id, now=now, tries=tries, lockout=lockout, most=LOCKOUT_MAX,
         )
 
-    def replace_recovery_codes(self, user_id, hashes, now):
+    def replace_recovery_codes(self, user_id: str, hashes: Iterable[str], now: int) -> None:
         self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
         for code_sha256 in hashes:
             self.run(
@@ -904,33 +920,33 @@ class Store(Database):
                 user_id=user_id, now=now,
             )
 
-    def spend_recovery_code(self, user_id, code_sha256, now) -> bool:
+    def spend_recovery_code(self, user_id: str, code_sha256: str, now: int) -> bool:
         return self.changed(
             "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
             "AND spent_at IS NULL",
             user_id=user_id, code_sha256=code_sha256, now=now,
         )
 
-    def count_recovery_codes(self, user_id) -> int:
+    def count_recovery_codes(self, user_id: str) -> int:
         return self.value(
             "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", user_id=user_id
         )
 
     # -- role, user_role --
 
-    def find_role(self, id_or_name):
+    def find_role(self, id_or_name: str) -> Role | None:
         return self.one(Role, "SELECT * FROM role WHERE id = :it OR name = :it", it=id_or_name)
 
-    def list_roles(self, q="", sort="name", limit=1000, offset=0):
+    def list_roles(self, q: str = "", sort: str = "name", limit: int = 1000, offset: int = 0) -> tuple[list[Role], int]:
         return self.page(
             Role, r"SELECT * FROM role WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset, q=q,
             like=like(q),
         )
 
-    def add_role(self, id, name, description, now):
+    def add_role(self, id: str, name: str, description: str, now: int) -> Role:
         return self.insert(Role(id, name, description, 0, 1, now, now))
 
-    def update_role(self, id, name, description, now):
+    def update_role(self, id: str, name: str | None, description: str | None, now: int) -> Role | None:
         return self.one(
             Role,
             "UPDATE role SET name = coalesce(:name, name), description = coalesce(:description, description), "
@@ -938,10 +954,10 @@ class Store(Database):
             id=id, name=name, description=description, now=now,
         )
 
-    def delete_role(self, id):
+    def delete_role(self, id: str) -> None:
         self.run("DELETE FROM role WHERE id = :id", id=id)
 
-    def list_roles_of(self, user_id):
+    def list_roles_of(self, user_id: str) -> list[Role]:
         return self.all(
             Role,
             "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id "
@@ -949,7 +965,7 @@ class Store(Database):
             user_id=user_id,
         )
 
-    def has_role(self, user_id, role_id) -> bool:
+    def has_role(self, user_id: str, role_id: str) -> bool:
         return self.exists(
             """
             SELECT 1 FROM user_role JOIN role ON role.id = role_id
@@ -958,7 +974,7 @@ class Store(Database):
             user_id=user_id, role_id=role_id,
         )
 
-    def has_able_admin(self, now, excluding) -> bool:
+    def has_able_admin(self, now: int, excluding: str) -> bool:
         """Whether an administrator other than this one could log in now."""
         return self.exists(
             """
@@ -968,14 +984,14 @@ class Store(Database):
             role_id=MAD_ADMIN_ROLE_ID, now=now, excluding=excluding,
         )
 
-    def assign_role(self, user_id, role_id, now) -> bool:
+    def assign_role(self, user_id: str, role_id: str, now: int) -> bool:
         """Whether that changed anything."""
         return self.changed(
             "INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
             role_id=role_id, now=now,
         )
 
-    def unassign_role(self, user_id, role_id) -> bool:
+    def unassign_role(self, user_id: str, role_id: str) -> bool:
         return self.changed(
             "DELETE FROM user_role WHERE user_id = :user_id AND role_id = :role_id", user_id=user_id,
             role_id=role_id,
@@ -983,29 +999,31 @@ class Store(Database):
 
     # -- permission, role_permission --
 
-    def find_permission(self, id_or_name):
+    def find_permission(self, id_or_name: str) -> Permission | None:
         return self.one(Permission, "SELECT * FROM permission WHERE id = :it OR name = :it", it=id_or_name)
 
-    def list_permissions(self, q="", sort="name", limit=1000, offset=0):
+    def list_permissions(
+        self, q: str = "", sort: str = "name", limit: int = 1000, offset: int = 0
+    ) -> tuple[list[Permission], int]:
         return self.page(
             Permission, r"SELECT * FROM permission WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset,
             q=q, like=like(q),
         )
 
-    def add_permission(self, id, name, now):
+    def add_permission(self, id: str, name: str, now: int) -> Permission:
         return self.insert(Permission(id, name, 1, now, now))
 
-    def update_permission(self, id, name, now):
+    def update_permission(self, id: str, name: str | None, now: int) -> Permission | None:
         return self.one(
             Permission,
             "UPDATE permission SET name = coalesce(:name, name), modified_at = :now WHERE id = :id RETURNING *", id=id,
             name=name, now=now,
         )
 
-    def delete_permission(self, id):
+    def delete_permission(self, id: str) -> None:
         self.run("DELETE FROM permission WHERE id = :id", id=id)
 
-    def list_permissions_of_role(self, role_id):
+    def list_permissions_of_role(self, role_id: str) -> list[Permission]:
         return self.all(
             Permission,
             "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id "
@@ -1013,7 +1031,7 @@ class Store(Database):
             role_id=role_id,
         )
 
-    def list_roles_with(self, permission_id):
+    def list_roles_with(self, permission_id: str) -> list[Role]:
         return self.all(
             Role,
             "SELECT role.* FROM role JOIN role_permission ON role.id = role_id "
@@ -1021,7 +1039,7 @@ class Store(Database):
             permission_id=permission_id,
         )
 
-    def list_permissions_of_user(self, user_id):
+    def list_permissions_of_user(self, user_id: str) -> list[Permission]:
         """What an active user may do by the active roles it has."""
         return self.all(
             Permission,
@@ -1037,13 +1055,13 @@ class Store(Database):
             user_id=user_id,
         )
 
-    def assign_permission(self, role_id, permission_id, now) -> bool:
+    def assign_permission(self, role_id: str, permission_id: str, now: int) -> bool:
         return self.changed(
             "INSERT INTO role_permission VALUES (:role_id, :permission_id, :now) ON CONFLICT DO NOTHING",
             role_id=role_id, permission_id=permission_id, now=now,
         )
 
-    def remove_permission(self, role_id, permission_id) -> bool:
+    def remove_permission(self, role_id: str, permission_id: str) -> bool:
         return self.changed(
             "DELETE FROM role_permission WHERE role_id = :role_id AND permission_id = :permission_id",
             role_id=role_id, permission_id=permission_id,
@@ -1051,20 +1069,22 @@ class Store(Database):
 
     # -- scope, user_scope, client_scope --
 
-    def find_scope(self, name):
+    def find_scope(self, name: str) -> Scope | None:
         """Look an active scope up by name or id."""
         return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
 
-    def list_scopes(self, q="", sort="name", limit=1000, offset=0):
+    def list_scopes(
+        self, q: str = "", sort: str = "name", limit: int = 1000, offset: int = 0
+    ) -> tuple[list[Scope], int]:
         return self.page(
             Scope, r"SELECT * FROM scope WHERE is_active = 1 AND (:q = '' OR name LIKE :like ESCAPE '\')", sort, limit,
             offset, q=q, like=like(q),
         )
 
-    def add_scope(self, id, name, description, now):
+    def add_scope(self, id: str, name: str, description: str, now: int) -> Scope:
         return self.insert(Scope(id, name, description, 0, 1, now, now))
 
-    def update_scope(self, id, name, description, now):
+    def update_scope(self, id: str, name: str | None, description: str | None, now: int) -> Scope | None:
         return self.one(
             Scope,
             "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), "
@@ -1072,10 +1092,10 @@ class Store(Database):
             id=id, name=name, description=description, now=now,
         )
 
-    def delete_scope(self, id):
+    def delete_scope(self, id: str) -> None:
         self.run("DELETE FROM scope WHERE id = :id", id=id)
 
-    def list_scopes_of_user(self, user_id):
+    def list_scopes_of_user(self, user_id: str) -> list[Scope]:
         return self.all(
             Scope,
             "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id "
@@ -1083,19 +1103,19 @@ class Store(Database):
             user_id=user_id,
         )
 
-    def assign_scope_to_user(self, user_id, scope_id, now):
+    def assign_scope_to_user(self, user_id: str, scope_id: str, now: int) -> int:
         return self.run(
             "INSERT INTO user_scope VALUES (:user_id, :scope_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
             scope_id=scope_id, now=now,
         )
 
-    def remove_scope_from_user(self, user_id, scope_id) -> bool:
+    def remove_scope_from_user(self, user_id: str, scope_id: str) -> bool:
         return self.changed(
             "DELETE FROM user_scope WHERE user_id = :user_id AND scope_id = :scope_id", user_id=user_id,
             scope_id=scope_id,
         )
 
-    def list_scopes_of_client(self, client_id):
+    def list_scopes_of_client(self, client_id: str) -> list[Scope]:
         return self.all(
             Scope,
             "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id "
@@ -1103,13 +1123,13 @@ class Store(Database):
             client_id=client_id,
         )
 
-    def assign_scope_to_client(self, client_id, scope_id, now):
+    def assign_scope_to_client(self, client_id: str, scope_id: str, now: int) -> int:
         return self.run(
             "INSERT INTO client_scope VALUES (:client_id, :scope_id, :now) ON CONFLICT DO NOTHING", client_id=client_id,
             scope_id=scope_id, now=now,
         )
 
-    def remove_scope_from_client(self, client_id, scope_id) -> bool:
+    def remove_scope_from_client(self, client_id: str, scope_id: str) -> bool:
         return self.changed(
             "DELETE FROM client_scope WHERE client_id = :client_id AND scope_id = :scope_id", client_id=client_id,
             scope_id=scope_id,
@@ -1117,13 +1137,15 @@ class Store(Database):
 
     # -- client, client_secret --
 
-    def find_client(self, client_id):
+    def find_client(self, client_id: str) -> ClientRow | None:
         """Look a client up by its identifier or its internal id; they cannot collide."""
         return self.one(
             ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id
         )
 
-    def list_clients(self, q="", sort="display_name", limit=1000, offset=0, scope_id=None):
+    def list_clients(
+        self, q: str = "", sort: str = "display_name", limit: int = 1000, offset: int = 0, scope_id: str | None = None
+    ) -> tuple[list[ClientRow], int]:
         return self.page(
             ClientRow,
             r"""
@@ -1134,7 +1156,7 @@ class Store(Database):
             sort, limit, offset, q=q, like=like(q), scope_id=scope_id,
         )
 
-    def update_client(self, row: ClientRow):
+    def update_client(self, row: ClientRow) -> None:
         """Write a client as it shall be from now on."""
         self.run(
             """
@@ -1147,17 +1169,17 @@ class Store(Database):
             **msgspec.structs.asdict(row),
         )
 
-    def delete_client(self, id):
+    def delete_client(self, id: str) -> None:
         self.run("DELETE FROM client WHERE id = :id", id=id)
 
-    def list_secrets(self, client_id, now):
+    def list_secrets(self, client_id: str, now: int) -> list[Secret]:
         return self.all(
             Secret,
             "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC",
             client_id=client_id, now=now,
         )
 
-    def add_secret(self, id, client_id, secret_hash, now):
+    def add_secret(self, id: str, client_id: str, secret_hash: str, now: int) -> None:
         # Two of one second keep their order.
         self.run(
             """
@@ -1167,7 +1189,7 @@ class Store(Database):
             id=id, client_id=client_id, secret_hash=secret_hash, now=now, forever=FOREVER,
         )
 
-    def retire_secrets(self, client_id, expires_at, now):
+    def retire_secrets(self, client_id: str, expires_at: int, now: int) -> None:
         """Let the newest living secret go on until `expires_at`; the older ones end now. Two live at most."""
         self.run(
             """
@@ -1184,12 +1206,12 @@ class Store(Database):
             now=now,
         )
 
-    def delete_secret(self, client_id, id) -> bool:
+    def delete_secret(self, client_id: str, id: str) -> bool:
         return self.changed("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
 
     # -- client_uri, client_feature, external_idp_provider --
 
-    def list_uris(self, client_id, kind=None):
+    def list_uris(self, client_id: str, kind: str | None = None) -> list[ClientUri]:
         """The URIs of a client, by its internal id."""
         return self.all(
             ClientUri,
@@ -1197,16 +1219,16 @@ class Store(Database):
             client_id=client_id, kind=kind,
         )
 
-    def find_uri(self, id):
+    def find_uri(self, id: str) -> ClientUri | None:
         return self.one(ClientUri, "SELECT * FROM client_uri WHERE id = :id", id=id)
 
-    def add_uri(self, id, client_id, kind, uri, now):
+    def add_uri(self, id: str, client_id: str, kind: str, uri: str, now: int) -> ClientUri:
         return self.insert(ClientUri(id, client_id, kind, uri, now))
 
-    def delete_uri(self, id):
+    def delete_uri(self, id: str) -> ClientUri | None:
         return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
 
-    def list_cors_origins(self) -> frozenset:
+    def list_cors_origins(self) -> frozenset[str]:
         """The origins of all active public clients."""
         return frozenset(
             self.values(
@@ -1217,17 +1239,19 @@ class Store(Database):
             )
         )
 
-    def list_all_features(self, client_id):
+    def list_all_features(self, client_id: str) -> list[Feature]:
         return self.all(
             Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
             client_id=client_id,
         )
 
-    def list_features(self, client_id):
+    def list_features(self, client_id: str) -> dict[str, str]:
         """Return the flags that are switched on, with their options."""
         return {feature.feature_flag: feature.options for feature in self.list_all_features(client_id) if feature.is_enabled}
 
-    def put_feature(self, client_id, flag, is_enabled=None, options=None):
+    def put_feature(
+        self, client_id: str, flag: str, is_enabled: bool | None = None, options: str | None = None
+    ) -> None:
         """Set a flag, its option, or both; what is None stays.
 
         An option set on a flag that was never set switches it on.
@@ -1241,23 +1265,23 @@ class Store(Database):
             client_id=client_id, flag=flag, is_enabled=None if is_enabled is None else int(is_enabled), options=options,
         )
 
-    def list_token_lifetimes(self) -> list:
+    def list_token_lifetimes(self) -> list[str]:
         """The TOKEN_EXPIRATION of every client that has one, as text."""
         return self.values("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")
 
-    def list_idps(self, client_id):
+    def list_idps(self, client_id: str) -> list[ExternalIdp]:
         return self.all(
             ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id ORDER BY display_name, id",
             client_id=client_id,
         )
 
-    def find_idp(self, client_id, id):
+    def find_idp(self, client_id: str, id: str) -> ExternalIdp | None:
         return self.one(
             ExternalIdp, "SELECT * FROM external_idp_provider WHERE client_id = :client_id AND id = :id",
             client_id=client_id, id=id,
         )
 
-    def put_idp(self, row: ExternalIdp):
+    def put_idp(self, row: ExternalIdp) -> None:
         """Add a provider, or write one as it shall be from now on."""
         self.run(
             """
@@ -1269,7 +1293,7 @@ class Store(Database):
             **msgspec.structs.asdict(row),
         )
 
-    def delete_idp(self, client_id, id) -> bool:
+    def delete_idp(self, client_id: str, id: str) -> bool:
         return self.changed(
             "DELETE FROM external_idp_provider WHERE client_id = :client_id AND id = :id", client_id=client_id,
             id=id,
@@ -1277,10 +1301,10 @@ class Store(Database):
 
     # -- family, session, refresh_token, revoked_token --
 
-    def find_family(self, sid):
+    def find_family(self, sid: str) -> Family | None:
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
 
-    def list_families_of(self, user_id, client_id=None):
+    def list_families_of(self, user_id: str, client_id: str | None = None) -> list[Family]:
         return self.all(
             Family,
             "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) "
@@ -1288,32 +1312,37 @@ class Store(Database):
             user_id=user_id, client_id=client_id,
         )
 
-    def revoke_family(self, sid, now):
+    def revoke_family(self, sid: str, now: int) -> None:
         self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
         self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
         self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
 
-    def list_sessions(self, user_id=None, client_id=None, id=None, sort="-id", limit=1000, offset=0):
+    def list_sessions(
+        self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
+        limit: int = 1000, offset: int = 0
+    ) -> tuple[list[ListedSession], int]:
         """Sessions with what their listing shows, newest first: their ids begin with their time."""
         return self.page_of(
             ListedSession, LISTED_SESSIONS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
         )
 
-    def find_session(self, id):
+    def find_session(self, id: str) -> ListedSession | None:
         return next(iter(self.list_sessions(id=id)[0]), None)
 
-    def find_refresh_token(self, token_sha256):
+    def find_refresh_token(self, token_sha256: str) -> RefreshToken | None:
         return self.one(
             RefreshToken, "SELECT * FROM refresh_token WHERE token_sha256 = :token_sha256", token_sha256=token_sha256
         )
 
-    def list_refresh_tokens(self, user_id=None, id=None, sort="-id", limit=1000, offset=0):
+    def list_refresh_tokens(
+        self, user_id: str | None = None, id: str | None = None, sort: str = "-id", limit: int = 1000, offset: int = 0
+    ) -> tuple[list[ListedRefreshToken], int]:
         return self.page_of(ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, id=id, user_id=user_id)
 
-    def find_refresh_token_by_id(self, id):
+    def find_refresh_token_by_id(self, id: str) -> ListedRefreshToken | None:
         return next(iter(self.list_refresh_tokens(id=id)[0]), None)
 
-    def rotate_refresh_token(self, token_sha256, client_id, now):
+    def rotate_refresh_token(self, token_sha256: str, client_id: str, now: int) -> RefreshToken | None:
         """Spend a refresh token. Return it, or None when unknown, foreign, spent, revoked or expired."""
         return self.one(
             RefreshToken,
@@ -1327,19 +1356,19 @@ class Store(Database):
             token_sha256=token_sha256, client_id=client_id, now=now,
         )
 
-    def revoke_jti(self, jti, expires_at, now):
+    def revoke_jti(self, jti: str, expires_at: int, now: int) -> None:
         self.run(
             "INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti,
             expires_at=expires_at, now=now,
         )
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
 
-    def is_revoked(self, jti) -> bool:
+    def is_revoked(self, jti: str) -> bool:
         return self.exists("SELECT 1 FROM revoked_token WHERE jti = :jti", jti=jti)
 
     # -- login_transaction, authorization_code, consent --
 
-    def find_login(self, id, binding_sha256, now):
+    def find_login(self, id: str, binding_sha256: str, now: int) -> LoginTransaction | None:
         """Look a login under way up; only for who began it."""
         return self.one(
             LoginTransaction,
@@ -1347,7 +1376,7 @@ class Store(Database):
             id=id, binding_sha256=binding_sha256, now=now,
         )
 
-    def find_headless_login(self, binding_sha256, now):
+    def find_headless_login(self, binding_sha256: str, now: int) -> LoginTransaction | None:
         """Look up the login of an application with screens of its own: it has one secret for each."""
         return self.one(
             LoginTransaction,
@@ -1355,13 +1384,16 @@ class Store(Database):
             binding_sha256=binding_sha256, now=now,
         )
 
-    def count_logins(self, binding_sha256, now) -> int:
+    def count_logins(self, binding_sha256: str, now: int) -> int:
         return self.value(
             "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now",
             binding_sha256=binding_sha256, now=now,
         )
 
-    def advance_login(self, login: LoginTransaction, state, user_id, amr, auth_time, proven_ms, now, pending=""):
+    def advance_login(
+        self, login: LoginTransaction, state: str, user_id: str | None, amr: str, auth_time: int, proven_ms: int,
+        now: int, pending: str = ""
+    ) -> LoginTransaction | None:
         """Take one step from the state that was read, once.
 
         Return it as it is then, or None where somebody was first.
@@ -1378,7 +1410,7 @@ class Store(Database):
             auth_time=auth_time, proven_ms=proven_ms, pending=pending, now=now,
         )
 
-    def count_failed_step(self, id, most):
+    def count_failed_step(self, id: str, most: int) -> None:
         """Count a failure of a login under way; too many end it."""
         self.run(
             "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most "
@@ -1386,18 +1418,18 @@ class Store(Database):
             id=id, most=most,
         )
 
-    def forget_logins(self):
+    def forget_logins(self) -> None:
         """Drop what was under way: logins and codes."""
         self.run("DELETE FROM login_transaction")
         self.run("DELETE FROM authorization_code")
 
-    def find_code(self, code_sha256):
+    def find_code(self, code_sha256: str) -> AuthorizationCode | None:
         return self.one(
             AuthorizationCode, "SELECT * FROM authorization_code WHERE code_sha256 = :code_sha256",
             code_sha256=code_sha256,
         )
 
-    def spend_code(self, code_sha256, client_id, now):
+    def spend_code(self, code_sha256: str, client_id: str, now: int) -> AuthorizationCode | None:
         """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
         with self.transaction():
             return self.one(
@@ -1411,14 +1443,14 @@ class Store(Database):
                 code_sha256=code_sha256, client_id=client_id, now=now,
             )
 
-    def consented(self, user_id, client_id) -> str | None:
+    def consented(self, user_id: str, client_id: str) -> str | None:
         """The scope a user has consented to, of a client by its internal id; None where it never did."""
         return self.value(
             "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
             user_id=user_id, client_id=client_id,
         )
 
-    def put_consent(self, user_id, client_id, scope, now):
+    def put_consent(self, user_id: str, client_id: str, scope: str, now: int) -> None:
         self.run(
             """
             INSERT INTO consent VALUES (:user_id, :client_id, :scope, :now)
@@ -1429,12 +1461,12 @@ class Store(Database):
 
     # -- browser_session --
 
-    def find_browser_session(self, id_sha256):
+    def find_browser_session(self, id_sha256: str) -> BrowserSession | None:
         return self.one(
             BrowserSession, "SELECT * FROM browser_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256
         )
 
-    def list_browser_sessions(self, user_id, now):
+    def list_browser_sessions(self, user_id: str, now: int) -> list[BrowserSession]:
         return self.all(
             BrowserSession,
             "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now "
@@ -1442,13 +1474,13 @@ class Store(Database):
             user_id=user_id, now=now,
         )
 
-    def touch_browser_session(self, id_sha256, now):
+    def touch_browser_session(self, id_sha256: str, now: int) -> None:
         self.run(
             "UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
             id_sha256=id_sha256, now=now,
         )
 
-    def revoke_browser_session(self, id_sha256, now) -> bool:
+    def revoke_browser_session(self, id_sha256: str, now: int) -> bool:
         """End a browser session and every login that began in it. Whether it was alive."""
         for sid in self.values(
             """
@@ -1464,7 +1496,7 @@ class Store(Database):
             id_sha256=id_sha256, now=now,
         )
 
-    def replace_browser_session(self, old, new, user_id, now):
+    def replace_browser_session(self, old: str, new: str, user_id: str, now: int) -> None:
         """Let one browser session follow another: of the same user it hands its logins over, of another it ends with
         them.
         """
@@ -1486,7 +1518,7 @@ class Store(Database):
 
     # -- the end of everything that was issued to somebody --
 
-    def revoke_users(self, condition, now, now_ms, **parameters):
+    def revoke_users(self, condition: str, now: int, now_ms: int, **parameters: object) -> None:
         """End everything that was issued, on both ports, to the users whose id meets a condition.
 
         The epoch always grows: what was issued just after the last one dies too. `condition` is SQL of our own.
@@ -1501,15 +1533,15 @@ class Store(Database):
                 now=now, **parameters,
             )
 
-    def revoke_account(self, user_id, now, now_ms):
+    def revoke_account(self, user_id: str, now: int, now_ms: int) -> None:
         """End everything that was issued to a user."""
         self.revoke_users("= :user_id", now, now_ms, user_id=user_id)
 
-    def revoke_role_holders(self, role_id, now, now_ms):
+    def revoke_role_holders(self, role_id: str, now: int, now_ms: int) -> None:
         """End everything that was issued to the users who have a role."""
         self.revoke_users("IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", now, now_ms, role_id=role_id)
 
-    def revoke_client(self, id, client_id, now, now_ms):
+    def revoke_client(self, id: str, client_id: str, now: int, now_ms: int) -> None:
         """End everything that was issued to a client.
 
         Its sessions are not rewritten, which may be a million: the epoch ends them.
@@ -1528,7 +1560,7 @@ class Store(Database):
 
     # -- audit --
 
-    def append_audit(self, rows, connection=None):
+    def append_audit(self, rows: Iterable[tuple], connection: sqlcipher3.Connection | None = None) -> None:
         """Append `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` rows to the
         hash chain.
 
@@ -1552,8 +1584,9 @@ class Store(Database):
             )
 
     def list_audit(
-        self, action=None, limit=100, actor_id=None, target=None, since=0, until=FOREVER, after=None, offset=0
-    ):
+        self, action: str | None = None, limit: int = 100, actor_id: str | None = None, target: str | None = None,
+        since: int = 0, until: int = FOREVER, after: int | None = None, offset: int = 0
+    ) -> list[AuditRow]:
         """Audit rows, newest first; those after a `seq` oldest first, for whoever follows them."""
         direction = "ASC" if after is not None else "DESC"
         return self.all(
@@ -1562,10 +1595,13 @@ class Store(Database):
             after=-1 if after is None else after, limit=limit, offset=offset,
         )
 
-    def find_audit(self, seq):
+    def find_audit(self, seq: int) -> AuditRow | None:
         return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
 
-    def count_audit(self, action=None, actor_id=None, target=None, since=0, until=FOREVER) -> int:
+    def count_audit(
+        self, action: str | None = None, actor_id: str | None = None, target: str | None = None, since: int = 0,
+        until: int = FOREVER
+    ) -> int:
         """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
         if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
             return self.value("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)")
@@ -1620,7 +1656,7 @@ class Store(Database):
             """
         )
 
-    def describe_copy(self) -> dict:
+    def describe_copy(self) -> dict[str, int]:
         """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
         return {
             "users": self.value("SELECT count(*) FROM account"), "clients": self.value("SELECT count(*) FROM client"),
@@ -1636,7 +1672,7 @@ class Store(Database):
         known, newest = int(self.meta("clock", "0")), self.newest_at()
         return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
 
-    def revoke_future_rows(self, now, now_ms, step):
+    def revoke_future_rows(self, now: int, now_ms: int, step: int) -> int:
         """End and forget what was done under a clock that ran ahead: it would live on until that time comes.
 
         Return how much.
@@ -1692,7 +1728,7 @@ class Store(Database):
 
     # -- batches: the rows of machine tokens --
 
-    def note_failure(self, error):
+    def note_failure(self, error: Exception) -> None:
         """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush()
         tries.
         """
@@ -1705,11 +1741,11 @@ class Store(Database):
             )
             self.wake.set()
 
-    def write_something(self):
+    def write_something(self) -> None:
         """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
         self.put_meta("written", secrets.token_hex(8))
 
-    def probe(self):
+    def probe(self) -> None:
         """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately,
         and there is room.
         """
@@ -1725,7 +1761,7 @@ class Store(Database):
         ):
             raise Unavailable("the disk of the database is full or refuses writes", 5)
 
-    def record_file_ids(self):
+    def record_file_ids(self) -> None:
         """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does.
 
         Who is first says for all processes which they are.
@@ -1734,7 +1770,7 @@ class Store(Database):
         if not any(self.generation.file_ids) and (files := self.stat_files()):
             self.generation.file_ids = files
 
-    def enqueue(self, session: tuple, caller: tuple | None):
+    def enqueue(self, session: tuple, caller: tuple | None) -> None:
         """Queue the row of a machine token, on the disk within BATCH_SECONDS.
 
         `caller` is (actor_id, ip_address, user_agent, request_id), for its audit row. Refused when the disk refuses:
@@ -1746,10 +1782,10 @@ class Store(Database):
         if not self.wake.is_set():
             self.wake.set()
 
-    def flush(self):
+    def flush(self) -> None:
         """Write what is queued, in one transaction. What cannot be written stays queued."""
         with self.flush_lock:
-            batch = []
+            batch: list[tuple[tuple, tuple | None]] = []
             while self.queue and len(batch) < 5000:
                 batch.append(self.queue.popleft())
             if not batch and self.writable:
@@ -1780,14 +1816,14 @@ class Store(Database):
         if self.queue:
             self.wake.set()
 
-    def flush_loop(self):
+    def flush_loop(self) -> None:
         while not self.closing:
             self.wake.wait(None if self.writable else 1)
             sleep(BATCH_SECONDS)
             self.wake.clear()
             self.flush()
 
-    def start_flusher(self):
+    def start_flusher(self) -> None:
         """Start the thread that writes the batches. After a fork, never before."""
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
         try:
@@ -1796,7 +1832,7 @@ class Store(Database):
             self.note_failure(problem)
         self.flusher.start()
 
-    def close(self):
+    def close(self) -> None:
         self.closing = True
         self.wake.set()
         if self.flusher:
@@ -1809,7 +1845,10 @@ class Store(Database):
 
     # -- purging, in small slices --
 
-    def purge_sessions(self, older_than_id, before, after_id, limit, revoked=False, user_id=None, client_id=None):
+    def purge_sessions(
+        self, older_than_id: str, before: int, after_id: str, limit: int, revoked: bool = False,
+        user_id: str | None = None, client_id: str | None = None
+    ) -> tuple[str | None, int]:
         """Delete a slice of sessions that expired before `before`, walking in the order of their ids.
 
         Only revoked ones, of one user or client, where that is asked. Returns (id to go on after or None, rows
@@ -1833,7 +1872,9 @@ class Store(Database):
                 self.connection.executemany("DELETE FROM session WHERE id = ?", dead)
         return (ids[-1][0] if len(ids) == limit else None), len(dead)
 
-    def purge_walk(self, table, key, dead, after, limit, **parameters):
+    def purge_walk(
+        self, table: str, key: str, dead: str, after: str, limit: int, **parameters: object
+    ) -> tuple[str | None, int]:
         """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our
         own words.
 
@@ -1856,11 +1897,11 @@ class Store(Database):
             return found[-1], deleted
         return (rows[-1][0] if len(rows) == limit else None), deleted
 
-    def purge_expired(self, table, key, before, after, limit):
+    def purge_expired(self, table: str, key: str, before: int, after: str, limit: int) -> tuple[str | None, int]:
         """Walk a table of short-lived things."""
         return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
 
-    def purge_logins(self, before, limit):
+    def purge_logins(self, before: int, limit: int) -> None:
         """Delete up to `limit` logins that are over, found before the turn to write is taken."""
         with self.guard():
             found = self.connection.execute(
@@ -1870,7 +1911,10 @@ class Store(Database):
             with self.transaction():
                 self.connection.executemany("DELETE FROM login_transaction WHERE id = ?", found)
 
-    def purge_refresh_tokens(self, before, after, limit, revoked=False, user_id=None, client_id=None):
+    def purge_refresh_tokens(
+        self, before: int, after: str, limit: int, revoked: bool = False, user_id: str | None = None,
+        client_id: str | None = None
+    ) -> tuple[str | None, int]:
         """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
 
         None is deleted before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
@@ -1884,7 +1928,7 @@ class Store(Database):
             after, limit, before=before, revoked=int(revoked), user_id=user_id, client_id=client_id,
         )
 
-    def purge_audit(self, before, limit):
+    def purge_audit(self, before: int, limit: int) -> int:
         """Delete a slice of the oldest audit rows, never the last one, and leave the anchor the chain goes on from."""
         with self.transaction():
             last = self.connection.execute(
