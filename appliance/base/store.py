@@ -23,7 +23,7 @@ from appliance.base.database import (
 from appliance.base.log import Log
 
 
-# Rows every database begins with; their identifiers are part of the wire contract.
+# Rows of a new database. Their identifiers are part of the wire contract.
 MAD_ADMIN_ROLE_ID = "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"
 SEEDED_SCOPES = (
     ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", "admin:provision_users", "Create users."),
@@ -33,19 +33,21 @@ SEEDED_SCOPES = (
     ("b6348575-83ec-4288-801b-e0d2da20569c", "admin:list_users", "List users."),
 )
 FOREVER = 253402300799  # 9999-12-31T23:59:59Z: what the wire calls a permanent lockout
-OVERLAP_MAX = 31 * 86400  # seconds: a client secret that was replaced lives on for so long at most
-LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, so that an attacker cannot close an account for days
-SLICE = 500  # rows a purge deletes at once, so that no writer waits for it
-SCATTERED = 25  # the same for rows that do not lie beside each other in every index
+OVERLAP_MAX = 31 * 86400  # seconds: a replaced client secret stays valid for so long at most
+LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, or an attacker could close an account for days
+SLICE = 500  # rows that a purge deletes in one transaction: more would keep other writers waiting
+SCATTERED = 25  # the same for rows whose index entries are scattered: each of them costs pages of its own
+SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
 
 
 # == Records ===================================================================
-# One frozen Struct a table, its fields in the order of the columns, and one an object of the wire.
-# `_at` is integer Unix seconds; flags of a row are 0 or 1.
+# One frozen Struct for each table, its fields in the order of the columns. `_at` is Unix seconds, `_ms` and
+# `revoked_before` are Unix milliseconds. A flag is 0 or 1, lists are delimited by spaces. `_sha256` is the hex hash of
+# a random handle, `_hash` is Argon2id, and what is sealed is encrypted with a key that is not in the database.
 
 
 class Account(Record, frozen=True):
-    """A user. `revoked_before` is Unix milliseconds: what was issued up to it is dead."""
+    """A user. What was issued to it up to `revoked_before` is dead. A seed that is pending has no first code yet."""
 
     table = "account"
     id: str
@@ -70,6 +72,8 @@ class Account(Record, frozen=True):
 
 
 class Role(Record, frozen=True):
+    """A set of permissions that a user is given. A protected one can be neither changed nor deleted."""
+
     table = "role"
     id: str
     name: str
@@ -81,6 +85,8 @@ class Role(Record, frozen=True):
 
 
 class Permission(Record, frozen=True):
+    """A permission that roles are given."""
+
     table = "permission"
     id: str
     name: str
@@ -90,6 +96,8 @@ class Permission(Record, frozen=True):
 
 
 class Scope(Record, frozen=True):
+    """A scope that users and clients are given. A protected one can be neither renamed nor deleted."""
+
     table = "scope"
     id: str
     name: str
@@ -101,13 +109,12 @@ class Scope(Record, frozen=True):
 
 
 class ClientRow(Record, frozen=True):
-    """A client as stored. `grant_types` is space-delimited; `access_token_signed_alg` empty means the server's choice.
-    """
+    """A client as stored. An empty `access_token_signed_alg` leaves the choice to the server."""
 
     table = "client"
     id: str
     client_id: str
-    client_type: str
+    client_type: str  # confidential | public
     display_name: str
     audience: str
     grant_types: str
@@ -122,6 +129,8 @@ class ClientRow(Record, frozen=True):
 
 
 class Secret(Record, frozen=True):
+    """A secret of a client, by the client's internal id. Two are valid while one replaces the other."""
+
     table = "client_secret"
     id: str
     client_id: str
@@ -131,24 +140,28 @@ class Secret(Record, frozen=True):
 
 
 class ClientUri(Record, frozen=True):
-    """A URI of a client; `kind` is redirect, post_logout or cors_origin."""
+    """A URI of a client, by the client's internal id."""
 
     table = "client_uri"
     id: str
     client_id: str
-    kind: str
+    kind: str  # redirect | post_logout | cors_origin
     uri: str
     created_at: int
 
 
 class Feature(Record, frozen=True):
+    """A flag of a client, by the client's internal id, with its option."""
+
+    table = "client_feature"
+    client_id: str
     feature_flag: str
     is_enabled: int
     options: str
 
 
 class ExternalIdp(Record, frozen=True):
-    """An external identity provider of a client: kept for it, used by no login yet."""
+    """An external identity provider of a client, by the client's internal id. No login uses one yet."""
 
     table = "external_idp_provider"
     id: str
@@ -163,10 +176,7 @@ class ExternalIdp(Record, frozen=True):
 
 
 class Family(Record, frozen=True):
-    """A login at a client, and all tokens that hang on it; `sid` of RFC 9068 and OpenID tokens.
-
-    `created_ms` is Unix milliseconds, to be compared with `revoked_before`.
-    """
+    """A login of a user at a client: all its tokens carry its `sid` and die with it. RFC 9700 §4.14.2."""
 
     table = "family"
     sid: str
@@ -179,12 +189,12 @@ class Family(Record, frozen=True):
     created_ms: int
     expires_at: int
     revoked_at: int | None
-    browser: str = ""  # the browser session it began in, if any
+    browser: str = ""  # the `id_sha256` of the browser session it began in, if any
     claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
 
 
 class Session(Record, frozen=True):
-    """An access token that was issued; `id` is its `jti`."""
+    """An access token that was issued; `id` is its `jti`. A token of a client alone has neither user nor `sid`."""
 
     table = "session"
     id: str
@@ -193,7 +203,7 @@ class Session(Record, frozen=True):
     sid: str | None
     scope: str
     token_use: str
-    mad_use: str
+    mad_use: str  # auth | admin: the port that issued it
     login_method: str
     issued_at: int
     expires_at: int
@@ -201,13 +211,15 @@ class Session(Record, frozen=True):
 
 
 class RefreshToken(Record, frozen=True):
+    """A refresh token. It is kept until it expires, so that one that was used before is recognised."""
+
     table = "refresh_token"
     id: str
     token_sha256: str
     sid: str
     user_id: str
     client_id: str
-    session_id: str
+    session_id: str  # the access token it was issued with
     issued_at: int
     expires_at: int
     rotated_at: int | None
@@ -215,8 +227,8 @@ class RefreshToken(Record, frozen=True):
 
 
 class ListedSession(Session, frozen=True):
-    """A session and what its listing shows besides. `dead_before` is Unix milliseconds: the epochs of its user and
-    client.
+    """A session with what decides whether it is alive: dead if it was issued up to `dead_before`, Unix milliseconds,
+    which is the later `revoked_before` of its user and its client.
     """
 
     username: str
@@ -225,6 +237,8 @@ class ListedSession(Session, frozen=True):
 
 
 class ListedRefreshToken(RefreshToken, frozen=True):
+    """A refresh token with its login's scope and what decides whether it is alive, as for a session."""
+
     username: str
     scope: str
     dead_before: int
@@ -232,27 +246,27 @@ class ListedRefreshToken(RefreshToken, frozen=True):
 
 
 class LoginTransaction(Record, frozen=True):
-    """A login under way. `binding_sha256` is of the secret of who began it; `proven_ms` is when the password was
-    proven.
-    """
+    """A login under way. Only the browser or application that began it holds the secret of `binding_sha256`."""
 
     table = "login_transaction"
     id: str
     binding_sha256: str
     client_id: str
     state: str  # select | password | totp | enrol | codes | consent | ready | done
-    request: str
+    request: str  # the authorization request, JSON
     user_id: str | None
     amr: str
     auth_time: int
     failures: int
     created_at: int
     expires_at: int
-    proven_ms: int
-    pending: str  # sealed: a seed that waits for its first code
+    proven_ms: int  # when the password was proven
+    pending: str  # a sealed seed that waits for its first code
 
 
 class AuthorizationCode(Record, frozen=True):
+    """An authorization code. One that is spent is kept, so that its second use ends the login. RFC 6749 §4.1.2."""
+
     table = "authorization_code"
     code_sha256: str
     client_id: str
@@ -270,11 +284,11 @@ class AuthorizationCode(Record, frozen=True):
     expires_at: int
     spent_at: int | None
     browser: str
-    offline: int  # whether a refresh token may come of it
+    offline: int  # whether a refresh token may be issued for it
 
 
 class BrowserSession(Record, frozen=True):
-    """Somebody logged in at a browser; its cookie holds what `id_sha256` is the hash of."""
+    """A user who is logged in at a browser. `id_sha256` is the hash of the cookie's value."""
 
     table = "browser_session"
     id_sha256: str
@@ -290,6 +304,8 @@ class BrowserSession(Record, frozen=True):
 
 
 class AuditRow(Record, frozen=True):
+    """A row of the audit log. `row_sha256` is chain() over it and the row before it."""
+
     table = "audit"
     seq: int
     at: int
@@ -308,7 +324,7 @@ class Client(msgspec.Struct, frozen=True):
     """A client as the rules see it: its row and everything that belongs to it."""
 
     row: ClientRow
-    secret_hashes: tuple[tuple[str, int], ...]  # of the secrets alive when it was read, with their expiry: ((hash, expires_at), …)
+    secret_hashes: tuple[tuple[str, int], ...]  # (hash, expires_at) of each secret that was valid when it was read
     scopes: frozenset[str]
     flags: dict[str, str]  # enabled flag -> option
     redirect_uris: tuple[str, ...] = ()
@@ -482,16 +498,8 @@ BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NU
 
 
 def like(q: str) -> str:
-    """Return the LIKE pattern of whatever holds `q`, its wildcards taken literally."""
+    """Return the LIKE pattern of every text that contains `q`. Wildcards in `q` stand for themselves."""
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-
-
-# A client_credentials token is of a client alone; what all such rows share stands in the statement, not in the queue.
-MACHINE_SESSION_INSERT = """
-    INSERT INTO session (id, client_id, scope, token_use, mad_use, login_method, issued_at, expires_at)
-    VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
-"""
-SUCCESS, FAILURE = "success", "failure"
 
 
 AUDIT_FILTER = """
@@ -499,9 +507,12 @@ AUDIT_FILTER = """
       AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
       AND (:target IS NULL OR target = :target OR secondary = :target)
 """
+# A client that is gone ends all that was issued to it: 9223372036854775807 is the largest integer there is.
 LISTED_SESSIONS = """
     SELECT session.*, coalesce(username, '') AS username,
-           max(coalesce(account.revoked_before, 0), CASE WHEN mad_use = 'admin' THEN 0 ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
+           max(coalesce(account.revoked_before, 0),
+               CASE WHEN mad_use = 'admin' THEN 0
+                    ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
            family.revoked_at AS family_revoked_at
       FROM session
       LEFT JOIN account ON account.id = session.user_id
@@ -509,29 +520,36 @@ LISTED_SESSIONS = """
       LEFT JOIN family ON family.sid = session.sid
 """
 LISTED_REFRESH_TOKENS = """
-    SELECT refresh_token.*, username, family.scope AS scope, max(account.revoked_before, coalesce(client.revoked_before, 9223372036854775807)) AS dead_before, created_ms AS family_created_ms
+    SELECT refresh_token.*, username, family.scope AS scope,
+           max(account.revoked_before, coalesce(client.revoked_before, 9223372036854775807)) AS dead_before,
+           created_ms AS family_created_ms
       FROM refresh_token
       JOIN account ON account.id = refresh_token.user_id
       JOIN family ON family.sid = refresh_token.sid
       LEFT JOIN client ON client.client_id = refresh_token.client_id
 """
+# The rows of client_credentials tokens have these values in common, so they need not be queued with each.
+MACHINE_SESSION_INSERT = """
+    INSERT INTO session (id, client_id, scope, token_use, mad_use, login_method, issued_at, expires_at)
+    VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
+"""
 
 
 def chain(previous: str, seq: int, row: tuple) -> str:
-    """Return the hash of an audit row: base64url SHA-256 over the hash before it and every column.
+    """Return the hash of an audit row: base64url SHA-256 of the previous row's hash and every column.
 
-    The last column is the result; rows of the first schema had none, and their hashes do not cover it.
+    The last column is the result. Rows of the first schema have none, and their hashes do not cover it.
     """
     digest = hashlib.sha256(msgspec.json.encode((previous, seq, *(row if row[-1] else row[:-1])))).digest()
     return base64.urlsafe_b64encode(digest)[:-1].decode()
 
 
 def batch_audit(batch: list[tuple[tuple, tuple | None]]) -> list[tuple]:
-    """Return the audit rows of a batch of machine tokens: one for each client and peer in it.
+    """Return the audit rows of a batch of machine tokens: one for each client, peer and user agent in it.
 
-    At rest that is one row a token; under load a row counts the tokens of some milliseconds and
-    names the first and last `jti`, whose sessions are listed between them. So auditing does not
-    wear the flash of a busy box.
+    At rest that is one row for each token. Under load a row counts the tokens of some milliseconds and
+    names the first and the last `jti`; the sessions between them are the others. A row for every token
+    would wear out the flash of a busy server.
     """
     groups: dict[tuple, list[tuple]] = {}
     for session, caller in batch:
@@ -1240,10 +1258,7 @@ class Store(Database):
         )
 
     def list_all_features(self, client_id: str) -> list[Feature]:
-        return self.all(
-            Feature, "SELECT feature_flag, is_enabled, options FROM client_feature WHERE client_id = :client_id",
-            client_id=client_id,
-        )
+        return self.all(Feature, "SELECT * FROM client_feature WHERE client_id = :client_id", client_id=client_id)
 
     def list_features(self, client_id: str) -> dict[str, str]:
         """Return the flags that are switched on, with their options."""
