@@ -341,10 +341,12 @@ class Client(msgspec.Struct, frozen=True):
 
 
 # == Store =====================================================================
-# Every SQL statement of the server. Takes and returns records; knows nothing of HTTP.
+# Every SQL statement of the server, in methods that take and return records. Nothing here knows of HTTP.
+# Text that is formatted into a statement is a constant of this file, never part of a request.
 
+# Append-only: a step that was released is never edited, and lines stay as long as they were released.
 MIGRATIONS = (
-    # Step 1. STRICT and WITHOUT ROWID are SQLite's words; everything else is portable SQL.
+    # Step 1. Only STRICT and WITHOUT ROWID are SQLite's own; everything else is portable SQL.
     """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
@@ -566,10 +568,10 @@ def batch_audit(batch: list[tuple[tuple, tuple | None]]) -> list[tuple]:
 
 
 class Store(Database):
-    """Every SQL statement of the server, in methods that take and return rows.
+    """Every SQL statement of the server, in methods that take and return records.
 
-    What flush() writes, the rows of machine tokens, is the one thing that a power cut may forget
-    (synchronous=NORMAL): the tokens stay alive, because aliveness does not need their rows.
+    A power cut may lose only what flush() wrote last, the rows of machine tokens, because they are written with
+    synchronous=NORMAL. Their tokens stay valid: no check of a token needs its row.
     """
 
     def __init__(
@@ -577,13 +579,14 @@ class Store(Database):
         mode: str = "rw"
     ) -> None:
         super().__init__(path, key, generation, log, mode)
+        # The rows of machine tokens that wait for flush(): (session, caller) as enqueue() takes them.
         self.queue: collections.deque[tuple[tuple, tuple | None]] = collections.deque()
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
-        self.writable = True
+        self.writable = True  # False from a failed write until one has succeeded
         self.flusher: threading.Thread | None = None
 
-    # -- meta --
+    # -- meta: one value for each name --
 
     def meta(self, name: str, default: str = "") -> str:
         value = self.value("SELECT value FROM meta WHERE name = :name", name=name)
@@ -598,7 +601,7 @@ class Store(Database):
     # -- the schema --
 
     def migrate(self) -> None:
-        """Run the steps that are missing. A step and its number commit together."""
+        """Run the migrations that are missing. Each commits together with its number."""
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         for number, step in enumerate(MIGRATIONS[version:], version + 1):
             with self.transaction():
@@ -609,7 +612,7 @@ class Store(Database):
 
     @staticmethod
     def make(path: str | os.PathLike, key: str, now: int) -> "Store":
-        """Create a new database at `path`, which must not exist, with the rows every one begins with."""
+        """Create a database at `path`, which must not exist, with the rows that every new one has."""
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         os.close(descriptor)
         store = Store(path, key)
@@ -620,9 +623,7 @@ class Store(Database):
                 store.put_meta("created_at", now)
                 store.put_meta("instance_id", uuid.uuid4())
                 store.put_meta("revoked_before", 0)
-                store.insert(
-                    Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now)
-                )
+                store.insert(Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now))
                 for id, name, description in SEEDED_SCOPES:
                     store.insert(Scope(id, name, description, 1, 1, now, now))
         except BaseException:
@@ -631,14 +632,14 @@ class Store(Database):
         return store
 
     def open(self, alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
-        """Check that this is our database and that it is whole, then bring its schema up to date, which is done
-        `alone`.
+        """Check that this is an intact database of ours, and run the migrations that are missing.
 
-        Raises StartupError with one sentence; the file is left as it is.
+        `alone` makes the context in which they run. Raises StartupError with one sentence, and then leaves the files
+        as they are.
         """
         check_log(self.path)
-        # The last writer that closes puts what a crash left in the log into the database, whatever either holds:
-        # so as long as they may be damaged, nobody here is one.
+        # The last read-write connection to close checkpoints the WAL that a crash left behind. Open read-only until
+        # both files are verified. https://www.sqlite.org/wal.html "Automatic Checkpoint"
         left = os.path.exists(self.path + "-wal") and os.path.getsize(self.path + "-wal") > 0
         try:
             connection = self.connect(mode="ro") if left else self.connection
@@ -660,7 +661,7 @@ class Store(Database):
         try:
             if version == 0 or connection.execute("SELECT count(*) FROM meta").fetchone() is None:
                 raise StartupError(f"the file {self.path} is not a microauthd database")
-            # A large database is not read through at every start; a damaged page of it refuses when it is read.
+            # A large database would take too long at every start: its damaged pages fail when they are read.
             small = os.path.getsize(self.path) < 32_000_000
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone() if small else ("ok",)
             if verdict != "ok":
@@ -681,16 +682,17 @@ class Store(Database):
     # -- copies, and whether a database is whole --
 
     def copy_to(self, path: str | os.PathLike, files: dict, now: int) -> None:
-        """Copy the database into an empty file as it is now, with these files in a table of the copy.
+        """Copy the database, as it is now, into an empty file, and these files into a table of the copy.
 
-        Writers go on meanwhile.
+        Others may write meanwhile: in WAL mode a reader blocks no writer.
         """
         copy = Store(path, self.key)
         try:
-            self.connection.backup(copy.connection, pages=-1)  # in one go: a slow copy would begin anew at every write
-            copy.connection.execute(
-                "PRAGMA journal_mode = DELETE"
-            )  # one file, and readable where nothing can be written
+            # All pages in one step: between steps a write of another connection would restart the copy.
+            # https://www.sqlite.org/c3ref/backup_finish.html "sqlite3_backup_step()"
+            self.connection.backup(copy.connection, pages=-1)
+            # Without a WAL the copy is one file, and can be read on a read-only medium.
+            copy.connection.execute("PRAGMA journal_mode = DELETE")
             with copy.transaction():
                 copy.connection.execute(BACKUP_SCHEMA)
                 copy.connection.executemany("INSERT INTO backup VALUES (?, ?)", list(files.items()))
@@ -699,19 +701,19 @@ class Store(Database):
             copy.close()
 
     def read_backup_files(self) -> dict[str, bytes] | None:
-        """Return the files that travel in a copy, by name; None where it is no backup."""
+        """Return the files in a backup by their names, or None if this is no backup."""
         if not self.exists("SELECT 1 FROM sqlite_schema WHERE name = 'backup'"):
             return None
         with self.guard():
             return dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
 
     def drop_backup_files(self) -> None:
-        """Make a database of a copy again: keys and settings have no place in one that serves."""
+        """Turn a backup into a database that can serve, which holds no keys and settings."""
         with self.transaction():
             self.connection.execute("DROP TABLE backup")
 
     def check_whole(self) -> str:
-        """Read every page and row. Return what is damaged, or nothing."""
+        """Read every page and row. Return a description of the first damage, or "" if there is none."""
         try:
             if self.key:
                 broken = self.connection.execute("PRAGMA cipher_integrity_check").fetchall()
@@ -723,7 +725,7 @@ class Store(Database):
             return str(error)
 
     def checkpoint(self) -> None:
-        """Leave one file: everything in it, nothing beside it."""
+        """Write everything in the WAL into the database file, and sync that."""
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.execute("PRAGMA journal_mode = WAL")
         with open(self.path, "rb") as file:
@@ -734,18 +736,17 @@ class Store(Database):
     def page(
         self, record: type[Row], sql: str, sort: str, limit: int, offset: int, **parameters: object
     ) -> tuple[list[Row], int]:
-        """Return a page of what a SELECT finds, and how many rows it finds in all.
+        """Return a page of the rows that a SELECT finds, and how many it finds in all.
 
-        `sort` is the name of a column, our own word, with a hyphen before it for descending.
+        `sort` is the name of a column, with a hyphen before it for descending order.
         """
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
-        # For a search or a page far behind, rows are read as they lie and then sorted: by way of an index each costs a
-        # page of the disk.
-        order = (
-            f"{'+' if parameters.get('q') or offset > 1000 else ''}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
-        )
+        # A search, and a page far behind, reads many rows: in the order of an index each would cost a page of the disk.
+        # The unary plus makes the column an expression, for which there is no index.
+        plus = "+" if parameters.get("q") or offset > 1000 else ""
+        order = f"{plus}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
         rows = self.all(
             record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset,
             **parameters,
@@ -757,11 +758,11 @@ class Store(Database):
     def page_of(
         self, record: type[Row], sql: str, sort: str, limit: int, offset: int, **columns: object
     ) -> tuple[list[Row], int]:
-        """Return a page of those rows whose columns have these values; a column that is None may have any."""
-        wanted = {name: value for name, value in columns.items() if value is not None}
-        # Only the columns that are asked for: behind "is null or equal" SQLite would not use an index.
-        where = " AND ".join(["1 = 1", *(f"{record.table}.{name} = :{name}" for name in wanted)])
-        return self.page(record, f"{sql} WHERE {where}", sort, limit, offset, **wanted)
+        """Return a page of the rows whose columns have these values. A column whose value is None may have any."""
+        given = {name: value for name, value in columns.items() if value is not None}
+        # No `:name IS NULL OR …`: SQLite would not use the index of that column.
+        where = " AND ".join(["1 = 1", *(f"{record.table}.{name} = :{name}" for name in given)])
+        return self.page(record, f"{sql} WHERE {where}", sort, limit, offset, **given)
 
     # -- account, recovery_code --
 
@@ -775,7 +776,7 @@ class Store(Database):
         self, q: str = "", is_active: int | None = 1, sort: str = "username", limit: int = 1000, offset: int = 0,
         role_id: str | None = None, scope_id: str | None = None
     ) -> tuple[list[Account], int]:
-        """Users whose name or e-mail address holds `q`; active ones, inactive ones, or all (None)."""
+        """Return users whose name or e-mail address contains `q`: active ones, inactive ones, or all for None."""
         return self.page(
             Account,
             r"""
@@ -802,7 +803,7 @@ class Store(Database):
     def update_account(
         self, id: str, username: str | None, email: str | None, email_verified: int | None, now: int
     ) -> Account | None:
-        """Change what is not None."""
+        """Change those of the three that are not None."""
         return self.one(
             Account,
             """
@@ -816,10 +817,12 @@ class Store(Database):
         )
 
     def set_account_active(self, id: str, is_active: int, now: int) -> bool:
-        """Whether that changed anything."""
+        """Activate or deactivate an account. Return whether that changed anything."""
         return self.changed(
-            "UPDATE account SET is_active = :is_active, modified_at = :now WHERE id = :id "
-            "AND is_active <> :is_active",
+            """
+            UPDATE account SET is_active = :is_active, modified_at = :now
+             WHERE id = :id AND is_active <> :is_active
+            """,
             id=id, is_active=is_active, now=now,
         )
 
@@ -827,8 +830,7 @@ class Store(Database):
         return self.changed("DELETE FROM account WHERE id = :id", id=id)
 
     def set_password_hash(self, id: str, password_hash: str, now: int, instead_of: str | None = None) -> None:
-        """Store a hash; with `instead_of` only while that is the one stored, so that a newer password is never undone.
-        """
+        """Store a hash. With `instead_of`, only if that is the one stored: a newer password must not be undone."""
         self.run(
             """
             UPDATE account SET password_hash = :password_hash, modified_at = :now
@@ -838,13 +840,15 @@ class Store(Database):
         )
 
     def set_lockout(self, id: str, until: int, now: int) -> None:
-        """Lock an account until then; 0 clears every lockout and count there is."""
+        """Lock an account until then. 0 clears every lockout and every count of failures."""
         self.run(
             """
             UPDATE account
                SET lockout_until = :until, modified_at = :now,
-                   failed_logins = CASE WHEN :until = 0 THEN 0 ELSE failed_logins END, lockouts = CASE WHEN :until = 0 THEN 0 ELSE lockouts END,
-                   totp_failures = CASE WHEN :until = 0 THEN 0 ELSE totp_failures END, totp_locked_until = CASE WHEN :until = 0 THEN 0 ELSE totp_locked_until END
+                   failed_logins = CASE WHEN :until = 0 THEN 0 ELSE failed_logins END,
+                   lockouts = CASE WHEN :until = 0 THEN 0 ELSE lockouts END,
+                   totp_failures = CASE WHEN :until = 0 THEN 0 ELSE totp_failures END,
+                   totp_locked_until = CASE WHEN :until = 0 THEN 0 ELSE totp_locked_until END
              WHERE id = :id
             """,
             id=id, until=until, now=now,
@@ -853,21 +857,26 @@ class Store(Database):
     def count_failed_login(
         self, id: str, now: int, window: int, threshold: int, lockout: int, most: int
     ) -> Account | None:
-        """Count one failure; the threshold starts a lockout that doubles with each one since the last success.
+        """Count one failure within `window` seconds. At the threshold, lock the account: for `lockout` seconds, doubled
+        for each lockout since the last success, up to `most`.
 
-        One statement, so that concurrent failures are all counted. An administrator's later lockout stays.
+        This is one statement, so that concurrent failures are all counted. An administrator's later lockout stays.
         """
         return self.one(
             Account,
             """
             UPDATE account
-               SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END,
+               SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
+                                        THEN 1 ELSE failed_logins + 1 END,
                    last_failed_at = :now,
                    lockouts = lockouts + CASE WHEN :threshold = 0 THEN 0
-                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END) >= :threshold THEN 1 ELSE 0 END,
+                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
+                                  THEN 1 ELSE failed_logins + 1 END) >= :threshold THEN 1 ELSE 0 END,
                    lockout_until = CASE WHEN :threshold = 0 THEN lockout_until
-                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold THEN 1 ELSE failed_logins + 1 END) >= :threshold
-                       THEN max(lockout_until, :now + min(max(:most, :lockout), :lockout * (1 << min(lockouts, 12)))) ELSE lockout_until END
+                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
+                                  THEN 1 ELSE failed_logins + 1 END) >= :threshold
+                       THEN max(lockout_until, :now + min(max(:most, :lockout), :lockout * (1 << min(lockouts, 12))))
+                       ELSE lockout_until END
              WHERE id = :id
             RETURNING *
             """,
@@ -875,14 +884,14 @@ class Store(Database):
         )
 
     def count_good_login(self, id: str, password_hash: str, now: int) -> bool:
-        """Note a login, unless the account was changed, deactivated or deleted since its password was read."""
-        return self.run(
+        """Record a login. Return False if by now the account is inactive or has another password than was verified."""
+        return self.changed(
             """
             UPDATE account SET failed_logins = 0, lockouts = 0, last_login_at = :now
              WHERE id = :id AND password_hash = :password_hash AND is_active = 1
             """,
             id=id, password_hash=password_hash, now=now,
-        ) == 1
+        )
 
     def set_totp(self, id: str, sealed: str, now: int) -> None:
         self.run(
@@ -892,26 +901,28 @@ class Store(Database):
         )
 
     def set_pending_totp(self, id: str, sealed: str, now: int) -> None:
-        """Note a seed that is not confirmed yet; the one in force stays in force."""
+        """Store a seed that is not confirmed yet. The confirmed one stays in force."""
         self.run(
             "UPDATE account SET totp_pending_sealed = :sealed, modified_at = :now WHERE id = :id", id=id, sealed=sealed,
             now=now,
         )
 
     def clear_totp(self, id: str, now: int) -> bool:
-        """Remove the second factor and what is pending of one. Whether there was any."""
-        found = self.run(
+        """Remove the second factor, a pending one and the recovery codes. Return whether there was a factor."""
+        found = self.changed(
             """
-            UPDATE account SET totp_sealed = '', totp_pending_sealed = '', totp_failures = 0, totp_locked_until = 0, modified_at = :now
+            UPDATE account
+               SET totp_sealed = '', totp_pending_sealed = '', totp_failures = 0, totp_locked_until = 0,
+                   modified_at = :now
              WHERE id = :id AND (totp_sealed <> '' OR totp_pending_sealed <> '')
             """,
             id=id, now=now,
         )
         self.run("DELETE FROM recovery_code WHERE user_id = :id", id=id)
-        return found == 1
+        return found
 
     def spend_totp_step(self, id: str, step: int) -> bool:
-        """Accept a time step once. RFC 6238 §5.2."""
+        """Use a time step, once only. Return whether it was later than the last one used. RFC 6238 §5.2."""
         return self.changed(
             "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id "
             "AND totp_last_step < :step",
@@ -924,7 +935,8 @@ class Store(Database):
             UPDATE account
                SET totp_failures = totp_failures + 1,
                    totp_locked_until = CASE WHEN (totp_failures + 1) % :tries = 0
-                       THEN :now + min(:most, :lockout * (1 << min(totp_failures / :tries, 12))) ELSE totp_locked_until END
+                       THEN :now + min(:most, :lockout * (1 << min(totp_failures / :tries, 12)))
+                       ELSE totp_locked_until END
              WHERE id = :id
             """,
             id=id, now=now, tries=tries, lockout=lockout, most=LOCKOUT_MAX,
@@ -993,7 +1005,7 @@ class Store(Database):
         )
 
     def has_able_admin(self, now: int, excluding: str) -> bool:
-        """Whether an administrator other than this one could log in now."""
+        """Return whether an administrator other than this one could log in now."""
         return self.exists(
             """
             SELECT 1 FROM user_role JOIN account ON account.id = user_id
@@ -1003,7 +1015,7 @@ class Store(Database):
         )
 
     def assign_role(self, user_id: str, role_id: str, now: int) -> bool:
-        """Whether that changed anything."""
+        """Return whether that changed anything."""
         return self.changed(
             "INSERT INTO user_role VALUES (:user_id, :role_id, :now) ON CONFLICT DO NOTHING", user_id=user_id,
             role_id=role_id, now=now,
@@ -1058,7 +1070,7 @@ class Store(Database):
         )
 
     def list_permissions_of_user(self, user_id: str) -> list[Permission]:
-        """What an active user may do by the active roles it has."""
+        """Return the active permissions of a user by its active roles; none if it is not active itself."""
         return self.all(
             Permission,
             """
@@ -1088,7 +1100,7 @@ class Store(Database):
     # -- scope, user_scope, client_scope --
 
     def find_scope(self, name: str) -> Scope | None:
-        """Look an active scope up by name or id."""
+        """Find an active scope by its name or id."""
         return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
 
     def list_scopes(
@@ -1156,7 +1168,7 @@ class Store(Database):
     # -- client, client_secret --
 
     def find_client(self, client_id: str) -> ClientRow | None:
-        """Look a client up by its identifier or its internal id; they cannot collide."""
+        """Find a client by its identifier or its internal id, which cannot collide."""
         return self.one(
             ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id
         )
@@ -1175,13 +1187,15 @@ class Store(Database):
         )
 
     def update_client(self, row: ClientRow) -> None:
-        """Write a client as it shall be from now on."""
+        """Replace what may change of a client."""
         self.run(
             """
             UPDATE client
-               SET client_id = :client_id, display_name = :display_name, audience = :audience, grant_types = :grant_types,
-                   may_introspect = :may_introspect, is_first_party = :is_first_party, access_token_signed_alg = :access_token_signed_alg,
-                   id_token_signed_response_alg = :id_token_signed_response_alg, is_active = :is_active, modified_at = :modified_at
+               SET client_id = :client_id, display_name = :display_name, audience = :audience,
+                   grant_types = :grant_types, may_introspect = :may_introspect, is_first_party = :is_first_party,
+                   access_token_signed_alg = :access_token_signed_alg,
+                   id_token_signed_response_alg = :id_token_signed_response_alg, is_active = :is_active,
+                   modified_at = :modified_at
              WHERE id = :id
             """,
             **msgspec.structs.asdict(row),
@@ -1198,21 +1212,23 @@ class Store(Database):
         )
 
     def add_secret(self, id: str, client_id: str, secret_hash: str, now: int) -> None:
-        # Two of one second keep their order.
+        # At least a second newer than the newest one, so that two of one second keep their order.
         self.run(
             """
             INSERT INTO client_secret
-            SELECT :id, :client_id, :secret_hash, max(:now, 1 + coalesce(max(created_at), 0)), :forever FROM client_secret WHERE client_id = :client_id
+            SELECT :id, :client_id, :secret_hash, max(:now, 1 + coalesce(max(created_at), 0)), :forever
+              FROM client_secret WHERE client_id = :client_id
             """,
             id=id, client_id=client_id, secret_hash=secret_hash, now=now, forever=FOREVER,
         )
 
     def retire_secrets(self, client_id: str, expires_at: int, now: int) -> None:
-        """Let the newest living secret go on until `expires_at`; the older ones end now. Two live at most."""
+        """Let the newest valid secret expire at `expires_at` and the others now: with its successor two are valid."""
         self.run(
             """
             UPDATE client_secret
-               SET expires_at = CASE WHEN id = (SELECT id FROM client_secret WHERE client_id = :client_id AND expires_at > :now
+               SET expires_at = CASE WHEN id = (SELECT id FROM client_secret
+                                                 WHERE client_id = :client_id AND expires_at > :now
                                                  ORDER BY created_at DESC LIMIT 1)
                                      THEN min(expires_at, :expires_at) ELSE min(expires_at, :now) END
              WHERE client_id = :client_id
@@ -1225,12 +1241,14 @@ class Store(Database):
         )
 
     def delete_secret(self, client_id: str, id: str) -> bool:
-        return self.changed("DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id)
+        return self.changed(
+            "DELETE FROM client_secret WHERE client_id = :client_id AND id = :id", client_id=client_id, id=id
+        )
 
     # -- client_uri, client_feature, external_idp_provider --
 
     def list_uris(self, client_id: str, kind: str | None = None) -> list[ClientUri]:
-        """The URIs of a client, by its internal id."""
+        """Return the URIs of a client by its internal id: of one kind, or all."""
         return self.all(
             ClientUri,
             "SELECT * FROM client_uri WHERE client_id = :client_id AND (:kind IS NULL OR kind = :kind) ORDER BY uri",
@@ -1247,7 +1265,7 @@ class Store(Database):
         return self.one(ClientUri, "DELETE FROM client_uri WHERE id = :id RETURNING *", id=id)
 
     def list_cors_origins(self) -> frozenset[str]:
-        """The origins of all active public clients."""
+        """Return the CORS origins of all active public clients."""
         return frozenset(
             self.values(
                 """
@@ -1261,16 +1279,13 @@ class Store(Database):
         return self.all(Feature, "SELECT * FROM client_feature WHERE client_id = :client_id", client_id=client_id)
 
     def list_features(self, client_id: str) -> dict[str, str]:
-        """Return the flags that are switched on, with their options."""
-        return {feature.feature_flag: feature.options for feature in self.list_all_features(client_id) if feature.is_enabled}
+        """Return the flags that are switched on, each with its option."""
+        return {row.feature_flag: row.options for row in self.list_all_features(client_id) if row.is_enabled}
 
     def put_feature(
         self, client_id: str, flag: str, is_enabled: bool | None = None, options: str | None = None
     ) -> None:
-        """Set a flag, its option, or both; what is None stays.
-
-        An option set on a flag that was never set switches it on.
-        """
+        """Set a flag, its option, or both. What is None stays; a new flag is on unless `is_enabled` says otherwise."""
         self.run(
             """
             INSERT INTO client_feature VALUES (:client_id, :flag, coalesce(:is_enabled, 1), coalesce(:options, ''))
@@ -1281,7 +1296,7 @@ class Store(Database):
         )
 
     def list_token_lifetimes(self) -> list[str]:
-        """The TOKEN_EXPIRATION of every client that has one, as text."""
+        """Return the option of TOKEN_EXPIRATION of every client that has that flag, as text."""
         return self.values("SELECT options FROM client_feature WHERE feature_flag = 'TOKEN_EXPIRATION'")
 
     def list_idps(self, client_id: str) -> list[ExternalIdp]:
@@ -1297,10 +1312,12 @@ class Store(Database):
         )
 
     def put_idp(self, row: ExternalIdp) -> None:
-        """Add a provider, or write one as it shall be from now on."""
+        """Add a provider, or replace what may change of one."""
         self.run(
             """
-            INSERT INTO external_idp_provider VALUES (:id, :client_id, :provider_key, :display_name, :issuer, :client_identifier, :scopes, :created_at, :modified_at)
+            INSERT INTO external_idp_provider
+            VALUES (:id, :client_id, :provider_key, :display_name, :issuer, :client_identifier, :scopes, :created_at,
+                    :modified_at)
             ON CONFLICT (id) DO UPDATE
                SET provider_key = :provider_key, display_name = :display_name, issuer = :issuer,
                    client_identifier = :client_identifier, scopes = :scopes, modified_at = :modified_at
@@ -1336,7 +1353,7 @@ class Store(Database):
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
         limit: int = 1000, offset: int = 0
     ) -> tuple[list[ListedSession], int]:
-        """Sessions with what their listing shows, newest first: their ids begin with their time."""
+        """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7."""
         return self.page_of(
             ListedSession, LISTED_SESSIONS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
         )
@@ -1358,7 +1375,7 @@ class Store(Database):
         return next(iter(self.list_refresh_tokens(id=id)[0]), None)
 
     def rotate_refresh_token(self, token_sha256: str, client_id: str, now: int) -> RefreshToken | None:
-        """Spend a refresh token. Return it, or None when unknown, foreign, spent, revoked or expired."""
+        """Spend a refresh token. Return it, or None if unknown, of another client, spent, revoked or expired."""
         return self.one(
             RefreshToken,
             """
@@ -1384,7 +1401,7 @@ class Store(Database):
     # -- login_transaction, authorization_code, consent --
 
     def find_login(self, id: str, binding_sha256: str, now: int) -> LoginTransaction | None:
-        """Look a login under way up; only for who began it."""
+        """Find a login under way. Only the browser or application that began it knows its secret."""
         return self.one(
             LoginTransaction,
             "SELECT * FROM login_transaction WHERE id = :id AND binding_sha256 = :binding_sha256 AND expires_at > :now",
@@ -1392,7 +1409,7 @@ class Store(Database):
         )
 
     def find_headless_login(self, binding_sha256: str, now: int) -> LoginTransaction | None:
-        """Look up the login of an application with screens of its own: it has one secret for each."""
+        """Find the login of an application with screens of its own, which has a secret for each login."""
         return self.one(
             LoginTransaction,
             "SELECT * FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now LIMIT 1",
@@ -1409,15 +1426,13 @@ class Store(Database):
         self, login: LoginTransaction, state: str, user_id: str | None, amr: str, auth_time: int, proven_ms: int,
         now: int, pending: str = ""
     ) -> LoginTransaction | None:
-        """Take one step from the state that was read, once.
-
-        Return it as it is then, or None where somebody was first.
-        """
+        """Advance a login from the state in which it was read. Return it, or None if another request was first."""
         return self.one(
             LoginTransaction,
             """
             UPDATE login_transaction
-               SET state = :state, user_id = :user_id, amr = :amr, auth_time = :auth_time, proven_ms = :proven_ms, pending = :pending
+               SET state = :state, user_id = :user_id, amr = :amr, auth_time = :auth_time, proven_ms = :proven_ms,
+                   pending = :pending
              WHERE id = :id AND binding_sha256 = :binding_sha256 AND state = :was AND expires_at > :now
             RETURNING *
             """,
@@ -1426,7 +1441,7 @@ class Store(Database):
         )
 
     def count_failed_step(self, id: str, most: int) -> None:
-        """Count a failure of a login under way; too many end it."""
+        """Count a failure of a login under way. The last of `most` ends it."""
         self.run(
             "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most "
             "THEN 0 ELSE expires_at END WHERE id = :id",
@@ -1434,7 +1449,7 @@ class Store(Database):
         )
 
     def forget_logins(self) -> None:
-        """Drop what was under way: logins and codes."""
+        """Delete the logins and authorization codes under way."""
         self.run("DELETE FROM login_transaction")
         self.run("DELETE FROM authorization_code")
 
@@ -1445,7 +1460,7 @@ class Store(Database):
         )
 
     def spend_code(self, code_sha256: str, client_id: str, now: int) -> AuthorizationCode | None:
-        """Mark a code as spent. Return it, or None when unknown, of another client or already spent."""
+        """Spend a code. Return it, or None if unknown, of another client or spent before."""
         with self.transaction():
             return self.one(
                 AuthorizationCode,
@@ -1459,7 +1474,7 @@ class Store(Database):
             )
 
     def consented(self, user_id: str, client_id: str) -> str | None:
-        """The scope a user has consented to, of a client by its internal id; None where it never did."""
+        """Return the scope to which a user consented for a client, by its internal id, or None."""
         return self.value(
             "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
             user_id=user_id, client_id=client_id,
@@ -1496,7 +1511,7 @@ class Store(Database):
         )
 
     def revoke_browser_session(self, id_sha256: str, now: int) -> bool:
-        """End a browser session and every login that began in it. Whether it was alive."""
+        """End a browser session and every login that began in it. Return whether it was alive."""
         for sid in self.values(
             """
             SELECT sid FROM family
@@ -1512,8 +1527,8 @@ class Store(Database):
         )
 
     def replace_browser_session(self, old: str, new: str, user_id: str, now: int) -> None:
-        """Let one browser session follow another: of the same user it hands its logins over, of another it ends with
-        them.
+        """Let one browser session take the place of another: it takes over the logins of the same user, and ends those
+        of another user.
         """
         found = self.find_browser_session(old)
         if found is None:
@@ -1534,9 +1549,9 @@ class Store(Database):
     # -- the end of everything that was issued to somebody --
 
     def revoke_users(self, condition: str, now: int, now_ms: int, **parameters: object) -> None:
-        """End everything that was issued, on both ports, to the users whose id meets a condition.
+        """End everything that was issued, on both ports, to the users whose id meets a condition in SQL.
 
-        The epoch always grows: what was issued just after the last one dies too. `condition` is SQL of our own.
+        `revoked_before` always grows, so that what was issued within the millisecond of the last call dies too.
         """
         self.run(
             f"UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id {condition}",
@@ -1559,7 +1574,7 @@ class Store(Database):
     def revoke_client(self, id: str, client_id: str, now: int, now_ms: int) -> None:
         """End everything that was issued to a client.
 
-        Its sessions are not rewritten, which may be a million: the epoch ends them.
+        Its sessions, which may be a million, are not rewritten: `revoked_before` ends them.
         """
         self.run(
             "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
@@ -1576,12 +1591,11 @@ class Store(Database):
     # -- audit --
 
     def append_audit(self, rows: Iterable[tuple], connection: sqlcipher3.Connection | None = None) -> None:
-        """Append `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` rows to the
-        hash chain.
+        """Append rows `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` to the
+        hash chain. The caller is in a transaction, so that no other writer extends the same hash.
 
-        Inside a transaction: the last hash is read and extended under the same lock. A durable one
-        notes the head of the chain too, so that rows taken off its end are missed; batches do not,
-        which would cost a page of flash each.
+        The head of the chain is stored too, so that verify_audit() notices if the last rows are deleted. Batches do
+        not store it, which would cost a page of flash for each.
         """
         connection = connection or self.connection
         last = connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, "")
@@ -1602,7 +1616,7 @@ class Store(Database):
         self, action: str | None = None, limit: int = 100, actor_id: str | None = None, target: str | None = None,
         since: int = 0, until: int = FOREVER, after: int | None = None, offset: int = 0
     ) -> list[AuditRow]:
-        """Audit rows, newest first; those after a `seq` oldest first, for whoever follows them."""
+        """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log."""
         direction = "ASC" if after is not None else "DESC"
         return self.all(
             AuditRow, f"SELECT * FROM audit {AUDIT_FILTER} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
@@ -1617,7 +1631,7 @@ class Store(Database):
         self, action: str | None = None, actor_id: str | None = None, target: str | None = None, since: int = 0,
         until: int = FOREVER
     ) -> int:
-        """How many rows a query finds. Of all rows the numbers tell, which have no gap."""
+        """Return how many rows list_audit() finds. The numbers of all rows have no gap, so they need no counting."""
         if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
             return self.value("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)")
         return self.value(
@@ -1626,11 +1640,10 @@ class Store(Database):
         )
 
     def verify_audit(self) -> dict:
-        """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, where it is broken,
-        `reason`.
+        """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, if it is broken, `reason`.
 
-        One read transaction: what is appended meanwhile is not seen. What retention deleted is
-        known by the anchor it left.
+        One read transaction, so rows that are appended meanwhile are not seen. The chain begins at the anchor that
+        purge_audit() stored.
         """
         connection = self.connection
         with self.guard():
@@ -1660,10 +1673,10 @@ class Store(Database):
             finally:
                 connection.execute("ROLLBACK")
 
-    # -- times, and a clock that ran ahead --
+    # -- the newest time, and a clock that ran ahead --
 
     def newest_at(self) -> int:
-        """The latest time anything was written, Unix seconds."""
+        """Return the time of the newest row of the audit log or of a token, Unix seconds; 0 if there is none."""
         return self.value(
             """
             SELECT max(coalesce((SELECT at FROM audit ORDER BY seq DESC LIMIT 1), 0),
@@ -1672,25 +1685,25 @@ class Store(Database):
         )
 
     def describe_copy(self) -> dict[str, int]:
-        """Return how many users and clients a copy holds, and its newest row, Unix seconds."""
+        """Return `users` and `clients`, the numbers of each, and `newest_at`."""
         return {
             "users": self.value("SELECT count(*) FROM account"), "clients": self.value("SELECT count(*) FROM client"),
             "newest_at": self.newest_at(),
         }
 
     def clock_floor(self) -> int:
-        """The latest time that is known to have been, Unix seconds: no honest clock is before it.
+        """Return the latest time that is known to have passed, Unix seconds: a clock before it is wrong.
 
-        It is `clock` of meta, which only a clock that is believed writes, or a later row; but not one far
-        later, for that was written under a clock that was wrong.
+        It is `clock` of meta, which is written only while the clock is trusted, or the time of a newer row. A row
+        that is newer by more than CLOCK_FAR was written while the clock was wrong, and proves nothing.
         """
         known, newest = int(self.meta("clock", "0")), self.newest_at()
         return max(known, newest) if not known or newest <= known + CLOCK_FAR else known
 
     def revoke_future_rows(self, now: int, now_ms: int, step: int) -> int:
-        """End and forget what was done under a clock that ran ahead: it would live on until that time comes.
+        """Revoke or delete what was written under a clock that ran ahead: it would be valid until that time comes.
 
-        Return how much.
+        `step` is the TOTP time step of `now`. Return how many rows were changed.
         """
         later, later_ms = now + IAT_SKEW, now_ms + 1000 * IAT_SKEW
         done = 0
@@ -1705,10 +1718,10 @@ class Store(Database):
             )
             done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
-            # Tokens of that time are dead by their `iat`. Their rows would be the newest there are.
+            # An access token with an `iat` in the future is refused anyway, but its row would count as the newest.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
-            # Nobody could log in before that time comes. A lockout has as long to go as it had; an administrator's
-            # stays.
+            # Failures in the future would lock accounts until then. A lockout keeps the time it had left; one that
+            # an administrator set stays as it is.
             done += self.run(
                 """
                 UPDATE account
@@ -1723,7 +1736,7 @@ class Store(Database):
                 "UPDATE account SET totp_locked_until = :until WHERE totp_locked_until > :until",
                 until=now + LOCKOUT_MAX,
             )
-            # A secret that was replaced has at most as long to go as one that is replaced now.
+            # A replaced secret stays valid no longer than one that is replaced now.
             done += self.run(
                 "UPDATE client_secret SET expires_at = :until WHERE expires_at > :until AND expires_at <> :forever",
                 until=now + OVERLAP_MAX, forever=FOREVER,
@@ -1744,12 +1757,12 @@ class Store(Database):
     # -- batches: the rows of machine tokens --
 
     def note_failure(self, error: Exception) -> None:
-        """A write has failed: nothing is issued that could not be recorded until one has gone through, which flush()
-        tries.
+        """Tell every process that a write has failed. Until flush() has written something, nothing is issued here that
+        could not be recorded.
         """
         super().note_failure(error)
         was_writable, self.writable = self.writable, False
-        if was_writable and self.flusher:  # a command says it in its own sentence
+        if was_writable and self.flusher:  # without a flusher this is a command, which reports the error itself
             self.log(
                 "store.unwritable", "error", reason=error.log if isinstance(error, Unavailable) else error,
                 waiting=len(self.queue),
@@ -1757,12 +1770,12 @@ class Store(Database):
             self.wake.set()
 
     def write_something(self) -> None:
-        """Prove that a write goes through, to the disk. Never what is there already: that would write nothing."""
+        """Write a value to see that writing works: a new one each time, as SQLite may not write an equal page."""
         self.put_meta("written", secrets.token_hex(8))
 
     def probe(self) -> None:
-        """Raise Unavailable unless a write could be made now: none has failed since one went through, which was lately,
-        and there is room.
+        """Raise Unavailable unless a write would succeed now: one has succeeded lately, none has failed since, and the
+        disk has room.
         """
         self.check_files_unchanged()
         if self.writable and time.monotonic() - self.written_at >= PROBE_SECONDS:
@@ -1777,19 +1790,21 @@ class Store(Database):
             raise Unavailable("the disk of the database is full or refuses writes", 5)
 
     def record_file_ids(self) -> None:
-        """Open the database in this thread, which makes the -wal and the -shm: they stay as long as its connection does.
+        """Let all processes know which files they have open, if none has yet.
 
-        Who is first says for all processes which they are.
+        A first read opens the database in this thread and so creates the -wal and the -shm, which stay as long as
+        its connection is open.
         """
         self.meta("created_at")
         if not any(self.generation.file_ids) and (files := self.stat_files()):
             self.generation.file_ids = files
 
     def enqueue(self, session: tuple, caller: tuple | None) -> None:
-        """Queue the row of a machine token, on the disk within BATCH_SECONDS.
+        """Queue the row of a machine token, to be written within BATCH_SECONDS.
 
-        `caller` is (actor_id, ip_address, user_agent, request_id), for its audit row. Refused when the disk refuses:
-        a token that cannot be recorded is not issued.
+        `session` has the five parameters of MACHINE_SESSION_INSERT, and `caller` is (actor_id, ip_address, user_agent,
+        request_id) for the audit row, or None. Raises Unavailable while the disk refuses writes: a token that cannot
+        be recorded is not issued.
         """
         if not self.writable or len(self.queue) > BATCH_MAX:
             raise Unavailable("token rows cannot be written", 5)
@@ -1798,7 +1813,7 @@ class Store(Database):
             self.wake.set()
 
     def flush(self) -> None:
-        """Write what is queued, in one transaction. What cannot be written stays queued."""
+        """Write the queued rows, up to 5000 in one transaction. Rows that cannot be written stay queued."""
         with self.flush_lock:
             batch: list[tuple[tuple, tuple | None]] = []
             while self.queue and len(batch) < 5000:
@@ -1808,7 +1823,7 @@ class Store(Database):
             try:
                 if not self.writable:
                     self.record_file_ids()
-                    self.write_something()  # a batch is not synced, and may be empty
+                    self.write_something()  # the batch proves nothing: it is not synced, and may be empty
                 with self.writing():
                     connection = self.__dict__.get("batch_connection")
                     if connection is None:
@@ -1816,7 +1831,7 @@ class Store(Database):
                     with self.committing(connection):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
                         self.append_audit(batch_audit(batch), connection)
-            except Exception as error:  # whatever it is, the rows wait and the thread lives
+            except Exception as error:  # whatever it is, keep the rows and the thread
                 self.queue.extendleft(reversed(batch))
                 if isinstance(error, sqlcipher3.Error) and not is_busy(error) and "batch_connection" in self.__dict__:
                     connection = self.__dict__.pop("batch_connection")  # as in discard()
@@ -1839,11 +1854,11 @@ class Store(Database):
             self.flush()
 
     def start_flusher(self) -> None:
-        """Start the thread that writes the batches. After a fork, never before."""
+        """Start the thread that writes the batches. Call this after a fork, never before."""
         self.flusher = threading.Thread(target=self.flush_loop, name="flush", daemon=True)
         try:
             self.record_file_ids()
-        except Unavailable as problem:  # what needs no database is served, and the thread tries again
+        except Unavailable as problem:  # serve the requests that need no database; the thread tries again
             self.note_failure(problem)
         self.flusher.start()
 
@@ -1864,10 +1879,10 @@ class Store(Database):
         self, older_than_id: str, before: int, after_id: str, limit: int, revoked: bool = False,
         user_id: str | None = None, client_id: str | None = None
     ) -> tuple[str | None, int]:
-        """Delete a slice of sessions that expired before `before`, walking in the order of their ids.
+        """Delete those of the next `limit` sessions, in the order of their ids, that expired before `before`.
 
-        Only revoked ones, of one user or client, where that is asked. Returns (id to go on after or None, rows
-        deleted).
+        With `revoked`, `user_id` or `client_id`, only revoked ones or those of that user or client. Return the id to
+        continue after, or None at the end, and how many were deleted.
         """
         with self.guard():
             ids = self.connection.execute(
@@ -1890,12 +1905,12 @@ class Store(Database):
     def purge_walk(
         self, table: str, key: str, dead: str, after: str, limit: int, **parameters: object
     ) -> tuple[str | None, int]:
-        """Delete what is dead among the next rows of a table, in the order of their keys. Table, key and `dead` are our
-        own words.
+        """Delete the dead ones of the next `limit` rows of a table, in the order of their keys.
 
-        The rows are looked at before the turn to write is taken, so that nobody waits for those
-        that live, and again when they are deleted; not many at once, for they may lie anywhere in
-        the indexes. Returns (key to go on after or None, rows deleted).
+        `dead` is a condition in SQL. The rows are read before the write lock is taken, so that no writer waits while
+        live ones are read, and the condition is checked again when they are deleted: SCATTERED at most, because
+        their index entries may lie anywhere. Return the key to continue after, or None at the end, and how many rows
+        were deleted.
         """
         with self.guard():
             rows = self.connection.execute(
@@ -1913,11 +1928,11 @@ class Store(Database):
         return (rows[-1][0] if len(rows) == limit else None), deleted
 
     def purge_expired(self, table: str, key: str, before: int, after: str, limit: int) -> tuple[str | None, int]:
-        """Walk a table of short-lived things."""
+        """Delete the expired ones of the next `limit` rows of a table, as purge_walk() does."""
         return self.purge_walk(table, key, "expires_at < :before", after, limit, before=before)
 
     def purge_logins(self, before: int, limit: int) -> None:
-        """Delete up to `limit` logins that are over, found before the turn to write is taken."""
+        """Delete up to `limit` expired logins. They are found before the write lock is taken."""
         with self.guard():
             found = self.connection.execute(
                 "SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)
@@ -1930,9 +1945,10 @@ class Store(Database):
         self, before: int, after: str, limit: int, revoked: bool = False, user_id: str | None = None,
         client_id: str | None = None
     ) -> tuple[str | None, int]:
-        """Walk the refresh tokens; only revoked ones, of one user or client, where that is asked.
+        """Delete expired refresh tokens as purge_walk() does; with `revoked`, only those that were revoked or used.
 
-        None is deleted before it expired: a used one that comes back must be known, to end its login. RFC 9700 §4.14.2.
+        None is deleted before it expires: the reuse of a used one must be recognised, to end its login.
+        RFC 9700 §4.14.2.
         """
         return self.purge_walk(
             "refresh_token", "id",
@@ -1944,7 +1960,9 @@ class Store(Database):
         )
 
     def purge_audit(self, before: int, limit: int) -> int:
-        """Delete a slice of the oldest audit rows, never the last one, and leave the anchor the chain goes on from."""
+        """Delete up to `limit` of the oldest audit rows, never the last one. Store the anchor, which is the number and
+        the hash of the newest row that was deleted: there verify_audit() begins. Return how many were deleted.
+        """
         with self.transaction():
             last = self.connection.execute(
                 """
