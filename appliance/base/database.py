@@ -30,14 +30,17 @@ SPARE_CONNECTIONS = 4  # idle connections kept for reuse; each has a page cache 
 KDF_ROUNDS = 256_000  # SQLCipher 4's default, so that its own tools open the file with the passphrase
 
 
-SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = (
-    5, 8, 10, 13, 14,
-)  # https://www.sqlite.org/rescode.html
+SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN = 5, 8, 10, 13, 14
+
+
+def result_code(error: sqlcipher3.Error) -> int:
+    """Return the primary result code of an error of SQLite, or 0 if it has none. https://www.sqlite.org/rescode.html"""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def is_busy(error: sqlcipher3.Error) -> bool:
     """Return whether this is SQLITE_BUSY: another connection holds a lock, and nothing is broken."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY
+    return result_code(error) == SQLITE_BUSY
 
 
 class Unavailable(Exception):
@@ -183,8 +186,7 @@ class PooledConnection:
                 since, self.connection = store.spare.pop()
                 if since == self.since:
                     return
-                store.connections.discard(self.connection)
-                self.connection.close()
+                store.drop(self.connection)
         self.connection = store.connect()
 
     def __del__(self) -> None:
@@ -194,8 +196,7 @@ class PooledConnection:
         if len(store.spare) < SPARE_CONNECTIONS and not connection.in_transaction:
             store.spare.append((self.since, connection))
         else:
-            store.connections.discard(connection)
-            connection.close()
+            store.drop(connection)
 
 
 class Database:
@@ -287,7 +288,7 @@ class Database:
             try:
                 connection.execute("COMMIT")
             except sqlcipher3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_IOERR:
+                if result_code(error) == SQLITE_IOERR:
                     flags[trouble.UNSYNCED] = 1
                 raise
         except BaseException:
@@ -331,6 +332,12 @@ class Database:
         self.connections.add(connection)
         return connection
 
+    def drop(self, connection: sqlcipher3.Connection) -> None:
+        """Close a connection that connect() opened."""
+        self.connections.discard(connection)
+        with contextlib.suppress(sqlcipher3.Error):
+            connection.close()
+
     @property
     def connection(self) -> sqlcipher3.Connection:
         try:
@@ -351,9 +358,7 @@ class Database:
         pooled = self.local.__dict__.pop("pooled", None)
         if pooled is not None:
             connection, pooled.connection = pooled.connection, None
-            self.connections.discard(connection)
-            with contextlib.suppress(sqlcipher3.Error):
-                connection.close()
+            self.drop(connection)
 
     def close(self) -> None:
         self.closing = True

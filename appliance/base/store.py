@@ -18,7 +18,7 @@ from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, IAT_SKEW, sleep
 from appliance.base.database import (
     BATCH_MAX, BATCH_SECONDS, Database, Generation, PROBE_SECONDS, Record, Row, SQLITE_BUSY, SQLITE_CANTOPEN,
-    SQLITE_FULL, SQLITE_IOERR, SQLITE_READONLY, Unavailable, check_log, insert_statement, is_busy,
+    SQLITE_FULL, SQLITE_IOERR, SQLITE_READONLY, Unavailable, check_log, insert_statement, is_busy, result_code,
 )
 from appliance.base.log import Log
 
@@ -584,6 +584,7 @@ class Store(Database):
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
         self.writable = True  # False from a failed write until one has succeeded
+        self.batch_connection: sqlcipher3.Connection | None = None
         self.flusher: threading.Thread | None = None
 
     # -- meta: one value for each name --
@@ -646,7 +647,7 @@ class Store(Database):
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         except sqlcipher3.Error as error:
-            if self.key and getattr(error, "sqlite_errorcode", 0) & 0xFF not in (
+            if self.key and result_code(error) not in (
                 SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN,
             ):
                 raise StartupError(
@@ -670,8 +671,7 @@ class Store(Database):
                     "left as it is"
                 )
             if left:
-                self.connections.discard(connection)
-                connection.close()
+                self.drop(connection)
             if version < len(MIGRATIONS):
                 with alone():
                     self.migrate()
@@ -1606,7 +1606,7 @@ class Store(Database):
             digest = chain(digest, seq, row)
             chained.append((seq, *row[:-1], digest, row[-1]))
         connection.executemany(insert_statement(AuditRow), chained)
-        if connection is not self.__dict__.get("batch_connection"):
+        if connection is not self.batch_connection:
             connection.execute(
                 "INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                 (f"{seq}:{digest}",),
@@ -1825,19 +1825,15 @@ class Store(Database):
                     self.record_file_ids()
                     self.write_something()  # the batch proves nothing: it is not synced, and may be empty
                 with self.writing():
-                    connection = self.__dict__.get("batch_connection")
-                    if connection is None:
-                        connection = self.batch_connection = self.connect("NORMAL")
+                    connection = self.batch_connection = self.batch_connection or self.connect("NORMAL")
                     with self.committing(connection):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
                         self.append_audit(batch_audit(batch), connection)
             except Exception as error:  # whatever it is, keep the rows and the thread
                 self.queue.extendleft(reversed(batch))
-                if isinstance(error, sqlcipher3.Error) and not is_busy(error) and "batch_connection" in self.__dict__:
-                    connection = self.__dict__.pop("batch_connection")  # as in discard()
-                    self.connections.discard(connection)
-                    with contextlib.suppress(sqlcipher3.Error):
-                        connection.close()
+                if isinstance(error, sqlcipher3.Error) and not is_busy(error) and self.batch_connection:
+                    self.drop(self.batch_connection)  # as in discard()
+                    self.batch_connection = None
                 self.note_failure(error)
                 return
             if not self.writable:
