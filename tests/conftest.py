@@ -420,12 +420,12 @@ def opened(options, clock=None):
 
 def under_way(idp, user):
     now = idp.now()
-    idp.store.add_code(
+    idp.store.insert(
         AuthorizationCode(
             "c", "app", user, "s", "https://x", "", "", "", "", "", "pwd", now, 1000 * now, now + 60, None, "", 0
         )
     )
-    idp.store.add_login(LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, now, now + 60, 0, ""))
+    idp.store.insert(LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, now, now + 60, 0, ""))
 
 
 def left(idp):

@@ -329,7 +329,7 @@ class TestWriting:
         assert entered == ["too many wait to write"]
 
     def test_writers_of_all_processes_wait_for_their_turn(self, idp):
-        idp.store.take_turns()
+        idp.store.open_process_write_lock()
         reading, writing = os.pipe()
         pid = os.fork()
         if not pid:

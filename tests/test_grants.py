@@ -418,7 +418,7 @@ class TestAuthorizationCode:
     def test_a_code_of_the_millisecond_of_an_epoch_is_dead(self, idp, auth, service, alice, change):
         for number, gap in ((0, 1), (1, 0)):
             ms, now = idp.now_ms(), idp.now()
-            idp.store.add_code(
+            idp.store.insert(
                 AuthorizationCode(
                     m.sha256(f"code{number}"), "service", alice.id, f"s{number}", "https://x", "", "", "", "", "",
                     "pwd", now, ms, now + 60, None, "", 0,

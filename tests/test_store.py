@@ -14,8 +14,11 @@ from conftest import PASSWORD, YEARS
 import appliance.base.store as rows
 from appliance.base.database import Conflict, Unavailable
 from appliance.base.settings import Options
-from appliance.base.database import Conflict, Generation, Record, Unavailable, derive_key, read_database_key
-from appliance.base.store import MAD_ADMIN_ROLE_ID, MIGRATIONS, Role, SEEDED_SCOPES, Store, chain
+from appliance.base.database import Generation, Record, derive_key, read_database_key
+from appliance.base.store import (
+    AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, Role, SEEDED_SCOPES, SLICE,
+    Store, chain,
+)
 
 
 def tombs(idp, many):
@@ -334,16 +337,16 @@ class TestRevoking:
     def test_all_that_was_done_at_times_that_are_not_yet_is_ended(self, idp, alice, service):
         store, now, late = idp.store, idp.now(), idp.now() + YEARS
         with store.transaction():
-            store.add_browser_session(
+            store.insert(
                 BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
             )
-            store.add_code(
+            store.insert(
                 AuthorizationCode(
                     "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
                     None, "", 0,
                 )
             )
-            store.add_login(
+            store.insert(
                 LoginTransaction("l", "b", "service", "password", "null", None, "", 0, 0, late, late + 60, 0, "")
             )
             store.run(
