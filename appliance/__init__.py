@@ -12,7 +12,7 @@
     base.store                          rows, MIGRATIONS, every SQL statement
     base.database                       the engine under the store
     base.wire                           the two servers: whole requests, limits, deadlines, TLS
-    base.settings                       OPTIONS and what loads, describes and writes them
+    base.settings                       Options and what loads, describes and writes them
     base.keys, base.hashing             key files and signatures; Argon2id and the bound on it
     base.clock, base.log, base.files    the time, the log, files that survive a power cut
 

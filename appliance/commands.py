@@ -1,5 +1,6 @@
 """The command line: main() and one function a command."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -182,8 +183,7 @@ def run_restore(options, words, own, values) -> int:
             raise StartupError("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
         import getpass
 
-        values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
-        options = Options(options.origins, **(values | {"db_pass": getpass.getpass("passphrase of the backup: ")}))
+        options = dataclasses.replace(options, db_pass=getpass.getpass("passphrase of the backup: "))
     done = restore(options, words[0])
     print(
         f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was "

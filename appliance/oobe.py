@@ -10,6 +10,7 @@ machine. The source and licence of common_passwords.txt are in NOTICE.
 """
 
 import contextlib
+import dataclasses
 import io
 import ipaddress
 import os
@@ -29,9 +30,7 @@ import sqlcipher3
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
-from appliance.base.settings import (
-    OPTIONS, OPTION_NAMES, Options, boolean, check_options, did_you_mean, networks, whole,
-)
+from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
 from appliance.base.wire import tls_context
 from appliance.recovery import Answers, journal_of
 
@@ -146,9 +145,9 @@ class Draft:
     def resolve(self, derived=()):
         """Return Options of all this. Raises StartupError where they contradict each other."""
         chosen = self.chosen | dict(derived)
-        values = {option.attribute: getattr(self.options, option.attribute) for option in OPTIONS}
-        values |= {OPTION_NAMES[name].attribute: value for name, value in chosen.items()}
-        settled = Options(self.options.origins | {"config": self.config} | dict.fromkeys(chosen, "setup"), **values)
+        values = {OPTION_NAMES[name].attribute: value for name, value in chosen.items()}
+        origins = self.options.origins | {"config": self.config} | dict.fromkeys(chosen, "setup")
+        settled = dataclasses.replace(self.options, origins=origins, **values)
         check_options(settled)
         return settled
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import os
@@ -11,13 +12,14 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, RELEASED_AT, sleep
-from appliance.base.settings import OPTIONS, OPTION_NAMES, Options, parse_config, write_config
+from appliance.base.settings import OPTION_NAMES, Options, parse_config, write_config
 from appliance.base.files import sync_directory, write_beside, write_durably
 from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
@@ -224,8 +226,7 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
 
 def demo_answers(options: Options) -> tuple[Options, Answers]:
     """Return settings and answers of an unattended trial: every secret is made here."""
-    values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
-    chosen = {"enable_token_refresh": True, "serve_public_auth_files": True}
+    chosen: dict[str, Any] = {"enable_token_refresh": True, "serve_public_auth_files": True}
     if not options.db_pass and not options.no_db_pass:
         chosen["db_pass"] = random_handle()
     if not options.oidc_issuer:
@@ -236,7 +237,7 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
         "admin", "admin@localhost", secrets.token_urlsafe(12), client_id="demo", audience="demo-api",
         scopes=["demo:read", "demo:write"],
     )
-    return Options(origins, **(values | chosen)), answers
+    return dataclasses.replace(options, origins=origins, **chosen), answers
 
 
 def set_up_demo(options: Options, make):
@@ -364,14 +365,14 @@ def settle_options(options: Options, content: bytes, where: str) -> Options:
     """Return the options with the settings of a backup for what nobody says here: they name the files and open the
     keys.
     """
-    values = {option.attribute: getattr(options, option.attribute) for option in OPTIONS}
+    values = {}
     for name, (value, origin) in parse_config(content.decode("utf-8"), where).items():
         if name not in options.origins:
             try:
                 values[OPTION_NAMES[name].attribute] = OPTION_NAMES[name].parse(value)
             except ValueError as error:
                 raise StartupError(f"{origin}: {name} {error}") from None
-    return Options(options.origins, **values)
+    return dataclasses.replace(options, **values)
 
 
 def last_issued_ms(store: Store) -> int:

@@ -1,5 +1,6 @@
 """Backup: what a copy of the box is, and how it is made and fetched over ADMIN."""
 
+import dataclasses
 import hashlib
 import os
 import resource
@@ -19,7 +20,6 @@ from appliance.backup import (
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
 from appliance.base.database import read_database_key
-from appliance.base.settings import OPTIONS, Options
 from appliance.base.store import Store
 from appliance.recovery import back_up, describe_keys, open_idp, restore
 
@@ -192,11 +192,7 @@ class TestOverAdmin:
     @pytest.fixture
     def call(self, house, tmp_path):
         (tmp_path / "backups").mkdir()
-        options = Options(
-            house.origins,
-            **{option.attribute: getattr(house, option.attribute) for option in OPTIONS}
-            | {"backup_folder": str(tmp_path / "backups"), "admin_domain": "localhost"},
-        )
+        options = dataclasses.replace(house, backup_folder=str(tmp_path / "backups"), admin_domain="localhost")
         idp = open_idp(options)
         admin = Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
         bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
@@ -292,13 +288,7 @@ class TestOverAdmin:
             idp.store.close()
 
     def test_without_a_folder_there_is_nothing_there(self, make_idp, options):
-        idp = make_idp(
-            Options(
-                options.origins,
-                **{option.attribute: getattr(options, option.attribute) for option in OPTIONS}
-                | {"backup_folder": ""},
-            )
-        )
+        idp = make_idp(dataclasses.replace(options, backup_folder=""))
         for call in (
             lambda: make_backup(idp, m.LOCAL.acting_as("test")), lambda: read_backup_piece(idp, "x", 0),
             lambda: delete_backup(idp, m.LOCAL.acting_as("test"), "x"),

@@ -1,6 +1,7 @@
 """Options: declared once; default < file < environment < flag."""
 
 import os
+import typing
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -346,6 +347,15 @@ class TestChecks:
     def test_an_option_that_does_not_exist_is_a_bug(self):
         with pytest.raises(TypeError):
             Options(auth_prot=1)
+
+    def test_an_option_is_an_attribute_of_the_type_that_its_parser_returns(self):
+        declared = typing.get_type_hints(Options)
+        for option in OPTIONS:
+            kind = typing.get_origin(declared[option.attribute]) or declared[option.attribute]
+            assert type(getattr(Options(), option.attribute)) is type(option.default) is kind
+
+    def test_options_do_not_print_their_secrets(self):
+        assert "hush-hush" not in repr(Options(db_pass="hush-hush"))
 
 
 class TestSecrets:

@@ -1,11 +1,14 @@
-"""Every setting, declared once in OPTIONS, and what loads, checks, describes and writes them."""
+"""Every setting, declared once as a field of Options, and what loads, checks, describes and writes them."""
 
 import collections
+import dataclasses
 import ipaddress
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,12 +18,15 @@ from appliance.base import StartupError
 # == Options ===================================================================
 # Every setting, declared once. Default < file < environment < flag.
 
+Value = TypeVar("Value")
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-def text(value):
+
+def text(value: str) -> str:
     return value
 
 
-def boolean(value):
+def boolean(value: str) -> bool:
     word = value.strip().lower()
     if word in ("1", "true", "yes", "on"):
         return True
@@ -29,10 +35,10 @@ def boolean(value):
     raise ValueError("must be true or false")
 
 
-def whole(least, most):
+def whole(least: int, most: int) -> Callable[[str], int]:
     """Return a parser of whole numbers within the bounds."""
 
-    def parse(value):
+    def parse(value: str) -> int:
         if not re.fullmatch(r"[0-9]{1,12}", value.strip()) or not least <= int(value) <= most:
             raise ValueError(f"must be a whole number from {least} to {most}")
         return int(value)
@@ -45,14 +51,14 @@ seconds = whole(1, 315360000)
 days = whole(0, 9999)
 
 
-def address(value):
+def address(value: str) -> str:
     try:
         return str(ipaddress.ip_address(value.strip()))
     except ValueError:
         raise ValueError("must be an IP address") from None
 
 
-def networks(value):
+def networks(value: str) -> tuple[Network, ...]:
     """Parse `10.0.0.1, 192.168.7.0/24`: the peers whose forwarding headers are believed."""
     try:
         return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", value.strip()) if part)
@@ -60,13 +66,13 @@ def networks(value):
         raise ValueError("must be IP addresses or networks, separated by commas") from None
 
 
-def domain(value):
+def domain(value: str) -> str:
     if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?", value.strip()):
         raise ValueError("must be a host name, with a port where the public address has one")
     return value.strip().lower()
 
 
-def issuer(value):
+def issuer(value: str) -> str:
     if value in ("", "microauthd"):  # the original's placeholder, which it never read
         return ""
     parts = urlsplit(value)
@@ -77,8 +83,8 @@ def issuer(value):
     return value.rstrip("/")
 
 
-def one_of(*words):
-    def parse(value):
+def one_of(*words: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
         if value.strip().lower() not in words:
             raise ValueError("must be one of: " + ", ".join(words))
         return value.strip().lower()
@@ -86,316 +92,277 @@ def one_of(*words):
     return parse
 
 
-def label(value):
+def label(value: str) -> str:
     if len(value) > 80 or not value.isprintable():
         raise ValueError("must be at most 80 printable characters")
     return value
 
 
-def color(value):
+def color(value: str) -> str:
     found = re.fullmatch(r"#?([0-9a-fA-F]{6})", value.strip())
     if not found:
         raise ValueError("must be a colour such as 1f5fbf; in a file a # needs quotes around the value")
     return "#" + found[1].lower()
 
 
-def absolute(value):
+def absolute(value: str) -> str:
     if value and not os.path.isabs(value):
         raise ValueError("must be an absolute path")
     return value
 
 
-def worker_count(value):
+def worker_count(value: str) -> int:
     return -1 if value.strip().lower() == "auto" else whole(0, 64)(value)
 
 
-class Option(msgspec.Struct, frozen=True):
-    """One setting. From it come the file key, the variable, the flag, the help line, the README row and the question.
-    """
-
-    name: str
-    default: object
-    parse: object
-    help: str
-    ask: str = ""  # the wizard's question, where it has one
-    secret: bool = False  # never a flag, never printed
-    aliases: tuple = ()  # other names the documentation or the environment files of the original use
-    group: str = ""
-
-    @property
-    def attribute(self):
-        return self.name.replace("-", "_")
+def option(
+    default: Value, parse: Callable[[str], Value], help: str, ask: str = "", *, group: str, secret: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Value:
+    """Declare an option as a field of Options: its row of OPTIONS is the field's name, default and metadata."""
+    row = {"parse": parse, "help": help, "ask": ask, "group": group, "secret": secret, "aliases": aliases}
+    return dataclasses.field(default=default, metadata=row)
 
 
-OPTIONS = (
+# A dataclass, because its fields carry metadata: a row is written once, and the type checker compares what its parser
+# returns with the attribute. Without a repr: it would print the secrets.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Options:
+    """The settings in force, an attribute an option. `origins` says where each came from."""
+
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    _: dataclasses.KW_ONLY
     # -- files --
-    Option("log-file", "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"),
-    Option("log-format", "text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files"),
-    Option(
-        "log-level", "info", one_of("debug", "info", "warning", "error"), "The least severe event that is logged.",
+    log_file: str = option(
+        "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"
+    )
+    log_format: str = option("text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files")
+    log_level: str = option(
+        "info", one_of("debug", "info", "warning", "error"), "The least severe event that is logged.", group="Files"
+    )
+    db_file: str = option("mad.db3", text, "The database.", "Database file?", group="Files")
+    db_pass: str = option(
+        "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"
+    )
+    no_db_pass: bool = option(False, boolean, "Keep the database unencrypted, knowingly.", group="Files")
+    backup_folder: str = option(
+        "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.",
         group="Files",
-    ),
-    Option("db-file", "mad.db3", text, "The database.", "Database file?", group="Files"),
-    Option(
-        "db-pass", "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True,
-        group="Files",
-    ),
-    Option("no-db-pass", False, boolean, "Keep the database unencrypted, knowingly.", group="Files"),
-    Option(
-        "backup-folder", "backups", text,
-        "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.", group="Files",
-    ),
-    Option("seal-key-file", "seal.key", text, "Key that seals TOTP seeds in the database.", group="Files"),
-    Option("docker", False, boolean, "Container: never run the wizard.", group="Files"),
+    )
+    seal_key_file: str = option("seal.key", text, "Key that seals TOTP seeds in the database.", group="Files")
+    docker: bool = option(False, boolean, "Container: never run the wizard.", group="Files")
     # -- AUTH --
-    Option(
-        "auth-ip", "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"
-    ),
-    Option("auth-port", 9040, port, "TCP port of the AUTH server.", "AUTH port?", group="AUTH server"),
-    Option(
-        "auth-domain", "localhost", domain, "Public host name of AUTH; the issuer is made of it.",
-        "Public host name of AUTH?", group="AUTH server",
-    ),
-    Option(
-        "auth-domain-no-ssl", False, boolean, "The issuer made of auth-domain is http, not https.", group="AUTH server"
-    ),
-    Option(
-        "oidc-issuer", "", issuer, "The issuer URL, where it is not made of auth-domain; it may have a path.",
+    auth_ip: str = option(
+        "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"
+    )
+    auth_port: int = option(9040, port, "TCP port of the AUTH server.", "AUTH port?", group="AUTH server")
+    auth_domain: str = option(
+        "localhost", domain, "Public host name of AUTH; the issuer is made of it.", "Public host name of AUTH?",
         group="AUTH server",
-    ),
-    Option(
-        "auth-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.",
-        "AUTH certificate (empty: plain HTTP)?", aliases=("auth-ssl-cert",), group="AUTH server",
-    ),
-    Option(
-        "auth-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.",
-        group="AUTH server",
-    ),
-    Option(
-        "auth-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
+    )
+    auth_domain_no_ssl: bool = option(
+        False, boolean, "The issuer made of auth-domain is http, not https.", group="AUTH server"
+    )
+    oidc_issuer: str = option(
+        "", issuer, "The issuer URL, where it is not made of auth-domain; it may have a path.", group="AUTH server"
+    )
+    auth_ssl_cert_file: str = option(
+        "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.", "AUTH certificate (empty: plain HTTP)?",
+        aliases=("auth-ssl-cert",), group="AUTH server",
+    )
+    auth_ssl_key_file: str = option(
+        "", text, "Its private key, where the certificate file does not hold it.", group="AUTH server"
+    )
+    auth_ssl_cert_pass: str = option(
+        "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
         aliases=("auth-ssl-pass",), group="AUTH server",
-    ),
-    Option(
-        "auth-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.", group="AUTH server"
-    ),
-    Option(
-        "serve-public-auth-files", False, boolean, "Serve the folder public/ on AUTH.",
-        "Serve the example pages on AUTH?", group="AUTH server",
-    ),
-    Option("enable-auth-swagger", False, boolean, "Serve the API description of AUTH.", group="AUTH server"),
-    Option(
-        "workers", -1, worker_count, "AUTH processes; auto is one a core, at most four; 0 serves all in one process.",
+    )
+    auth_insecure_http: bool = option(
+        False, boolean, "Allow plain HTTP on an address other than loopback.", group="AUTH server"
+    )
+    serve_public_auth_files: bool = option(
+        False, boolean, "Serve the folder public/ on AUTH.", "Serve the example pages on AUTH?", group="AUTH server"
+    )
+    enable_auth_swagger: bool = option(False, boolean, "Serve the API description of AUTH.", group="AUTH server")
+    workers: int = option(
+        -1, worker_count, "AUTH processes; auto is one a core, at most four; 0 serves all in one process.",
         group="AUTH server",
-    ),
+    )
     # -- ADMIN --
-    Option(
-        "admin-ip", "127.0.0.1", address, "Address the ADMIN server listens on.", "ADMIN address?", group="ADMIN server"
-    ),
-    Option("admin-port", 9041, port, "TCP port of the ADMIN server.", "ADMIN port?", group="ADMIN server"),
-    Option(
-        "admin-domain", "localhost", domain, "Host name of ADMIN; other Host headers are refused.",
-        "Host name of ADMIN?", group="ADMIN server",
-    ),
-    Option("admin-domain-no-ssl", False, boolean, "ADMIN is reached by http, not https.", group="ADMIN server"),
-    Option(
-        "admin-ssl-cert-file", "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.",
-        "ADMIN certificate (empty: plain HTTP)?", aliases=("admin-ssl-cert",), group="ADMIN server",
-    ),
-    Option(
-        "admin-ssl-key-file", "", text, "Its private key, where the certificate file does not hold it.",
+    admin_ip: str = option(
+        "127.0.0.1", address, "Address the ADMIN server listens on.", "ADMIN address?", group="ADMIN server"
+    )
+    admin_port: int = option(9041, port, "TCP port of the ADMIN server.", "ADMIN port?", group="ADMIN server")
+    admin_domain: str = option(
+        "localhost", domain, "Host name of ADMIN; other Host headers are refused.", "Host name of ADMIN?",
         group="ADMIN server",
-    ),
-    Option(
-        "admin-ssl-cert-pass", "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
+    )
+    admin_domain_no_ssl: bool = option(False, boolean, "ADMIN is reached by http, not https.", group="ADMIN server")
+    admin_ssl_cert_file: str = option(
+        "", text, "Certificate (PEM chain or PKCS#12): serve HTTPS.", "ADMIN certificate (empty: plain HTTP)?",
+        aliases=("admin-ssl-cert",), group="ADMIN server",
+    )
+    admin_ssl_key_file: str = option(
+        "", text, "Its private key, where the certificate file does not hold it.", group="ADMIN server"
+    )
+    admin_ssl_cert_pass: str = option(
+        "", text, "Passphrase of that key.", "Passphrase of the certificate's key?", secret=True,
         aliases=("admin-ssl-pass",), group="ADMIN server",
-    ),
-    Option(
-        "admin-insecure-http", False, boolean, "Allow plain HTTP on an address other than loopback.",
+    )
+    admin_insecure_http: bool = option(
+        False, boolean, "Allow plain HTTP on an address other than loopback.", group="ADMIN server"
+    )
+    enable_admin_swagger: bool = option(False, boolean, "Serve the API description of ADMIN.", group="ADMIN server")
+    trusted_proxies: tuple[Network, ...] = option(
+        (), networks, "Peers whose X-Forwarded-For and -Proto are believed.", "Trusted proxies, separated by commas?",
         group="ADMIN server",
-    ),
-    Option("enable-admin-swagger", False, boolean, "Serve the API description of ADMIN.", group="ADMIN server"),
-    Option(
-        "trusted-proxies", (), networks, "Peers whose X-Forwarded-For and -Proto are believed.",
-        "Trusted proxies, separated by commas?", group="ADMIN server",
-    ),
+    )
     # -- Argon2id --
-    Option(
-        "argon2id-time", 2, whole(1, 100), "Argon2id passes.", "Argon2id passes?", aliases=("argon2-time",),
-        group="Argon2id",
-    ),
-    Option(
-        "argon2id-memory", 32768, whole(8192, 1048576), "Argon2id memory, KiB.", "Argon2id memory, KiB?",
+    argon2id_time: int = option(
+        2, whole(1, 100), "Argon2id passes.", "Argon2id passes?", aliases=("argon2-time",), group="Argon2id"
+    )
+    argon2id_memory: int = option(
+        32768, whole(8192, 1048576), "Argon2id memory, KiB.", "Argon2id memory, KiB?",
         aliases=("argon2-memory", "argon2-mem"), group="Argon2id",
-    ),
-    Option(
-        "argon2id-parallelism", 2, whole(1, 64), "Argon2id lanes.", "Argon2id lanes?",
-        aliases=("argon2-parallelism", "argon2-parallel"), group="Argon2id",
-    ),
-    Option(
-        "argon2id-hash-length", 32, whole(16, 1024), "Length of a hash, bytes.", "Hash length, bytes?",
-        aliases=("argon2-hash-length",), group="Argon2id",
-    ),
-    Option(
-        "argon2id-salt-length", 16, whole(8, 1024), "Length of a salt, bytes.", "Salt length, bytes?",
-        aliases=("argon2-salt-length",), group="Argon2id",
-    ),
+    )
+    argon2id_parallelism: int = option(
+        2, whole(1, 64), "Argon2id lanes.", "Argon2id lanes?", aliases=("argon2-parallelism", "argon2-parallel"),
+        group="Argon2id",
+    )
+    argon2id_hash_length: int = option(
+        32, whole(16, 1024), "Length of a hash, bytes.", "Hash length, bytes?", aliases=("argon2-hash-length",),
+        group="Argon2id",
+    )
+    argon2id_salt_length: int = option(
+        16, whole(8, 1024), "Length of a salt, bytes.", "Salt length, bytes?", aliases=("argon2-salt-length",),
+        group="Argon2id",
+    )
     # -- keys and tokens --
-    Option(
-        "token-signing-key-file", "token.pem", text, "Key ring of AUTH.", "AUTH key file?",
-        aliases=("auth-token-key-path",), group="Keys and tokens",
-    ),
-    Option(
-        "prefer-ec-token-signer", True, boolean, "Sign access tokens with ES256 rather than RS256.",
+    token_signing_key_file: str = option(
+        "token.pem", text, "Key ring of AUTH.", "AUTH key file?", aliases=("auth-token-key-path",),
+        group="Keys and tokens",
+    )
+    prefer_ec_token_signer: bool = option(
+        True, boolean, "Sign access tokens with ES256 rather than RS256.",
         "Sign AUTH tokens with ES256 (fast) rather than RS256?", aliases=("use-ec-auth-signer",),
         group="Keys and tokens",
-    ),
-    Option(
-        "token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.",
-        "RSA bits of AUTH?", aliases=("token-signing-key-length", "auth-token-key-length-rsa"), group="Keys and tokens",
-    ),
-    Option(
-        "token-signing-key-pass", "", text, "Passphrase of the AUTH key ring.", "Passphrase of the AUTH keys?",
-        secret=True, aliases=("auth-token-key-pass",), group="Keys and tokens",
-    ),
-    Option(
-        "token-expiration", 3600, seconds, "Lifetime of an access token, seconds.",
-        "Lifetime of an access token, seconds?", aliases=("auth-token-expiration",), group="Keys and tokens",
-    ),
-    Option(
-        "token-purge-days", 7, days, "Days an expired session stays listed; 0 keeps it.",
-        "Days to keep expired sessions?", group="Keys and tokens",
-    ),
-    Option(
-        "enable-token-revocation", True, boolean, "Ask the database whether a presented token was revoked.",
+    )
+    token_signing_key_length_rsa: int = option(
+        2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of AUTH?",
+        aliases=("token-signing-key-length", "auth-token-key-length-rsa"), group="Keys and tokens",
+    )
+    token_signing_key_pass: str = option(
+        "", text, "Passphrase of the AUTH key ring.", "Passphrase of the AUTH keys?", secret=True,
+        aliases=("auth-token-key-pass",), group="Keys and tokens",
+    )
+    token_expiration: int = option(
+        3600, seconds, "Lifetime of an access token, seconds.", "Lifetime of an access token, seconds?",
+        aliases=("auth-token-expiration",), group="Keys and tokens",
+    )
+    token_purge_days: int = option(
+        7, days, "Days an expired session stays listed; 0 keeps it.", "Days to keep expired sessions?",
+        group="Keys and tokens",
+    )
+    enable_token_revocation: bool = option(
+        True, boolean, "Ask the database whether a presented token was revoked.",
         "Check revocation of presented tokens?", aliases=("enable-revocation",), group="Keys and tokens",
-    ),
-    Option(
-        "enable-token-refresh", False, boolean, "Issue refresh tokens.", "Issue refresh tokens?",
-        aliases=("enable-refresh",), group="Keys and tokens",
-    ),
-    Option(
-        "refresh-token-expiration", 259200, seconds, "Lifetime of a refresh token, seconds.",
-        "Lifetime of a refresh token, seconds?", aliases=("token-refresh-expiration",), group="Keys and tokens",
-    ),
-    Option(
-        "refresh-token-absolute-expiration", 2592000, seconds,
-        "Seconds after the login when no refresh works any more.", group="Keys and tokens",
-    ),
-    Option(
-        "refresh-token-purge-days", 7, days, "Days an expired refresh token stays listed; 0 keeps it.",
-        "Days to keep expired refresh tokens?", group="Keys and tokens",
-    ),
-    Option(
-        "admin-token-signing-key-file", "admin_token.pem", text, "Key ring of ADMIN.", "ADMIN key file?",
-        aliases=("admin-token-key-path",), group="Keys and tokens",
-    ),
-    Option(
-        "prefer-ec-admin-token-signer", True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.",
-        "Sign ADMIN tokens with ES256?", aliases=("use-ec-admin-signer",), group="Keys and tokens",
-    ),
-    Option(
-        "admin-token-signing-key-length-rsa", 2048, whole(2048, 16384), "Bits of an RSA key when one is made.",
-        "RSA bits of ADMIN?", aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"),
+    )
+    enable_token_refresh: bool = option(
+        False, boolean, "Issue refresh tokens.", "Issue refresh tokens?", aliases=("enable-refresh",),
         group="Keys and tokens",
-    ),
-    Option(
-        "admin-token-signing-key-pass", "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?",
-        secret=True, group="Keys and tokens",
-    ),
-    Option(
-        "key-overlap", 900, whole(1, 604800),
+    )
+    refresh_token_expiration: int = option(
+        259200, seconds, "Lifetime of a refresh token, seconds.", "Lifetime of a refresh token, seconds?",
+        aliases=("token-refresh-expiration",), group="Keys and tokens",
+    )
+    refresh_token_absolute_expiration: int = option(
+        2592000, seconds, "Seconds after the login when no refresh works any more.", group="Keys and tokens"
+    )
+    refresh_token_purge_days: int = option(
+        7, days, "Days an expired refresh token stays listed; 0 keeps it.", "Days to keep expired refresh tokens?",
+        group="Keys and tokens",
+    )
+    admin_token_signing_key_file: str = option(
+        "admin_token.pem", text, "Key ring of ADMIN.", "ADMIN key file?", aliases=("admin-token-key-path",),
+        group="Keys and tokens",
+    )
+    prefer_ec_admin_token_signer: bool = option(
+        True, boolean, "Sign ADMIN tokens with ES256 rather than RS256.", "Sign ADMIN tokens with ES256?",
+        aliases=("use-ec-admin-signer",), group="Keys and tokens",
+    )
+    admin_token_signing_key_length_rsa: int = option(
+        2048, whole(2048, 16384), "Bits of an RSA key when one is made.", "RSA bits of ADMIN?",
+        aliases=("admin-token-signing-key-length", "admin-token-key-length-rsa"), group="Keys and tokens",
+    )
+    admin_token_signing_key_pass: str = option(
+        "", text, "Passphrase of the ADMIN key ring.", "Passphrase of the ADMIN keys?", secret=True,
+        group="Keys and tokens",
+    )
+    key_overlap: int = option(
+        900, whole(1, 604800),
         "Seconds a new signing key is published before it signs; below 302, caches are told to keep the key set "
-        "shorter.",
+        "shorter.", group="Keys and tokens",
+    )
+    admin_token_expiration: int = option(
+        3600, seconds, "Lifetime of an ADMIN token, seconds.", "Lifetime of an ADMIN token, seconds?",
         group="Keys and tokens",
-    ),
-    Option(
-        "admin-token-expiration", 3600, seconds, "Lifetime of an ADMIN token, seconds.",
-        "Lifetime of an ADMIN token, seconds?", group="Keys and tokens",
-    ),
+    )
     # -- login, audit, flows --
-    Option("password-min-length", 8, whole(8, 128), "Least length of a new password.", group="Login"),
-    Option(
-        "max-login-failures", 5, whole(0, 100), "Failures before a lockout; 0 never locks.",
-        "Failed logins before a lockout?", group="Login",
-    ),
-    Option(
-        "seconds-to-reset-login-failures", 300, whole(0, 86400), "A longer pause restarts the count.",
-        "Seconds after which the count restarts?", group="Login",
-    ),
-    Option(
-        "failed-password-lockout-duration", 300, whole(0, 86400),
-        "Seconds of the first lockout; each next one doubles, up to an hour.", "Seconds of a lockout?", group="Login",
-    ),
-    Option(
-        "enable-pass-cache", True, boolean, "Remember verified passwords in memory, as keyed digests.",
+    password_min_length: int = option(8, whole(8, 128), "Least length of a new password.", group="Login")
+    max_login_failures: int = option(
+        5, whole(0, 100), "Failures before a lockout; 0 never locks.", "Failed logins before a lockout?", group="Login"
+    )
+    seconds_to_reset_login_failures: int = option(
+        300, whole(0, 86400), "A longer pause restarts the count.", "Seconds after which the count restarts?",
+        group="Login",
+    )
+    failed_password_lockout_duration: int = option(
+        300, whole(0, 86400), "Seconds of the first lockout; each next one doubles, up to an hour.",
+        "Seconds of a lockout?", group="Login",
+    )
+    enable_pass_cache: bool = option(
+        True, boolean, "Remember verified passwords in memory, as keyed digests.",
         "Remember verified passwords in memory?", group="Login",
-    ),
-    Option(
-        "pass-cache-duration", 300, whole(1, 600), "Seconds a verified password is remembered.",
-        "Seconds to remember them?", group="Login",
-    ),
-    Option("enable-audit-logging", True, boolean, "Write the audit log.", "Write an audit log?", group="Login"),
-    Option(
-        "audit-log-retention-days", 30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?",
-        group="Login",
-    ),
-    Option(
-        "enable-pkce", True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?",
-        group="Login",
-    ),
-    Option(
-        "pkce-code-lifetime", 120, whole(1, 600), "Longest life of an authorization code, seconds.",
+    )
+    pass_cache_duration: int = option(
+        300, whole(1, 600), "Seconds a verified password is remembered.", "Seconds to remember them?", group="Login"
+    )
+    enable_audit_logging: bool = option(True, boolean, "Write the audit log.", "Write an audit log?", group="Login")
+    audit_log_retention_days: int = option(
+        30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?", group="Login"
+    )
+    enable_pkce: bool = option(
+        True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?", group="Login"
+    )
+    pkce_code_lifetime: int = option(
+        120, whole(1, 600), "Longest life of an authorization code, seconds.",
         "Life of an authorization code, seconds?", group="Login",
-    ),
-    Option(
-        "allow-plain-pkce", False, boolean, "Accept the PKCE method plain; S256 protects more. RFC 7636 §7.2.",
+    )
+    allow_plain_pkce: bool = option(
+        False, boolean, "Accept the PKCE method plain; S256 protects more. RFC 7636 §7.2.", group="Login"
+    )
+    session_idle_expiration: int = option(
+        28800, seconds, "Seconds without use after which a browser has to log in again.", group="Login"
+    )
+    session_absolute_expiration: int = option(
+        86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"
+    )
+    brand_name: str = option("", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages")
+    brand_logo: str = option("", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages")
+    brand_color: str = option("#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages")
+    pages_folder: str = option(
+        "", text, "Folder whose templates, styles and languages replace the bundled login pages.", group="Pages"
+    )
+    totp_qr_output_root: str = option(
+        "", absolute, "The only folder QR files may be written to.", "Absolute folder for TOTP QR files (empty: none)?",
         group="Login",
-    ),
-    Option(
-        "session-idle-expiration", 28800, seconds, "Seconds without use after which a browser has to log in again.",
-        group="Login",
-    ),
-    Option(
-        "session-absolute-expiration", 86400, seconds, "Seconds after the login when a browser has to log in again.",
-        group="Login",
-    ),
-    Option("brand-name", "", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages"),
-    Option("brand-logo", "", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages"),
-    Option("brand-color", "#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages"),
-    Option(
-        "pages-folder", "", text, "Folder whose templates, styles and languages replace the bundled login pages.",
-        group="Pages",
-    ),
-    Option(
-        "totp-qr-output-root", "", absolute, "The only folder QR files may be written to.",
-        "Absolute folder for TOTP QR files (empty: none)?", group="Login",
-    ),
-    Option(
-        "oidc-client-id", "app", text, "client_id of the first client, made by setup.",
-        "client_id of the first client?", group="Login",
-    ),
-    Option("oidc-client-secret", "", text, "Secret of the first client; empty makes one.", secret=True, group="Login"),
-)
-OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
-# Names that meant nothing in the original and were ignored there: said, not obeyed.
-IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
-# The variables of mad, which share our prefix.
-MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE")
-
-
-class Options:
-    """The settings in force: an attribute an option. `origins` says where each came from."""
-
-    def __init__(self, origins=None, **values):
-        self.__dict__.update({option.attribute: option.default for option in OPTIONS})
-        unknown = values.keys() - self.__dict__.keys()
-        if unknown:
-            raise TypeError(f"no such option: {sorted(unknown)}")
-        self.__dict__.update(values)
-        self.__dict__["origins"] = origins or {}
-
-    def __setattr__(self, name, value):
-        raise AttributeError("options do not change while the server runs")
+    )
+    oidc_client_id: str = option(
+        "app", text, "client_id of the first client, made by setup.", "client_id of the first client?", group="Login"
+    )
+    oidc_client_secret: str = option(
+        "", text, "Secret of the first client; empty makes one.", secret=True, group="Login"
+    )
 
     @property
     def config_file(self) -> str:
@@ -418,6 +385,34 @@ class Options:
     @property
     def worker_processes(self) -> int:
         return min(4, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One setting. From it come the file key, the variable, the flag, the help line, the README row and the question.
+    """
+
+    attribute: str
+    default: Any
+    parse: Callable[[str], Any]
+    help: str
+    ask: str  # the wizard's question, where it has one
+    group: str
+    secret: bool  # never a flag, never printed
+    aliases: tuple[str, ...]  # other names the documentation or the environment files of the original use
+
+    @property
+    def name(self) -> str:
+        return self.attribute.replace("_", "-")
+
+
+OPTIONS = tuple(
+    Option(field.name, field.default, **field.metadata) for field in dataclasses.fields(Options) if field.metadata
+)
+OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
+# Names that meant nothing in the original and were ignored there: said, not obeyed.
+IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
+# The variables of mad, which share our prefix.
+MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE")
 
 
 CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
