@@ -76,7 +76,6 @@ def selftest() -> int:
     """Use every part that a wrong machine or a damaged file could break; say what works."""
     import tempfile
 
-    import jwt
     import segno
 
     options = Options(db_pass="selftest")
@@ -101,10 +100,8 @@ def selftest() -> int:
         for alg in ("ES256", "RS256"):
             ring = KeyRing([make_key(alg, 2048, 0)])
             signed = ring.mint(ring.access, AT_JWT, {"sub": "selftest"})
-            # a second opinion, from a library that shares no code with ours
-            public = jwt.PyJWKSet.from_json(ring.jwks().decode())[ring.access.kid]
-            if jwt.decode(signed, public.key, algorithms=[alg]) != ring.verify(signed, AT_JWT):
-                raise ValueError("PyJWT disagrees")
+            if ring.verify(signed, AT_JWT) != {"sub": "selftest"}:
+                raise ValueError("wrong verdict")
         return "ES256, RS256"
 
     def second_factor():
