@@ -152,7 +152,7 @@ def setup(options: Options, flags: dict, own: list, values: dict) -> int:
     if "--demo" in own:
         set_up_demo(options, oobe.make)
         return 0
-    return oobe.run(options, flags, own, values)
+    return oobe.run(options, own, values)
 
 
 def run_backup(options, words, own, values) -> int:

@@ -598,15 +598,15 @@ def summarise(asker, draft, settled, answers, guided):
         asker.say(f"  {name:{width}}  {value}")
 
 
-def wizard(options, own):
+def wizard(options, flags):
     asker, draft = asker_for_terminal(), Draft(options)
     asker.say(f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question;")
     asker.say("Ctrl-C leaves everything as it is.\n" + asker.introduction)
     asker.say()
     ask_database(asker, draft)
     guided = (
-        "--guided" in own
-        or ("--quick" not in own
+        "--guided" in flags
+        or ("--quick" not in flags
         and asker.confirm("Go through every setting? (no: the few that matter)", False))
     )
     asker.say()
@@ -811,7 +811,7 @@ class AnswersFile:
 
             self.try_(key, where, take)
 
-    def read_admin(self, draft, own, values):
+    def read_admin(self, draft, flags, values):
         """Return user name, e-mail and password of the administrator."""
         admin = self.table("admin")
         words = self.strings(admin, "admin", ("username", "email", "password"))
@@ -826,7 +826,7 @@ class AnswersFile:
                 "set-up",
                 "totp", "admin",
             )
-        if "--admin-password-stdin" in own:
+        if "--admin-password-stdin" in flags:
             key, password = "", sys.stdin.readline().rstrip("\r\n")
         elif "--admin-password-file" in values:
             key, password = "", self.try_("", "", first_line, values["--admin-password-file"], "--admin-password-file")
@@ -880,10 +880,10 @@ class AnswersFile:
         return client_id.strip(), secret or "", audience or "microauthd", scopes or []
 
 
-def unattended(options, own, values):
+def unattended(options, flags, values):
     file, draft = AnswersFile(values["--answers"]), Draft(options)
     file.read_options(draft)
-    username, email, password = file.read_admin(draft, own, values)
+    username, email, password = file.read_admin(draft, flags, values)
     client_id, secret, audience, scopes = file.read_client(draft)
     settled = None
     if not file.problems:
@@ -904,29 +904,29 @@ def unattended(options, own, values):
     return 0
 
 
-def check_usage(own, values):
+def check_usage(flags, values):
     if "--answers" not in values:
         for name in ("--admin-password-stdin", "--admin-password-file"):
-            if name in own or name in values:
+            if name in flags or name in values:
                 raise StartupError(f"{name} goes with --answers FILE; the wizard asks for the password itself")
-    elif "--quick" in own or "--guided" in own:
+    elif "--quick" in flags or "--guided" in flags:
         raise StartupError("--quick and --guided are ways to be asked; with --answers FILE nothing is asked")
-    if "--quick" in own and "--guided" in own:
+    if "--quick" in flags and "--guided" in flags:
         raise StartupError("--quick and --guided contradict each other")
-    if "--admin-password-stdin" in own and "--admin-password-file" in values:
+    if "--admin-password-stdin" in flags and "--admin-password-file" in values:
         raise StartupError("--admin-password-stdin and --admin-password-file contradict each other")
 
 
-def run(options, flags, own, values) -> int:
+def run(options, flags, values) -> int:
     """Set up by questions, or by --answers.
 
     Returns the exit status; raises StartupError or Problem, and then nothing was made.
     """
     if os.path.lexists(options.db_file):
         raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
-    check_usage(own, values)
+    check_usage(flags, values)
     if "--answers" in values:
-        return unattended(options, own, values)
+        return unattended(options, flags, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise StartupError(
             "set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial"
@@ -934,7 +934,7 @@ def run(options, flags, own, values) -> int:
     try:
         # Between two questions the terminal would show a password that is typed or pasted ahead.
         with echo(False):
-            return wizard(options, own)
+            return wizard(options, flags)
     except KeyboardInterrupt:
         config = options.config_file
         print("\n" + ended(config))
