@@ -1,11 +1,15 @@
 """The command line: main() and one function a command."""
 
 import dataclasses
+import functools
 import json
 import os
 import socket
 import sys
+import textwrap
+from collections.abc import Callable
 
+import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
@@ -18,6 +22,7 @@ from microauthd import (
     AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, iso, new_totp_seed, totp_step,
     totp_uri,
 )
+from appliance.help import show_page, show_topics, topics, write
 from appliance.processes import serve
 from appliance.recovery import (
     accept_clock, back_up, describe_keys, factory_reset, hold_setup, recover_admin, recover_setup, require_owner,
@@ -26,50 +31,43 @@ from appliance.recovery import (
 
 # == Command line ==============================================================
 
-OWN_FLAGS = {
-    "setup": ("--demo", "--admin-password-stdin", "--quick", "--guided"), "options": ("--json",),
-    "backup": ("--force", "--without-keys"), "factory-reset": ("--yes",), "keys": ("--json",),
-    "admin": ("--password-stdin", "--disable-totp"),
-}
-OWN_VALUES = {
-    "setup": ("--answers", "--admin-password-file"), "keys": ("--ring", "--alg", "--kid"), "admin": ("--username",),
-}
-OWN_WORDS = {"backup": 1, "restore": 1, "keys": 1, "admin": 1, "clock": 1}  # how many words a command takes
-
-USAGE = """\
-usage: microauthd COMMAND [--OPTION VALUE ...]
-
-commands:
-  serve              serve AUTH and ADMIN; the first start sets up (default)
-  setup              set up: on a terminal by questions, or --answers FILE, or --demo
-  mad ...            the operator's command line; see mad --help
-  options [--json]   each setting, its value and where it comes from
-  version            print the version
-  selftest           check that everything the program needs works here
-  backup FILE        one file that restores the box; beside a running server (--force writes over FILE,
-                     --without-keys leaves keys and settings out: needed where the database is not encrypted)
-  restore FILE       put the box back to a backup, all or nothing; the server must be stopped
-  factory-reset      overwrite and remove database and keys (--yes does not ask)
-  keys list          the signing keys; keys rotate [--ring auth|admin] [--alg ES256|RS256]; keys revoke --kid KID
-  admin recover      let an administrator in again: --username NAME [--password-stdin] [--disable-totp]
-  clock accept       the clock of this machine is right: go by it at once, where the server holds it for wrong
-
-options (also key = value lines of mad.conf, and MAD_ variables of the environment):
-  --config FILE          config file (mad.conf)
-  --env-var-prefix WORD  prefix of the variables (MAD_)
-"""
+class UsageError(Exception):
+    """The command line is wrong. Without words: the command's usage says what it should be."""
 
 
-def usage() -> str:
-    lines = [USAGE.rstrip()]
-    for option in OPTIONS:
-        if not option.secret:
-            lines.append(
-                f"  --{option.name}\n        {option.help}"
-                + (f" [{option.default}]" if option.default not in ("", (), False, -1) else "")
-            )
-    lines.append("\nexit status: 0 done, 1 refused or failed, 2 bad usage")
-    return "\n".join(lines) + "\n"
+class CommandLine(msgspec.Struct):
+    """What was typed after the name of a command."""
+
+    settings: dict  # what parse_flags() found: options of the server
+    args: list[str]  # words that are no flags
+    flags: list[str]  # the command's own flags
+    values: dict[str, str]  # its own flags that take a value
+
+
+class Flag(msgspec.Struct, frozen=True):
+    """A flag that one command alone has. `value` stands for its value; without one it takes none."""
+
+    name: str
+    help: str
+    value: str = ""
+
+
+class Command(msgspec.Struct, frozen=True):
+    """A command: how it is typed, what its help says, and what runs it."""
+
+    title: str  # as the list of commands has it: its name, and what follows it most often
+    summary: str  # one line of that list
+    run: Callable[[Options, CommandLine], int] | None = None  # None: it works without settings
+    usage: tuple[str, ...] = ("",)  # what may follow the name
+    description: str = ""
+    flags: tuple[Flag, ...] = ()
+    examples: tuple[str, ...] = ()
+    args: int = 0  # how many words that are no flags
+    is_local: bool = False  # works on the files of a box that is set up, beside a running server if need be
+
+    @property
+    def name(self) -> str:
+        return self.title.split(" ")[0]
 
 
 def selftest() -> int:
@@ -128,9 +126,9 @@ def selftest() -> int:
     return failed
 
 
-def show_options(options: Options, as_json: bool) -> int:
+def run_options(options: Options, line: CommandLine) -> int:
     described = describe_options(options)
-    if as_json:
+    if "--json" in line.flags:
         print(json.dumps(described, indent=1))
         return 0
     width = max(map(len, described))
@@ -146,22 +144,22 @@ def show_options(options: Options, as_json: bool) -> int:
     return 0
 
 
-def setup(options: Options, flags: dict, own: list, values: dict) -> int:
+def run_setup(options: Options, line: CommandLine) -> int:
     from appliance import oobe
 
-    if "--demo" in own:
+    if "--demo" in line.flags:
         set_up_demo(options, oobe.make)
         return 0
-    return oobe.run(options, own, values)
+    return oobe.run(options, line.flags, line.values)
 
 
-def run_backup(options, words, own, values) -> int:
-    done = back_up(options, words[0], "--force" in own, "--without-keys" in own)
+def run_backup(options: Options, line: CommandLine) -> int:
+    done = back_up(options, line.args[0], "--force" in line.flags, "--without-keys" in line.flags)
     print(
-        f"{words[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to "
+        f"{line.args[0]}: {done['bytes']} bytes, {done['users']} users, {done['clients']} clients, up to "
         f"{iso(done['newest_at']) or 'the beginning'}, read through after writing"
     )
-    if "--without-keys" in own:
+    if "--without-keys" in line.flags:
         print(
             "microauthd: without keys: token.pem, admin_token.pem, seal.key and mad.conf must be kept elsewhere",
             file=sys.stderr,
@@ -169,21 +167,21 @@ def run_backup(options, words, own, values) -> int:
     return 0
 
 
-def run_restore(options, words, own, values) -> int:
+def run_restore(options: Options, line: CommandLine) -> int:
     try:
-        with open(words[0], "rb") as file:
+        with open(line.args[0], "rb") as file:
             is_plain = file.read(16) == SQLITE_MAGIC
     except OSError as error:
-        raise StartupError(f"the backup {words[0]} cannot be read: {error.strerror}") from None
+        raise StartupError(f"the backup {line.args[0]} cannot be read: {error.strerror}") from None
     if not options.db_pass and not options.no_db_pass and not is_plain:
         if not sys.stdin.isatty():
             raise StartupError("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
         import getpass
 
         options = dataclasses.replace(options, db_pass=getpass.getpass("passphrase of the backup: "))
-    done = restore(options, words[0])
+    done = restore(options, line.args[0])
     print(
-        f"restored what {words[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was "
+        f"restored what {line.args[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was "
         "issued before is good any more"
     )
     if not done["knows_revoked"]:
@@ -195,9 +193,9 @@ def run_restore(options, words, own, values) -> int:
     return 0
 
 
-def run_factory_reset(options, words, own, values) -> int:
+def run_factory_reset(options: Options, line: CommandLine) -> int:
     name = socket.gethostname()
-    if "--yes" not in own:
+    if "--yes" not in line.flags:
         if not sys.stdin.isatty():
             raise StartupError("factory-reset destroys every account and key: --yes says that this is meant")
         if (
@@ -214,29 +212,25 @@ def run_factory_reset(options, words, own, values) -> int:
     return 0
 
 
-def run_keys(options, words, own, values) -> int:
-    ring, alg = values.get("--ring", ""), values.get("--alg", "")
+def run_keys(options: Options, line: CommandLine) -> int:
+    ring, alg = line.values.get("--ring", ""), line.values.get("--alg", "")
     if (
-        words[0] not in ("list", "rotate", "revoke")
+        line.args[0] not in ("list", "rotate", "revoke")
         or ring not in ("", "auth", "admin")
         or alg not in ("", "ES256", "RS256")
-        or (words[0] == "revoke") != bool(values.get("--kid"))
+        or (line.args[0] == "revoke") != bool(line.values.get("--kid"))
     ):
-        print(
-            "microauthd: keys list | keys rotate [--ring auth|admin] [--alg ES256|RS256] | keys revoke --kid KID",
-            file=sys.stderr,
-        )
-        return 2
-    if words[0] == "rotate":
+        raise UsageError
+    if line.args[0] == "rotate":
         for kid in rotate_keys(options, [ring] if ring else ["auth", "admin"], [alg] if alg else ()):
             print(kid)
         print(f"microauthd: published now, signing in {options.key_overlap} seconds", file=sys.stderr)
-    elif words[0] == "revoke":
+    elif line.args[0] == "revoke":
         print(
-            f"revoked, on {revoke_key(options, values['--kid'])}: no token it signed is good any more; caches "
+            f"revoked, on {revoke_key(options, line.values['--kid'])}: no token it signed is good any more; caches "
             "forget it within 300 seconds"
         )
-    elif "--json" in own:
+    elif "--json" in line.flags:
         print(json.dumps(describe_keys(options), indent=1))
     else:
         for row in describe_keys(options):
@@ -244,20 +238,18 @@ def run_keys(options, words, own, values) -> int:
     return 0
 
 
-def run_clock(options, words, own, values) -> int:
-    if words[0] != "accept":
-        print("microauthd: clock accept", file=sys.stderr)
-        return 2
+def run_clock(options: Options, line: CommandLine) -> int:
+    if line.args[0] != "accept":
+        raise UsageError
     done = accept_clock(options)
     print(f"it is {iso(done['now'])}; {done['ended']} things of later times are ended")
     return 0
 
 
-def run_admin(options, words, own, values) -> int:
-    if words[0] != "recover" or not values.get("--username"):
-        print("microauthd: admin recover --username NAME [--password-stdin] [--disable-totp]", file=sys.stderr)
-        return 2
-    if "--password-stdin" in own:
+def run_admin(options: Options, line: CommandLine) -> int:
+    if line.args[0] != "recover" or not line.values.get("--username"):
+        raise UsageError
+    if "--password-stdin" in line.flags:
         password = sys.stdin.readline().rstrip("\n")
     elif sys.stdin.isatty():
         import getpass
@@ -267,22 +259,16 @@ def run_admin(options, words, own, values) -> int:
             raise StartupError("the two passwords differ")
     else:
         raise StartupError("without a terminal the password comes by --password-stdin")
-    done = recover_admin(options, values["--username"], password, "--disable-totp" in own)
+    done = recover_admin(options, line.values["--username"], password, "--disable-totp" in line.flags)
     print(
-        f"administrator {fold(values['--username'])} {done}: a new password, active, no lockout, "
-        f"{'no second factor, ' if '--disable-totp' in own else ''}the role MadAdmin; everything issued to the "
+        f"administrator {fold(line.values['--username'])} {done}: a new password, active, no lockout, "
+        f"{'no second factor, ' if '--disable-totp' in line.flags else ''}the role MadAdmin; everything issued to the "
         "account before is ended"
     )
     return 0
 
 
-LOCAL_COMMANDS = {
-    "backup": run_backup, "restore": run_restore, "factory-reset": run_factory_reset, "keys": run_keys,
-    "admin": run_admin, "clock": run_clock,
-}
-
-
-def first_start(options: Options, flags: dict):
+def first_start(options: Options):
     """There is no database: set up on a terminal where there never was one; else say what to do."""
     keys = [
         path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)
@@ -297,60 +283,271 @@ def first_start(options: Options, flags: dict):
             f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with "
             "--answers FILE"
         )
-    if status := setup(options, flags | {"config-may-be-missing": True}, [], {}):
+    if status := run_setup(options, CommandLine({}, [], [], {})):
         raise SystemExit(status)
 
 
-def run(command: str, argv: list[str]) -> int:
-    own = [word for word in argv if word in OWN_FLAGS.get(command, ())]
-    values = {}
-    rest = []
-    words = iter([word for word in argv if word not in own])
+def run_serve(options: Options, line: CommandLine) -> int:
+    if not os.path.exists(options.db_file):
+        first_start(options)
+        options = load_options(line.settings, os.environ)
+    return serve(options)
+
+
+AS_JSON = Flag("--json", "print JSON, for programs")
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "serve", "serve AUTH and ADMIN; the first start sets up (default)", run_serve,
+            description="Serve AUTH and ADMIN until SIGTERM or Ctrl-C. Where there is no database yet, a start on a "
+            "terminal asks the questions of the set-up first. SIGHUP drops the caches.",
+            examples=("serve --config /etc/microauthd/mad.conf", "serve --auth-port 8443 --workers 2"),
+        ),
+        Command(
+            "setup", "set up: on a terminal by questions, or --answers FILE, or --demo", run_setup,
+            ("[--quick | --guided]", "--answers FILE [--admin-password-stdin | --admin-password-file FILE]", "--demo"),
+            "Make the configuration, the database, the keys, the first administrator and the first client: all of it "
+            "or nothing. A box that is set up already is left as it is.",
+            (
+                Flag("--quick", "ask only the few questions that matter"), Flag("--guided", "ask for every setting"),
+                Flag("--answers", "set up without questions, from this TOML file", "FILE"),
+                Flag("--admin-password-stdin", "read the administrator's password from standard input"),
+                Flag("--admin-password-file", "read the administrator's password from a file", "FILE"),
+                Flag("--demo", "set up a trial: every secret is made and printed once"),
+            ),
+            ("setup", "setup --answers answers.toml --admin-password-stdin < password", "setup --demo"),
+        ),
+        Command("mad ...", "the operator's command line; see mad --help"),
+        Command(
+            "options [--json]", "each setting, its value and where it comes from", run_options, ("[--json]",),
+            "Print each setting, its value, and whether it is a default or comes from the config file, the "
+            "environment or a flag. A secret is shown as (set).",
+            (AS_JSON,), ("options", "MAD_AUTH_PORT=8443 microauthd options --json"),
+        ),
+        Command(
+            "help [TOPIC]", "a page of the manual; without TOPIC, the list of the pages", usage=("[TOPIC]",),
+            description="Show a page of the manual: in a pager on a terminal, as plain text otherwise.",
+            examples=("help", "help mad.conf", "help recipes | grep -A3 offline_access"),
+        ),
+        Command(
+            "version", "print the version", description="Print the name and the version of the program.",
+            examples=("version",),
+        ),
+        Command(
+            "selftest", "check that everything the program needs works here",
+            description="Use every part that a wrong machine or a damaged file could break: the encrypted database, "
+            "Argon2id, signatures, the second factor and the bundled files. Nothing of the box is touched.",
+            examples=("selftest",),
+        ),
+        Command(
+            "backup FILE",
+            "one file that restores the box; beside a running server (--force writes over FILE, --without-keys "
+            "leaves keys and settings out: needed where the database is not encrypted)",
+            run_backup, ("FILE [--force] [--without-keys]",),
+            "Write a backup and read it through. It is encrypted with the passphrase of the database and holds the "
+            "database, the keys and mad.conf.",
+            (
+                Flag("--force", "write over FILE"),
+                Flag("--without-keys", "leave keys and settings out; needed where the database is not encrypted"),
+            ),
+            ("backup /media/stick/box.backup",), args=1, is_local=True,
+        ),
+        Command(
+            "restore FILE", "put the box back to a backup, all or nothing; the server must be stopped", run_restore,
+            ("FILE",),
+            "Put database and keys back to a backup. mad.conf comes from the backup where there is none. Nothing "
+            "that was issued before is valid any more.",
+            examples=("restore /media/stick/box.backup",), args=1, is_local=True,
+        ),
+        Command(
+            "factory-reset", "overwrite and remove database and keys (--yes does not ask)", run_factory_reset,
+            ("[--yes]",),
+            "Overwrite and remove the database and the keys. The configuration and the backups stay; the next start "
+            "sets up.",
+            (Flag("--yes", "do not ask for the name of this machine"),), ("factory-reset",), is_local=True,
+        ),
+        Command(
+            "keys list",
+            "the signing keys; keys rotate [--ring auth|admin] [--alg ES256|RS256]; keys revoke --kid KID", run_keys,
+            ("list [--json]", "rotate [--ring auth|admin] [--alg ES256|RS256]", "revoke --kid KID"),
+            "List the signing keys; publish the next ones, which sign after key-overlap seconds; or end a key that "
+            "was stolen, with every token it signed.",
+            (
+                AS_JSON, Flag("--ring", "rotate the keys of this port only", "auth|admin"),
+                Flag("--alg", "rotate the keys of this algorithm only", "ES256|RS256"),
+                Flag("--kid", "the key to revoke", "KID"),
+            ),
+            ("keys list", "keys rotate --ring auth", "keys revoke --kid KID"), args=1, is_local=True,
+        ),
+        Command(
+            "admin recover",
+            "let an administrator in again: --username NAME [--password-stdin] [--disable-totp]", run_admin,
+            ("recover --username NAME [--password-stdin] [--disable-totp]",),
+            "Give an administrator, new or there, a new password, the role MadAdmin and a way in. Everything issued "
+            "to the account ends.",
+            (
+                Flag("--username", "the administrator", "NAME"),
+                Flag("--password-stdin", "read the new password from standard input"),
+                Flag("--disable-totp", "take the second factor away"),
+            ),
+            ("admin recover --username root",), args=1, is_local=True,
+        ),
+        Command(
+            "clock accept",
+            "the clock of this machine is right: go by it at once, where the server holds it for wrong", run_clock,
+            ("accept",),
+            "Say that the clock of this machine is right. Whatever was issued at times that are not yet is ended.",
+            examples=("clock accept",), args=1, is_local=True,
+        ),
+    )
+}
+
+
+# -- help --
+
+
+def describe(lines: list[tuple[str, str]]) -> list[str]:
+    """Return `(what is typed, what it does)` in two columns."""
+    shown = []
+    for typed, told in lines:
+        first, *rest = textwrap.wrap(told, 99, break_on_hyphens=False)
+        shown += [f"  {typed:18} {first}", *(" " * 21 + line for line in rest)]
+    return shown
+
+
+def describe_settings() -> list[str]:
+    """Return the options of the server that can be flags, each with its help."""
+    shown = [
+        "options (also key = value lines of mad.conf, and MAD_ variables of the environment):",
+        "  --config FILE          config file (mad.conf)",
+        "  --env-var-prefix WORD  prefix of the variables (MAD_)",
+    ]
+    for option in OPTIONS:
+        if not option.secret:
+            default = f" [{option.default}]" if option.default not in ("", (), False, -1) else ""
+            told = textwrap.wrap(option.help + default, 112, break_on_hyphens=False)
+            shown += [f"  --{option.name}", *(" " * 8 + line for line in told)]
+    return shown
+
+
+STATUSES = "exit status: 0 done, 1 refused or failed, 2 bad usage"
+
+
+def usage() -> str:
+    """Return the help of the program: its commands and every option."""
+    return "\n".join(
+        [
+            "usage: microauthd COMMAND [--OPTION VALUE ...]", "", "commands:",
+            *describe([(command.title, command.summary) for command in COMMANDS.values()]), "",
+            "microauthd COMMAND --help says more of a command, microauthd help TOPIC shows a page of the manual.", "",
+            *describe_settings(), "", STATUSES, "",
+        ]
+    )
+
+
+def command_help(command: Command) -> str:
+    """Return the help of one command: usage, description, options, examples."""
+    typed = [f"microauthd {command.name} {words}".rstrip() for words in command.usage]
+    lines = ["usage: " + "\n       ".join(typed)]
+    lines += ["", *textwrap.wrap(command.description, 100, break_on_hyphens=False)]
+    if command.flags:
+        lines += ["", "options:"]
+        lines += [f"  {(flag.name + ' ' + flag.value).rstrip():28} {flag.help}" for flag in command.flags]
+    if command.name == "serve":
+        lines += ["", *describe_settings()]
+    elif command.run:
+        lines += ["", "It also takes the options of the server, such as --config FILE: see microauthd help mad.conf."]
+    lines += ["", "examples:", *(example_of(words) for words in command.examples), "", STATUSES, ""]
+    return "\n".join(lines)
+
+
+def example_of(words: str) -> str:
+    return "  " + (words if "microauthd " in words else "microauthd " + words)
+
+
+def show_help(args: list[str]) -> int:
+    """Show the list of the manual's pages, or one of them."""
+    if not args:
+        show_topics()
+        return 0
+    if len(args) > 1:
+        raise UsageError(f"{args[1]!r} is not understood; see microauthd help --help")
+    if args[0] not in topics():
+        raise UsageError(f"the manual has no page {args[0]!r}; its pages are: {', '.join(topics())}")
+    show_page(args[0])
+    return 0
+
+
+# -- running a command --
+
+
+def read_command_line(command: Command, argv: list[str]) -> CommandLine:
+    """Sort what follows the name of a command. Raises UsageError."""
+    names = {flag.name for flag in command.flags if not flag.value}
+    takes_value = {flag.name for flag in command.flags if flag.value}
+    flags = [word for word in argv if word in names]
+    values, rest = {}, []
+    words = iter([word for word in argv if word not in names])
     for word in words:
         name, equals, value = word.partition("=")
-        if name in OWN_VALUES.get(command, ()):
+        if name in takes_value:
             values[name] = value if equals else next(words, "")
         else:
             rest.append(word)
-    if command not in ("serve", "setup", "options", "selftest", "factory-reset", *OWN_WORDS):
-        print(f"microauthd: unknown command {command!r}; see microauthd --help", file=sys.stderr)
-        return 2
     try:
-        flags, words = parse_flags(rest)
+        settings, args = parse_flags(rest)
     except StartupError as refusal:
-        print(f"microauthd: {refusal}", file=sys.stderr)
-        return 2
-    takes = OWN_WORDS.get(command, 0)
-    if len(words) != takes:
-        said = f"{words[takes]!r} is not understood" if len(words) > takes else f"{command} needs one more word"
-        print(f"microauthd: {said}; see microauthd --help", file=sys.stderr)
-        return 2
-    if command == "selftest":
+        raise UsageError(str(refusal)) from None
+    if len(args) > command.args:
+        raise UsageError(f"{args[command.args]!r} is not understood; see microauthd --help")
+    if len(args) < command.args:
+        raise UsageError(f"{command.name} needs one more word; see microauthd --help")
+    return CommandLine(settings, args, flags, values)
+
+
+def run_local(name: str, work: Callable[[], int], options: Options, config: str) -> int:
+    """Run a command that works on the files of a box, as their owner and beside no other that would disturb it."""
+    try:
+        require_owner(options)
+        if name == "restore":  # takes the lock itself, against all others
+            return work()
+        with hold_setup(config, beside_others=name != "factory-reset"):
+            return work()
+    except OSError as error:
+        raise StartupError(f"{error.filename or options.db_file}: {error.strerror}") from None
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Run a command; return the exit status. Raises UsageError."""
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}; see microauthd --help")
+    command = COMMANDS[name]
+    if "--help" in argv or "-h" in argv:
+        write(command_help(command))
+        return 0
+    if name == "help":
+        return show_help(argv)
+    if name == "version":
+        print(f"microauthd {VERSION}")
+        return 0
+    line = read_command_line(command, argv)
+    if name == "selftest":
         return selftest()
-    if "print-effective-config" in flags:
-        command = "options"
-    if command in ("setup", "restore"):
-        flags["config-may-be-missing"] = True
-    config = config_path(flags, os.environ)
+    if "print-effective-config" in line.settings:
+        command = COMMANDS["options"]
+    if name in ("setup", "restore"):
+        line.settings["config-may-be-missing"] = True
+    config = config_path(line.settings, os.environ)
     recover_setup(config)
-    options = load_options(flags, os.environ)
-    if command in LOCAL_COMMANDS:
-        try:
-            require_owner(options)
-            if command == "restore":  # holds it itself, against all others
-                return run_restore(options, words, own, values)
-            with hold_setup(config, beside_others=command != "factory-reset"):
-                return LOCAL_COMMANDS[command](options, words, own, values)
-        except OSError as error:
-            raise StartupError(f"{error.filename or options.db_file}: {error.strerror}") from None
-    if command == "options":
-        return show_options(options, "--json" in own)
-    if command == "setup":
-        return setup(options, flags, own, values)
-    if not os.path.exists(options.db_file):
-        first_start(options, flags)
-        options = load_options(flags, os.environ)
-    return serve(options)
+    options = load_options(line.settings, os.environ)
+    assert command.run
+    work = functools.partial(command.run, options, line)
+    try:
+        return run_local(name, work, options, config) if command.is_local else work()
+    except UsageError:
+        raise UsageError(" | ".join(f"{name} {words}" for words in command.usage)) from None
 
 
 def open_streams():
@@ -374,20 +571,24 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if os.path.basename(sys.argv[0]) == "mad":
         argv.insert(0, "mad")
-    command = argv.pop(0) if argv and not argv[0].startswith("-") else "serve"
-    if command == "mad":
+    is_named = bool(argv) and not argv[0].startswith("-")
+    name = argv.pop(0) if is_named else "serve"
+    if name == "mad":
         import mad
 
         return mad.main(argv)
-    if command == "help" or "--help" in argv or "-h" in argv:
-        sys.stdout.write(usage())
+    if not is_named and ("--help" in argv or "-h" in argv):
+        write(usage())
         return 0
-    if command == "version" or "--version" in argv:
+    if "--version" in argv:
         print(f"microauthd {VERSION}")
         return 0
     os.umask(0o077)
     try:
-        return run(command, argv)
+        return run(name, argv)
+    except UsageError as error:
+        print(f"microauthd: {error}", file=sys.stderr)
+        return 2
     except StartupError as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import mad  # noqa: E402
 import microauthd  # noqa: E402
 from appliance.base.settings import OPTIONS  # noqa: E402
-from appliance.commands import usage  # noqa: E402
+from appliance.commands import COMMANDS  # noqa: E402
 
 
 # A standard by its name, then its sections: `RFC 6749 §4.1 and §5.2`.
@@ -152,14 +152,7 @@ def standards():
 
 def server_commands():
     """The commands of microauthd, as its --help has them."""
-    text = usage().partition("commands:\n")[2].partition("\n\n")[0]
-    rows = []
-    for line in text.splitlines():
-        name, told = line[2:21].strip(), line[21:].strip()
-        if name:
-            rows.append([f"`{name}`", told])
-        else:
-            rows[-1][1] += " " + told
+    rows = [(f"`{command.title}`", command.summary) for command in COMMANDS.values()]
     return table(("Command", "What it does"), rows)
 
 

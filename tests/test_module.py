@@ -17,7 +17,8 @@ ROOMS = (
     "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
     "appliance.base.openapi", "microauthd", "appliance.backup",
-    "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.commands",
+    "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
+    "appliance.commands",
 )
 
 
@@ -117,7 +118,7 @@ class TestHouse:
         "word, rooms",
         [
             ("os.fork", {"appliance.processes"}), ("sys.argv", {"appliance.commands"}),
-            ("os.environ", {"appliance.commands", "appliance.processes", "appliance.oobe"}),
+            ("os.environ", {"appliance.commands", "appliance.processes", "appliance.oobe", "appliance.help"}),
             ("socket.socket", {"appliance.base.wire", "appliance.processes"}),  # sd_notify speaks to systemd
         ],
     )
@@ -180,9 +181,8 @@ class TestState:
     """No module-level state: threads share the Idp, tests build their own."""
 
     TABLES = {
-        "FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "OWN_FLAGS",
-        "OWN_VALUES", "OWN_WORDS", "LOCAL_COMMANDS", "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH",
-        "ADMIN", "QUESTIONS", "RANGES", "MATTERS",
+        "FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "COMMANDS",
+        "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "QUESTIONS", "RANGES", "MATTERS",
     }
 
     def mutable(self, room):

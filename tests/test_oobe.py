@@ -28,7 +28,7 @@ from appliance.base.store import Store
 from appliance.base.keys import read_ring
 from appliance.processes import read_seal_key
 from appliance.recovery import Answers, MadeClient, recover_setup, set_up
-from appliance.commands import main, setup
+from appliance.commands import CommandLine, main, run_setup
 
 PASSWORD = "correct horse"
 PHRASE = "a long phrase"
@@ -707,7 +707,7 @@ class TestDemo:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("appliance.recovery.set_up", refused)
         with pytest.raises(StartupError, match="Nothing was written. mad.conf.setting-up.lock: Permission denied"):
-            setup(Options(), {}, ["--demo"], {})
+            run_setup(Options(), CommandLine({}, [], ["--demo"], {}))
 
     def test_its_secrets_are_said_where_their_file_cannot_be_written(self, tmp_path, monkeypatch, capsys):
         write = write_durably
@@ -720,7 +720,8 @@ class TestDemo:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("appliance.recovery.write_durably", refused)
         with pytest.raises(StartupError, match="it is set up"):
-            setup(
-                load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}), {}, ["--demo"], {}
+            run_setup(
+                load_options({"config-may-be-missing": True}, {"MAD_ARGON2ID_MEMORY": "8192"}),
+                CommandLine({}, [], ["--demo"], {}),
             )
         assert "client_secret  " in capsys.readouterr().err and (tmp_path / "mad.db3").exists()

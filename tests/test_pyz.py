@@ -296,6 +296,10 @@ class TestCommands:
         lines = done.stdout.splitlines()
         assert lines and all(line.startswith("ok ") for line in lines)
 
+    def test_the_manual_is_in_the_archive(self, home):
+        page = run("help", "mad.conf", home=home)
+        assert page.returncode == 0 and "log-file" in page.stdout and "mad.conf" in run("help", home=home).stdout
+
 
 class TestServing:
     def test_the_archive_may_be_removed_while_it_serves(self, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -502,13 +502,13 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
     return found, rest
 
 
-def config_path(flags: dict, environ: dict) -> str:
+def config_path(flags: dict, environ: Mapping[str, str]) -> str:
     """Return the path of the config file, whether it is there or not."""
     prefix = flags.get("env-var-prefix", ("MAD_",))[0]
     return flags.get("config", ("",))[0] or environ.get(prefix + "CONFIG", "") or "mad.conf"
 
 
-def load_options(flags: dict, environ: dict) -> Options:
+def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     """Return the settings in force: default < file < environment < flag.
 
     `flags` is what parse_flags() found. An unknown key or variable of our prefix raises StartupError:
