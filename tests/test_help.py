@@ -1,4 +1,4 @@
-"""microauthd help and microauthd COMMAND --help."""
+"""microauthd help: the pages of the manual on a terminal."""
 
 import io
 import os
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from appliance.base.settings import OPTIONS
-from appliance.commands import COMMANDS, main
+from appliance.commands import main
 from appliance.help import MANUAL, lay_out, topics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,37 +84,3 @@ class TestLayout:
     )
     def test_table(self, page, shown):
         assert lay_out(page, 14) == shown
-
-
-class TestCommands:
-    """Each command says its usage, what it does, its options and examples."""
-
-    @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "mad"])
-    def test_each_has_help_without_doing_anything(self, name, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        for flag in ("--help", "-h"):
-            assert main([name, "--nonsense", flag]) == 0
-        shown = capsys.readouterr().out
-        command = COMMANDS[name]
-        assert shown.startswith(f"usage: microauthd {name}") and command.description and "\nexamples:\n" in shown
-        assert all(f"  {flag.name}" in shown for flag in command.flags)
-        assert command.summary and not list(tmp_path.iterdir())
-        assert all(len(line) <= 120 for line in shown.splitlines())
-
-    @pytest.mark.parametrize("name", COMMANDS)
-    def test_every_flag_of_its_usage_is_explained_and_the_other_way_round(self, name):
-        command = COMMANDS[name]
-        assert set(re.findall(r"--[a-z-]+", " ".join(command.usage))) == {flag.name for flag in command.flags}
-
-    def test_that_of_mad_is_its_own(self, capsys):
-        assert main(["mad", "--help"]) == 0
-        assert capsys.readouterr().out.startswith("usage: mad ")
-
-    def test_that_of_serve_has_every_option(self, capsys):
-        assert main(["serve", "--help"]) == 0
-        shown = capsys.readouterr().out
-        assert all((f"  --{option.name}\n" in shown) is not option.secret for option in OPTIONS)
-
-    def test_an_unknown_command_has_none(self, capsys):
-        assert main(["nonsense", "--help"]) == 2
-        assert "unknown command 'nonsense'" in capsys.readouterr().err
