@@ -4533,11 +4533,9 @@ def user_object(account: Account) -> UserObject:
     )
 
 
-def list_users(idp: Idp, params) -> Reply:
-    query = params.query
+def rows_of_users(idp: Idp, query: ListUsers) -> tuple[list, int]:
     is_active = {"true": 1, "false": 0, "all": None}[query.is_active]
-    rows, total = idp.store.list_accounts(fold(query.q), is_active, query.sort, query.limit, query.offset)
-    return listed(params, [user_object(row) for row in rows], total)
+    return idp.store.list_accounts(fold(query.q), is_active, query.sort, query.limit, query.offset)
 
 
 # == AUTH endpoints ============================================================
@@ -5540,7 +5538,8 @@ def scoped_create_user(idp, claims, params):
 @AUTH("GET", "/users", guard=by_scope("admin:list_users"), spec=OWN, query=ListUsers, gives=list[UserObject])
 def scoped_list_users(idp, claims, params):
     """The users by name, those matching `q`, a page at a time."""
-    return list_users(idp, params)
+    rows, total = rows_of_users(idp, params.query)
+    return listed(params, [user_object(row) for row in rows], total)
 
 
 @AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec=OWN, gives=UserObject)
@@ -5698,48 +5697,93 @@ def admin_logout(idp, claims, params):
     return msg("Logged out.")
 
 
+# -- what every noun has --
+
+
+class Noun(msgspec.Struct, frozen=True):
+    """What the routes of a noun are made of: how a record is shown, and the services on it."""
+
+    name: str  # of one; its plural is the path
+    show: Callable  # makes the object that is sent, of a record
+    gives: type  # of that object
+    query: type  # what the list may be asked for
+    rows: Callable  # (idp, query): the records of a page, and how many there are
+    get: Callable  # (idp, id or name)
+    update: Callable  # (idp, caller, id or name, body)
+    changes: type
+    delete: Callable  # (idp, caller, id or name)
+    create: Callable | None = None  # (idp, caller, body); None where its route is declared apart
+    takes: type | None = None
+
+
+def declare(noun: Noun, *sentences: str):
+    """Declare what every noun has: POST and GET of all; GET, PUT and DELETE of one by id or name; the id of a name.
+
+    `sentences` describe the routes, in this order: create, list, get, id of a name, update, delete.
+    """
+    all_, one = f"/{noun.name}s", f"/{noun.name}s/<id>"
+
+    def shown(idp, params):
+        return noun.show(noun.get(idp, params.path["id"]))
+
+    def create(idp, claims, params):
+        return noun.show(noun.create(idp, params.caller, params.body))
+
+    def list_(idp, claims, params):
+        rows, total = noun.rows(idp, params.query)
+        return listed(params, [noun.show(row) for row in rows], total)
+
+    def get(idp, claims, params):
+        return shown(idp, params)
+
+    def id_(idp, claims, params):
+        return Found(noun.show(noun.get(idp, params.path["name"])).id)
+
+    def update(idp, claims, params):
+        with if_match(idp, params, lambda: shown(idp, params)):
+            return noun.show(noun.update(idp, params.caller, params.path["id"], params.body))
+
+    def delete(idp, claims, params):
+        with if_match(idp, params, lambda: shown(idp, params)):
+            noun.delete(idp, params.caller, params.path["id"])
+        return msg(f"{noun.name.capitalize()} deleted.")
+
+    routes = [
+        (create, f"create_{noun.name}", "POST", all_, {"takes": noun.takes, "gives": noun.gives}),
+        (list_, f"list_{noun.name}s", "GET", all_, {"query": noun.query, "gives": list[noun.gives]}),
+        (get, f"get_{noun.name}", "GET", one, {"gives": noun.gives, "versioned": True}),
+        (id_, f"{noun.name}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
+        (update, f"update_{noun.name}", "PUT", one, {"takes": noun.changes, "gives": noun.gives, "versioned": True}),
+        (delete, f"delete_{noun.name}", "DELETE", one, {"gives": Msg, "versioned": True}),
+    ]
+    for (handler, name, method, path, more), sentence in zip(
+        routes if noun.create else routes[1:], sentences, strict=True
+    ):
+        handler.__name__, handler.__doc__ = f"admin_{name}", sentence
+        ADMIN(method, path, guard=by_admin, spec=OWN, **more)(handler)
+
+
+def named(list_rows: str) -> Callable:
+    """Return what lists the records of a noun that has a name and nothing else to be asked for."""
+    return lambda idp, query: getattr(idp.store, list_rows)(query.q, query.sort, query.limit, query.offset)
+
+
 # -- users --
 
 
-@ADMIN("POST", "/users", guard=by_admin, spec=OWN, takes=CreateUser, gives=UserObject)
-def admin_create_user(idp, claims, params):
-    """Create a user."""
-    return user_object(create_user(idp, params.caller, params.body))
-
-
-@ADMIN("GET", "/users", guard=by_admin, spec=OWN, query=ListUsers, gives=list[UserObject])
-def admin_list_users(idp, claims, params):
-    """The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their
-    number in X-Total-Count.
-    """
-    return list_users(idp, params)
-
-
-@ADMIN("GET", "/users/<id>", guard=by_admin, spec=OWN, gives=UserObject, versioned=True)
-def admin_get_user(idp, claims, params):
-    """One user, by id or name."""
-    return user_object(get_user(idp, params.path["id"]))
-
-
-@ADMIN("GET", "/users/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
-def admin_user_id(idp, claims, params):
-    """The id of a user name."""
-    return Found(get_user(idp, params.path["name"]).id)
-
-
-@ADMIN("PUT", "/users/<id>", guard=by_admin, spec=OWN, takes=UpdateUser, gives=UserObject, versioned=True)
-def admin_update_user(idp, claims, params):
-    """Change what is sent of a user; the id of the path counts. Honours If-Match."""
-    with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
-        return user_object(update_user(idp, params.caller, params.path["id"], params.body))
-
-
-@ADMIN("DELETE", "/users/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
-def admin_delete_user(idp, claims, params):
-    """Delete a user and everything that hangs on it. Honours If-Match."""
-    with if_match(idp, params, lambda: user_object(get_user(idp, params.path["id"]))):
-        delete_user(idp, params.caller, params.path["id"])
-    return msg("User deleted.")
+declare(
+    Noun(
+        "user", show=user_object, gives=UserObject, query=ListUsers, rows=rows_of_users, get=get_user,
+        create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
+    ),
+    "Create a user.",
+    "The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their "
+    "number in X-Total-Count.",
+    "One user, by id or name.",
+    "The id of a user name.",
+    "Change what is sent of a user; the id of the path counts. Honours If-Match.",
+    "Delete a user and everything that hangs on it. Honours If-Match.",
+)
 
 
 @ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg)
@@ -5904,45 +5948,18 @@ def role_object(role: Role) -> RoleObject:
     return RoleObject(role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active))
 
 
-@ADMIN("POST", "/roles", guard=by_admin, spec=OWN, takes=CreateRole, gives=RoleObject)
-def admin_create_role(idp, claims, params):
-    """Create a role."""
-    return role_object(create_role(idp, params.caller, params.body))
-
-
-@ADMIN("GET", "/roles", guard=by_admin, spec=OWN, query=ListNamed, gives=list[RoleObject])
-def admin_list_roles(idp, claims, params):
-    """The roles by name, those matching `q`, a page at a time."""
-    query = params.query
-    rows, total = idp.store.list_roles(query.q, query.sort, query.limit, query.offset)
-    return listed(params, [role_object(row) for row in rows], total)
-
-
-@ADMIN("GET", "/roles/<id>", guard=by_admin, spec=OWN, gives=RoleObject, versioned=True)
-def admin_get_role(idp, claims, params):
-    """One role, by id or name."""
-    return role_object(get_role(idp, params.path["id"]))
-
-
-@ADMIN("GET", "/roles/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
-def admin_role_id(idp, claims, params):
-    """The id of a role name."""
-    return Found(get_role(idp, params.path["name"]).id)
-
-
-@ADMIN("PUT", "/roles/<id>", guard=by_admin, spec=OWN, takes=UpdateRole, gives=RoleObject, versioned=True)
-def admin_update_role(idp, claims, params):
-    """Change what is sent of a role. Honours If-Match."""
-    with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
-        return role_object(update_role(idp, params.caller, params.path["id"], params.body))
-
-
-@ADMIN("DELETE", "/roles/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
-def admin_delete_role(idp, claims, params):
-    """Delete a role; whoever had it logs in anew. Honours If-Match."""
-    with if_match(idp, params, lambda: role_object(get_role(idp, params.path["id"]))):
-        delete_role(idp, params.caller, params.path["id"])
-    return msg("Role deleted.")
+declare(
+    Noun(
+        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=named("list_roles"), get=get_role,
+        create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
+    ),
+    "Create a role.",
+    "The roles by name, those matching `q`, a page at a time.",
+    "One role, by id or name.",
+    "The id of a role name.",
+    "Change what is sent of a role. Honours If-Match.",
+    "Delete a role; whoever had it logs in anew. Honours If-Match.",
+)
 
 
 @ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
@@ -6002,51 +6019,25 @@ def name_ref(row: Permission) -> NameRef:
     return NameRef(row.id, row.name)
 
 
-@ADMIN("POST", "/permissions", guard=by_admin, spec=OWN, takes=CreatePermission, gives=NameRef)
-def admin_create_permission(idp, claims, params):
-    """Create a permission."""
-    return name_ref(create_permission(idp, params.caller, params.body))
-
-
-@ADMIN("GET", "/permissions", guard=by_admin, spec=OWN, query=ListNamed, gives=list[NameRef])
-def admin_list_permissions(idp, claims, params):
-    """The permissions by name, those matching `q`, a page at a time."""
-    query = params.query
-    rows, total = idp.store.list_permissions(query.q, query.sort, query.limit, query.offset)
-    return listed(params, [name_ref(row) for row in rows], total)
+declare(
+    Noun(
+        "permission", show=name_ref, gives=NameRef, query=ListNamed,
+        rows=named(             "list_permissions"         ), get=get_permission, create=create_permission,
+        takes=CreatePermission, update=update_permission, changes=UpdatePermission, delete=delete_permission,
+    ),
+    "Create a permission.",
+    "The permissions by name, those matching `q`, a page at a time.",
+    "One permission, by id or name.",
+    "The id of a permission name.",
+    "Rename a permission. Honours If-Match.",
+    "Delete a permission. Honours If-Match.",
+)
 
 
 @ADMIN("GET", "/permissions/retrieve/all", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_retrieve_permissions(idp, claims, params):
     """Every permission."""
     return [name_ref(row) for row in idp.store.list_permissions()[0]]
-
-
-@ADMIN("GET", "/permissions/<id>", guard=by_admin, spec=OWN, gives=NameRef, versioned=True)
-def admin_get_permission(idp, claims, params):
-    """One permission, by id or name."""
-    return name_ref(get_permission(idp, params.path["id"]))
-
-
-@ADMIN("GET", "/permissions/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
-def admin_permission_id(idp, claims, params):
-    """The id of a permission name."""
-    return Found(get_permission(idp, params.path["name"]).id)
-
-
-@ADMIN("PUT", "/permissions/<id>", guard=by_admin, spec=OWN, takes=UpdatePermission, gives=NameRef, versioned=True)
-def admin_update_permission(idp, claims, params):
-    """Rename a permission. Honours If-Match."""
-    with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
-        return name_ref(update_permission(idp, params.caller, params.path["id"], params.body))
-
-
-@ADMIN("DELETE", "/permissions/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
-def admin_delete_permission(idp, claims, params):
-    """Delete a permission. Honours If-Match."""
-    with if_match(idp, params, lambda: name_ref(get_permission(idp, params.path["id"]))):
-        delete_permission(idp, params.caller, params.path["id"])
-    return msg("Permission deleted.")
 
 
 @ADMIN("POST", "/permissions/assign", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
@@ -6111,45 +6102,18 @@ def scope_object(scope: Scope) -> ScopeObject:
     )
 
 
-@ADMIN("POST", "/scopes", guard=by_admin, spec=OWN, takes=CreateScope, gives=ScopeObject)
-def admin_create_scope(idp, claims, params):
-    """Create a scope."""
-    return scope_object(create_scope(idp, params.caller, params.body))
-
-
-@ADMIN("GET", "/scopes", guard=by_admin, spec=OWN, query=ListNamed, gives=list[ScopeObject])
-def admin_list_scopes(idp, claims, params):
-    """The scopes by name, those matching `q`, a page at a time."""
-    query = params.query
-    rows, total = idp.store.list_scopes(query.q, query.sort, query.limit, query.offset)
-    return listed(params, [scope_object(row) for row in rows], total)
-
-
-@ADMIN("GET", "/scopes/<id>", guard=by_admin, spec=OWN, gives=ScopeObject, versioned=True)
-def admin_get_scope(idp, claims, params):
-    """One scope, by id or name."""
-    return scope_object(get_scope(idp, params.path["id"]))
-
-
-@ADMIN("GET", "/scopes/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
-def admin_scope_id(idp, claims, params):
-    """The id of a scope name."""
-    return Found(get_scope(idp, params.path["name"]).id)
-
-
-@ADMIN("PUT", "/scopes/<id>", guard=by_admin, spec=OWN, takes=UpdateScope, gives=ScopeObject, versioned=True)
-def admin_update_scope(idp, claims, params):
-    """Change what is sent of a scope; a protected one keeps its name. Honours If-Match."""
-    with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
-        return scope_object(update_scope(idp, params.caller, params.path["id"], params.body))
-
-
-@ADMIN("DELETE", "/scopes/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
-def admin_delete_scope(idp, claims, params):
-    """Delete a scope. Honours If-Match."""
-    with if_match(idp, params, lambda: scope_object(get_scope(idp, params.path["id"]))):
-        delete_scope(idp, params.caller, params.path["id"])
-    return msg("Scope deleted.")
+declare(
+    Noun(
+        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=named("list_scopes"), get=get_scope,
+        create=create_scope, takes=CreateScope, update=update_scope, changes=UpdateScope, delete=delete_scope,
+    ),
+    "Create a scope.",
+    "The scopes by name, those matching `q`, a page at a time.",
+    "One scope, by id or name.",
+    "The id of a scope name.",
+    "Change what is sent of a scope; a protected one keeps its name. Honours If-Match.",
+    "Delete a scope. Honours If-Match.",
+)
 
 
 @ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
@@ -6250,48 +6214,29 @@ def client_object(client: Client, secret="") -> ClientObject:
     )
 
 
+def rows_of_clients(idp: Idp, query) -> tuple[list, int]:
+    rows, total = idp.store.list_clients(query.q, query.sort, query.limit, query.offset)
+    return [get_client(idp, row.id) for row in rows], total
+
+
 @ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
     """Register a client; a secret that was made is in this answer and never again."""
     return client_object(*create_client(idp, params.caller, params.body))
 
 
-@ADMIN("GET", "/clients", guard=by_admin, spec=OWN, query=ListClients, gives=list[ClientObject])
-def admin_list_clients(idp, claims, params):
-    """The clients by display name, those matching `q`, a page at a time."""
-    query = params.query
-    rows, total = idp.store.list_clients(query.q, query.sort, query.limit, query.offset)
-    return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
-
-
-@ADMIN("GET", "/clients/<id>", guard=by_admin, spec=OWN, gives=ClientObject, versioned=True)
-def admin_get_client(idp, claims, params):
-    """One client, by id or client_id."""
-    return client_object(get_client(idp, params.path["id"]))
-
-
-@ADMIN("GET", "/clients/id-by-name/<name>", guard=by_admin, spec=OWN, gives=Found)
-def admin_client_id(idp, claims, params):
-    """The internal id of a client_id."""
-    return Found(get_client(idp, params.path["name"]).row.id)
-
-
-@ADMIN("PUT", "/clients/<id>", guard=by_admin, spec=OWN, takes=UpdateClient, gives=ClientObject, versioned=True)
-def admin_update_client(idp, claims, params):
-    """Change what is sent of a client; switched off, renamed or given another audience it loses what it holds.
-
-    Honours If-Match.
-    """
-    with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
-        return client_object(update_client(idp, params.caller, params.path["id"], params.body))
-
-
-@ADMIN("DELETE", "/clients/<id>", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
-def admin_delete_client(idp, claims, params):
-    """Delete a client, by id or client_id, and end what it holds. Honours If-Match."""
-    with if_match(idp, params, lambda: client_object(get_client(idp, params.path["id"]))):
-        delete_client(idp, params.caller, params.path["id"])
-    return msg("Client deleted.")
+declare(
+    Noun(
+        "client", show=client_object, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
+        update=update_client, changes=UpdateClient, delete=delete_client,
+    ),
+    "The clients by display name, those matching `q`, a page at a time.",
+    "One client, by id or client_id.",
+    "The internal id of a client_id.",
+    "Change what is sent of a client; switched off, renamed or given another audience it loses what it holds. "
+    "Honours If-Match.",
+    "Delete a client, by id or client_id, and end what it holds. Honours If-Match.",
+)
 
 
 @ADMIN("POST", "/clients/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg)
@@ -6346,67 +6291,49 @@ def admin_delete_redirect_uri_by_id(idp, claims, params):
     return msg("Redirect URI removed.")
 
 
-@ADMIN("POST", "/clients/<id>/redirect-uris", guard=by_admin, spec=OWN, takes=str | AddUri, gives=UriObject, status=201)
-def admin_add_redirect_uri(idp, claims, params):
-    """Give a client a redirect URI: a JSON string, or an object with `uri`."""
-    uri = params.body.uri if isinstance(params.body, AddUri) else params.body
-    return uri_object(add_uri(idp, params.caller, params.path["id"], "redirect", uri))
+def declare_uris(path: str, kind: str, *sentences: str):
+    """Declare POST, GET and DELETE of one kind of URI of a client; `sentences` describe them, in this order."""
+    all_, name = f"/clients/<id>/{path}", path.replace("-", "_")
+
+    def add(idp, claims, params):
+        uri = params.body.uri if isinstance(params.body, AddUri) else params.body
+        return uri_object(add_uri(idp, params.caller, params.path["id"], kind, uri))
+
+    def list_(idp, claims, params):
+        return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, kind)]
+
+    def delete(idp, claims, params):
+        delete_uri(idp, params.caller, params.path["record_id"], kind, params.path["id"])
+        return msg("Removed.")
+
+    for handler, verb, method, at, more, sentence in (
+        (add, "add", "POST", all_, {"takes": str | AddUri, "gives": UriObject, "status": 201}, sentences[0]),
+        (list_, "list", "GET", all_, {"gives": list[UriObject]}, sentences[1]),
+        (delete, "delete", "DELETE", f"{all_}/<record_id>", {"gives": Msg}, sentences[2]),
+    ):
+        handler.__name__ = f"admin_{verb}_{name if verb == 'list' else name.removesuffix('s')}"
+        handler.__doc__ = sentence
+        ADMIN(method, at, guard=by_admin, spec=OWN, **more)(handler)
 
 
-@ADMIN("GET", "/clients/<id>/redirect-uris", guard=by_admin, spec=OWN, gives=list[UriObject])
-def admin_list_redirect_uris(idp, claims, params):
-    """The redirect URIs of a client."""
-    return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "redirect")]
-
-
-@ADMIN("DELETE", "/clients/<id>/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
-def admin_delete_redirect_uri(idp, claims, params):
-    """Take a redirect URI from a client."""
-    delete_uri(idp, params.caller, params.path["record_id"], "redirect", params.path["id"])
-    return msg("Removed.")
-
-
-@ADMIN(
-    "POST", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec=OWN,
-    takes=str | AddUri, gives=UriObject, status=201,
+declare_uris(
+    "redirect-uris", "redirect",
+    "Give a client a redirect URI: a JSON string, or an object with `uri`.",
+    "The redirect URIs of a client.",
+    "Take a redirect URI from a client.",
 )
-def admin_add_post_logout_redirect_uri(idp, claims, params):
-    """Give a client a post-logout redirect URI: a JSON string, or an object with `uri`."""
-    uri = params.body.uri if isinstance(params.body, AddUri) else params.body
-    return uri_object(add_uri(idp, params.caller, params.path["id"], "post_logout", uri))
-
-
-@ADMIN("GET", "/clients/<id>/post-logout-redirect-uris", guard=by_admin, spec=OWN, gives=list[UriObject])
-def admin_list_post_logout_redirect_uris(idp, claims, params):
-    """The post-logout redirect URIs of a client."""
-    return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "post_logout")]
-
-
-@ADMIN("DELETE", "/clients/<id>/post-logout-redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
-def admin_delete_post_logout_redirect_uri(idp, claims, params):
-    """Take a post-logout redirect URI from a client."""
-    delete_uri(idp, params.caller, params.path["record_id"], "post_logout", params.path["id"])
-    return msg("Removed.")
-
-
-@ADMIN("POST", "/clients/<id>/cors-origins", guard=by_admin, spec=OWN, takes=str | AddUri, gives=UriObject, status=201)
-def admin_add_cors_origin(idp, claims, params):
-    """Give a public client an origin a browser may call from: a JSON string, or an object with `uri`."""
-    uri = params.body.uri if isinstance(params.body, AddUri) else params.body
-    return uri_object(add_uri(idp, params.caller, params.path["id"], "cors_origin", uri))
-
-
-@ADMIN("GET", "/clients/<id>/cors-origins", guard=by_admin, spec=OWN, gives=list[UriObject])
-def admin_list_cors_origins(idp, claims, params):
-    """The origins a browser may call from for a client."""
-    return [uri_object(row) for row in idp.store.list_uris(get_client(idp, params.path["id"]).row.id, "cors_origin")]
-
-
-@ADMIN("DELETE", "/clients/<id>/cors-origins/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
-def admin_delete_cors_origin(idp, claims, params):
-    """Take an origin from a client."""
-    delete_uri(idp, params.caller, params.path["record_id"], "cors_origin", params.path["id"])
-    return msg("Removed.")
+declare_uris(
+    "post-logout-redirect-uris", "post_logout",
+    "Give a client a post-logout redirect URI: a JSON string, or an object with `uri`.",
+    "The post-logout redirect URIs of a client.",
+    "Take a post-logout redirect URI from a client.",
+)
+declare_uris(
+    "cors-origins", "cors_origin",
+    "Give a public client an origin a browser may call from: a JSON string, or an object with `uri`.",
+    "The origins a browser may call from for a client.",
+    "Take an origin from a client.",
+)
 
 
 # -- feature flags of clients --
