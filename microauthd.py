@@ -375,7 +375,7 @@ class CreateClient(msgspec.Struct):
     secret: str | None = None
     display_name: str | None = None
     audience: str | None = None
-    client_type: str = CONFIDENTIAL
+    client_type: str = "confidential"  # or "public". RFC 6749 §2.1
     grant_types: list[str] | None = None
     scopes: list[str] | None = None
     may_introspect: bool = False
