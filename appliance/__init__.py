@@ -10,6 +10,7 @@
     microauthd                          the server: one Bottle module with every rule and every route
     ────────────────────────────────────────────────────────────────────────────────────────────────
     base.openapi                        what a route is, and the description that its declaration makes
+    base.objects                        what each object of the wire looks like
     base.store                          rows, MIGRATIONS, every SQL statement
     base.database                       the engine under the store
     base.wire                           the two servers: whole requests, limits, deadlines, TLS

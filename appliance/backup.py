@@ -16,7 +16,8 @@ from appliance.base.settings import Options
 from appliance.base.files import sync_directory
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
-from microauthd import BackupObject, Idp, Machine, Caller, Problem, audit, iso, reject
+from appliance.base.objects import BackupObject, iso
+from microauthd import Caller, Idp, Machine, Problem, audit, reject
 
 # == Backup ====================================================================
 # One file that restores the box, made beside everything that writes. Recovery puts it back.

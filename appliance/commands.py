@@ -18,16 +18,17 @@ from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_
 from appliance.base.store import Store
 from appliance.base.hashing import Hasher
 from appliance.base.keys import make_key
+from appliance.base.objects import iso
 from microauthd import (
-    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, iso, new_totp_seed, totp_step,
+    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_step,
     totp_uri,
 )
-from appliance.help import show_page, show_topics, topics, write
 from appliance.processes import serve
 from appliance.recovery import (
     accept_clock, back_up, describe_keys, factory_reset, hold_setup, recover_admin, recover_setup, require_owner,
     restore, revoke_key, rotate_keys, set_up_demo,
 )
+from appliance.help import show_page, show_topics, topics, write
 
 # == Command line ==============================================================
 

@@ -24,10 +24,10 @@ from appliance.base.files import sync_directory, write_beside, write_durably
 from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import Key, alg_of, hold_ring, make_key, promote, read_ring, replace_keys, write_ring
+from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
-    CreateClient, CreateScope, CreateUser, Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client,
-    create_scope, create_user, enable_totp, end_user, fold, hash_secret, iso, normalise, random_handle, reject,
-    ring_files,
+    Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client, create_scope, create_user, enable_totp,
+    end_user, fold, hash_secret, normalise, random_handle, reject, ring_files,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key

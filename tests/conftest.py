@@ -20,14 +20,15 @@ import pyotp
 import pytest
 from box import Box
 from hypothesis import HealthCheck, settings
-from appliance.backup import MACHINE
 from appliance.base.clock import RELEASED_AT, Timekeeper
-from appliance.base.database import derive_key
-from appliance.base.log import Log
 from appliance.base.settings import Options
-from appliance.base.store import MAD_ADMIN_ROLE_ID, AuthorizationCode, LoginTransaction, Store
-from appliance.recovery import Answers, back_up, describe_keys, open_idp, set_up
+from appliance.base.log import Log
+from appliance.base.database import derive_key
+from appliance.base.store import AuthorizationCode, LoginTransaction, MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import make_key
+from appliance.base.objects import CreateClient, CreateScope, CreateUser
+from appliance.backup import MACHINE
+from appliance.recovery import Answers, back_up, describe_keys, open_idp, set_up
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -230,7 +231,7 @@ class Someone:
 @pytest.fixture
 def new_user(idp):
     def make(username, scopes=(), admin=False):
-        account = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(username, f"{username}@example.org", PASSWORD))
+        account = m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser(username, f"{username}@example.org", PASSWORD))
         if scopes:
             m.assign_scopes(idp, m.LOCAL.acting_as("test"), account, scopes)
         if admin:
@@ -243,14 +244,14 @@ def new_user(idp):
 @pytest.fixture
 def scopes(idp):
     for name in ("api:read", "api:write", "api:secret"):
-        m.create_scope(idp, m.LOCAL.acting_as("test"), m.CreateScope(name))
+        m.create_scope(idp, m.LOCAL.acting_as("test"), CreateScope(name))
 
 
 @pytest.fixture
 def new_client(idp, scopes):
     def make(client_id, **more):
         client, secret = m.create_client(
-            idp, m.LOCAL.acting_as("test"), m.CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more)
+            idp, m.LOCAL.acting_as("test"), CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more)
         )
         SECRETS.update({secret} - {""})
         return (client_id, secret)

@@ -8,6 +8,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.settings import Options
 from appliance.base.store import FOREVER, LOCKOUT_MAX
+from appliance.base.objects import CreateUser
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
 
@@ -547,14 +548,14 @@ class TestThrottle:
 class TestNewUsers:
     def test_a_name_is_folded_once_and_can_log_in(self, idp):
         """contract/auth B-10"""
-        made = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(" \uff21nn\u00c4 ", "Ann@Example.ORG", PASSWORD))
+        made = m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser(" \uff21nn\u00c4 ", "Ann@Example.ORG", PASSWORD))
         assert (made.username, made.email) == ("ann\u00e4", "ann@example.org")
         assert m.authenticate_user(idp, m.LOCAL, "ANNA\u0308", PASSWORD)[0].id == made.id
 
     @pytest.mark.parametrize("username, email", [("ALICE", "other@example.org"), ("other", "Alice@Example.org")])
     def test_names_and_addresses_are_taken_once(self, idp, alice, username, email):
         with pytest.raises(m.Problem) as caught:
-            m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(username, email, PASSWORD))
+            m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser(username, email, PASSWORD))
         assert caught.value.code == "conflict" and "alice" not in str(caught.value.as_err())
 
     def test_each_leaves_a_row_with_its_maker(self, idp, alice):
@@ -572,5 +573,5 @@ class TestNewUsers:
     def test_what_is_refused_names_the_member(self, idp, member, value):
         good = {"username": "newcomer", "email": "new@example.org", "password": PASSWORD}
         with pytest.raises(m.Problem) as caught:
-            m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser(**(good | {member: value})))
+            m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser(**(good | {member: value})))
         assert list(caught.value.errors) == [member]

@@ -15,6 +15,7 @@ from appliance.base.database import Unavailable
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
 from appliance.base.wire import HttpRefusal, _path_info
 from appliance.base.openapi import FORM
+from appliance.base.objects import ChangeSecret, CreateRole, PurgeTokens, UpdateUser
 
 PROTECTED = [
     (method, path, route.takes)
@@ -286,13 +287,13 @@ class TestEveryChangeLeavesARow:
     @pytest.mark.parametrize(
         "change",
         [
-            lambda *who: m.create_role(*who, m.CreateRole("x")),
-            lambda *who: m.update_user(*who, "alice", m.UpdateUser(email="new@example.org")),
+            lambda *who: m.create_role(*who, CreateRole("x")),
+            lambda *who: m.update_user(*who, "alice", UpdateUser(email="new@example.org")),
             lambda *who: m.delete_user(*who, "alice"), lambda *who: m.reset_password(*who, "alice", OTHER),
             lambda *who: m.begin_totp(*who, m.get_user(who[0], "alice")),
-            lambda *who: m.change_secret(*who, m.ChangeSecret("service")),
+            lambda *who: m.change_secret(*who, ChangeSecret("service")),
             lambda *who: m.delete_client(*who, "service"),
-            lambda *who: m.purge_tokens(*who, m.PurgeTokens(0), ("session",)), lambda *who: m.purge_audit_log(*who, 1),
+            lambda *who: m.purge_tokens(*who, PurgeTokens(0), ("session",)), lambda *who: m.purge_audit_log(*who, 1),
         ],
     )
     def test_where_the_row_cannot_be_written_nothing_is_changed(
@@ -333,7 +334,7 @@ class TestWhoAsksIsWrittenDown:
             raise RuntimeError("power")
 
         for purge in (
-            lambda: m.purge_tokens(idp, m.LOCAL.acting_as(root.id), m.PurgeTokens(0), ("session",), die),
+            lambda: m.purge_tokens(idp, m.LOCAL.acting_as(root.id), PurgeTokens(0), ("session",), die),
             lambda: m.purge_audit_log(idp, m.LOCAL.acting_as(root.id), 3, die),
         ):
             with pytest.raises(RuntimeError):
@@ -632,7 +633,7 @@ class TestBigTables:
 
     def test_a_purge_takes_all_that_is_over_and_nothing_else(self, idp, crowded):
         assert self.count(idp) == (self.MANY, self.MANY // 10)
-        assert m.purge_tokens(idp, m.LOCAL.acting_as("test"), m.PurgeTokens(0), ("refresh_token",)) == self.MANY // 10
+        assert m.purge_tokens(idp, m.LOCAL.acting_as("test"), PurgeTokens(0), ("refresh_token",)) == self.MANY // 10
         assert self.count(idp) == (self.MANY - self.MANY // 10, 0)
 
     def test_it_holds_the_turn_to_write_only_for_a_few_rows_that_are_over(self, idp, crowded, monkeypatch):
@@ -644,11 +645,11 @@ class TestBigTables:
             return honest()
 
         monkeypatch.setattr(idp.store, "writing", writing)
-        m.purge_tokens(idp, m.LOCAL.acting_as("test"), m.PurgeTokens(0), ("refresh_token",))
+        m.purge_tokens(idp, m.LOCAL.acting_as("test"), PurgeTokens(0), ("refresh_token",))
         changed = [after - before for before, after in zip(turns, turns[1:])]
         assert len(changed) >= self.MANY // 10 // SCATTERED and max(changed) <= SCATTERED + 5
         del turns[:]
-        m.purge_tokens(idp, m.LOCAL.acting_as("test"), m.PurgeTokens(0), ("refresh_token",))
+        m.purge_tokens(idp, m.LOCAL.acting_as("test"), PurgeTokens(0), ("refresh_token",))
         assert len(turns) == 2, "two rows of the log, and no turn for those that live"
 
     def test_a_row_that_came_to_life_meanwhile_stays(self, idp, crowded, change, monkeypatch):

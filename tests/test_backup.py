@@ -14,13 +14,14 @@ import pytest
 from box import Box
 from conftest import FILES, PASSWORD, Caller, die, fresh_machine, in_child, kids, made, opened, states
 from appliance import backup
-from appliance.backup import (
-    MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
-)
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.base.objects import CreateUser
+from appliance.backup import (
+    MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
+)
 from appliance.recovery import back_up, describe_keys, open_idp, restore
 
 
@@ -32,7 +33,7 @@ class TestWhatABackupIs:
         def copy_then_write(store, *words):
             real(store, *words)
             idp = open_idp(house)
-            m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
+            m.create_user(idp, m.LOCAL.acting_as("t"), CreateUser("late", "late@example.org", PASSWORD))
             idp.store.close()
 
         monkeypatch.setattr(Store, "copy_to", copy_then_write)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.base.hashing import Argon2Memory, Turns
+from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser
 
 MACHINE = {"grant_type": "client_credentials"}
 BUSY = "The server is busy; try again later."
@@ -290,7 +291,7 @@ class TestSecrets:
 
         assert good(service[1])
         second, third = (
-            m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60)) for _ in range(2)
+            m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60)) for _ in range(2)
         )
         SECRETS.update((second, third))
         assert not good(service[1]), "two live, not three"
@@ -302,11 +303,11 @@ class TestSecrets:
 
     def test_a_changed_one_is_dead_at_once(self, idp, auth, service):
         assert auth.post("/token", MACHINE, auth=service).status == 200
-        m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service"))
+        m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service"))
         assert auth.post("/token", MACHINE, auth=service).status == 401
 
     def test_tokens_live_on(self, idp, auth, machine):
-        m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service"))
+        m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service"))
         assert auth.get("/me", bearer=machine["access_token"]).status == 200
 
     @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ class TestSecrets:
     )
     def test_what_is_refused_names_the_member_and_changes_nothing(self, idp, auth, service, public, wanted, member):
         with pytest.raises(m.Problem) as caught:
-            m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret(**{"client_id": "service"} | wanted))
+            m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret(**{"client_id": "service"} | wanted))
         assert list(caught.value.errors) == [member]
         assert auth.post("/token", MACHINE, auth=service).status == 200
 
@@ -328,15 +329,15 @@ class TestSecrets:
         new_client("idle")
         change("UPDATE client SET is_active = 0 WHERE client_id = 'idle'")
         with pytest.raises(m.Problem) as caught:
-            m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret(client_id))
+            m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret(client_id))
         assert caught.value.code == "not_found"
 
 
 class TestRegistration:
     def test_a_secret_is_made_unless_one_is_given(self, idp, scopes):
-        _, made = m.create_client(idp, m.LOCAL.acting_as("test"), m.CreateClient("one"))
-        _, none = m.create_client(idp, m.LOCAL.acting_as("test"), m.CreateClient("two", client_secret="sixteen characters"))
-        client, public = m.create_client(idp, m.LOCAL.acting_as("test"), m.CreateClient("three", client_type="public"))
+        _, made = m.create_client(idp, m.LOCAL.acting_as("test"), CreateClient("one"))
+        _, none = m.create_client(idp, m.LOCAL.acting_as("test"), CreateClient("two", client_secret="sixteen characters"))
+        client, public = m.create_client(idp, m.LOCAL.acting_as("test"), CreateClient("three", client_type="public"))
         assert len(made) == 43 and none == "" and public == "" and client.secret_hashes == ()
         assert client.grant_types == ["authorization_code", "refresh_token"] and client.row.audience == "microauthd"
 
@@ -359,25 +360,25 @@ class TestRegistration:
     )
     def test_what_is_refused_names_the_member_and_leaves_nothing(self, idp, scopes, wanted, member):
         with pytest.raises(m.Problem) as caught:
-            m.create_client(idp, m.LOCAL.acting_as("test"), m.CreateClient(**{"client_id": "new"} | wanted))
+            m.create_client(idp, m.LOCAL.acting_as("test"), CreateClient(**{"client_id": "new"} | wanted))
         assert list(caught.value.errors) == [member] and idp.store.list_clients()[0] == []
 
     def test_a_client_id_is_taken_once(self, idp, service):
         with pytest.raises(m.Problem) as caught:
-            m.create_client(idp, m.LOCAL.acting_as("test"), m.CreateClient("service"))
+            m.create_client(idp, m.LOCAL.acting_as("test"), CreateClient("service"))
         assert caught.value.code == "conflict" and len(idp.store.list_clients()[0]) == 1
 
     @pytest.mark.parametrize("name", ["", "a b", 'a"b', "a\\b", "\xe4", "x" * 256, SEEDED_SCOPES[0][0]])
     def test_a_scope_is_a_scope_token(self, idp, name):
         """RFC 6749 §3.3"""
         with pytest.raises(m.Problem) as caught:
-            m.create_scope(idp, m.LOCAL.acting_as("test"), m.CreateScope(name))
+            m.create_scope(idp, m.LOCAL.acting_as("test"), CreateScope(name))
         assert list(caught.value.errors) == ["name"]
 
     @pytest.mark.parametrize("name", ["openid", "offline_access", "api:read", "admin:read_user"])
     def test_a_scope_is_taken_once_and_those_of_openid_are_nobodys(self, idp, scopes, name):
         with pytest.raises(m.Problem) as caught:
-            m.create_scope(idp, m.LOCAL.acting_as("test"), m.CreateScope(name))
+            m.create_scope(idp, m.LOCAL.acting_as("test"), CreateScope(name))
         assert caught.value.code == "conflict"
 
     def test_scopes_are_assigned_by_name_or_id_all_or_none(self, idp, service):
@@ -392,14 +393,14 @@ class TestRegistration:
         assert m.find_client(idp, "service").scopes == {"api:read", "api:write", name}
 
     def test_each_change_leaves_a_row_in_its_transaction(self, idp, service, monkeypatch):
-        m.change_secret(idp, m.LOCAL.acting_as("root"), m.ChangeSecret("service", overlap_seconds=5))
+        m.change_secret(idp, m.LOCAL.acting_as("root"), ChangeSecret("service", overlap_seconds=5))
         row = idp.store.list_audit(limit=1)[0]
         assert (row.action, row.actor_id, row.target) == ("client_secret_changed", "root", "service")
         monkeypatch.setattr(idp.store, "append_audit", lambda rows: 1 / 0)
         for work in (
-            lambda: m.create_client(idp, m.LOCAL.acting_as("root"), m.CreateClient("unaudited")),
-            lambda: m.create_scope(idp, m.LOCAL.acting_as("root"), m.CreateScope("unaudited")),
-            lambda: m.create_user(idp, m.LOCAL.acting_as("root"), m.CreateUser("unaudited", "un@audited", PASSWORD)),
+            lambda: m.create_client(idp, m.LOCAL.acting_as("root"), CreateClient("unaudited")),
+            lambda: m.create_scope(idp, m.LOCAL.acting_as("root"), CreateScope("unaudited")),
+            lambda: m.create_user(idp, m.LOCAL.acting_as("root"), CreateUser("unaudited", "un@audited", PASSWORD)),
         ):
             with pytest.raises(ZeroDivisionError):
                 work()

@@ -8,6 +8,7 @@ import pytest
 from conftest import Caller
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.objects import AssignScopes, ChangeSecret, CreateClient, CreateUser
 
 MACHINE = {"grant_type": "client_credentials"}
 
@@ -101,7 +102,7 @@ class TestJson:
     )
     def test_what_is_no_object_is_invalid_request(self, body):
         with pytest.raises(m.Problem) as caught:
-            m.decode_body(body, m.CreateUser)
+            m.decode_body(body, CreateUser)
         assert caught.value.code == "invalid_request"
 
     @pytest.mark.parametrize(
@@ -114,18 +115,18 @@ class TestJson:
     )
     def test_the_member_at_fault_is_named(self, body, member):
         with pytest.raises(m.Problem) as caught:
-            m.decode_body(json.dumps(body).encode(), m.CreateUser)
+            m.decode_body(json.dumps(body).encode(), CreateUser)
         assert list(caught.value.errors) == [member]
 
     def test_a_bad_item_of_a_list_is_named_by_its_list(self):
         with pytest.raises(m.Problem) as caught:
-            m.decode_body(b'{"client_id": "x", "scopes": ["a", 5]}', m.CreateClient)
+            m.decode_body(b'{"client_id": "x", "scopes": ["a", 5]}', CreateClient)
         assert list(caught.value.errors) == ["scopes"]
 
     def test_names_match_in_any_case_and_unknown_ones_are_ignored(self):
         assert m.decode_body(
-            b'{"UserName": "x", "is_admin": true, "id": 5, "__class__": "y"}', m.CreateUser
-        ) == m.CreateUser("x")
+            b'{"UserName": "x", "is_admin": true, "id": 5, "__class__": "y"}', CreateUser
+        ) == CreateUser("x")
 
     @given(
         st.recursive(
@@ -139,7 +140,7 @@ class TestJson:
         )
     )
     def test_anything_is_read_or_refused(self, value):
-        for kind in (m.CreateClient, m.ChangeSecret, m.AssignScopes):
+        for kind in (CreateClient, ChangeSecret, AssignScopes):
             try:
                 m.decode_body(json.dumps(value).encode(), kind)
             except m.Problem as problem:

@@ -13,6 +13,7 @@ from browser import CALLBACK, CHALLENGE, VERIFIER, Browser, request, sent_back, 
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
+from appliance.base.objects import UpdateClient
 
 NEW_PASSWORD = "another battery staple"
 
@@ -1284,7 +1285,7 @@ class TestCors:
         )
 
     def test_an_origin_counts_as_long_as_its_client(self, idp, auth, origin, change):
-        m.update_client(idp, m.LOCAL.acting_as("t"), "spa", m.UpdateClient(is_active=False))
+        m.update_client(idp, m.LOCAL.acting_as("t"), "spa", UpdateClient(is_active=False))
         assert (
             "access-control-allow-origin"
             not in auth("GET", "/jwks.json", headers=[("Origin", "https://app.example")]).headers

@@ -16,7 +16,7 @@ ROOT = Path(m.__file__).parent
 ROOMS = (
     "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
-    "appliance.base.openapi", "microauthd", "appliance.backup",
+    "appliance.base.openapi", "appliance.base.objects", "microauthd", "appliance.backup",
     "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
     "appliance.commands",
 )

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from conftest import CHEAP, Caller
 from appliance.base.settings import Options
+from appliance.base.objects import TokenForm
 
 OPTIONS = {
     "enable_auth_swagger": True, "enable_admin_swagger": True, "enable_token_refresh": True,
@@ -116,7 +117,7 @@ class TestRequests:
         assert (
             {"code", "code_verifier", "redirect_uri", "refresh_token", "username"}
             <= needed
-            <= set(m.TokenForm.__struct_fields__)
+            <= set(TokenForm.__struct_fields__)
         )
 
     def test_what_a_get_reads_is_its_query_and_an_access_token_is_never_there(self, described):

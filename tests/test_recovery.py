@@ -24,6 +24,8 @@ from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
+from appliance.base.keys import Key, hold_ring, read_ring
+from appliance.base.objects import CreateUser
 from appliance.backup import check_copy
 from appliance.upkeep import advance_key_states
 from appliance.processes import hold_database
@@ -32,7 +34,6 @@ from appliance.recovery import (
     recover_setup, restore, revoke_key, rotate_keys, set_up,
 )
 from appliance.commands import main
-from appliance.base.keys import Key, hold_ring, read_ring
 
 YEAR = 365 * 86400
 
@@ -59,7 +60,7 @@ class TestRestore:
             idp, m.find_client(idp, "app"), m.Granted("api:read", "pwd", m.get_user(idp, "root"), ["pwd"], idp.now()),
             m.LOCAL,
         )
-        m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
+        m.create_user(idp, m.LOCAL.acting_as("t"), CreateUser("late", "late@example.org", PASSWORD))
         idp.store.close()
         time.sleep(0.002)
         restore(house, str(tmp_path / "b"))
@@ -124,7 +125,7 @@ class TestRestore:
     @pytest.mark.parametrize("when", ["journal", "seal", "auth", "admin", "staged", "committed"])
     def test_killed_at_any_point_it_is_all_or_nothing(self, house, backup, tmp_path, when):
         idp = opened(house)
-        m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
+        m.create_user(idp, m.LOCAL.acting_as("t"), CreateUser("late", "late@example.org", PASSWORD))
         idp.store.close()
         pid = os.fork()
         if not pid:
@@ -251,7 +252,7 @@ class TestRestore:
 
         def write():
             idp = open_idp(house)
-            m.create_user(idp, m.LOCAL.acting_as("t"), m.CreateUser("late", "late@example.org", PASSWORD))
+            m.create_user(idp, m.LOCAL.acting_as("t"), CreateUser("late", "late@example.org", PASSWORD))
             die()
 
         assert in_child(write) == signal.SIGKILL

@@ -28,6 +28,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from appliance.base.settings import Options
 from appliance.base.store import SEEDED_SCOPES
+from appliance.base.objects import CreatePermission, CreateRole, PutIdp
 
 EXAMPLES, SEED = int(os.environ.get("SCHEMATHESIS_EXAMPLES", 4)), int(os.environ.get("SCHEMATHESIS_SEED", 20261123))
 CHECKS = [
@@ -65,10 +66,10 @@ def options(tmp_path):
 @pytest.fixture
 def world(idp, make_idp, options, service, alice, root, public, tmp_path):
     """Something of everything, so that not every identifier is unknown. Call it for a copy: what one operation ends, the next has again."""
-    m.create_role(idp, m.LOCAL.acting_as("test"), m.CreateRole("ops"))
-    m.create_permission(idp, m.LOCAL.acting_as("test"), m.CreatePermission("door.open"))
+    m.create_role(idp, m.LOCAL.acting_as("test"), CreateRole("ops"))
+    m.create_permission(idp, m.LOCAL.acting_as("test"), CreatePermission("door.open"))
     m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "redirect", "https://app.example/cb")
-    m.put_idp(idp, m.LOCAL.acting_as("test"), "service", m.PutIdp("google"))
+    m.put_idp(idp, m.LOCAL.acting_as("test"), "service", PutIdp("google"))
     m.assign_scopes(idp, m.LOCAL.acting_as("test"), m.find_client(idp, "service"), [name for _, name, _ in SEEDED_SCOPES])
     idp.store.close()
     filled, copies = (tmp_path / "mad.db3").read_bytes(), itertools.count()

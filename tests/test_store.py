@@ -10,15 +10,15 @@ import microauthd as m
 import msgspec
 import pytest
 import sqlcipher3
-from conftest import PASSWORD, YEARS
 import appliance.base.store as rows
-from appliance.base.database import Conflict, Unavailable
+from conftest import PASSWORD, YEARS
 from appliance.base.settings import Options
-from appliance.base.database import Generation, Record, derive_key, read_database_key
+from appliance.base.database import Conflict, Generation, Record, Unavailable, derive_key, read_database_key
 from appliance.base.store import (
     AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, Role, SEEDED_SCOPES, SLICE,
     Store, chain,
 )
+from appliance.base.objects import ChangeSecret, CreateUser
 
 
 def tombs(idp, many):
@@ -231,7 +231,7 @@ class TestSecrecy:
     ):
         answer = log_in(alice, scope="openid")
         seed = give_totp(idp, alice.account)
-        changed = m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60))
+        changed = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60))
         auth.post("/token", {"grant_type": "refresh_token", "refresh_token": answer["refresh_token"]}, auth=service)
         auth.post("/token", {"grant_type": "password", "username": PASSWORD, "password": PASSWORD}, auth=service)
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)
@@ -308,7 +308,7 @@ class TestAuditChain:
         from conftest import CHEAP
 
         idp = make_idp(Options(**CHEAP, enable_audit_logging=False))
-        m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser("bob", "bob@example.org", PASSWORD))
+        m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser("bob", "bob@example.org", PASSWORD))
         assert self.rows(idp) == []
 
 

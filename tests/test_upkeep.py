@@ -3,17 +3,18 @@
 import time
 
 import jwt
+import appliance.upkeep as upkeep_room
 import microauthd as m
 import msgspec
 import pytest
 from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, opened
-import appliance.upkeep as upkeep_room
 from appliance.base.clock import IAT_SKEW, RELEASED_AT
-from appliance.base.database import Unavailable
 from appliance.base.settings import Options
+from appliance.base.database import Unavailable
 from appliance.base.store import Family, Session, Store, chain
-from appliance.recovery import describe_keys, open_idp, rotate_keys
+from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.upkeep import ClockThread, Upkeep, advance_key_states
+from appliance.recovery import describe_keys, open_idp, rotate_keys
 
 
 def purge(idp, pause=lambda seconds: None):
@@ -67,7 +68,7 @@ class TestPurge:
             token = answer.json["refresh_token"]
 
     def test_a_retired_secret_goes_and_the_living_stays(self, idp, auth, service, clock):
-        second = m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60))
+        second = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60))
         clock.pass_(61)
         purge(idp)
         assert count(idp, "client_secret") == 1
@@ -86,7 +87,7 @@ class TestPurge:
 
     def test_zero_days_keep_everything(self, make_idp, clock):
         idp = make_idp(Options(**CHEAP, token_purge_days=0, refresh_token_purge_days=0, audit_log_retention_days=0))
-        account = m.create_user(idp, m.LOCAL.acting_as("test"), m.CreateUser("bob", "bob@example.org", PASSWORD))
+        account = m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser("bob", "bob@example.org", PASSWORD))
         with idp.store.transaction():
             idp.store.insert(Family("s", account.id, "c", "", "pwd", 0, "", 1, idp.now(), None))
             idp.store.insert(
@@ -297,7 +298,7 @@ class TestClockwork:
         clock_thread.step()
         box.wall += YEARS
         box.pass_(601)
-        m.change_secret(idp, m.LOCAL.acting_as("test"), m.ChangeSecret("service", overlap_seconds=60))
+        m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60))
         box.wall -= YEARS
         clock_thread.step()
         box.pass_(32 * DAY, 600)

@@ -1,0 +1,883 @@
+"""What each object of the wire looks like: bodies, forms, queries and answers. `_at` is integer Unix seconds."""
+
+import datetime
+import re
+import time
+from typing import Annotated, Literal
+
+import msgspec
+
+from appliance.base.store import FOREVER
+
+# -- what requests carry --
+# Members the caller may set, and no other. UNSET is a member that was not sent: it stays as it is.
+# Alternative spellings are those of the original's published clients.
+
+UNSET = msgspec.UNSET
+Maybe = msgspec.UnsetType
+
+
+class CreateUser(msgspec.Struct):
+    """POST /users. `user_email` null makes a user without an e-mail address."""
+
+    username: str
+    email: str = ""
+    password: str = ""
+    user_email: str | None = ""
+    user_password: str = ""
+
+
+class UpdateUser(msgspec.Struct):
+    """PUT /users/{id}. `lockout_until` null clears a lockout."""
+
+    username: str | Maybe = UNSET
+    email: str | Maybe = UNSET
+    is_active: bool | Maybe = UNSET
+    email_verified: bool | Maybe = UNSET
+    lockout_until: str | int | None | Maybe = UNSET
+
+
+class ResetPassword(msgspec.Struct):
+    """POST /users/{id}/reset."""
+
+    new_password: str = ""
+    password: str = ""
+
+
+class SetLockout(msgspec.Struct):
+    """POST /users/{id}/set-lockout.
+
+    ISO 8601 in UTC, or Unix seconds; the year 9999 is for good, null and the year 1 clear it.
+    """
+
+    lockout_until: str | int | None
+
+
+class VerifyPassword(msgspec.Struct):
+    """POST /users/verify-password. By id or by name."""
+
+    password: str
+    user_id: str = ""
+    username: str = ""
+    totp: str = ""
+
+
+class EnrolTotp(msgspec.Struct):
+    """POST /users/{id}/totp/enroll. A client names the issuer by its TOTP_ISSUER."""
+
+    client_id: str = ""
+
+
+class GenerateTotp(msgspec.Struct):
+    """POST /users/{id}/totp/generate. The path is below `totp-qr-output-root`."""
+
+    client_id: str = ""
+    qr_output_path: str = "."
+
+
+class ConfirmTotp(msgspec.Struct):
+    """POST /users/{id}/totp/verify."""
+
+    code: str
+
+
+class VerifyTotp(msgspec.Struct):
+    """POST /users/totp/verify."""
+
+    user_id: str
+    code: str
+    client_id: str | None = ""
+
+
+class RoleMember(msgspec.Struct):
+    """POST /roles/assign and /roles/unassign."""
+
+    user_id: str
+    role_id: str
+
+
+class RoleRef(msgspec.Struct):
+    """One role of a list that replaces the roles of a user."""
+
+    id: str = ""
+    name: str | None = None
+
+
+class SetRoles(msgspec.Struct):
+    """PUT /users/{id}/roles, where it is not a bare array."""
+
+    roles: list[RoleRef]
+
+
+class CreateRole(msgspec.Struct):
+    """POST /roles."""
+
+    name: str
+    description: str | None = None
+
+
+class UpdateRole(msgspec.Struct):
+    """PUT /roles/{id}."""
+
+    name: str | None | Maybe = UNSET
+    description: str | None | Maybe = UNSET
+
+
+class CreatePermission(msgspec.Struct):
+    """POST /permissions."""
+
+    name: str
+
+
+class UpdatePermission(msgspec.Struct):
+    """PUT /permissions/{id}."""
+
+    name: str | Maybe = UNSET
+
+
+class AssignPermission(msgspec.Struct):
+    """POST /roles/{id}/permissions."""
+
+    permission_id: str
+
+
+class PermissionMember(msgspec.Struct):
+    """POST /permissions/assign and /permissions/remove."""
+
+    role_id: str
+    permission_id: str
+
+
+class CheckAccess(msgspec.Struct):
+    """POST /check-access. A permission by id or name, or the name of a scope."""
+
+    user_id: str
+    permission_id: str = ""
+    permission: str = ""
+    scope: str = ""
+
+
+class CreateClient(msgspec.Struct):
+    """POST /clients. Without a secret a confidential client gets one made."""
+
+    client_id: str
+    client_secret: str | None = None
+    secret: str | None = None
+    display_name: str | None = None
+    audience: str | None = None
+    client_type: str = "confidential"  # or "public". RFC 6749 §2.1
+    grant_types: list[str] | None = None
+    scopes: list[str] | None = None
+    may_introspect: bool = False
+    is_first_party: bool = True
+
+
+class UpdateClient(msgspec.Struct):
+    """PUT /clients/{id}. Blank audience and null stay as they are."""
+
+    client_id: str | Maybe = UNSET
+    display_name: str | None | Maybe = UNSET
+    audience: str | None | Maybe = UNSET
+    is_active: bool | Maybe = UNSET
+    grant_types: list[str] | Maybe = UNSET
+    may_introspect: bool | Maybe = UNSET
+    is_first_party: bool | Maybe = UNSET
+    access_token_signed_alg: Literal["", "ES256", "RS256"] | Maybe = UNSET
+    id_token_signed_response_alg: Literal["ES256", "RS256"] | Maybe = UNSET
+
+
+class ChangeSecret(msgspec.Struct):
+    """POST /clients/secret. `client_id` is the internal id or the identifier."""
+
+    client_id: str
+    new_secret: str | None = None
+    overlap_seconds: int = 0
+
+
+class AddUri(msgspec.Struct):
+    """POST /clients/{id}/redirect-uris, where it is not a bare string."""
+
+    uri: str
+
+
+class SetFlag(msgspec.Struct):
+    """POST /client/options/{flag}. `client_id` may stand in the query."""
+
+    client_id: str = ""
+    enabled: bool | str | Maybe = UNSET
+    is_enabled: bool | Maybe = UNSET
+
+
+class SetFlagOption(msgspec.Struct):
+    """POST /client/options/{flag}/ext. `client_id` may stand in the query."""
+
+    client_id: str = ""
+    options: str = ""
+
+
+class PutIdp(msgspec.Struct):
+    """POST and PUT of /clients/{id}/idp."""
+
+    provider_key: str
+    display_name: str = ""
+    issuer: str = ""
+    client_identifier: str = ""
+    scopes: str = "openid email profile"
+
+
+class CreateScope(msgspec.Struct):
+    """POST /scopes."""
+
+    name: str
+    desc: str | None = None
+    description: str | None = None
+
+
+class UpdateScope(msgspec.Struct):
+    """PUT /scopes/{id}."""
+
+    name: str | Maybe = UNSET
+    desc: str | None | Maybe = UNSET
+    description: str | None | Maybe = UNSET
+
+
+class AssignScopes(msgspec.Struct):
+    """POST /clients/{id}/scopes and /users/{id}/scopes. Ids or names."""
+
+    scope_ids: list[str] | None = None
+    scopeIds: list[str] | None = None
+    scope_id: str | None = None
+
+    @property
+    def ids(self):
+        return self.scope_ids or self.scopeIds or ([self.scope_id] if self.scope_id else [])
+
+
+class ScopeMember(msgspec.Struct):
+    """POST /scopes/assign-to-user, /scopes/remove-from-user, and the same for clients."""
+
+    scope_id: str
+    user_id: str = ""
+    client_id: str = ""
+
+
+class TokenIn(msgspec.Struct):
+    """POST /revoke and /introspect of ADMIN."""
+
+    token: str
+
+
+class PurgeTokens(msgspec.Struct):
+    """POST /sessions/purge, /refresh-tokens/purge and /tokens/purge: of everybody, or of one user or client."""
+
+    older_than_seconds: Annotated[int, msgspec.Meta(ge=0, le=10**10)] = 86400
+    purge_expired: bool = True
+    purge_revoked: bool = False
+    user_id: str | None = None
+    client_id: str | None = None
+
+
+class PurgeAudit(msgspec.Struct):
+    """POST /audit-logs/purge."""
+
+    older_than_days: Annotated[int, msgspec.Meta(gt=0, le=36500)]
+
+
+class TokenForm(msgspec.Struct):
+    """RFC 6749 §4: which members are needed depends on `grant_type`.
+
+    A client authenticates by Basic, or by the last two.
+    """
+
+    grant_type: str
+    scope: str = ""
+    username: str = ""
+    password: str = ""
+    totp: str = ""
+    totp_code: str = ""
+    refresh_token: str = ""
+    token: str = ""
+    code: str = ""
+    redirect_uri: str = ""
+    code_verifier: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+
+
+class TokenHintForm(msgspec.Struct):
+    """RFC 7662 §2.1, RFC 7009 §2.1."""
+
+    token: str
+    token_type_hint: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+
+
+class BearerForm(msgspec.Struct):
+    """RFC 6750 §2.2: the access token, where it is not in the header."""
+
+    access_token: str = ""
+
+
+class AuthorizeForm(msgspec.Struct):
+    """RFC 6749 §4.1.1, RFC 7636 §4.3, OpenID Connect Core §3.1.2.1. Others are ignored."""
+
+    client_id: str
+    redirect_uri: str
+    response_type: str = "code"
+    response_mode: str = "query"
+    scope: str = ""
+    state: str = ""
+    nonce: str = ""
+    code_challenge: str = ""
+    code_challenge_method: str = ""
+    prompt: str = ""
+    max_age: str = ""
+    login_hint: str = ""
+    id_token_hint: str = ""
+    ui_locales: str = ""
+    acr_values: str = ""
+    claims: str = ""
+    display: str = ""
+
+
+class LoginPageForm(msgspec.Struct):
+    """`tx` or `jti` names a login under way; only the browser that began it is shown its page.
+
+    Without it one's own account is shown.
+    """
+
+    tx: str = ""
+    jti: str = ""
+
+
+class StepForm(msgspec.Struct):
+    """`tx` names a login under way, `form` proves that our page was filled in."""
+
+    tx: str
+    form: str
+
+
+class PasswordForm(StepForm):
+    username: str
+    password: str
+
+
+class CodeForm(StepForm):
+    totp: str
+
+
+class SelectForm(StepForm):
+    choice: str = ""
+
+
+class ConsentForm(StepForm):
+    decision: str = ""
+
+
+class HeadlessForm(msgspec.Struct):
+    jti: str
+
+
+class HeadlessLastForm(HeadlessForm):
+    redirect_uri: str = ""
+
+
+class HeadlessPasswordForm(HeadlessForm):
+    username: str
+    password: str
+    redirect_uri: str = ""
+
+
+class HeadlessCodeForm(HeadlessForm):
+    totp_code: str
+    redirect_uri: str = ""
+
+
+class EndSessionForm(msgspec.Struct):
+    """OpenID Connect RP-Initiated Logout §2."""
+
+    id_token_hint: str = ""
+    client_id: str = ""
+    post_logout_redirect_uri: str = ""
+    state: str = ""
+    logout_hint: str = ""
+    ui_locales: str = ""
+    form: str = ""
+
+
+class AccountForm(msgspec.Struct):
+    action: str
+    form: str
+    id: str = ""
+    password: str = ""
+    new_password: str = ""
+    totp: str = ""
+
+
+class LogoutForm(BearerForm):
+    form: str = ""
+
+
+class AdminTokenForm(msgspec.Struct):
+    """`client_id` is for the record, `totp` where the user has a second factor."""
+
+    username: str
+    password: str
+    client_id: str = ""
+    totp: str = ""
+    totp_code: str = ""
+    grant_type: str = ""
+
+
+# -- what queries carry --
+
+Limit = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+Offset = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+
+
+class ListUsers(msgspec.Struct):
+    q: Annotated[str, msgspec.Meta(max_length=255)] = ""
+    is_active: Literal["true", "false", "all"] = "true"
+    sort: Literal[
+        "username", "-username", "email", "-email", "created_at", "-created_at", "last_login_at", "-last_login_at"
+    ] = "username"
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class ListNamed(msgspec.Struct):
+    q: Annotated[str, msgspec.Meta(max_length=255)] = ""
+    sort: Literal["name", "-name", "created_at", "-created_at"] = "name"
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class ListClients(msgspec.Struct):
+    q: Annotated[str, msgspec.Meta(max_length=255)] = ""
+    sort: Literal["display_name", "-display_name", "client_id", "-client_id", "created_at", "-created_at"] = (
+        "display_name"
+    )
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class Paged(msgspec.Struct):
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class ListSessions(msgspec.Struct):
+    user_id: str | None = None
+    client_id: str | None = None
+    sort: Literal["id", "-id", "expires_at", "-expires_at"] = "-id"
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class ListRoles(msgspec.Struct):
+    """GET /users/{id}/roles: every role there is, or those of the user."""
+
+    all: bool = False
+
+
+class ListAudit(msgspec.Struct):
+    """`userId` is the actor; `target` is the target or the secondary; `after` asks for what came after an id, oldest
+    first.
+    """
+
+    userId: str | None = None
+    user_id: str | None = None
+    action: str | None = None
+    target: str | None = None
+    since: str | int | None = None
+    until: str | int | None = None
+    after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] | None = None
+    limit: Annotated[int, msgspec.Meta(ge=-(10**9), le=10**9)] = 100
+    offset: Offset = 0
+
+
+class ExportAudit(msgspec.Struct):
+    after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
+
+
+class OfClient(msgspec.Struct):
+    """The client of a flag, by its internal id or its identifier."""
+
+    client_id: str = ""
+
+
+# -- what answers carry --
+# The objects of the wire, their members in the order in which they are sent. Times are ISO 8601 in UTC.
+
+
+class Err(msgspec.Struct):
+    success: bool
+    message: str
+    error: str
+    errors: dict[str, str] | Maybe = UNSET
+
+
+class OAuthError(msgspec.Struct):
+    """RFC 6749 §5.2."""
+
+    error: str
+    error_description: str
+
+
+class Msg(msgspec.Struct):
+    success: bool
+    message: str
+
+
+class Ping(msgspec.Struct):
+    message: str
+
+
+class Version(msgspec.Struct):
+    name: str
+    version: str
+
+
+class Health(msgspec.Struct):
+    status: str
+    checks: dict[str, bool] | Maybe = UNSET
+
+
+class Found(msgspec.Struct):
+    """The id of a name."""
+
+    result: str
+
+
+class UserObject(msgspec.Struct):
+    id: str
+    username: str
+    email: str
+    created_at: str
+    lockout_until: str | None
+    is_active: bool
+    email_verified: bool
+    totp_enabled: bool
+
+
+class PasswordVerdict(msgspec.Struct):
+    valid: bool
+    user_id: str
+    email: str
+    totp_required: bool
+
+
+class TotpEnrolment(msgspec.Struct):
+    """Shown once: the seed is in all three of uri, secret and picture."""
+
+    success: bool
+    otpauth_uri: str
+    secret: str
+    svg: str
+
+
+class TotpQr(msgspec.Struct):
+    success: bool
+    filename: str
+    qr_code_filename: str
+
+
+class RoleObject(msgspec.Struct):
+    id: str
+    name: str
+    description: str
+    is_protected: bool
+    is_active: bool
+
+
+class NameRef(msgspec.Struct):
+    id: str
+    name: str
+
+
+class AccessVerdict(msgspec.Struct):
+    access: bool
+    user_id: str | Maybe = UNSET
+    permission_id: str | Maybe = UNSET
+    allowed: bool | Maybe = UNSET
+
+
+class ScopeObject(msgspec.Struct):
+    id: str
+    name: str
+    desc: str
+    is_active: bool
+    is_protected: bool
+    created_at: str
+    description: str
+
+
+class ClientObject(msgspec.Struct):
+    """`client_secret` only where one was just made."""
+
+    id: str
+    client_id: str
+    display_name: str
+    is_active: bool
+    created_at: str
+    audience: str
+    client_type: str
+    grant_types: list[str]
+    may_introspect: bool
+    is_first_party: bool
+    access_token_signed_alg: str
+    id_token_signed_response_alg: str
+    scopes: list[str]
+    client_secret: str | Maybe = UNSET
+
+
+class SecretObject(msgspec.Struct):
+    """A client secret that lives; never the secret itself."""
+
+    id: str
+    created_at: str
+    expires_at: str | None
+
+
+class UriObject(msgspec.Struct):
+    id: str
+    client_id: str
+    uri: str
+    redirect_uri: str | Maybe = UNSET
+
+
+class FlagObject(msgspec.Struct):
+    is_enabled: bool
+    options: str
+
+
+class IdpObject(msgspec.Struct):
+    id: str
+    client_id: str
+    provider_key: str
+    display_name: str
+    issuer: str
+    client_identifier: str
+    scopes: str
+    created_at: str
+    modified_at: str
+
+
+class SessionObject(msgspec.Struct):
+    """`user_id` is null for a machine's token; `client_identifier` and `created_at` are what published bindings read.
+    """
+
+    id: str
+    user_id: str | None
+    username: str
+    client_id: str
+    issued_at: str
+    expires_at: str
+    is_revoked: bool
+    token_use: str
+    mad_use: str
+    login_method: str
+    is_session_based: bool
+    session_max_age: int
+    session_expires_at: str | None
+    client_identifier: str
+    created_at: str
+
+
+class RefreshTokenObject(msgspec.Struct):
+    id: str
+    user_id: str
+    username: str
+    session_id: str
+    client_id: str
+    issued_at: str
+    expires_at: str
+    is_revoked: bool
+    is_openid_token: bool
+    client_identifier: str
+
+
+class Revoked(msgspec.Struct):
+    jti: str
+    status: str
+    message: str
+
+
+class AuditObject(msgspec.Struct):
+    id: str
+    actor_id: str
+    action: str
+    secondary: str
+    target: str
+    timestamp: str
+    ip_address: str
+    user_agent: str
+    request_id: str
+    result: str
+    row_sha256: str
+    user_id: str
+    ip: str
+
+
+class MakeBackup(msgspec.Struct):
+    """`without_keys` leaves keys and settings out, which is needed where the database is not encrypted."""
+
+    without_keys: bool = False
+
+
+class BackupPiece(msgspec.Struct):
+    """Where in a backup the piece begins that is asked for."""
+
+    offset: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
+
+
+class BackupObject(msgspec.Struct):
+    """A backup as it lies in `backup-folder`; `newest_at` is the time of the last thing it knows of."""
+
+    name: str
+    bytes: int
+    sha256: str
+    users: int
+    clients: int
+    newest_at: str | None
+
+
+class AuditVerdict(msgspec.Struct):
+    """`head` is the hash of the last row: note it elsewhere, and nobody can rewrite what it covers unseen."""
+
+    valid: bool
+    rows: int
+    first_seq: int | None
+    last_seq: int | None
+    head: str
+    reason: str
+
+
+class TokenObject(msgspec.Struct):
+    """RFC 6749 §5.1. Members that do not apply are absent."""
+
+    access_token: str
+    token_type: str
+    expires_in: int
+    jti: str
+    aud: str
+    scope: str | Maybe = UNSET
+    refresh_token: str | Maybe = UNSET
+    id_token: str | Maybe = UNSET
+    audience: str | Maybe = UNSET
+
+
+class PkceStep(msgspec.Struct):
+    """Where the login of an application with screens of its own stands; `jti` is the secret it is bound to."""
+
+    jti: str
+    client_id: str
+    redirect_uri: str
+    requires_totp: bool
+    is_session_based: bool
+
+
+class AuthSession(msgspec.Struct):
+    jti: str
+    client_id: str
+    redirect_uri: str
+    totp_required: bool
+    nonce: str
+    scope: str
+    state: str | None
+    code_challenge: str
+    code_challenge_method: str
+    created_at_utc: str
+    expires_at_utc: str
+    login_state: str
+    max_age: int | None
+
+
+class Jwk(msgspec.Struct):
+    """RFC 7517 §4, RFC 7518 §6: `n` and `e` of an RSA key, `crv`, `x` and `y` of an EC key."""
+
+    kty: str
+    kid: str
+    use: str
+    alg: str
+    n: str | Maybe = UNSET
+    e: str | Maybe = UNSET
+    crv: str | Maybe = UNSET
+    x: str | Maybe = UNSET
+    y: str | Maybe = UNSET
+
+
+class Jwks(msgspec.Struct):
+    keys: list[Jwk]
+
+
+class Introspection(msgspec.Struct):
+    """RFC 7662 §2.2. Of a token that is not active, or not the caller's to know of, `active` alone."""
+
+    active: bool
+    token_type: str | Maybe = UNSET
+    iss: str | Maybe = UNSET
+    sub: str | Maybe = UNSET
+    aud: str | Maybe = UNSET
+    client_id: str | Maybe = UNSET
+    scope: str | Maybe = UNSET
+    exp: int | Maybe = UNSET
+    iat: int | Maybe = UNSET
+    nbf: int | Maybe = UNSET
+    jti: str | Maybe = UNSET
+    mad: str | Maybe = UNSET
+    token_use: str | Maybe = UNSET
+    username: str | Maybe = UNSET
+    preferred_username: str | Maybe = UNSET
+    amr: list[str] | Maybe = UNSET
+    auth_time: int | Maybe = UNSET
+    sid: str | Maybe = UNSET
+    role: list[str] | Maybe = UNSET
+    roles: list[str] | Maybe = UNSET
+
+
+class UserInfo(msgspec.Struct):
+    """OpenID Connect Core §5.1: what the token's scope opens."""
+
+    sub: str
+    name: str | Maybe = UNSET
+    preferred_username: str | Maybe = UNSET
+    updated_at: int | Maybe = UNSET
+    email: str | Maybe = UNSET
+    email_verified: bool | Maybe = UNSET
+    roles: list[str] | Maybe = UNSET
+
+
+class Me(msgspec.Struct):
+    sub: str
+    email: str | None
+    roles: list[str]
+    role_names: list[str]
+    scopes: list[str]
+
+
+def iso(at: int | None) -> str | None:
+    """Return Unix seconds as the wire writes them, UTC with a Z."""
+    if not at:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def read_time(value: str | int) -> int | None:
+    """Return the Unix seconds of an ISO 8601 date-time or of a number;
+
+    None where it is neither. UTC unless it says otherwise.
+    """
+    if isinstance(value, int) or re.fullmatch(r"[0-9]{1,12}", value):
+        return min(int(value), FOREVER) if int(value) >= 0 else None
+    try:
+        found = datetime.datetime.fromisoformat(re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", value.strip()))
+    except ValueError:
+        return None
+    if found.year == 9999:
+        return FOREVER
+    if found.year == 1:
+        return 0
+    return int((found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp())
