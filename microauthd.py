@@ -38,7 +38,6 @@ import errno
 import functools
 import hashlib
 import hmac
-import io
 import ipaddress
 import os
 import re
@@ -83,6 +82,7 @@ from appliance.base.objects import (
     UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, Digests, HashFailed, Hasher
+from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
 from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
 
 # == Vocabulary ================================================================
@@ -525,7 +525,8 @@ class Idp:
         self.locks = [
             threading.Lock() for _ in range(64)
         ]  # by name: one verification of an account or client at a time
-        self.pages = {}  # prebuilt answers
+        self.pages = Pages(options)
+        self.answers = {}  # prebuilt, by name
         self.replays = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True  # where no Timekeeper looks
         self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
@@ -579,7 +580,7 @@ class Idp:
             self.rings[port_name] = KeyRing(entries, prefer_ec)
             # After the ring: who holds the dict of before may have built a page from the ring of before. See
             # prebuilt().
-            self.pages = {name: page for name, page in self.pages.items() if name not in ("jwks", "discovery")}
+            self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
             self.log(
                 "keys.changed", port=port_name,
                 kids=" ".join(f"{key.kid[:8]}={key.state}" for key in self.rings[port_name].keys),
@@ -3348,79 +3349,6 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
 
 
 # -- pages: what people see --
-# Templates of appliance/pages, escaped by themselves; no script, no style but ours.
-
-PAGES = APPLIANCE / "pages"
-LOGO_TYPES = (
-    ("png", "image/png"), ("svg", "image/svg+xml"), ("jpg", "image/jpeg"), ("jpeg", "image/jpeg"),
-    ("webp", "image/webp"),
-)
-
-
-def page_file(idp: Idp, name: str) -> Path:
-    """Return a file of the pages: of `pages-folder` where it is there, else the bundled one."""
-    own = Path(idp.options.pages_folder) / name if idp.options.pages_folder else None
-    return own if own and own.is_file() else PAGES / name
-
-
-def page_texts(idp: Idp) -> dict:
-    """Return {language: {key: text}} of every language there is a file for; what one does not say, English says."""
-    texts = idp.pages.get("texts")
-    if texts is None:
-        english = msgspec.json.decode((PAGES / "en.json").read_bytes())
-        folders = [PAGES, *([Path(idp.options.pages_folder)] if idp.options.pages_folder else [])]
-        texts = {
-            path.stem.lower(): english | msgspec.json.decode(path.read_bytes())
-            for folder in folders
-            for path in sorted(folder.glob("*.json"))
-        }
-        idp.pages["texts"] = texts
-    return texts
-
-
-def choose_language(idp: Idp, environ, ui_locales="") -> str:
-    """Return the language of a page: ui_locales, else Accept-Language, else English.
-
-    OpenID Connect Core §3.1.2.1, RFC 9110 §12.5.4.
-    """
-    texts, wanted = page_texts(idp), []
-    for part in environ.get("HTTP_ACCEPT_LANGUAGE", "")[:200].split(","):
-        name, _, quality = part.strip().partition(";q=")
-        with contextlib.suppress(ValueError):
-            wanted.append((-float(quality or 1), name))
-    for name in [*ui_locales.split(), *(name for quality, name in sorted(wanted, key=lambda pair: pair[0]) if quality)]:
-        for candidate in (name.lower(), name.lower().partition("-")[0]):
-            if candidate in texts:
-                return candidate
-    return "en"
-
-
-def page_style(idp: Idp) -> tuple[str, bytes]:
-    """Return the name of the style sheet, which changes with it, and its content."""
-    found = idp.pages.get("style")
-    if found is None:
-        brand = idp.options.brand_color
-        red, green, blue = (int(brand[at : at + 2], 16) / 255 for at in (1, 3, 5))
-        linear = [
-            channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
-            for channel in (red, green, blue)
-        ]
-        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        # Whichever of black and white stands out more. WCAG 2.2 §1.4.3
-        on_brand = "#ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
-        content = (
-            f":root {{ --brand: {brand}; --on-brand: {on_brand}; }}\n".encode()
-            + page_file(idp, "pages.css").read_bytes()
-        )
-        found = idp.pages["style"] = (f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content)
-    return found
-
-
-def template(idp: Idp, name: str) -> bottle.SimpleTemplate:
-    found = idp.pages.get(f"template {name}")
-    if found is None:
-        found = idp.pages[f"template {name}"] = bottle.SimpleTemplate(page_file(idp, f"{name}.html").read_text("utf-8"))
-    return found
 
 
 def show_page(
@@ -3429,15 +3357,14 @@ def show_page(
     """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
     redirect, too.
     """
-    language = choose_language(idp, environ, ui_locales)
+    language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
     base = idp.options.auth_issuer
-    common = {
-        "text": page_texts(idp)[language], "language": language, "base": base,
-        "style": f"{base}/pages/{page_style(idp)[0]}", "script": f"{base}/pages/{script}" if script else "",
+    values = {
+        "text": idp.pages.texts[language], "language": language, "base": base,
+        "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
         "brand": idp.options.brand_name or urlsplit(base).hostname,
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
     } | words
-    content = template(idp, "layout").render(body=template(idp, name).render(**common), name=name, **common)
     # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
     # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
     leads = f" {urlsplit(target).scheme}:" if target else ""
@@ -3446,7 +3373,7 @@ def show_page(
         f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
     )
     return Page(
-        content.encode(), "text/html; charset=utf-8", status=status,
+        idp.pages.render(name, **values), "text/html; charset=utf-8", status=status,
         headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
     )
 
@@ -3456,15 +3383,6 @@ def show_problem(idp: Idp, problem: Problem, environ) -> Page:
     page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
     page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
     return page
-
-
-def draw_qr(uri: str) -> bytes:
-    """Return the SVG of a QR code, error correction Q."""
-    import segno
-
-    image = io.BytesIO()
-    segno.make(uri, error="q").save(image, kind="svg", scale=5, xmldecl=True)
-    return image.getvalue()
 
 
 # -- cookies of people --
@@ -3684,11 +3602,11 @@ def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
     after it, where it would stay.
     """
     idp.look_at_rings()
-    pages = idp.pages
-    page = pages.get(name)
+    answers = idp.answers
+    page = answers.get(name)
     if page is None:
         content = make()
-        page = pages[name] = Page(content, cache=cache, etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        page = answers[name] = Page(content, cache=cache, etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     return page
 
 
@@ -3784,7 +3702,7 @@ def describe_server(idp: Idp) -> dict:
         "authorization_response_iss_parameter_supported": True,
         "prompt_values_supported": list(PROMPTS),
         "claims_parameter_supported": True,
-        "ui_locales_supported": sorted(page_texts(idp)),
+        "ui_locales_supported": sorted(idp.pages.texts),
     }
 
 
@@ -4274,16 +4192,16 @@ def login_consent(idp, params):
 def page_asset(idp, params):
     """The style sheet, the one script and the logo of the pages."""
     name = params.path["name"]
-    style, content = page_style(idp)
+    style, content = idp.pages.style
     if name == style:
         return Page(content, "text/css; charset=utf-8", cache=31536000)
     if name == "form_post.js":
-        return Page(page_file(idp, name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
-    kind = dict(LOGO_TYPES).get(idp.options.brand_logo.rpartition(".")[2].lower())
+        return Page(idp.pages.file(name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
+    kind = LOGO_TYPES.get(idp.options.brand_logo.rpartition(".")[2].lower())
     if name == "logo" and kind:
         try:
             return Page(
-                Path(idp.options.brand_logo).read_bytes(), kind, cache=300,
+                Path(idp.options.brand_logo).read_bytes(), f"image/{kind}", cache=300,
                 policy="default-src 'none'; style-src 'unsafe-inline'",
             )
         except OSError as error:

@@ -11,6 +11,7 @@
     ────────────────────────────────────────────────────────────────────────────────────────────────
     base.openapi                        what a route is, and the description that its declaration makes
     base.objects                        what each object of the wire looks like
+    base.pages                          the templates of what people see, their languages and style
     base.store                          rows, MIGRATIONS, every SQL statement
     base.database                       the engine under the store
     base.wire                           the two servers: whole requests, limits, deadlines, TLS

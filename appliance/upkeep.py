@@ -15,7 +15,8 @@ from appliance.base.files import write_durably
 from appliance.base.database import Unavailable
 from appliance.base.store import SLICE
 from appliance.base.keys import hold_ring, promote, read_ring, write_ring
-from microauthd import HERE, ID_TOKEN_TTL, Idp, LOCAL, PAGES, Problem, VERSION, audit, purge_audit_log, ring_files
+from appliance.base.pages import PAGES
+from microauthd import HERE, ID_TOKEN_TTL, Idp, LOCAL, Problem, VERSION, audit, purge_audit_log, ring_files
 
 # == Upkeep ====================================================================
 # Purging what has expired, in slices small enough that no writer waits for them.

@@ -543,7 +543,7 @@ class TestKeySet:
 
         def make():
             idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
-            idp.pages = {}
+            idp.answers = {}
             return b"of before"
 
         assert m.prebuilt(idp, "jwks", make).content == b"of before"

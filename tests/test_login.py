@@ -14,6 +14,7 @@ from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.objects import UpdateClient
+from appliance.base.pages import PAGES
 
 NEW_PASSWORD = "another battery staple"
 
@@ -959,7 +960,7 @@ class TestAttacks:
             )
 
     def test_pages_have_no_inline_script_or_style(self):
-        for path in (m.PAGES).glob("*.html"):
+        for path in (PAGES).glob("*.html"):
             page = path.read_text()
             assert not re.search(r"<script(?! src)|\sstyle=|\son[a-z]+=|<style", page), path
             assert "{{!" not in page or path.name == "layout.html", "only the layout takes what is markup already"
@@ -1427,9 +1428,9 @@ class TestPages:
         assert title(browser.open(request(ui_locales="fr de"))) == "Anmelden"
 
     def test_every_language_says_everything(self):
-        texts = {path.stem: json.loads(path.read_text()) for path in m.PAGES.glob("*.json")}
+        texts = {path.stem: json.loads(path.read_text()) for path in PAGES.glob("*.json")}
         assert set(texts) >= {"en", "de"} and all(set(words) == set(texts["en"]) for words in texts.values())
-        used = set(re.findall(r'text\["(\w+)"\]', "".join(path.read_text() for path in m.PAGES.glob("*.html"))))
+        used = set(re.findall(r'text\["(\w+)"\]', "".join(path.read_text() for path in PAGES.glob("*.html"))))
         assert used <= set(texts["en"])
 
     def test_brand_and_files_of_ones_own(self, make_idp, tmp_path, register, spa):

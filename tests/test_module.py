@@ -16,7 +16,7 @@ ROOT = Path(m.__file__).parent
 ROOMS = (
     "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
-    "appliance.base.openapi", "appliance.base.objects", "microauthd", "appliance.backup",
+    "appliance.base.openapi", "appliance.base.objects", "appliance.base.pages", "microauthd", "appliance.backup",
     "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
     "appliance.commands",
 )
@@ -181,7 +181,7 @@ class TestState:
     """No module-level state: threads share the Idp, tests build their own."""
 
     TABLES = {
-        "FLAGS", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "COMMANDS",
+        "FLAGS", "LOGO_TYPES", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "REFUSALS", "STOPPING", "COMMANDS",
         "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "QUESTIONS", "RANGES", "MATTERS",
     }
 
