@@ -2284,83 +2284,28 @@ GRANTS = {
 }
 
 
-def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Mint and store the granted tokens; return the token response. RFC 6749 §5.1, RFC 9068 §2.2."""
-    options, now = idp.options, idp.now()
-    row, account = client.row, granted.account
-    key = idp.auth_ring.signer(row.access_token_signed_alg or idp.auth_ring.access.alg)
-    lifetime = token_lifetime(idp, client)
-    # Later than the millisecond of any revocation, or the new token would count as revoked.
-    ms = max(idp.now_ms(), row.revoked_before + 1, idp.revoked_before + 1, account.revoked_before + 1 if account else 0)
-    jti = new_jti(ms)
-    claims = {
-        "iss": options.auth_issuer, "sub": account.id if account else row.client_id, "aud": row.audience,
-        "client_id": row.client_id, "iat": now, "nbf": now, "exp": now + lifetime, "jti": jti, "mad": "auth",
-        "token_use": "access",
-    }
-    if granted.scope:
-        claims["scope"] = granted.scope
-    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience}
-    if granted.scope:
-        answer["scope"] = granted.scope
-    if account is None:
-        answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
-        actor = (
-            (row.client_id, caller.peer, caller.user_agent[:200], caller.request_id)
-            if options.enable_audit_logging
-            else None
+def issuing_ms(idp: Idp, *revocable: ClientRow | Account | None) -> int:
+    """Return the millisecond to issue in: the present one, but later than any revocation of these.
+
+    What was issued in the very millisecond of a revocation counts as revoked.
+    """
+    return max(idp.now_ms(), idp.revoked_before + 1, *(row.revoked_before + 1 for row in revocable if row))
+
+
+def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family, jti: str, ms: int) -> str:
+    """Store and return a refresh token of a login, or return "" where it gets none. RFC 6749 §1.5."""
+    may_refresh = granted.code is None or granted.code.offline
+    if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
+        return ""
+    refresh_token, now = random_handle(), idp.now()
+    lifetime = ttl(client, "REFRESH_TOKEN_EXPIRATION", idp.options.refresh_token_expiration)
+    idp.store.insert(
+        RefreshToken(
+            new_jti(ms), sha256(refresh_token), family.sid, granted.account.id, client.client_id, jti, now,
+            min(family.expires_at, now + lifetime), None, None,
         )
-        idp.store.enqueue((jti, row.client_id, granted.scope, now, now + lifetime), actor)
-        return answer
-    roles = idp.store.list_roles_of(account.id)
-    with idp.store.transaction():
-        # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
-        check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
-        check_client_unchanged(idp, row)
-        if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
-            raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        family = take_family(idp, client, granted, caller, ms)
-        refresh_token = ""
-        may_refresh = granted.code is None or granted.code.offline
-        if family and may_refresh and options.enable_token_refresh and REFRESH_TOKEN in client.grant_types:
-            refresh_token = random_handle()
-            until = min(
-                family.expires_at, now + ttl(client, "REFRESH_TOKEN_EXPIRATION", options.refresh_token_expiration)
-            )
-            idp.store.insert(
-                RefreshToken(
-                    new_jti(ms), sha256(refresh_token), family.sid, account.id, row.client_id, jti, now, until, None,
-                    None,
-                )
-            )
-        if family:
-            idp.store.insert(
-                Session(
-                    jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method,
-                    now, now + lifetime, None,
-                )
-            )
-            audit(
-                idp, caller.acting_as(
-                    account.id
-                ), "refresh_token_used" if granted.spends else "user_token_issued", row.client_id,
-                f"jti={jti}",
-            )
-            # Mint inside the transaction: if signing failed after the commit, the client would have lost its
-            # code or refresh token and got no token.
-            claims |= {
-                "username": account.username, "preferred_username": account.username, "amr": granted.amr,
-                "auth_time": granted.auth_time, "sid": family.sid, "role": [role.id for role in roles],
-                "roles": [role.name for role in roles],
-            }
-            answer["access_token"] = idp.auth_ring.mint(key, AT_JWT, claims)
-            if refresh_token:
-                answer["refresh_token"] = refresh_token
-            if OPENID in granted.scope.split():
-                answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"], ms)
-    if family is None:
-        raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
-    return answer
+    )
+    return refresh_token
 
 
 def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
@@ -2394,11 +2339,8 @@ def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: 
         if idp.store.rotate_refresh_token(granted.spends, client.client_id, now):
             return granted.family
         if idp.store.find_refresh_token(granted.spends).rotated_at is not None:
-            revoke_family(
-                idp, caller.acting_as(
-                    granted.account.id
-                ), granted.family.sid, "refresh_token_reused", client.client_id, FAILURE
-            )
+            owner = caller.acting_as(granted.account.id)
+            revoke_family(idp, owner, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE)
         return None
     code = granted.code
     family = Family(
@@ -2440,7 +2382,7 @@ def asked_claims(claims: str, of: str) -> tuple:
     return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
 
 
-def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str, ms: int) -> str:
+def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
     """OpenID Connect Core §2 and §3.1.3.6."""
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
@@ -2455,6 +2397,123 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     if granted.nonce:
         claims["nonce"] = granted.nonce
     return idp.auth_ring.mint(key, JWT, claims)
+
+
+def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
+    """Return the claims of an access token issued at this millisecond, and the token response without the token.
+
+    RFC 9068 §2.2, RFC 6749 §5.1.
+    """
+    row, now, lifetime = client.row, idp.now(), token_lifetime(idp, client)
+    subject, jti = granted.account.id if granted.account else row.client_id, new_jti(ms)
+    claims = {
+        "iss": idp.options.auth_issuer, "sub": subject, "aud": row.audience, "client_id": row.client_id, "iat": now,
+        "nbf": now, "exp": now + lifetime, "jti": jti, "mad": "auth", "token_use": "access",
+    }
+    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience}
+    if granted.scope:
+        claims["scope"] = answer["scope"] = granted.scope
+    return claims, answer
+
+
+def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
+    ring = idp.auth_ring
+    return ring.mint(ring.signer(client.row.access_token_signed_alg or ring.access.alg), AT_JWT, claims)
+
+
+def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
+    """Issue a token of the client's own. Its row is written together with others, shortly after the answer.
+
+    RFC 6749 §4.4.3.
+    """
+    claims, answer = draft_token(idp, client, granted, issuing_ms(idp, client.row))
+    answer["access_token"] = mint_access_token(idp, client, claims)
+    actor = None
+    if idp.options.enable_audit_logging:
+        actor = client.client_id, caller.peer, caller.user_agent[:200], caller.request_id
+    idp.store.enqueue((claims["jti"], client.client_id, granted.scope, claims["iat"], claims["exp"]), actor)
+    return answer
+
+
+def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
+    """Issue the tokens of a user, spending the code or refresh token they are issued for.
+
+    Raises invalid_grant if that is spent already, or if user, client or browser session was ended meanwhile.
+    """
+    account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
+    claims, answer = draft_token(idp, client, granted, ms)
+    jti, now, roles = claims["jti"], claims["iat"], idp.store.list_roles_of(account.id)
+    with idp.store.transaction():
+        # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
+        check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
+        check_client_unchanged(idp, row)
+        if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
+            raise Problem("invalid_grant", log="its browser was logged out meanwhile")
+        family = take_family(idp, client, granted, caller, ms)
+        if family:
+            refresh_token = add_refresh_token(idp, client, granted, family, jti, ms)
+            idp.store.insert(
+                Session(
+                    jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method,
+                    now, claims["exp"], None,
+                )
+            )
+            action = "refresh_token_used" if granted.spends else "user_token_issued"
+            audit(idp, caller.acting_as(account.id), action, row.client_id, f"jti={jti}")
+            # Mint inside the transaction: if signing failed after the commit, the client would have lost its
+            # code or refresh token and got no token.
+            claims |= {
+                "username": account.username, "preferred_username": account.username, "amr": granted.amr,
+                "auth_time": granted.auth_time, "sid": family.sid, "role": [role.id for role in roles],
+                "roles": [role.name for role in roles],
+            }
+            answer["access_token"] = mint_access_token(idp, client, claims)
+            if refresh_token:
+                answer["refresh_token"] = refresh_token
+            if OPENID in granted.scope.split():
+                answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"])
+    if family is None:  # raised after the commit: the reuse has revoked the family, and that stays
+        raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
+    return answer
+
+
+def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
+    """Mint and store the granted tokens; return the token response. RFC 6749 §5.1."""
+    if granted.account is None:
+        return issue_machine(idp, client, granted, caller)
+    return issue_user(idp, client, granted, caller)
+
+
+def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id: str) -> dict:
+    """Begin a login at ADMIN; return its token response. `client_id` is what the caller calls itself, for the record.
+    """
+    now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
+    jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
+    family = Family(
+        random_handle()[:22], account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
+    )
+    with idp.store.transaction():
+        check_unchanged(idp, account, ms)
+        idp.store.insert(family)
+        idp.store.insert(
+            Session(
+                jti, account.id, client_id, family.sid, "", "access", "admin", "otp" if "otp" in amr else "pwd", now,
+                now + lifetime, None,
+            )
+        )
+        audit(idp, caller.acting_as(account.id), "admin_token_issued", client_id or "(no client id)", f"jti={jti}")
+    claims = {
+        "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now,
+        "exp": now + lifetime, "jti": jti, "mad": "admin", "token_use": "access", "username": account.username,
+        "preferred_username": account.username, "email": account.email, "email_verified": bool(account.email_verified),
+        "amr": amr, "auth_time": now, "sid": family.sid, "role": [role.id for role in roles],
+        "roles": [role.name for role in roles],
+    }
+    ring = idp.admin_ring
+    return {
+        "access_token": ring.mint(ring.access, AT_JWT, claims), "token_type": "Bearer", "expires_in": lifetime,
+        "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
+    }
 
 
 # == Login =====================================================================
@@ -2620,7 +2679,7 @@ def begin_browser_session(
     cookie.
     """
     handle, now = random_handle(), idp.now()
-    ms = max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
+    ms = issuing_ms(idp, account)
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
         if replaces:
@@ -2702,12 +2761,13 @@ def as_login(idp: Idp, row: LoginTransaction) -> Login:
     return Login(row, request, client)
 
 
-def step(idp: Idp, login: Login, state: str, user_id, amr, auth_time=0, proven_ms=0, pending="") -> Login:
-    """Take a login one state on. Raises conflict where somebody else took that step."""
-    row = idp.store.advance_login(login.row, state, user_id, " ".join(amr), auth_time, proven_ms, idp.now(), pending)
-    if row is None:
+def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
+    """Take a login to its next state, with changed columns. Raises conflict if another request has done so already."""
+    row = msgspec.structs.replace(login.row, state=state, pending=pending, **changes)
+    advanced = idp.store.advance_login(login.row.state, row, idp.now())
+    if advanced is None:
         raise Problem("conflict", log="this step of the login was taken already")
-    return as_login(idp, row)
+    return as_login(idp, advanced)
 
 
 def fail_step(idp: Idp, login: Login):
@@ -2726,9 +2786,10 @@ def give_password(idp: Idp, caller: Caller, login: Login, username: str, passwor
         raise
     demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
     state = "totp" if account.totp_sealed else "enrol" if demanded else after_factors(idp, login, account)
-    return step(
-        idp, login, state, account.id, ["pwd"], idp.now(), max(idp.now_ms(), account.revoked_before + 1),
-        new_pending(idp, account.id, state),
+    proven_ms = max(idp.now_ms(), account.revoked_before + 1)
+    return advance(
+        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
+        proven_ms=proven_ms,
     )
 
 
@@ -2748,10 +2809,8 @@ def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
         if problem.code == "invalid_grant":
             fail_step(idp, login)
         raise
-    return step(
-        idp, login, after_factors(idp, login, account), account.id, amr, login.row.auth_time or idp.now(),
-        login.row.proven_ms,
-    )
+    auth_time = login.row.auth_time or idp.now()
+    return advance(idp, login, after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
@@ -2773,7 +2832,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         )
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
-        login = step(idp, login, "codes", account.id, ["pwd", "otp", "mfa"], login.row.auth_time, login.row.proven_ms)
+        login = advance(idp, login, "codes", amr="pwd otp mfa")
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
         audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
@@ -2818,7 +2877,7 @@ def issue_code(
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
-    ms = max(idp.now_ms(), account.revoked_before + 1, client.row.revoked_before + 1, idp.revoked_before + 1)
+    ms = issuing_ms(idp, account, client.row)
     # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a
     # native
     # application with screens of its own, by its grant.
@@ -4131,12 +4190,7 @@ def login_codes(idp, params):
     account = idp.store.find_account(row.user_id)
     if not is_good(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return continue_login(
-        idp, params,
-        step(
-            idp, login, after_factors(idp, login, account), row.user_id, row.amr.split(), row.auth_time, row.proven_ms
-        ),
-    )
+    return continue_login(idp, params, advance(idp, login, after_factors(idp, login, account)))
 
 
 @AUTH(
@@ -4148,16 +4202,16 @@ def login_select(idp, params):
     login = posted_login(idp, params, "select")
     held = find_browser_session(idp, session_handle(idp, params))
     if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
-        return continue_login(idp, params, step(idp, login, "password", None, []))
+        return continue_login(
+            idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
+        )
     session, account = held
     state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
-    return continue_login(
-        idp, params,
-        step(
-            idp, login, state, account.id, session.amr.split(), session.auth_time, session.created_ms,
-            new_pending(idp, account.id, state),
-        ),
+    login = advance(
+        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr=session.amr,
+        auth_time=session.auth_time, proven_ms=session.created_ms,
     )
+    return continue_login(idp, params, login)
 
 
 @AUTH(
@@ -4168,7 +4222,7 @@ def login_consent(idp, params):
     """Agree to what a client asks for, or not."""
     login = posted_login(idp, params, "consent")
     row, request = login.row, login.request
-    decided = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
+    decided = advance(idp, login, "done")
     if params.get("decision") != "allow":
         audit(idp, params.caller.acting_as(row.user_id), "consent_denied", row.client_id, "", FAILURE)
         return refuse_client(
@@ -4294,7 +4348,7 @@ def headless_finalize(idp, params):
     row, request = login.row, login.request
     if row.state != "ready":
         raise Problem("invalid_grant", log="finalize before every factor was proven")
-    done = step(idp, login, "done", row.user_id, row.amr.split(), row.auth_time, row.proven_ms)
+    done = advance(idp, login, "done")
     account = finish_login(idp, done)
     code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
@@ -4705,41 +4759,9 @@ def admin_token(idp, params):
     Form: username, password, totp where the user has a second factor, client_id for the record.
     """
     username, password = params.need("username"), params.need("password")
-    account, amr = authenticate_user(
-        idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", admin=True
-    )
-    now, options, ms = idp.now(), idp.options, max(idp.now_ms(), account.revoked_before + 1, idp.revoked_before + 1)
-    jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
-    family = Family(
-        random_handle()[:22], account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
-    )
-    with idp.store.transaction():
-        check_unchanged(idp, account, ms)
-        idp.store.insert(family)
-        idp.store.insert(
-            Session(
-                jti, account.id, (params.get("client_id") or "")[:255], family.sid, "", "access", "admin",
-                "otp" if "otp" in amr else "pwd", now, now + lifetime, None,
-            )
-        )
-        audit(
-            idp, params.caller.acting_as(
-                account.id
-            ), "admin_token_issued", (params.get("client_id") or "(no client id)")[:255],
-            f"jti={jti}",
-        )
-    claims = {
-        "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now,
-        "exp": now + lifetime, "jti": jti, "mad": "admin", "token_use": "access", "username": account.username,
-        "preferred_username": account.username, "email": account.email, "email_verified": bool(account.email_verified),
-        "amr": amr, "auth_time": now, "sid": family.sid, "role": [role.id for role in roles],
-        "roles": [role.name for role in roles],
-    }
-    ring = idp.admin_ring
-    return {
-        "access_token": ring.mint(ring.access, AT_JWT, claims), "token_type": "Bearer", "expires_in": lifetime,
-        "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
-    }
+    totp = params.get("totp") or params.get("totp_code") or ""
+    account, amr = authenticate_user(idp, params.caller, username, password, totp, admin=True)
+    return issue_admin(idp, params.caller, account, amr, (params.get("client_id") or "")[:255])
 
 
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)

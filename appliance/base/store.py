@@ -1422,11 +1422,8 @@ class Store(Database):
             binding_sha256=binding_sha256, now=now,
         )
 
-    def advance_login(
-        self, login: LoginTransaction, state: str, user_id: str | None, amr: str, auth_time: int, proven_ms: int,
-        now: int, pending: str = ""
-    ) -> LoginTransaction | None:
-        """Advance a login from the state in which it was read. Return it, or None if another request was first."""
+    def advance_login(self, state: str, login: LoginTransaction, now: int) -> LoginTransaction | None:
+        """Write a login that was read in `state`. Return it, or None if another request has advanced it since."""
         return self.one(
             LoginTransaction,
             """
@@ -1436,8 +1433,8 @@ class Store(Database):
              WHERE id = :id AND binding_sha256 = :binding_sha256 AND state = :was AND expires_at > :now
             RETURNING *
             """,
-            id=login.id, binding_sha256=login.binding_sha256, was=login.state, state=state, user_id=user_id, amr=amr,
-            auth_time=auth_time, proven_ms=proven_ms, pending=pending, now=now,
+            id=login.id, binding_sha256=login.binding_sha256, was=state, state=login.state, user_id=login.user_id,
+            amr=login.amr, auth_time=login.auth_time, proven_ms=login.proven_ms, pending=login.pending, now=now,
         )
 
     def count_failed_step(self, id: str, most: int) -> None:
