@@ -752,6 +752,7 @@ def login_obstacle(idp, caller, account, admin=False) -> str:
     return ""
 
 
+WRONG_PASSWORD = "wrong password"
 WRONG_CODE = "one-time code missing, wrong or used"
 
 
@@ -770,6 +771,35 @@ def rehash(idp, account, password):
     """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
     with contextlib.suppress(Problem, Unavailable):
         idp.store.set_password_hash(account.id, hash_secret(idp, password), idp.now(), account.password_hash)
+
+
+def count_failed_code(idp: Idp, account: Account):
+    """Count a wrong one-time or recovery code; the last of TOTP_TRIES locks the second factor. RFC 4226 §7.3."""
+    lockout = max(TOTP_STEP, idp.options.failed_password_lockout_duration)
+    idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
+
+
+def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None, client_id: str, failure: str):
+    """Count a failed login against the peer, the name and, where a secret was wrong, the account; audit it.
+
+    One durable write whatever was wrong, or the time it takes would tell.
+    """
+    options, now = idp.options, idp.now()
+    idp.throttle.spend(caller.peer, name)
+    with idp.store.transaction():
+        if account and failure == WRONG_CODE:
+            count_failed_code(idp, account)
+        if account and failure == WRONG_PASSWORD:
+            counted = idp.store.count_failed_login(
+                account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
+                options.failed_password_lockout_duration, LOCKOUT_MAX,
+            )
+            if counted.lockouts > account.lockouts:
+                until = iso(counted.lockout_until)
+                audit(idp, caller, "user_locked_out", account.id, f"until={until}", FAILURE)
+        if not options.enable_audit_logging:
+            idp.store.put_meta("last_failure_at", now)
+        audit(idp, caller, "user_login_failed", client_id, f"reason={failure}", FAILURE)
 
 
 def authenticate_user(
@@ -806,7 +836,7 @@ def authenticate_user(
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.place(caller.peer):
             right = idp.hasher.verify(account.password_hash if account else None, password)
-        failure = obstacle or ("" if right else "wrong password")
+        failure = obstacle or ("" if right else WRONG_PASSWORD)
         amr = ["pwd"]
         if not failure and second_factor:
             failure = check_totp(idp, account, totp)
@@ -815,31 +845,9 @@ def authenticate_user(
         if not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
             failure = "changed meanwhile"
         if failure:
-            idp.throttle.spend(caller.peer, name)
             idp.hasher.turns.blame(turn, caller.peer)
-            # One durable write whatever was wrong, or its time would tell.
-            with idp.store.transaction():
-                options = idp.options
-                if failure == WRONG_CODE:
-                    idp.store.count_failed_totp(
-                        account.id, now, TOTP_TRIES, max(TOTP_STEP, options.failed_password_lockout_duration)
-                    )
-                if failure == "wrong password":
-                    counted = idp.store.count_failed_login(
-                        account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
-                        options.failed_password_lockout_duration, LOCKOUT_MAX,
-                    )
-                    if counted.lockouts > account.lockouts:
-                        audit(
-                            idp, caller.acting_as(account.id), "user_locked_out", account.id,
-                            f"until={iso(counted.lockout_until)}", FAILURE,
-                        )
-                if not options.enable_audit_logging:
-                    idp.store.put_meta("last_failure_at", now)
-                audit(
-                    idp, caller.acting_as(account.id if account else "anonymous"), "user_login_failed",
-                    client.client_id if client else "", f"reason={failure}", FAILURE,
-                )
+            actor = caller.acting_as(account.id if account else "anonymous")
+            record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
         if idp.options.enable_pass_cache and not second_factor:
             idp.password_digests.learn(account.password_hash, password, now)
@@ -859,7 +867,7 @@ def check_second_factor(
     """
     idp.throttle.check(caller.peer, user_id)
     with idp.locks[hash(user_id) % len(idp.locks)]:
-        account, now, used = idp.store.find_account(user_id), idp.now(), ""
+        account, used = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
         if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
@@ -869,20 +877,11 @@ def check_second_factor(
         elif not failure:
             failure = check_recovery_code(idp, account, code)
         if failure:
-            idp.throttle.spend(caller.peer, user_id)
-            with idp.store.transaction():
-                if failure == WRONG_CODE:
-                    idp.store.count_failed_totp(
-                        account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
-                    )
-                audit(idp, caller.acting_as(user_id), "user_login_failed", client_id, f"reason={failure}", FAILURE)
+            record_failure(idp, caller.acting_as(user_id), user_id, account, client_id, failure)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
         if not used:
-            audit(
-                idp, caller.acting_as(
-                    user_id
-                ), "recovery_code_used", user_id, f"left={idp.store.count_recovery_codes(user_id)}"
-            )
+            left = idp.store.count_recovery_codes(user_id)
+            audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
     return account, ["pwd", *([used] if used else []), "mfa"]
 
 
@@ -1116,9 +1115,7 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
             idp.store.spend_totp_step(account.id, step)
             audit(idp, caller, "totp_enabled", account.id)
             return
-        idp.store.count_failed_totp(
-            account.id, now, TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
-        )
+        count_failed_code(idp, account)
         audit(idp, caller, "totp_enabled", account.id, "", FAILURE)
     raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
 
@@ -2827,9 +2824,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
         fail_step(idp, login)
-        idp.store.count_failed_totp(
-            account.id, idp.now(), TOTP_TRIES, max(TOTP_STEP, idp.options.failed_password_lockout_duration)
-        )
+        count_failed_code(idp, account)
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
         login = advance(idp, login, "codes", amr="pwd otp mfa")
