@@ -67,7 +67,7 @@ from appliance.base.store import (
     Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, OVERLAP_MAX,
     Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
-from appliance.base.openapi import FORM, JSON, Routes, describe_api
+from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api
 from appliance.base.objects import (
     AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject, AuditVerdict,
     AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess, ClientObject,
@@ -2571,6 +2571,20 @@ def validate_client(idp: Idp, params) -> tuple[Client, str]:
     return client, redirect_uri
 
 
+def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
+    """Return code_challenge and its method, both empty where there is none. RFC 7636 §4.3, §4.4.1."""
+    challenge, method = params.get("code_challenge") or "", params.get("code_challenge_method") or ""
+    if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
+        raise Problem("invalid_request", log="PKCE is required")
+    if challenge:
+        method = method or "plain"  # RFC 7636 §4.3
+        if method != "S256" and not (method == "plain" and idp.options.allow_plain_pkce):
+            raise Problem("invalid_request", log="this code_challenge_method is not accepted")
+        if not CODE_VERIFIER.fullmatch(challenge) or (method == "S256" and len(challenge) != 43):
+            raise Problem("invalid_request", log="malformed code_challenge")
+    return challenge, method
+
+
 def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
     """Read the rest of an authorization request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
@@ -2586,15 +2600,7 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
         raise Problem("unsupported_response_type")
     if AUTHORIZATION_CODE not in client.grant_types:
         raise Problem("unauthorized_client", log="the client may not use codes")
-    challenge, method = get("code_challenge") or "", get("code_challenge_method") or ""
-    if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
-        raise Problem("invalid_request", log="PKCE is required")
-    if challenge:
-        method = method or "plain"  # RFC 7636 §4.3
-        if method != "S256" and not (method == "plain" and idp.options.allow_plain_pkce):
-            raise Problem("invalid_request", log="this code_challenge_method is not accepted")
-        if not CODE_VERIFIER.fullmatch(challenge) or (method == "S256" and len(challenge) != 43):
-            raise Problem("invalid_request", log="malformed code_challenge")
+    challenge, method = read_challenge(idp, client, params)
     prompt = (get("prompt") or "").split()
     if set(prompt) - set(PROMPTS) or ("none" in prompt and len(prompt) > 1):
         raise Problem("invalid_request", log="bad prompt")
@@ -3315,10 +3321,10 @@ class Answer:
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
             refused = problem = as_problem(error)
-            self.tell(environ, problem.code, problem.status, problem.log)
+            self.log_refusal(environ, problem.code, problem.status, problem.log)
         except MemoryError as error:
             refused = Problem("temporarily_unavailable", retry_after=1)
-            self.tell(environ, refused.code, refused.status, f"no memory {error}".rstrip())
+            self.log_refusal(environ, refused.code, refused.status, f"no memory {error}".rstrip())
         except Exception as error:
             refused = Problem("server_error")
             self.idp.log(
@@ -3326,7 +3332,7 @@ class Answer:
             )
         return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
 
-    def tell(self, environ, code, status, why):
+    def log_refusal(self, environ, code, status, why):
         self.idp.log(
             "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
             peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100],
@@ -3334,7 +3340,7 @@ class Answer:
         )
 
     @staticmethod
-    def speak(result, environ):
+    def render(result, environ):
         """Return the status, headers and body that a result stands for."""
         status, headers = 200, JSON_HEADERS
         if isinstance(result, Page):
@@ -3497,7 +3503,7 @@ class Router(bottle.Router):
     def _compile(self, method):
         """Nothing yet."""
 
-    def settle(self):
+    def compile_all(self):
         for method in self.dyna_routes:
             super()._compile(method)
 
@@ -3518,102 +3524,102 @@ def swagger_file(name: str) -> Page:
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
-def build_app(idp: Idp, routes: Routes):
-    """Return the WSGI callable of a port.
+class App:
+    """The WSGI callable of a port.
 
-    A path without variables is looked up in a table; Bottle has the rest: variables, HEAD, files,
-    and what is not there. It costs a third of a request, and a token needs none of it.
+    A path without variables is looked up in a table; Bottle has the rest: variables, HEAD, files, and what is not
+    there. It costs a third of a request, and a token needs none of it.
     """
-    app, answer, table = bottle.Bottle(), Answer(idp), {}
-    app.uninstall(True)  # JSON and templates: Answer speaks alone
-    vars(app)["router"] = Router()  # Bottle lets nobody replace an attribute
 
-    def through_bottle(route):
-        def answered(**path):
+    def __init__(self, idp: Idp, routes: Routes):
+        self.idp, self.answer, self.table, self.bottle = idp, Answer(idp), {}, bottle.Bottle()
+        self.bottle.uninstall(True)  # JSON and templates: Answer renders alone
+        vars(self.bottle)["router"] = Router()  # Bottle lets nobody replace an attribute
+        for route, path in mounted(idp, routes):
+            self.bottle.route(path, list(route.methods), self.in_bottle(route))
+            if not any("<" in other for other in route.paths):
+                self.table |= {(method, path): route for method in route.methods}
+        self.bottle.router.compile_all()
+        self.bottle.default_error_handler = self.answer_error
+        self.shared = {path for (_, path), route in self.table.items() if route.cors}
+        # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
+        self.prefix = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
+
+    def in_bottle(self, route: Route) -> Callable:
+        """Return what Bottle calls for a route, with the variables of its path."""
+
+        def answer(**path):
             environ = bottle.request.environ
-            result = answer.run(route, environ, path)
-            if isinstance(result, bottle.HTTPResponse):  # a static file
-                for name, value in (
-                    *BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache"),
-                ):
-                    result.set_header(name, value)
-                if environ.get("wsgi.url_scheme") == "https":
-                    result.set_header(*HSTS)
-                return result
-            return spoken(result, environ)
+            result = self.answer.run(route, environ, path)
+            if not isinstance(result, bottle.HTTPResponse):
+                return self.to_bottle(result, environ)
+            # A static file, which Bottle sends by itself.
+            for header in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
+                result.set_header(*header)
+            if environ.get("wsgi.url_scheme") == "https":
+                result.set_header(*HSTS)
+            return result
 
-        return answered
+        return answer
 
-    def spoken(result, environ):
-        """Put what is to be said into bottle.response."""
-        bottle.response.status, headers, body = answer.speak(result, environ)
+    def to_bottle(self, result, environ) -> bytes:
+        """Write the status and headers of a result into bottle.response; return its body."""
+        bottle.response.status, headers, body = self.answer.render(result, environ)
         for name, value in headers:
-            (bottle.response.add_header if name in ("WWW-Authenticate", "Set-Cookie") else bottle.response.set_header)(
-                name, value
-            )
+            if name in ("WWW-Authenticate", "Set-Cookie"):
+                bottle.response.add_header(name, value)
+            else:
+                bottle.response.set_header(name, value)
         return body
 
-    for route, path in mounted(idp, routes):
-        app.route(path, list(route.methods), through_bottle(route))
-        if not any("<" in other for other in route.paths):
-            table |= {(method, path): route for method in route.methods}
-    app.router.settle()
-
-    def nowhere(error):
-        """Unknown path, wrong method, or a failure of Bottle itself."""
-        code = {404: "not_found", 405: "method_not_allowed"}.get(
-            error.status_code, "invalid_request" if error.status_code < 500 else "server_error"
-        )
+    def answer_error(self, error: bottle.HTTPError) -> bytes:
+        """Answer an unknown path, a wrong method, or a failure of Bottle itself."""
+        other = "invalid_request" if error.status_code < 500 else "server_error"
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, other)
         if code == "server_error":
-            idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
+            self.idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
         # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
         # A client can tell an unknown route from an unknown thing.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
-        content = spoken(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
-        allow = error.get_header("Allow")
-        if allow:
+        content = self.to_bottle(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
+        if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
 
-    app.default_error_handler = nowhere
-
-    shared = {path for (_, path), route in table.items() if route.cors}
-
-    # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
-    below = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
-
-    def dispatch(environ, start_response):
-        if below and environ["PATH_INFO"].startswith(below + "/"):
-            environ["SCRIPT_NAME"], environ["PATH_INFO"] = below, environ["PATH_INFO"][len(below) :]
-        route = table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+    def __call__(self, environ, start_response):
+        if self.prefix and environ["PATH_INFO"].startswith(self.prefix + "/"):
+            environ["SCRIPT_NAME"], environ["PATH_INFO"] = self.prefix, environ["PATH_INFO"][len(self.prefix) :]
+        route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
-            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in shared:
-                headers = allow_origin(idp, environ, preflight=True)
-                start_response("204 No Content", [*BASE_HEADERS, *headers])
+            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.shared:
+                start_response("204 No Content", [*BASE_HEADERS, *allow_origin(self.idp, environ, preflight=True)])
                 return [b""]
-            return app(environ, start_response)
-        status, headers, body = answer.speak(answer.run(route, environ, {}), environ)
+            return self.bottle(environ, start_response)
+        status, headers, body = self.answer.render(self.answer.run(route, environ, {}), environ)
         if route.cors and ("HTTP_ORIGIN" in environ or status == 304 or NO_STORE not in headers):
-            headers += allow_origin(idp, environ)
+            headers += allow_origin(self.idp, environ)
         start_response(STATUS[status], [*headers, ("Content-Length", str(len(body)))])
         return [body]
 
-    return dispatch
+
+def build_app(idp: Idp, routes: Routes) -> Callable:
+    """Return the WSGI callable of a port."""
+    return App(idp, routes)
 
 
-def admit_hosts(app, idp: Idp):
+def restrict_hosts(app, idp: Idp):
     """Wrap ADMIN so that it answers only to its own names: a page that rebinds its name to us gets nothing."""
     options = idp.options
     names = {"localhost", "127.0.0.1", "[::1]", urlsplit(f"//{options.admin_domain}").hostname}
     names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
 
-    def admitted(environ, start_response):
+    def restricted(environ, start_response):
         host = environ.get("HTTP_HOST", "")
         name = host[: host.rindex(":")] if re.search(r":[0-9]*$", host) else host
         if name.lower().rstrip(".") in names:
             return app(environ, start_response)
         problem = Problem("misdirected_request")
-        Answer(idp).tell(environ, problem.code, problem.status, "Host is not a name of ADMIN")
+        Answer(idp).log_refusal(environ, problem.code, problem.status, "Host is not a name of ADMIN")
         content = ENCODE(problem.as_err())
         start_response(
             "421 Misdirected Request",
@@ -3624,7 +3630,7 @@ def admit_hosts(app, idp: Idp):
         )
         return [content]
 
-    return admitted
+    return restricted
 
 
 def msg(message: str) -> Msg:
@@ -3918,7 +3924,7 @@ def refuse_client(
     idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()
 ):
     """Tell a client by way of the browser what went wrong. RFC 6749 §4.1.2.1."""
-    Answer(idp).tell(params.environ, problem.code, 302, problem.log)
+    Answer(idp).log_refusal(params.environ, problem.code, 302, problem.log)
     members = {"error": problem.code, "error_description": problem.message}
     return answer_client(
         idp, params, redirect_uri, response_mode if response_mode in RESPONSE_MODES else "query", state, members,
@@ -4104,7 +4110,7 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
     """Show the page again with what to say, the same whatever was wrong; or that the login is over."""
     if problem.code not in ("invalid_grant", "slow_down"):
         raise problem
-    Answer(idp).tell(params.environ, problem.code, problem.status, problem.log)
+    Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
     again = get_login(idp, login.row.id, login_binding(idp, params))
     page = show_login(
         idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **words
@@ -4531,7 +4537,7 @@ def account_change(idp, params):
     except Problem as problem:
         if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
             raise
-        Answer(idp).tell(params.environ, problem.code, problem.status, problem.log)
+        Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
         said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
         return show_account(
             idp, params, held, status=problem.status,

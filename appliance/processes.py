@@ -28,7 +28,7 @@ from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_due, read_ring
 from appliance.base.wire import Limits, Server, listen, tls_context
-from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, admit_hosts, build_app, ring_files
+from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, restrict_hosts, build_app, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
 
@@ -183,7 +183,7 @@ class ServerProcess:
             }
             app = build_app(idp, routes)
             if name == "admin":
-                app = admit_hosts(app, idp)
+                app = restrict_hosts(app, idp)
                 self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
             server = Server(
                 name, [listening], app, limits=limits, tls=tls_of(options, name),

@@ -219,7 +219,7 @@ def auth(idp):
 
 @pytest.fixture
 def admin(idp):
-    return Caller(m.admit_hosts(m.build_app(idp, m.ADMIN), idp))
+    return Caller(m.restrict_hosts(m.build_app(idp, m.ADMIN), idp))
 
 
 class Someone:

@@ -89,6 +89,11 @@ def imports_of(source):
             yield from whole or ({node.module} & set(ROOMS))
 
 
+# How many lines a function may have, and who has more for which reason. How many ways lead through it, ruff counts.
+MOST_LINES = 60
+LONGER = {"on_headers_complete": "every refusal of a message's framing, in the order in which they are checked"}
+
+
 class TestHouse:
     """Three floors, and every arrow runs down."""
 
@@ -103,6 +108,13 @@ class TestHouse:
         upward = {"microauthd": {"appliance.commands"}}  # `python microauthd.py` runs the command line
         for other in imports_of(PROGRAM[room]):
             assert ROOMS.index(other) < ROOMS.index(room) or other in upward.get(room, ()), f"{room} imports {other}"
+
+    @pytest.mark.parametrize("room", [*ROOMS, "mad"])
+    def test_a_function_fits_a_page(self, room):
+        source = PROGRAM.get(room) or Path(mad.__file__).read_text("utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name not in LONGER:
+                assert node.end_lineno - node.lineno < MOST_LINES, node.name
 
     def test_mad_stands_on_the_standard_library(self):
         assert not set(imports_of(Path(mad.__file__).read_text("utf-8")))

@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 
-import bottle
 import microauthd as m
 import msgspec
 import pytest
@@ -30,11 +29,8 @@ class TestDocument:
     @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
     def test_it_lists_exactly_the_mounted_routes(self, described, routes):
         """Asked of Bottle, which knows what it was given."""
-        app = m.build_app(described, routes)
-        (bottle_app,) = [
-            cell.cell_contents for cell in app.__closure__ if isinstance(cell.cell_contents, bottle.Bottle)
-        ]
-        served = {(route.method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.rule)) for route in bottle_app.routes}
+        app = m.build_app(described, routes).bottle
+        served = {(route.method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.rule)) for route in app.routes}
         document = m.describe_port(described, routes)
         assert {(method.upper(), path) for path, methods in document["paths"].items() for method in methods} == served
         ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
@@ -216,3 +212,13 @@ class TestAnswers:
             document, {"$ref": "#/components/schemas/Msg"}, {"success": True, "message": "x", "more": 1}
         )
         assert not conforms(document, {"$ref": "#/components/schemas/Msg"}, {"success": 1, "message": "x"})
+
+
+class TestDeclarations:
+    def test_a_path_with_a_variable_cannot_be_shared_with_other_origins(self):
+        """Who asks before it sends is answered from a table of paths, which knows none with variables."""
+        routes = m.Routes("test")
+        with pytest.raises(TypeError, match="<id>"):
+            routes("GET", ("/users", "/users/<id>"), guard=m.anyone, spec="none", cors=True)
+        routes("GET", "/users", guard=m.anyone, spec="none", cors=True)(lambda idp, params: {})
+        assert [route.cors for route in routes.routes] == [True]

@@ -93,13 +93,10 @@ def is_consistent(key) -> bool:
     )
 
 
-def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
-    """Read a ring file; a single PEM key of the original is a ring too.
-
-    Raises StartupError: a bad key stops the start and never makes a new identity.
-    """
+def read_ring_file(path: str) -> bytes:
+    """Return the content of a ring file. Raises StartupError where it is missing, no file, or for others to read."""
     try:
-        # A pipe would keep whoever opens it waiting.
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not os.path.isfile(path):
                 raise OSError(errno.EINVAL, "it is not a file")
@@ -111,43 +108,50 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     except OSError as error:
         raise StartupError(f"the signing key {path} cannot be read: {error.strerror}") from None
     guard_private(path, "it is a private key")
-    entries = []
-    for match in PEM_BLOCK.finditer(content):
-        state, since, kind = match.groups()
-        encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
-        pem = match.group()[match.group().index(b"-----BEGIN") :]
-        if encrypted and not passphrase:
-            raise StartupError(f"the signing key {path} is encrypted, and no passphrase for it is given")
-        try:
-            key = serialization.load_pem_private_key(
-                pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
-            )
-        except (
-            ValueError, TypeError, UnsupportedAlgorithm,
-        ):  # the last where a byte of the name of its kind is damaged
-            raise StartupError(
-                f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
-            ) from None
-        if not isinstance(key, rsa.RSAPrivateKey) and not (
-            isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"
-        ):
-            raise StartupError(f"the signing key {path} is neither RSA nor P-256")
-        if isinstance(key, rsa.RSAPrivateKey) and key.key_size < 2048:
+    return content
+
+
+def open_key(path: str, pem: bytes, encrypted: bool, passphrase: str) -> bytes:
+    """Return a private key of a ring file as unencrypted PKCS#8 DER. Raises StartupError."""
+    if encrypted and not passphrase:
+        raise StartupError(f"the signing key {path} is encrypted, and no passphrase for it is given")
+    try:
+        key = serialization.load_pem_private_key(
+            pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
+        )
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # the last where a byte of the algorithm's name is damaged
+        raise StartupError(
+            f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
+        ) from None
+    if isinstance(key, rsa.RSAPrivateKey):
+        if key.key_size < 2048:
             raise StartupError(
                 f"the signing key {path} is an RSA key of {key.key_size} bits; RFC 7518 §3.3 asks for 2048"
             )
-        if isinstance(key, rsa.RSAPrivateKey) and not is_consistent(key):
+        if not is_consistent(key):
             raise StartupError(
                 f"the signing key {path} is damaged: its numbers do not belong together; restore a backup"
             )
-        der = key.private_bytes(
-            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
-    begun, stated = (
-        len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M)),
-        len(re.findall(rb"^# state=", content, re.M)),
+    elif not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
+        raise StartupError(f"the signing key {path} is neither RSA nor P-256")
+    return key.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
+    """Read a ring file; a single PEM key without a comment above it is a ring too.
+
+    Raises StartupError: a bad key stops the start and never makes a new identity.
+    """
+    content, entries = read_ring_file(path), []
+    for match in PEM_BLOCK.finditer(content):
+        state, since, kind = match.groups()
+        encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
+        der = open_key(path, match.group()[match.group().index(b"-----BEGIN") :], encrypted, passphrase)
+        entries.append(KeyEntry(der, (state or b"active").decode(), int(since or 0)))
+    begun = len(re.findall(rb"^-----BEGIN [A-Z ]*PRIVATE KEY-----", content, re.M))
+    stated = len(re.findall(rb"^# state=", content, re.M))
     if (
         begun != len(entries)
         or stated not in (0, len(entries))

@@ -42,6 +42,9 @@ class Routes:
     def __call__(self, methods, paths, *, guard, spec, **more):
         paths = (paths,) if isinstance(paths, str) else tuple(paths)
 
+        if more.get("cors") and any("<" in path for path in paths):
+            raise TypeError(f"{paths}: only a path without variables can be shared with other origins")
+
         def declare(handler):
             self.routes.append(Route(tuple(methods.split()), paths, guard, spec, handler, **more))
             return handler

@@ -300,7 +300,7 @@ class Connection:
                 raise HttpRefusal(400, "repeated header field")
             self.dropped += (name.lower(),)
 
-    def on_headers_complete(self):
+    def on_headers_complete(self):  # noqa: C901 - every refusal of the framing, in the order in which it is checked
         environ, target, parser, limits = self.environ, self.target, self.parser, self.limits
         self.headed, self.count, self.wire = True, 0, 0
         token, version = parser.get_method(), parser.get_http_version()
@@ -753,7 +753,7 @@ class Server(cheroot.wsgi.Server):
 
     # -- connections: what is to be done --
 
-    def _handle(self, connection):
+    def _handle(self, connection):  # noqa: C901 - what may fail at each step of a request
         """Take a connection as far as it goes without waiting. Return the events it waits for, 0 when it is done."""
         if connection.lingering:
             return self._linger(connection)
