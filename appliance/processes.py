@@ -289,7 +289,7 @@ class Supervisor:
     def fork(self, number):
         if not self.children:
             self.plan.generation.file_ids = (0,) * 6  # nobody has the database open
-        self.plan.generation.map[self.plan.generation.BEATS + number + 1] = 0
+        self.plan.generation.beats[number + 1] = 0
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or as many processes as are allowed
@@ -378,7 +378,7 @@ class Supervisor:
         passed = min(2.0, now - self.beats_at)
         self.beats, self.beats_at = {}, now
         for pid, (number, _) in self.children.items():
-            count = generation.map[generation.BEATS + number + 1]
+            count = generation.beats[number + 1]
             before, still = known.get(pid, (count, 0.0))
             still = still + passed if count == before else 0.0
             if still > (STUCK_SECONDS if count else START_SECONDS):

@@ -181,7 +181,8 @@ class ClockThread(threading.Thread):
     def __init__(self, idp):
         super().__init__(name="clockwork", daemon=True)
         self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
-        self.said, self.said_at, self.noted_at = self.keeper.began, self.keeper.monotonic(), -float(self.NOTE)
+        self.last_logged_state, self.logged_at = self.keeper.state_at_start, self.keeper.monotonic()
+        self.last_saved_at = -float(self.NOTE)
         self.accepted = None  # the last word of an operator, as it was when the clock became wrong
         self.unsettled = False  # time went back, and what was done ahead of it is not ended yet
 
@@ -196,7 +197,7 @@ class ClockThread(threading.Thread):
 
     def step(self):
         idp, keeper = self.idp, self.keeper
-        self.unsettled |= keeper.look()
+        self.unsettled |= keeper.update()
         if keeper.state == "right":
             self.accepted = None
         else:
@@ -210,20 +211,20 @@ class ClockThread(threading.Thread):
             settle_clock(idp)
             self.unsettled = False
         state, monotonic = keeper.state, keeper.monotonic()
-        if state != self.said or (state != "right" and monotonic - self.said_at >= 3600):
+        if state != self.last_logged_state or (state != "right" and monotonic - self.logged_at >= 3600):
             idp.log(
                 "clock." + state, "info" if state == "right" else "warning" if state == "probation" else "error",
                 now=idp.now(), clock=int(keeper.wall()),
             )
-            self.said, self.said_at = state, monotonic
-        if state == "right" and monotonic - self.noted_at >= self.NOTE:
+            self.last_logged_state, self.logged_at = state, monotonic
+        if state == "right" and monotonic - self.last_saved_at >= self.NOTE:
             self.note()
 
     def note(self):
         """Write down what time it is, for a start whose clock does not know."""
         if self.keeper.state == "right":
             self.idp.store.put_meta("clock", self.idp.now())
-            self.noted_at = self.keeper.monotonic()
+            self.last_saved_at = self.keeper.monotonic()
 
 
 def settle_clock(idp: Idp):

@@ -373,7 +373,7 @@ class Machine:
         went_back, before = False, self.keeper()
         for _ in range(int(seconds / step)):
             self.wall, self.boot = self.wall + step, self.boot + step
-            stepped = self.keeper.look()
+            stepped = self.keeper.update()
             assert stepped or self.keeper() >= before, "time went back"
             went_back, before = went_back or stepped, self.keeper()
         return went_back

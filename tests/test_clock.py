@@ -83,7 +83,7 @@ class TestTimekeeper:
         box = Machine(NOON)
         box.keeper.uptime = lambda: 1000.0  # what the kernel says itself
         box.wall, box.boot = box.wall + YEARS, box.boot + YEARS
-        box.keeper.look()
+        box.keeper.update()
         assert abs(box.now - NOON) < 1
         box.keeper.uptime = lambda: box.boot - YEARS
         box.pass_(30)
@@ -94,7 +94,7 @@ class TestTimekeeper:
         box.wall += 60
 
         def look():
-            box.keeper.look()
+            box.keeper.update()
 
         assert in_child(look) == 0 and box.now == NOON + 60
 
@@ -104,7 +104,7 @@ class TestTimekeeper:
         box.pass_(1)
         before = box.now
         box.boot, box.wall = box.boot + 3600, box.wall + 3600
-        box.keeper.look()
+        box.keeper.update()
         assert box.now - before >= 3600 - 31
 
     def test_a_clock_in_probation_that_goes_back_too_far_is_not_followed(self):

@@ -254,7 +254,7 @@ class TestWriting:
         other.execute("ROLLBACK")
         other.close()
         store.put_meta("x", 1)
-        assert not store.generation.map[store.generation.LOCKED] and store.connection.execute(
+        assert not store.generation.locked and store.connection.execute(
             "PRAGMA busy_timeout"
         ).fetchone() == (300,)
         store.close()
@@ -294,14 +294,13 @@ class TestWriting:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM meta").fetchone()
         store.put_meta("x", 2)
-        flags = store.generation.map
-        flags[store.generation.UNSYNCED] = 1
+        store.generation.unsynced = 1
         with pytest.raises(Unavailable):
             store.put_meta("x", 3)
-        assert flags[store.generation.UNSYNCED] == 1
+        assert store.generation.unsynced == 1
         reader.execute("ROLLBACK")
         store.put_meta("x", 4)
-        assert not flags[store.generation.UNSYNCED] and store.meta("x") == "4"
+        assert not store.generation.unsynced and store.meta("x") == "4"
         store.close()
 
     def test_where_nobody_is_left_to_serve_a_writer_does_not_wait(self, idp):

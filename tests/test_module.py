@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(m.__file__).parent
 # From the ground up: a room may import those that stand before it, and no other.
 ROOMS = (
-    "appliance.base", "appliance.base.clock", "appliance.base.settings", "appliance.base.log", "appliance.base.files",
+    "appliance.base", "appliance.base.shared", "appliance.base.clock", "appliance.base.settings", "appliance.base.log",
+    "appliance.base.files",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
     "appliance.base.openapi", "appliance.base.objects", "appliance.base.pages", "microauthd", "appliance.backup",
     "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",

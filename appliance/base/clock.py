@@ -1,11 +1,10 @@
 """What time it is, as far as the clock of the machine can be believed."""
 
 import functools
-import mmap
 import select
-import struct
 import time
 
+from appliance.base.shared import Byte, Real, Shared
 
 # A clock that shows an earlier time than this is wrong, whatever it says. Unix seconds.
 RELEASED_AT = 1795392000  # 2026-11-23
@@ -18,6 +17,19 @@ def sleep(seconds: float):
     process.
     """
     select.select([], [], [], seconds)
+
+
+class ClockState(Shared):
+    """What the processes know of the clock. Offsets are Unix seconds less seconds since boot; times are the latter."""
+
+    offset = Real()  # what is added to the seconds since boot
+    trusted = Real()  # the offset before a leap that is on probation
+    candidate = Real()  # the offset that the clock shows
+    steady_since = Real()  # since when the clock has shown it
+    since = Real()  # when a probation began; 0: there is none
+    updated_at = Real()
+    uptime = Real()  # seconds since boot less /proc/uptime, which no debugger sets
+    guessed = Byte()  # the time was guessed, because the clock is behind what is known to have been
 
 
 class Timekeeper:
@@ -38,24 +50,22 @@ class Timekeeper:
     """
 
     NEAR, STEADY, PROBATION = 120, 600, 86400  # seconds
-    FIELDS = "offset", "trusted", "since", "candidate", "steady_since", "looked", "uptime", "guessed"
-    OFFSET = struct.Struct("<d")  # the first field
 
     def __init__(self, floor: int, wall=time.time, monotonic=None, uptime=None):
-        self.shared = mmap.mmap(-1, 8 * len(self.FIELDS))
+        self.shared = ClockState()
         since_boot = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
         self.wall, self.monotonic, self.uptime = wall, monotonic or since_boot, uptime or self.read_uptime
         monotonic, wall = self.monotonic(), self.wall()
-        offset = wall - monotonic
-        self.put(
-            offset=offset, trusted=offset, candidate=offset, steady_since=monotonic, looked=monotonic,
-            uptime=monotonic - self.uptime(), since=0.0, guessed=0.0,
-        )
+        state = self.shared
+        state.offset = state.trusted = state.candidate = wall - monotonic
+        state.steady_since = state.updated_at = monotonic
+        state.uptime = monotonic - self.uptime()
         if wall < floor - IAT_SKEW:
-            self.put(offset=floor - monotonic, trusted=floor - monotonic, guessed=1.0)
+            state.offset = state.trusted = floor - monotonic
+            state.guessed = True
         elif wall > floor + CLOCK_FAR and floor > RELEASED_AT:
-            self.put(trusted=floor - monotonic, since=monotonic)
-        self.began = self.state
+            state.trusted, state.since = floor - monotonic, monotonic
+        self.state_at_start = self.state
 
     def read_uptime(self) -> float:
         try:
@@ -64,60 +74,56 @@ class Timekeeper:
         except (OSError, ValueError, IndexError):
             return self.monotonic()
 
-    def get(self, name) -> float:
-        return struct.unpack_from("<d", self.shared, 8 * self.FIELDS.index(name))[0]
-
-    def put(self, **values):
-        for name, value in values.items():
-            struct.pack_into("<d", self.shared, 8 * self.FIELDS.index(name), value)
-
     def __call__(self) -> float:
         """Unix seconds. Called several times a request."""
-        return self.monotonic() + self.OFFSET.unpack_from(self.shared)[0]
+        return self.monotonic() + self.shared.offset
 
     @property
     def state(self) -> str:
         """`right`; `guessed` or `behind` where the clock is behind; `ahead`; `probation`."""
-        off = self.get("candidate") - self.get("offset")
-        if self.get("guessed"):
+        ahead = self.shared.candidate - self.shared.offset
+        if self.shared.guessed:
             return "guessed"
-        if abs(off) > self.NEAR:
-            return "ahead" if off > 0 else "behind"
-        return "probation" if self.get("since") else "right"
+        if abs(ahead) > self.NEAR:
+            return "ahead" if ahead > 0 else "behind"
+        return "probation" if self.shared.since else "right"
 
-    def look(self) -> bool:
+    def update(self) -> bool:
         """Follow the clock as the table says; one process does, twice a second. Return whether time went back."""
-        monotonic = self.monotonic()
-        slip = monotonic - self.uptime() - self.get("uptime")
+        state, monotonic = self.shared, self.monotonic()
+        slip = monotonic - self.uptime() - state.uptime
         if abs(slip) > 5:  # even the seconds since boot were set, as a debugger or an emulator can
-            self.put(
-                uptime=self.get("uptime") + slip,
-                **{name: self.get(name) - slip for name in ("offset", "trusted", "candidate")},
+            state.uptime += slip
+            state.offset, state.trusted, state.candidate = (
+                state.offset - slip, state.trusted - slip, state.candidate - slip,
             )
-            self.put(**{name: self.get(name) + slip for name in ("since", "steady_since", "looked") if self.get(name)})
-        offset, at = self.wall() - monotonic, self.get("offset")
-        passed = min(60.0, max(0.0, monotonic - self.get("looked")))
-        if abs(offset - self.get("candidate")) > 2:
-            self.put(steady_since=monotonic)
-        self.put(candidate=offset, looked=monotonic)
+            state.since = state.since and state.since + slip
+            state.steady_since = state.steady_since and state.steady_since + slip
+            state.updated_at = state.updated_at and state.updated_at + slip
+        offset, at = self.wall() - monotonic, state.offset
+        passed = min(60.0, max(0.0, monotonic - state.updated_at))
+        if abs(offset - state.candidate) > 2:
+            state.steady_since = monotonic
+        state.candidate, state.updated_at = offset, monotonic
         went_back = False
-        if self.get("since") and self.get("trusted") - self.NEAR <= offset < at - self.NEAR:
-            self.put(offset=max(offset, self.get("trusted")), since=0.0)
+        if state.since and state.trusted - self.NEAR <= offset < at - self.NEAR:
+            state.offset, state.since = max(offset, state.trusted), 0.0
             went_back = True
         elif offset < at:
             if at - offset <= 86400:
-                self.put(offset=max(offset, at - passed / 2), guessed=0.0)
-        elif offset - at <= self.NEAR or self.get("guessed") or monotonic - self.get("steady_since") >= self.STEADY:
+                state.offset, state.guessed = max(offset, at - passed / 2), False
+        elif offset - at <= self.NEAR or state.guessed or monotonic - state.steady_since >= self.STEADY:
             if offset - at > CLOCK_FAR:
-                self.put(since=monotonic)
-            self.put(offset=offset, guessed=0.0)
-        if self.get("since") and monotonic - self.get("since") >= self.PROBATION:
-            self.put(since=0.0)
-        if not self.get("since"):
-            self.put(trusted=self.get("offset"))
+                state.since = monotonic
+            state.offset, state.guessed = offset, False
+        if state.since and monotonic - state.since >= self.PROBATION:
+            state.since = 0.0
+        if not state.since:
+            state.trusted = state.offset
         return went_back
 
     def accept(self):
         """Take the clock as it stands: an operator says that it is right."""
-        offset = self.wall() - self.monotonic()
-        self.put(offset=offset, trusted=offset, candidate=offset, since=0.0, guessed=0.0)
+        state = self.shared
+        state.offset = state.trusted = state.candidate = self.wall() - self.monotonic()
+        state.since, state.guessed = 0.0, False

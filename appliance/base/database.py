@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import mmap
 import os
 import struct
 import threading
@@ -19,6 +18,7 @@ import sqlcipher3
 
 from appliance.base import StartupError
 from appliance.base.log import Log
+from appliance.base.shared import Byte, Numbers, Shared
 
 
 BATCH_SECONDS = 0.02
@@ -72,50 +72,46 @@ def insert_statement(record: type[Record]) -> str:
     return f"INSERT INTO {record.table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"  # noqa: S608
 
 
-class Generation:
+class Generation(Shared):
     """A counter in shared memory. When it changes, every process drops its cached identity data.
 
     Each process increments a slot of its own, so no bump is lost without a lock between processes; the
-    value is all slots together. The same memory tells all processes the state of the database:
-
-        FAILED    a write has failed, and no write has succeeded since
-        LOCKED    another process has held the database lock for at least LOCK_SECONDS
-        UNSYNCED  an fsync of the WAL has failed: the kernel may have dropped the dirty pages
-        HEALED    counts recoveries after a failure; connections opened before the last one are closed, not reused
-        BEATS     a heartbeat counter for each process, watched by the supervisor; 0 until the process serves
-        FILE_IDS  device and inode of the database, its -wal and its -shm, as all processes have them open
+    value is all slots together. The same memory tells all processes the state of the database.
     """
 
     SLOTS = 66
-    FAILED, LOCKED, UNSYNCED, HEALED, BEATS = range(8 * SLOTS, 8 * SLOTS + 5)
-    FILE_IDS, FILES = BEATS + SLOTS, struct.Struct("<6Q")
+    counts = Numbers("Q", SLOTS)
+    beats = Numbers("B", SLOTS)  # a heartbeat of each process, watched by the supervisor; 0 until the process serves
+    failed = Byte()  # a write has failed, and no write has succeeded since
+    locked = Byte()  # another process has held the database lock for at least LOCK_SECONDS
+    unsynced = Byte()  # an fsync of the WAL has failed: the kernel may have dropped the dirty pages
+    healed = Byte()  # counts recoveries after a failure; connections opened before the last one are closed, not reused
+    files = Numbers("Q", 6)  # device and inode of the database, its -wal and its -shm, as all processes have them open
 
     def __init__(self) -> None:
-        self.map = mmap.mmap(-1, self.FILE_IDS + self.FILES.size)
+        super().__init__()
         self.slot = 0
         self.lock = threading.Lock()
 
     def read(self) -> bytes:
-        return self.map[: 8 * self.SLOTS]
+        return self.counts.tobytes()
 
     def bump(self) -> None:
         with self.lock:
-            at = 8 * self.slot
-            (count,) = struct.unpack_from("<Q", self.map, at)
-            struct.pack_into("<Q", self.map, at, count + 1)
+            self.counts[self.slot] += 1
 
     def beat(self) -> None:
-        at = self.BEATS + self.slot
-        self.map[at] = self.map[at] % 255 + 1
+        self.beats[self.slot] = self.beats[self.slot] % 255 + 1
 
     @property
     def file_ids(self) -> tuple[int, ...]:
-        """The six numbers stored at FILE_IDS; zeros while no server has the database open."""
-        return self.FILES.unpack_from(self.map, self.FILE_IDS)
+        """The six numbers of `files`; zeros while no server has the database open."""
+        return tuple(self.files)
 
     @file_ids.setter
     def file_ids(self, numbers: tuple[int, ...]) -> None:
-        self.FILES.pack_into(self.map, self.FILE_IDS, *numbers)
+        for place, number in enumerate(numbers):
+            self.files[place] = number
 
 
 def derive_key(passphrase: str, salt: bytes) -> str:
@@ -180,7 +176,7 @@ class PooledConnection:
     __slots__ = ("store", "connection", "since")
 
     def __init__(self, store: "Database") -> None:
-        self.store, self.since = store, store.generation.map[store.generation.HEALED]
+        self.store, self.since = store, store.generation.healed
         while store.spare:
             with contextlib.suppress(IndexError):
                 since, self.connection = store.spare.pop()
@@ -260,28 +256,28 @@ class Database:
     @contextlib.contextmanager
     def committing(self, connection: sqlcipher3.Connection) -> Iterator[None]:
         """BEGIN, and COMMIT or ROLLBACK. The caller holds the write lock: see writing()."""
-        trouble, flags = self.generation, self.generation.map
-        if flags[trouble.UNSYNCED]:
+        shared = self.generation
+        if shared.unsynced:
             # After a failed fsync Linux marks the pages clean and never retries them, so a WAL frame may be missing
             # on the disk. After a power cut, recovery would stop at that frame and lose the commits behind it.
             # Checkpoint and truncate the WAL before the next commit; this also drops the frames of the refused
             # transaction behind its end. https://www.sqlite.org/wal.html
             if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 raise sqlcipher3.OperationalError("the write-ahead log cannot be begun anew while somebody reads")
-            flags[trouble.UNSYNCED] = 0
+            shared.unsynced = 0
         # One writer has already waited the full busy timeout; until the lock is free, others fail after 50 ms.
-        if was_locked := flags[trouble.LOCKED]:
+        if was_locked := shared.locked:
             connection.execute("PRAGMA busy_timeout = 50")
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlcipher3.OperationalError as error:
             if is_busy(error):
-                flags[trouble.LOCKED] = 1
+                shared.locked = 1
             raise
         finally:
             if was_locked:
                 connection.execute(f"PRAGMA busy_timeout = {int(1000 * LOCK_SECONDS)}")
-        flags[trouble.LOCKED] = 0
+        shared.locked = 0
         try:
             self.check_files_unchanged()
             yield
@@ -289,7 +285,7 @@ class Database:
                 connection.execute("COMMIT")
             except sqlcipher3.OperationalError as error:
                 if result_code(error) == SQLITE_IOERR:
-                    flags[trouble.UNSYNCED] = 1
+                    shared.unsynced = 1
                 raise
         except BaseException:
             with contextlib.suppress(sqlcipher3.Error):
@@ -342,7 +338,7 @@ class Database:
     def connection(self) -> sqlcipher3.Connection:
         try:
             pooled = self.local.pooled
-            if pooled.since == self.generation.map[self.generation.HEALED] or pooled.connection.in_transaction:
+            if pooled.since == self.generation.healed or pooled.connection.in_transaction:
                 return pooled.connection
             self.discard()
         except AttributeError:
@@ -410,15 +406,15 @@ class Database:
                     if not is_busy(cause):
                         self.discard()
                 raise
-        self.written_at, trouble, flags = time.monotonic(), self.generation, self.generation.map
-        if flags[trouble.FAILED]:
-            flags[trouble.FAILED], flags[trouble.HEALED] = 0, flags[trouble.HEALED] + 1 & 0xFF
+        self.written_at, shared = time.monotonic(), self.generation
+        if shared.failed:
+            shared.failed, shared.healed = 0, shared.healed + 1 & 0xFF
         if self.local.identity:
             self.generation.bump()
 
     def note_failure(self, error: Exception) -> None:
         """Tell every process that a write has failed."""
-        self.generation.map[self.generation.FAILED] = 1
+        self.generation.failed = 1
 
     def one(self, record: type[Row], sql: str, **parameters: object) -> Row | None:
         """Return the first row a statement finds, or None."""

@@ -1780,7 +1780,7 @@ class Store(Database):
         room = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
         if (
             not self.writable
-            or self.generation.map[self.generation.FAILED]
+            or self.generation.failed
             or room.f_flag & os.ST_RDONLY
             or room.f_bavail * room.f_frsize < 1_000_000
         ):

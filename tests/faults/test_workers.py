@@ -220,9 +220,9 @@ class TestReplacing:
 
     def test_a_new_one_has_not_begun_whatever_the_one_before_counted(self, supervisor):
         generation = supervisor.plan.generation
-        generation.map[generation.BEATS + 1] = 7
+        generation.beats[1] = 7
         supervisor.fork(0)
-        assert generation.map[generation.BEATS + 1] == 0
+        assert generation.beats[1] == 0
 
     def test_none_is_forgotten_for_whom_there_was_no_memory(self, supervisor, monkeypatch):
         for number in range(3):
@@ -381,7 +381,7 @@ def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
             if killed:
                 break
         supervisor.children[104] = supervisor.children.pop(102)  # in its place, at its start
-        generation.map[generation.BEATS + 2] = 0
+        generation.beats[2] = 0
         for _ in range(STUCK_SECONDS * 2):
             generation.slot = 1
             generation.beat()
