@@ -1,4 +1,4 @@
-"""One verified file that restores the box, and the backups that are asked for over ADMIN."""
+"""One verified file that restores the box, and the backups made over ADMIN."""
 
 import contextlib
 import fcntl
@@ -20,14 +20,11 @@ from appliance.base.objects import BackupObject, iso
 from microauthd import Caller, Idp, Machine, Problem, audit, reject
 
 # == Backup ====================================================================
-# One file that restores the box, made beside everything that writes. Recovery puts it back.
+# One file that restores the box, made while the server writes. recovery.py restores it.
 
 
 def check_copy(path: str, key: str) -> dict:
-    """Read a database through, page by page and row by row.
-
-    Return what it holds. Raises StartupError where it is not whole.
-    """
+    """Read a whole database, page by page and row by row, and describe it. Raises StartupError if it is damaged."""
     copy = Store(path, key)
     try:
         damage = copy.check_whole()
@@ -79,7 +76,7 @@ def write_backup(idp: Idp, caller: Caller, path: str, force=False, without_keys=
     temporary = path + ".backing-up"
     leftovers = [temporary + suffix for suffix in ("", "-journal", "-wal", "-shm")]
     try:
-        for leftover in leftovers:  # of one that was killed: a journal of it would be rolled back into ours
+        for leftover in leftovers:  # of a backup that was killed: SQLite would roll its journal back into this one
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(leftover)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -88,8 +85,9 @@ def write_backup(idp: Idp, caller: Caller, path: str, force=False, without_keys=
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        held = check_copy(temporary, idp.store.key)
-        audit(idp, caller, "backup_made", os.path.basename(path))  # before: no backup that nobody knows of
+        contents = check_copy(temporary, idp.store.key)
+        # The audit row first: no backup may exist that the audit log does not name.
+        audit(idp, caller, "backup_made", os.path.basename(path))
         os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:
@@ -102,7 +100,7 @@ def write_backup(idp: Idp, caller: Caller, path: str, force=False, without_keys=
         for leftover in leftovers:
             with contextlib.suppress(OSError):
                 os.unlink(leftover)
-    return {"bytes": os.path.getsize(path), **held}
+    return {"bytes": os.path.getsize(path), **contents}
 
 
 BACKUP_NAME = re.compile(r"microauthd-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.backup")
@@ -111,9 +109,9 @@ BACKUP_PIECE = 1 << 20
 
 @contextlib.contextmanager
 def hold_backup_folder(options: Options, make=False):
-    """Hold the folder of the backups made over ADMIN, for one at a time: each reads and writes the whole database.
+    """Lock the folder of the backups made over ADMIN, and yield its descriptor.
 
-    Gives its descriptor. Raises not_found where none is set.
+    One at a time, because each reads or writes the whole database. Raises not_found if no folder is set.
     """
     if not options.backup_folder:
         raise Problem("not_found", log="backup-folder is not set")
@@ -139,14 +137,14 @@ def hold_backup_folder(options: Options, make=False):
 
 
 def make_backup(idp: Idp, caller: Caller, without_keys=False) -> BackupObject:
-    """Write a backup into `backup-folder`, with room to spare beside it."""
+    """Write a backup into `backup-folder`, if the file system has room for it and for more."""
     if idp.options.backup_folder and not idp.store.key and not without_keys:
         reject(
             without_keys="the database is not encrypted, so its backup would hold the keys for all to read: "
             "true leaves them out"
         )
     with hold_backup_folder(idp.options, make=True) as folder:
-        for name in os.listdir(folder):  # of one that was killed
+        for name in os.listdir(folder):  # left by a backup that was killed
             if BACKUP_NAME.fullmatch(name.partition(".backup")[0] + ".backup") and ".backing-up" in name:
                 os.unlink(name, dir_fd=folder)
         room = os.fstatvfs(folder)
@@ -193,5 +191,5 @@ def delete_backup(idp: Idp, caller: Caller, name: str):
             raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None
 
 
-# What ADMIN asks of this floor.
+# The functions that routes of ADMIN call.
 MACHINE = Machine(make_backup, read_backup_piece, delete_backup)

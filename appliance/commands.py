@@ -72,7 +72,7 @@ class Command(msgspec.Struct, frozen=True):
 
 
 def selftest() -> int:
-    """Use every part that a wrong machine or a damaged file could break; say what works."""
+    """Use every part that a wrong machine or a damaged file could break, and print what works."""
     import tempfile
 
     import segno
@@ -270,7 +270,7 @@ def run_admin(options: Options, line: CommandLine) -> int:
 
 
 def first_start(options: Options):
-    """There is no database: set up on a terminal where there never was one; else say what to do."""
+    """Set up on a terminal if there never was a database. Raises StartupError saying what to do otherwise."""
     keys = [
         path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)
     ]
@@ -514,7 +514,7 @@ def run_local(name: str, work: Callable[[], int], options: Options, config: str)
         require_owner(options)
         if name == "restore":  # takes the lock itself, against all others
             return work()
-        with hold_setup(config, beside_others=name != "factory-reset"):
+        with hold_setup(config, shared=name != "factory-reset"):
             return work()
     except OSError as error:
         raise StartupError(f"{error.filename or options.db_file}: {error.strerror}") from None
@@ -552,16 +552,16 @@ def run(name: str, argv: list[str]) -> int:
 
 
 def open_streams():
-    """Open nothing in place of each standard stream that was closed by whoever started us.
+    """Open /dev/null for each standard stream that the parent process has closed.
 
-    Else the next file would have its number, the database perhaps, and what a library writes to stderr would land in
-    it.
+    The next file to be opened would take its number, perhaps the database, and what a library writes to stderr would
+    go into it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
 

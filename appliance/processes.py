@@ -1,4 +1,4 @@
-"""What is settled before the first fork, a server process, the supervisor of all."""
+"""What a start reads and checks before the first fork; a server process; the supervisor of all of them."""
 
 import base64
 import collections
@@ -39,7 +39,7 @@ from appliance.upkeep import ClockThread, Upkeep
 
 
 class StartupState(msgspec.Struct):
-    """What is settled before the first fork: plain data and listening sockets; no thread, key or database handle."""
+    """What a start makes before the first fork: plain data and listening sockets; no thread, key or database handle."""
 
     options: Options
     database_key: str
@@ -68,7 +68,7 @@ def prepare(options: Options) -> StartupState:
     seal_key = read_seal_key(options.seal_key_file)
     for side in ("auth", "admin"):
         tls_of(options, side)
-    # After all that is only read: an opened database takes in its log.
+    # Last of what is read: opening the database recovers its WAL, which writes to it.
     store = Store(options.db_file, database_key, log=log)
     try:
         store.open()
@@ -94,7 +94,7 @@ def prepare(options: Options) -> StartupState:
 
 
 def start_clock(store: Store, log: Log) -> Timekeeper:
-    """Return what tells the time, and end what no clock can be asked about."""
+    """Return the timekeeper. What was issued at times that it cannot vouch for is revoked."""
     clock = Timekeeper(max(RELEASED_AT, store.clock_floor()))
     now = int(clock())
     if clock.state != "right":
@@ -103,11 +103,11 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
             clock=int(time.time()),
         )
     try:
-        if clock.state == "guessed":  # how long it was off, nobody knows: longer than a code lives
+        if clock.state == "guessed":  # the box may have been off for longer than an authorization code lives
             store.forget_logins()
         elif store.newest_at() > now + IAT_SKEW:
             store.revoke_future_rows(now, int(clock() * 1000), now // 30)
-    except Unavailable as problem:  # what serves goes on reading
+    except Unavailable as problem:  # the server can still start, and read
         log("clock.failed", "error", reason=problem.log)
     return clock
 
@@ -137,48 +137,50 @@ def read_seal_key(path: str) -> bytes:
     return key
 
 
-DESCRIPTORS_KEPT = 256  # for the database connections of all threads, the log, pipes: a crowd must not take them
+DESCRIPTORS_KEPT = 256  # for database connections, the log and pipes: network connections must not take these
 
 
 def grant_connections(servers: int) -> Limits:
     """Return the limits of each server of this process: as many connections as it may have descriptors for.
 
-    The usual soft limit of 1024 is for programs that use select(); it is raised as far as is of use and allowed.
+    The usual soft limit of 1024 protects programs that use select(). It is raised as far as it helps and the hard
+    limit allows. getrlimit(2).
     """
     most, many = Limits().connections, 1 << 20
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed, wanted = (many if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
-    wanted = min(wanted, servers * most + DESCRIPTORS_KEPT)
-    if allowed < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        allowed = wanted
+    allowed, target = (many if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    target = min(target, servers * most + DESCRIPTORS_KEPT)
+    if allowed < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+        allowed = target
     return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
 
 
 class ServerProcess:
-    """The servers of one process, and what they share."""
+    """The servers of one process, with the store, keys and log that they share."""
 
-    def __init__(self, plan: StartupState, slot: int, auth_socket=None, admin_socket=None):
-        options = plan.options
-        plan.generation.slot = slot
-        self.log = plan.log
-        self.store = Store(options.db_file, plan.database_key, plan.generation, plan.log)
+    def __init__(self, startup: StartupState, slot: int, auth_socket=None, admin_socket=None):
+        options = startup.options
+        startup.generation.slot = slot
+        self.log = startup.log
+        self.store = Store(options.db_file, startup.database_key, startup.generation, startup.log)
         if options.worker_processes:
             self.store.open_process_write_lock()
         self.store.start_flusher()
         self.upkeep, self.clock_thread, self.servers = None, None, []
         limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
-        auth_ring = KeyRing(plan.auth_entries, options.prefer_ec_token_signer)
-        admin_ring = KeyRing(plan.admin_entries, options.prefer_ec_admin_token_signer)
+        auth_ring = KeyRing(startup.auth_entries, options.prefer_ec_token_signer)
+        admin_ring = KeyRing(startup.admin_entries, options.prefer_ec_admin_token_signer)
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
             if listening is None:
                 continue
             # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
-            idp = Idp(options, self.store, auth_ring, admin_ring, Seal(plan.seal_key), plan.clock, plan.log, MACHINE)
-            # What changed since it was read is found by the first request.
-            entries = {"auth": plan.auth_entries, "admin": plan.admin_entries}
+            seal = Seal(startup.seal_key)
+            idp = Idp(options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, MACHINE)
+            # A ring file that changed since it was read has another fingerprint: the first request reads it again.
+            entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
             idp.ring_files = {
-                port_name: (plan.ring_marks[port_name], next_due(entries[port_name], options.key_overlap))
+                port_name: (startup.ring_marks[port_name], next_due(entries[port_name], options.key_overlap))
                 for port_name in entries
             }
             app = build_app(idp, routes)
@@ -189,13 +191,13 @@ class ServerProcess:
                 name, [listening], app, limits=limits, tls=tls_of(options, name),
                 trusted_proxies=options.trusted_proxies, log=self.refused,
             )
-            idp.hasher.gate.blocking, server.beat = server.blocking, plan.generation.beat
+            idp.hasher.gate.blocking, server.beat = server.blocking, startup.generation.beat
             self.servers.append(server)
         self.store.blocking = self.blocking
 
     @contextlib.contextmanager
     def blocking(self):
-        """Tell the server whose thread this is that it is about to wait."""
+        """Context manager entered by a thread that is about to wait: its server then starts another, if needed."""
         with contextlib.ExitStack() as stack:
             yield all([stack.enter_context(server.blocking()) for server in self.servers])  # noqa: C419 - each is entered
 
@@ -210,7 +212,7 @@ class ServerProcess:
             self.clock_thread.start()
 
     def stop(self):
-        """Answer what is in flight, then write what is queued."""
+        """Answer the requests in flight, then write the queued rows."""
         if self.upkeep:
             self.upkeep.ending.set()
         stopping = [threading.Thread(target=server.stop, args=(4,)) for server in self.servers]
@@ -221,117 +223,118 @@ class ServerProcess:
         if self.clock_thread:
             self.clock_thread.ending.set()
             with contextlib.suppress(Unavailable):
-                self.clock_thread.note()
+                self.clock_thread.save_time()
         self.store.close()
 
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
 
 
-def run_child(plan: StartupState, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
-    """Serve in a forked process until SIGTERM, or at once no more when the supervisor is gone. Never returns."""
+def run_child(startup: StartupState, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
+    """Serve in a forked process until SIGTERM, or until the supervisor dies. Never returns."""
     status = 1
     try:
-        node = ServerProcess(plan, slot, auth_socket, admin_socket)
+        process = ServerProcess(startup, slot, auth_socket, admin_socket)
 
         def watch():
             os.read(lifeline, 1)  # returns when the supervisor, the only writer, has died
-            signal.alarm(2)  # ends us, whatever the disk does
-            node.store.flush()
+            signal.alarm(2)  # ends this process even if the disk hangs
+            process.store.flush()
             os._exit(1)
 
         with contextlib.suppress(ImportError, AttributeError, OSError):
-            # One that is stopped goes on when the supervisor dies, and ends: its socket would share the port with the
-            # next start.
+            # Wake a child that SIGSTOP holds when the supervisor dies, so that it ends: otherwise its socket would
+            # share the port with the next start.
             libc("prctl", "int", "long", "long", "long", "long")(
                 1, signal.SIGCONT, 0, 0, 0
             )  # PR_SET_PDEATHSIG of <sys/prctl.h>
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
-        node.start()
+        process.start()
         os.write(ready, bytes([slot - 1]))
         drop_startup_pages()
         # Ctrl-C reaches every process of the terminal; only the supervisor acts on it.
         signal.sigwait({signal.SIGTERM})
-        node.stop()
+        process.stop()
         status = 0
     except StartupError as refusal:
-        plan.log("start.failed", "error", reason=refusal)
+        startup.log("start.failed", "error", reason=refusal)
     except BaseException as error:
-        plan.log("start.failed", "error", exc_info=error)
+        startup.log("start.failed", "error", exc_info=error)
     finally:
         os._exit(status)
 
 
 STUCK_SECONDS = 20
-START_SECONDS = 120  # to begin with a large log of the database on a slow disk
+START_SECONDS = 120  # enough to recover a large WAL on a slow disk
 
 
 class Supervisor:
     """Forks the children, replaces one that dies or hangs, ends them all.
 
-    It never gives up: one that cannot start is tried again, while the others go on.
+    It never gives up: a child that cannot start is tried again, while the others serve.
     """
 
-    def __init__(self, plan: StartupState, close_in_child=()):
-        self.plan, self.close_in_child = plan, close_in_child
+    def __init__(self, startup: StartupState, close_in_child=()):
+        self.startup, self.close_in_child = startup, close_in_child
         self.children = {}  # pid -> (role number, started)
-        self.beats = {}  # pid -> what was seen of its count, and for how many seconds it was the same
-        self.beats_at = time.monotonic()  # when they were looked at
-        self.owed = {}  # role number -> monotonic seconds when it is tried again
-        self.tries = collections.Counter()  # role number -> how many came to nothing, one after the other
-        self.short = set()  # role numbers for which there was no process to be had
+        self.beats = {}  # pid -> its last heartbeat count, and for how many seconds it has not changed
+        self.beats_at = time.monotonic()  # when end_stuck() last compared them
+        self.pending = {}  # role number -> when to fork it again, monotonic seconds
+        self.tries = collections.Counter()  # role number -> starts that failed in a row
+        self.without_memory = set()  # role numbers for which fork() failed
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
 
     def roles(self):
-        return len(self.plan.auth_sockets) + 1  # AUTH workers, then ADMIN
+        return len(self.startup.auth_sockets) + 1  # AUTH workers, then ADMIN
 
     def fork(self, number):
         if not self.children:
-            self.plan.generation.file_ids = (0,) * 6  # nobody has the database open
-        self.plan.generation.beats[number + 1] = 0
+            self.startup.generation.file_ids = (0,) * 6  # nobody has the database open
+        self.startup.generation.beats[number + 1] = 0
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or as many processes as are allowed
-            if number not in self.short:
-                self.plan.log("worker.owed", "error", reason=error.strerror)
-                self.short.add(number)
-            self.owe(number)
+            if number not in self.without_memory:
+                self.startup.log("worker.owed", "error", reason=error.strerror)
+                self.without_memory.add(number)
+            self.schedule_restart(number)
             return
         if pid == 0:
-            # No exception may climb out of a child into the supervisor's code.
+            # No exception may leave the child's code: it would run the supervisor's.
             try:
                 os.close(self.keep)
                 for descriptor in self.close_in_child:
                     os.close(descriptor)
-                plan = self.plan
-                auth = plan.auth_sockets[number] if number < len(plan.auth_sockets) else None
-                # Those of the others too, or connections to a port that is closing would wait in vain.
-                for other in (*plan.auth_sockets, plan.admin_socket):
-                    if other is not (auth or plan.admin_socket):
+                startup = self.startup
+                auth = startup.auth_sockets[number] if number < len(startup.auth_sockets) else None
+                # Close the other sockets: a copy here would keep a port open that its own process has closed.
+                for other in (*startup.auth_sockets, startup.admin_socket):
+                    if other is not (auth or startup.admin_socket):
                         other.close()
-                run_child(plan, number + 1, auth, None if auth else plan.admin_socket, self.ready_in, self.lifeline)
+                admin = None if auth else startup.admin_socket
+                run_child(startup, number + 1, auth, admin, self.ready_in, self.lifeline)
             finally:
                 os._exit(1)
         self.children[pid] = (number, time.monotonic())
-        self.owed.pop(number, None)
-        self.short.discard(number)
+        self.pending.pop(number, None)
+        self.without_memory.discard(number)
 
-    def owe(self, number):
-        """Try again soon; after two seconds less often, and meanwhile let others have the connections that would wait.
-        """
+    def schedule_restart(self, number):
+        """Fork it again in 0.2 s, after ten failures every 5 s; until then other workers take its connections."""
         self.tries[number] += 1
         often = self.tries[number] <= 10
-        self.owed[number] = time.monotonic() + (0.2 if often else 5)
-        sock = (*self.plan.auth_sockets, self.plan.admin_socket)[number]
-        # Once only: on one that does not listen, Linux would note for what it accepts later that nothing can be read.
+        self.pending[number] = time.monotonic() + (0.2 if often else 5)
+        sock = (*self.startup.auth_sockets, self.startup.admin_socket)[number]
+        # Once only: shutdown() of a socket that does not listen marks it, and every connection that it accepts later
+        # would read end-of-file at once.
         if not often and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)  # it stays bound, and listens again when somebody serves it
+                sock.shutdown(socket.SHUT_RD)  # it stays bound, and listens again when a child serves it
 
-    def fork_owed(self):
-        """Try again what is due."""
-        for number, due in list(self.owed.items()):
+    def restart_due(self):
+        """Fork what is due."""
+        for number, due in list(self.pending.items()):
             if due <= time.monotonic():
                 self.fork(number)
 
@@ -340,24 +343,24 @@ class Supervisor:
 
         gc.collect()
         drop_startup_pages()
-        gc.freeze()  # so that the collector does not touch, and thereby copy, the pages we share
+        gc.freeze()  # the collector would write to shared pages, and so copy them
         for number in range(self.roles()):
             self.fork(number)
         reported = set()
         while len(reported) < self.roles():
-            dead = list(self.reap())  # before the pipe is read, so that what a dead one had reported is known
+            dead = list(self.reap())  # before the pipe is read, so that a report of a dead child has arrived
             while select.select([self.ready], [], [], 0 if dead else 0.05)[0]:
                 reported |= set(os.read(self.ready, 64))
             for number, _, _, status in dead:
-                if number not in reported and os.WIFEXITED(status):  # it could not start, and has said why
+                if number not in reported and os.WIFEXITED(status):  # it could not start, and has logged why
                     self.end()
                     return 1
                 reported.discard(number)
                 self.fork(number)
-            self.fork_owed()
+            self.restart_due()
             if signal.sigtimedwait(STOPPING, 0):
                 return self.end()
-        announce(self.plan)
+        announce(self.startup)
         return self.watch()
 
     def reap(self):
@@ -365,16 +368,17 @@ class Supervisor:
         for pid in list(self.children):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
-                self.plan.generation.bump()  # it may have died between a commit and the word of it
+                self.startup.generation.bump()  # it may have died after COMMIT and before bump()
                 number, started = self.children.pop(pid)
                 yield number, time.monotonic() - started, pid, status
 
     def end_stuck(self):
-        """Kill what has not gone on for STUCK_SECONDS, or not begun for START_SECONDS: it was stopped, or hangs, and
-        its connections would wait for ever.
+        """Kill a child whose heartbeat has stood still for STUCK_SECONDS, or has not begun within START_SECONDS.
+
+        It is stopped or hangs, and its connections would wait for ever.
         """
-        generation, known, now = self.plan.generation, self.beats, time.monotonic()
-        # No more than two seconds at a time: where all of us were stopped, or the machine slept, none of them hung.
+        generation, known, now = self.startup.generation, self.beats, time.monotonic()
+        # At most two seconds count: if every process was stopped, or the machine slept, no child hung.
         passed = min(2.0, now - self.beats_at)
         self.beats, self.beats_at = {}, now
         for pid, (number, _) in self.children.items():
@@ -383,44 +387,45 @@ class Supervisor:
             still = still + passed if count == before else 0.0
             if still > (STUCK_SECONDS if count else START_SECONDS):
                 os.kill(pid, signal.SIGKILL)
-                self.plan.log("worker.stuck", "error", pid=pid, seconds=round(still))
+                self.startup.log("worker.stuck", "error", pid=pid, seconds=round(still))
                 still = 0.0
             self.beats[pid] = count, still
 
     def watch(self) -> int:
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
-            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.owed else 1.0)
+            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.pending else 1.0)
             if info and info.si_signo in STOPPING:
                 return self.end()
-            with contextlib.suppress(MemoryError):  # what could not be done now is found again at the next turn
-                self.look_after(info and info.si_signo == signal.SIGHUP)
+            with contextlib.suppress(MemoryError):  # the next turn finds what this one could not do
+                self.check_children(info and info.si_signo == signal.SIGHUP)
 
-    def look_after(self, drop_caches):
-        """One turn of the watch: replace who has died, end who hangs, try again what is owed."""
+    def check_children(self, drop_caches):
+        """One turn of the watch: replace children that died, kill those that hang, fork what is due."""
         if drop_caches:
-            self.plan.generation.bump()
-            self.plan.log("caches.dropped")
+            self.startup.generation.bump()
+            self.startup.log("caches.dropped")
         for number, lived, pid, status in self.reap():
             if lived < 2:
-                self.owe(number)
+                self.schedule_restart(number)
             else:
                 self.tries[number] = 0
                 self.fork(number)
-            self.plan.log("worker.died", "error", pid=pid, status=os.waitstatus_to_exitcode(status), lived=round(lived))
+            exit_code = os.waitstatus_to_exitcode(status)
+            self.startup.log("worker.died", "error", pid=pid, status=exit_code, lived=round(lived))
         while select.select([self.ready], [], [], 0)[0]:
-            os.read(self.ready, 4096)  # or who begins would wait at a pipe that is full, after 65,536 of them
+            os.read(self.ready, 4096)  # a full pipe, after 65,536 starts, would block the next child
         alive = {number for number, _ in self.children.values()}
-        for number in range(self.roles()):  # none is forgotten because there was no memory to remember it
-            if number not in alive and number not in self.owed:
-                self.owed[number] = 0.0
-        self.fork_owed()
+        for number in range(self.roles()):  # also those that a MemoryError kept from being scheduled
+            if number not in alive and number not in self.pending:
+                self.pending[number] = 0.0
+        self.restart_due()
         self.end_stuck()
 
     def end(self) -> int:
-        """SIGTERM to all; what is still there after five seconds is killed."""
+        """Send SIGTERM to all, and SIGKILL after five seconds to those that are left."""
         notify("STOPPING=1")
-        for server_socket in (*self.plan.auth_sockets, self.plan.admin_socket):
+        for server_socket in (*self.startup.auth_sockets, self.startup.admin_socket):
             server_socket.close()
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError):
@@ -431,15 +436,15 @@ class Supervisor:
                 pass
             sleep(0.005)
         for pid in self.children:
-            self.plan.log("worker.killed", "error", pid=pid)
+            self.startup.log("worker.killed", "error", pid=pid)
             os.kill(pid, signal.SIGKILL)
             status = 1
-        self.plan.log("stopped")
+        self.startup.log("stopped")
         return status
 
 
 def notify(state: str):
-    """Tell systemd, where it listens. sd_notify(3)."""
+    """Send a state to systemd, if it started this service. sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
@@ -447,10 +452,10 @@ def notify(state: str):
             channel.send(state.encode())
 
 
-def announce(plan: StartupState):
-    options = plan.options
+def announce(startup: StartupState):
+    options = startup.options
     notify("READY=1")
-    plan.log(
+    startup.log(
         "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
         auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}",
         workers=options.worker_processes,
@@ -459,7 +464,7 @@ def announce(plan: StartupState):
         if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
             options, f"{side}_ssl_cert_file"
         ):
-            plan.log(
+            startup.log(
                 "insecure", "warning",
                 reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",
             )
@@ -491,7 +496,7 @@ def hold_database(path: str):
 def libc(name, *types):
     """Return a function of the C library that takes these types and returns an int.
 
-    By what Argon2 has loaded already: ctypes would cost 4 MB. Raises ImportError, AttributeError or OSError elsewhere.
+    cffi is loaded already, by Argon2; ctypes would cost 4 MB. Raises ImportError, AttributeError or OSError elsewhere.
     """
     import _cffi_backend as c
 
@@ -503,16 +508,16 @@ def libc(name, *types):
 def share_one_arena():
     """Keep glibc from giving each thread a heap of its own: with two workers, 5 MB less after load.
 
-    Python's lock lets one thread allocate at a time anyway. Another C library goes on as it does.
+    The GIL lets one thread allocate at a time anyway. With another C library nothing changes. mallopt(3).
     """
     with contextlib.suppress(ImportError, AttributeError, OSError):
         libc("mallopt", "int", "int")(-8, 1)  # M_ARENA_MAX of <malloc.h>
 
 
 def drop_startup_pages():
-    """Unmap what only the start has read of the program's files: tables of relocations, self-tests. 10 MB less.
+    """Drop clean pages of the program's files that only the start has read, such as relocations: 10 MB less.
 
-    A mapping without one page of its own is what the file says, and is read again where it is needed.
+    A mapping without a private page equals the file, so a page that is needed again faults back in. madvise(2).
     """
     with contextlib.suppress(ImportError, AttributeError, OSError), open("/proc/self/smaps") as smaps:
         madvise, begin = libc("madvise", "size_t", "size_t", "int"), 0
@@ -528,23 +533,22 @@ def drop_startup_pages():
 
 def serve(options: Options) -> int:
     """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
-    # Blocked before the first thread, and waited for: a handler could run just before the wait and be missed.
+    # Block the signals before the first thread and wait for them: a handler could run just before the wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # where it was ignored when we began, nobody would be told of a child's end
+    # If the parent ignored SIGCHLD, so does this process, and the end of a child would be lost. wait(2).
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     share_one_arena()
     with hold_database(options.db_file) as lock:
-        plan = prepare(options)
+        startup = prepare(options)
         if options.worker_processes:
-            return Supervisor(plan, [lock]).run()
-        node = ServerProcess(plan, 0, plan.auth_sockets[0], plan.admin_socket)
-        node.start()
+            return Supervisor(startup, [lock]).run()
+        process = ServerProcess(startup, 0, startup.auth_sockets[0], startup.admin_socket)
+        process.start()
         drop_startup_pages()
-        announce(plan)
+        announce(startup)
         while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
-            plan.generation.bump()
+            startup.generation.bump()
         notify("STOPPING=1")
-        node.stop()
-        plan.log("stopped")
+        process.stop()
+        startup.log("stopped")
         return 0

@@ -33,7 +33,7 @@ from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
 
 # == Setup =====================================================================
-# The first start: config, keys, database, administrator and first client - all of it or nothing.
+# The first start: config, keys, database, administrator and first client, all or nothing. A write-ahead journal.
 
 
 class Answers(msgspec.Struct):
@@ -62,21 +62,21 @@ def journal_of(config: str) -> str:
 
 
 @contextlib.contextmanager
-def hold_setup(config: str, beside_others=False):
-    """Hold the lock of the journal: what looks like an interrupted set-up may be one that still runs.
+def hold_setup(config: str, shared=False):
+    """Lock the journal: what looks like an interrupted set-up may be one that still runs.
 
-    Commands that leave the files where they are hold it beside each other, and keep a restore waiting.
+    `shared` is for commands that replace no file: several may run, but none beside a restore.
     """
     try:
         descriptor = os.open(journal_of(config) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
-        if not beside_others:
+        if not shared:
             raise
-        yield  # whoever cannot lock here cannot write a journal either
+        yield  # a folder that takes no lock file takes no journal either
         return
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StartupError(
                 "another process is setting up, restoring or at work on the files here right now: wait until it is done"
@@ -87,20 +87,20 @@ def hold_setup(config: str, beside_others=False):
 
 
 def recover_setup(config: str):
-    """Finish or remove what an interrupted set-up left; nothing to do, and no lock, where there is no journal."""
+    """Finish or undo an interrupted set-up. Without a journal there is none, and nothing is locked."""
     if os.path.exists(journal_of(config)) or os.path.exists(journal_of(config) + ".new"):
         with hold_setup(config):
             finish_setup(config)
 
 
 def finish_setup(config: str):
-    """Finish a set-up that a power cut interrupted after its commit, or remove what one left before it.
+    """Finish a set-up that was interrupted after its commit, or undo one that was interrupted before it.
 
     The journal, beside the config file, says which: it lists the staged files and whether all of
     them were complete.
     """
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(journal_of(config) + ".new")  # of a cut in the middle of writing it
+        os.unlink(journal_of(config) + ".new")  # a journal that was not fully written
     try:
         journal = msgspec.json.decode(Path(journal_of(config)).read_bytes())
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def finish_setup(config: str):
     for staged, final in journal["files"]:
         if journal["committed"]:
             if os.path.exists(staged):
-                for suffix in ("-wal", "-shm"):  # of a database that is replaced
+                for suffix in ("-wal", "-shm"):  # those of the database that is replaced
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(final + suffix)
                 os.replace(staged, final)
@@ -177,7 +177,7 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
     )
     entries = []
     for path, passphrase, algorithms, rsa_bits in rings:
-        if os.path.exists(path):  # keys that are there already are an identity somebody relies on
+        if os.path.exists(path):  # keep existing keys: relying parties trust them
             entries.append(read_ring(path, passphrase))
             write_durably(staged[path], Path(path).read_bytes())
         else:
@@ -209,10 +209,10 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
             for name in answers.scopes:
                 if store.find_scope(normalise(name)) is None:
                     create_scope(idp, LOCAL.acting_as("setup"), CreateScope(name))
-            wanted = CreateClient(
+            new_client = CreateClient(
                 answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes
             )
-            client, secret = create_client(idp, LOCAL.acting_as("setup"), wanted)
+            client, secret = create_client(idp, LOCAL.acting_as("setup"), new_client)
             made = MadeClient(client.client_id, secret)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
@@ -241,9 +241,9 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
 
 
 def set_up_demo(options: Options, make):
-    """Set up a trial and say its secrets once.
+    """Set up a trial and print its secrets once; those of the client are written to demo.env too, for scripts.
 
-    The client's stand in demo.env too, for scripts. `make` is set_up() that refuses in a sentence.
+    `make` is set_up() whose refusals are sentences.
     """
     options, answers = demo_answers(options)
     made = make(options, answers)
@@ -263,8 +263,8 @@ def set_up_demo(options: Options, make):
 
 
 # == Recovery ==================================================================
-# At the machine, as the user who owns the files: back up, restore, begin anew, rotate keys, let an
-# administrator in again. Nothing of this has a path from the network.
+# At the machine, as the user who owns the files: back up, restore, reset, rotate keys, let an administrator in
+# again. None of this can be reached from the network.
 
 
 def open_idp(options: Options) -> Idp:
@@ -276,7 +276,7 @@ def open_idp(options: Options) -> Idp:
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
         store.open(functools.partial(without_server, options))
-        store.open_process_write_lock()  # a server beside us writes all the time
+        store.open_process_write_lock()  # a running server writes all the time
         rings = [
             KeyRing(read_ring(path, passphrase), prefer_ec)
             for path, passphrase, prefer_ec in ring_files(options).values()
@@ -289,12 +289,9 @@ def open_idp(options: Options) -> Idp:
 
 @contextlib.contextmanager
 def without_server(options: Options):
-    """Hold the database to bring it up to date.
-
-    Raises StartupError where a server of an older release goes on with what it knows.
-    """
+    """Lock the database to migrate it. Raises StartupError while a server of an older release runs on it."""
     with contextlib.ExitStack() as stack:
-        for attempt in range(20):  # it may be another command that does the same
+        for attempt in range(20):  # another command may be migrating it
             try:
                 stack.enter_context(hold_database(options.db_file))
                 break
@@ -306,16 +303,14 @@ def without_server(options: Options):
 
 
 def require_owner(options: Options):
-    """Raise StartupError unless this is the user whose server it is: not even root, whose files that user could not
-    read.
-    """
-    place = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
+    """Raise StartupError unless this user owns the files. Root is refused too: the server could not read its files."""
+    path = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
     try:
-        owner = os.stat(place).st_uid
+        owner = os.stat(path).st_uid
     except OSError:
-        return  # nobody's yet
-    if os.geteuid() != owner and (place == options.db_file or os.geteuid() == 0):
-        raise StartupError(f"{place} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
+        return  # there is no folder yet
+    if os.geteuid() != owner and (path == options.db_file or os.geteuid() == 0):
+        raise StartupError(f"{path} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
 
 
 def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
@@ -330,10 +325,7 @@ def back_up(options: Options, path: str, force=False, without_keys=False) -> dic
 
 @contextlib.contextmanager
 def hold_folder(folder: str):
-    """Let one backup at a time be written into a folder: two under one name would take each other's file.
-
-    Raises StartupError.
-    """
+    """Lock a folder, so that two backups of one name do not overwrite each other. Raises StartupError."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -348,7 +340,7 @@ def hold_folder(folder: str):
 
 
 def read_backup(source: str, key: str) -> dict:
-    """Return the files that travel in a backup. Raises StartupError where it is none, or does not open."""
+    """Return the files within a backup. Raises StartupError if it is no backup, or does not open."""
     copy = Store(source, key)
     try:
         files = copy.read_backup_files()
@@ -361,9 +353,10 @@ def read_backup(source: str, key: str) -> dict:
     return files
 
 
-def settle_options(options: Options, content: bytes, where: str) -> Options:
-    """Return the options with the settings of a backup for what nobody says here: they name the files and open the
-    keys.
+def merge_settings(options: Options, content: bytes, where: str) -> Options:
+    """Return the options, and for those that are not set here, the settings of a backup.
+
+    They name the files and hold the passphrases of the keys.
     """
     values = {}
     for name, (value, origin) in parse_config(content.decode("utf-8"), where).items():
@@ -376,22 +369,22 @@ def settle_options(options: Options, content: bytes, where: str) -> Options:
 
 
 def last_issued_ms(store: Store) -> int:
-    """Return a millisecond that nothing this database knows of was issued after.
+    """Return a time in milliseconds after which nothing in this database was issued.
 
-    See issue(): a clock may be behind its epoch.
+    The clock may have been behind, so the epoch of the last revocation counts too: see issue().
     """
     return max(store.newest_at() * 1000 + 999, int(store.meta("revoked_before", "0")) + 1)
 
 
-def look_back(options: Options) -> tuple[set, int, bool]:
-    """Return the keys that were revoked here, when something was issued last, and whether the database could be asked.
+def read_present_state(options: Options) -> tuple[set, int, bool]:
+    """Return the kids revoked here, the time of the last issue in milliseconds, and whether the database was readable.
     """
     if not os.path.exists(options.db_file):
         return set(), 0, True
     store = None
     try:
         check_log(options.db_file)
-        # Only read: where the backup is refused, everything stays as it was, a log that a kill left too.
+        # Read-only: if the backup is refused, nothing may have changed, not even a WAL that a crash left.
         store = Store(
             options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
         )
@@ -404,12 +397,11 @@ def look_back(options: Options) -> tuple[set, int, bool]:
 
 
 def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
-    """Put the box back to what a backup holds, all of it or nothing; the server must not run.
+    """Put the box back to a backup, all of it or nothing; the server must not run.
 
-    Nothing that was issued before lives on, whenever that was, and a key that was revoked here stays so. The settings
-    of
-    the backup are taken where there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether it
-    could be seen which keys were revoked here. Raises StartupError, and then everything is as it was.
+    Everything that was issued before is revoked, and a key that was revoked here stays revoked. The settings of the
+    backup are used if there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether the keys
+    revoked here could be read. Raises StartupError, and then nothing has changed.
     """
     key = read_database_key(source, options.db_pass, options.no_db_pass)
     config = options.config_file
@@ -419,7 +411,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
         finish_setup(config)
         files = read_backup(source, key)
         if not os.path.exists(config) and "config" in files:
-            options = settle_options(options, files["config"], f"mad.conf in {source}")
+            options = merge_settings(options, files["config"], f"mad.conf in {source}")
             require_owner(options)
         finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
         if os.path.exists(config):
@@ -435,9 +427,9 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
         for final in finals.values():
             os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
         staged = {name: final + ".setup" for name, final in finals.items()}
-        with hold_database(options.db_file), contextlib.ExitStack() as rings_held:
+        with hold_database(options.db_file), contextlib.ExitStack() as ring_locks:
             for path, _, _ in ring_files(options).values():
-                rings_held.enter_context(hold_ring(path))
+                ring_locks.enter_context(hold_ring(path))
             write_durably(
                 journal_of(config),
                 msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
@@ -459,11 +451,11 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
 
 
 def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
-    """Write what a backup holds under staging names.
+    """Write the files of a backup under their staging names.
 
-    Return its newest row, and whether it is known what was revoked here.
+    Return the time of its newest row, and whether the keys revoked here could be read.
     """
-    revoked, issued_here, knows_revoked = look_back(options)
+    revoked, issued_here, knows_revoked = read_present_state(options)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(staged["database"])
     with (
@@ -478,7 +470,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
     store = Store(staged["database"], key)
     try:
         store.open()
-        files = store.read_backup_files()  # of the copy that was read through
+        files = store.read_backup_files()  # of the verified copy, not of the source
         store.drop_backup_files()
         for name in names:
             write_durably(staged[name], files[name])
@@ -489,7 +481,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
         for port_name, (_, passphrase, _) in ring_files(options).items():
             entries = read_ring(places[port_name], passphrase)
             kept = replace_keys(entries, revoked, rsa_bits_of(options, port_name), int(time.time()))
-            if kept != entries and port_name in names:  # the ring that is here has lost them already
+            if kept != entries and port_name in names:  # a ring that stays has lost them already
                 replaced += [Key(entry).kid for entry in entries if entry not in kept and Key(entry).kid in revoked]
                 write_durably(staged[port_name], write_ring(kept, passphrase))
             rings.append(KeyRing(kept))
@@ -501,7 +493,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
                 "was issued since is to end"
             )
         with store.transaction():
-            # Later than anything that was ever issued, by this box or by the one the backup was made of.
+            # Later than anything that this box, or the one the backup was made of, has issued.
             store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
             store.put_meta("revoked_kids", " ".join(sorted(revoked)))
             store.forget_logins()
@@ -516,16 +508,15 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
 
 
 def factory_reset(options: Options) -> list[str]:
-    """Overwrite and remove database and keys, so that the next start begins anew. The server must not run. Return what
-    went.
+    """Overwrite and remove database and keys, so that the next start sets up. Return the paths that were removed.
 
-    Flash may keep old copies of what is overwritten; what protects those is the passphrase. Cut off in
-    the middle, it is done again by running it again.
+    The server must not run. Flash may keep old copies of what is overwritten; the passphrase protects those. If it is
+    interrupted, running it again finishes it.
     """
     require_owner(options)
     gone = []
     with hold_database(options.db_file):
-        # The keys first: without them, whatever is left opens nothing. The database last: it says whose all this is.
+        # The keys first: without them the rest opens nothing. The database last: its owner is who may run this again.
         keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
         for path in (
             *(key + suffix for key in keys for suffix in (".new", "")),
@@ -572,42 +563,41 @@ def clock_problem(idp: Idp) -> str:
 
 
 def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
-    """Publish a next key beside each that signs; it signs once caches know it, after `key-overlap`. Return the new
-    kids.
+    """Publish a next key beside each that signs, and return the new kids. It signs after `key-overlap` seconds.
 
-    Refused for all where it is refused for one. A clock behind the times would let a key sign as soon as it is put
-    right.
+    If one ring refuses, none is rotated. A clock that is behind is refused: once it was corrected, the new key would
+    sign before caches know it.
     """
     idp, made = open_idp(options), []
     try:
         if why := clock_problem(idp):
             raise StartupError(f"the clock of this machine {why}: put it right first")
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as locks:
             rings = {}
             for port_name in ports:
                 path, passphrase, _ = ring_files(options)[port_name]
-                held.enter_context(hold_ring(path))
+                locks.enter_context(hold_ring(path))
                 entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
                 signing = {alg_of(entry) for entry in entries if entry.state == "active"}
                 rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
                 if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
                     raise StartupError(f"a next key of {port_name} waits to sign already; see microauthd keys list")
-            if not any(wanted for _, wanted in rings.values()):
+            if not any(rotated for _, rotated in rings.values()):
                 raise StartupError(
                     f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
                 )
             drawn = {
-                port_name: [make_key(alg, rsa_bits_of(options, port_name), 0) for alg in wanted]
-                for port_name, (_, wanted) in rings.items()
+                port_name: [make_key(alg, rsa_bits_of(options, port_name), 0) for alg in rotated]
+                for port_name, (_, rotated) in rings.items()
             }
-            now = idp.now()  # drawing them takes seconds: all begin to wait, and then to sign, at one moment
-            staged = {}  # a disk that is full between two rings must not leave one rotated
-            held.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
-            for port_name, (entries, wanted) in rings.items():
-                if wanted:
+            now = idp.now()  # making keys takes seconds; all of them wait from one moment
+            staged = {}  # a disk that fills up between two rings must not leave one rotated
+            locks.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
+            for port_name, (entries, rotated) in rings.items():
+                if rotated:
                     path, passphrase, _ = ring_files(options)[port_name]
                     fresh = [msgspec.structs.replace(key, state="next", since=now) for key in drawn[port_name]]
-                    # The audit row first: a change that nobody knows of is worse than a row too many.
+                    # The audit row first: an unrecorded change is worse than a record of one that failed.
                     audit(
                         idp, LOCAL.acting_as("machine"), "keys_rotated", port_name,
                         " ".join(Key(entry).kid for entry in fresh),
@@ -650,10 +640,9 @@ def revoke_key(options: Options, kid: str) -> str:
 
 
 def accept_clock(options: Options) -> dict:
-    """Say that the machine's clock is right, whatever was noted under a wrong one. A running server goes by it within a
-    second.
+    """Declare the machine's clock right, whatever was saved under a wrong one; a running server follows in a second.
 
-    What was done at times that are not yet is ended. Return `now` and how much was `ended`.
+    What was issued at later times than now is revoked. Return `now` and the number of rows that `ended`.
     """
     idp = open_idp(options)
     try:
@@ -671,7 +660,7 @@ def accept_clock(options: Options) -> dict:
         for path, passphrase, _ in ring_files(options).values():
             with hold_ring(path):
                 entries = read_ring(path, passphrase)
-                if any(entry.since > now for entry in entries):  # of that later time: a next key would wait for it
+                if any(entry.since > now for entry in entries):  # a later time, which a next key would wait for
                     write_durably(
                         path,
                         write_ring(
@@ -685,9 +674,9 @@ def accept_clock(options: Options) -> dict:
 
 
 def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:
-    """Let an administrator in again, or make one: a new password, active, not locked, the role.
+    """Give an administrator, or a new account, a new password and the role; it is active and not locked.
 
-    Ends what the account had. Return what was done.
+    Everything issued to the account is revoked. Return `made` or `recovered`.
     """
     idp = open_idp(options)
     try:

@@ -1,4 +1,4 @@
-"""What goes on beside the requests: purging, key states, the thread of the clock."""
+"""What runs beside the requests: purging, key states, the thread of the clock."""
 
 import fcntl
 import itertools
@@ -25,7 +25,7 @@ UPKEEP_SECONDS = 3600
 
 
 def purge(idp: Idp, pause=sleep):
-    """Delete what is over. A clock that cannot be believed purges nothing."""
+    """Delete expired rows. Nothing is purged while the clock cannot be believed."""
     options, store, now = idp.options, idp.store, idp.now()
     if not idp.check_clock():
         return
@@ -63,9 +63,7 @@ def purge(idp: Idp, pause=sleep):
 
 
 def note_configuration(idp: Idp):
-    """Write down that the server started, and with which options changed since it last did: their names, never a
-    secret.
-    """
+    """Audit the start of the server, and which options have changed since the last one. Secrets are left out."""
     shown = {option.name: str(getattr(idp.options, option.attribute)) for option in OPTIONS if not option.secret}
     known = idp.store.meta("options")
     with idp.store.transaction():
@@ -79,8 +77,7 @@ def note_configuration(idp: Idp):
 
 
 def advance_key_states(idp: Idp):
-    """Write down in the ring files what time has done: a next key that signs, a retired one whose last token is dead.
-    """
+    """Bring the ring files up to date: promote a next key that is due, drop a retired one whose tokens have expired."""
     options, now = idp.options, idp.now()
     if not idp.ring_files or not idp.check_clock():
         return
@@ -103,20 +100,14 @@ def advance_key_states(idp: Idp):
 
 
 class UnpackedProgram:
-    """The unpacked program, some of which is read when it is first asked for.
-
-    It lies in a cache, and caches are cleaned.
-    """
+    """The unpacked program. Parts of it are read on first use, and it lies in a cache that something may clean."""
 
     def __init__(self, log):
         archive = getattr(sys.modules["__main__"], "ARCHIVE", None)  # of the archive's own start
         self.archive, self.log, self.lock, self.again = archive and os.path.abspath(archive), log, None, 0.0
 
     def keep(self):
-        """Where files of it were removed, have the archive unpack itself again.
-
-        What cannot be had back is tried again every ten minutes.
-        """
+        """If files of it were removed, have the archive unpack itself again; if that fails, again in ten minutes."""
         if (
             not self.archive
             or time.monotonic() < self.again
@@ -131,7 +122,7 @@ class UnpackedProgram:
         )
         if done.returncode == 0 and (HERE / ".lock").exists():
             self.lock = open(HERE / ".lock", "rb")
-            fcntl.flock(self.lock, fcntl.LOCK_SH)  # or the next release would take it for abandoned
+            fcntl.flock(self.lock, fcntl.LOCK_SH)  # without it, the next release would remove the folder as unused
             self.log("code.unpacked_again", "warning", folder=str(HERE))
             return
         self.log(
@@ -142,52 +133,52 @@ class UnpackedProgram:
 
 
 class Upkeep(threading.Thread):
-    """Looks after the code every few seconds, the rings every minute; purges at the start and every hour.
+    """Checks the unpacked program every few seconds and the key rings every minute; purges every hour.
 
     What fails is logged and tried again.
     """
 
-    LOOK = 5
+    INTERVAL = 5
 
     def __init__(self, idp):
         super().__init__(name="upkeep", daemon=True)
-        self.idp, self.code, self.ending = idp, UnpackedProgram(idp.log), threading.Event()
+        self.idp, self.program, self.ending = idp, UnpackedProgram(idp.log), threading.Event()
 
     def run(self):
-        if not self.ending.wait(1):  # a start has more urgent things to write
+        if not self.ending.wait(1):  # let the start write first
             self.attempt(note_configuration, self.idp)
-        for look in itertools.count(1):
-            if self.ending.wait(self.LOOK):
+        for turn in itertools.count(1):
+            if self.ending.wait(self.INTERVAL):
                 return
-            self.attempt(self.code.keep)
-            if look * self.LOOK % 60 == 0:
+            self.attempt(self.program.keep)
+            if turn * self.INTERVAL % 60 == 0:
                 self.attempt(advance_key_states, self.idp)
-            if look * self.LOOK % UPKEEP_SECONDS == 60:
+            if turn * self.INTERVAL % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
 
-    def attempt(self, work, *words):
+    def attempt(self, work, *args):
         try:
-            work(*words)
+            work(*args)
         except Exception as error:
             reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
 class ClockThread(threading.Thread):
-    """Looks at the machine's clock twice a second, says what is wrong with it, and notes every hour what time it is."""
+    """Follows the machine's clock twice a second, logs what is wrong with it, and saves the time every hour."""
 
-    LOOK, NOTE = 0.5, 3600
+    INTERVAL, SAVE_SECONDS = 0.5, 3600
 
     def __init__(self, idp):
-        super().__init__(name="clockwork", daemon=True)
+        super().__init__(name="clock", daemon=True)
         self.idp, self.keeper, self.ending = idp, idp.clock, threading.Event()
         self.last_logged_state, self.logged_at = self.keeper.state_at_start, self.keeper.monotonic()
-        self.last_saved_at = -float(self.NOTE)
-        self.accepted = None  # the last word of an operator, as it was when the clock became wrong
-        self.unsettled = False  # time went back, and what was done ahead of it is not ended yet
+        self.last_saved_at = -float(self.SAVE_SECONDS)
+        self.accepted = None  # the stamp of `clock accept`, as it was when the clock became wrong
+        self.must_revoke = False  # time went back, and rows of later times are not revoked yet
 
     def run(self):
-        while not self.ending.wait(self.LOOK):
+        while not self.ending.wait(self.INTERVAL):
             try:
                 self.step()
             except Exception as error:
@@ -197,19 +188,19 @@ class ClockThread(threading.Thread):
 
     def step(self):
         idp, keeper = self.idp, self.keeper
-        self.unsettled |= keeper.update()
+        self.must_revoke |= keeper.update()
         if keeper.state == "right":
             self.accepted = None
         else:
             stamp = idp.store.meta("clock_accepted")
             if self.accepted is None:
-                self.accepted = stamp  # said of a clock that was right: it says nothing of this one
+                self.accepted = stamp  # given before the clock became wrong, so it does not count
             elif stamp != self.accepted:
                 keeper.accept()
-                self.accepted, self.unsettled = stamp, True
-        if self.unsettled:
-            settle_clock(idp)
-            self.unsettled = False
+                self.accepted, self.must_revoke = stamp, True
+        if self.must_revoke:
+            revoke_future(idp)
+            self.must_revoke = False
         state, monotonic = keeper.state, keeper.monotonic()
         if state != self.last_logged_state or (state != "right" and monotonic - self.logged_at >= 3600):
             idp.log(
@@ -217,18 +208,18 @@ class ClockThread(threading.Thread):
                 now=idp.now(), clock=int(keeper.wall()),
             )
             self.last_logged_state, self.logged_at = state, monotonic
-        if state == "right" and monotonic - self.last_saved_at >= self.NOTE:
-            self.note()
+        if state == "right" and monotonic - self.last_saved_at >= self.SAVE_SECONDS:
+            self.save_time()
 
-    def note(self):
-        """Write down what time it is, for a start whose clock does not know."""
+    def save_time(self):
+        """Save the time, for a start whose clock has lost it."""
         if self.keeper.state == "right":
             self.idp.store.put_meta("clock", self.idp.now())
             self.last_saved_at = self.keeper.monotonic()
 
 
-def settle_clock(idp: Idp):
-    """End what was done at times that are not yet: the clock ran ahead, and has gone back."""
+def revoke_future(idp: Idp):
+    """Revoke what was issued at later times than now: the clock ran ahead, and has gone back."""
     ended = idp.store.revoke_future_rows(idp.now(), idp.now_ms(), idp.now() // 30)
     audit(idp, LOCAL.acting_as("system"), "clock_went_back", "", f"ended={ended}")
     idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)

@@ -328,8 +328,8 @@ class TestRestore:
     def test_it_waits_for_nobody_and_nobody_works_beside_it(self, house, tmp_path):
         back_up(house, "b")
         with (
-            hold_setup(house.origins["config"], beside_others=True),
-            hold_setup(house.origins["config"], beside_others=True),
+            hold_setup(house.origins["config"], shared=True),
+            hold_setup(house.origins["config"], shared=True),
         ):
             with pytest.raises(StartupError, match="at work"):
                 restore(house, "b")

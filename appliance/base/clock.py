@@ -1,4 +1,4 @@
-"""What time it is, as far as the clock of the machine can be believed."""
+"""The time, as far as the machine's clock can be believed."""
 
 import functools
 import select
@@ -13,9 +13,7 @@ IAT_SKEW = 60  # seconds a token's `iat` may lie in the future: two cores, two r
 
 
 def sleep(seconds: float):
-    """Sleep. Not by time.sleep, which counts in absolute time: it raises where something sets the clocks of this
-    process.
-    """
+    """Sleep by select(): time.sleep() waits for an absolute time, and raises if a clock of the process is set."""
     select.select([], [], [], seconds)
 
 
@@ -33,7 +31,7 @@ class ClockState(Shared):
 
 
 class Timekeeper:
-    """What time it is, as far as the machine's clock can be believed. One for all processes of a server.
+    """The time, as far as the machine's clock can be believed; one for all processes of a server.
 
     now = seconds since boot, which nobody can set, + an offset that follows the clock:
 
@@ -89,7 +87,7 @@ class Timekeeper:
         return "probation" if self.shared.since else "right"
 
     def update(self) -> bool:
-        """Follow the clock as the table says; one process does, twice a second. Return whether time went back."""
+        """Follow the clock by the table above. One process calls it twice a second. Return whether time went back."""
         state, monotonic = self.shared, self.monotonic()
         slip = monotonic - self.uptime() - state.uptime
         if abs(slip) > 5:  # even the seconds since boot were set, as a debugger or an emulator can
@@ -123,7 +121,7 @@ class Timekeeper:
         return went_back
 
     def accept(self):
-        """Take the clock as it stands: an operator says that it is right."""
+        """Follow the clock as it stands: an operator has declared it right."""
         state = self.shared
         state.offset = state.trusted = state.candidate = self.wall() - self.monotonic()
         state.since, state.guessed = 0.0, False

@@ -1,11 +1,11 @@
-"""Files that are whole after a power cut."""
+"""Writing files so that a power cut leaves the old or the new one whole."""
 
 import contextlib
 import os
 
 
 def file_fingerprint(path: str) -> tuple:
-    """Return what tells one version of a file from another."""
+    """Return modification time, inode and size: they tell one version of a file from another."""
     info = os.stat(path)
     return info.st_mtime_ns, info.st_ino, info.st_size
 
@@ -19,10 +19,7 @@ def sync_directory(path):
 
 
 def write_beside(path: str, content: bytes) -> str:
-    """Write what is to take the place of a private file, synced, beside it, and return its path.
-
-    Nothing is left where that fails.
-    """
+    """Write the next version of a private file beside it, synced, and return its path. If that fails, remove it."""
     temporary = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
@@ -40,6 +37,6 @@ def write_beside(path: str, content: bytes) -> str:
 
 
 def write_durably(path: str, content: bytes):
-    """Put a private file in place at once or not at all."""
+    """Replace a private file atomically and durably. rename(2), fsync(2)."""
     os.replace(write_beside(path, content), path)
     sync_directory(os.path.dirname(os.path.abspath(path)))

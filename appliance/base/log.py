@@ -14,7 +14,7 @@ import traceback
 from appliance.base.settings import Options
 
 # == Log =======================================================================
-# One line an event, to the console or a rotating file. Secrets, codes and tokens are never handed to it.
+# One line an event, to the console or a rotating file. It is never given a secret, a code or a token.
 
 
 class LogFile(logging.Handler):
@@ -30,14 +30,14 @@ class LogFile(logging.Handler):
         self.descriptor = self.inode = None
 
     def shut(self):
-        """Close the file, once: the number may be somebody else's a moment later."""
+        """Close once only: another thread may reuse the descriptor number at once."""
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             os.close(descriptor)
 
     def open(self):
         self.shut()
-        # A pipe that nobody reads would keep us waiting: at its opening, or at a line.
+        # Non-blocking: the path may be a pipe that nobody reads, which would block here or at a line. fifo(7).
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
 
@@ -77,9 +77,7 @@ def escape(value) -> str:
 
 
 class Console(logging.StreamHandler):
-    """A stream of the caller's.
-
-    A line that it does not take at once is lost: a terminal that is held, a pipe that nobody reads.
+    """A stream that the caller opened. A line is dropped if writing it would block: a stopped terminal, a full pipe.
     """
 
     def emit(self, record):
@@ -89,15 +87,15 @@ class Console(logging.StreamHandler):
             if not events.poll(0):
                 return
         except (OSError, ValueError, AttributeError):
-            pass  # it has no descriptor
+            pass  # a stream without a descriptor, as in tests
         super().emit(record)
 
 
 class Log:
     """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case.
 
-    What strangers can cause at will (level info) is limited to LINES a second and process; what was
-    left out is counted in the next line, so that nobody wears the flash out by knocking.
+    Anybody can cause lines of level info, so these are limited to LINES a second and process, or requests
+    could wear the flash out. The next line counts what was left out.
     """
 
     LINES = 200
@@ -118,10 +116,10 @@ class Log:
             self.logger.addHandler(handler)
 
     def __call__(self, event: str, level: str = "info", exc_info=None, **fields):
-        with contextlib.suppress(MemoryError):  # where there is none for a line, who says it goes on
-            self.say(event, level, exc_info, fields)
+        with contextlib.suppress(MemoryError):  # out of memory: drop the line; the caller continues
+            self.write(event, level, exc_info, fields)
 
-    def say(self, event, level, exc_info, fields):
+    def write(self, event, level, exc_info, fields):
         number = getattr(logging, level.upper())
         if not self.logger.isEnabledFor(number):
             return

@@ -409,9 +409,9 @@ OPTIONS = tuple(
     Option(field.name, field.default, **field.metadata) for field in dataclasses.fields(Options) if field.metadata
 )
 OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
-# Names that meant nothing in the original and were ignored there: said, not obeyed.
+# Names that configuration files of the original may have and that never had an effect: accepted and ignored.
 IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
-# The variables of mad, which share our prefix.
+# The variables of mad, which have the same prefix.
 MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE")
 
 
@@ -423,8 +423,8 @@ def parse_config(content: str, where: str) -> dict:
     """Return `{option name: (text value, "file:line")}` of an INI file.
 
     `key = value` a line; `#` and `;` begin comments; a value in double quotes is literal.
-    Raises StartupError naming file and line, and where a file that we wrote has lost its end: what
-    is missing would be a default, and nobody would know.
+    Raises StartupError naming file and line, and if a file that this program wrote is cut off: what is
+    missing would silently be a default.
     """
     if content.startswith(CONFIG_HEAD) and CONFIG_END not in content.split("\n"):
         raise StartupError(
@@ -468,12 +468,12 @@ def did_you_mean(key: str) -> str:
 
 
 def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
-    """Return `{option name: (text value, "flag --name")}` and the words that are no flags."""
-    found, rest, words = {}, [], collections.deque(argv)
-    while words:
-        word = words.popleft()
+    """Return `{option name: (text value, "flag --name")}` and the arguments that are no flags."""
+    found, args, rest = {}, [], collections.deque(argv)
+    while rest:
+        word = rest.popleft()
         if not word.startswith("--") or word == "--":
-            rest.append(word)
+            args.append(word)
             continue
         key, equals, value = word[2:].partition("=")
         if key in ("config", "env-var-prefix"):
@@ -491,15 +491,15 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
                     f"--{key} is a secret and cannot be a flag: put it into the config file or the environment"
                 )
             if option.parse is boolean and not equals:
-                value, equals = words.popleft() if words and words[0].lower() in ("true", "false") else "true", "="
+                value, equals = rest.popleft() if rest and rest[0].lower() in ("true", "false") else "true", "="
         if not equals:
-            if not words:
+            if not rest:
                 raise StartupError(f"--{key} needs a value")
-            value = words.popleft()
+            value = rest.popleft()
         if name in found and name != "trusted-proxies":
             raise StartupError(f"--{key} is given twice")
         found[name] = (f"{found[name][0]},{value}" if name in found else value, f"flag --{key}")
-    return found, rest
+    return found, args
 
 
 def config_path(flags: dict, environ: Mapping[str, str]) -> str:
@@ -552,7 +552,7 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
         origins[name] = origin
     for attribute in ("db_file", "seal_key_file", "token_signing_key_file", "admin_token_signing_key_file"):
         if os.path.islink(path := values.get(attribute, OPTION_NAMES[attribute.replace("_", "-")].default)):
-            # The file itself: beside it lie its locks, logs and what is to take its place.
+            # The file itself: its locks, its WAL and what replaces it lie beside it.
             values[attribute] = os.path.realpath(path)
     options = Options(origins, **values)
     check_options(options)
@@ -587,7 +587,7 @@ def check_options(options: Options):
 
 
 def guard_private(path, why: str):
-    """Take group and others their access to a file of secrets, with a warning; refuse where that is not ours to do."""
+    """Make a file of secrets private, with a warning. Raises StartupError if it belongs to another user."""
     info = os.stat(path)
     if not info.st_mode & 0o077:
         return

@@ -165,15 +165,15 @@ def test_one_that_is_stopped_does_not_outlive_its_supervisor(tmp_path):
 
 def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
     """Each says that it is ready in a pipe, which has to be read."""
-    plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[], log=lambda *_, **__: None)
-    supervisor = Supervisor(plan)
+    startup = types.SimpleNamespace(generation=Generation(), auth_sockets=[], log=lambda *_, **__: None)
+    supervisor = Supervisor(startup)
     supervisor.children[1] = (0, 0.0)
     monkeypatch.setattr(os, "waitpid", lambda pid, flags: (0, 0))
     os.set_blocking(supervisor.ready_in, False)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(supervisor.ready_in, bytes(4096))
-    supervisor.look_after(False)
+    supervisor.check_children(False)
     assert os.write(supervisor.ready_in, b"\0") == 1
 
 
@@ -181,23 +181,23 @@ class TestReplacing:
     @pytest.fixture
     def supervisor(self, monkeypatch):
         """One that forks only on paper, with a clock moved by hand: `at`."""
-        plan = types.SimpleNamespace(
+        startup = types.SimpleNamespace(
             generation=Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
             log=lambda *_, **__: None,
         )
-        supervisor, pids = Supervisor(plan), iter(range(100, 1000))
+        supervisor, pids = Supervisor(startup), iter(range(100, 1000))
         supervisor.at = time.monotonic()
         monkeypatch.setattr(os, "fork", lambda: next(pids))
         monkeypatch.setattr(time, "monotonic", lambda: supervisor.at)
         yield supervisor
-        for sock in (*plan.auth_sockets, plan.admin_socket):
+        for sock in (*startup.auth_sockets, startup.admin_socket):
             sock.close()
 
     def dies(self, supervisor, pid, lived):
         supervisor.at += lived
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "waitpid", lambda one, flags: (one, 256) if one == pid else (0, 0))
-            supervisor.look_after(False)
+            supervisor.check_children(False)
 
     def pid_of(self, supervisor, number):
         return next((pid for pid, (role, _) in supervisor.children.items() if role == number), None)
@@ -209,17 +209,17 @@ class TestReplacing:
         for _ in range(12):
             self.dies(supervisor, self.pid_of(supervisor, 0), 0.1)
             assert self.pid_of(supervisor, 0) is None and self.pid_of(supervisor, 1)
-            waits.append(supervisor.owed[0] - supervisor.at)
-            supervisor.at = supervisor.owed[0]
-            supervisor.fork_owed()
+            waits.append(supervisor.pending[0] - supervisor.at)
+            supervisor.at = supervisor.pending[0]
+            supervisor.restart_due()
         assert all(wait < 0.3 for wait in waits[:10]) and all(4 < wait < 6 for wait in waits[10:]), waits
         self.dies(supervisor, self.pid_of(supervisor, 0), 60)
         assert self.pid_of(supervisor, 0), "at once"
         self.dies(supervisor, self.pid_of(supervisor, 0), 0.1)
-        assert supervisor.owed[0] - supervisor.at < 0.3, "what was before is forgotten"
+        assert supervisor.pending[0] - supervisor.at < 0.3, "what was before is forgotten"
 
     def test_a_new_one_has_not_begun_whatever_the_one_before_counted(self, supervisor):
-        generation = supervisor.plan.generation
+        generation = supervisor.startup.generation
         generation.beats[1] = 7
         supervisor.fork(0)
         assert generation.beats[1] == 0
@@ -349,18 +349,18 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
 
 def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     """The supervisor says it: that something may have changed. Between a commit and the word of it may lie a checkpoint."""
-    plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[None], log=lambda *_, **__: None)
-    supervisor, before = Supervisor(plan), plan.generation.read()
+    startup = types.SimpleNamespace(generation=Generation(), auth_sockets=[None], log=lambda *_, **__: None)
+    supervisor, before = Supervisor(startup), startup.generation.read()
     pid = os.fork()
     if not pid:
         os._exit(0)
     supervisor.children[pid] = (0, time.monotonic())
-    assert await_true(lambda: list(supervisor.reap()), 5, "it is not reaped") and plan.generation.read() != before
+    assert await_true(lambda: list(supervisor.reap()), 5, "it is not reaped") and startup.generation.read() != before
 
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
-    plan = types.SimpleNamespace(generation=Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
-    supervisor, generation, killed, now = Supervisor(plan), plan.generation, [], time.monotonic()
+    startup = types.SimpleNamespace(generation=Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
+    supervisor, generation, killed, now = Supervisor(startup), startup.generation, [], time.monotonic()
 
     def look(after):
         nonlocal now
