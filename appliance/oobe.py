@@ -57,7 +57,7 @@ BEFORE_CLIENT = (
     "enable-token-refresh", "refresh-token-expiration", "refresh-token-purge-days",
     "max-login-failures", "seconds-to-reset-login-failures", "failed-password-lockout-duration",
 )  # fmt: skip
-AFTER_CLIENT = (
+AFTER_CLIENT: tuple[str, ...] = (
     "trusted-proxies", "serve-public-auth-files", "enable-pkce", "pkce-code-lifetime", "enable-pass-cache",
     "pass-cache-duration",
 )
@@ -153,7 +153,7 @@ class Draft:
 
     def settle(self):
         """Return the settings to write: what was chosen, and what a box needs to work at once."""
-        derived = {}
+        derived: dict[str, object] = {}
         origins = self.options.origins | self.chosen
         if "enable-token-refresh" not in origins:
             derived["enable-token-refresh"] = True
@@ -383,7 +383,8 @@ class LineAsker(Asker):
 
 
 def asker_for_terminal():
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return LineAsker() if os.environ.get("TERM", "") in ("", "dumb", "unknown") else Asker()
 
 
@@ -786,7 +787,7 @@ class AnswersFile:
         if not isinstance(table, dict):
             self.wrong("options must be a table, [options]", "options")
             table = {}
-        seen = {}
+        seen: dict[str, tuple] = {}
         for where, key, value in given + [("options", key, value) for key, value in table.items()]:
             name = "db-pass" if key == "db-pass-file" else OPTION_NAMES[key].name if key in OPTION_NAMES else ""
             if not name:

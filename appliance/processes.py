@@ -167,7 +167,9 @@ class ServerProcess:
         if options.worker_processes:
             self.store.open_process_write_lock()
         self.store.start_flusher()
-        self.upkeep, self.clock_thread, self.servers = None, None, []
+        self.upkeep: Upkeep | None = None
+        self.clock_thread: ClockThread | None = None
+        self.servers: list[Server] = []
         limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
         auth_ring = KeyRing(startup.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(startup.admin_entries, options.prefer_ec_admin_token_signer)
@@ -207,7 +209,7 @@ class ServerProcess:
     def start(self):
         for server in self.servers:
             server.start()
-        if self.upkeep:
+        if self.upkeep and self.clock_thread:
             self.upkeep.start()
             self.clock_thread.start()
 
@@ -276,12 +278,12 @@ class Supervisor:
 
     def __init__(self, startup: StartupState, close_in_child=()):
         self.startup, self.close_in_child = startup, close_in_child
-        self.children = {}  # pid -> (role number, started)
-        self.beats = {}  # pid -> its last heartbeat count, and for how many seconds it has not changed
+        self.children: dict[int, tuple[int, float]] = {}  # pid -> (role number, started)
+        self.beats: dict[int, tuple[int, float]] = {}  # pid -> its last heartbeat, and seconds since it changed
         self.beats_at = time.monotonic()  # when end_stuck() last compared them
-        self.pending = {}  # role number -> when to fork it again, monotonic seconds
-        self.tries = collections.Counter()  # role number -> starts that failed in a row
-        self.without_memory = set()  # role numbers for which fork() failed
+        self.pending: dict[int, float] = {}  # role number -> when to fork it again, monotonic seconds
+        self.tries: collections.Counter[int] = collections.Counter()  # role number -> starts that failed in a row
+        self.without_memory: set[int] = set()  # role numbers for which fork() failed
         self.lifeline, self.keep = os.pipe()
         self.ready, self.ready_in = os.pipe()
 
@@ -346,7 +348,7 @@ class Supervisor:
         gc.freeze()  # the collector would write to shared pages, and so copy them
         for number in range(self.roles()):
             self.fork(number)
-        reported = set()
+        reported: set[int] = set()
         while len(reported) < self.roles():
             dead = list(self.reap())  # before the pipe is read, so that a report of a dead child has arrived
             while select.select([self.ready], [], [], 0 if dead else 0.05)[0]:

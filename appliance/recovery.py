@@ -277,11 +277,11 @@ def open_idp(options: Options) -> Idp:
     try:
         store.open(functools.partial(without_server, options))
         store.open_process_write_lock()  # a running server writes all the time
-        rings = [
+        auth_ring, admin_ring = (
             KeyRing(read_ring(path, passphrase), prefer_ec)
             for path, passphrase, prefer_ec in ring_files(options).values()
-        ]
-        return Idp(options, store, *rings, Seal(read_seal_key(options.seal_key_file)), machine=MACHINE)
+        )
+        return Idp(options, store, auth_ring, admin_ring, Seal(read_seal_key(options.seal_key_file)), machine=MACHINE)
     except BaseException:
         store.close()
         raise
@@ -471,6 +471,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
     try:
         store.open()
         files = store.read_backup_files()  # of the verified copy, not of the source
+        assert files is not None
         store.drop_backup_files()
         for name in names:
             write_durably(staged[name], files[name])
@@ -485,7 +486,8 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
                 replaced += [Key(entry).kid for entry in entries if entry not in kept and Key(entry).kid in revoked]
                 write_durably(staged[port_name], write_ring(kept, passphrase))
             rings.append(KeyRing(kept))
-        idp = Idp(options, store, *rings, Seal(read_seal_key(places["seal"])))
+        auth_ring, admin_ring = rings
+        idp = Idp(options, store, auth_ring, admin_ring, Seal(read_seal_key(places["seal"])))
         newest = store.newest_at()
         if not idp.check_clock():
             raise StartupError(
@@ -591,8 +593,13 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
                 for port_name, (_, rotated) in rings.items()
             }
             now = idp.now()  # making keys takes seconds; all of them wait from one moment
-            staged = {}  # a disk that fills up between two rings must not leave one rotated
-            locks.callback(lambda: [os.unlink(temporary) for temporary in staged.values() if os.path.exists(temporary)])
+            staged: dict[str, str] = {}  # a disk that fills up between two rings must not leave one rotated
+
+            def remove_staged():
+                for temporary in filter(os.path.exists, staged.values()):
+                    os.unlink(temporary)
+
+            locks.callback(remove_staged)
             for port_name, (entries, rotated) in rings.items():
                 if rotated:
                     path, passphrase, _ = ring_files(options)[port_name]

@@ -29,7 +29,8 @@ def purge(idp: Idp, pause=sleep):
     options, store, now = idp.options, idp.store, idp.now()
     if not idp.check_clock():
         return
-    counts = {}
+    counts: dict[str, int] = {}
+    after: str | None
     if options.token_purge_days:
         before, after, done = now - options.token_purge_days * 86400, "", 0
         while after is not None:

@@ -9,6 +9,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 
 from argon2.exceptions import Argon2Error, VerificationError
 from argon2.low_level import (
@@ -47,13 +48,14 @@ class HashGate:
     def __init__(self, running, waiting=320, guessing=60):
         self.running, self.at_work = running, 0
         self.places, self.few = running + waiting, running + guessing
-        self.taken, self.of = 0, collections.Counter()  # places taken in all, and by peer
+        self.taken = 0  # places, in all
+        self.of: collections.Counter[str] = collections.Counter()  # and by peer
         self.seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
         self.queues = {}  # peer: who waits to hash, each a lock its turn will open; the peer at the front is next
         self.blamed = {}  # peer: monotonic seconds until it is forgotten
         self.lock = threading.Lock()
         self.held = threading.local()
-        self.blocking = contextlib.nullcontext
+        self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def blame(self, peer: str):
         """Remember for a while that a secret from this peer was wrong."""
@@ -161,7 +163,8 @@ class Turns:
     MOMENT = 1.0  # seconds, enough for a hash
 
     def __init__(self, gate: HashGate):
-        self.gate, self.lock, self.names = gate, threading.Lock(), {}
+        self.gate, self.lock = gate, threading.Lock()
+        self.names: dict[tuple[str, str], Turn] = {}
 
     def patience(self, turn: Turn, peer: str, others: bool | None) -> float:
         """Return how many seconds one more may wait for this name; `others` is False where no thread would be left.
@@ -283,7 +286,7 @@ class Hasher:
     def verify(self, phc: str | None, password: str) -> bool:
         """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
         known = phc is not None
-        if not known:
+        if phc is None:
             word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
             salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
             phc = f"{self.parameters()}{salt}${word}"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from typing import cast
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -64,7 +65,7 @@ def write_ring(entries, passphrase: str) -> bytes:
     """Return a ring file: one PEM block a key, its state in the comment line above it."""
     blocks = []
     for entry in entries:
-        encryption = serialization.NoEncryption()
+        encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
         if passphrase:
             encryption = serialization.BestAvailableEncryption(passphrase.encode())
         key = serialization.load_der_private_key(entry.der, None)
@@ -196,11 +197,12 @@ class Key:
 
     def __init__(self, entry: KeyEntry):
         self.state = entry.state
-        self.private = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+        key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+        self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() lets no other in
         self.public = self.private.public_key()
-        numbers = self.public.public_numbers()
-        if isinstance(self.private, rsa.RSAPrivateKey):
+        if isinstance(self.public, rsa.RSAPublicKey):
             self.alg = "RS256"
+            numbers = self.public.public_numbers()
             size = (numbers.n.bit_length() + 7) // 8
             self.jwk = {
                 "e": b64url(numbers.e.to_bytes(3, "big").lstrip(b"\0")), "kty": "RSA",
@@ -208,9 +210,10 @@ class Key:
             }
         else:
             self.alg = "ES256"
+            point = self.public.public_numbers()
             self.jwk = {
-                "crv": "P-256", "kty": "EC", "x": b64url(numbers.x.to_bytes(32, "big")),
-                "y": b64url(numbers.y.to_bytes(32, "big")),
+                "crv": "P-256", "kty": "EC", "x": b64url(point.x.to_bytes(32, "big")),
+                "y": b64url(point.y.to_bytes(32, "big")),
             }
         # RFC 7638 §3: the required members in lexicographic order, no white space.
         self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
@@ -224,14 +227,14 @@ class Key:
 
     def sign(self, message: bytes) -> bytes:
         """RFC 7518 §3.3 and §3.4: an ECDSA signature is r and s, 32 bytes each."""
-        if self.alg == "RS256":
+        if isinstance(self.private, rsa.RSAPrivateKey):
             return self.private.sign(message, PKCS1, SHA256)
         r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
         return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
     def verify(self, signature: bytes, message: bytes):
         """Raise InvalidSignature or ValueError."""
-        if self.alg == "RS256":
+        if isinstance(self.public, rsa.RSAPublicKey):
             self.public.verify(signature, message, PKCS1, SHA256)
         else:
             if len(signature) != 64:

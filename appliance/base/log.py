@@ -10,6 +10,7 @@ import select
 import sys
 import time
 import traceback
+from typing import Any
 
 from appliance.base.settings import Options
 
@@ -27,7 +28,8 @@ class LogFile(logging.Handler):
     def __init__(self, path, max_bytes=10_000_000, keep=10):
         super().__init__()
         self.path, self.max_bytes, self.keep = str(path), max_bytes, keep
-        self.descriptor = self.inode = None
+        self.descriptor: int | None = None
+        self.inode = 0
 
     def shut(self):
         """Close once only: another thread may reuse the descriptor number at once."""
@@ -35,20 +37,22 @@ class LogFile(logging.Handler):
         if descriptor is not None:
             os.close(descriptor)
 
-    def open(self):
+    def open(self) -> int:
         self.shut()
         # Non-blocking: the path may be a pipe that nobody reads, which would block here or at a line. fifo(7).
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
+        return descriptor
 
     def emit(self, record):
         try:
             line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
-            if self.descriptor is None or not self.same_file():
-                self.open()
-            if os.fstat(self.descriptor).st_size > self.max_bytes:
-                self.rotate()
-            os.write(self.descriptor, line)
+            descriptor = self.descriptor
+            if descriptor is None or not self.same_file():
+                descriptor = self.open()
+            if os.fstat(descriptor).st_size > self.max_bytes:
+                descriptor = self.rotate()
+            os.write(descriptor, line)
         except OSError:
             pass  # a full disk must not stop the server; the console still has the line
 
@@ -58,7 +62,7 @@ class LogFile(logging.Handler):
         except FileNotFoundError:
             return False
 
-    def rotate(self):
+    def rotate(self) -> int:
         with open(self.path + ".lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.same_file():
@@ -66,7 +70,7 @@ class LogFile(logging.Handler):
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(f"{self.path}.{number}", f"{self.path}.{number + 1}")
                 os.replace(self.path, f"{self.path}.1")
-        self.open()
+        return self.open()
 
 
 def escape(value) -> str:
@@ -101,12 +105,12 @@ class Log:
     LINES = 200
 
     def __init__(self, options: Options | None = None, stream=None):
-        self.json = bool(options) and options.log_format == "json"
+        self.json = options is not None and options.log_format == "json"
         self.second, self.lines = 0, 0
         self.logger = logging.Logger(
             "microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO
         )
-        handlers = []
+        handlers: list[logging.Handler] = []
         if options and options.log_file:
             handlers.append(LogFile(options.log_file))
         if stream or not handlers or sys.stderr.isatty():
@@ -115,7 +119,7 @@ class Log:
             handler.setFormatter(logging.Formatter("%(message)s"))
             self.logger.addHandler(handler)
 
-    def __call__(self, event: str, level: str = "info", exc_info=None, **fields):
+    def __call__(self, event: str, level: str = "info", exc_info=None, **fields: Any):
         with contextlib.suppress(MemoryError):  # out of memory: drop the line; the caller continues
             self.write(event, level, exc_info, fields)
 

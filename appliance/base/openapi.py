@@ -1,6 +1,8 @@
 """What a route is, and the OpenAPI 3.1 document that its declaration makes."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -12,16 +14,15 @@ class Route(msgspec.Struct, frozen=True):
 
     methods: tuple
     paths: tuple
-    guard: object
+    guard: Any
     spec: str
-    handler: object
-    takes: object = None  # type of the body, decoded before the handler runs
+    handler: Callable
+    takes: Any = None  # type of the body, decoded before the handler runs
     media: tuple = (JSON,)  # in which that is taken
-    form: object = (
-        None  # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
-    )
-    query: object = None  # Struct of the query, decoded before the handler runs
-    gives: object = dict  # type of the answer
+    # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
+    form: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None  # Struct of the query, decoded before the handler runs
+    gives: Any = dict  # type of the answer
     gives_media: str = JSON
     status: int = 200
     versioned: bool = False  # what is shown has an entity tag; what changes it asks for it by If-Match
@@ -137,7 +138,9 @@ def describe_body(route: Route, method: str) -> dict | None:
 
 def describe_responses(route: Route, method: str, path: str, port_name: str) -> dict:
     """Return the responses object of one method at one path. OpenAPI 3.1 §4.8.16."""
-    headers, responses, text = {}, {}, {"schema": {"type": "string"}}
+    headers: dict[str, dict] = {}
+    responses: dict[str, dict] = {}
+    text = {"schema": {"type": "string"}}
     if (
         route.query is not None
         and "offset" in route.query.__struct_fields__
@@ -170,7 +173,7 @@ def describe_responses(route: Route, method: str, path: str, port_name: str) -> 
 
 def describe_operation(route: Route, method: str, path: str, port_name: str, number: int) -> dict:
     """Return the operation object of one method at one path. OpenAPI 3.1 §4.8.10."""
-    doc = " ".join(route.handler.__doc__.split())
+    doc = " ".join((route.handler.__doc__ or "").split())
     operation = {
         "operationId": route.handler.__name__ + (f"_{number}" if number else ""),
         "summary": doc.partition(".")[0] + ".", "description": doc,
@@ -193,7 +196,9 @@ def describe_api(port_name: str, version: str, server: str, routes, err, oauth_e
 
     `routes` are pairs of a Route and one of its paths; `err` and `oauth_error` the Structs in which refusals come.
     """
-    paths, used, numbers = {}, [err, oauth_error], {}
+    paths: dict[str, dict] = {}
+    numbers: dict[str, int] = {}
+    used = [err, oauth_error]
     for route, path in routes:
         shown = paths.setdefault(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", path), {})
         for method in route.methods:

@@ -431,7 +431,7 @@ def parse_config(content: str, where: str) -> dict:
             f"{where}: half of it is missing: its first line promises a line {CONFIG_END!r}, and there is none; "
             "restore it, or check it and add that line"
         )
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(content.split("\n"), 1):
         line = line.strip()
         if not line or line[0] in "#;":
@@ -528,7 +528,7 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     else:
         if any(OPTION_NAMES[name].secret for name in given):
             guard_private(path, "it holds secrets")
-    named = {}
+    named: dict[str, str] = {}
     for variable, value in environ.items():
         if not variable.upper().startswith(prefix.upper()):
             continue
