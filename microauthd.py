@@ -49,6 +49,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeGuard
 from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
@@ -512,8 +513,9 @@ class Idp:
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
-        self.ring_files = {}  # port: what was seen of its file; empty where rings do not come from files
-        self.rings_said = {}  # port: why its file cannot be read, as it was logged
+        # port: what was seen of its file; empty where rings do not come from files
+        self.ring_files: dict[str, tuple] = {}
+        self.rings_said: dict[str, str] = {}  # port: why its file cannot be read, as it was logged
         self.rings_until = 0.0  # monotonic seconds until the files are looked at again
         self.rings_lock = threading.Lock()
         self.log = log or Log()
@@ -521,15 +523,15 @@ class Idp:
         self.throttle = Throttle(getattr(clock, "monotonic", clock))  # which never goes back
         self.client_digests = Digests(900, 4096)
         self.password_digests = Digests(options.pass_cache_duration, 4096)
-        self.client_cache = (b"", {})
+        self.client_cache: tuple[bytes, dict] = (b"", {})
         self.locks = [
             threading.Lock() for _ in range(64)
         ]  # by name: one verification of an account or client at a time
         self.pages = Pages(options)
-        self.answers = {}  # prebuilt, by name
-        self.replays = set()  # jti of dead tokens whose use was written down
+        self.answers: dict = {}  # prebuilt, by name
+        self.replays: set[str] = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True  # where no Timekeeper looks
-        self.readiness = (0.0, {})  # monotonic seconds until it is asked again, what was found
+        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
 
     def look_at_rings(self):
         """Take up changed key rings, where it is time to look."""
@@ -721,7 +723,7 @@ def end_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
         audit(idp, caller, action, user_id, secondary)
 
 
-def is_good(account: Account | None, issued_ms: int) -> bool:
+def is_good(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
     """Is this user still good for what was issued then? It exists, is active, and nothing of it was ended since."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
@@ -794,7 +796,7 @@ def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None,
                 account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
                 options.failed_password_lockout_duration, LOCKOUT_MAX,
             )
-            if counted.lockouts > account.lockouts:
+            if counted and counted.lockouts > account.lockouts:
                 until = iso(counted.lockout_until)
                 audit(idp, caller, "user_locked_out", account.id, f"until={until}", FAILURE)
         if not options.enable_audit_logging:
@@ -824,14 +826,16 @@ def authenticate_user(
         and not login_obstacle(idp, caller, account, admin)
         and was_verified_recently(idp, account, password)
     ):
+        assert account
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
     with hash_problems(), idp.hasher.turns.take("user", name, caller.peer) as turn:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, caller, account, admin)
-        if not obstacle and demanded and not account.totp_sealed:
+        if account and not obstacle and demanded and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, account, password):
+            assert account
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.place(caller.peer):
@@ -842,13 +846,14 @@ def authenticate_user(
             failure = check_totp(idp, account, totp)
             amr = ["pwd", "otp", "mfa"]
         now = idp.now()
-        if not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
+        if account and not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
             failure = "changed meanwhile"
         if failure:
             idp.hasher.turns.blame(turn, caller.peer)
             actor = caller.acting_as(account.id if account else "anonymous")
             record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
+        assert account  # without one there is an obstacle
         if idp.options.enable_pass_cache and not second_factor:
             idp.password_digests.learn(account.password_hash, password, now)
         if not account.password_hash.startswith(idp.hasher.parameters()):
@@ -879,6 +884,7 @@ def check_second_factor(
         if failure:
             record_failure(idp, caller.acting_as(user_id), user_id, account, client_id, failure)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
+        assert account  # without one there is an obstacle
         if not used:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
@@ -935,6 +941,7 @@ def create_user(idp: Idp, caller: Caller, wanted: CreateUser) -> Account:
     try:
         with idp.store.transaction():
             account = idp.store.add_account(str(uuid.uuid4()), username, email, password_hash, idp.now())
+            assert account
             audit(idp, caller, "user_created", account.username, account.id)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
@@ -955,6 +962,7 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
         reject(lockout_until="must be an ISO 8601 date-time, Unix seconds or null")
     if until and until <= idp.now():
         reject(lockout_until="must lie in the future; null clears a lockout")
+    assert until is not None
     return until
 
 
@@ -971,7 +979,7 @@ def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Accoun
     try:
         with idp.store.transaction():
             account = get_user(idp, id)
-            changes = {
+            changes: dict[str, Any] = {
                 "username": username, "email": email,
                 "email_verified": None if wanted.email_verified is UNSET else int(wanted.email_verified),
             }
@@ -1177,11 +1185,12 @@ def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
             role = get_role(idp, id)
             if role.is_protected and (name not in (None, role.name) or description not in (None, role.description)):
                 raise Problem("protected")
-            role = idp.store.update_role(role.id, name, description, idp.now())
-            audit(idp, caller, "role_updated", role.id, role.name)
+            changed = idp.store.update_role(role.id, name, description, idp.now())
+            assert changed
+            audit(idp, caller, "role_updated", changed.id, changed.name)
     except Conflict:
         raise Problem("conflict") from None
-    return role
+    return changed
 
 
 def delete_role(idp: Idp, caller: Caller, id: str):
@@ -1255,6 +1264,7 @@ def update_permission(idp: Idp, caller: Caller, id: str, wanted: UpdatePermissio
     try:
         with idp.store.transaction():
             permission = idp.store.update_permission(get_permission(idp, id).id, name, idp.now())
+            assert permission
             audit(idp, caller, "permission_updated", permission.id, permission.name)
     except Conflict:
         raise Problem("conflict") from None
@@ -1381,7 +1391,7 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
         if client is not None and client.row.client_type == PUBLIC_CLIENT:
             return client
         raise Problem("invalid_client", log="no client secret")
-    if remembers_secret(idp, living_hashes(client, now), secret, now):
+    if remembers_secret(idp, living_hashes(client, now), secret, now) and client is not None:
         return client
     idp.throttle.check(caller.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
@@ -1389,14 +1399,14 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
         # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
         hashes = living_hashes(client, now)
-        if remembers_secret(idp, hashes, secret, now):
+        if remembers_secret(idp, hashes, secret, now) and client is not None:
             return client
         with idp.hasher.gate.place(caller.peer):
             # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):
                     client, now = find_client(idp, client_id), idp.now()
-                    if stored not in living_hashes(client, now):
+                    if client is None or stored not in living_hashes(client, now):
                         break
                     # Remember the secret for one token lifetime and some more: the client comes back when its token
                     # expires.
@@ -1525,7 +1535,7 @@ def delete_uri(idp: Idp, caller: Caller, record_id: str, kind: str, id_or_client
     with idp.store.transaction(identity=True):
         found = idp.store.find_uri(record_id)
         owner = get_client(idp, id_or_client_id or found.client_id) if found else None
-        if found is None or found.kind != kind or owner.row.id != found.client_id:
+        if found is None or owner is None or found.kind != kind or owner.row.id != found.client_id:
             raise Problem("not_found")
         idp.store.delete_uri(record_id)
         audit(idp, caller, f"{kind}_uri_removed", owner.client_id, found.uri)
@@ -1572,8 +1582,9 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     errors["audience"], errors["display_name"] = check_label(audience), check_label(wanted.display_name or "")
     if public and wanted.may_introspect:
         errors["may_introspect"] = "a public client cannot have this right"
-    scopes = [idp.store.find_scope(key_of(name)) for name in wanted.scopes or ()]
-    if None in scopes:
+    found = [idp.store.find_scope(key_of(name)) for name in wanted.scopes or ()]
+    scopes = [scope for scope in found if scope]
+    if None in found:
         errors["scopes"] = "must all exist"
     reject(**errors)
     made = "" if public or secret else random_handle()
@@ -1636,7 +1647,8 @@ def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Cl
     try:
         with idp.store.transaction(identity=True):
             client = get_client(idp, id)
-            row, errors, changes = client.row, {}, {}
+            row, errors = client.row, {}
+            changes: dict[str, Any] = {}
             if wanted.client_id is not UNSET:
                 changes["client_id"] = wanted.client_id.strip()
                 errors["client_id"] = check_client_id(changes["client_id"])
@@ -1819,11 +1831,12 @@ def update_scope(idp: Idp, caller: Caller, id: str, wanted: UpdateScope) -> Scop
             scope = get_scope(idp, id)
             if scope.is_protected and name not in (None, scope.name):
                 raise Problem("protected")
-            scope = idp.store.update_scope(scope.id, name, description, idp.now())
-            audit(idp, caller, "scope_updated", scope.id, scope.name)
+            changed = idp.store.update_scope(scope.id, name, description, idp.now())
+            assert changed
+            audit(idp, caller, "scope_updated", changed.id, changed.name)
     except Conflict:
         raise Problem("conflict") from None
-    return scope
+    return changed
 
 
 def delete_scope(idp: Idp, caller: Caller, id: str):
@@ -1838,8 +1851,9 @@ def delete_scope(idp: Idp, caller: Caller, id: str):
 
 def assign_scopes(idp: Idp, caller: Caller, holder: Client | Account, ids) -> int:
     """Assign scopes, by id or name, to a client or a user; all or none. Return how many were not assigned before."""
-    scopes = [idp.store.find_scope(key_of(id)) for id in ids]
-    if not scopes or None in scopes:
+    found = [idp.store.find_scope(key_of(id)) for id in ids]
+    scopes = [scope for scope in found if scope]
+    if not found or None in found:
         raise Problem("invalid_request", errors={"scope_ids": "must name at least one scope, and each must exist"})
     kind, id, assign = (
         ("client", holder.row.id, idp.store.assign_scope_to_client)
@@ -2014,6 +2028,7 @@ def revoke_any_token(idp: Idp, caller: Caller, token: str):
     ring = next((ring for ring in (idp.auth_ring, idp.admin_ring) if is_signed(ring, token.strip(), AT_JWT)), None)
     if ring is None:
         reject(token="is not a token of this server")
+    assert ring
     claims = ring.verify(token.strip(), AT_JWT)
     with idp.store.transaction():
         idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
@@ -2041,9 +2056,12 @@ def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lam
     if wanted.client_id:
         wanted.client_id = get_client(idp, wanted.client_id).client_id
     before, total = idp.now() - wanted.older_than_seconds, 0
+    after: str | None
     if not (wanted.purge_expired or wanted.purge_revoked):
         return 0
-    narrowed = {"revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id}
+    narrowed: dict[str, Any] = {
+        "revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id,
+    }
     # Audited first, so that the actor is known even if the purge is interrupted between two slices.
     audit(
         idp, caller, "purge_begun", wanted.user_id or wanted.client_id or "",
@@ -2085,6 +2103,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     typ = next((typ for typ in (AT_JWT, JWT) if is_signed(idp.auth_ring, token, typ)), None)
     if typ is None:
         reject(token="is not a token of AUTH")
+    assert typ
     claims = idp.auth_ring.verify(token, typ)
     active = typ == AT_JWT
     if active:
@@ -2204,6 +2223,7 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
         )
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
+    assert account
     # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
     held = frozenset(family.scope.split())
     still = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in held else ())
@@ -2294,6 +2314,7 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
     may_refresh = granted.code is None or granted.code.offline
     if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
         return ""
+    assert granted.account
     refresh_token, now = random_handle(), idp.now()
     lifetime = ttl(client, "REFRESH_TOKEN_EXPIRATION", idp.options.refresh_token_expiration)
     idp.store.insert(
@@ -2332,10 +2353,13 @@ def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: 
     RFC 9700 §4.14.2.
     """
     now = idp.now()
+    assert granted.account
     if granted.family:
         if idp.store.rotate_refresh_token(granted.spends, client.client_id, now):
             return granted.family
-        if idp.store.find_refresh_token(granted.spends).rotated_at is not None:
+        spent = idp.store.find_refresh_token(granted.spends)
+        assert spent
+        if spent.rotated_at is not None:
             owner = caller.acting_as(granted.account.id)
             revoke_family(idp, owner, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE)
         return None
@@ -2364,7 +2388,8 @@ def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
     if also:
         one_by_one = user_claims(idp, account, " ".join({USER_CLAIMS[name] for name in also if name in USER_CLAIMS}))
         return user_claims(idp, account, scope) | {name: value for name, value in one_by_one.items() if name in also}
-    scopes, claims = scope.split(), {"sub": account.id}
+    scopes = scope.split()
+    claims: dict[str, Any] = {"sub": account.id}
     if "profile" in scopes:
         claims |= {"name": account.username, "preferred_username": account.username, "updated_at": account.modified_at}
     if "email" in scopes and account.email:
@@ -2381,6 +2406,7 @@ def asked_claims(claims: str, of: str) -> tuple:
 
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
     """OpenID Connect Core §2 and §3.1.3.6."""
+    assert granted.account
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
     also = asked_claims(family.claims, "id_token")
@@ -2438,6 +2464,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
     Raises invalid_grant if that is spent already, or if user, client or browser session was ended meanwhile.
     """
     account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
+    assert account
     claims, answer = draft_token(idp, client, granted, ms)
     jti, now, roles = claims["jti"], claims["iat"], idp.store.list_roles_of(account.id)
     with idp.store.transaction():
@@ -2804,6 +2831,7 @@ def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
     """The second step of a user who has a second factor: a one-time or a recovery code. Raises invalid_grant."""
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
+    assert login.row.user_id
     try:
         account, amr = check_second_factor(
             idp, caller, login.row.user_id, login.row.proven_ms, code, login.row.client_id
@@ -2823,6 +2851,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
     """
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
+    assert login.row.user_id
     account = idp.store.find_account(login.row.user_id)
     if login_obstacle(idp, caller, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
@@ -2846,7 +2875,9 @@ def after_factors(idp: Idp, login: Login, account: Account) -> str:
     """
     if login.request and login.request.headless:
         return "ready"
-    return "consent" if login.request and needs_consent(idp, login.client, account.id, login.request) else "done"
+    if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
+        return "consent"
+    return "done"
 
 
 def scope_for(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> str:
@@ -2947,7 +2978,7 @@ def parse_form(body: bytes) -> dict:
     Raises invalid_request for a repeated parameter (RFC 6749 §3.2), for octets that are not
     UTF-8, for a broken percent-encoding and for NUL: what is refused cannot be misread.
     """
-    found = {}
+    found: dict[str, str] = {}
     if not body:
         return found
     pairs = body.split(b"&")
@@ -2956,8 +2987,8 @@ def parse_form(body: bytes) -> dict:
     for pair in pairs:
         if not pair:
             continue
-        name, _, value = pair.partition(b"=")
-        name, value = decode_component(name), decode_component(value)
+        raw_name, _, raw_value = pair.partition(b"=")
+        name, value = decode_component(raw_name), decode_component(raw_value)
         if name in found:
             raise Problem("invalid_request", log="repeated parameter")
         found[name] = value
@@ -3005,7 +3036,7 @@ def convert(found, wanted, strict=True):
         names, seen = members_of(wanted), {}
         for key, value in found.items():
             name = names.get(key.lower())
-            if name in seen:
+            if name and name in seen:
                 reject(**{name: "is there twice"})
             if name:
                 seen[name] = value
@@ -3036,7 +3067,8 @@ class Params:
     __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw")
 
     def __init__(self, environ, path, route):
-        self.environ, self.path, self.route, self.body, self.query, self.raw = environ, path, route, None, None, b""
+        self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
+        self.raw = ("", b"")  # media type and octets of a body that is decoded after the guard
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
@@ -3227,7 +3259,7 @@ def by_scope(name):
             raise lacks_scope(name)
         return claims
 
-    guard.scope = name
+    vars(guard)["scope"] = name
     return guard
 
 
@@ -3342,7 +3374,8 @@ class Answer:
     @staticmethod
     def render(result, environ):
         """Return the status, headers and body that a result stands for."""
-        status, headers = 200, JSON_HEADERS
+        status = 200
+        headers: tuple[tuple[str, str], ...] = JSON_HEADERS
         if isinstance(result, Page):
             status, body = result.status, result.content
             headers = (
@@ -3384,7 +3417,8 @@ def mounted(idp: Idp, routes: Routes):
 
 def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
     """Return the headers that let a page of a registered origin read an answer. Fetch Standard §3.3."""
-    headers, origin = (("Vary", "Origin"),), environ.get("HTTP_ORIGIN")
+    headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
+    origin = environ.get("HTTP_ORIGIN")
     if not origin:
         return headers
     cache = idp.cache()
@@ -3532,7 +3566,8 @@ class App:
     """
 
     def __init__(self, idp: Idp, routes: Routes):
-        self.idp, self.answer, self.table, self.bottle = idp, Answer(idp), {}, bottle.Bottle()
+        self.idp, self.answer, self.bottle = idp, Answer(idp), bottle.Bottle()
+        self.table: dict = {}
         self.bottle.uninstall(True)  # JSON and templates: Answer renders alone
         vars(self.bottle)["router"] = Router()  # Bottle lets nobody replace an attribute
         for route, path in mounted(idp, routes):
@@ -3961,16 +3996,17 @@ def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
     """Answer with a code where the browser's session does, or begin a login with what is left to do."""
     held = find_browser_session(idp, session_handle(idp, params))
     serves = held is not None and session_serves(idp, held[0], client, request)
-    missing = second_factor_missing(client, *held) if serves else ""
+    missing = second_factor_missing(client, *held) if held and serves else ""
     if "none" in request.prompt:
-        if not serves:
+        if not held or not serves:
             raise Problem("login_required")
         if missing:
             raise Problem("interaction_required")
         if needs_consent(idp, client, held[1].id, request):
             raise Problem("consent_required")
     if (
-        serves
+        held
+        and serves
         and "select_account" not in request.prompt
         and not missing
         and not needs_consent(idp, client, held[1].id, request)
@@ -3981,12 +4017,10 @@ def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
         )
         return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
     if held and "select_account" in request.prompt and (serves or not request.hinted_sub):
-        state, session = "select", None
-    elif serves:
-        state, session = missing or "consent", held[0]
-    else:
-        state, session = "password", None
-    return open_login(idp, params, request, state, session)
+        return open_login(idp, params, request, "select", None)
+    if held and serves:
+        return open_login(idp, params, request, missing or "consent", held[0])
+    return open_login(idp, params, request, "password", None)
 
 
 def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
@@ -4036,7 +4070,9 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
     """Return the page of the state a login is in."""
     request, client, row = login.request, login.client, login.row
     binding = login_binding(idp, params)
-    if row.state in ("enrol",):
+    assert binding
+    if row.state == "enrol":
+        assert row.user_id and row.pending and client
         account = idp.store.find_account(row.user_id)
         seed = idp.seal.open(row.pending, row.user_id) if account else ""
         issuer_name = (
@@ -4044,9 +4080,11 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         )
         words |= {"secret": seed, "qr": picture(totp_uri(seed, account.username, issuer_name)) if account else ""}
     if row.state == "consent":
+        assert request and client
         wanted = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
         words["scopes"] = [describe_scope(idp, name) for name in wanted]
     if row.state in ("consent", "totp", "codes"):
+        assert row.user_id
         account = idp.store.find_account(row.user_id)
         words["username"] = account.username if account else ""
     if row.state == "select":
@@ -4094,6 +4132,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     if login.request is None:
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
     request = login.request
+    assert login.client
     held = find_browser_session(idp, handle)
     browser = held[0].id_sha256 if held and held[1].id == account.id else ""
     try:
@@ -4201,6 +4240,7 @@ def login_codes(idp, params):
 def login_select(idp, params):
     """Go on as who is logged in, or as somebody else."""
     login = posted_login(idp, params, "select")
+    assert login.client and login.request
     held = find_browser_session(idp, session_handle(idp, params))
     if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
         return continue_login(
@@ -4283,6 +4323,7 @@ def as_err(handler):
 
 
 def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
+    assert login.request
     return PkceStep(jti, login.row.client_id, login.request.redirect_uri, requires_totp, False)
 
 
@@ -4440,14 +4481,14 @@ def end_session(idp, params):
         return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
     if held and params.get("form") is not None:
         check_form(params, handle, "session")
-    elif held and not (hint and hint["sub"] == held[1].id):
+    elif held and handle and not (hint and hint["sub"] == held[1].id):
         return show_page(
             idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again,
             action="end-session", target=location,
             ui_locales=params.get("ui_locales") or "",
         )
     family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
-    if family and family.revoked_at is None and family.client_id == hint["aud"]:
+    if hint and family and family.revoked_at is None and family.client_id == hint["aud"]:
         # The login the client speaks of ends even where the session it began in is over already.
         revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
     return forget_browser(idp, params, handle, location)
@@ -4458,7 +4499,7 @@ def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
     held = find_browser_session(idp, handle)
-    if held is None:
+    if held is None or handle is None:
         return show_page(idp, params.environ, "signed_out")
     return show_page(
         idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again={},
@@ -4472,8 +4513,10 @@ def logout_page(idp, params):
 def show_account(
     idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
 ) -> Page:
-    session, account = held
-    account = idp.store.find_account(account.id)
+    session, known = held
+    account = idp.store.find_account(known.id)
+    handle = handle or session_handle(idp, params)
+    assert account and handle
     pending = (
         idp.seal.open(account.totp_pending_sealed, account.id)
         if account.totp_pending_sealed and not account.totp_sealed
@@ -4481,7 +4524,7 @@ def show_account(
     )
     return show_page(
         idp, params.environ, "account", status=status, account=account,
-        form=form_token(handle or session_handle(idp, params), "session"), notice=notice, error=error,
+        form=form_token(handle, "session"), notice=notice, error=error,
         sessions=[
             (row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at))
             for row in idp.store.list_browser_sessions(account.id, idp.now())
@@ -4709,8 +4752,7 @@ def auth_swagger_script(idp, params):
 def public_file(idp, params):
     """A file of public/: of the working directory where there is one, else the bundled examples."""
     path = params.path.get("path", "index.html")
-    root = Path("public") if Path("public").is_dir() else PUBLIC
-    root = os.path.realpath(root)
+    root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
     real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
     if (
         not real.startswith(root + os.sep)
@@ -4780,7 +4822,7 @@ class Noun(msgspec.Struct, frozen=True):
 
     name: str  # of one; its plural is the path
     show: Callable  # makes the object that is sent, of a record
-    gives: type  # of that object
+    gives: Any  # the type of that object
     query: type  # what the list may be asked for
     rows: Callable  # (idp, query): the records of a page, and how many there are
     get: Callable  # (idp, id or name)
@@ -4802,6 +4844,7 @@ def declare(noun: Noun, *sentences: str):
         return noun.show(noun.get(idp, params.path["id"]))
 
     def create(idp, claims, params):
+        assert noun.create
         return noun.show(noun.create(idp, params.caller, params.body))
 
     def list_(idp, claims, params):
@@ -4823,9 +4866,12 @@ def declare(noun: Noun, *sentences: str):
             noun.delete(idp, params.caller, params.path["id"])
         return msg(f"{noun.name.capitalize()} deleted.")
 
-    routes = [
+    routes: list[tuple[Callable, str, str, str, dict[str, Any]]] = [
         (create, f"create_{noun.name}", "POST", all_, {"takes": noun.takes, "gives": noun.gives}),
-        (list_, f"list_{noun.name}s", "GET", all_, {"query": noun.query, "gives": list[noun.gives]}),
+        (
+            list_, f"list_{noun.name}s", "GET", all_,
+            {"query": noun.query, "gives": list[noun.gives]},  # type: ignore[name-defined]  # a type made as we run
+        ),
         (get, f"get_{noun.name}", "GET", one, {"gives": noun.gives, "versioned": True}),
         (id_, f"{noun.name}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
         (update, f"update_{noun.name}", "PUT", one, {"takes": noun.changes, "gives": noun.gives, "versioned": True}),
@@ -5652,6 +5698,7 @@ def read_moment(value, member, default) -> int:
     moment = default if value in (None, "") else read_time(value)
     if moment is None:
         reject(**{member: "must be an ISO 8601 date-time or Unix seconds"})
+    assert moment is not None
     return moment
 
 

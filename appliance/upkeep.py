@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 import msgspec
 
@@ -29,7 +30,7 @@ def purge(idp: Idp, pause=sleep):
     options, store, now = idp.options, idp.store, idp.now()
     if not idp.check_clock():
         return
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
     after: str | None
     if options.token_purge_days:
         before, after, done = now - options.token_purge_days * 86400, "", 0

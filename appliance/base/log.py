@@ -119,7 +119,7 @@ class Log:
             handler.setFormatter(logging.Formatter("%(message)s"))
             self.logger.addHandler(handler)
 
-    def __call__(self, event: str, level: str = "info", exc_info=None, **fields: Any):
+    def __call__(self, event: str, level: str = "info", exc_info: Any = None, **fields: Any):
         with contextlib.suppress(MemoryError):  # out of memory: drop the line; the caller continues
             self.write(event, level, exc_info, fields)
 

@@ -3,7 +3,7 @@
 import datetime
 import re
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Literal, overload
 
 import msgspec
 
@@ -856,6 +856,14 @@ class Me(msgspec.Struct):
     roles: list[str]
     role_names: list[str]
     scopes: list[str]
+
+
+@overload
+def iso(at: int) -> str: ...
+
+
+@overload
+def iso(at: int | None) -> str | None: ...
 
 
 def iso(at: int | None) -> str | None:

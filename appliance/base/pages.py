@@ -19,7 +19,8 @@ class Pages:
     """The files of the pages, each read once: those of `pages-folder` go before the bundled ones."""
 
     def __init__(self, options: Options):
-        self.options, self.templates = options, {}
+        self.options = options
+        self.templates: dict = {}
 
     def file(self, name: str) -> Path:
         own = Path(self.options.pages_folder) / name if self.options.pages_folder else None
