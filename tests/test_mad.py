@@ -613,7 +613,7 @@ class TestEveryCommand:
         )
 
     @pytest.mark.parametrize(
-        "command", [command for command in ASKING if not command.flows and command.name != "backup"],
+        "command", [command for command in ASKING if not command.streams and command.name != "backup"],
         ids=lambda command: command.name,
     )
     def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
@@ -621,7 +621,7 @@ class TestEveryCommand:
             "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
             "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {},
         }
-        listed = command.is_list or command.options and any(option.within for option in command.options)
+        listed = command.is_list or command.options and any(option.parent for option in command.options)
         fake.answer = lambda method, path: (
             200,
             {"result": USER["id"]}
@@ -774,7 +774,7 @@ class TestFilesOfWords:
     def test_stand_for_their_words_among_the_options(self, tmp_path):
         (tmp_path / "words").write_text('# of ann\n--user-email "ann of home@b"\n\n  --user-password @hush\n')
         parsed = TestOptions.of("--username", "@ann", f"@{tmp_path}/words", "--json", name="user create")
-        assert parsed.errors == [] and parsed.values == {
+        assert parsed.errors == [] and parsed.options == {
             "username": "@ann", "user-email": "ann of home@b", "user-password": "@hush", "json": True,
         }
 
@@ -1149,7 +1149,7 @@ class TestTail:
         def call(answers, *words):
             answers = list(answers)
             waits = iter([True] * (len(answers) - 1))
-            monkeypatch.setattr(mad, "_wait", lambda seconds: next(waits, False))
+            monkeypatch.setattr(mad, "_wait_unless_closed", lambda seconds: next(waits, False))
             fake.answer = lambda *_: answers.pop(0)
             return here("audit", "tail", *words, MAD_ADMIN_URL=fake.url)
 
@@ -1257,7 +1257,7 @@ class TestConfirmation:
         assert typed(words, question, answer) == ended
 
     def test_what_destroys_is_marked(self):
-        marked = {command.name for command in mad.COMMANDS if command.danger is not None}
+        marked = {command.name for command in mad.COMMANDS if command.confirm_by is not None}
         destructive = {
             command.name
             for command in mad.COMMANDS
@@ -1375,7 +1375,7 @@ class TestOptions:
     )
     def test_are_read_as_they_are_meant(self, words, found):
         parsed = self.of("--client-id", "x", *words)
-        assert parsed.errors == [] and not parsed.wants_help and parsed.values == {"client-id": "x"} | found
+        assert parsed.errors == [] and not parsed.help_requested and parsed.options == {"client-id": "x"} | found
 
     @pytest.mark.parametrize(
         "words, error",
@@ -1425,7 +1425,7 @@ class TestTables:
     def test_they_fit_the_terminal(self, monkeypatch, width):
         monkeypatch.setattr(mad, "terminal_width", lambda: width)
         for line in mad.table("users", "id", "username", "email", "is_active")(self.ROWS):
-            assert mad.columns_of(line) <= width
+            assert mad.display_width(line) <= width
 
     def test_an_id_is_cut_last(self, monkeypatch):
         monkeypatch.setattr(mad, "terminal_width", lambda: 80)
