@@ -1,25 +1,26 @@
 #!/usr/bin/env python3
-"""mad: the command line of microauthd, and the HTTP client it is made of.
+"""mad: the command line of microauthd, and the Python client that it is built on.
 
-`mad <noun> <verb> [options]` is one request to the ADMIN server (a name given for an id costs one look-up before).
-Standard library only, and little of it: a command is to cost less than 35 ms of processor time, which is why there
-is no argparse (7 ms), http.client (25 ms) or contextlib (2 ms), and why most imports stand where they are used.
+`mad <noun> <verb> [options]` sends one request to the ADMIN server, and one more before it for each name that is given
+in place of an id. A command must start fast: it uses less than 35 ms of processor time. Therefore mad imports only the
+standard library, neither argparse (7 ms) nor http.client (25 ms) nor contextlib (2 ms), and imports most modules in
+the function that needs them.
 
 Contents
-  Vocabulary   names, limits, exit statuses
-  Errors       MadError (the server's or the network's), CommandError (ours)
+  Vocabulary   default addresses, limits, exit statuses
+  Errors       MadError (a request failed) and CommandError (mad refuses a command)
   Wire         one HTTP exchange on one connection
-  Tokens       reading a JWT without verifying it
-  ApiClient    what the two classes below share: a request, a list in pages
-  AuthClient   every request to AUTH as a method
-  MadClient    every request to ADMIN as a method
-  Profile      the saved login, the cached tokens
+  Tokens       decoding a JWT without verifying it
+  ApiClient    the base class of the two clients: requests and paginated lists
+  AuthClient   a method for each request to AUTH
+  MadClient    a method for each request to ADMIN
+  Profile      the saved login and the token cache
   Arguments    Option, Command, ArgumentReader, parse()
-  Output       tables and lines that no server can use to drive a terminal
-  Help         texts, rows for a README and completion scripts, all made from the table
-  Context      what a running command knows: options, environment, profile
-  Verbs        the commands that are more than a request
-  Commands     COMMANDS, the table of everything mad can do
+  Output       tables and lines, with control characters escaped
+  Help         help texts, rows for the manual and completion scripts, all generated from COMMANDS
+  Context      what a running command can use: options, environment, profile, terminal
+  Handlers     the commands that need more than one request
+  Commands     COMMANDS, the table of all commands
   Main         main()
 """
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # What typing says to those who check types; loading it costs 5 ms.
+TYPE_CHECKING = False  # Type checkers take it for typing.TYPE_CHECKING, whose import would cost 5 ms.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, ParamSpec, TypedDict, Unpack
@@ -35,23 +36,23 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
 
     class LimitParams(TypedDict, total=False):
-        """What a list takes: `limit` rows in all."""
+        """Parameters of every list: `limit` is the number of rows over all pages."""
         limit: int | None
 
     class PageParams(LimitParams, total=False):
-        """What a list takes that may be long: `offset` rows are left out."""
+        """Parameters of a list that may be long: `offset` is the number of rows to skip."""
         offset: int | None
 
     class SortParams(PageParams, total=False):
-        """`sort` is a member, `-` before it for descending."""
+        """Parameters of a list that can be sorted: `sort` names a member, with `-` before it for descending order."""
         sort: str | None
 
     class SearchParams(SortParams, total=False):
-        """`q` is text to look for."""
+        """Parameters of a list that can be searched: `q` is the text to find."""
         q: str | None
 
 # == Vocabulary ================================================================
-# The constants the rest of the file speaks in.
+# Constants that several sections use.
 
 VERSION = "0.1.0"
 ADMIN_URL = "http://localhost:9041"
@@ -74,24 +75,24 @@ ENVIRONMENT = (
     ("MAD_CA_FILE", "PEM file of the authorities to trust for https, instead of the system's"),
 )
 
-TIMEOUT = 30.0             # seconds for a whole exchange: a server that drips bytes gains nothing by it
+TIMEOUT = 30.0                    # seconds for a whole exchange, so that a server that drips bytes cannot extend it
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 16 * 1024 * 1024
-MAX_SECRET_BYTES = 64 * 1024     # of a file or a line that holds a secret
-PAGE_SIZE = 1000                # rows the server gives at most in one answer
-EXPORT_PAGE_SIZE = 5000              # rows of an export to ask for at once: some 3 MB
-CACHE_MARGIN = 30          # seconds of life a cached token must have left, so that it outlives the request it is for
+MAX_SECRET_BYTES = 64 * 1024      # the longest file or input line with a secret
+PAGE_SIZE = 1000                  # the most rows that the server returns in one response
+EXPORT_PAGE_SIZE = 5000           # rows of an export per request, about 3 MB
+CACHE_MARGIN = 30                 # seconds a cached token must still be valid, so that it outlives its request
 
 
 # == Errors ====================================================================
-# Two kinds: what came back (or did not), and what mad itself will not do.
+# MadError: a request failed. BadValue and CommandError: mad refuses to send one.
 
 class MadError(Exception):
     """A request that failed.
 
-    `status` is the HTTP status, 0 when there was no answer. `error` is the machine-readable code (`http_<status>` when
-    the server named none), `message` a sentence, `errors` maps bad members to sentences. `hint` may be empty.
-    `retry_after` is the seconds the server asks to wait, 0 when it does not say.
+    `status` is the HTTP status, or 0 without a response. `error` is the machine-readable code (`http_<status>` when
+    the server names none), `message` a sentence, `errors` maps each bad member to a sentence, `hint` may be empty.
+    `retry_after` is the number of seconds from Retry-After, or 0.
     """
 
     def __init__(self, status: int, error: str, message: str, errors: dict | None = None, hint: str = "",
@@ -105,19 +106,23 @@ class MadError(Exception):
 
 
 class Unreachable(MadError):
-    """No usable answer: `error` is `unreachable`, `timeout`, `untrusted` or `bad_answer`."""
+    """There is no usable response: `error` is `unreachable`, `timeout`, `untrusted` or `bad_answer`."""
 
 
 class NoRoute(MadError):
-    """The server has no such route (404 with `X-Not-Found: route`), which says nothing about what was asked for."""
+    """The server has no such route (404 with `X-Not-Found: route`). The object that was asked for may well exist."""
 
 
 class BadValue(ValueError):
-    """A value no request can carry: a blank id, an unusable URL, a token that is none."""
+    """A value that no request can carry: a blank id, an unusable URL, a token with characters that no token has."""
 
 
 class CommandError(Exception):
-    """What mad refuses by itself: `exit_status`, `error` code, `messages` (one or more), `hint`."""
+    """mad itself refuses a command.
+
+    `exit_status` is that of the process, `error` a machine-readable code, `messages` are one or more sentences, `hint`
+    may be empty.
+    """
 
     def __init__(self, exit_status: int, error: str, *messages: str, hint: str = ""):
         super().__init__(*messages)
@@ -125,11 +130,15 @@ class CommandError(Exception):
 
 
 # == Wire ======================================================================
-# HTTP/1.1 with one request a connection. Never follows a redirect and never asks a proxy: both would carry the
-# token to somebody it was not meant for.
+# HTTP/1.1 with one request per connection. Redirects are not followed and proxies are not used: either would send the
+# bearer token to a third party.
 
 class Url:
-    """A base URL taken apart: `scheme`, `host` (no brackets), `port`, `base` (path without the last slash), `text`."""
+    """A parsed base URL.
+
+    `host` has no brackets, `base` is the path without a trailing slash, `authority` is the value of the Host header,
+    `text` is the normalized URL. Raises BadValue. RFC 3986 §3
+    """
 
     def __init__(self, text: str):
         from urllib.parse import urlsplit
@@ -160,12 +169,12 @@ class Url:
             len(parts) == 4 and parts[0] == "127" and all(part.isdigit() for part in parts))
 
 
-def _bad_response(why: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
-    return Unreachable(0, "bad_answer", why, hint=hint)
+def _bad_response(message: str, hint: str = "is this the address of a microauthd?") -> Unreachable:
+    return Unreachable(0, "bad_answer", message, hint=hint)
 
 
 def _parse_status_line(line: str) -> int:
-    """Return the status of a status line. RFC 9112 §4."""
+    """Return the status code. RFC 9112 §4"""
     version, _, rest = line.partition(" ")
     code = rest[:3]
     if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
@@ -174,7 +183,10 @@ def _parse_status_line(line: str) -> int:
 
 
 def _parse_header_fields(lines: list[str]) -> dict[str, str]:
-    """Return the header fields by lower-case name. Two lengths that differ are malformed. RFC 9112 §6.3."""
+    """Return the header fields by lower-case name. The last value of a repeated field counts.
+
+    Different values of Content-Length are malformed, because they leave the end of the body open. RFC 9112 §6.3
+    """
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -186,20 +198,24 @@ def _parse_header_fields(lines: list[str]) -> dict[str, str]:
 
 
 class ResponseReader:
-    """Reads one HTTP answer from a connection. `left` returns the seconds that remain, or raises TimeoutError."""
+    """Reads one HTTP response from a socket.
+
+    `seconds_left` returns the time until the deadline of the exchange, or raises TimeoutError. Raises Unreachable when
+    the response is malformed, incomplete or too long.
+    """
 
     def __init__(self, connection, seconds_left: Callable[[], float]):
         self.connection, self.seconds_left, self.buffer = connection, seconds_left, bytearray()
 
     def receive(self) -> bool:
-        """Receive once. Return whether anything came before the end."""
+        """Call recv() once. Return False at the end of the stream."""
         self.connection.settimeout(self.seconds_left())
-        part = self.connection.recv(65536)
-        self.buffer.extend(part)
-        return bool(part)
+        octets = self.connection.recv(65536)
+        self.buffer.extend(octets)
+        return bool(octets)
 
     def fill(self, size: int) -> None:
-        """Receive until the buffer has `size` bytes."""
+        """Receive until the buffer holds `size` bytes."""
         if size > MAX_BODY_BYTES:
             raise _bad_response(f"the answer is longer than {MAX_BODY_BYTES >> 20} MiB")
         while len(self.buffer) < size:
@@ -207,7 +223,7 @@ class ResponseReader:
                 raise _bad_response("the answer breaks off")
 
     def read_head(self) -> list[str]:
-        """Take the lines before a blank line out of the buffer."""
+        """Remove the lines up to the first blank one from the buffer and return them."""
         while (end := self.buffer.find(b"\r\n\r\n")) < 0:
             if len(self.buffer) > MAX_HEADER_BYTES:
                 raise _bad_response("the head of the answer is too long")
@@ -219,15 +235,16 @@ class ResponseReader:
         return head
 
     def read(self) -> tuple[int, dict, bytes]:
-        """Return status, headers and body."""
+        """Return status, header fields and body."""
         status = 0
-        while status < 200:  # The ones below are interim: RFC 9110 §15.2.
+        while status < 200:  # A 1xx response is interim; the final one follows. RFC 9110 §15.2
             head = self.read_head()
             status = _parse_status_line(head[0])
         headers = _parse_header_fields(head[1:])
         return status, headers, b"" if status in (204, 304) else self.read_body(headers)
 
     def read_body(self, headers: dict) -> bytes:
+        """Return the body: chunked, of Content-Length, or up to the end of the stream. RFC 9112 §6.3"""
         if "transfer-encoding" in headers:
             if headers["transfer-encoding"].lower() != "chunked":
                 raise _bad_response("the answer has an unknown transfer encoding")
@@ -239,11 +256,11 @@ class ResponseReader:
             return bytes(self.buffer[:int(length)])
         while self.receive():
             if len(self.buffer) > MAX_BODY_BYTES:
-                self.fill(len(self.buffer))
+                self.fill(len(self.buffer))  # It refuses this size.
         return bytes(self.buffer)
 
     def read_chunks(self) -> bytes:
-        """Return the body of a chunked answer. RFC 9112 §7.1."""
+        """Return the body of a chunked response. Trailer fields are not read. RFC 9112 §7.1"""
         body = bytearray()
         while True:
             while (end := self.buffer.find(b"\r\n")) < 0:
@@ -256,6 +273,7 @@ class ResponseReader:
             del self.buffer[:end + 2]
             if size == 0:
                 return bytes(body)
+            # fill() refuses the first number; only the second one is ever waited for.
             self.fill(len(body) + size if len(body) + size > MAX_BODY_BYTES else size + 2)
             body += self.buffer[:size]
             if self.buffer[size:size + 2] != b"\r\n":
@@ -281,10 +299,10 @@ def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float):
 
 def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
              timeout: float, ca_file: str | None) -> tuple[int, dict, bytes]:
-    """Send one request. Return status, headers (lower-case names) and body.
+    """Send one request and return the status, the header fields by lower-case name, and the body of the response.
 
-    Raises Unreachable. Past `timeout` seconds in all, past MAX_HEAD or MAX_BODY bytes it gives up.
-    RFC 9112 §6.3 decides where the body ends.
+    `target` is the request target, already escaped. Raises Unreachable, also when the exchange takes more than
+    `timeout` seconds or the response is longer than MAX_HEADER_BYTES and MAX_BODY_BYTES allow.
     """
     import socket
     from time import monotonic
@@ -306,7 +324,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
     url_text = url.text
     connection = None
     try:
-        # Bytes, because a str is always run through the IDNA codec, whose tables cost 3 ms to load.
+        # Bytes: Python passes a str through the IDNA codec, and loading its tables costs 3 ms.
         address = url.host.encode("ascii"), url.port
         connection = socket.create_connection(address, seconds_left())  # type: ignore[arg-type]
         if url.scheme == "https":
@@ -315,7 +333,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
         try:
             connection.sendall(request)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # A server may refuse a request before it has read all of it; its answer is what counts.
+            pass  # A server may respond and close before it has read the whole request; read that response.
         return ResponseReader(connection, seconds_left).read()
     except TimeoutError:
         raise Unreachable(0, "timeout", f"no answer from {url_text} within {timeout:g} seconds") from None
@@ -333,28 +351,31 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
 
 
 def read_json(body: bytes):
-    """Return the value of a JSON text. Raises ValueError, also for NaN and for nesting without end."""
+    """Return the value of a JSON text. Raises ValueError, also for NaN, Infinity and too deep nesting. RFC 8259"""
     import json
 
-    def refuse(name):
+    def refuse_constant(name):
         raise ValueError(name)
     try:
-        return json.loads(body, parse_constant=refuse)
+        return json.loads(body, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 # == Tokens ====================================================================
-# Reading only. Whether a token is good is for the server to say.
+# Decoding only: the server verifies tokens.
 
 def is_token(text: str) -> bool:
-    """Whether `text` can stand in an Authorization header. RFC 6750 §2.1 (b64token)."""
+    """Whether an Authorization header can carry `text` as a bearer token (b64token). RFC 6750 §2.1"""
     return bool(text) and len(text) <= MAX_SECRET_BYTES and text.isascii() and all(
         ch.isalnum() or ch in "-._~+/=" for ch in text)
 
 
 def decode_jwt(token: str) -> tuple[dict, dict, str]:
-    """Return header, claims and encoded signature of a compact JWS, unverified. Raises ValueError. RFC 7515 §3.1."""
+    """Return the header, the claims and the encoded signature of a compact JWS. Nothing is verified.
+
+    Raises ValueError with a sentence. RFC 7515 §3.1
+    """
     import binascii
     parts = token.split(".")
     if len(parts) != 3:
@@ -379,7 +400,7 @@ def decode_jwt(token: str) -> tuple[dict, dict, str]:
 
 
 def format_utc(seconds: float, mark: str = "Z") -> str:
-    """Return Unix seconds as `YYYY-MM-DD HH:MM:SS` and `mark`, or as digits when no calendar holds them."""
+    """Return Unix seconds as `YYYY-MM-DD HH:MM:SS` followed by `mark`, or as digits when out of range."""
     import time
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + mark
@@ -388,10 +409,14 @@ def format_utc(seconds: float, mark: str = "Z") -> str:
 
 
 # == ApiClient =================================================================
-# What MadClient and AuthClient share. Knows nothing of terminals, files or environment.
+# The base class of AuthClient and MadClient. It uses no terminal, file or environment variable.
 
 def _path(*parts: str) -> str:
-    """Return a path of these segments. An empty one would turn 'one user' into 'all users', so it is an error."""
+    """Return a path of these segments, escaped.
+
+    Raises BadValue for an empty segment, which would turn the path of one user into that of all users, and for a dot
+    segment.
+    """
     from urllib.parse import quote
     for part in parts:
         if not isinstance(part, str) or not part.strip() or part in (".", ".."):
@@ -400,18 +425,18 @@ def _path(*parts: str) -> str:
 
 
 def _without_none(**members) -> dict:
-    """Return the members that were given: what is absent from a PUT stays as it is."""
+    """Return the members that are not None: a PUT leaves the absent ones unchanged."""
     return {name: value for name, value in members.items() if value is not None}
 
 
 def is_uuid(text: str) -> bool:
-    """Whether `text` is an id as the server makes them, hence no name."""
+    """Whether `text` is an id as the server generates them, and not a name."""
     parts = text.split("-")
     return [len(part) for part in parts] == [8, 4, 4, 4, 12] and not "".join(parts).strip("0123456789abcdefABCDEF")
 
 
 def next_query(link: str) -> str | None:
-    """Return the query of the `rel="next"` of a Link header, None when there is no next page. RFC 8288 §3."""
+    """Return the query string of the `rel="next"` target of a Link header, or None on the last page. RFC 8288 §3"""
     for part in link.split(","):
         target, _, parameters = part.strip().partition(">")
         names = [name.strip().lower().replace('"', "") for name in parameters.split(";")]
@@ -427,9 +452,10 @@ SEARCH_PARAMS = (*SORT_PARAMS, "q")
 
 
 def paged_list(*query_params: str) -> Callable[[Callable[P, Iterator[list[dict]]]], Callable[P, list[dict]]]:
-    """Make of a method that yields pages one that returns all rows in one list.
+    """Turn a method that yields pages into one that returns the rows of all pages in one list.
 
-    `pages` stays the former; `takes` are the members of Search that the server heeds there.
+    The attribute `pages` of the result is the original method, `query_params` names the members of SearchParams that
+    this list supports.
     """
     def decorate(method):
         def all_rows(self, *args, **parameters):
@@ -437,14 +463,17 @@ def paged_list(*query_params: str) -> Callable[[Callable[P, Iterator[list[dict]]
         all_rows.__name__, all_rows.__qualname__ = method.__name__, method.__qualname__
         all_rows.__doc__ = method.__doc__
         all_rows.__wrapped__ = all_rows.pages = method  # type: ignore[attr-defined]
-        method.__annotations__["return"] = "list[dict]"  # What help() shows of a wrapped one.
+        method.__annotations__["return"] = "list[dict]"  # help() shows the signature of the wrapped method.
         all_rows.query_params = query_params  # type: ignore[attr-defined]
         return all_rows
     return decorate
 
 
 def _error_of_response(status: int, headers: dict, body, with_token: bool) -> MadError:
-    """Return the error an answer of 4xx or 5xx stands for: Err of ADMIN, or RFC 6749 §5.2."""
+    """Return the MadError for a response with a status of 400 or more.
+
+    `body` is its JSON: an Err of ADMIN, or an error response of RFC 6749 §5.2.
+    """
     if not isinstance(body, dict):
         if status in (502, 504):
             return Unreachable(status, "unreachable",
@@ -469,6 +498,7 @@ def _error_of_response(status: int, headers: dict, body, with_token: bool) -> Ma
 
 
 def _check_token_response(answer: dict) -> dict:
+    """Return `answer` if it has a usable access_token."""
     token = answer.get("access_token")
     if not isinstance(token, str) or not is_token(token):
         raise _bad_response("the answer has no access token")
@@ -476,7 +506,7 @@ def _check_token_response(answer: dict) -> dict:
 
 
 def _encode_request(path: str, json, form: dict | None, query: dict | str | None) -> tuple[str, dict, bytes | None]:
-    """Return the request target, the Content-Type header if there is a body, and the body."""
+    """Return the request target, the header fields that describe the body, and the body (None without one)."""
     headers, body = {}, None
     if query or form is not None:
         from urllib.parse import urlencode
@@ -493,13 +523,13 @@ def _encode_request(path: str, json, form: dict | None, query: dict | str | None
 
 
 def _decode_response(status: int, headers: dict, octets: bytes, expected: type | tuple[type, ...], with_token: bool):
-    """Return the value of an answer that is a success and a `want`. Raises MadError."""
+    """Return the JSON value of a successful response if its type is `expected`. Raises MadError otherwise."""
     if expected is bytes and status < 300:
         return octets
     try:
         value = read_json(octets) if octets else None
     except ValueError:
-        value = octets  # No JSON value is bytes, so this is no `want`.
+        value = octets  # No JSON value is bytes, so the type check below refuses it.
     if status >= 400:
         raise _error_of_response(status, headers, value, with_token)
     if expected is dict and status == 204:
@@ -515,7 +545,7 @@ def _decode_response(status: int, headers: dict, octets: bytes, expected: type |
 
 
 class Response:
-    """What came back: `status`, `headers` (lower-case names), `value` (of the JSON)."""
+    """A successful response: `status`, `headers` by lower-case name, `value` of its JSON."""
     __slots__ = ("headers", "status", "value")
 
     def __init__(self, status: int, headers: dict, value):
@@ -523,7 +553,7 @@ class Response:
 
 
 class ApiClient:
-    """A server at `url`, and the bearer `token` to show it. MadClient and AuthClient are the two there are."""
+    """Sends requests to the server at `url`, authenticated by the bearer `token` if there is one."""
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, timeout: float | None):
         self.url, self.token = url, token
@@ -532,10 +562,11 @@ class ApiClient:
     def send(self, method: str, path: str, *, json=None, form: dict | None = None, query: dict | str | None = None,
              expected: type | tuple[type, ...] = dict, anonymous: bool = False,
              headers: dict | None = None) -> Response:
-        """Send a request and return its Answer, whose JSON must be a `want` (bytes: whatever it is, unread).
+        """Send a request and return the Response.
 
-        `path` is already escaped. The bearer goes along unless `anonymous`. For what no method does, such as
-        a change that must not undo somebody else's:
+        Its JSON must have the type `expected`; with `bytes` the body is returned unparsed. `path` is already escaped.
+        The bearer token is sent unless `anonymous`. Use it where no method fits, for example for an update that must
+        not overwrite a concurrent one:
 
             etag = admin.send("GET", "/users/" + id).headers["etag"]
             admin.send("PUT", "/users/" + id, json={"email": email}, headers={"If-Match": etag})  # or 412
@@ -561,12 +592,12 @@ class ApiClient:
         return Response(status, received, _decode_response(status, received, octets, expected, with_token))
 
     def request(self, method: str, path: str, **arguments):
-        """Send a request as `send` does, and return the value of its JSON answer alone."""
+        """Send a request as `send` does and return only the value of its JSON."""
         return self.send(method, path, **arguments).value
 
     def pages(self, path: str, query: dict | None = None, *, limit: int | None = None, offset: int | None = None,
               q: str | None = None, sort: str | None = None) -> Iterator[list[dict]]:
-        """Yield a list of objects page by page, at most `limit` rows in all; a negative one, or none, means all."""
+        """Yield a list of objects page by page, at most `limit` rows; without a limit, or with a negative one, all."""
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
         rows_left = limit if limit is not None and limit > 0 else None
@@ -577,7 +608,7 @@ class ApiClient:
         while True:
             answer = self.send("GET", path, query=page_query, expected=list)
             rows = answer.value if rows_left is None else answer.value[:rows_left]
-            # Only the query is taken: an address would send the token to wherever it says.
+            # Use only the query of the link: following its authority would send the token to another server.
             page_query = next_query(answer.headers.get("link", ""))
             yield rows
             if rows_left is not None:
@@ -589,7 +620,7 @@ class ApiClient:
             seen_queries.add(page_query)
 
     def each(self, method, *args, **parameters) -> Iterator[dict]:
-        """Yield the rows of a list one by one, so that only a page of them is in memory.
+        """Yield the rows of a list one by one, with only one page of them in memory.
 
             for user in admin.each(admin.list_users, q="ann"): ...
         """
@@ -598,20 +629,21 @@ class ApiClient:
 
 
 # == AuthClient ================================================================
-# The requests of AUTH.
+# A method for each request to AUTH.
 
 class AuthClient(ApiClient):
-    """The AUTH API of a microauthd, as a client of it; the ADMIN API is MadClient.
+    """The AUTH API of a microauthd, as its clients use it. MadClient is the ADMIN API.
 
         auth = AuthClient("http://localhost:9040", "app", secret)
         answer = auth.password_login("bob", password, scope="openid email")
         auth.token = answer["access_token"]     # the bearer of userinfo, me, sessions, logout …
         auth.userinfo()["email"]
 
-    `client_id` and `client_secret` authenticate the client where AUTH requires it: with HTTP Basic, or as a public
-    client without a secret. `token` is the bearer token of the other requests; only the caller sets it. Objects are
-    those of MadClient, and Token: `access_token token_type expires_in scope jti`, with `refresh_token` and `id_token`
-    when they exist. Methods raise as MadClient's do; `error` is a code of RFC 6749 §5.2 at the OAuth endpoints.
+    `client_id` and `client_secret` authenticate the client where AUTH requires it: by HTTP Basic, or as a public
+    client when there is no secret. `token` is the bearer token of the other requests; only the caller sets it. Objects
+    are those of MadClient, and Token: `access_token token_type expires_in scope jti`, with `refresh_token` and
+    `id_token` if the server issued them. The errors are those of MadClient; at the OAuth endpoints `error` is a code
+    of RFC 6749 §5.2.
     """
 
     def __init__(self, auth_url: str = AUTH_URL, client_id: str | None = None, client_secret: str | None = None, *,
@@ -624,7 +656,10 @@ class AuthClient(ApiClient):
         return self.url
 
     def _as_client(self, path: str, **form) -> dict:
-        """POST a form as the client: Basic with a secret, `client_id` in the form without one. RFC 6749 §2.3.1."""
+        """POST a form with the client's authentication: HTTP Basic, or `client_id` alone for a public client.
+
+        RFC 6749 §2.3.1
+        """
         form, headers = _without_none(**form), {}
         if not self.client_id:
             raise BadValue("a client_id is needed here")
@@ -633,12 +668,12 @@ class AuthClient(ApiClient):
         else:
             from binascii import b2a_base64
             from urllib.parse import quote_plus
-            # Both halves are form-encoded before they are joined, or a colon or an umlaut would change their meaning.
+            # RFC 6749 §2.3.1 form-encodes both before they are joined; otherwise a colon would split them elsewhere.
             pair = quote_plus(self.client_id) + ":" + quote_plus(self.client_secret)
             headers["Authorization"] = "Basic " + b2a_base64(pair.encode("ascii"), newline=False).decode("ascii")
         return self.request("POST", path, form=form, headers=headers, anonymous=True)
 
-    # -- what anybody may ask --
+    # -- metadata --
 
     def discovery(self) -> dict:
         """GET /.well-known/openid-configuration. Return the metadata of OpenID Connect Discovery §3."""
@@ -680,7 +715,7 @@ class AuthClient(ApiClient):
         """POST /revoke. Return Msg, also for an unknown token. A refresh token's family ends too. RFC 7009 §2."""
         return self._as_client("/revoke", token=token)
 
-    # -- whom the token speaks for --
+    # -- the user of the token --
 
     def userinfo(self) -> dict:
         """GET /userinfo. Return the claims the scopes of the token open. OpenID Connect Core §5.3."""
@@ -733,18 +768,18 @@ class AuthClient(ApiClient):
 
 
 # == MadClient =================================================================
-# The requests of ADMIN.
+# A method for each request to ADMIN.
 
 class MadClient(ApiClient):
-    """The ADMIN API of a microauthd. Its AUTH API is AuthClient, which `auth` makes.
+    """The ADMIN API of a microauthd. The method `auth` returns an AuthClient for its AUTH API.
 
         admin = MadClient("http://localhost:9041")
         admin.token = admin.login("alice", password)["access_token"]
         admin.create_user("bob", "bob@example.org", "correct horse")
         token = admin.auth("sensor", secret).client_credentials()["access_token"]
 
-    Every method is one request on a connection of its own (a list of more than 1,000 rows: one for each 1,000); an
-    instance may be shared by threads. Objects are dicts with the members of the wire:
+    Every method sends one request on a connection of its own; a list takes one request per 1,000 rows. Threads may
+    share an instance. Objects are dicts with the members of the wire:
 
       User          id username email created_at lockout_until is_active email_verified totp_enabled
       Role          id name description is_protected is_active
@@ -758,12 +793,15 @@ class MadClient(ApiClient):
       AuditLog      id actor_id action secondary target timestamp ip_address user_agent
       Msg           success message
 
-    Where an id is asked, the server takes a name too, except for what has none; `find_id` turns one into the other.
-    Timestamps are ISO 8601 in UTC. Every `list_` takes `limit` (rows in all), long ones `offset`, those of the five
-    nouns `q` (search text) and `sort` (a member, `-` before it for descending); it returns a list, and follows the
-    pages of the server by itself. `each` yields the same rows without keeping them.
-    Raises MadError when the server refuses, its subclass Unreachable when there is no usable answer, NoRoute when the
-    server lacks the route, BadValue for a blank id or an unusable URL. Redirects are not followed, proxies not asked.
+    Where a method takes an id, the server also accepts the name of an object that has one; `find_id` looks up an id by
+    name. Timestamps are ISO 8601 in UTC. Every `list_` method takes `limit` (the number of rows), those of long lists
+    also `offset`, those of users, roles, permissions, scopes and clients also `q` (text to find) and `sort` (a member,
+    with `-` before it for descending order). It fetches all pages and returns one list; `each` yields the same rows
+    without keeping them in memory.
+
+    Raises MadError when the server refuses a request, its subclass Unreachable when there is no usable response, its
+    subclass NoRoute when the server lacks the route, and BadValue for a blank id or an unusable URL. Redirects are not
+    followed, and proxies are not used.
     """
 
     def __init__(self, admin_url: str = ADMIN_URL, token: str | None = None, *, auth_url: str = AUTH_URL,
@@ -777,7 +815,7 @@ class MadClient(ApiClient):
 
     def auth(self, client_id: str | None = None, client_secret: str | None = None,
              token: str | None = None) -> AuthClient:
-        """Return an AuthClient for the AUTH server of this microauthd. Asks nobody."""
+        """Return an AuthClient for the AUTH server of this microauthd. Sends nothing."""
         return AuthClient(self.auth_url, client_id, client_secret, token=token, ca_file=self.ca_file,
                           timeout=self.timeout)
 
@@ -807,7 +845,7 @@ class MadClient(ApiClient):
         return object_id
 
     def _search_id(self, collection: str, name: str) -> str:
-        """Search the list for a name with a slash, which the server refuses in a path even when it is encoded."""
+        """Search the list for a name with a slash, which the server refuses in a path even when it is escaped."""
         member = {"users": "username", "clients": "client_id"}.get(collection, "name")
         normalize = str.casefold if collection == "users" else str
         for rows in self.pages("/" + collection, {"is_active": "all"} if collection == "users" else None, q=name):
