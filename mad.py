@@ -832,9 +832,9 @@ class MadClient(ApiClient):
         return self.request("POST", "/logout")
 
     def find_id(self, collection: str, name: str) -> str:
-        """GET /{kind}/id-by-name/{name}. Return the id; an unknown name is 404.
+        """GET /{collection}/id-by-name/{name}. Return the id; an unknown name is 404.
 
-        `kind` is one of users, roles, permissions, scopes and clients.
+        `collection` is users, roles, permissions, scopes or clients.
         """
         if "/" in name or "\\" in name:
             return self._search_id(collection, name.strip())
@@ -871,7 +871,7 @@ class MadClient(ApiClient):
 
     def update_user(self, id: str, username: str | None = None, email: str | None = None,
                     is_active: bool | None = None) -> dict:
-        """PUT /users/{id}. Return User. What is None stays as it is."""
+        """PUT /users/{id}. Return User. A member that is None stays unchanged."""
         return self.request("PUT", _path("users", id),
                             json=_without_none(username=username, email=email, is_active=is_active))
 
@@ -892,11 +892,11 @@ class MadClient(ApiClient):
         return self.request("POST", _path("users", id, "activate"))
 
     def delete_user(self, id: str) -> dict:
-        """DELETE /users/{id}. Return Msg. There is no way back."""
+        """DELETE /users/{id}. Return Msg. This cannot be undone."""
         return self.request("DELETE", _path("users", id))
 
     def set_lockout(self, id: str, lockout_until: str) -> dict:
-        """POST /users/{id}/set-lockout. Return Msg. `lockout_until`: ISO 8601 in UTC; the year 9999 means for good."""
+        """POST /users/{id}/set-lockout. Return Msg. `lockout_until` is ISO 8601 in UTC; 9999 is for ever."""
         return self.request("POST", _path("users", id, "set-lockout"), json={"lockout_until": lockout_until})
 
     def clear_lockout(self, id: str) -> dict:
@@ -904,9 +904,9 @@ class MadClient(ApiClient):
         return self.request("POST", _path("users", id, "clear-lockout"))
 
     def verify_password(self, user: str, password: str, totp: str | None = None) -> dict:
-        """POST /users/verify-password. Return {valid, user_id, email, totp_required}; a wrong one is 403.
+        """POST /users/verify-password. Return {valid, user_id, email, totp_required}; a wrong password is 403.
 
-        `user` is an id or a name. Nobody is logged in by it; a wrong password counts towards the lockout.
+        `user` is an id or a name. No session is created, and a wrong password counts towards the lockout.
         """
         identifier = {"user_id" if is_uuid(user) else "username": user}
         return self.request("POST", "/users/verify-password",
@@ -917,14 +917,14 @@ class MadClient(ApiClient):
         return self.request("POST", _path("users", id, "revoke"))
 
     def generate_totp(self, id: str, client_id: str | None = None, qr_output_path: str = ".") -> dict:
-        """POST /users/{id}/totp/generate. Return TotpQr: `success`, `filename`. The file is written by the server."""
+        """POST /users/{id}/totp/generate. Return TotpQr: `success`, `filename`. The server writes the file."""
         return self.request("POST", _path("users", id, "totp", "generate"),
                             json=_without_none(user_id=id, client_id=client_id, qr_output_path=qr_output_path))
 
     def enroll_totp(self, id: str, client_id: str | None = None) -> dict:
-        """POST /users/{id}/totp/enroll. Return {success, otpauth_uri, secret, svg}: never told again.
+        """POST /users/{id}/totp/enroll. Return {success, otpauth_uri, secret, svg}, which cannot be read again.
 
-        The second factor counts from the first code on that `verify_totp` is given.
+        Logins need a code as soon as `verify_totp` has accepted the first one.
         """
         return self.request("POST", _path("users", id, "totp", "enroll"), json=_without_none(client_id=client_id))
 
@@ -945,7 +945,7 @@ class MadClient(ApiClient):
         return self.request("POST", "/roles", json={"name": name, "description": description})
 
     def update_role(self, id: str, name: str | None = None, description: str | None = None) -> dict:
-        """PUT /roles/{id}. Return Role. What is None stays as it is."""
+        """PUT /roles/{id}. Return Role. A member that is None stays unchanged."""
         return self.request("PUT", _path("roles", id), json=_without_none(name=name, description=description))
 
     @paged_list(*SEARCH_PARAMS)
@@ -970,7 +970,7 @@ class MadClient(ApiClient):
         return self.request("POST", "/roles/unassign", json={"user_id": user_id, "role_id": role_id})
 
     def set_roles_of_user(self, user_id: str, role_ids: list[str]) -> dict:
-        """PUT /users/{user_id}/roles. Return Msg. These and no others are the roles of the user from now on."""
+        """PUT /users/{user_id}/roles. Return Msg. Replaces all roles of the user."""
         return self.request("PUT", _path("users", user_id, "roles"), json=[{"id": role_id} for role_id in role_ids])
 
     @paged_list(*PAGE_PARAMS)
@@ -1026,7 +1026,7 @@ class MadClient(ApiClient):
 
     @paged_list(*LIMIT_PARAMS)
     def list_permissions_of_user(self, user_id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
-        """GET /permissions/user/{user_id}. Return [Permission]: those of all roles of the user."""
+        """GET /permissions/user/{user_id}. Return [Permission], those of all roles of the user."""
         return self.pages(_path("permissions", "user", user_id), **search)
 
     def check_access(self, user_id: str, permission_id: str) -> dict:
@@ -1043,7 +1043,7 @@ class MadClient(ApiClient):
         return self.request("POST", "/scopes", json={"name": name, "desc": description})
 
     def update_scope(self, id: str, name: str | None = None, description: str | None = None) -> dict:
-        """PUT /scopes/{id}. Return Scope. What is None stays as it is."""
+        """PUT /scopes/{id}. Return Scope. A member that is None stays unchanged."""
         return self.request("PUT", _path("scopes", id), json=_without_none(name=name, desc=description))
 
     @paged_list(*SEARCH_PARAMS)
@@ -1100,9 +1100,10 @@ class MadClient(ApiClient):
     def create_client(self, client_id: str, client_secret: str | None = None, *, public: bool = False,
                       display_name: str = "", audience: str = "microauthd", grant_types: list[str] | None = None,
                       scopes: list[str] | None = None, may_introspect: bool | None = None) -> dict:
-        """POST /clients. Return the new Client, with `client_secret` when the server made one.
+        """POST /clients. Return the new Client, with `client_secret` if the server generated one.
 
-        It makes one for a confidential client without `client_secret`, and never tells it again. `scopes` are names.
+        The server generates a secret for a confidential client without `client_secret`; it cannot be read again.
+        `scopes` are names.
         """
         return self.request("POST", "/clients", json=_without_none(
             client_id=client_id, client_secret=client_secret, display_name=display_name, audience=audience,
@@ -1114,7 +1115,10 @@ class MadClient(ApiClient):
                       grant_types: list[str] | None = None, may_introspect: bool | None = None,
                       is_first_party: bool | None = None, access_token_signed_alg: str | None = None,
                       id_token_signed_response_alg: str | None = None) -> dict:
-        """PUT /clients/{id}. Return Client. What is None stays as it is. An algorithm of "" is the server's choice."""
+        """PUT /clients/{id}. Return Client. A member that is None stays unchanged.
+
+        The algorithm "" stands for the server's default.
+        """
         return self.request("PUT", _path("clients", id), json=_without_none(
             client_id=client_id, display_name=display_name, audience=audience, is_active=is_active,
             grant_types=grant_types, may_introspect=may_introspect, is_first_party=is_first_party,
@@ -1134,13 +1138,13 @@ class MadClient(ApiClient):
         return self.request("DELETE", _path("clients", id))
 
     def revoke_client(self, id: str) -> dict:
-        """POST /clients/{id}/revoke. Return Msg. Ends everything issued to the client."""
+        """POST /clients/{id}/revoke. Return Msg. Revokes every token and ends every session of the client."""
         return self.request("POST", _path("clients", id, "revoke"))
 
     def change_client_secret(self, id: str, new_secret: str | None = None, overlap_seconds: int | None = None) -> dict:
-        """POST /clients/secret. Return Msg whose `message` is the new secret; the server makes one when none is given.
+        """POST /clients/secret. Return Msg whose `message` is the new secret, generated by the server if not given.
 
-        The old secret works for `overlap_seconds` more.
+        The old secret remains valid for `overlap_seconds`.
         """
         answer = self.request("POST", "/clients/secret", json=_without_none(
             client_id=id, new_secret=new_secret, overlap_seconds=overlap_seconds))
@@ -1154,7 +1158,7 @@ class MadClient(ApiClient):
         return self.pages(_path("clients", id, "secrets"), **search)
 
     def delete_client_secret(self, id: str, secret_id: str) -> dict:
-        """DELETE /clients/{id}/secrets/{secret_id}. Return Msg. It stops working at once."""
+        """DELETE /clients/{id}/secrets/{secret_id}. Return Msg. The secret is invalid at once."""
         return self.request("DELETE", _path("clients", id, "secrets", secret_id))
 
     def add_redirect_uri(self, id: str, uri: str) -> dict:
@@ -1167,7 +1171,7 @@ class MadClient(ApiClient):
         return self.pages(_path("clients", client_id, "redirect-uris"), **search)
 
     def delete_redirect_uri(self, id: str, client_id: str | None = None) -> dict:
-        """DELETE /clients/redirect-uris. Return Msg. `id` is that of the record, not the URI."""
+        """DELETE /clients/redirect-uris. Return Msg. `id` is the id of the record, not the URI."""
         if client_id is None:
             return self.request("DELETE", "/clients/redirect-uris", json=id)
         return self.request("DELETE", _path("clients", client_id, "redirect-uris", id))
@@ -1182,7 +1186,7 @@ class MadClient(ApiClient):
         return self.pages(_path("clients", client_id, "post-logout-redirect-uris"), **search)
 
     def delete_post_logout_uri(self, client_id: str, id: str) -> dict:
-        """DELETE /clients/{client_id}/post-logout-redirect-uris/{id}. Return Msg. `id` is that of the record."""
+        """DELETE /clients/{client_id}/post-logout-redirect-uris/{id}. Return Msg. `id` is the id of the record."""
         return self.request("DELETE", _path("clients", client_id, "post-logout-redirect-uris", id))
 
     def add_cors_origin(self, id: str, uri: str) -> dict:
@@ -1195,7 +1199,7 @@ class MadClient(ApiClient):
         return self.pages(_path("clients", client_id, "cors-origins"), **search)
 
     def delete_cors_origin(self, client_id: str, id: str) -> dict:
-        """DELETE /clients/{client_id}/cors-origins/{id}. Return Msg. `id` is that of the record."""
+        """DELETE /clients/{client_id}/cors-origins/{id}. Return Msg. `id` is the id of the record."""
         return self.request("DELETE", _path("clients", client_id, "cors-origins", id))
 
     def list_flags(self, client_id: str) -> dict:
@@ -1211,7 +1215,7 @@ class MadClient(ApiClient):
                             form={"client_id": client_id, "enabled": "true" if enabled else "false"})
 
     def get_flag(self, client_id: str, flag: str) -> bool:
-        """GET /client/options/{flag}. Return whether it is on: the Msg's `message` is "True" or "False"."""
+        """GET /client/options/{flag}. Return whether it is on; the `message` of the Msg is "True" or "False"."""
         answer = self.request("GET", _path("client", "options", flag), query={"client_id": client_id})
         return str(answer.get("message")).lower() == "true"
 
@@ -1257,7 +1261,7 @@ class MadClient(ApiClient):
     @paged_list(*SORT_PARAMS)
     def list_sessions(self, user_id: str | None = None, client_id: str | None = None,
                       **search: Unpack[SortParams]) -> Iterator[list[dict]]:
-        """GET /sessions. Return [Session], newest first, of this user and this client only when they are given."""
+        """GET /sessions. Return [Session], newest first, filtered by user and by client if they are given."""
         return self.pages("/sessions", _without_none(user_id=user_id, client_id=client_id), **search)
 
     def get_session(self, id: str) -> dict:
@@ -1274,7 +1278,7 @@ class MadClient(ApiClient):
         return self.request("DELETE", _path("sessions", id))
 
     def revoke_token(self, token: str) -> dict:
-        """POST /revoke. Return Msg. `token` is one of AUTH, or an admin token."""
+        """POST /revoke. Return Msg. `token` is a token of AUTH, or an admin token."""
         return self.request("POST", "/revoke", json={"token": token})
 
     def introspect(self, token: str) -> dict:
@@ -1301,7 +1305,7 @@ class MadClient(ApiClient):
         return self.request("GET", _path("refresh-tokens", id))
 
     def revoke_refresh_token(self, id: str) -> dict:
-        """DELETE /refresh-tokens/{id}. Return Msg. The login it belongs to ends."""
+        """DELETE /refresh-tokens/{id}. Return Msg. Ends the login that it belongs to."""
         return self.request("DELETE", _path("refresh-tokens", id))
 
     def purge_refresh_tokens(self, older_than: int, expired: bool = False, revoked: bool = False) -> dict:
@@ -1315,26 +1319,27 @@ class MadClient(ApiClient):
     def list_audit_logs(self, user_id: str | None = None, action: str | None = None, limit: int | None = 100, *,
                         target: str | None = None, since: str | None = None, until: str | None = None,
                         after: str | None = None, offset: int | None = None) -> Iterator[list[dict]]:
-        """GET /audit-logs. Return [AuditLog], newest first; with `after` only those with a greater id, oldest first.
+        """GET /audit-logs. Return [AuditLog], newest first; with `after` those of greater ids, oldest first.
 
-        `user_id` is the actor, `action` and `target` are exact, `since` and `until` ISO 8601 or Unix seconds.
+        `user_id` is the actor. `action` and `target` must match exactly. `since` and `until` are ISO 8601 or Unix
+        seconds.
         """
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
         rows_left = limit if limit is not None and limit > 0 else None
-        seen: set = set()
+        seen_ids: set = set()
         while True:
             size = PAGE_SIZE if rows_left is None else min(rows_left, PAGE_SIZE)
             rows = self.request("GET", "/audit-logs", expected=list, query=_without_none(
                 userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size,
                 offset=offset))
-            # What is written meanwhile moves the entries on to the next page: some come twice.
-            fresh = [row for row in rows[:size] if row.get("id") not in seen]
-            yield fresh
-            rows_left = None if rows_left is None else rows_left - len(fresh)
-            if len(rows) < size or not fresh or rows_left == 0:
+            # Entries written between two requests shift the offsets, so a page may repeat entries of the one before.
+            new_rows = [row for row in rows[:size] if row.get("id") not in seen_ids]
+            yield new_rows
+            rows_left = None if rows_left is None else rows_left - len(new_rows)
+            if len(rows) < size or not new_rows or rows_left == 0:
                 return
-            seen = {row.get("id") for row in rows}
+            seen_ids = {row.get("id") for row in rows}
             if after is None:
                 offset = (offset or 0) + size
             else:
@@ -1356,7 +1361,7 @@ class MadClient(ApiClient):
 
     @paged_list(*LIMIT_PARAMS)
     def export_audit_logs(self, after: str | None = None, limit: int | None = None) -> Iterator[list[dict]]:
-        """GET /audit-logs/export. Return [AuditLog], oldest first, of ids greater than `after`: all of them."""
+        """GET /audit-logs/export. Return [AuditLog], all entries with ids greater than `after`, oldest first."""
         rows_left = limit
         while rows_left is None or rows_left > 0:
             answer = self.send("GET", "/audit-logs/export", expected=bytes, query=_without_none(
@@ -1364,15 +1369,15 @@ class MadClient(ApiClient):
             try:
                 rows = [read_json(text) for text in answer.value.split(b"\n") if text.strip()]
             except ValueError:
-                rows = [None]
+                rows = [None]  # The type check below refuses it.
             if not all(isinstance(row, dict) for row in rows):
                 raise _bad_response("the answer is not the NDJSON it should be")
             yield rows if rows_left is None else rows[:rows_left]
             rows_left = None if rows_left is None else rows_left - len(rows)
-            before, after = after, answer.headers.get("x-next-after")
+            previous, after = after, answer.headers.get("x-next-after")
             if not after:
                 return
-            if after == before or not rows:
+            if after == previous or not rows:
                 raise _bad_response("the pages of the export go round in a circle", hint="")
 
     def purge_audit_logs(self, days: int) -> dict:
@@ -1389,7 +1394,7 @@ class MadClient(ApiClient):
         return self.request("POST", "/backup", json={"without_keys": without_keys})
 
     def read_backup(self, name: str) -> Iterator[bytes]:
-        """GET /backup/{name}. Return its octets, a piece at a time."""
+        """GET /backup/{name}. Return the octets of the file, in pieces."""
         offset = 0
         while True:
             piece = self.send("GET", _path("backup", name), query={"offset": offset}, expected=bytes)
@@ -1407,14 +1412,15 @@ class MadClient(ApiClient):
 
 
 # == Profile ===================================================================
-# ~/.mad_token (the raw JWT), ~/.mad_url (the server that issued it), and the cache of machine tokens. Their owner's
-# alone: whoever can plant a file or a link here could steal a token or lend a false one.
+# ~/.mad_token (the raw JWT), ~/.mad_url (the server that issued it), and the token cache. Only their owner may read or
+# write them: another user who could place a file or a link here could steal a token or substitute one.
 
-def _unsafe_file(path: str, why: str) -> CommandError:
-    return CommandError(EXIT_LOGIN, "unsafe_file", f"{path} {why}", hint="look at it, then remove it")
+def _unsafe_file(path: str, complaint: str) -> CommandError:
+    return CommandError(EXIT_LOGIN, "unsafe_file", f"{path} {complaint}", hint="look at it, then remove it")
 
 
 def _check_private_file(path: str, info: os.stat_result) -> None:
+    """Raise CommandError unless `info` is that of a regular file of ours. `path` is for the message only."""
     import stat
     if stat.S_ISLNK(info.st_mode):
         raise _unsafe_file(path, "is a symbolic link")
@@ -1425,10 +1431,13 @@ def _check_private_file(path: str, info: os.stat_result) -> None:
 
 
 def read_private_file(path: str) -> str | None:
-    """Return the trimmed text of a file that only we can have written, None when absent. Raises CommandError."""
+    """Return the stripped text of a file, or None if there is none or it is empty.
+
+    Raises CommandError if another user could have written it. Removes read permission of group and others.
+    """
     import stat
     try:
-        # Not blocking, or a pipe put here would hold us for ever.
+        # O_NONBLOCK: without it open() would wait for a writer if the path were a FIFO.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -1442,7 +1451,7 @@ def read_private_file(path: str) -> str | None:
         if info.st_mode & 0o022:
             raise _unsafe_file(path, "can be written by others")
         if stat.S_IMODE(info.st_mode) & 0o044:
-            os.fchmod(descriptor, 0o600)  # The original left its files readable to all.
+            os.fchmod(descriptor, 0o600)  # The mad of the original microauthd writes these files with mode 0644.
         octets = os.read(descriptor, MAX_SECRET_BYTES + 1)
     except OSError as problem:
         raise CommandError(EXIT_LOGIN, "unsafe_file", f"cannot read {path}: {problem.strerror}") from None
@@ -1455,7 +1464,7 @@ def read_private_file(path: str) -> str | None:
 
 
 def write_private_file(path: str, text: str, modified_at: int | None = None) -> None:
-    """Put `text` into a file of mode 0600, whole or not at all, whatever the umask. Raises CommandError."""
+    """Write `text` atomically to a file of mode 0600, independent of the umask. Raises CommandError."""
     folder = os.path.dirname(path)
     name = os.path.basename(path).lstrip(".")
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.{os.urandom(6).hex()}")
@@ -1477,7 +1486,7 @@ def write_private_file(path: str, text: str, modified_at: int | None = None) -> 
         except BaseException:
             os.unlink(temporary)
             raise
-        # Without this a power cut may undo the rename.
+        # Sync the directory too: otherwise a power cut may undo the rename.
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -1488,7 +1497,7 @@ def write_private_file(path: str, text: str, modified_at: int | None = None) -> 
 
 
 class Profile:
-    """The saved login of the home directory: `token` and the `url` of the server that issued it."""
+    """The login saved in the home directory: the token and the URL of the server that issued it."""
 
     def __init__(self, home: str | None = None):
         home = home or os.path.expanduser("~")
@@ -1501,13 +1510,14 @@ class Profile:
         return read_private_file(self.token_path)
 
     def save(self, token: str, url: str) -> None:
-        # In this order, so that no power cut can leave a token beside the address of another server.
+        """Replace the saved login. Raises CommandError."""
+        # In this order a crash at any moment leaves no token beside the URL of another server.
         self.delete_token()
         write_private_file(self.url_path, url)
         write_private_file(self.token_path, token)
 
     def delete_token(self) -> bool:
-        """Remove the token. Return whether there was one."""
+        """Remove the saved token. Return whether there was one. Raises CommandError."""
         try:
             _check_private_file(self.token_path, os.lstat(self.token_path))
             os.unlink(self.token_path)
@@ -1520,16 +1530,20 @@ class Profile:
 
 
 class TokenCache:
-    """Tokens of `mad token get`, a file each. A cache that cannot be trusted or written is no cache, and no error."""
+    """The cache of `mad token get`, one file per token.
+
+    If its folder or a file is missing, damaged, not writable or accessible to other users, mad works without the cache
+    and reports no error.
+    """
 
     def __init__(self, url: str, client_id: str, scope: str, secret: str):
         from hashlib import sha256
         from json import dumps
         root = os.environ.get("XDG_CACHE_HOME", "")
-        if not os.path.isabs(root):  # The XDG specification: a relative one is to be ignored.
+        if not os.path.isabs(root):  # XDG Base Directory Specification: a relative path must be ignored.
             root = os.path.join(os.path.expanduser("~"), ".cache")
         self.folder = os.path.join(root, "mad")
-        # The secret is part of the name, so that a revoked or mistyped one never gets the token of a good one.
+        # The file name depends on the secret: a replaced or mistyped secret must not find the token of a valid one.
         key = dumps([url, client_id, scope, sha256(secret.encode()).hexdigest()])
         self.path = os.path.join(self.folder, sha256(key.encode("ascii")).hexdigest())
 
@@ -1542,14 +1556,14 @@ class TokenCache:
         return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077
 
     def find(self, now: int) -> dict | None:
-        """Return the cached token answer with `expires_in` as of `now`, None when there is none that lasts."""
+        """Return the cached token response with `expires_in` as of `now`, or None if none is valid long enough."""
         try:
             text = read_private_file(self.path) if self._folder_is_private() else None
             if not text:
                 return None
             entry = read_json(text.encode("ascii"))
             answer, stored_at, expires_at = entry["answer"], entry["stored_at"], entry["expires_at"]
-            # A clock set back would make an old token look young.
+            # The lower bound detects a clock that was set back, which would make an old token look valid.
             if not stored_at - CACHE_MARGIN <= now < expires_at - CACHE_MARGIN:
                 return None
             return {**_check_token_response(answer), "expires_in": int(expires_at - now)}
@@ -1557,7 +1571,7 @@ class TokenCache:
             return None
 
     def store(self, answer: dict, now: int) -> None:
-        """Keep an answer that says how long it lasts, and drop the files of tokens that have expired."""
+        """Store a token response that has a usable `expires_in`, and delete the files of expired tokens."""
         from json import dumps
         ttl = answer.get("expires_in")
         if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not CACHE_MARGIN < ttl < 1e9:
@@ -1571,7 +1585,7 @@ class TokenCache:
             if not self._folder_is_private():
                 return
             expires_at = now + int(ttl)
-            # The time stamp is the expiry: sweeping needs no reading.
+            # The file's mtime is set to the expiry, so the loop below need not read the files.
             entry = {"stored_at": now, "expires_at": expires_at, "answer": answer}
             write_private_file(self.path, dumps(entry), expires_at)
             for name in os.listdir(self.folder):
@@ -1583,19 +1597,21 @@ class TokenCache:
 
 
 # == Arguments =================================================================
-# Long options only, as `--name value`, `--name=value` or `--name:value`; booleans bare or with true/false.
-# `@file` where an option could stand is replaced by the words in that file; where a value stands it is the value, so
-# that a password may begin with @ (the original took it for a file there too).
+# Options are long: `--name value`, `--name=value` or `--name:value`. A flag takes an optional true or false. An
+# argument `@file` in the place of an option is replaced by the arguments in that response file. In the place of a value
+# it is taken literally, because a password may begin with @ (the original reads a file there too).
 
 class Option:
     """One option of a command.
 
     `kind` is text, number, flag, list, moment (a date-time), lockout (a date-time, or `permanent`), secret or token
-    (`-` reads standard input). `dest` is the parameter that receives the value, `choices` are the allowed values.
-    `of` is the collection whose ids it takes: a name is looked up there, and with `loose` an unknown name is passed on
-    unchanged. `within` is for an id that is unique only inside another object: the option that names that object, the
-    method that lists its parts, the members that count as names. A secret has a second spelling, the flag `stdin`; a
-    `required` one is asked for on a terminal: twice, unless it is `known` already.
+    (`-` reads standard input). `dest` is the parameter that receives the value, `choices` are the allowed values,
+    `minimum` is the least number. `stdin` names the flag that reads a secret from standard input instead. A `required`
+    secret is asked for on a terminal, twice unless it `is_existing`, which means that the server checks it.
+
+    Names are replaced by ids. `collection` is where a name is looked up; with `allow_unknown` a name that is not found
+    is passed on unchanged. `parent` is for an id within another object: the option that names that object, the method
+    that lists its children, and the members of a child that may be given in place of its id.
     """
     __slots__ = ("allow_unknown", "choices", "collection", "dest", "help", "is_existing", "kind", "metavar", "minimum",
                  "name", "parent", "required", "stdin")
@@ -1605,7 +1621,7 @@ class Option:
                  parent: tuple[str, Callable, tuple[str, ...]] | None = None, stdin: str | None = None,
                  is_existing: bool = False, metavar: str | None = None, minimum: int | None = None,
                  choices: tuple[str, ...] = ()):
-        # Any: that an option with one of these is used only where it has it, the type cannot say.
+        # Any: None where the option has no such attribute; the code that reads them checks another attribute first.
         self.name: Any = name
         self.collection: Any = collection
         self.parent: Any = parent
@@ -1638,13 +1654,17 @@ YES_OPTION = Option("yes", "do not ask before doing it; where there is no termin
 class Command:
     """One row of COMMANDS.
 
-    `name` is the noun and the verb. `call` is called with the options as parameters, after a MadClient; after the
-    Shell when `local`; after both when a `verb`. `shape` converts its result before it is printed. `show` returns the
-    lines of a result, `quiet` those of --quiet (by default the ids); --json prints the result itself. If `call` has
-    `pages`, the command is a list, and is printed page by page; a command that `flows` yields pages too, and prints
-    one JSON document a line with --json. An update with `at_least_one` needs an option that is not required.
-    `word` names the option that a positional argument is taken for. A command with `danger` is confirmed on a
-    terminal: by typing the value of the option it names, or with y when it is "".
+    `name` is the noun and the verb, `example` a complete command line for --help. `call` receives a MadClient and the
+    options as keyword arguments; `with_context` passes the Context before the MadClient, `without_client` passes it in
+    place of the MadClient. `transform` converts the result.
+
+    `render` returns the lines to print for a result, `quiet` those for --quiet (by default the ids); --json prints the
+    result itself. If `call` has the attribute `pages`, the command is a list and is printed page by page. A command
+    that `streams` yields pages too, and prints one JSON document per line with --json.
+
+    `at_least_one` demands one of the options that are not required, so that an update changes something. `positional`
+    names the option whose value may be given without its name. `confirm_by` makes the command ask on a terminal: for
+    the value of the option that it names, or for y if it is "".
     """
     __slots__ = ("at_least_one", "call", "confirm_by", "example", "help", "name", "options", "positional", "quiet",
                  "render", "streams", "transform", "with_context", "without_client")
@@ -1668,7 +1688,7 @@ class Command:
         return hasattr(self.call, "pages") and not self.streams
 
     def all_options(self) -> tuple[Option, ...]:
-        """Return its options and the common ones."""
+        """Return the options of this command and those that every command has."""
         return (self.options + (() if self.confirm_by is None else (YES_OPTION,))
                 + (() if self.without_client else SERVER_OPTIONS) + COMMON_OPTIONS)
 
@@ -1677,7 +1697,7 @@ HELP_FLAGS = ("-h", "--help", "-?", "/?", "/h")
 
 
 class ParsedArguments:
-    """A parsed command line: `values` by option name, `errors` as sentences, a `hint` on them, `wants_help`."""
+    """A parsed command line: `options` by name, `errors` as sentences, a `hint` about them, `help_requested`."""
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
@@ -1686,13 +1706,16 @@ class ParsedArguments:
 
 
 def closest_match(text: str, candidates) -> str:
-    """Return the one of `words` that `word` may have been meant to be, or ""."""
+    """Return the one of `candidates` that is most similar to `text`, or ""."""
     from difflib import get_close_matches
     return (get_close_matches(text, list(candidates), 1, 0.6) or [""])[0]
 
 
 def parse_date_time(text: str) -> str | None:
-    """Return a date-time as ISO 8601 in UTC: one of ISO 8601, in UTC unless it says otherwise, or Unix seconds."""
+    """Return a date-time as ISO 8601 in UTC, or None if it is malformed.
+
+    `text` is ISO 8601, in UTC unless it has an offset, or Unix seconds.
+    """
     from datetime import UTC, datetime
     try:
         if text.isascii() and text.isdigit() and len(text) > 8:
@@ -1706,9 +1729,10 @@ def parse_date_time(text: str) -> str | None:
 
 
 def read_response_file(path: str) -> list[str]:
-    """Return the words of a response file: blanks part them, double quotes group them, a line of # is a comment.
+    """Return the arguments in a response file.
 
-    Raises ValueError with a sentence.
+    Blanks separate them, double quotes group them, and a line that begins with # is a comment. Raises ValueError with
+    a sentence.
     """
     from shlex import shlex
     try:
@@ -1734,7 +1758,7 @@ def read_response_file(path: str) -> list[str]:
 
 
 def convert_value(kind: str, text: str) -> tuple[str | int | bool | None, str]:
-    """Return the value that `text` stands for, and the complaint if it stands for none ("" otherwise)."""
+    """Return the value of an option of this kind, and what is wrong with `text` ("" if nothing)."""
     if kind == "flag":
         return text == "true", "" if text in ("true", "false") else "is true or false"
     if kind == "number":
@@ -1752,7 +1776,7 @@ def convert_value(kind: str, text: str) -> tuple[str | int | bool | None, str]:
 
 
 class ArgumentReader:
-    """Reads the arguments of a command from left to right into `parsed`, without checking them as a whole."""
+    """Reads the arguments of a command from left to right into `parsed`. parse() checks the options afterwards."""
 
     def __init__(self, command: Command, args: list[str]):
         self.command, self.parsed = command, ParsedArguments()
@@ -1773,7 +1797,7 @@ class ArgumentReader:
         return self.args[self.position] if self.position < len(self.args) else None
 
     def next_is_value(self) -> bool:
-        """Whether the next argument exists and does not look like an option."""
+        """Whether there is a next argument that does not look like an option."""
         return self.position < len(self.args) and not self.args[self.position].startswith("-")
 
     def read(self) -> ParsedArguments:
@@ -1797,7 +1821,7 @@ class ArgumentReader:
         return self.parsed
 
     def insert_file(self, path: str) -> None:
-        """Put the words of a response file where it was named. A limit on files ends those that name each other."""
+        """Insert the arguments of a response file. The limit of ten files stops files that include each other."""
         self.files += 1
         if self.files == 11:
             self.parsed.errors.append("too many files of words")
@@ -1809,7 +1833,7 @@ class ArgumentReader:
             self.parsed.errors.append(str(problem))
 
     def read_option(self, arg: str) -> None:
-        """Read an option with the arguments that are its value."""
+        """Read an option and its value from the arguments."""
         cut = min((i for i in (arg.find("="), arg.find(":")) if i > 0), default=len(arg))
         name, text = arg[2:cut], arg[cut + 1:] if cut < len(arg) else None
         kind = self.kinds.get(name)
@@ -1824,7 +1848,7 @@ class ArgumentReader:
             self.parsed.errors.append(f"--{name} needs a value")
             return
         else:
-            # Whatever stands here is the value: passwords may begin with a hyphen.
+            # The next argument is the value even if it begins with a hyphen, as a password may.
             texts = [self.take() if text is None else text]
             while kind == "list" and self.next_is_value():
                 texts.append(self.take())
@@ -1834,12 +1858,12 @@ class ArgumentReader:
         self.parsed.errors.append(f"unknown option '--{name}'")
         if guess := closest_match(name, self.kinds):
             self.parsed.hint = f"did you mean --{guess}?"
-        # The argument after it is most likely its value, and no second error.
+        # The next argument is most likely the value of the unknown option: skip it rather than report it too.
         if without_value and self.next_is_value():
             self.take()
 
     def store(self, name: str, kind: str, texts: list[str]) -> None:
-        """Convert and keep the value of an option: a list grows, anything else is given once."""
+        """Convert and store the value of an option. Only a list may be given more than once."""
         value, complaint = convert_value(kind, texts[0])
         if complaint:
             self.parsed.errors.append(f"--{name} {complaint}")
@@ -1854,7 +1878,7 @@ class ArgumentReader:
 
 
 def check_option(option: Option, options: dict) -> Iterator[str]:
-    """Yield what is wrong with the value of one option, or with its absence."""
+    """Yield an error for each thing that is wrong with the value of one option, or with its absence."""
     given = options.get(option.name)
     if option.kind == "secret" and option.stdin and given is not None:
         if options.get(option.stdin):
@@ -1875,14 +1899,14 @@ def check_option(option: Option, options: dict) -> Iterator[str]:
 
 
 def check_change(command: Command, options: dict) -> Iterator[str]:
-    """Yield the error of an update that changes nothing."""
+    """Yield an error if an update would change nothing."""
     optional = [option for option in command.options if not option.required]
     if command.at_least_one and not any(option.name in options or option.stdin in options for option in optional):
         yield "nothing to change: give at least one of " + ", ".join("--" + option.name for option in optional)
 
 
 def parse(command: Command, args: list[str]) -> ParsedArguments:
-    """Read the arguments after the command. Collects every error instead of stopping at the first."""
+    """Parse the arguments after the command, and collect all errors instead of stopping at the first."""
     parsed = ArgumentReader(command, args).read()
     for option in command.options:
         parsed.errors += check_option(option, parsed.options)
@@ -1891,7 +1915,8 @@ def parse(command: Command, args: list[str]) -> ParsedArguments:
 
 
 # == Output ====================================================================
-# Data to stdout, talk to stderr. Text from the server is escaped: it must not move a cursor or forge a line.
+# Data goes to stdout, messages go to stderr. Control characters from the server are escaped: they could move the cursor
+# or forge a line.
 
 def printable(value) -> str:
     """Return `value` as one line of printable text."""
@@ -1911,7 +1936,7 @@ def printable(value) -> str:
 
 
 def format_cell(member: str, value) -> str:
-    """Return a member as a table shows it: stamps as `YYYY-MM-DD HH:MM:SSZ`."""
+    """Return a member as text for a table, a timestamp as `YYYY-MM-DD HH:MM:SSZ`."""
     text = printable(value)
     if len(text) >= 19 and text[10] == "T" and text.endswith("Z") and member.endswith(("_at", "_until", "timestamp")):
         return text[:10] + " " + text[11:19] + "Z"
@@ -1919,7 +1944,7 @@ def format_cell(member: str, value) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return how many columns of a terminal `text` takes."""
+    """Return the number of terminal columns that `text` occupies. Unicode Standard Annex #11"""
     if text.isascii():
         return len(text)
     from unicodedata import combining, east_asian_width
@@ -1927,7 +1952,7 @@ def display_width(text: str) -> int:
 
 
 def truncate(text: str, width: int) -> str:
-    """Return `text` cut to `width` columns, with a mark where it was cut."""
+    """Return `text` cut to `width` columns, ending in an ellipsis if it was cut."""
     if display_width(text) <= width:
         return text
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower()
@@ -1938,7 +1963,7 @@ def truncate(text: str, width: int) -> str:
 
 
 def terminal_width() -> int | None:
-    """Return the columns of the terminal on stdout, None when there is none to fit into."""
+    """Return the width of the terminal on stdout, or None if stdout is none."""
     try:
         if not sys.stdout.isatty():
             return None
@@ -1949,21 +1974,21 @@ def terminal_width() -> int | None:
 
 
 def _title_and_member(spec: str) -> tuple[str, str]:
-    """`"title=member"`, or a member whose title is its name in words."""
+    """Return title and member of `"title=member"`, or of a member alone, whose name makes the title."""
     title, _, member = spec.rpartition("=")
     return title or member.removeprefix("is_").replace("_", " "), member
 
 
 def table(noun: str, *specs: str):
-    """Return a `show` for a list of objects, with a column for each of `specs`.
+    """Return a function that renders a list of objects, with a column for each of `specs`.
 
-    `show.lines` is the same for an iterator of objects, of which it keeps only the first PAGE in memory.
+    Its attribute `render_rows` does so for an iterator, and keeps only the first PAGE_SIZE rows in memory.
     """
     titles, members = zip(*map(_title_and_member, specs), strict=True)
 
     def render_rows(rows) -> Iterator[str]:
         from itertools import chain, islice
-        # The first rows decide how wide the columns are: the rest of a long list is not there yet.
+        # The first page determines the widths of the columns: the rest of a long list has not been fetched yet.
         rows = ([format_cell(member, row.get(member)) for member in members] for row in rows)
         first = list(islice(rows, PAGE_SIZE))
         if not first:
@@ -1973,7 +1998,7 @@ def table(noun: str, *specs: str):
         widths = [max(display_width(texts[i]) for texts in first) for i in range(len(members))]
         limit = terminal_width()
         if limit:
-            # Ids are there to be copied: they give way last.
+            # Shrink the columns with ids last: ids are meant to be copied.
             for minimum, shrinkable in ((6, [i for i, m in enumerate(members) if not m.endswith("id")]),
                                         (1, list(range(len(members))))):
                 while sum(widths) + 2 * (len(widths) - 1) > limit:
@@ -1997,7 +2022,7 @@ def table(noun: str, *specs: str):
 
 
 def fields(*specs: str):
-    """Return a `show` for one object: a labelled line for each of `specs` that it has."""
+    """Return a function that renders one object, with a labelled line for each of `specs` that the object has."""
     def render(row: dict) -> list[str]:
         pairs = [(title, format_cell(member, row[member]))
                  for title, member in map(_title_and_member, specs) if member in row]
@@ -2007,26 +2032,26 @@ def fields(*specs: str):
 
 
 class _BlankIfMissing(dict):
-    """Members as text; one that a server left out is blank."""
+    """The members of an object as text; a member that the server omitted is blank."""
 
     def __missing__(self, name):
         return ""
 
 
 def line_template(template: str):
-    """Return a `show` of one line, `{member}` standing for members of the result."""
-    def show(row: dict) -> list[str]:
+    """Return a function that renders one object as one line; `{member}` in `template` stands for a member."""
+    def render(row: dict) -> list[str]:
         return [template.format_map(_BlankIfMissing((name, printable(value)) for name, value in row.items()))]
-    return show
+    return render
 
 
 def render_message(row: dict) -> list[str]:
-    """Show what the server says it did."""
+    """Render the `message` of a Msg."""
     return [printable(row.get("message")) or "done"]
 
 
 def with_client_secret(render):
-    """Return a `show` that puts the secret the object brings, shown this once, before everything else."""
+    """Return a function that renders a new client secret, if there is one, and then the object."""
     def render_both(row: dict) -> list[str]:
         secret = row.get("client_secret")
         return (["client secret, shown this once: " + printable(secret)] if secret else []) + render(row)
@@ -2034,7 +2059,7 @@ def with_client_secret(render):
 
 
 def render_ids(result) -> list[str]:
-    """Return what --quiet prints of a result."""
+    """Render the ids of a result, for --quiet."""
     rows = result if isinstance(result, list) else [result]
     return [printable(row["id"]) for row in rows if isinstance(row, dict) and row.get("id")]
 
@@ -2051,7 +2076,7 @@ def to_ndjson(rows: list[dict]) -> list[str]:
 
 
 def print_message(kind: str, text: str) -> None:
-    """Say something on stderr. Server sentences become lower case without a full stop, as all talk of mad is."""
+    """Print a message to stderr, in lower case and without a full stop even if the server wrote it."""
     text = printable(text)
     if len(text) > 1 and text[0].isupper() and not text[1].isupper():
         text = text[0].lower() + text[1:]
@@ -2064,10 +2089,10 @@ def print_message(kind: str, text: str) -> None:
 
 
 # == Help ======================================================================
-# What the table says, for people, for a README and for shells.
+# Texts generated from COMMANDS: help, rows for the manual, completion scripts.
 
 def nouns(commands: tuple[Command, ...]) -> list[str]:
-    """Return the first words of the commands, in the order of the table."""
+    """Return the nouns of the commands, in the order of the table."""
     return list(dict.fromkeys(command.name.split()[0] for command in commands))
 
 
@@ -2078,7 +2103,7 @@ def _two_columns(pairs) -> list[str]:
 
 
 def _option_forms(option: Option) -> list[tuple[str, str]]:
-    """Return the ways to give an option, each with what to say about it."""
+    """Return each form of an option on the command line with its help text."""
     forms = []
     if option.name:
         kind = {"flag": " [true|false]", "list": f" {option.metavar} ..."}.get(option.kind, " " + option.metavar)
@@ -2092,7 +2117,7 @@ def _option_forms(option: Option) -> list[tuple[str, str]]:
 
 
 def wrap_words(text: str, width: int, margin: str) -> list[str]:
-    """Return the words of `text` in lines of at most `width` columns."""
+    """Return `text` in lines of at most `width` columns, each beginning with `margin`."""
     lines = [margin]
     for word in text.split():
         if len(lines[-1]) + len(word) > width and lines[-1] != margin:
@@ -2143,9 +2168,9 @@ def help_noun(commands: tuple[Command, ...], noun: str) -> str:
 
 
 def describe_commands(commands: tuple[Command, ...]) -> list[tuple[str, str, str]]:
-    """Return a row for each command: how it is typed, what it does, the request it makes ("" when none of ADMIN).
+    """Return (usage, help, request) for each command; `request` is "" for a command without a request to ADMIN.
 
-    What every list takes, and what every command takes, is left out.
+    The usage omits the options that every list or every command has.
     """
     rows = []
     for command in commands:
@@ -2166,7 +2191,7 @@ def _option_flags(command: Command) -> list[str]:
 
 
 def _completion_cases(commands: tuple[Command, ...]) -> list[tuple[str, list[str]]]:
-    """Return what may follow each beginning of a command line: `""`, a noun, a whole command."""
+    """Return the completions after each beginning of a command line: `""`, a noun, a noun and a verb."""
     cases: dict = {"": [*nouns(commands), "--help", "--version"]}
     for noun in nouns(commands):
         cases[noun] = [c.name.split()[1] for c in commands if c.name.startswith(noun + " ")] + ["--help"]
@@ -2237,10 +2262,10 @@ COMPLETIONS = {"bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish
 
 
 # == Context ===================================================================
-# Flags win over the environment, the environment over the saved profile.
+# Options take precedence over environment variables, and those over the saved profile.
 
 def stdin_is_terminal() -> bool:
-    """Whether there is somebody to ask."""
+    """Whether standard input is a terminal, so that somebody can be asked."""
     try:
         return sys.stdin.isatty()
     except (AttributeError, ValueError):
@@ -2248,7 +2273,10 @@ def stdin_is_terminal() -> bool:
 
 
 def read_secret_from_stdin(origin: str) -> str:
-    """Return the first line of stdin without its end. Raises CommandError when it is empty, long or not UTF-8."""
+    """Return the first line of stdin without its line end. Raises CommandError if it is empty, too long or not UTF-8.
+
+    `origin` is the option that asks for it, for the message.
+    """
     try:
         octets = sys.stdin.buffer.readline(MAX_SECRET_BYTES + 1)
         text = octets.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
@@ -2260,7 +2288,7 @@ def read_secret_from_stdin(origin: str) -> str:
 
 
 def prompt_line(prompt: str) -> str:
-    """Ask on stderr, so that stdout stays clean."""
+    """Read a line from stdin. The prompt goes to stderr, because stdout carries data only."""
     sys.stderr.write(prompt)
     sys.stderr.flush()
     return sys.stdin.readline().strip()
@@ -2278,7 +2306,7 @@ def prompt_secret(prompt: str) -> str:
 
 
 class Context:
-    """What a running command knows: its option `values`, the table, the environment, the profile."""
+    """What a running command can use: its options, the table of commands, the environment and the profile."""
 
     def __init__(self, options: dict[str, Any], commands: tuple[Command, ...]):
         self.commands = commands
@@ -2288,7 +2316,10 @@ class Context:
     # -- addresses --
 
     def url(self, text: str, origin: str) -> Url:
-        """Return a URL fit for tokens, warning when they can be read on the way. Raises CommandError."""
+        """Return the URL, with a warning if tokens would travel unencrypted. Raises CommandError.
+
+        `origin` is where the text comes from, for the message.
+        """
         try:
             url = Url(text)
         except BadValue as problem:
@@ -2310,7 +2341,7 @@ class Context:
         return self.url(os.environ.get("MAD_AUTH_URL") or AUTH_URL, "MAD_AUTH_URL")
 
     def issuer_url(self) -> Url:
-        """Return the address of the server that issued the saved token."""
+        """Return the URL of the server that issued the saved token. Raises CommandError."""
         try:
             return Url(self.profile.url() or ADMIN_URL)
         except BadValue:
@@ -2319,7 +2350,10 @@ class Context:
     # -- the token --
 
     def admin_token(self, url: Url) -> str:
-        """Return the token to send to `url`. Raises CommandError: none, expired, or another server's."""
+        """Return the token to send to `url`.
+
+        Raises CommandError if there is none, if it has expired, or if another server issued it.
+        """
         token = self.options.get("admin-token", os.environ.get("MAD_ADMIN_TOKEN") or None)
         hint = "log in with: mad session login"
         if token is not None:
@@ -2351,15 +2385,15 @@ class Context:
                                hint=hint)
 
     def client(self, url: Url | None = None, token: str | None = None) -> MadClient:
-        """Return a client for ADMIN, with the token in force unless another one is given."""
+        """Return a MadClient. By default it has the configured URL and the token that belongs to it."""
         url = url or self.admin_url()
         return MadClient(url.text, self.admin_token(url) if token is None else token,
                          ca_file=os.environ.get("MAD_CA_FILE") or None)
 
-    # -- questions --
+    # -- secrets, ids, confirmation --
 
     def secret_of(self, option: Option) -> str | None:
-        """Return the secret an option stands for: given, read from stdin, or asked for on a terminal."""
+        """Return the value of a secret option: as given, read from stdin, or asked for on a terminal."""
         if option.name in self.options:
             return self.options[option.name]
         if option.stdin and self.options.get(option.stdin):
@@ -2377,7 +2411,7 @@ class Context:
         return first
 
     def resolve_id(self, client: MadClient, option: Option, value: str) -> str:
-        """Return the id `value` is or names."""
+        """Return `value` if it is an id, otherwise the id of the object with that name."""
         if is_uuid(value):
             return value.lower()
         try:
@@ -2391,7 +2425,7 @@ class Context:
                            hint=f"see: mad {option.collection[:-1]} list") from None
 
     def resolve_child_id(self, client: MadClient, option: Option, value: str, parent_id: str | None) -> str:
-        """Return the id of the part of `whole` that `value` is or names."""
+        """Return `value` if it is an id, otherwise the id of the child of `parent_id` that `value` names."""
         if is_uuid(value):
             return value.lower()
         parent_option, list_children, members = option.parent
@@ -2404,7 +2438,7 @@ class Context:
         raise MadError(404, "not_found", f"there is no '{value}' there")
 
     def confirm(self, command: Command) -> None:
-        """Ask whoever sits at the terminal before something is destroyed. Raises CommandError when it shall not be."""
+        """Ask for confirmation on a terminal before a destructive command. Raises CommandError if it is denied."""
         if command.confirm_by is None or self.options.get("yes") or not stdin_is_terminal():
             return
         sys.stderr.write(f"mad {command.name}: {command.help}\n")
@@ -2415,8 +2449,8 @@ class Context:
             raise CommandError(EXIT_USAGE, "not_confirmed", "not confirmed; nothing was sent")
 
 
-# == Verbs =====================================================================
-# The commands that are more than one request. Each takes the Shell and its options, and returns what --json prints.
+# == Handlers ==================================================================
+# The commands that need more than one request, or none. Each returns the result that --json prints.
 
 def _username_of(claims: dict) -> str:
     return str(claims.get("username") or claims.get("preferred_username") or "")
@@ -2429,9 +2463,9 @@ def _expiry_of(claims: dict) -> str:
 
 def session_login(context: Context, username: str | None = None, password_stdin: bool = False,
                   totp: str | None = None) -> dict:
-    """Exchange name and password for an admin token and save it."""
+    """Log in with name and password, and save the admin token."""
     url = context.admin_url()
-    # Before anybody types a password: a profile that cannot be written is known now.
+    # Check the files before anybody types a password.
     for path in (context.profile.token_path, context.profile.url_path):
         try:
             _check_private_file(path, os.lstat(path))
@@ -2455,7 +2489,7 @@ def session_login(context: Context, username: str | None = None, password_stdin:
     except MadError as problem:
         if problem.status not in (400, 401, 403) or totp or not stdin_is_terminal():
             raise
-        # The server does not say whether it was the password or a missing code, so the question is always put.
+        # The response does not tell a wrong password from a missing code, so ask for a code in either case.
         totp = prompt_line("one-time code (blank if none): ")
         if not totp:
             raise
@@ -2472,17 +2506,17 @@ def session_login(context: Context, username: str | None = None, password_stdin:
 
 
 def session_logout(context: Context) -> dict:
-    """Have the saved token revoked, then remove it."""
+    """Remove the saved token, and have the server revoke it."""
     token = context.profile.token()
     if not context.profile.delete_token():
         return {"success": True, "message": "not logged in"}
     try:
-        # To the server that issued it, whatever address is in force.
+        # The token goes only to the server that issued it, whatever address is configured.
         url = context.url(context.profile.url() or ADMIN_URL, context.profile.url_path)
         if token and is_token(token):
             context.client(url, token).logout()
     except (MadError, CommandError) as problem:
-        # 404: a server without the route; 401: the token was dead already.
+        # 404 and 405: the server has no such route. 401: the token was invalid already.
         if not (isinstance(problem, MadError) and problem.status in (401, 404, 405)):
             print_message("warning",
                           f"the server could not be told, so the token stays good until it expires: {problem}")
@@ -2490,7 +2524,7 @@ def session_logout(context: Context) -> dict:
 
 
 def session_status(context: Context) -> dict:
-    """Decode the token in force, without asking the server."""
+    """Decode the current token, without a request to the server."""
     url = context.admin_url()
     token = context.admin_token(url)
     try:
@@ -2507,12 +2541,12 @@ def session_status(context: Context) -> dict:
 def client_create(context: Context, client_id: str, secret: str | None = None, gen_password: int | None = None,
                   public: bool = False, introspect: bool | None = None, grant: list | None = None,
                   scope: list | None = None, **others) -> dict:
-    """POST /clients. Create a client. A secret nobody chose is in the result as `client_secret`, this once."""
+    """POST /clients. Create a client. The result has `client_secret` if mad or the server generated one."""
     if public and (secret is not None or gen_password is not None):
         raise CommandError(EXIT_USAGE, "usage", "a public client has no secret")
     generated = None
     if gen_password is not None:
-        # 64 letters, so that six bits of each octet choose one without favour.
+        # 64 characters: six bits of a random octet select one of them uniformly.
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
         secret = generated = "".join(letters[octet & 63] for octet in os.urandom(gen_password))
     if context.quiet and not context.json and not public and (secret is None or generated):
@@ -2527,10 +2561,10 @@ def client_create(context: Context, client_id: str, secret: str | None = None, g
 
 def user_totp_enroll(context: Context, client: MadClient, id: str, client_id: str | None = None,
                      svg: str | None = None) -> dict:
-    """POST /users/{id}/totp/enroll. Make a second-factor secret; put its QR code into a file when one is named."""
+    """POST /users/{id}/totp/enroll. Generate a TOTP secret; write its QR code to the file `svg` if it is given."""
     descriptor = None
     if svg is not None:
-        # Before anything is sent: the secret is told once, and the old one may be gone then.
+        # Create the file before the request: the request replaces the old secret, and shows the new one only once.
         try:
             descriptor = os.open(svg, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as problem:
@@ -2563,7 +2597,7 @@ def render_enrolment(answer: dict) -> list[str]:
 
 
 def backup(context: Context, client: MadClient, file: str, force: bool = False, without_keys: bool = False) -> dict:
-    """POST /backup. Have the server make a backup, fetch it into `file`, and remove it there."""
+    """POST /backup. Have the server make a backup, download it to `file`, and delete the server's copy."""
     from hashlib import sha256
     if os.path.lexists(file) and not force:
         raise CommandError(EXIT_USAGE, "usage", f"{file} is there already", hint="--force writes over it")
@@ -2574,7 +2608,7 @@ def backup(context: Context, client: MadClient, file: str, force: bool = False, 
         raise CommandError(EXIT_USAGE, "usage", f"cannot make {file}: {problem.strerror}") from None
     created = None
     try:
-        client.timeout = max(client.timeout, 600)  # A large one is written and read through before the answer.
+        client.timeout = max(client.timeout, 600)  # The server writes and verifies the backup before it responds.
         created = client.make_backup(without_keys)
         digest = sha256()
         with os.fdopen(descriptor, "wb", closefd=False) as target:
@@ -2609,12 +2643,12 @@ def _sequence_number(row: dict) -> int:
 
 
 def _wait_unless_closed(seconds: float) -> bool:
-    """Wait. Return whether stdout still has a reader, the moment it has none."""
+    """Wait, and return True afterwards. Return False as soon as the reader of stdout has closed it."""
     import time
     try:
         from select import poll
         poller = poll()
-        poller.register(sys.stdout.fileno(), 0)  # Errors and hang-ups are told in any case.
+        poller.register(sys.stdout.fileno(), 0)  # poll() reports POLLERR and POLLHUP without being asked for them.
     except (ImportError, AttributeError, OSError, ValueError):
         time.sleep(seconds)
         return True
@@ -2623,7 +2657,7 @@ def _wait_unless_closed(seconds: float) -> bool:
 
 def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
                action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
-    """GET /audit-logs. Yield what is written to the audit log, until nobody reads it any more."""
+    """GET /audit-logs. Yield new entries of the audit log until the reader of stdout closes it."""
     def rows_of(**how) -> list[dict]:
         return client.list_audit_logs(user_id, action, target=target, **how)
     rows = rows_of(limit=max(lines, 1))
@@ -2635,7 +2669,7 @@ def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: i
         try:
             rows = rows_of(after=str(after), limit=PAGE_SIZE)
         except MadError as problem:
-            # A restarting or busy server is tried again; other failures do not pass by themselves.
+            # Retry while the server restarts or is busy. Other errors do not go away by themselves.
             is_down_now = isinstance(problem, Unreachable) and problem.error != "untrusted"
             if not is_down_now and problem.status not in (429, 500, 503):
                 raise
@@ -2650,7 +2684,7 @@ def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: i
         after = max(map(_sequence_number, rows), default=after)
         yield rows
         if len(rows) == PAGE_SIZE:
-            pause = 0
+            pause = 0  # There are more entries already.
 
 
 def render_audit_entries(rows: list[dict]) -> list[str]:
@@ -2670,7 +2704,7 @@ def describe_chain(answer: dict) -> dict:
 
 
 def token_inspect(context: Context, token: str) -> dict:
-    """Take a JWT apart. Nothing is verified."""
+    """Decode a JWT. Nothing is verified."""
     try:
         header, payload, signature = decode_jwt(token.strip())
     except ValueError as problem:
@@ -2693,7 +2727,7 @@ def render_jwt(parts: dict) -> list[str]:
 
 def token_get(context: Context, client_id: str | None = None, secret: str | None = None, scope: str | None = None,
               no_cache: bool = False) -> dict:
-    """Get an access token for a machine client, from the cache while it lasts."""
+    """Return a token response for a machine client, from the cache while the token is valid."""
     from time import time
     url = context.auth_url()
     client_id = client_id or os.environ.get("MAD_CLIENT_ID")
@@ -2723,7 +2757,7 @@ def token_get(context: Context, client_id: str | None = None, secret: str | None
 
 
 def completion(name: str):
-    """Return the verb that makes the completion script of a shell."""
+    """Return the handler that returns the completion script for a shell."""
     return lambda context: {"success": True, "message": COMPLETIONS[name](context.commands)}
 
 
@@ -2744,7 +2778,7 @@ def with_success(answer: dict) -> dict:
 
 
 # == Commands ==================================================================
-# Everything mad can do. A new command is a row here and, at most, a method of MadClient.
+# A new command is a row here and, if there is none yet, a method of MadClient.
 
 ID_OF_USER = Option("id", "the user", required=True, collection="users")
 ID_OF_ROLE = Option("id", "the role", required=True, collection="roles")
@@ -3184,12 +3218,13 @@ COMMANDS = (
 
 
 # == Main ======================================================================
+# From the arguments to the exit status.
 
-CONTEXT_OPTIONS = {"admin-url", "admin-token", "auth-url"}  # These say where and as whom, and are the Shell's.
+CONTEXT_OPTIONS = {"admin-url", "admin-token", "auth-url"}  # The Context reads these; no call receives them.
 
 
 def run_command(command: Command, context: Context):
-    """Do what a command says and return its result."""
+    """Call the command with its options and return the result."""
     client = None if command.without_client else context.client()
     arguments: dict[str, Any] = {}
     child_options = []
@@ -3220,7 +3255,7 @@ def run_command(command: Command, context: Context):
 
 
 def print_result(command: Command, context: Context, result) -> int:
-    """Print a result in the form that is asked for. Return the exit status it means."""
+    """Print a result as the options demand. Return the exit status."""
     if command.streams:
         page_lines = to_ndjson if context.json else (command.quiet or render_ids) if context.quiet else command.render
         for page in result:
@@ -3228,7 +3263,8 @@ def print_result(command: Command, context: Context, result) -> int:
                 print(text)
             sys.stdout.flush()
     elif command.is_list and context.json:
-        # As text, a fifth of what the objects would take; only once all of it is there is it the one document.
+        # Fetch all pages before printing, so that an error prints no half document. JSON text takes a fifth of the
+        # memory of the objects.
         texts = [to_json(page)[1:-1] for page in result]
         sys.stdout.write("[")
         for number, text in enumerate(texts):
@@ -3312,7 +3348,7 @@ def _dispatch(argv: list[str]) -> int:
         return EXIT_OK
     by_name = {command.name: command for command in COMMANDS}
     noun, verb = argv[0], argv[1] if len(argv) > 1 else ""
-    # Whether a list is in the plural is nothing to remember.
+    # Also accept the singular, as in `client list-redirect-uri`.
     if command := by_name.get(noun + " " + verb) or by_name.get(noun + " " + verb + "s"):
         return parse_and_run(command, argv[2:])
     if noun in by_name and by_name[noun].positional:
@@ -3344,7 +3380,7 @@ def main(argv: list[str]) -> int:
     """Run one command line (without the program's name) and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # A poor locale must not turn a name into a crash.
+            stream.reconfigure(errors="backslashreplace")  # A locale without UTF-8 must not raise UnicodeEncodeError.
     try:
         status = _dispatch(list(argv))
         if sys.stdout is not None:
@@ -3355,13 +3391,13 @@ def main(argv: list[str]) -> int:
     except OSError as problem:
         if sys.stdout is None or problem.filename is not None:
             raise
-        # Whatever is left in the buffer has nowhere to go; the interpreter must not try again on its way out.
+        # The buffer still holds text, and the interpreter would fail to flush it again at exit. Let it go to /dev/null.
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (OSError, ValueError):
             pass
         if isinstance(problem, BrokenPipeError):
-            return EXIT_OK  # The reader, a `head` or a `grep -q`, has seen enough.
+            return EXIT_OK  # The reader closed the pipe, as `head` and `grep -q` do when they have read enough.
         print_message("error", f"cannot write the answer: {problem.strerror}")
         return EXIT_REFUSED
 
