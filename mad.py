@@ -309,10 +309,10 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
     deadline = monotonic() + timeout
 
     def seconds_left() -> float:
-        rest = deadline - monotonic()
-        if rest <= 0:
+        remaining = deadline - monotonic()
+        if remaining <= 0:
             raise TimeoutError
-        return rest
+        return remaining
 
     lines = [f"{method} {target} HTTP/1.1", "Host: " + url.authority, "Connection: close",
              "Accept: application/json", "User-Agent: mad/" + VERSION]
@@ -1834,8 +1834,8 @@ class ArgumentReader:
 
     def read_option(self, arg: str) -> None:
         """Read an option and its value from the arguments."""
-        cut = min((i for i in (arg.find("="), arg.find(":")) if i > 0), default=len(arg))
-        name, text = arg[2:cut], arg[cut + 1:] if cut < len(arg) else None
+        name_end = min((i for i in (arg.find("="), arg.find(":")) if i > 0), default=len(arg))
+        name, text = arg[2:name_end], arg[name_end + 1:] if name_end < len(arg) else None
         kind = self.kinds.get(name)
         if kind is None:
             self.reject_unknown(name, text is None)
@@ -1879,22 +1879,22 @@ class ArgumentReader:
 
 def check_option(option: Option, options: dict) -> Iterator[str]:
     """Yield an error for each thing that is wrong with the value of one option, or with its absence."""
-    given = options.get(option.name)
-    if option.kind == "secret" and option.stdin and given is not None:
+    value = options.get(option.name)
+    if option.kind == "secret" and option.stdin and value is not None:
         if options.get(option.stdin):
             yield f"--{option.name} and --{option.stdin} exclude each other"
-        if given == "":
+        if value == "":
             yield f"--{option.name} is blank"
-    if option.required and option.kind != "secret" and given is None:
+    if option.required and option.kind != "secret" and value is None:
         yield f"--{option.name} is missing"
-    if given is None:
+    if value is None:
         return
-    if option.choices and given.lower() not in option.choices:
+    if option.choices and value.lower() not in option.choices:
         yield f"--{option.name} is one of " + ", ".join(option.choices)
     if (option.collection or option.parent) and not all(
-            item.strip() for item in (given if isinstance(given, list) else [given])):
+            item.strip() for item in (value if isinstance(value, list) else [value])):
         yield f"--{option.name} is blank"
-    if isinstance(given, int) and option.minimum is not None and given < option.minimum:
+    if isinstance(value, int) and option.minimum is not None and value < option.minimum:
         yield f"--{option.name} is at least {option.minimum}"
 
 
@@ -1990,12 +1990,12 @@ def table(noun: str, *specs: str):
         from itertools import chain, islice
         # The first page determines the widths of the columns: the rest of a long list has not been fetched yet.
         rows = ([format_cell(member, row.get(member)) for member in members] for row in rows)
-        first = list(islice(rows, PAGE_SIZE))
-        if not first:
+        first_page = list(islice(rows, PAGE_SIZE))
+        if not first_page:
             yield f"(no {noun})"
             return
-        first.insert(0, [title.upper() for title in titles])
-        widths = [max(display_width(texts[i]) for texts in first) for i in range(len(members))]
+        first_page.insert(0, [title.upper() for title in titles])
+        widths = [max(display_width(cells[i]) for cells in first_page) for i in range(len(members))]
         limit = terminal_width()
         if limit:
             # Shrink the columns with ids last: ids are meant to be copied.
@@ -2006,11 +2006,11 @@ def table(noun: str, *specs: str):
                     if widest is None or widths[widest] <= minimum:
                         break
                     widths[widest] -= 1
-        first.insert(1, ["-" * width for width in widths])
-        for texts in chain(first, rows):
+        first_page.insert(1, ["-" * width for width in widths])
+        for cells in chain(first_page, rows):
             if limit:
-                texts = [truncate(text, width) for text, width in zip(texts, widths, strict=True)]
-            padded = (text + " " * (width - display_width(text)) for text, width in zip(texts, widths, strict=True))
+                cells = [truncate(text, width) for text, width in zip(cells, widths, strict=True)]
+            padded = (text + " " * (width - display_width(text)) for text, width in zip(cells, widths, strict=True))
             text = "  ".join(padded).rstrip()
             yield truncate(text, limit) if limit else text
 
@@ -2107,12 +2107,12 @@ def _option_forms(option: Option) -> list[tuple[str, str]]:
     forms = []
     if option.name:
         kind = {"flag": " [true|false]", "list": f" {option.metavar} ..."}.get(option.kind, " " + option.metavar)
-        must = " (required)" if option.required and (option.kind != "secret" or not option.stdin) else ""
-        forms.append(("--" + option.name + kind, option.help + must))
+        suffix = " (required)" if option.required and (option.kind != "secret" or not option.stdin) else ""
+        forms.append(("--" + option.name + kind, option.help + suffix))
     if option.stdin:
-        what = option.help if not option.name else "read it from standard input" + (
+        help_text = option.help if not option.name else "read it from standard input" + (
             "; asked for on a terminal when neither is given" if option.required else "")
-        forms.append(("--" + option.stdin, what))
+        forms.append(("--" + option.stdin, help_text))
     return forms
 
 
@@ -2146,11 +2146,12 @@ def help_overview(commands: tuple[Command, ...]) -> str:
 
 def help_command(command: Command) -> str:
     """Return the text of `mad <noun> <verb> --help`."""
-    more = () if not command.streams else ("", "prints line by line while it goes; with --json each line is a document")
+    remark = () if not command.streams else (
+        "", "prints line by line while it goes; with --json each line is a document")
     if command.confirm_by is not None:
-        more = ("", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask")
+        remark = ("", "asks before it does so on a terminal, unless --yes is given; without a terminal it does not ask")
     return "\n".join((
-        f"usage: mad {command.name} [options]", "", command.help, *more, "",
+        f"usage: mad {command.name} [options]", "", command.help, *remark, "",
         "options:", *_two_columns(pair for option in command.all_options() for pair in _option_forms(option)), "",
         "for example:", "  " + command.example))
 
@@ -2245,16 +2246,16 @@ def complete_fish(commands: tuple[Command, ...]) -> str:
              "complete -c mad -n __fish_use_subcommand -a " + quoted(" ".join(nouns(commands)))]
     for command in commands:
         noun, _, verb = command.name.partition(" ")
-        seen = "__fish_seen_subcommand_from " + noun
+        condition = "__fish_seen_subcommand_from " + noun
         if verb:
-            others = " ".join(c.name.split()[1] for c in commands if c.name.startswith(noun + " "))
-            lines.append(f"complete -c mad -n '{seen}; and not __fish_seen_subcommand_from {others}'"
+            verbs = " ".join(c.name.split()[1] for c in commands if c.name.startswith(noun + " "))
+            lines.append(f"complete -c mad -n '{condition}; and not __fish_seen_subcommand_from {verbs}'"
                          f" -a {verb} -d {quoted(command.help)}")
-            seen += "; and __fish_seen_subcommand_from " + verb
+            condition += "; and __fish_seen_subcommand_from " + verb
         for option in command.all_options():
             for left, text in _option_forms(option):
                 takes = "" if option.kind == "flag" or left.endswith("-stdin") else " -r"
-                lines.append(f"complete -c mad -n '{seen}' -l {left.split()[0][2:]}{takes} -d {quoted(text)}")
+                lines.append(f"complete -c mad -n '{condition}' -l {left.split()[0][2:]}{takes} -d {quoted(text)}")
     return "\n".join(lines)
 
 
@@ -2442,8 +2443,8 @@ class Context:
         if command.confirm_by is None or self.options.get("yes") or not stdin_is_terminal():
             return
         sys.stderr.write(f"mad {command.name}: {command.help}\n")
-        word = (self.options.get(command.confirm_by) or "").strip() if command.confirm_by else ""
-        is_confirmed = (prompt_line(f"type {printable(word)} to confirm: ") == word if word
+        expected = (self.options.get(command.confirm_by) or "").strip() if command.confirm_by else ""
+        is_confirmed = (prompt_line(f"type {printable(expected)} to confirm: ") == expected if expected
                         else prompt_line("go on? [y/N] ").lower() in ("y", "yes"))
         if not is_confirmed:
             raise CommandError(EXIT_USAGE, "not_confirmed", "not confirmed; nothing was sent")
@@ -2540,7 +2541,7 @@ def session_status(context: Context) -> dict:
 
 def client_create(context: Context, client_id: str, secret: str | None = None, gen_password: int | None = None,
                   public: bool = False, introspect: bool | None = None, grant: list | None = None,
-                  scope: list | None = None, **others) -> dict:
+                  scope: list | None = None, **members) -> dict:
     """POST /clients. Create a client. The result has `client_secret` if mad or the server generated one."""
     if public and (secret is not None or gen_password is not None):
         raise CommandError(EXIT_USAGE, "usage", "a public client has no secret")
@@ -2553,7 +2554,7 @@ def client_create(context: Context, client_id: str, secret: str | None = None, g
         raise CommandError(EXIT_USAGE, "usage", "--quiet would lose the secret that is made",
                            hint="use --json, or give one with --secret-stdin")
     client = context.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
-                                            may_introspect=introspect, **others)
+                                            may_introspect=introspect, **members)
     if generated:
         client["client_secret"] = generated
     return client
@@ -2658,20 +2659,20 @@ def _wait_unless_closed(seconds: float) -> bool:
 def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
                action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
     """GET /audit-logs. Yield new entries of the audit log until the reader of stdout closes it."""
-    def rows_of(**how) -> list[dict]:
-        return client.list_audit_logs(user_id, action, target=target, **how)
-    rows = rows_of(limit=max(lines, 1))
+    def fetch(**filters) -> list[dict]:
+        return client.list_audit_logs(user_id, action, target=target, **filters)
+    rows = fetch(limit=max(lines, 1))
     after = max(map(_sequence_number, rows), default=0)
     yield rows[:lines][::-1]
     pause, is_down = interval, False
     while _wait_unless_closed(pause):
         pause = interval
         try:
-            rows = rows_of(after=str(after), limit=PAGE_SIZE)
+            rows = fetch(after=str(after), limit=PAGE_SIZE)
         except MadError as problem:
             # Retry while the server restarts or is busy. Other errors do not go away by themselves.
-            is_down_now = isinstance(problem, Unreachable) and problem.error != "untrusted"
-            if not is_down_now and problem.status not in (429, 500, 503):
+            is_unreachable = isinstance(problem, Unreachable) and problem.error != "untrusted"
+            if not is_unreachable and problem.status not in (429, 500, 503):
                 raise
             if not is_down:
                 print_message("warning", str(problem).rstrip(".") + "; trying again")
@@ -3265,9 +3266,9 @@ def print_result(command: Command, context: Context, result) -> int:
     elif command.is_list and context.json:
         # Fetch all pages before printing, so that an error prints no half document. JSON text takes a fifth of the
         # memory of the objects.
-        texts = [to_json(page)[1:-1] for page in result]
+        pages = [to_json(page)[1:-1] for page in result]
         sys.stdout.write("[")
-        for number, text in enumerate(texts):
+        for number, text in enumerate(pages):
             sys.stdout.write("," + text if number and text else text)
         print("]")
     elif command.is_list:
