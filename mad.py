@@ -1540,8 +1540,10 @@ class TokenCache:
         from hashlib import sha256
         from json import dumps
         root = os.environ.get("XDG_CACHE_HOME", "")
+        self.home = None
         if not os.path.isabs(root):  # XDG Base Directory Specification: a relative path must be ignored.
-            root = os.path.join(os.path.expanduser("~"), ".cache")
+            self.home = os.path.expanduser("~")
+            root = os.path.join(self.home, ".cache")
         self.folder = os.path.join(root, "mad")
         # The file name depends on the secret: a replaced or mistyped secret must not find the token of a valid one.
         key = dumps([url, client_id, scope, sha256(secret.encode()).hexdigest()])
@@ -1576,6 +1578,8 @@ class TokenCache:
         ttl = answer.get("expires_in")
         if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not CACHE_MARGIN < ttl < 1e9:
             return
+        if self.home is not None and not os.path.isdir(self.home):
+            return  # An account without a home directory, such as that of a daemon: makedirs() would create one.
         try:
             os.makedirs(os.path.dirname(self.folder), mode=0o700, exist_ok=True)
             try:

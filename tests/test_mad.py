@@ -1556,6 +1556,17 @@ class TestTokenCache:
             here("token", "get", MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s").stdout == TOKEN + "\n"
         )
 
+    def test_a_home_that_is_not_there_is_not_made(self, here, fake, tmp_path):
+        fake.answers["POST /token"] = (200, self.ANSWER, {})
+        home = tmp_path / "home"
+        done = here("token", "get", HOME=str(home), MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
+        assert (done.returncode, done.stdout, done.stderr) == (0, TOKEN + "\n", "") and not home.exists()
+
+    def test_a_named_cache_folder_is_made_with_its_parents(self, cache):
+        """XDG Base Directory Specification: a folder that does not exist is made, with mode 0700."""
+        cache.store(self.ANSWER, 1_000_000)
+        assert stat.S_IMODE(os.stat(os.path.dirname(cache.folder)).st_mode) == 0o700 and cache.find(1_000_000)
+
 
 class TestTerminal:
     MAD = [sys.executable, str(ROOT / "mad.py")]
