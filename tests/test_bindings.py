@@ -1,6 +1,6 @@
-"""The wire as the published clients of the original meet it: what they send is taken, what they read is there. contract/admin §6, contract/auth §9
+"""The published clients of the original work: the server accepts what they send and returns what they read.
 
-Each test states a fact of the wire. The clients themselves are not here.
+contract/admin §6, contract/auth §9. Each test states a fact of the wire; the clients themselves are not here.
 """
 
 import pytest
@@ -30,7 +30,7 @@ def call(admin, admin_token):
 
 
 class TestNamesOfMembers:
-    """What a client sends under a name of its own means what the contract's name means."""
+    """A member that a client sends under a name of its own has the meaning of the contract's member."""
 
     def test_a_user_without_an_address_is_one_whose_address_is_said_to_be_null(self, call):
         assert call("POST", "/users", {"username": "ann", "user_password": PASSWORD, "user_email": None})["email"] == ""
@@ -104,7 +104,7 @@ class TestNamesInAnswers:
                 call(method, path, status=404)
 
     def test_a_token_of_admin_has_its_audience_under_both_names(self, admin, machine, root):
-        """One of AUTH has `aud` alone: what is not RFC 6749's is kept short there, and every client takes an audience that is missing."""
+        """A token response of AUTH has `aud` alone: few members go beyond RFC 6749, and no client needs `audience`."""
         answer = admin.post("/token", {"username": "root", "password": PASSWORD}).json
         assert answer["audience"] == answer["aud"] and answer["jti"] and machine["aud"] and "audience" not in machine
 
@@ -129,7 +129,7 @@ class TestNamesInAnswers:
             assert "access" in answer and all(isinstance(value, bool) for value in answer.values())
 
     def test_a_message_has_exactly_two_members(self, call, alice):
-        """A client that makes an object of whatever comes breaks on a third."""
+        """A client that passes the members to a constructor fails on a third one."""
         for method, path, body in (
             ("POST", "/tokens/purge", {"user_id": alice.id, "client_id": None}),
             ("POST", "/refresh-tokens/purge", {"user_id": alice.id, "client_id": None}),
@@ -178,7 +178,7 @@ class TestPathsOfTheirOwn:
         )
 
     def test_a_machine_logs_in_asks_and_ends_at_the_paths_of_the_original(self, auth, service):
-        """The one journey of the original's own end-to-end tests that a strict server allows."""
+        """The only end-to-end test of the original that a server of the standards can pass."""
         client = {"client_id": service[0], "client_secret": service[1]}
         token = auth.post("/oidc/token", {"grant_type": "client_credentials"} | client).json["access_token"]
         assert auth.post("/introspect", {"token": token} | client, bearer=token).json["active"] is True
@@ -196,7 +196,7 @@ class TestPathsOfTheirOwn:
 
 
 class TestWhatCannotWork:
-    """Said, so that nobody wonders. Each would be a hole."""
+    """What clients of the original do and this server refuses, because each would be a vulnerability."""
 
     def test_a_confidential_client_without_its_secret_gets_nothing(self, auth, alice, service):
         assert (

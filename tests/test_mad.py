@@ -1,4 +1,7 @@
-"""mad: its words, its files, what it says and how it ends. The journeys against a real server stand in test_flows."""
+"""mad, in the order of its sections: wire, clients, saved login, arguments, output, commands, exit statuses.
+
+The journeys against a real server stand in test_flows.
+"""
 
 import ast
 import contextlib
@@ -36,6 +39,11 @@ USER = {
     "created_at": "2026-01-01T00:00:00Z", "lockout_until": None, "is_active": True, "email_verified": False,
     "totp_enabled": False,
 }
+ENTRY = {
+    "id": "7", "actor_id": "root", "action": "user_created", "secondary": None, "target": "ann",
+    "timestamp": "2026-01-01T00:00:00Z", "ip_address": "::1", "user_agent": "mad",
+}
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 class Fake(http.server.BaseHTTPRequestHandler):
@@ -58,8 +66,6 @@ class Fake(http.server.BaseHTTPRequestHandler):
         pass
 
 
-
-
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
@@ -80,307 +86,9 @@ def fake():
     server.server_close()
 
 
-
-@pytest.fixture
-def run(tmp_path, fake):
-    def call(*words, input="", **environ):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAD_", "XDG_"))}
-        env = (
-            clean
-            | {"HOME": str(tmp_path), "MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_ADMIN_TOKEN": TOKEN}
-            | environ
-        )
-        env = {name: value for name, value in env.items() if value is not None}
-        return subprocess.run(
-            [sys.executable, "-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", *words], cwd=ROOT, env=env,
-            input=input, capture_output=True, text=True, timeout=30,
-        )
-
-    return call
-
-
-class TestExitStatus:
-    @pytest.mark.parametrize(
-        "answer, status, error, message",
-        [
-            ((403, {"success": False, "message": "no", "error": "access_denied"}, {}), 1, "access_denied", "no"),
-            ((401, {"success": False, "message": "no", "error": "invalid_token"}, {}), 3, "invalid_token", "no"),
-            ((200, b"<html>", {}), 4, "bad_answer", "the answer is not the JSON it should be"),
-            ((200, b"", {}), 4, "bad_answer", "the answer is not the JSON it should be"),
-            (
-                (302, b"", {"Location": "http://evil.example/"}), 4, "bad_answer",
-                "{url} redirects elsewhere, which is not followed",
-            ),
-            ((500, b"oops", {}), 1, "http_500", "the server answers 500"),
-        ],
-    )
-    def test_of_a_list_that_fails(self, run, fake, answer, status, error, message):
-        fake.answers["GET /users"] = answer
-        message = message.format(url=fake.url)
-        for words in (("user", "list"), ("user", "list", "--json")):
-            done = run(*words)
-            assert done.returncode == status and done.stderr.startswith(f"mad: error: {message}\n"), done
-            assert "Traceback" not in done.stderr
-        assert json.loads(done.stdout) == {"success": False, "message": message, "error": error}
-        assert [path for _, path, _, _ in fake.seen] == ["/users", "/users"], "redirects are not followed"
-
-    def test_of_a_list(self, run, fake):
-        fake.answers["GET /users"] = (200, [USER], {})
-        done = run("user", "list", "--json")
-        assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, [USER], "")
-
-    def test_nobody_there(self, run):
-        done = run("user", "list", MAD_ADMIN_URL="http://127.0.0.1:9")
-        assert (done.returncode, done.stdout) == (4, "") and done.stderr == (
-            "mad: error: cannot reach http://127.0.0.1:9: Connection refused\n"
-            "mad: hint: is the server running, and is this its address?\n"
-        )
-
-    def test_not_logged_in(self, run):
-        done = run("user", "list", "--json", MAD_ADMIN_TOKEN=None)
-        assert done.returncode == 3 and json.loads(done.stdout) == {
-            "success": False, "message": "not logged in", "error": "not_logged_in",
-        }
-
-    @pytest.mark.parametrize(
-        "words, told",
-        [
-            ((), "usage: mad <noun> <verb> [options]"), (("nonsense",), "mad: error: unknown command 'nonsense'"),
-            (("user", "nonsense"), "mad: error: unknown command 'user nonsense'"),
-            (("user", "list", "--nonsense"), "mad: error: unknown option '--nonsense'"),
-            (("user", "create"), "mad: error: --username is missing"),
-            (("user", "get", "--id"), "mad: error: --id needs a value"),
-            (("user", "lis"), "mad: error: unknown command 'user lis'"),
-            (("user", "get", "--id", "a", "--id", "b"), "mad: error: --id is given twice"),
-            (("user", "--json"), "mad: error: mad user needs a verb before its options"),
-            (("user",), "usage: mad user <verb> [options]"),
-        ],
-    )
-    def test_bad_usage(self, run, fake, words, told):
-        done = run(*words)
-        assert done.returncode == 2 and done.stderr.startswith(told + "\n") and fake.seen == []
-        assert done.stdout == ("" if "--json" not in words else json.dumps(
-            {"success": False, "message": told.removeprefix("mad: error: "), "error": "usage"}, separators=(",", ":")
-        ) + "\n")
-
-    @pytest.mark.parametrize(
-        "words, told",
-        [
-            (("--help",), "usage: mad <noun> <verb> [options]\n"), (("-h",), "usage: mad <noun> <verb> [options]\n"),
-            (("user", "--help"), "usage: mad user <verb> [options]\n"),
-            (("user", "create", "--help"), "usage: mad user create [options]\n"),
-            (("token", "get", "--help"), "usage: mad token get [options]\n"), (("--version",), mad.VERSION + "\n"),
-        ],
-    )
-    def test_help(self, run, words, told):
-        done = run(*words)
-        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(told)
-
-
-class TestWords:
-    @pytest.mark.parametrize("words", [("--id", "ann"), ("--id=ann",), ("--id:ann",)])
-    def test_values_in_each_form(self, run, fake, words):
-        fake.answers["GET /users/id-by-name/ann"] = (200, {"result": USER["id"]}, {})
-        fake.answers["GET /users/" + USER["id"]] = (200, USER, {})
-        done = run("user", "get", *words, "--json")
-        assert json.loads(done.stdout) == USER, done
-
-    def test_a_value_may_begin_with_hyphens(self, run, fake):
-        fake.answers["POST /users"] = (200, USER, {})
-        run("user", "create", "--username", "ann", "--user-email", "a@b", "--user-password", "--hush-hush")
-        assert json.loads(fake.seen[-1][3])["password"] == "--hush-hush"
-
-    def test_a_password_comes_from_stdin(self, run, fake):
-        fake.answers["POST /users"] = (200, USER, {})
-        assert (
-            run(
-                "user", "create", "--username", "ann", "--user-email", "a@b", "--password-stdin", input="from stdin\n"
-            ).returncode
-            == 0
-        )
-        assert json.loads(fake.seen[-1][3])["password"] == "from stdin"
-
-    def test_ids_cannot_leave_their_path(self, run, fake):
-        run("user", "get", "--id", "../clients?x=#y")
-        for path, _, query in [seen[1].partition("?") for seen in fake.seen]:
-            assert path in ("/users", "/users/id-by-name") and not set("/?#") & set(query), (
-                "one with a slash is a word of a query"
-            )
-        run("user", "get", "--id", "..?x=#y")
-        assert fake.seen[-1][1].startswith("/users/id-by-name/") and not set("?#") & set(fake.seen[-1][1])
-
-    def test_quiet_prints_ids(self, run, fake):
-        fake.answers["GET /users"] = (200, [USER], {})
-        assert run("user", "list", "--quiet").stdout == USER["id"] + "\n"
-
-
-class TestOutput:
-    def test_control_characters_are_shown_not_sent(self, run, fake):
-        fake.answers["GET /users"] = (200, [USER | {"username": "a\x1b[2Jb\r\n\u202ec"}], {})
-        assert "  a\\x1b[2Jb\\r\\n\\u202ec  " in run("user", "list").stdout.splitlines()[2]
-
-    def test_a_secret_that_was_made_is_shown_also_as_json(self, run, fake):
-        fake.answers["POST /clients"] = (
-            200,
-            {
-                "id": USER["id"], "client_id": "door", "display_name": "", "is_active": True,
-                "created_at": "2026-01-01T00:00:00Z", "audience": "x", "client_secret": "made-by-the-server",
-            },
-            {},
-        )
-        assert (
-            json.loads(run("client", "create", "--client-id", "door", "--json").stdout)["client_secret"]
-            == "made-by-the-server"
-        )
-        assert "made-by-the-server" in run("client", "create", "--client-id", "door").stdout
-
-    def test_the_inspector(self, run):
-        done = run("token", "--token", TOKEN)
-        assert done.returncode == 0 and "root-id" in done.stdout and "2100-01-01 00:00:00 UTC" in done.stdout
-        done = run("token", "--token", "nonsense")
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "mad: error: not a JWT: it has 1 parts instead of three\n"
-
-    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-    def test_completion_scripts(self, run, shell):
-        assert "change-secret" in run("completion", shell).stdout
-
-
-class TestTheSavedLogin:
-    """~/.mad_token: its owner's alone, never through a symlink, sent only to the server that issued it."""
-
-    def log_in(self, run, fake, **environ):
-        fake.answers["POST /token"] = (
-            200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {},
-        )
-        return run(
-            "session", "login", "--username", "root", "--password-stdin", input="hush hush\n", MAD_ADMIN_TOKEN=None,
-            **environ,
-        )
-
-    def test_it_is_private_and_used(self, run, fake, tmp_path):
-        mask = os.umask(0)
-        try:
-            done = self.log_in(run, fake)
-        finally:
-            os.umask(mask)
-        assert done.returncode == 0, done.stderr
-        path = tmp_path / ".mad_token"
-        assert path.read_text() == TOKEN and stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert "username=root" in fake.seen[-1][3]
-        fake.answers["GET /users"] = (200, [], {})
-        assert run("user", "list", MAD_ADMIN_TOKEN=None).returncode == 0
-        assert fake.seen[-1][2]["Authorization"] == "Bearer " + TOKEN
-        assert "root" in run("session", "status", MAD_ADMIN_TOKEN=None).stdout
-        assert run("session", "logout", MAD_ADMIN_TOKEN=None).returncode == 0 and not path.exists()
-
-    def test_it_does_not_go_to_another_server(self, run, fake, tmp_path):
-        self.log_in(run, fake)
-        before = len(fake.seen)
-        done = run("user", "list", MAD_ADMIN_TOKEN=None, MAD_ADMIN_URL=fake.url.replace("127.0.0.1", "localhost"))
-        assert done.returncode == 3 and len(fake.seen) == before
-
-    def test_a_symlink_is_refused(self, run, fake, tmp_path):
-        (tmp_path / "victim").write_text("precious")
-        (tmp_path / ".mad_token").symlink_to(tmp_path / "victim")
-        done = self.log_in(run, fake)
-        assert done.returncode == 3 and f"{tmp_path}/.mad_token is a symbolic link" in done.stderr and fake.seen == []
-        assert (tmp_path / "victim").read_text() == "precious"
-
-    def test_a_refused_login_saves_nothing(self, run, fake, tmp_path):
-        fake.answers["POST /token"] = (403, {"success": False, "message": "no", "error": "invalid_grant"}, {})
-        done = run("session", "login", "--username", "root", "--password-stdin", input="wrong\n", MAD_ADMIN_TOKEN=None)
-        assert (done.returncode, done.stdout, done.stderr) == (1, "", "mad: error: no\n")
-        assert not list(tmp_path.glob(".mad*"))
-
-    def test_a_terminal_is_asked_and_shows_no_password(self, fake, tmp_path):
-        fake.answers["POST /token"] = (
-            200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {},
-        )
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
-            "HOME": str(tmp_path)
-        }
-        child = pexpect.spawn(
-            sys.executable,
-            ["-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", "session", "login", "--admin-url", fake.url],
-            cwd=str(ROOT), env=env, encoding="utf-8", timeout=10,
-        )
-        child.expect("(?i)user")
-        child.sendline("root")
-        child.expect("(?i)password")
-        child.waitnoecho()
-        child.sendline("hush hush")
-        said = child.read()
-        child.close()
-        assert child.exitstatus == 0 and "hush" not in said
-
-
-class TestTokenGet:
-    def test_it_is_cached_by_secret_and_scope(self, run, fake, tmp_path):
-        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 3600}, {})
-        environ = {"MAD_CLIENT_ID": "a:b", "MAD_CLIENT_SECRET": "s%"}
-        for _ in range(2):
-            done = run("token", "get", **environ)
-            assert done.stdout == TOKEN + "\n", done.stderr
-        assert len(fake.seen) == 1
-        import base64
-
-        assert base64.b64decode(fake.seen[0][2]["Authorization"].split()[1]) == b"a%3Ab:s%25"
-        run("token", "get", **(environ | {"MAD_CLIENT_SECRET": "other"}))
-        run("token", "get", "--scope", "x", **environ)
-        run("token", "get", "--no-cache", **environ)
-        assert len(fake.seen) == 4
-        for folder, _, names in os.walk(tmp_path / ".cache"):
-            assert all(stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) == 0o600 for name in names)
-
-    def test_a_short_lived_one_is_not_cached(self, run, fake):
-        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 20}, {})
-        for _ in range(2):
-            run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
-        assert len(fake.seen) == 2
-
-    def test_a_refusal_prints_no_token(self, run, fake):
-        fake.answers["POST /token"] = (401, {"error": "invalid_client", "error_description": "no"}, {})
-        done = run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
-        assert (done.returncode, done.stdout) == (3, "")
-        assert done.stderr == "mad: error: no\nmad: hint: check the client id and its secret\n"
-
-
-class TestBinding:
-    def test_it_raises_what_the_server_says(self, fake):
-        client = mad.MadClient(fake.url, TOKEN)
-        fake.answers["POST /users"] = (
-            409, {"success": False, "message": "The name is taken.", "error": "conflict"}, {},
-        )
-        with pytest.raises(mad.MadError) as caught:
-            client.create_user("ann", "a@b", "correct horse")
-        assert (caught.value.status, caught.value.error) == (409, "conflict")
-
-
-OK = b"HTTP/1.1 200 OK\r\n"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run mad in this process, which takes a hundredth of a new one."""
-    for name in [name for name in os.environ if name.startswith(("MAD_", "XDG_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("MAD_ADMIN_TOKEN", TOKEN)
-
-    def call(*words, **environ):
-        for name, value in environ.items():
-            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        status = mad.main(list(words))
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, said.out, said.err)
-
-    return call
-
-
 @pytest.fixture
 def raw():
-    """A server that answers with the given octets, whatever it is asked; `pause` seconds before each of them."""
+    """A server that responds to every request with the same octets, with `pause` seconds after each if it is set."""
     listeners = []
 
     def make(octets, pause=0, context=None, family=socket.AF_INET):
@@ -413,8 +121,48 @@ def raw():
         listener.close()
 
 
+@pytest.fixture
+def run(tmp_path, fake):
+    def call(*words, input="", **environ):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAD_", "XDG_"))}
+        env = (
+            clean
+            | {"HOME": str(tmp_path), "MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_ADMIN_TOKEN": TOKEN}
+            | environ
+        )
+        env = {name: value for name, value in env.items() if value is not None}
+        return subprocess.run(
+            [sys.executable, "-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", *words], cwd=ROOT, env=env,
+            input=input, capture_output=True, text=True, timeout=30,
+        )
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run mad in this process, which takes a hundredth of the time of a new one."""
+    for name in [name for name in os.environ if name.startswith(("MAD_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MAD_ADMIN_TOKEN", TOKEN)
+
+    def call(*words, **environ):
+        for name, value in environ.items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        status = mad.main(list(words))
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, said.out, said.err)
+
+    return call
+
+
+def parsed_of(*words, name="client create"):
+    return mad.parse(next(command for command in mad.COMMANDS if command.name == name), list(words))
+
+
 def words_of(command):
-    """The words of a command with every option it must have."""
+    """A command line of the command, with a value for each required option."""
     words = command.name.split()
     for option in command.options:
         if option.required or (
@@ -430,6 +178,26 @@ ASKING = [
     for command in mad.COMMANDS
     if not command.name.startswith(("session ", "completion ")) and command.name != "token"
 ]
+
+
+# == Wire =======================================================================
+
+def make_certificate(folder):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1)
+    )
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False).add_extension(
+        x509.BasicConstraints(True, None), True
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    return str(path)
 
 
 class TestAnswers:
@@ -606,235 +374,17 @@ class TestAddresses:
         }
 
 
-def make_certificate(folder):
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = x509.CertificateBuilder(
-        name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1)
-    )
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False).add_extension(
-        x509.BasicConstraints(True, None), True
-    )
-    path = folder / "certificate.pem"
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    )
-    return str(path)
+# == ApiClient ==================================================================
 
-
-class TestEveryCommand:
-    @pytest.mark.parametrize("command", ASKING, ids=lambda command: command.name)
-    def test_a_refusal_is_one_json_document(self, here, fake, command):
-        environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
-        done = here(*words_of(command), "--json", **environ)
-        assert done.returncode == 1 and json.loads(done.stdout) == {
-            "success": False, "message": "There is no such thing here.", "error": "not_found",
-        }
-        assert len(fake.seen) == 1, "one command is one request"
-
-    @pytest.mark.parametrize(
-        "command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name
-    )
-    def test_the_request_is_the_one_it_declares(self, here, fake, command):
-        (_, _, request), = mad.describe_commands([command])
-        method, _, path = request.partition(" ")
-        here(*words_of(command), MAD_ADMIN_URL=fake.url)
-        assert fake.seen[0][0] == method and re.fullmatch(
-            re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), fake.seen[0][1].partition("?")[0]
+class TestErrors:
+    def test_it_raises_what_the_server_says(self, fake):
+        client = mad.MadClient(fake.url, TOKEN)
+        fake.answers["POST /users"] = (
+            409, {"success": False, "message": "The name is taken.", "error": "conflict"}, {},
         )
-
-    @pytest.mark.parametrize(
-        "command", [command for command in ASKING if not command.streams and command.name != "backup"],
-        ids=lambda command: command.name,
-    )
-    def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
-        thing = USER | {
-            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
-            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {},
-        }
-        listed = command.is_list or command.options and any(option.parent for option in command.options)
-        fake.answer = lambda method, path: (
-            200,
-            {"result": USER["id"]}
-            if "/id-by-name/" in path
-            else {"X": {}}
-            if path.endswith("/options")
-            else [thing]
-            if listed and method == "GET" and "/idp/" not in path
-            else thing, {},
-        )
-        words = ["bob" if word == USER["id"] else word for word in words_of(command)] + (
-            ["--client-id", "bob"] if command.name == "client delete-redirect-uri" else []
-        )
-        environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
-        for more in ([], ["--quiet"], ["--json"]):
-            if more == ["--quiet"] and command.name == "client create":
-                continue  # it would lose the secret, and says so
-            done = here(*words, *more, **environ)
-            assert done.returncode == 0 and done.stderr == "", (more, done)
-        assert done.stdout.count("\n") == 1 and json.loads(done.stdout) is not None
-
-    @pytest.mark.parametrize("command", mad.COMMANDS, ids=lambda command: command.name)
-    def test_bad_usage_is_one_json_document(self, here, command):
-        done = here(*command.name.split(), "--json", "--nonsense")
-        document = json.loads(done.stdout)
-        assert done.returncode == 2 and document["error"] == "usage"
-        assert "unknown option '--nonsense'" in document["message"].split("; ")
-
-    @pytest.mark.parametrize("command", mad.COMMANDS, ids=lambda command: command.name)
-    def test_help_has_an_example_and_wins_over_errors(self, here, command):
-        done = here(*command.name.split(), "--nonsense", "--help")
-        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: mad {command.name} [opt")
-        assert command.help in done.stdout and "mad " + command.name in command.example
-        assert f"for example:\n  {command.example}\n" in done.stdout
-        for option in command.all_options():
-            assert f"\n  --{option.name or option.stdin} " in done.stdout
-
-    def test_names_are_looked_up_and_ids_are_not(self, here, fake):
-        fake.answers["GET /users/id-by-name/ann%40home"] = (200, {"result": "u"}, {})
-        fake.answers["GET /roles/id-by-name/Boss"] = (200, "r", {})
-        fake.answers["POST /roles/assign"] = (200, {"success": True, "message": "Done."}, {})
-        assert (
-            here("role", "assign", "--user-id", "ann@home", "--role-id", "Boss", MAD_ADMIN_URL=fake.url).returncode == 0
-        )
-        assert json.loads(fake.seen[-1][3]) == {"user_id": "u", "role_id": "r"} and len(fake.seen) == 3
-        done = here("role", "assign", "--user-id", "bob", "--role-id", "Boss")
-        assert (
-            done.returncode == 1
-            and done.stderr == "mad: error: there is no user 'bob'\nmad: hint: see: mad user list\n"
-        )
-
-
-ORIGINAL = """
-session login --admin-url http://localhost:9041 --json
-session logout --json
-session status --json
-user create --username ann --user-email a@b --user-password hush
-user totp-qr --id ID --client-id ID --output-path qr
-user totp-verify --user-id ID --client-id ID --code 123456
-user disable-totp --user-id ID --client-id ID
-user update --id ID --username bea --email b@c --is-active
-user update --id ID --is-active False
-user verify-email --id ID
-user reset-password --id ID --new-password hush
-user list --admin-token TOKEN --admin-url:http://localhost:9041/
-user get --id:ID
-user deactivate --id ID
-user activate --id ID
-user delete --id ID
-user set-lockout --id ID --until PERMANENT
-user set-lockout --id ID --until 2030-01-31T12:00:00+01:00
-user clear-lockout --id ID
-role create --name Operator --description x
-role create --name=Operator --json
-role update --id ID --name x --description y
-role list --json=true
-role get --id ID
-role delete --id ID
-role assign --user-id ID --role-id ID
-role unassign --role-id ID --user-id ID
-permission create --name door
-permission update --id ID --name gate
-permission list
-permission get --id ID
-permission delete --id ID
-permission assign --role-id ID --permission-id ID
-permission remove --role-id ID --permission-id ID
-permission list-for-role --role-id ID
-permission list-for-user --user-id ID
-permission check-access --user-id ID --permission-id ID
-scope create --name read
-scope update --id ID --description x
-scope list
-scope get --id ID
-scope delete --id ID
-scope assign-to-user --user-id ID --scope-id ID ID --scope-id ID
-scope list-for-user --user-id ID
-scope remove-from-user --user-id ID --scope-id ID
-scope assign-to-client --client-id ID --scope-id ID ID
-scope list-for-client --client-id ID
-scope remove-from-client --client-id ID --scope-id ID
-client create --client-id app --secret hush --display-name App --audience api
-client create --client-id app --gen-password 32
-client update --id ID --client-id new --display-name x --is-active true --audience y
-client change-secret --id ID --secret hush
-client change-secret --id ID
-client list
-client get --id ID
-client delete --id ID
-client add-redirect-uri --id ID --uri https://app.example/callback
-client list-redirect-uris --client-id ID
-client delete-redirect-uri --id ID
-client set-flag --client-id ID --flag ENABLE_TOTP --enable true
-client get-flag --client-id ID --flag ENABLE_TOTP
-client set-flag-options --client-id ID --flag TOKEN_EXPIRATION --options 600
-client get-flag-options --client-id ID --flag TOKEN_EXPIRATION
-client add-idp --id ID --provider-key google --display-name Google \
---issuer https://accounts.google.com --external-client-id 1
-client update-idp --id ID --idp-id ID --provider-key google --display-name Google \
---issuer https://accounts.google.com --external-client-id 1 --scopes openid
-client list-idps --id ID
-client delete-idp --id ID --idp-id ID
-client assign-scope --client-id ID --scope-id ID ID
-client list-scopes --client-id ID
-client remove-scope --client-id ID --scope-id ID
-sessionctl list
-sessionctl introspect --token TOKEN
-sessionctl get --id ID
-sessionctl list-by-user --user-id ID
-sessionctl revoke --id ID
-sessionctl purge --older-than 3600 --expired --revoked
-refreshtoken list
-refreshtoken list-by-user --user-id ID
-refreshtoken get --id ID
-refreshtoken purge-refresh --older-than 3600 --expired
-auditlog list --user-id ID --action user_created --limit -1
-auditlog get --id ID
-auditlog purge --days 30
-token --token TOKEN
-"""
-
-
-class TestTheOriginal:
-    @pytest.mark.parametrize("typed", ORIGINAL.strip().splitlines())
-    def test_its_command_lines_are_understood(self, typed):
-        words = typed.replace("ID", USER["id"]).replace("TOKEN", TOKEN).split()
-        command = next(one for one in mad.COMMANDS if one.name in (" ".join(words[:2]), words[0]))
-        assert mad.parse(command, words[len(command.name.split()) :]).errors == []
-
-    def test_its_scripts_are_asked_nothing(self, run, fake):
-        fake.answers[f"DELETE /users/{USER['id']}"] = (200, {"success": True, "message": "Gone."}, {})
-        assert run("user", "delete", "--id", USER["id"], "--json").stdout == '{"success":true,"message":"Gone."}\n'
-
-
-class TestFilesOfWords:
-    def test_stand_for_their_words_among_the_options(self, tmp_path):
-        (tmp_path / "words").write_text('# of ann\n--user-email "ann of home@b"\n\n  --user-password @hush\n')
-        parsed = TestOptions.of("--username", "@ann", f"@{tmp_path}/words", "--json", name="user create")
-        assert parsed.errors == [] and parsed.options == {
-            "username": "@ann", "user-email": "ann of home@b", "user-password": "@hush", "json": True,
-        }
-
-    def test_may_hold_the_command_itself(self, here, fake, tmp_path):
-        fake.answers["GET /users"] = (200, [USER], {})
-        (tmp_path / "words").write_text("user list --quiet")
-        assert here(f"@{tmp_path}/words", MAD_ADMIN_URL=fake.url).stdout == USER["id"] + "\n"
-
-    @pytest.mark.parametrize(
-        "content, told",
-        [
-            (None, "cannot read"), (b"\xff", "is not text"), (b'--q "x', "a quote without its end"),
-            (b"x" * 70_000, "too long"), (b"@words", "too many files"),
-        ],
-    )
-    def test_that_are_none_are_bad_usage(self, here, tmp_path, monkeypatch, content, told):
-        monkeypatch.chdir(tmp_path)
-        if content:
-            (tmp_path / "words").write_bytes(content)
-        done = here("user", "list", "@words", "--json")
-        assert done.returncode == 2 and told in json.loads(done.stdout)["message"]
+        with pytest.raises(mad.MadError) as caught:
+            client.create_user("ann", "a@b", "correct horse")
+        assert (caught.value.status, caught.value.error) == (409, "conflict")
 
 
 class TestPages:
@@ -881,8 +431,8 @@ class TestPages:
         assert here("user", "list", "--limit", "0").returncode == 2 and len(many.seen) == 3
 
     def test_a_list_takes_only_what_the_server_heeds_there(self):
-        assert TestOptions.of("--q", "x", name="session list").errors == ["unknown option '--q'"]
-        assert TestOptions.of("--user-id", "x", "--offset", "3", "--limit", "-1", name="role list-users").errors == [
+        assert parsed_of("--q", "x", name="session list").errors == ["unknown option '--q'"]
+        assert parsed_of("--user-id", "x", "--offset", "3", "--limit", "-1", name="role list-users").errors == [
             "unknown option '--user-id'", "--id is missing",
         ]
 
@@ -924,411 +474,10 @@ class TestPages:
         assert mad.next_query(link) == query
 
 
-class TestRoutes:
-    def test_a_missing_route_is_not_told_as_a_missing_thing(self, here, fake):
-        fake.answer = lambda *_: (
-            404, {"success": False, "message": "No.", "error": "not_found"}, {"X-Not-Found": "route"},
-        )
-        for words in (("role", "get", "--id", "Boss"), ("role", "get", "--id", USER["id"])):
-            done = here(*words, "--json", MAD_ADMIN_URL=fake.url)
-            assert done.returncode == 1 and "there is no role" not in done.stderr
-            assert json.loads(done.stdout)["error"] == "not_found" and json.loads(done.stdout)["message"].startswith(
-                "this server has no GET /roles/"
-            )
-
-    def test_a_part_is_known_by_its_name(self, here, fake):
-        client, record = "/clients/" + USER["id"], "8b1c0000-0000-4000-8000-000000000002"
-        fake.answers = {
-            "GET /clients/id-by-name/app": (200, {"result": USER["id"]}, {}),
-            f"GET {client}/idp": (200, [{"id": record, "provider_key": "google"}], {}),
-            f"DELETE {client}/idp/{record}": (200, {"success": True, "message": "Gone."}, {}),
-            f"GET {client}/redirect-uris": (200, [{"id": record, "redirect_uri": "https://a/b"}], {}),
-            f"DELETE {client}/redirect-uris/{record}": (200, {"success": True, "message": "Gone."}, {}),
-            "DELETE /clients/redirect-uris": (200, {"success": True, "message": "Gone."}, {}),
-        }
-        assert here("client", "delete-idp", "--id", "app", "--idp-id", "google", MAD_ADMIN_URL=fake.url).returncode == 0
-        assert here("client", "delete-redirect-uri", "--id", "https://a/b", "--client-id", "app").returncode == 0
-        assert (
-            here("client", "delete-redirect-uri", "--id", record).returncode == 0 and fake.seen[-1][3] == f'"{record}"'
-        )
-        before = len(fake.seen)
-        assert here("client", "delete-redirect-uri", "--id", "https://a/b").returncode == 2 and len(fake.seen) == before
-        assert (
-            here("client", "get-idp", "--id", "app", "--idp-id", "apple").stderr
-            == "mad: error: there is no 'apple' there\n"
-        )
-
-    def test_a_list_may_be_called_in_the_singular(self, here, fake):
-        fake.answers[f"GET /clients/{USER['id']}/cors-origins"] = (200, [], {})
-        assert (
-            here("client", "list-cors-origin", "--client-id", USER["id"], MAD_ADMIN_URL=fake.url).stdout
-            == "(no URIs)\n"
-        )
-
-    def test_moments_are_sent_in_utc(self, here, fake):
-        fake.answers["GET /audit-logs"] = (200, [], {})
-        for typed, sent in (
-            ("2030-01-31T12:00:00+01:00", "2030-01-31T11:00:00Z"), ("2030-01-31", "2030-01-31T00:00:00Z"),
-            ("1900000000", "2030-03-17T17:46:40Z"),
-        ):
-            assert here("audit", "list", "--since", typed, MAD_ADMIN_URL=fake.url).returncode == 0
-            assert fake.seen[-1][1] == "/audit-logs?since=" + sent.replace(":", "%3A") + "&limit=100"
-        assert (
-            here("audit", "list", "--until", "soon").returncode
-            == here("user", "set-lockout", "--id", "bob", "--until", "soon").returncode
-            == 2
-        )
-
-    def test_a_password_is_checked_not_chosen(self, fake, tmp_path):
-        fake.answers["POST /users/verify-password"] = (
-            200, {"valid": True, "user_id": USER["id"], "email": "a@b", "totp_required": False}, {},
-        )
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
-            "HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url,
-        }
-        child = pexpect.spawn(
-            sys.executable, [str(ROOT / "mad.py"), "user", "verify-password", "--id", "ann"], env=env, encoding="utf-8",
-            timeout=10,
-        )
-        child.expect_exact("password: ")
-        child.waitnoecho()
-        child.sendline("hush hush")
-        assert "right for a@b" in child.read()
-        assert json.loads(fake.seen[0][3]) == {"username": "ann", "password": "hush hush"}
-
-
-class TestEnrolment:
-    ANSWER = {
-        "success": True, "otpauth_uri": "otpauth://totp/x?secret=GEZDGNBV", "secret": "GEZDGNBV",
-        "svg": "<svg>\u00fc</svg>",
-    }
-    PATH = f"POST /users/{USER['id']}/totp/enroll"
-
-    def test_the_secret_is_shown_in_each_form(self, here, fake):
-        fake.answers[self.PATH] = (200, self.ANSWER, {})
-        words = ("user", "totp-enroll", "--id", USER["id"])
-        assert "secret, shown this once: GEZDGNBV" in here(*words, MAD_ADMIN_URL=fake.url).stdout
-        assert (
-            json.loads(here(*words, "--json").stdout) == self.ANSWER
-            and here(*words, "--quiet").stdout == self.ANSWER["otpauth_uri"] + "\n"
-        )
-
-    def test_the_picture_is_its_owners(self, here, fake, tmp_path):
-        fake.answers[self.PATH] = (200, self.ANSWER, {})
-        picture = tmp_path / "ann.svg"
-        mask = os.umask(0)
-        try:
-            assert (
-                here(
-                    "user", "totp-enroll", "--id", USER["id"], "--svg", str(picture), MAD_ADMIN_URL=fake.url
-                ).returncode
-                == 0
-            )
-        finally:
-            os.umask(mask)
-        assert picture.read_text("utf-8") == self.ANSWER["svg"] and stat.S_IMODE(picture.stat().st_mode) == 0o600
-        assert (
-            here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture)).returncode == 2
-            and len(fake.seen) == 1
-        ), "and never written over: nothing is sent"
-
-    def test_a_refusal_leaves_no_picture(self, here, fake, tmp_path):
-        assert (
-            here(
-                "user", "totp-enroll", "--id", USER["id"], "--svg", str(tmp_path / "ann.svg"), MAD_ADMIN_URL=fake.url
-            ).returncode
-            == 1
-        )
-        assert not (tmp_path / "ann.svg").exists()
-
-
-ENTRY = {
-    "id": "7", "actor_id": "root", "action": "user_created", "secondary": None, "target": "ann",
-    "timestamp": "2026-01-01T00:00:00Z", "ip_address": "::1", "user_agent": "mad",
-}
-
-
-class TestAudit:
-    def test_a_log_that_was_changed_is_a_failure(self, here, fake):
-        fake.answers["GET /audit-logs/verify"] = (
-            200,
-            {"valid": False, "rows": 9, "first_seq": 1, "last_seq": 9, "head": "ab", "reason": "Row 4 was changed."},
-            {},
-        )
-        done = here("audit", "verify", "--json", MAD_ADMIN_URL=fake.url)
-        assert (
-            done.returncode == 1
-            and json.loads(done.stdout)["success"] is False
-            and json.loads(done.stdout)["rows"] == 9
-        )
-        done = here("auditlog", "verify")
-        assert (done.returncode, done.stdout, done.stderr) == (1, "", "mad: error: row 4 was changed\n")
-
-    def test_an_export_goes_on_where_a_page_ends(self, here, fake):
-        pages = {
-            "limit=5000": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}),
-            "after=2&limit=5000": (b'{"id":"3"}\n', {}),
-            "limit=1": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}),
-        }
-        fake.answer = lambda method, path: (200, *pages[path.partition("?")[2]])
-        assert here("audit", "export", MAD_ADMIN_URL=fake.url).stdout == '{"id":"1"}\n{"id":"2"}\n{"id":"3"}\n'
-        assert here("audit", "export", "--limit", "1").stdout == '{"id":"1"}\n'
-
-    def test_a_list_goes_on_by_itself(self, here, fake):
-        entries = [ENTRY | {"id": str(number)} for number in range(2100, 0, -1)]
-
-        def answer(method, path):
-            query = {
-                name: int(value)
-                for name, _, value in (pair.partition("=") for pair in path.partition("?")[2].split("&"))
-            }
-            fake.grown = (
-                entries if not query.get("offset") and "after" not in query else [ENTRY | {"id": "2101"}, *entries]
-            )
-            found = (
-                fake.grown[query.get("offset", 0) :]
-                if "after" not in query
-                else [row for row in reversed(fake.grown) if int(row["id"]) > query["after"]]
-            )
-            return 200, found[: query["limit"]], {}
-
-        fake.answer = answer
-        assert [
-            row["id"]
-            for row in json.loads(here("audit", "list", "--limit", "-1", "--json", MAD_ADMIN_URL=fake.url).stdout)
-        ] == [row["id"] for row in entries], "none twice, though one was written meanwhile"
-        assert len(here("audit", "list", "--quiet").stdout.split()) == 100
-        assert here("audit", "list", "--quiet", "--after", "99", "--limit", "1500").stdout.split() == [
-            str(number) for number in range(100, 1600)
-        ]
-
-    @pytest.mark.parametrize("body", [b"[1]\n", b"<html>", b'{"id":1'])
-    def test_an_export_that_is_none_is_refused(self, here, fake, body):
-        fake.answers["GET /audit-logs/export"] = (200, body, {})
-        done = here("audit", "export", "--json", MAD_ADMIN_URL=fake.url)
-        assert done.returncode == 4 and json.loads(done.stdout) == {
-            "success": False, "message": "the answer is not the NDJSON it should be", "error": "bad_answer",
-        }
-
-    def test_an_actor_that_is_no_user_any_more_is_looked_for_as_it_is_typed(self, here, fake):
-        fake.answers["GET /audit-logs"] = (200, [], {})
-        assert here("audit", "list", "--user-id", "gone", MAD_ADMIN_URL=fake.url).returncode == 0
-        assert [path for _, path, _, _ in fake.seen] == [
-            "/users/id-by-name/gone", "/audit-logs?userId=gone&limit=100",
-        ]
-        fake.answer = lambda *_: (404, {"success": False, "message": "No.", "error": "x"}, {"X-Not-Found": "route"})
-        assert here("audit", "list", "--user-id", "gone").returncode == 1, "a missing route is no unknown name"
-
-
-class TestBackup:
-    """Made there, fetched in pieces, compared, and removed there."""
-
-    CONTENT = b"0123456789" * 100
-
-    @pytest.fixture
-    def server(self, fake):
-        made = {
-            "name": "b.backup", "bytes": 1000, "sha256": hashlib.sha256(self.CONTENT).hexdigest(), "users": 2,
-            "clients": 1,
-        }
-
-        def answer(method, path):
-            offset = int(path.partition("=")[2] or 0)
-            pieces = (self.CONTENT[offset : offset + 400], {"X-Next-Offset": str(offset + 400)} if offset < 800 else {})
-            return 200, *{"POST": (made, {}), "GET": pieces, "DELETE": ({"success": True, "message": ""}, {})}[method]
-
-        fake.answer, fake.made = answer, made
-        return fake
-
-    @pytest.mark.parametrize("words", [["box.backup"], ["--file", "box.backup"], ["--without-keys", "box.backup"]])
-    def test_it_is_whole_and_private(self, here, server, tmp_path, monkeypatch, words):
-        monkeypatch.chdir(tmp_path)
-        done = here("backup", *words, MAD_ADMIN_URL=server.url)
-        assert (done.returncode, done.stdout) == (0, "b.backup: 1000 bytes, 2 users, 1 clients\n"), done
-        (path,) = tmp_path.glob("*backup*")
-        assert path.read_bytes() == self.CONTENT and path.stat().st_mode & 0o777 == 0o600
-        assert [seen[0] for seen in server.seen] == ["POST", "GET", "GET", "GET", "DELETE"] and json.loads(
-            server.seen[0][3]
-        ) == {"without_keys": "--without-keys" in words}
-
-    def test_what_is_there_is_kept_unless_forced(self, here, server, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "box.backup").write_text("older")
-        done = here("backup", "box.backup", MAD_ADMIN_URL=server.url)
-        assert (
-            done.returncode == 2
-            and "--force" in done.stderr
-            and not server.seen
-            and (tmp_path / "box.backup").read_text() == "older"
-        )
-        assert (
-            here("backup", "box.backup", "--force").returncode == 0
-            and (tmp_path / "box.backup").read_bytes() == self.CONTENT
-        )
-
-    @pytest.mark.parametrize(
-        "change, status, error, message",
-        [
-            ({"sha256": "0" * 64}, 4, "bad_answer", "what came is not the backup that was made"),
-            ({"name": None}, 1, "not_found", "There is no such thing here."),
-        ],
-    )
-    def test_what_is_not_what_was_made_leaves_no_file(
-        self, here, server, tmp_path, monkeypatch, change, status, error, message
-    ):
-        monkeypatch.chdir(tmp_path)
-        server.made |= change
-        if not server.made["name"]:
-            server.answers = {}
-            server.answer = lambda method, path: (
-                (200, server.made, {})
-                if method == "POST"
-                else (404, {"success": False, "message": "There is no such thing here.", "error": "not_found"}, {})
-            )
-        done = here("backup", "box.backup", "--json", MAD_ADMIN_URL=server.url)
-        assert done.returncode == status and not list(tmp_path.glob("*backup*"))
-        assert json.loads(done.stdout) == {"success": False, "message": message, "error": error}
-        assert server.seen[-1][0] == "DELETE"
-
-    def test_pieces_that_go_round_are_refused(self, here, server, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        whole = server.answer
-        server.answer = lambda method, path: (
-            (200, b"x", {"X-Next-Offset": "0"}) if method == "GET" else whole(method, path)
-        )
-        done = here("backup", "box.backup", MAD_ADMIN_URL=server.url)
-        assert done.returncode == 4 and not list(tmp_path.glob("*backup*"))
-        assert "mad: error: the pieces of the backup do not follow each other\n" in done.stderr
-
-
-class TestTail:
-    @pytest.fixture
-    def follow(self, here, fake, monkeypatch):
-        """Run audit tail over these answers, one a request; it ends after the last."""
-
-        def call(answers, *words):
-            answers = list(answers)
-            waits = iter([True] * (len(answers) - 1))
-            monkeypatch.setattr(mad, "_wait_unless_closed", lambda seconds: next(waits, False))
-            fake.answer = lambda *_: answers.pop(0)
-            return here("audit", "tail", *words, MAD_ADMIN_URL=fake.url)
-
-        return call
-
-    def test_it_goes_on_after_what_it_has_shown(self, follow, fake):
-        done = follow(
-            [
-                (200, [ENTRY | {"id": "10"}, ENTRY], {}), (200, [ENTRY | {"id": "11"}], {}), (200, [], {}),
-                (200, [ENTRY, ENTRY | {"id": "12"}], {}),
-            ],
-            "--quiet", "--action", "user_created",
-        )
-        assert done.stdout.split() == ["7", "10", "11", "12"], "oldest first, and nothing twice"
-        assert [path.partition("?")[2] for _, path, _, _ in fake.seen] == ["action=user_created&limit=10"] + [
-            f"action=user_created&after={after}&limit=1000" for after in (10, 11, 11)
-        ]
-
-    def test_a_server_that_starts_anew_is_waited_for(self, follow):
-        down = (503, {"success": False, "message": "Later.", "error": "unavailable"}, {"Retry-After": "9"})
-        done = follow([(200, [], {}), down, down, (200, [ENTRY], {})], "--quiet")
-        assert (done.returncode, done.stdout) == (0, "7\n")
-        assert done.stderr == "mad: warning: later; trying again\nmad: warning: the server answers again\n", "said once"
-
-    def test_a_token_that_is_no_longer_good_ends_it(self, follow):
-        done = follow(
-            [(200, [ENTRY], {}), (401, {"success": False, "message": "Log in.", "error": "invalid_token"}, {})],
-            "--json",
-        )
-        assert done.returncode == 3 and [json.loads(line).get("id") for line in done.stdout.splitlines()] == ["7", None]
-
-    def test_what_it_shows_cannot_drive_a_terminal(self, follow):
-        done = follow([(200, [ENTRY | {"target": "a\x1b[2J\nb"}], {})])
-        assert done.stdout == "2026-01-01 00:00:00Z user_created user=root target=a\\x1b[2J\\nb ip=::1\n"
-
-    def test_none_are_shown_first_when_none_are_wanted(self, follow):
-        assert follow([(200, [ENTRY], {}), (200, [ENTRY | {"id": "8"}], {})], "--lines", "0", "--quiet").stdout == "8\n"
-
-    def test_a_server_that_is_not_there_from_the_start_is_an_error(self, here):
-        assert here("audit", "tail", MAD_ADMIN_URL="http://127.0.0.1:9").returncode == 4
-
-    def test_it_ends_with_its_reader(self, fake, tmp_path):
-        fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
-        env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
-        done = subprocess.run(
-            [
-                "bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", sys.executable, str(ROOT / "mad.py"),
-                "audit", "tail", "--quiet", "--interval", "600",
-            ],
-            env=env, capture_output=True, text=True, timeout=60,
-        )
-        assert done.stdout == "7\n0\n" and done.stderr == ""
-
-    def test_ctrl_c_ends_it(self, fake, tmp_path):
-        fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
-        env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
-        child = pexpect.spawn(
-            sys.executable, [str(ROOT / "mad.py"), "audit", "tail", "--interval", "600"], env=env, encoding="utf-8",
-            timeout=10,
-        )
-        child.expect_exact("user_created")
-        child.sendintr()
-        assert "Traceback" not in child.read()
-        child.close()
-        assert child.exitstatus == 130
-
-
-class TestConfirmation:
-    """Nothing destructive happens on a terminal without the name typed or --yes."""
-
-    @pytest.fixture
-    def typed(self, fake, tmp_path):
-        fake.answer = lambda method, path: (
-            200, {"result": USER["id"]} if method == "GET" else {"success": True, "message": "Gone."}, {},
-        )
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
-            "HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url,
-        }
-
-        def call(words, question=None, answer=""):
-            fake.seen.clear()
-            child = pexpect.spawn(
-                sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=10
-            )
-            if question:
-                child.expect_exact(question)
-                child.sendline(answer)
-            child.expect(pexpect.EOF)
-            child.close()
-            return child.exitstatus, len(fake.seen)
-
-        return call
-
-    @pytest.mark.parametrize(
-        "words, question, answer, ended",
-        [
-            ("user delete --id bob", "type bob to confirm: ", "bob", (0, 2)),
-            ("user delete --id bob", "type bob to confirm: ", "bo", (2, 0)),
-            ("user delete --id bob", "type bob to confirm: ", "", (2, 0)),
-            ("user delete --id bob --yes", None, "", (0, 2)), ("audit purge --days 3", "go on? [y/N] ", "y", (0, 1)),
-            ("audit purge --days 3", "go on? [y/N] ", "", (2, 0)), ("user deactivate --id bob", None, "", (0, 2)),
-        ],
-    )
-    def test_is_asked_for(self, typed, words, question, answer, ended):
-        assert typed(words, question, answer) == ended
-
-    def test_what_destroys_is_marked(self):
-        marked = {command.name for command in mad.COMMANDS if command.confirm_by is not None}
-        destructive = {
-            command.name
-            for command in mad.COMMANDS
-            if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
-            or command.name in ("user revoke", "client revoke")
-        }
-        assert marked == destructive
-
+# == AuthClient =================================================================
 
 class TestAuthClient:
-    """The binding of AUTH. Its client is authenticated as RFC 6749 §2.3.1 has it."""
+    """The client of the AUTH API. It authenticates as RFC 6749 §2.3.1 says."""
 
     MADE = {
         "access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "success": True, "message": "x",
@@ -1415,91 +564,109 @@ class TestAuthClient:
                 assert "return" in hints and "Return" in method.__doc__, name
 
 
-class TestOptions:
-    @staticmethod
-    def of(*words, name="client create"):
-        return mad.parse(next(command for command in mad.COMMANDS if command.name == name), list(words))
+# == MadClient ==================================================================
 
+class TestNamesNoPathCarries:
     @pytest.mark.parametrize(
-        "words, found",
+        "words, path, row",
         [
-            (["--public"], {"public": True}), (["--public", "FALSE"], {"public": False}),
-            (["--public:true"], {"public": True}), (["--secret", "--"], {"secret": "--"}),
-            (["--secret=a=b:c"], {"secret": "a=b:c"}), (["--secret", "--json"], {"secret": "--json"}),
-            (["--secret", "@file"], {"secret": "@file"}),
-            (["--grant", "a", "b", "--grant=c"], {"grant": ["a", "b", "c"]}),
-            (["--gen-password", "12"], {"gen-password": 12}), (["--display-name", ""], {"display-name": ""}),
-            (["--secret", "-h"], {"secret": "-h"}),
+            (
+                ("scope", "get", "--id", "https://api.example/read"), "/scopes",
+                {"id": USER["id"], "name": "https://api.example/read"},
+            ),
+            (("client", "get", "--id", "a/b"), "/clients", {"id": USER["id"], "client_id": "a/b"}),
+            (("user", "get", "--id", "HOME\\Ann"), "/users", {"id": USER["id"], "username": "home\\ann"}),
         ],
     )
-    def test_are_read_as_they_are_meant(self, words, found):
-        parsed = self.of("--client-id", "x", *words)
-        assert parsed.errors == [] and not parsed.help_requested and parsed.options == {"client-id": "x"} | found
-
-    @pytest.mark.parametrize(
-        "words, error",
-        [
-            (["--publi"], "unknown option '--publi'"), (["-p"], "unknown option '-p'"), (["x"], "unexpected word 'x'"),
-            (["--", "--public"], "unexpected word '--public'"), (["--secret"], "--secret needs a value"),
-            (["--secret="], "--secret is blank"), (["--public=yes"], "--public is true or false"),
-            (["--secret", "a", "--secret", "b"], "--secret is given twice"),
-            (["--gen-password", "x"], "--gen-password is a whole number"),
-            (["--gen-password", "7"], "--gen-password is at least 8"),
-            (["--secret", "a", "--secret-stdin"], "--secret and --secret-stdin exclude each other"),
-            (["--secret", "\udcff"], "--secret is not valid UTF-8"),
-        ],
-    )
-    def test_are_refused_when_they_are_wrong(self, words, error):
-        assert self.of("--client-id", "x", *words).errors == [error]
-
-    def test_an_update_changes_something(self):
-        assert self.of("--id", "x", name="user update").errors == [
-            "nothing to change: give at least one of --username, --email, --is-active"
-        ]
-        assert self.of("--id", "x", "--is-active=false", name="user update").errors == []
-
-    def test_a_blank_id_does_not_become_every_id(self, here):
-        done = here("user", "delete", "--id=")
-        assert done.returncode == 2 and done.stderr.startswith("mad: error: --id is blank\n")
-        assert here("user", "delete", "--id", "..").stderr == "mad: error: an id or a name is needed here, not '..'\n"
-
-    def test_a_near_word_is_suggested(self, here):
-        assert "did you mean --username?" in here("user", "create", "--usrname", "x").stderr
-        assert (
-            "did you mean mad user list?" in here("user", "lst").stderr
-            and "did you mean mad client?" in here("clint").stderr
+    def test_are_looked_up_in_the_list(self, run, fake, words, path, row):
+        """The server refuses a slash in a path, encoded or not."""
+        fake.answers[f"GET {path}"] = (
+            200, [row | {"id": "another", next(name for name in row if name != "id"): words[-1] + "x"}, row], {},
+        )
+        fake.answers[f"GET {path}/{USER['id']}"] = (200, row, {})
+        done = run(*words, "--json")
+        assert done.returncode == 0 and json.loads(done.stdout) == row, done
+        assert [seen[1].partition("?")[0] for seen in fake.seen] == [path, f"{path}/{USER['id']}"] and not any(
+            "%2" in seen[1].partition("?")[0] for seen in fake.seen
         )
 
-    def test_a_made_secret_has_the_length_asked_for_and_is_not_lost(self, here, fake):
-        fake.answers["POST /clients"] = (200, {"id": USER["id"], "client_id": "door"}, {})
-        done = here("client", "create", "--client-id", "door", "--gen-password", "40", "--json", MAD_ADMIN_URL=fake.url)
-        secret = json.loads(done.stdout)["client_secret"]
-        assert len(secret) == 40 and json.loads(fake.seen[0][3])["client_secret"] == secret
-        assert here("client", "create", "--client-id", "door", "--quiet").returncode == 2 and len(fake.seen) == 1
-        assert here("client", "create", "--client-id", "door", "--quiet", "--public").stdout == USER["id"] + "\n"
+    def test_one_that_is_not_there_is_said_to_be(self, run, fake):
+        fake.answers["GET /roles"] = (200, [], {})
+        done = run("role", "get", "--id", "a/b")
+        assert (done.returncode, done.stderr) == (
+            1, "mad: error: there is no role 'a/b'\nmad: hint: see: mad role list\n",
+        )
 
 
-class TestTables:
-    ROWS = [{"id": USER["id"], "username": "a" * 30, "email": "\u6f22" * 30, "is_active": False}]
+# == Profile ====================================================================
 
-    @pytest.mark.parametrize("width", [1, 20, 60, 80, 200])
-    def test_they_fit_the_terminal(self, monkeypatch, width):
-        monkeypatch.setattr(mad, "terminal_width", lambda: width)
-        for line in mad.table("users", "id", "username", "email", "is_active")(self.ROWS):
-            assert mad.display_width(line) <= width
+class TestTheSavedLogin:
+    """~/.mad_token is private to its owner, is no symlink, and goes only to the server that issued it."""
 
-    def test_an_id_is_cut_last(self, monkeypatch):
-        monkeypatch.setattr(mad, "terminal_width", lambda: 80)
-        assert USER["id"] in mad.table("users", "id", "username", "email", "is_active")(self.ROWS)[2]
+    def log_in(self, run, fake, **environ):
+        fake.answers["POST /token"] = (
+            200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {},
+        )
+        return run(
+            "session", "login", "--username", "root", "--password-stdin", input="hush hush\n", MAD_ADMIN_TOKEN=None,
+            **environ,
+        )
 
-    def test_nothing_is_cut_where_there_is_no_terminal(self, here, fake):
-        fake.answers["GET /users"] = (200, self.ROWS, {})
-        assert "\u6f22" * 30 in here("user", "list", MAD_ADMIN_URL=fake.url).stdout
-
-    def test_nothing_is_said_of_nobody(self, here, fake):
+    def test_it_is_private_and_used(self, run, fake, tmp_path):
+        mask = os.umask(0)
+        try:
+            done = self.log_in(run, fake)
+        finally:
+            os.umask(mask)
+        assert done.returncode == 0, done.stderr
+        path = tmp_path / ".mad_token"
+        assert path.read_text() == TOKEN and stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert "username=root" in fake.seen[-1][3]
         fake.answers["GET /users"] = (200, [], {})
-        assert here("user", "list", MAD_ADMIN_URL=fake.url).stdout == "(no users)\n"
-        assert here("user", "list", "--quiet").stdout == ""
+        assert run("user", "list", MAD_ADMIN_TOKEN=None).returncode == 0
+        assert fake.seen[-1][2]["Authorization"] == "Bearer " + TOKEN
+        assert "root" in run("session", "status", MAD_ADMIN_TOKEN=None).stdout
+        assert run("session", "logout", MAD_ADMIN_TOKEN=None).returncode == 0 and not path.exists()
+
+    def test_it_does_not_go_to_another_server(self, run, fake, tmp_path):
+        self.log_in(run, fake)
+        before = len(fake.seen)
+        done = run("user", "list", MAD_ADMIN_TOKEN=None, MAD_ADMIN_URL=fake.url.replace("127.0.0.1", "localhost"))
+        assert done.returncode == 3 and len(fake.seen) == before
+
+    def test_a_symlink_is_refused(self, run, fake, tmp_path):
+        (tmp_path / "victim").write_text("precious")
+        (tmp_path / ".mad_token").symlink_to(tmp_path / "victim")
+        done = self.log_in(run, fake)
+        assert done.returncode == 3 and f"{tmp_path}/.mad_token is a symbolic link" in done.stderr and fake.seen == []
+        assert (tmp_path / "victim").read_text() == "precious"
+
+    def test_a_refused_login_saves_nothing(self, run, fake, tmp_path):
+        fake.answers["POST /token"] = (403, {"success": False, "message": "no", "error": "invalid_grant"}, {})
+        done = run("session", "login", "--username", "root", "--password-stdin", input="wrong\n", MAD_ADMIN_TOKEN=None)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "mad: error: no\n")
+        assert not list(tmp_path.glob(".mad*"))
+
+    def test_a_terminal_is_asked_and_shows_no_password(self, fake, tmp_path):
+        fake.answers["POST /token"] = (
+            200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60, "jti": "x"}, {},
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path)
+        }
+        child = pexpect.spawn(
+            sys.executable,
+            ["-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", "session", "login", "--admin-url", fake.url],
+            cwd=str(ROOT), env=env, encoding="utf-8", timeout=10,
+        )
+        child.expect("(?i)user")
+        child.sendline("root")
+        child.expect("(?i)password")
+        child.waitnoecho()
+        child.sendline("hush hush")
+        said = child.read()
+        child.close()
+        assert child.exitstatus == 0 and "hush" not in said
 
 
 class TestPrivateFiles:
@@ -1666,6 +833,417 @@ class TestTokenCache:
         assert stat.S_IMODE(os.stat(os.path.dirname(cache.folder)).st_mode) == 0o700 and cache.find(1_000_000)
 
 
+# == Arguments ==================================================================
+
+class TestArguments:
+    @pytest.mark.parametrize("words", [("--id", "ann"), ("--id=ann",), ("--id:ann",)])
+    def test_values_in_each_form(self, run, fake, words):
+        fake.answers["GET /users/id-by-name/ann"] = (200, {"result": USER["id"]}, {})
+        fake.answers["GET /users/" + USER["id"]] = (200, USER, {})
+        done = run("user", "get", *words, "--json")
+        assert json.loads(done.stdout) == USER, done
+
+    def test_a_value_may_begin_with_hyphens(self, run, fake):
+        fake.answers["POST /users"] = (200, USER, {})
+        run("user", "create", "--username", "ann", "--user-email", "a@b", "--user-password", "--hush-hush")
+        assert json.loads(fake.seen[-1][3])["password"] == "--hush-hush"
+
+    def test_a_password_comes_from_stdin(self, run, fake):
+        fake.answers["POST /users"] = (200, USER, {})
+        assert (
+            run(
+                "user", "create", "--username", "ann", "--user-email", "a@b", "--password-stdin", input="from stdin\n"
+            ).returncode
+            == 0
+        )
+        assert json.loads(fake.seen[-1][3])["password"] == "from stdin"
+
+    def test_ids_cannot_leave_their_path(self, run, fake):
+        run("user", "get", "--id", "../clients?x=#y")
+        for path, _, query in [seen[1].partition("?") for seen in fake.seen]:
+            assert path in ("/users", "/users/id-by-name") and not set("/?#") & set(query), (
+                "one with a slash is a word of a query"
+            )
+        run("user", "get", "--id", "..?x=#y")
+        assert fake.seen[-1][1].startswith("/users/id-by-name/") and not set("?#") & set(fake.seen[-1][1])
+
+    def test_quiet_prints_ids(self, run, fake):
+        fake.answers["GET /users"] = (200, [USER], {})
+        assert run("user", "list", "--quiet").stdout == USER["id"] + "\n"
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        "words, found",
+        [
+            (["--public"], {"public": True}), (["--public", "FALSE"], {"public": False}),
+            (["--public:true"], {"public": True}), (["--secret", "--"], {"secret": "--"}),
+            (["--secret=a=b:c"], {"secret": "a=b:c"}), (["--secret", "--json"], {"secret": "--json"}),
+            (["--secret", "@file"], {"secret": "@file"}),
+            (["--grant", "a", "b", "--grant=c"], {"grant": ["a", "b", "c"]}),
+            (["--gen-password", "12"], {"gen-password": 12}), (["--display-name", ""], {"display-name": ""}),
+            (["--secret", "-h"], {"secret": "-h"}),
+        ],
+    )
+    def test_are_read_as_they_are_meant(self, words, found):
+        parsed = parsed_of("--client-id", "x", *words)
+        assert parsed.errors == [] and not parsed.help_requested and parsed.options == {"client-id": "x"} | found
+
+    @pytest.mark.parametrize(
+        "words, error",
+        [
+            (["--publi"], "unknown option '--publi'"), (["-p"], "unknown option '-p'"), (["x"], "unexpected word 'x'"),
+            (["--", "--public"], "unexpected word '--public'"), (["--secret"], "--secret needs a value"),
+            (["--secret="], "--secret is blank"), (["--public=yes"], "--public is true or false"),
+            (["--secret", "a", "--secret", "b"], "--secret is given twice"),
+            (["--gen-password", "x"], "--gen-password is a whole number"),
+            (["--gen-password", "7"], "--gen-password is at least 8"),
+            (["--secret", "a", "--secret-stdin"], "--secret and --secret-stdin exclude each other"),
+            (["--secret", "\udcff"], "--secret is not valid UTF-8"),
+        ],
+    )
+    def test_are_refused_when_they_are_wrong(self, words, error):
+        assert parsed_of("--client-id", "x", *words).errors == [error]
+
+    def test_an_update_changes_something(self):
+        assert parsed_of("--id", "x", name="user update").errors == [
+            "nothing to change: give at least one of --username, --email, --is-active"
+        ]
+        assert parsed_of("--id", "x", "--is-active=false", name="user update").errors == []
+
+    def test_a_blank_id_does_not_become_every_id(self, here):
+        done = here("user", "delete", "--id=")
+        assert done.returncode == 2 and done.stderr.startswith("mad: error: --id is blank\n")
+        assert here("user", "delete", "--id", "..").stderr == "mad: error: an id or a name is needed here, not '..'\n"
+
+    def test_a_near_word_is_suggested(self, here):
+        assert "did you mean --username?" in here("user", "create", "--usrname", "x").stderr
+        assert (
+            "did you mean mad user list?" in here("user", "lst").stderr
+            and "did you mean mad client?" in here("clint").stderr
+        )
+
+    def test_a_made_secret_has_the_length_asked_for_and_is_not_lost(self, here, fake):
+        fake.answers["POST /clients"] = (200, {"id": USER["id"], "client_id": "door"}, {})
+        done = here("client", "create", "--client-id", "door", "--gen-password", "40", "--json", MAD_ADMIN_URL=fake.url)
+        secret = json.loads(done.stdout)["client_secret"]
+        assert len(secret) == 40 and json.loads(fake.seen[0][3])["client_secret"] == secret
+        assert here("client", "create", "--client-id", "door", "--quiet").returncode == 2 and len(fake.seen) == 1
+        assert here("client", "create", "--client-id", "door", "--quiet", "--public").stdout == USER["id"] + "\n"
+
+
+class TestResponseFiles:
+    def test_stand_for_their_words_among_the_options(self, tmp_path):
+        (tmp_path / "words").write_text('# of ann\n--user-email "ann of home@b"\n\n  --user-password @hush\n')
+        parsed = parsed_of("--username", "@ann", f"@{tmp_path}/words", "--json", name="user create")
+        assert parsed.errors == [] and parsed.options == {
+            "username": "@ann", "user-email": "ann of home@b", "user-password": "@hush", "json": True,
+        }
+
+    def test_may_hold_the_command_itself(self, here, fake, tmp_path):
+        fake.answers["GET /users"] = (200, [USER], {})
+        (tmp_path / "words").write_text("user list --quiet")
+        assert here(f"@{tmp_path}/words", MAD_ADMIN_URL=fake.url).stdout == USER["id"] + "\n"
+
+    @pytest.mark.parametrize(
+        "content, told",
+        [
+            (None, "cannot read"), (b"\xff", "is not text"), (b'--q "x', "a quote without its end"),
+            (b"x" * 70_000, "too long"), (b"@words", "too many files"),
+        ],
+    )
+    def test_that_are_none_are_bad_usage(self, here, tmp_path, monkeypatch, content, told):
+        monkeypatch.chdir(tmp_path)
+        if content:
+            (tmp_path / "words").write_bytes(content)
+        done = here("user", "list", "@words", "--json")
+        assert done.returncode == 2 and told in json.loads(done.stdout)["message"]
+
+
+ORIGINAL = """
+session login --admin-url http://localhost:9041 --json
+session logout --json
+session status --json
+user create --username ann --user-email a@b --user-password hush
+user totp-qr --id ID --client-id ID --output-path qr
+user totp-verify --user-id ID --client-id ID --code 123456
+user disable-totp --user-id ID --client-id ID
+user update --id ID --username bea --email b@c --is-active
+user update --id ID --is-active False
+user verify-email --id ID
+user reset-password --id ID --new-password hush
+user list --admin-token TOKEN --admin-url:http://localhost:9041/
+user get --id:ID
+user deactivate --id ID
+user activate --id ID
+user delete --id ID
+user set-lockout --id ID --until PERMANENT
+user set-lockout --id ID --until 2030-01-31T12:00:00+01:00
+user clear-lockout --id ID
+role create --name Operator --description x
+role create --name=Operator --json
+role update --id ID --name x --description y
+role list --json=true
+role get --id ID
+role delete --id ID
+role assign --user-id ID --role-id ID
+role unassign --role-id ID --user-id ID
+permission create --name door
+permission update --id ID --name gate
+permission list
+permission get --id ID
+permission delete --id ID
+permission assign --role-id ID --permission-id ID
+permission remove --role-id ID --permission-id ID
+permission list-for-role --role-id ID
+permission list-for-user --user-id ID
+permission check-access --user-id ID --permission-id ID
+scope create --name read
+scope update --id ID --description x
+scope list
+scope get --id ID
+scope delete --id ID
+scope assign-to-user --user-id ID --scope-id ID ID --scope-id ID
+scope list-for-user --user-id ID
+scope remove-from-user --user-id ID --scope-id ID
+scope assign-to-client --client-id ID --scope-id ID ID
+scope list-for-client --client-id ID
+scope remove-from-client --client-id ID --scope-id ID
+client create --client-id app --secret hush --display-name App --audience api
+client create --client-id app --gen-password 32
+client update --id ID --client-id new --display-name x --is-active true --audience y
+client change-secret --id ID --secret hush
+client change-secret --id ID
+client list
+client get --id ID
+client delete --id ID
+client add-redirect-uri --id ID --uri https://app.example/callback
+client list-redirect-uris --client-id ID
+client delete-redirect-uri --id ID
+client set-flag --client-id ID --flag ENABLE_TOTP --enable true
+client get-flag --client-id ID --flag ENABLE_TOTP
+client set-flag-options --client-id ID --flag TOKEN_EXPIRATION --options 600
+client get-flag-options --client-id ID --flag TOKEN_EXPIRATION
+client add-idp --id ID --provider-key google --display-name Google \
+--issuer https://accounts.google.com --external-client-id 1
+client update-idp --id ID --idp-id ID --provider-key google --display-name Google \
+--issuer https://accounts.google.com --external-client-id 1 --scopes openid
+client list-idps --id ID
+client delete-idp --id ID --idp-id ID
+client assign-scope --client-id ID --scope-id ID ID
+client list-scopes --client-id ID
+client remove-scope --client-id ID --scope-id ID
+sessionctl list
+sessionctl introspect --token TOKEN
+sessionctl get --id ID
+sessionctl list-by-user --user-id ID
+sessionctl revoke --id ID
+sessionctl purge --older-than 3600 --expired --revoked
+refreshtoken list
+refreshtoken list-by-user --user-id ID
+refreshtoken get --id ID
+refreshtoken purge-refresh --older-than 3600 --expired
+auditlog list --user-id ID --action user_created --limit -1
+auditlog get --id ID
+auditlog purge --days 30
+token --token TOKEN
+"""
+
+
+class TestTheOriginal:
+    @pytest.mark.parametrize("typed", ORIGINAL.strip().splitlines())
+    def test_its_command_lines_are_understood(self, typed):
+        words = typed.replace("ID", USER["id"]).replace("TOKEN", TOKEN).split()
+        command = next(one for one in mad.COMMANDS if one.name in (" ".join(words[:2]), words[0]))
+        assert mad.parse(command, words[len(command.name.split()) :]).errors == []
+
+    def test_its_scripts_are_asked_nothing(self, run, fake):
+        fake.answers[f"DELETE /users/{USER['id']}"] = (200, {"success": True, "message": "Gone."}, {})
+        assert run("user", "delete", "--id", USER["id"], "--json").stdout == '{"success":true,"message":"Gone."}\n'
+
+
+# == Output =====================================================================
+
+class TestOutput:
+    def test_control_characters_are_shown_not_sent(self, run, fake):
+        fake.answers["GET /users"] = (200, [USER | {"username": "a\x1b[2Jb\r\n\u202ec"}], {})
+        assert "  a\\x1b[2Jb\\r\\n\\u202ec  " in run("user", "list").stdout.splitlines()[2]
+
+    def test_a_secret_that_was_made_is_shown_also_as_json(self, run, fake):
+        fake.answers["POST /clients"] = (
+            200,
+            {
+                "id": USER["id"], "client_id": "door", "display_name": "", "is_active": True,
+                "created_at": "2026-01-01T00:00:00Z", "audience": "x", "client_secret": "made-by-the-server",
+            },
+            {},
+        )
+        assert (
+            json.loads(run("client", "create", "--client-id", "door", "--json").stdout)["client_secret"]
+            == "made-by-the-server"
+        )
+        assert "made-by-the-server" in run("client", "create", "--client-id", "door").stdout
+
+    def test_the_inspector(self, run):
+        done = run("token", "--token", TOKEN)
+        assert done.returncode == 0 and "root-id" in done.stdout and "2100-01-01 00:00:00 UTC" in done.stdout
+        done = run("token", "--token", "nonsense")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "mad: error: not a JWT: it has 1 parts instead of three\n"
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_completion_scripts(self, run, shell):
+        assert "change-secret" in run("completion", shell).stdout
+
+
+class TestTables:
+    ROWS = [{"id": USER["id"], "username": "a" * 30, "email": "\u6f22" * 30, "is_active": False}]
+
+    @pytest.mark.parametrize("width", [1, 20, 60, 80, 200])
+    def test_they_fit_the_terminal(self, monkeypatch, width):
+        monkeypatch.setattr(mad, "terminal_width", lambda: width)
+        for line in mad.table("users", "id", "username", "email", "is_active")(self.ROWS):
+            assert mad.display_width(line) <= width
+
+    def test_an_id_is_cut_last(self, monkeypatch):
+        monkeypatch.setattr(mad, "terminal_width", lambda: 80)
+        assert USER["id"] in mad.table("users", "id", "username", "email", "is_active")(self.ROWS)[2]
+
+    def test_nothing_is_cut_where_there_is_no_terminal(self, here, fake):
+        fake.answers["GET /users"] = (200, self.ROWS, {})
+        assert "\u6f22" * 30 in here("user", "list", MAD_ADMIN_URL=fake.url).stdout
+
+    def test_nothing_is_said_of_nobody(self, here, fake):
+        fake.answers["GET /users"] = (200, [], {})
+        assert here("user", "list", MAD_ADMIN_URL=fake.url).stdout == "(no users)\n"
+        assert here("user", "list", "--quiet").stdout == ""
+
+
+# == Context ====================================================================
+
+class TestRoutes:
+    def test_a_missing_route_is_not_told_as_a_missing_thing(self, here, fake):
+        fake.answer = lambda *_: (
+            404, {"success": False, "message": "No.", "error": "not_found"}, {"X-Not-Found": "route"},
+        )
+        for words in (("role", "get", "--id", "Boss"), ("role", "get", "--id", USER["id"])):
+            done = here(*words, "--json", MAD_ADMIN_URL=fake.url)
+            assert done.returncode == 1 and "there is no role" not in done.stderr
+            assert json.loads(done.stdout)["error"] == "not_found" and json.loads(done.stdout)["message"].startswith(
+                "this server has no GET /roles/"
+            )
+
+    def test_a_part_is_known_by_its_name(self, here, fake):
+        client, record = "/clients/" + USER["id"], "8b1c0000-0000-4000-8000-000000000002"
+        fake.answers = {
+            "GET /clients/id-by-name/app": (200, {"result": USER["id"]}, {}),
+            f"GET {client}/idp": (200, [{"id": record, "provider_key": "google"}], {}),
+            f"DELETE {client}/idp/{record}": (200, {"success": True, "message": "Gone."}, {}),
+            f"GET {client}/redirect-uris": (200, [{"id": record, "redirect_uri": "https://a/b"}], {}),
+            f"DELETE {client}/redirect-uris/{record}": (200, {"success": True, "message": "Gone."}, {}),
+            "DELETE /clients/redirect-uris": (200, {"success": True, "message": "Gone."}, {}),
+        }
+        assert here("client", "delete-idp", "--id", "app", "--idp-id", "google", MAD_ADMIN_URL=fake.url).returncode == 0
+        assert here("client", "delete-redirect-uri", "--id", "https://a/b", "--client-id", "app").returncode == 0
+        assert (
+            here("client", "delete-redirect-uri", "--id", record).returncode == 0 and fake.seen[-1][3] == f'"{record}"'
+        )
+        before = len(fake.seen)
+        assert here("client", "delete-redirect-uri", "--id", "https://a/b").returncode == 2 and len(fake.seen) == before
+        assert (
+            here("client", "get-idp", "--id", "app", "--idp-id", "apple").stderr
+            == "mad: error: there is no 'apple' there\n"
+        )
+
+    def test_a_list_may_be_called_in_the_singular(self, here, fake):
+        fake.answers[f"GET /clients/{USER['id']}/cors-origins"] = (200, [], {})
+        assert (
+            here("client", "list-cors-origin", "--client-id", USER["id"], MAD_ADMIN_URL=fake.url).stdout
+            == "(no URIs)\n"
+        )
+
+    def test_moments_are_sent_in_utc(self, here, fake):
+        fake.answers["GET /audit-logs"] = (200, [], {})
+        for typed, sent in (
+            ("2030-01-31T12:00:00+01:00", "2030-01-31T11:00:00Z"), ("2030-01-31", "2030-01-31T00:00:00Z"),
+            ("1900000000", "2030-03-17T17:46:40Z"),
+        ):
+            assert here("audit", "list", "--since", typed, MAD_ADMIN_URL=fake.url).returncode == 0
+            assert fake.seen[-1][1] == "/audit-logs?since=" + sent.replace(":", "%3A") + "&limit=100"
+        assert (
+            here("audit", "list", "--until", "soon").returncode
+            == here("user", "set-lockout", "--id", "bob", "--until", "soon").returncode
+            == 2
+        )
+
+    def test_a_password_is_checked_not_chosen(self, fake, tmp_path):
+        fake.answers["POST /users/verify-password"] = (
+            200, {"valid": True, "user_id": USER["id"], "email": "a@b", "totp_required": False}, {},
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url,
+        }
+        child = pexpect.spawn(
+            sys.executable, [str(ROOT / "mad.py"), "user", "verify-password", "--id", "ann"], env=env, encoding="utf-8",
+            timeout=10,
+        )
+        child.expect_exact("password: ")
+        child.waitnoecho()
+        child.sendline("hush hush")
+        assert "right for a@b" in child.read()
+        assert json.loads(fake.seen[0][3]) == {"username": "ann", "password": "hush hush"}
+
+
+class TestConfirmation:
+    """Nothing destructive happens on a terminal without the name typed or --yes."""
+
+    @pytest.fixture
+    def typed(self, fake, tmp_path):
+        fake.answer = lambda method, path: (
+            200, {"result": USER["id"]} if method == "GET" else {"success": True, "message": "Gone."}, {},
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAD_")} | {
+            "HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url,
+        }
+
+        def call(words, question=None, answer=""):
+            fake.seen.clear()
+            child = pexpect.spawn(
+                sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=10
+            )
+            if question:
+                child.expect_exact(question)
+                child.sendline(answer)
+            child.expect(pexpect.EOF)
+            child.close()
+            return child.exitstatus, len(fake.seen)
+
+        return call
+
+    @pytest.mark.parametrize(
+        "words, question, answer, ended",
+        [
+            ("user delete --id bob", "type bob to confirm: ", "bob", (0, 2)),
+            ("user delete --id bob", "type bob to confirm: ", "bo", (2, 0)),
+            ("user delete --id bob", "type bob to confirm: ", "", (2, 0)),
+            ("user delete --id bob --yes", None, "", (0, 2)), ("audit purge --days 3", "go on? [y/N] ", "y", (0, 1)),
+            ("audit purge --days 3", "go on? [y/N] ", "", (2, 0)), ("user deactivate --id bob", None, "", (0, 2)),
+        ],
+    )
+    def test_is_asked_for(self, typed, words, question, answer, ended):
+        assert typed(words, question, answer) == ended
+
+    def test_what_destroys_is_marked(self):
+        marked = {command.name for command in mad.COMMANDS if command.confirm_by is not None}
+        destructive = {
+            command.name
+            for command in mad.COMMANDS
+            if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
+            or command.name in ("user revoke", "client revoke")
+        }
+        assert marked == destructive
+
+
 class TestTerminal:
     MAD = [sys.executable, str(ROOT / "mad.py")]
 
@@ -1722,6 +1300,478 @@ class TestTerminal:
         assert done.returncode == 1 and done.stderr == "mad: error: cannot write the answer: No space left on device\n"
 
 
+# == Handlers ===================================================================
+
+class TestTokenGet:
+    def test_it_is_cached_by_secret_and_scope(self, run, fake, tmp_path):
+        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 3600}, {})
+        environ = {"MAD_CLIENT_ID": "a:b", "MAD_CLIENT_SECRET": "s%"}
+        for _ in range(2):
+            done = run("token", "get", **environ)
+            assert done.stdout == TOKEN + "\n", done.stderr
+        assert len(fake.seen) == 1
+        import base64
+
+        assert base64.b64decode(fake.seen[0][2]["Authorization"].split()[1]) == b"a%3Ab:s%25"
+        run("token", "get", **(environ | {"MAD_CLIENT_SECRET": "other"}))
+        run("token", "get", "--scope", "x", **environ)
+        run("token", "get", "--no-cache", **environ)
+        assert len(fake.seen) == 4
+        for folder, _, names in os.walk(tmp_path / ".cache"):
+            assert all(stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) == 0o600 for name in names)
+
+    def test_a_short_lived_one_is_not_cached(self, run, fake):
+        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 20}, {})
+        for _ in range(2):
+            run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
+        assert len(fake.seen) == 2
+
+    def test_a_refusal_prints_no_token(self, run, fake):
+        fake.answers["POST /token"] = (401, {"error": "invalid_client", "error_description": "no"}, {})
+        done = run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == "mad: error: no\nmad: hint: check the client id and its secret\n"
+
+
+class TestEnrolment:
+    ANSWER = {
+        "success": True, "otpauth_uri": "otpauth://totp/x?secret=GEZDGNBV", "secret": "GEZDGNBV",
+        "svg": "<svg>\u00fc</svg>",
+    }
+    PATH = f"POST /users/{USER['id']}/totp/enroll"
+
+    def test_the_secret_is_shown_in_each_form(self, here, fake):
+        fake.answers[self.PATH] = (200, self.ANSWER, {})
+        words = ("user", "totp-enroll", "--id", USER["id"])
+        assert "secret, shown this once: GEZDGNBV" in here(*words, MAD_ADMIN_URL=fake.url).stdout
+        assert (
+            json.loads(here(*words, "--json").stdout) == self.ANSWER
+            and here(*words, "--quiet").stdout == self.ANSWER["otpauth_uri"] + "\n"
+        )
+
+    def test_the_picture_is_its_owners(self, here, fake, tmp_path):
+        fake.answers[self.PATH] = (200, self.ANSWER, {})
+        picture = tmp_path / "ann.svg"
+        mask = os.umask(0)
+        try:
+            assert (
+                here(
+                    "user", "totp-enroll", "--id", USER["id"], "--svg", str(picture), MAD_ADMIN_URL=fake.url
+                ).returncode
+                == 0
+            )
+        finally:
+            os.umask(mask)
+        assert picture.read_text("utf-8") == self.ANSWER["svg"] and stat.S_IMODE(picture.stat().st_mode) == 0o600
+        assert (
+            here("user", "totp-enroll", "--id", USER["id"], "--svg", str(picture)).returncode == 2
+            and len(fake.seen) == 1
+        ), "and never written over: nothing is sent"
+
+    def test_a_refusal_leaves_no_picture(self, here, fake, tmp_path):
+        assert (
+            here(
+                "user", "totp-enroll", "--id", USER["id"], "--svg", str(tmp_path / "ann.svg"), MAD_ADMIN_URL=fake.url
+            ).returncode
+            == 1
+        )
+        assert not (tmp_path / "ann.svg").exists()
+
+
+class TestAudit:
+    def test_a_log_that_was_changed_is_a_failure(self, here, fake):
+        fake.answers["GET /audit-logs/verify"] = (
+            200,
+            {"valid": False, "rows": 9, "first_seq": 1, "last_seq": 9, "head": "ab", "reason": "Row 4 was changed."},
+            {},
+        )
+        done = here("audit", "verify", "--json", MAD_ADMIN_URL=fake.url)
+        assert (
+            done.returncode == 1
+            and json.loads(done.stdout)["success"] is False
+            and json.loads(done.stdout)["rows"] == 9
+        )
+        done = here("auditlog", "verify")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "mad: error: row 4 was changed\n")
+
+    def test_an_export_goes_on_where_a_page_ends(self, here, fake):
+        pages = {
+            "limit=5000": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}),
+            "after=2&limit=5000": (b'{"id":"3"}\n', {}),
+            "limit=1": (b'{"id":"1"}\n{"id":"2"}\n', {"X-Next-After": "2"}),
+        }
+        fake.answer = lambda method, path: (200, *pages[path.partition("?")[2]])
+        assert here("audit", "export", MAD_ADMIN_URL=fake.url).stdout == '{"id":"1"}\n{"id":"2"}\n{"id":"3"}\n'
+        assert here("audit", "export", "--limit", "1").stdout == '{"id":"1"}\n'
+
+    def test_a_list_goes_on_by_itself(self, here, fake):
+        entries = [ENTRY | {"id": str(number)} for number in range(2100, 0, -1)]
+
+        def answer(method, path):
+            query = {
+                name: int(value)
+                for name, _, value in (pair.partition("=") for pair in path.partition("?")[2].split("&"))
+            }
+            fake.grown = (
+                entries if not query.get("offset") and "after" not in query else [ENTRY | {"id": "2101"}, *entries]
+            )
+            found = (
+                fake.grown[query.get("offset", 0) :]
+                if "after" not in query
+                else [row for row in reversed(fake.grown) if int(row["id"]) > query["after"]]
+            )
+            return 200, found[: query["limit"]], {}
+
+        fake.answer = answer
+        assert [
+            row["id"]
+            for row in json.loads(here("audit", "list", "--limit", "-1", "--json", MAD_ADMIN_URL=fake.url).stdout)
+        ] == [row["id"] for row in entries], "none twice, though one was written meanwhile"
+        assert len(here("audit", "list", "--quiet").stdout.split()) == 100
+        assert here("audit", "list", "--quiet", "--after", "99", "--limit", "1500").stdout.split() == [
+            str(number) for number in range(100, 1600)
+        ]
+
+    @pytest.mark.parametrize("body", [b"[1]\n", b"<html>", b'{"id":1'])
+    def test_an_export_that_is_none_is_refused(self, here, fake, body):
+        fake.answers["GET /audit-logs/export"] = (200, body, {})
+        done = here("audit", "export", "--json", MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 4 and json.loads(done.stdout) == {
+            "success": False, "message": "the answer is not the NDJSON it should be", "error": "bad_answer",
+        }
+
+    def test_an_actor_that_is_no_user_any_more_is_looked_for_as_it_is_typed(self, here, fake):
+        fake.answers["GET /audit-logs"] = (200, [], {})
+        assert here("audit", "list", "--user-id", "gone", MAD_ADMIN_URL=fake.url).returncode == 0
+        assert [path for _, path, _, _ in fake.seen] == [
+            "/users/id-by-name/gone", "/audit-logs?userId=gone&limit=100",
+        ]
+        fake.answer = lambda *_: (404, {"success": False, "message": "No.", "error": "x"}, {"X-Not-Found": "route"})
+        assert here("audit", "list", "--user-id", "gone").returncode == 1, "a missing route is no unknown name"
+
+
+class TestTail:
+    @pytest.fixture
+    def follow(self, here, fake, monkeypatch):
+        """Run audit tail against these responses, one per request, until the last one."""
+
+        def call(answers, *words):
+            answers = list(answers)
+            waits = iter([True] * (len(answers) - 1))
+            monkeypatch.setattr(mad, "_wait_unless_closed", lambda seconds: next(waits, False))
+            fake.answer = lambda *_: answers.pop(0)
+            return here("audit", "tail", *words, MAD_ADMIN_URL=fake.url)
+
+        return call
+
+    def test_it_goes_on_after_what_it_has_shown(self, follow, fake):
+        done = follow(
+            [
+                (200, [ENTRY | {"id": "10"}, ENTRY], {}), (200, [ENTRY | {"id": "11"}], {}), (200, [], {}),
+                (200, [ENTRY, ENTRY | {"id": "12"}], {}),
+            ],
+            "--quiet", "--action", "user_created",
+        )
+        assert done.stdout.split() == ["7", "10", "11", "12"], "oldest first, and nothing twice"
+        assert [path.partition("?")[2] for _, path, _, _ in fake.seen] == ["action=user_created&limit=10"] + [
+            f"action=user_created&after={after}&limit=1000" for after in (10, 11, 11)
+        ]
+
+    def test_a_server_that_starts_anew_is_waited_for(self, follow):
+        down = (503, {"success": False, "message": "Later.", "error": "unavailable"}, {"Retry-After": "9"})
+        done = follow([(200, [], {}), down, down, (200, [ENTRY], {})], "--quiet")
+        assert (done.returncode, done.stdout) == (0, "7\n")
+        assert done.stderr == "mad: warning: later; trying again\nmad: warning: the server answers again\n", "said once"
+
+    def test_a_token_that_is_no_longer_good_ends_it(self, follow):
+        done = follow(
+            [(200, [ENTRY], {}), (401, {"success": False, "message": "Log in.", "error": "invalid_token"}, {})],
+            "--json",
+        )
+        assert done.returncode == 3 and [json.loads(line).get("id") for line in done.stdout.splitlines()] == ["7", None]
+
+    def test_what_it_shows_cannot_drive_a_terminal(self, follow):
+        done = follow([(200, [ENTRY | {"target": "a\x1b[2J\nb"}], {})])
+        assert done.stdout == "2026-01-01 00:00:00Z user_created user=root target=a\\x1b[2J\\nb ip=::1\n"
+
+    def test_none_are_shown_first_when_none_are_wanted(self, follow):
+        assert follow([(200, [ENTRY], {}), (200, [ENTRY | {"id": "8"}], {})], "--lines", "0", "--quiet").stdout == "8\n"
+
+    def test_a_server_that_is_not_there_from_the_start_is_an_error(self, here):
+        assert here("audit", "tail", MAD_ADMIN_URL="http://127.0.0.1:9").returncode == 4
+
+    def test_it_ends_with_its_reader(self, fake, tmp_path):
+        fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
+        env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+        done = subprocess.run(
+            [
+                "bash", "-c", '"$@" | head -1; echo "${PIPESTATUS[0]}"', "_", sys.executable, str(ROOT / "mad.py"),
+                "audit", "tail", "--quiet", "--interval", "600",
+            ],
+            env=env, capture_output=True, text=True, timeout=60,
+        )
+        assert done.stdout == "7\n0\n" and done.stderr == ""
+
+    def test_ctrl_c_ends_it(self, fake, tmp_path):
+        fake.answers["GET /audit-logs"] = (200, [ENTRY], {})
+        env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
+        child = pexpect.spawn(
+            sys.executable, [str(ROOT / "mad.py"), "audit", "tail", "--interval", "600"], env=env, encoding="utf-8",
+            timeout=10,
+        )
+        child.expect_exact("user_created")
+        child.sendintr()
+        assert "Traceback" not in child.read()
+        child.close()
+        assert child.exitstatus == 130
+
+
+class TestBackup:
+    """The server makes the backup, mad downloads it in pieces, compares the digest and deletes the server's copy."""
+
+    CONTENT = b"0123456789" * 100
+
+    @pytest.fixture
+    def server(self, fake):
+        made = {
+            "name": "b.backup", "bytes": 1000, "sha256": hashlib.sha256(self.CONTENT).hexdigest(), "users": 2,
+            "clients": 1,
+        }
+
+        def answer(method, path):
+            offset = int(path.partition("=")[2] or 0)
+            pieces = (self.CONTENT[offset : offset + 400], {"X-Next-Offset": str(offset + 400)} if offset < 800 else {})
+            return 200, *{"POST": (made, {}), "GET": pieces, "DELETE": ({"success": True, "message": ""}, {})}[method]
+
+        fake.answer, fake.made = answer, made
+        return fake
+
+    @pytest.mark.parametrize("words", [["box.backup"], ["--file", "box.backup"], ["--without-keys", "box.backup"]])
+    def test_it_is_whole_and_private(self, here, server, tmp_path, monkeypatch, words):
+        monkeypatch.chdir(tmp_path)
+        done = here("backup", *words, MAD_ADMIN_URL=server.url)
+        assert (done.returncode, done.stdout) == (0, "b.backup: 1000 bytes, 2 users, 1 clients\n"), done
+        (path,) = tmp_path.glob("*backup*")
+        assert path.read_bytes() == self.CONTENT and path.stat().st_mode & 0o777 == 0o600
+        assert [seen[0] for seen in server.seen] == ["POST", "GET", "GET", "GET", "DELETE"] and json.loads(
+            server.seen[0][3]
+        ) == {"without_keys": "--without-keys" in words}
+
+    def test_what_is_there_is_kept_unless_forced(self, here, server, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "box.backup").write_text("older")
+        done = here("backup", "box.backup", MAD_ADMIN_URL=server.url)
+        assert (
+            done.returncode == 2
+            and "--force" in done.stderr
+            and not server.seen
+            and (tmp_path / "box.backup").read_text() == "older"
+        )
+        assert (
+            here("backup", "box.backup", "--force").returncode == 0
+            and (tmp_path / "box.backup").read_bytes() == self.CONTENT
+        )
+
+    @pytest.mark.parametrize(
+        "change, status, error, message",
+        [
+            ({"sha256": "0" * 64}, 4, "bad_answer", "what came is not the backup that was made"),
+            ({"name": None}, 1, "not_found", "There is no such thing here."),
+        ],
+    )
+    def test_what_is_not_what_was_made_leaves_no_file(
+        self, here, server, tmp_path, monkeypatch, change, status, error, message
+    ):
+        monkeypatch.chdir(tmp_path)
+        server.made |= change
+        if not server.made["name"]:
+            server.answers = {}
+            server.answer = lambda method, path: (
+                (200, server.made, {})
+                if method == "POST"
+                else (404, {"success": False, "message": "There is no such thing here.", "error": "not_found"}, {})
+            )
+        done = here("backup", "box.backup", "--json", MAD_ADMIN_URL=server.url)
+        assert done.returncode == status and not list(tmp_path.glob("*backup*"))
+        assert json.loads(done.stdout) == {"success": False, "message": message, "error": error}
+        assert server.seen[-1][0] == "DELETE"
+
+    def test_pieces_that_go_round_are_refused(self, here, server, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        whole = server.answer
+        server.answer = lambda method, path: (
+            (200, b"x", {"X-Next-Offset": "0"}) if method == "GET" else whole(method, path)
+        )
+        done = here("backup", "box.backup", MAD_ADMIN_URL=server.url)
+        assert done.returncode == 4 and not list(tmp_path.glob("*backup*"))
+        assert "mad: error: the pieces of the backup do not follow each other\n" in done.stderr
+
+
+# == Commands ===================================================================
+
+class TestEveryCommand:
+    @pytest.mark.parametrize("command", ASKING, ids=lambda command: command.name)
+    def test_a_refusal_is_one_json_document(self, here, fake, command):
+        environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
+        done = here(*words_of(command), "--json", **environ)
+        assert done.returncode == 1 and json.loads(done.stdout) == {
+            "success": False, "message": "There is no such thing here.", "error": "not_found",
+        }
+        assert len(fake.seen) == 1, "one command is one request"
+
+    @pytest.mark.parametrize(
+        "command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name
+    )
+    def test_the_request_is_the_one_it_declares(self, here, fake, command):
+        (_, _, request), = mad.describe_commands([command])
+        method, _, path = request.partition(" ")
+        here(*words_of(command), MAD_ADMIN_URL=fake.url)
+        assert fake.seen[0][0] == method and re.fullmatch(
+            re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), fake.seen[0][1].partition("?")[0]
+        )
+
+    @pytest.mark.parametrize(
+        "command", [command for command in ASKING if not command.streams and command.name != "backup"],
+        ids=lambda command: command.name,
+    )
+    def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
+        thing = USER | {
+            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
+            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {},
+        }
+        listed = command.is_list or command.options and any(option.parent for option in command.options)
+        fake.answer = lambda method, path: (
+            200,
+            {"result": USER["id"]}
+            if "/id-by-name/" in path
+            else {"X": {}}
+            if path.endswith("/options")
+            else [thing]
+            if listed and method == "GET" and "/idp/" not in path
+            else thing, {},
+        )
+        words = ["bob" if word == USER["id"] else word for word in words_of(command)] + (
+            ["--client-id", "bob"] if command.name == "client delete-redirect-uri" else []
+        )
+        environ = {"MAD_ADMIN_URL": fake.url, "MAD_AUTH_URL": fake.url, "MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s"}
+        for more in ([], ["--quiet"], ["--json"]):
+            if more == ["--quiet"] and command.name == "client create":
+                continue  # it would lose the secret, and says so
+            done = here(*words, *more, **environ)
+            assert done.returncode == 0 and done.stderr == "", (more, done)
+        assert done.stdout.count("\n") == 1 and json.loads(done.stdout) is not None
+
+    @pytest.mark.parametrize("command", mad.COMMANDS, ids=lambda command: command.name)
+    def test_bad_usage_is_one_json_document(self, here, command):
+        done = here(*command.name.split(), "--json", "--nonsense")
+        document = json.loads(done.stdout)
+        assert done.returncode == 2 and document["error"] == "usage"
+        assert "unknown option '--nonsense'" in document["message"].split("; ")
+
+    @pytest.mark.parametrize("command", mad.COMMANDS, ids=lambda command: command.name)
+    def test_help_has_an_example_and_wins_over_errors(self, here, command):
+        done = here(*command.name.split(), "--nonsense", "--help")
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: mad {command.name} [opt")
+        assert command.help in done.stdout and "mad " + command.name in command.example
+        assert f"for example:\n  {command.example}\n" in done.stdout
+        for option in command.all_options():
+            assert f"\n  --{option.name or option.stdin} " in done.stdout
+
+    def test_names_are_looked_up_and_ids_are_not(self, here, fake):
+        fake.answers["GET /users/id-by-name/ann%40home"] = (200, {"result": "u"}, {})
+        fake.answers["GET /roles/id-by-name/Boss"] = (200, "r", {})
+        fake.answers["POST /roles/assign"] = (200, {"success": True, "message": "Done."}, {})
+        assert (
+            here("role", "assign", "--user-id", "ann@home", "--role-id", "Boss", MAD_ADMIN_URL=fake.url).returncode == 0
+        )
+        assert json.loads(fake.seen[-1][3]) == {"user_id": "u", "role_id": "r"} and len(fake.seen) == 3
+        done = here("role", "assign", "--user-id", "bob", "--role-id", "Boss")
+        assert (
+            done.returncode == 1
+            and done.stderr == "mad: error: there is no user 'bob'\nmad: hint: see: mad user list\n"
+        )
+
+
+# == Main =======================================================================
+
+class TestExitStatus:
+    @pytest.mark.parametrize(
+        "answer, status, error, message",
+        [
+            ((403, {"success": False, "message": "no", "error": "access_denied"}, {}), 1, "access_denied", "no"),
+            ((401, {"success": False, "message": "no", "error": "invalid_token"}, {}), 3, "invalid_token", "no"),
+            ((200, b"<html>", {}), 4, "bad_answer", "the answer is not the JSON it should be"),
+            ((200, b"", {}), 4, "bad_answer", "the answer is not the JSON it should be"),
+            (
+                (302, b"", {"Location": "http://evil.example/"}), 4, "bad_answer",
+                "{url} redirects elsewhere, which is not followed",
+            ),
+            ((500, b"oops", {}), 1, "http_500", "the server answers 500"),
+        ],
+    )
+    def test_of_a_list_that_fails(self, run, fake, answer, status, error, message):
+        fake.answers["GET /users"] = answer
+        message = message.format(url=fake.url)
+        for words in (("user", "list"), ("user", "list", "--json")):
+            done = run(*words)
+            assert done.returncode == status and done.stderr.startswith(f"mad: error: {message}\n"), done
+            assert "Traceback" not in done.stderr
+        assert json.loads(done.stdout) == {"success": False, "message": message, "error": error}
+        assert [path for _, path, _, _ in fake.seen] == ["/users", "/users"], "redirects are not followed"
+
+    def test_of_a_list(self, run, fake):
+        fake.answers["GET /users"] = (200, [USER], {})
+        done = run("user", "list", "--json")
+        assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, [USER], "")
+
+    def test_nobody_there(self, run):
+        done = run("user", "list", MAD_ADMIN_URL="http://127.0.0.1:9")
+        assert (done.returncode, done.stdout) == (4, "") and done.stderr == (
+            "mad: error: cannot reach http://127.0.0.1:9: Connection refused\n"
+            "mad: hint: is the server running, and is this its address?\n"
+        )
+
+    def test_not_logged_in(self, run):
+        done = run("user", "list", "--json", MAD_ADMIN_TOKEN=None)
+        assert done.returncode == 3 and json.loads(done.stdout) == {
+            "success": False, "message": "not logged in", "error": "not_logged_in",
+        }
+
+    @pytest.mark.parametrize(
+        "words, told",
+        [
+            ((), "usage: mad <noun> <verb> [options]"), (("nonsense",), "mad: error: unknown command 'nonsense'"),
+            (("user", "nonsense"), "mad: error: unknown command 'user nonsense'"),
+            (("user", "list", "--nonsense"), "mad: error: unknown option '--nonsense'"),
+            (("user", "create"), "mad: error: --username is missing"),
+            (("user", "get", "--id"), "mad: error: --id needs a value"),
+            (("user", "lis"), "mad: error: unknown command 'user lis'"),
+            (("user", "get", "--id", "a", "--id", "b"), "mad: error: --id is given twice"),
+            (("user", "--json"), "mad: error: mad user needs a verb before its options"),
+            (("user",), "usage: mad user <verb> [options]"),
+        ],
+    )
+    def test_bad_usage(self, run, fake, words, told):
+        done = run(*words)
+        assert done.returncode == 2 and done.stderr.startswith(told + "\n") and fake.seen == []
+        assert done.stdout == ("" if "--json" not in words else json.dumps(
+            {"success": False, "message": told.removeprefix("mad: error: "), "error": "usage"}, separators=(",", ":")
+        ) + "\n")
+
+    @pytest.mark.parametrize(
+        "words, told",
+        [
+            (("--help",), "usage: mad <noun> <verb> [options]\n"), (("-h",), "usage: mad <noun> <verb> [options]\n"),
+            (("user", "--help"), "usage: mad user <verb> [options]\n"),
+            (("user", "create", "--help"), "usage: mad user create [options]\n"),
+            (("token", "get", "--help"), "usage: mad token get [options]\n"), (("--version",), mad.VERSION + "\n"),
+        ],
+    )
+    def test_help(self, run, words, told):
+        done = run(*words)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(told)
+
+
 class TestStart:
     def test_a_command_loads_little(self, fake, env_of_nobody):
         fake.answers["GET /users"] = (200, [USER], {})
@@ -1741,37 +1791,7 @@ class TestStart:
         return {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "PATH": os.environ["PATH"]}
 
 
-class TestNamesNoPathCarries:
-    @pytest.mark.parametrize(
-        "words, path, row",
-        [
-            (
-                ("scope", "get", "--id", "https://api.example/read"), "/scopes",
-                {"id": USER["id"], "name": "https://api.example/read"},
-            ),
-            (("client", "get", "--id", "a/b"), "/clients", {"id": USER["id"], "client_id": "a/b"}),
-            (("user", "get", "--id", "HOME\\Ann"), "/users", {"id": USER["id"], "username": "home\\ann"}),
-        ],
-    )
-    def test_are_looked_up_in_the_list(self, run, fake, words, path, row):
-        """The server refuses a slash in a path, encoded or not."""
-        fake.answers[f"GET {path}"] = (
-            200, [row | {"id": "another", next(name for name in row if name != "id"): words[-1] + "x"}, row], {},
-        )
-        fake.answers[f"GET {path}/{USER['id']}"] = (200, row, {})
-        done = run(*words, "--json")
-        assert done.returncode == 0 and json.loads(done.stdout) == row, done
-        assert [seen[1].partition("?")[0] for seen in fake.seen] == [path, f"{path}/{USER['id']}"] and not any(
-            "%2" in seen[1].partition("?")[0] for seen in fake.seen
-        )
-
-    def test_one_that_is_not_there_is_said_to_be(self, run, fake):
-        fake.answers["GET /roles"] = (200, [], {})
-        done = run("role", "get", "--id", "a/b")
-        assert (done.returncode, done.stderr) == (
-            1, "mad: error: there is no role 'a/b'\nmad: hint: see: mad role list\n",
-        )
-
+# == Order ======================================================================
 
 class TestOrder:
     """mad.py is read downwards: a definition uses only names defined above it."""

@@ -1,4 +1,4 @@
-"""A shell script of mad under set -e, against a server: every command does what it says and ends with 0."""
+"""A shell script of mad commands under `set -euo pipefail`, against a server: every command succeeds silently."""
 
 import os
 import subprocess
