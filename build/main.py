@@ -1,8 +1,8 @@
 """The `__main__` of microauthd.pyz.
 
-`mad` runs straight from the archive. Everything else is unpacked once into a cache folder that
-nobody else can write, because whoever writes there is the program; then it runs from there.
-The first lines keep to syntax that an old Python can read, so that it can say what it lacks.
+`mad` runs from the archive itself. The server is unpacked once into a cache folder and runs from there, because native
+modules cannot be loaded from a zip file. Only root and the user may be able to write to that folder: anybody who can
+replaces the program. The first lines use only syntax that an old Python can parse, so that it can print the message.
 """
 
 import sys
@@ -13,25 +13,25 @@ if sys.version_info < (3, 11):
 ARCHIVE = __file__[: -len("/__main__.py")]
 
 
-def mad():
-    """Run `mad` when it is asked for, by the name of a symlink or as the first word; without unpacking anything."""
+def run_mad():
+    """Run `mad` if the archive was started by a symlink of that name or with `mad` as the first argument."""
     if sys.argv[0].rpartition("/")[2] == "mad":
-        words = sys.argv[1:]
+        args = sys.argv[1:]
     elif sys.argv[1:2] == ["mad"]:
-        words = sys.argv[2:]
+        args = sys.argv[2:]
     else:
         return
-    # Compiled for this Python where the archive has it; a hundred milliseconds of compiling otherwise.
+    # The archive holds mad compiled for one Python version; any other compiles it in 100 ms.
     sys.path[0] = ARCHIVE + "/site-packages"
     sys.path.insert(0, ARCHIVE + "/pyc/" + sys.implementation.cache_tag)
     try:
         import mad
     except Exception as error:
         sys.exit("mad: error: this file is damaged, copy it anew: %s" % error)
-    sys.exit(mad.main(words))
+    sys.exit(mad.main(args))
 
 
-mad()
+run_mad()
 
 import errno  # noqa: E402
 import fcntl  # noqa: E402
@@ -46,41 +46,47 @@ from _imp import extension_suffixes  # noqa: E402
 SUFFIX = extension_suffixes()[0]  # .cpython-311-x86_64-linux-gnu.so
 TAG = SUFFIX[1:-3]
 PLATFORM = TAG.split("-", 2)[2]  # x86_64-linux-gnu
-DOUBTED = "MICROAUTHD_DOUBTED_TREE"  # from a start that could not load this tree to itself
+# A start that could not load the unpacked tree names that tree here before it executes itself again.
+FAILED_TREE_VARIABLE = "MICROAUTHD_DOUBTED_TREE"
 
 
-def refuse(sentence):
+def fail(sentence):
+    """Print a message and exit with status 1."""
     sys.exit("microauthd: " + sentence)
 
 
 def cache_root():
-    """Return the folder for unpacked code. It and every parent must be root's or ours, and not writable by others."""
+    """Return the folder for unpacked trees, after check_ownership() of it and of every folder above it."""
     root = os.environ.get("MICROAUTHD_CACHE") or os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
     if not root:
         home = os.path.expanduser("~")
         if not os.path.isabs(home) or not os.path.isdir(home):
-            refuse("there is no home folder to unpack into; name one in MICROAUTHD_CACHE")
+            fail("there is no home folder to unpack into; name one in MICROAUTHD_CACHE")
         root = os.path.join(home, ".cache", "microauthd")
     root = os.path.abspath(root)
     os.makedirs(root, mode=0o700, exist_ok=True)
     root = os.path.realpath(root)
     folder = root
     while True:
-        check_folder(folder, sticky_is_fine=folder != root)
+        check_ownership(folder, sticky_allowed=folder != root)
         if folder == "/":
             return root
         folder = os.path.dirname(folder)
 
 
-def check_folder(folder, sticky_is_fine=False):
+def check_ownership(folder, sticky_allowed=False):
+    """Fail unless the folder belongs to root or the user, and nobody else can write to it.
+
+    In a folder with the sticky bit, such as /tmp, others can create entries but not replace ours.
+    """
     info = os.lstat(folder)
-    others_write = info.st_mode & 0o022 and not (sticky_is_fine and info.st_mode & stat.S_ISVTX)
+    others_write = info.st_mode & 0o022 and not (sticky_allowed and info.st_mode & stat.S_ISVTX)
     if not stat.S_ISDIR(info.st_mode) or info.st_uid not in (0, os.geteuid()) or others_write:
-        refuse("refusing to run code from the cache: %s belongs to somebody else or can be written by others" % folder)
+        fail("refusing to run code from the cache: %s belongs to somebody else or can be written by others" % folder)
 
 
-def hold(tree, exclusively):
-    """Take the lock of a tree: shared while running from it, exclusive to remove it. None where that cannot be."""
+def lock_tree(tree, exclusively):
+    """Lock a tree: shared to run from it, exclusively to remove it. Return the descriptor, or None if it is busy."""
     try:
         descriptor = os.open(os.path.join(tree, ".lock"), os.O_RDONLY)
     except OSError:
@@ -90,44 +96,45 @@ def hold(tree, exclusively):
     except OSError:
         os.close(descriptor)
         return None
-    if not os.fstat(descriptor).st_nlink:  # the tree was removed between the two calls: this is no lock on anything
+    if not os.fstat(descriptor).st_nlink:  # The tree was removed between open() and flock().
         os.close(descriptor)
         return None
     return descriptor
 
 
 def compile_tree(folder, tree):
-    """Compile every module of a folder that will be called `tree`, on all cores.
+    """Compile every module of a folder that will be renamed to `tree`, on all cores.
 
-    Not by compileall: on a full disk its writes fall short without an error, and a module cut off is
-    refused at every start from then on. Unchecked, because nothing here changes once it has its name.
+    compileall does not report a short write on a full disk, and the truncated module would fail at every later start.
+    The .pyc files are unchecked (PEP 552), because the sources never change.
     """
     paths = [os.path.join(base, name) for base, _, names in os.walk(folder) for name in names if name.endswith(".py")]
     paths.sort(key=os.path.getsize, reverse=True)
     for base in {os.path.dirname(path) for path in paths}:
         os.makedirs(os.path.join(base, "__pycache__"), exist_ok=True)
-    hands, children = len(os.sched_getaffinity(0)), []
+    workers, pids = len(os.sched_getaffinity(0)), []
     try:
-        for number in range(1, hands):
-            child = os.fork()
-            if child == 0:
+        for number in range(1, workers):
+            pid = os.fork()
+            if pid == 0:
                 status = 255
                 try:
-                    compile_all(paths[number::hands], folder, tree)
+                    compile_all(paths[number::workers], folder, tree)
                     status = 0
                 except OSError as error:
                     status = error.errno or status
                 finally:
                     os._exit(status)
-            children.append(child)
-        compile_all(paths[::hands], folder, tree)
+            pids.append(pid)
+        compile_all(paths[::workers], folder, tree)
     finally:
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     for status in filter(None, statuses):
         raise OSError(status, os.strerror(status)) if 0 < status < 255 else OSError("compiling it failed")
 
 
 def compile_all(paths, folder, tree):
+    """Compile these modules of a folder that will be renamed to `tree`."""
     import marshal
     import warnings
     from importlib.util import MAGIC_NUMBER, source_hash
@@ -140,59 +147,61 @@ def compile_all(paths, folder, tree):
                 warnings.simplefilter("ignore")
                 code = compile(source, tree + path[len(folder) :], "exec", dont_inherit=True)
         except (SyntaxError, ValueError):
-            continue  # meant for another Python; the source stands
+            continue  # The module is for another Python version, which reads the source.
         base, name = os.path.split(path)
         with open(os.path.join(base, "__pycache__", name[:-2] + sys.implementation.cache_tag + ".pyc"), "xb") as file:
             file.write(MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))  # flags: PEP 552
 
 
 def members_of(archive):
-    """Return (name in the archive, path in the tree, bytes) of each file that this Python and this machine need."""
+    """Return (name in the archive, path in the tree, size) of each file that this Python on this platform needs."""
     native = "native/" + PLATFORM + "/"
     members = []
     for info in archive.infolist():
         name = info.filename
         if name.startswith(native):
-            inside = name[len(native) :]
+            relative_path = name[len(native) :]
         elif name.startswith("site-packages/"):
-            inside = name[len("site-packages/") :]
+            relative_path = name[len("site-packages/") :]
         else:
             continue
-        if ".cpython-" in inside and inside.endswith(".so") and not inside.endswith(SUFFIX):
-            continue  # for another Python
-        members.append((name, inside, info.file_size))
+        if ".cpython-" in relative_path and relative_path.endswith(".so") and not relative_path.endswith(SUFFIX):
+            continue  # for another Python version
+        members.append((name, relative_path, info.file_size))
     if not any(name.startswith(native) and name.endswith(SUFFIX) for name, _, _ in members):
-        refuse("this file has no build for %s" % TAG)
+        fail("this file has no build for %s" % TAG)
     return members
 
 
-def use(members, tree):
-    """Return the shared lock of a tree, or None where a file is missing or cut off: caches are cleaned, a file at a
-    time, too.
+def lock_if_complete(members, tree):
+    """Return the shared lock of a tree, or None if a file is missing or truncated.
+
+    Programs that clean caches may delete single files.
     """
     try:
-        whole = all(os.lstat(tree + "/" + inside).st_size == size for _, inside, size in members)
+        complete = all(os.lstat(tree + "/" + relative_path).st_size == size for _, relative_path, size in members)
     except OSError:
-        whole = False
-    return hold(tree, exclusively=False) if whole else None
+        complete = False
+    return lock_tree(tree, exclusively=False) if complete else None
 
 
 def unpack(archive, members, root, tree):
-    """Unpack, compile and sync into a fresh folder, then give it its name. The root's lock is held."""
+    """Unpack and compile into a temporary folder, sync it, rename it to `tree`. The caller holds the root's lock."""
     listing = "".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist())
     if hashlib.sha256(listing.encode()).hexdigest().encode() != archive.comment:
         raise zipfile.BadZipFile("its directory is not the one it was built with")
     temporary = tempfile.mkdtemp(prefix="tmp.", dir=root)
     try:
-        for name, inside, _ in members:
-            path = os.path.join(temporary, inside)
+        for name, relative_path, _ in members:
+            path = os.path.join(temporary, relative_path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with archive.open(name) as source, open(path, "xb") as target:
-                # In small pieces: what is written at once, the page cache maps at once, and then it counts as used.
+                # Small writes: the page cache uses large folios for large ones, which later count as resident memory.
                 shutil.copyfileobj(source, target, 1 << 14)
-        compile_tree(temporary, tree)  # later starts, and users who may not write here, find everything compiled
+        # Compile now: later starts may run as a user who cannot write here.
+        compile_tree(temporary, tree)
         open(os.path.join(temporary, ".lock"), "x").close()
-        # Data before the name: a power cut leaves a tmp folder or a whole tree.
+        # Sync before the rename: a power cut leaves either a tmp folder or a complete tree.
         os.sync()
         os.rename(temporary, tree)
         descriptor = os.open(root, os.O_RDONLY)
@@ -203,15 +212,15 @@ def unpack(archive, members, root, tree):
         raise
 
 
-def discard(root, path):
-    """Remove a tree. It loses its name first: a power cut must not leave half a tree under the name of a whole one."""
-    doomed = tempfile.mkdtemp(prefix="tmp.", dir=root)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def remove_tree(root, path):
+    """Remove a tree. Rename it first, so that a power cut leaves no incomplete tree under this name."""
+    trash = tempfile.mkdtemp(prefix="tmp.", dir=root)
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
-def clean(root, tree):
-    """Remove what a power cut left and the trees of other releases, except one that a process runs from."""
+def remove_stale_trees(root, tree):
+    """Remove temporary folders, and the trees of other releases that no process runs from."""
     for name in os.listdir(root):
         path = os.path.join(root, name)
         if path == tree or not os.path.isdir(path) or os.path.islink(path):
@@ -219,63 +228,63 @@ def clean(root, tree):
         if name.startswith("tmp."):
             shutil.rmtree(path, ignore_errors=True)
         elif name.startswith("tree."):
-            descriptor = hold(path, exclusively=True)
+            descriptor = lock_tree(path, exclusively=True)
             if descriptor is not None:
-                discard(root, path)
+                remove_tree(root, path)
                 os.close(descriptor)
 
 
 def main():
-    # shiv's variables could name another entry point or folder: they are not obeyed, nor handed on.
+    # Shiv's variables name another entry point or folder. This program ignores them and passes them to no child.
     for name in [name for name in os.environ if name.startswith("SHIV_")]:
         del os.environ[name]
-    mask = os.umask(0o022)
+    umask = os.umask(0o022)
     try:
         root = cache_root()
         with zipfile.ZipFile(ARCHIVE) as archive:
             tree = os.path.join(root, "tree." + archive.read("build-id").decode() + "." + TAG)
             members, lock = members_of(archive), None
-            doubted = os.environ.pop(DOUBTED, "") == tree
+            failed_to_load = os.environ.pop(FAILED_TREE_VARIABLE, "") == tree
             if os.path.isdir(tree):
-                check_folder(tree)
-                lock = None if doubted else use(members, tree)
+                check_ownership(tree)
+                lock = None if failed_to_load else lock_if_complete(members, tree)
             if lock is None:
-                with open(os.path.join(root, ".lock"), "a") as gate:
-                    fcntl.flock(gate, fcntl.LOCK_EX)
-                    clean(root, tree)
+                with open(os.path.join(root, ".lock"), "a") as lock_file:
+                    fcntl.flock(lock_file, fcntl.LOCK_EX)
+                    remove_stale_trees(root, tree)
                     if os.path.isdir(tree):
-                        lock = None if doubted else use(members, tree)
+                        lock = None if failed_to_load else lock_if_complete(members, tree)
                         if lock is None:
-                            discard(root, tree)
+                            remove_tree(root, tree)
                     if lock is None:
                         unpack(archive, members, root, tree)
-                        lock = use(members, tree)
-                    check_folder(tree)
+                        lock = lock_if_complete(members, tree)
+                    check_ownership(tree)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            refuse("no room to unpack the program; free some, or name another folder in MICROAUTHD_CACHE")
-        refuse("the program cannot be unpacked: %s" % error)
-    except Exception as error:  # of zipfile and zlib, whose kinds are many
-        refuse("the program cannot be unpacked, this file is damaged, copy it anew: %s" % error)
+            fail("no room to unpack the program; free some, or name another folder in MICROAUTHD_CACHE")
+        fail("the program cannot be unpacked: %s" % error)
+    except Exception as error:  # zipfile and zlib raise many types for a damaged archive.
+        fail("the program cannot be unpacked, this file is damaged, copy it anew: %s" % error)
     finally:
-        os.umask(mask)
+        os.umask(umask)
     if lock is None:
-        refuse("the program in %s does not stay whole: this file is damaged, or somebody cleans that folder" % tree)
-    os.set_inheritable(lock, True)  # held by every process that runs from the tree
+        fail("the program in %s does not stay whole: this file is damaged, or somebody cleans that folder" % tree)
+    os.set_inheritable(lock, True)  # Every process that runs from the tree holds the lock.
     sys.path[0] = tree
     try:
-        from appliance.commands import main as run
+        from appliance.commands import main as run_microauthd
     except Exception as error:
         if "failed to map segment" in str(error):
-            refuse("%s is on a file system mounted noexec; name another folder in MICROAUTHD_CACHE" % tree)
-        if doubted:
+            fail("%s is on a file system mounted noexec; name another folder in MICROAUTHD_CACHE" % tree)
+        if failed_to_load:
             raise
-        # A bit of it flipped, most likely: once more from the archive.
+        # The tree is most likely damaged: unpack it once more.
         sys.stderr.write("microauthd: the unpacked program does not load (%r); unpacking it again\n" % error)
-        os.environ[DOUBTED] = tree
+        os.environ[FAILED_TREE_VARIABLE] = tree
         os.close(lock)
         os.execv(sys.executable, sys.orig_argv)
-    sys.exit(run())
+    sys.exit(run_microauthd())
 
 
 main()

@@ -1,10 +1,10 @@
-"""Build microauthd.pyz: our wheel and the locked packages, packed by shiv, sealed with our own __main__.
+"""Build microauthd.pyz: our wheel and the locked packages, packed by shiv, with build/main.py as __main__.
 
 usage: pyz.py [--out FILE]
 
-The same sources and lock give the same bytes: modes, times and order are fixed, nothing that knows
-where it was built goes in. What is native lies under native/PLATFORM/, so that one file can serve
-several Pythons and architectures; today it holds those of the Python that runs this.
+The build is reproducible: modes, times and order are fixed, and no file that contains a build path is included. Native
+modules lie under native/PLATFORM/, so that one archive can serve several Python versions and architectures; today it
+holds those of the Python that runs this.
 """
 
 import argparse
@@ -23,64 +23,68 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = sysconfig.get_config_var("EXT_SUFFIX")[1:-3].split("-", 2)[2]
-SHEBANG = b"#!/usr/bin/python3 -I\n"  # isolated: no PYTHON* variables, no user site, no current folder
-EPOCH = "1795392000"  # of our wheel; the archive's own times are fixed below
+SHEBANG = b"#!/usr/bin/python3 -I\n"  # isolated mode: no PYTHON* variables, no user site, no current folder
+EPOCH = "1795392000"  # the timestamp of files in our wheel; those of the archive are fixed below
 
-# What nobody needs at run time. `cffi` and `pycparser` only build; `_cffi_backend` runs.
-NEEDLESS = re.compile(
+# Not needed at run time. cffi and pycparser are needed at build time only; _cffi_backend is the run-time part.
+UNUSED_FILES = re.compile(
     r"(^|/)(__pycache__|tests?|bin|share|cffi|pycparser|pycparser-[^/]*|cheroot/test|prompt_toolkit/contrib)/"
     r"|\.pyi$|py\.typed$|direct_url\.json$|/(RECORD|INSTALLER|REQUESTED)$|\.c$|\.h$|^bin/|(^|/)wcwidth/[^/]*\.so$"
 )
 
 
-def run(*words, **options):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
+def run_checked(*command, **options):
+    """Run a command, and exit with its output if it fails."""
+    done = subprocess.run([str(arg) for arg in command], capture_output=True, text=True, **options)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, words[:4]))} failed:\n{done.stdout}{done.stderr}")
+        sys.exit(f"{' '.join(map(str, command[:4]))} failed:\n{done.stdout}{done.stderr}")
 
 
 def build_tree(folder: Path) -> Path:
-    """Install the lock and our own wheel into a folder."""
+    """Install the locked packages and our own wheel into a subfolder, and return its path."""
     tree = folder / "tree"
-    pip = [
+    pip_install = [
         sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--disable-pip-version-check",
         "--target", tree,
     ]
-    run(*pip, "--require-hashes", "--only-binary", ":all:", "-r", ROOT / "build" / "requirements.lock")
-    source = folder / "source"  # hatchling writes beside what it builds, and reads .gitignore
+    run_checked(*pip_install, "--require-hashes", "--only-binary", ":all:", "-r", ROOT / "build" / "requirements.lock")
+    source = folder / "source"  # A copy: hatchling writes files next to the sources, and reads .gitignore.
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "microauthd.py", "mad.py"):
         shutil.copyfile(ROOT / name, source / name)
     for name in ("public", "appliance"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(
+    run_checked(
         sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "wheel", cwd=source,
         env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH},
     )
     (wheel,) = (folder / "wheel").glob("*.whl")
-    run(*pip, wheel)
+    run_checked(*pip_install, wheel)
     for path in sorted(tree.rglob("*")):
         inside = path.relative_to(tree).as_posix()
-        if path.is_file() and NEEDLESS.search(inside):
+        if path.is_file() and UNUSED_FILES.search(inside):
             path.unlink()
     if shutil.which("strip"):
         for path in sorted(tree.rglob("*.so")):
-            run("strip", "--strip-unneeded", path)
+            run_checked("strip", "--strip-unneeded", path)
     return tree
 
 
-def members_of(packed: Path):
-    """Yield (name, content) of what shiv packed, each where it belongs in the sealed archive."""
+def archive_members(packed: Path):
+    """Yield (name, content) of each file that shiv packed, with its name in our archive."""
     with zipfile.ZipFile(packed) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith("/") or not name.startswith("site-packages/"):
-                continue  # shiv's own bootstrap: ours takes its place
+                continue  # shiv's bootstrap, which build/main.py replaces
             target = f"native/{PLATFORM}/" + name.removeprefix("site-packages/") if name.endswith(".so") else name
             yield target, archive.read(name)
 
 
 def compile_mad(folder: Path) -> bytes:
-    """Compile mad for this Python. Unchecked: there is no source beside it in the archive, and no clock goes in."""
+    """Compile mad for this Python.
+
+    Unchecked (PEP 552): the archive has no source beside it to compare with, and a timestamp would not be reproducible.
+    """
     target = folder / "mad.pyc"
     py_compile.compile(
         str(ROOT / "mad.py"), str(target), dfile="mad.py", doraise=True,
@@ -90,9 +94,9 @@ def compile_mad(folder: Path) -> bytes:
 
 
 def directory_digest(archive) -> bytes:
-    """As build/main.py has it: names, sizes and CRCs.
+    """Return the digest of names, sizes and CRCs that build/main.py verifies.
 
-    With the CRCs, which are checked when a member is read, it covers every byte.
+    zipfile verifies the CRC of each member that it reads, so together they cover every byte.
     """
     return (
         hashlib.sha256(
@@ -103,9 +107,10 @@ def directory_digest(archive) -> bytes:
     )
 
 
-def seal(members, target: Path):
-    """Write the archive: fixed modes, times and order, a build-id made of all content, and as its comment a digest of
-    its directory.
+def write_archive(members, target: Path):
+    """Write the archive with fixed modes, times and order.
+
+    `build-id` is a digest of all content, and the comment is a digest of the archive's directory.
     """
     members = sorted(members)
     digest = hashlib.sha256()
@@ -136,14 +141,14 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         packed = folder / "packed.pyz"
-        run(
+        run_checked(
             sys.executable, "-m", "shiv", "--site-packages", build_tree(folder), "-e", "appliance.commands:main",
             "--reproducible", "--no-modify", "-o", packed, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH},
         )
-        members = list(members_of(packed))
+        members = list(archive_members(packed))
         members.append(("__main__.py", (ROOT / "build" / "main.py").read_bytes()))
         members.append((f"pyc/{sys.implementation.cache_tag}/mad.pyc", compile_mad(folder)))
-        seal(members, target)
+        write_archive(members, target)
     print(f"{target}  {target.stat().st_size / 1e6:.1f} MB  sha256 {hashlib.sha256(target.read_bytes()).hexdigest()}")
 
 

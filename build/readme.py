@@ -1,7 +1,9 @@
-"""Fill the tables of README.md and of the manual from the code, so that they cannot drift.
+"""Generate the tables in README.md and in the manual from the code, so that the two always agree.
 
-Run without arguments it rewrites the pages; with --check it names those it would change
-(exit status 1). A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+usage: readme.py [--check]
+
+It rewrites the pages. With --check it writes nothing, names the pages that are out of date, and exits with status 1 if
+there are any. A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 import ast
@@ -17,25 +19,24 @@ import microauthd  # noqa: E402
 from appliance.base.settings import OPTIONS  # noqa: E402
 from appliance.commands import COMMANDS  # noqa: E402
 
-
-# A standard by its name, then its sections: `RFC 6749 §4.1 and §5.2`.
+# The name of a standard and its sections, such as `RFC 6749 §4.1 and §5.2`.
 CITATION = re.compile(r"(RFC \d+|OpenID Connect(?: [A-Z][A-Za-z-]+)+) (§[\d.]+(?:(?:, | and )§[\d.]+)*)")
 
 
-def cell(value):
+def escape_cell(value):
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def table(head, rows):
+def markdown_table(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(map(escape_cell, row)) + " |" for row in rows])
 
 
-def options():
+def options_table():
     rows = []
     for option in OPTIONS:
         default = option.default
-        word = (
+        text = (
             {-1: "auto", (): "", True: "true", False: "false"}.get(default, default)
             if not isinstance(default, int) or isinstance(default, bool) or default == -1
             else default
@@ -43,14 +44,16 @@ def options():
         names = f"`{option.name}`" + "".join(f", `{alias}`" for alias in option.aliases)
         rows.append(
             (
-                option.group, names, f"`{word}`" if word != "" else "",
+                option.group, names, f"`{text}`" if text != "" else "",
                 option.help + (" *Secret: file or environment only.*" if option.secret else ""),
             )
         )
-    return table(("Group", "Name", "Default", "Meaning"), rows)
+    return markdown_table(("Group", "Name", "Default", "Meaning"), rows)
 
 
-def routes(routes):
+def routes_table(routes):
+    """Return a function that returns the table of these Routes."""
+
     def render():
         rows = []
         for route in routes.routes:
@@ -62,12 +65,13 @@ def routes(routes):
                     route.spec, doc + only,
                 )
             )
-        return table(("Method", "Path", "Who", "Specification", "What it does"), rows)
+        return markdown_table(("Method", "Path", "Who", "Specification", "What it does"), rows)
 
     return render
 
 
 def guard_of(route):
+    """Return who may call the route."""
     name = getattr(route.guard, "__qualname__", "").split(".")[0]
     if name == "by_scope":
         return f"scope `{route.guard.scope}`"
@@ -78,29 +82,34 @@ def guard_of(route):
     }[name]
 
 
-def errors():
-    return table(
+def errors_table():
+    return markdown_table(
         ("Code", "Status", "What a client is told", "Defined in"),
-        [(f"`{code}`", status, told, spec) for code, (status, told, spec) in microauthd.ERRORS.items()],
+        [(f"`{code}`", status, message, spec) for code, (status, message, spec) in microauthd.ERRORS.items()],
     )
 
 
 def is_served(request):
-    """Whether ADMIN has the route a command asks for; a command without one works by itself or by a login."""
+    """Whether ADMIN has the route of a command's request; also True for a command without one."""
     method, _, path = request.partition(" ")
-    wanted = re.sub(r"\{[^}]*\}", "<>", path.split(" ")[0])
+    pattern = re.sub(r"\{[^}]*\}", "<>", path.split(" ")[0])
     served = {
         (method, re.sub(r"<[^>]*>", "<>", path))
         for route in microauthd.ADMIN.routes
         for method in route.methods
         for path in route.paths
     }
-    return not request or (method, wanted) in served
+    return not request or (method, pattern) in served
 
 
-def commands():
-    rows = [(usage, told) for usage, told, request in mad.describe_commands(mad.COMMANDS) if is_served(request)]
-    return table(("Command", "What it does"), [(f"`{usage}`", told) for usage, told in rows])
+def mad_table():
+    """Return the table of the commands of mad."""
+    rows = [
+        (f"`{usage}`", help_text)
+        for usage, help_text, request in mad.describe_commands(mad.COMMANDS)
+        if is_served(request)
+    ]
+    return markdown_table(("Command", "What it does"), rows)
 
 
 def citations(text):
@@ -112,57 +121,67 @@ def citations(text):
     }
 
 
-def citing(path, kinds):
-    """Yield (name, citations) for each definition of a file that cites a standard, comments and decorators included."""
+def cited_by(path, node_types):
+    """Yield (name, citations) for each definition in a file that cites a standard.
+
+    Comments inside it and decorators count too.
+    """
     text = path.read_text("utf-8")
     lines = text.splitlines()
     for node in ast.parse(text).body:
-        if isinstance(node, kinds):
+        if isinstance(node, node_types):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             found = citations("\n".join(lines[first - 1 : node.end_lineno]))
             if found:
                 yield node.name, found
 
 
-def standards():
-    """A row for each section the program cites: what keeps it, and the tests that cite it or the section around it."""
+def standards_table():
+    """Return a table with a row for each section that the program cites.
+
+    It names the functions that cite the section, and the tests that cite it or the section that contains it.
+    """
     functions, tests = {}, {}
     for path in (ROOT / "microauthd.py", *sorted((ROOT / "appliance/base").glob("*.py"))):
         room = "" if path.stem == "microauthd" else f"{path.stem}."
-        for name, found in citing(path, (ast.FunctionDef, ast.ClassDef)):
+        for name, found in cited_by(path, (ast.FunctionDef, ast.ClassDef)):
             for key in found:
                 functions.setdefault(key, []).append(f"`{room}{name}`")
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        for name, found in citing(path, ast.ClassDef):
+        for name, found in cited_by(path, ast.ClassDef):
             for key in found:
                 tests.setdefault(key, []).append(f"`{path.stem}` {name}")
 
-    def tested(standard, section):
+    def tests_of(standard, section):
         while section and (standard, section) not in tests:
             section = section.rpartition(".")[0]
         return ", ".join(tests.get((standard, section), ()))
 
-    def order(key):
+    def sort_key(key):
         standard, section = key
         return standard.startswith("OpenID"), standard, [int(part) for part in section.split(".")]
 
-    rows = [(*key, ", ".join(functions[key]), tested(*key)) for key in sorted(functions, key=order)]
-    return table(("Standard", "Section", "In", "Tests"), [(a, f"§{b}", c, d) for a, b, c, d in rows])
+    rows = [
+        (standard, f"§{section}", ", ".join(functions[standard, section]), tests_of(standard, section))
+        for standard, section in sorted(functions, key=sort_key)
+    ]
+    return markdown_table(("Standard", "Section", "In", "Tests"), rows)
 
 
-def server_commands():
-    """The commands of microauthd, as its --help has them."""
+def microauthd_table():
+    """Return the table of the commands of microauthd."""
     rows = [(f"`{command.title}`", command.summary) for command in COMMANDS.values()]
-    return table(("Command", "What it does"), rows)
+    return markdown_table(("Command", "What it does"), rows)
 
 
 TABLES = {
-    "options": options, "auth": routes(microauthd.AUTH), "admin": routes(microauthd.ADMIN),
-    "errors": errors, "mad": commands, "standards": standards, "microauthd": server_commands,
+    "options": options_table, "auth": routes_table(microauthd.AUTH), "admin": routes_table(microauthd.ADMIN),
+    "errors": errors_table, "mad": mad_table, "standards": standards_table, "microauthd": microauthd_table,
 }
 
 
 def fill(text):
+    """Return the page with its tables generated anew."""
     def replace(match):
         return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
@@ -174,7 +193,8 @@ def pages():
 
 
 def main():
-    stale = 0
+    """Return the exit status."""
+    status = 0
     for page in pages():
         text = page.read_text("utf-8")
         filled = fill(text)
@@ -183,10 +203,10 @@ def main():
         if "--check" in sys.argv:
             name = page.relative_to(ROOT)
             print(f"{name}: its tables are not what the code says; run build/readme.py", file=sys.stderr)
-            stale = 1
+            status = 1
         else:
             page.write_text(filled, "utf-8")
-    return stale
+    return status
 
 
 if __name__ == "__main__":

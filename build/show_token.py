@@ -1,8 +1,8 @@
-"""Wait for both ports of a starting server, fetch a token with `mad token get`, verify it, show it.
+"""Wait until both ports of a starting server serve, get a token with `mad token get`, verify it and print it.
 
 usage: show_token.py FOLDER PID ARCHIVE
 
-Verified as a stranger would: PyJWT, with nothing but the issuer's published metadata and keys.
+It verifies the token as any resource server can: with PyJWT, and the issuer's published metadata and keys.
 """
 
 import json
@@ -15,62 +15,63 @@ from pathlib import Path
 
 import jwt
 
-WAIT = 20  # seconds for both ports
+START_TIMEOUT = 20  # seconds until both ports must serve
 
 
-def get(url):
+def get_json(url):
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as answer:
         return json.load(answer)
 
 
-def alive(pid):
+def is_running(pid):
     try:
-        # A child of the shell that called us: when it has ended it stays as a zombie.
+        # The server is a child of the calling shell, and is a zombie when it has exited.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
 def main(folder, pid, archive):
+    """Return a message if it fails, otherwise None."""
     microauthd = [sys.executable, "-I", archive]
-    shown = json.loads(
+    rows = json.loads(
         subprocess.run([*microauthd, "options", "--json"], cwd=folder, check=True, capture_output=True).stdout
     )
-    options = {name: row["value"] for name, row in shown.items()}
-    base = {}
-    for side in ("auth", "admin"):
-        scheme = "https" if options[f"{side}-ssl-cert-file"] else "http"
-        base[side] = f"{scheme}://127.0.0.1:{options[f'{side}-port']}"
-    began, told = time.monotonic(), False
-    for url in (base["auth"] + "/health/ready", base["admin"] + "/health"):
+    options = {name: row["value"] for name, row in rows.items()}
+    base_url = {}
+    for server in ("auth", "admin"):
+        scheme = "https" if options[f"{server}-ssl-cert-file"] else "http"
+        base_url[server] = f"{scheme}://127.0.0.1:{options[f'{server}-port']}"
+    started_at, is_announced = time.monotonic(), False
+    for url in (base_url["auth"] + "/health/ready", base_url["admin"] + "/health"):
         while True:
             try:
-                get(url)
+                get_json(url)
                 break
             except OSError as error:
-                if not alive(pid):
+                if not is_running(pid):
                     return "the server has ended"
-                if time.monotonic() - began > WAIT:
+                if time.monotonic() - started_at > START_TIMEOUT:
                     return f"the server does not answer: {error}"
-            if time.monotonic() - began > 2 and not told:
-                told = True
+            if time.monotonic() - started_at > 2 and not is_announced:
+                is_announced = True
                 print("waiting for the server ...", file=sys.stderr)
             time.sleep(0.03)
-    print(f"both ports serve after {time.monotonic() - began:.2f} s", file=sys.stderr)
+    print(f"both ports serve after {time.monotonic() - started_at:.2f} s", file=sys.stderr)
     credentials = Path(folder, "demo.env")
     if not credentials.exists():
         print("For a token: MAD_CLIENT_SECRET=... mad token get --client-id CLIENT", file=sys.stderr)
         return None
     environment = dict(line.split("=", 1) for line in credentials.read_text().splitlines())
     token = subprocess.run(
-        [*microauthd, "mad", "token", "get", "--auth-url", base["auth"]], cwd=folder, env=os.environ | environment,
+        [*microauthd, "mad", "token", "get", "--auth-url", base_url["auth"]], cwd=folder, env=os.environ | environment,
         stdout=subprocess.PIPE, text=True,
     )
     if token.returncode:
         return "mad token get failed"
     token = token.stdout.strip()
-    metadata = get(base["auth"] + "/.well-known/oauth-authorization-server")
-    keys = jwt.PyJWKSet.from_dict(get(base["auth"] + "/jwks.json"))
+    metadata = get_json(base_url["auth"] + "/.well-known/oauth-authorization-server")
+    keys = jwt.PyJWKSet.from_dict(get_json(base_url["auth"] + "/jwks.json"))
     header = jwt.get_unverified_header(token)
     unverified = jwt.decode(token, options={"verify_signature": False})
     claims = jwt.decode(
@@ -82,7 +83,7 @@ def main(folder, pid, archive):
     print(f"verified by PyJWT against {metadata['jwks_uri']}\n")
     print("Try next, in another terminal:")
     print(f"  cd {os.path.abspath(folder)}; alias microauthd='{sys.executable} -I {archive}'")
-    print(f"  microauthd mad session login --admin-url {base['admin']}")
+    print(f"  microauthd mad session login --admin-url {base_url['admin']}")
     print("  microauthd mad user create --username ann --user-email ann@example.org --password-stdin")
     print("  microauthd mad client create --client-id sensor")
     return None
