@@ -149,7 +149,7 @@ def run_setup(options: Options, line: CommandLine) -> int:
     from appliance import oobe
 
     if "--demo" in line.flags:
-        set_up_demo(options, oobe.make)
+        set_up_demo(options, oobe.set_up)
         return 0
     return oobe.run(options, line.flags, line.values)
 

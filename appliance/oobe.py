@@ -1,12 +1,11 @@
-"""The wizard of the first start: asks what a set-up needs, or reads it from an answers file.
+"""The set-up of the first start: a wizard on a terminal, or an answers file without one.
 
-It decides nothing: every answer goes through the parser of its option or the server's own checks,
-and one call of microauthd.set_up() makes everything or nothing. Until that call nothing is written.
+It decides nothing by itself: the parser of an option or a check of the server validates each answer, and one call of
+recovery.set_up() creates everything or nothing. Nothing is written before that call.
 
-The guided path keeps the order of the original's wizard and its ranges, with these departures: no
-environment file (the config file holds everything, and is private), no config path (it is a flag),
-no length of the client's secret (it has 256 bits), and a question where plain HTTP would leave the
-machine. The source and licence of common_passwords.txt are in NOTICE.
+The guided path has the order and the ranges of the original's wizard. It differs where there is no environment file
+(the config file holds all settings, and is private), where the config path is a flag, where the client's secret always
+has 256 bits, and where it asks before plain HTTP is served to other hosts.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ import textwrap
 import time
 import tomllib
 
-# Serial consoles cannot say where their cursor is; prompt_toolkit need not ask.
+# Do not let prompt_toolkit ask for the cursor position (CPR): a serial console does not respond.
 os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
 
 import sqlcipher3
@@ -34,25 +33,27 @@ from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_option
 from appliance.base.wire import tls_context
 from appliance.recovery import Answers, journal_of
 
-# Asked in words of their own, or by the part about the first client.
-BY_HAND = ("db-file", "db-pass", "oidc-client-id")
+# A function of their own asks for these, not ask_option().
+CUSTOM_QUESTIONS = ("db-file", "db-pass", "oidc-client-id")
 
 
-def listener(side):
+def listener_options(server):
     return [
-        f"{side}-{name}"
+        f"{server}-{name}"
         for name in (
             "ip", "port", "domain", "ssl-cert-file", "ssl-key-file", "ssl-cert-pass", "domain-no-ssl", "insecure-http",
         )
     ]
 
 
-# The guided path, before and after the first client.
+# The options of the guided path, before and after the questions about the first client.
 BEFORE_CLIENT = (
-    "log-file", "totp-qr-output-root", "enable-audit-logging", "audit-log-retention-days", *listener("auth"), *listener("admin"),
+    "log-file", "totp-qr-output-root", "enable-audit-logging", "audit-log-retention-days",
+    *listener_options("auth"), *listener_options("admin"),
     "argon2id-time", "argon2id-memory", "argon2id-parallelism", "argon2id-hash-length", "argon2id-salt-length",
     "token-signing-key-file", "prefer-ec-token-signer", "token-signing-key-length-rsa", "token-signing-key-pass",
-    "admin-token-signing-key-file", "prefer-ec-admin-token-signer", "admin-token-signing-key-length-rsa", "admin-token-signing-key-pass",
+    "admin-token-signing-key-file", "prefer-ec-admin-token-signer", "admin-token-signing-key-length-rsa",
+    "admin-token-signing-key-pass",
     "token-expiration", "admin-token-expiration", "token-purge-days", "enable-token-revocation",
     "enable-token-refresh", "refresh-token-expiration", "refresh-token-purge-days",
     "max-login-failures", "seconds-to-reset-login-failures", "failed-password-lockout-duration",
@@ -61,13 +62,14 @@ AFTER_CLIENT: tuple[str, ...] = (
     "trusted-proxies", "serve-public-auth-files", "enable-pkce", "pkce-code-lifetime", "enable-pass-cache",
     "pass-cache-duration",
 )
-# An option that has a question and stands in neither is asked all the same, after them.
+# Any other option with a question is asked after these.
 AFTER_CLIENT += tuple(
-    option.name for option in OPTIONS if option.ask and option.name not in (*BY_HAND, *BEFORE_CLIENT, *AFTER_CLIENT)
+    option.name for option in OPTIONS
+    if option.ask and option.name not in (*CUSTOM_QUESTIONS, *BEFORE_CLIENT, *AFTER_CLIENT)
 )
 
-# What the wizard asks although OPTIONS has no question for it: it matters only after another answer.
-QUESTIONS = {
+# Questions for options without one in OPTIONS, because they matter only after another answer.
+EXTRA_QUESTIONS = {
     "auth-ssl-key-file": "Its private key (empty: in the same file)?",
     "admin-ssl-key-file": "Its private key (empty: in the same file)?",
     "auth-domain-no-ssl": "Do clients reach AUTH by https, through a TLS proxy?",
@@ -76,20 +78,21 @@ QUESTIONS = {
     "admin-insecure-http": "Plain HTTP on {ip}: tokens and passwords travel in clear. Allow it?",
 }
 
-def exposed(draft, side):
-    return not draft[f"{side}-ssl-cert-file"] and not ipaddress.ip_address(draft[f"{side}-ip"]).is_loopback
+def is_exposed(draft, server):
+    """Whether the server would speak plain HTTP on an address that other hosts can reach."""
+    return not draft[f"{server}-ssl-cert-file"] and not ipaddress.ip_address(draft[f"{server}-ip"]).is_loopback
 
 
-# Asked only when it matters; what is not asked keeps its value, for the day the feature is turned on.
-MATTERS = {
+# Conditions for asking. An option that is not asked for keeps its value, in case its feature is enabled later.
+CONDITIONS = {
     "auth-ssl-key-file": lambda draft: draft["auth-ssl-cert-file"],
     "admin-ssl-key-file": lambda draft: draft["admin-ssl-cert-file"],
     "auth-ssl-cert-pass": lambda draft: draft["auth-ssl-cert-file"],
     "admin-ssl-cert-pass": lambda draft: draft["admin-ssl-cert-file"],
     "auth-domain-no-ssl": lambda draft: not draft["auth-ssl-cert-file"],
     "admin-domain-no-ssl": lambda draft: not draft["admin-ssl-cert-file"],
-    "auth-insecure-http": lambda draft: exposed(draft, "auth"),
-    "admin-insecure-http": lambda draft: exposed(draft, "admin"),
+    "auth-insecure-http": lambda draft: is_exposed(draft, "auth"),
+    "admin-insecure-http": lambda draft: is_exposed(draft, "admin"),
     "audit-log-retention-days": lambda draft: draft["enable-audit-logging"],
     "token-signing-key-length-rsa": lambda draft: not draft["prefer-ec-token-signer"],
     "admin-token-signing-key-length-rsa": lambda draft: not draft["prefer-ec-admin-token-signer"],
@@ -98,26 +101,26 @@ MATTERS = {
     "pkce-code-lifetime": lambda draft: draft["enable-pkce"],
     "pass-cache-duration": lambda draft: draft["enable-pass-cache"],
 }
-# Where the wizard advises a narrower range than the option allows.
-RANGES = {
+# The wizard accepts a narrower range than the option.
+ADVISED_RANGES = {
     "token-expiration": whole(60, 604800),
     "admin-token-expiration": whole(60, 604800),
     "token-purge-days": whole(0, 365),
     "refresh-token-expiration": whole(300, 2592000),
     "refresh-token-purge-days": whole(0, 365),
 }
-FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-token-signing-key-file")
+STATE_FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-token-signing-key-file")
 
 
-class Ended(Exception):
-    """Input ended before the last question."""
+class InputEnded(Exception):
+    """The input ended before the last question."""
 
 
 # == Draft =====================================================================
 
 
 class Draft:
-    """The settings as they stand while answers come in: what was chosen over what was resolved before."""
+    """The settings while questions are being asked: the answers take precedence over the options at the start."""
 
     def __init__(self, options):
         self.options, self.chosen, self.config = options, {}, options.config_file
@@ -125,39 +128,39 @@ class Draft:
     def __getitem__(self, name):
         return self.chosen.get(name, getattr(self.options, OPTION_NAMES[name].attribute))
 
-    def overruled(self, name):
-        """Return which variable or flag would overrule the config file, or nothing."""
+    def overriding_origin(self, name):
+        """Return the environment variable or flag that takes precedence over the config file, or ""."""
         origin = self.options.origins.get(name, "")
         return origin if origin.startswith(("environment", "flag")) else ""
 
-    def check(self, name, value):
-        """Raise ValueError where an answer could have no effect."""
-        if (origin := self.overruled(name)) and value != getattr(self.options, OPTION_NAMES[name].attribute):
+    def check_effective(self, name, value):
+        """Raise ValueError if a variable or flag would make this answer ineffective."""
+        if (origin := self.overriding_origin(name)) and value != getattr(self.options, OPTION_NAMES[name].attribute):
             raise ValueError(
                 f"{name} is set by the {origin}, which overrules the config file: keep that value, or unset it "
                 "and begin again"
             )
 
     def choose(self, name, value):
-        self.check(name, value)
+        self.check_effective(name, value)
         self.chosen[name] = value
 
     def resolve(self, derived=()):
-        """Return Options of all this. Raises StartupError where they contradict each other."""
+        """Return Options with the answers and these derived values. Raises StartupError if they are inconsistent."""
         chosen = self.chosen | dict(derived)
         values = {OPTION_NAMES[name].attribute: value for name, value in chosen.items()}
         origins = self.options.origins | {"config": self.config} | dict.fromkeys(chosen, "setup")
-        settled = dataclasses.replace(self.options, origins=origins, **values)
-        check_options(settled)
-        return settled
+        resolved = dataclasses.replace(self.options, origins=origins, **values)
+        check_options(resolved)
+        return resolved
 
-    def settle(self):
-        """Return the settings to write: what was chosen, and what a box needs to work at once."""
-        derived: dict[str, object] = {}
+    def complete(self):
+        """Return the Options to write: the answers, and derived values that make the server usable at once."""
+        derived: dict[str, bool | str] = {}
         origins = self.options.origins | self.chosen
         if "enable-token-refresh" not in origins:
             derived["enable-token-refresh"] = True
-        # auth-domain has no port, and a box tried out at home has no proxy that would hide it
+        # The issuer follows from auth-domain, which has no port; on localhost no proxy hides the port.
         if (
             not self["oidc-issuer"]
             and self["auth-domain"] == "localhost"
@@ -168,27 +171,27 @@ class Draft:
             )
         if not self["admin-ssl-cert-file"] and "admin-domain-no-ssl" not in origins:
             derived["admin-domain-no-ssl"] = True
-        return self.resolve({name: value for name, value in derived.items() if not self.overruled(name)})
+        return self.resolve({name: value for name, value in derived.items() if not self.overriding_origin(name)})
 
 
 # == Checks ====================================================================
-# A check returns what an answer means, or raises ValueError with a sentence. The rules are the server's.
+# A check returns the value of an answer, or raises ValueError with a sentence. The rules are those of the server.
 
 
-def ruled(rule, what, normal):
-    """Return a check by one of the server's rules, which say what is wrong or nothing."""
+def check_by_rule(rule, noun, normalize):
+    """Return a check by a rule of the server: a function that returns what is wrong with a value, or nothing."""
 
     def check(answer):
-        if wrong := rule(normal(answer)):
-            raise ValueError(f"the {what} {wrong}")
-        return normal(answer)
+        if problem := rule(normalize(answer)):
+            raise ValueError(f"the {noun} {problem}")
+        return normalize(answer)
 
     return check
 
 
-check_username = ruled(microauthd.check_username, "user name", microauthd.fold)
-check_email = ruled(microauthd.check_email, "address", microauthd.fold)
-check_client_id = ruled(lambda answer: answer and microauthd.check_client_id(answer), "client_id", str.strip)
+check_username = check_by_rule(microauthd.check_username, "user name", microauthd.fold)
+check_email = check_by_rule(microauthd.check_email, "address", microauthd.fold)
+check_client_id = check_by_rule(lambda answer: answer and microauthd.check_client_id(answer), "client_id", str.strip)
 
 
 def check_audience(answer):
@@ -200,8 +203,8 @@ def check_audience(answer):
 def check_scopes(answer):
     names = [microauthd.normalise(name) for name in answer.replace(",", " ").split()]
     for name in names:
-        if wrong := microauthd.check_scope_name(name):
-            raise ValueError(f"the scope {name!r} {wrong}")
+        if problem := microauthd.check_scope_name(name):
+            raise ValueError(f"the scope {name!r} {problem}")
         if name in microauthd.OIDC_SCOPES:
             raise ValueError(f"{name} is a scope of OpenID Connect, which every client has: leave it out")
     return list(dict.fromkeys(names))
@@ -220,14 +223,14 @@ def check_passphrase(answer):
 
 
 def check_printable(answer):
-    # a line separator of any alphabet would end its line of the config file
+    # A Unicode line separator too would end the line in the config file.
     if not answer.isprintable():
         raise ValueError("it must not contain control characters or line separators")
     return answer
 
 
-def check_files_unchanged(path):
-    """Refuse a path where no file could be made."""
+def check_creatable(path):
+    """Raise ValueError if no file can be created at this path."""
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
@@ -237,11 +240,11 @@ def check_files_unchanged(path):
         raise ValueError(f"nothing can be written in {folder}")
 
 
-def check_option(draft, name, asked=True):
-    """Return the check of an option: its own parser, and what its neighbours ask of it.
+def check_option(draft, name, is_interactive=True):
+    """Return a check that parses an option, compares it with related options, and puts it into the draft.
 
-    Somebody who is `asked` is held to the wizard's ranges and to certificates that are there; an
-    answers file may run before they are.
+    If `is_interactive`, it also demands the advised range and that a certificate exists. An answers file may be used
+    before the certificate is installed.
     """
     option = OPTION_NAMES[name]
 
@@ -249,26 +252,26 @@ def check_option(draft, name, asked=True):
         check_printable(answer)
         try:
             value = option.parse(answer)
-            if asked and name in RANGES and value != draft[name]:
-                value = RANGES[name](answer)
+            if is_interactive and name in ADVISED_RANGES and value != draft[name]:
+                value = ADVISED_RANGES[name](answer)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
-        if name in FILES:
+        if name in STATE_FILES:
             if not answer:
                 raise ValueError(f"{name} must not be empty")
-            others = [draft.config, *(draft[other] for other in FILES if other != name)]
+            others = [draft.config, *(draft[other] for other in STATE_FILES if other != name)]
             if os.path.abspath(value) in map(os.path.abspath, others):
                 raise ValueError("config, keys and database must be different files")
-            check_files_unchanged(value)
+            check_creatable(value)
         if name == "log-file" and value:
-            check_files_unchanged(value)
+            check_creatable(value)
         if name == "db-file" and os.path.lexists(value):
             raise ValueError(f"{value} is there already")
         if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
             raise ValueError("AUTH listens on this address and port already")
         if name == "argon2id-parallelism" and draft["argon2id-memory"] < 8 * value:
             raise ValueError("argon2id-memory must be at least eight times this")
-        if asked and name.endswith("-ssl-cert-file") and value and not os.path.isfile(value):
+        if is_interactive and name.endswith("-ssl-cert-file") and value and not os.path.isfile(value):
             raise ValueError(f"there is no file {value}")
         draft.choose(name, value)
         return value
@@ -276,27 +279,27 @@ def check_option(draft, name, asked=True):
     return check
 
 
-# == Asking ====================================================================
+# == Prompts ===================================================================
 
 
 @contextlib.contextmanager
-def echo(on):
-    """Have the terminal show what is typed, or not, and then as before."""
+def terminal_echo(enabled):
+    """Turn the echo of the terminal on or off, and restore it afterwards."""
     import termios
 
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    changed = before[:]
-    changed[3] = changed[3] | termios.ECHO if on else changed[3] & ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, changed)
+    descriptor = sys.stdin.fileno()
+    saved = termios.tcgetattr(descriptor)
+    attributes = saved[:]
+    attributes[3] = attributes[3] | termios.ECHO if enabled else attributes[3] & ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, attributes)
     try:
         yield
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, saved)
 
 
-class Asker:
-    """Questions on a terminal, without colours or any character a serial console lacks."""
+class Prompter:
+    """Asks questions on a terminal, without colours and with characters that a serial console has."""
 
     def __init__(self):
         from prompt_toolkit.output.color_depth import ColorDepth
@@ -307,8 +310,8 @@ class Asker:
 
     introduction = "Enter takes what stands there already."
 
-    def say(self, text="", indent=""):
-        """Print lines as they are, or one sentence folded to the width of the terminal."""
+    def write(self, text="", indent=""):
+        """Print lines unchanged, or with an indent one sentence wrapped to the width of the terminal."""
         width = min(shutil.get_terminal_size().columns, 80) - 1
         print(
             textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
@@ -324,43 +327,46 @@ class Asker:
         try:
             answer = kind(question, default=default, style=self.style, qmark=">").unsafe_ask()
         except EOFError:
-            raise Ended from None
+            raise InputEnded from None
         if answer is None:
             raise KeyboardInterrupt
         return answer
 
-    def ask(self, question, default="", check=str, hidden=False, twice=False):
-        """Ask until `check` accepts; it returns what the answer means or raises ValueError with a sentence."""
+    def ask(self, question, default="", check=str, hidden=False, repeat=False):
+        """Ask until `check` accepts the answer, and return the value that it returns.
+
+        `repeat` asks for a second input of the same answer.
+        """
         while True:
             answer = self.read(question, default, hidden)
             try:
                 answer.encode()
-                meant = check(answer if hidden else answer.strip())
+                value = check(answer if hidden else answer.strip())
             except UnicodeEncodeError:
-                self.say("that is not UTF-8: the locale of this terminal says otherwise", "  ")
+                self.write("that is not UTF-8: the locale of this terminal says otherwise", "  ")
             except (ValueError, StartupError) as error:
-                self.say(str(error), "  ")
+                self.write(str(error), "  ")
             else:
-                if not twice or not answer or self.read("The same again:", hidden=True) == answer:
-                    return meant
-                self.say("the two are not the same", "  ")
+                if not repeat or not answer or self.read("The same again:", hidden=True) == answer:
+                    return value
+                self.write("the two are not the same", "  ")
 
-    def secret(self, question, check=str, twice=False):
-        return self.ask(question, "", check, hidden=True, twice=twice)
+    def ask_secret(self, question, check=str, repeat=False):
+        return self.ask(question, "", check, hidden=True, repeat=repeat)
 
     def confirm(self, question, default, check=lambda answer: answer):
-        """Yes or no, as words: a single key press is easily sent by a console's noise."""
+        """Ask for yes or no and Enter: noise on a serial line can produce a single key press."""
 
-        def meant(answer):
+        def parse(answer):
             if answer.lower() not in ("", "y", "yes", "n", "no"):
                 raise ValueError("please answer yes or no")
             return check(answer.lower()[0] == "y" if answer else default)
 
-        return self.ask(f"{question} ({'Y/n' if default else 'y/N'})", "", meant)
+        return self.ask(f"{question} ({'Y/n' if default else 'y/N'})", "", parse)
 
 
-class LineAsker(Asker):
-    """The same by whole lines, where the terminal cannot move its cursor: no escape sequence is sent."""
+class LinePrompter(Prompter):
+    """Asks line by line without escape sequences, on a terminal that cannot move its cursor."""
 
     introduction = 'Enter takes what stands in brackets; "" stands for an empty answer.'
 
@@ -368,27 +374,26 @@ class LineAsker(Asker):
         pass
 
     def read(self, question, default="", hidden=False):
-        with echo(not hidden):  # set before the question is there, for those who type fast
+        with terminal_echo(not hidden):  # before the question is printed, so that a fast answer is not shown
             sys.stdout.write(f"> {question} " + (f"[{default}] " if default else ""))
             sys.stdout.flush()
             line = sys.stdin.readline()
         if hidden:
             print(flush=True)
-        if not line.endswith("\n"):  # the input ended; what stood before it was never sent off
-            raise Ended
+        if not line.endswith("\n"):  # The input ended; an incomplete line is no answer.
+            raise InputEnded
         line = line[:-1]
         if not hidden and line.strip() == '""':
             return ""
         return line if line or hidden else default
 
 
-def asker_for_terminal():
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return LineAsker() if os.environ.get("TERM", "") in ("", "dumb", "unknown") else Asker()
+def prompter_for_terminal():
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # it is the terminal
+    return LinePrompter() if os.environ.get("TERM", "") in ("", "dumb", "unknown") else Prompter()
 
 
-def shown(value):
+def format_value(value):
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):
@@ -399,136 +404,143 @@ def shown(value):
 # == The wizard ================================================================
 
 
-def ask_option(asker, draft, name):
+def ask_option(prompter, draft, name):
     option, value = OPTION_NAMES[name], draft[name]
-    question = QUESTIONS.get(name, option.ask)
+    question = EXTRA_QUESTIONS.get(name, option.ask)
     if name.endswith("-ssl-cert-pass"):
-        return ask_certificate_passphrase(asker, draft, name)
+        return ask_certificate_passphrase(prompter, draft, name)
     if name.endswith("-signing-key-pass"):
-        return ask_key_passphrase(asker, draft, name)
+        return ask_key_passphrase(prompter, draft, name)
     if name.endswith("-domain-no-ssl"):
-        side = name.partition("-")[0]
-        behind_proxy = not value and draft[f"{side}-domain"] != "localhost"
-        return asker.confirm(question, behind_proxy, lambda yes: draft.choose(name, not yes))
+        server = name.partition("-")[0]
+        behind_proxy = not value and draft[f"{server}-domain"] != "localhost"
+        return prompter.confirm(question, behind_proxy, lambda yes: draft.choose(name, not yes))
     if name.endswith("-insecure-http"):
-        side = name.partition("-")[0]
-        if not asker.confirm(
-            question.format(ip=draft[f"{side}-ip"]), value, lambda yes: draft.choose(name, yes) or yes
+        server = name.partition("-")[0]
+        if not prompter.confirm(
+            question.format(ip=draft[f"{server}-ip"]), value, lambda yes: draft.choose(name, yes) or yes
         ):
-            asker.say("Then it needs a certificate, or an address of loopback.", "  ")
-            for again in listener(side):
-                if MATTERS.get(again, lambda draft: True)(draft):
-                    ask_option(asker, draft, again)
+            prompter.write("Then it needs a certificate, or an address of loopback.", "  ")
+            for other in listener_options(server):
+                if CONDITIONS.get(other, lambda draft: True)(draft):
+                    ask_option(prompter, draft, other)
         return None
     if option.parse is boolean:
-        return asker.confirm(question, value, lambda yes: draft.choose(name, yes))
-    return asker.ask(question, shown(value), check_option(draft, name))
+        return prompter.confirm(question, value, lambda yes: draft.choose(name, yes))
+    return prompter.ask(question, format_value(value), check_option(draft, name))
 
 
-def kept(draft, name):
+def meaning_of_empty(draft, name):
+    """Return what an empty answer to the question for a passphrase means."""
     return "keeps the one that is set" if draft[name] else "none"
 
 
-def ask_key_passphrase(asker, draft, name):
-    """A ring that is there already must open; the passphrase of a new one is typed twice."""
+def ask_key_passphrase(prompter, draft, name):
+    """Ask for the passphrase of a key file: it must open an existing file, and is typed twice for a new one."""
     path = draft[name.removesuffix("-pass") + "-file"]
 
     def check(answer):
         value = check_passphrase(answer) or draft[name]
         if os.path.exists(path):
             microauthd.read_ring(path, value)
-        draft.check(name, value)
+        draft.check_effective(name, value)
         return value
 
-    draft.choose(
-        name,
-        asker.secret(f"{OPTION_NAMES[name].ask} (empty: {kept(draft, name)})", check, twice=not os.path.exists(path)),
-    )
+    question = f"{OPTION_NAMES[name].ask} (empty: {meaning_of_empty(draft, name)})"
+    draft.choose(name, prompter.ask_secret(question, check, repeat=not os.path.exists(path)))
 
 
-def ask_certificate_passphrase(asker, draft, name):
-    """Then certificate, key and passphrase are complete and are opened as the server will open them."""
-    side = name.partition("-")[0]
-    files = (f"{side}-ssl-cert-file", f"{side}-ssl-key-file")
+def ask_certificate_passphrase(prompter, draft, name):
+    """Ask for the passphrase of a TLS key, and load certificate and key with it as the server will."""
+    server = name.partition("-")[0]
+    files = (f"{server}-ssl-cert-file", f"{server}-ssl-key-file")
 
     def check(answer):
         value = check_printable(answer) or draft[name]
         try:
             tls_context(draft[files[0]], draft[files[1]] or None, value)
         except ValueError as error:
-            asker.say(str(error), "  ")
+            prompter.write(str(error), "  ")
             return False
         draft.choose(name, value)
         return True
 
-    while not asker.secret(f"{OPTION_NAMES[name].ask} (empty: {kept(draft, name)})", check):
-        # which of the three is wrong only the operator knows
-        for again in files:
-            ask_option(asker, draft, again)
-            if not draft[again] and again == files[0]:
+    while not prompter.ask_secret(f"{OPTION_NAMES[name].ask} (empty: {meaning_of_empty(draft, name)})", check):
+        # Any of the three may be wrong, so ask for the files again too.
+        for other in files:
+            ask_option(prompter, draft, other)
+            if not draft[other] and other == files[0]:
                 return
 
 
-def ask_options(asker, draft, names):
+def ask_options(prompter, draft, names):
     for name in names:
-        if MATTERS.get(name, lambda draft: True)(draft):
-            ask_option(asker, draft, name)
+        if CONDITIONS.get(name, lambda draft: True)(draft):
+            ask_option(prompter, draft, name)
 
 
-def ask_database(asker, draft):
-    """Where it lives and how it is encrypted; a passphrase that is set already is not asked for."""
+def ask_database(prompter, draft):
+    """Ask for the file of the database and for its passphrase, unless that is set already."""
 
-    def encrypted(answer):
+    def check_new_passphrase(answer):
         if check_passphrase(answer):
-            draft.check("db-pass", answer)
+            draft.check_effective("db-pass", answer)
         return answer
 
-    def unencrypted(yes):
+    def confirm_unencrypted(yes):
         if yes:
             draft.choose("no-db-pass", True)
         return yes
 
     while True:
-        asker.ask("Database file?", draft["db-file"], check_option(draft, "db-file"))
+        prompter.ask("Database file?", draft["db-file"], check_option(draft, "db-file"))
         if draft["db-pass"] or draft["no-db-pass"]:
             name = "db-pass" if draft["db-pass"] else "no-db-pass"
-            return asker.say(f"{name} is set already, by {draft.options.origins.get(name, 'default')}.", "  ")
-        # taken only once it was typed twice: a slip must not stay behind
-        if phrase := asker.secret("Database passphrase? (empty: no encryption)", encrypted, twice=True):
-            return draft.choose("db-pass", phrase)
-        if asker.confirm("Really keep the database unencrypted?", False, unencrypted):
+            return prompter.write(f"{name} is set already, by {draft.options.origins.get(name, 'default')}.", "  ")
+        # Put it into the draft only after it was typed twice: a mistyped one must not remain there.
+        question = "Database passphrase? (empty: no encryption)"
+        if passphrase := prompter.ask_secret(question, check_new_passphrase, repeat=True):
+            return draft.choose("db-pass", passphrase)
+        if prompter.confirm("Really keep the database unencrypted?", False, confirm_unencrypted):
             return None
 
 
-def ask_client(asker, draft):
-    """Return client_id, secret, audience and scopes of the first client; the secret is empty where the server makes
-    one.
+def ask_client(prompter, draft):
+    """Return client_id, secret, audience and scopes of the first client.
+
+    client_id is empty if there is to be no client, the secret if the server is to generate it.
     """
-    client_id = asker.ask("client_id of the first service (empty: none)?", draft["oidc-client-id"], check_client_id)
+    client_id = prompter.ask("client_id of the first service (empty: none)?", draft["oidc-client-id"], check_client_id)
     if not client_id:
         return "", "", "microauthd", []
-    audience = asker.ask(
+    audience = prompter.ask(
         "Its audience (the aud of its tokens)?", client_id, lambda answer: check_audience(answer) or client_id
     )
-    scopes = asker.ask("Its scopes, separated by blanks (empty: none)?", "", check_scopes)
+    scopes = prompter.ask("Its scopes, separated by blanks (empty: none)?", "", check_scopes)
     return client_id, draft["oidc-client-secret"], audience, scopes
 
 
-def ask_administrator(asker, draft):
+def ask_administrator(prompter, draft):
     """Return user name, e-mail, password and TOTP seed."""
-    username = asker.ask("Administrator's user name?", "admin", check_username)
-    email = asker.ask("Administrator's e-mail?", "", check_email)
-    rule = ruled(lambda answer: microauthd.check_new_password(draft.options, answer, username, email), "password", str)
-    password = asker.secret("Administrator's password?", rule, twice=True)
-    return username, email, password, ask_second_factor(asker, username)
+    username = prompter.ask("Administrator's user name?", "admin", check_username)
+    email = prompter.ask("Administrator's e-mail?", "", check_email)
+    check = check_by_rule(
+        lambda answer: microauthd.check_new_password(draft.options, answer, username, email), "password", str
+    )
+    password = prompter.ask_secret("Administrator's password?", check, repeat=True)
+    return username, email, password, ask_second_factor(prompter, username)
 
 
-def ask_second_factor(asker, username):
-    """Offer TOTP; the seed counts only once a code has shown that an authenticator holds it. RFC 6238."""
-    if not asker.confirm("A second factor (TOTP) for the administrator?", False):
+def ask_second_factor(prompter, username):
+    """Offer TOTP, and return the seed, or "" without one.
+
+    A seed is used only after a code has proved that an authenticator has it. RFC 6238
+    """
+    if not prompter.confirm("A second factor (TOTP) for the administrator?", False):
         return ""
     seed = microauthd.new_totp_seed()
-    asker.say(draw(microauthd.totp_uri(seed, username, "microauthd"), " ".join(re.findall(".{1,4}", seed))))
+    uri = microauthd.totp_uri(seed, username, "microauthd")
+    prompter.write(draw_qr_code(uri, " ".join(re.findall(".{1,4}", seed))))
 
     def check(answer):
         answer = answer.replace(" ", "")
@@ -536,33 +548,38 @@ def ask_second_factor(asker, username):
             raise ValueError("that is not the code of this moment; empty goes on without")
         return answer
 
-    return seed if asker.ask("The code it shows?", "", check) else ""
+    return seed if prompter.ask("The code it shows?", "", check) else ""
 
 
-def speaks_utf8():
-    """Python takes UTF-8 even where no locale says so (PEP 538, PEP 540): a serial console without one need not."""
-    words = os.environ.get
-    coerced = words("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8") and words("LANG", "") in ("", "C", "POSIX")
-    locale = words("LC_ALL") or ("" if coerced else words("LC_CTYPE")) or words("LANG") or ""
+def terminal_uses_utf8():
+    """Whether the locale uses UTF-8.
+
+    The encoding of stdout is not enough: Python uses UTF-8 even in the C locale (PEP 538, PEP 540), in which a serial
+    console may not.
+    """
+    getenv = os.environ.get
+    coerced = getenv("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8") and getenv("LANG", "") in ("", "C", "POSIX")
+    locale = getenv("LC_ALL") or ("" if coerced else getenv("LC_CTYPE")) or getenv("LANG") or ""
     return locale.lower().replace("-", "").endswith("utf8") and "utf" in (sys.stdout.encoding or "").lower()
 
 
-def draw(uri, secret):
-    """Draw a QR code in characters with the secret beside or below it: half blocks, or two signs a module.
+def draw_qr_code(uri, secret):
+    """Return a QR code as text, with the secret beside or below it, or only the secret if the terminal is too narrow.
 
-    Light modules are drawn, so that it reads on a dark screen. What is too wide to read is left out.
+    It has half blocks where the terminal uses UTF-8, otherwise two ASCII characters per module. The light modules are
+    drawn, because most terminals are dark.
     """
     import segno
 
     code = segno.make(uri, error="l", micro=False)
     size, columns = code.symbol_size(border=2)[0], shutil.get_terminal_size().columns
-    words = ["Scan this, or type the", "secret into the authenticator:", *textwrap.wrap(secret, 20)]
-    if speaks_utf8() and size + 2 + max(map(len, words)) < columns:
+    caption = ["Scan this, or type the", "secret into the authenticator:", *textwrap.wrap(secret, 20)]
+    if terminal_uses_utf8() and size + 2 + max(map(len, caption)) < columns:
         drawing = io.StringIO()
         code.terminal(out=drawing, compact=True, border=2)
         lines = drawing.getvalue().splitlines()
         return "\n".join(
-            line + "  " + word for line, word in zip(lines, ["", *words] + [""] * len(lines), strict=False)
+            line + "  " + text for line, text in zip(lines, ["", *caption] + [""] * len(lines), strict=False)
         )
     if 2 * (size - 2) < columns:
         lines = ["".join("  " if module else "##" for module in row) for row in code.matrix_iter(border=1)]
@@ -571,12 +588,12 @@ def draw(uri, secret):
     return "Type the secret into the authenticator:\n  " + secret
 
 
-def summarise(asker, draft, settled, answers, guided):
+def print_summary(prompter, draft, final_options, answers, is_guided):
     rows = [
-        ("config", settled.config_file),
-        ("database", f"{settled.db_file}, {'encrypted' if settled.db_pass else 'NOT encrypted'}"),
-        ("AUTH", f"{settled.auth_ip}:{settled.auth_port}, issuer {settled.auth_issuer}"),
-        ("ADMIN", f"{settled.admin_ip}:{settled.admin_port}"),
+        ("config", final_options.config_file),
+        ("database", f"{final_options.db_file}, {'encrypted' if final_options.db_pass else 'NOT encrypted'}"),
+        ("AUTH", f"{final_options.auth_ip}:{final_options.auth_port}, issuer {final_options.auth_issuer}"),
+        ("ADMIN", f"{final_options.admin_ip}:{final_options.admin_port}"),
         ("administrator", answers.username + (", with a second factor" if answers.totp_seed else "")),
         (
             "first client",
@@ -585,90 +602,90 @@ def summarise(asker, draft, settled, answers, guided):
             else "none",
         ),
     ]
-    if guided:  # what differs from the defaults, the rest is as everywhere
+    if is_guided:  # Show only what differs from the defaults.
         rows += [
-            (option.name, shown(draft[option.name]))
+            (option.name, format_value(draft[option.name]))
             for option in OPTIONS
             if option.name in draft.chosen
             and not option.secret
-            and option.name not in BY_HAND
+            and option.name not in CUSTOM_QUESTIONS
             and draft[option.name] != option.default
         ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        asker.say(f"  {name:{width}}  {value}")
+        prompter.write(f"  {name:{width}}  {value}")
 
 
-def wizard(options, flags):
-    asker, draft = asker_for_terminal(), Draft(options)
-    asker.say(f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question;")
-    asker.say("Ctrl-C leaves everything as it is.\n" + asker.introduction)
-    asker.say()
-    ask_database(asker, draft)
-    guided = (
+def run_wizard(options, flags):
+    prompter, draft = prompter_for_terminal(), Draft(options)
+    prompter.write(f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question;")
+    prompter.write("Ctrl-C leaves everything as it is.\n" + prompter.introduction)
+    prompter.write()
+    ask_database(prompter, draft)
+    is_guided = (
         "--guided" in flags
         or ("--quick" not in flags
-        and asker.confirm("Go through every setting? (no: the few that matter)", False))
+        and prompter.confirm("Go through every setting? (no: the few that matter)", False))
     )
-    asker.say()
-    if guided:
-        ask_options(asker, draft, BEFORE_CLIENT)
-        client_id, secret, audience, scopes = ask_client(asker, draft)
-        ask_options(asker, draft, AFTER_CLIENT)
-        username, email, password, seed = ask_administrator(asker, draft)
+    prompter.write()
+    if is_guided:
+        ask_options(prompter, draft, BEFORE_CLIENT)
+        client_id, secret, audience, scopes = ask_client(prompter, draft)
+        ask_options(prompter, draft, AFTER_CLIENT)
+        username, email, password, seed = ask_administrator(prompter, draft)
     else:
         for name in ("token-signing-key", "admin-token-signing-key"):
             if os.path.exists(draft[name + "-file"]):
-                # They are kept; better to learn now than after the last question that they do not open.
+                # The set-up keeps existing keys. Report now, and not after the last question, that one does not open.
                 microauthd.read_ring(draft[name + "-file"], draft[name + "-pass"])
-        username, email, password, seed = ask_administrator(asker, draft)
-        client_id, secret, audience, scopes = ask_client(asker, draft)
+        username, email, password, seed = ask_administrator(prompter, draft)
+        client_id, secret, audience, scopes = ask_client(prompter, draft)
     answers = Answers(
         username, email, password, totp_seed=seed, client_id=client_id, client_secret=secret, audience=audience,
         scopes=scopes,
     )
-    settled = draft.settle()
-    asker.say()
-    summarise(asker, draft, settled, answers, guided)
-    asker.say()
-    if not asker.confirm("Set it up?", True):
-        asker.say("Nothing was written.")
+    final_options = draft.complete()
+    prompter.write()
+    print_summary(prompter, draft, final_options, answers, is_guided)
+    prompter.write()
+    if not prompter.confirm("Set it up?", True):
+        prompter.write("Nothing was written.")
         return 1
-    asker.say("Making keys and database ...")
+    prompter.write("Making keys and database ...")
     if seed:
         import pyotp
 
-        # The person has shown to hold the seed; by now that code may have run out. RFC 6238 §5.2
+        # set_up() verifies a code again, and the one that was typed may have expired. RFC 6238 §5.2
         answers.totp_code = pyotp.TOTP(seed).now()
-    made = make(settled, answers)
-    asker.say(f"Done. {draft.config} holds the settings and their secrets: it is yours alone.")
-    if made.secret:
-        asker.say(
-            f"\n  client_id      {made.client_id}\n  client_secret  {made.secret}\n\nThe secret is shown this once."
+    result = set_up(final_options, answers)
+    prompter.write(f"Done. {draft.config} holds the settings and their secrets: it is yours alone.")
+    if result.secret:
+        prompter.write(
+            f"\n  client_id      {result.client_id}\n  client_secret  {result.secret}\n\nThe secret is shown this once."
         )
     with_config = "" if draft.config == "mad.conf" else f" --config {draft.config}"
-    asker.say("\nTry next:")
+    prompter.write("\nTry next:")
     for command in (
         f"microauthd serve{with_config}", "mad session login",
-        f"mad token get --client-id {made.client_id or 'CLIENT'}",
+        f"mad token get --client-id {result.client_id or 'CLIENT'}",
     ):
-        asker.say(f"  {command}")
+        prompter.write(f"  {command}")
     return 0
 
 
-def make(settled, answers):
-    """Set up; what the disk refuses is a sentence, not a traceback."""
+def set_up(final_options, answers):
+    """Call recovery.set_up(), and turn an error of the disk or the database into a StartupError."""
     try:
-        return recovery.set_up(settled, answers)
+        return recovery.set_up(final_options, answers)
     except OSError as error:
-        what = f"{error.filename or 'the disk'}: {error.strerror or error}"
+        problem = f"{error.filename or 'the disk'}: {error.strerror or error}"
     except sqlcipher3.Error as error:
-        what = f"the database {settled.db_file} cannot be made: {error}"
-    raise StartupError(f"{ended(settled.config_file)} {what}")
+        problem = f"the database {final_options.db_file} cannot be made: {error}"
+    raise StartupError(f"{describe_outcome(final_options.config_file)} {problem}")
 
 
-def ended(config):
-    """Say what a set-up left that did not return: after its commit the journal stays, and the next run completes it."""
+def describe_outcome(config):
+    """Return what an interrupted set-up left: once its journal is committed, the next start completes it."""
     if os.path.exists(journal_of(config)):
         return "The set-up was being put in place: run microauthd again, and it is completed."
     return "Nothing was written."
@@ -677,24 +694,24 @@ def ended(config):
 # == Unattended ================================================================
 
 
-def first_line(path, what):
-    """Return the first line of a file that holds a secret. Raises ValueError."""
+def read_secret_file(path, name):
+    """Return the secret in the first line of a file. `name` is for the message. Raises ValueError."""
     if not isinstance(path, str):
-        raise ValueError(f"{what} must be the name of a file, as a string")
+        raise ValueError(f"{name} must be the name of a file, as a string")
     try:
         with open(path, encoding="utf-8") as file:
             line = file.readline().rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{what}: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+            f"{name}: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
         ) from None
     if not line:
-        raise ValueError(f"{what}: the first line of {path} is empty")
+        raise ValueError(f"{name}: the first line of {path} is empty")
     return line
 
 
-def word_of(option, value):
-    """Return a value of TOML as the text that the option's parser takes."""
+def option_text(option, value):
+    """Return a TOML value as text for the parser of the option. Raises ValueError."""
     if isinstance(value, bool):
         if option.parse is not boolean:
             raise ValueError(f"{option.name} is not a yes or no")
@@ -707,7 +724,7 @@ def word_of(option, value):
 
 
 class AnswersFile:
-    """An answers file, read once; what is wrong with it is collected, a sentence a problem."""
+    """A parsed answers file. `problems` collects a sentence for each thing that is wrong with it."""
 
     TABLES = {  # noqa: RUF012 - never changed
         "admin": ("username", "email", "password", "password_file", "totp"),
@@ -718,7 +735,7 @@ class AnswersFile:
         self.path, self.problems, self.content = path, [], ""
         try:
             with open(path, "rb") as file:
-                self.private = not stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077
+                self.is_private = not stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077
                 self.content = file.read().decode()
             self.document = tomllib.loads(self.content)
         except OSError as error:
@@ -726,12 +743,12 @@ class AnswersFile:
         except UnicodeDecodeError:
             raise StartupError(f"the answers file {path} is not UTF-8") from None
         except tomllib.TOMLDecodeError as error:
-            message, _, at = str(error).partition(" (at ")
-            line = re.match("line ([0-9]+)", at)
+            message, _, position = str(error).partition(" (at ")
+            line = re.match("line ([0-9]+)", position)
             raise StartupError(f"{path}:{line[1] if line else len(self.content.splitlines())}: {message}") from None
 
-    def at(self, key, table=""):
-        """Return "file:line" of a key, or "file" where its line is written in an unusual way."""
+    def position_of(self, key, table=""):
+        """Return "file:line" of a key, or "file" if the line is not found because of unusual syntax."""
         inside = ""
         for number, line in enumerate(self.content.splitlines(), 1):
             if header := re.match(r"\s*\[\s*\"?([\w-]+)\"?\s*\]", line):
@@ -742,87 +759,91 @@ class AnswersFile:
                 return f"{self.path}:{number}"
         return self.path
 
-    def wrong(self, sentence, key="", table=""):
-        self.problems.append(f"{self.at(key, table) if key else self.path}: {sentence}")
+    def add_problem(self, sentence, key="", table=""):
+        self.problems.append(f"{self.position_of(key, table) if key else self.path}: {sentence}")
 
-    def try_(self, key, table, check, *words):
-        """Return what a check makes of it; note what it says is wrong."""
+    def checked(self, key, table, check, *args):
+        """Return what the check returns; on an error add a problem and return None."""
         try:
-            return check(*words)
+            return check(*args)
         except (ValueError, StartupError) as error:
-            self.wrong(str(error), key, table)
+            self.add_problem(str(error), key, table)
             return None
 
-    def guard_inline(self, key, table):
-        if not self.private:
-            self.wrong(
+    def check_inline_secret(self, key, table):
+        """Add a problem if others can read the file, because this key holds a secret."""
+        if not self.is_private:
+            self.add_problem(
                 f"it holds the secret {key} and can be read by others: chmod 600 {self.path}, or name a file that "
                 "holds the secret",
                 key, table,
             )
 
-    def table(self, name):
+    def get_table(self, name):
         table = self.document.get(name, {})
         if not isinstance(table, dict):
-            self.wrong(f"{name} must be a table, [{name}]", name)
+            self.add_problem(f"{name} must be a table, [{name}]", name)
             return {}
         for key in table.keys() - set(self.TABLES[name]):
-            self.wrong(f"unknown key {key!r} in [{name}]; it knows {', '.join(self.TABLES[name])}", key, name)
+            self.add_problem(f"unknown key {key!r} in [{name}]; it knows {', '.join(self.TABLES[name])}", key, name)
         return table
 
-    def strings(self, table, name, keys):
-        """Return the strings of a table by key; anything else is noted and left out."""
-        found = {}
+    def get_strings(self, table, name, keys):
+        """Return the strings of a table by key, and add a problem for each value of another type."""
+        strings = {}
         for key in keys:
             if key in table and not isinstance(table[key], str):
-                self.wrong(f"{key} in [{name}] must be a string", key, name)
+                self.add_problem(f"{key} in [{name}] must be a string", key, name)
             elif key in table:
-                found[key] = table[key]
-        return found
+                strings[key] = table[key]
+        return strings
 
     def read_options(self, draft):
-        """Take the options, of the top of the file and of [options], into the draft."""
-        given = [("", key, value) for key, value in self.document.items() if key not in ("options", *self.TABLES)]
+        """Put the options of the top level and of [options] into the draft."""
+        entries = [("", key, value) for key, value in self.document.items() if key not in ("options", *self.TABLES)]
         table = self.document.get("options", {})
         if not isinstance(table, dict):
-            self.wrong("options must be a table, [options]", "options")
+            self.add_problem("options must be a table, [options]", "options")
             table = {}
-        seen: dict[str, tuple] = {}
-        for where, key, value in given + [("options", key, value) for key, value in table.items()]:
+        seen: dict[str, str] = {}
+        for section, key, value in entries + [("options", key, value) for key, value in table.items()]:
             name = "db-pass" if key == "db-pass-file" else OPTION_NAMES[key].name if key in OPTION_NAMES else ""
             if not name:
-                what = "table" if isinstance(value, dict) else "option"
-                self.wrong(f"unknown {what} {key!r}{did_you_mean(key)}", key, where)
+                kind = "table" if isinstance(value, dict) else "option"
+                self.add_problem(f"unknown {kind} {key!r}{did_you_mean(key)}", key, section)
                 continue
             if name in seen:
-                self.wrong(f"{name} is set twice, by {seen[name]} and {key}", key, where)
+                self.add_problem(f"{name} is set twice, by {seen[name]} and {key}", key, section)
                 continue
             seen[name] = key
             if OPTION_NAMES[name].secret and key != "db-pass-file":
-                self.guard_inline(key, where)
+                self.check_inline_secret(key, section)
 
-            def take(name=name, key=key, value=value):
-                word = first_line(value, key) if key == "db-pass-file" else word_of(OPTION_NAMES[name], value)
+            def set_option(name=name, key=key, value=value):
+                text = read_secret_file(value, key) if key == "db-pass-file" else option_text(OPTION_NAMES[name], value)
                 if name == "db-pass":
                     try:
-                        check_passphrase(word)
+                        check_passphrase(text)
                     except ValueError as error:
                         raise ValueError(str(error).replace("it", "db-pass", 1)) from None
-                check_option(draft, name, asked=False)(word)
+                check_option(draft, name, is_interactive=False)(text)
 
-            self.try_(key, where, take)
+            self.checked(key, section, set_option)
 
     def read_admin(self, draft, flags, values):
         """Return user name, e-mail and password of the administrator."""
-        admin = self.table("admin")
-        words = self.strings(admin, "admin", ("username", "email", "password"))
+        admin = self.get_table("admin")
+        strings = self.get_strings(admin, "admin", ("username", "email", "password"))
         for name in ("username", "email"):
             if name not in admin:
-                self.wrong(f"[admin] needs {name}", "admin")
-        username = self.try_("username", "admin", check_username, words["username"]) if "username" in words else ""
-        email = self.try_("email", "admin", check_email, words["email"]) if "email" in words else ""
+                self.add_problem(f"[admin] needs {name}", "admin")
+        username = email = ""
+        if "username" in strings:
+            username = self.checked("username", "admin", check_username, strings["username"])
+        if "email" in strings:
+            email = self.checked("email", "admin", check_email, strings["email"])
         if admin.get("totp", False) is not False:
-            self.wrong(
+            self.add_problem(
                 "totp can only be false: a second factor is confirmed by its owner, so it is turned on after the "
                 "set-up",
                 "totp", "admin",
@@ -830,78 +851,79 @@ class AnswersFile:
         if "--admin-password-stdin" in flags:
             key, password = "", sys.stdin.readline().rstrip("\r\n")
         elif "--admin-password-file" in values:
-            key, password = "", self.try_("", "", first_line, values["--admin-password-file"], "--admin-password-file")
+            name = "--admin-password-file"
+            key, password = "", self.checked("", "", read_secret_file, values[name], name)
         elif "password_file" in admin:
             key, password = (
                 "password_file",
-                self.try_("password_file", "admin", first_line, admin["password_file"], "password_file"),
+                self.checked("password_file", "admin", read_secret_file, admin["password_file"], "password_file"),
             )
-        elif "password" in words:
-            key, password = "password", words["password"]
-            self.guard_inline("password", "admin")
+        elif "password" in strings:
+            key, password = "password", strings["password"]
+            self.check_inline_secret("password", "admin")
         else:
-            self.wrong(
+            self.add_problem(
                 "the administrator needs a password: password_file in [admin], --admin-password-file or "
                 "--admin-password-stdin",
                 "admin",
             )
             return username, email, None
         if password is not None:
-            rule = ruled(
+            rule = check_by_rule(
                 lambda answer: microauthd.check_new_password(draft.options, answer, username or "", email or ""),
                 "password", str,
             )
-            password = self.try_(key, "admin", rule, password)
+            password = self.checked(key, "admin", rule, password)
         return username, email, password
 
     def read_client(self, draft):
-        """Return client_id, secret, audience and scopes; without [client] and oidc-client-id there is no client."""
-        client = self.table("client")
-        words = self.strings(client, "client", ("client_id", "audience"))
-        named = "oidc-client-id" in draft.chosen or "oidc-client-id" in draft.options.origins
-        client_id = words.get("client_id", draft["oidc-client-id"] if client or named else "")
-        if "client_id" in words and not client_id:
-            self.wrong("client_id must not be empty: leave [client] out to make no client", "client_id", "client")
-        self.try_("client_id", "client", check_client_id, client_id)
-        audience = self.try_("audience", "client", check_audience, words.get("audience", "")) or client_id
+        """Return client_id, secret, audience and scopes; client_id is "" without [client] and oidc-client-id."""
+        client = self.get_table("client")
+        strings = self.get_strings(client, "client", ("client_id", "audience"))
+        is_named = "oidc-client-id" in draft.chosen or "oidc-client-id" in draft.options.origins
+        client_id = strings.get("client_id", draft["oidc-client-id"] if client or is_named else "")
+        if "client_id" in strings and not client_id:
+            self.add_problem("client_id must not be empty: leave [client] out to make no client", "client_id", "client")
+        self.checked("client_id", "client", check_client_id, client_id)
+        audience = self.checked("audience", "client", check_audience, strings.get("audience", "")) or client_id
         scopes = client.get("scopes", [])
         if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-            self.wrong("scopes in [client] must be a list of strings", "scopes", "client")
+            self.add_problem("scopes in [client] must be a list of strings", "scopes", "client")
             scopes = []
         for scope in scopes:
             if len(scope.split()) != 1:
-                self.wrong(
+                self.add_problem(
                     f"the scope {scope!r} must be one word: write a list, one scope an entry", "scopes", "client"
                 )
-        scopes = self.try_("scopes", "client", check_scopes, " ".join(scopes))
+        scopes = self.checked("scopes", "client", check_scopes, " ".join(scopes))
         secret = draft["oidc-client-secret"]
         if "secret_file" in client:
-            secret = self.try_("secret_file", "client", first_line, client["secret_file"], "secret_file")
-        self.try_("secret_file", "client", check_client_secret, secret or "")
+            secret = self.checked("secret_file", "client", read_secret_file, client["secret_file"], "secret_file")
+        self.checked("secret_file", "client", check_client_secret, secret or "")
         return client_id.strip(), secret or "", audience or "microauthd", scopes or []
 
 
-def unattended(options, flags, values):
-    file, draft = AnswersFile(values["--answers"]), Draft(options)
-    file.read_options(draft)
-    username, email, password = file.read_admin(draft, flags, values)
-    client_id, secret, audience, scopes = file.read_client(draft)
-    settled = None
-    if not file.problems:
-        settled = file.try_("", "", draft.settle)
-    for problem in file.problems:
+def run_unattended(options, flags, values):
+    answers_file, draft = AnswersFile(values["--answers"]), Draft(options)
+    answers_file.read_options(draft)
+    username, email, password = answers_file.read_admin(draft, flags, values)
+    client_id, secret, audience, scopes = answers_file.read_client(draft)
+    final_options = None
+    if not answers_file.problems:
+        final_options = answers_file.checked("", "", draft.complete)
+    for problem in answers_file.problems:
         print(f"microauthd: {problem}", file=sys.stderr)
-    if file.problems:
+    if answers_file.problems:
         return 1
-    made = make(
-        settled,
+    result = set_up(
+        final_options,
         Answers(username, email, password, client_id=client_id, client_secret=secret, audience=audience, scopes=scopes),
     )
     print(f"administrator={username}")
-    if made.client_id:
-        print(f"client_id={made.client_id}")
-    if made.secret:
-        print(f"client_secret={made.secret}")
+    if result.client_id:
+        print(f"client_id={result.client_id}")
+    if result.secret:
+        print(f"client_secret={result.secret}")
     return 0
 
 
@@ -919,27 +941,27 @@ def check_usage(flags, values):
 
 
 def run(options, flags, values) -> int:
-    """Set up by questions, or by --answers.
+    """Run the wizard, or with --answers the set-up from that file. Return the exit status.
 
-    Returns the exit status; raises StartupError or Problem, and then nothing was made.
+    Raises StartupError or Problem, and then nothing was created.
     """
     if os.path.lexists(options.db_file):
         raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
     check_usage(flags, values)
     if "--answers" in values:
-        return unattended(options, flags, values)
+        return run_unattended(options, flags, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise StartupError(
             "set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial"
         )
     try:
-        # Between two questions the terminal would show a password that is typed or pasted ahead.
-        with echo(False):
-            return wizard(options, flags)
+        # Otherwise the terminal would show a password that is typed or pasted before its question appears.
+        with terminal_echo(False):
+            return run_wizard(options, flags)
     except KeyboardInterrupt:
         config = options.config_file
-        print("\n" + ended(config))
+        print("\n" + describe_outcome(config))
         return 130
-    except Ended:
+    except InputEnded:
         print()
         raise StartupError("the input ended before the last question; nothing was written") from None

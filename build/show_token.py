@@ -63,13 +63,13 @@ def main(folder, pid, archive):
         print("For a token: MAD_CLIENT_SECRET=... mad token get --client-id CLIENT", file=sys.stderr)
         return None
     environment = dict(line.split("=", 1) for line in credentials.read_text().splitlines())
-    token = subprocess.run(
+    fetched = subprocess.run(
         [*microauthd, "mad", "token", "get", "--auth-url", base_url["auth"]], cwd=folder, env=os.environ | environment,
         stdout=subprocess.PIPE, text=True,
     )
-    if token.returncode:
+    if fetched.returncode:
         return "mad token get failed"
-    token = token.stdout.strip()
+    token = fetched.stdout.strip()
     metadata = get_json(base_url["auth"] + "/.well-known/oauth-authorization-server")
     keys = jwt.PyJWKSet.from_dict(get_json(base_url["auth"] + "/jwks.json"))
     header = jwt.get_unverified_header(token)

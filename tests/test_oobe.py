@@ -193,11 +193,11 @@ class TestWizard:
         """RFC 6238 §5.2: a code is good for its step; the proof is the wizard's, and the rest may take long."""
         seed, asked, made = m.new_totp_seed(), [], []
 
-        class Slow(oobe.Asker):
+        class Slow(oobe.Prompter):
             def __init__(self):
                 pass
 
-            def say(self, *_):
+            def write(self, *_):
                 pass
 
             def read(self, question, default="", hidden=False):
@@ -211,10 +211,10 @@ class TestWizard:
                 return next((words for part, words in given.items() if part in question), default)
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(oobe, "asker_for_terminal", Slow)
+        monkeypatch.setattr(oobe, "prompter_for_terminal", Slow)
         monkeypatch.setattr(m, "new_totp_seed", lambda: seed)
         monkeypatch.setattr("appliance.recovery.set_up", lambda options, answers: made.append(answers) or MadeClient("", ""))
-        assert oobe.wizard(Options({"config": "mad.conf"}), ["--quick"]) == 0
+        assert oobe.run_wizard(Options({"config": "mad.conf"}), ["--quick"]) == 0
         assert (
             made[0].totp_seed == seed
             and m.totp_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
@@ -323,9 +323,9 @@ class TestGuided:
     )
 
     def test_every_question_of_the_options_is_asked(self):
-        asked = {*oobe.BY_HAND, *oobe.BEFORE_CLIENT, *oobe.AFTER_CLIENT}
-        assert asked == {option.name for option in OPTIONS if option.ask} | set(oobe.QUESTIONS)
-        assert set(oobe.RANGES) <= asked and set(oobe.MATTERS) <= asked
+        asked = {*oobe.CUSTOM_QUESTIONS, *oobe.BEFORE_CLIENT, *oobe.AFTER_CLIENT}
+        assert asked == {option.name for option in OPTIONS if option.ask} | set(oobe.EXTRA_QUESTIONS)
+        assert set(oobe.ADVISED_RANGES) <= asked and set(oobe.CONDITIONS) <= asked
 
     @pytest.mark.parametrize("term", ["dumb", "vt100"])
     def test_the_whole_path(self, tmp_path, term):
