@@ -1,4 +1,4 @@
-"""The first start: the wizard on a pseudo-terminal, the answers file, and kill -9 at every step."""
+"""The first start: the wizard on a pseudo-terminal, the answers file, and SIGKILL at every step."""
 
 import contextlib
 import datetime
@@ -57,7 +57,7 @@ QUICK = (
 
 
 class Console:
-    """A terminal of 80 by 24 that is answered by hand."""
+    """A pseudo-terminal of 80 by 24 characters that a test types on."""
 
     def __init__(self, folder, *words, term="vt100", **environ):
         self.lines = term == "dumb"  # whole lines, as on a terminal that cannot move its cursor
@@ -94,7 +94,7 @@ class Console:
 
 
 def log_in(folder, username="admin", password=PASSWORD, totp="", config="mad.conf"):
-    """Open what was set up and let the administrator in."""
+    """Open the database that was set up, and log the administrator in."""
     with contextlib.chdir(folder):
         options = load_options({"config": (config, "test")}, CHEAP)
         store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
@@ -118,7 +118,7 @@ def hashes(folder):
 
 
 class TestWizard:
-    """Everything asked, checked as it is answered, written at the end or not at all."""
+    """Each answer is checked at once, and nothing is written before the last one."""
 
     @pytest.mark.parametrize("term", ["dumb", "vt100", "linux"])
     def test_the_quick_path(self, tmp_path, term):
@@ -190,7 +190,7 @@ class TestWizard:
         assert seed.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
     def test_a_slow_answer_does_not_spoil_the_code(self, tmp_path, monkeypatch):
-        """RFC 6238 §5.2: a code is good for its step; the proof is the wizard's, and the rest may take long."""
+        """RFC 6238 §5.2: a code is valid for its time step. The wizard verifies it; the set-up may take longer."""
         seed, asked, made = m.new_totp_seed(), [], []
 
         class Slow(oobe.Prompter):
@@ -425,7 +425,7 @@ def unattended(folder, content, *words, input="", mode=0o600, **environ):
 
 
 class TestUnattended:
-    """--answers FILE: what is wrong is a sentence a problem, and then nothing is made."""
+    """--answers FILE: each problem is reported in a sentence, and then nothing is created."""
 
     def test_from_a_private_file(self, tmp_path):
         content = GOOD.replace("[options]", '[options]\ndb-file = "data/deep/mad.db3"\nseal-key-file = "keys/seal.key"')
@@ -584,10 +584,10 @@ class TestUnattended:
 
 
 class TestPowerCut:
-    """Either no set-up or a whole one."""
+    """A set-up is atomic: after a crash there is none, or a complete one."""
 
     def die(self, folder, checkpoint=lambda name: None, replace=os.replace, work=None):
-        """Set up in a child, which dies where a hook kills it; return whether it died."""
+        """Set up in a child process, which a hook may kill. Return whether it was killed."""
         pid = os.fork()
         if pid == 0:
             try:
@@ -612,7 +612,7 @@ class TestPowerCut:
 
     @staticmethod
     def nth(number, act=lambda *words: None):
-        """Return a hook that does `act`, and dies instead when it is called the nth time."""
+        """Return a hook that calls `act`, but kills the process at its nth call."""
         calls = iter(range(1, 1000))
 
         def hook(*words):
@@ -623,7 +623,7 @@ class TestPowerCut:
         return hook
 
     def check(self, folder, died):
-        """An ordinary command clears up: nothing remains, or a set-up that lets its administrator in. Return which."""
+        """Run an ordinary command, which recovers: nothing remains, or a set-up with a working login. Return which."""
         before = os.umask(0o077)
         try:
             with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
@@ -640,7 +640,7 @@ class TestPowerCut:
         return bool(names)
 
     def walk(self, tmp_path, attempt):
-        """Die at step 1, 2, … until one try lives; return what was left each time."""
+        """Kill the process at step 1, 2, … until a try completes. Return what each one left."""
         outcomes = []
         for number in range(1, 40):
             folder = tmp_path / str(number)
@@ -698,7 +698,7 @@ class TestCommonPasswords:
 
 
 class TestDemo:
-    """setup --demo where the disk refuses."""
+    """setup --demo on a disk that returns errors."""
 
     def test_nothing_is_set_up_in_a_sentence(self, tmp_path, monkeypatch):
         def refused(*_):
