@@ -92,9 +92,9 @@ def request(client_id="spa", **more):
     return "/authorize?" + urlencode({name: value for name, value in parameters.items() if value is not None})
 
 
-def sent_back(answer):
-    """The parameters a client is sent: (URI without them, {name: value})."""
-    assert answer.status in (302, 303), answer
+def sent_back(answer, status=303):
+    """The parameters a client is sent: (URI without them, {name: value}). /login/finalize answers 302."""
+    assert answer.status == status, answer
     parts = urlsplit(answer.headers["location"])
     return answer.headers["location"].partition("?")[0], dict(parse_qsl(parts.query, strict_parsing=True))
 

@@ -35,8 +35,10 @@ class TestCommandLine:
     def test_exit_statuses(self, argv, status, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         mask = os.umask(0o022)
-        assert main(argv) == status
-        os.umask(mask)
+        try:
+            assert main(argv) == status
+        finally:
+            os.umask(mask)
 
 
 class TestHelp:

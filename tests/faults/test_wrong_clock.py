@@ -94,12 +94,9 @@ def test_a_leap_and_back_changes_nothing(shifted, leap, held):
     good, spent, dead = box.log_in("ann").json, box.log_in("ann").json, box.token().json["access_token"]
     renewed = shifted.refresh(spent["refresh_token"]).json
     assert box.auth("/revoke", {"token": dead}, client=box.client).status == 200
-    while (
-        box.log_in("eve", "wrong").status != 429
-        and len(box.admin("GET", "/audit-logs?action=login_failed&limit=200", bearer=box.admin_token()).json) < 6
-    ):
-        pass
-    assert box.log_in("eve").status in (403, 429)
+    for _ in range(5):
+        assert box.log_in("eve", "wrong").status == 403
+    assert box.log_in("eve").status == 403, "locked out"
     bearer, rings = box.admin_token(), rings_of(box)
     rows = box.admin("GET", "/audit-logs?limit=1000", bearer=bearer).json
     shifted.shift(leap)
@@ -109,17 +106,16 @@ def test_a_leap_and_back_changes_nothing(shifted, leap, held):
         assert abs(shifted.issued() - time.time()) < 5
         assert box.auth("/introspect", {"token": good["access_token"]}, client=box.client).json["active"] is True
         assert box.auth("/introspect", {"token": dead}, client=box.client).json == {"active": False}
-        assert box.log_in("eve").status in (403, 429), "a lockout is over before its time"
-        time.sleep(0.2)
+        assert box.log_in("eve").status == 403, "a lockout is over before its time"
+        time.sleep(held / 8)  # more tries would be told to slow down
     assert box.auth("/health/ready").status == 503 and box.auth("/jwks.json").status == 200
     shifted.shift(0)
     if leap > 0:
         shifted.await_said("clock.right")
         shifted.await_ready()
     assert abs(shifted.issued() - time.time()) < 5 and rings_of(box) == rings
-    assert box.auth("/introspect", {"token": dead}, client=box.client).json == {"active": False} and box.log_in(
-        "eve"
-    ).status in (403, 429)
+    assert box.auth("/introspect", {"token": dead}, client=box.client).json == {"active": False}
+    assert box.log_in("eve").status == 403
     now = {row["id"] for row in box.admin("GET", "/audit-logs?limit=1000", bearer=bearer).json}
     assert {row["id"] for row in rows} <= now, "rows are gone"
     assert (
