@@ -193,6 +193,7 @@ class TestStopping:
         with Load(box) as load:
             began, load.stopping = time.monotonic(), True
             assert box.stop() == 0
+            # A process stops within four seconds, or cuts off whom it serves: it did not have to be ended.
             assert time.monotonic() - began < 5
         assert load.good > 100 and not load.bad
         listed = open_store(box)

