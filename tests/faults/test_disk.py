@@ -52,9 +52,10 @@ class Stock:
             )
             assert answer.status == 200, answer
             self.ids[name] = answer.json["id"]
-        assert self.line.admin(
-            "POST", f"/clients/{box.client[0]}/redirect-uris", {"uri": CALLBACK}, bearer=self.bearer
-        ).status in (201, 409)
+        uris = f"/clients/{box.client[0]}/redirect-uris"
+        is_there = CALLBACK in str(self.line.admin("GET", uris, bearer=self.bearer).json)  # of an earlier stock
+        added = self.line.admin("POST", uris, {"uri": CALLBACK}, bearer=self.bearer)
+        assert added.status == (409 if is_there else 201), added
         self.refresh, self.to_end = ([self.log_in("ann").json["refresh_token"] for _ in range(many)] for _ in range(2))
         self.codes = [self.line.code(self.name("ann")) for _ in range(many)]
         self.machine = [box.token().json["access_token"] for _ in range(many)]
@@ -117,8 +118,13 @@ def refused(answer, what=""):
     return True
 
 
+def done_or_refused(answer, what="", done=200):
+    """Both are right where it depends on the process that answers, its memory and the room left whether a fault is met."""
+    return answer.status == done or refused(answer, what)
+
+
 def good(answer, what=""):
-    assert answer.status in (200, 201), (what, answer)
+    assert answer.status == 200, (what, answer)
     return True
 
 
@@ -253,7 +259,7 @@ class TestWrites:
                 assert all(stock.keeps(Line(box)) for _ in range(3))
                 for _ in range(20):
                     answer = box.token()
-                    assert answer.status == 200 or refused(answer)
+                    assert done_or_refused(answer)
                 time.sleep(1.1)  # what was found is good for a second
                 assert ready(box) == {503}
                 assert box.faults["met"] > 10
@@ -283,7 +289,7 @@ class TestWrites:
                     with box.faults.on(write=errno.ENOSPC, room=room):
                         answer = ask(stock.line)
                         done.setdefault(name, []).append(answer.status)
-                        assert answer.status == 200 or refused(answer, name)
+                        assert done_or_refused(answer, name)
                     if answer.status != 200:
                         assert good(ask(stock.line), (name, room))
             assert well(box, stock, len(rooms))
@@ -302,12 +308,12 @@ class TestWrites:
                         and line.auth("/.well-known/openid-configuration").status == 200
                     )
                     answer = line.auth("/introspect", {"token": stock.dead}, client=box.client)
-                    assert answer.status == 200 and answer.json == {"active": False} or refused(answer)
+                    assert done_or_refused(answer) and (answer.status != 200 or answer.json == {"active": False})
                     answer = line.auth("/me", bearer=stock.dead)
-                    assert answer.status == 401 or refused(answer)
+                    assert done_or_refused(answer, done=401)
                 answers = {name: ask(Line(box)) for name, ask in stock.durable(0).items()}
                 answers |= {f"{name} {number}": box.token() for name in "ab" for number in range(12)}
-                assert all(answer.status == 200 or refused(answer, name) for name, answer in answers.items())
+                assert all(done_or_refused(answer, name) for name, answer in answers.items())
                 assert box.faults["met"]
             assert well(box, stock, 1)
 
@@ -361,7 +367,7 @@ class TestMounted:
                 # The log is written over where it has room of its own; then it needs more.
                 assert any(box.log_in(stock.name("ann")).status == 503 for _ in range(1000))
                 answers = {name: ask(Line(box)) for name, ask in stock.durable().items()}
-                assert all(answer.status == 200 or refused(answer, name) for name, answer in answers.items())
+                assert all(done_or_refused(answer, name) for name, answer in answers.items())
                 assert stock.keeps(Line(box))
                 time.sleep(1.1)
                 assert ready(box) == {503}
@@ -406,7 +412,7 @@ class TestSync:
                     "POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PHRASE},
                     bearer=stock.bearer,
                 )
-                assert (answer.status == 200 or refused(answer)) and time.monotonic() < end
+                assert done_or_refused(answer) and time.monotonic() < end
                 names += [name] * (answer.status == 200)
             assert good(stock.line.auth("/revoke", {"token": stock.machine[1]}, client=box.client))
             spent = stock.line.refresh(stock.refresh[1])
@@ -469,6 +475,7 @@ class TestLock:
             said = [one.result() for one in asked if one.done()]
             store.connection.execute("ROLLBACK")
             assert len(said) >= 24 and all(refused(answer, name) for name, answer, _ in said)
+            # Two that wait one after the other take twice LOCK_SECONDS; a reader that waits for a writer takes it once.
             assert max(took for _, _, took in said) < LOCK_SECONDS + 4, "one waits for all"
             assert slowest < 2, "readers wait"
             concurrent.futures.wait(asked)
@@ -560,7 +567,7 @@ class TestMachine:
                     line = Line(box)
                     assert line.auth("/jwks.json").status == line.admin("GET", "/ping").status == 200
                     answer = line.log_in(stock.name("ann"))
-                    assert answer.status == 200 or refused(answer)
+                    assert done_or_refused(answer)
                 await_true(lambda: "store.unwritable" in box.said(), 5, "nobody says why")
             assert box.pids() == now
             stock.line = Line(box)  # what it held to the one that died has ended
@@ -630,7 +637,7 @@ class TestMachine:
                     )
                     for number, name in ((0, "log in"), (0, "make a user")):
                         answer = stock.durable(number)[name](line)
-                        assert answer.status == 200 or refused(answer, name)
+                        assert done_or_refused(answer, name)
             finally:
                 for pid, limit in limits.items():
                     resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
@@ -668,9 +675,9 @@ class TestMachine:
                 with concurrent.futures.ThreadPoolExecutor(16) as pool:
                     asks = [one for number in range(2) for one in stock.durable(number).items()]
                     answers = list(pool.map(lambda named: (named[0], named[1](Line(box))), asks))
-                    assert all(answer.status == 200 or refused(answer, name) for name, answer in answers)
+                    assert all(done_or_refused(answer, name) for name, answer in answers)
                     assert all(
-                        answer.status in (200, 403) or refused(answer)
+                        done_or_refused(answer, done=403)
                         for answer in pool.map(lambda number: box.log_in(f"nobody{number}"), range(32))
                     )
             finally:
@@ -797,7 +804,7 @@ class TestCommands:
                     )
                     if files == LOG:
                         assert good(box.token()) and answers(box, "/health/ready") == 200
-                    else:
+                    else:  # it ends, or it serves and refuses: that depends on what it reads first
                         assert (
                             box.process.poll() == 1
                             and box.said().startswith("microauthd: ")
