@@ -355,9 +355,9 @@ def house(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    """A box that serves, of the built archive, for all tests of a file."""
-    with Box(tmp_path_factory.mktemp("box") / "data") as box:
+def box(tmp_path_factory, request):
+    """A box that serves, of the built archive, for all tests of a file, with the settings that the file calls BOX."""
+    with Box(tmp_path_factory.mktemp("box") / "data", **getattr(request.module, "BOX", {})) as box:
         yield box
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 from box import Box
+from conftest import PASSWORD
 from playwright.sync_api import expect, sync_playwright
 
-PASSWORD = "correct horse battery"
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",

@@ -13,7 +13,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from box import Box
 from playwright.sync_api import expect, sync_playwright
-from test_browser import PASSWORD, QUIET
+from conftest import PASSWORD
+from test_browser import QUIET
 
 VERIFIER = "v" * 43
 CHALLENGE = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).rstrip(b"=").decode()

@@ -1,18 +1,10 @@
 """The page that shows the description of a port, in a real browser against the built archive."""
 
 import pytest
-from box import Box
 from playwright.sync_api import expect
 from test_browser import browser  # noqa: F401
 
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    with Box(
-        tmp_path_factory.mktemp("swagger") / "data", workers="1", enable_auth_swagger="true",
-        enable_admin_swagger="true",
-    ) as box:
-        yield box
+BOX = {"workers": "1", "enable_auth_swagger": "true", "enable_admin_swagger": "true"}
 
 
 @pytest.fixture(params=["auth", "admin"])

@@ -9,15 +9,10 @@ from datetime import datetime, timedelta, timezone
 
 import jwt
 import pytest
-from box import ROOT, Box
+from box import Box
 
+BOX = {"serve_public_auth_files": "true"}
 REFRESH = {"grant_type": "refresh_token"}
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    with Box(tmp_path_factory.mktemp("box") / "data", serve_public_auth_files="true") as box:
-        yield box
 
 
 class TestMachines:

@@ -1,21 +1,27 @@
 """Strangers' software uses us as it uses anybody."""
 
-import os
 from html.parser import HTMLParser
 
 import pytest
 import requests
 from box import Box
+from conftest import PASSWORD
 
-PASSWORD = "correct horse battery"
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_http():
+    """These clients would rather speak TLS."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")
+        patched.setenv("AUTHLIB_INSECURE_TRANSPORT", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    os.environ["OAUTHLIB_INSECURE_TRANSPORT"] = os.environ["AUTHLIB_INSECURE_TRANSPORT"] = "1"
-    with Box(tmp_path_factory.mktemp("libraries") / "data") as box:
-        box.new_user("ann", PASSWORD)
-        yield box
+def box(box):
+    """One with a user."""
+    box.new_user("ann", PASSWORD)
+    return box
 
 
 @pytest.fixture

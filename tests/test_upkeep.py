@@ -14,7 +14,7 @@ from appliance.base.database import Unavailable
 from appliance.base.store import Family, Session, Store, chain
 from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.upkeep import ClockThread, Upkeep, advance_key_states
-from appliance.recovery import describe_keys, open_idp, rotate_keys
+from appliance.recovery import describe_keys, rotate_keys
 
 
 def purge(idp, pause=lambda seconds: None):
@@ -23,12 +23,6 @@ def purge(idp, pause=lambda seconds: None):
 
 def count(idp, table):
     return idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-
-
-def opened_with(real, options, now):
-    idp = real(options)
-    idp.clock = lambda: now[0]
-    return idp
 
 
 class TestPurge:
@@ -389,7 +383,7 @@ class TestKeys:
                 cached, cached_at = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0]
             if not rotated and now[0] > start + 1000:
                 with monkeypatch.context() as patched:
-                    patched.setattr("appliance.recovery.open_idp", lambda options: opened_with(open_idp, options, now))
+                    patched.setattr("appliance.recovery.open_idp", lambda options: opened(options, lambda: now[0]))
                     rotate_keys(house, ["auth"])
                 rotated = True
             token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
