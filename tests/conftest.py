@@ -1,10 +1,17 @@
 """What tests share, and where it stands.
 
+test_<room or section>.py holds the rules of a room of appliance/ or a section of microauthd.py, as test_store.py and
+test_grants.py do. ADMIN has two files: test_admin.py goes noun by noun, test_admin_every_route.py holds what is true of
+every route. Whole journeys are in test_flows.py and test_browser*.py, the archive in test_pyz.py, the order of the code
+in test_module.py, what README and manual say in test_readme.py, and faults/ is for machines that fail.
+
 Here: an Idp on a temporary database with a clock that tests move, both apps called in process, ADMIN called as an
-administrator (`call`), a set-up box in this process (`house`), and one that serves from the archive (`box`). A fixture of
-the same name in a file is that file's own: a box with other settings, a call that asserts more.
+administrator (`call`), a set-up box in this process (`house`, opened with `opened`), one that serves from the archive
+(`box`, with the settings that a file calls BOX), and a machine's clock (`Machine`). A fixture of the same name in a
+file is that file's own.
 `box.py`: the archive in a folder of its own, on free ports. `browser.py`: a browser without a screen, in process.
-`faults/crowd.py`: crowds and patience; `ledger.py`: what was acknowledged; `failing.py`, `losing.py`: machines that fail.
+`faults/crowd.py`: crowds and patience; `ledger.py`: what was acknowledged; `failing.py`, `losing.py`: layers under a
+box that make its machine fail.
 """
 
 import base64
@@ -394,10 +401,12 @@ def fresh_machine(tmp_path, monkeypatch, **more):
 
 
 def kids(options):
+    """The key identifiers of both rings."""
     return {row["kid"] for row in describe_keys(options)}
 
 
 def states(folder):
+    """The files of a folder: {name: content}, but for locks and what SQLite keeps beside a database."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -413,6 +422,7 @@ def backup(house, tmp_path):
 
 
 def opened(options, clock=None):
+    """The Idp of a house, as a command at the machine opens it."""
     idp = open_idp(options)
     if clock:
         idp.clock = clock
@@ -420,6 +430,7 @@ def opened(options, clock=None):
 
 
 def under_way(idp, user):
+    """Begin a login and issue a code."""
     now = idp.now()
     idp.store.insert(
         AuthorizationCode(
@@ -430,6 +441,7 @@ def under_way(idp, user):
 
 
 def left(idp):
+    """How many codes and logins there are."""
     return [
         idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
         for table in ("authorization_code", "login_transaction")

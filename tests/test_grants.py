@@ -412,7 +412,7 @@ class TestRefresh:
 
 
 class TestAuthorizationCode:
-    """RFC 6749 §4.1, the rest of it: test_login.py"""
+    """RFC 6749 §4.1.3; how a person comes by a code: test_login.py"""
 
 
     def test_a_code_of_the_millisecond_of_an_epoch_is_dead(self, idp, auth, service, alice, change):

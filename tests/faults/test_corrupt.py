@@ -1,5 +1,7 @@
-"""Damaged files: a start is refused with one sentence and exit status 1, and nothing is written over. tests/test_store.py and
-tests/test_processes.py have single cases of it; here is every file, and the write-ahead log."""
+"""Damaged files: a start is refused with one sentence and exit status 1, and nothing is written over.
+
+tests/test_database.py and tests/test_processes.py have single cases of it; here is every file, and the write-ahead log.
+"""
 
 import concurrent.futures
 import contextlib
