@@ -412,7 +412,7 @@ class TestRefresh:
 
 
 class TestAuthorizationCode:
-    """RFC 6749 §4.1.3; how a person comes by a code: test_login.py"""
+    """The code of a login, exchanged; how a person comes by one: test_login.py"""
 
 
     def test_a_code_of_the_millisecond_of_an_epoch_is_dead(self, idp, auth, service, alice, change):
