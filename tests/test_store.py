@@ -13,10 +13,10 @@ import sqlcipher3
 import appliance.base.store as rows
 from conftest import PASSWORD, YEARS
 from appliance.base.settings import Options
-from appliance.base.database import Conflict, Generation, Record, Unavailable, derive_key, read_database_key
+from appliance.base.database import Record
 from appliance.base.store import (
     AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, Role, SEEDED_SCOPES, SLICE,
-    Store, chain,
+    chain,
 )
 from appliance.base.objects import ChangeSecret, CreateUser
 
