@@ -508,6 +508,19 @@ class TestSecondFactor:
         idp.store.set_lockout(alice.id, idp.now() + 600, idp.now())
         assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
 
+    def test_a_recovery_code_opens_its_own_users_account_only(self, idp, alice, new_user, give_totp):
+        bob = new_user("bob")
+        for one in (alice, bob):
+            give_totp(idp, idp.store.find_account(one.id))
+        codes = m.make_recovery_codes(idp, m.LOCAL, bob.id)
+        assert guess(idp, alice, codes[0]) == "invalid_grant" and idp.store.count_recovery_codes(bob.id) == 10
+
+    def test_its_recovery_codes_go_with_it(self, idp, alice, give_totp):
+        give_totp(idp, idp.store.find_account(alice.id))
+        m.make_recovery_codes(idp, m.LOCAL, alice.id)
+        m.disable_totp(idp, m.LOCAL.acting_as("t"), idp.store.find_account(alice.id))
+        assert idp.store.count_recovery_codes(alice.id) == 0
+
     def test_a_revocation_between_the_steps_spends_nothing(self, idp, alice, give_totp, clock):
         give_totp(idp, idp.store.find_account(alice.id))
         codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)

@@ -603,6 +603,22 @@ class TestSession:
         assert title(browser.submit(button=("choice", "other"))) == "Sign in"
         assert code_of(browser.submit(username="bob", password=PASSWORD)) and b"bob" in browser.open("/account").body
 
+    @pytest.mark.parametrize("asked", [{"max_age": "10"}, {"prompt": "select_account login"}], ids=" ".join)
+    def test_who_goes_on_as_who_is_in_is_asked_anew_where_the_client_wants_that(
+        self, spa, alice, browser, clock, asked
+    ):
+        """The choice of an account is no proof of it. OpenID Connect Core §3.1.2.1"""
+        sign_in(browser)
+        clock.pass_(11)
+        assert title(browser.open(request(**{"prompt": "select_account"} | asked))) == "Choose an account"
+        assert title(browser.submit(button=("choice", "same"))) == "Sign in"
+
+    def test_one_begun_before_a_restore_is_over(self, idp, spa, alice, browser, change):
+        sign_in(browser)
+        assert code_of(browser.open(request(prompt="none")))
+        change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(idp.now_ms()))
+        assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
+
     def test_two_tabs_do_not_mix(self, register, spa, alice, browser, exchange):
         register("second")
         browser.open(request())
@@ -755,6 +771,36 @@ class TestSecondFactor:
         assert title(page) == "Recovery codes" and len(codes) == 10
         claims = claims_of(exchange(code_of(browser.submit()), "bank").json["id_token"])
         assert claims["amr"] == ["pwd", "otp", "mfa"] and idp.store.find_account(alice.id).totp_sealed
+
+    def enrolling(self, register, browser):
+        """Give the password to a client that demands a second factor: its seed."""
+        register("bank", flags={"ENABLE_TOTP": ""})
+        assert title(sign_in(browser, request("bank"))) == "Set up a second factor"
+        seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
+        SECRETS.add(seed)
+        return seed
+
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda idp, id: m.reset_password(idp, m.LOCAL.acting_as("t"), id, NEW_PASSWORD),
+            lambda idp, id: m.end_user(idp, m.LOCAL.acting_as("t"), id, "logout_all"),
+        ],
+    )
+    def test_who_was_ended_before_the_first_code_of_an_enrolment_enrols_nothing(
+        self, idp, register, alice, browser, clock, end
+    ):
+        seed = self.enrolling(register, browser)
+        clock.pass_(1)
+        end(idp, alice.id)
+        assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 403
+        assert not idp.store.find_account(alice.id).totp_sealed
+
+    def test_while_it_is_locked_the_first_code_of_an_enrolment_is_refused(self, idp, register, alice, browser, change):
+        seed = self.enrolling(register, browser)
+        change("UPDATE account SET totp_locked_until = :until WHERE id = :id", until=idp.now() + 60, id=alice.id)
+        assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 403
+        assert not idp.store.find_account(alice.id).totp_sealed
 
     def test_a_session_without_one_is_not_enough_for_a_client_that_demands_one(
         self, idp, register, spa, alice, browser, give_totp, clock
@@ -1167,6 +1213,14 @@ class TestHeadless:
         )
         assert exchange(sent_back(auth.post("/login/finalize", {"jti": jti}), 302)[1]["code"]).status == 200
 
+    def test_who_was_ended_after_the_factors_gets_no_code(self, idp, auth, spa, alice, clock):
+        jti = self.begin(auth).json["jti"]
+        SECRETS.add(jti)
+        assert auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).status == 200
+        clock.pass_(1)
+        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "logout_all")
+        assert auth.post("/login/finalize", {"jti": jti}).status == 400
+
     def test_whatever_is_wrong_is_one_answer(self, auth, spa, alice):
         jti = self.begin(auth).json["jti"]
         SECRETS.add(jti)
@@ -1392,6 +1446,17 @@ class TestAccount:
             == 200
             and not idp.store.find_account(alice.id).totp_sealed
         )
+
+    def test_new_recovery_codes_ask_for_the_password_and_a_code(self, idp, spa, alice, browser, give_totp, clock):
+        code = second_factor(idp, alice, give_totp, clock)
+        sign_in(browser)
+        assert code_of(browser.submit(totp=code()))
+        clock.pass_(60)
+        browser.open("/account")
+        number = self.form(browser, "recovery_codes")
+        for proof in ({"password": "wrong", "totp": code()}, {"password": PASSWORD, "totp": "000000"}):
+            assert browser.submit(number, ("action", "recovery_codes"), **proof).status == 403
+        assert idp.store.count_recovery_codes(alice.id) == 0
 
     def test_a_lost_authenticator_is_replaced_by_recovery_codes(self, idp, spa, alice, browser, give_totp, clock):
         second_factor(idp, alice, give_totp, clock)

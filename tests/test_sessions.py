@@ -370,3 +370,18 @@ class TestEnding:
         assert auth.get("/me", bearer=answer["access_token"]).status == 200
         m.end_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
+
+    def test_what_a_user_had_stays_dead_when_the_user_is_active_again(self, idp, auth, service, log_in, alice, clock):
+        answer = log_in(alice)
+        clock.pass_(1)
+        for is_active in (False, True):
+            m.set_user_active(idp, m.LOCAL.acting_as("test"), alice.id, is_active)
+        assert auth.get("/me", bearer=answer["access_token"]).status == 401
+        refused = auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service)
+        assert (refused.status, refused.json["error"]) == (400, "invalid_grant")
+
+    def test_an_administrator_who_revokes_an_access_token_ends_its_login(self, auth, service, log_in, alice, call):
+        answer = log_in(alice)
+        assert call("POST", "/revoke", {"token": answer["access_token"]}).status == 200
+        refused = auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service)
+        assert (refused.status, refused.json["error"]) == (400, "invalid_grant")

@@ -13,7 +13,7 @@ import sqlcipher3
 import appliance.base.store as rows
 from conftest import PASSWORD, YEARS
 from appliance.base.settings import Options
-from appliance.base.database import Record
+from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.store import (
     AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, Role, SEEDED_SCOPES, SLICE,
     chain,

@@ -139,6 +139,13 @@ class TestVerifying:
         with pytest.raises(m.Problem):
             ring.verify(token, m.AT_JWT)
 
+    def test_a_signature_of_es256_has_64_octets(self, ring):
+        """RFC 7518 §3.4: with a zero between its halves it would be the same two numbers."""
+        signed, _, signature = ring.mint(ring.access, m.AT_JWT, CLAIMS).rpartition(".")
+        raw = unb64url(signature)
+        with pytest.raises(m.Problem, match="invalid_token"):
+            ring.verify(f"{signed}.{b64url(raw[:32] + bytes(1) + raw[32:])}", m.AT_JWT)
+
     def test_a_signed_token_that_is_too_long_is_none(self, rings):
         ring = m.KeyRing(rings[0])
         with pytest.raises(m.Problem):

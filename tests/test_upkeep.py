@@ -7,7 +7,7 @@ import appliance.upkeep as upkeep_room
 import microauthd as m
 import msgspec
 import pytest
-from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, opened
+from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, left, opened, under_way
 from appliance.base.clock import IAT_SKEW, RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
@@ -50,6 +50,14 @@ class TestPurge:
         clock.pass_(1)
         purge(idp)
         assert count(idp, "family") == count(idp, "refresh_token") == 0
+
+    def test_a_code_is_remembered_for_a_day_after_its_end(self, idp, alice, clock):
+        """So that its reuse ends its login. RFC 6749 §4.1.2"""
+        under_way(idp, alice.id)
+        for seconds, there in ((60 + DAY, 1), (1, 0)):
+            clock.pass_(seconds)
+            purge(idp)
+            assert left(idp)[0] == there
 
     def test_a_living_login_keeps_its_refresh_tokens_working(self, idp, auth, service, log_in, alice, clock):
         """contract/auth B-12: purging sessions took the refresh tokens along."""
