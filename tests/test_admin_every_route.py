@@ -804,6 +804,11 @@ class TestLostUpdates:
 class TestMassAssignment:
     """Members that are not for the caller to set do nothing, on every route that takes an object."""
 
+    def test_a_member_that_stands_twice_in_another_case_is_refused(self, call):
+        body = b'{"username": "bob", "Username": "eve", "email": "b@example.org", "password": "%s"}' % PASSWORD.encode()
+        answer = call("POST", "/users", body)
+        assert (answer.status, answer.json["errors"]) == (400, {"username": "is there twice"})
+
     def test_no_object_has_a_member_of_the_store_it_should_not(self):
         hidden = {
             "password_hash", "secret_hash", "revoked_before", "is_protected", "failed_logins", "lockouts",

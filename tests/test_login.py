@@ -528,6 +528,14 @@ class TestSession:
         browser.submit()
         assert exchange(code).json["error"] == "invalid_grant"
 
+    def test_a_hint_is_of_the_client_that_asks(self, spa, register, alice, browser, exchange):
+        """OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2"""
+        register("second")
+        hint = exchange(code_of(sign_in(browser))).json["id_token"]
+        assert sent_back(browser.open(request("second", id_token_hint=hint)))[1]["error"] == "invalid_request"
+        assert browser.open(f"/end-session?id_token_hint={hint}&client_id=second").status == 400
+        assert code_of(browser.open(request(prompt="none"))), "and nobody is logged out"
+
     def test_a_login_hint_is_written_into_the_form(self, spa, browser):
         browser.open(request(login_hint='al"><b>'))
         assert browser.forms().forms[0]["fields"]["username"] == 'al"><b>' and b"<b>" not in browser.answer.body
@@ -618,6 +626,15 @@ class TestSession:
         assert code_of(browser.open(request(prompt="none")))
         change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(idp.now_ms()))
         assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
+
+    def test_none_begins_for_who_was_ended_since_the_last_factor(self, idp, alice, clock):
+        account = idp.store.find_account(alice.id)
+        clock.pass_(1)
+        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "logout_all")
+        clock.pass_(1)
+        with pytest.raises(m.Problem, match="invalid_grant"):
+            m.begin_browser_session(idp, m.LOCAL, account, ["pwd"], idp.now(), None)
+        assert not idp.store.list_browser_sessions(alice.id, idp.now())
 
     def test_two_tabs_do_not_mix(self, register, spa, alice, browser, exchange):
         register("second")

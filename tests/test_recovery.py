@@ -858,3 +858,32 @@ class TestAtTheMachine:
         idp = open_idp(house)
         assert m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
         idp.store.close()
+
+
+class TestSetUp:
+    def test_the_first_administrator_is_written_down(self, house):
+        idp = opened(house)
+        (row,) = idp.store.list_audit("role_assigned")
+        assert (row.actor_id, row.target, row.secondary) == ("setup", m.get_user(idp, "root").id, MAD_ADMIN_ROLE_ID)
+        idp.store.close()
+
+    def test_a_database_is_encrypted_or_knowingly_not(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(StartupError, match="contradict each other"):
+            made(tmp_path, no_db_pass=True)
+        with pytest.raises(StartupError, match="needs db-pass"):
+            made(tmp_path, db_pass="")
+        assert not (tmp_path / "mad.db3").exists()
+
+    def test_it_never_overwrites_an_identity(self, house, tmp_path):
+        before = states(tmp_path)
+        with pytest.raises(StartupError):
+            made(tmp_path)
+        assert states(tmp_path) == before
+
+    def test_signing_keys_that_are_there_are_kept(self, house, tmp_path):
+        """Somebody relies on them."""
+        before = kids(house)
+        for path in tmp_path.glob("mad.db3*"):
+            path.unlink()
+        assert kids(made(tmp_path)) == before
