@@ -52,7 +52,7 @@ class TestPurge:
         assert count(idp, "family") == count(idp, "refresh_token") == 0
 
     def test_a_code_is_remembered_for_a_day_after_its_end(self, idp, alice, clock):
-        """So that its reuse ends its login. RFC 6749 §4.1.2"""
+        """So that its reuse ends its login."""
         under_way(idp, alice.id)
         for seconds, there in ((60 + DAY, 1), (1, 0)):
             clock.pass_(seconds)
