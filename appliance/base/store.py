@@ -895,8 +895,11 @@ class Store(Database):
 
     def set_totp(self, id: str, sealed: str, now: int) -> None:
         self.run(
-            "UPDATE account SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = "
-            ":now WHERE id = :id",
+            """
+            UPDATE account
+               SET totp_sealed = :sealed, totp_pending_sealed = '', totp_failures = 0, modified_at = :now
+             WHERE id = :id
+            """,
             id=id, sealed=sealed, now=now,
         )
 
@@ -924,8 +927,7 @@ class Store(Database):
     def spend_totp_step(self, id: str, step: int) -> bool:
         """Use a time step, once only. Return whether it was later than the last one used. RFC 6238 §5.2."""
         return self.changed(
-            "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id "
-            "AND totp_last_step < :step",
+            "UPDATE account SET totp_last_step = :step, totp_failures = 0 WHERE id = :id AND totp_last_step < :step",
             id=id, step=step,
         )
 
@@ -952,8 +954,11 @@ class Store(Database):
 
     def spend_recovery_code(self, user_id: str, code_sha256: str, now: int) -> bool:
         return self.changed(
-            "UPDATE recovery_code SET spent_at = :now WHERE user_id = :user_id AND code_sha256 = :code_sha256 "
-            "AND spent_at IS NULL",
+            """
+            UPDATE recovery_code
+               SET spent_at = :now
+             WHERE user_id = :user_id AND code_sha256 = :code_sha256 AND spent_at IS NULL
+            """,
             user_id=user_id, code_sha256=code_sha256, now=now,
         )
 
@@ -979,8 +984,12 @@ class Store(Database):
     def update_role(self, id: str, name: str | None, description: str | None, now: int) -> Role | None:
         return self.one(
             Role,
-            "UPDATE role SET name = coalesce(:name, name), description = coalesce(:description, description), "
-            "modified_at = :now WHERE id = :id RETURNING *",
+            """
+            UPDATE role
+               SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now
+             WHERE id = :id
+            RETURNING *
+            """,
             id=id, name=name, description=description, now=now,
         )
 
@@ -990,8 +999,11 @@ class Store(Database):
     def list_roles_of(self, user_id: str) -> list[Role]:
         return self.all(
             Role,
-            "SELECT role.* FROM role JOIN user_role ON role.id = role_id WHERE user_id = :user_id "
-            "AND is_active = 1 ORDER BY name",
+            """
+            SELECT role.* FROM role JOIN user_role ON role.id = role_id
+             WHERE user_id = :user_id AND is_active = 1
+             ORDER BY name
+            """,
             user_id=user_id,
         )
 
@@ -1056,16 +1068,22 @@ class Store(Database):
     def list_permissions_of_role(self, role_id: str) -> list[Permission]:
         return self.all(
             Permission,
-            "SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id "
-            "WHERE role_id = :role_id ORDER BY name",
+            """
+            SELECT permission.* FROM permission JOIN role_permission ON permission.id = permission_id
+             WHERE role_id = :role_id
+             ORDER BY name
+            """,
             role_id=role_id,
         )
 
     def list_roles_with(self, permission_id: str) -> list[Role]:
         return self.all(
             Role,
-            "SELECT role.* FROM role JOIN role_permission ON role.id = role_id "
-            "WHERE permission_id = :permission_id ORDER BY name",
+            """
+            SELECT role.* FROM role JOIN role_permission ON role.id = role_id
+             WHERE permission_id = :permission_id
+             ORDER BY name
+            """,
             permission_id=permission_id,
         )
 
@@ -1117,8 +1135,12 @@ class Store(Database):
     def update_scope(self, id: str, name: str | None, description: str | None, now: int) -> Scope | None:
         return self.one(
             Scope,
-            "UPDATE scope SET name = coalesce(:name, name), description = coalesce(:description, description), "
-            "modified_at = :now WHERE id = :id RETURNING *",
+            """
+            UPDATE scope
+               SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now
+             WHERE id = :id
+            RETURNING *
+            """,
             id=id, name=name, description=description, now=now,
         )
 
@@ -1128,8 +1150,11 @@ class Store(Database):
     def list_scopes_of_user(self, user_id: str) -> list[Scope]:
         return self.all(
             Scope,
-            "SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id "
-            "AND is_active = 1 ORDER BY name",
+            """
+            SELECT scope.* FROM scope JOIN user_scope ON scope.id = scope_id
+             WHERE user_id = :user_id AND is_active = 1
+             ORDER BY name
+            """,
             user_id=user_id,
         )
 
@@ -1148,8 +1173,11 @@ class Store(Database):
     def list_scopes_of_client(self, client_id: str) -> list[Scope]:
         return self.all(
             Scope,
-            "SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id WHERE client_id = :client_id "
-            "AND is_active = 1 ORDER BY name",
+            """
+            SELECT scope.* FROM scope JOIN client_scope ON scope.id = scope_id
+             WHERE client_id = :client_id AND is_active = 1
+             ORDER BY name
+            """,
             client_id=client_id,
         )
 
@@ -1339,8 +1367,10 @@ class Store(Database):
     def list_families_of(self, user_id: str, client_id: str | None = None) -> list[Family]:
         return self.all(
             Family,
-            "SELECT * FROM family WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) "
-            "AND revoked_at IS NULL",
+            """
+            SELECT * FROM family
+             WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL
+            """,
             user_id=user_id, client_id=client_id,
         )
 
@@ -1440,8 +1470,11 @@ class Store(Database):
     def count_failed_step(self, id: str, most: int) -> None:
         """Count a failure of a login under way. The last of `most` ends it."""
         self.run(
-            "UPDATE login_transaction SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most "
-            "THEN 0 ELSE expires_at END WHERE id = :id",
+            """
+            UPDATE login_transaction
+               SET failures = failures + 1, expires_at = CASE WHEN failures + 1 >= :most THEN 0 ELSE expires_at END
+             WHERE id = :id
+            """,
             id=id, most=most,
         )
 
@@ -1496,8 +1529,11 @@ class Store(Database):
     def list_browser_sessions(self, user_id: str, now: int) -> list[BrowserSession]:
         return self.all(
             BrowserSession,
-            "SELECT * FROM browser_session WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now "
-            "ORDER BY last_seen_at DESC",
+            """
+            SELECT * FROM browser_session
+             WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now
+             ORDER BY last_seen_at DESC
+            """,
             user_id=user_id, now=now,
         )
 
@@ -1651,8 +1687,11 @@ class Store(Database):
                 seen_head = int(head[0]) < seq or (int(head[0]) == seq and head[1] == digest)
                 found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
                 for row in connection.execute(
-                    "SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, "
-                    "result, row_sha256 FROM audit ORDER BY seq"
+                    """
+                    SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result,
+                           row_sha256
+                      FROM audit ORDER BY seq
+                    """
                 ):
                     if row[0] != seq + 1:
                         return found | {"valid": False, "reason": f"rows {seq + 1} to {row[0] - 1} are missing"}
