@@ -248,7 +248,86 @@ class Database:
         # (HEALED, connection) of threads that have ended, for new threads
         self.spare: collections.deque[tuple[int, sqlcipher3.Connection]] = collections.deque()
 
-    # -- connections and transactions --
+    # -- connections --
+
+    def stat_files(self) -> tuple[int, ...] | None:
+        """Return device and inode of the database, -wal and -shm now at their paths, or None if one is missing."""
+        try:
+            return tuple(
+                number
+                for end in ("", "-wal", "-shm")
+                for info in [os.stat(self.path + end)]
+                for number in (info.st_dev, info.st_ino)
+            )
+        except OSError:
+            return None
+
+    def check_files_unchanged(self) -> None:
+        """Raise Unavailable if the open database, -wal or -shm is not the file at its path any more.
+
+        One was moved, removed or replaced, so the next start would not find what is written now.
+        """
+        if any(file_ids := self.generation.file_ids) and file_ids != self.stat_files():
+            raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
+
+    def connect(self, synchronous: str = "FULL", mode: str = "") -> sqlcipher3.Connection:
+        self.check_files_unchanged()  # two processes with different -shm files for one WAL would overwrite each other
+        connection = sqlcipher3.connect(
+            f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
+            check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
+        )
+        connection.execute("PRAGMA cipher_log_level = NONE")  # SQLCipher logs to stderr; failures raise anyway
+        if self.key:
+            connection.execute(f"PRAGMA key = \"x'{self.key}'\"")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("PRAGMA cache_size = -1024")
+        self.connections.add(connection)
+        return connection
+
+    def drop(self, connection: sqlcipher3.Connection) -> None:
+        """Close a connection that connect() opened."""
+        self.connections.discard(connection)
+        with contextlib.suppress(sqlcipher3.Error):
+            connection.close()
+
+    def discard(self) -> None:
+        """Close this thread's connection.
+
+        A connection that met a disk error, or was opened during one, may stay read-only or without its key.
+        """
+        pooled = self.local.__dict__.pop("pooled", None)
+        if pooled is not None:
+            connection, pooled.connection = pooled.connection, None
+            self.drop(connection)
+
+    @property
+    def connection(self) -> sqlcipher3.Connection:
+        try:
+            pooled = self.local.pooled
+            if pooled.since == self.generation.healed or pooled.connection.in_transaction:
+                return pooled.connection
+            self.discard()
+        except AttributeError:
+            pass
+        self.local.pooled = PooledConnection(self)
+        return self.local.pooled.connection
+
+    def close(self) -> None:
+        self.closing = True
+        for connection in list(self.connections):
+            with contextlib.suppress(sqlcipher3.Error):
+                connection.close()
+        self.connections.clear()
+        self.spare.clear()
+        self.local = threading.local()
+
+    def guard(self) -> Guard:
+        """Return the context manager that translates SQLite's exceptions."""
+        return self.translator
+
+    # -- transactions --
 
     def open_process_write_lock(self) -> None:
         """Open the lock file on which writing processes queue in the kernel. Call this after a fork, never before.
@@ -318,82 +397,9 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def stat_files(self) -> tuple[int, ...] | None:
-        """Return device and inode of the database, -wal and -shm now at their paths, or None if one is missing."""
-        try:
-            return tuple(
-                number
-                for end in ("", "-wal", "-shm")
-                for info in [os.stat(self.path + end)]
-                for number in (info.st_dev, info.st_ino)
-            )
-        except OSError:
-            return None
-
-    def check_files_unchanged(self) -> None:
-        """Raise Unavailable if the open database, -wal or -shm is not the file at its path any more.
-
-        One was moved, removed or replaced, so the next start would not find what is written now.
-        """
-        if any(file_ids := self.generation.file_ids) and file_ids != self.stat_files():
-            raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
-
-    def connect(self, synchronous: str = "FULL", mode: str = "") -> sqlcipher3.Connection:
-        self.check_files_unchanged()  # two processes with different -shm files for one WAL would overwrite each other
-        connection = sqlcipher3.connect(
-            f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
-            check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
-        )
-        connection.execute("PRAGMA cipher_log_level = NONE")  # SQLCipher logs to stderr; failures raise anyway
-        if self.key:
-            connection.execute(f"PRAGMA key = \"x'{self.key}'\"")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA synchronous = {synchronous}")
-        connection.execute("PRAGMA temp_store = MEMORY")
-        connection.execute("PRAGMA cache_size = -1024")
-        self.connections.add(connection)
-        return connection
-
-    def drop(self, connection: sqlcipher3.Connection) -> None:
-        """Close a connection that connect() opened."""
-        self.connections.discard(connection)
-        with contextlib.suppress(sqlcipher3.Error):
-            connection.close()
-
-    @property
-    def connection(self) -> sqlcipher3.Connection:
-        try:
-            pooled = self.local.pooled
-            if pooled.since == self.generation.healed or pooled.connection.in_transaction:
-                return pooled.connection
-            self.discard()
-        except AttributeError:
-            pass
-        self.local.pooled = PooledConnection(self)
-        return self.local.pooled.connection
-
-    def discard(self) -> None:
-        """Close this thread's connection.
-
-        A connection that met a disk error, or was opened during one, may stay read-only or without its key.
-        """
-        pooled = self.local.__dict__.pop("pooled", None)
-        if pooled is not None:
-            connection, pooled.connection = pooled.connection, None
-            self.drop(connection)
-
-    def close(self) -> None:
-        self.closing = True
-        for connection in list(self.connections):
-            with contextlib.suppress(sqlcipher3.Error):
-                connection.close()
-        self.connections.clear()
-        self.spare.clear()
-        self.local = threading.local()
-
-    def guard(self) -> Guard:
-        """Return the context manager that translates SQLite's exceptions."""
-        return self.translator
+    def note_failure(self, error: Exception) -> None:
+        """Tell every process that a write has failed."""
+        self.generation.failed = 1
 
     @contextlib.contextmanager
     def transaction(self, identity: bool = False) -> Iterator[None]:
@@ -429,9 +435,7 @@ class Database:
         if self.local.identity:
             self.generation.bump()
 
-    def note_failure(self, error: Exception) -> None:
-        """Tell every process that a write has failed."""
-        self.generation.failed = 1
+    # -- statements --
 
     def one(self, record: type[Row], sql: str, **parameters: object) -> Row | None:
         """Return the first row a statement finds, or None."""
@@ -459,12 +463,6 @@ class Database:
         with self.guard():
             return self.connection.execute(sql, parameters).fetchone() is not None
 
-    def insert(self, row: Row) -> Row:
-        """Insert a whole row in transaction(), and return it."""
-        with self.transaction(), self.guard():
-            self.connection.execute(insert_statement(type(row)), msgspec.structs.astuple(row))
-        return row
-
     def run(self, sql: str, **parameters: object) -> int:
         """Run a writing statement in transaction(). Return the number of rows it changed.
 
@@ -477,3 +475,9 @@ class Database:
     def changed(self, sql: str, **parameters: object) -> bool:
         """Run a statement that changes one row at most. Return whether it changed one."""
         return self.run(sql, **parameters) == 1
+
+    def insert(self, row: Row) -> Row:
+        """Insert a whole row in transaction(), and return it."""
+        with self.transaction(), self.guard():
+            self.connection.execute(insert_statement(type(row)), msgspec.structs.astuple(row))
+        return row
