@@ -171,11 +171,15 @@ def check_log(path: str) -> None:
 
 
 class PooledConnection:
-    """The connection of one thread. When the thread ends, the connection returns to the pool in `store.spare`."""
+    """The connection of one thread. When the thread ends, the connection returns to the pool in `store.spare`.
+
+    `since` is the number of recoveries when it was opened: Generation.healed.
+    """
 
     __slots__ = ("store", "connection", "since")
 
     def __init__(self, store: "Database") -> None:
+        # Read before connecting: if writing recovers meanwhile, this connection counts as one of before.
         self.store, self.since = store, store.generation.healed
         while store.spare:
             with contextlib.suppress(IndexError):
@@ -239,13 +243,13 @@ class Database:
         # thread could serve.
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
-        self.translator = Guard(self)
+        self.guard = Guard(self)
         self.local = threading.local()
         self.write_lock = threading.RLock()
         self.process_write_lock: int | None = None  # descriptor of the lock file, if several processes write
         self.closing = False
         self.connections: set[sqlcipher3.Connection] = set()
-        # (HEALED, connection) of threads that have ended, for new threads
+        # (healed, connection) of threads that have ended, for new threads
         self.spare: collections.deque[tuple[int, sqlcipher3.Connection]] = collections.deque()
 
     # -- connections --
@@ -271,6 +275,10 @@ class Database:
             raise Unavailable(f"{self.path}, its -wal or its -shm was moved, removed or replaced", LOCK_SECONDS)
 
     def connect(self, synchronous: str = "FULL", mode: str = "") -> sqlcipher3.Connection:
+        """Open a connection with our settings. What it runs in a transaction is on the disk at COMMIT if it is FULL.
+
+        https://www.sqlite.org/pragma.html#pragma_synchronous
+        """
         self.check_files_unchanged()  # two processes with different -shm files for one WAL would overwrite each other
         connection = sqlcipher3.connect(
             f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
@@ -304,6 +312,7 @@ class Database:
 
     @property
     def connection(self) -> sqlcipher3.Connection:
+        """The connection of this thread: a new one at its first use, and after a recovery from a failure."""
         try:
             pooled = self.local.pooled
             if pooled.since == self.generation.healed or pooled.connection.in_transaction:
@@ -322,10 +331,6 @@ class Database:
         self.connections.clear()
         self.spare.clear()
         self.local = threading.local()
-
-    def guard(self) -> Guard:
-        """Return the context manager that translates SQLite's exceptions."""
-        return self.translator
 
     # -- transactions --
 
@@ -398,7 +403,7 @@ class Database:
             raise
 
     def note_failure(self, error: Exception) -> None:
-        """Tell every process that a write has failed."""
+        """Let all processes know that a write has failed."""
         self.generation.failed = 1
 
     @contextlib.contextmanager
@@ -407,7 +412,7 @@ class Database:
 
         `identity` says that the block changes data that other processes cache (clients, scopes).
         """
-        with self.guard():
+        with self.guard:
             connection = self.connection
         if connection.in_transaction:
             if identity:
@@ -415,14 +420,14 @@ class Database:
             yield
             return
         self.local.identity = identity
-        with self.guard():
+        with self.guard:
             try:
                 with self.writing(), self.committing(connection):
                     yield
             except sqlcipher3.IntegrityError:
                 raise
             except (sqlcipher3.Error, Unavailable) as error:
-                # A statement in the block raises Unavailable by way of guard(); BEGIN and COMMIT raise SQLite's error.
+                # A statement in the block raises Unavailable, from its guard; BEGIN and COMMIT raise SQLite's error.
                 cause = error.__cause__ if isinstance(error, Unavailable) else error
                 if isinstance(cause, sqlcipher3.Error):
                     self.note_failure(cause)
@@ -439,37 +444,38 @@ class Database:
 
     def one(self, record: type[Row], sql: str, **parameters: object) -> Row | None:
         """Return the first row a statement finds, or None."""
-        with self.guard():
+        with self.guard:
             row = self.connection.execute(sql, parameters).fetchone()
         return None if row is None else record(*row)
 
     def all(self, record: type[Row], sql: str, **parameters: object) -> list[Row]:
-        with self.guard():
+        """Return every row a statement finds."""
+        with self.guard:
             return [record(*row) for row in self.connection.execute(sql, parameters)]
 
     def value(self, sql: str, **parameters: object) -> Any:
         """Return the first column of the first row a statement finds, or None."""
-        with self.guard():
+        with self.guard:
             row = self.connection.execute(sql, parameters).fetchone()
         return None if row is None else row[0]
 
     def values(self, sql: str, **parameters: object) -> list:
         """Return the first column of every row a statement finds."""
-        with self.guard():
+        with self.guard:
             return [row[0] for row in self.connection.execute(sql, parameters)]
 
     def exists(self, sql: str, **parameters: object) -> bool:
         """Return whether a statement finds any row."""
-        with self.guard():
+        with self.guard:
             return self.connection.execute(sql, parameters).fetchone() is not None
 
     def run(self, sql: str, **parameters: object) -> int:
         """Run a writing statement in transaction(). Return the number of rows it changed.
 
-        guard() is entered here too, so that a caller inside a longer transaction can catch Conflict
+        The guard is entered here too, so that a caller inside a longer transaction can catch Conflict
         at this statement and not only when that transaction ends.
         """
-        with self.transaction(), self.guard():
+        with self.transaction(), self.guard:
             return self.connection.execute(sql, parameters).rowcount
 
     def changed(self, sql: str, **parameters: object) -> bool:
@@ -478,6 +484,6 @@ class Database:
 
     def insert(self, row: Row) -> Row:
         """Insert a whole row in transaction(), and return it."""
-        with self.transaction(), self.guard():
+        with self.transaction(), self.guard:
             self.connection.execute(insert_statement(type(row)), msgspec.structs.astuple(row))
         return row

@@ -704,7 +704,7 @@ class Store(Database):
         """Return the files in a backup by their names, or None if this is no backup."""
         if not self.exists("SELECT 1 FROM sqlite_schema WHERE name = 'backup'"):
             return None
-        with self.guard():
+        with self.guard:
             return dict(self.connection.execute("SELECT name, content FROM backup").fetchall())
 
     def drop_backup_files(self) -> None:
@@ -1679,7 +1679,7 @@ class Store(Database):
         purge_audit() stored.
         """
         connection = self.connection
-        with self.guard():
+        with self.guard:
             connection.execute("BEGIN")
             try:
                 anchor, head = (self.meta(name, "0:").split(":", 1) for name in ("audit_anchor", "audit_head"))
@@ -1916,7 +1916,7 @@ class Store(Database):
         With `revoked`, `user_id` or `client_id`, only revoked ones or those of that user or client. Return the id to
         continue after, or None at the end, and how many were deleted.
         """
-        with self.guard():
+        with self.guard:
             ids = self.connection.execute(
                 """
                 SELECT id, expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL)
@@ -1944,7 +1944,7 @@ class Store(Database):
         their index entries may lie anywhere. Return the key to continue after, or None at the end, and how many rows
         were deleted.
         """
-        with self.guard():
+        with self.guard:
             rows = self.connection.execute(
                 f"SELECT {key}, {dead} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT :limit",
                 {"after": after, "limit": limit, **parameters},
@@ -1965,7 +1965,7 @@ class Store(Database):
 
     def purge_logins(self, before: int, limit: int) -> None:
         """Delete up to `limit` expired logins. They are found before the write lock is taken."""
-        with self.guard():
+        with self.guard:
             found = self.connection.execute(
                 "SELECT id FROM login_transaction WHERE expires_at < ? LIMIT ?", (before, limit)
             ).fetchall()
