@@ -2893,7 +2893,7 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
     if client.row.is_first_party:
         return False
     wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
-    agreed = idp.store.consented(user_id, client.row.id)
+    agreed = idp.store.find_consent(user_id, client.row.id)
     return agreed is None or not wanted <= set(agreed.split())
 
 
@@ -4272,7 +4272,7 @@ def login_consent(idp, params):
         )
     account = finish_login(idp, decided)
     wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(
-        (idp.store.consented(account.id, login.client.row.id) or "").split()
+        (idp.store.find_consent(account.id, login.client.row.id) or "").split()
     )
     with idp.store.transaction():
         idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())

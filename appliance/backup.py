@@ -27,7 +27,7 @@ def check_copy(path: str, key: str) -> dict:
     """Read a whole database, page by page and row by row, and describe it. Raises StartupError if it is damaged."""
     copy = Store(path, key)
     try:
-        damage = copy.check_whole()
+        damage = copy.check_integrity()
         if damage:
             raise StartupError(f"{path} is damaged: {damage}")
         return copy.describe_copy()

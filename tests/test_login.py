@@ -862,7 +862,7 @@ class TestConsent:
         assert (
             members["error"] == "access_denied"
             and members["state"] == "st&te"
-            and idp.store.consented(alice.id, m.get_client(idp, "third").row.id) is None
+            and idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id) is None
         )
         browser.open(request("third"))
         assert sent_back(browser.submit())[1]["error"] == "access_denied", "no button is no yes"

@@ -679,7 +679,7 @@ class Store(Database):
             reason = error.log if isinstance(error, Unavailable) else error
             raise StartupError(f"the database {self.path} cannot be used: {reason}") from None
 
-    # -- copies, and whether a database is whole --
+    # -- backups, and the integrity of a database --
 
     def copy_to(self, path: str | os.PathLike, files: dict, now: int) -> None:
         """Copy the database, as it is now, into an empty file, and these files into a table of the copy.
@@ -712,7 +712,7 @@ class Store(Database):
         with self.transaction():
             self.connection.execute("DROP TABLE backup")
 
-    def check_whole(self) -> str:
+    def check_integrity(self) -> str:
         """Read every page and row. Return a description of the first damage, or "" if there is none."""
         try:
             if self.key:
@@ -1503,7 +1503,7 @@ class Store(Database):
                 code_sha256=code_sha256, client_id=client_id, now=now,
             )
 
-    def consented(self, user_id: str, client_id: str) -> str | None:
+    def find_consent(self, user_id: str, client_id: str) -> str | None:
         """Return the scope to which a user consented for a client, by its internal id, or None."""
         return self.value(
             "SELECT scope FROM consent WHERE user_id = :user_id AND client_id = :client_id",
@@ -1579,7 +1579,7 @@ class Store(Database):
         )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
 
-    # -- the end of everything that was issued to somebody --
+    # -- revoking everything that was issued to a user, a role or a client --
 
     def revoke_users(self, condition: str, now: int, now_ms: int, **parameters: object) -> None:
         """End everything that was issued, on both ports, to the users whose id meets a condition in SQL.
