@@ -104,7 +104,7 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
         )
     try:
         if clock.state == "guessed":  # the box may have been off for longer than an authorization code lives
-            store.forget_logins()
+            store.delete_logins()
         elif store.newest_at() > now + IAT_SKEW:
             store.revoke_future_rows(now, int(clock() * 1000), now // 30)
     except Unavailable as problem:  # the server can still start, and read

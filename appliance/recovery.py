@@ -498,7 +498,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
             # Later than anything that this box, or the one the backup was made of, has issued.
             store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
             store.put_meta("revoked_kids", " ".join(sorted(revoked)))
-            store.forget_logins()
+            store.delete_logins()
             audit(
                 idp, LOCAL.acting_as("machine"), "restored", os.path.basename(source),
                 f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced),
@@ -660,7 +660,7 @@ def accept_clock(options: Options) -> dict:
             )
         with idp.store.transaction():
             ended = idp.store.revoke_future_rows(now, idp.now_ms(), now // 30)
-            idp.store.forget_logins()
+            idp.store.delete_logins()
             idp.store.put_meta("clock", now)
             idp.store.put_meta("clock_accepted", uuid.uuid4())
             audit(idp, LOCAL.acting_as("machine"), "clock_accepted", "", f"ended={ended}")

@@ -570,6 +570,9 @@ def batch_audit(batch: list[tuple[tuple, tuple | None]]) -> list[tuple]:
 class Store(Database):
     """Every SQL statement of the server, in methods that take and return records.
 
+    Every statement that writes is a transaction of its own, or joins the caller's: who calls a method of several
+    statements does so within transaction(), so that all of them are done or none.
+
     A power cut may lose only what flush() wrote last, the rows of machine tokens, because they are written with
     synchronous=NORMAL. Their tokens stay valid: no check of a token needs its row.
     """
@@ -1478,10 +1481,11 @@ class Store(Database):
             id=id, most=most,
         )
 
-    def forget_logins(self) -> None:
-        """Delete the logins and authorization codes under way."""
-        self.run("DELETE FROM login_transaction")
-        self.run("DELETE FROM authorization_code")
+    def delete_logins(self) -> None:
+        """Delete all logins under way and all authorization codes."""
+        with self.transaction():
+            self.run("DELETE FROM login_transaction")
+            self.run("DELETE FROM authorization_code")
 
     def find_code(self, code_sha256: str) -> AuthorizationCode | None:
         return self.one(
