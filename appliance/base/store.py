@@ -593,6 +593,7 @@ class Store(Database):
     # -- meta: one value for each name --
 
     def meta(self, name: str, default: str = "") -> str:
+        """Return the value of a name, or `default`."""
         value = self.value("SELECT value FROM meta WHERE name = :name", name=name)
         return default if value is None else value
 
@@ -935,6 +936,7 @@ class Store(Database):
         )
 
     def count_failed_totp(self, id: str, now: int, tries: int, lockout: int) -> None:
+        """Count one failure of the second factor. Every `tries` of them lock it, each time for twice as long."""
         self.run(
             """
             UPDATE account
@@ -956,6 +958,7 @@ class Store(Database):
             )
 
     def spend_recovery_code(self, user_id: str, code_sha256: str, now: int) -> bool:
+        """Spend a recovery code. Return whether it was an unspent one of this user."""
         return self.changed(
             """
             UPDATE recovery_code
@@ -966,6 +969,7 @@ class Store(Database):
         )
 
     def count_recovery_codes(self, user_id: str) -> int:
+        """Return how many unspent recovery codes a user has."""
         return self.value(
             "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", user_id=user_id
         )
@@ -1000,6 +1004,7 @@ class Store(Database):
         self.run("DELETE FROM role WHERE id = :id", id=id)
 
     def list_roles_of(self, user_id: str) -> list[Role]:
+        """Return the active roles of a user."""
         return self.all(
             Role,
             """
@@ -1011,6 +1016,7 @@ class Store(Database):
         )
 
     def has_role(self, user_id: str, role_id: str) -> bool:
+        """Return whether a user has a role that is active."""
         return self.exists(
             """
             SELECT 1 FROM user_role JOIN role ON role.id = role_id
@@ -1080,6 +1086,7 @@ class Store(Database):
         )
 
     def list_roles_with(self, permission_id: str) -> list[Role]:
+        """Return the roles that have a permission."""
         return self.all(
             Role,
             """
@@ -1151,6 +1158,7 @@ class Store(Database):
         self.run("DELETE FROM scope WHERE id = :id", id=id)
 
     def list_scopes_of_user(self, user_id: str) -> list[Scope]:
+        """Return the active scopes of a user."""
         return self.all(
             Scope,
             """
@@ -1174,6 +1182,7 @@ class Store(Database):
         )
 
     def list_scopes_of_client(self, client_id: str) -> list[Scope]:
+        """Return the active scopes of a client, by its internal id."""
         return self.all(
             Scope,
             """
@@ -1236,6 +1245,7 @@ class Store(Database):
         self.run("DELETE FROM client WHERE id = :id", id=id)
 
     def list_secrets(self, client_id: str, now: int) -> list[Secret]:
+        """Return the valid secrets of a client, by its internal id, the newest first."""
         return self.all(
             Secret,
             "SELECT * FROM client_secret WHERE client_id = :client_id AND expires_at > :now ORDER BY created_at DESC",
@@ -1243,6 +1253,7 @@ class Store(Database):
         )
 
     def add_secret(self, id: str, client_id: str, secret_hash: str, now: int) -> None:
+        """Add a secret that never expires."""
         # At least a second newer than the newest one, so that two of one second keep their order.
         self.run(
             """
@@ -1368,6 +1379,7 @@ class Store(Database):
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
 
     def list_families_of(self, user_id: str, client_id: str | None = None) -> list[Family]:
+        """Return the logins of a user that were not revoked: those at a client, or all."""
         return self.all(
             Family,
             """
@@ -1378,6 +1390,7 @@ class Store(Database):
         )
 
     def revoke_family(self, sid: str, now: int) -> None:
+        """Revoke a login at a client with its refresh tokens and access tokens."""
         self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
         self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
         self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
@@ -1422,6 +1435,7 @@ class Store(Database):
         )
 
     def revoke_jti(self, jti: str, expires_at: int, now: int) -> None:
+        """Revoke an access token. Its tombstone is what counts: the row of the token may not be stored yet."""
         self.run(
             "INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti,
             expires_at=expires_at, now=now,
@@ -1429,6 +1443,7 @@ class Store(Database):
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
 
     def is_revoked(self, jti: str) -> bool:
+        """Return whether an access token has a tombstone."""
         return self.exists("SELECT 1 FROM revoked_token WHERE jti = :jti", jti=jti)
 
     # -- login_transaction, authorization_code, consent --
@@ -1450,6 +1465,7 @@ class Store(Database):
         )
 
     def count_logins(self, binding_sha256: str, now: int) -> int:
+        """Return how many logins are under way that one secret began."""
         return self.value(
             "SELECT count(*) FROM login_transaction WHERE binding_sha256 = :binding_sha256 AND expires_at > :now",
             binding_sha256=binding_sha256, now=now,
@@ -1531,6 +1547,7 @@ class Store(Database):
         )
 
     def list_browser_sessions(self, user_id: str, now: int) -> list[BrowserSession]:
+        """Return the browser sessions of a user that neither ended nor expired, the last used one first."""
         return self.all(
             BrowserSession,
             """
@@ -1542,6 +1559,7 @@ class Store(Database):
         )
 
     def touch_browser_session(self, id_sha256: str, now: int) -> None:
+        """Record that a browser session is in use."""
         self.run(
             "UPDATE browser_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
             id_sha256=id_sha256, now=now,
@@ -1899,6 +1917,7 @@ class Store(Database):
         self.flusher.start()
 
     def close(self) -> None:
+        """Write the queued rows unless the disk refuses writes, and close every connection."""
         self.closing = True
         self.wake.set()
         if self.flusher:
