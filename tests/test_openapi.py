@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from conftest import CHEAP, Caller
 from appliance.base.settings import Options
+from appliance.base.openapi import Routes
 from appliance.base.objects import TokenForm
 
 OPTIONS = {
@@ -217,7 +218,7 @@ class TestAnswers:
 class TestDeclarations:
     def test_a_path_with_a_variable_cannot_be_shared_with_other_origins(self):
         """Who asks before it sends is answered from a table of paths, which knows none with variables."""
-        routes = m.Routes("test")
+        routes = Routes("test")
         with pytest.raises(TypeError, match="<id>"):
             routes("GET", ("/users", "/users/<id>"), guard=m.anyone, spec="none", cors=True)
         routes("GET", "/users", guard=m.anyone, spec="none", cors=True)(lambda idp, params: {})

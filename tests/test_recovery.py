@@ -266,7 +266,7 @@ class TestRestore:
         assert (
             idp.store.find_account_by_name("late") is None
             and idp.store.verify_audit()["valid"]
-            and idp.store.check_whole() == ""
+            and idp.store.check_integrity() == ""
         )
         idp.store.close()
 

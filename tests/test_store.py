@@ -14,11 +14,11 @@ import appliance.base.store as rows
 from conftest import PASSWORD, YEARS
 from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
-from appliance.base.store import (
-    AuthorizationCode, BrowserSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, Role, SEEDED_SCOPES, SLICE,
-    chain,
-)
 from appliance.base.objects import ChangeSecret, CreateUser
+from appliance.base.store import (
+    AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, RefreshToken, Role,
+    SEEDED_SCOPES, SLICE, chain,
+)
 
 
 def tombs(idp, many):
@@ -223,6 +223,62 @@ class TestWriting:
         monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real(path)[:4], 1, *real(path)[5:])))
         with pytest.raises(Unavailable):
             idp.store.probe()
+
+
+class TestCounting:
+    """What is counted or used once is one conditional statement."""
+
+    def test_failures_count_together_within_their_window_to_its_last_second(self, idp, alice):
+        fail = lambda now: idp.store.count_failed_login(alice.id, now, 60, 9, 10, 3600).failed_logins  # noqa: E731
+        assert [fail(1000), fail(1060), fail(1121)] == [1, 2, 1]
+
+    def test_a_lockout_doubles_up_to_its_bound_and_an_administrators_stays(self, idp, alice):
+        fail = lambda now: idp.store.count_failed_login(alice.id, now, 60, 1, 1000, 3600).lockout_until - now  # noqa: E731
+        assert [fail(10_000), fail(20_000), fail(30_000)] == [1000, 2000, 3600]
+        idp.store.set_lockout(alice.id, 90_000, 40_000)
+        assert fail(40_000) == 50_000
+
+    def test_taking_the_second_factor_away_destroys_its_recovery_codes(self, idp, alice, give_totp):
+        give_totp(idp, alice.account)
+        m.make_recovery_codes(idp, m.LOCAL, alice.id)
+        assert idp.store.clear_totp(alice.id, idp.now()) and idp.store.count_recovery_codes(alice.id) == 0
+        assert not idp.store.clear_totp(alice.id, idp.now())
+
+    def test_a_recovery_code_is_of_its_user_alone_and_works_once(self, idp, alice, new_user):
+        bob, hashed = new_user("bob"), m.sha256("code")
+        idp.store.replace_recovery_codes(alice.id, [hashed], 1)
+        assert not idp.store.spend_recovery_code(bob.id, hashed, 2)
+        assert idp.store.spend_recovery_code(alice.id, hashed, 2)
+        assert not idp.store.spend_recovery_code(alice.id, hashed, 2)
+
+    def test_a_refresh_token_rotates_once_for_its_client_up_to_its_last_second(self, idp, alice):
+        store, rotate = idp.store, idp.store.rotate_refresh_token
+        store.insert(Family("s", alice.id, "c", "", "pwd", 1, "", 1, 100, None))
+        for name in ("first", "second"):
+            store.insert(RefreshToken(name, name, "s", alice.id, "c", "j", 1, 100, None, None))
+        assert rotate("first", "another", 5) is rotate("first", "c", 100) is rotate("nothing", "c", 5) is None
+        assert rotate("first", "c", 99).rotated_at == 99 and rotate("first", "c", 99) is None
+        store.revoke_family("s", 50)
+        assert rotate("second", "c", 60) is None
+
+    def test_a_login_advances_once_from_the_state_in_which_it_was_read(self, idp, alice):
+        store = idp.store
+        read = store.insert(LoginTransaction("l", "b", "c", "password", "null", None, "", 0, 0, 1, 100, 0, ""))
+        totp = msgspec.structs.replace(read, state="totp", user_id=alice.id, amr="pwd", auth_time=5, proven_ms=5)
+        assert store.advance_login("password", totp, 100) is None, "it has expired"
+        assert store.advance_login("password", totp, 99) == totp
+        assert store.advance_login("password", totp, 99) is None
+        for failures in (1, 2, 3):
+            assert store.find_login("l", "b", 99).failures == failures - 1
+            store.count_failed_step("l", 3)
+        assert store.find_login("l", "b", 99) is None
+
+    def test_of_the_secrets_of_a_client_the_newest_outlives_a_change_and_the_others_end(self, idp, service):
+        id, now = m.get_client(idp, "service").row.id, idp.now()
+        idp.store.add_secret("second", id, "hash", now)
+        idp.store.retire_secrets(id, now + 60, now)
+        assert [secret.id for secret in idp.store.list_secrets(id, now)] == ["second"]
+        assert idp.store.list_secrets(id, now + 60) == []
 
 
 class TestSecrecy:
