@@ -379,6 +379,14 @@ def totp_step(seed: str, code: str, now: int) -> int | None:
     return found
 
 
+@functools.cache
+def common_passwords() -> bytes:
+    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for
+    this.
+    """
+    return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
+
+
 def check_new_password(options: Options, password: str, *names: str) -> str:
     """Return what is wrong with a password somebody chose, or nothing. NIST SP 800-63B §5.1.1.2."""
     if len(password) < options.password_min_length:
@@ -393,14 +401,6 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
     if any(name and folded == fold(name) for name in names):
         return "must not be the user name or e-mail address"
     return ""
-
-
-@functools.cache
-def common_passwords() -> bytes:
-    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for
-    this.
-    """
-    return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
 # == Tokens ====================================================================
@@ -861,6 +861,19 @@ def authenticate_user(
         return account, amr
 
 
+def fold_recovery_code(code: str) -> str:
+    """Return a recovery code as it was made, however it was typed."""
+    return re.sub(r"[\s-]", "", code).lower()
+
+
+def check_recovery_code(idp, account, code) -> str:
+    """Spend a recovery code. Return what is wrong, or nothing."""
+    now = idp.now()
+    if account.totp_locked_until > now:
+        return "second factor locked"
+    return "" if idp.store.spend_recovery_code(account.id, sha256(fold_recovery_code(code)), now) else WRONG_CODE
+
+
 def check_second_factor(
     idp: Idp, caller: Caller, user_id: str, proven_ms: int, code: str, client_id=""
 ) -> tuple[Account, list]:
@@ -889,19 +902,6 @@ def check_second_factor(
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
     return account, ["pwd", *([used] if used else []), "mfa"]
-
-
-def fold_recovery_code(code: str) -> str:
-    """Return a recovery code as it was made, however it was typed."""
-    return re.sub(r"[\s-]", "", code).lower()
-
-
-def check_recovery_code(idp, account, code) -> str:
-    """Spend a recovery code. Return what is wrong, or nothing."""
-    now = idp.now()
-    if account.totp_locked_until > now:
-        return "second factor locked"
-    return "" if idp.store.spend_recovery_code(account.id, sha256(fold_recovery_code(code)), now) else WRONG_CODE
 
 
 def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
@@ -966,6 +966,47 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
     return until
 
 
+def refuse_admins(idp: Idp, user_id: str):
+    """Raise access_denied for an administrator: a right over users is none over those who gave it."""
+    if is_admin(idp, user_id):
+        raise Problem("access_denied", log="the user is an administrator")
+
+
+def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admins=False) -> Account:
+    """Let a user in again, or keep one out and end all it has.
+
+    Raises unchanged, last_administrator, or with `but_admins` access_denied.
+    """
+    with idp.store.transaction():
+        account = get_user(idp, id)
+        if but_admins:
+            refuse_admins(idp, account.id)
+        if bool(account.is_active) == is_active:
+            raise Problem("unchanged")
+        if is_active:
+            idp.store.set_account_active(account.id, 1, idp.now())
+            audit(idp, caller, "user_reactivated", account.id)
+        else:
+            forbid_removing_last_admin(idp, account.id)
+            idp.store.set_account_active(account.id, 0, idp.now())
+            end_user(idp, caller, account.id, "user_deactivated")
+    return account
+
+
+def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
+    """Lock a user out until then, which ends all it has, or clear every lockout."""
+    until = read_lockout(idp, value)
+    with idp.store.transaction():
+        account = get_user(idp, id)
+        if until:
+            forbid_removing_last_admin(idp, account.id)
+            idp.store.set_lockout(account.id, until, idp.now())
+            end_user(idp, caller, account.id, "admin.lockout.set", iso(until))
+        else:
+            idp.store.set_lockout(account.id, 0, idp.now())
+            audit(idp, caller, "admin.lockout.clear", account.id)
+
+
 def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Account:
     """Change what was sent, all of it or nothing. Raises invalid_request, not_found, conflict or last_administrator."""
     errors, username, email = {}, None, None
@@ -1005,33 +1046,6 @@ def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Accoun
     return get_user(idp, account.id)
 
 
-def refuse_admins(idp: Idp, user_id: str):
-    """Raise access_denied for an administrator: a right over users is none over those who gave it."""
-    if is_admin(idp, user_id):
-        raise Problem("access_denied", log="the user is an administrator")
-
-
-def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admins=False) -> Account:
-    """Let a user in again, or keep one out and end all it has.
-
-    Raises unchanged, last_administrator, or with `but_admins` access_denied.
-    """
-    with idp.store.transaction():
-        account = get_user(idp, id)
-        if but_admins:
-            refuse_admins(idp, account.id)
-        if bool(account.is_active) == is_active:
-            raise Problem("unchanged")
-        if is_active:
-            idp.store.set_account_active(account.id, 1, idp.now())
-            audit(idp, caller, "user_reactivated", account.id)
-        else:
-            forbid_removing_last_admin(idp, account.id)
-            idp.store.set_account_active(account.id, 0, idp.now())
-            end_user(idp, caller, account.id, "user_deactivated")
-    return account
-
-
 def delete_user(idp: Idp, caller: Caller, id: str):
     """Delete a user and everything that hangs on it. Its tokens die with it."""
     with idp.store.transaction():
@@ -1061,20 +1075,6 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, but_admins=
             refuse_admins(idp, account.id)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
         end_user(idp, caller, account.id, "user_password_reset")
-
-
-def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
-    """Lock a user out until then, which ends all it has, or clear every lockout."""
-    until = read_lockout(idp, value)
-    with idp.store.transaction():
-        account = get_user(idp, id)
-        if until:
-            forbid_removing_last_admin(idp, account.id)
-            idp.store.set_lockout(account.id, until, idp.now())
-            end_user(idp, caller, account.id, "admin.lockout.set", iso(until))
-        else:
-            idp.store.set_lockout(account.id, 0, idp.now())
-            audit(idp, caller, "admin.lockout.clear", account.id)
 
 
 def verify_password(idp: Idp, caller: Caller, wanted: VerifyPassword) -> Account:
@@ -1326,17 +1326,6 @@ def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
 GRANT_TYPES = (AUTHORIZATION_CODE, CLIENT_CREDENTIALS, PASSWORD, REFRESH_TOKEN)
 
 
-def find_client(idp: Idp, client_id: str) -> Client | None:
-    """Return an active client with its secrets, scopes, flags and URIs; cached until the cache generation changes."""
-    cache = idp.cache()
-    client = cache.get(client_id)
-    if client is None:
-        client = load_client(idp, client_id)
-        if client is not None and client.client_id == client_id and len(cache) < 10_000:
-            cache[client_id] = client
-    return client if client is not None and client.row.is_active and client.client_id == client_id else None
-
-
 def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
     store = idp.store
     row = store.find_client(id_or_client_id)
@@ -1349,6 +1338,17 @@ def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
         tuple(uri.uri for uri in uris if uri.kind == kind) for kind in ("redirect", "post_logout", "cors_origin")
     )
     return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins)
+
+
+def find_client(idp: Idp, client_id: str) -> Client | None:
+    """Return an active client with its secrets, scopes, flags and URIs; cached until the cache generation changes."""
+    cache = idp.cache()
+    client = cache.get(client_id)
+    if client is None:
+        client = load_client(idp, client_id)
+        if client is not None and client.client_id == client_id and len(cache) < 10_000:
+            cache[client_id] = client
+    return client if client is not None and client.row.is_active and client.client_id == client_id else None
 
 
 def get_client(idp: Idp, id_or_client_id: str) -> Client:
@@ -1456,6 +1456,10 @@ def check_scope_name(name: str) -> str:
 DANGEROUS_SCHEMES = ("javascript", "data", "vbscript", "file", "blob", "about", "filesystem", "view-source")
 
 
+def is_loopback_host(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+
+
 def check_redirect_uri(uri: str) -> str:
     """Return what is wrong with a redirect URI, or "". RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1.
 
@@ -1479,10 +1483,6 @@ def check_redirect_uri(uri: str) -> str:
             return "must be https, or http to this machine (localhost, 127.0.0.1 or [::1])"
         return ""
     return "" if "." in parts.scheme else "must be https, or a scheme in the form of a reversed domain name"
-
-
-def is_loopback_host(host: str) -> bool:
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def check_origin(uri: str) -> str:
@@ -2045,6 +2045,14 @@ def revoke_refresh_token(idp: Idp, caller: Caller, id: str):
     revoke_family(idp, caller, row.sid, "refresh_token_revoked", row.user_id)
 
 
+def audit_purge(idp, caller, action, done, wanted) -> int:
+    audit(
+        idp, caller, action, wanted.user_id or wanted.client_id or "",
+        f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
+    )
+    return done
+
+
 def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
     """Delete the rows of expired or revoked sessions or refresh tokens; return how many.
 
@@ -2084,14 +2092,6 @@ def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lam
     return total
 
 
-def audit_purge(idp, caller, action, done, wanted) -> int:
-    audit(
-        idp, caller, action, wanted.user_id or wanted.client_id or "",
-        f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
-    )
-    return done
-
-
 def describe_token(idp: Idp, token: str) -> dict:
     """Return the claims of an AUTH token, even an expired one, with `valid`, `expired` and `active`.
 
@@ -2114,21 +2114,20 @@ def describe_token(idp: Idp, token: str) -> dict:
     return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
 
 
-def introspect_token(idp: Idp, client: Client, token: str) -> dict:
-    """Return the RFC 7662 §2.2 claims of a token.
-
-    Only the token's own client and clients with the introspect right see them; others get {"active": false}.
-    """
-    inactive = {"active": False}
-    try:
-        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
-    except Problem as problem:
-        if problem.code != "invalid_token":
-            raise
-        return introspect_refresh_token(idp, client, token) or inactive
-    if claims["client_id"] != client.client_id and not client.row.may_introspect:
-        return inactive
-    return {"active": True, "token_type": "Bearer", **claims}
+def active_family(idp: Idp, sid: str) -> Family | None:
+    """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
+    family = idp.store.find_family(sid)
+    if (
+        family is None
+        or family.revoked_at is not None
+        or family.expires_at <= idp.now()
+        or family.created_ms <= idp.revoked_before
+    ):
+        return None
+    client = find_client(idp, family.client_id)
+    if client is None or family.created_ms <= client.row.revoked_before:
+        return None
+    return family if is_good(idp.store.find_account(family.user_id), family.created_ms) else None
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
@@ -2148,20 +2147,21 @@ def introspect_refresh_token(idp, client, token) -> dict | None:
     }
 
 
-def active_family(idp: Idp, sid: str) -> Family | None:
-    """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
-    family = idp.store.find_family(sid)
-    if (
-        family is None
-        or family.revoked_at is not None
-        or family.expires_at <= idp.now()
-        or family.created_ms <= idp.revoked_before
-    ):
-        return None
-    client = find_client(idp, family.client_id)
-    if client is None or family.created_ms <= client.row.revoked_before:
-        return None
-    return family if is_good(idp.store.find_account(family.user_id), family.created_ms) else None
+def introspect_token(idp: Idp, client: Client, token: str) -> dict:
+    """Return the RFC 7662 §2.2 claims of a token.
+
+    Only the token's own client and clients with the introspect right see them; others get {"active": false}.
+    """
+    inactive = {"active": False}
+    try:
+        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+    except Problem as problem:
+        if problem.code != "invalid_token":
+            raise
+        return introspect_refresh_token(idp, client, token) or inactive
+    if claims["client_id"] != client.client_id and not client.row.may_introspect:
+        return inactive
+    return {"active": True, "token_type": "Bearer", **claims}
 
 
 # == Grants ====================================================================
@@ -2189,6 +2189,10 @@ def client_credentials(idp: Idp, client: Client, params) -> Granted:
     return Granted(decide_scopes(params.get("scope"), client.scopes), CLIENT_CREDENTIALS)
 
 
+def scopes_of_user(idp, user_id) -> frozenset:
+    return frozenset(scope.name for scope in idp.store.list_scopes_of_user(user_id))
+
+
 def password_grant(idp: Idp, client: Client, params) -> Granted:
     """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
     username, password = params.need("username"), params.need("password")
@@ -2197,10 +2201,6 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
     )
     scope = decide_scopes(params.get("scope"), client.scopes, scopes_of_user(idp, account.id))
     return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
-
-
-def scopes_of_user(idp, user_id) -> frozenset:
-    return frozenset(scope.name for scope in idp.store.list_scopes_of_user(user_id))
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
@@ -2245,6 +2245,29 @@ def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
     return "" if hmac.compare_digest(expected, code.code_challenge) else "the verifier does not match"
 
 
+def is_logged_out(idp: Idp, id_sha256: str) -> bool:
+    session = idp.store.find_browser_session(id_sha256)
+    return session is None or session.revoked_at is not None
+
+
+def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
+    """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
+    with idp.store.transaction():
+        if idp.store.find_family(code.sid) is None:
+            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
+            # fails.
+            now = idp.now()
+            idp.store.insert(
+                Family(
+                    code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms,
+                    now, now,
+                )
+            )
+        revoke_family(
+            idp, caller.acting_as(code.user_id), code.sid, "authorization_code_reused", code.client_id, FAILURE
+        )
+
+
 def code_grant(idp: Idp, client: Client, params) -> Granted:
     """RFC 6749 §4.1.3. A failed attempt spends the code, so that it cannot be repeated (§10.5).
 
@@ -2270,29 +2293,6 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
             end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log=f"code: {wrong}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
-
-
-def is_logged_out(idp: Idp, id_sha256: str) -> bool:
-    session = idp.store.find_browser_session(id_sha256)
-    return session is None or session.revoked_at is not None
-
-
-def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
-    """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
-    with idp.store.transaction():
-        if idp.store.find_family(code.sid) is None:
-            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
-            # fails.
-            now = idp.now()
-            idp.store.insert(
-                Family(
-                    code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms,
-                    now, now,
-                )
-            )
-        revoke_family(
-            idp, caller.acting_as(code.user_id), code.sid, "authorization_code_reused", code.client_id, FAILURE
-        )
 
 
 GRANTS = {
@@ -2612,6 +2612,27 @@ def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
     return challenge, method
 
 
+def read_hint(idp: Idp, token: str | None) -> dict | None:
+    """Return the claims of an ID token of ours, an expired one too, or None. OpenID Connect RP-Initiated Logout §2."""
+    try:
+        return idp.auth_ring.verify(token, JWT) if token else None
+    except Problem:
+        return None
+
+
+def read_claims_parameter(claims: str | None) -> str:
+    """Return the names the claims parameter asks for, as JSON, in a bounded form. OpenID Connect Core §5.5."""
+    if not claims:
+        return ""
+    try:
+        found = msgspec.json.decode(claims, type=dict[str, dict[str, dict | None] | None])
+    except (msgspec.DecodeError, RecursionError):
+        raise Problem("invalid_request", log="malformed claims parameter") from None
+    asked = {of: [name for name in (found.get(of) or ()) if name in USER_CLAIMS] for of in ("id_token", "userinfo")}
+    sub = ((found.get("id_token") or {}).get("sub") or {}).get("value")
+    return msgspec.json.encode(asked | ({"sub": sub} if isinstance(sub, str) else {})).decode()
+
+
 def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
     """Read the rest of an authorization request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
@@ -2650,27 +2671,6 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
         method, prompt, int(max_age) if max_age else None, get("login_hint") or "", hinted["sub"] if hinted else "",
         read_claims_parameter(get("claims")), get("ui_locales") or "",
     )
-
-
-def read_hint(idp: Idp, token: str | None) -> dict | None:
-    """Return the claims of an ID token of ours, an expired one too, or None. OpenID Connect RP-Initiated Logout §2."""
-    try:
-        return idp.auth_ring.verify(token, JWT) if token else None
-    except Problem:
-        return None
-
-
-def read_claims_parameter(claims: str | None) -> str:
-    """Return the names the claims parameter asks for, as JSON, in a bounded form. OpenID Connect Core §5.5."""
-    if not claims:
-        return ""
-    try:
-        found = msgspec.json.decode(claims, type=dict[str, dict[str, dict | None] | None])
-    except (msgspec.DecodeError, RecursionError):
-        raise Problem("invalid_request", log="malformed claims parameter") from None
-    asked = {of: [name for name in (found.get(of) or ()) if name in USER_CLAIMS] for of in ("id_token", "userinfo")}
-    sub = ((found.get("id_token") or {}).get("sub") or {}).get("value")
-    return msgspec.json.encode(asked | ({"sub": sub} if isinstance(sub, str) else {})).decode()
 
 
 # -- browser sessions --
@@ -2731,6 +2731,13 @@ def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
             audit(idp, caller, "browser_logged_out", caller.actor)
 
 
+def named_user(request: AuthorizeRequest) -> str:
+    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it
+    names none.
+    """
+    return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
+
+
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
     """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core
     §3.1.2.3.
@@ -2742,14 +2749,11 @@ def session_serves(idp: Idp, session: BrowserSession, client: Client, request: A
     return "login" not in request.prompt and named_user(request) in ("", session.user_id)
 
 
-def named_user(request: AuthorizeRequest) -> str:
-    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it
-    names none.
-    """
-    return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
-
-
 # -- transactions --
+
+
+def new_pending(idp, user_id, state) -> str:
+    return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
 
 
 def begin_login(
@@ -2775,20 +2779,20 @@ def begin_login(
     return row
 
 
-def get_login(idp: Idp, id: str, binding: str | None) -> Login:
-    """Return a login under way, to whoever began it. Raises not_found: whatever is wrong, it is to be begun anew."""
-    row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
-    if row is None or row.state == "done":
-        raise Problem("not_found", log="no such login under way, or not in this browser")
-    return as_login(idp, row)
-
-
 def as_login(idp: Idp, row: LoginTransaction) -> Login:
     request = msgspec.json.decode(row.request, type=AuthorizeRequest | None)
     client = find_client(idp, row.client_id) if request else None
     if request and (client is None or not is_registered_uri(request.redirect_uri, client.redirect_uris)):
         raise Problem("not_found", log="the client of this login is gone, or its redirect URI")
     return Login(row, request, client)
+
+
+def get_login(idp: Idp, id: str, binding: str | None) -> Login:
+    """Return a login under way, to whoever began it. Raises not_found: whatever is wrong, it is to be begun anew."""
+    row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
+    if row is None or row.state == "done":
+        raise Problem("not_found", log="no such login under way, or not in this browser")
+    return as_login(idp, row)
 
 
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
@@ -2802,6 +2806,30 @@ def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
 
 def fail_step(idp: Idp, login: Login):
     idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
+
+
+def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
+    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the
+    client asks.
+    """
+    if "consent" in request.prompt:
+        return True
+    if client.row.is_first_party:
+        return False
+    wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
+    agreed = idp.store.find_consent(user_id, client.row.id)
+    return agreed is None or not wanted <= set(agreed.split())
+
+
+def after_factors(idp: Idp, login: Login, account: Account) -> str:
+    """Return the state after the last factor: consent where it is needed, else done; an application with its own
+    screens says when.
+    """
+    if login.request and login.request.headless:
+        return "ready"
+    if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
+        return "consent"
+    return "done"
 
 
 def give_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
@@ -2821,10 +2849,6 @@ def give_password(idp: Idp, caller: Caller, login: Login, username: str, passwor
         idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
         proven_ms=proven_ms,
     )
-
-
-def new_pending(idp, user_id, state) -> str:
-    return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
 
 
 def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
@@ -2869,32 +2893,8 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         return login, make_recovery_codes(idp, caller, account.id)
 
 
-def after_factors(idp: Idp, login: Login, account: Account) -> str:
-    """Return the state after the last factor: consent where it is needed, else done; an application with its own
-    screens says when.
-    """
-    if login.request and login.request.headless:
-        return "ready"
-    if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
-        return "consent"
-    return "done"
-
-
 def scope_for(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> str:
     return decide_scopes(request.scope, client.scopes, scopes_of_user(idp, account.id))
-
-
-def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
-    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the
-    client asks.
-    """
-    if "consent" in request.prompt:
-        return True
-    if client.row.is_first_party:
-        return False
-    wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
-    agreed = idp.store.find_consent(user_id, client.row.id)
-    return agreed is None or not wanted <= set(agreed.split())
 
 
 def issue_code(
@@ -2972,6 +2972,23 @@ class Reply(msgspec.Struct):
     status: int = 200
 
 
+def decode_component(raw: bytes) -> str:
+    """Decode one name or value of a form. WHATWG URL §5.1, strictly."""
+    if b"+" in raw:
+        raw = raw.replace(b"+", b" ")
+    if b"%" in raw:
+        if BAD_PERCENT.search(raw):
+            raise Problem("invalid_request", log="broken percent-encoding")
+        raw = unquote_to_bytes(raw)
+    try:
+        word = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Problem("invalid_request", log="not UTF-8") from None
+    if "\0" in word:
+        raise Problem("invalid_request", log="NUL in a parameter")
+    return word
+
+
 def parse_form(body: bytes) -> dict:
     """Return the parameters of an application/x-www-form-urlencoded body or query.
 
@@ -2993,23 +3010,6 @@ def parse_form(body: bytes) -> dict:
             raise Problem("invalid_request", log="repeated parameter")
         found[name] = value
     return found
-
-
-def decode_component(raw: bytes) -> str:
-    """Decode one name or value of a form. WHATWG URL §5.1, strictly."""
-    if b"+" in raw:
-        raw = raw.replace(b"+", b" ")
-    if b"%" in raw:
-        if BAD_PERCENT.search(raw):
-            raise Problem("invalid_request", log="broken percent-encoding")
-        raw = unquote_to_bytes(raw)
-    try:
-        word = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise Problem("invalid_request", log="not UTF-8") from None
-    if "\0" in word:
-        raise Problem("invalid_request", log="NUL in a parameter")
-    return word
 
 
 def members_of(wanted) -> dict:
@@ -3304,6 +3304,43 @@ def listed(params, rows, total) -> Reply:
     return Reply(rows, headers)
 
 
+# -- pages: what people see --
+
+
+def show_page(
+    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
+) -> Page:
+    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
+    redirect, too.
+    """
+    language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
+    base = idp.options.auth_issuer
+    values = {
+        "text": idp.pages.texts[language], "language": language, "base": base,
+        "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
+        "brand": idp.options.brand_name or urlsplit(base).hostname,
+        "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
+    } | words
+    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
+    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
+    leads = f" {urlsplit(target).scheme}:" if target else ""
+    policy = (
+        "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
+        f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
+    )
+    return Page(
+        idp.pages.render(name, **values), "text/html; charset=utf-8", status=status,
+        headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
+    )
+
+
+def show_problem(idp: Idp, problem: Problem, environ) -> Page:
+    """Return the page of what went wrong: never a redirect, never what was sent."""
+    page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
+    page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
+    return page
+
+
 # -- answers --
 
 BASE_HEADERS = (
@@ -3440,43 +3477,6 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
             ("Access-Control-Allow-Headers", "Authorization, Content-Type"), ("Access-Control-Max-Age", "600"),
         )
     return headers
-
-
-# -- pages: what people see --
-
-
-def show_page(
-    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
-) -> Page:
-    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
-    redirect, too.
-    """
-    language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
-    base = idp.options.auth_issuer
-    values = {
-        "text": idp.pages.texts[language], "language": language, "base": base,
-        "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
-        "brand": idp.options.brand_name or urlsplit(base).hostname,
-        "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
-    } | words
-    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
-    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
-    leads = f" {urlsplit(target).scheme}:" if target else ""
-    policy = (
-        "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
-        f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
-    )
-    return Page(
-        idp.pages.render(name, **values), "text/html; charset=utf-8", status=status,
-        headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
-    )
-
-
-def show_problem(idp: Idp, problem: Problem, environ) -> Page:
-    """Return the page of what went wrong: never a redirect, never what was sent."""
-    page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
-    page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
-    return page
 
 
 # -- cookies of people --
@@ -3913,6 +3913,31 @@ def my_refresh_tokens(idp, claims, params):
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
+def forget_browser(idp: Idp, params, handle: str | None, location: str):
+    """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
+
+    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log
+    anybody out.
+    """
+    if handle:
+        held = find_browser_session(idp, handle)
+        end_browser_session(idp, params.caller.acting_as(held[1].id if held else "anonymous"), sha256(handle))
+    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
+    return (
+        Redirect(location, cookies)
+        if location
+        else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
+    )
+
+
+def log_browser_out(idp: Idp, params, location=""):
+    """End the session of this browser, from a form of ours, and say so."""
+    handle = session_handle(idp, params)
+    if handle:
+        check_form(params, handle, "session")
+    return forget_browser(idp, params, handle, location)
+
+
 @AUTH("POST", "/logout", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout(idp, claims, params):
     """End every login of this user at the token's client; from our own page, the session of the browser."""
@@ -3967,29 +3992,21 @@ def refuse_client(
     )
 
 
-@AUTH(
-    "GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm,
-    gives=PkceStep, html=True, option="enable_pkce",
-)
-def authorize(idp, params):
-    """Let a user log in for a client.
+def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
+    """Return the state that is left where a client demands a second factor and the session was begun without."""
+    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
+        return ""
+    return "totp" if account.totp_sealed else "enrol"
 
-    A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON.
-    """
-    headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
-    if headless:
-        return begin_headless(idp, params)
-    client, redirect_uri = validate_client(idp, params)
-    try:
-        request = read_request(idp, client, redirect_uri, params)
-        if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
-            # A POST from another site brings no cookies; the GET it becomes does. So it finds the session.
-            return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
-        return admit(idp, params, client, request)
-    except Problem as problem:
-        if problem.status >= 429:
-            raise
-        return refuse_client(idp, params, redirect_uri, params.get("response_mode"), params.get("state"), problem)
+
+def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
+    """Begin a login in this browser, and lead to its page."""
+    binding, cookies = login_binding(idp, params), []
+    if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
+        binding = random_handle()
+        cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
+    row = begin_login(idp, params.caller, binding, request, state, session)
+    return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
 
 
 def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
@@ -4023,21 +4040,51 @@ def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
     return open_login(idp, params, request, "password", None)
 
 
-def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
-    """Return the state that is left where a client demands a second factor and the session was begun without."""
-    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
-        return ""
-    return "totp" if account.totp_sealed else "enrol"
+def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
+    assert login.request
+    return PkceStep(jti, login.row.client_id, login.request.redirect_uri, requires_totp, False)
 
 
-def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
-    """Begin a login in this browser, and lead to its page."""
-    binding, cookies = login_binding(idp, params), []
-    if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
-        binding = random_handle()
-        cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
-    row = begin_login(idp, params.caller, binding, request, state, session)
-    return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
+def begin_headless(idp: Idp, params) -> Reply:
+    """Begin a login for a first-party application; the `jti` in the answer is the secret it is bound to."""
+    try:
+        client, redirect_uri = validate_client(idp, params)
+        if not params.get("response_type"):
+            params.values["response_type"] = "code"  # the original never asked for it
+        request = read_request(idp, client, redirect_uri, params)
+        if not client.row.is_first_party or not request.code_challenge:
+            raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
+        request.headless = True
+        jti = random_handle()
+        row = begin_login(idp, params.caller, jti, request)
+        return Reply(headless_step(as_login(idp, row), jti, False))
+    except (Problem, Unavailable) as error:
+        return refuse(as_problem(error), False)
+
+
+@AUTH(
+    "GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm,
+    gives=PkceStep, html=True, option="enable_pkce",
+)
+def authorize(idp, params):
+    """Let a user log in for a client.
+
+    A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON.
+    """
+    headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
+    if headless:
+        return begin_headless(idp, params)
+    client, redirect_uri = validate_client(idp, params)
+    try:
+        request = read_request(idp, client, redirect_uri, params)
+        if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
+            # A POST from another site brings no cookies; the GET it becomes does. So it finds the session.
+            return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
+        return admit(idp, params, client, request)
+    except Problem as problem:
+        if problem.status >= 429:
+            raise
+        return refuse_client(idp, params, redirect_uri, params.get("response_mode"), params.get("state"), problem)
 
 
 # -- people: the pages of a login --
@@ -4064,6 +4111,15 @@ def posted_login(idp, params, *states) -> Login:
     if login.row.state not in states:
         raise Problem("conflict", log="the form of another state")
     return login
+
+
+def describe_scope(idp, name) -> dict:
+    scope = idp.store.find_scope(name)
+    return {"name": name, "description": scope.description if scope else ""}
+
+
+def picture(uri: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words) -> Page:
@@ -4101,15 +4157,6 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         client=(client.row.display_name or client.client_id) if client else "",
         **({"username": request.login_hint if request else ""} | {"recovery": []} | words),
     )
-
-
-def describe_scope(idp, name) -> dict:
-    scope = idp.store.find_scope(name)
-    return {"name": name, "description": scope.description if scope else ""}
-
-
-def picture(uri: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
 def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
@@ -4322,28 +4369,6 @@ def as_err(handler):
     return wrapped
 
 
-def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
-    assert login.request
-    return PkceStep(jti, login.row.client_id, login.request.redirect_uri, requires_totp, False)
-
-
-def begin_headless(idp: Idp, params) -> Reply:
-    """Begin a login for a first-party application; the `jti` in the answer is the secret it is bound to."""
-    try:
-        client, redirect_uri = validate_client(idp, params)
-        if not params.get("response_type"):
-            params.values["response_type"] = "code"  # the original never asked for it
-        request = read_request(idp, client, redirect_uri, params)
-        if not client.row.is_first_party or not request.code_challenge:
-            raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
-        request.headless = True
-        jti = random_handle()
-        row = begin_login(idp, params.caller, jti, request)
-        return Reply(headless_step(as_login(idp, row), jti, False))
-    except (Problem, Unavailable) as error:
-        return refuse(as_problem(error), False)
-
-
 def headless_login(idp, params) -> tuple[Login, str]:
     jti = params.need("jti")
     row = idp.store.find_headless_login(sha256(jti), idp.now())
@@ -4416,31 +4441,6 @@ def auth_session(idp, params):
 # -- people: logout --
 
 
-def log_browser_out(idp: Idp, params, location=""):
-    """End the session of this browser, from a form of ours, and say so."""
-    handle = session_handle(idp, params)
-    if handle:
-        check_form(params, handle, "session")
-    return forget_browser(idp, params, handle, location)
-
-
-def forget_browser(idp: Idp, params, handle: str | None, location: str):
-    """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
-
-    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log
-    anybody out.
-    """
-    if handle:
-        held = find_browser_session(idp, handle)
-        end_browser_session(idp, params.caller.acting_as(held[1].id if held else "anonymous"), sha256(handle))
-    cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
-    return (
-        Redirect(location, cookies)
-        if location
-        else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
-    )
-
-
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
     """Return the claims of the id_token_hint, and where to go afterwards: a registered URI or nowhere.
 
@@ -4510,6 +4510,11 @@ def logout_page(idp, params):
 # -- people: their account --
 
 
+def client_name(idp, client_id) -> str:
+    client = find_client(idp, client_id)
+    return (client.row.display_name if client else "") or client_id
+
+
 def show_account(
     idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
 ) -> Page:
@@ -4541,11 +4546,6 @@ def show_account(
     )
 
 
-def client_name(idp, client_id) -> str:
-    client = find_client(idp, client_id)
-    return (client.row.display_name if client else "") or client_id
-
-
 @AUTH(
     "GET", "/account", guard=anyone, spec="self-service", gives=bytes, gives_media="text/html", html=True,
     option="enable_pkce",
@@ -4554,38 +4554,6 @@ def account_page(idp, params):
     """One's own sessions, password and second factor; whoever is not logged in logs in first."""
     held = find_browser_session(idp, session_handle(idp, params))
     return show_account(idp, params, held) if held else open_login(idp, params, None)
-
-
-@AUTH(
-    "POST", "/account", guard=anyone, spec="self-service", form=AccountForm, gives=bytes, gives_media="text/html",
-    html=True, option="enable_pkce",
-)
-def account_change(idp, params):
-    """End sessions, change the password, set up or take away the second factor.
-
-    What weakens asks for the password and the code.
-    """
-    handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
-    if held is None:
-        return open_login(idp, params, None)
-    check_form(params, handle, "session")
-    session, account = held
-    try:
-        return (
-            ACCOUNT_CHANGES[params.need("action")](idp, params, session, account)
-            if params.get("action") in ACCOUNT_CHANGES
-            else show_account(idp, params, held, status=400, error="unknown")
-        )
-    except Problem as problem:
-        if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
-            raise
-        Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
-        said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
-        return show_account(
-            idp, params, held, status=problem.status,
-            error="weak_password" if "new_password" in (problem.errors or {}) else said,
-        )
 
 
 def end_own_session(idp, params, session, account):
@@ -4674,6 +4642,38 @@ ACCOUNT_CHANGES = {
     "password": change_own_password, "begin_totp": begin_own_totp, "confirm_totp": confirm_own_totp,
     "disable_totp": disable_own_totp, "recovery_codes": renew_own_codes,
 }
+
+
+@AUTH(
+    "POST", "/account", guard=anyone, spec="self-service", form=AccountForm, gives=bytes, gives_media="text/html",
+    html=True, option="enable_pkce",
+)
+def account_change(idp, params):
+    """End sessions, change the password, set up or take away the second factor.
+
+    What weakens asks for the password and the code.
+    """
+    handle = session_handle(idp, params)
+    held = find_browser_session(idp, handle)
+    if held is None:
+        return open_login(idp, params, None)
+    check_form(params, handle, "session")
+    session, account = held
+    try:
+        return (
+            ACCOUNT_CHANGES[params.need("action")](idp, params, session, account)
+            if params.get("action") in ACCOUNT_CHANGES
+            else show_account(idp, params, held, status=400, error="unknown")
+        )
+    except Problem as problem:
+        if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
+            raise
+        Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
+        said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
+        return show_account(
+            idp, params, held, status=problem.status,
+            error="weak_password" if "new_password" in (problem.errors or {}) else said,
+        )
 
 
 # -- administration by scope --
@@ -5314,6 +5314,15 @@ def admin_list_users_with_scope(idp, claims, params):
     return listed(params, [user_object(row) for row in rows], total)
 
 
+def client_object(client: Client, secret="") -> ClientObject:
+    row = client.row
+    return ClientObject(
+        row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience,
+        row.client_type, client.grant_types, bool(row.may_introspect), bool(row.is_first_party),
+        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
+    )
+
+
 @ADMIN("GET", "/scopes/<id>/clients", guard=by_admin, spec=OWN, query=Paged, gives=list[ClientObject])
 def admin_list_clients_with_scope(idp, claims, params):
     """The clients that may ask for a scope, a page at a time."""
@@ -5324,15 +5333,6 @@ def admin_list_clients_with_scope(idp, claims, params):
 
 
 # -- clients --
-
-
-def client_object(client: Client, secret="") -> ClientObject:
-    row = client.row
-    return ClientObject(
-        row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience,
-        row.client_type, client.grant_types, bool(row.may_introspect), bool(row.is_first_party),
-        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
-    )
 
 
 def rows_of_clients(idp: Idp, query) -> tuple[list, int]:

@@ -164,6 +164,11 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     return entries
 
 
+def alg_of(entry: KeyEntry) -> str:
+    key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+    return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
+
+
 def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
     """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who
     signed retires.
@@ -185,11 +190,6 @@ def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
 def next_due(entries, overlap: int) -> int | None:
     """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
     return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
-
-
-def alg_of(entry: KeyEntry) -> str:
-    key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
-    return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
 
 
 class Key:
