@@ -448,6 +448,10 @@ def usage() -> str:
     )
 
 
+def example_of(words: str) -> str:
+    return "  " + (words if "microauthd " in words else "microauthd " + words)
+
+
 def command_help(command: Command) -> str:
     """Return the help of one command: usage, description, options, examples."""
     typed = [f"microauthd {command.name} {words}".rstrip() for words in command.usage]
@@ -462,10 +466,6 @@ def command_help(command: Command) -> str:
         lines += ["", "It also takes the options of the server, such as --config FILE: see microauthd help mad.conf."]
     lines += ["", "examples:", *(example_of(words) for words in command.examples), "", STATUSES, ""]
     return "\n".join(lines)
-
-
-def example_of(words: str) -> str:
-    return "  " + (words if "microauthd " in words else "microauthd " + words)
 
 
 def show_help(args: list[str]) -> int:

@@ -216,17 +216,17 @@ def check_client_secret(answer):
     return answer
 
 
-def check_passphrase(answer):
-    if answer and len(answer) < 8:
-        raise ValueError("it must have at least 8 characters")
-    return check_printable(answer)
-
-
 def check_printable(answer):
     # A Unicode line separator too would end the line in the config file.
     if not answer.isprintable():
         raise ValueError("it must not contain control characters or line separators")
     return answer
+
+
+def check_passphrase(answer):
+    if answer and len(answer) < 8:
+        raise ValueError("it must have at least 8 characters")
+    return check_printable(answer)
 
 
 def check_creatable(path):
@@ -404,6 +404,26 @@ def format_value(value):
 # == The wizard ================================================================
 
 
+def meaning_of_empty(draft, name):
+    """Return what an empty answer to the question for a passphrase means."""
+    return "keeps the one that is set" if draft[name] else "none"
+
+
+def ask_key_passphrase(prompter, draft, name):
+    """Ask for the passphrase of a key file: it must open an existing file, and is typed twice for a new one."""
+    path = draft[name.removesuffix("-pass") + "-file"]
+
+    def check(answer):
+        value = check_passphrase(answer) or draft[name]
+        if os.path.exists(path):
+            microauthd.read_ring(path, value)
+        draft.check_effective(name, value)
+        return value
+
+    question = f"{OPTION_NAMES[name].ask} (empty: {meaning_of_empty(draft, name)})"
+    draft.choose(name, prompter.ask_secret(question, check, repeat=not os.path.exists(path)))
+
+
 def ask_option(prompter, draft, name):
     option, value = OPTION_NAMES[name], draft[name]
     question = EXTRA_QUESTIONS.get(name, option.ask)
@@ -428,26 +448,6 @@ def ask_option(prompter, draft, name):
     if option.parse is boolean:
         return prompter.confirm(question, value, lambda yes: draft.choose(name, yes))
     return prompter.ask(question, format_value(value), check_option(draft, name))
-
-
-def meaning_of_empty(draft, name):
-    """Return what an empty answer to the question for a passphrase means."""
-    return "keeps the one that is set" if draft[name] else "none"
-
-
-def ask_key_passphrase(prompter, draft, name):
-    """Ask for the passphrase of a key file: it must open an existing file, and is typed twice for a new one."""
-    path = draft[name.removesuffix("-pass") + "-file"]
-
-    def check(answer):
-        value = check_passphrase(answer) or draft[name]
-        if os.path.exists(path):
-            microauthd.read_ring(path, value)
-        draft.check_effective(name, value)
-        return value
-
-    question = f"{OPTION_NAMES[name].ask} (empty: {meaning_of_empty(draft, name)})"
-    draft.choose(name, prompter.ask_secret(question, check, repeat=not os.path.exists(path)))
 
 
 def ask_certificate_passphrase(prompter, draft, name):
@@ -520,37 +520,6 @@ def ask_client(prompter, draft):
     return client_id, draft["oidc-client-secret"], audience, scopes
 
 
-def ask_administrator(prompter, draft):
-    """Return user name, e-mail, password and TOTP seed."""
-    username = prompter.ask("Administrator's user name?", "admin", check_username)
-    email = prompter.ask("Administrator's e-mail?", "", check_email)
-    check = check_by_rule(
-        lambda answer: microauthd.check_new_password(draft.options, answer, username, email), "password", str
-    )
-    password = prompter.ask_secret("Administrator's password?", check, repeat=True)
-    return username, email, password, ask_second_factor(prompter, username)
-
-
-def ask_second_factor(prompter, username):
-    """Offer TOTP, and return the seed, or "" without one.
-
-    A seed is used only after a code has proved that an authenticator has it. RFC 6238
-    """
-    if not prompter.confirm("A second factor (TOTP) for the administrator?", False):
-        return ""
-    seed = microauthd.new_totp_seed()
-    uri = microauthd.totp_uri(seed, username, "microauthd")
-    prompter.write(draw_qr_code(uri, " ".join(re.findall(".{1,4}", seed))))
-
-    def check(answer):
-        answer = answer.replace(" ", "")
-        if answer and microauthd.totp_step(seed, answer, int(time.time())) is None:
-            raise ValueError("that is not the code of this moment; empty goes on without")
-        return answer
-
-    return seed if prompter.ask("The code it shows?", "", check) else ""
-
-
 def terminal_uses_utf8():
     """Whether the locale uses UTF-8.
 
@@ -588,6 +557,37 @@ def draw_qr_code(uri, secret):
     return "Type the secret into the authenticator:\n  " + secret
 
 
+def ask_second_factor(prompter, username):
+    """Offer TOTP, and return the seed, or "" without one.
+
+    A seed is used only after a code has proved that an authenticator has it. RFC 6238
+    """
+    if not prompter.confirm("A second factor (TOTP) for the administrator?", False):
+        return ""
+    seed = microauthd.new_totp_seed()
+    uri = microauthd.totp_uri(seed, username, "microauthd")
+    prompter.write(draw_qr_code(uri, " ".join(re.findall(".{1,4}", seed))))
+
+    def check(answer):
+        answer = answer.replace(" ", "")
+        if answer and microauthd.totp_step(seed, answer, int(time.time())) is None:
+            raise ValueError("that is not the code of this moment; empty goes on without")
+        return answer
+
+    return seed if prompter.ask("The code it shows?", "", check) else ""
+
+
+def ask_administrator(prompter, draft):
+    """Return user name, e-mail, password and TOTP seed."""
+    username = prompter.ask("Administrator's user name?", "admin", check_username)
+    email = prompter.ask("Administrator's e-mail?", "", check_email)
+    check = check_by_rule(
+        lambda answer: microauthd.check_new_password(draft.options, answer, username, email), "password", str
+    )
+    password = prompter.ask_secret("Administrator's password?", check, repeat=True)
+    return username, email, password, ask_second_factor(prompter, username)
+
+
 def print_summary(prompter, draft, final_options, answers, is_guided):
     rows = [
         ("config", final_options.config_file),
@@ -614,6 +614,24 @@ def print_summary(prompter, draft, final_options, answers, is_guided):
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         prompter.write(f"  {name:{width}}  {value}")
+
+
+def describe_outcome(config):
+    """Return what an interrupted set-up left: once its journal is committed, the next start completes it."""
+    if os.path.exists(journal_of(config)):
+        return "The set-up was being put in place: run microauthd again, and it is completed."
+    return "Nothing was written."
+
+
+def set_up(final_options, answers):
+    """Call recovery.set_up(), and turn an error of the disk or the database into a StartupError."""
+    try:
+        return recovery.set_up(final_options, answers)
+    except OSError as error:
+        problem = f"{error.filename or 'the disk'}: {error.strerror or error}"
+    except sqlcipher3.Error as error:
+        problem = f"the database {final_options.db_file} cannot be made: {error}"
+    raise StartupError(f"{describe_outcome(final_options.config_file)} {problem}")
 
 
 def run_wizard(options, flags):
@@ -671,24 +689,6 @@ def run_wizard(options, flags):
     ):
         prompter.write(f"  {command}")
     return 0
-
-
-def set_up(final_options, answers):
-    """Call recovery.set_up(), and turn an error of the disk or the database into a StartupError."""
-    try:
-        return recovery.set_up(final_options, answers)
-    except OSError as error:
-        problem = f"{error.filename or 'the disk'}: {error.strerror or error}"
-    except sqlcipher3.Error as error:
-        problem = f"the database {final_options.db_file} cannot be made: {error}"
-    raise StartupError(f"{describe_outcome(final_options.config_file)} {problem}")
-
-
-def describe_outcome(config):
-    """Return what an interrupted set-up left: once its journal is committed, the next start completes it."""
-    if os.path.exists(journal_of(config)):
-        return "The set-up was being put in place: run microauthd again, and it is completed."
-    return "Nothing was written."
 
 
 # == Unattended ================================================================

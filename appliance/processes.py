@@ -54,45 +54,6 @@ class StartupState(msgspec.Struct):
     log: Log
 
 
-def prepare(options: Options) -> StartupState:
-    """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
-    log = Log(options)
-    database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
-    guard_private(options.db_file, "it is the database")
-    marks = {
-        port_name: file_fingerprint(path) if os.path.exists(path) else None
-        for port_name, (path, _, _) in ring_files(options).items()
-    }
-    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
-    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
-    seal_key = read_seal_key(options.seal_key_file)
-    for side in ("auth", "admin"):
-        tls_of(options, side)
-    # Last of what is read: opening the database recovers its WAL, which writes to it.
-    store = Store(options.db_file, database_key, log=log)
-    try:
-        store.open()
-        clock = start_clock(store, log)
-    finally:
-        store.close()
-    workers = max(1, options.worker_processes)
-    auth_sockets = []
-    try:
-        auth_sockets = [listen(options.auth_ip, options.auth_port, reuse_port=workers > 1) for _ in range(workers)]
-        admin_socket = listen(options.admin_ip, options.admin_port)
-    except OSError as error:
-        where = (
-            f"{options.auth_ip} port {options.auth_port}"
-            if not auth_sockets
-            else f"{options.admin_ip} port {options.admin_port}"
-        )
-        raise StartupError(f"cannot listen on {where}: {error.strerror}") from None
-    return StartupState(
-        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
-        clock, log,
-    )
-
-
 def start_clock(store: Store, log: Log) -> Timekeeper:
     """Return the timekeeper. What was issued at times that it cannot vouch for is revoked."""
     clock = Timekeeper(max(RELEASED_AT, store.clock_floor()))
@@ -135,6 +96,45 @@ def read_seal_key(path: str) -> bytes:
         raise StartupError(f"the seal key {path} is missing or damaged: restore a backup")
     guard_private(path, "it is a key")
     return key
+
+
+def prepare(options: Options) -> StartupState:
+    """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
+    log = Log(options)
+    database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
+    guard_private(options.db_file, "it is the database")
+    marks = {
+        port_name: file_fingerprint(path) if os.path.exists(path) else None
+        for port_name, (path, _, _) in ring_files(options).items()
+    }
+    auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
+    admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
+    seal_key = read_seal_key(options.seal_key_file)
+    for side in ("auth", "admin"):
+        tls_of(options, side)
+    # Last of what is read: opening the database recovers its WAL, which writes to it.
+    store = Store(options.db_file, database_key, log=log)
+    try:
+        store.open()
+        clock = start_clock(store, log)
+    finally:
+        store.close()
+    workers = max(1, options.worker_processes)
+    auth_sockets = []
+    try:
+        auth_sockets = [listen(options.auth_ip, options.auth_port, reuse_port=workers > 1) for _ in range(workers)]
+        admin_socket = listen(options.admin_ip, options.admin_port)
+    except OSError as error:
+        where = (
+            f"{options.auth_ip} port {options.auth_port}"
+            if not auth_sockets
+            else f"{options.admin_ip} port {options.admin_port}"
+        )
+        raise StartupError(f"cannot listen on {where}: {error.strerror}") from None
+    return StartupState(
+        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
+        clock, log,
+    )
 
 
 DESCRIPTORS_KEPT = 256  # for database connections, the log and pipes: network connections must not take these
@@ -232,6 +232,35 @@ class ServerProcess:
 STOPPING = {signal.SIGTERM, signal.SIGINT}
 
 
+def libc(name, *types):
+    """Return a function of the C library that takes these types and returns an int.
+
+    cffi is loaded already, by Argon2; ctypes would cost 4 MB. Raises ImportError, AttributeError or OSError elsewhere.
+    """
+    import _cffi_backend as c
+
+    return c.load_library(None, 0).load_function(
+        c.new_function_type(tuple(map(c.new_primitive_type, types)), c.new_primitive_type("int"), False), name
+    )
+
+
+def drop_startup_pages():
+    """Drop clean pages of the program's files that only the start has read, such as relocations: 10 MB less.
+
+    A mapping without a private page equals the file, so a page that is needed again faults back in. madvise(2).
+    """
+    with contextlib.suppress(ImportError, AttributeError, OSError), open("/proc/self/smaps") as smaps:
+        madvise, begin = libc("madvise", "size_t", "size_t", "int"), 0
+        for line in smaps:
+            if re.match("[0-9a-f]+-", line):
+                address, mode, _, _, inode, *_ = line.split()
+                begin, end = (
+                    int(word, 16) if mode in ("r-xp", "r--p") and inode != "0" else 0 for word in address.split("-")
+                )
+            elif begin and line.startswith("Anonymous:") and line.split()[1] == "0":
+                madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
 def run_child(startup: StartupState, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
     """Serve in a forked process until SIGTERM, or until the supervisor dies. Never returns."""
     status = 1
@@ -268,6 +297,33 @@ def run_child(startup: StartupState, slot: int, auth_socket, admin_socket, ready
 
 STUCK_SECONDS = 20
 START_SECONDS = 120  # enough to recover a large WAL on a slow disk
+
+
+def notify(state: str):
+    """Send a state to systemd, if it started this service. sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + path[1:] if path[0] == "@" else path)
+            channel.send(state.encode())
+
+
+def announce(startup: StartupState):
+    options = startup.options
+    notify("READY=1")
+    startup.log(
+        "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
+        auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}",
+        workers=options.worker_processes,
+    )
+    for side in ("auth", "admin"):
+        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
+            options, f"{side}_ssl_cert_file"
+        ):
+            startup.log(
+                "insecure", "warning",
+                reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",
+            )
 
 
 class Supervisor:
@@ -445,33 +501,6 @@ class Supervisor:
         return status
 
 
-def notify(state: str):
-    """Send a state to systemd, if it started this service. sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.connect("\0" + path[1:] if path[0] == "@" else path)
-            channel.send(state.encode())
-
-
-def announce(startup: StartupState):
-    options = startup.options
-    notify("READY=1")
-    startup.log(
-        "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
-        auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}",
-        workers=options.worker_processes,
-    )
-    for side in ("auth", "admin"):
-        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
-            options, f"{side}_ssl_cert_file"
-        ):
-            startup.log(
-                "insecure", "warning",
-                reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",
-            )
-
-
 @contextlib.contextmanager
 def hold_database(path: str):
     """Hold the lock of a database while it is served or set up. Raises StartupError naming the pid that holds it."""
@@ -495,18 +524,6 @@ def hold_database(path: str):
         os.close(descriptor)
 
 
-def libc(name, *types):
-    """Return a function of the C library that takes these types and returns an int.
-
-    cffi is loaded already, by Argon2; ctypes would cost 4 MB. Raises ImportError, AttributeError or OSError elsewhere.
-    """
-    import _cffi_backend as c
-
-    return c.load_library(None, 0).load_function(
-        c.new_function_type(tuple(map(c.new_primitive_type, types)), c.new_primitive_type("int"), False), name
-    )
-
-
 def share_one_arena():
     """Keep glibc from giving each thread a heap of its own: with two workers, 5 MB less after load.
 
@@ -514,23 +531,6 @@ def share_one_arena():
     """
     with contextlib.suppress(ImportError, AttributeError, OSError):
         libc("mallopt", "int", "int")(-8, 1)  # M_ARENA_MAX of <malloc.h>
-
-
-def drop_startup_pages():
-    """Drop clean pages of the program's files that only the start has read, such as relocations: 10 MB less.
-
-    A mapping without a private page equals the file, so a page that is needed again faults back in. madvise(2).
-    """
-    with contextlib.suppress(ImportError, AttributeError, OSError), open("/proc/self/smaps") as smaps:
-        madvise, begin = libc("madvise", "size_t", "size_t", "int"), 0
-        for line in smaps:
-            if re.match("[0-9a-f]+-", line):
-                address, mode, _, _, inode, *_ = line.split()
-                begin, end = (
-                    int(word, 16) if mode in ("r-xp", "r--p") and inode != "0" else 0 for word in address.split("-")
-                )
-            elif begin and line.startswith("Anonymous:") and line.split()[1] == "0":
-                madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
 def serve(options: Options) -> int:

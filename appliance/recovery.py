@@ -86,13 +86,6 @@ def hold_setup(config: str, shared=False):
         os.close(descriptor)
 
 
-def recover_setup(config: str):
-    """Finish or undo an interrupted set-up. Without a journal there is none, and nothing is locked."""
-    if os.path.exists(journal_of(config)) or os.path.exists(journal_of(config) + ".new"):
-        with hold_setup(config):
-            finish_setup(config)
-
-
 def finish_setup(config: str):
     """Finish a set-up that was interrupted after its commit, or undo one that was interrupted before it.
 
@@ -121,46 +114,11 @@ def finish_setup(config: str):
     sync_directory(os.path.dirname(os.path.abspath(config)))
 
 
-def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> MadeClient:
-    """Make everything a first start needs. Raises StartupError or Problem, and then nothing was made.
-
-    Every file is written under a staging name and synced; then the journal says "committed", in
-    one rename; then the files take their names. `checkpoint` is called between the steps.
-    """
-    config = options.config_file
-    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
-    with hold_setup(config):
-        finish_setup(config)
-        if os.path.exists(options.db_file):
-            raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
-        if not options.db_pass and not options.no_db_pass:
-            raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
-        if options.db_pass and options.no_db_pass:
-            raise StartupError("db-pass and no-db-pass contradict each other")
-        finals = [
-            config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
-            options.db_file,
-        ]
-        if len({os.path.abspath(path) for path in finals}) != len(finals):
-            raise StartupError("config, keys and database must be different files")
-        for path in finals:
-            folder = os.path.dirname(os.path.abspath(path))
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        staged = {path: os.path.abspath(path) + ".setup" for path in finals}
-        now = int(time.time())
-        with hold_database(options.db_file):
-            files = [(staged[path], os.path.abspath(path)) for path in finals]
-            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
-            checkpoint("journal")
-            try:
-                made = stage(options, answers, staged, config, now, checkpoint)
-            except BaseException:
-                finish_setup(config)
-                raise
-            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
-            checkpoint("committed")
+def recover_setup(config: str):
+    """Finish or undo an interrupted set-up. Without a journal there is none, and nothing is locked."""
+    if os.path.exists(journal_of(config)) or os.path.exists(journal_of(config) + ".new"):
+        with hold_setup(config):
             finish_setup(config)
-    return made
 
 
 def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
@@ -224,6 +182,48 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
     return made
 
 
+def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> MadeClient:
+    """Make everything a first start needs. Raises StartupError or Problem, and then nothing was made.
+
+    Every file is written under a staging name and synced; then the journal says "committed", in
+    one rename; then the files take their names. `checkpoint` is called between the steps.
+    """
+    config = options.config_file
+    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    with hold_setup(config):
+        finish_setup(config)
+        if os.path.exists(options.db_file):
+            raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+        if not options.db_pass and not options.no_db_pass:
+            raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+        if options.db_pass and options.no_db_pass:
+            raise StartupError("db-pass and no-db-pass contradict each other")
+        finals = [
+            config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
+            options.db_file,
+        ]
+        if len({os.path.abspath(path) for path in finals}) != len(finals):
+            raise StartupError("config, keys and database must be different files")
+        for path in finals:
+            folder = os.path.dirname(os.path.abspath(path))
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        staged = {path: os.path.abspath(path) + ".setup" for path in finals}
+        now = int(time.time())
+        with hold_database(options.db_file):
+            files = [(staged[path], os.path.abspath(path)) for path in finals]
+            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
+            checkpoint("journal")
+            try:
+                made = stage(options, answers, staged, config, now, checkpoint)
+            except BaseException:
+                finish_setup(config)
+                raise
+            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
+            checkpoint("committed")
+            finish_setup(config)
+    return made
+
+
 def demo_answers(options: Options) -> tuple[Options, Answers]:
     """Return settings and answers of an unattended trial: every secret is made here."""
     chosen: dict[str, Any] = {"enable_token_refresh": True, "serve_public_auth_files": True}
@@ -267,26 +267,6 @@ def set_up_demo(options: Options, make):
 # again. None of this can be reached from the network.
 
 
-def open_idp(options: Options) -> Idp:
-    """Return the identity provider of the files, for a command beside a running server or without one.
-
-    Raises StartupError.
-    """
-    require_owner(options)
-    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
-    try:
-        store.open(functools.partial(without_server, options))
-        store.open_process_write_lock()  # a running server writes all the time
-        auth_ring, admin_ring = (
-            KeyRing(read_ring(path, passphrase), prefer_ec)
-            for path, passphrase, prefer_ec in ring_files(options).values()
-        )
-        return Idp(options, store, auth_ring, admin_ring, Seal(read_seal_key(options.seal_key_file)), machine=MACHINE)
-    except BaseException:
-        store.close()
-        raise
-
-
 @contextlib.contextmanager
 def without_server(options: Options):
     """Lock the database to migrate it. Raises StartupError while a server of an older release runs on it."""
@@ -313,14 +293,24 @@ def require_owner(options: Options):
         raise StartupError(f"{path} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
 
 
-def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
-    """Write one file that restores the box, at the machine. See write_backup()."""
-    idp = open_idp(options)
+def open_idp(options: Options) -> Idp:
+    """Return the identity provider of the files, for a command beside a running server or without one.
+
+    Raises StartupError.
+    """
+    require_owner(options)
+    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
-        with hold_folder(os.path.dirname(os.path.abspath(path))):
-            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys)
-    finally:
-        idp.store.close()
+        store.open(functools.partial(without_server, options))
+        store.open_process_write_lock()  # a running server writes all the time
+        auth_ring, admin_ring = (
+            KeyRing(read_ring(path, passphrase), prefer_ec)
+            for path, passphrase, prefer_ec in ring_files(options).values()
+        )
+        return Idp(options, store, auth_ring, admin_ring, Seal(read_seal_key(options.seal_key_file)), machine=MACHINE)
+    except BaseException:
+        store.close()
+        raise
 
 
 @contextlib.contextmanager
@@ -337,6 +327,16 @@ def hold_folder(folder: str):
         raise StartupError(f"another backup is being written into {folder}") from None
     finally:
         os.close(descriptor)
+
+
+def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
+    """Write one file that restores the box, at the machine. See write_backup()."""
+    idp = open_idp(options)
+    try:
+        with hold_folder(os.path.dirname(os.path.abspath(path))):
+            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys)
+    finally:
+        idp.store.close()
 
 
 def read_backup(source: str, key: str) -> dict:
@@ -396,58 +396,8 @@ def read_present_state(options: Options) -> tuple[set, int, bool]:
             store.close()
 
 
-def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
-    """Put the box back to a backup, all of it or nothing; the server must not run.
-
-    Everything that was issued before is revoked, and a key that was revoked here stays revoked. The settings of the
-    backup are used if there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether the keys
-    revoked here could be read. Raises StartupError, and then nothing has changed.
-    """
-    key = read_database_key(source, options.db_pass, options.no_db_pass)
-    config = options.config_file
-    require_owner(options)
-    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
-    with hold_setup(config):
-        finish_setup(config)
-        files = read_backup(source, key)
-        if not os.path.exists(config) and "config" in files:
-            options = merge_settings(options, files["config"], f"mad.conf in {source}")
-            require_owner(options)
-        finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
-        if os.path.exists(config):
-            files.pop("config", None)  # this box has settings of its own, and they open this backup
-        lost = [
-            finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])
-        ]
-        if lost:
-            raise StartupError(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
-        finals = {name: finals[name] for name in finals if name in files} | {
-            "database": os.path.abspath(options.db_file)
-        }
-        for final in finals.values():
-            os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
-        staged = {name: final + ".setup" for name, final in finals.items()}
-        with hold_database(options.db_file), contextlib.ExitStack() as ring_locks:
-            for path, _, _ in ring_files(options).values():
-                ring_locks.enter_context(hold_ring(path))
-            write_durably(
-                journal_of(config),
-                msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
-            )
-            checkpoint("journal")
-            try:
-                newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
-                checkpoint("staged")
-            except BaseException:
-                finish_setup(config)
-                raise
-            write_durably(
-                journal_of(config),
-                msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}),
-            )
-            checkpoint("committed")
-            finish_setup(config)
-    return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
+def rsa_bits_of(options: Options, port_name: str) -> int:
+    return options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
 
 
 def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
@@ -509,6 +459,60 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
     return newest, knows_revoked
 
 
+def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict:
+    """Put the box back to a backup, all of it or nothing; the server must not run.
+
+    Everything that was issued before is revoked, and a key that was revoked here stays revoked. The settings of the
+    backup are used if there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether the keys
+    revoked here could be read. Raises StartupError, and then nothing has changed.
+    """
+    key = read_database_key(source, options.db_pass, options.no_db_pass)
+    config = options.config_file
+    require_owner(options)
+    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    with hold_setup(config):
+        finish_setup(config)
+        files = read_backup(source, key)
+        if not os.path.exists(config) and "config" in files:
+            options = merge_settings(options, files["config"], f"mad.conf in {source}")
+            require_owner(options)
+        finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
+        if os.path.exists(config):
+            files.pop("config", None)  # this box has settings of its own, and they open this backup
+        lost = [
+            finals[name] for name in ("seal", "auth", "admin") if name not in files and not os.path.exists(finals[name])
+        ]
+        if lost:
+            raise StartupError(f"{source} was made without keys, and {lost[0]} is not here: bring the keys back first")
+        finals = {name: finals[name] for name in finals if name in files} | {
+            "database": os.path.abspath(options.db_file)
+        }
+        for final in finals.values():
+            os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
+        staged = {name: final + ".setup" for name, final in finals.items()}
+        with hold_database(options.db_file), contextlib.ExitStack() as ring_locks:
+            for path, _, _ in ring_files(options).values():
+                ring_locks.enter_context(hold_ring(path))
+            write_durably(
+                journal_of(config),
+                msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
+            )
+            checkpoint("journal")
+            try:
+                newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
+                checkpoint("staged")
+            except BaseException:
+                finish_setup(config)
+                raise
+            write_durably(
+                journal_of(config),
+                msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}),
+            )
+            checkpoint("committed")
+            finish_setup(config)
+    return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
+
+
 def factory_reset(options: Options) -> list[str]:
     """Overwrite and remove database and keys, so that the next start sets up. Return the paths that were removed.
 
@@ -537,10 +541,6 @@ def factory_reset(options: Options) -> list[str]:
             sync_directory(os.path.dirname(os.path.abspath(path)))
             gone.append(path)
     return gone
-
-
-def rsa_bits_of(options: Options, port_name: str) -> int:
-    return options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
 
 
 def describe_keys(options: Options) -> list[dict]:

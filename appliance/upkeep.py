@@ -166,6 +166,13 @@ class Upkeep(threading.Thread):
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
 
 
+def revoke_future(idp: Idp):
+    """Revoke what was issued at later times than now: the clock ran ahead, and has gone back."""
+    ended = idp.store.revoke_future_rows(idp.now(), idp.now_ms(), idp.now() // 30)
+    audit(idp, LOCAL.acting_as("system"), "clock_went_back", "", f"ended={ended}")
+    idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)
+
+
 class ClockThread(threading.Thread):
     """Follows the machine's clock twice a second, logs what is wrong with it, and saves the time every hour."""
 
@@ -218,10 +225,3 @@ class ClockThread(threading.Thread):
         if self.keeper.state == "right":
             self.idp.store.put_meta("clock", self.idp.now())
             self.last_saved_at = self.keeper.monotonic()
-
-
-def revoke_future(idp: Idp):
-    """Revoke what was issued at later times than now: the clock ran ahead, and has gone back."""
-    ended = idp.store.revoke_future_rows(idp.now(), idp.now_ms(), idp.now() // 30)
-    audit(idp, LOCAL.acting_as("system"), "clock_went_back", "", f"ended={ended}")
-    idp.log("clock.went_back", "warning", now=idp.now(), ended=ended)

@@ -173,6 +173,34 @@ class TestOrder:
                 if used in room.defined:
                     assert room.section_of(room.defined[used]) <= section, f"{name}, line {node.lineno} uses {used}"
 
+    @pytest.mark.parametrize("room", [*ROOMS, "mad"])
+    def test_a_name_is_defined_above_its_first_use(self, room):
+        """Mutual recursion apart: there, each leads back to the other."""
+        read = HOUSE.get(room) or Room(Path(mad.__file__).read_text("utf-8"))
+        uses = {}
+        for node in read.statements:
+            for name in bound_by(node):
+                uses.setdefault(name, set()).update(set(read.globals_of(node)) & set(read.defined))
+
+        def leads(here, there):
+            seen, ahead = set(), [here]
+            while ahead:
+                name = ahead.pop()
+                if name == there:
+                    return True
+                if name not in seen:
+                    seen.add(name)
+                    ahead += uses.get(name, ())
+            return False
+
+        below = {
+            (name, used)
+            for name, others in uses.items()
+            for used in others
+            if read.defined[used] > read.defined[name] and not leads(used, name)
+        }
+        assert not below
+
     @pytest.mark.parametrize("name", ROOMS)
     def test_every_name_is_defined_somewhere(self, name):
         room = HOUSE[name]

@@ -419,6 +419,13 @@ CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quo
 CONFIG_END = "# end"
 
 
+def did_you_mean(key: str) -> str:
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(key, OPTION_NAMES, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def parse_config(content: str, where: str) -> dict:
     """Return `{option name: (text value, "file:line")}` of an INI file.
 
@@ -460,13 +467,6 @@ def parse_config(content: str, where: str) -> dict:
     return found
 
 
-def did_you_mean(key: str) -> str:
-    import difflib  # only on the way to an error
-
-    near = difflib.get_close_matches(key, OPTION_NAMES, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
     """Return `{option name: (text value, "flag --name")}` and the arguments that are no flags."""
     found, args, rest = {}, [], collections.deque(argv)
@@ -506,6 +506,44 @@ def config_path(flags: dict, environ: Mapping[str, str]) -> str:
     """Return the path of the config file, whether it is there or not."""
     prefix = flags.get("env-var-prefix", ("MAD_",))[0]
     return flags.get("config", ("",))[0] or environ.get(prefix + "CONFIG", "") or "mad.conf"
+
+
+def check_options(options: Options):
+    """Raise StartupError where settings contradict each other."""
+    files = [
+        os.path.abspath(path)
+        for path in (
+            options.db_file, options.seal_key_file, options.token_signing_key_file,
+            options.admin_token_signing_key_file,
+        )
+    ]
+    if len(set(files)) < len(files):
+        raise StartupError(
+            "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
+        )
+    if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
+        raise StartupError("AUTH and ADMIN cannot listen on the same address and port")
+    for side in ("auth", "admin"):
+        ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
+        tls = getattr(options, f"{side}_ssl_cert_file")
+        if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
+            raise StartupError(
+                f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
+                f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
+            )
+    if options.argon2id_memory < 8 * options.argon2id_parallelism:
+        raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
+
+
+def guard_private(path, why: str):
+    """Make a file of secrets private, with a warning. Raises StartupError if it belongs to another user."""
+    info = os.stat(path)
+    if not info.st_mode & 0o077:
+        return
+    if info.st_uid != os.geteuid():
+        raise StartupError(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
+    os.chmod(path, info.st_mode & 0o700)
+    print(f"microauthd: warning: {path} was readable by others, and {why}; it is now yours alone", file=sys.stderr)
 
 
 def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
@@ -557,44 +595,6 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     options = Options(origins, **values)
     check_options(options)
     return options
-
-
-def check_options(options: Options):
-    """Raise StartupError where settings contradict each other."""
-    files = [
-        os.path.abspath(path)
-        for path in (
-            options.db_file, options.seal_key_file, options.token_signing_key_file,
-            options.admin_token_signing_key_file,
-        )
-    ]
-    if len(set(files)) < len(files):
-        raise StartupError(
-            "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
-        )
-    if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
-        raise StartupError("AUTH and ADMIN cannot listen on the same address and port")
-    for side in ("auth", "admin"):
-        ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
-        tls = getattr(options, f"{side}_ssl_cert_file")
-        if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
-            raise StartupError(
-                f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
-                f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
-            )
-    if options.argon2id_memory < 8 * options.argon2id_parallelism:
-        raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
-
-
-def guard_private(path, why: str):
-    """Make a file of secrets private, with a warning. Raises StartupError if it belongs to another user."""
-    info = os.stat(path)
-    if not info.st_mode & 0o077:
-        return
-    if info.st_uid != os.geteuid():
-        raise StartupError(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
-    os.chmod(path, info.st_mode & 0o700)
-    print(f"microauthd: warning: {path} was readable by others, and {why}; it is now yours alone", file=sys.stderr)
 
 
 def describe_options(options: Options) -> dict:
