@@ -4309,7 +4309,8 @@ def login_select(idp, params):
 def login_consent(idp, params):
     """Agree to what a client asks for, or not."""
     login = posted_login(idp, params, "consent")
-    row, request = login.row, login.request
+    row, request, client = login.row, login.request, login.client
+    assert request and client  # only the login of a client asks for consent
     decided = advance(idp, login, "done")
     if params.get("decision") != "allow":
         audit(idp, params.caller.acting_as(row.user_id), "consent_denied", row.client_id, "", FAILURE)
@@ -4318,12 +4319,11 @@ def login_consent(idp, params):
             Problem("access_denied", log="the user said no"),
         )
     account = finish_login(idp, decided)
-    wanted = set((request.scope if request.scope is not None else " ".join(login.client.scopes)).split()) | set(
-        (idp.store.find_consent(account.id, login.client.row.id) or "").split()
-    )
+    asked = request.scope if request.scope is not None else " ".join(client.scopes)
+    agreed = {*asked.split(), *(idp.store.find_consent(account.id, client.row.id) or "").split()}
     with idp.store.transaction():
-        idp.store.put_consent(account.id, login.client.row.id, " ".join(sorted(wanted)), idp.now())
-        audit(idp, params.caller.acting_as(row.user_id), "consent_given", row.client_id, " ".join(sorted(wanted)))
+        idp.store.put_consent(account.id, client.row.id, " ".join(sorted(agreed)), idp.now())
+        audit(idp, params.caller.acting_as(account.id), "consent_given", row.client_id, " ".join(sorted(agreed)))
     return continue_login(idp, params, decided)
 
 
@@ -4412,12 +4412,13 @@ def headless_totp(idp, params):
 def headless_finalize(idp, params):
     """The last step: a redirect with the code, once, and only after every factor."""
     login, _ = headless_login(idp, params)
-    row, request = login.row, login.request
+    row, request, client = login.row, login.request, login.client
     if row.state != "ready":
         raise Problem("invalid_grant", log="finalize before every factor was proven")
+    assert request and client  # only an application begins a login without pages
     done = advance(idp, login, "done")
     account = finish_login(idp, done)
-    code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time)
+    code = issue_code(idp, params.caller, client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
     answer.status = 302  # what published clients look for
     return answer
