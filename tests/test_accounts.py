@@ -186,7 +186,6 @@ class TestRemembered:
             assert len(done) == number
 
     def test_a_changed_password_is_forgotten(self, idp, alice):
-        """contract/auth D-09"""
         m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
         idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
         with pytest.raises(m.Problem):
@@ -560,7 +559,6 @@ class TestThrottle:
 
 class TestNewUsers:
     def test_a_name_is_folded_once_and_can_log_in(self, idp):
-        """contract/auth B-10"""
         made = m.create_user(idp, m.LOCAL.acting_as("test"), CreateUser(" \uff21nn\u00c4 ", "Ann@Example.ORG", PASSWORD))
         assert (made.username, made.email) == ("ann\u00e4", "ann@example.org")
         assert m.authenticate_user(idp, m.LOCAL, "ANNA\u0308", PASSWORD)[0].id == made.id

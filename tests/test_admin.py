@@ -1,4 +1,4 @@
-"""ADMIN, noun by noun: what each change does, what it ends, and what is refused. contract/admin §3"""
+"""ADMIN, noun by noun: what each change does, what it ends, and what is refused."""
 
 import re
 
@@ -26,8 +26,6 @@ def status_of(auth, token):
 
 
 class TestToken:
-    """contract/admin §3.1"""
-
     def test_its_claims(self, idp, admin, root):
         answer = admin.post("/token", {"username": "Root", "password": PASSWORD}).json
         claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
@@ -123,8 +121,6 @@ class TestHost:
 
 
 class TestUsers:
-    """contract/admin §3.2"""
-
     def test_one_is_made_as_asked_and_no_more(self, idp, call):
         """Members that are not for the caller to set do nothing."""
         body = {
@@ -409,8 +405,6 @@ class TestUsers:
 
 
 class TestClients:
-    """contract/admin §3.9"""
-
     def test_one_is_made_as_asked_and_no_more(self, idp, call, scopes):
         made = call(
             "POST", "/clients",
@@ -672,8 +666,6 @@ class TestLists:
 
 
 class TestRoles:
-    """contract/admin §3.6"""
-
     def test_their_life(self, call, alice, actions):
         role = call("POST", "/roles", {"name": " Ops ", "description": None}).json
         assert role == {
@@ -769,8 +761,6 @@ class TestRoles:
 
 
 class TestPermissions:
-    """contract/admin §3.7"""
-
     def test_their_life(self, call, alice, actions):
         permission = call("POST", "/permissions", {"name": " door.open "}).json
         assert (
@@ -836,8 +826,6 @@ class TestPermissions:
 
 
 class TestScopes:
-    """contract/admin §3.8"""
-
     def test_their_life(self, call, auth, service, alice):
         scope = call("POST", "/scopes", {"name": "door:open", "description": "Open doors."}).json
         assert (
@@ -892,8 +880,6 @@ class TestScopes:
 
 
 class TestUris:
-    """contract/admin §3.10"""
-
     @pytest.mark.parametrize(
         "path, uri",
         [
@@ -935,8 +921,6 @@ class TestUris:
 
 
 class TestFlags:
-    """contract/admin §3.11"""
-
     def test_in_every_spelling_of_the_published_clients(self, admin, admin_token, call, service):
         id = call("GET", "/clients/service").json["id"]
         spellings = [
@@ -995,8 +979,6 @@ class TestFlags:
 
 
 class TestExternalIdps:
-    """contract/admin §3.12"""
-
     def test_their_life(self, call, service):
         wanted = {
             "provider_key": " Google ", "display_name": "Google", "issuer": "https://accounts.google.com",
@@ -1052,8 +1034,6 @@ class TestExternalIdps:
 
 
 class TestTotp:
-    """contract/admin §3.3, RFC 6238"""
-
     def test_it_is_shown_once_and_counts_from_its_first_code(self, idp, call, auth, service, alice, clock):
         made = call("POST", "/users/alice/totp/enroll", {}).json
         SECRETS.update({made["secret"], made["otpauth_uri"]})
@@ -1202,8 +1182,6 @@ class TestTakenNames:
 
 
 class TestSessions:
-    """contract/admin §3.4 and §3.5"""
-
     def test_they_are_listed_with_what_the_published_clients_read(self, call, log_in, alice, machine, idp):
         jti = log_in(alice)["jti"]
         idp.store.flush()
@@ -1352,8 +1330,6 @@ class TestSessions:
 
 
 class TestAudit:
-    """contract/admin §3.13 and §4"""
-
     def test_rows_tell_who_what_and_whether(self, call, auth, service, alice, root):
         auth.post(
             "/token", {"grant_type": "password", "username": "alice", "password": "wrong password"}, auth=service,

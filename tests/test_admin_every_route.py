@@ -110,7 +110,7 @@ class TestEveryProtectedRoute:
 
 
 class TestEveryChangeLeavesARow:
-    """contract/admin §4, and more: in the same transaction, with who did it, and never with a secret."""
+    """In the same transaction, with who did it, and never with a secret."""
 
     # path as declared: (path as called, body, what has to be there before)
     CHANGES = {

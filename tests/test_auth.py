@@ -199,8 +199,6 @@ class TestUserinfo:
 
 
 class TestSelf:
-    """contract/auth §1.2, §1.3"""
-
     def test_me(self, auth, log_in, alice, root, machine):
         assert auth.get("/me", bearer=log_in(root)["access_token"]).json == {
             "sub": root.id, "email": "root@example.org", "roles": [MAD_ADMIN_ROLE_ID], "role_names": ["MadAdmin"],
@@ -258,8 +256,6 @@ class TestSelf:
 
 
 class TestLogout:
-    """contract/auth §5.6"""
-
     def test_it_ends_every_login_at_this_client_and_no_other(self, auth, log_in, new_client, service, alice):
         other, first, here = log_in(alice, client=new_client("other")), log_in(alice), log_in(alice)
         done = auth.post("/logout", bearer=here["access_token"])
@@ -386,8 +382,6 @@ class TestPublicFiles:
 
 
 class TestScopedAdministration:
-    """contract/auth §1.4"""
-
     NEEDS = {
         "admin:provision_users": ("POST", "/user"), "admin:list_users": ("GET", "/users"),
         "admin:read_user": ("GET", "/user/alice"), "admin:reset_passwords": ("POST", "/user/alice/reset"),

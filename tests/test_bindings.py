@@ -1,6 +1,6 @@
 """The published clients of the original work: the server accepts what they send and returns what they read.
 
-contract/admin §6, contract/auth §9. Each test states a fact of the wire; the clients themselves are not here.
+Each test states a fact of the wire; the clients themselves are not here.
 """
 
 import pytest

@@ -100,7 +100,6 @@ class TestTokenAnswer:
         ],
     )
     def test_nobody_is_granted_what_was_not_assigned(self, auth, service, alice, scope):
-        """contract/auth D-02"""
         assert auth.post("/token", MACHINE | {"scope": scope}, auth=service).json["error"] == "invalid_scope"
         if "openid" not in scope:
             assert (

@@ -1186,7 +1186,7 @@ class TestLogout:
 
 
 class TestHeadless:
-    """contract/auth §5.2: an application with screens of its own."""
+    """An application with screens of its own."""
 
     def begin(self, auth, **more):
         return auth("POST", "/authorize", request(**more).partition("?")[2])

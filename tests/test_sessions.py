@@ -315,7 +315,6 @@ class TestRevocation:
     def test_an_unknown_forged_or_foreign_token_is_no_error_and_does_nothing(
         self, idp, auth, service, machine, log_in, alice, admin_token
     ):
-        """contract/auth D-12"""
         head, body, signature = machine["access_token"].split(".")
         for token in (
             "x", "..", f"{head}.{body}.{'A' * len(signature)}", f"{head}.{body}.",
@@ -330,7 +329,6 @@ class TestRevocation:
             assert auth.post("/revoke", {"token": machine["access_token"]}, auth=service).status == 200
 
     def test_a_public_client_ends_its_own(self, auth, public, alice):
-        """contract/auth S-18"""
         answer = auth.post(
             "/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}
         ).json

@@ -107,7 +107,7 @@ class TestFile:
             )
 
     def test_the_sample_file_of_the_original_means_what_it_says(self, tmp_path):
-        """contract/config §7: a quoted value before a comment, capital booleans, keys in any case."""
+        """A quoted value before a comment, capital booleans, keys in any case."""
         content = '; a comment\nToken-Signing-Key-Pass = ""   # none\nENABLE-AUDIT-LOGGING = True\nauth-domain-no-ssl=YES ; behind nginx\nauth-use-ssl = true\n'
         options = load(tmp_path, content)
         assert (options.token_signing_key_pass, options.enable_audit_logging, options.auth_domain_no_ssl) == (
@@ -181,7 +181,7 @@ def parses(option, word):
 
 
 class TestWriting:
-    """contract/config §7.6: what the wizard writes is what the server reads."""
+    """What the wizard writes is what the server reads."""
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
@@ -304,7 +304,6 @@ class TestFlags:
         "option", [option for option in OPTIONS if not option.secret], ids=lambda option: option.name
     )
     def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
-        """contract/config §7.1 and 2"""
         word = {
             boolean: "true", text: "x", networks: "10.0.0.1", worker_count: "2", issuer: "https://x",
             color: "1f5fbf",
@@ -318,7 +317,7 @@ class TestFlags:
 
 
 class TestChecks:
-    """Settings that contradict each other stop the start. contract/config §7.11"""
+    """Settings that contradict each other stop the start."""
 
     @pytest.mark.parametrize(
         "values, refused",

@@ -60,7 +60,7 @@ class TestPurge:
             assert left(idp)[0] == there
 
     def test_a_living_login_keeps_its_refresh_tokens_working(self, idp, auth, service, log_in, alice, clock):
-        """contract/auth B-12: purging sessions took the refresh tokens along."""
+        """Purging sessions once took the refresh tokens along."""
         token = log_in(alice)["refresh_token"]
         for _ in range(4):
             clock.pass_(2 * DAY)
