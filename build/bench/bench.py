@@ -107,8 +107,8 @@ def wrk(port, path, body="", auth="", seconds=8, connections=50, pause=0):
 
 
 class Ours:
-    def __init__(self, folder, workers, ec=True, name="microauthd"):
-        self.folder, self.name = Path(folder), name
+    def __init__(self, folder, workers, ec=True, archive=ARCHIVE):
+        self.folder, self.archive = Path(folder), archive
         self.port, self.admin = free_port(), free_port()
         self.folder.mkdir(mode=0o700)
         (self.folder / "mad.conf").write_text(
@@ -123,7 +123,7 @@ class Ours:
         self.auth = basic(self.client["MAD_CLIENT_ID"], self.client["MAD_CLIENT_SECRET"])
 
     def words(self, *words):
-        return [sys.executable, "-I", str(ARCHIVE), *words]
+        return [sys.executable, "-I", str(self.archive), *words]
 
     def run(self, *words, **environ):
         return subprocess.run(
@@ -654,7 +654,12 @@ def main():
         "--idle", type=int, metavar="SECONDS", help="only watch what an idle box writes; an hour or more tells"
     )
     parser.add_argument("--soak", type=int, metavar="SECONDS", help="only mixed load at half the maximum rate")
+    parser.add_argument(
+        "--beside", type=Path, metavar="ARCHIVE", help="only tokens, beside another archive and one oidc-provider"
+    )
     asked = parser.parse_args()
+    if asked.beside:
+        return beside(asked)
     if asked.idle or asked.soak:
         return alone(asked)
     peers, folder = OUT / "bench-peers", Path(tempfile.mkdtemp(prefix="bench."))
@@ -825,6 +830,47 @@ def alone(asked):
     line = f"| {line} |\n"
     (OUT / ("bench-idle.md" if asked.idle else "bench-soak.md")).write_text(line)
     print(line)
+
+
+def beside(asked):
+    """What a change costs: machine tokens of this archive and another, and of one process of oidc-provider."""
+    peers, folder = OUT / "bench-peers", Path(tempfile.mkdtemp(prefix="bench."))
+    servers = {
+        (name, workers): Ours(folder / f"{name}{workers}", 0 if workers == 1 else workers, archive=archive)
+        for workers in (2, 1)
+        for name, archive in (("this archive", ARCHIVE), ("the other", asked.beside.resolve()))
+    }
+    if not asked.no_peers and have_oidc_provider(peers):
+        servers["oidc-provider", 1] = Peer(peers, 1, "ES256")
+    rates, p99, half_p99, idle, loaded = ({who: [] for who in servers} for _ in range(5))
+    for repetition in range(asked.reps):
+        for who, server in servers.items():
+            server.start()
+            server.prepare()
+            time.sleep(1)
+            idle[who].append(pss_mb(server.pid))
+            path, body = server.works["token"]
+            wrk(server.port, path, body, server.auth, 10)  # warm: a just-in-time compiler needs as long
+            result = wrk(server.port, path, body, server.auth, asked.seconds)
+            rates[who].append(result["requests"] / (result["us"] / 1e6))
+            p99[who].append(result["p99"] / 1000)
+            pause = max(1, round(1000 * 50 / (statistics.median(rates["the other", who[1]] or rates[who]) / 2)))
+            half_p99[who].append(wrk(server.port, path, body, server.auth, asked.seconds, pause=pause)["p99"] / 1000)
+            loaded[who].append(pss_mb(server.pid))
+            server.stop()
+            print(f"{repetition + 1}/{asked.reps}  {who}", file=sys.stderr)
+    shutil.rmtree(folder)
+    lines = [
+        "| | Processes | Tokens a second | p99 ms | p99 ms at about half the rate | PSS MB idle, after load |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for who in servers:
+        lines.append(
+            f"| {who[0]} | {who[1]} | {spread(rates[who])} | {spread(p99[who], '{:.1f}')} | {spread(half_p99[who], '{:.1f}')} | {spread(idle[who])}, {spread(loaded[who])} |"
+        )
+    text = "\n".join(lines) + "\n"
+    (OUT / "bench-beside.md").write_text(text)
+    print(text)
 
 
 def cpu_model():
