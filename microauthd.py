@@ -4009,7 +4009,7 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
     return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
 
 
-def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
+def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeRequest):
     """Answer with a code where the browser's session does, or begin a login with what is left to do."""
     held = find_browser_session(idp, session_handle(idp, params))
     serves = held is not None and session_serves(idp, held[0], client, request)
@@ -4080,7 +4080,7 @@ def authorize(idp, params):
         if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
             # A POST from another site brings no cookies; the GET it becomes does. So it finds the session.
             return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
-        return admit(idp, params, client, request)
+        return authorize_with_session(idp, params, client, request)
     except Problem as problem:
         if problem.status >= 429:
             raise
