@@ -4090,7 +4090,7 @@ def authorize(idp, params):
 # -- people: the pages of a login --
 
 
-def held_login(idp, params) -> Login:
+def get_current_login(idp, params) -> Login:
     login = get_login(idp, params.get("tx") or params.get("jti") or "", login_binding(idp, params))
     row = login.row
     if login.request and login.request.headless:
@@ -4106,7 +4106,7 @@ def held_login(idp, params) -> Login:
 
 def posted_login(idp, params, *states) -> Login:
     """Return the login a form belongs to. Raises access_denied without its token, conflict in another state."""
-    login = held_login(idp, params)
+    login = get_current_login(idp, params)
     check_form(params, login_binding(idp, params), f"{login.row.id} {login.row.state}")
     if login.row.state not in states:
         raise Problem("conflict", log="the form of another state")
@@ -4216,7 +4216,7 @@ def login_page(idp, params):
     """
     if params.get("tx") is None and params.get("jti") is None:
         return Redirect(f"{idp.options.auth_issuer}/account")
-    return show_login(idp, params, held_login(idp, params))
+    return show_login(idp, params, get_current_login(idp, params))
 
 
 @AUTH(
