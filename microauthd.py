@@ -4573,7 +4573,7 @@ def end_own_login(idp, params, session, account):
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
-def stay(idp, params, session, account, **words) -> Page:
+def show_account_in_new_session(idp, params, session, account, **words) -> Page:
     """Show the account page in a fresh session, after everything else of the user was ended."""
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
@@ -4585,7 +4585,7 @@ def stay(idp, params, session, account, **words) -> Page:
 
 def end_all_others(idp, params, session, account):
     end_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
-    return stay(idp, params, session, account, notice="ended")
+    return show_account_in_new_session(idp, params, session, account, notice="ended")
 
 
 def prove_again(idp, params, account):
@@ -4606,7 +4606,7 @@ def prove_again(idp, params, account):
 def change_own_password(idp, params, session, account):
     prove_again(idp, params, account)
     reset_password(idp, params.caller.acting_as(account.id), account.id, params.get("new_password") or "")
-    return stay(idp, params, session, account, notice="password_changed")
+    return show_account_in_new_session(idp, params, session, account, notice="password_changed")
 
 
 def begin_own_totp(idp, params, session, account):
