@@ -4588,7 +4588,7 @@ def end_all_others(idp, params, session, account):
     return show_account_in_new_session(idp, params, session, account, notice="ended")
 
 
-def prove_again(idp, params, account):
+def reauthenticate(idp, params, account):
     """Ask for the password, and the second factor of who has one.
 
     A recovery code does, or a lost authenticator could never be replaced.
@@ -4604,7 +4604,7 @@ def prove_again(idp, params, account):
 
 
 def change_own_password(idp, params, session, account):
-    prove_again(idp, params, account)
+    reauthenticate(idp, params, account)
     reset_password(idp, params.caller.acting_as(account.id), account.id, params.get("new_password") or "")
     return show_account_in_new_session(idp, params, session, account, notice="password_changed")
 
@@ -4612,7 +4612,7 @@ def change_own_password(idp, params, session, account):
 def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
-    prove_again(idp, params, account)  # a browser left open is not enough to lock its owner out
+    reauthenticate(idp, params, account)  # a browser left open is not enough to lock its owner out
     begin_totp(idp, params.caller.acting_as(account.id), account)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
@@ -4626,7 +4626,7 @@ def confirm_own_totp(idp, params, session, account):
 
 
 def disable_own_totp(idp, params, session, account):
-    prove_again(idp, params, account)
+    reauthenticate(idp, params, account)
     disable_totp(idp, params.caller.acting_as(account.id), account)
     return show_account(idp, params, (session, account), notice="totp_off")
 
@@ -4634,7 +4634,7 @@ def disable_own_totp(idp, params, session, account):
 def renew_own_codes(idp, params, session, account):
     if not account.totp_sealed:
         raise Problem("invalid_request", log="recovery codes without a second factor")
-    prove_again(idp, params, account)
+    reauthenticate(idp, params, account)
     return show_account(idp, params, (session, account), recovery=make_recovery_codes(idp, params.caller, account.id))
 
 
