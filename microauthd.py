@@ -4118,7 +4118,7 @@ def describe_scope(idp, name) -> dict:
     return {"name": name, "description": scope.description if scope else ""}
 
 
-def picture(uri: str) -> str:
+def qr_uri(uri: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
@@ -4134,7 +4134,7 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         issuer_name = (
             client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
         )
-        words |= {"secret": seed, "qr": picture(totp_uri(seed, account.username, issuer_name)) if account else ""}
+        words |= {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name)) if account else ""}
     if row.state == "consent":
         assert request and client
         wanted = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
@@ -4542,7 +4542,7 @@ def show_account(
         ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
         secret=pending,
-        qr=picture(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "",
+        qr=qr_uri(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "",
         cookies=cookies,
     )
 
