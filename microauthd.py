@@ -4354,7 +4354,7 @@ def page_asset(idp, params):
 # -- people: applications with screens of their own --
 
 
-def as_err(handler):
+def as_invalid_grant(handler):
     """Failures of these routes are one answer without detail, whatever was wrong."""
 
     @functools.wraps(handler)
@@ -4384,7 +4384,7 @@ def headless_login(idp, params) -> tuple[Login, str]:
     "POST", "/login/password", guard=anyone, spec=OWN, form=HeadlessPasswordForm, gives=PkceStep,
     option="enable_pkce",
 )
-@as_err
+@as_invalid_grant
 def headless_password(idp, params):
     """The first step of an application with screens of its own."""
     username, password = params.need("username"), params.need("password")
@@ -4396,7 +4396,7 @@ def headless_password(idp, params):
 
 
 @AUTH("POST", "/login/totp", guard=anyone, spec=OWN, form=HeadlessCodeForm, gives=PkceStep, option="enable_pkce")
-@as_err
+@as_invalid_grant
 def headless_totp(idp, params):
     """The second step of an application with screens of its own."""
     code = params.need("totp_code")
@@ -4408,7 +4408,7 @@ def headless_totp(idp, params):
     "POST", "/login/finalize", guard=anyone, spec=OWN, form=HeadlessLastForm, gives=bytes,
     gives_media="*/*", redirects=True, option="enable_pkce",
 )
-@as_err
+@as_invalid_grant
 def headless_finalize(idp, params):
     """The last step: a redirect with the code, once, and only after every factor."""
     login, _ = headless_login(idp, params)
