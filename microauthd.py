@@ -4192,7 +4192,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     )
 
 
-def refused_step(idp, params, login: Login, problem: Problem, error: str, **words) -> Page:
+def show_refusal(idp, params, login: Login, problem: Problem, error: str, **words) -> Page:
     """Show the page again with what to say, the same whatever was wrong; or that the login is over."""
     if problem.code not in ("invalid_grant", "slow_down"):
         raise problem
@@ -4229,7 +4229,7 @@ def login_password(idp, params):
     try:
         after = give_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
-        return refused_step(
+        return show_refusal(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
         )
     return continue_login(
@@ -4248,7 +4248,7 @@ def login_totp(idp, params):
     try:
         after = give_code(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
-        return refused_step(idp, params, login, problem, "wrong_code")
+        return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
 
 
@@ -4262,7 +4262,7 @@ def login_enrol(idp, params):
     try:
         after, recovery = enrol(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
-        return refused_step(idp, params, login, problem, "wrong_code")
+        return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
 
 
