@@ -4815,86 +4815,85 @@ def admin_logout(idp, claims, params):
     return msg("Logged out.")
 
 
-# -- what every noun has --
+# -- resources --
 
 
-class Noun(msgspec.Struct, frozen=True):
-    """What the routes of a noun are made of: how a record is shown, and the services on it."""
+class Resource(msgspec.Struct, frozen=True):
+    """What the routes of one kind of record need: its representation and the services on it."""
 
-    name: str  # of one; its plural is the path
-    show: Callable  # makes the object that is sent, of a record
-    gives: Any  # the type of that object
-    query: type  # what the list may be asked for
-    rows: Callable  # (idp, query): the records of a page, and how many there are
+    name: str  # singular; its plural is the path
+    show: Callable  # (record): its representation
+    gives: Any  # the type of the representation
+    query: type  # the parameters of the list
+    rows: Callable  # (idp, query): the records of a page, and the number of all
     get: Callable  # (idp, id or name)
     update: Callable  # (idp, caller, id or name, body)
     changes: type
     delete: Callable  # (idp, caller, id or name)
-    create: Callable | None = None  # (idp, caller, body); None where its route is declared apart
+    create: Callable | None = None  # (idp, caller, body); None if its route is declared separately
     takes: type | None = None
 
 
-def declare(noun: Noun, *sentences: str):
-    """Declare what every noun has: POST and GET of all; GET, PUT and DELETE of one by id or name; the id of a name.
+def declare_resource(resource: Resource, *sentences: str):
+    """Declare POST and GET of the collection, GET, PUT and DELETE of one by id or name, and the id of a name.
 
     `sentences` describe the routes, in this order: create, list, get, id of a name, update, delete.
     """
-    all_, one = f"/{noun.name}s", f"/{noun.name}s/<id>"
+    kind, gives = resource.name, resource.gives
+    page = list[gives]  # type: ignore[valid-type]
+    all_, one = f"/{kind}s", f"/{kind}s/<id>"
 
     def shown(idp, params):
-        return noun.show(noun.get(idp, params.path["id"]))
+        return resource.show(resource.get(idp, params.path["id"]))
 
     def create(idp, claims, params):
-        assert noun.create
-        return noun.show(noun.create(idp, params.caller, params.body))
+        assert resource.create
+        return resource.show(resource.create(idp, params.caller, params.body))
 
     def list_(idp, claims, params):
-        rows, total = noun.rows(idp, params.query)
-        return listed(params, [noun.show(row) for row in rows], total)
+        rows, total = resource.rows(idp, params.query)
+        return listed(params, [resource.show(row) for row in rows], total)
 
     def get(idp, claims, params):
         return shown(idp, params)
 
     def id_(idp, claims, params):
-        return Found(noun.show(noun.get(idp, params.path["name"])).id)
+        return Found(resource.show(resource.get(idp, params.path["name"])).id)
 
     def update(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
-            return noun.show(noun.update(idp, params.caller, params.path["id"], params.body))
+            return resource.show(resource.update(idp, params.caller, params.path["id"], params.body))
 
     def delete(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
-            noun.delete(idp, params.caller, params.path["id"])
-        return msg(f"{noun.name.capitalize()} deleted.")
+            resource.delete(idp, params.caller, params.path["id"])
+        return msg(f"{kind.capitalize()} deleted.")
 
     routes: list[tuple[Callable, str, str, str, dict[str, Any]]] = [
-        (create, f"create_{noun.name}", "POST", all_, {"takes": noun.takes, "gives": noun.gives}),
-        (
-            list_, f"list_{noun.name}s", "GET", all_,
-            {"query": noun.query, "gives": list[noun.gives]},  # type: ignore[name-defined]  # a type made as we run
-        ),
-        (get, f"get_{noun.name}", "GET", one, {"gives": noun.gives, "versioned": True}),
-        (id_, f"{noun.name}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
-        (update, f"update_{noun.name}", "PUT", one, {"takes": noun.changes, "gives": noun.gives, "versioned": True}),
-        (delete, f"delete_{noun.name}", "DELETE", one, {"gives": Msg, "versioned": True}),
+        (create, f"create_{kind}", "POST", all_, {"takes": resource.takes, "gives": gives}),
+        (list_, f"list_{kind}s", "GET", all_, {"query": resource.query, "gives": page}),
+        (get, f"get_{kind}", "GET", one, {"gives": gives, "versioned": True}),
+        (id_, f"{kind}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
+        (update, f"update_{kind}", "PUT", one, {"takes": resource.changes, "gives": gives, "versioned": True}),
+        (delete, f"delete_{kind}", "DELETE", one, {"gives": Msg, "versioned": True}),
     ]
     for (handler, name, method, path, more), sentence in zip(
-        routes if noun.create else routes[1:], sentences, strict=True
+        routes if resource.create else routes[1:], sentences, strict=True
     ):
         handler.__name__, handler.__doc__ = f"admin_{name}", sentence
         ADMIN(method, path, guard=by_admin, spec=OWN, **more)(handler)
 
 
-def named(list_rows: str) -> Callable:
-    """Return what lists the records of a noun that has a name and nothing else to be asked for."""
+def rows_by_name(list_rows: str) -> Callable:
+    """Return the `rows` of a resource whose list takes no parameters of its own."""
     return lambda idp, query: getattr(idp.store, list_rows)(query.q, query.sort, query.limit, query.offset)
 
 
 # -- users --
 
 
-declare(
-    Noun(
+declare_resource(
+    Resource(
         "user", show=user_object, gives=UserObject, query=ListUsers, rows=rows_of_users, get=get_user,
         create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
     ),
@@ -5070,9 +5069,9 @@ def role_object(role: Role) -> RoleObject:
     return RoleObject(role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active))
 
 
-declare(
-    Noun(
-        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=named("list_roles"), get=get_role,
+declare_resource(
+    Resource(
+        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=rows_by_name("list_roles"), get=get_role,
         create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
     ),
     "Create a role.",
@@ -5141,10 +5140,10 @@ def name_ref(row: Permission) -> NameRef:
     return NameRef(row.id, row.name)
 
 
-declare(
-    Noun(
+declare_resource(
+    Resource(
         "permission", show=name_ref, gives=NameRef, query=ListNamed,
-        rows=named(             "list_permissions"         ), get=get_permission, create=create_permission,
+        rows=rows_by_name("list_permissions"), get=get_permission, create=create_permission,
         takes=CreatePermission, update=update_permission, changes=UpdatePermission, delete=delete_permission,
     ),
     "Create a permission.",
@@ -5224,9 +5223,9 @@ def scope_object(scope: Scope) -> ScopeObject:
     )
 
 
-declare(
-    Noun(
-        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=named("list_scopes"), get=get_scope,
+declare_resource(
+    Resource(
+        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=rows_by_name("list_scopes"), get=get_scope,
         create=create_scope, takes=CreateScope, update=update_scope, changes=UpdateScope, delete=delete_scope,
     ),
     "Create a scope.",
@@ -5347,8 +5346,8 @@ def admin_create_client(idp, claims, params):
     return client_object(*create_client(idp, params.caller, params.body))
 
 
-declare(
-    Noun(
+declare_resource(
+    Resource(
         "client", show=client_object, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
         update=update_client, changes=UpdateClient, delete=delete_client,
     ),
