@@ -4137,8 +4137,8 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         words |= {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name)) if account else ""}
     if row.state == "consent":
         assert request and client
-        wanted = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
-        words["scopes"] = [describe_scope(idp, name) for name in wanted]
+        scope_names = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
+        words["scopes"] = [describe_scope(idp, name) for name in scope_names]
     if row.state in ("consent", "totp", "codes"):
         assert row.user_id
         account = idp.store.find_account(row.user_id)
@@ -4670,10 +4670,10 @@ def account_change(idp, params):
         if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
             raise
         Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
-        said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
+        error = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
         return show_account(
             idp, params, held, status=problem.status,
-            error="weak_password" if "new_password" in (problem.errors or {}) else said,
+            error="weak_password" if "new_password" in (problem.errors or {}) else error,
         )
 
 
@@ -5118,8 +5118,8 @@ def admin_list_roles_of_user(idp, claims, params):
 @ADMIN("PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg)
 def admin_set_roles(idp, claims, params):
     """Give a user exactly these roles, all or none."""
-    wanted = params.body.roles if isinstance(params.body, SetRoles) else params.body
-    set_roles(idp, params.caller, params.path["id"], [role.id for role in wanted if role.id.strip()])
+    roles = params.body.roles if isinstance(params.body, SetRoles) else params.body
+    set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
     return msg("Roles set.")
 
 
@@ -5277,11 +5277,11 @@ def admin_remove_scope_from_client(idp, claims, params):
     return msg("Scope removed.")
 
 
-def holder_of(idp, wanted: ScopeMember) -> Client | Account:
+def holder_of(idp, member: ScopeMember) -> Client | Account:
     """Return the user or client a body names. Raises invalid_request where it names none or both."""
-    if bool(wanted.user_id) == bool(wanted.client_id):
+    if bool(member.user_id) == bool(member.client_id):
         reject(user_id="is required, or client_id")
-    return get_user(idp, wanted.user_id) if wanted.user_id else get_client(idp, wanted.client_id)
+    return get_user(idp, member.user_id) if member.user_id else get_client(idp, member.client_id)
 
 
 @ADMIN(
@@ -5480,11 +5480,11 @@ def client_of(params) -> str:
 )
 def admin_set_flag(idp, claims, params):
     """Switch a feature of a client: form or JSON."""
-    wanted = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
-    if wanted is UNSET or (isinstance(wanted, str) and wanted.lower() not in ("true", "false")):
+    enabled = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
+    if enabled is UNSET or (isinstance(enabled, str) and enabled.lower() not in ("true", "false")):
         reject(enabled="must be true or false")
     flag = check_flag(params.path["flag"])
-    set_flag(idp, params.caller, client_of(params), flag, wanted in (True, "true") or str(wanted).lower() == "true")
+    set_flag(idp, params.caller, client_of(params), flag, enabled in (True, "true") or str(enabled).lower() == "true")
     return msg(f"{flag} set.")
 
 
@@ -5707,14 +5707,13 @@ def admin_list_audit(idp, claims, params):
     """Audit rows, newest first; with `after` those that came since, oldest first."""
     query = params.query
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
-    wanted = (
+    filters = (
         query.userId or query.user_id, query.target, read_moment(query.since, "since", 0),
         read_moment(query.until, "until", FOREVER),
     )
-    rows = [
-        audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)
-    ]
-    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
+    found = idp.store.list_audit(query.action, query.limit, *filters, query.after, query.offset)
+    rows = [audit_object(row) for row in found]
+    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *filters))
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
