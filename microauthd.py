@@ -4122,7 +4122,7 @@ def qr_uri(uri: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
-def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words) -> Page:
+def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
     """Return the page of the state a login is in."""
     request, client, row = login.request, login.client, login.row
     binding = login_binding(idp, params)
@@ -4134,18 +4134,18 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         issuer_name = (
             client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
         )
-        words |= {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name)) if account else ""}
+        variables |= {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name)) if account else ""}
     if row.state == "consent":
         assert request and client
         scope_names = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
-        words["scopes"] = [describe_scope(idp, name) for name in scope_names]
+        variables["scopes"] = [describe_scope(idp, name) for name in scope_names]
     if row.state in ("consent", "totp", "codes"):
         assert row.user_id
         account = idp.store.find_account(row.user_id)
-        words["username"] = account.username if account else ""
+        variables["username"] = account.username if account else ""
     if row.state == "select":
         held = find_browser_session(idp, session_handle(idp, params))
-        words["username"] = held[1].username if held else ""
+        variables["username"] = held[1].username if held else ""
     return show_page(
         idp, params.environ,
         {
@@ -4155,7 +4155,7 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         status=status, error=error, ui_locales=request.ui_locales if request else "",
         target=request.redirect_uri if request else "", tx=row.id, form=form_token(binding, f"{row.id} {row.state}"),
         client=(client.row.display_name or client.client_id) if client else "",
-        **({"username": request.login_hint if request else ""} | {"recovery": []} | words),
+        **({"username": request.login_hint if request else ""} | {"recovery": []} | variables),
     )
 
 
@@ -4192,14 +4192,14 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     )
 
 
-def show_refusal(idp, params, login: Login, problem: Problem, error: str, **words) -> Page:
+def show_refusal(idp, params, login: Login, problem: Problem, error: str, **variables) -> Page:
     """Show the page again with what to say, the same whatever was wrong; or that the login is over."""
     if problem.code not in ("invalid_grant", "slow_down"):
         raise problem
     Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
     again = get_login(idp, login.row.id, login_binding(idp, params))
     page = show_login(
-        idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **words
+        idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **variables
     )
     page.headers.extend(problem.headers)
     return page
@@ -4573,13 +4573,14 @@ def end_own_login(idp, params, session, account):
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
-def show_account_in_new_session(idp, params, session, account, **words) -> Page:
+def show_account_in_new_session(idp, params, session, account, **variables) -> Page:
     """Show the account page in a fresh session, after everything else of the user was ended."""
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
     return show_account(
-        idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie], **words
+        idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie],
+        **variables,
     )
 
 
