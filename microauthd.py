@@ -3920,8 +3920,8 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
     anybody out.
     """
     if handle:
-        held = find_browser_session(idp, handle)
-        end_browser_session(idp, params.caller.acting_as(held[1].id if held else "anonymous"), sha256(handle))
+        session, _ = find_browser_session(idp, handle) or (None, None)
+        end_browser_session(idp, params.caller.acting_as(session.user_id if session else "anonymous"), sha256(handle))
     cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
     return (
         Redirect(location, cookies)
@@ -3951,10 +3951,10 @@ def logout(idp, claims, params):
 def logout_all(idp, claims, params):
     """End every login of this user, everywhere."""
     if claims is None:
-        held = find_browser_session(idp, session_handle(idp, params))
+        session, _ = find_browser_session(idp, session_handle(idp, params)) or (None, None)
         check_form(params, session_handle(idp, params), "session")
-        if held:
-            end_user(idp, params.caller.acting_as(held[1].id), held[1].id, "logout_all")
+        if session:
+            end_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
         return log_browser_out(idp, params)
     end_user(idp, params.caller, claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
@@ -4098,8 +4098,8 @@ def get_current_login(idp, params) -> Login:
     # Past the factors, or where a session stood for the password, the login is worth what the session is worth: it ends
     # with it, and whoever has but the login's cookie cannot go on.
     if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
-        held = find_browser_session(idp, session_handle(idp, params))
-        if held is None or held[1].id != row.user_id:
+        session, _ = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+        if session is None or session.user_id != row.user_id:
             raise Problem("not_found", log="the browser session of this login is over")
     return login
 
@@ -4144,8 +4144,8 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variab
         account = idp.store.find_account(row.user_id)
         variables["username"] = account.username if account else ""
     if row.state == "select":
-        held = find_browser_session(idp, session_handle(idp, params))
-        variables["username"] = held[1].username if held else ""
+        _, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+        variables["username"] = account.username if account else ""
     return show_page(
         idp, params.environ,
         {
@@ -4180,8 +4180,8 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
     request = login.request
     assert login.client
-    held = find_browser_session(idp, handle)
-    browser = held[0].id_sha256 if held and held[1].id == account.id else ""
+    session, _ = find_browser_session(idp, handle) or (None, None)
+    browser = session.id_sha256 if session and session.user_id == account.id else ""
     try:
         code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time, browser)
     except (Problem, Unavailable) as error:
@@ -4288,12 +4288,16 @@ def login_select(idp, params):
     """Go on as who is logged in, or as somebody else."""
     login = posted_login(idp, params, "select")
     assert login.client and login.request
-    held = find_browser_session(idp, session_handle(idp, params))
-    if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
+    session, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+    if (
+        params.get("choice") == "other"
+        or session is None
+        or account is None
+        or not session_serves(idp, session, login.client, login.request)
+    ):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
-    session, account = held
     state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
     login = advance(
         idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr=session.amr,
@@ -4471,7 +4475,7 @@ def end_session(idp, params):
     """Log a user out for a client: at once where its ID token shows who it means, else after asking."""
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
+    _, account = find_browser_session(idp, handle) or (None, None)
     again = {
         name: value
         for name, value in params.values.items()
@@ -4480,11 +4484,11 @@ def end_session(idp, params):
     if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
         # As at /authorize: a POST from the client brings no cookie, the GET it becomes does.
         return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
-    if held and params.get("form") is not None:
+    if account and params.get("form") is not None:
         check_form(params, handle, "session")
-    elif held and handle and not (hint and hint["sub"] == held[1].id):
+    elif account and handle and not (hint and hint["sub"] == account.id):
         return show_page(
-            idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again,
+            idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again=again,
             action="end-session", target=location,
             ui_locales=params.get("ui_locales") or "",
         )
@@ -4499,11 +4503,11 @@ def end_session(idp, params):
 def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
-    if held is None or handle is None:
+    _, account = find_browser_session(idp, handle) or (None, None)
+    if account is None or handle is None:
         return show_page(idp, params.environ, "signed_out")
     return show_page(
-        idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again={},
+        idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again={},
         action="logout",
     )
 
@@ -4517,10 +4521,9 @@ def client_name(idp, client_id) -> str:
 
 
 def show_account(
-    idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
+    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
 ) -> Page:
-    session, known = held
-    account = idp.store.find_account(known.id)
+    account = idp.store.find_account(account.id)  # what a change that came before left
     handle = handle or session_handle(idp, params)
     assert account and handle
     pending = (
@@ -4553,8 +4556,8 @@ def show_account(
 )
 def account_page(idp, params):
     """One's own sessions, password and second factor; whoever is not logged in logs in first."""
-    held = find_browser_session(idp, session_handle(idp, params))
-    return show_account(idp, params, held) if held else open_login(idp, params, None)
+    found = find_browser_session(idp, session_handle(idp, params))
+    return show_account(idp, params, *found) if found else open_login(idp, params, None)
 
 
 def end_own_session(idp, params, session, account):
@@ -4578,10 +4581,8 @@ def show_account_in_new_session(idp, params, session, account, **variables) -> P
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
-    return show_account(
-        idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie],
-        **variables,
-    )
+    session = idp.store.find_browser_session(sha256(handle))
+    return show_account(idp, params, session, account, handle=handle, cookies=[cookie], **variables)
 
 
 def end_all_others(idp, params, session, account):
@@ -4623,20 +4624,20 @@ def confirm_own_totp(idp, params, session, account):
         raise Problem("invalid_request", log="there is a second factor already")
     confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip())
     recovery = make_recovery_codes(idp, params.caller, account.id)
-    return show_account(idp, params, (session, account), notice="totp_on", recovery=recovery)
+    return show_account(idp, params, session, account, notice="totp_on", recovery=recovery)
 
 
 def disable_own_totp(idp, params, session, account):
     reauthenticate(idp, params, account)
     disable_totp(idp, params.caller.acting_as(account.id), account)
-    return show_account(idp, params, (session, account), notice="totp_off")
+    return show_account(idp, params, session, account, notice="totp_off")
 
 
 def renew_own_codes(idp, params, session, account):
     if not account.totp_sealed:
         raise Problem("invalid_request", log="recovery codes without a second factor")
     reauthenticate(idp, params, account)
-    return show_account(idp, params, (session, account), recovery=make_recovery_codes(idp, params.caller, account.id))
+    return show_account(idp, params, session, account, recovery=make_recovery_codes(idp, params.caller, account.id))
 
 
 ACCOUNT_CHANGES = {
@@ -4656,16 +4657,15 @@ def account_change(idp, params):
     What weakens asks for the password and the code.
     """
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
-    if held is None:
+    session, account = find_browser_session(idp, handle) or (None, None)
+    if session is None or account is None:
         return open_login(idp, params, None)
     check_form(params, handle, "session")
-    session, account = held
     try:
         return (
             ACCOUNT_CHANGES[params.need("action")](idp, params, session, account)
             if params.get("action") in ACCOUNT_CHANGES
-            else show_account(idp, params, held, status=400, error="unknown")
+            else show_account(idp, params, session, account, status=400, error="unknown")
         )
     except Problem as problem:
         if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
@@ -4673,7 +4673,7 @@ def account_change(idp, params):
         Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
         error = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
         return show_account(
-            idp, params, held, status=problem.status,
+            idp, params, session, account, status=problem.status,
             error="weak_password" if "new_password" in (problem.errors or {}) else error,
         )
 
