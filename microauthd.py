@@ -4010,34 +4010,28 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
 
 
 def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeRequest):
-    """Answer with a code where the browser's session does, or begin a login with what is left to do."""
-    held = find_browser_session(idp, session_handle(idp, params))
-    serves = held is not None and session_serves(idp, held[0], client, request)
-    missing = second_factor_missing(client, *held) if held and serves else ""
-    if "none" in request.prompt:
-        if not held or not serves:
+    """Issue a code if the browser's session suffices, else begin a login with the steps that are left."""
+    found = find_browser_session(idp, session_handle(idp, params))
+    if found is None or not session_serves(idp, found[0], client, request):
+        if "none" in request.prompt:
             raise Problem("login_required")
-        if missing:
-            raise Problem("interaction_required")
-        if needs_consent(idp, client, held[1].id, request):
-            raise Problem("consent_required")
-    if (
-        held
-        and serves
-        and "select_account" not in request.prompt
-        and not missing
-        and not needs_consent(idp, client, held[1].id, request)
-    ):
-        session, account = held
-        code = issue_code(
-            idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
-        )
-        return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
-    if held and "select_account" in request.prompt and (serves or not request.hinted_sub):
-        return open_login(idp, params, request, "select", None)
-    if held and serves:
-        return open_login(idp, params, request, missing or "consent", held[0])
-    return open_login(idp, params, request, "password", None)
+        choose = found and "select_account" in request.prompt and not request.hinted_sub
+        return open_login(idp, params, request, "select" if choose else "password")
+    session, account = found
+    missing = second_factor_missing(client, session, account)
+    if missing and "none" in request.prompt:
+        raise Problem("interaction_required")
+    must_consent = not missing and needs_consent(idp, client, account.id, request)
+    if must_consent and "none" in request.prompt:
+        raise Problem("consent_required")
+    if "select_account" in request.prompt:
+        return open_login(idp, params, request, "select")
+    if missing or must_consent:
+        return open_login(idp, params, request, missing or "consent", session)
+    code = issue_code(
+        idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
+    )
+    return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
 
 
 def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
