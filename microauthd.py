@@ -4741,6 +4741,12 @@ def auth_swagger_script(idp, params):
     return swagger_file("rapidoc-min.js")
 
 
+def is_visible_below(root: str, path: str) -> bool:
+    """Tell whether a path stays below a root whatever symbolic links it holds, and names no hidden file or folder."""
+    real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
+    return real.startswith(root + os.sep) and not path.endswith("/") and "/." not in "/" + path
+
+
 @AUTH(
     "GET", ("/", "/<path:path>"), guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
     option="serve_public_auth_files",
@@ -4749,12 +4755,7 @@ def public_file(idp, params):
     """A file of public/: of the working directory where there is one, else the bundled examples."""
     path = params.path.get("path", "index.html")
     root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
-    real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
-    if (
-        not real.startswith(root + os.sep)
-        or any(part.startswith(".") for part in path.split("/"))
-        or path.endswith("/")
-    ):
+    if not is_visible_below(root, path):
         raise Problem("not_found")
     found = bottle.static_file(path, root=root)
     if found.status_code in (403, 404):
@@ -4963,34 +4964,33 @@ def admin_verify_password(idp, claims, params):
 
 
 def write_below(root: str, folder: str, name: str, content: bytes):
-    """Write a private file below a root.
+    """Create a private file in a folder below a root, and the folders that are missing; follow no symbolic link.
 
-    Folders are made; a symbolic link on the way, or a path that leaves the root, is refused.
+    Raises ValueError with a sentence about `folder`, or OSError.
     """
+    root = os.path.normpath(root)
     path = os.path.normpath(os.path.join(root, folder))
     if (path != root and not path.startswith(root.rstrip("/") + "/")) or not folder.strip() or "\0" in folder:
-        reject(qr_output_path="must lie below totp-qr-output-root")
-    held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        raise ValueError("must lie below totp-qr-output-root")
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part in [part for part in os.path.relpath(path, root).split("/") if part != "."]:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o700, dir_fd=held)
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
-            os.close(held)
-            held = inner
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=held)
+                os.mkdir(part, 0o700, dir_fd=directory)
+            child = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+            os.close(directory)
+            directory = child
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
         with os.fdopen(file, "wb") as stream:
             stream.write(content)
-    except NotADirectoryError:
-        reject(qr_output_path="must be folders, and no symbolic link")
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            reject(qr_output_path="must be folders, and no symbolic link")
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise ValueError("must be folders, and no symbolic link") from None
         if error.errno == errno.ENAMETOOLONG:
-            reject(qr_output_path="has a name that is too long")
+            raise ValueError("has a name that is too long") from None
         raise
     finally:
-        os.close(held)
+        os.close(directory)
 
 
 @ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
@@ -5008,19 +5008,18 @@ def admin_enrol_totp(idp, claims, params):
 @ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
 def admin_generate_totp(idp, claims, params):
     """Make a second factor for a user and write its QR code to a file below totp-qr-output-root."""
-    account, issuer_name, root = (
-        get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id), idp.options.totp_qr_output_root,
-    )
+    account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
+    root = idp.options.totp_qr_output_root
     if not account.is_active:
         raise Problem("not_found", log="the user is inactive")
     if not root:
         raise Problem("temporarily_unavailable", log="totp-qr-output-root is not set")
     name, seed = f"totp_qr_{secrets.token_hex(6)}.svg", new_totp_seed()
+    qr_code = draw_qr(totp_uri(seed, account.username, issuer_name))
     try:
-        write_below(
-            os.path.normpath(root), params.body.qr_output_path, name,
-            draw_qr(totp_uri(seed, account.username, issuer_name)),
-        )
+        write_below(root, params.body.qr_output_path, name, qr_code)
+    except ValueError as error:
+        reject(qr_output_path=str(error))
     except OSError as error:
         raise Problem("temporarily_unavailable", log=f"the QR file cannot be written: {error.strerror}") from None
     begin_totp(idp, params.caller, account, seed)
