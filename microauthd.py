@@ -34,7 +34,6 @@ import base64
 import binascii
 import collections
 import contextlib
-import errno
 import functools
 import hashlib
 import hmac
@@ -61,7 +60,7 @@ from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.log import Log, escape
-from appliance.base.files import file_fingerprint
+from appliance.base.files import file_fingerprint, is_visible_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
@@ -4741,12 +4740,6 @@ def auth_swagger_script(idp, params):
     return swagger_file("rapidoc-min.js")
 
 
-def is_visible_below(root: str, path: str) -> bool:
-    """Tell whether a path stays below a root whatever symbolic links it holds, and names no hidden file or folder."""
-    real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
-    return real.startswith(root + os.sep) and not path.endswith("/") and "/." not in "/" + path
-
-
 @AUTH(
     "GET", ("/", "/<path:path>"), guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
     option="serve_public_auth_files",
@@ -4961,36 +4954,6 @@ def admin_verify_password(idp, claims, params):
 
 
 # -- second factor --
-
-
-def write_below(root: str, folder: str, name: str, content: bytes):
-    """Create a private file in a folder below a root, and the folders that are missing; follow no symbolic link.
-
-    Raises ValueError with a sentence about `folder`, or OSError.
-    """
-    root = os.path.normpath(root)
-    path = os.path.normpath(os.path.join(root, folder))
-    if (path != root and not path.startswith(root.rstrip("/") + "/")) or not folder.strip() or "\0" in folder:
-        raise ValueError("must lie below totp-qr-output-root")
-    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for part in [part for part in os.path.relpath(path, root).split("/") if part != "."]:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o700, dir_fd=directory)
-            child = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-            os.close(directory)
-            directory = child
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
-        with os.fdopen(file, "wb") as stream:
-            stream.write(content)
-    except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise ValueError("must be folders, and no symbolic link") from None
-        if error.errno == errno.ENAMETOOLONG:
-            raise ValueError("has a name that is too long") from None
-        raise
-    finally:
-        os.close(directory)
 
 
 @ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
