@@ -3690,10 +3690,9 @@ AUTH = Routes("auth")
 
 
 def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
-    """Return an answer that does not change until the keys do, for caches to keep five minutes.
+    """Return an answer that changes only with the keys, cacheable for five minutes.
 
-    `make` is called after the dict was taken: what is made of the keys of before a change never lands in the dict of
-    after it, where it would stay.
+    The dict is read before `make` runs: if the keys change meanwhile, the answer lands in the dict that they replace.
     """
     idp.look_at_rings()
     answers = idp.answers
@@ -3706,26 +3705,26 @@ def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
 
 @AUTH("GET", "/ping", guard=anyone, spec=OWN, gives=Ping)
 def ping(idp, params):
-    """Answer that somebody is there."""
+    """Answer that the server is running."""
     return {"message": "pong from auth"}
 
 
 @AUTH("GET", "/version", guard=anyone, spec=OWN, gives=Version)
 def version(idp, params):
-    """Name and version of the program."""
+    """Return the name and version of the program."""
     return {"name": "microauthd", "version": VERSION}
 
 
 @AUTH("GET", "/health", guard=anyone, spec="liveness", gives=Health)
 def health(idp, params):
-    """The process answers."""
+    """Answer that the process is alive."""
     return {"status": "ok"}
 
 
 @AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
 def ready(idp, params):
-    """The database can be written, the keys are loaded, and the clock can be believed."""
-    # Asked at most once a second: the probe takes the write lock, and anybody may ask.
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible."""
+    # One probe a second at most: it takes the write lock, and anyone may call this.
     until, checks = idp.readiness
     if time.monotonic() >= until:
         checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(for_good=False), "database": True}
@@ -3747,14 +3746,14 @@ def ready(idp, params):
     tagged=True,
 )
 def jwks(idp, params):
-    """The public keys by which anybody verifies our tokens."""
-    # Who keeps the set this long has met a key before it signs: processes take a ring up within a second. RFC 7517 §5.
+    """Return the public keys that verify the tokens of this server."""
+    # A cache this short has a new key before the key signs: processes load a ring within a second. RFC 7517 §5.
     cache = max(0, min(300, idp.options.key_overlap - 2))
     return prebuilt(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
 
 
 def describe_server(idp: Idp) -> dict:
-    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3: only what works."""
+    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3, of what is enabled."""
     base, options = idp.options.auth_issuer, idp.options
     grants = [CLIENT_CREDENTIALS, PASSWORD] + ([REFRESH_TOKEN] if options.enable_token_refresh else [])
     methods = ["client_secret_basic", "client_secret_post"]
@@ -3805,7 +3804,7 @@ def describe_server(idp: Idp) -> dict:
     spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True, tagged=True,
 )
 def discovery(idp, params):
-    """What this server can do; only what works."""
+    """Return the metadata of this server: endpoints, grant types, algorithms, scopes and claims."""
     return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
 
 
@@ -3838,13 +3837,13 @@ def token(idp, client, params):
     oauth=True,
 )
 def introspect(idp, client, params):
-    """Tell a client about a token of its own, or any token where it has the right."""
+    """Introspect a token of this client, or any token if the client has the right to."""
     return introspect_token(idp, client, params.need("token"))
 
 
 @AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", form=TokenHintForm, gives=Msg, oauth=True, cors=True)
 def revoke(idp, client, params):
-    """End a token of this client; a refresh token takes its family along."""
+    """Revoke a token of this client; with a refresh token, every token of its login."""
     revoke_token(idp, params.caller, client, params.need("token"))
     return msg("Token revoked.")
 
@@ -3854,7 +3853,7 @@ def revoke(idp, client, params):
     gives=UserInfo, cors=True,
 )
 def userinfo(idp, claims, params):
-    """The claims about the user that the token's scope opens."""
+    """Return the claims about the user that the scope of the token covers."""
     family = idp.store.find_family(claims["sid"])
     return user_claims(
         idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ()
@@ -3863,7 +3862,7 @@ def userinfo(idp, claims, params):
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
 def me(idp, claims, params):
-    """Who the token speaks for."""
+    """Return the subject, roles and scopes of the token."""
     account = idp.store.find_account(claims["sub"])
     return {
         "sub": claims["sub"], "email": account.email if account else None, "roles": claims.get("role", []),
@@ -3873,7 +3872,7 @@ def me(idp, claims, params):
 
 @AUTH("GET", "/whoami", guard=by_bearer(), spec=OWN, gives=Ping)
 def whoami(idp, claims, params):
-    """A greeting for whoever the token speaks for."""
+    """Greet the subject of the token."""
     return {"message": f"Hello, {claims['sub']}"}
 
 
@@ -3895,7 +3894,7 @@ def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
 
 @AUTH("GET", "/me/sessions", guard=by_bearer(user=True), spec=OWN, query=Paged, gives=list[SessionObject])
 def my_sessions(idp, claims, params):
-    """The access tokens of this user, newest first."""
+    """List the access tokens of this user, newest first."""
     rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
     return listed(params, [session_object(row) for row in rows], total)
 
@@ -3905,7 +3904,7 @@ def my_sessions(idp, claims, params):
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def my_refresh_tokens(idp, claims, params):
-    """The refresh tokens of this user, newest first; never the tokens themselves."""
+    """List the refresh tokens of this user, newest first, without the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(
         user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset
     )
@@ -3913,10 +3912,10 @@ def my_refresh_tokens(idp, claims, params):
 
 
 def forget_browser(idp: Idp, params, handle: str | None, location: str):
-    """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
+    """End the session that a cookie names, delete the cookie, and redirect to `location` or show the sign-out page.
 
-    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log
-    anybody out.
+    Without the cookie there is nothing to delete: a form of another site brings none (SameSite), and must not log
+    anyone out.
     """
     if handle:
         session, _ = find_browser_session(idp, handle) or (None, None)
@@ -3930,7 +3929,7 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
 
 
 def log_browser_out(idp: Idp, params, location=""):
-    """End the session of this browser, from a form of ours, and say so."""
+    """End the session of this browser, after checking the token of the form."""
     handle = session_handle(idp, params)
     if handle:
         check_form(params, handle, "session")
@@ -3939,7 +3938,7 @@ def log_browser_out(idp: Idp, params, location=""):
 
 @AUTH("POST", "/logout", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout(idp, claims, params):
-    """End every login of this user at the token's client; from our own page, the session of the browser."""
+    """End every login of this user at the token's client; with a form token, the session of the browser."""
     if claims is None:
         return log_browser_out(idp, params)
     end_logins(idp, params.caller, claims["sub"], claims["client_id"])
@@ -3948,7 +3947,7 @@ def logout(idp, claims, params):
 
 @AUTH("POST", "/logout-all", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout_all(idp, claims, params):
-    """End every login of this user, everywhere."""
+    """End every login and session of this user, at every client."""
     if claims is None:
         session, _ = find_browser_session(idp, session_handle(idp, params)) or (None, None)
         check_form(params, session_handle(idp, params), "session")
@@ -3982,7 +3981,7 @@ def answer_client(
 def refuse_client(
     idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()
 ):
-    """Tell a client by way of the browser what went wrong. RFC 6749 §4.1.2.1."""
+    """Send a browser back to its client with an error. RFC 6749 §4.1.2.1."""
     Answer(idp).log_refusal(params.environ, problem.code, 302, problem.log)
     members = {"error": problem.code, "error_description": problem.message}
     return answer_client(
@@ -3992,14 +3991,14 @@ def refuse_client(
 
 
 def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
-    """Return the state that is left where a client demands a second factor and the session was begun without."""
+    """Return the login state that obtains the second factor a client demands and a session lacks, or ''."""
     if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
         return ""
     return "totp" if account.totp_sealed else "enrol"
 
 
 def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
-    """Begin a login in this browser, and lead to its page."""
+    """Begin a login in this browser, and redirect to its page."""
     binding, cookies = login_binding(idp, params), []
     if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
         binding = random_handle()
@@ -4039,11 +4038,11 @@ def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
 
 
 def begin_headless(idp: Idp, params) -> Reply:
-    """Begin a login for a first-party application; the `jti` in the answer is the secret it is bound to."""
+    """Begin a login for a first-party application, bound to the secret `jti` in the answer."""
     try:
         client, redirect_uri = validate_client(idp, params)
         if not params.get("response_type"):
-            params.values["response_type"] = "code"  # the original never asked for it
+            params.values["response_type"] = "code"  # published clients leave it out
         request = read_request(idp, client, redirect_uri, params)
         if not client.row.is_first_party or not request.code_challenge:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
@@ -4062,7 +4061,7 @@ def begin_headless(idp: Idp, params) -> Reply:
 def authorize(idp, params):
     """Let a user log in for a client.
 
-    A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON.
+    A POST that does not accept HTML comes from an application with its own screens, and gets JSON.
     """
     headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
     if headless:
@@ -4071,7 +4070,7 @@ def authorize(idp, params):
     try:
         request = read_request(idp, client, redirect_uri, params)
         if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
-            # A POST from another site brings no cookies; the GET it becomes does. So it finds the session.
+            # A cross-site POST brings no cookie (SameSite); the GET that it becomes does, and finds the session.
             return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
         return authorize_with_session(idp, params, client, request)
     except Problem as problem:
@@ -4084,12 +4083,13 @@ def authorize(idp, params):
 
 
 def get_current_login(idp, params) -> Login:
+    """Return the login that the request names and its cookie is bound to. Raises not_found."""
     login = get_login(idp, params.get("tx") or params.get("jti") or "", login_binding(idp, params))
     row = login.row
     if login.request and login.request.headless:
         raise Problem("not_found")
-    # Past the factors, or where a session stood for the password, the login is worth what the session is worth: it ends
-    # with it, and whoever has but the login's cookie cannot go on.
+    # After the last factor, or if a session replaced the password, the login ends with the session: the cookie of the
+    # login alone must not continue it.
     if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
         session, _ = find_browser_session(idp, session_handle(idp, params)) or (None, None)
         if session is None or session.user_id != row.user_id:
@@ -4098,7 +4098,7 @@ def get_current_login(idp, params) -> Login:
 
 
 def posted_login(idp, params, *states) -> Login:
-    """Return the login a form belongs to. Raises access_denied without its token, conflict in another state."""
+    """Return the login of a posted form. Raises access_denied without its token, conflict in another state."""
     login = get_current_login(idp, params)
     check_form(params, login_binding(idp, params), f"{login.row.id} {login.row.state}")
     if login.row.state not in states:
@@ -4116,7 +4116,7 @@ def qr_uri(uri: str) -> str:
 
 
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
-    """Return the page of the state a login is in."""
+    """Return the page for the state of a login."""
     request, client, row = login.request, login.client, login.row
     binding = login_binding(idp, params)
     assert binding
@@ -4153,9 +4153,9 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variab
 
 
 def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
-    """Lead a login on: to its next page, or back to its client.
+    """Redirect a login to its next page, or back to its client.
 
-    With an account its last factor was just proven: the browser is logged in.
+    With `account` its last factor was just verified: the browser gets a session.
     """
     cookies, handle = [], session_handle(idp, params)
     row = login.row
@@ -4186,7 +4186,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
 
 
 def show_refusal(idp, params, login: Login, problem: Problem, error: str, **variables) -> Page:
-    """Show the page again with what to say, the same whatever was wrong; or that the login is over."""
+    """Show the page again with the same error for every cause; raise the problem if the login is over."""
     if problem.code not in ("invalid_grant", "slow_down"):
         raise problem
     Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
@@ -4203,9 +4203,9 @@ def show_refusal(idp, params, login: Login, problem: Problem, error: str, **vari
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_page(idp, params):
-    """The page of a login under way: password, second factor, consent, whatever is next.
+    """Show the next page of a login: password, second factor, account selection or consent.
 
-    Without one, the way to the account page.
+    Without a login, redirect to the account page.
     """
     if params.get("tx") is None and params.get("jti") is None:
         return Redirect(f"{idp.options.auth_issuer}/account")
@@ -4217,7 +4217,7 @@ def login_page(idp, params):
     html=True, option="enable_pkce",
 )
 def login_password(idp, params):
-    """The first page of a login: user name and password."""
+    """Verify the user name and password of a login."""
     login = posted_login(idp, params, "password")
     try:
         after = give_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
@@ -4236,7 +4236,7 @@ def login_password(idp, params):
     html=True, option="enable_pkce",
 )
 def login_totp(idp, params):
-    """The second page of a login: a one-time code, or a recovery code."""
+    """Verify the one-time code or the recovery code of a login."""
     login = posted_login(idp, params, "totp")
     try:
         after = give_code(idp, params.caller, login, (params.get("totp") or "").strip())
@@ -4250,7 +4250,7 @@ def login_totp(idp, params):
     html=True, option="enable_pkce",
 )
 def login_enrol(idp, params):
-    """Set a second factor up in the middle of a login, by its first code; shows the recovery codes once."""
+    """Enrol a second factor during a login by its first code, and show the recovery codes once."""
     login = posted_login(idp, params, "enrol")
     try:
         after, recovery = enrol(idp, params.caller, login, (params.get("totp") or "").strip())
@@ -4264,7 +4264,7 @@ def login_enrol(idp, params):
     html=True, option="enable_pkce",
 )
 def login_codes(idp, params):
-    """Go on after the recovery codes were noted."""
+    """Continue a login after the recovery codes were shown."""
     login = posted_login(idp, params, "codes")
     row = login.row
     account = idp.store.find_account(row.user_id)
@@ -4278,7 +4278,7 @@ def login_codes(idp, params):
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_select(idp, params):
-    """Go on as who is logged in, or as somebody else."""
+    """Continue a login with the account of the session, or with another."""
     login = posted_login(idp, params, "select")
     assert login.client and login.request
     session, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
@@ -4304,7 +4304,7 @@ def login_select(idp, params):
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_consent(idp, params):
-    """Agree to what a client asks for, or not."""
+    """Give or deny consent to the scopes that a client requests."""
     login = posted_login(idp, params, "consent")
     row, request, client = login.row, login.request, login.client
     assert request and client  # only the login of a client asks for consent
@@ -4329,7 +4329,7 @@ def login_consent(idp, params):
     option="enable_pkce",
 )
 def page_asset(idp, params):
-    """The style sheet, the one script and the logo of the pages."""
+    """Return the style sheet, the script or the logo of the login pages."""
     name = params.path["name"]
     style, content = idp.pages.style
     if name == style:
@@ -4348,11 +4348,11 @@ def page_asset(idp, params):
     raise Problem("not_found")
 
 
-# -- people: applications with screens of their own --
+# -- people: applications with their own screens --
 
 
 def as_invalid_grant(handler):
-    """Failures of these routes are one answer without detail, whatever was wrong."""
+    """Make a handler answer every failed login with the same invalid_grant."""
 
     @functools.wraps(handler)
     def wrapped(idp, params):
@@ -4383,7 +4383,7 @@ def headless_login(idp, params) -> tuple[Login, str]:
 )
 @as_invalid_grant
 def headless_password(idp, params):
-    """The first step of an application with screens of its own."""
+    """Verify the user name and password, for an application with its own screens."""
     username, password = params.need("username"), params.need("password")
     login, jti = headless_login(idp, params)
     after = give_password(idp, params.caller, login, username, password)
@@ -4395,7 +4395,7 @@ def headless_password(idp, params):
 @AUTH("POST", "/login/totp", guard=anyone, spec=OWN, form=HeadlessCodeForm, gives=PkceStep, option="enable_pkce")
 @as_invalid_grant
 def headless_totp(idp, params):
-    """The second step of an application with screens of its own."""
+    """Verify the one-time code, for an application with its own screens."""
     code = params.need("totp_code")
     login, jti = headless_login(idp, params)
     return headless_step(give_code(idp, params.caller, login, code.strip()), jti, False)
@@ -4407,7 +4407,7 @@ def headless_totp(idp, params):
 )
 @as_invalid_grant
 def headless_finalize(idp, params):
-    """The last step: a redirect with the code, once, and only after every factor."""
+    """Redirect with the authorization code, once, after every factor was verified."""
     login, _ = headless_login(idp, params)
     row, request, client = login.row, login.request, login.client
     if row.state != "ready":
@@ -4417,13 +4417,13 @@ def headless_finalize(idp, params):
     account = finish_login(idp, done)
     code = issue_code(idp, params.caller, client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
-    answer.status = 302  # what published clients look for
+    answer.status = 302  # published clients expect it
     return answer
 
 
 @AUTH("GET", "/auth-session/<jti>", guard=anyone, spec=OWN, gives=AuthSession, option="enable_pkce")
 def auth_session(idp, params):
-    """What is under way, for the holder of its secret alone."""
+    """Return the state of a login to the holder of its secret `jti`."""
     row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())
     login = as_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless:
@@ -4440,10 +4440,7 @@ def auth_session(idp, params):
 
 
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
-    """Return the claims of the id_token_hint, and where to go afterwards: a registered URI or nowhere.
-
-    Raises invalid_request.
-    """
+    """Return the claims of the id_token_hint, and the registered URI to go to or "". Raises invalid_request."""
     hint = read_hint(idp, params.get("id_token_hint"))
     if params.get("id_token_hint") and hint is None:
         raise Problem("invalid_request", log="id_token_hint is no ID token of ours")
@@ -4465,7 +4462,7 @@ def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
     gives=bytes, gives_media="text/html", html=True, option="enable_pkce",
 )
 def end_session(idp, params):
-    """Log a user out for a client: at once where its ID token shows who it means, else after asking."""
+    """Log a user out for a client: at once if its ID token names the user of the session, else after asking."""
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
     _, account = find_browser_session(idp, handle) or (None, None)
@@ -4475,7 +4472,7 @@ def end_session(idp, params):
         if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
     }
     if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
-        # As at /authorize: a POST from the client brings no cookie, the GET it becomes does.
+        # As at /authorize: a cross-site POST brings no cookie, the GET that it becomes does.
         return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
     if account and params.get("form") is not None:
         check_form(params, handle, "session")
@@ -4487,7 +4484,7 @@ def end_session(idp, params):
         )
     family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
     if hint and family and family.revoked_at is None and family.client_id == hint["aud"]:
-        # The login the client speaks of ends even where the session it began in is over already.
+        # The client's login ends even if the session that it began in has already ended.
         revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
     return forget_browser(idp, params, handle, location)
 
@@ -4516,7 +4513,7 @@ def client_name(idp, client_id) -> str:
 def show_account(
     idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
 ) -> Page:
-    account = idp.store.find_account(account.id)  # what a change that came before left
+    account = idp.store.find_account(account.id)  # read again: the handler may just have changed it
     handle = handle or session_handle(idp, params)
     assert account and handle
     pending = (
@@ -4548,7 +4545,7 @@ def show_account(
     option="enable_pkce",
 )
 def account_page(idp, params):
-    """One's own sessions, password and second factor; whoever is not logged in logs in first."""
+    """Show a user its sessions, password and second factor, after a login if there is no session."""
     found = find_browser_session(idp, session_handle(idp, params))
     return show_account(idp, params, *found) if found else open_login(idp, params, None)
 
@@ -4570,7 +4567,7 @@ def end_own_login(idp, params, session, account):
 
 
 def show_account_in_new_session(idp, params, session, account, **variables) -> Page:
-    """Show the account page in a fresh session, after everything else of the user was ended."""
+    """Begin a new session and show the account page, after everything of the user was ended."""
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
@@ -4584,9 +4581,9 @@ def end_all_others(idp, params, session, account):
 
 
 def reauthenticate(idp, params, account):
-    """Ask for the password, and the second factor of who has one.
+    """Verify the password, and the second factor if there is one.
 
-    A recovery code does, or a lost authenticator could never be replaced.
+    A recovery code is accepted, or a lost authenticator could never be replaced.
     """
     account, _ = authenticate_user(
         idp, params.caller, account.username, params.get("password") or "", only_password=True
@@ -4607,7 +4604,7 @@ def change_own_password(idp, params, session, account):
 def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
-    reauthenticate(idp, params, account)  # a browser left open is not enough to lock its owner out
+    reauthenticate(idp, params, account)  # an unattended browser must not suffice to lock its owner out
     begin_totp(idp, params.caller.acting_as(account.id), account)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
@@ -4645,9 +4642,9 @@ ACCOUNT_CHANGES = {
     html=True, option="enable_pkce",
 )
 def account_change(idp, params):
-    """End sessions, change the password, set up or take away the second factor.
+    """End sessions, change the password, or set up or remove the second factor.
 
-    What weakens asks for the password and the code.
+    A change that weakens the account needs the password and the second factor.
     """
     handle = session_handle(idp, params)
     session, account = find_browser_session(idp, handle) or (None, None)
@@ -4682,20 +4679,20 @@ def scoped_create_user(idp, claims, params):
 
 @AUTH("GET", "/users", guard=by_scope("admin:list_users"), spec=OWN, query=ListUsers, gives=list[UserObject])
 def scoped_list_users(idp, claims, params):
-    """The users by name, those matching `q`, a page at a time."""
+    """List the users by name, filtered by `q`, a page at a time."""
     rows, total = rows_of_users(idp, params.query)
     return listed(params, [user_object(row) for row in rows], total)
 
 
 @AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec=OWN, gives=UserObject)
 def scoped_get_user(idp, claims, params):
-    """One user, by id or name."""
+    """Return one user, by id or name."""
     return user_object(get_user(idp, params.path["id"]))
 
 
 @AUTH("POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=ResetPassword, gives=Msg)
 def scoped_reset_password(idp, claims, params):
-    """Give a user a new password; never an administrator."""
+    """Set a new password for a user who is not an administrator."""
     reset_password(
         idp, params.caller, params.path["id"], params.body.new_password or params.body.password,
         but_admins=True,
@@ -4705,7 +4702,7 @@ def scoped_reset_password(idp, claims, params):
 
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
-    """Keep a user out and end all it has; never an administrator."""
+    """Deactivate a user who is not an administrator, and end every login of the user."""
     set_user_active(idp, params.caller, params.path["id"], False, but_admins=True)
     return msg("User deactivated.")
 
@@ -4718,7 +4715,7 @@ def scoped_deactivate_user(idp, claims, params):
     option="enable_auth_swagger", tagged=True,
 )
 def auth_openapi(idp, params):
-    """What this port serves, made from the declarations of its routes."""
+    """Return the OpenAPI description of this port."""
     return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_port(idp, AUTH)))
 
 
@@ -4727,7 +4724,7 @@ def auth_openapi(idp, params):
     option="enable_auth_swagger",
 )
 def auth_swagger(idp, params):
-    """The description, to be read in a browser."""
+    """Show the API description in a browser."""
     return swagger_file("index.html")
 
 
@@ -4736,7 +4733,7 @@ def auth_swagger(idp, params):
     option="enable_auth_swagger",
 )
 def auth_swagger_script(idp, params):
-    """The viewer of that page."""
+    """Return the script of that page."""
     return swagger_file("rapidoc-min.js")
 
 
@@ -4745,7 +4742,7 @@ def auth_swagger_script(idp, params):
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
-    """A file of public/: of the working directory where there is one, else the bundled examples."""
+    """Return a file of public/ in the working directory, or of the bundled examples if there is none."""
     path = params.path.get("path", "index.html")
     root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
     if not is_visible_below(root, path):
@@ -4763,25 +4760,25 @@ ADMIN = Routes("admin")
 
 @ADMIN("GET", "/ping", guard=anyone, spec=OWN, gives=Ping)
 def admin_ping(idp, params):
-    """Answer that somebody is there."""
+    """Answer that the server is running."""
     return {"message": "pong from admin"}
 
 
 @ADMIN("GET", "/version", guard=anyone, spec=OWN, gives=Version)
 def admin_version(idp, params):
-    """Name and version of the program."""
+    """Return the name and version of the program."""
     return version(idp, params)
 
 
 @ADMIN("GET", "/health", guard=anyone, spec="liveness", gives=Health)
 def admin_health(idp, params):
-    """The process answers."""
+    """Answer that the process is alive."""
     return {"status": "ok"}
 
 
 @ADMIN("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
 def admin_ready(idp, params):
-    """The database can be written, the keys are loaded, and the clock can be believed."""
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible."""
     return ready(idp, params)
 
 
@@ -4789,7 +4786,7 @@ def admin_ready(idp, params):
 def admin_token(idp, params):
     """Log an administrator in.
 
-    Form: username, password, totp where the user has a second factor, client_id for the record.
+    `totp` is needed if the user has a second factor; `client_id` is recorded and not checked.
     """
     username, password = params.need("username"), params.need("password")
     totp = params.get("totp") or params.get("totp_code") or ""
@@ -4799,7 +4796,7 @@ def admin_token(idp, params):
 
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)
 def admin_logout(idp, claims, params):
-    """End the login this token belongs to."""
+    """End the login that the token belongs to."""
     revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
     return msg("Logged out.")
 
@@ -4887,12 +4884,11 @@ declare_resource(
         create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
     ),
     "Create a user.",
-    "The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their "
-    "number in X-Total-Count.",
-    "One user, by id or name.",
-    "The id of a user name.",
-    "Change what is sent of a user; the id of the path counts. Honours If-Match.",
-    "Delete a user and everything that hangs on it. Honours If-Match.",
+    "List the active users, or those that `is_active` selects, filtered by `q`, a page at a time.",
+    "Return one user, by id or name.",
+    "Return the id of a user name.",
+    "Change the members of a user that are sent, but for its id. Honours If-Match.",
+    "Delete a user and everything that belongs to it. Honours If-Match.",
 )
 
 
@@ -4905,35 +4901,35 @@ def admin_verify_email(idp, claims, params):
 
 @ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg)
 def admin_deactivate_user(idp, claims, params):
-    """Keep a user out, and end all it has."""
+    """Deactivate a user, and end every login of the user."""
     set_user_active(idp, params.caller, params.path["id"], False)
     return msg("User deactivated.")
 
 
 @ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg)
 def admin_activate_user(idp, claims, params):
-    """Let a user in again."""
+    """Activate a user."""
     set_user_active(idp, params.caller, params.path["id"], True)
     return msg("User activated.")
 
 
 @ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg)
 def admin_reset_password(idp, claims, params):
-    """Give a user a new password, and end all the old one opened."""
+    """Set a new password for a user, and end every login of the user."""
     reset_password(idp, params.caller, params.path["id"], params.body.new_password or params.body.password)
     return msg("Password reset; every login of the user is ended.")
 
 
 @ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
 def admin_set_lockout(idp, claims, params):
-    """Lock a user out until a time, which ends all it has; null or the year 1 clears every lockout."""
+    """Lock a user out until a time, and end every login of the user; null or the year 1 clears every lockout."""
     set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
 @ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg)
 def admin_clear_lockout(idp, claims, params):
-    """End every lockout of a user, of passwords and of one-time codes."""
+    """Clear every lockout of a user, of passwords and of one-time codes."""
     set_lockout(idp, params.caller, params.path["id"], None)
     return msg("Lockout cleared.")
 
@@ -4948,7 +4944,7 @@ def admin_revoke_user(idp, claims, params):
 
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)
 def admin_verify_password(idp, claims, params):
-    """Is this the password of a user who could log in? 403 where not, whatever is wrong."""
+    """Verify the password of a user who could log in; 403 for every cause of failure."""
     account = verify_password(idp, params.caller, params.body)
     return PasswordVerdict(True, account.id, account.email, bool(account.totp_sealed))
 
@@ -4958,9 +4954,9 @@ def admin_verify_password(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
 def admin_enrol_totp(idp, claims, params):
-    """Make a second factor for a user and show it once: otpauth URI, seed and QR code.
+    """Make a second factor for a user, and return its otpauth URI, seed and QR code once.
 
-    It counts from its first code on.
+    It is enabled when its first code is verified.
     """
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
     seed = begin_totp(idp, params.caller, account)
@@ -4970,7 +4966,7 @@ def admin_enrol_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
 def admin_generate_totp(idp, claims, params):
-    """Make a second factor for a user and write its QR code to a file below totp-qr-output-root."""
+    """Make a second factor for a user, and write its QR code to a file below totp-qr-output-root."""
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
     root = idp.options.totp_qr_output_root
     if not account.is_active:
@@ -4991,14 +4987,14 @@ def admin_generate_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=Msg)
 def admin_confirm_totp(idp, claims, params):
-    """Put a new second factor in force by its first code; 403 where the code is wrong."""
+    """Enable a new second factor by its first code; 403 if the code is wrong."""
     confirm_totp(idp, params.caller, get_user(idp, params.path["id"]), params.body.code)
     return msg("Second factor enabled.")
 
 
 @ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg)
 def admin_verify_totp(idp, claims, params):
-    """The same, with the user in the body."""
+    """Enable a new second factor by its first code, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
     confirm_totp(idp, params.caller, get_user(idp, params.body.user_id), params.body.code)
     return msg("Second factor enabled.")
@@ -5006,14 +5002,14 @@ def admin_verify_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_totp(idp, claims, params):
-    """Take the second factor of a user away."""
+    """Disable the second factor of a user."""
     disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
 @ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_client_totp(idp, claims, params):
-    """The same; a second factor belongs to the user, so the client is only checked to demand one."""
+    """Disable the second factor of a user, if the client demands one; it is the user's at every client."""
     totp_issuer(idp, params.path["client_id"])
     disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
@@ -5032,37 +5028,37 @@ declare_resource(
         create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
     ),
     "Create a role.",
-    "The roles by name, those matching `q`, a page at a time.",
-    "One role, by id or name.",
-    "The id of a role name.",
-    "Change what is sent of a role. Honours If-Match.",
-    "Delete a role; whoever had it logs in anew. Honours If-Match.",
+    "List the roles by name, filtered by `q`, a page at a time.",
+    "Return one role, by id or name.",
+    "Return the id of a role name.",
+    "Change the members of a role that are sent. Honours If-Match.",
+    "Delete a role, and end the logins of the users who had it. Honours If-Match.",
 )
 
 
 @ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_assign_role(idp, claims, params):
-    """Give a user a role."""
+    """Assign a role to a user."""
     assign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role assigned.")
 
 
 @ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_unassign_role(idp, claims, params):
-    """Take a role from a user, and end what was issued with it."""
+    """Remove a role from a user, and end what was issued with it."""
     unassign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role unassigned.")
 
 
 @ADMIN("GET", "/roles/user/<id>", guard=by_admin, spec=OWN, gives=list[str])
 def admin_list_role_ids_of_user(idp, claims, params):
-    """The ids of the roles of a user."""
+    """List the ids of the roles of a user."""
     return [role.id for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
 
 
 @ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef])
 def admin_list_roles_of_user(idp, claims, params):
-    """The roles of a user, or with `all` every role there is."""
+    """List the roles of a user, or with `all` every active role."""
     user = get_user(idp, params.path["id"])
     roles = (
         [role for role in idp.store.list_roles()[0] if role.is_active]
@@ -5074,7 +5070,7 @@ def admin_list_roles_of_user(idp, claims, params):
 
 @ADMIN("PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg)
 def admin_set_roles(idp, claims, params):
-    """Give a user exactly these roles, all or none."""
+    """Replace the roles of a user, all or none."""
     roles = params.body.roles if isinstance(params.body, SetRoles) else params.body
     set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
     return msg("Roles set.")
@@ -5082,7 +5078,7 @@ def admin_set_roles(idp, claims, params):
 
 @ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
 def admin_list_users_of_role(idp, claims, params):
-    """The users who have a role, a page at a time."""
+    """List the users who have a role, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
@@ -5104,9 +5100,9 @@ declare_resource(
         takes=CreatePermission, update=update_permission, changes=UpdatePermission, delete=delete_permission,
     ),
     "Create a permission.",
-    "The permissions by name, those matching `q`, a page at a time.",
-    "One permission, by id or name.",
-    "The id of a permission name.",
+    "List the permissions by name, filtered by `q`, a page at a time.",
+    "Return one permission, by id or name.",
+    "Return the id of a permission name.",
     "Rename a permission. Honours If-Match.",
     "Delete a permission. Honours If-Match.",
 )
@@ -5114,59 +5110,59 @@ declare_resource(
 
 @ADMIN("GET", "/permissions/retrieve/all", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_retrieve_permissions(idp, claims, params):
-    """Every permission."""
+    """List every permission."""
     return [name_ref(row) for row in idp.store.list_permissions()[0]]
 
 
 @ADMIN("POST", "/permissions/assign", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_assign_permission_to(idp, claims, params):
-    """Give a role a permission; both in the body."""
+    """Assign a permission to a role, both named in the body."""
     assign_permission(idp, params.caller, params.body.role_id, params.body.permission_id)
     return msg("Permission assigned.")
 
 
 @ADMIN("POST", "/permissions/remove", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_remove_permission_from(idp, claims, params):
-    """Take a permission from a role; both in the body."""
+    """Remove a permission from a role, both named in the body."""
     remove_permission(idp, params.caller, params.body.role_id, params.body.permission_id)
     return msg("Permission removed.")
 
 
 @ADMIN("GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_list_permissions_of_role(idp, claims, params):
-    """The permissions of a role."""
+    """List the permissions of a role."""
     return [name_ref(row) for row in idp.store.list_permissions_of_role(get_role(idp, params.path["id"]).id)]
 
 
 @ADMIN("POST", "/roles/<id>/permissions", guard=by_admin, spec=OWN, takes=AssignPermission, gives=Msg)
 def admin_assign_permission(idp, claims, params):
-    """Give a role a permission."""
+    """Assign a permission to a role."""
     assign_permission(idp, params.caller, params.path["id"], params.body.permission_id)
     return msg("Permission assigned.")
 
 
 @ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_permission(idp, claims, params):
-    """Take a permission from a role."""
+    """Remove a permission from a role."""
     remove_permission(idp, params.caller, params.path["id"], params.path["permission_id"])
     return msg("Permission removed.")
 
 
 @ADMIN("GET", "/permissions/user/<id>", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_list_permissions_of_user(idp, claims, params):
-    """What a user may do, by all its roles."""
+    """List the permissions that a user has by its roles."""
     return [name_ref(row) for row in idp.store.list_permissions_of_user(get_user(idp, params.path["id"]).id)]
 
 
 @ADMIN("GET", "/permissions/<id>/roles", guard=by_admin, spec=OWN, gives=list[RoleObject])
 def admin_list_roles_with_permission(idp, claims, params):
-    """The roles that have a permission."""
+    """List the roles that have a permission."""
     return [role_object(role) for role in idp.store.list_roles_with(get_permission(idp, params.path["id"]).id)]
 
 
 @ADMIN("POST", "/check-access", guard=by_admin, spec=OWN, takes=CheckAccess, gives=AccessVerdict)
 def admin_check_access(idp, claims, params):
-    """May this user do this? What is unknown may not."""
+    """Tell whether a user has a permission or may be granted a scope; no, if either is unknown."""
     return check_access(idp, params.body)
 
 
@@ -5186,17 +5182,17 @@ declare_resource(
         create=create_scope, takes=CreateScope, update=update_scope, changes=UpdateScope, delete=delete_scope,
     ),
     "Create a scope.",
-    "The scopes by name, those matching `q`, a page at a time.",
-    "One scope, by id or name.",
-    "The id of a scope name.",
-    "Change what is sent of a scope; a protected one keeps its name. Honours If-Match.",
+    "List the scopes by name, filtered by `q`, a page at a time.",
+    "Return one scope, by id or name.",
+    "Return the id of a scope name.",
+    "Change the members of a scope that are sent; a protected one keeps its name. Honours If-Match.",
     "Delete a scope. Honours If-Match.",
 )
 
 
 @ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
 def admin_list_scopes_of_user(idp, claims, params):
-    """The scopes a user may be granted."""
+    """List the scopes that a user may be granted."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
 
 
@@ -5209,14 +5205,14 @@ def admin_assign_scopes_to_user(idp, claims, params):
 
 @ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_user(idp, claims, params):
-    """Take a scope from a user."""
+    """Remove a scope from a user."""
     remove_scope(idp, params.caller, get_user(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
 @ADMIN("GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
 def admin_list_scopes_of_client(idp, claims, params):
-    """The scopes a client may ask for."""
+    """List the scopes that a client may request."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
 
 
@@ -5229,13 +5225,13 @@ def admin_assign_scopes_to_client(idp, claims, params):
 
 @ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_client(idp, claims, params):
-    """Take a scope from a client."""
+    """Remove a scope from a client."""
     remove_scope(idp, params.caller, get_client(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
 def holder_of(idp, member: ScopeMember) -> Client | Account:
-    """Return the user or client a body names. Raises invalid_request where it names none or both."""
+    """Return the user or client that a body names. Raises invalid_request if it names none or both."""
     if bool(member.user_id) == bool(member.client_id):
         reject(user_id="is required, or client_id")
     return get_user(idp, member.user_id) if member.user_id else get_client(idp, member.client_id)
@@ -5246,7 +5242,7 @@ def holder_of(idp, member: ScopeMember) -> Client | Account:
     takes=ScopeMember, gives=Msg,
 )
 def admin_assign_scope_to(idp, claims, params):
-    """Assign one scope; who gets it is in the body."""
+    """Assign one scope to the user or client in the body."""
     assign_scopes(idp, params.caller, holder_of(idp, params.body), [params.body.scope_id])
     return msg("Scope assigned.")
 
@@ -5256,14 +5252,14 @@ def admin_assign_scope_to(idp, claims, params):
     takes=ScopeMember, gives=Msg,
 )
 def admin_remove_scope_from(idp, claims, params):
-    """Take one scope away; from whom is in the body."""
+    """Remove one scope from the user or client in the body."""
     remove_scope(idp, params.caller, holder_of(idp, params.body), params.body.scope_id)
     return msg("Scope removed.")
 
 
 @ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
 def admin_list_users_with_scope(idp, claims, params):
-    """The users who may be granted a scope, a page at a time."""
+    """List the users who may be granted a scope, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
@@ -5282,7 +5278,7 @@ def client_object(client: Client, secret="") -> ClientObject:
 
 @ADMIN("GET", "/scopes/<id>/clients", guard=by_admin, spec=OWN, query=Paged, gives=list[ClientObject])
 def admin_list_clients_with_scope(idp, claims, params):
-    """The clients that may ask for a scope, a page at a time."""
+    """List the clients that may request a scope, a page at a time."""
     rows, total = idp.store.list_clients(
         scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
     )
@@ -5299,7 +5295,7 @@ def rows_of_clients(idp: Idp, query) -> tuple[list, int]:
 
 @ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
-    """Register a client; a secret that was made is in this answer and never again."""
+    """Register a client; only this answer shows a secret that was made for it."""
     return client_object(*create_client(idp, params.caller, params.body))
 
 
@@ -5308,12 +5304,12 @@ declare_resource(
         "client", show=client_object, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
         update=update_client, changes=UpdateClient, delete=delete_client,
     ),
-    "The clients by display name, those matching `q`, a page at a time.",
-    "One client, by id or client_id.",
-    "The internal id of a client_id.",
-    "Change what is sent of a client; switched off, renamed or given another audience it loses what it holds. "
+    "List the clients by display name, filtered by `q`, a page at a time.",
+    "Return one client, by id or client_id.",
+    "Return the internal id of a client_id.",
+    "Change the members of a client that are sent; a new client_id or audience, or deactivation, ends its tokens. "
     "Honours If-Match.",
-    "Delete a client, by id or client_id, and end what it holds. Honours If-Match.",
+    "Delete a client, and end its tokens and logins. Honours If-Match.",
 )
 
 
@@ -5327,13 +5323,13 @@ def admin_revoke_client(idp, claims, params):
 
 @ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)
 def admin_change_secret(idp, claims, params):
-    """Give a client a new secret: the message is the secret. The one before lives on for `overlap_seconds`."""
+    """Make or set a new secret, returned as the message; the old one stays valid for `overlap_seconds`."""
     return msg(change_secret(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec=OWN, gives=list[SecretObject])
 def admin_list_secrets(idp, claims, params):
-    """The secrets of a client that live, newest first; never the secrets themselves."""
+    """List the valid secrets of a client, newest first, without the secrets themselves."""
     rows = idp.store.list_secrets(get_client(idp, params.path["id"]).row.id, idp.now())
     return [
         SecretObject(row.id, iso(row.created_at), None if row.expires_at == FOREVER else iso(row.expires_at))
@@ -5343,7 +5339,7 @@ def admin_list_secrets(idp, claims, params):
 
 @ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_secret(idp, claims, params):
-    """End one secret of a client."""
+    """Delete one secret of a client."""
     delete_secret(idp, params.caller, params.path["id"], params.path["secret_id"])
     return msg("Secret deleted.")
 
@@ -5357,14 +5353,14 @@ def uri_object(row: ClientUri) -> UriObject:
 
 @ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin, spec=OWN, takes=str, gives=Msg)
 def admin_delete_redirect_uri_by_body(idp, claims, params):
-    """Take a redirect URI from a client, by the id of its record, a JSON string."""
+    """Remove a redirect URI from a client, by the id of its record, a JSON string."""
     delete_uri(idp, params.caller, params.body.strip(), "redirect")
     return msg("Redirect URI removed.")
 
 
 @ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_redirect_uri_by_id(idp, claims, params):
-    """The same, with the id in the path."""
+    """Remove a redirect URI from a client, by the id of its record in the path."""
     delete_uri(idp, params.caller, params.path["record_id"], "redirect")
     return msg("Redirect URI removed.")
 
@@ -5396,21 +5392,21 @@ def declare_uris(path: str, kind: str, *sentences: str):
 
 declare_uris(
     "redirect-uris", "redirect",
-    "Give a client a redirect URI: a JSON string, or an object with `uri`.",
-    "The redirect URIs of a client.",
-    "Take a redirect URI from a client.",
+    "Add a redirect URI to a client: a JSON string, or an object with `uri`.",
+    "List the redirect URIs of a client.",
+    "Remove a redirect URI from a client.",
 )
 declare_uris(
     "post-logout-redirect-uris", "post_logout",
-    "Give a client a post-logout redirect URI: a JSON string, or an object with `uri`.",
-    "The post-logout redirect URIs of a client.",
-    "Take a post-logout redirect URI from a client.",
+    "Add a post-logout redirect URI to a client: a JSON string, or an object with `uri`.",
+    "List the post-logout redirect URIs of a client.",
+    "Remove a post-logout redirect URI from a client.",
 )
 declare_uris(
     "cors-origins", "cors_origin",
-    "Give a public client an origin a browser may call from: a JSON string, or an object with `uri`.",
-    "The origins a browser may call from for a client.",
-    "Take an origin from a client.",
+    "Add a CORS origin to a public client: a JSON string, or an object with `uri`.",
+    "List the CORS origins of a client.",
+    "Remove a CORS origin from a client.",
 )
 
 
@@ -5419,12 +5415,12 @@ declare_uris(
 
 @ADMIN("GET", "/clients/<id>/options", guard=by_admin, spec=OWN, gives=dict[str, FlagObject])
 def admin_list_flags(idp, claims, params):
-    """Every feature flag of a client, with its option."""
+    """List the feature flags of a client, each with its option."""
     return list_flags(idp, params.path["id"])
 
 
 def client_of(params) -> str:
-    """Return the client a flag is asked of: of the body or of the query. Raises invalid_request."""
+    """Return the client_id of the body or of the query. Raises invalid_request."""
     client_id = (params.body.client_id if params.body else "") or params.query.client_id
     if not client_id.strip():
         reject(client_id="is required")
@@ -5436,7 +5432,7 @@ def client_of(params) -> str:
     query=OfClient, gives=Msg,
 )
 def admin_set_flag(idp, claims, params):
-    """Switch a feature of a client: form or JSON."""
+    """Set a feature flag of a client: form or JSON."""
     enabled = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
     if enabled is UNSET or (isinstance(enabled, str) and enabled.lower() not in ("true", "false")):
         reject(enabled="must be true or false")
@@ -5447,7 +5443,7 @@ def admin_set_flag(idp, claims, params):
 
 @ADMIN("GET", "/client/options/<flag>", guard=by_admin, spec=OWN, query=OfClient, gives=Msg)
 def admin_get_flag(idp, claims, params):
-    """Tell whether a feature is on: the message is True or False."""
+    """Return a feature flag of a client: the message is True or False."""
     return msg(str(list_flags(idp, client_of(params))[check_flag(params.path["flag"])].is_enabled))
 
 
@@ -5456,14 +5452,14 @@ def admin_get_flag(idp, claims, params):
     media=(JSON, FORM), query=OfClient, gives=Msg,
 )
 def admin_set_flag_option(idp, claims, params):
-    """Set the option of a feature: form or JSON."""
+    """Set the option of a feature flag: form or JSON."""
     set_flag_option(idp, params.caller, client_of(params), params.path["flag"], params.body.options)
     return msg("Option set.")
 
 
 @ADMIN("GET", "/client/options/<flag>/ext", guard=by_admin, spec=OWN, query=OfClient, gives=Msg)
 def admin_get_flag_option(idp, claims, params):
-    """The option of a feature is the message, empty where it is not set."""
+    """Return the option of a feature flag as the message, empty if it is not set."""
     flag = check_flag(params.path["flag"])
     if not FLAGS[flag]:
         reject(flag="takes no option")
@@ -5482,7 +5478,7 @@ def idp_object(row: ExternalIdp) -> IdpObject:
 
 @ADMIN("GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec=OWN, gives=list[IdpObject])
 def admin_list_idps(idp, claims, params):
-    """The external identity providers of a client."""
+    """List the external identity providers of a client."""
     return [idp_object(row) for row in idp.store.list_idps(get_client(idp, params.path["id"]).row.id)]
 
 
@@ -5500,7 +5496,7 @@ def admin_add_idp(idp, claims, params):
     spec=OWN, gives=IdpObject,
 )
 def admin_get_idp(idp, claims, params):
-    """One external identity provider of a client."""
+    """Return one external identity provider of a client."""
     row = idp.store.find_idp(get_client(idp, params.path["id"]).row.id, params.path["idp_id"])
     if row is None:
         raise Problem("not_found")
@@ -5531,7 +5527,7 @@ def admin_delete_idp(idp, claims, params):
 
 @ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionObject])
 def admin_list_sessions(idp, claims, params):
-    """The sessions, newest first, of one user or client where asked, a page at a time."""
+    """List the sessions, newest first, filtered by user or client, a page at a time."""
     query = params.query
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
@@ -5541,13 +5537,13 @@ def admin_list_sessions(idp, claims, params):
 
 @ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
 def admin_get_session(idp, claims, params):
-    """One session, by the jti of its token."""
+    """Return one session, by the jti of its token."""
     return session_object(get_session(idp, params.path["jti"]))
 
 
 @ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionObject])
 def admin_list_sessions_of_user(idp, claims, params):
-    """The sessions of a user, newest first, a page at a time."""
+    """List the sessions of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
     rows, total = (
         idp.store.list_sessions(user_id=user.id, limit=params.query.limit, offset=params.query.offset)
@@ -5559,14 +5555,14 @@ def admin_list_sessions_of_user(idp, claims, params):
 
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
 def admin_revoke_session(idp, claims, params):
-    """End a session, and the login it belongs to."""
+    """End a session, and the login that it belongs to."""
     session = revoke_session(idp, params.caller, params.path["jti"])
     return Revoked(session.id, "revoked", "Session revoked.")
 
 
 @ADMIN("POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin, spec=OWN, takes=PurgeTokens, gives=Msg)
 def admin_purge_sessions(idp, claims, params):
-    """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
+    """Delete the rows of sessions that expired long enough ago; under /tokens/purge of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
     count = purge_tokens(idp, params.caller, params.body, kinds, sleep)
     return msg(f"{count} rows purged.")
@@ -5577,14 +5573,14 @@ def admin_purge_sessions(idp, claims, params):
     option="enable_token_revocation",
 )
 def admin_revoke_token(idp, claims, params):
-    """End any token of this server, access, ADMIN or refresh: form or JSON."""
+    """Revoke any token of this server, access, ADMIN or refresh: form or JSON."""
     revoke_any_token(idp, params.caller, params.body.token)
     return msg("Token revoked.")
 
 
 @ADMIN("POST", "/introspect", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
-    """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
+    """Return the claims of an AUTH token, even an expired one, and its state: form or JSON."""
     found = describe_token(idp, params.body.token)
     audit(idp, params.caller, "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
     return found
@@ -5595,14 +5591,14 @@ def admin_introspect(idp, claims, params):
     option="enable_token_refresh",
 )
 def admin_list_refresh_tokens(idp, claims, params):
-    """The refresh tokens, newest first, a page at a time; never the tokens themselves."""
+    """List the refresh tokens, newest first, a page at a time, without the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=RefreshTokenObject, option="enable_token_refresh")
 def admin_get_refresh_token(idp, claims, params):
-    """One refresh token, by the id of its row."""
+    """Return one refresh token, by the id of its row."""
     row = idp.store.find_refresh_token_by_id(params.path["id"])
     if row is None:
         raise Problem("not_found")
@@ -5614,7 +5610,7 @@ def admin_get_refresh_token(idp, claims, params):
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def admin_list_refresh_tokens_of_user(idp, claims, params):
-    """The refresh tokens of a user, newest first, a page at a time."""
+    """List the refresh tokens of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
     rows, total = (
         idp.store.list_refresh_tokens(user.id, limit=params.query.limit, offset=params.query.offset)
@@ -5626,7 +5622,7 @@ def admin_list_refresh_tokens_of_user(idp, claims, params):
 
 @ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_token_refresh")
 def admin_revoke_refresh_token(idp, claims, params):
-    """End a refresh token and the login it belongs to."""
+    """Revoke a refresh token, and the login that it belongs to."""
     revoke_refresh_token(idp, params.caller, params.path["id"])
     return msg("Refresh token revoked.")
 
@@ -5661,7 +5657,7 @@ def read_moment(value, member, default) -> int:
 
 @ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])
 def admin_list_audit(idp, claims, params):
-    """Audit rows, newest first; with `after` those that came since, oldest first."""
+    """List audit rows, newest first; with `after` the rows that follow it, oldest first."""
     query = params.query
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
     filters = (
@@ -5675,7 +5671,7 @@ def admin_list_audit(idp, claims, params):
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
 def admin_verify_audit(idp, claims, params):
-    """Walk the hash chain of the whole audit log, and tell whether a row was altered or is missing."""
+    """Verify the hash chain of the audit log: tell whether a row was altered or is missing."""
     return AuditVerdict(**idp.store.verify_audit())
 
 
@@ -5684,7 +5680,7 @@ def admin_verify_audit(idp, claims, params):
     gives_media="application/x-ndjson",
 )
 def admin_export_audit(idp, claims, params):
-    """The audit log as JSON lines, oldest first, from `after` on; X-Next-After where there is more."""
+    """Return the audit log as JSON lines, oldest first, from `after` on; X-Next-After if there is more."""
     query = params.query
     rows = idp.store.list_audit(limit=query.limit, after=query.after)
     more = [("X-Next-After", str(rows[-1].seq))] if len(rows) == query.limit else []
@@ -5693,7 +5689,7 @@ def admin_export_audit(idp, claims, params):
 
 @ADMIN("GET", "/audit-logs/<id>", guard=by_admin, spec=OWN, gives=AuditObject)
 def admin_get_audit(idp, claims, params):
-    """One audit row."""
+    """Return one audit row."""
     row = idp.store.find_audit(int(params.path["id"])) if re.fullmatch(r"[0-9]{1,15}", params.path["id"]) else None
     if row is None:
         raise Problem("not_found")
@@ -5702,19 +5698,17 @@ def admin_get_audit(idp, claims, params):
 
 @ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
-    """Delete the audit rows older than some days, which is itself written down."""
+    """Delete the audit rows older than some days; the deletion is itself audited."""
     count = purge_audit_log(idp, params.caller, params.body.older_than_days, sleep)
     return msg(f"{count} rows purged.")
 
 
-# -- description --
+# -- backup and description --
 
 
 @ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject)
 def admin_make_backup(idp, claims, params):
-    """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is
-    set.
-    """
+    """Write a backup to `backup-folder`, encrypted like the database, and verify it; 404 if none is set."""
     with idp.hasher.gate.blocking():
         return idp.machine.make_backup(idp, params.caller, params.body.without_keys)
 
@@ -5724,14 +5718,14 @@ def admin_make_backup(idp, claims, params):
     gives_media="application/octet-stream",
 )
 def admin_read_backup(idp, claims, params):
-    """A backup, a mebibyte at a time, from `offset` on; X-Next-Offset where there is more."""
+    """Return a mebibyte of a backup, from `offset` on; X-Next-Offset if there is more."""
     piece, following = idp.machine.read_backup_piece(idp, params.path["name"], params.query.offset)
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 
 @ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg)
 def admin_delete_backup(idp, claims, params):
-    """Remove a backup from `backup-folder`."""
+    """Delete a backup from `backup-folder`."""
     idp.machine.delete_backup(idp, params.caller, params.path["name"])
     return msg("Backup deleted.")
 
@@ -5741,7 +5735,7 @@ def admin_delete_backup(idp, claims, params):
     option="enable_admin_swagger", tagged=True,
 )
 def admin_openapi(idp, params):
-    """What this port serves, made from the declarations of its routes."""
+    """Return the OpenAPI description of this port."""
     return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_port(idp, ADMIN)))
 
 
@@ -5750,7 +5744,7 @@ def admin_openapi(idp, params):
     option="enable_admin_swagger",
 )
 def admin_swagger(idp, params):
-    """The description, to be read in a browser."""
+    """Show the API description in a browser."""
     return swagger_file("index.html")
 
 
@@ -5759,7 +5753,7 @@ def admin_swagger(idp, params):
     option="enable_admin_swagger",
 )
 def admin_swagger_script(idp, params):
-    """The viewer of that page."""
+    """Return the script of that page."""
     return swagger_file("rapidoc-min.js")
 
 
