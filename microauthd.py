@@ -4115,40 +4115,47 @@ def qr_uri(uri: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
+def state_variables(idp: Idp, params, login: Login) -> dict:
+    """Return the template variables that only the page of a login's state needs."""
+    row, request, client = login.row, login.request, login.client
+    if row.state == "password":
+        return {}
+    if row.state == "select":
+        _, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+    else:
+        assert row.user_id
+        account = idp.store.find_account(row.user_id)
+    if row.state == "enrol":
+        assert row.pending and client
+        if account is None:
+            return {"secret": "", "qr": ""}
+        seed, host = idp.seal.open(row.pending, account.id), urlsplit(idp.options.auth_issuer).hostname
+        issuer_name = client.flags.get("TOTP_ISSUER") or client.row.display_name or host
+        return {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name))}
+    variables: dict[str, Any] = {"username": account.username if account else ""}
+    if row.state == "consent":
+        assert request and client
+        scope_names = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
+        variables["scopes"] = [describe_scope(idp, name) for name in scope_names]
+    return variables
+
+
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
     """Return the page for the state of a login."""
     request, client, row = login.request, login.client, login.row
     binding = login_binding(idp, params)
     assert binding
-    if row.state == "enrol":
-        assert row.user_id and row.pending and client
-        account = idp.store.find_account(row.user_id)
-        seed = idp.seal.open(row.pending, row.user_id) if account else ""
-        issuer_name = (
-            client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
-        )
-        variables |= {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name)) if account else ""}
-    if row.state == "consent":
-        assert request and client
-        scope_names = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
-        variables["scopes"] = [describe_scope(idp, name) for name in scope_names]
-    if row.state in ("consent", "totp", "codes"):
-        assert row.user_id
-        account = idp.store.find_account(row.user_id)
-        variables["username"] = account.username if account else ""
-    if row.state == "select":
-        _, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
-        variables["username"] = account.username if account else ""
+    variables |= state_variables(idp, params, login)
+    template = {
+        "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
+        "select": "select",
+    }[row.state]
     return show_page(
-        idp, params.environ,
-        {
-            "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
-            "select": "select",
-        }[row.state],
-        status=status, error=error, ui_locales=request.ui_locales if request else "",
-        target=request.redirect_uri if request else "", tx=row.id, form=form_token(binding, f"{row.id} {row.state}"),
+        idp, params.environ, template, status=status, error=error,
+        ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "", tx=row.id,
+        form=form_token(binding, f"{row.id} {row.state}"),
         client=(client.row.display_name or client.client_id) if client else "",
-        **({"username": request.login_hint if request else ""} | {"recovery": []} | variables),
+        **({"username": request.login_hint if request else "", "recovery": []} | variables),
     )
 
 
