@@ -4159,13 +4159,26 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variab
     )
 
 
+def send_code(idp: Idp, params, login: Login, account: Account, handle: str | None, cookies: list):
+    """Issue the code of a finished login, and send the browser back to its client."""
+    request, client, row = login.request, login.client, login.row
+    assert request and client
+    session, _ = find_browser_session(idp, handle) or (None, None)
+    browser = session.id_sha256 if session and session.user_id == account.id else ""
+    target = request.redirect_uri, request.response_mode, request.state
+    try:
+        code = issue_code(idp, params.caller, client, request, account, row.amr.split(), row.auth_time, browser)
+    except (Problem, Unavailable) as error:
+        return refuse_client(idp, params, *target, as_problem(error), cookies)
+    return answer_client(idp, params, *target, {"code": code}, cookies)
+
+
 def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
     """Redirect a login to its next page, or back to its client.
 
     With `account` its last factor was just verified: the browser gets a session.
     """
-    cookies, handle = [], session_handle(idp, params)
-    row = login.row
+    cookies, handle, row = [], session_handle(idp, params), login.row
     if account is not None:
         handle = begin_browser_session(idp, params.caller, account, row.amr.split(), row.auth_time, handle)
         cookies.append(make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration))
@@ -4178,18 +4191,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     account = finish_login(idp, login)
     if login.request is None:
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
-    request = login.request
-    assert login.client
-    session, _ = find_browser_session(idp, handle) or (None, None)
-    browser = session.id_sha256 if session and session.user_id == account.id else ""
-    try:
-        code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time, browser)
-    except (Problem, Unavailable) as error:
-        problem = as_problem(error)
-        return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem, cookies)
-    return answer_client(
-        idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code}, cookies
-    )
+    return send_code(idp, params, login, account, handle, cookies)
 
 
 def show_refusal(idp, params, login: Login, problem: Problem, error: str, **variables) -> Page:
