@@ -3734,11 +3734,9 @@ def ready(idp, params):
             idp.log("not.ready", "error", reason=problem.log)
             checks["database"] = False
         idp.readiness = (time.monotonic() + 1, checks)
-    good = all(checks.values())
-    return Reply(
-        {"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")],
-        200 if good else 503,
-    )
+    if all(checks.values()):
+        return {"status": "ok", "checks": checks}
+    return Reply({"status": "unavailable", "checks": checks}, [("Retry-After", "5")], 503)
 
 
 @AUTH(
@@ -3757,7 +3755,7 @@ def describe_server(idp: Idp) -> dict:
     base, options = idp.options.auth_issuer, idp.options
     grants = [CLIENT_CREDENTIALS, PASSWORD] + ([REFRESH_TOKEN] if options.enable_token_refresh else [])
     methods = ["client_secret_basic", "client_secret_post"]
-    found = {
+    metadata = {
         "issuer": base,
         "token_endpoint": base + "/token",
         "jwks_uri": base + "/jwks.json",
@@ -3784,8 +3782,8 @@ def describe_server(idp: Idp) -> dict:
         "request_uri_parameter_supported": False,
     }
     if not options.enable_pkce:
-        return found
-    return found | {
+        return metadata
+    return metadata | {
         "authorization_endpoint": base + "/authorize",
         "end_session_endpoint": base + "/end-session",
         "grant_types_supported": [AUTHORIZATION_CODE, *grants],
@@ -3816,8 +3814,8 @@ def token(idp, client, params):
     """Exchange an authorization grant for tokens."""
     try:
         grant_type = params.need("grant_type")
-        off = {REFRESH_TOKEN: not idp.options.enable_token_refresh, AUTHORIZATION_CODE: not idp.options.enable_pkce}
-        if grant_type not in GRANTS or off.get(grant_type):
+        enabled = {REFRESH_TOKEN: idp.options.enable_token_refresh, AUTHORIZATION_CODE: idp.options.enable_pkce}
+        if grant_type not in GRANTS or not enabled.get(grant_type, True):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
@@ -4756,10 +4754,10 @@ def public_file(idp, params):
     root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
     if not is_visible_below(root, path):
         raise Problem("not_found")
-    found = bottle.static_file(path, root=root)
-    if found.status_code in (403, 404):
+    answer = bottle.static_file(path, root=root)
+    if answer.status_code in (403, 404):
         raise Problem("not_found")
-    return found
+    return answer
 
 
 # == ADMIN endpoints ===========================================================
@@ -5442,11 +5440,11 @@ def client_of(params) -> str:
 )
 def admin_set_flag(idp, claims, params):
     """Set a feature flag of a client: form or JSON."""
-    enabled = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
-    if enabled is UNSET or (isinstance(enabled, str) and enabled.lower() not in ("true", "false")):
+    enabled = str(params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled).lower()
+    if enabled not in ("true", "false"):
         reject(enabled="must be true or false")
     flag = check_flag(params.path["flag"])
-    set_flag(idp, params.caller, client_of(params), flag, enabled in (True, "true") or str(enabled).lower() == "true")
+    set_flag(idp, params.caller, client_of(params), flag, enabled == "true")
     return msg(f"{flag} set.")
 
 
