@@ -527,7 +527,7 @@ class Idp:
             threading.Lock() for _ in range(64)
         ]  # by name: one verification of an account or client at a time
         self.pages = Pages(options)
-        self.answers: dict = {}  # prebuilt, by name
+        self.answers: dict = {}  # cached_page, by name
         self.replays: set[str] = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True  # where no Timekeeper looks
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
@@ -580,7 +580,7 @@ class Idp:
             self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
             # After the ring: who holds the dict of before may have built a page from the ring of before. See
-            # prebuilt().
+            # cached_page().
             self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
             self.log(
                 "keys.changed", port=port_name,
@@ -3689,7 +3689,7 @@ def rows_of_users(idp: Idp, query: ListUsers) -> tuple[list, int]:
 AUTH = Routes("auth")
 
 
-def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
+def cached_page(idp: Idp, name: str, make, cache=300) -> Page:
     """Return an answer that changes only with the keys, cacheable for five minutes.
 
     The dict is read before `make` runs: if the keys change meanwhile, the answer lands in the dict that they replace.
@@ -3747,7 +3747,7 @@ def jwks(idp, params):
     """Return the public keys that verify the tokens of this server."""
     # A cache this short has a new key before the key signs: processes load a ring within a second. RFC 7517 §5.
     cache = max(0, min(300, idp.options.key_overlap - 2))
-    return prebuilt(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
+    return cached_page(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
 
 
 def describe_server(idp: Idp) -> dict:
@@ -3803,7 +3803,7 @@ def describe_server(idp: Idp) -> dict:
 )
 def discovery(idp, params):
     """Return the metadata of this server: endpoints, grant types, algorithms, scopes and claims."""
-    return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
+    return cached_page(idp, "discovery", lambda: ENCODE(describe_server(idp)))
 
 
 @AUTH(
@@ -3909,7 +3909,7 @@ def my_refresh_tokens(idp, claims, params):
     return listed(params, [refresh_token_object(row) for row in rows], total)
 
 
-def forget_browser(idp: Idp, params, handle: str | None, location: str):
+def finish_logout(idp: Idp, params, handle: str | None, location: str):
     """End the session that a cookie names, delete the cookie, and redirect to `location` or show the sign-out page.
 
     Without the cookie there is nothing to delete: a form of another site brings none (SameSite), and must not log
@@ -3931,7 +3931,7 @@ def log_browser_out(idp: Idp, params, location=""):
     handle = session_handle(idp, params)
     if handle:
         check_form(params, handle, "session")
-    return forget_browser(idp, params, handle, location)
+    return finish_logout(idp, params, handle, location)
 
 
 @AUTH("POST", "/logout", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
@@ -4493,7 +4493,7 @@ def end_session(idp, params):
     if hint and family and family.revoked_at is None and family.client_id == hint["aud"]:
         # The client's login ends even if the session that it began in has already ended.
         revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
-    return forget_browser(idp, params, handle, location)
+    return finish_logout(idp, params, handle, location)
 
 
 @AUTH("GET", "/logout", guard=anyone, spec=OWN, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
@@ -4723,7 +4723,7 @@ def scoped_deactivate_user(idp, claims, params):
 )
 def auth_openapi(idp, params):
     """Return the OpenAPI description of this port."""
-    return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_port(idp, AUTH)))
+    return cached_page(idp, "auth_openapi", lambda: ENCODE(describe_port(idp, AUTH)))
 
 
 @AUTH(
@@ -5743,7 +5743,7 @@ def admin_delete_backup(idp, claims, params):
 )
 def admin_openapi(idp, params):
     """Return the OpenAPI description of this port."""
-    return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_port(idp, ADMIN)))
+    return cached_page(idp, "admin_openapi", lambda: ENCODE(describe_port(idp, ADMIN)))
 
 
 @ADMIN(

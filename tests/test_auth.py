@@ -546,5 +546,5 @@ class TestKeySet:
             idp.answers = {}
             return b"of before"
 
-        assert m.prebuilt(idp, "jwks", make).content == b"of before"
-        assert m.prebuilt(idp, "jwks", idp.auth_ring.jwks).content == idp.auth_ring.jwks()
+        assert m.cached_page(idp, "jwks", make).content == b"of before"
+        assert m.cached_page(idp, "jwks", idp.auth_ring.jwks).content == idp.auth_ring.jwks()
