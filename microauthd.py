@@ -4520,6 +4520,7 @@ def client_name(idp, client_id) -> str:
 def show_account(
     idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
 ) -> Page:
+    """Return the account page of a user, in a session of its browser."""
     account = idp.store.find_account(account.id)  # read again: the handler may just have changed it
     handle = handle or session_handle(idp, params)
     assert account and handle
@@ -4574,7 +4575,7 @@ def end_own_login(idp, params, session, account):
 
 
 def show_account_in_new_session(idp, params, session, account, **variables) -> Page:
-    """Begin a new session and show the account page, after everything of the user was ended."""
+    """Return the account page in a new session, after every session and login of the user was ended."""
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
