@@ -4895,7 +4895,7 @@ declare_resource(
     "List the active users, or those that `is_active` selects, filtered by `q`, a page at a time.",
     "Return one user, by id or name.",
     "Return the id of a user name.",
-    "Change the members of a user that are sent, but for its id. Honours If-Match.",
+    "Change the members of a user that are sent; an id in the body is ignored. Honours If-Match.",
     "Delete a user and everything that belongs to it. Honours If-Match.",
 )
 
@@ -5331,7 +5331,7 @@ def admin_revoke_client(idp, claims, params):
 
 @ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)
 def admin_change_secret(idp, claims, params):
-    """Make or set a new secret, returned as the message; the old one stays valid for `overlap_seconds`."""
+    """Set or make a new secret and return it as the message; the old one is valid for `overlap_seconds` more."""
     return msg(change_secret(idp, params.caller, params.body))
 
 
@@ -5440,7 +5440,7 @@ def client_of(params) -> str:
     query=OfClient, gives=Msg,
 )
 def admin_set_flag(idp, claims, params):
-    """Set a feature flag of a client: form or JSON."""
+    """Set a feature flag of a client, sent as form or JSON."""
     enabled = str(params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled).lower()
     if enabled not in ("true", "false"):
         reject(enabled="must be true or false")
@@ -5460,7 +5460,7 @@ def admin_get_flag(idp, claims, params):
     media=(JSON, FORM), query=OfClient, gives=Msg,
 )
 def admin_set_flag_option(idp, claims, params):
-    """Set the option of a feature flag: form or JSON."""
+    """Set the option of a feature flag, sent as form or JSON."""
     set_flag_option(idp, params.caller, client_of(params), params.path["flag"], params.body.options)
     return msg("Option set.")
 
@@ -5581,14 +5581,14 @@ def admin_purge_sessions(idp, claims, params):
     option="enable_token_revocation",
 )
 def admin_revoke_token(idp, claims, params):
-    """Revoke any token of this server, access, ADMIN or refresh: form or JSON."""
+    """Revoke any token of this server (access, ADMIN or refresh), sent as form or JSON."""
     revoke_any_token(idp, params.caller, params.body.token)
     return msg("Token revoked.")
 
 
 @ADMIN("POST", "/introspect", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
-    """Return the claims of an AUTH token, even an expired one, and its state: form or JSON."""
+    """Return the claims and the state of an AUTH token, even an expired one, sent as form or JSON."""
     found = describe_token(idp, params.body.token)
     audit(idp, params.caller, "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
     return found
