@@ -4306,6 +4306,16 @@ def login_select(idp, params):
     return continue_login(idp, params, login)
 
 
+def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
+    """Record the consent of a user to what a client requests, in addition to what the user consented to before."""
+    requested = request.scope if request.scope is not None else " ".join(client.scopes)
+    before = idp.store.find_consent(account.id, client.row.id) or ""
+    scope = " ".join(sorted({*requested.split(), *before.split()}))
+    with idp.store.transaction():
+        idp.store.put_consent(account.id, client.row.id, scope, idp.now())
+        audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
+
+
 @AUTH(
     "POST", "/login/consent", guard=anyone, spec="OpenID Connect Core §3.1.2.4", form=ConsentForm, gives=bytes,
     gives_media="text/html", html=True, option="enable_pkce",
@@ -4322,12 +4332,7 @@ def login_consent(idp, params):
             idp, params, request.redirect_uri, request.response_mode, request.state,
             Problem("access_denied", log="the user said no"),
         )
-    account = finish_login(idp, decided)
-    asked = request.scope if request.scope is not None else " ".join(client.scopes)
-    agreed = {*asked.split(), *(idp.store.find_consent(account.id, client.row.id) or "").split()}
-    with idp.store.transaction():
-        idp.store.put_consent(account.id, client.row.id, " ".join(sorted(agreed)), idp.now())
-        audit(idp, params.caller.acting_as(account.id), "consent_given", row.client_id, " ".join(sorted(agreed)))
+    give_consent(idp, params.caller, finish_login(idp, decided), client, request)
     return continue_login(idp, params, decided)
 
 
