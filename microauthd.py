@@ -2936,6 +2936,23 @@ def finish_login(idp: Idp, login: Login) -> Account:
     return account
 
 
+def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
+    """Return the login state that obtains the second factor a client demands and a session lacks, or ''."""
+    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
+        return ""
+    return "totp" if account.totp_sealed else "enrol"
+
+
+def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
+    """Record the consent of a user to what a client requests, in addition to what the user consented to before."""
+    requested = request.scope if request.scope is not None else " ".join(client.scopes)
+    before = idp.store.find_consent(account.id, client.row.id) or ""
+    scope = " ".join(sorted({*requested.split(), *before.split()}))
+    with idp.store.transaction():
+        idp.store.put_consent(account.id, client.row.id, scope, idp.now())
+        audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
+
+
 # == HTTP ======================================================================
 # Routes, Params, guards and Answer: the only place that touches bottle.request.
 
@@ -3988,13 +4005,6 @@ def refuse_client(
     )
 
 
-def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
-    """Return the login state that obtains the second factor a client demands and a session lacks, or ''."""
-    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
-        return ""
-    return "totp" if account.totp_sealed else "enrol"
-
-
 def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
     """Begin a login in this browser, and redirect to its page."""
     binding, cookies = login_binding(idp, params), []
@@ -4304,16 +4314,6 @@ def login_select(idp, params):
         auth_time=session.auth_time, proven_ms=session.created_ms,
     )
     return continue_login(idp, params, login)
-
-
-def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
-    """Record the consent of a user to what a client requests, in addition to what the user consented to before."""
-    requested = request.scope if request.scope is not None else " ".join(client.scopes)
-    before = idp.store.find_consent(account.id, client.row.id) or ""
-    scope = " ".join(sorted({*requested.split(), *before.split()}))
-    with idp.store.transaction():
-        idp.store.put_consent(account.id, client.row.id, scope, idp.now())
-        audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
 
 
 @AUTH(
