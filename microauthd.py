@@ -3200,7 +3200,7 @@ def read_claims(idp, ring, issuer, params) -> dict:
     return claims
 
 
-def lacks_scope(scope) -> Problem:
+def insufficient_scope(scope) -> Problem:
     return Problem(
         "insufficient_scope",
         headers=[("WWW-Authenticate", f'Bearer realm="microauthd", error="insufficient_scope", scope="{scope}"')],
@@ -3214,7 +3214,7 @@ def by_bearer(scope="", user=False):
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
         if scope and scope not in claims.get("scope", "").split():
-            raise lacks_scope(scope)
+            raise insufficient_scope(scope)
         if user and claims["sub"] == claims["client_id"]:
             raise Problem("access_denied", log="a machine token where a user's is needed")
         return claims
@@ -3238,7 +3238,7 @@ def by_bearer_or_form():
     return guard
 
 
-def held_scopes(idp, claims) -> frozenset:
+def current_scopes(idp, claims) -> frozenset:
     """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
     client = find_client(idp, claims["client_id"])
     scopes = client.scopes if client else frozenset()
@@ -3255,8 +3255,8 @@ def by_scope(name):
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()) or name not in held_scopes(idp, claims):
-            raise lacks_scope(name)
+        if not {name, id} & set(claims.get("scope", "").split()) or name not in current_scopes(idp, claims):
+            raise insufficient_scope(name)
         return claims
 
     vars(guard)["scope"] = name
