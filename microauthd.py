@@ -3294,7 +3294,7 @@ def if_match(idp, params, show):
         yield
 
 
-def listed(params, rows, total) -> Reply:
+def paged_reply(params, rows, total) -> Reply:
     """Answer with a page of a list: how many there are in X-Total-Count, where it goes on in Link. RFC 8288 §3."""
     headers, query = [("X-Total-Count", str(total))], params.query
     if query.offset + len(rows) < total and rows:
@@ -3440,7 +3440,7 @@ class Answer:
         return status, headers, body
 
 
-def mounted(idp: Idp, routes: Routes):
+def served_routes(idp: Idp, routes: Routes):
     """Yield the routes that are served, each with every path it is served at."""
     issuer_path = urlsplit(idp.options.auth_issuer).path
     for route in routes.routes:
@@ -3526,7 +3526,7 @@ def check_form(params, secret: str | None, purpose: str):
 def describe_port(idp: Idp, routes: Routes) -> dict:
     """Return the OpenAPI document of a port: exactly the routes that are mounted."""
     server = idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer
-    return describe_api(routes.name, VERSION, server, mounted(idp, routes), Err, OAuthError)
+    return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
 class Router(bottle.Router):
@@ -3570,7 +3570,7 @@ class App:
         self.table: dict = {}
         self.bottle.uninstall(True)  # JSON and templates: Answer renders alone
         vars(self.bottle)["router"] = Router()  # Bottle lets nobody replace an attribute
-        for route, path in mounted(idp, routes):
+        for route, path in served_routes(idp, routes):
             self.bottle.route(path, list(route.methods), self.in_bottle(route))
             if not any("<" in other for other in route.paths):
                 self.table |= {(method, path): route for method in route.methods}
@@ -3898,7 +3898,7 @@ def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
 def my_sessions(idp, claims, params):
     """The access tokens of this user, newest first."""
     rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @AUTH(
@@ -3910,7 +3910,7 @@ def my_refresh_tokens(idp, claims, params):
     rows, total = idp.store.list_refresh_tokens(
         user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset
     )
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 def forget_browser(idp: Idp, params, handle: str | None, location: str):
@@ -4690,7 +4690,7 @@ def scoped_create_user(idp, claims, params):
 def scoped_list_users(idp, claims, params):
     """The users by name, those matching `q`, a page at a time."""
     rows, total = rows_of_users(idp, params.query)
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 @AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec=OWN, gives=UserObject)
@@ -4850,7 +4850,7 @@ def declare(noun: Noun, *sentences: str):
 
     def list_(idp, claims, params):
         rows, total = noun.rows(idp, params.query)
-        return listed(params, [noun.show(row) for row in rows], total)
+        return paged_reply(params, [noun.show(row) for row in rows], total)
 
     def get(idp, claims, params):
         return shown(idp, params)
@@ -5131,7 +5131,7 @@ def admin_list_users_of_role(idp, claims, params):
         is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 # -- permissions --
@@ -5312,7 +5312,7 @@ def admin_list_users_with_scope(idp, claims, params):
         is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 def client_object(client: Client, secret="") -> ClientObject:
@@ -5330,7 +5330,7 @@ def admin_list_clients_with_scope(idp, claims, params):
     rows, total = idp.store.list_clients(
         scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
     )
-    return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
+    return paged_reply(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
 # -- clients --
@@ -5580,7 +5580,7 @@ def admin_list_sessions(idp, claims, params):
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
     rows, total = idp.store.list_sessions(user_id, client_id, None, query.sort, query.limit, query.offset)
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
@@ -5598,7 +5598,7 @@ def admin_list_sessions_of_user(idp, claims, params):
         if user
         else ([], 0)
     )
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
@@ -5641,7 +5641,7 @@ def admin_introspect(idp, claims, params):
 def admin_list_refresh_tokens(idp, claims, params):
     """The refresh tokens, newest first, a page at a time; never the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=RefreshTokenObject, option="enable_token_refresh")
@@ -5665,7 +5665,7 @@ def admin_list_refresh_tokens_of_user(idp, claims, params):
         if user
         else ([], 0)
     )
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_token_refresh")
@@ -5715,7 +5715,7 @@ def admin_list_audit(idp, claims, params):
     rows = [
         audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)
     ]
-    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
+    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(query.action, *wanted))
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
