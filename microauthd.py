@@ -2225,10 +2225,9 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     account = idp.store.find_account(family.user_id)
     assert account
     # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
-    held = frozenset(family.scope.split())
-    still = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in held else ())
-    scope = decide_scopes(params.get("scope"), held & still)
-
+    granted = frozenset(family.scope.split())
+    allowed = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in granted else ())
+    scope = decide_scopes(params.get("scope"), granted & allowed)
     return Granted(scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256)
 
 
@@ -2280,7 +2279,7 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
             end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=code is not None)
     account = idp.store.find_account(code.user_id)
-    wrong = (
+    fault = (
         "expired" if code.expires_at <= now
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
@@ -2288,10 +2287,10 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
-    if wrong:
+    if fault:
         if idp.store.spend_code(code_sha256, client.client_id, now) is None:
             end_code(idp, params.caller, code)
-        raise Problem("invalid_grant", log=f"code: {wrong}")
+        raise Problem("invalid_grant", log=f"code: {fault}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
 
@@ -2655,13 +2654,13 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
     max_age = get("max_age")
     if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
         raise Problem("invalid_request", log="bad max_age")
-    if get("scope") and any(not SCOPE_TOKEN.fullmatch(word) for word in get("scope").split(" ") if word):
+    if get("scope") and any(not SCOPE_TOKEN.fullmatch(token) for token in get("scope").split(" ") if token):
         raise Problem("invalid_scope", log="malformed scope")
-    wanted = set((get("scope") or "").split())
-    if not wanted <= client.scopes | (set(OIDC_SCOPES) if OPENID in wanted else set()):
+    requested = set((get("scope") or "").split())
+    if not requested <= client.scopes | (set(OIDC_SCOPES) if OPENID in requested else set()):
         raise Problem("invalid_scope", log="asked for more than the client may")
-    for name, most in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
-        if len(get(name) or "") > most:
+    for name, limit in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
+        if len(get(name) or "") > limit:
             raise Problem("invalid_request", log=f"{name} is too long")
     hinted = read_hint(idp, get("id_token_hint"))
     if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
@@ -2742,9 +2741,8 @@ def session_serves(idp: Idp, session: BrowserSession, client: Client, request: A
     """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core
     §3.1.2.3.
     """
-    age = idp.now() - session.auth_time
-    own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
-    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (own and age > own):
+    age, limit = idp.now() - session.auth_time, ttl(client, "SESSION_BASED_MAX_AGE", 0)
+    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (limit and age > limit):
         return False
     return "login" not in request.prompt and named_user(request) in ("", session.user_id)
 
@@ -2816,9 +2814,9 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
         return True
     if client.row.is_first_party:
         return False
-    wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
+    requested = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
     agreed = idp.store.find_consent(user_id, client.row.id)
-    return agreed is None or not wanted <= set(agreed.split())
+    return agreed is None or not requested <= set(agreed.split())
 
 
 def after_factors(idp: Idp, login: Login, account: Account) -> str:
@@ -2981,12 +2979,12 @@ def decode_component(raw: bytes) -> str:
             raise Problem("invalid_request", log="broken percent-encoding")
         raw = unquote_to_bytes(raw)
     try:
-        word = raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise Problem("invalid_request", log="not UTF-8") from None
-    if "\0" in word:
+    if "\0" in text:
         raise Problem("invalid_request", log="NUL in a parameter")
-    return word
+    return text
 
 
 def parse_form(body: bytes) -> dict:
@@ -3012,11 +3010,11 @@ def parse_form(body: bytes) -> dict:
     return found
 
 
-def members_of(wanted) -> dict:
+def members_of(declared) -> dict:
     """Return {lower-case name: name} of the members of the object a type is or may be."""
     structs = [
         part
-        for part in getattr(wanted, "__args__", (wanted,))
+        for part in getattr(declared, "__args__", (declared,))
         if isinstance(part, type) and issubclass(part, msgspec.Struct)
     ]
     return {
@@ -3026,14 +3024,14 @@ def members_of(wanted) -> dict:
     }
 
 
-def convert(found, wanted, strict=True):
+def convert(found, declared, strict=True):
     """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are
     ignored.
 
     Raises invalid_request naming the member at fault. Not strict: text may stand for numbers and truth values.
     """
     if isinstance(found, dict):
-        names, seen = members_of(wanted), {}
+        names, seen = members_of(declared), {}
         for key, value in found.items():
             name = names.get(key.lower())
             if name and name in seen:
@@ -3042,7 +3040,7 @@ def convert(found, wanted, strict=True):
                 seen[name] = value
         found = seen
     try:
-        return msgspec.convert(found, wanted, strict=strict)
+        return msgspec.convert(found, declared, strict=strict)
     except msgspec.ValidationError as error:
         sentence, _, where = str(error).partition(" - at `$.")
         member = re.search(r"required field `(\w+)`", sentence)
@@ -3052,13 +3050,13 @@ def convert(found, wanted, strict=True):
         ) from None
 
 
-def decode_body(body: bytes, wanted):
+def decode_body(body: bytes, declared):
     """Decode a JSON body. Raises invalid_request."""
     try:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem("invalid_request", log="not JSON") from None
-    return convert(found, wanted)
+    return convert(found, declared)
 
 
 class Params:
@@ -3286,10 +3284,10 @@ def if_match(idp, params, show):
     Raises precondition_failed otherwise: somebody else was first. Without the header nothing is asked.
     """
     with idp.store.transaction():
-        wanted = params.environ.get("HTTP_IF_MATCH")
-        if wanted is not None:
+        expected = params.environ.get("HTTP_IF_MATCH")
+        if expected is not None:
             shown = etag(show())
-            if wanted.strip() != "*" and shown not in [tag.strip() for tag in wanted.split(",")]:
+            if expected.strip() != "*" and shown not in [tag.strip() for tag in expected.split(",")]:
                 raise Problem("precondition_failed")
         yield
 
@@ -3308,28 +3306,28 @@ def paged_reply(params, rows, total) -> Reply:
 
 
 def show_page(
-    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
+    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **variables
 ) -> Page:
     """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
     redirect, too.
     """
     language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
     base = idp.options.auth_issuer
-    values = {
+    context = {
         "text": idp.pages.texts[language], "language": language, "base": base,
         "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
         "brand": idp.options.brand_name or urlsplit(base).hostname,
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
-    } | words
+    } | variables
     # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
     # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
-    leads = f" {urlsplit(target).scheme}:" if target else ""
+    target_scheme = f" {urlsplit(target).scheme}:" if target else ""
     policy = (
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
-        f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
+        f"form-action 'self'{target_scheme}" + ("; script-src 'self'" if script else "")
     )
     return Page(
-        idp.pages.render(name, **values), "text/html; charset=utf-8", status=status,
+        idp.pages.render(name, **context), "text/html; charset=utf-8", status=status,
         headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
     )
 
@@ -3401,11 +3399,11 @@ class Answer:
             )
         return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
 
-    def log_refusal(self, environ, code, status, why):
+    def log_refusal(self, environ, code, status, reason):
         self.idp.log(
             "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
             peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100],
-            status=status, error=code, reason=why, request_id=environ.get("microauthd.request_id", ""),
+            status=status, error=code, reason=reason, request_id=environ.get("microauthd.request_id", ""),
         )
 
     @staticmethod
@@ -3576,7 +3574,7 @@ class App:
                 self.table |= {(method, path): route for method in route.methods}
         self.bottle.router.compile_all()
         self.bottle.default_error_handler = self.answer_error
-        self.shared = {path for (_, path), route in self.table.items() if route.cors}
+        self.cors_paths = {path for (_, path), route in self.table.items() if route.cors}
         # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
         self.prefix = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
 
@@ -3626,7 +3624,7 @@ class App:
             environ["SCRIPT_NAME"], environ["PATH_INFO"] = self.prefix, environ["PATH_INFO"][len(self.prefix) :]
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
-            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.shared:
+            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.cors_paths:
                 start_response("204 No Content", [*BASE_HEADERS, *allow_origin(self.idp, environ, preflight=True)])
                 return [b""]
             return self.bottle(environ, start_response)
