@@ -11,23 +11,23 @@ Contents
     Audit             audit()
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
-    Sessions          refresh-token families, revocation, "is this token alive?"
-    Grants            one function per grant_type, issue()
-    Login             how people prove who they are: transactions, browser sessions, codes, consent
-    HTTP              Routes, Params, guards, throttle, Answer
+    Sessions          refresh-token families, revocation, whether an access token is valid
+    Grants            one function per grant_type; issue() mints and stores the tokens
+    Login             authorization requests, browser sessions, login transactions, codes, consent
+    HTTP              Params, guards, pages, Answer, cookies, the WSGI application of a port
     AUTH endpoints    the routes of the auth port
     ADMIN endpoints   the routes of the admin port
 
-What it stands on is in appliance/base: the store, the objects of the wire, the two servers, keys, Argon2,
-settings, clock and log. What runs it is in appliance: the command line, the wizard, processes, upkeep and
-recovery.
+appliance/base is below this module, which imports it: the store, the objects of the wire, the two servers,
+keys, Argon2, settings, clock and log. The rest of appliance/ is above, and imports and runs this module: the
+command line, the wizard, processes, upkeep and recovery.
 
 The life of a request
-    base.wire parses it (llhttp) and calls the Bottle app of its port. Answer reads the parameters
-    once (Params), asks the route's guard who is calling, calls the handler, and turns what comes
-    back - a dict, a record, a Page, a Redirect or a raised Problem - into status, headers and
-    body. A handler calls one service or grant; services and grants hold the rules and call the
-    Store; only the Store speaks SQL.
+    base.wire reads and parses it (llhttp) and calls the WSGI application of its port, an App. App finds the
+    route; Answer reads the form or the query once (Params), asks the route's guard who is calling, decodes
+    the body that the route declares, and calls the handler. It turns the result - a dict, a record, a Page,
+    a Redirect, a Reply or a raised Problem - into status, headers and body. A handler calls one service or
+    grant; services and grants hold the rules and call the Store; only the Store contains SQL.
 """
 
 import base64
@@ -2183,7 +2183,7 @@ class Granted(msgspec.Struct):
 
 
 def client_credentials(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.4."""
+    """Grant a confidential client a token of its own. RFC 6749 §4.4."""
     if client.row.client_type != CONFIDENTIAL:
         raise Problem("unauthorized_client")
     return Granted(decide_scopes(params.get("scope"), client.scopes), CLIENT_CREDENTIALS)
@@ -2194,7 +2194,7 @@ def scopes_of_user(idp, user_id) -> frozenset:
 
 
 def password_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
+    """Verify a user's password and second factor (`totp`; older clients send `totp_code`). RFC 6749 §4.3."""
     username, password = params.need("username"), params.need("password")
     account, amr = authenticate_user(
         idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", client
@@ -2204,9 +2204,9 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §6. One UPDATE spends the token; using it a second time revokes the family. RFC 9700 §4.14.2.
+    """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2.
 
-    The example login page of the original sends the refresh token as `token`.
+    Older clients send the refresh token as `token`.
     """
     token_sha256 = sha256(params.get("refresh_token") or params.need("token"))
     found = idp.store.find_refresh_token(token_sha256)
@@ -2215,16 +2215,15 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     family = active_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
-    if (
-        found.rotated_at is not None
-    ):  # checked before any other refusal, so that reuse always revokes the family and the answer reveals nothing
+    # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request.
+    if found.rotated_at is not None:
         revoke_family(
             idp, params.caller.acting_as(family.user_id), family.sid, "refresh_token_reused", client.client_id, FAILURE
         )
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     assert account
-    # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
+    # A refresh grants the scopes of the login, minus those that client or user lost since. The request may narrow them.
     granted = frozenset(family.scope.split())
     allowed = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in granted else ())
     scope = decide_scopes(params.get("scope"), granted & allowed)
@@ -2253,8 +2252,7 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
     """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
     with idp.store.transaction():
         if idp.store.find_family(code.sid) is None:
-            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
-            # fails.
+            # Another request has spent the code and not stored the login yet: store it revoked, so that request fails.
             now = idp.now()
             idp.store.insert(
                 Family(
@@ -2268,9 +2266,10 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.1.3. A failed attempt spends the code, so that it cannot be repeated (§10.5).
+    """Validate an authorization code. RFC 6749 §4.1.3.
 
-    A successful one spends it in the transaction of issue(): if that fails, the client may send the code again.
+    A failed attempt spends the code, so that it cannot be repeated (§10.5). Otherwise the transaction of issue()
+    spends it: if that fails, the client may send the code again.
     """
     code_sha256, now = sha256(params.need("code")), idp.now()
     code = idp.store.find_code(code_sha256)
@@ -2301,15 +2300,15 @@ GRANTS = {
 
 
 def issuing_ms(idp: Idp, *revocable: ClientRow | Account | None) -> int:
-    """Return the millisecond to issue in: the present one, but later than any revocation of these.
+    """Return the time of issue in Unix milliseconds: now, but later than the last revocation of any of these rows.
 
-    What was issued in the very millisecond of a revocation counts as revoked.
+    A token issued in the same millisecond as a revocation counts as revoked.
     """
     return max(idp.now_ms(), idp.revoked_before + 1, *(row.revoked_before + 1 for row in revocable if row))
 
 
 def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family, jti: str, ms: int) -> str:
-    """Store and return a refresh token of a login, or return "" where it gets none. RFC 6749 §1.5."""
+    """Store a refresh token of a login and return it, or "" if the login may not have one. RFC 6749 §1.5."""
     may_refresh = granted.code is None or granted.code.offline
     if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
         return ""
@@ -2328,7 +2327,7 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
 def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     """Raise invalid_grant if the user was deleted, revoked or deactivated since `account` was read.
 
-    Runs within the issuing transaction.
+    Call it in the issuing transaction, where no concurrent write can follow the check.
     """
     fresh = idp.store.find_account(account.id)
     if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
@@ -2336,10 +2335,7 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
 
 
 def check_client_unchanged(idp: Idp, row: ClientRow):
-    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read.
-
-    Runs within the issuing transaction.
-    """
+    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read."""
     fresh = idp.store.find_client(row.client_id)
     if fresh is None or not fresh.is_active or (fresh.id, fresh.revoked_before) != (row.id, row.revoked_before):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
@@ -2348,8 +2344,7 @@ def check_client_unchanged(idp: Idp, row: ClientRow):
 def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
     """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
-    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief.
-    RFC 9700 §4.14.2.
+    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief. RFC 9700 §4.14.2.
     """
     now = idp.now()
     assert granted.account
@@ -2383,7 +2378,7 @@ USER_CLAIMS = {
 
 
 def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
-    """Return the claims about a user that a scope releases, and those in `also`. OpenID Connect Core §5.4, §5.5."""
+    """Return the user's claims that `scope` releases, and those named in `also`. OpenID Connect Core §5.4, §5.5."""
     if also:
         one_by_one = user_claims(idp, account, " ".join({USER_CLAIMS[name] for name in also if name in USER_CLAIMS}))
         return user_claims(idp, account, scope) | {name: value for name, value in one_by_one.items() if name in also}
@@ -2404,7 +2399,7 @@ def asked_claims(claims: str, of: str) -> tuple:
 
 
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
-    """OpenID Connect Core §2 and §3.1.3.6."""
+    """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
@@ -2413,7 +2408,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
         "token_use": "id",
-        # The left half of the hash that the signing algorithm names; SHA-256 for both supported ones.
+        # at_hash is the left half of the signing algorithm's hash, which is SHA-256 for both supported algorithms.
         "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
     }
     if granted.nonce:
@@ -2422,10 +2417,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
 
 
 def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
-    """Return the claims of an access token issued at this millisecond, and the token response without the token.
-
-    RFC 9068 §2.2, RFC 6749 §5.1.
-    """
+    """Return the claims of an access token, and the response without it. RFC 9068 §2.2, RFC 6749 §5.1."""
     row, now, lifetime = client.row, idp.now(), token_lifetime(idp, client)
     subject, jti = granted.account.id if granted.account else row.client_id, new_jti(ms)
     claims = {
@@ -2444,10 +2436,7 @@ def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
 
 
 def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Issue a token of the client's own. Its row is written together with others, shortly after the answer.
-
-    RFC 6749 §4.4.3.
-    """
+    """Issue a client its own token. The row is stored after the answer, in a batch of them. RFC 6749 §4.4.3."""
     claims, answer = draft_token(idp, client, granted, issuing_ms(idp, client.row))
     answer["access_token"] = mint_access_token(idp, client, claims)
     actor = None
@@ -2458,9 +2447,9 @@ def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) ->
 
 
 def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Issue the tokens of a user, spending the code or refresh token they are issued for.
+    """Issue the tokens of a user, and spend the code or refresh token that the client presented.
 
-    Raises invalid_grant if that is spent already, or if user, client or browser session was ended meanwhile.
+    Raises invalid_grant if that is spent already, or if user, client or browser session was revoked meanwhile.
     """
     account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
     assert account
@@ -2495,7 +2484,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
                 answer["refresh_token"] = refresh_token
             if OPENID in granted.scope.split():
                 answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"])
-    if family is None:  # raised after the commit: the reuse has revoked the family, and that stays
+    if family is None:  # raised after the commit: a rollback would undo the revocation of a reused family
         raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
     return answer
 
@@ -2508,8 +2497,7 @@ def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
 
 
 def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id: str) -> dict:
-    """Begin a login at ADMIN; return its token response. `client_id` is what the caller calls itself, for the record.
-    """
+    """Begin a login at ADMIN and return its token response. `client_id` is recorded, not checked."""
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
     family = Family(
@@ -2540,19 +2528,16 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
 
 
 # == Login =====================================================================
-# How people prove who they are, at a browser or in an application with screens of its own: one
-# transaction, bound to whoever began it, walks
+# Users log in with a browser, or headless: in a native application that shows its own forms. A login
+# transaction, bound to the browser or application that began it, passes through the states
 #
 #     select -> password -> totp | enrol -> codes -> consent -> ready -> done
 #
-# and cannot skip a state: each step is one conditional statement. OpenID Connect Core §3.1.2.
+# and cannot skip one: each transition is one conditional UPDATE. OpenID Connect Core §3.1.2.
 
 
 class AuthorizeRequest(msgspec.Struct):
-    """What a client asks for, once it is proven who it is and where the answer goes.
-
-    RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1.
-    """
+    """A validated authorization request. RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1."""
 
     client_id: str
     redirect_uri: str
@@ -2572,7 +2557,7 @@ class AuthorizeRequest(msgspec.Struct):
 
 
 class Login(msgspec.Struct):
-    """A transaction and what it is about. `request` is None for a login to the account page."""
+    """A login transaction, its request and its client. Both are None for a login to the account page."""
 
     row: LoginTransaction
     request: AuthorizeRequest | None
@@ -2584,9 +2569,9 @@ RESPONSE_MODES = ("query", "form_post")
 
 
 def validate_client(idp: Idp, params) -> tuple[Client, str]:
-    """Return client and redirect URI of an authorization request.
+    """Return the client and the redirect URI of an authorization request.
 
-    Until this returns, nobody is redirected. RFC 6749 §4.1.2.1.
+    Until both are valid an error must not be sent to the redirect URI. RFC 6749 §4.1.2.1.
     """
     client = find_client(idp, params.need("client_id"))
     if client is None:
@@ -2598,7 +2583,7 @@ def validate_client(idp: Idp, params) -> tuple[Client, str]:
 
 
 def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
-    """Return code_challenge and its method, both empty where there is none. RFC 7636 §4.3, §4.4.1."""
+    """Return code_challenge and code_challenge_method, both empty without PKCE. RFC 7636 §4.3, §4.4.1."""
     challenge, method = params.get("code_challenge") or "", params.get("code_challenge_method") or ""
     if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
         raise Problem("invalid_request", log="PKCE is required")
@@ -2612,7 +2597,7 @@ def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
 
 
 def read_hint(idp: Idp, token: str | None) -> dict | None:
-    """Return the claims of an ID token of ours, an expired one too, or None. OpenID Connect RP-Initiated Logout §2."""
+    """Return the claims of an ID token we signed, even if expired, or None. OpenID Connect RP-Initiated Logout §2."""
     try:
         return idp.auth_ring.verify(token, JWT) if token else None
     except Problem:
@@ -2620,7 +2605,7 @@ def read_hint(idp: Idp, token: str | None) -> dict | None:
 
 
 def read_claims_parameter(claims: str | None) -> str:
-    """Return the names the claims parameter asks for, as JSON, in a bounded form. OpenID Connect Core §5.5."""
+    """Return the claim names that the claims parameter requests, as JSON of bounded size. OpenID Connect Core §5.5."""
     if not claims:
         return ""
     try:
@@ -2633,7 +2618,7 @@ def read_claims_parameter(claims: str | None) -> str:
 
 
 def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
-    """Read the rest of an authorization request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
+    """Validate the rest of the request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
     response_mode = get("response_mode") or "query"
     if response_mode not in RESPONSE_MODES:
@@ -2676,9 +2661,7 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
 
 
 def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, Account] | None:
-    """Return the living session a cookie names, and its user: not ended, not idle too long, nothing of the user ended
-    since.
-    """
+    """Return the session of a cookie and its user, or None if the session is over or the user is not active."""
     if not handle or len(handle) > 100:
         return None
     session, now = idp.store.find_browser_session(sha256(handle)), idp.now()
@@ -2692,9 +2675,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms):  # a lockout keeps guesses out, not who is in
+    if not is_good(account, session.created_ms):  # a lockout stops guesses, not sessions
         return None
-    if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
+    if now - session.last_seen_at >= 60:  # at most one write a minute
         idp.store.touch_browser_session(session.id_sha256, now)
     return session, account
 
@@ -2702,10 +2685,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 def begin_browser_session(
     idp: Idp, caller: Caller, account: Account, amr: list, auth_time: int, replaces: str | None
 ) -> str:
-    """Log somebody in at a browser: always a fresh session.
+    """Begin a browser session; return the handle for its cookie.
 
-    The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the
-    cookie.
+    The session named by the handle `replaces` ends. Logins that began in it continue if the user is the same.
     """
     handle, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account)
@@ -2724,30 +2706,26 @@ def begin_browser_session(
 
 
 def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
-    """Log a browser out, and end every login at a client that began in it."""
+    """Revoke a browser session and every login at a client that began in it."""
     with idp.store.transaction():
         if idp.store.revoke_browser_session(id_sha256, idp.now()):
             audit(idp, caller, "browser_logged_out", caller.actor)
 
 
 def named_user(request: AuthorizeRequest) -> str:
-    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it
-    names none.
-    """
+    """Return the `sub` that id_token_hint or the claims parameter demands, or "". OpenID Connect Core §3.1.2.2."""
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
 
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
-    """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core
-    §3.1.2.3.
-    """
+    """Return whether a session satisfies a request without a new login. OpenID Connect Core §3.1.2.3."""
     age, limit = idp.now() - session.auth_time, ttl(client, "SESSION_BASED_MAX_AGE", 0)
     if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (limit and age > limit):
         return False
     return "login" not in request.prompt and named_user(request) in ("", session.user_id)
 
 
-# -- transactions --
+# -- login transactions --
 
 
 def new_pending(idp, user_id, state) -> str:
@@ -2758,13 +2736,13 @@ def begin_login(
     idp: Idp, caller: Caller, binding: str, request: AuthorizeRequest | None, state="password",
     session: BrowserSession | None = None,
 ) -> LoginTransaction:
-    """Begin a login for whoever holds the secret `binding`.
+    """Begin a login that only the holder of the secret `binding` can continue.
 
-    With a session the password is proven already, and what is left is the next state.
+    With a session the password counts as verified; `state` is the first step that is left.
     """
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(caller.peer)
-    idp.store.purge_logins(now, 20)  # what is over makes room for what begins
+    idp.store.purge_logins(now, 20)  # each new login deletes up to 20 expired ones, so that the table stays small
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
@@ -2786,7 +2764,7 @@ def as_login(idp: Idp, row: LoginTransaction) -> Login:
 
 
 def get_login(idp: Idp, id: str, binding: str | None) -> Login:
-    """Return a login under way, to whoever began it. Raises not_found: whatever is wrong, it is to be begun anew."""
+    """Return the unfinished login `id` if `binding` is its secret. Raises not_found, whatever is wrong."""
     row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
     if row is None or row.state == "done":
         raise Problem("not_found", log="no such login under way, or not in this browser")
@@ -2794,7 +2772,7 @@ def get_login(idp: Idp, id: str, binding: str | None) -> Login:
 
 
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
-    """Take a login to its next state, with changed columns. Raises conflict if another request has done so already."""
+    """Move a login to its next state and change columns. Raises conflict if another request has already moved it."""
     row = msgspec.structs.replace(login.row, state=state, pending=pending, **changes)
     advanced = idp.store.advance_login(login.row.state, row, idp.now())
     if advanced is None:
@@ -2807,9 +2785,7 @@ def fail_step(idp: Idp, login: Login):
 
 
 def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
-    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the
-    client asks.
-    """
+    """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
     if "consent" in request.prompt:
         return True
     if client.row.is_first_party:
@@ -2820,9 +2796,7 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
 
 
 def after_factors(idp: Idp, login: Login, account: Account) -> str:
-    """Return the state after the last factor: consent where it is needed, else done; an application with its own
-    screens says when.
-    """
+    """Return the state after the last factor: "ready" if headless, else "consent" if needed, else "done"."""
     if login.request and login.request.headless:
         return "ready"
     if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
@@ -2831,7 +2805,7 @@ def after_factors(idp: Idp, login: Login, account: Account) -> str:
 
 
 def give_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
-    """The first step. Raises invalid_grant as authenticate_user does."""
+    """Verify the password, the first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
         raise Problem("conflict", log="no password is asked for in this state")
     try:
@@ -2850,7 +2824,7 @@ def give_password(idp: Idp, caller: Caller, login: Login, username: str, passwor
 
 
 def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
-    """The second step of a user who has a second factor: a one-time or a recovery code. Raises invalid_grant."""
+    """Verify a one-time or recovery code, the second step of a user with a second factor. Raises invalid_grant."""
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
     assert login.row.user_id
@@ -2867,10 +2841,7 @@ def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
-    """The second step of a user who gets a second factor now, by its first code.
-
-    Return the recovery codes, shown once.
-    """
+    """Set up a second factor by its first code, as the second step; return the recovery codes, to be shown once."""
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
     assert login.row.user_id
@@ -2899,18 +2870,14 @@ def issue_code(
     idp: Idp, caller: Caller, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
 ) -> str:
-    """Return a fresh authorization code for somebody who is in.
-
-    Raises the Problem to redirect with. RFC 6749 §4.1.2.
-    """
+    """Store and return an authorization code. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
     if named_user(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account, client.row)
-    # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a
-    # native
-    # application with screens of its own, by its grant.
+    # An OpenID request needs offline_access for a refresh token (OpenID Connect Core §11). Plain OAuth requests and
+    # headless logins only need the client's refresh_token grant.
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
@@ -2926,7 +2893,7 @@ def issue_code(
 
 
 def finish_login(idp: Idp, login: Login) -> Account:
-    """Return the user of a login whose every state was walked, once. Raises conflict or invalid_grant."""
+    """Return the user of a login that has passed every state. Raises conflict or invalid_grant."""
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
@@ -2936,14 +2903,14 @@ def finish_login(idp: Idp, login: Login) -> Account:
 
 
 # == HTTP ======================================================================
-# Routes, Params, guards and Answer: the only place that touches bottle.request.
+# Params, guards, pages, Answer, cookies and App: the only section that touches bottle.request.
 
 
 BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class Page(msgspec.Struct):
-    """A body that is not JSON: bytes already made. `cache` is seconds; 0 forbids storing."""
+    """A response whose body is encoded already. `cache` is in seconds; 0 forbids storing."""
 
     content: bytes
     content_type: str = "application/json"
@@ -2951,11 +2918,11 @@ class Page(msgspec.Struct):
     etag: str = ""
     status: int = 200
     headers: list = []
-    policy: str = ""  # Content-Security-Policy, where it is not the strictest
+    policy: str = ""  # Content-Security-Policy; empty for that of BASE_HEADERS
 
 
 class Redirect(msgspec.Struct):
-    """RFC 9110 §15.4.4: to be fetched by GET, whatever the request was."""
+    """A redirect that is followed with GET, whatever the method of the request was. RFC 9110 §15.4.4."""
 
     location: str
     cookies: list = []
@@ -2963,7 +2930,7 @@ class Redirect(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """A JSON body with headers of its own."""
+    """A JSON body with additional headers and a status."""
 
     body: object
     headers: list = []
@@ -2971,7 +2938,7 @@ class Reply(msgspec.Struct):
 
 
 def decode_component(raw: bytes) -> str:
-    """Decode one name or value of a form. WHATWG URL §5.1, strictly."""
+    """Decode one name or value of a form. WHATWG URL §5.1, but malformed input is refused."""
     if b"+" in raw:
         raw = raw.replace(b"+", b" ")
     if b"%" in raw:
@@ -2990,8 +2957,8 @@ def decode_component(raw: bytes) -> str:
 def parse_form(body: bytes) -> dict:
     """Return the parameters of an application/x-www-form-urlencoded body or query.
 
-    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), for octets that are not
-    UTF-8, for a broken percent-encoding and for NUL: what is refused cannot be misread.
+    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), invalid UTF-8, broken percent-encoding and NUL,
+    which another parser might read differently.
     """
     found: dict[str, str] = {}
     if not body:
@@ -3011,7 +2978,7 @@ def parse_form(body: bytes) -> dict:
 
 
 def members_of(declared) -> dict:
-    """Return {lower-case name: name} of the members of the object a type is or may be."""
+    """Return {lower-case name: name} for the members of a Struct, or of all Structs in a union."""
     structs = [
         part
         for part in getattr(declared, "__args__", (declared,))
@@ -3025,10 +2992,9 @@ def members_of(declared) -> dict:
 
 
 def convert(found, declared, strict=True):
-    """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are
-    ignored.
+    """Convert decoded data to the declared type. Member names ignore case; unknown members are ignored.
 
-    Raises invalid_request naming the member at fault. Not strict: text may stand for numbers and truth values.
+    Raises invalid_request naming the bad member. With strict=False, text is accepted for numbers and booleans.
     """
     if isinstance(found, dict):
         names, seen = members_of(declared), {}
@@ -3060,13 +3026,13 @@ def decode_body(body: bytes, declared):
 
 
 class Params:
-    """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
+    """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both."""
 
     __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw")
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
-        self.raw = ("", b"")  # media type and octets of a body that is decoded after the guard
+        self.raw = ("", b"")  # media type and bytes of a body that decode() reads
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
@@ -3089,9 +3055,9 @@ class Params:
             self.values = parse_form(body)
 
     def decode(self):
-        """Decode body and query into the objects the route declares.
+        """Decode body and query into the types that the route declares.
 
-        After the guard: strangers learn nothing of our objects.
+        Runs after the guard, so that the errors do not describe our objects to an unauthorized caller.
         """
         route = self.route
         if route.query is not None:
@@ -3112,7 +3078,7 @@ class Params:
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:
-        """Return a cookie; none where it is there twice, because one of the two is not ours. RFC 6265 §5.4."""
+        """Return a cookie, or None if it is missing or sent twice: then one of the two is not ours. RFC 6265 §5.4."""
         found = [
             value
             for pair in self.environ.get("HTTP_COOKIE", "").split(";")
@@ -3122,7 +3088,7 @@ class Params:
         return found[0] if len(found) == 1 else None
 
     def need(self, name: str) -> str:
-        """Return a parameter that must be there and not be empty."""
+        """Return a parameter. Raises invalid_request if it is missing or empty."""
         value = self.values.get(name)
         if not value:
             raise Problem("invalid_request", log=f"no {name}")
@@ -3133,11 +3099,11 @@ class Params:
 
 
 def anyone(idp, params):
-    """A public route. Its handler is not handed a caller."""
+    """The guard of a public route, whose handler gets no caller."""
 
 
 def read_client_credentials(params) -> tuple[str, str | None]:
-    """Return (client_id, secret or None). Two methods at once are refused. RFC 6749 §2.3."""
+    """Return (client_id, secret or None). Refuse a request that uses two methods. RFC 6749 §2.3."""
     header = params.environ.get("HTTP_AUTHORIZATION", "")
     form_id, form_secret = params.get("client_id"), params.get("client_secret")
     if header[:6].lower() == "basic ":
@@ -3146,7 +3112,7 @@ def read_client_credentials(params) -> tuple[str, str | None]:
         except (binascii.Error, ValueError):
             raise Problem("invalid_client", log="malformed Basic credentials") from None
         client_id, colon, secret = pair.partition(":")
-        # The two parts were form-encoded before they were joined. RFC 6749 §2.3.1.
+        # Clients form-encode both parts before they join them. RFC 6749 §2.3.1.
         client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
         if not colon or form_secret is not None or form_id not in (None, client_id):
             raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
@@ -3159,12 +3125,12 @@ def read_client_credentials(params) -> tuple[str, str | None]:
 
 
 def by_client(idp, params) -> Client:
-    """An authenticated client; a public one by its client_id alone."""
+    """A guard that authenticates the client; a public client only sends its client_id."""
     return authenticate_client(idp, params.caller, *read_client_credentials(params))
 
 
 def by_confidential_client(idp, params) -> Client:
-    """A client that has proved itself: a public one cannot."""
+    """A guard that authenticates a confidential client and refuses a public one."""
     client = by_client(idp, params)
     if client.row.client_type != CONFIDENTIAL:
         raise Problem("invalid_client", log="a public client cannot authenticate")
@@ -3172,7 +3138,7 @@ def by_confidential_client(idp, params) -> Client:
 
 
 def read_bearer(params) -> str:
-    """Return the access token of a request: the header, or the form of a POST. RFC 6750 §2."""
+    """Return the access token of a request, from its header or the form of a POST. RFC 6750 §2."""
     header, form = (
         params.environ.get("HTTP_AUTHORIZATION", ""),
         params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None,
@@ -3183,12 +3149,12 @@ def read_bearer(params) -> str:
         return header[7:].strip()
     if form:
         return form
-    # No error code where no token was sent. RFC 6750 §3.1.
+    # A challenge carries no error code if no token was sent. RFC 6750 §3.1.
     raise Problem("invalid_token", log="no access token", headers=[("WWW-Authenticate", 'Bearer realm="microauthd"')])
 
 
 def read_claims(idp, ring, issuer, params) -> dict:
-    """Return the claims of the living access token a request brings, and call its subject the actor."""
+    """Return the claims of the request's access token, if valid, and make its subject the actor of params.caller."""
     try:
         claims = verify_access_token(idp, ring, issuer, read_bearer(params))
     except Replayed as replayed:
@@ -3206,8 +3172,7 @@ def insufficient_scope(scope) -> Problem:
 
 
 def by_bearer(scope="", user=False):
-    """A guard for the living access tokens of AUTH, with this scope where one is named, of a user where that matters.
-    """
+    """Return a guard that demands an access token of AUTH: with `scope` if given, of a user if `user` is set."""
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
@@ -3221,7 +3186,7 @@ def by_bearer(scope="", user=False):
 
 
 def by_bearer_or_form():
-    """A guard for a user's access token; without one the caller is None, and the handler asks for a form of ours."""
+    """Return a guard that demands a user's access token, or passes None for a form, which the handler checks."""
     bearer = by_bearer(user=True)
 
     def guard(idp, params):
@@ -3237,7 +3202,7 @@ def by_bearer_or_form():
 
 
 def current_scopes(idp, claims) -> frozenset:
-    """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
+    """Return the scopes that the subject of a token could be granted now, whatever the token carries."""
     client = find_client(idp, claims["client_id"])
     scopes = client.scopes if client else frozenset()
     if claims["sub"] == claims["client_id"]:
@@ -3246,9 +3211,7 @@ def current_scopes(idp, claims) -> frozenset:
 
 
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and
-    whose bearer holds it still.
-    """
+    """Return a guard that demands a seeded scope: in the token, by name or id, and still granted to its subject."""
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
@@ -3262,26 +3225,26 @@ def by_scope(name):
 
 
 def by_admin(idp: Idp, params) -> dict:
-    """A guard for the living ADMIN tokens of users who are administrators still."""
+    """A guard that demands a valid ADMIN token of a user who is still an administrator."""
     claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
     if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
         raise Problem("invalid_token", log="not an administrator any more")
     return claims
 
 
-# -- versions and pages --
+# -- entity tags and lists --
 
 
 def etag(shown) -> str:
-    """Return the entity tag of an object as it is shown. RFC 9110 §8.8.3."""
+    """Return the entity tag of an object's representation. RFC 9110 §8.8.3."""
     return f'"{hashlib.sha256(ENCODE(shown)).hexdigest()[:32]}"'
 
 
 @contextlib.contextmanager
 def if_match(idp, params, show):
-    """Let a change be made while nobody else can, if what `show` returns is what If-Match names. RFC 9110 §13.1.1.
+    """Open a write transaction if If-Match names the current version of what `show` returns. RFC 9110 §13.1.1.
 
-    Raises precondition_failed otherwise: somebody else was first. Without the header nothing is asked.
+    Raises precondition_failed if another request has changed it. Without the header nothing is compared.
     """
     with idp.store.transaction():
         expected = params.environ.get("HTTP_IF_MATCH")
@@ -3293,7 +3256,7 @@ def if_match(idp, params, show):
 
 
 def paged_reply(params, rows, total) -> Reply:
-    """Answer with a page of a list: how many there are in X-Total-Count, where it goes on in Link. RFC 8288 §3."""
+    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3."""
     headers, query = [("X-Total-Count", str(total))], params.query
     if query.offset + len(rows) < total and rows:
         after = {name: value for name, value in params.values.items() if name not in ("limit", "offset")}
@@ -3302,15 +3265,13 @@ def paged_reply(params, rows, total) -> Reply:
     return Reply(rows, headers)
 
 
-# -- pages: what people see --
+# -- HTML pages --
 
 
 def show_page(
     idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **variables
 ) -> Page:
-    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
-    redirect, too.
-    """
+    """Return an HTML page. `target` is the URI outside this server to which its form may redirect."""
     language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
     base = idp.options.auth_issuer
     context = {
@@ -3319,8 +3280,8 @@ def show_page(
         "brand": idp.options.brand_name or urlsplit(base).hostname,
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
     } | variables
-    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
-    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
+    # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
+    # its application (an authenticating proxy, a separate backend), so only the scheme is known here.
     target_scheme = f" {urlsplit(target).scheme}:" if target else ""
     policy = (
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
@@ -3333,25 +3294,25 @@ def show_page(
 
 
 def show_problem(idp: Idp, problem: Problem, environ) -> Page:
-    """Return the page of what went wrong: never a redirect, never what was sent."""
+    """Return the error page. It never redirects and never repeats input."""
     page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
     page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
     return page
 
 
-# -- answers --
+# -- responses --
 
 BASE_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
 )
-# For the files of public/. They may frame each other: silent renewal needs a page of the application in a frame.
+# The policy of files in public/. They may frame each other: silent renewal loads a page in an iframe.
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
 def refuse(problem: Problem, oauth: bool) -> Reply:
-    """Render a Problem in the form its route owes."""
+    """Render a Problem as an OAuth error or an Err. A 401 gets its challenge. RFC 9110 §15.5.2."""
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
         challenge = (
@@ -3370,13 +3331,13 @@ HSTS = ("Strict-Transport-Security", "max-age=31536000")
 
 
 class Answer:
-    """Through which every answer goes: it runs the guard and the handler of a route, and speaks for both."""
+    """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
     def __init__(self, idp):
         self.idp = idp
 
     def run(self, route, environ, path):
-        """Return what the handler returns, a Problem rendered."""
+        """Return the result of the handler, or the rendered Problem that was raised."""
         try:
             params = Params(environ, path, route)
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
@@ -3408,7 +3369,7 @@ class Answer:
 
     @staticmethod
     def render(result, environ):
-        """Return the status, headers and body that a result stands for."""
+        """Return the status, headers and body of a result."""
         status = 200
         headers: tuple[tuple[str, str], ...] = JSON_HEADERS
         if isinstance(result, Page):
@@ -3439,7 +3400,7 @@ class Answer:
 
 
 def served_routes(idp: Idp, routes: Routes):
-    """Yield the routes that are served, each with every path it is served at."""
+    """Yield each route that the options enable, with each of its paths."""
     issuer_path = urlsplit(idp.options.auth_issuer).path
     for route in routes.routes:
         if route.option and not getattr(idp.options, route.option):
@@ -3447,11 +3408,11 @@ def served_routes(idp: Idp, routes: Routes):
         for path in route.paths:
             yield route, path
             if issuer_path and path == "/.well-known/oauth-authorization-server":
-                yield route, path + issuer_path  # RFC 8414 §3.1: the path of an issuer stands behind the well-known one
+                yield route, path + issuer_path  # the issuer's path follows the well-known one. RFC 8414 §3.1
 
 
 def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
-    """Return the headers that let a page of a registered origin read an answer. Fetch Standard §3.3."""
+    """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3."""
     headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
     origin = environ.get("HTTP_ORIGIN")
     if not origin:
@@ -3461,7 +3422,7 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         if ("cors",) not in cache:
             cache[("cors",)] = idp.store.list_cors_origins()
         known = cache[("cors",)]
-    except Unavailable as problem:  # who is no page of another origin gets the answer all the same
+    except Unavailable as problem:  # only pages of other origins need the list
         idp.log("cors.unknown", "error", reason=problem.log)
         return headers
     if origin not in known:
@@ -3477,19 +3438,16 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
     return headers
 
 
-# -- cookies of people --
+# -- cookies and form tokens --
 
 
 def cookie_name(idp: Idp, name: str) -> str:
-    """Return the name of a cookie; under https one that no other host and no plain page can set.
-
-    RFC 6265bis §4.1.3.2.
-    """
+    """Return the name of a cookie; under https no other host and no http page can set it. RFC 6265bis §4.1.3.2."""
     return ("__Host-" if idp.options.auth_issuer.startswith("https:") else "") + name
 
 
 def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> str:
-    """Return a Set-Cookie value. Lax: a login begins with a link from somewhere else."""
+    """Return a Set-Cookie value. SameSite is Lax, because a login begins with a link from another site."""
     secure = "; Secure" if idp.options.auth_issuer.startswith("https:") else ""
     return f"{cookie_name(idp, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}" + (
         f"; Max-Age={max_age}" if max_age is not None else ""
@@ -3508,12 +3466,12 @@ def login_binding(idp, params) -> str | None:
 
 
 def form_token(secret: str, purpose: str) -> str:
-    """Return what a form carries to prove that it was made for this browser: only who has the cookie could make it."""
+    """Return a form's anti-CSRF token: an HMAC keyed with the cookie, so that another browser's form is refused."""
     return b64url(hmac.digest(secret.encode(), purpose.encode(), "sha256")[:18])
 
 
 def check_form(params, secret: str | None, purpose: str):
-    """Raise access_denied unless a form carries its token."""
+    """Raise access_denied unless the form carries the token of form_token()."""
     if not secret or not hmac.compare_digest(form_token(secret, purpose), params.get("form") or ""):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
@@ -3522,18 +3480,16 @@ def check_form(params, secret: str | None, purpose: str):
 
 
 def describe_port(idp: Idp, routes: Routes) -> dict:
-    """Return the OpenAPI document of a port: exactly the routes that are mounted."""
+    """Return the OpenAPI document of a port: exactly the routes that are served."""
     server = idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer
     return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
 class Router(bottle.Router):
-    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of
-    a start.
-    """
+    """Bottle's router, but it compiles once, not after each of a hundred routes: that took a tenth of the start-up."""
 
     def _compile(self, method):
-        """Nothing yet."""
+        """Do nothing: compile_all() does it."""
 
     def compile_all(self):
         for method in self.dyna_routes:
@@ -3541,7 +3497,7 @@ class Router(bottle.Router):
 
 
 SWAGGER = APPLIANCE / "swagger"
-# The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
+# Swagger UI sets styles from its script, which needs 'unsafe-inline' in style-src.
 SWAGGER_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self' data:; connect-src 'self'; base-uri 'none'; "
@@ -3550,24 +3506,24 @@ SWAGGER_POLICY = (
 
 
 def swagger_file(name: str) -> Page:
-    """Return the page that shows the description, or its one script."""
+    """Return the page of Swagger UI, or its only script."""
     if name == "index.html":
         return Page((SWAGGER / name).read_bytes(), "text/html; charset=utf-8", policy=SWAGGER_POLICY)
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
 class App:
-    """The WSGI callable of a port.
+    """The WSGI application of a port.
 
-    A path without variables is looked up in a table; Bottle has the rest: variables, HEAD, files, and what is not
-    there. It costs a third of a request, and a token needs none of it.
+    Paths without variables are looked up in a table, because Bottle takes a third of the time of a token request.
+    Bottle serves the rest: paths with variables, HEAD, files and errors.
     """
 
     def __init__(self, idp: Idp, routes: Routes):
         self.idp, self.answer, self.bottle = idp, Answer(idp), bottle.Bottle()
         self.table: dict = {}
-        self.bottle.uninstall(True)  # JSON and templates: Answer renders alone
-        vars(self.bottle)["router"] = Router()  # Bottle lets nobody replace an attribute
+        self.bottle.uninstall(True)  # its JSON and template plugins: Answer renders instead
+        vars(self.bottle)["router"] = Router()  # Bottle forbids replacing an attribute
         for route, path in served_routes(idp, routes):
             self.bottle.route(path, list(route.methods), self.in_bottle(route))
             if not any("<" in other for other in route.paths):
@@ -3575,18 +3531,18 @@ class App:
         self.bottle.router.compile_all()
         self.bottle.default_error_handler = self.answer_error
         self.cors_paths = {path for (_, path), route in self.table.items() if route.cors}
-        # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
+        # Requests may carry the issuer's path or not, depending on whether a proxy strips it.
         self.prefix = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
 
     def in_bottle(self, route: Route) -> Callable:
-        """Return what Bottle calls for a route, with the variables of its path."""
+        """Return the callback of a route, which Bottle calls with the variables of the path."""
 
         def answer(**path):
             environ = bottle.request.environ
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
                 return self.to_bottle(result, environ)
-            # A static file, which Bottle sends by itself.
+            # Bottle itself sends a static file.
             for header in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
                 result.set_header(*header)
             if environ.get("wsgi.url_scheme") == "https":
@@ -3611,8 +3567,7 @@ class App:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, other)
         if code == "server_error":
             self.idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
-        # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
-        # A client can tell an unknown route from an unknown thing.
+        # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
         content = self.to_bottle(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
         if allow := error.get_header("Allow"):
@@ -3636,12 +3591,12 @@ class App:
 
 
 def build_app(idp: Idp, routes: Routes) -> Callable:
-    """Return the WSGI callable of a port."""
+    """Return the WSGI application of a port."""
     return App(idp, routes)
 
 
 def restrict_hosts(app, idp: Idp):
-    """Wrap ADMIN so that it answers only to its own names: a page that rebinds its name to us gets nothing."""
+    """Wrap ADMIN so that it serves only requests for its own host names. This defeats DNS rebinding."""
     options = idp.options
     names = {"localhost", "127.0.0.1", "[::1]", urlsplit(f"//{options.admin_domain}").hostname}
     names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
@@ -3667,7 +3622,7 @@ def restrict_hosts(app, idp: Idp):
 
 
 def msg(message: str) -> Msg:
-    """Return a Msg: exactly two members."""
+    """Return a Msg that reports success."""
     return Msg(True, message)
 
 
