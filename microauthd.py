@@ -2341,7 +2341,7 @@ def check_client_unchanged(idp: Idp, row: ClientRow):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
-def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
+def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
     """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
     Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief. RFC 9700 §4.14.2.
@@ -2393,7 +2393,7 @@ def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
     return claims
 
 
-def asked_claims(claims: str, of: str) -> tuple:
+def requested_claims(claims: str, of: str) -> tuple:
     """Return the names that the claims parameter requests for `of`, either `id_token` or `userinfo`."""
     return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
 
@@ -2403,7 +2403,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     assert granted.account
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    also = asked_claims(family.claims, "id_token")
+    also = requested_claims(family.claims, "id_token")
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
@@ -2461,7 +2461,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        family = take_family(idp, client, granted, caller, ms)
+        family = begin_or_continue_family(idp, client, granted, caller, ms)
         if family:
             refresh_token = add_refresh_token(idp, client, granted, family, jti, ms)
             idp.store.insert(
@@ -2712,7 +2712,7 @@ def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
             audit(idp, caller, "browser_logged_out", caller.actor)
 
 
-def named_user(request: AuthorizeRequest) -> str:
+def demanded_sub(request: AuthorizeRequest) -> str:
     """Return the `sub` that id_token_hint or the claims parameter demands, or "". OpenID Connect Core §3.1.2.2."""
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
@@ -2722,13 +2722,13 @@ def session_serves(idp: Idp, session: BrowserSession, client: Client, request: A
     age, limit = idp.now() - session.auth_time, ttl(client, "SESSION_BASED_MAX_AGE", 0)
     if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (limit and age > limit):
         return False
-    return "login" not in request.prompt and named_user(request) in ("", session.user_id)
+    return "login" not in request.prompt and demanded_sub(request) in ("", session.user_id)
 
 
 # -- login transactions --
 
 
-def new_pending(idp, user_id, state) -> str:
+def new_sealed_seed(idp, user_id, state) -> str:
     return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
 
 
@@ -2749,13 +2749,13 @@ def begin_login(
         random_handle()[:22], binding_sha256, request.client_id if request else "", state,
         msgspec.json.encode(request).decode(), session.user_id if session else None, session.amr if session else "",
         session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0,
-        new_pending(idp, session.user_id, state) if session else "",
+        new_sealed_seed(idp, session.user_id, state) if session else "",
     )
     idp.store.insert(row)
     return row
 
 
-def as_login(idp: Idp, row: LoginTransaction) -> Login:
+def load_login(idp: Idp, row: LoginTransaction) -> Login:
     request = msgspec.json.decode(row.request, type=AuthorizeRequest | None)
     client = find_client(idp, row.client_id) if request else None
     if request and (client is None or not is_registered_uri(request.redirect_uri, client.redirect_uris)):
@@ -2768,7 +2768,7 @@ def get_login(idp: Idp, id: str, binding: str | None) -> Login:
     row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
     if row is None or row.state == "done":
         raise Problem("not_found", log="no such login under way, or not in this browser")
-    return as_login(idp, row)
+    return load_login(idp, row)
 
 
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
@@ -2777,10 +2777,10 @@ def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
     advanced = idp.store.advance_login(login.row.state, row, idp.now())
     if advanced is None:
         raise Problem("conflict", log="this step of the login was taken already")
-    return as_login(idp, advanced)
+    return load_login(idp, advanced)
 
 
-def fail_step(idp: Idp, login: Login):
+def count_failed_step(idp: Idp, login: Login):
     idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
 
 
@@ -2795,7 +2795,7 @@ def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequ
     return agreed is None or not requested <= set(agreed.split())
 
 
-def after_factors(idp: Idp, login: Login, account: Account) -> str:
+def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
     """Return the state after the last factor: "ready" if headless, else "consent" if needed, else "done"."""
     if login.request and login.request.headless:
         return "ready"
@@ -2804,7 +2804,7 @@ def after_factors(idp: Idp, login: Login, account: Account) -> str:
     return "done"
 
 
-def give_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
+def submit_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
     """Verify the password, the first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
         raise Problem("conflict", log="no password is asked for in this state")
@@ -2812,18 +2812,18 @@ def give_password(idp: Idp, caller: Caller, login: Login, username: str, passwor
         account, _ = authenticate_user(idp, caller, username, password, client=login.client, only_password=True)
     except Problem as problem:
         if problem.code == "invalid_grant":
-            fail_step(idp, login)
+            count_failed_step(idp, login)
         raise
     demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
-    state = "totp" if account.totp_sealed else "enrol" if demanded else after_factors(idp, login, account)
+    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
     proven_ms = max(idp.now_ms(), account.revoked_before + 1)
     return advance(
-        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
         proven_ms=proven_ms,
     )
 
 
-def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
+def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
     """Verify a one-time or recovery code, the second step of a user with a second factor. Raises invalid_grant."""
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
@@ -2834,10 +2834,10 @@ def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
         )
     except Problem as problem:
         if problem.code == "invalid_grant":
-            fail_step(idp, login)
+            count_failed_step(idp, login)
         raise
     auth_time = login.row.auth_time or idp.now()
-    return advance(idp, login, after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
+    return advance(idp, login, state_after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
@@ -2851,7 +2851,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
     seed = idp.seal.open(login.row.pending, account.id)
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
-        fail_step(idp, login)
+        count_failed_step(idp, login)
         count_failed_code(idp, account)
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
@@ -2871,7 +2871,7 @@ def issue_code(
     browser="",
 ) -> str:
     """Store and return an authorization code. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
-    if named_user(request) not in ("", account.id):
+    if demanded_sub(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
@@ -3311,7 +3311,7 @@ BASE_HEADERS = (
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
-def refuse(problem: Problem, oauth: bool) -> Reply:
+def render_problem(problem: Problem, oauth: bool) -> Reply:
     """Render a Problem as an OAuth error or an Err. A 401 gets its challenge. RFC 9110 §15.5.2."""
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
@@ -3348,17 +3348,17 @@ class Answer:
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
-            refused = problem = as_problem(error)
+            problem = as_problem(error)
             self.log_refusal(environ, problem.code, problem.status, problem.log)
         except MemoryError as error:
-            refused = Problem("temporarily_unavailable", retry_after=1)
-            self.log_refusal(environ, refused.code, refused.status, f"no memory {error}".rstrip())
+            problem = Problem("temporarily_unavailable", retry_after=1)
+            self.log_refusal(environ, problem.code, problem.status, f"no memory {error}".rstrip())
         except Exception as error:
-            refused = Problem("server_error")
+            problem = Problem("server_error")
             self.idp.log(
                 "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
             )
-        return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
+        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth)
 
     def log_refusal(self, environ, code, status, reason):
         self.idp.log(
@@ -3525,7 +3525,7 @@ class App:
         self.bottle.uninstall(True)  # its JSON and template plugins: Answer renders instead
         vars(self.bottle)["router"] = Router()  # Bottle forbids replacing an attribute
         for route, path in served_routes(idp, routes):
-            self.bottle.route(path, list(route.methods), self.in_bottle(route))
+            self.bottle.route(path, list(route.methods), self.bottle_callback(route))
             if not any("<" in other for other in route.paths):
                 self.table |= {(method, path): route for method in route.methods}
         self.bottle.router.compile_all()
@@ -3534,7 +3534,7 @@ class App:
         # Requests may carry the issuer's path or not, depending on whether a proxy strips it.
         self.prefix = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
 
-    def in_bottle(self, route: Route) -> Callable:
+    def bottle_callback(self, route: Route) -> Callable:
         """Return the callback of a route, which Bottle calls with the variables of the path."""
 
         def answer(**path):
@@ -3569,7 +3569,7 @@ class App:
             self.idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
-        content = self.to_bottle(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
+        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
@@ -3810,9 +3810,8 @@ def revoke(idp, client, params):
 def userinfo(idp, claims, params):
     """The claims about the user that the token's scope opens."""
     family = idp.store.find_family(claims["sid"])
-    return user_claims(
-        idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ()
-    )
+    also = requested_claims(family.claims, "userinfo") if family else ()
+    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
@@ -4010,9 +4009,9 @@ def begin_headless(idp: Idp, params) -> Reply:
         request.headless = True
         jti = random_handle()
         row = begin_login(idp, params.caller, jti, request)
-        return Reply(headless_step(as_login(idp, row), jti, False))
+        return Reply(headless_step(load_login(idp, row), jti, False))
     except (Problem, Unavailable) as error:
-        return refuse(as_problem(error), False)
+        return render_problem(as_problem(error), False)
 
 
 @AUTH(
@@ -4180,7 +4179,7 @@ def login_password(idp, params):
     """The first page of a login: user name and password."""
     login = posted_login(idp, params, "password")
     try:
-        after = give_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
+        after = submit_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
         return refused_step(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
@@ -4199,7 +4198,7 @@ def login_totp(idp, params):
     """The second page of a login: a one-time code, or a recovery code."""
     login = posted_login(idp, params, "totp")
     try:
-        after = give_code(idp, params.caller, login, (params.get("totp") or "").strip())
+        after = submit_code(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
         return refused_step(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
@@ -4230,7 +4229,7 @@ def login_codes(idp, params):
     account = idp.store.find_account(row.user_id)
     if not is_good(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return continue_login(idp, params, advance(idp, login, after_factors(idp, login, account)))
+    return continue_login(idp, params, advance(idp, login, state_after_factors(idp, login, account)))
 
 
 @AUTH(
@@ -4247,9 +4246,9 @@ def login_select(idp, params):
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
     session, account = held
-    state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
+    state = second_factor_missing(login.client, session, account) or state_after_factors(idp, login, account)
     login = advance(
-        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr=session.amr,
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr=session.amr,
         auth_time=session.auth_time, proven_ms=session.created_ms,
     )
     return continue_login(idp, params, login)
@@ -4325,7 +4324,7 @@ def as_err(handler):
 def headless_login(idp, params) -> tuple[Login, str]:
     jti = params.need("jti")
     row = idp.store.find_headless_login(sha256(jti), idp.now())
-    login = as_login(idp, row) if row else None
+    login = load_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless or login.row.state == "done":
         raise Problem("invalid_grant", log="no such login under way")
     if params.get("redirect_uri") not in (None, login.request.redirect_uri):
@@ -4342,7 +4341,7 @@ def headless_password(idp, params):
     """The first step of an application with screens of its own."""
     username, password = params.need("username"), params.need("password")
     login, jti = headless_login(idp, params)
-    after = give_password(idp, params.caller, login, username, password)
+    after = submit_password(idp, params.caller, login, username, password)
     if after.row.state == "enrol":
         raise Problem("invalid_grant", log="the client demands a second factor, and the user has none")
     return headless_step(after, jti, after.row.state == "totp")
@@ -4354,7 +4353,7 @@ def headless_totp(idp, params):
     """The second step of an application with screens of its own."""
     code = params.need("totp_code")
     login, jti = headless_login(idp, params)
-    return headless_step(give_code(idp, params.caller, login, code.strip()), jti, False)
+    return headless_step(submit_code(idp, params.caller, login, code.strip()), jti, False)
 
 
 @AUTH(
@@ -4381,7 +4380,7 @@ def headless_finalize(idp, params):
 def auth_session(idp, params):
     """What is under way, for the holder of its secret alone."""
     row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())
-    login = as_login(idp, row) if row else None
+    login = load_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless:
         raise Problem("not_found")
     request = login.request
