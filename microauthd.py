@@ -2217,9 +2217,8 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
     # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request.
     if found.rotated_at is not None:
-        revoke_family(
-            idp, params.caller.acting_as(family.user_id), family.sid, "refresh_token_reused", client.client_id, FAILURE
-        )
+        owner = params.caller.acting_as(family.user_id)
+        revoke_family(idp, owner, family.sid, "refresh_token_reused", client.client_id, FAILURE)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     assert account
@@ -2260,9 +2259,8 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
                     now, now,
                 )
             )
-        revoke_family(
-            idp, caller.acting_as(code.user_id), code.sid, "authorization_code_reused", code.client_id, FAILURE
-        )
+        owner = caller.acting_as(code.user_id)
+        revoke_family(idp, owner, code.sid, "authorization_code_reused", code.client_id, FAILURE)
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
@@ -2979,16 +2977,10 @@ def parse_form(body: bytes) -> dict:
 
 def members_of(declared) -> dict:
     """Return {lower-case name: name} for the members of a Struct, or of all Structs in a union."""
-    structs = [
-        part
-        for part in getattr(declared, "__args__", (declared,))
-        if isinstance(part, type) and issubclass(part, msgspec.Struct)
-    ]
-    return {
-        field.encode_name.lower(): field.encode_name
-        for struct_type in structs
-        for field in msgspec.structs.fields(struct_type)
-    }
+    parts = getattr(declared, "__args__", (declared,))
+    structs = [part for part in parts if isinstance(part, type) and issubclass(part, msgspec.Struct)]
+    fields = [field for struct_type in structs for field in msgspec.structs.fields(struct_type)]
+    return {field.encode_name.lower(): field.encode_name for field in fields}
 
 
 def convert(found, declared, strict=True):
@@ -3011,9 +3003,8 @@ def convert(found, declared, strict=True):
         sentence, _, where = str(error).partition(" - at `$.")
         member = re.search(r"required field `(\w+)`", sentence)
         name = re.split(r"[`.\[]", where)[0] or (member.group(1) if member else "body")
-        raise Problem(
-            "invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}
-        ) from None
+        errors = {name: "is required" if member else sentence.replace("`", "")}
+        raise Problem("invalid_request", errors=errors) from None
 
 
 def decode_body(body: bytes, declared):
@@ -3034,11 +3025,10 @@ class Params:
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
         self.raw = ("", b"")  # media type and bytes of a body that decode() reads
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
+        is_direct = environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied")
         self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1")
-            and environ.get("REMOTE_ADDR") == peer
-            and not environ.get("microauthd.proxied"),
+            peer in ("127.0.0.1", "::1") and is_direct,
         )
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
@@ -3061,30 +3051,24 @@ class Params:
         """
         route = self.route
         if route.query is not None:
-            self.query = convert(
-                parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1")), route.query, strict=False
-            )
+            query = parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1"))
+            self.query = convert(query, route.query, strict=False)
         if route.takes is not None:
             media, body = self.raw
             if media not in route.media:
                 raise Problem("unsupported_media_type")
-            self.body = (
-                decode_body(body, route.takes)
-                if media == JSON
-                else convert(parse_form(body), route.takes, strict=False)
-            )
+            if media == JSON:
+                self.body = decode_body(body, route.takes)
+            else:
+                self.body = convert(parse_form(body), route.takes, strict=False)
 
     def get(self, name: str) -> str | None:
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:
         """Return a cookie, or None if it is missing or sent twice: then one of the two is not ours. RFC 6265 §5.4."""
-        found = [
-            value
-            for pair in self.environ.get("HTTP_COOKIE", "").split(";")
-            for key, _, value in [pair.strip().partition("=")]
-            if key == name
-        ]
+        pairs = [pair.strip().partition("=") for pair in self.environ.get("HTTP_COOKIE", "").split(";")]
+        found = [value for key, _, value in pairs if key == name]
         return found[0] if len(found) == 1 else None
 
     def need(self, name: str) -> str:
@@ -3139,10 +3123,8 @@ def by_confidential_client(idp, params) -> Client:
 
 def read_bearer(params) -> str:
     """Return the access token of a request, from its header or the form of a POST. RFC 6750 §2."""
-    header, form = (
-        params.environ.get("HTTP_AUTHORIZATION", ""),
-        params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None,
-    )
+    header = params.environ.get("HTTP_AUTHORIZATION", "")
+    form = params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None
     if header[:7].lower() == "bearer ":
         if form is not None:
             raise Problem("invalid_request", log="two access tokens")
@@ -3190,13 +3172,8 @@ def by_bearer_or_form():
     bearer = by_bearer(user=True)
 
     def guard(idp, params):
-        if (
-            "HTTP_AUTHORIZATION" not in params.environ
-            and params.get("access_token") is None
-            and params.get("form") is not None
-        ):
-            return None
-        return bearer(idp, params)
+        has_token = "HTTP_AUTHORIZATION" in params.environ or params.get("access_token") is not None
+        return None if params.get("form") is not None and not has_token else bearer(idp, params)
 
     return guard
 
@@ -3205,9 +3182,7 @@ def current_scopes(idp, claims) -> frozenset:
     """Return the scopes that the subject of a token could be granted now, whatever the token carries."""
     client = find_client(idp, claims["client_id"])
     scopes = client.scopes if client else frozenset()
-    if claims["sub"] == claims["client_id"]:
-        return scopes
-    return scopes & {scope.name for scope in idp.store.list_scopes_of_user(claims["sub"])}
+    return scopes if claims["sub"] == claims["client_id"] else scopes & scopes_of_user(idp, claims["sub"])
 
 
 def by_scope(name):
@@ -3609,13 +3584,8 @@ def restrict_hosts(app, idp: Idp):
         problem = Problem("misdirected_request")
         Answer(idp).log_refusal(environ, problem.code, problem.status, "Host is not a name of ADMIN")
         content = ENCODE(problem.as_err())
-        start_response(
-            "421 Misdirected Request",
-            [
-                ("Content-Type", "application/json"), ("Cache-Control", "no-store"),
-                ("Content-Length", str(len(content))),
-            ],
-        )
+        headers = [("Content-Type", "application/json"), NO_STORE, ("Content-Length", str(len(content)))]
+        start_response(STATUS[problem.status], headers)
         return [content]
 
     return restricted
