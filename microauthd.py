@@ -3019,11 +3019,12 @@ def decode_body(body: bytes, declared):
 class Params:
     """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both."""
 
-    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw")
+    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw", "session")
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
         self.raw = ("", b"")  # media type and bytes of a body that decode() reads
+        self.session: Any = UNSET  # what current_session() found
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         is_direct = environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied")
         self.caller = Caller(
@@ -3436,6 +3437,13 @@ def session_handle(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, SESSION_COOKIE))
 
 
+def current_session(idp: Idp, params) -> tuple[BrowserSession, Account] | None:
+    """Return the browser session of the request's cookie and its user, or None; look them up once a request."""
+    if params.session is UNSET:
+        params.session = find_browser_session(idp, session_handle(idp, params))
+    return params.session
+
+
 def login_binding(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, LOGIN_COOKIE))
 
@@ -3842,7 +3850,7 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
     anybody out.
     """
     if handle:
-        held = find_browser_session(idp, handle)
+        held = current_session(idp, params)
         end_browser_session(idp, params.caller.acting_as(held[1].id if held else "anonymous"), sha256(handle))
     cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
     return (
@@ -3873,7 +3881,7 @@ def logout(idp, claims, params):
 def logout_all(idp, claims, params):
     """End every login of this user, everywhere."""
     if claims is None:
-        held = find_browser_session(idp, session_handle(idp, params))
+        held = current_session(idp, params)
         check_form(params, session_handle(idp, params), "session")
         if held:
             end_user(idp, params.caller.acting_as(held[1].id), held[1].id, "logout_all")
@@ -3933,7 +3941,7 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
 
 def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
     """Answer with a code where the browser's session does, or begin a login with what is left to do."""
-    held = find_browser_session(idp, session_handle(idp, params))
+    held = current_session(idp, params)
     serves = held is not None and session_serves(idp, held[0], client, request)
     missing = second_factor_missing(client, *held) if held and serves else ""
     if "none" in request.prompt:
@@ -4020,7 +4028,7 @@ def held_login(idp, params) -> Login:
     # Past the factors, or where a session stood for the password, the login is worth what the session is worth: it ends
     # with it, and whoever has but the login's cookie cannot go on.
     if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
-        held = find_browser_session(idp, session_handle(idp, params))
+        held = current_session(idp, params)
         if held is None or held[1].id != row.user_id:
             raise Problem("not_found", log="the browser session of this login is over")
     return login
@@ -4066,7 +4074,7 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words)
         account = idp.store.find_account(row.user_id)
         words["username"] = account.username if account else ""
     if row.state == "select":
-        held = find_browser_session(idp, session_handle(idp, params))
+        held = current_session(idp, params)
         words["username"] = held[1].username if held else ""
     return show_page(
         idp, params.environ,
@@ -4102,7 +4110,8 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
     request = login.request
     assert login.client
-    held = find_browser_session(idp, handle)
+    # The cookie of this request still names the session that a fresh one replaced.
+    held = find_browser_session(idp, handle) if cookies else current_session(idp, params)
     browser = held[0].id_sha256 if held and held[1].id == account.id else ""
     try:
         code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time, browser)
@@ -4210,7 +4219,7 @@ def login_select(idp, params):
     """Go on as who is logged in, or as somebody else."""
     login = posted_login(idp, params, "select")
     assert login.client and login.request
-    held = find_browser_session(idp, session_handle(idp, params))
+    held = current_session(idp, params)
     if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
@@ -4393,7 +4402,7 @@ def end_session(idp, params):
     """Log a user out for a client: at once where its ID token shows who it means, else after asking."""
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
+    held = current_session(idp, params)
     again = {
         name: value
         for name, value in params.values.items()
@@ -4421,7 +4430,7 @@ def end_session(idp, params):
 def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
+    held = current_session(idp, params)
     if held is None or handle is None:
         return show_page(idp, params.environ, "signed_out")
     return show_page(
@@ -4475,7 +4484,7 @@ def show_account(
 )
 def account_page(idp, params):
     """One's own sessions, password and second factor; whoever is not logged in logs in first."""
-    held = find_browser_session(idp, session_handle(idp, params))
+    held = current_session(idp, params)
     return show_account(idp, params, held) if held else open_login(idp, params, None)
 
 
@@ -4577,7 +4586,7 @@ def account_change(idp, params):
     What weakens asks for the password and the code.
     """
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
+    held = current_session(idp, params)
     if held is None:
         return open_login(idp, params, None)
     check_form(params, handle, "session")
