@@ -5,9 +5,9 @@ Read downwards: a section uses only names defined above it.
 Contents
     Vocabulary        names from the standards, constants of the program
     Errors            ERRORS, Problem, its renderings
-    Secrets           random handles, sealing, TOTP, the throttle
+    Secrets           random handles, sealing, TOTP, password rules, the throttle
     Tokens            key rings, JWKS, minting and verifying JWTs
-    Idp               options, store, keys, clock: what every function below is handed
+    Idp               options, store, keys, clock: passed to every function below
     Audit             audit()
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
@@ -19,8 +19,8 @@ Contents
     ADMIN endpoints   the routes of the admin port
 
 appliance/base is below this module, which imports it: the store, the objects of the wire, the two servers,
-keys, Argon2, settings, clock and log. The rest of appliance/ is above, and imports and runs this module: the
-command line, the wizard, processes, upkeep and recovery.
+keys, Argon2, settings, clock and log. The rest of appliance is above this module and imports it: the command
+line, the wizard, processes, upkeep and recovery.
 
 The life of a request
     base.wire reads and parses it (llhttp) and calls the WSGI application of its port, an App. App finds the
