@@ -5,29 +5,29 @@ Read downwards: a section uses only names defined above it.
 Contents
     Vocabulary        names from the standards, constants of the program
     Errors            ERRORS, Problem, its renderings
-    Secrets           random handles, sealing, TOTP, the throttle
+    Secrets           random handles, sealing, TOTP, password rules, the throttle
     Tokens            key rings, JWKS, minting and verifying JWTs
-    Idp               options, store, keys, clock: what every function below is handed
+    Idp               options, store, keys, clock: passed to every function below
     Audit             audit()
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
-    Sessions          refresh-token families, revocation, "is this token alive?"
-    Grants            one function per grant_type, issue()
-    Login             how people prove who they are: transactions, browser sessions, codes, consent
-    HTTP              Routes, Params, guards, throttle, Answer
+    Sessions          refresh-token families, revocation, whether an access token is valid
+    Grants            one function per grant_type; issue() mints and stores the tokens
+    Login             authorization requests, browser sessions, login transactions, codes, consent
+    HTTP              Params, guards, pages, Answer, cookies, the WSGI application of a port
     AUTH endpoints    the routes of the auth port
     ADMIN endpoints   the routes of the admin port
 
-What it stands on is in appliance/base: the store, the objects of the wire, the two servers, keys, Argon2,
-settings, clock and log. What runs it is in appliance: the command line, the wizard, processes, upkeep and
-recovery.
+appliance/base is below this module, which imports it: the store, the objects of the wire, the two servers,
+keys, Argon2, settings, clock and log. The rest of appliance is above this module and imports it: the command
+line, the wizard, processes, upkeep and recovery.
 
 The life of a request
-    base.wire parses it (llhttp) and calls the Bottle app of its port. Answer reads the parameters
-    once (Params), asks the route's guard who is calling, calls the handler, and turns what comes
-    back - a dict, a record, a Page, a Redirect or a raised Problem - into status, headers and
-    body. A handler calls one service or grant; services and grants hold the rules and call the
-    Store; only the Store speaks SQL.
+    base.wire reads and parses it (llhttp) and calls the WSGI application of its port, an App. App finds the
+    route; Answer reads the form or the query once (Params), asks the route's guard who is calling, decodes
+    the body that the route declares, and calls the handler. It turns the result - a dict, a record, a Page,
+    a Redirect, a Reply or a raised Problem - into status, headers and body. A handler calls one service or
+    grant; services and grants hold the rules and call the Store; only the Store contains SQL.
 """
 
 import base64
@@ -2182,7 +2182,7 @@ class Granted(msgspec.Struct):
 
 
 def client_credentials(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.4."""
+    """Grant a confidential client a token of its own. RFC 6749 §4.4."""
     if client.row.client_type != CONFIDENTIAL:
         raise Problem("unauthorized_client")
     return Granted(decide_scopes(params.get("scope"), client.scopes), CLIENT_CREDENTIALS)
@@ -2193,7 +2193,7 @@ def scopes_of_user(idp, user_id) -> frozenset:
 
 
 def password_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
+    """Verify a user's password and second factor (`totp`; older clients send `totp_code`). RFC 6749 §4.3."""
     username, password = params.need("username"), params.need("password")
     account, amr = authenticate_user(
         idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", client
@@ -2203,9 +2203,9 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §6. One UPDATE spends the token; using it a second time revokes the family. RFC 9700 §4.14.2.
+    """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2.
 
-    The example login page of the original sends the refresh token as `token`.
+    Older clients send the refresh token as `token`.
     """
     token_sha256 = sha256(params.get("refresh_token") or params.need("token"))
     found = idp.store.find_refresh_token(token_sha256)
@@ -2214,20 +2214,17 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     family = active_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
-    if (
-        found.rotated_at is not None
-    ):  # checked before any other refusal, so that reuse always revokes the family and the answer reveals nothing
-        revoke_family(
-            idp, params.caller.acting_as(family.user_id), family.sid, "refresh_token_reused", client.client_id, FAILURE
-        )
+    # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request.
+    if found.rotated_at is not None:
+        owner = params.caller.acting_as(family.user_id)
+        revoke_family(idp, owner, family.sid, "refresh_token_reused", client.client_id, FAILURE)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     assert account
-    # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
-    held = frozenset(family.scope.split())
-    still = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in held else ())
-    scope = decide_scopes(params.get("scope"), held & still)
-
+    # A refresh grants the scopes of the login, minus those that client or user lost since. The request may narrow them.
+    granted = frozenset(family.scope.split())
+    allowed = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in granted else ())
+    scope = decide_scopes(params.get("scope"), granted & allowed)
     return Granted(scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256)
 
 
@@ -2253,8 +2250,7 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
     """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
     with idp.store.transaction():
         if idp.store.find_family(code.sid) is None:
-            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
-            # fails.
+            # Another request has spent the code and not stored the login yet: store it revoked, so that request fails.
             now = idp.now()
             idp.store.insert(
                 Family(
@@ -2262,15 +2258,15 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
                     now, now,
                 )
             )
-        revoke_family(
-            idp, caller.acting_as(code.user_id), code.sid, "authorization_code_reused", code.client_id, FAILURE
-        )
+        owner = caller.acting_as(code.user_id)
+        revoke_family(idp, owner, code.sid, "authorization_code_reused", code.client_id, FAILURE)
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.1.3. A failed attempt spends the code, so that it cannot be repeated (§10.5).
+    """Validate an authorization code. RFC 6749 §4.1.3.
 
-    A successful one spends it in the transaction of issue(): if that fails, the client may send the code again.
+    A failed attempt spends the code, so that it cannot be repeated (§10.5). Otherwise the transaction of issue()
+    spends it: if that fails, the client may send the code again.
     """
     code_sha256, now = sha256(params.need("code")), idp.now()
     code = idp.store.find_code(code_sha256)
@@ -2279,7 +2275,7 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
             end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=code is not None)
     account = idp.store.find_account(code.user_id)
-    wrong = (
+    fault = (
         "expired" if code.expires_at <= now
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
@@ -2287,10 +2283,10 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
-    if wrong:
+    if fault:
         if idp.store.spend_code(code_sha256, client.client_id, now) is None:
             end_code(idp, params.caller, code)
-        raise Problem("invalid_grant", log=f"code: {wrong}")
+        raise Problem("invalid_grant", log=f"code: {fault}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
 
@@ -2301,15 +2297,15 @@ GRANTS = {
 
 
 def issuing_ms(idp: Idp, *revocable: ClientRow | Account | None) -> int:
-    """Return the millisecond to issue in: the present one, but later than any revocation of these.
+    """Return the time of issue in Unix milliseconds: now, but later than the last revocation of any of these rows.
 
-    What was issued in the very millisecond of a revocation counts as revoked.
+    A token issued in the same millisecond as a revocation counts as revoked.
     """
     return max(idp.now_ms(), idp.revoked_before + 1, *(row.revoked_before + 1 for row in revocable if row))
 
 
 def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family, jti: str, ms: int) -> str:
-    """Store and return a refresh token of a login, or return "" where it gets none. RFC 6749 §1.5."""
+    """Store a refresh token of a login and return it, or "" if the login may not have one. RFC 6749 §1.5."""
     may_refresh = granted.code is None or granted.code.offline
     if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
         return ""
@@ -2328,7 +2324,7 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
 def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     """Raise invalid_grant if the user was deleted, revoked or deactivated since `account` was read.
 
-    Runs within the issuing transaction.
+    Call it in the issuing transaction, where no concurrent write can follow the check.
     """
     fresh = idp.store.find_account(account.id)
     if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
@@ -2336,20 +2332,16 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
 
 
 def check_client_unchanged(idp: Idp, row: ClientRow):
-    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read.
-
-    Runs within the issuing transaction.
-    """
+    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read."""
     fresh = idp.store.find_client(row.client_id)
     if fresh is None or not fresh.is_active or (fresh.id, fresh.revoked_before) != (row.id, row.revoked_before):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
-def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
+def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
     """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
-    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief.
-    RFC 9700 §4.14.2.
+    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief. RFC 9700 §4.14.2.
     """
     now = idp.now()
     assert granted.account
@@ -2383,7 +2375,7 @@ USER_CLAIMS = {
 
 
 def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
-    """Return the claims about a user that a scope releases, and those in `also`. OpenID Connect Core §5.4, §5.5."""
+    """Return the user's claims that `scope` releases, and those named in `also`. OpenID Connect Core §5.4, §5.5."""
     if also:
         one_by_one = user_claims(idp, account, " ".join({USER_CLAIMS[name] for name in also if name in USER_CLAIMS}))
         return user_claims(idp, account, scope) | {name: value for name, value in one_by_one.items() if name in also}
@@ -2398,22 +2390,22 @@ def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
     return claims
 
 
-def asked_claims(claims: str, of: str) -> tuple:
+def requested_claims(claims: str, of: str) -> tuple:
     """Return the names that the claims parameter requests for `of`, either `id_token` or `userinfo`."""
     return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
 
 
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
-    """OpenID Connect Core §2 and §3.1.3.6."""
+    """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    also = asked_claims(family.claims, "id_token")
+    also = requested_claims(family.claims, "id_token")
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
         "token_use": "id",
-        # The left half of the hash that the signing algorithm names; SHA-256 for both supported ones.
+        # at_hash is the left half of the signing algorithm's hash, which is SHA-256 for both supported algorithms.
         "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
     }
     if granted.nonce:
@@ -2422,10 +2414,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
 
 
 def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
-    """Return the claims of an access token issued at this millisecond, and the token response without the token.
-
-    RFC 9068 §2.2, RFC 6749 §5.1.
-    """
+    """Return the claims of an access token, and the response without it. RFC 9068 §2.2, RFC 6749 §5.1."""
     row, now, lifetime = client.row, idp.now(), token_lifetime(idp, client)
     subject, jti = granted.account.id if granted.account else row.client_id, new_jti(ms)
     claims = {
@@ -2444,10 +2433,7 @@ def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
 
 
 def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Issue a token of the client's own. Its row is written together with others, shortly after the answer.
-
-    RFC 6749 §4.4.3.
-    """
+    """Issue a client its own token. The row is stored after the answer, in a batch of them. RFC 6749 §4.4.3."""
     claims, answer = draft_token(idp, client, granted, issuing_ms(idp, client.row))
     answer["access_token"] = mint_access_token(idp, client, claims)
     actor = None
@@ -2458,9 +2444,9 @@ def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) ->
 
 
 def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Issue the tokens of a user, spending the code or refresh token they are issued for.
+    """Issue the tokens of a user, and spend the code or refresh token that the client presented.
 
-    Raises invalid_grant if that is spent already, or if user, client or browser session was ended meanwhile.
+    Raises invalid_grant if that is spent already, or if user, client or browser session was revoked meanwhile.
     """
     account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
     assert account
@@ -2472,7 +2458,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        family = take_family(idp, client, granted, caller, ms)
+        family = begin_or_continue_family(idp, client, granted, caller, ms)
         if family:
             refresh_token = add_refresh_token(idp, client, granted, family, jti, ms)
             idp.store.insert(
@@ -2495,7 +2481,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
                 answer["refresh_token"] = refresh_token
             if OPENID in granted.scope.split():
                 answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"])
-    if family is None:  # raised after the commit: the reuse has revoked the family, and that stays
+    if family is None:  # raised after the commit: a rollback would undo the revocation of a reused family
         raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
     return answer
 
@@ -2508,8 +2494,7 @@ def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
 
 
 def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id: str) -> dict:
-    """Begin a login at ADMIN; return its token response. `client_id` is what the caller calls itself, for the record.
-    """
+    """Begin a login at ADMIN and return its token response. `client_id` is recorded, not checked."""
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
     family = Family(
@@ -2540,19 +2525,16 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
 
 
 # == Login =====================================================================
-# How people prove who they are, at a browser or in an application with screens of its own: one
-# transaction, bound to whoever began it, walks
+# Users log in with a browser, or headless: in a native application that shows its own forms. A login
+# transaction, bound to the browser or application that began it, passes through the states
 #
 #     select -> password -> totp | enrol -> codes -> consent -> ready -> done
 #
-# and cannot skip a state: each step is one conditional statement. OpenID Connect Core §3.1.2.
+# and cannot skip one: each transition is one conditional UPDATE. OpenID Connect Core §3.1.2.
 
 
 class AuthorizeRequest(msgspec.Struct):
-    """What a client asks for, once it is proven who it is and where the answer goes.
-
-    RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1.
-    """
+    """A validated authorization request. RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1."""
 
     client_id: str
     redirect_uri: str
@@ -2572,7 +2554,7 @@ class AuthorizeRequest(msgspec.Struct):
 
 
 class Login(msgspec.Struct):
-    """A transaction and what it is about. `request` is None for a login to the account page."""
+    """A login transaction, its request and its client. Both are None for a login to the account page."""
 
     row: LoginTransaction
     request: AuthorizeRequest | None
@@ -2584,9 +2566,9 @@ RESPONSE_MODES = ("query", "form_post")
 
 
 def validate_client(idp: Idp, params) -> tuple[Client, str]:
-    """Return client and redirect URI of an authorization request.
+    """Return the client and the redirect URI of an authorization request.
 
-    Until this returns, nobody is redirected. RFC 6749 §4.1.2.1.
+    Until both are valid an error must not be sent to the redirect URI. RFC 6749 §4.1.2.1.
     """
     client = find_client(idp, params.need("client_id"))
     if client is None:
@@ -2598,7 +2580,7 @@ def validate_client(idp: Idp, params) -> tuple[Client, str]:
 
 
 def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
-    """Return code_challenge and its method, both empty where there is none. RFC 7636 §4.3, §4.4.1."""
+    """Return code_challenge and code_challenge_method, both empty without PKCE. RFC 7636 §4.3, §4.4.1."""
     challenge, method = params.get("code_challenge") or "", params.get("code_challenge_method") or ""
     if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
         raise Problem("invalid_request", log="PKCE is required")
@@ -2612,7 +2594,7 @@ def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
 
 
 def read_hint(idp: Idp, token: str | None) -> dict | None:
-    """Return the claims of an ID token of ours, an expired one too, or None. OpenID Connect RP-Initiated Logout §2."""
+    """Return the claims of an ID token we signed, even if expired, or None. OpenID Connect RP-Initiated Logout §2."""
     try:
         return idp.auth_ring.verify(token, JWT) if token else None
     except Problem:
@@ -2620,7 +2602,7 @@ def read_hint(idp: Idp, token: str | None) -> dict | None:
 
 
 def read_claims_parameter(claims: str | None) -> str:
-    """Return the names the claims parameter asks for, as JSON, in a bounded form. OpenID Connect Core §5.5."""
+    """Return the claim names that the claims parameter requests, as JSON of bounded size. OpenID Connect Core §5.5."""
     if not claims:
         return ""
     try:
@@ -2633,7 +2615,7 @@ def read_claims_parameter(claims: str | None) -> str:
 
 
 def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
-    """Read the rest of an authorization request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
+    """Validate the rest of the request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
     response_mode = get("response_mode") or "query"
     if response_mode not in RESPONSE_MODES:
@@ -2654,13 +2636,13 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
     max_age = get("max_age")
     if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
         raise Problem("invalid_request", log="bad max_age")
-    if get("scope") and any(not SCOPE_TOKEN.fullmatch(word) for word in get("scope").split(" ") if word):
+    if get("scope") and any(not SCOPE_TOKEN.fullmatch(token) for token in get("scope").split(" ") if token):
         raise Problem("invalid_scope", log="malformed scope")
-    wanted = set((get("scope") or "").split())
-    if not wanted <= client.scopes | (set(OIDC_SCOPES) if OPENID in wanted else set()):
+    requested = set((get("scope") or "").split())
+    if not requested <= client.scopes | (set(OIDC_SCOPES) if OPENID in requested else set()):
         raise Problem("invalid_scope", log="asked for more than the client may")
-    for name, most in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
-        if len(get(name) or "") > most:
+    for name, limit in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
+        if len(get(name) or "") > limit:
             raise Problem("invalid_request", log=f"{name} is too long")
     hinted = read_hint(idp, get("id_token_hint"))
     if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
@@ -2676,9 +2658,7 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
 
 
 def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, Account] | None:
-    """Return the living session a cookie names, and its user: not ended, not idle too long, nothing of the user ended
-    since.
-    """
+    """Return the session of a cookie and its user, or None if the session is over or the user is not active."""
     if not handle or len(handle) > 100:
         return None
     session, now = idp.store.find_browser_session(sha256(handle)), idp.now()
@@ -2692,9 +2672,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms):  # a lockout keeps guesses out, not who is in
+    if not is_good(account, session.created_ms):  # a lockout stops guesses, not sessions
         return None
-    if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
+    if now - session.last_seen_at >= 60:  # at most one write a minute
         idp.store.touch_browser_session(session.id_sha256, now)
     return session, account
 
@@ -2702,10 +2682,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 def begin_browser_session(
     idp: Idp, caller: Caller, account: Account, amr: list, auth_time: int, replaces: str | None
 ) -> str:
-    """Log somebody in at a browser: always a fresh session.
+    """Begin a browser session; return the handle for its cookie.
 
-    The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the
-    cookie.
+    The session named by the handle `replaces` ends. Logins that began in it continue if the user is the same.
     """
     handle, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account)
@@ -2724,34 +2703,29 @@ def begin_browser_session(
 
 
 def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
-    """Log a browser out, and end every login at a client that began in it."""
+    """Revoke a browser session and every login at a client that began in it."""
     with idp.store.transaction():
         if idp.store.revoke_browser_session(id_sha256, idp.now()):
             audit(idp, caller, "browser_logged_out", caller.actor)
 
 
-def named_user(request: AuthorizeRequest) -> str:
-    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it
-    names none.
-    """
+def demanded_sub(request: AuthorizeRequest) -> str:
+    """Return the `sub` that id_token_hint or the claims parameter demands, or "". OpenID Connect Core §3.1.2.2."""
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
 
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
-    """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core
-    §3.1.2.3.
-    """
-    age = idp.now() - session.auth_time
-    own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
-    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (own and age > own):
+    """Return whether a session satisfies a request without a new login. OpenID Connect Core §3.1.2.3."""
+    age, limit = idp.now() - session.auth_time, ttl(client, "SESSION_BASED_MAX_AGE", 0)
+    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (limit and age > limit):
         return False
-    return "login" not in request.prompt and named_user(request) in ("", session.user_id)
+    return "login" not in request.prompt and demanded_sub(request) in ("", session.user_id)
 
 
-# -- transactions --
+# -- login transactions --
 
 
-def new_pending(idp, user_id, state) -> str:
+def new_sealed_seed(idp, user_id, state) -> str:
     return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
 
 
@@ -2759,26 +2733,26 @@ def begin_login(
     idp: Idp, caller: Caller, binding: str, request: AuthorizeRequest | None, state="password",
     session: BrowserSession | None = None,
 ) -> LoginTransaction:
-    """Begin a login for whoever holds the secret `binding`.
+    """Begin a login that only the holder of the secret `binding` can continue.
 
-    With a session the password is proven already, and what is left is the next state.
+    With a session the password counts as verified; `state` is the first step that is left.
     """
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(caller.peer)
-    idp.store.purge_logins(now, 20)  # what is over makes room for what begins
+    idp.store.purge_logins(now, 20)  # each new login deletes up to 20 expired ones, so that the table stays small
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
         random_handle()[:22], binding_sha256, request.client_id if request else "", state,
         msgspec.json.encode(request).decode(), session.user_id if session else None, session.amr if session else "",
         session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0,
-        new_pending(idp, session.user_id, state) if session else "",
+        new_sealed_seed(idp, session.user_id, state) if session else "",
     )
     idp.store.insert(row)
     return row
 
 
-def as_login(idp: Idp, row: LoginTransaction) -> Login:
+def load_login(idp: Idp, row: LoginTransaction) -> Login:
     request = msgspec.json.decode(row.request, type=AuthorizeRequest | None)
     client = find_client(idp, row.client_id) if request else None
     if request and (client is None or not is_registered_uri(request.redirect_uri, client.redirect_uris)):
@@ -2787,43 +2761,39 @@ def as_login(idp: Idp, row: LoginTransaction) -> Login:
 
 
 def get_login(idp: Idp, id: str, binding: str | None) -> Login:
-    """Return a login under way, to whoever began it. Raises not_found: whatever is wrong, it is to be begun anew."""
+    """Return the unfinished login `id` if `binding` is its secret. Raises not_found, whatever is wrong."""
     row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
     if row is None or row.state == "done":
         raise Problem("not_found", log="no such login under way, or not in this browser")
-    return as_login(idp, row)
+    return load_login(idp, row)
 
 
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
-    """Take a login to its next state, with changed columns. Raises conflict if another request has done so already."""
+    """Move a login to its next state and change columns. Raises conflict if another request has already moved it."""
     row = msgspec.structs.replace(login.row, state=state, pending=pending, **changes)
     advanced = idp.store.advance_login(login.row.state, row, idp.now())
     if advanced is None:
         raise Problem("conflict", log="this step of the login was taken already")
-    return as_login(idp, advanced)
+    return load_login(idp, advanced)
 
 
-def fail_step(idp: Idp, login: Login):
+def count_failed_step(idp: Idp, login: Login):
     idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
 
 
 def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
-    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the
-    client asks.
-    """
+    """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
     if "consent" in request.prompt:
         return True
     if client.row.is_first_party:
         return False
-    wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
+    requested = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
     agreed = idp.store.find_consent(user_id, client.row.id)
-    return agreed is None or not wanted <= set(agreed.split())
+    return agreed is None or not requested <= set(agreed.split())
 
 
-def after_factors(idp: Idp, login: Login, account: Account) -> str:
-    """Return the state after the last factor: consent where it is needed, else done; an application with its own
-    screens says when.
-    """
+def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
+    """Return the state after the last factor: "ready" if headless, else "consent" if needed, else "done"."""
     if login.request and login.request.headless:
         return "ready"
     if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
@@ -2831,27 +2801,27 @@ def after_factors(idp: Idp, login: Login, account: Account) -> str:
     return "done"
 
 
-def give_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
-    """The first step. Raises invalid_grant as authenticate_user does."""
+def submit_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
+    """Verify the password, the first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
         raise Problem("conflict", log="no password is asked for in this state")
     try:
         account, _ = authenticate_user(idp, caller, username, password, client=login.client, only_password=True)
     except Problem as problem:
         if problem.code == "invalid_grant":
-            fail_step(idp, login)
+            count_failed_step(idp, login)
         raise
     demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
-    state = "totp" if account.totp_sealed else "enrol" if demanded else after_factors(idp, login, account)
+    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
     proven_ms = max(idp.now_ms(), account.revoked_before + 1)
     return advance(
-        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
         proven_ms=proven_ms,
     )
 
 
-def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
-    """The second step of a user who has a second factor: a one-time or a recovery code. Raises invalid_grant."""
+def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
+    """Verify a one-time or recovery code, the second step of a user with a second factor. Raises invalid_grant."""
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
     assert login.row.user_id
@@ -2861,17 +2831,14 @@ def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
         )
     except Problem as problem:
         if problem.code == "invalid_grant":
-            fail_step(idp, login)
+            count_failed_step(idp, login)
         raise
     auth_time = login.row.auth_time or idp.now()
-    return advance(idp, login, after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
+    return advance(idp, login, state_after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
-    """The second step of a user who gets a second factor now, by its first code.
-
-    Return the recovery codes, shown once.
-    """
+    """Set up a second factor by its first code, as the second step; return the recovery codes, to be shown once."""
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
     assert login.row.user_id
@@ -2881,7 +2848,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
     seed = idp.seal.open(login.row.pending, account.id)
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
-        fail_step(idp, login)
+        count_failed_step(idp, login)
         count_failed_code(idp, account)
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
@@ -2900,18 +2867,14 @@ def issue_code(
     idp: Idp, caller: Caller, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
 ) -> str:
-    """Return a fresh authorization code for somebody who is in.
-
-    Raises the Problem to redirect with. RFC 6749 §4.1.2.
-    """
-    if named_user(request) not in ("", account.id):
+    """Store and return an authorization code. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    if demanded_sub(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account, client.row)
-    # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a
-    # native
-    # application with screens of its own, by its grant.
+    # An OpenID request needs offline_access for a refresh token (OpenID Connect Core §11). Plain OAuth requests and
+    # headless logins only need the client's refresh_token grant.
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
@@ -2927,7 +2890,7 @@ def issue_code(
 
 
 def finish_login(idp: Idp, login: Login) -> Account:
-    """Return the user of a login whose every state was walked, once. Raises conflict or invalid_grant."""
+    """Return the user of a login that has passed every state. Raises conflict or invalid_grant."""
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
@@ -2954,14 +2917,14 @@ def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, req
 
 
 # == HTTP ======================================================================
-# Routes, Params, guards and Answer: the only place that touches bottle.request.
+# Params, guards, pages, Answer, cookies and App: the only section that touches bottle.request.
 
 
 BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class Page(msgspec.Struct):
-    """A body that is not JSON: bytes already made. `cache` is seconds; 0 forbids storing."""
+    """A response whose body is encoded already. `cache` is in seconds; 0 forbids storing."""
 
     content: bytes
     content_type: str = "application/json"
@@ -2969,11 +2932,11 @@ class Page(msgspec.Struct):
     etag: str = ""
     status: int = 200
     headers: list = []
-    policy: str = ""  # Content-Security-Policy, where it is not the strictest
+    policy: str = ""  # Content-Security-Policy; empty for that of BASE_HEADERS
 
 
 class Redirect(msgspec.Struct):
-    """RFC 9110 §15.4.4: to be fetched by GET, whatever the request was."""
+    """A redirect that is followed with GET, whatever the method of the request was. RFC 9110 §15.4.4."""
 
     location: str
     cookies: list = []
@@ -2981,7 +2944,7 @@ class Redirect(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """A JSON body with headers of its own."""
+    """A JSON body with additional headers and a status."""
 
     body: object
     headers: list = []
@@ -2989,7 +2952,7 @@ class Reply(msgspec.Struct):
 
 
 def decode_component(raw: bytes) -> str:
-    """Decode one name or value of a form. WHATWG URL §5.1, strictly."""
+    """Decode one name or value of a form. WHATWG URL §5.1, but malformed input is refused."""
     if b"+" in raw:
         raw = raw.replace(b"+", b" ")
     if b"%" in raw:
@@ -2997,19 +2960,19 @@ def decode_component(raw: bytes) -> str:
             raise Problem("invalid_request", log="broken percent-encoding")
         raw = unquote_to_bytes(raw)
     try:
-        word = raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise Problem("invalid_request", log="not UTF-8") from None
-    if "\0" in word:
+    if "\0" in text:
         raise Problem("invalid_request", log="NUL in a parameter")
-    return word
+    return text
 
 
 def parse_form(body: bytes) -> dict:
     """Return the parameters of an application/x-www-form-urlencoded body or query.
 
-    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), for octets that are not
-    UTF-8, for a broken percent-encoding and for NUL: what is refused cannot be misread.
+    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), invalid UTF-8, broken percent-encoding and NUL,
+    which another parser might read differently.
     """
     found: dict[str, str] = {}
     if not body:
@@ -3028,28 +2991,21 @@ def parse_form(body: bytes) -> dict:
     return found
 
 
-def members_of(wanted) -> dict:
-    """Return {lower-case name: name} of the members of the object a type is or may be."""
-    structs = [
-        part
-        for part in getattr(wanted, "__args__", (wanted,))
-        if isinstance(part, type) and issubclass(part, msgspec.Struct)
-    ]
-    return {
-        field.encode_name.lower(): field.encode_name
-        for struct_type in structs
-        for field in msgspec.structs.fields(struct_type)
-    }
+def members_of(declared) -> dict:
+    """Return {lower-case name: name} for the members of a Struct, or of all Structs in a union."""
+    parts = getattr(declared, "__args__", (declared,))
+    structs = [part for part in parts if isinstance(part, type) and issubclass(part, msgspec.Struct)]
+    fields = [field for struct_type in structs for field in msgspec.structs.fields(struct_type)]
+    return {field.encode_name.lower(): field.encode_name for field in fields}
 
 
-def convert(found, wanted, strict=True):
-    """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are
-    ignored.
+def convert(found, declared, strict=True):
+    """Convert decoded data to the declared type. Member names ignore case; unknown members are ignored.
 
-    Raises invalid_request naming the member at fault. Not strict: text may stand for numbers and truth values.
+    Raises invalid_request naming the bad member. With strict=False, text is accepted for numbers and booleans.
     """
     if isinstance(found, dict):
-        names, seen = members_of(wanted), {}
+        names, seen = members_of(declared), {}
         for key, value in found.items():
             name = names.get(key.lower())
             if name and name in seen:
@@ -3058,39 +3014,38 @@ def convert(found, wanted, strict=True):
                 seen[name] = value
         found = seen
     try:
-        return msgspec.convert(found, wanted, strict=strict)
+        return msgspec.convert(found, declared, strict=strict)
     except msgspec.ValidationError as error:
         sentence, _, where = str(error).partition(" - at `$.")
         member = re.search(r"required field `(\w+)`", sentence)
         name = re.split(r"[`.\[]", where)[0] or (member.group(1) if member else "body")
-        raise Problem(
-            "invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}
-        ) from None
+        errors = {name: "is required" if member else sentence.replace("`", "")}
+        raise Problem("invalid_request", errors=errors) from None
 
 
-def decode_body(body: bytes, wanted):
+def decode_body(body: bytes, declared):
     """Decode a JSON body. Raises invalid_request."""
     try:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem("invalid_request", log="not JSON") from None
-    return convert(found, wanted)
+    return convert(found, declared)
 
 
 class Params:
-    """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
+    """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both."""
 
-    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw")
+    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw", "session")
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
-        self.raw = ("", b"")  # media type and octets of a body that is decoded after the guard
+        self.raw = ("", b"")  # media type and bytes of a body that decode() reads
+        self.session: Any = UNSET  # what current_session() found
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
+        is_direct = environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied")
         self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1")
-            and environ.get("REMOTE_ADDR") == peer
-            and not environ.get("microauthd.proxied"),
+            peer in ("127.0.0.1", "::1") and is_direct,
         )
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
@@ -3107,40 +3062,34 @@ class Params:
             self.values = parse_form(body)
 
     def decode(self):
-        """Decode body and query into the objects the route declares.
+        """Decode body and query into the types that the route declares.
 
-        After the guard: strangers learn nothing of our objects.
+        Runs after the guard, so that the errors do not describe our objects to an unauthorized caller.
         """
         route = self.route
         if route.query is not None:
-            self.query = convert(
-                parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1")), route.query, strict=False
-            )
+            query = parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1"))
+            self.query = convert(query, route.query, strict=False)
         if route.takes is not None:
             media, body = self.raw
             if media not in route.media:
                 raise Problem("unsupported_media_type")
-            self.body = (
-                decode_body(body, route.takes)
-                if media == JSON
-                else convert(parse_form(body), route.takes, strict=False)
-            )
+            if media == JSON:
+                self.body = decode_body(body, route.takes)
+            else:
+                self.body = convert(parse_form(body), route.takes, strict=False)
 
     def get(self, name: str) -> str | None:
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:
-        """Return a cookie; none where it is there twice, because one of the two is not ours. RFC 6265 §5.4."""
-        found = [
-            value
-            for pair in self.environ.get("HTTP_COOKIE", "").split(";")
-            for key, _, value in [pair.strip().partition("=")]
-            if key == name
-        ]
+        """Return a cookie, or None if it is missing or sent twice: then one of the two is not ours. RFC 6265 §5.4."""
+        pairs = [pair.strip().partition("=") for pair in self.environ.get("HTTP_COOKIE", "").split(";")]
+        found = [value for key, _, value in pairs if key == name]
         return found[0] if len(found) == 1 else None
 
     def need(self, name: str) -> str:
-        """Return a parameter that must be there and not be empty."""
+        """Return a parameter. Raises invalid_request if it is missing or empty."""
         value = self.values.get(name)
         if not value:
             raise Problem("invalid_request", log=f"no {name}")
@@ -3151,11 +3100,11 @@ class Params:
 
 
 def anyone(idp, params):
-    """A public route. Its handler is not handed a caller."""
+    """The guard of a public route, whose handler gets no caller."""
 
 
 def read_client_credentials(params) -> tuple[str, str | None]:
-    """Return (client_id, secret or None). Two methods at once are refused. RFC 6749 §2.3."""
+    """Return (client_id, secret or None). Refuse a request that uses two methods. RFC 6749 §2.3."""
     header = params.environ.get("HTTP_AUTHORIZATION", "")
     form_id, form_secret = params.get("client_id"), params.get("client_secret")
     if header[:6].lower() == "basic ":
@@ -3164,7 +3113,7 @@ def read_client_credentials(params) -> tuple[str, str | None]:
         except (binascii.Error, ValueError):
             raise Problem("invalid_client", log="malformed Basic credentials") from None
         client_id, colon, secret = pair.partition(":")
-        # The two parts were form-encoded before they were joined. RFC 6749 §2.3.1.
+        # Clients form-encode both parts before they join them. RFC 6749 §2.3.1.
         client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
         if not colon or form_secret is not None or form_id not in (None, client_id):
             raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
@@ -3177,12 +3126,12 @@ def read_client_credentials(params) -> tuple[str, str | None]:
 
 
 def by_client(idp, params) -> Client:
-    """An authenticated client; a public one by its client_id alone."""
+    """A guard that authenticates the client; a public client only sends its client_id."""
     return authenticate_client(idp, params.caller, *read_client_credentials(params))
 
 
 def by_confidential_client(idp, params) -> Client:
-    """A client that has proved itself: a public one cannot."""
+    """A guard that authenticates a confidential client and refuses a public one."""
     client = by_client(idp, params)
     if client.row.client_type != CONFIDENTIAL:
         raise Problem("invalid_client", log="a public client cannot authenticate")
@@ -3190,23 +3139,21 @@ def by_confidential_client(idp, params) -> Client:
 
 
 def read_bearer(params) -> str:
-    """Return the access token of a request: the header, or the form of a POST. RFC 6750 §2."""
-    header, form = (
-        params.environ.get("HTTP_AUTHORIZATION", ""),
-        params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None,
-    )
+    """Return the access token of a request, from its header or the form of a POST. RFC 6750 §2."""
+    header = params.environ.get("HTTP_AUTHORIZATION", "")
+    form = params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None
     if header[:7].lower() == "bearer ":
         if form is not None:
             raise Problem("invalid_request", log="two access tokens")
         return header[7:].strip()
     if form:
         return form
-    # No error code where no token was sent. RFC 6750 §3.1.
+    # A challenge carries no error code if no token was sent. RFC 6750 §3.1.
     raise Problem("invalid_token", log="no access token", headers=[("WWW-Authenticate", 'Bearer realm="microauthd"')])
 
 
 def read_claims(idp, ring, issuer, params) -> dict:
-    """Return the claims of the living access token a request brings, and call its subject the actor."""
+    """Return the claims of the request's access token, if valid, and make its subject the actor of params.caller."""
     try:
         claims = verify_access_token(idp, ring, issuer, read_bearer(params))
     except Replayed as replayed:
@@ -3216,7 +3163,7 @@ def read_claims(idp, ring, issuer, params) -> dict:
     return claims
 
 
-def lacks_scope(scope) -> Problem:
+def insufficient_scope(scope) -> Problem:
     return Problem(
         "insufficient_scope",
         headers=[("WWW-Authenticate", f'Bearer realm="microauthd", error="insufficient_scope", scope="{scope}"')],
@@ -3224,13 +3171,12 @@ def lacks_scope(scope) -> Problem:
 
 
 def by_bearer(scope="", user=False):
-    """A guard for the living access tokens of AUTH, with this scope where one is named, of a user where that matters.
-    """
+    """Return a guard that demands an access token of AUTH: with `scope` if given, of a user if `user` is set."""
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
         if scope and scope not in claims.get("scope", "").split():
-            raise lacks_scope(scope)
+            raise insufficient_scope(scope)
         if user and claims["sub"] == claims["client_id"]:
             raise Problem("access_denied", log="a machine token where a user's is needed")
         return claims
@@ -3239,40 +3185,31 @@ def by_bearer(scope="", user=False):
 
 
 def by_bearer_or_form():
-    """A guard for a user's access token; without one the caller is None, and the handler asks for a form of ours."""
+    """Return a guard that demands a user's access token, or passes None for a form, which the handler checks."""
     bearer = by_bearer(user=True)
 
     def guard(idp, params):
-        if (
-            "HTTP_AUTHORIZATION" not in params.environ
-            and params.get("access_token") is None
-            and params.get("form") is not None
-        ):
-            return None
-        return bearer(idp, params)
+        has_token = "HTTP_AUTHORIZATION" in params.environ or params.get("access_token") is not None
+        return None if params.get("form") is not None and not has_token else bearer(idp, params)
 
     return guard
 
 
-def held_scopes(idp, claims) -> frozenset:
-    """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
+def current_scopes(idp, claims) -> frozenset:
+    """Return the scopes that the subject of a token could be granted now, whatever the token carries."""
     client = find_client(idp, claims["client_id"])
     scopes = client.scopes if client else frozenset()
-    if claims["sub"] == claims["client_id"]:
-        return scopes
-    return scopes & {scope.name for scope in idp.store.list_scopes_of_user(claims["sub"])}
+    return scopes if claims["sub"] == claims["client_id"] else scopes & scopes_of_user(idp, claims["sub"])
 
 
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and
-    whose bearer holds it still.
-    """
+    """Return a guard that demands a seeded scope: in the token, by name or id, and still granted to its subject."""
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()) or name not in held_scopes(idp, claims):
-            raise lacks_scope(name)
+        if not {name, id} & set(claims.get("scope", "").split()) or name not in current_scopes(idp, claims):
+            raise insufficient_scope(name)
         return claims
 
     vars(guard)["scope"] = name
@@ -3280,38 +3217,38 @@ def by_scope(name):
 
 
 def by_admin(idp: Idp, params) -> dict:
-    """A guard for the living ADMIN tokens of users who are administrators still."""
+    """A guard that demands a valid ADMIN token of a user who is still an administrator."""
     claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
     if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
         raise Problem("invalid_token", log="not an administrator any more")
     return claims
 
 
-# -- versions and pages --
+# -- entity tags and lists --
 
 
 def etag(shown) -> str:
-    """Return the entity tag of an object as it is shown. RFC 9110 §8.8.3."""
+    """Return the entity tag of an object's representation. RFC 9110 §8.8.3."""
     return f'"{hashlib.sha256(ENCODE(shown)).hexdigest()[:32]}"'
 
 
 @contextlib.contextmanager
 def if_match(idp, params, show):
-    """Let a change be made while nobody else can, if what `show` returns is what If-Match names. RFC 9110 §13.1.1.
+    """Open a write transaction if If-Match names the current version of what `show` returns. RFC 9110 §13.1.1.
 
-    Raises precondition_failed otherwise: somebody else was first. Without the header nothing is asked.
+    Raises precondition_failed if another request has changed it. Without the header nothing is compared.
     """
     with idp.store.transaction():
-        wanted = params.environ.get("HTTP_IF_MATCH")
-        if wanted is not None:
+        expected = params.environ.get("HTTP_IF_MATCH")
+        if expected is not None:
             shown = etag(show())
-            if wanted.strip() != "*" and shown not in [tag.strip() for tag in wanted.split(",")]:
+            if expected.strip() != "*" and shown not in [tag.strip() for tag in expected.split(",")]:
                 raise Problem("precondition_failed")
         yield
 
 
-def listed(params, rows, total) -> Reply:
-    """Answer with a page of a list: how many there are in X-Total-Count, where it goes on in Link. RFC 8288 §3."""
+def paged_reply(params, rows, total) -> Reply:
+    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3."""
     headers, query = [("X-Total-Count", str(total))], params.query
     if query.offset + len(rows) < total and rows:
         after = {name: value for name, value in params.values.items() if name not in ("limit", "offset")}
@@ -3320,56 +3257,54 @@ def listed(params, rows, total) -> Reply:
     return Reply(rows, headers)
 
 
-# -- pages: what people see --
+# -- HTML pages --
 
 
 def show_page(
-    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
+    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **variables
 ) -> Page:
-    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
-    redirect, too.
-    """
+    """Return an HTML page. `target` is the URI outside this server to which its form may redirect."""
     language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
     base = idp.options.auth_issuer
-    values = {
+    context = {
         "text": idp.pages.texts[language], "language": language, "base": base,
         "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
         "brand": idp.options.brand_name or urlsplit(base).hostname,
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
-    } | words
-    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
-    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
-    leads = f" {urlsplit(target).scheme}:" if target else ""
+    } | variables
+    # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
+    # its application (an authenticating proxy, a separate backend), so only the scheme is known here.
+    target_scheme = f" {urlsplit(target).scheme}:" if target else ""
     policy = (
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
-        f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
+        f"form-action 'self'{target_scheme}" + ("; script-src 'self'" if script else "")
     )
     return Page(
-        idp.pages.render(name, **values), "text/html; charset=utf-8", status=status,
+        idp.pages.render(name, **context), "text/html; charset=utf-8", status=status,
         headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
     )
 
 
 def show_problem(idp: Idp, problem: Problem, environ) -> Page:
-    """Return the page of what went wrong: never a redirect, never what was sent."""
+    """Return the error page. It never redirects and never repeats input."""
     page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
     page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
     return page
 
 
-# -- answers --
+# -- responses --
 
 BASE_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
 )
-# For the files of public/. They may frame each other: silent renewal needs a page of the application in a frame.
+# The policy of files in public/. They may frame each other: silent renewal loads a page in an iframe.
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
-def refuse(problem: Problem, oauth: bool) -> Reply:
-    """Render a Problem in the form its route owes."""
+def render_problem(problem: Problem, oauth: bool) -> Reply:
+    """Render a Problem as an OAuth error or an Err. A 401 gets its challenge. RFC 9110 §15.5.2."""
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
         challenge = (
@@ -3388,13 +3323,13 @@ HSTS = ("Strict-Transport-Security", "max-age=31536000")
 
 
 class Answer:
-    """Through which every answer goes: it runs the guard and the handler of a route, and speaks for both."""
+    """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
     def __init__(self, idp):
         self.idp = idp
 
     def run(self, route, environ, path):
-        """Return what the handler returns, a Problem rendered."""
+        """Return the result of the handler, or the rendered Problem that was raised."""
         try:
             params = Params(environ, path, route)
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
@@ -3405,28 +3340,28 @@ class Answer:
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
-            refused = problem = as_problem(error)
+            problem = as_problem(error)
             self.log_refusal(environ, problem.code, problem.status, problem.log)
         except MemoryError as error:
-            refused = Problem("temporarily_unavailable", retry_after=1)
-            self.log_refusal(environ, refused.code, refused.status, f"no memory {error}".rstrip())
+            problem = Problem("temporarily_unavailable", retry_after=1)
+            self.log_refusal(environ, problem.code, problem.status, f"no memory {error}".rstrip())
         except Exception as error:
-            refused = Problem("server_error")
+            problem = Problem("server_error")
             self.idp.log(
                 "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
             )
-        return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
+        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth)
 
-    def log_refusal(self, environ, code, status, why):
+    def log_refusal(self, environ, code, status, reason):
         self.idp.log(
             "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
             peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100],
-            status=status, error=code, reason=why, request_id=environ.get("microauthd.request_id", ""),
+            status=status, error=code, reason=reason, request_id=environ.get("microauthd.request_id", ""),
         )
 
     @staticmethod
     def render(result, environ):
-        """Return the status, headers and body that a result stands for."""
+        """Return the status, headers and body of a result."""
         status = 200
         headers: tuple[tuple[str, str], ...] = JSON_HEADERS
         if isinstance(result, Page):
@@ -3456,8 +3391,8 @@ class Answer:
         return status, headers, body
 
 
-def mounted(idp: Idp, routes: Routes):
-    """Yield the routes that are served, each with every path it is served at."""
+def served_routes(idp: Idp, routes: Routes):
+    """Yield each route that the options enable, with each of its paths."""
     issuer_path = urlsplit(idp.options.auth_issuer).path
     for route in routes.routes:
         if route.option and not getattr(idp.options, route.option):
@@ -3465,11 +3400,11 @@ def mounted(idp: Idp, routes: Routes):
         for path in route.paths:
             yield route, path
             if issuer_path and path == "/.well-known/oauth-authorization-server":
-                yield route, path + issuer_path  # RFC 8414 §3.1: the path of an issuer stands behind the well-known one
+                yield route, path + issuer_path  # the issuer's path follows the well-known one. RFC 8414 §3.1
 
 
 def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
-    """Return the headers that let a page of a registered origin read an answer. Fetch Standard §3.3."""
+    """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3."""
     headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
     origin = environ.get("HTTP_ORIGIN")
     if not origin:
@@ -3479,7 +3414,7 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         if ("cors",) not in cache:
             cache[("cors",)] = idp.store.list_cors_origins()
         known = cache[("cors",)]
-    except Unavailable as problem:  # who is no page of another origin gets the answer all the same
+    except Unavailable as problem:  # only pages of other origins need the list
         idp.log("cors.unknown", "error", reason=problem.log)
         return headers
     if origin not in known:
@@ -3495,19 +3430,16 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
     return headers
 
 
-# -- cookies of people --
+# -- cookies and form tokens --
 
 
 def cookie_name(idp: Idp, name: str) -> str:
-    """Return the name of a cookie; under https one that no other host and no plain page can set.
-
-    RFC 6265bis §4.1.3.2.
-    """
+    """Return the name of a cookie; under https no other host and no http page can set it. RFC 6265bis §4.1.3.2."""
     return ("__Host-" if idp.options.auth_issuer.startswith("https:") else "") + name
 
 
 def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> str:
-    """Return a Set-Cookie value. Lax: a login begins with a link from somewhere else."""
+    """Return a Set-Cookie value. SameSite is Lax, because a login begins with a link from another site."""
     secure = "; Secure" if idp.options.auth_issuer.startswith("https:") else ""
     return f"{cookie_name(idp, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}" + (
         f"; Max-Age={max_age}" if max_age is not None else ""
@@ -3521,17 +3453,24 @@ def session_handle(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, SESSION_COOKIE))
 
 
+def current_session(idp: Idp, params) -> tuple[BrowserSession, Account] | None:
+    """Return the browser session of the request's cookie and its user, or None; look them up once a request."""
+    if params.session is UNSET:
+        params.session = find_browser_session(idp, session_handle(idp, params))
+    return params.session
+
+
 def login_binding(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, LOGIN_COOKIE))
 
 
 def form_token(secret: str, purpose: str) -> str:
-    """Return what a form carries to prove that it was made for this browser: only who has the cookie could make it."""
+    """Return a form's anti-CSRF token: an HMAC keyed with the cookie, so that another browser's form is refused."""
     return b64url(hmac.digest(secret.encode(), purpose.encode(), "sha256")[:18])
 
 
 def check_form(params, secret: str | None, purpose: str):
-    """Raise access_denied unless a form carries its token."""
+    """Raise access_denied unless the form carries the token of form_token()."""
     if not secret or not hmac.compare_digest(form_token(secret, purpose), params.get("form") or ""):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
@@ -3540,18 +3479,16 @@ def check_form(params, secret: str | None, purpose: str):
 
 
 def describe_port(idp: Idp, routes: Routes) -> dict:
-    """Return the OpenAPI document of a port: exactly the routes that are mounted."""
+    """Return the OpenAPI document of a port: exactly the routes that are served."""
     server = idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer
-    return describe_api(routes.name, VERSION, server, mounted(idp, routes), Err, OAuthError)
+    return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
 class Router(bottle.Router):
-    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of
-    a start.
-    """
+    """Bottle's router, but it compiles once, not after each of a hundred routes: that took a tenth of the start-up."""
 
     def _compile(self, method):
-        """Nothing yet."""
+        """Do nothing: compile_all() does it."""
 
     def compile_all(self):
         for method in self.dyna_routes:
@@ -3559,7 +3496,7 @@ class Router(bottle.Router):
 
 
 SWAGGER = APPLIANCE / "swagger"
-# The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
+# Swagger UI sets styles from its script, which needs 'unsafe-inline' in style-src.
 SWAGGER_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self' data:; connect-src 'self'; base-uri 'none'; "
@@ -3568,43 +3505,43 @@ SWAGGER_POLICY = (
 
 
 def swagger_file(name: str) -> Page:
-    """Return the page that shows the description, or its one script."""
+    """Return the page of Swagger UI, or its only script."""
     if name == "index.html":
         return Page((SWAGGER / name).read_bytes(), "text/html; charset=utf-8", policy=SWAGGER_POLICY)
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
 class App:
-    """The WSGI callable of a port.
+    """The WSGI application of a port.
 
-    A path without variables is looked up in a table; Bottle has the rest: variables, HEAD, files, and what is not
-    there. It costs a third of a request, and a token needs none of it.
+    Paths without variables are looked up in a table, because Bottle takes a third of the time of a token request.
+    Bottle serves the rest: paths with variables, HEAD, files and errors.
     """
 
     def __init__(self, idp: Idp, routes: Routes):
         self.idp, self.answer, self.bottle = idp, Answer(idp), bottle.Bottle()
         self.table: dict = {}
-        self.bottle.uninstall(True)  # JSON and templates: Answer renders alone
-        vars(self.bottle)["router"] = Router()  # Bottle lets nobody replace an attribute
-        for route, path in mounted(idp, routes):
-            self.bottle.route(path, list(route.methods), self.in_bottle(route))
+        self.bottle.uninstall(True)  # its JSON and template plugins: Answer renders instead
+        vars(self.bottle)["router"] = Router()  # Bottle forbids replacing an attribute
+        for route, path in served_routes(idp, routes):
+            self.bottle.route(path, list(route.methods), self.bottle_callback(route))
             if not any("<" in other for other in route.paths):
                 self.table |= {(method, path): route for method in route.methods}
         self.bottle.router.compile_all()
         self.bottle.default_error_handler = self.answer_error
-        self.shared = {path for (_, path), route in self.table.items() if route.cors}
-        # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
+        self.cors_paths = {path for (_, path), route in self.table.items() if route.cors}
+        # Requests may carry the issuer's path or not, depending on whether a proxy strips it.
         self.prefix = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
 
-    def in_bottle(self, route: Route) -> Callable:
-        """Return what Bottle calls for a route, with the variables of its path."""
+    def bottle_callback(self, route: Route) -> Callable:
+        """Return the callback of a route, which Bottle calls with the variables of the path."""
 
         def answer(**path):
             environ = bottle.request.environ
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
                 return self.to_bottle(result, environ)
-            # A static file, which Bottle sends by itself.
+            # Bottle itself sends a static file.
             for header in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
                 result.set_header(*header)
             if environ.get("wsgi.url_scheme") == "https":
@@ -3629,10 +3566,9 @@ class App:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, other)
         if code == "server_error":
             self.idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
-        # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
-        # A client can tell an unknown route from an unknown thing.
+        # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
-        content = self.to_bottle(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
+        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
@@ -3642,7 +3578,7 @@ class App:
             environ["SCRIPT_NAME"], environ["PATH_INFO"] = self.prefix, environ["PATH_INFO"][len(self.prefix) :]
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
-            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.shared:
+            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.cors_paths:
                 start_response("204 No Content", [*BASE_HEADERS, *allow_origin(self.idp, environ, preflight=True)])
                 return [b""]
             return self.bottle(environ, start_response)
@@ -3654,12 +3590,12 @@ class App:
 
 
 def build_app(idp: Idp, routes: Routes) -> Callable:
-    """Return the WSGI callable of a port."""
+    """Return the WSGI application of a port."""
     return App(idp, routes)
 
 
 def restrict_hosts(app, idp: Idp):
-    """Wrap ADMIN so that it answers only to its own names: a page that rebinds its name to us gets nothing."""
+    """Wrap ADMIN so that it serves only requests for its own host names. This defeats DNS rebinding."""
     options = idp.options
     names = {"localhost", "127.0.0.1", "[::1]", urlsplit(f"//{options.admin_domain}").hostname}
     names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
@@ -3672,20 +3608,15 @@ def restrict_hosts(app, idp: Idp):
         problem = Problem("misdirected_request")
         Answer(idp).log_refusal(environ, problem.code, problem.status, "Host is not a name of ADMIN")
         content = ENCODE(problem.as_err())
-        start_response(
-            "421 Misdirected Request",
-            [
-                ("Content-Type", "application/json"), ("Cache-Control", "no-store"),
-                ("Content-Length", str(len(content))),
-            ],
-        )
+        headers = [("Content-Type", "application/json"), NO_STORE, ("Content-Length", str(len(content)))]
+        start_response(STATUS[problem.status], headers)
         return [content]
 
     return restricted
 
 
 def msg(message: str) -> Msg:
-    """Return a Msg: exactly two members."""
+    """Return a Msg that reports success."""
     return Msg(True, message)
 
 
@@ -3870,9 +3801,8 @@ def revoke(idp, client, params):
 def userinfo(idp, claims, params):
     """Return the claims about the user that the scope of the token covers."""
     family = idp.store.find_family(claims["sid"])
-    return user_claims(
-        idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ()
-    )
+    also = requested_claims(family.claims, "userinfo") if family else ()
+    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
@@ -3911,7 +3841,7 @@ def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
 def my_sessions(idp, claims, params):
     """List the access tokens of this user, newest first."""
     rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @AUTH(
@@ -3923,7 +3853,7 @@ def my_refresh_tokens(idp, claims, params):
     rows, total = idp.store.list_refresh_tokens(
         user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset
     )
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 def finish_logout(idp: Idp, params, handle: str | None, location: str):
@@ -3933,7 +3863,7 @@ def finish_logout(idp: Idp, params, handle: str | None, location: str):
     anyone out.
     """
     if handle:
-        session, _ = find_browser_session(idp, handle) or (None, None)
+        session, _ = current_session(idp, params) or (None, None)
         end_browser_session(idp, params.caller.acting_as(session.user_id if session else "anonymous"), sha256(handle))
     cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
     return (
@@ -3964,7 +3894,7 @@ def logout(idp, claims, params):
 def logout_all(idp, claims, params):
     """End every login and session of this user, at every client."""
     if claims is None:
-        session, _ = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+        session, _ = current_session(idp, params) or (None, None)
         check_form(params, session_handle(idp, params), "session")
         if session:
             end_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
@@ -4017,7 +3947,7 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
 
 def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeRequest):
     """Issue a code if the browser's session suffices, else begin a login with the steps that are left."""
-    found = find_browser_session(idp, session_handle(idp, params))
+    found = current_session(idp, params)
     if found is None or not session_serves(idp, found[0], client, request):
         if "none" in request.prompt:
             raise Problem("login_required")
@@ -4057,9 +3987,9 @@ def begin_headless(idp: Idp, params) -> Reply:
         request.headless = True
         jti = random_handle()
         row = begin_login(idp, params.caller, jti, request)
-        return Reply(headless_step(as_login(idp, row), jti, False))
+        return Reply(headless_step(load_login(idp, row), jti, False))
     except (Problem, Unavailable) as error:
-        return refuse(as_problem(error), False)
+        return render_problem(as_problem(error), False)
 
 
 @AUTH(
@@ -4099,7 +4029,7 @@ def get_current_login(idp, params) -> Login:
     # After the last factor, or if a session replaced the password, the login ends with the session: the cookie of the
     # login alone must not continue it.
     if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
-        session, _ = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+        session, _ = current_session(idp, params) or (None, None)
         if session is None or session.user_id != row.user_id:
             raise Problem("not_found", log="the browser session of this login is over")
     return login
@@ -4129,7 +4059,7 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
     if row.state == "password":
         return {}
     if row.state == "select":
-        _, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+        _, account = current_session(idp, params) or (None, None)
     else:
         assert row.user_id
         account = idp.store.find_account(row.user_id)
@@ -4171,7 +4101,9 @@ def send_code(idp: Idp, params, login: Login, account: Account, handle: str | No
     """Issue the code of a finished login, and send the browser back to its client."""
     request, client, row = login.request, login.client, login.row
     assert request and client
-    session, _ = find_browser_session(idp, handle) or (None, None)
+    # The cookie of the request still names the session that a new one replaced.
+    found = find_browser_session(idp, handle) if cookies else current_session(idp, params)
+    session, _ = found or (None, None)
     browser = session.id_sha256 if session and session.user_id == account.id else ""
     target = request.redirect_uri, request.response_mode, request.state
     try:
@@ -4237,7 +4169,7 @@ def login_password(idp, params):
     """Verify the user name and password of a login."""
     login = posted_login(idp, params, "password")
     try:
-        after = give_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
+        after = submit_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
         return show_refusal(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
@@ -4256,7 +4188,7 @@ def login_totp(idp, params):
     """Verify the one-time code or the recovery code of a login."""
     login = posted_login(idp, params, "totp")
     try:
-        after = give_code(idp, params.caller, login, (params.get("totp") or "").strip())
+        after = submit_code(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
         return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
@@ -4287,7 +4219,7 @@ def login_codes(idp, params):
     account = idp.store.find_account(row.user_id)
     if not is_good(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return continue_login(idp, params, advance(idp, login, after_factors(idp, login, account)))
+    return continue_login(idp, params, advance(idp, login, state_after_factors(idp, login, account)))
 
 
 @AUTH(
@@ -4298,7 +4230,7 @@ def login_select(idp, params):
     """Continue a login with the account of the session, or with another."""
     login = posted_login(idp, params, "select")
     assert login.client and login.request
-    session, account = find_browser_session(idp, session_handle(idp, params)) or (None, None)
+    session, account = current_session(idp, params) or (None, None)
     if (
         params.get("choice") == "other"
         or session is None
@@ -4308,9 +4240,9 @@ def login_select(idp, params):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
-    state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
+    state = second_factor_missing(login.client, session, account) or state_after_factors(idp, login, account)
     login = advance(
-        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr=session.amr,
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr=session.amr,
         auth_time=session.auth_time, proven_ms=session.created_ms,
     )
     return continue_login(idp, params, login)
@@ -4381,7 +4313,7 @@ def as_invalid_grant(handler):
 def headless_login(idp, params) -> tuple[Login, str]:
     jti = params.need("jti")
     row = idp.store.find_headless_login(sha256(jti), idp.now())
-    login = as_login(idp, row) if row else None
+    login = load_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless or login.row.state == "done":
         raise Problem("invalid_grant", log="no such login under way")
     if params.get("redirect_uri") not in (None, login.request.redirect_uri):
@@ -4398,7 +4330,7 @@ def headless_password(idp, params):
     """Verify the user name and password, for an application with its own screens."""
     username, password = params.need("username"), params.need("password")
     login, jti = headless_login(idp, params)
-    after = give_password(idp, params.caller, login, username, password)
+    after = submit_password(idp, params.caller, login, username, password)
     if after.row.state == "enrol":
         raise Problem("invalid_grant", log="the client demands a second factor, and the user has none")
     return headless_step(after, jti, after.row.state == "totp")
@@ -4410,7 +4342,7 @@ def headless_totp(idp, params):
     """Verify the one-time code, for an application with its own screens."""
     code = params.need("totp_code")
     login, jti = headless_login(idp, params)
-    return headless_step(give_code(idp, params.caller, login, code.strip()), jti, False)
+    return headless_step(submit_code(idp, params.caller, login, code.strip()), jti, False)
 
 
 @AUTH(
@@ -4437,7 +4369,7 @@ def headless_finalize(idp, params):
 def auth_session(idp, params):
     """Return the state of a login to the holder of its secret `jti`."""
     row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())
-    login = as_login(idp, row) if row else None
+    login = load_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless:
         raise Problem("not_found")
     request = login.request
@@ -4477,7 +4409,7 @@ def end_session(idp, params):
     """Log a user out for a client: at once if its ID token names the user of the session, else after asking."""
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
-    _, account = find_browser_session(idp, handle) or (None, None)
+    _, account = current_session(idp, params) or (None, None)
     again = {
         name: value
         for name, value in params.values.items()
@@ -4505,7 +4437,7 @@ def end_session(idp, params):
 def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
-    _, account = find_browser_session(idp, handle) or (None, None)
+    _, account = current_session(idp, params) or (None, None)
     if account is None or handle is None:
         return show_page(idp, params.environ, "signed_out")
     return show_page(
@@ -4559,7 +4491,7 @@ def show_account(
 )
 def account_page(idp, params):
     """Show a user its sessions, password and second factor, after a login if there is no session."""
-    found = find_browser_session(idp, session_handle(idp, params))
+    found = current_session(idp, params)
     return show_account(idp, params, *found) if found else open_login(idp, params, None)
 
 
@@ -4660,7 +4592,7 @@ def account_change(idp, params):
     A change that weakens the account needs the password and the second factor.
     """
     handle = session_handle(idp, params)
-    session, account = find_browser_session(idp, handle) or (None, None)
+    session, account = current_session(idp, params) or (None, None)
     if session is None or account is None:
         return open_login(idp, params, None)
     check_form(params, handle, "session")
@@ -4694,7 +4626,7 @@ def scoped_create_user(idp, claims, params):
 def scoped_list_users(idp, claims, params):
     """List the users by name, filtered by `q`, a page at a time."""
     rows, total = rows_of_users(idp, params.query)
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 @AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec=OWN, gives=UserObject)
@@ -4851,7 +4783,7 @@ def declare_resource(resource: Resource, *sentences: str):
 
     def list_(idp, claims, params):
         rows, total = resource.rows(idp, params.query)
-        return listed(params, [resource.show(row) for row in rows], total)
+        return paged_reply(params, [resource.show(row) for row in rows], total)
 
     def get(idp, claims, params):
         return shown(idp, params)
@@ -5096,7 +5028,7 @@ def admin_list_users_of_role(idp, claims, params):
         is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 # -- permissions --
@@ -5277,7 +5209,7 @@ def admin_list_users_with_scope(idp, claims, params):
         is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 def client_object(client: Client, secret="") -> ClientObject:
@@ -5295,7 +5227,7 @@ def admin_list_clients_with_scope(idp, claims, params):
     rows, total = idp.store.list_clients(
         scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
     )
-    return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
+    return paged_reply(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
 # -- clients --
@@ -5545,7 +5477,7 @@ def admin_list_sessions(idp, claims, params):
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
     rows, total = idp.store.list_sessions(user_id, client_id, None, query.sort, query.limit, query.offset)
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
@@ -5563,7 +5495,7 @@ def admin_list_sessions_of_user(idp, claims, params):
         if user
         else ([], 0)
     )
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
@@ -5606,7 +5538,7 @@ def admin_introspect(idp, claims, params):
 def admin_list_refresh_tokens(idp, claims, params):
     """List the refresh tokens, newest first, a page at a time, without the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=RefreshTokenObject, option="enable_token_refresh")
@@ -5630,7 +5562,7 @@ def admin_list_refresh_tokens_of_user(idp, claims, params):
         if user
         else ([], 0)
     )
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_token_refresh")
@@ -5679,7 +5611,7 @@ def admin_list_audit(idp, claims, params):
     )
     found = idp.store.list_audit(query.action, query.limit, *filters, query.after, query.offset)
     rows = [audit_object(row) for row in found]
-    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *filters))
+    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(query.action, *filters))
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)

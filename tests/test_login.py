@@ -627,6 +627,19 @@ class TestSession:
         change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(idp.now_ms()))
         assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
 
+    def test_it_is_looked_up_once_a_request(self, register, spa, alice, browser, monkeypatch):
+        register("third", is_first_party=False)
+        sign_in(browser)
+        find, lookups = m.find_browser_session, []
+        monkeypatch.setattr(m, "find_browser_session", lambda *args: lookups.append(args) or find(*args))
+        assert code_of(browser("GET", request())) and len(lookups) == 1
+        browser.open(request("third"))
+        lookups.clear()
+        assert code_of(browser.submit(button=("decision", "allow"))) and len(lookups) == 1, "POST /login/consent"
+        form = browser.open("/account") and browser.forms().forms[-1]["fields"]["form"]
+        lookups.clear()
+        assert title(browser("POST", "/logout-all", {"form": form})) == "Signed out" and len(lookups) == 1
+
     def test_none_begins_for_who_was_ended_since_the_last_factor(self, idp, alice, clock):
         account = idp.store.find_account(alice.id)
         clock.pass_(1)
