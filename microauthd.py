@@ -838,7 +838,7 @@ def authenticate_user(
             assert account
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        with idp.hasher.gate.place(caller.peer):
+        with idp.hasher.gate.slot(caller.peer):
             right = idp.hasher.verify(account.password_hash if account else None, password)
         failure = obstacle or ("" if right else WRONG_PASSWORD)
         amr = ["pwd"]
@@ -1401,7 +1401,7 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
         hashes = living_hashes(client, now)
         if remembers_secret(idp, hashes, secret, now) and client is not None:
             return client
-        with idp.hasher.gate.place(caller.peer):
+        with idp.hasher.gate.slot(caller.peer):
             # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):

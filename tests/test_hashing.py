@@ -17,7 +17,7 @@ from argon2.low_level import Type, hash_secret_raw
 from conftest import CHEAP, PASSWORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from appliance.base.hashing import BLAMED_FOR, LONGEST_WAIT, Argon2Memory, Busy, Digests, HashGate, Hasher, Turn, Turns
+from appliance.base.hashing import BLAME_SECONDS, MAX_WAIT, Argon2Memory, Busy, Digests, HashGate, Hasher, Turn, Turns
 from appliance.base.settings import Options
 
 
@@ -168,7 +168,7 @@ class TestGate:
         gate, entered, leave = HashGate(1, 2), threading.Semaphore(0), threading.Event()
 
         def stay():
-            with gate.place():
+            with gate.slot():
                 entered.release()
                 leave.wait(5)
 
@@ -177,20 +177,20 @@ class TestGate:
             thread.start()
         for _ in threads:
             entered.acquire(timeout=5)
-        with pytest.raises(Busy) as caught, gate.place():
+        with pytest.raises(Busy) as caught, gate.slot():
             pass
         assert is_slow_down(caught)
         leave.set()
         for thread in threads:
             thread.join()
-        with gate.place():
+        with gate.slot():
             pass
 
     def test_the_second_half_is_for_peers_that_hold_none(self):
         gate, entered, leave = HashGate(1, 7), threading.Semaphore(0), threading.Event()
 
         def stay():
-            with gate.place("192.0.2.1"):
+            with gate.slot("192.0.2.1"):
                 entered.release()
                 leave.wait(5)
 
@@ -199,27 +199,27 @@ class TestGate:
             thread.start()
         for _ in threads:
             entered.acquire(timeout=5)
-        with pytest.raises(Busy) as caught, gate.place("192.0.2.1"):
+        with pytest.raises(Busy) as caught, gate.slot("192.0.2.1"):
             pass
         assert is_slow_down(caught)
-        with gate.place("192.0.2.2"):
+        with gate.slot("192.0.2.2"):
             pass
         leave.set()
         for thread in threads:
             thread.join()
-        assert not gate.of and not gate.taken
+        assert not gate.per_peer and not gate.in_use
 
     def test_a_thread_needs_one_place_only(self):
         gate = HashGate(1, 0)
-        with gate.place(), gate.place(), gate.place():
+        with gate.slot(), gate.slot(), gate.slot():
             pass
-        with gate.place():
+        with gate.slot():
             pass
 
     def test_a_failure_gives_the_place_back(self, hasher):
         hasher.gate = HashGate(1, 0)
         for _ in range(3):
-            with pytest.raises(ZeroDivisionError), hasher.gate.place():
+            with pytest.raises(ZeroDivisionError), hasher.gate.slot():
                 1 / 0
         assert hasher.verify(hasher.hash("x"), "x")
 
@@ -247,10 +247,10 @@ class TestGate:
         gate = HashGate(1, 319, 59)
         gate.blame("192.0.2.1")
         for peer, most in (("192.0.2.1", 30), ("192.0.2.2", 160)):
-            gate.of[peer] = 1
-            gate.taken = most - 1
+            gate.per_peer[peer] = 1
+            gate.in_use = most - 1
             assert not gate.is_full(peer)
-            gate.taken = most
+            gate.in_use = most
             assert gate.is_full(peer) and not gate.is_full("192.0.2.3")
 
     def test_blame_is_forgotten_and_does_not_grow_without_bound(self, monkeypatch):
@@ -259,14 +259,14 @@ class TestGate:
         for number in range(10_000):
             gate.blame(str(number))
             assert gate.is_blamed(str(number)) and len(gate.blamed) <= 4096
-        now[0] += BLAMED_FOR
+        now[0] += BLAME_SECONDS
         assert not gate.is_blamed("9999")
 
     def test_peers_take_turns_at_hashing(self):
         gate, order, come, leave = HashGate(1), [], threading.Semaphore(0), threading.Event()
 
         def hash_once(peer):
-            with gate.place(peer), gate.hashing():
+            with gate.slot(peer), gate.hashing():
                 order.append(peer)
                 come.release()
                 leave.wait(10)
@@ -277,25 +277,25 @@ class TestGate:
             threads[-1].start()
             if not count:
                 come.acquire(timeout=5)
-            while gate.taken <= count or sum(map(len, list(gate.queues.values()))) < count:
+            while gate.in_use <= count or sum(map(len, list(gate.queues.values()))) < count:
                 time.sleep(0.001)
-        gate.seconds = 1.0
-        assert (gate.wait("crowd"), gate.wait("other"), gate.wait("new")) == (7.0, 6.0, 3.0)
+        gate.mean_seconds = 1.0
+        assert (gate.expected_wait("crowd"), gate.expected_wait("other"), gate.expected_wait("new")) == (7.0, 6.0, 3.0)
         leave.set()
         for thread in threads:
             thread.join(5)
         assert order == ["crowd", "crowd", "other", "third", "crowd", "other", "crowd"]
-        assert (gate.at_work, gate.taken, gate.queues) == (0, 0, {})
+        assert (gate.running, gate.in_use, gate.queues) == (0, 0, {})
 
     def test_nobody_waits_longer_than_said(self, monkeypatch):
-        monkeypatch.setattr("appliance.base.hashing.LONGEST_WAIT", 1)
+        monkeypatch.setattr("appliance.base.hashing.MAX_WAIT", 1)
         gate = HashGate(1)
-        gate.at_work = 1
-        with pytest.raises(Busy) as caught, gate.place("192.0.2.1"), gate.hashing():
+        gate.running = 1
+        with pytest.raises(Busy) as caught, gate.slot("192.0.2.1"), gate.hashing():
             pass
-        assert is_slow_down(caught) and not gate.queues and not gate.taken
-        gate.seconds, gate.of["192.0.2.2"] = 2.0, 1
-        with pytest.raises(Busy) as caught, gate.place("192.0.2.1"):
+        assert is_slow_down(caught) and not gate.queues and not gate.in_use
+        gate.mean_seconds, gate.per_peer["192.0.2.2"] = 2.0, 1
+        with pytest.raises(Busy) as caught, gate.slot("192.0.2.1"):
             pass
         assert is_slow_down(caught)
 
@@ -330,7 +330,7 @@ class TestTurns:
     @pytest.mark.parametrize(
         "count, others, wrong, blamed, seconds",
         [
-            (32, None, True, True, LONGEST_WAIT), (32, True, False, False, LONGEST_WAIT),
+            (32, None, True, True, MAX_WAIT), (32, True, False, False, MAX_WAIT),
             (33, True, False, False, Turns.MOMENT), (33, True, True, False, 0), (33, True, False, True, 0),
             (0, False, False, False, Turns.MOMENT), (0, False, False, True, 0), (0, False, True, False, 0),
         ],

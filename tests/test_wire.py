@@ -749,7 +749,7 @@ class TestCrowd:
                 if environ["PATH_INFO"] == "/of-one":
                     with turns.take("client", "app", "127.0.0.1") as turn:
                         if not known:
-                            with gate.place("127.0.0.1"), gate.hashing():
+                            with gate.slot("127.0.0.1"), gate.hashing():
                                 time.sleep(0.3 if is_right else 0.02)
                             if is_right:
                                 known.append(1)

@@ -32,8 +32,8 @@ class HashFailed(Exception):
     """Argon2 could not be computed: the machine lacks memory or threads."""
 
 
-LONGEST_WAIT = 10  # seconds anybody is kept waiting for Argon2
-BLAMED_FOR = 60    # seconds a peer is remembered to have sent a wrong secret
+MAX_WAIT = 10  # seconds anybody is kept waiting for Argon2
+BLAME_SECONDS = 60    # seconds a peer is remembered to have sent a wrong secret
 
 
 class HashGate:
@@ -45,16 +45,16 @@ class HashGate:
     `blocking` is set by the server: it keeps threads free for those who need no hashing.
     """
 
-    def __init__(self, running, waiting=320, guessing=60):
-        self.running, self.at_work = running, 0
-        self.places, self.few = running + waiting, running + guessing
-        self.taken = 0  # places, in all
-        self.of: collections.Counter[str] = collections.Counter()  # and by peer
-        self.seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
+    def __init__(self, max_running, max_waiting=320, max_waiting_blamed=60):
+        self.max_running, self.running = max_running, 0
+        self.capacity, self.blamed_capacity = max_running + max_waiting, max_running + max_waiting_blamed
+        self.in_use = 0  # places, in all
+        self.per_peer: collections.Counter[str] = collections.Counter()  # and by peer
+        self.mean_seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
         self.queues = {}  # peer: who waits to hash, each a lock its turn will open; the peer at the front is next
         self.blamed = {}  # peer: monotonic seconds until it is forgotten
         self.lock = threading.Lock()
-        self.held = threading.local()
+        self.thread = threading.local()
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def blame(self, peer: str):
@@ -65,7 +65,7 @@ class HashGate:
                 self.blamed = {other: until for other, until in self.blamed.items() if until > now}
                 if len(self.blamed) >= 4096:
                     self.blamed = {}
-            self.blamed[peer] = now + BLAMED_FOR
+            self.blamed[peer] = now + BLAME_SECONDS
 
     def is_blamed(self, peer: str) -> bool:
         return self.blamed.get(peer, 0) > time.monotonic()
@@ -75,37 +75,37 @@ class HashGate:
 
         The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
         """
-        places = min(self.places, self.few) if self.is_blamed(peer) else self.places
-        return self.taken >= (places // 2 if peer and self.of[peer] else places)
+        capacity = min(self.capacity, self.blamed_capacity) if self.is_blamed(peer) else self.capacity
+        return self.in_use >= (capacity // 2 if peer and self.per_peer[peer] else capacity)
 
-    def wait(self, peer: str) -> float:
+    def expected_wait(self, peer: str) -> float:
         """Return how many seconds one more of this peer would wait: peers take turns, the biggest crowd ends last."""
-        before = self.of[peer] + 1
-        return sum(min(count, before) for count in self.of.values()) * self.seconds / self.running
+        before = self.per_peer[peer] + 1
+        return sum(min(count, before) for count in self.per_peer.values()) * self.mean_seconds / self.max_running
 
     @contextlib.contextmanager
-    def place(self, peer=""):
+    def slot(self, peer=""):
         """Hold one of the places while waiting or hashing; a thread needs one only. Raises Busy when there is none."""
-        if getattr(self.held, "place", False):
+        if getattr(self.thread, "has_slot", False):
             yield
             return
         with self.lock:
-            wait = self.wait(peer)
-            if self.is_full(peer) or wait > LONGEST_WAIT:
-                raise Busy("the Argon2 gate is full", min(LONGEST_WAIT, int(wait) + 1))
-            self.taken += 1
-            self.of[peer] += 1
-        self.held.place, self.held.peer = True, peer
+            wait = self.expected_wait(peer)
+            if self.is_full(peer) or wait > MAX_WAIT:
+                raise Busy("the Argon2 gate is full", min(MAX_WAIT, int(wait) + 1))
+            self.in_use += 1
+            self.per_peer[peer] += 1
+        self.thread.has_slot, self.thread.peer = True, peer
         try:
             with self.blocking():
                 yield
         finally:
-            self.held.place = False
+            self.thread.has_slot = False
             with self.lock:
-                self.taken -= 1
-                self.of[peer] -= 1
-                if not self.of[peer]:
-                    del self.of[peer]
+                self.in_use -= 1
+                self.per_peer[peer] -= 1
+                if not self.per_peer[peer]:
+                    del self.per_peer[peer]
 
     @contextlib.contextmanager
     def hashing(self):
@@ -113,35 +113,35 @@ class HashGate:
 
         Peers take turns: the crowd of one keeps no other waiting.
         """
-        turn, peer = threading.Lock(), self.held.peer
+        waiter, peer = threading.Lock(), self.thread.peer
         with self.lock:
-            if self.at_work < self.running:
-                self.at_work += 1
+            if self.running < self.max_running:
+                self.running += 1
             else:
-                turn.acquire()
-                self.queues.setdefault(peer, collections.deque()).append(turn)
-        if not turn.acquire(timeout=LONGEST_WAIT):
+                waiter.acquire()
+                self.queues.setdefault(peer, collections.deque()).append(waiter)
+        if not waiter.acquire(timeout=MAX_WAIT):
             with self.lock:
-                if not turn.acquire(blocking=False):  # it has not come in this very moment
-                    self.queues[peer].remove(turn)
+                if not waiter.acquire(blocking=False):  # it has not come in this very moment
+                    self.queues[peer].remove(waiter)
                     if not self.queues[peer]:
                         del self.queues[peer]
-                    raise Busy("the wait for Argon2 was too long", LONGEST_WAIT)
-        began = time.monotonic()
+                    raise Busy("the wait for Argon2 was too long", MAX_WAIT)
+        started = time.monotonic()
         try:
             yield
         finally:
-            took = time.monotonic() - began
+            seconds = time.monotonic() - started
             with self.lock:
-                self.seconds += (took - self.seconds) / 8
+                self.mean_seconds += (seconds - self.mean_seconds) / 8
                 if not self.queues:
-                    self.at_work -= 1
+                    self.running -= 1
                 else:
-                    following = next(iter(self.queues))
-                    queue = self.queues.pop(following)
+                    next_peer = next(iter(self.queues))
+                    queue = self.queues.pop(next_peer)
                     queue.popleft().release()
                     if queue:
-                        self.queues[following] = queue
+                        self.queues[next_peer] = queue
 
 
 class Turn:
@@ -173,7 +173,7 @@ class Turns:
         wrong, that is for each of them: then only so many wait as leave threads to the others.
         """
         if turn.count <= self.WAITERS and others is not False:
-            return LONGEST_WAIT
+            return MAX_WAIT
         return 0 if turn.wrong or self.gate.is_blamed(peer) else self.MOMENT
 
     @contextlib.contextmanager
@@ -261,8 +261,8 @@ class Hasher:
 
     def __init__(self, options: Options):
         self.options = options
-        running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
-        self.gate, self.memory = HashGate(running), Argon2Memory()
+        max_running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
+        self.gate, self.memory = HashGate(max_running), Argon2Memory()
         self.turns = Turns(self.gate)
 
     def parameters(self):
@@ -274,7 +274,7 @@ class Hasher:
     def hash(self, password: str) -> str:
         """Return the PHC string of a password or client secret."""
         options = self.options
-        with self.gate.place(), self.gate.hashing():
+        with self.gate.slot(), self.gate.hashing():
             try:
                 return argon2_hash(
                     password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time,
@@ -290,7 +290,7 @@ class Hasher:
             word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
             salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
             phc = f"{self.parameters()}{salt}${word}"
-        with self.gate.place(), self.gate.hashing():
+        with self.gate.slot(), self.gate.hashing():
             try:
                 return self.matches(phc, password.encode()) and known
             except (Argon2Error, MemoryError, OSError) as error:
