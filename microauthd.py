@@ -82,7 +82,7 @@ from appliance.base.objects import (
     TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient, UpdatePermission, UpdateRole,
     UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
-from appliance.base.hashing import Busy, Digests, HashFailed, Hasher
+from appliance.base.hashing import Busy, VerifiedSecrets, HashFailed, Hasher
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
 from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
 
@@ -521,8 +521,8 @@ class Idp:
         self.log = log or Log()
         self.hasher = Hasher(options)
         self.throttle = Throttle(getattr(clock, "monotonic", clock))  # which never goes back
-        self.client_digests = Digests(900, 4096)
-        self.password_digests = Digests(options.pass_cache_duration, 4096)
+        self.verified_client_secrets = VerifiedSecrets(900, 4096)
+        self.verified_passwords = VerifiedSecrets(options.pass_cache_duration, 4096)
         self.client_cache: tuple[bytes, dict] = (b"", {})
         self.locks = [
             threading.Lock() for _ in range(64)
@@ -735,7 +735,7 @@ def was_verified_recently(idp, account, password) -> bool:
     """
     if not idp.options.enable_pass_cache or account.totp_sealed or account.failed_logins:
         return False
-    return idp.password_digests.knows(account.password_hash, password, idp.now())
+    return idp.verified_passwords.contains(account.password_hash, password, idp.now())
 
 
 def login_obstacle(idp, caller, account, admin=False) -> str:
@@ -829,7 +829,7 @@ def authenticate_user(
         assert account
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with hash_problems(), idp.hasher.turns.take("user", name, caller.peer) as turn:
+    with hash_problems(), idp.hasher.name_locks.hold("user", name, caller.peer) as name_lock:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, caller, account, admin)
         if account and not obstacle and demanded and not account.totp_sealed:
@@ -849,13 +849,13 @@ def authenticate_user(
         if account and not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
             failure = "changed meanwhile"
         if failure:
-            idp.hasher.turns.blame(turn, caller.peer)
+            idp.hasher.name_locks.blame(name_lock, caller.peer)
             actor = caller.acting_as(account.id if account else "anonymous")
             record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
         assert account  # without one there is an obstacle
         if idp.options.enable_pass_cache and not second_factor:
-            idp.password_digests.learn(account.password_hash, password, now)
+            idp.verified_passwords.add(account.password_hash, password, now)
         if not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
         return account, amr
@@ -1371,12 +1371,12 @@ def token_lifetime(idp: Idp, client: Client) -> int:
     return ttl(client, "TOKEN_EXPIRATION", idp.options.token_expiration)
 
 
-def living_hashes(client: Client | None, now: int) -> list:
+def unexpired_hashes(client: Client | None, now: int) -> list:
     return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
 
 
-def remembers_secret(idp: Idp, hashes, secret, now) -> bool:
-    return any(idp.client_digests.knows(stored, secret, now) for stored in hashes)
+def was_secret_verified(idp: Idp, hashes, secret, now) -> bool:
+    return any(idp.verified_client_secrets.contains(stored, secret, now) for stored in hashes)
 
 
 def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | None) -> Client:
@@ -1391,28 +1391,28 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
         if client is not None and client.row.client_type == PUBLIC_CLIENT:
             return client
         raise Problem("invalid_client", log="no client secret")
-    if remembers_secret(idp, living_hashes(client, now), secret, now) and client is not None:
+    if was_secret_verified(idp, unexpired_hashes(client, now), secret, now) and client is not None:
         return client
     idp.throttle.check(caller.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
-    with hash_problems(), idp.hasher.turns.take("client", client_id, caller.peer) as turn:
+    with hash_problems(), idp.hasher.name_locks.hold("client", client_id, caller.peer) as name_lock:
         # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
-        hashes = living_hashes(client, now)
-        if remembers_secret(idp, hashes, secret, now) and client is not None:
+        hashes = unexpired_hashes(client, now)
+        if was_secret_verified(idp, hashes, secret, now) and client is not None:
             return client
         with idp.hasher.gate.slot(caller.peer):
             # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):
                     client, now = find_client(idp, client_id), idp.now()
-                    if client is None or stored not in living_hashes(client, now):
+                    if client is None or stored not in unexpired_hashes(client, now):
                         break
                     # Remember the secret for one token lifetime and some more: the client comes back when its token
                     # expires.
-                    idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
+                    idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
                     return client
-        idp.hasher.turns.blame(turn, caller.peer)
+        idp.hasher.name_locks.blame(name_lock, caller.peer)
     idp.throttle.spend(caller.peer, client_id)
     audit(
         idp, caller.acting_as(client.client_id if client else "anonymous"), "client_authentication_failed",

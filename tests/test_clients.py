@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
-from appliance.base.hashing import Argon2Memory, Turns
+from appliance.base.hashing import Argon2Memory, NameLocks
 from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser
 
 MACHINE = {"grant_type": "client_credentials"}
@@ -638,8 +638,8 @@ class TestCrowd:
         """Each of them would hold a thread for a hash of its own."""
         come([("service", "wrong")])
         heard, hashes = come([("service", "wrong")] * 100)
-        assert heard[BUSY] >= 50 and hashes <= 1 + Turns.WAITERS
-        assert not idp.hasher.turns.names and not idp.hasher.gate.in_use
+        assert heard[BUSY] >= 50 and hashes <= 1 + NameLocks.MAX_WAITERS
+        assert not idp.hasher.name_locks.names and not idp.hasher.gate.in_use
 
     @pytest.mark.parametrize("client_id", ["service", "nobody"])
     def test_an_unknown_client_waits_and_hears_as_a_known_one(self, come, service, client_id):

@@ -144,62 +144,62 @@ class HashGate:
                         self.queues[next_peer] = queue
 
 
-class Turn:
+class NameLock:
     """The verification of one name that is under way."""
 
-    __slots__ = ("lock", "count", "wrong")
+    __slots__ = ("lock", "users", "failed")
 
     def __init__(self):
-        self.lock, self.count, self.wrong = threading.Lock(), 0, False  # count: of who verifies or waits
+        self.lock, self.users, self.failed = threading.Lock(), 0, False  # count: of who verifies or waits
 
 
-class Turns:
+class NameLocks:
     """One verification of a name at a time: whoever comes meanwhile waits, and finds the secret remembered.
 
     Who waits takes no place at the gate, but a thread; hence a bound of its own.
     """
 
-    WAITERS = 32  # of one name, for as long as anybody is kept waiting
-    MOMENT = 1.0  # seconds, enough for a hash
+    MAX_WAITERS = 32  # of one name, for as long as anybody is kept waiting
+    ONE_HASH = 1.0  # seconds, enough for a hash
 
     def __init__(self, gate: HashGate):
         self.gate, self.lock = gate, threading.Lock()
-        self.names: dict[tuple[str, str], Turn] = {}
+        self.names: dict[tuple[str, str], NameLock] = {}
 
-    def patience(self, turn: Turn, peer: str, others: bool | None) -> float:
-        """Return how many seconds one more may wait for this name; `others` is False where no thread would be left.
+    def timeout(self, name_lock: NameLock, peer: str, threads_left: bool | None) -> float:
+        """Return how many seconds one more may wait for this name; `threads_left` is False where no thread would be left.
 
         A crowd with the right secret waits for one hash, so a moment is granted to all of it. Once a secret of it was
         wrong, that is for each of them: then only so many wait as leave threads to the others.
         """
-        if turn.count <= self.WAITERS and others is not False:
+        if name_lock.users <= self.MAX_WAITERS and threads_left is not False:
             return MAX_WAIT
-        return 0 if turn.wrong or self.gate.is_blamed(peer) else self.MOMENT
+        return 0 if name_lock.failed or self.gate.is_blamed(peer) else self.ONE_HASH
 
     @contextlib.contextmanager
-    def take(self, kind: str, name: str, peer: str):
+    def hold(self, kind: str, name: str, peer: str):
         """Hold the turn of a name. Raises Busy where too many wait for it."""
-        with self.gate.blocking() as others:
+        with self.gate.blocking() as threads_left:
             with self.lock:
-                turn = self.names.setdefault((kind, name), Turn())
-                seconds = self.patience(turn, peer, others)
-                turn.count += 1
+                name_lock = self.names.setdefault((kind, name), NameLock())
+                seconds = self.timeout(name_lock, peer, threads_left)
+                name_lock.users += 1
             try:
-                if not turn.lock.acquire(timeout=seconds):
+                if not name_lock.lock.acquire(timeout=seconds):
                     raise Busy("too many wait for the verification of one name")
                 try:
-                    yield turn
+                    yield name_lock
                 finally:
-                    turn.lock.release()
+                    name_lock.lock.release()
             finally:
                 with self.lock:
-                    turn.count -= 1
-                    if not turn.count:
+                    name_lock.users -= 1
+                    if not name_lock.users:
                         del self.names[(kind, name)]
 
-    def blame(self, turn: Turn, peer: str):
+    def blame(self, name_lock: NameLock, peer: str):
         """A secret was wrong, in the turn that is held: neither its name nor its peer is taken for a good crowd."""
-        turn.wrong = True
+        name_lock.failed = True
         self.gate.blame(peer)
 
 
@@ -218,42 +218,43 @@ class Argon2Memory:
         # written and executed both (systemd's MemoryDenyWriteExecute), there is no asking back: it takes its own.
         with contextlib.suppress(MemoryError, SystemError):
             self.free = argon2_ffi.callback("void(uint8_t *, size_t)", lambda address, size: None)
-            self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.give, error=-1)
+            self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.lend, error=-1)
 
-    def give(self, address, size):
-        begin, room = self.local.area
-        if size > room:
+    def lend(self, address, size):
+        start, available = self.local.area
+        if size > available:
             return -1
-        address[0] = begin
+        address[0] = start
         return 0
 
     def compute(self, password: bytes, salt: bytes, passes, memory, lanes, length) -> bytes:
         """Return Argon2id of a password; `memory` in KiB. RFC 9106 §3.1. Raises Argon2Error, MemoryError, OSError."""
         if self.allocate is None:
             return argon2_raw(password, salt, passes, memory, lanes, length, Argon2Type.ID)
-        tag, word, grain = (
+        hash_buffer, password_buffer, salt_buffer = (
             argon2_ffi.new("uint8_t[]", length), argon2_ffi.new("uint8_t[]", password),
             argon2_ffi.new("uint8_t[]", salt),
         )
         context = argon2_ffi.new(
             "argon2_context *",
             {
-                "out": tag, "outlen": length, "pwd": word, "pwdlen": len(password), "salt": grain, "saltlen": len(salt),
+                "out": hash_buffer, "outlen": length, "pwd": password_buffer, "pwdlen": len(password),
+                "salt": salt_buffer, "saltlen": len(salt),
                 "t_cost": passes, "m_cost": memory, "lanes": lanes, "threads": lanes, "version": 0x13,
                 "allocate_cbk": self.allocate, "free_cbk": self.free,
             },
         )
-        room = 1024 * memory
+        size = 1024 * memory
         # Begun at a huge page; kernels before 6.7 do not see to that.
-        with mmap.mmap(-1, room + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        with mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
             with contextlib.suppress(OSError):
                 area.madvise(mmap.MADV_HUGEPAGE)
-            with argon2_ffi.from_buffer("uint8_t[]", area) as begin:
-                self.local.area = begin + -int(argon2_ffi.cast("uintptr_t", begin)) % HUGE_PAGE, room
+            with argon2_ffi.from_buffer("uint8_t[]", area) as start:
+                self.local.area = start + -int(argon2_ffi.cast("uintptr_t", start)) % HUGE_PAGE, size
                 status = argon2_core(context, Argon2Type.ID.value)  # which wipes the area
         if status:
             raise VerificationError(argon2_error(status))
-        return bytes(argon2_ffi.buffer(tag))
+        return bytes(argon2_ffi.buffer(hash_buffer))
 
 
 class Hasher:
@@ -263,7 +264,7 @@ class Hasher:
         self.options = options
         max_running = max(1, len(os.sched_getaffinity(0)) // options.argon2id_parallelism)
         self.gate, self.memory = HashGate(max_running), Argon2Memory()
-        self.turns = Turns(self.gate)
+        self.name_locks = NameLocks(self.gate)
 
     def parameters(self):
         options = self.options
@@ -285,14 +286,14 @@ class Hasher:
 
     def verify(self, phc: str | None, password: str) -> bool:
         """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
-        known = phc is not None
+        exists = phc is not None
         if phc is None:
-            word = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
+            unknown = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
             salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
-            phc = f"{self.parameters()}{salt}${word}"
+            phc = f"{self.parameters()}{salt}${unknown}"
         with self.gate.slot(), self.gate.hashing():
             try:
-                return self.matches(phc, password.encode()) and known
+                return self.matches(phc, password.encode()) and exists
             except (Argon2Error, MemoryError, OSError) as error:
                 # A wrong password, or a stored hash that is none; what else fails is the machine.
                 if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
@@ -300,43 +301,43 @@ class Hasher:
                 raise HashFailed(f"Argon2: {error}") from None
 
     def matches(self, phc: str, password: bytes) -> bool:
-        found = PHC.fullmatch(phc)
-        if not found:  # of another version or kind: the library knows what to say
+        match = PHC.fullmatch(phc)
+        if not match:  # of another version or kind: the library knows what to say
             return argon2_verify(phc.encode(), password, Argon2Type.ID)
-        memory, passes, lanes = map(int, found.groups()[:3])
+        memory, passes, lanes = map(int, match.groups()[:3])
         try:
-            salt, tag = (base64.b64decode(word + "=" * (-len(word) % 4)) for word in found.groups()[3:])
+            salt, stored = (base64.b64decode(part + "=" * (-len(part) % 4)) for part in match.groups()[3:])
         except ValueError:
             return False
-        return hmac.compare_digest(self.memory.compute(password, salt, passes, memory, lanes, len(tag)), tag)
+        return hmac.compare_digest(self.memory.compute(password, salt, passes, memory, lanes, len(stored)), stored)
 
 
-class Digests:
+class VerifiedSecrets:
     """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
 
     The stored hash is part of what is digested, so a changed secret is forgotten by itself. Each use
-    begins the while anew: `ttl` seconds, and as many `more` as it was learned with, at most a day in all.
+    begins the while anew: `ttl` seconds, and as many `extra_ttl` as it was learned with, at most a day in all.
     """
 
     def __init__(self, ttl, size):
         self.key, self.ttl, self.size = os.urandom(32), ttl, size
-        self.seen = {}  # digest: (until, seconds)
+        self.entries = {}  # digest: (expires_at, ttl)
 
     def digest(self, stored_hash, secret):
         return hmac.digest(self.key, stored_hash.encode() + b"\0" + secret.encode(), "sha256")
 
-    def knows(self, stored_hash, secret, now) -> bool:
+    def contains(self, stored_hash, secret, now) -> bool:
         digest = self.digest(stored_hash, secret)
-        until, seconds = self.seen.get(digest, (now - 1, 0))
-        if until < now:
+        expires_at, ttl = self.entries.get(digest, (now - 1, 0))
+        if expires_at < now:
             return False
-        self.seen[digest] = now + seconds, seconds
+        self.entries[digest] = now + ttl, ttl
         return True
 
-    def learn(self, stored_hash, secret, now, more=0):
-        if len(self.seen) >= self.size:
-            self.seen = {digest: found for digest, found in list(self.seen.items()) if found[0] >= now}
-            if len(self.seen) >= self.size:
-                self.seen = {}
-        seconds = min(self.ttl + more, 86400)
-        self.seen[self.digest(stored_hash, secret)] = now + seconds, seconds
+    def add(self, stored_hash, secret, now, extra_ttl=0):
+        if len(self.entries) >= self.size:
+            self.entries = {digest: entry for digest, entry in list(self.entries.items()) if entry[0] >= now}
+            if len(self.entries) >= self.size:
+                self.entries = {}
+        ttl = min(self.ttl + extra_ttl, 86400)
+        self.entries[self.digest(stored_hash, secret)] = now + ttl, ttl
