@@ -1,4 +1,4 @@
-"""Argon2id: the memory it works in, a bound on how many hashes run and wait, and what it has accepted."""
+"""Argon2id: a bound on the hashes that run and wait, the memory they work in, and a cache of verified secrets."""
 
 import base64
 import collections
@@ -21,7 +21,7 @@ from appliance.base.settings import Options
 
 
 class Busy(Exception):
-    """Too many wait for Argon2. `log` is for the operator; `retry_after` is seconds."""
+    """Too many requests wait for Argon2. `log` is for the operator; `retry_after` is seconds."""
 
     def __init__(self, log: str, retry_after=1):
         super().__init__(log)
@@ -32,33 +32,36 @@ class HashFailed(Exception):
     """Argon2 could not be computed: the machine lacks memory or threads."""
 
 
-MAX_WAIT = 10  # seconds anybody is kept waiting for Argon2
-BLAME_SECONDS = 60    # seconds a peer is remembered to have sent a wrong secret
+MAX_WAIT = 10  # seconds a request waits for Argon2 at most
+BLAME_SECONDS = 60  # seconds a peer stays blamed for a wrong secret
+
+# -- the gate --
+# Its reserved half keeps 400 guesses a second from locking out other peers: without it, a client with the right
+# secret was refused 21 times in 20 s. Without a gate, every login under way takes argon2id-memory (32 MiB) at once.
 
 
 class HashGate:
-    """Bounds the Argon2 work of a process: some run, some wait, the rest are told to come back.
+    """Bounds the Argon2 work of a process: at most `max_running` hashes run, others wait, the rest raise Busy.
 
-    Each hash takes tens of megabytes and milliseconds, so an unbounded number of logins would be
-    a way to exhaust the box. All services of a box are one peer, and after a power cut all of them
-    come at once: a crowd that sent nothing wrong gets many places, whoever guesses gets few.
-    `blocking` is set by the server: it keeps threads free for those who need no hashing.
+    All services of a box are one peer, and all of them reconnect at once after a power cut. So a peer
+    without failures may use up to half of `capacity`, a peer that sent a wrong secret half of `blamed_capacity`.
+    The server sets `blocking`, which keeps threads free for requests that need no hashing.
     """
 
     def __init__(self, max_running, max_waiting=320, max_waiting_blamed=60):
         self.max_running, self.running = max_running, 0
         self.capacity, self.blamed_capacity = max_running + max_waiting, max_running + max_waiting_blamed
-        self.in_use = 0  # places, in all
-        self.per_peer: collections.Counter[str] = collections.Counter()  # and by peer
-        self.mean_seconds = 0.0  # a hash takes, as it was of late; from below, as the first ones after a start say little
-        self.queues = {}  # peer: who waits to hash, each a lock its turn will open; the peer at the front is next
-        self.blamed = {}  # peer: monotonic seconds until it is forgotten
+        self.in_use = 0  # slots, of all peers
+        self.per_peer: collections.Counter[str] = collections.Counter()  # slots in use, by peer
+        self.mean_seconds = 0.0  # moving average of a hash; starts at 0, since the first hashes are not typical
+        self.queues = {}  # peer: locks of its waiting threads; the gate releases one of the first peer's next
+        self.blamed = {}  # peer: monotonic seconds at which the blame ends
         self.lock = threading.Lock()
         self.thread = threading.local()
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def blame(self, peer: str):
-        """Remember for a while that a secret from this peer was wrong."""
+        """Record that this peer sent a wrong secret, for BLAME_SECONDS."""
         now = time.monotonic()
         with self.lock:
             if len(self.blamed) >= 4096:
@@ -71,21 +74,21 @@ class HashGate:
         return self.blamed.get(peer, 0) > time.monotonic()
 
     def is_full(self, peer: str) -> bool:
-        """Is there no place for one more of this peer?
+        """Return whether this peer may take no further slot.
 
-        The second half is for peers that hold none: whoever guesses as fast as it can leaves places to the others.
+        Half of the slots are reserved for peers that hold none, so one fast guesser cannot fill the gate.
         """
         capacity = min(self.capacity, self.blamed_capacity) if self.is_blamed(peer) else self.capacity
         return self.in_use >= (capacity // 2 if peer and self.per_peer[peer] else capacity)
 
     def expected_wait(self, peer: str) -> float:
-        """Return how many seconds one more of this peer would wait: peers take turns, the biggest crowd ends last."""
+        """Return how many seconds a new request of this peer would wait: the gate serves peers round robin."""
         before = self.per_peer[peer] + 1
         return sum(min(count, before) for count in self.per_peer.values()) * self.mean_seconds / self.max_running
 
     @contextlib.contextmanager
     def slot(self, peer=""):
-        """Hold one of the places while waiting or hashing; a thread needs one only. Raises Busy when there is none."""
+        """Hold a slot while waiting and hashing; nested calls of a thread share one. Raises Busy if none is free."""
         if getattr(self.thread, "has_slot", False):
             yield
             return
@@ -109,9 +112,9 @@ class HashGate:
 
     @contextlib.contextmanager
     def hashing(self):
-        """Be one of those that run; a place is held. Raises Busy where that takes too long.
+        """Wait until one of `max_running` may run; the thread holds a slot. Raises Busy after MAX_WAIT.
 
-        Peers take turns: the crowd of one keeps no other waiting.
+        The gate serves peers round robin, so a peer with many requests does not delay the others.
         """
         waiter, peer = threading.Lock(), self.thread.peer
         with self.lock:
@@ -122,7 +125,7 @@ class HashGate:
                 self.queues.setdefault(peer, collections.deque()).append(waiter)
         if not waiter.acquire(timeout=MAX_WAIT):
             with self.lock:
-                if not waiter.acquire(blocking=False):  # it has not come in this very moment
+                if not waiter.acquire(blocking=False):  # it may have been released since the timeout
                     self.queues[peer].remove(waiter)
                     if not self.queues[peer]:
                         del self.queues[peer]
@@ -144,33 +147,37 @@ class HashGate:
                         self.queues[next_peer] = queue
 
 
+# -- one verification of a name at a time --
+# It serves 100 concurrent requests of one client with one hash; without it, each of them would compute its own.
+
+
 class NameLock:
-    """The verification of one name that is under way."""
+    """The lock that a thread holds while it verifies the secret of one name."""
 
     __slots__ = ("lock", "users", "failed")
 
     def __init__(self):
-        self.lock, self.users, self.failed = threading.Lock(), 0, False  # count: of who verifies or waits
+        self.lock, self.users, self.failed = threading.Lock(), 0, False  # users: threads that hold it or wait
 
 
 class NameLocks:
-    """One verification of a name at a time: whoever comes meanwhile waits, and finds the secret remembered.
+    """One verification of a name at a time: other requests wait for it, then find the secret in VerifiedSecrets.
 
-    Who waits takes no place at the gate, but a thread; hence a bound of its own.
+    A waiter occupies no slot of the gate, but it does occupy a thread, so their number has a bound of its own.
     """
 
-    MAX_WAITERS = 32  # of one name, for as long as anybody is kept waiting
-    ONE_HASH = 1.0  # seconds, enough for a hash
+    MAX_WAITERS = 32  # of one name that may wait for MAX_WAIT
+    ONE_HASH = 1.0  # seconds within which a hash completes
 
     def __init__(self, gate: HashGate):
         self.gate, self.lock = gate, threading.Lock()
         self.names: dict[tuple[str, str], NameLock] = {}
 
     def timeout(self, name_lock: NameLock, peer: str, threads_left: bool | None) -> float:
-        """Return how many seconds one more may wait for this name; `threads_left` is False where no thread would be left.
+        """Return how many seconds one more thread may wait; `threads_left` is False if no other could serve.
 
-        A crowd with the right secret waits for one hash, so a moment is granted to all of it. Once a secret of it was
-        wrong, that is for each of them: then only so many wait as leave threads to the others.
+        Requests with the right secret all wait for the same hash, so any number may wait for ONE_HASH. After a
+        wrong secret each needs a hash of its own: then only MAX_WAITERS may wait, which leaves other threads free.
         """
         if name_lock.users <= self.MAX_WAITERS and threads_left is not False:
             return MAX_WAIT
@@ -178,7 +185,7 @@ class NameLocks:
 
     @contextlib.contextmanager
     def hold(self, kind: str, name: str, peer: str):
-        """Hold the turn of a name. Raises Busy where too many wait for it."""
+        """Hold the lock of a name. Raises Busy if too many threads wait for it."""
         with self.gate.blocking() as threads_left:
             with self.lock:
                 name_lock = self.names.setdefault((kind, name), NameLock())
@@ -198,29 +205,32 @@ class NameLocks:
                         del self.names[(kind, name)]
 
     def blame(self, name_lock: NameLock, peer: str):
-        """A secret was wrong, in the turn that is held: neither its name nor its peer is taken for a good crowd."""
+        """Record a wrong secret of this name and peer: further requests of either wait under the stricter bound."""
         name_lock.failed = True
         self.gate.blame(peer)
 
+
+# -- Argon2 in huge pages --
+# It saves a quarter of the CPU time of a hash: 16 page faults instead of 8192. Without it, first logins are slower
+# than Argon2id alone; with it, both reach 37 a second.
 
 PHC = re.compile(r"\$argon2id\$v=19\$m=([0-9]{1,9}),t=([0-9]{1,9}),p=([0-9]{1,3})\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)")
 HUGE_PAGE = 2 << 20  # bytes
 
 
 class Argon2Memory:
-    """Memory for Argon2 in huge pages, where the kernel gives them: 16 page faults a hash instead of 8192, a quarter
-    less CPU.
-    """
+    """Computes Argon2 in memory that we map, in huge pages if the kernel provides them."""
 
     def __init__(self):
         self.local, self.allocate, self.free = threading.local(), None, None
-        # Argon2 asks in the thread that called it, once a hash, for what compute() has made. Where memory is never
-        # written and executed both (systemd's MemoryDenyWriteExecute), there is no asking back: it takes its own.
+        # Argon2 calls `allocate` once a hash, in the thread that runs compute(). A cffi callback needs memory that
+        # is both writable and executable; under systemd's MemoryDenyWriteExecute= Argon2 allocates for itself.
         with contextlib.suppress(MemoryError, SystemError):
             self.free = argon2_ffi.callback("void(uint8_t *, size_t)", lambda address, size: None)
             self.allocate = argon2_ffi.callback("int(uint8_t **, size_t)", self.lend, error=-1)
 
     def lend(self, address, size):
+        """Give Argon2 the area of this thread: the allocate_cbk of argon2_context, 0 for success."""
         start, available = self.local.area
         if size > available:
             return -1
@@ -245,20 +255,23 @@ class Argon2Memory:
             },
         )
         size = 1024 * memory
-        # Begun at a huge page; kernels before 6.7 do not see to that.
+        # Aligned to a huge page by hand: kernels before 6.7 do not align anonymous mappings.
         with mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
             with contextlib.suppress(OSError):
                 area.madvise(mmap.MADV_HUGEPAGE)
             with argon2_ffi.from_buffer("uint8_t[]", area) as start:
                 self.local.area = start + -int(argon2_ffi.cast("uintptr_t", start)) % HUGE_PAGE, size
-                status = argon2_core(context, Argon2Type.ID.value)  # which wipes the area
+                status = argon2_core(context, Argon2Type.ID.value)  # it wipes the area
         if status:
             raise VerificationError(argon2_error(status))
         return bytes(argon2_ffi.buffer(hash_buffer))
 
 
+# -- hashing and verifying --
+
+
 class Hasher:
-    """Argon2id with the parameters in force, behind the gate. RFC 9106."""
+    """Argon2id with the configured parameters, behind the gate. RFC 9106."""
 
     def __init__(self, options: Options):
         self.options = options
@@ -273,7 +286,7 @@ class Hasher:
         )
 
     def hash(self, password: str) -> str:
-        """Return the PHC string of a password or client secret."""
+        """Return the PHC string of a password or client secret. Raises Busy, HashFailed."""
         options = self.options
         with self.gate.slot(), self.gate.hashing():
             try:
@@ -285,7 +298,10 @@ class Hasher:
                 raise HashFailed(f"Argon2: {error}") from None
 
     def verify(self, phc: str | None, password: str) -> bool:
-        """Compare in constant time. None stands for an account that does not exist: the same work, and False."""
+        """Return whether a password has this hash. Raises Busy, HashFailed.
+
+        None stands for an account that does not exist: the work is the same, and the result False.
+        """
         exists = phc is not None
         if phc is None:
             unknown = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
@@ -295,14 +311,14 @@ class Hasher:
             try:
                 return self.matches(phc, password.encode()) and exists
             except (Argon2Error, MemoryError, OSError) as error:
-                # A wrong password, or a stored hash that is none; what else fails is the machine.
+                # VerificationError: the password is wrong or the stored hash malformed. All else is lack of resources.
                 if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
                     return False
                 raise HashFailed(f"Argon2: {error}") from None
 
     def matches(self, phc: str, password: bytes) -> bool:
         match = PHC.fullmatch(phc)
-        if not match:  # of another version or kind: the library knows what to say
+        if not match:  # another variant or version of Argon2, or malformed: the library decides
             return argon2_verify(phc.encode(), password, Argon2Type.ID)
         memory, passes, lanes = map(int, match.groups()[:3])
         try:
@@ -312,11 +328,15 @@ class Hasher:
         return hmac.compare_digest(self.memory.compute(password, salt, passes, memory, lanes, len(stored)), stored)
 
 
-class VerifiedSecrets:
-    """Remembers for a while which secrets Argon2 has accepted, as digests under a key only this process has.
+# -- verified secrets --
+# They save a client that comes back its Argon2: 2 µs of HMAC-SHA-256. Without them, a box verifies 37 secrets a second.
 
-    The stored hash is part of what is digested, so a changed secret is forgotten by itself. Each use
-    begins the while anew: `ttl` seconds, and as many `extra_ttl` as it was learned with, at most a day in all.
+
+class VerifiedSecrets:
+    """A cache of secrets that Argon2 has accepted, as HMAC digests under a key that only this process has.
+
+    The digest covers the stored hash, so changing a secret invalidates its entry. Each use renews an entry
+    for `ttl` + `extra_ttl` seconds, at most a day.
     """
 
     def __init__(self, ttl, size):
