@@ -928,11 +928,11 @@ def check_email(email: str) -> str:
     return ""
 
 
-def create_user(idp: Idp, caller: Caller, wanted: CreateUser) -> Account:
+def create_user(idp: Idp, caller: Caller, new_user: CreateUser) -> Account:
     """Raises invalid_request naming each bad member, or conflict."""
-    username, password = fold(wanted.username), wanted.password or wanted.user_password
-    email = fold(wanted.email or wanted.user_email or "")
-    nameless = wanted.user_email is None and not email  # said, not forgotten
+    username, password = fold(new_user.username), new_user.password or new_user.user_password
+    email = fold(new_user.email or new_user.user_email or "")
+    nameless = new_user.user_email is None and not email  # said, not forgotten
     reject(
         username=check_username(username), email="" if nameless else check_email(email),
         password=check_new_password(idp.options, password, username, email),
@@ -1007,14 +1007,14 @@ def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
             audit(idp, caller, "admin.lockout.clear", account.id)
 
 
-def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Account:
+def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Account:
     """Change what was sent, all of it or nothing. Raises invalid_request, not_found, conflict or last_administrator."""
     errors, username, email = {}, None, None
-    if wanted.username is not UNSET:
-        username = fold(wanted.username)
+    if change.username is not UNSET:
+        username = fold(change.username)
         errors["username"] = check_username(username)
-    if wanted.email is not UNSET:
-        email = fold(wanted.email)
+    if change.email is not UNSET:
+        email = fold(change.email)
         errors["email"] = check_email(email)
     reject(**errors)
     try:
@@ -1022,7 +1022,7 @@ def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Accoun
             account = get_user(idp, id)
             changes: dict[str, Any] = {
                 "username": username, "email": email,
-                "email_verified": None if wanted.email_verified is UNSET else int(wanted.email_verified),
+                "email_verified": None if change.email_verified is UNSET else int(change.email_verified),
             }
             changes = {
                 name: value for name, value in changes.items() if value is not None and value != getattr(account, name)
@@ -1034,13 +1034,13 @@ def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Accoun
                     account.id, changes.get("username"), changes.get("email"), changes.get("email_verified"), idp.now()
                 )
                 audit(idp, caller, "user_updated", account.id, " ".join(sorted(changes)))
-            if wanted.is_active is not UNSET and wanted.is_active != bool(account.is_active):
-                set_user_active(idp, caller, account.id, wanted.is_active)
+            if change.is_active is not UNSET and change.is_active != bool(account.is_active):
+                set_user_active(idp, caller, account.id, change.is_active)
             if (
-                wanted.lockout_until is not UNSET
-                and (0 if wanted.lockout_until is None else read_time(wanted.lockout_until)) != account.lockout_until
+                change.lockout_until is not UNSET
+                and (0 if change.lockout_until is None else read_time(change.lockout_until)) != account.lockout_until
             ):
-                set_lockout(idp, caller, account.id, wanted.lockout_until)
+                set_lockout(idp, caller, account.id, change.lockout_until)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
     return get_user(idp, account.id)
@@ -1077,13 +1077,13 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, but_admins=
         end_user(idp, caller, account.id, "user_password_reset")
 
 
-def verify_password(idp: Idp, caller: Caller, wanted: VerifyPassword) -> Account:
+def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
     """Is this the password of this user, and could it log in? Raises invalid_grant with 403, as every login."""
-    if not (wanted.user_id or wanted.username):
+    if not (request.user_id or request.username):
         reject(user_id="is required, or username")
-    account = idp.store.find_account(wanted.user_id.lower()) if wanted.user_id else None
-    name = account.username if account else wanted.username or wanted.user_id
-    return authenticate_user(idp, caller, name, wanted.password, wanted.totp, only_password=True)[0]
+    account = idp.store.find_account(request.user_id.lower()) if request.user_id else None
+    name = account.username if account else request.username or request.user_id
+    return authenticate_user(idp, caller, name, request.password, request.totp, only_password=True)[0]
 
 
 def enable_totp(idp: Idp, account: Account, seed: str, code: str):
@@ -1163,8 +1163,8 @@ def get_role(idp: Idp, id_or_name: str) -> Role:
     return role
 
 
-def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
-    name, description = normalise(wanted.name), (wanted.description or "").strip()
+def create_role(idp: Idp, caller: Caller, new_role: CreateRole) -> Role:
+    name, description = normalise(new_role.name), (new_role.description or "").strip()
     reject(name=check_name(name), description=check_label(description))
     try:
         with idp.store.transaction():
@@ -1175,10 +1175,10 @@ def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
     return role
 
 
-def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
+def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
     """Change what was sent; a blank name and null stay as they are. Raises protected, conflict."""
-    name = normalise(wanted.name) if wanted.name else None
-    description = wanted.description.strip() if isinstance(wanted.description, str) else None
+    name = normalise(change.name) if change.name else None
+    description = change.description.strip() if isinstance(change.description, str) else None
     reject(name=check_name(name) if name else "", description=check_label(description or ""))
     try:
         with idp.store.transaction():
@@ -1218,7 +1218,7 @@ def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
     """Take a role from a user, and end what was issued with it. Raises not_found, last_administrator."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
-        if not any(held.id == role.id for held in idp.store.list_roles_of(account.id)):
+        if not any(assigned.id == role.id for assigned in idp.store.list_roles_of(account.id)):
             raise Problem("not_found", log="the user does not have this role")
         if role.id == MAD_ADMIN_ROLE_ID:
             forbid_removing_last_admin(idp, account.id)
@@ -1230,12 +1230,11 @@ def set_roles(idp: Idp, caller: Caller, user_id: str, role_ids):
     """Give a user exactly these roles, all or none."""
     with idp.store.transaction():
         account = get_user(idp, user_id)
-        wanted, held = (
-            {get_role(idp, id).id for id in role_ids}, {role.id for role in idp.store.list_roles_of(account.id)},
-        )
-        for role_id in sorted(wanted - held):
+        new_ids = {get_role(idp, id).id for id in role_ids}
+        old_ids = {role.id for role in idp.store.list_roles_of(account.id)}
+        for role_id in sorted(new_ids - old_ids):
             assign_role(idp, caller, account.id, role_id)
-        for role_id in sorted(held - wanted):
+        for role_id in sorted(old_ids - new_ids):
             unassign_role(idp, caller, account.id, role_id)
 
 
@@ -1246,8 +1245,8 @@ def get_permission(idp: Idp, id_or_name: str) -> Permission:
     return permission
 
 
-def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Permission:
-    name = normalise(wanted.name)
+def create_permission(idp: Idp, caller: Caller, new_permission: CreatePermission) -> Permission:
+    name = normalise(new_permission.name)
     reject(name=check_name(name))
     try:
         with idp.store.transaction():
@@ -1258,8 +1257,8 @@ def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Per
     return permission
 
 
-def update_permission(idp: Idp, caller: Caller, id: str, wanted: UpdatePermission) -> Permission:
-    name = None if wanted.name is UNSET else normalise(wanted.name)
+def update_permission(idp: Idp, caller: Caller, id: str, change: UpdatePermission) -> Permission:
+    name = None if change.name is UNSET else normalise(change.name)
     reject(name=check_name(name) if name is not None else "")
     try:
         with idp.store.transaction():
@@ -1296,27 +1295,27 @@ def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str
         audit(idp, caller, "permission_unassigned", role.id, permission.id)
 
 
-def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
+def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
     """May this user do this? What is unknown may not.
 
     By the name of a permission or scope the answer is `access` alone.
     """
-    account = idp.store.find_account(wanted.user_id.lower()) or idp.store.find_account_by_name(fold(wanted.user_id))
-    user_id = account.id if account else wanted.user_id
-    if wanted.scope:
+    account = idp.store.find_account(request.user_id.lower()) or idp.store.find_account_by_name(fold(request.user_id))
+    user_id = account.id if account else request.user_id
+    if request.scope:
         scopes = idp.store.list_scopes_of_user(user_id) if account and account.is_active else ()
-        return AccessVerdict(any(wanted.scope in (scope.name, scope.id) for scope in scopes))
-    asked = wanted.permission_id or wanted.permission
-    if not asked.strip() or not wanted.user_id.strip():
+        return AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
+    asked = request.permission_id or request.permission
+    if not asked.strip() or not request.user_id.strip():
         reject(
             permission_id="is required" if not asked.strip() else "",
-            user_id="" if wanted.user_id.strip() else "is required",
+            user_id="" if request.user_id.strip() else "is required",
         )
     allowed = any(
         asked in (permission.id, permission.name) for permission in idp.store.list_permissions_of_user(user_id)
     )
-    if wanted.permission_id:
-        return AccessVerdict(allowed, wanted.user_id, wanted.permission_id, allowed)
+    if request.permission_id:
+        return AccessVerdict(allowed, request.user_id, request.permission_id, allowed)
     return AccessVerdict(allowed)
 
 
@@ -1431,12 +1430,12 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     allowed = client_scopes if user_scopes is None else client_scopes & user_scopes
     if requested is None or not requested.strip(" "):
         return " ".join(sorted(allowed))
-    wanted = set(requested.split(" ")) - {""}
-    if user_scopes is not None and OPENID in wanted:
+    scopes = set(requested.split(" ")) - {""}
+    if user_scopes is not None and OPENID in scopes:
         allowed = allowed | set(OIDC_SCOPES)
-    if not wanted <= allowed:
+    if not scopes <= allowed:
         raise Problem("invalid_scope", log="asked for more than is allowed")
-    return " ".join(sorted(wanted))
+    return " ".join(sorted(scopes))
 
 
 def check_client_id(client_id: str) -> str:
@@ -1562,27 +1561,27 @@ def end_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=
         audit(idp, caller, action, row.client_id, secondary)
 
 
-def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Client, str]:
+def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
     """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict."""
-    client_id, errors = wanted.client_id.strip(), {}
+    client_id, errors = new_client.client_id.strip(), {}
     errors["client_id"] = check_client_id(client_id)
-    if wanted.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
+    if new_client.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
         errors["client_type"] = "must be confidential or public"
-    public = wanted.client_type == PUBLIC_CLIENT
-    secret = wanted.client_secret or wanted.secret or ""
+    public = new_client.client_type == PUBLIC_CLIENT
+    secret = new_client.client_secret or new_client.secret or ""
     if public and secret:
         errors["client_secret"] = "a public client has none"
     elif secret:
         errors["client_secret"] = check_client_secret(secret)
-    grant_types = wanted.grant_types
+    grant_types = new_client.grant_types
     if grant_types is None:
         grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else list(GRANT_TYPES)
-    errors["grant_types"] = check_grant_types(grant_types, wanted.client_type)
-    audience = (wanted.audience or "microauthd").strip()
-    errors["audience"], errors["display_name"] = check_label(audience), check_label(wanted.display_name or "")
-    if public and wanted.may_introspect:
+    errors["grant_types"] = check_grant_types(grant_types, new_client.client_type)
+    audience = (new_client.audience or "microauthd").strip()
+    errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
+    if public and new_client.may_introspect:
         errors["may_introspect"] = "a public client cannot have this right"
-    found = [idp.store.find_scope(key_of(name)) for name in wanted.scopes or ()]
+    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
     scopes = [scope for scope in found if scope]
     if None in found:
         errors["scopes"] = "must all exist"
@@ -1590,10 +1589,10 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     made = "" if public or secret else random_handle()
     now = idp.now()
     row = ClientRow(
-        id=str(uuid.uuid4()), client_id=client_id, client_type=wanted.client_type,
-        display_name=(wanted.display_name or "").strip(), audience=audience,
-        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect),
-        is_first_party=int(wanted.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
+        id=str(uuid.uuid4()), client_id=client_id, client_type=new_client.client_type,
+        display_name=(new_client.display_name or "").strip(), audience=audience,
+        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(new_client.may_introspect),
+        is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
         revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now,
@@ -1612,18 +1611,18 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     return get_client(idp, row.id), made
 
 
-def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
+def change_secret(idp: Idp, caller: Caller, change: ChangeSecret) -> str:
     """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days."""
-    client = get_client(idp, wanted.client_id)
+    client = get_client(idp, change.client_id)
     if not client.row.is_active:
         raise Problem("not_found", log="the client is inactive")
-    secret = (wanted.new_secret or "").strip()
+    secret = (change.new_secret or "").strip()
     errors = {}
     if client.row.client_type == PUBLIC_CLIENT:
         errors["client_id"] = "a public client has no secret"
     elif secret:
         errors["new_secret"] = check_client_secret(secret)
-    if not 0 <= wanted.overlap_seconds <= OVERLAP_MAX:
+    if not 0 <= change.overlap_seconds <= OVERLAP_MAX:
         errors["overlap_seconds"] = f"must be from 0 to {OVERLAP_MAX}"
     reject(**errors)
     secret = secret or random_handle()
@@ -1632,13 +1631,13 @@ def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
         client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
         if not client.row.is_active:
             raise Problem("not_found", log="the client is inactive")
-        idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
+        idp.store.retire_secrets(client.row.id, now + change.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
-        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
+        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={change.overlap_seconds}")
     return secret
 
 
-def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Client:
+def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Client:
     """Change the members that were sent, all or none. Raises invalid_request, not_found or conflict.
 
     Deactivating a client, renaming it or changing its audience revokes its tokens: their `client_id` or
@@ -1649,27 +1648,27 @@ def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Cl
             client = get_client(idp, id)
             row, errors = client.row, {}
             changes: dict[str, Any] = {}
-            if wanted.client_id is not UNSET:
-                changes["client_id"] = wanted.client_id.strip()
+            if change.client_id is not UNSET:
+                changes["client_id"] = change.client_id.strip()
                 errors["client_id"] = check_client_id(changes["client_id"])
-            if isinstance(wanted.display_name, str):
-                changes["display_name"] = wanted.display_name.strip()
+            if isinstance(change.display_name, str):
+                changes["display_name"] = change.display_name.strip()
                 errors["display_name"] = check_label(changes["display_name"])
-            if wanted.audience and wanted.audience.strip():
-                changes["audience"] = wanted.audience.strip()
+            if change.audience and change.audience.strip():
+                changes["audience"] = change.audience.strip()
                 errors["audience"] = check_label(changes["audience"])
-            if wanted.grant_types is not UNSET:
-                changes["grant_types"] = " ".join(sorted(set(wanted.grant_types)))
-                errors["grant_types"] = check_grant_types(wanted.grant_types, row.client_type)
-            if wanted.may_introspect is True and row.client_type == PUBLIC_CLIENT:
+            if change.grant_types is not UNSET:
+                changes["grant_types"] = " ".join(sorted(set(change.grant_types)))
+                errors["grant_types"] = check_grant_types(change.grant_types, row.client_type)
+            if change.may_introspect is True and row.client_type == PUBLIC_CLIENT:
                 errors["may_introspect"] = "a public client cannot have this right"
             reject(**errors)
             for name in ("is_active", "may_introspect", "is_first_party"):
-                if getattr(wanted, name) is not UNSET:
-                    changes[name] = int(getattr(wanted, name))
+                if getattr(change, name) is not UNSET:
+                    changes[name] = int(getattr(change, name))
             for name in ("access_token_signed_alg", "id_token_signed_response_alg"):
-                if getattr(wanted, name) is not UNSET:
-                    changes[name] = getattr(wanted, name)
+                if getattr(change, name) is not UNSET:
+                    changes[name] = getattr(change, name)
             changes = {name: value for name, value in changes.items() if value != getattr(row, name)}
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
@@ -1752,24 +1751,24 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
     return client.flags.get("TOTP_ISSUER") or client.row.display_name or client.client_id
 
 
-def check_idp(wanted: PutIdp):
-    key = wanted.provider_key.strip().lower()
+def check_idp(provider: PutIdp):
+    key = provider.provider_key.strip().lower()
     errors = {
         "provider_key": "" if re.fullmatch(r"[a-z0-9._-]{1,50}", key) else "must be 1 to 50 letters, digits, and . _ -"
     }
     for member in ("display_name", "issuer", "client_identifier", "scopes"):
-        errors[member] = check_label(getattr(wanted, member))
-    if wanted.issuer:
-        parts = urlsplit(wanted.issuer.strip())
+        errors[member] = check_label(getattr(provider, member))
+    if provider.issuer:
+        parts = urlsplit(provider.issuer.strip())
         if parts.scheme not in ("https", "http") or not parts.hostname or parts.query or parts.fragment:
             errors["issuer"] = "must be an http(s) URL without query or fragment"
     reject(**errors)
     return key
 
 
-def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | None = None) -> ExternalIdp:
+def put_idp(idp: Idp, caller: Caller, id: str, provider: PutIdp, idp_id: str | None = None) -> ExternalIdp:
     """Add an external identity provider to a client, or change one. Raises invalid_request, not_found or conflict."""
-    key, now = check_idp(wanted), idp.now()
+    key, now = check_idp(provider), idp.now()
     try:
         with idp.store.transaction():
             client = get_client(idp, id)
@@ -1777,8 +1776,8 @@ def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | Non
             if idp_id and found is None:
                 raise Problem("not_found")
             row = ExternalIdp(
-                found.id if found else str(uuid.uuid4()), client.row.id, key, wanted.display_name.strip(),
-                wanted.issuer.strip(), wanted.client_identifier.strip(), wanted.scopes.strip(),
+                found.id if found else str(uuid.uuid4()), client.row.id, key, provider.display_name.strip(),
+                provider.issuer.strip(), provider.client_identifier.strip(), provider.scopes.strip(),
                 found.created_at if found else now, now,
             )
             idp.store.put_idp(row)
@@ -1796,15 +1795,15 @@ def delete_idp(idp: Idp, caller: Caller, id: str, idp_id: str):
         audit(idp, caller, "external_idp_deleted", client.client_id, idp_id)
 
 
-def create_scope(idp: Idp, caller: Caller, wanted: CreateScope) -> Scope:
-    name = normalise(wanted.name)
-    reject(name=check_scope_name(name), description=check_label(wanted.desc or wanted.description or ""))
+def create_scope(idp: Idp, caller: Caller, new_scope: CreateScope) -> Scope:
+    name = normalise(new_scope.name)
+    reject(name=check_scope_name(name), description=check_label(new_scope.desc or new_scope.description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:
         with idp.store.transaction(identity=True):
             scope = idp.store.add_scope(
-                str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now()
+                str(uuid.uuid4()), name, (new_scope.desc or new_scope.description or "").strip(), idp.now()
             )
             audit(idp, caller, "create_scope", name, scope.id)
     except Conflict:
@@ -1819,10 +1818,10 @@ def get_scope(idp: Idp, id_or_name: str) -> Scope:
     return scope
 
 
-def update_scope(idp: Idp, caller: Caller, id: str, wanted: UpdateScope) -> Scope:
+def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scope:
     """Change what was sent. Raises invalid_request, not_found, protected or conflict."""
-    name = None if wanted.name is UNSET else normalise(wanted.name)
-    description = next((word.strip() for word in (wanted.desc, wanted.description) if isinstance(word, str)), None)
+    name = None if change.name is UNSET else normalise(change.name)
+    description = next((word.strip() for word in (change.desc, change.description) if isinstance(word, str)), None)
     reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
@@ -2045,35 +2044,35 @@ def revoke_refresh_token(idp: Idp, caller: Caller, id: str):
     revoke_family(idp, caller, row.sid, "refresh_token_revoked", row.user_id)
 
 
-def audit_purge(idp, caller, action, done, wanted) -> int:
+def audit_purge(idp, caller, action, done, purge) -> int:
     audit(
-        idp, caller, action, wanted.user_id or wanted.client_id or "",
-        f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
+        idp, caller, action, purge.user_id or purge.client_id or "",
+        f"purged={done};expired={str(purge.purge_expired).lower()};revoked={str(purge.purge_revoked).lower()}",
     )
     return done
 
 
-def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
+def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
     """Delete the rows of expired or revoked sessions or refresh tokens; return how many.
 
     Only rows that expired at least `older_than_seconds` ago are deleted.
     """
     require_clock(idp)
-    if wanted.user_id:
-        wanted.user_id = get_user(idp, wanted.user_id).id
-    if wanted.client_id:
-        wanted.client_id = get_client(idp, wanted.client_id).client_id
-    before, total = idp.now() - wanted.older_than_seconds, 0
+    if purge.user_id:
+        purge.user_id = get_user(idp, purge.user_id).id
+    if purge.client_id:
+        purge.client_id = get_client(idp, purge.client_id).client_id
+    before, total = idp.now() - purge.older_than_seconds, 0
     after: str | None
-    if not (wanted.purge_expired or wanted.purge_revoked):
+    if not (purge.purge_expired or purge.purge_revoked):
         return 0
     narrowed: dict[str, Any] = {
-        "revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id,
+        "revoked": not purge.purge_expired, "user_id": purge.user_id, "client_id": purge.client_id,
     }
     # Audited first, so that the actor is known even if the purge is interrupted between two slices.
     audit(
-        idp, caller, "purge_begun", wanted.user_id or wanted.client_id or "",
-        f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}",
+        idp, caller, "purge_begun", purge.user_id or purge.client_id or "",
+        f"{'+'.join(kinds)};older_than_seconds={purge.older_than_seconds}",
     )
     if "session" in kinds:
         after, done = "", 0
@@ -2081,14 +2080,14 @@ def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lam
             after, deleted = idp.store.purge_sessions(f"{max(0, before) * 1000:012x}", before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, caller, "sessions_purged", done, wanted)
+        total += audit_purge(idp, caller, "sessions_purged", done, purge)
     if "refresh_token" in kinds:
         after, done = "", 0
         while after is not None:
             after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, caller, "refresh_tokens_purged", done, wanted)
+        total += audit_purge(idp, caller, "refresh_tokens_purged", done, purge)
     return total
 
 
