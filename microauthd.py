@@ -972,14 +972,14 @@ def refuse_admins(idp: Idp, user_id: str):
         raise Problem("access_denied", log="the user is an administrator")
 
 
-def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admins=False) -> Account:
+def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excluding_admins=False) -> Account:
     """Let a user in again, or keep one out and end all it has.
 
-    Raises unchanged, last_administrator, or with `but_admins` access_denied.
+    Raises unchanged, last_administrator, or with `excluding_admins` access_denied.
     """
     with idp.store.transaction():
         account = get_user(idp, id)
-        if but_admins:
+        if excluding_admins:
             refuse_admins(idp, account.id)
         if bool(account.is_active) == is_active:
             raise Problem("unchanged")
@@ -1064,14 +1064,14 @@ def verify_email(idp: Idp, caller: Caller, id: str):
         audit(idp, caller, "user_email_verified", account.id)
 
 
-def reset_password(idp: Idp, caller: Caller, id: str, password: str, but_admins=False):
+def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_admins=False):
     """Give a user a new password, and end all that the old one opened."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
     password_hash = hash_secret(idp, password)
     with idp.store.transaction():
         account = get_user(idp, account.id)
-        if but_admins:
+        if excluding_admins:
             refuse_admins(idp, account.id)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
         end_user(idp, caller, account.id, "user_password_reset")
@@ -1886,7 +1886,7 @@ def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: s
 # Refresh-token families, revocation, and the one check of whether a token is valid.
 
 
-def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
+def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_revocation=False) -> dict:
     """Return the claims of a valid access token. RFC 9068 §4, RFC 8725 §3.
 
     Valid means: signature, `typ`, `iss` and `exp` are right, `iat` is not in the future, the `jti` is not
@@ -1897,8 +1897,9 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=F
     now = idp.now()
     if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
-    issued_ms, asks = jti_ms(claims["jti"]), asks or idp.options.enable_token_revocation or ring is idp.admin_ring
-    if issued_ms <= idp.revoked_before or (asks and idp.store.is_revoked(claims["jti"])):
+    issued_ms = jti_ms(claims["jti"])
+    check_revocation = check_revocation or idp.options.enable_token_revocation or ring is idp.admin_ring
+    if issued_ms <= idp.revoked_before or (check_revocation and idp.store.is_revoked(claims["jti"])):
         raise Replayed(claims, "revoked")
     if claims["mad"] == "auth":
         client = find_client(idp, claims["client_id"])
@@ -1907,7 +1908,7 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=F
     if claims["sub"] != claims.get("client_id"):
         if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
             raise Replayed(claims, "its user is gone, inactive or was revoked")
-        if asks and claims.get("sid"):
+        if check_revocation and claims.get("sid"):
             family = idp.store.find_family(claims["sid"])
             if family is None or family.revoked_at is not None:
                 raise Replayed(claims, "its login was ended")
@@ -2107,7 +2108,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     active = typ == AT_JWT
     if active:
         try:
-            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
         except (Problem, Unavailable):
             active = False
     return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
@@ -2153,7 +2154,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     """
     inactive = {"active": False}
     try:
-        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
     except Problem as problem:
         if problem.code != "invalid_token":
             raise
@@ -4703,7 +4704,7 @@ def scoped_reset_password(idp, claims, params):
     """Give a user a new password; never an administrator."""
     reset_password(
         idp, params.caller, params.path["id"], params.body.new_password or params.body.password,
-        but_admins=True,
+        excluding_admins=True,
     )
     return msg("Password reset; every login of the user is ended.")
 
@@ -4711,7 +4712,7 @@ def scoped_reset_password(idp, claims, params):
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
     """Keep a user out and end all it has; never an administrator."""
-    set_user_active(idp, params.caller, params.path["id"], False, but_admins=True)
+    set_user_active(idp, params.caller, params.path["id"], False, excluding_admins=True)
     return msg("User deactivated.")
 
 
