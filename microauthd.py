@@ -420,8 +420,8 @@ class KeyRing:
         self.access = active.get("ES256" if prefer_ec else "RS256") or next(iter(active.values()))
         # A header is compared byte by byte with those we write, so no token can choose its own algorithm.
         # RFC 8725 §3.1.
-        self.written = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
-        self.headers = {self.written[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        self.headers = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        self.by_header = {self.headers[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
         self.verified = {}
 
     def signer(self, alg) -> Key:
@@ -432,7 +432,7 @@ class KeyRing:
 
     def mint(self, key: Key, typ: str, claims: dict) -> str:
         """Return a compact JWS. RFC 7515 §3.1."""
-        message = self.written[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
+        message = self.headers[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
         return (message + b"." + b64url_bytes(key.sign(message))).decode()
 
     def verify(self, token: str, typ: str) -> dict:
@@ -443,7 +443,7 @@ class KeyRing:
         known = self.verified.get(token)
         if known is None:
             header, _, rest = token.partition(".")
-            key, signed_as = self.headers.get(header, (None, None))
+            key, signed_as = self.by_header.get(header, (None, None))
             if key is None or len(token) > 8192:
                 raise Problem("invalid_token", log="not signed by a key of this port")
             try:
@@ -514,9 +514,9 @@ class Idp:
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
         # port: what was seen of its file; empty where rings do not come from files
-        self.ring_files: dict[str, tuple] = {}
-        self.rings_said: dict[str, str] = {}  # port: why its file cannot be read, as it was logged
-        self.rings_until = 0.0  # monotonic seconds until the files are looked at again
+        self.ring_versions: dict[str, tuple] = {}
+        self.logged_ring_errors: dict[str, str] = {}  # port: why its file cannot be read, as it was logged
+        self.next_ring_check = 0.0  # monotonic seconds until the files are looked at again
         self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
@@ -533,24 +533,24 @@ class Idp:
         self.clock_is_sane = True  # where no Timekeeper looks
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
 
-    def look_at_rings(self):
+    def reload_rings_if_due(self):
         """Take up changed key rings, where it is time to look."""
-        if self.ring_files and time.monotonic() >= self.rings_until:
-            self.follow_rings()
+        if self.ring_versions and time.monotonic() >= self.next_ring_check:
+            self.reload_rings()
 
     @property
     def auth_ring(self) -> KeyRing:
         """The keys of AUTH, as its file has them now."""
-        self.look_at_rings()
+        self.reload_rings_if_due()
         return self.rings["auth"]
 
     @property
     def admin_ring(self) -> KeyRing:
         """The keys of ADMIN, as its file has them now."""
-        self.look_at_rings()
+        self.reload_rings_if_due()
         return self.rings["admin"]
 
-    def follow_rings(self):
+    def reload_rings(self):
         """Take up a ring whose file changed, or whose next key has come of age. Asked once a second at most.
 
         A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
@@ -559,26 +559,26 @@ class Idp:
         if not self.rings_lock.acquire(blocking=False):
             return
         try:
-            self.rings_until = time.monotonic() + 1
-            self.read_changed_rings()
+            self.next_ring_check = time.monotonic() + 1
+            self.reload_changed_rings()
         finally:
             self.rings_lock.release()
 
-    def read_changed_rings(self):
+    def reload_changed_rings(self):
         for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
             try:
-                seen, due = self.ring_files[port_name]
-                mark = file_fingerprint(path)
-                if mark == seen and (due is None or self.now() < due):
+                known, next_at = self.ring_versions[port_name]
+                fingerprint = file_fingerprint(path)
+                if fingerprint == known and (next_at is None or self.now() < next_at):
                     continue
                 entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
             except (OSError, StartupError) as error:
-                if str(error) != self.rings_said.get(port_name):
+                if str(error) != self.logged_ring_errors.get(port_name):
                     self.log("keys.unreadable", "error", path=path, reason=error)
-                self.rings_said[port_name] = str(error)
+                self.logged_ring_errors[port_name] = str(error)
                 continue
-            self.rings_said.pop(port_name, None)
-            self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
+            self.logged_ring_errors.pop(port_name, None)
+            self.ring_versions[port_name] = (fingerprint, next_due(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
             # After the ring: who holds the dict of before may have built a page from the ring of before. See
             # prebuilt().
@@ -611,20 +611,20 @@ class Idp:
         change never lands in the dict of after it.
         """
         generation = self.store.generation.read()
-        held, cache = self.client_cache
-        if held != generation:
+        cached_generation, cache = self.client_cache
+        if cached_generation != generation:
             cache = {}
             self.client_cache = (generation, cache)
         return cache
 
-    def check_clock(self, for_good=True) -> bool:
-        """Return whether the clock can be trusted; `for_good` with what cannot be undone: to purge, to retire a key.
+    def check_clock(self, irreversible=True) -> bool:
+        """Return whether the clock can be trusted; `irreversible` for a purge or the retirement of a key.
 
-        A server asks its Timekeeper. A command at the machine has only the clock, which is never before our
-        release or the latest time that is known to have been.
+        In a server the Timekeeper decides. A local command has only the clock, which must not be before
+        our release or the latest time in the database.
         """
         if isinstance(self.clock, Timekeeper):
-            return self.clock.state in (("right",) if for_good else ("right", "probation"))
+            return self.clock.state in (("right",) if irreversible else ("right", "probation"))
         floor = max(RELEASED_AT, self.store.clock_floor() - IAT_SKEW)
         sane = self.now() >= floor
         if sane != self.clock_is_sane:
@@ -3696,7 +3696,7 @@ def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
     `make` is called after the dict was taken: what is made of the keys of before a change never lands in the dict of
     after it, where it would stay.
     """
-    idp.look_at_rings()
+    idp.reload_rings_if_due()
     answers = idp.answers
     page = answers.get(name)
     if page is None:
@@ -3729,7 +3729,7 @@ def ready(idp, params):
     # Asked at most once a second: the probe takes the write lock, and anybody may ask.
     until, checks = idp.readiness
     if time.monotonic() >= until:
-        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(for_good=False), "database": True}
+        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(irreversible=False), "database": True}
         try:
             idp.store.probe()
         except Unavailable as problem:

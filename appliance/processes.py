@@ -181,7 +181,7 @@ class ServerProcess:
             idp = Idp(options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, MACHINE)
             # A ring file that changed since it was read has another fingerprint: the first request reads it again.
             entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
-            idp.ring_files = {
+            idp.ring_versions = {
                 port_name: (startup.ring_marks[port_name], next_due(entries[port_name], options.key_overlap))
                 for port_name in entries
             }

@@ -81,7 +81,7 @@ def note_configuration(idp: Idp):
 def advance_key_states(idp: Idp):
     """Bring the ring files up to date: promote a next key that is due, drop a retired one whose tokens have expired."""
     options, now = idp.options, idp.now()
-    if not idp.ring_files or not idp.check_clock():
+    if not idp.ring_versions or not idp.check_clock():
         return
     lives = [
         options.token_expiration, ID_TOKEN_TTL,

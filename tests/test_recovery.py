@@ -431,7 +431,7 @@ class TestKeys:
     @pytest.mark.parametrize("waiting", [False, True])
     def test_a_revoked_key_signs_and_verifies_nothing_any_more(self, house, waiting):
         idp = opened(house)
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
             "access_token"
         ]
@@ -439,7 +439,7 @@ class TestKeys:
             rotate_keys(house, ["auth"], ["ES256"])
         kid = jwt.get_unverified_header(token)["kid"]
         assert revoke_key(house, kid) == "auth"
-        idp.rings_until = 0
+        idp.next_ring_check = 0
         with pytest.raises(m.Problem, match="invalid_token"):
             m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token)
         assert (
@@ -778,7 +778,7 @@ class TestRotation:
         ).read()
         idp = open_idp(house)
         idp.clock = lambda: later
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         advance_key_states(idp)
         idp.store.close()
         content = open(house.token_signing_key_file, "rb").read()
