@@ -220,7 +220,7 @@ def reject(**errors):
         raise Problem("invalid_request", errors=errors)
 
 
-class Replayed(Problem):
+class RevokedToken(Problem):
     """invalid_token, of a token that was good once and was ended: who presents it is worth an audit row."""
 
     def __init__(self, claims, log):
@@ -529,7 +529,7 @@ class Idp:
         ]  # by name: one verification of an account or client at a time
         self.pages = Pages(options)
         self.answers: dict = {}  # prebuilt, by name
-        self.replays: set[str] = set()  # jti of dead tokens whose use was written down
+        self.audited_replays: set[str] = set()  # jti of dead tokens whose use was written down
         self.clock_is_sane = True  # where no Timekeeper looks
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
 
@@ -1900,18 +1900,18 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
     issued_ms = jti_ms(claims["jti"])
     check_revocation = check_revocation or idp.options.enable_token_revocation or ring is idp.admin_ring
     if issued_ms <= idp.revoked_before or (check_revocation and idp.store.is_revoked(claims["jti"])):
-        raise Replayed(claims, "revoked")
+        raise RevokedToken(claims, "revoked")
     if claims["mad"] == "auth":
         client = find_client(idp, claims["client_id"])
         if client is None or issued_ms <= client.row.revoked_before or claims["aud"] != client.row.audience:
-            raise Replayed(claims, "its client is gone, inactive or was revoked")
+            raise RevokedToken(claims, "its client is gone, inactive or was revoked")
     if claims["sub"] != claims.get("client_id"):
         if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
-            raise Replayed(claims, "its user is gone, inactive or was revoked")
+            raise RevokedToken(claims, "its user is gone, inactive or was revoked")
         if check_revocation and claims.get("sid"):
             family = idp.store.find_family(claims["sid"])
             if family is None or family.revoked_at is not None:
-                raise Replayed(claims, "its login was ended")
+                raise RevokedToken(claims, "its login was ended")
     return claims
 
 
@@ -1952,22 +1952,22 @@ def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
         audit(idp, caller.acting_as(client.client_id), "token_revoked", claims["sub"], f"jti={claims['jti']}")
 
 
-def note_replay(idp: Idp, caller: Caller, replayed: Replayed):
+def audit_replay(idp: Idp, caller: Caller, revoked: RevokedToken):
     """Audit the use of a revoked token, once per token, so that replaying it cannot flood the log."""
-    claims = replayed.claims
-    if claims["jti"] in idp.replays:
+    claims = revoked.claims
+    if claims["jti"] in idp.audited_replays:
         return
-    if len(idp.replays) >= 4096:
-        idp.replays.clear()
+    if len(idp.audited_replays) >= 4096:
+        idp.audited_replays.clear()
     # where nothing can be written, a dead token is refused all the same
     with contextlib.suppress(Problem, Unavailable):
         audit(
             idp, caller.acting_as(
                 claims["sub"]
-            ), f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
+            ), f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", revoked.log,
             FAILURE,
         )
-        idp.replays.add(claims["jti"])
+        idp.audited_replays.add(claims["jti"])
 
 
 def is_session_dead(session: ListedSession) -> bool:
@@ -3193,8 +3193,8 @@ def read_claims(idp, ring, issuer, params) -> dict:
     """Return the claims of the living access token a request brings, and call its subject the actor."""
     try:
         claims = verify_access_token(idp, ring, issuer, read_bearer(params))
-    except Replayed as replayed:
-        note_replay(idp, params.caller, replayed)
+    except RevokedToken as revoked:
+        audit_replay(idp, params.caller, revoked)
         raise
     params.caller = params.caller.acting_as(claims["sub"])
     return claims

@@ -157,9 +157,9 @@ class TestAlive:
         assert introspect(auth, machine["access_token"], service) == {"active": False}
 
     def test_replays_are_bounded(self, idp):
-        idp.replays = {str(number) for number in range(4096)}
-        m.note_replay(idp, m.LOCAL, m.Replayed({"jti": "x", "sub": "y", "mad": "auth"}, "revoked"))
-        assert len(idp.replays) <= 4096
+        idp.audited_replays = {str(number) for number in range(4096)}
+        m.audit_replay(idp, m.LOCAL, m.RevokedToken({"jti": "x", "sub": "y", "mad": "auth"}, "revoked"))
+        assert len(idp.audited_replays) <= 4096
 
     def test_the_millisecond_of_the_epoch_of_the_server_is_dead(self, auth, service, alice, log_in, change):
         issued = log_in(alice)
