@@ -713,7 +713,7 @@ def forbid_removing_last_admin(idp: Idp, user_id: str):
         raise Problem("last_administrator")
 
 
-def end_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
+def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
     """End all that was ever issued to a user, on both ports.
 
     Whatever takes a right from a user comes here, in its transaction.
@@ -723,7 +723,7 @@ def end_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
         audit(idp, caller, action, user_id, secondary)
 
 
-def is_good(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
+def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
     """Is this user still good for what was issued then? It exists, is active, and nothing of it was ended since."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
@@ -887,7 +887,7 @@ def check_second_factor(
     with idp.locks[hash(user_id) % len(idp.locks)]:
         account, used = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
-        if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
+        if not failure and (not is_still_valid(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
         if not failure and re.fullmatch(r"[0-9]{6}", code):
             failure = check_totp(idp, account, code)
@@ -989,7 +989,7 @@ def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excludin
         else:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_account_active(account.id, 0, idp.now())
-            end_user(idp, caller, account.id, "user_deactivated")
+            revoke_user(idp, caller, account.id, "user_deactivated")
     return account
 
 
@@ -1001,7 +1001,7 @@ def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
         if until:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_lockout(account.id, until, idp.now())
-            end_user(idp, caller, account.id, "admin.lockout.set", iso(until))
+            revoke_user(idp, caller, account.id, "admin.lockout.set", iso(until))
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
             audit(idp, caller, "admin.lockout.clear", account.id)
@@ -1074,7 +1074,7 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_a
         if excluding_admins:
             refuse_admins(idp, account.id)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
-        end_user(idp, caller, account.id, "user_password_reset")
+        revoke_user(idp, caller, account.id, "user_password_reset")
 
 
 def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
@@ -1223,7 +1223,7 @@ def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
         if role.id == MAD_ADMIN_ROLE_ID:
             forbid_removing_last_admin(idp, account.id)
         idp.store.unassign_role(account.id, role.id)
-        end_user(idp, caller, account.id, "role_unassigned", role.id)
+        revoke_user(idp, caller, account.id, "role_unassigned", role.id)
 
 
 def set_roles(idp: Idp, caller: Caller, user_id: str, role_ids):
@@ -1554,7 +1554,7 @@ def check_client_secret(secret: str) -> str:
     return "" if 8 <= len(secret) <= 255 and secret.isprintable() else "must have 8 to 255 printable characters"
 
 
-def end_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
+def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
     """Revoke everything ever issued to a client. Each change that reduces its rights calls this in its transaction."""
     with idp.store.transaction(identity=True):
         idp.store.revoke_client(row.id, row.client_id, idp.now(), idp.now_ms())
@@ -1672,7 +1672,7 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
             changes = {name: value for name, value in changes.items() if value != getattr(row, name)}
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
-                    end_client(idp, caller, row, "client_revoked")
+                    revoke_client(idp, caller, row, "client_revoked")
                 idp.store.update_client(msgspec.structs.replace(row, **changes, modified_at=idp.now()))
                 audit(idp, caller, "client_updated", changes.get("client_id", row.client_id), " ".join(sorted(changes)))
     except Conflict:
@@ -1684,7 +1684,7 @@ def delete_client(idp: Idp, caller: Caller, id: str):
     """Delete a client and all its records, and revoke its tokens."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
-        end_client(idp, caller, row, "delete_client", row.id)
+        revoke_client(idp, caller, row, "delete_client", row.id)
         idp.store.delete_client(row.id)
 
 
@@ -1906,7 +1906,7 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
         if client is None or issued_ms <= client.row.revoked_before or claims["aud"] != client.row.audience:
             raise RevokedToken(claims, "its client is gone, inactive or was revoked")
     if claims["sub"] != claims.get("client_id"):
-        if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
+        if not is_still_valid(idp.store.find_account(claims["sub"]), issued_ms):
             raise RevokedToken(claims, "its user is gone, inactive or was revoked")
         if check_revocation and claims.get("sid"):
             family = idp.store.find_family(claims["sid"])
@@ -1922,7 +1922,7 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
         audit(idp, caller, action, target, f"sid={family_sid}", result)
 
 
-def end_logins(idp: Idp, caller: Caller, user_id: str, client_id: str):
+def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
         for family in idp.store.list_families_of(user_id, client_id):
@@ -1970,7 +1970,7 @@ def audit_replay(idp: Idp, caller: Caller, revoked: RevokedToken):
         idp.audited_replays.add(claims["jti"])
 
 
-def is_session_dead(session: ListedSession) -> bool:
+def is_session_revoked(session: ListedSession) -> bool:
     """Return whether an access token was revoked: by itself, with its login, or by an epoch of its user or client."""
     return (
         session.revoked_at is not None
@@ -2000,7 +2000,7 @@ def revoke_session(idp: Idp, caller: Caller, jti: str) -> ListedSession:
     get_session(idp, jti)  # may wait for a pending batch, so outside the transaction
     with idp.store.transaction():
         session = get_session(idp, jti)
-        if is_session_dead(session) or session.expires_at <= idp.now():
+        if is_session_revoked(session) or session.expires_at <= idp.now():
             raise Problem("unchanged", log="revoked or expired already")
         idp.store.revoke_jti(session.id, session.expires_at, idp.now())
         if session.sid:
@@ -2127,7 +2127,7 @@ def active_family(idp: Idp, sid: str) -> Family | None:
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:
         return None
-    return family if is_good(idp.store.find_account(family.user_id), family.created_ms) else None
+    return family if is_still_valid(idp.store.find_account(family.user_id), family.created_ms) else None
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
@@ -2284,7 +2284,7 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         "expired" if code.expires_at <= now
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
-        or ("its user is gone, inactive or was revoked" if not is_good(account, code.issued_ms) else "")
+        or ("its user is gone, inactive or was revoked" if not is_still_valid(account, code.issued_ms) else "")
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
@@ -2332,7 +2332,7 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     Runs within the issuing transaction.
     """
     fresh = idp.store.find_account(account.id)
-    if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
+    if not is_still_valid(fresh, ms) or fresh.revoked_before != account.revoked_before:
         raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
 
 
@@ -2693,7 +2693,7 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms):  # a lockout keeps guesses out, not who is in
+    if not is_still_valid(account, session.created_ms):  # a lockout keeps guesses out, not who is in
         return None
     if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
         idp.store.touch_browser_session(session.id_sha256, now)
@@ -2877,7 +2877,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         raise Problem("conflict", log="no second factor is set up in this state")
     assert login.row.user_id
     account = idp.store.find_account(login.row.user_id)
-    if login_obstacle(idp, caller, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
+    if login_obstacle(idp, caller, account) or not is_still_valid(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     seed = idp.seal.open(login.row.pending, account.id)
     found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
@@ -2932,7 +2932,7 @@ def finish_login(idp: Idp, login: Login) -> Account:
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
-    if not is_good(account, login.row.proven_ms):
+    if not is_still_valid(account, login.row.proven_ms):
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     return account
 
@@ -3881,7 +3881,7 @@ def whoami(idp, claims, params):
 def session_object(session: ListedSession) -> SessionObject:
     issued, expires = iso(session.issued_at), iso(session.expires_at)
     return SessionObject(
-        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_dead(session),
+        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_revoked(session),
         session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued,
     )
 
@@ -3943,7 +3943,7 @@ def logout(idp, claims, params):
     """End every login of this user at the token's client; from our own page, the session of the browser."""
     if claims is None:
         return log_browser_out(idp, params)
-    end_logins(idp, params.caller, claims["sub"], claims["client_id"])
+    revoke_families(idp, params.caller, claims["sub"], claims["client_id"])
     return msg("Logged out of this client.")
 
 
@@ -3954,9 +3954,9 @@ def logout_all(idp, claims, params):
         held = find_browser_session(idp, session_handle(idp, params))
         check_form(params, session_handle(idp, params), "session")
         if held:
-            end_user(idp, params.caller.acting_as(held[1].id), held[1].id, "logout_all")
+            revoke_user(idp, params.caller.acting_as(held[1].id), held[1].id, "logout_all")
         return log_browser_out(idp, params)
-    end_user(idp, params.caller, claims["sub"], "logout_all")
+    revoke_user(idp, params.caller, claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
 
 
@@ -4275,7 +4275,7 @@ def login_codes(idp, params):
     login = posted_login(idp, params, "codes")
     row = login.row
     account = idp.store.find_account(row.user_id)
-    if not is_good(account, row.proven_ms):
+    if not is_still_valid(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
     return continue_login(idp, params, advance(idp, login, after_factors(idp, login, account)))
 
@@ -4584,7 +4584,7 @@ def stay(idp, params, session, account, **words) -> Page:
 
 
 def end_all_others(idp, params, session, account):
-    end_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
+    revoke_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
     return stay(idp, params, session, account, notice="ended")
 
 
@@ -4954,7 +4954,7 @@ def admin_clear_lockout(idp, claims, params):
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
-        end_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
+        revoke_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
@@ -5365,7 +5365,7 @@ declare(
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
     with idp.store.transaction(identity=True):
-        end_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
+        revoke_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 

@@ -27,7 +27,7 @@ from appliance.base.keys import Key, alg_of, hold_ring, make_key, promote, read_
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client, create_scope, create_user, enable_totp,
-    end_user, fold, hash_secret, normalise, random_handle, reject, ring_files,
+    fold, hash_secret, normalise, random_handle, reject, revoke_user, ring_files,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
@@ -704,7 +704,7 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
             idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
             if drop_totp:
                 idp.store.clear_totp(account.id, idp.now())
-            end_user(
+            revoke_user(
                 idp, LOCAL.acting_as(
                     "machine"
                 ), account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")

@@ -526,7 +526,7 @@ class TestSecondFactor:
         codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
         proven = idp.now_ms()
         clock.pass_(1)
-        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "x")
+        m.revoke_user(idp, m.LOCAL.acting_as("t"), alice.id, "x")
         with pytest.raises(m.Problem):
             m.check_second_factor(idp, PEER, alice.id, proven, codes[0])
         assert idp.store.count_recovery_codes(alice.id) == 10
