@@ -364,16 +364,16 @@ def totp_uri(seed, username, issuer_name) -> str:
     return pyotp.TOTP(seed).provisioning_uri(name=username, issuer_name=issuer_name)
 
 
-def totp_step(seed: str, code: str, now: int) -> int | None:
+def totp_time_step(seed: str, code: str, now: int) -> int | None:
     """Return the time step a code belongs to, one before and one after allowed, or None. RFC 6238 §5.2."""
     import pyotp
 
     if not re.fullmatch(r"[0-9]{6}", code):
         return None
     generator = pyotp.TOTP(seed)
-    step = now // TOTP_STEP
+    time_step = now // TOTP_STEP
     found = None
-    for candidate in (step - 1, step, step + 1):
+    for candidate in (time_step - 1, time_step, time_step + 1):
         if hmac.compare_digest(generator.generate_otp(candidate), code):
             found = candidate
     return found
@@ -524,7 +524,7 @@ class Idp:
         self.verified_client_secrets = VerifiedSecrets(900, 4096)
         self.verified_passwords = VerifiedSecrets(options.pass_cache_duration, 4096)
         self.client_cache: tuple[bytes, dict] = (b"", {})
-        self.locks = [
+        self.account_locks = [
             threading.Lock() for _ in range(64)
         ]  # by name: one verification of an account or client at a time
         self.pages = Pages(options)
@@ -763,8 +763,8 @@ def check_totp(idp, account, code) -> str:
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
-    step = totp_step(idp.seal.open(account.totp_sealed, account.id), code, now)
-    if step is not None and idp.store.spend_totp_step(account.id, step):
+    time_step = totp_time_step(idp.seal.open(account.totp_sealed, account.id), code, now)
+    if time_step is not None and idp.store.spend_totp_step(account.id, time_step):
         return ""
     return WRONG_CODE
 
@@ -820,9 +820,9 @@ def authenticate_user(
     name = fold(username)
     idp.throttle.check(caller.peer, name)
     account = idp.store.find_account_by_name(name)
-    demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
+    totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
-        not demanded
+        not totp_required
         and not login_obstacle(idp, caller, account, admin)
         and was_verified_recently(idp, account, password)
     ):
@@ -832,15 +832,15 @@ def authenticate_user(
     with hash_problems(), idp.hasher.name_locks.hold("user", name, caller.peer) as name_lock:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, caller, account, admin)
-        if account and not obstacle and demanded and not account.totp_sealed:
+        if account and not obstacle and totp_required and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, account, password):
             assert account
             return account, ["pwd"]  # somebody who came with us has just done the work
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.slot(caller.peer):
-            right = idp.hasher.verify(account.password_hash if account else None, password)
-        failure = obstacle or ("" if right else WRONG_PASSWORD)
+            is_right = idp.hasher.verify(account.password_hash if account else None, password)
+        failure = obstacle or ("" if is_right else WRONG_PASSWORD)
         amr = ["pwd"]
         if not failure and second_factor:
             failure = check_totp(idp, account, totp)
@@ -884,24 +884,24 @@ def check_second_factor(
     invalid_grant with 403.
     """
     idp.throttle.check(caller.peer, user_id)
-    with idp.locks[hash(user_id) % len(idp.locks)]:
-        account, used = idp.store.find_account(user_id), ""
+    with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
+        account, method = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
         if not failure and (not is_still_valid(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
         if not failure and re.fullmatch(r"[0-9]{6}", code):
             failure = check_totp(idp, account, code)
-            used = "otp"
+            method = "otp"
         elif not failure:
             failure = check_recovery_code(idp, account, code)
         if failure:
             record_failure(idp, caller.acting_as(user_id), user_id, account, client_id, failure)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
         assert account  # without one there is an obstacle
-        if not used:
+        if not method:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
-    return account, ["pwd", *([used] if used else []), "mfa"]
+    return account, ["pwd", *([method] if method else []), "mfa"]
 
 
 def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
@@ -932,9 +932,9 @@ def create_user(idp: Idp, caller: Caller, new_user: CreateUser) -> Account:
     """Raises invalid_request naming each bad member, or conflict."""
     username, password = fold(new_user.username), new_user.password or new_user.user_password
     email = fold(new_user.email or new_user.user_email or "")
-    nameless = new_user.user_email is None and not email  # said, not forgotten
+    has_no_email = new_user.user_email is None and not email  # said, not forgotten
     reject(
-        username=check_username(username), email="" if nameless else check_email(email),
+        username=check_username(username), email="" if has_no_email else check_email(email),
         password=check_new_password(idp.options, password, username, email),
     )
     password_hash = hash_secret(idp, password)
@@ -1088,12 +1088,12 @@ def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Accoun
 
 def enable_totp(idp: Idp, account: Account, seed: str, code: str):
     """Turn the second factor on, once the user has shown to hold the seed."""
-    step = totp_step(seed, code, idp.now())
-    if step is None:
+    time_step = totp_time_step(seed, code, idp.now())
+    if time_step is None:
         raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
     with idp.store.transaction():
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
-        idp.store.spend_totp_step(account.id, step)
+        idp.store.spend_totp_step(account.id, time_step)
         audit(idp, LOCAL.acting_as(account.id), "totp_enabled", account.id)
 
 
@@ -1115,12 +1115,12 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
         reject(code="no second factor waits for its first code: generate one")
     now = idp.now()
     seed = idp.seal.open(account.totp_pending_sealed, account.id)
-    step = totp_step(seed, code, now) if account.totp_locked_until <= now else None
+    time_step = totp_time_step(seed, code, now) if account.totp_locked_until <= now else None
     with idp.store.transaction():
         fresh = get_user(idp, account.id)
-        if step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
+        if time_step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
-            idp.store.spend_totp_step(account.id, step)
+            idp.store.spend_totp_step(account.id, time_step)
             audit(idp, caller, "totp_enabled", account.id)
             return
         count_failed_code(idp, account)
@@ -1489,8 +1489,8 @@ def check_origin(uri: str) -> str:
     found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([0-9]{1,5}))?", uri)
     if not found:
         return "must be scheme, host and port in lower case, such as https://app.example, and nothing more"
-    scheme, host, port_word = found.groups()
-    if port_word == ("443" if scheme == "https" else "80"):
+    scheme, host, port = found.groups()
+    if port == ("443" if scheme == "https" else "80"):
         return "must leave out the default port, as browsers do"
     return "" if scheme == "https" or is_loopback_host(host.strip("[]")) else "must be https, or http to this machine"
 
@@ -1821,7 +1821,7 @@ def get_scope(idp: Idp, id_or_name: str) -> Scope:
 def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scope:
     """Change what was sent. Raises invalid_request, not_found, protected or conflict."""
     name = None if change.name is UNSET else normalise(change.name)
-    description = next((word.strip() for word in (change.desc, change.description) if isinstance(word, str)), None)
+    description = next((text.strip() for text in (change.desc, change.description) if isinstance(text, str)), None)
     reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
@@ -2880,7 +2880,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
     if login_obstacle(idp, caller, account) or not is_still_valid(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     seed = idp.seal.open(login.row.pending, account.id)
-    found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
+    found = totp_time_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
         fail_step(idp, login)
         count_failed_code(idp, account)
