@@ -84,7 +84,7 @@ from appliance.base.objects import (
 )
 from appliance.base.hashing import Busy, VerifiedSecrets, HashFailed, Hasher
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
-from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
+from appliance.base.keys import Key, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -578,7 +578,7 @@ class Idp:
                 self.logged_ring_errors[port_name] = str(error)
                 continue
             self.logged_ring_errors.pop(port_name, None)
-            self.ring_versions[port_name] = (fingerprint, next_due(entries, self.options.key_overlap))
+            self.ring_versions[port_name] = (fingerprint, next_promotion_at(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
             # After the ring: who holds the dict of before may have built a page from the ring of before. See
             # prebuilt().

@@ -24,7 +24,7 @@ from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
-from appliance.base.keys import Key, hold_ring, read_ring
+from appliance.base.keys import Key, lock_ring, read_ring
 from appliance.base.objects import CreateUser
 from appliance.backup import check_copy
 from appliance.upkeep import advance_key_states
@@ -372,7 +372,7 @@ class TestRestore:
 
     def test_a_restore_waits_for_who_changes_a_ring(self, house, tmp_path):
         back_up(house, str(tmp_path / "b"))
-        with hold_ring(house.token_signing_key_file):
+        with lock_ring(house.token_signing_key_file):
             thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
             thread.start()
             thread.join(1.5)

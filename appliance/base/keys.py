@@ -47,10 +47,10 @@ def b64url_bytes(raw: bytes) -> bytes:
     return binascii.b2a_base64(raw, newline=False).rstrip(b"=").translate(B64URL)
 
 
-def unb64url(word: str) -> bytes:
+def unb64url(text: str) -> bytes:
     """Decode unpadded base64url, refusing whatever is not its canonical form. RFC 7515 §2."""
-    raw = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
-    if b64url(raw) != word:
+    raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    if b64url(raw) != text:
         raise ValueError("not canonical base64url")
     return raw
 
@@ -187,7 +187,7 @@ def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
     return entries
 
 
-def next_due(entries, overlap: int) -> int | None:
+def next_promotion_at(entries, overlap: int) -> int | None:
     """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
     return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
 
@@ -255,7 +255,7 @@ def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
 
 
 @contextlib.contextmanager
-def hold_ring(path: str):
+def lock_ring(path: str):
     """Let one at a time change a ring: a command at the machine, or the upkeep of a server."""
     descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

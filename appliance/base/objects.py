@@ -881,11 +881,11 @@ def read_time(value: str | int) -> int | None:
     if isinstance(value, int) or re.fullmatch(r"[0-9]{1,12}", value):
         return min(int(value), FOREVER) if int(value) >= 0 else None
     try:
-        found = datetime.datetime.fromisoformat(re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", value.strip()))
+        parsed = datetime.datetime.fromisoformat(re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", value.strip()))
     except ValueError:
         return None
-    if found.year == 9999:
+    if parsed.year == 9999:
         return FOREVER
-    if found.year == 1:
+    if parsed.year == 1:
         return 0
-    return int((found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp())
+    return int((parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).timestamp())

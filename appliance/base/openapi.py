@@ -68,11 +68,11 @@ SECURITY = {
 }
 
 
-def schema_of(wanted) -> dict:
+def schema_of(type_) -> dict:
     """Return the schema of a type; structs are referred to."""
-    if wanted is bytes:
+    if type_ is bytes:
         return {}
-    (schema,), _ = msgspec.json.schema_components([wanted], ref_template=REF)
+    (schema,), _ = msgspec.json.schema_components([type_], ref_template=REF)
     return schema
 
 
@@ -82,45 +82,45 @@ def guard_name(route: Route) -> str:
 
 def possible_statuses(route: Route, method: str, path: str, port_name: str) -> set:
     """Return the statuses a route may refuse with."""
-    guard, found = guard_name(route), set(FRAMING)
+    guard, statuses = guard_name(route), set(FRAMING)
     if guard != "anyone":
-        found |= {401, 403}
+        statuses |= {401, 403}
     if "<" in path or route.takes is not None or (route.query is not None and guard != "anyone"):
-        found.add(404)
+        statuses.add(404)
     if route.takes is not None:
-        found.add(415)
+        statuses.add(415)
     if method in ("POST", "PUT", "DELETE") and guard != "anyone":
-        found.add(409)
+        statuses.add(409)
     if route.form is not None or route.takes is not None:
-        found |= {403, 429}
+        statuses |= {403, 429}
     if route.versioned and method != "GET":
-        found.add(412)
+        statuses.add(412)
     if route.gives_media == "*/*" and method == "GET":
-        found.add(404)  # a file that is not there
+        statuses.add(404)  # a file that is not there
     if route.html:
-        found |= {403, 404, 409, 429}
+        statuses |= {403, 404, 409, 429}
     if port_name == "admin":
-        found.add(421)
-    return found
+        statuses.add(421)
+    return statuses
 
 
 def describe_parameters(route: Route, method: str, path: str) -> list[dict]:
     """Return the parameter objects of one method at one path. OpenAPI 3.1 §4.8.12."""
-    found = [("path", name, True, {"type": "string", "minLength": 1}) for name in re.findall(r"<(\w+)(?::\w+)?>", path)]
+    rows = [("path", name, True, {"type": "string", "minLength": 1}) for name in re.findall(r"<(\w+)(?::\w+)?>", path)]
     # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
     query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
     if query is not None:
         (_,), components = msgspec.json.schema_components([query], ref_template=REF)
         described = components[query.__name__]
-        found += [
+        rows += [
             ("query", name, name in described["required"], schema) for name, schema in described["properties"].items()
         ]
     if route.versioned and method != "GET":
-        found.append(("header", "If-Match", False, {"type": "string"}))
+        rows.append(("header", "If-Match", False, {"type": "string"}))
     if route.tagged:
-        found.append(("header", "If-None-Match", False, {"type": "string"}))
+        rows.append(("header", "If-None-Match", False, {"type": "string"}))
     return [
-        {"name": name, "in": place, "required": required, "schema": schema} for place, name, required, schema in found
+        {"name": name, "in": location, "required": required, "schema": schema} for location, name, required, schema in rows
     ]
 
 

@@ -23,8 +23,8 @@ class Pages:
         self.templates: dict = {}
 
     def file(self, name: str) -> Path:
-        own = Path(self.options.pages_folder) / name if self.options.pages_folder else None
-        return own if own and own.is_file() else PAGES / name
+        custom = Path(self.options.pages_folder) / name if self.options.pages_folder else None
+        return custom if custom and custom.is_file() else PAGES / name
 
     @functools.cached_property
     def texts(self) -> dict:
@@ -70,10 +70,10 @@ class Pages:
         return f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content
 
     def template(self, name: str) -> bottle.SimpleTemplate:
-        found = self.templates.get(name)
-        if found is None:
-            found = self.templates[name] = bottle.SimpleTemplate(self.file(f"{name}.html").read_text("utf-8"))
-        return found
+        template = self.templates.get(name)
+        if template is None:
+            template = self.templates[name] = bottle.SimpleTemplate(self.file(f"{name}.html").read_text("utf-8"))
+        return template
 
     def render(self, name: str, **values) -> bytes:
         """Return a page inside the layout that all pages share."""
