@@ -1,11 +1,11 @@
-"""Writing files so that a power cut leaves the old or the new one whole."""
+"""Writing files so that a power cut leaves either the old or the new content."""
 
 import contextlib
 import os
 
 
 def file_fingerprint(path: str) -> tuple:
-    """Return modification time, inode and size: they tell one version of a file from another."""
+    """Return the modification time, inode and size of a file: its versions differ in at least one of them."""
     info = os.stat(path)
     return info.st_mtime_ns, info.st_ino, info.st_size
 
@@ -19,7 +19,7 @@ def sync_directory(path):
 
 
 def write_beside(path: str, content: bytes) -> str:
-    """Write the next version of a private file beside it, synced, and return its path. If that fails, remove it."""
+    """Write and sync the next version of a private file as PATH.new and return that path. On failure, remove it."""
     temporary = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
