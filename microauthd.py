@@ -5,29 +5,29 @@ Read downwards: a section uses only names defined above it.
 Contents
     Vocabulary        names from the standards, constants of the program
     Errors            ERRORS, Problem, its renderings
-    Secrets           random handles, sealing, TOTP, the throttle
+    Secrets           random handles, sealing, TOTP, password rules, the throttle
     Tokens            key rings, JWKS, minting and verifying JWTs
-    Idp               options, store, keys, clock: what every function below is handed
+    Idp               options, store, keys, clock: passed to every function below
     Audit             audit()
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
     Sessions          refresh-token families, revocation, "is this token alive?"
     Grants            one function per grant_type, issue()
-    Login             how people prove who they are: transactions, browser sessions, codes, consent
+    Login             authentication of people: transactions, browser sessions, codes, consent
     HTTP              Routes, Params, guards, throttle, Answer
     AUTH endpoints    the routes of the auth port
     ADMIN endpoints   the routes of the admin port
 
-What it stands on is in appliance/base: the store, the objects of the wire, the two servers, keys, Argon2,
-settings, clock and log. What runs it is in appliance: the command line, the wizard, processes, upkeep and
-recovery.
+appliance/base, which it imports, has the store, the objects of the wire, the two servers, keys, Argon2,
+settings, clock and log. appliance, which imports it, has the command line, the wizard, processes, upkeep
+and recovery.
 
 The life of a request
     base.wire parses it (llhttp) and calls the Bottle app of its port. Answer reads the parameters
-    once (Params), asks the route's guard who is calling, calls the handler, and turns what comes
-    back - a dict, a record, a Page, a Redirect or a raised Problem - into status, headers and
-    body. A handler calls one service or grant; services and grants hold the rules and call the
-    Store; only the Store speaks SQL.
+    once (Params), calls the route's guard to authenticate the caller, calls the handler, and turns
+    its result - a dict, a record, a Page, a Redirect or a raised Problem - into status, headers and
+    body. A handler calls one service or grant; services and grants implement the rules and call the
+    Store; only the Store contains SQL.
 """
 
 import base64
@@ -105,7 +105,7 @@ REFRESH_TOKEN = "refresh_token"
 CONFIDENTIAL = "confidential"
 PUBLIC_CLIENT = "public"
 
-# scope values of OpenID Connect Core §5.4 and §11; `roles` is ours
+# scope values, OpenID Connect Core §5.4 and §11; `roles` is an extension of microauthd
 OPENID = "openid"
 OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offline_access")
 
@@ -113,7 +113,7 @@ OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offli
 AT_JWT = "at+jwt"
 JWT = "JWT"
 
-OWN = "its own"  # the specification of a route that no standard defines: the manual describes it
+OWN = "its own"  # `spec` of a route that no standard defines: the manual describes it
 FLAGS = {  # per-client feature flags: name -> takes an option
     "ENABLE_TOTP": False,
     "TOTP_ISSUER": True,
@@ -123,12 +123,12 @@ FLAGS = {  # per-client feature flags: name -> takes an option
     "SESSION_BASED_MAX_AGE": True,
 }
 
-ADMIN_CLIENT = "mad:admin"  # stands for ADMIN where a login names its client; the colon keeps it from being one
+ADMIN_CLIENT = "mad:admin"  # the client of a login at ADMIN; no real client_id contains a colon
 ID_TOKEN_TTL = 600
 TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
-CODE_TTL = 60  # seconds an authorization code lives, where pkce-code-lifetime does not say less. RFC 6749 §4.1.2
-LOGIN_TTL = 600  # seconds somebody may take to log in
+CODE_TTL = 60  # seconds an authorization code lives, unless pkce-code-lifetime is less. RFC 6749 §4.1.2
+LOGIN_TTL = 600  # seconds a login transaction lives
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 
@@ -138,17 +138,17 @@ CLIENT_ID = re.compile(r"[\x21-\x39\x3b-\x7e]{1,255}")  # RFC 6749 §2.2 without
 
 
 def normalise(name: str) -> str:
-    """Return a name as we compare it: trimmed, Unicode NFKC."""
+    """Return a name in the form that is compared: Unicode NFKC, trimmed."""
     return unicodedata.normalize("NFKC", name).strip()
 
 
 def fold(name: str) -> str:
-    """Return a username or e-mail address as we compare it: `normalise`, then case-folded."""
+    """Return a username or e-mail address in the form that is compared: normalised and case-folded."""
     return unicodedata.normalize("NFKC", normalise(name).casefold())
 
 
 # == Errors ====================================================================
-# One exception. What a client is told stands here and nowhere else.
+# One exception, Problem. ERRORS has every message that a client may receive.
 
 ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "invalid_request": (
@@ -186,11 +186,11 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
 
 
 class Problem(Exception):
-    """What went wrong, as an error code of ERRORS.
+    """A failure that a client is told about, by its code in ERRORS.
 
-    `log` is for the operator and never leaves the server. `errors` names each bad member of a
-    request body. `status` overrides the table where a route answers with another. `retry_after` is seconds.
-    `audited` says that the audit log has it already.
+    `log` is for the operator and never leaves the server. `errors` describes each bad member of a
+    request body. `status` overrides the status in ERRORS. `retry_after` is seconds. `audited` is true if
+    the audit log already has the failure.
     """
 
     def __init__(self, code, *, log="", errors=None, status=0, retry_after=0, headers=(), audited=False):
@@ -202,11 +202,11 @@ class Problem(Exception):
             self.headers.append(("Retry-After", str(retry_after)))
 
     def as_oauth(self) -> dict:
-        """RFC 6749 §5.2."""
+        """Return the JSON of RFC 6749 §5.2."""
         return {"error": self.code, "error_description": self.message}
 
     def as_err(self) -> dict:
-        """The Err of ADMIN and of the rest of AUTH, with `errors` where members are at fault."""
+        """Return the Err of ADMIN and of the rest of AUTH, with `errors` if there are any."""
         err = {"success": False, "message": self.message, "error": self.code}
         if self.errors:
             err["errors"] = self.errors
@@ -214,14 +214,14 @@ class Problem(Exception):
 
 
 def reject(**errors):
-    """Raise invalid_request naming each member with a sentence against it; nothing where there is none."""
+    """Raise invalid_request with the sentences that are not empty, by member; if all are, do nothing."""
     errors = {member: wrong for member, wrong in errors.items() if wrong}
     if errors:
         raise Problem("invalid_request", errors=errors)
 
 
 class RevokedToken(Problem):
-    """invalid_token, of a token that was good once and was ended: who presents it is worth an audit row."""
+    """invalid_token for a token that was revoked: its use may be a replay and is audited."""
 
     def __init__(self, claims, log):
         super().__init__("invalid_token", log=log)
@@ -229,16 +229,16 @@ class RevokedToken(Problem):
 
 
 # == Secrets ===================================================================
-# Random handles, sealing, TOTP, and the throttle of guessing.
+# Random handles, sealing, TOTP, the rules for passwords, and the throttle of failed attempts.
 
 
 def random_handle() -> str:
-    """Return 256 random bits as base64url: a refresh token, a code, a secret."""
+    """Return 256 random bits in base64url, for a refresh token, a code or a client secret."""
     return secrets.token_urlsafe(32)
 
 
 def sha256(handle: str) -> str:
-    """Return what is stored of a random handle: it has 256 bits, so a fast hash is enough."""
+    """Return the stored form of a random handle. It has 256 bits, so a fast hash is enough."""
     return hashlib.sha256(handle.encode()).hexdigest()
 
 
@@ -254,7 +254,7 @@ def jti_ms(jti: str) -> int:
 
 @contextlib.contextmanager
 def hash_problems():
-    """Make a Problem of what keeps a hash from being computed. Being busy is nobody's fault, and is not called one."""
+    """Raise a Problem for Busy and HashFailed. The message for Busy does not blame the caller's attempts."""
     try:
         yield
     except Busy as busy:
@@ -266,15 +266,15 @@ def hash_problems():
 
 
 class Throttle:
-    """Token buckets, per peer and per (peer, name), that failed attempts spend.
+    """Token buckets per peer and per (peer, name), from which failed attempts take.
 
-    Names are counted whether they exist or not, so that being throttled tells nothing about them.
-    Loopback has no bucket of its own: every service of the box shares it.
+    Unknown names have buckets too, so that throttling does not reveal whether a name exists.
+    Loopback has no peer bucket, because all services of the box share that address.
     """
 
     RATES = {  # noqa: RUF012 - burst, refill a second
         "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
-        "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
+        "logins": (1000, 100.0),  # logins begun by a peer, and by all: anybody may begin one, and each is a row
     }
 
     def __init__(self, clock, size=20_000):
@@ -283,8 +283,8 @@ class Throttle:
     def keys(self, peer, name):
         address = ipaddress.ip_address(peer)
         if address.version == 6 and not address.is_loopback:
-            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # whoever has one address of it has them all
-        # A digest: strangers choose the name, and its length.
+            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # a site controls a whole /64
+        # Hashed, because the name may have any length.
         yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
         if not address.is_loopback:
             yield ("peer", peer, b"")
@@ -295,7 +295,7 @@ class Throttle:
         return min(burst, level + max(0, now - at) * rate)
 
     def check(self, peer: str, name: str):
-        """Raise slow_down where the attempts of this peer are spent."""
+        """Raise slow_down if a bucket of this peer is empty."""
         now = self.clock()
         for key in self.keys(peer, name):
             level = self.level(key, now)
@@ -304,7 +304,7 @@ class Throttle:
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
 
     def begin_login(self, peer: str):
-        """Spend one login begun. Raises slow_down where there were too many."""
+        """Count a new login transaction. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
             for key in [
@@ -320,7 +320,7 @@ class Throttle:
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):
-        # The lock is held. The longest unused goes: strangers choose how many there are.
+        # The caller holds the lock. The least recently used bucket goes, since anybody can create buckets.
         self.buckets[key] = (level, now)
         self.buckets.move_to_end(key)
         while len(self.buckets) > self.size:
@@ -334,7 +334,7 @@ class Throttle:
 
 
 class Seal:
-    """Seals what the database must not show even when it is not encrypted: TOTP seeds. AES-256-GCM."""
+    """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them."""
 
     def __init__(self, key: bytes):
         self.cipher = AESGCM(key)
@@ -365,7 +365,7 @@ def totp_uri(seed, username, issuer_name) -> str:
 
 
 def totp_time_step(seed: str, code: str, now: int) -> int | None:
-    """Return the time step a code belongs to, one before and one after allowed, or None. RFC 6238 §5.2."""
+    """Return the time step of a code - the current, previous or next one - or None. RFC 6238 §5.2."""
     import pyotp
 
     if not re.fullmatch(r"[0-9]{6}", code):
@@ -381,14 +381,12 @@ def totp_time_step(seed: str, code: str, now: int) -> int | None:
 
 @functools.cache
 def common_passwords() -> bytes:
-    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for
-    this.
-    """
+    """Return the list, each password between line feeds: a set would take 2 MB, and no lookup is urgent."""
     return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
 def check_new_password(options: Options, password: str, *names: str) -> str:
-    """Return what is wrong with a password somebody chose, or nothing. NIST SP 800-63B §5.1.1.2."""
+    """Return what is wrong with a chosen password, or "". NIST SP 800-63B §5.1.1.2."""
     if len(password) < options.password_min_length:
         return f"must have at least {options.password_min_length} characters"
     if len(password) > 255:
@@ -411,15 +409,14 @@ ENCODE = msgspec.json.Encoder().encode
 
 
 class KeyRing:
-    """The keys of one port."""
+    """The signing keys of one port."""
 
     def __init__(self, entries, prefer_ec=True):
         self.keys = [Key(entry) for entry in entries]
         active = {key.alg: key for key in self.keys if key.state == "active"}
         self.active = active
         self.access = active.get("ES256" if prefer_ec else "RS256") or next(iter(active.values()))
-        # A header is compared byte by byte with those we write, so no token can choose its own algorithm.
-        # RFC 8725 §3.1.
+        # A token's header must equal one of ours byte by byte, so it cannot choose the algorithm. RFC 8725 §3.1.
         self.headers = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
         self.by_header = {self.headers[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
         self.verified = {}
@@ -436,9 +433,9 @@ class KeyRing:
         return (message + b"." + b64url_bytes(key.sign(message))).decode()
 
     def verify(self, token: str, typ: str) -> dict:
-        """Return the claims of a token that one of our keys signed as this type. Says nothing of its being alive.
+        """Return the claims of a token that a key of this ring signed as this type; it may be expired or revoked.
 
-        Raises invalid_token. Signatures that were checked are remembered: they cannot become false.
+        Raises invalid_token. Valid signatures are cached, since they stay valid.
         """
         known = self.verified.get(token)
         if known is None:
@@ -462,20 +459,20 @@ class KeyRing:
 
 
 # == Idp =======================================================================
-# What every function below is handed.
+# The object that every function below takes.
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who calls and from where, for the throttle and the audit log."""
+    """The caller and its address, for the throttle and the audit log."""
 
     peer: str = "127.0.0.1"
     user_agent: str = ""
     request_id: str = ""
-    is_local: bool = True  # the socket itself is loopback, and no proxy spoke for another
-    actor: str = "anonymous"  # the id of a user, a client_id, or the name of a part of this program
+    is_local: bool = True  # the connection is from loopback and names no other client by a proxy header
+    actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
 
     def acting_as(self, actor: str) -> "Caller":
-        """Return the same caller with a proven name."""
+        """Return the same caller with an authenticated actor."""
         return msgspec.structs.replace(self, actor=actor)
 
 
@@ -494,7 +491,7 @@ def ring_files(options: Options) -> dict:
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What routes need of the machine, as functions that the floor above hands down: each takes the Idp first."""
+    """Functions of the floor above that routes call; each takes the Idp first."""
 
     make_backup: Callable
     read_backup_piece: Callable
@@ -502,9 +499,9 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Idp:
-    """One process of the identity provider: settings, store, keys and clock.
+    """The state of one process: settings, store, keys and clock.
 
-    Threads share it. Settings and keys do not change; what is cached follows the store's generation.
+    Threads share it. Settings do not change; caches are bound to the store's generation.
     """
 
     def __init__(
@@ -513,49 +510,47 @@ class Idp:
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
-        # port: what was seen of its file; empty where rings do not come from files
+        # port: (fingerprint of its file, Unix seconds of the next promotion); empty if rings are not from files
         self.ring_versions: dict[str, tuple] = {}
-        self.logged_ring_errors: dict[str, str] = {}  # port: why its file cannot be read, as it was logged
-        self.next_ring_check = 0.0  # monotonic seconds until the files are looked at again
+        self.logged_ring_errors: dict[str, str] = {}  # port: the last logged reason why its file cannot be read
+        self.next_ring_check = 0.0  # monotonic seconds
         self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
-        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # which never goes back
+        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # monotonic if the clock is a Timekeeper
         self.verified_client_secrets = VerifiedSecrets(900, 4096)
         self.verified_passwords = VerifiedSecrets(options.pass_cache_duration, 4096)
         self.client_cache: tuple[bytes, dict] = (b"", {})
-        self.account_locks = [
-            threading.Lock() for _ in range(64)
-        ]  # by name: one verification of an account or client at a time
+        self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
-        self.answers: dict = {}  # prebuilt, by name
-        self.audited_replays: set[str] = set()  # jti of dead tokens whose use was written down
-        self.clock_is_sane = True  # where no Timekeeper looks
-        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
+        self.answers: dict = {}  # prebuilt answers, by name
+        self.audited_replays: set[str] = set()  # jti of revoked tokens whose use has been audited
+        self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
+        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
 
     def reload_rings_if_due(self):
-        """Take up changed key rings, where it is time to look."""
+        """Reload changed key rings, if the last check was over a second ago."""
         if self.ring_versions and time.monotonic() >= self.next_ring_check:
             self.reload_rings()
 
     @property
     def auth_ring(self) -> KeyRing:
-        """The keys of AUTH, as its file has them now."""
+        """The current keys of AUTH."""
         self.reload_rings_if_due()
         return self.rings["auth"]
 
     @property
     def admin_ring(self) -> KeyRing:
-        """The keys of ADMIN, as its file has them now."""
+        """The current keys of ADMIN."""
         self.reload_rings_if_due()
         return self.rings["admin"]
 
     def reload_rings(self):
-        """Take up a ring whose file changed, or whose next key has come of age. Asked once a second at most.
+        """Reload each ring whose file changed or whose next key is to turn active.
 
-        A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
+        If a file cannot be read, the loaded keys stay: a half-done manual rotation must not stop the server.
         """
-        # One at a time: of two that read different versions, the slower could leave the older one in place.
+        # One thread at a time: of two that read different versions, the slower one could install the older.
         if not self.rings_lock.acquire(blocking=False):
             return
         try:
@@ -580,8 +575,8 @@ class Idp:
             self.logged_ring_errors.pop(port_name, None)
             self.ring_versions[port_name] = (fingerprint, next_promotion_at(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
-            # After the ring: who holds the dict of before may have built a page from the ring of before. See
-            # prebuilt().
+            # Replaced after the ring: a thread with the old dict may add an answer built from the old ring to it.
+            # See prebuilt().
             self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
             self.log(
                 "keys.changed", port=port_name,
@@ -598,17 +593,16 @@ class Idp:
 
     @property
     def revoked_before(self) -> int:
-        """Nothing issued up to this millisecond is alive: what a restore sets. Cached with the clients."""
+        """The millisecond up to which every token is revoked, as a restore sets it. Cached with the clients."""
         cache = self.cache()
-        if None not in cache:  # a key that no client_id can be
+        if None not in cache:  # None is no client_id
             cache[None] = int(self.store.meta("revoked_before", "0"))
         return cache[None]
 
     def cache(self) -> dict:
-        """Return the dict of what is cached for the present generation.
+        """Return the cache of the current generation, a dict.
 
-        The generation is read before anything is loaded into it, so what was read from before a
-        change never lands in the dict of after it.
+        The generation is read before the rows, so rows from before a change never enter the cache after it.
         """
         generation = self.store.generation.read()
         cached_generation, cache = self.client_cache
@@ -642,7 +636,7 @@ def hash_secret(idp: Idp, secret: str) -> str:
 
 
 def as_problem(error: "Problem | Unavailable") -> Problem:
-    """Return what a client is told of an error: a database that cannot be used is a 503."""
+    """Return the Problem of an error: a 503 if the database is unavailable."""
     if isinstance(error, Problem):
         return error
     return Problem("temporarily_unavailable", log=error.log, retry_after=error.retry_after)
