@@ -646,7 +646,7 @@ def as_problem(error: "Problem | Unavailable") -> Problem:
 
 
 def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result=SUCCESS):
-    """Append a row, in the transaction of what it tells of."""
+    """Append a row to the audit log, in the transaction of the change that it records."""
     if idp.options.enable_audit_logging:
         with idp.store.transaction():
             idp.store.append_audit(
@@ -660,7 +660,7 @@ def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result
 
 
 def require_clock(idp: Idp):
-    """Raise temporarily_unavailable where the clock cannot be believed: what is deleted by it is gone for good."""
+    """Raise temporarily_unavailable if the clock cannot be trusted: a purge by it could not be undone."""
     if not idp.check_clock():
         raise Problem(
             "temporarily_unavailable", log="nothing is purged by a clock that cannot be believed; see clock accept",
@@ -669,7 +669,7 @@ def require_clock(idp: Idp):
 
 
 def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: None) -> int:
-    """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
+    """Delete and count the audit rows older than `days`, in slices, and audit that. `pause` waits between slices."""
     require_clock(idp)
     before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
@@ -677,7 +677,7 @@ def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: N
             pause(0.01)
         with idp.store.transaction():
             deleted = idp.store.purge_audit(before, SLICE)
-            if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
+            if deleted == SLICE and not done:  # more follow: the actor is known even if a crash ends them
                 audit(idp, caller, "audit_purge_begun", "", f"older_than_days={days}")
             done += deleted
             if deleted < SLICE and done:
@@ -694,23 +694,20 @@ def is_admin(idp: Idp, user_id: str) -> bool:
 
 
 def is_last_admin(idp: Idp, user_id: str) -> bool:
-    """Is this an administrator, and none other could log in now?"""
+    """Return whether this is an administrator and no other administrator could log in now."""
     return is_admin(idp, user_id) and not idp.store.has_able_admin(idp.now(), user_id)
 
 
 def forbid_removing_last_admin(idp: Idp, user_id: str):
-    """Raise last_administrator where nobody could administer any more without this user.
-
-    Within the changing transaction.
-    """
+    """Raise last_administrator for the last one who could log in. Called in the changing transaction."""
     if is_last_admin(idp, user_id):
         raise Problem("last_administrator")
 
 
 def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
-    """End all that was ever issued to a user, on both ports.
+    """Revoke everything ever issued to a user, on both ports.
 
-    Whatever takes a right from a user comes here, in its transaction.
+    Each change that reduces the rights of a user calls this in its transaction.
     """
     with idp.store.transaction():
         idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
@@ -718,14 +715,14 @@ def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary="
 
 
 def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
-    """Is this user still good for what was issued then? It exists, is active, and nothing of it was ended since."""
+    """Return whether a user exists, is active, and was not revoked since that millisecond."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
 
 def was_verified_recently(idp, account, password) -> bool:
-    """Has this password been verified lately?
+    """Return whether Argon2 has verified this password recently.
 
-    Asked only where nothing else can fail: otherwise the speed of the answer would tell that a password is right.
+    Only consulted when no other check can fail, or a fast refusal would reveal a correct password.
     """
     if not idp.options.enable_pass_cache or account.totp_sealed or account.failed_logins:
         return False
@@ -733,7 +730,7 @@ def was_verified_recently(idp, account, password) -> bool:
 
 
 def login_obstacle(idp, caller, account, admin=False) -> str:
-    """Return what keeps this account out whatever its password, for the log."""
+    """Return why this account may not log in even with the right password, for the log, or ""."""
     if account is None:
         return "unknown user"
     if not account.is_active:
@@ -741,7 +738,7 @@ def login_obstacle(idp, caller, account, admin=False) -> str:
     if account.lockout_until > idp.now() and not (
         caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
     ):
-        # The last administrator can always try at the machine itself; the throttle still counts there.
+        # The last administrator may always try from loopback, where the throttle still counts.
         return "locked"
     if admin and not is_admin(idp, account.id):
         return "not an administrator"
@@ -753,7 +750,7 @@ WRONG_CODE = "one-time code missing, wrong or used"
 
 
 def check_totp(idp, account, code) -> str:
-    """Spend a one-time code. Return what is wrong, or nothing; the caller counts it. RFC 6238 §5.2."""
+    """Spend a one-time code. Return what is wrong, or ""; the caller counts failures. RFC 6238 §5.2."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
@@ -764,21 +761,21 @@ def check_totp(idp, account, code) -> str:
 
 
 def rehash(idp, account, password):
-    """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
+    """Replace a hash by one with the configured parameters. The password stays, so nothing is revoked."""
     with contextlib.suppress(Problem, Unavailable):
         idp.store.set_password_hash(account.id, hash_secret(idp, password), idp.now(), account.password_hash)
 
 
 def count_failed_code(idp: Idp, account: Account):
-    """Count a wrong one-time or recovery code; the last of TOTP_TRIES locks the second factor. RFC 4226 §7.3."""
+    """Count a wrong one-time or recovery code; TOTP_TRIES of them lock the second factor. RFC 4226 §7.3."""
     lockout = max(TOTP_STEP, idp.options.failed_password_lockout_duration)
     idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
 
 
 def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None, client_id: str, failure: str):
-    """Count a failed login against the peer, the name and, where a secret was wrong, the account; audit it.
+    """Count a failed login against the peer, the name and, if a secret was wrong, the account; audit it.
 
-    One durable write whatever was wrong, or the time it takes would tell.
+    Every failure costs one durable write, so that timing does not reveal what was wrong.
     """
     options, now = idp.options, idp.now()
     idp.throttle.spend(caller.peer, name)
@@ -802,14 +799,13 @@ def authenticate_user(
     idp: Idp, caller: Caller, username: str, password: str, totp="", client: Client | None = None, admin=False,
     only_password=False,
 ) -> tuple[Account, list]:
-    """May this user in now? Return the account and its `amr` (RFC 8176).
+    """Authenticate a user by password. Return the account and its `amr` (RFC 8176).
 
-    Every path that takes a password calls this. Whatever is wrong - no such user, wrong password,
-    inactive, locked, no or a wrong or a used one-time code - the caller learns nothing but
-    invalid_grant with status 403, after the same Argon2 work and one durable write.
-    `admin` demands the MadAdmin role too. `only_password` leaves the second factor out: for an
-    administrator who asks about a password, and for the login pages, which ask for it next, by
-    check_second_factor().
+    Every path that takes a password calls this. Whatever is wrong - unknown user, wrong password,
+    inactive, locked, a missing, wrong or used one-time code - the caller gets invalid_grant with
+    status 403, after the same Argon2 work and one durable write. `admin` requires the MadAdmin role.
+    `only_password` skips the second factor: for an administrator who verifies a password, and for the
+    login pages, which call check_second_factor() next.
     """
     name = fold(username)
     idp.throttle.check(caller.peer, name)
@@ -830,7 +826,7 @@ def authenticate_user(
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, account, password):
             assert account
-            return account, ["pwd"]  # somebody who came with us has just done the work
+            return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.slot(caller.peer):
             is_right = idp.hasher.verify(account.password_hash if account else None, password)
@@ -847,7 +843,7 @@ def authenticate_user(
             actor = caller.acting_as(account.id if account else "anonymous")
             record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
-        assert account  # without one there is an obstacle
+        assert account  # None has an obstacle
         if idp.options.enable_pass_cache and not second_factor:
             idp.verified_passwords.add(account.password_hash, password, now)
         if not account.password_hash.startswith(idp.hasher.parameters()):
@@ -856,12 +852,12 @@ def authenticate_user(
 
 
 def fold_recovery_code(code: str) -> str:
-    """Return a recovery code as it was made, however it was typed."""
+    """Return a typed recovery code without blanks and hyphens, in lower case."""
     return re.sub(r"[\s-]", "", code).lower()
 
 
 def check_recovery_code(idp, account, code) -> str:
-    """Spend a recovery code. Return what is wrong, or nothing."""
+    """Spend a recovery code. Return what is wrong, or ""; the caller counts failures."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
@@ -871,11 +867,10 @@ def check_recovery_code(idp, account, code) -> str:
 def check_second_factor(
     idp: Idp, caller: Caller, user_id: str, proven_ms: int, code: str, client_id=""
 ) -> tuple[Account, list]:
-    """May this user, whose password was proven at that millisecond, in by this one-time or recovery code?
+    """Verify the one-time or recovery code of a user whose password was verified at that millisecond.
 
-    Everything is asked again: that the user exists, is active, not locked, and that nothing of it
-    was ended since. Guesses are counted on the account, whatever login they belong to. Raises
-    invalid_grant with 403.
+    Return the account and its `amr` (RFC 8176). The account must still exist, be active, not locked and
+    not revoked since. Failures count on the account across all logins. Raises invalid_grant with 403.
     """
     idp.throttle.check(caller.peer, user_id)
     with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
@@ -891,7 +886,7 @@ def check_second_factor(
         if failure:
             record_failure(idp, caller.acting_as(user_id), user_id, account, client_id, failure)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
-        assert account  # without one there is an obstacle
+        assert account  # None has an obstacle
         if not method:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
@@ -899,8 +894,8 @@ def check_second_factor(
 
 
 def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
-    """Make ten codes of 79 random bits that stand for a lost authenticator, each once. Those of before are void."""
-    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is taken for another
+    """Return ten new single-use codes of 79 random bits, for a lost authenticator. They replace older ones."""
+    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # without i, l, o, 0 and 1, which look alike
     codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
     with idp.store.transaction():
         idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
@@ -909,24 +904,24 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
 
 
 def check_username(username: str) -> str:
-    """Return what is wrong with a folded user name, or nothing."""
+    """Return what is wrong with a folded username, or ""."""
     if not username or len(username) > 100 or not username.isprintable():
         return "must be 1 to 100 printable characters"
     return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else ""
 
 
 def check_email(email: str) -> str:
-    """Return what is wrong with a folded e-mail address, or nothing. Whether it works, only mail can tell."""
+    """Return what is wrong with a folded e-mail address, or ""."""
     if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254 or not email.isprintable():
         return "must be an e-mail address"
     return ""
 
 
 def create_user(idp: Idp, caller: Caller, new_user: CreateUser) -> Account:
-    """Raises invalid_request naming each bad member, or conflict."""
+    """Create a user. Raises invalid_request or conflict."""
     username, password = fold(new_user.username), new_user.password or new_user.user_password
     email = fold(new_user.email or new_user.user_email or "")
-    has_no_email = new_user.user_email is None and not email  # said, not forgotten
+    has_no_email = new_user.user_email is None and not email  # null, not forgotten
     reject(
         username=check_username(username), email="" if has_no_email else check_email(email),
         password=check_new_password(idp.options, password, username, email),
@@ -950,7 +945,7 @@ def get_user(idp: Idp, id_or_name: str) -> Account:
 
 
 def read_lockout(idp: Idp, value: str | int | None) -> int:
-    """Return the Unix seconds a lockout is to end, 0 for none. Raises invalid_request."""
+    """Return the Unix seconds at which a lockout ends, 0 for none. Raises invalid_request."""
     until = 0 if value is None else read_time(value)
     if until is None:
         reject(lockout_until="must be an ISO 8601 date-time, Unix seconds or null")
@@ -961,13 +956,13 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
 
 
 def refuse_admins(idp: Idp, user_id: str):
-    """Raise access_denied for an administrator: a right over users is none over those who gave it."""
+    """Raise access_denied for an administrator, whom only another administrator may change."""
     if is_admin(idp, user_id):
         raise Problem("access_denied", log="the user is an administrator")
 
 
 def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excluding_admins=False) -> Account:
-    """Let a user in again, or keep one out and end all it has.
+    """Activate a user, or deactivate one and revoke everything issued to it.
 
     Raises unchanged, last_administrator, or with `excluding_admins` access_denied.
     """
@@ -988,7 +983,7 @@ def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excludin
 
 
 def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
-    """Lock a user out until then, which ends all it has, or clear every lockout."""
+    """Lock a user out until a time and revoke everything issued to it, or clear the lockout."""
     until = read_lockout(idp, value)
     with idp.store.transaction():
         account = get_user(idp, id)
@@ -1002,7 +997,10 @@ def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
 
 
 def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Account:
-    """Change what was sent, all of it or nothing. Raises invalid_request, not_found, conflict or last_administrator."""
+    """Change the members that were sent, all or none.
+
+    Raises invalid_request, not_found, conflict or last_administrator.
+    """
     errors, username, email = {}, None, None
     if change.username is not UNSET:
         username = fold(change.username)
@@ -1021,7 +1019,7 @@ def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Accoun
             changes = {
                 name: value for name, value in changes.items() if value is not None and value != getattr(account, name)
             }
-            if "email" in changes:  # whoever verified the old address said nothing of this one
+            if "email" in changes:  # only the old address was verified
                 changes.setdefault("email_verified", 0)
             if changes:
                 idp.store.update_account(
@@ -1041,7 +1039,7 @@ def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Accoun
 
 
 def delete_user(idp: Idp, caller: Caller, id: str):
-    """Delete a user and everything that hangs on it. Its tokens die with it."""
+    """Delete a user and all its records, which invalidates its tokens."""
     with idp.store.transaction():
         account = get_user(idp, id)
         forbid_removing_last_admin(idp, account.id)
@@ -1059,7 +1057,7 @@ def verify_email(idp: Idp, caller: Caller, id: str):
 
 
 def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_admins=False):
-    """Give a user a new password, and end all that the old one opened."""
+    """Set the password of a user and revoke everything issued to it."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
     password_hash = hash_secret(idp, password)
@@ -1072,7 +1070,7 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_a
 
 
 def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
-    """Is this the password of this user, and could it log in? Raises invalid_grant with 403, as every login."""
+    """Return the user if this is its password and it could log in. Raises invalid_grant with 403, as a login."""
     if not (request.user_id or request.username):
         reject(user_id="is required, or username")
     account = idp.store.find_account(request.user_id.lower()) if request.user_id else None
@@ -1081,7 +1079,7 @@ def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Accoun
 
 
 def enable_totp(idp: Idp, account: Account, seed: str, code: str):
-    """Turn the second factor on, once the user has shown to hold the seed."""
+    """Enable the second factor, if a code proves that the user has the seed."""
     time_step = totp_time_step(seed, code, idp.now())
     if time_step is None:
         raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
@@ -1092,7 +1090,7 @@ def enable_totp(idp: Idp, account: Account, seed: str, code: str):
 
 
 def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
-    """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
+    """Store a pending seed and return it. The previous second factor stays enabled until confirm_totp()."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
         idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
@@ -1101,10 +1099,7 @@ def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
 
 
 def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
-    """Put the waiting seed in force by its first code.
-
-    Raises invalid_grant with 403; guesses are counted as at a login.
-    """
+    """Enable the pending seed by its first code. Raises invalid_grant with 403; failures count as at a login."""
     if not account.totp_pending_sealed:
         reject(code="no second factor waits for its first code: generate one")
     now = idp.now()
@@ -1123,7 +1118,7 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
 
 
 def disable_totp(idp: Idp, caller: Caller, account: Account):
-    """Take the second factor of a user away. Raises not_found where there is none."""
+    """Remove the second factor of a user. Raises not_found if there is none."""
     with idp.store.transaction():
         if not idp.store.clear_totp(account.id, idp.now()):
             raise Problem("not_found", log="the user has no second factor")
@@ -1134,19 +1129,19 @@ def disable_totp(idp: Idp, caller: Caller, account: Account):
 
 
 def check_label(label: str) -> str:
-    """Return what is wrong with a text that people read, or nothing."""
+    """Return what is wrong with a text for people, or ""."""
     return "" if label.isprintable() and len(label) <= 255 else "must be at most 255 printable characters"
 
 
 def check_name(name: str) -> str:
-    """Return what is wrong with the name of a role or permission, or nothing."""
+    """Return what is wrong with the name of a role or permission, or ""."""
     if not name or GROUPS_OF_UUID.fullmatch(name):
         return "must not be blank, nor look like an identifier"
     return check_label(name)
 
 
 def key_of(id_or_name: str) -> str:
-    """Return an id or a name as it is stored; no name looks like an id."""
+    """Return an id or a name in its stored form. No name has the form of an id."""
     return id_or_name.lower() if GROUPS_OF_UUID.fullmatch(id_or_name) else normalise(id_or_name)
 
 
@@ -1170,7 +1165,7 @@ def create_role(idp: Idp, caller: Caller, new_role: CreateRole) -> Role:
 
 
 def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
-    """Change what was sent; a blank name and null stay as they are. Raises protected, conflict."""
+    """Change the members that were sent, except a blank name and nulls. Raises protected, conflict."""
     name = normalise(change.name) if change.name else None
     description = change.description.strip() if isinstance(change.description, str) else None
     reject(name=check_name(name) if name else "", description=check_label(description or ""))
@@ -1188,7 +1183,7 @@ def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
 
 
 def delete_role(idp: Idp, caller: Caller, id: str):
-    """Delete a role; whoever had it logs in anew."""
+    """Delete a role and revoke everything issued to the users who had it."""
     with idp.store.transaction():
         role = get_role(idp, id)
         if role.is_protected:
@@ -1199,7 +1194,7 @@ def delete_role(idp: Idp, caller: Caller, id: str):
 
 
 def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
-    """Give a user a role. Whether that is new."""
+    """Assign a role to a user. Return whether the user did not have it before."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
         added = idp.store.assign_role(account.id, role.id, idp.now())
@@ -1209,7 +1204,7 @@ def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
 
 
 def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
-    """Take a role from a user, and end what was issued with it. Raises not_found, last_administrator."""
+    """Remove a role from a user and revoke everything issued to it. Raises not_found, last_administrator."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
         if not any(assigned.id == role.id for assigned in idp.store.list_roles_of(account.id)):
@@ -1221,7 +1216,7 @@ def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
 
 
 def set_roles(idp: Idp, caller: Caller, user_id: str, role_ids):
-    """Give a user exactly these roles, all or none."""
+    """Replace the roles of a user by these, all or none."""
     with idp.store.transaction():
         account = get_user(idp, user_id)
         new_ids = {get_role(idp, id).id for id in role_ids}
@@ -1272,7 +1267,7 @@ def delete_permission(idp: Idp, caller: Caller, id: str):
 
 
 def assign_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str) -> bool:
-    """Give a role a permission. Whether that is new."""
+    """Assign a permission to a role. Return whether the role did not have it before."""
     with idp.store.transaction():
         role, permission = get_role(idp, role_id), get_permission(idp, permission_id)
         added = idp.store.assign_permission(role.id, permission.id, idp.now())
@@ -1290,9 +1285,9 @@ def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str
 
 
 def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
-    """May this user do this? What is unknown may not.
+    """Return whether a user has a permission or scope; an unknown user, permission or scope is denied.
 
-    By the name of a permission or scope the answer is `access` alone.
+    Unless asked by `permission_id`, the answer has only the member `access`.
     """
     account = idp.store.find_account(request.user_id.lower()) or idp.store.find_account_by_name(fold(request.user_id))
     user_id = account.id if account else request.user_id
