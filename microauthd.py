@@ -307,16 +307,12 @@ class Throttle:
         """Count a new login transaction. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
-            for key in [
-                ("logins", "", b""),
-                *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"),
-            ]:
+            of_peer = [("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"]
+            for key in [("logins", "", b""), *of_peer]:
                 level = self.level(key, now)
                 if level < 1:
-                    raise Problem(
-                        "slow_down", log=f"too many logins begun, the last by {peer}",
-                        retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1,
-                    )
+                    wait = int((1 - level) / self.RATES[key[0]][1]) + 1
+                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=wait)
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):
@@ -649,14 +645,9 @@ def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result
     """Append a row to the audit log, in the transaction of the change that it records."""
     if idp.options.enable_audit_logging:
         with idp.store.transaction():
-            idp.store.append_audit(
-                [
-                    (
-                        idp.now(), caller.actor, action, target, secondary, caller.peer, caller.user_agent[:200],
-                        caller.request_id, result,
-                    )
-                ]
-            )
+            user_agent, request_id = caller.user_agent[:200], caller.request_id
+            row = (idp.now(), caller.actor, action, target, secondary, caller.peer, user_agent, request_id, result)
+            idp.store.append_audit([row])
 
 
 def require_clock(idp: Idp):
@@ -1295,14 +1286,12 @@ def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
         scopes = idp.store.list_scopes_of_user(user_id) if account and account.is_active else ()
         return AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
     asked = request.permission_id or request.permission
-    if not asked.strip() or not request.user_id.strip():
-        reject(
-            permission_id="is required" if not asked.strip() else "",
-            user_id="" if request.user_id.strip() else "is required",
-        )
-    allowed = any(
-        asked in (permission.id, permission.name) for permission in idp.store.list_permissions_of_user(user_id)
+    reject(
+        permission_id="" if asked.strip() else "is required",
+        user_id="" if request.user_id.strip() else "is required",
     )
+    permissions = idp.store.list_permissions_of_user(user_id)
+    allowed = any(asked in (permission.id, permission.name) for permission in permissions)
     if request.permission_id:
         return AccessVerdict(allowed, request.user_id, request.permission_id, allowed)
     return AccessVerdict(allowed)
@@ -1340,9 +1329,8 @@ def find_client(idp: Idp, client_id: str) -> Client | None:
 
 
 def get_client(idp: Idp, id_or_client_id: str) -> Client:
-    client = load_client(
-        idp, id_or_client_id.lower() if GROUPS_OF_UUID.fullmatch(id_or_client_id) else id_or_client_id.strip()
-    )
+    is_id = GROUPS_OF_UUID.fullmatch(id_or_client_id)
+    client = load_client(idp, id_or_client_id.lower() if is_id else id_or_client_id.strip())
     if client is None:
         raise Problem("not_found")
     return client
@@ -1396,8 +1384,7 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
                     client, now = find_client(idp, client_id), idp.now()
                     if client is None or stored not in unexpired_hashes(client, now):
                         break
-                    # Remember the secret for one token lifetime and some more: the client comes back when its token
-                    # expires.
+                    # Cached for longer than one token lifetime: the client returns when its token expires.
                     idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
                     return client
         idp.hasher.name_locks.blame(name_lock, caller.peer)
@@ -1687,7 +1674,7 @@ def delete_secret(idp: Idp, caller: Caller, id: str, secret_id: str):
 
 
 def check_flag(flag: str) -> str:
-    """Return the name of a feature flag, in upper case. Raises invalid_request."""
+    """Return the name of a feature flag in upper case. Raises invalid_request."""
     if flag.upper() not in FLAGS:
         reject(flag="must be one of " + ", ".join(FLAGS))
     return flag.upper()
@@ -1718,13 +1705,9 @@ def set_flag_option(idp: Idp, caller: Caller, id: str, flag: str, option: str):
 
 def list_flags(idp: Idp, id: str) -> dict:
     """Return {flag: FlagObject} of a client, including flags that were never set."""
-    stored = {feature.feature_flag: feature for feature in idp.store.list_all_features(get_client(idp, id).row.id)}
-    return {
-        flag: FlagObject(bool(stored[flag].is_enabled), stored[flag].options)
-        if flag in stored
-        else FlagObject(False, "")
-        for flag in FLAGS
-    }
+    features = idp.store.list_all_features(get_client(idp, id).row.id)
+    stored = {feature.feature_flag: FlagObject(bool(feature.is_enabled), feature.options) for feature in features}
+    return {flag: stored.get(flag, FlagObject(False, "")) for flag in FLAGS}
 
 
 def totp_issuer(idp: Idp, client_id: str | None) -> str:
@@ -1808,7 +1791,7 @@ def get_scope(idp: Idp, id_or_name: str) -> Scope:
 
 
 def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scope:
-    """Change what was sent. Raises invalid_request, not_found, protected or conflict."""
+    """Change the members that were sent. Raises invalid_request, not_found, protected or conflict."""
     name = None if change.name is UNSET else normalise(change.name)
     description = next((text.strip() for text in (change.desc, change.description) if isinstance(text, str)), None)
     reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
@@ -1948,14 +1931,10 @@ def audit_replay(idp: Idp, caller: Caller, revoked: RevokedToken):
         return
     if len(idp.audited_replays) >= 4096:
         idp.audited_replays.clear()
-    # where nothing can be written, a dead token is refused all the same
+    # A failed write must not change the answer: the revoked token is refused anyway.
     with contextlib.suppress(Problem, Unavailable):
-        audit(
-            idp, caller.acting_as(
-                claims["sub"]
-            ), f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", revoked.log,
-            FAILURE,
-        )
+        caller = caller.acting_as(claims["sub"])
+        audit(idp, caller, f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", revoked.log, FAILURE)
         idp.audited_replays.add(claims["jti"])
 
 
