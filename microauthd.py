@@ -82,7 +82,7 @@ from appliance.base.objects import (
     TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient, UpdatePermission, UpdateRole,
     UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
-from appliance.base.hashing import Busy, VerifiedSecrets, HashFailed, Hasher
+from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
 from appliance.base.keys import Key, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 

@@ -17,7 +17,9 @@ from argon2.low_level import Type, hash_secret_raw
 from conftest import CHEAP, PASSWORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from appliance.base.hashing import BLAME_SECONDS, MAX_WAIT, Argon2Memory, Busy, VerifiedSecrets, HashGate, Hasher, NameLock, NameLocks
+from appliance.base.hashing import (
+    BLAME_SECONDS, MAX_WAIT, Argon2Memory, Busy, HashGate, Hasher, NameLock, NameLocks, VerifiedSecrets,
+)
 from appliance.base.settings import Options
 
 

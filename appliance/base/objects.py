@@ -482,8 +482,7 @@ class ListRoles(msgspec.Struct):
 
 
 class ListAudit(msgspec.Struct):
-    """`userId` is the actor; `target` matches target or secondary; `after` returns the rows after an id, oldest first.
-    """
+    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first."""
 
     userId: str | None = None
     user_id: str | None = None
