@@ -400,7 +400,6 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
 # == Tokens ====================================================================
 # Key rings, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
 
-
 ENCODE = msgspec.json.Encoder().encode
 
 
@@ -795,7 +794,7 @@ def authenticate_user(
     Every path that takes a password calls this. Whatever is wrong - unknown user, wrong password,
     inactive, locked, a missing, wrong or used one-time code - the caller gets invalid_grant with
     status 403, after the same Argon2 work and one durable write. `admin` requires the MadAdmin role.
-    `only_password` skips the second factor: for an administrator who verifies a password, and for the
+    `only_password` makes `totp` optional: for an administrator who verifies a password, and for the
     login pages, which call check_second_factor() next.
     """
     name = fold(username)
@@ -1863,6 +1862,7 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
 
     Valid means: signature, `typ`, `iss` and `exp` are right, `iat` is not in the future, the `jti` is not
     revoked, and it was issued after the revocation epochs of the server, its client, its user and its login.
+    Tombstones of `jti` and logins are looked up with `check_revocation`, `enable-token-revocation` or for ADMIN.
     Raises invalid_token. Guards, introspection, userinfo and revocation all use this function.
     """
     claims = ring.verify(token, AT_JWT)

@@ -327,7 +327,8 @@ class TestNameLocks:
                 pass
         for thread in threads:
             thread.join(5)
-        assert (heard.count("turn"), heard.count("busy")) == (name_locks.MAX_WAITERS, 50 - name_locks.MAX_WAITERS) and not name_locks.names
+        most = name_locks.MAX_WAITERS
+        assert (heard.count("turn"), heard.count("busy")) == (most, 50 - most) and not name_locks.names
 
     @pytest.mark.parametrize(
         "users, threads_left, failed, blamed, seconds",
