@@ -81,9 +81,9 @@ from appliance.base.objects import (
     TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient, UpdatePermission, UpdateRole,
     UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
-from appliance.base.hashing import Busy, Digests, HashFailed, Hasher
+from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
-from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
+from appliance.base.keys import Key, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -104,7 +104,7 @@ REFRESH_TOKEN = "refresh_token"
 CONFIDENTIAL = "confidential"
 PUBLIC_CLIENT = "public"
 
-# scope values of OpenID Connect Core §5.4 and §11; `roles` is ours
+# scope values, OpenID Connect Core §5.4 and §11; `roles` is an extension of microauthd
 OPENID = "openid"
 OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offline_access")
 
@@ -112,7 +112,7 @@ OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offli
 AT_JWT = "at+jwt"
 JWT = "JWT"
 
-OWN = "its own"  # the specification of a route that no standard defines: the manual describes it
+OWN = "its own"  # `spec` of a route that no standard defines: the manual describes it
 FLAGS = {  # per-client feature flags: name -> takes an option
     "ENABLE_TOTP": False,
     "TOTP_ISSUER": True,
@@ -122,12 +122,12 @@ FLAGS = {  # per-client feature flags: name -> takes an option
     "SESSION_BASED_MAX_AGE": True,
 }
 
-ADMIN_CLIENT = "mad:admin"  # stands for ADMIN where a login names its client; the colon keeps it from being one
+ADMIN_CLIENT = "mad:admin"  # the client of a login at ADMIN; no real client_id contains a colon
 ID_TOKEN_TTL = 600
 TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
-CODE_TTL = 60  # seconds an authorization code lives, where pkce-code-lifetime does not say less. RFC 6749 §4.1.2
-LOGIN_TTL = 600  # seconds somebody may take to log in
+CODE_TTL = 60  # seconds an authorization code lives, unless pkce-code-lifetime is less. RFC 6749 §4.1.2
+LOGIN_TTL = 600  # seconds a login transaction lives
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 
@@ -137,17 +137,17 @@ CLIENT_ID = re.compile(r"[\x21-\x39\x3b-\x7e]{1,255}")  # RFC 6749 §2.2 without
 
 
 def normalise(name: str) -> str:
-    """Return a name as we compare it: trimmed, Unicode NFKC."""
+    """Return a name in the form that is compared: Unicode NFKC, trimmed."""
     return unicodedata.normalize("NFKC", name).strip()
 
 
 def fold(name: str) -> str:
-    """Return a username or e-mail address as we compare it: `normalise`, then case-folded."""
+    """Return a username or e-mail address in the form that is compared: normalised and case-folded."""
     return unicodedata.normalize("NFKC", normalise(name).casefold())
 
 
 # == Errors ====================================================================
-# One exception. What a client is told stands here and nowhere else.
+# One exception, Problem. ERRORS has every message that a client may receive.
 
 ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "invalid_request": (
@@ -185,11 +185,11 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
 
 
 class Problem(Exception):
-    """What went wrong, as an error code of ERRORS.
+    """A failure that a client is told about, by its code in ERRORS.
 
-    `log` is for the operator and never leaves the server. `errors` names each bad member of a
-    request body. `status` overrides the table where a route answers with another. `retry_after` is seconds.
-    `audited` says that the audit log has it already.
+    `log` is for the operator and never leaves the server. `errors` describes each bad member of a
+    request body. `status` overrides the status in ERRORS. `retry_after` is seconds. `audited` is true if
+    the audit log already has the failure.
     """
 
     def __init__(self, code, *, log="", errors=None, status=0, retry_after=0, headers=(), audited=False):
@@ -201,11 +201,11 @@ class Problem(Exception):
             self.headers.append(("Retry-After", str(retry_after)))
 
     def as_oauth(self) -> dict:
-        """RFC 6749 §5.2."""
+        """Return the JSON of RFC 6749 §5.2."""
         return {"error": self.code, "error_description": self.message}
 
     def as_err(self) -> dict:
-        """The Err of ADMIN and of the rest of AUTH, with `errors` where members are at fault."""
+        """Return the Err of ADMIN and of the rest of AUTH, with `errors` if there are any."""
         err = {"success": False, "message": self.message, "error": self.code}
         if self.errors:
             err["errors"] = self.errors
@@ -213,14 +213,14 @@ class Problem(Exception):
 
 
 def reject(**errors):
-    """Raise invalid_request naming each member with a sentence against it; nothing where there is none."""
+    """Raise invalid_request with the sentences that are not empty, by member; if all are, do nothing."""
     errors = {member: wrong for member, wrong in errors.items() if wrong}
     if errors:
         raise Problem("invalid_request", errors=errors)
 
 
-class Replayed(Problem):
-    """invalid_token, of a token that was good once and was ended: who presents it is worth an audit row."""
+class RevokedToken(Problem):
+    """invalid_token for a token that was revoked: its use may be a replay and is audited."""
 
     def __init__(self, claims, log):
         super().__init__("invalid_token", log=log)
@@ -228,16 +228,16 @@ class Replayed(Problem):
 
 
 # == Secrets ===================================================================
-# Random handles, sealing, TOTP, and the throttle of guessing.
+# Random handles, sealing, TOTP, the rules for passwords, and the throttle of failed attempts.
 
 
 def random_handle() -> str:
-    """Return 256 random bits as base64url: a refresh token, a code, a secret."""
+    """Return 256 random bits in base64url, for a refresh token, a code or a client secret."""
     return secrets.token_urlsafe(32)
 
 
 def sha256(handle: str) -> str:
-    """Return what is stored of a random handle: it has 256 bits, so a fast hash is enough."""
+    """Return the stored form of a random handle. It has 256 bits, so a fast hash is enough."""
     return hashlib.sha256(handle.encode()).hexdigest()
 
 
@@ -253,7 +253,7 @@ def jti_ms(jti: str) -> int:
 
 @contextlib.contextmanager
 def hash_problems():
-    """Make a Problem of what keeps a hash from being computed. Being busy is nobody's fault, and is not called one."""
+    """Raise a Problem for Busy and HashFailed. The message for Busy does not blame the caller's attempts."""
     try:
         yield
     except Busy as busy:
@@ -265,15 +265,15 @@ def hash_problems():
 
 
 class Throttle:
-    """Token buckets, per peer and per (peer, name), that failed attempts spend.
+    """Token buckets per peer and per (peer, name), from which failed attempts take.
 
-    Names are counted whether they exist or not, so that being throttled tells nothing about them.
-    Loopback has no bucket of its own: every service of the box shares it.
+    Unknown names have buckets too, so that throttling does not reveal whether a name exists.
+    Loopback has no peer bucket, because all services of the box share that address.
     """
 
     RATES = {  # noqa: RUF012 - burst, refill a second
         "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
-        "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
+        "logins": (1000, 100.0),  # logins begun by a peer, and by all: anybody may begin one, and each is a row
     }
 
     def __init__(self, clock, size=20_000):
@@ -282,8 +282,8 @@ class Throttle:
     def keys(self, peer, name):
         address = ipaddress.ip_address(peer)
         if address.version == 6 and not address.is_loopback:
-            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # whoever has one address of it has them all
-        # A digest: strangers choose the name, and its length.
+            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # a site controls a whole /64
+        # Hashed, because the name may have any length.
         yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
         if not address.is_loopback:
             yield ("peer", peer, b"")
@@ -294,7 +294,7 @@ class Throttle:
         return min(burst, level + max(0, now - at) * rate)
 
     def check(self, peer: str, name: str):
-        """Raise slow_down where the attempts of this peer are spent."""
+        """Raise slow_down if a bucket of this peer is empty."""
         now = self.clock()
         for key in self.keys(peer, name):
             level = self.level(key, now)
@@ -303,23 +303,19 @@ class Throttle:
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
 
     def begin_login(self, peer: str):
-        """Spend one login begun. Raises slow_down where there were too many."""
+        """Count a new login transaction. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
-            for key in [
-                ("logins", "", b""),
-                *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"),
-            ]:
+            of_peer = [("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"]
+            for key in [("logins", "", b""), *of_peer]:
                 level = self.level(key, now)
                 if level < 1:
-                    raise Problem(
-                        "slow_down", log=f"too many logins begun, the last by {peer}",
-                        retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1,
-                    )
+                    wait = int((1 - level) / self.RATES[key[0]][1]) + 1
+                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=wait)
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):
-        # The lock is held. The longest unused goes: strangers choose how many there are.
+        # The caller holds the lock. The least recently used bucket goes, since anybody can create buckets.
         self.buckets[key] = (level, now)
         self.buckets.move_to_end(key)
         while len(self.buckets) > self.size:
@@ -333,7 +329,7 @@ class Throttle:
 
 
 class Seal:
-    """Seals what the database must not show even when it is not encrypted: TOTP seeds. AES-256-GCM."""
+    """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them."""
 
     def __init__(self, key: bytes):
         self.cipher = AESGCM(key)
@@ -363,16 +359,16 @@ def totp_uri(seed, username, issuer_name) -> str:
     return pyotp.TOTP(seed).provisioning_uri(name=username, issuer_name=issuer_name)
 
 
-def totp_step(seed: str, code: str, now: int) -> int | None:
-    """Return the time step a code belongs to, one before and one after allowed, or None. RFC 6238 §5.2."""
+def totp_time_step(seed: str, code: str, now: int) -> int | None:
+    """Return the time step of a code - the current, previous or next one - or None. RFC 6238 §5.2."""
     import pyotp
 
     if not re.fullmatch(r"[0-9]{6}", code):
         return None
     generator = pyotp.TOTP(seed)
-    step = now // TOTP_STEP
+    time_step = now // TOTP_STEP
     found = None
-    for candidate in (step - 1, step, step + 1):
+    for candidate in (time_step - 1, time_step, time_step + 1):
         if hmac.compare_digest(generator.generate_otp(candidate), code):
             found = candidate
     return found
@@ -380,14 +376,12 @@ def totp_step(seed: str, code: str, now: int) -> int | None:
 
 @functools.cache
 def common_passwords() -> bytes:
-    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for
-    this.
-    """
+    """Return the list, each password between line feeds: a set would take 2 MB, and no lookup is urgent."""
     return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
 def check_new_password(options: Options, password: str, *names: str) -> str:
-    """Return what is wrong with a password somebody chose, or nothing. NIST SP 800-63B §5.1.1.2."""
+    """Return what is wrong with a chosen password, or "". NIST SP 800-63B §5.1.1.2."""
     if len(password) < options.password_min_length:
         return f"must have at least {options.password_min_length} characters"
     if len(password) > 255:
@@ -405,22 +399,20 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
 # == Tokens ====================================================================
 # Key rings, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
 
-
 ENCODE = msgspec.json.Encoder().encode
 
 
 class KeyRing:
-    """The keys of one port."""
+    """The signing keys of one port."""
 
     def __init__(self, entries, prefer_ec=True):
         self.keys = [Key(entry) for entry in entries]
         active = {key.alg: key for key in self.keys if key.state == "active"}
         self.active = active
         self.access = active.get("ES256" if prefer_ec else "RS256") or next(iter(active.values()))
-        # A header is compared byte by byte with those we write, so no token can choose its own algorithm.
-        # RFC 8725 §3.1.
-        self.written = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
-        self.headers = {self.written[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        # A token's header must equal one of ours byte by byte, so it cannot choose the algorithm. RFC 8725 §3.1.
+        self.headers = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        self.by_header = {self.headers[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
         self.verified = {}
 
     def signer(self, alg) -> Key:
@@ -431,18 +423,18 @@ class KeyRing:
 
     def mint(self, key: Key, typ: str, claims: dict) -> str:
         """Return a compact JWS. RFC 7515 §3.1."""
-        message = self.written[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
+        message = self.headers[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
         return (message + b"." + b64url_bytes(key.sign(message))).decode()
 
     def verify(self, token: str, typ: str) -> dict:
-        """Return the claims of a token that one of our keys signed as this type. Says nothing of its being alive.
+        """Return the claims of a token that a key of this ring signed as this type; it may be expired or revoked.
 
-        Raises invalid_token. Signatures that were checked are remembered: they cannot become false.
+        Raises invalid_token. Valid signatures are cached, since they stay valid.
         """
         known = self.verified.get(token)
         if known is None:
             header, _, rest = token.partition(".")
-            key, signed_as = self.headers.get(header, (None, None))
+            key, signed_as = self.by_header.get(header, (None, None))
             if key is None or len(token) > 8192:
                 raise Problem("invalid_token", log="not signed by a key of this port")
             try:
@@ -461,20 +453,20 @@ class KeyRing:
 
 
 # == Idp =======================================================================
-# What every function below is handed.
+# The object that every function below takes.
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who calls and from where, for the throttle and the audit log."""
+    """The caller and its address, for the throttle and the audit log."""
 
     peer: str = "127.0.0.1"
     user_agent: str = ""
     request_id: str = ""
-    is_local: bool = True  # the socket itself is loopback, and no proxy spoke for another
-    actor: str = "anonymous"  # the id of a user, a client_id, or the name of a part of this program
+    is_local: bool = True  # the connection is from loopback and names no other client by a proxy header
+    actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
 
     def acting_as(self, actor: str) -> "Caller":
-        """Return the same caller with a proven name."""
+        """Return the same caller with an authenticated actor."""
         return msgspec.structs.replace(self, actor=actor)
 
 
@@ -493,7 +485,7 @@ def ring_files(options: Options) -> dict:
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What routes need of the machine, as functions that the floor above hands down: each takes the Idp first."""
+    """Functions of the floor above that routes call; each takes the Idp first."""
 
     make_backup: Callable
     read_backup_piece: Callable
@@ -501,9 +493,9 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Idp:
-    """One process of the identity provider: settings, store, keys and clock.
+    """The state of one process: settings, store, keys and clock.
 
-    Threads share it. Settings and keys do not change; what is cached follows the store's generation.
+    Threads share it. Settings do not change; caches are bound to the store's generation.
     """
 
     def __init__(
@@ -512,75 +504,73 @@ class Idp:
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
-        # port: what was seen of its file; empty where rings do not come from files
-        self.ring_files: dict[str, tuple] = {}
-        self.rings_said: dict[str, str] = {}  # port: why its file cannot be read, as it was logged
-        self.rings_until = 0.0  # monotonic seconds until the files are looked at again
+        # port: (fingerprint of its file, Unix seconds of the next promotion); empty if rings are not from files
+        self.ring_versions: dict[str, tuple] = {}
+        self.logged_ring_errors: dict[str, str] = {}  # port: the last logged reason why its file cannot be read
+        self.next_ring_check = 0.0  # monotonic seconds
         self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
-        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # which never goes back
-        self.client_digests = Digests(900, 4096)
-        self.password_digests = Digests(options.pass_cache_duration, 4096)
+        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # monotonic if the clock is a Timekeeper
+        self.verified_client_secrets = VerifiedSecrets(900, 4096)
+        self.verified_passwords = VerifiedSecrets(options.pass_cache_duration, 4096)
         self.client_cache: tuple[bytes, dict] = (b"", {})
-        self.locks = [
-            threading.Lock() for _ in range(64)
-        ]  # by name: one verification of an account or client at a time
+        self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
         self.answers: dict = {}  # cached_page, by name
-        self.replays: set[str] = set()  # jti of dead tokens whose use was written down
-        self.clock_is_sane = True  # where no Timekeeper looks
-        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
+        self.audited_replays: set[str] = set()  # jti of revoked tokens whose use has been audited
+        self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
+        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
 
-    def look_at_rings(self):
-        """Take up changed key rings, where it is time to look."""
-        if self.ring_files and time.monotonic() >= self.rings_until:
-            self.follow_rings()
+    def reload_rings_if_due(self):
+        """Reload changed key rings, if the last check was over a second ago."""
+        if self.ring_versions and time.monotonic() >= self.next_ring_check:
+            self.reload_rings()
 
     @property
     def auth_ring(self) -> KeyRing:
-        """The keys of AUTH, as its file has them now."""
-        self.look_at_rings()
+        """The current keys of AUTH."""
+        self.reload_rings_if_due()
         return self.rings["auth"]
 
     @property
     def admin_ring(self) -> KeyRing:
-        """The keys of ADMIN, as its file has them now."""
-        self.look_at_rings()
+        """The current keys of ADMIN."""
+        self.reload_rings_if_due()
         return self.rings["admin"]
 
-    def follow_rings(self):
-        """Take up a ring whose file changed, or whose next key has come of age. Asked once a second at most.
+    def reload_rings(self):
+        """Reload each ring whose file changed or whose next key is to turn active.
 
-        A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
+        If a file cannot be read, the loaded keys stay: a half-done manual rotation must not stop the server.
         """
-        # One at a time: of two that read different versions, the slower could leave the older one in place.
+        # One thread at a time: of two that read different versions, the slower one could install the older.
         if not self.rings_lock.acquire(blocking=False):
             return
         try:
-            self.rings_until = time.monotonic() + 1
-            self.read_changed_rings()
+            self.next_ring_check = time.monotonic() + 1
+            self.reload_changed_rings()
         finally:
             self.rings_lock.release()
 
-    def read_changed_rings(self):
+    def reload_changed_rings(self):
         for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
             try:
-                seen, due = self.ring_files[port_name]
-                mark = file_fingerprint(path)
-                if mark == seen and (due is None or self.now() < due):
+                known, next_at = self.ring_versions[port_name]
+                fingerprint = file_fingerprint(path)
+                if fingerprint == known and (next_at is None or self.now() < next_at):
                     continue
                 entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
             except (OSError, StartupError) as error:
-                if str(error) != self.rings_said.get(port_name):
+                if str(error) != self.logged_ring_errors.get(port_name):
                     self.log("keys.unreadable", "error", path=path, reason=error)
-                self.rings_said[port_name] = str(error)
+                self.logged_ring_errors[port_name] = str(error)
                 continue
-            self.rings_said.pop(port_name, None)
-            self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
+            self.logged_ring_errors.pop(port_name, None)
+            self.ring_versions[port_name] = (fingerprint, next_promotion_at(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
-            # After the ring: who holds the dict of before may have built a page from the ring of before. See
-            # cached_page().
+            # Replaced after the ring: a thread with the old dict may add an answer built from the old ring to it.
+            # See cached_page().
             self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
             self.log(
                 "keys.changed", port=port_name,
@@ -597,33 +587,32 @@ class Idp:
 
     @property
     def revoked_before(self) -> int:
-        """Nothing issued up to this millisecond is alive: what a restore sets. Cached with the clients."""
+        """The millisecond up to which every token is revoked, as a restore sets it. Cached with the clients."""
         cache = self.cache()
-        if None not in cache:  # a key that no client_id can be
+        if None not in cache:  # None is no client_id
             cache[None] = int(self.store.meta("revoked_before", "0"))
         return cache[None]
 
     def cache(self) -> dict:
-        """Return the dict of what is cached for the present generation.
+        """Return the cache of the current generation, a dict.
 
-        The generation is read before anything is loaded into it, so what was read from before a
-        change never lands in the dict of after it.
+        The generation is read before the rows, so rows from before a change never enter the cache after it.
         """
         generation = self.store.generation.read()
-        held, cache = self.client_cache
-        if held != generation:
+        cached_generation, cache = self.client_cache
+        if cached_generation != generation:
             cache = {}
             self.client_cache = (generation, cache)
         return cache
 
-    def check_clock(self, for_good=True) -> bool:
-        """Return whether the clock can be trusted; `for_good` with what cannot be undone: to purge, to retire a key.
+    def check_clock(self, irreversible=True) -> bool:
+        """Return whether the clock can be trusted; `irreversible` for a purge or the retirement of a key.
 
-        A server asks its Timekeeper. A command at the machine has only the clock, which is never before our
-        release or the latest time that is known to have been.
+        In a server the Timekeeper decides. A local command has only the clock, which must not be before
+        our release or the latest time in the database.
         """
         if isinstance(self.clock, Timekeeper):
-            return self.clock.state in (("right",) if for_good else ("right", "probation"))
+            return self.clock.state in (("right",) if irreversible else ("right", "probation"))
         floor = max(RELEASED_AT, self.store.clock_floor() - IAT_SKEW)
         sane = self.now() >= floor
         if sane != self.clock_is_sane:
@@ -641,7 +630,7 @@ def hash_secret(idp: Idp, secret: str) -> str:
 
 
 def as_problem(error: "Problem | Unavailable") -> Problem:
-    """Return what a client is told of an error: a database that cannot be used is a 503."""
+    """Return the Problem of an error: a 503 if the database is unavailable."""
     if isinstance(error, Problem):
         return error
     return Problem("temporarily_unavailable", log=error.log, retry_after=error.retry_after)
@@ -651,21 +640,16 @@ def as_problem(error: "Problem | Unavailable") -> Problem:
 
 
 def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result=SUCCESS):
-    """Append a row, in the transaction of what it tells of."""
+    """Append a row to the audit log, in the transaction of the change that it records."""
     if idp.options.enable_audit_logging:
         with idp.store.transaction():
-            idp.store.append_audit(
-                [
-                    (
-                        idp.now(), caller.actor, action, target, secondary, caller.peer, caller.user_agent[:200],
-                        caller.request_id, result,
-                    )
-                ]
-            )
+            user_agent, request_id = caller.user_agent[:200], caller.request_id
+            row = (idp.now(), caller.actor, action, target, secondary, caller.peer, user_agent, request_id, result)
+            idp.store.append_audit([row])
 
 
 def require_clock(idp: Idp):
-    """Raise temporarily_unavailable where the clock cannot be believed: what is deleted by it is gone for good."""
+    """Raise temporarily_unavailable if the clock cannot be trusted: a purge by it could not be undone."""
     if not idp.check_clock():
         raise Problem(
             "temporarily_unavailable", log="nothing is purged by a clock that cannot be believed; see clock accept",
@@ -674,7 +658,7 @@ def require_clock(idp: Idp):
 
 
 def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: None) -> int:
-    """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
+    """Delete and count the audit rows older than `days`, in slices, and audit that. `pause` waits between slices."""
     require_clock(idp)
     before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
@@ -682,7 +666,7 @@ def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: N
             pause(0.01)
         with idp.store.transaction():
             deleted = idp.store.purge_audit(before, SLICE)
-            if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
+            if deleted == SLICE and not done:  # more follow: the actor is known even if a crash ends them
                 audit(idp, caller, "audit_purge_begun", "", f"older_than_days={days}")
             done += deleted
             if deleted < SLICE and done:
@@ -699,46 +683,43 @@ def is_admin(idp: Idp, user_id: str) -> bool:
 
 
 def is_last_admin(idp: Idp, user_id: str) -> bool:
-    """Is this an administrator, and none other could log in now?"""
+    """Return whether this is an administrator and no other administrator could log in now."""
     return is_admin(idp, user_id) and not idp.store.has_able_admin(idp.now(), user_id)
 
 
 def forbid_removing_last_admin(idp: Idp, user_id: str):
-    """Raise last_administrator where nobody could administer any more without this user.
-
-    Within the changing transaction.
-    """
+    """Raise last_administrator for the last one who could log in. Called in the changing transaction."""
     if is_last_admin(idp, user_id):
         raise Problem("last_administrator")
 
 
-def end_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
-    """End all that was ever issued to a user, on both ports.
+def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
+    """Revoke everything ever issued to a user, on both ports.
 
-    Whatever takes a right from a user comes here, in its transaction.
+    Each change that reduces the rights of a user calls this in its transaction.
     """
     with idp.store.transaction():
         idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
         audit(idp, caller, action, user_id, secondary)
 
 
-def is_good(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
-    """Is this user still good for what was issued then? It exists, is active, and nothing of it was ended since."""
+def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
+    """Return whether a user exists, is active, and was not revoked since that millisecond."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
 
 def was_verified_recently(idp, account, password) -> bool:
-    """Has this password been verified lately?
+    """Return whether Argon2 has verified this password recently.
 
-    Asked only where nothing else can fail: otherwise the speed of the answer would tell that a password is right.
+    Only consulted when no other check can fail, or a fast refusal would reveal a correct password.
     """
     if not idp.options.enable_pass_cache or account.totp_sealed or account.failed_logins:
         return False
-    return idp.password_digests.knows(account.password_hash, password, idp.now())
+    return idp.verified_passwords.contains(account.password_hash, password, idp.now())
 
 
 def login_obstacle(idp, caller, account, admin=False) -> str:
-    """Return what keeps this account out whatever its password, for the log."""
+    """Return why this account may not log in even with the right password, for the log, or ""."""
     if account is None:
         return "unknown user"
     if not account.is_active:
@@ -746,7 +727,7 @@ def login_obstacle(idp, caller, account, admin=False) -> str:
     if account.lockout_until > idp.now() and not (
         caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
     ):
-        # The last administrator can always try at the machine itself; the throttle still counts there.
+        # The last administrator may always try from loopback, where the throttle still counts.
         return "locked"
     if admin and not is_admin(idp, account.id):
         return "not an administrator"
@@ -758,32 +739,32 @@ WRONG_CODE = "one-time code missing, wrong or used"
 
 
 def check_totp(idp, account, code) -> str:
-    """Spend a one-time code. Return what is wrong, or nothing; the caller counts it. RFC 6238 §5.2."""
+    """Spend a one-time code. Return what is wrong, or ""; the caller counts failures. RFC 6238 §5.2."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
-    step = totp_step(idp.seal.open(account.totp_sealed, account.id), code, now)
-    if step is not None and idp.store.spend_totp_step(account.id, step):
+    time_step = totp_time_step(idp.seal.open(account.totp_sealed, account.id), code, now)
+    if time_step is not None and idp.store.spend_totp_step(account.id, time_step):
         return ""
     return WRONG_CODE
 
 
 def rehash(idp, account, password):
-    """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
+    """Replace a hash by one with the configured parameters. The password stays, so nothing is revoked."""
     with contextlib.suppress(Problem, Unavailable):
         idp.store.set_password_hash(account.id, hash_secret(idp, password), idp.now(), account.password_hash)
 
 
 def count_failed_code(idp: Idp, account: Account):
-    """Count a wrong one-time or recovery code; the last of TOTP_TRIES locks the second factor. RFC 4226 §7.3."""
+    """Count a wrong one-time or recovery code; TOTP_TRIES of them lock the second factor. RFC 4226 §7.3."""
     lockout = max(TOTP_STEP, idp.options.failed_password_lockout_duration)
     idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
 
 
 def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None, client_id: str, failure: str):
-    """Count a failed login against the peer, the name and, where a secret was wrong, the account; audit it.
+    """Count a failed login against the peer, the name and, if a secret was wrong, the account; audit it.
 
-    One durable write whatever was wrong, or the time it takes would tell.
+    Every failure costs one durable write, so that timing does not reveal what was wrong.
     """
     options, now = idp.options, idp.now()
     idp.throttle.spend(caller.peer, name)
@@ -807,39 +788,38 @@ def authenticate_user(
     idp: Idp, caller: Caller, username: str, password: str, totp="", client: Client | None = None, admin=False,
     only_password=False,
 ) -> tuple[Account, list]:
-    """May this user in now? Return the account and its `amr` (RFC 8176).
+    """Authenticate a user by password. Return the account and its `amr` (RFC 8176).
 
-    Every path that takes a password calls this. Whatever is wrong - no such user, wrong password,
-    inactive, locked, no or a wrong or a used one-time code - the caller learns nothing but
-    invalid_grant with status 403, after the same Argon2 work and one durable write.
-    `admin` demands the MadAdmin role too. `only_password` leaves the second factor out: for an
-    administrator who asks about a password, and for the login pages, which ask for it next, by
-    check_second_factor().
+    Every path that takes a password calls this. Whatever is wrong - unknown user, wrong password,
+    inactive, locked, a missing, wrong or used one-time code - the caller gets invalid_grant with
+    status 403, after the same Argon2 work and one durable write. `admin` requires the MadAdmin role.
+    `only_password` makes `totp` optional: for an administrator who verifies a password, and for the
+    login pages, which call check_second_factor() next.
     """
     name = fold(username)
     idp.throttle.check(caller.peer, name)
     account = idp.store.find_account_by_name(name)
-    demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
+    totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
-        not demanded
+        not totp_required
         and not login_obstacle(idp, caller, account, admin)
         and was_verified_recently(idp, account, password)
     ):
         assert account
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with hash_problems(), idp.hasher.turns.take("user", name, caller.peer) as turn:
+    with hash_problems(), idp.hasher.name_locks.hold("user", name, caller.peer) as name_lock:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, caller, account, admin)
-        if account and not obstacle and demanded and not account.totp_sealed:
+        if account and not obstacle and totp_required and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, account, password):
             assert account
-            return account, ["pwd"]  # somebody who came with us has just done the work
+            return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        with idp.hasher.gate.place(caller.peer):
-            right = idp.hasher.verify(account.password_hash if account else None, password)
-        failure = obstacle or ("" if right else WRONG_PASSWORD)
+        with idp.hasher.gate.slot(caller.peer):
+            is_right = idp.hasher.verify(account.password_hash if account else None, password)
+        failure = obstacle or ("" if is_right else WRONG_PASSWORD)
         amr = ["pwd"]
         if not failure and second_factor:
             failure = check_totp(idp, account, totp)
@@ -848,25 +828,25 @@ def authenticate_user(
         if account and not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
             failure = "changed meanwhile"
         if failure:
-            idp.hasher.turns.blame(turn, caller.peer)
+            idp.hasher.name_locks.blame(name_lock, caller.peer)
             actor = caller.acting_as(account.id if account else "anonymous")
             record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
-        assert account  # without one there is an obstacle
+        assert account  # None has an obstacle
         if idp.options.enable_pass_cache and not second_factor:
-            idp.password_digests.learn(account.password_hash, password, now)
+            idp.verified_passwords.add(account.password_hash, password, now)
         if not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
         return account, amr
 
 
 def fold_recovery_code(code: str) -> str:
-    """Return a recovery code as it was made, however it was typed."""
+    """Return a typed recovery code without blanks and hyphens, in lower case."""
     return re.sub(r"[\s-]", "", code).lower()
 
 
 def check_recovery_code(idp, account, code) -> str:
-    """Spend a recovery code. Return what is wrong, or nothing."""
+    """Spend a recovery code. Return what is wrong, or ""; the caller counts failures."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
@@ -876,36 +856,35 @@ def check_recovery_code(idp, account, code) -> str:
 def check_second_factor(
     idp: Idp, caller: Caller, user_id: str, proven_ms: int, code: str, client_id=""
 ) -> tuple[Account, list]:
-    """May this user, whose password was proven at that millisecond, in by this one-time or recovery code?
+    """Verify the one-time or recovery code of a user whose password was verified at that millisecond.
 
-    Everything is asked again: that the user exists, is active, not locked, and that nothing of it
-    was ended since. Guesses are counted on the account, whatever login they belong to. Raises
-    invalid_grant with 403.
+    Return the account and its `amr` (RFC 8176). The account must still exist, be active, not locked and
+    not revoked since. Failures count on the account across all logins. Raises invalid_grant with 403.
     """
     idp.throttle.check(caller.peer, user_id)
-    with idp.locks[hash(user_id) % len(idp.locks)]:
-        account, used = idp.store.find_account(user_id), ""
+    with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
+        account, method = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
-        if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
+        if not failure and (not is_still_valid(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
         if not failure and re.fullmatch(r"[0-9]{6}", code):
             failure = check_totp(idp, account, code)
-            used = "otp"
+            method = "otp"
         elif not failure:
             failure = check_recovery_code(idp, account, code)
         if failure:
             record_failure(idp, caller.acting_as(user_id), user_id, account, client_id, failure)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
-        assert account  # without one there is an obstacle
-        if not used:
+        assert account  # None has an obstacle
+        if not method:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
-    return account, ["pwd", *([used] if used else []), "mfa"]
+    return account, ["pwd", *([method] if method else []), "mfa"]
 
 
 def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
-    """Make ten codes of 79 random bits that stand for a lost authenticator, each once. Those of before are void."""
-    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is taken for another
+    """Return ten new single-use codes of 79 random bits, for a lost authenticator. They replace older ones."""
+    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # without i, l, o, 0 and 1, which look alike
     codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
     with idp.store.transaction():
         idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
@@ -914,26 +893,26 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
 
 
 def check_username(username: str) -> str:
-    """Return what is wrong with a folded user name, or nothing."""
+    """Return what is wrong with a folded username, or ""."""
     if not username or len(username) > 100 or not username.isprintable():
         return "must be 1 to 100 printable characters"
     return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else ""
 
 
 def check_email(email: str) -> str:
-    """Return what is wrong with a folded e-mail address, or nothing. Whether it works, only mail can tell."""
+    """Return what is wrong with a folded e-mail address, or ""."""
     if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254 or not email.isprintable():
         return "must be an e-mail address"
     return ""
 
 
-def create_user(idp: Idp, caller: Caller, wanted: CreateUser) -> Account:
-    """Raises invalid_request naming each bad member, or conflict."""
-    username, password = fold(wanted.username), wanted.password or wanted.user_password
-    email = fold(wanted.email or wanted.user_email or "")
-    nameless = wanted.user_email is None and not email  # said, not forgotten
+def create_user(idp: Idp, caller: Caller, new_user: CreateUser) -> Account:
+    """Create a user. Raises invalid_request or conflict."""
+    username, password = fold(new_user.username), new_user.password or new_user.user_password
+    email = fold(new_user.email or new_user.user_email or "")
+    has_no_email = new_user.user_email is None and not email  # null, not forgotten
     reject(
-        username=check_username(username), email="" if nameless else check_email(email),
+        username=check_username(username), email="" if has_no_email else check_email(email),
         password=check_new_password(idp.options, password, username, email),
     )
     password_hash = hash_secret(idp, password)
@@ -955,7 +934,7 @@ def get_user(idp: Idp, id_or_name: str) -> Account:
 
 
 def read_lockout(idp: Idp, value: str | int | None) -> int:
-    """Return the Unix seconds a lockout is to end, 0 for none. Raises invalid_request."""
+    """Return the Unix seconds at which a lockout ends, 0 for none. Raises invalid_request."""
     until = 0 if value is None else read_time(value)
     if until is None:
         reject(lockout_until="must be an ISO 8601 date-time, Unix seconds or null")
@@ -966,19 +945,19 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
 
 
 def refuse_admins(idp: Idp, user_id: str):
-    """Raise access_denied for an administrator: a right over users is none over those who gave it."""
+    """Raise access_denied for an administrator, whom only another administrator may change."""
     if is_admin(idp, user_id):
         raise Problem("access_denied", log="the user is an administrator")
 
 
-def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admins=False) -> Account:
-    """Let a user in again, or keep one out and end all it has.
+def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excluding_admins=False) -> Account:
+    """Activate a user, or deactivate one and revoke everything issued to it.
 
-    Raises unchanged, last_administrator, or with `but_admins` access_denied.
+    Raises unchanged, last_administrator, or with `excluding_admins` access_denied.
     """
     with idp.store.transaction():
         account = get_user(idp, id)
-        if but_admins:
+        if excluding_admins:
             refuse_admins(idp, account.id)
         if bool(account.is_active) == is_active:
             raise Problem("unchanged")
@@ -988,32 +967,35 @@ def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admi
         else:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_account_active(account.id, 0, idp.now())
-            end_user(idp, caller, account.id, "user_deactivated")
+            revoke_user(idp, caller, account.id, "user_deactivated")
     return account
 
 
 def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
-    """Lock a user out until then, which ends all it has, or clear every lockout."""
+    """Lock a user out until a time and revoke everything issued to it, or clear the lockout."""
     until = read_lockout(idp, value)
     with idp.store.transaction():
         account = get_user(idp, id)
         if until:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_lockout(account.id, until, idp.now())
-            end_user(idp, caller, account.id, "admin.lockout.set", iso(until))
+            revoke_user(idp, caller, account.id, "admin.lockout.set", iso(until))
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
             audit(idp, caller, "admin.lockout.clear", account.id)
 
 
-def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Account:
-    """Change what was sent, all of it or nothing. Raises invalid_request, not_found, conflict or last_administrator."""
+def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Account:
+    """Change the members that were sent, all or none.
+
+    Raises invalid_request, not_found, conflict or last_administrator.
+    """
     errors, username, email = {}, None, None
-    if wanted.username is not UNSET:
-        username = fold(wanted.username)
+    if change.username is not UNSET:
+        username = fold(change.username)
         errors["username"] = check_username(username)
-    if wanted.email is not UNSET:
-        email = fold(wanted.email)
+    if change.email is not UNSET:
+        email = fold(change.email)
         errors["email"] = check_email(email)
     reject(**errors)
     try:
@@ -1021,32 +1003,32 @@ def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Accoun
             account = get_user(idp, id)
             changes: dict[str, Any] = {
                 "username": username, "email": email,
-                "email_verified": None if wanted.email_verified is UNSET else int(wanted.email_verified),
+                "email_verified": None if change.email_verified is UNSET else int(change.email_verified),
             }
             changes = {
                 name: value for name, value in changes.items() if value is not None and value != getattr(account, name)
             }
-            if "email" in changes:  # whoever verified the old address said nothing of this one
+            if "email" in changes:  # only the old address was verified
                 changes.setdefault("email_verified", 0)
             if changes:
                 idp.store.update_account(
                     account.id, changes.get("username"), changes.get("email"), changes.get("email_verified"), idp.now()
                 )
                 audit(idp, caller, "user_updated", account.id, " ".join(sorted(changes)))
-            if wanted.is_active is not UNSET and wanted.is_active != bool(account.is_active):
-                set_user_active(idp, caller, account.id, wanted.is_active)
+            if change.is_active is not UNSET and change.is_active != bool(account.is_active):
+                set_user_active(idp, caller, account.id, change.is_active)
             if (
-                wanted.lockout_until is not UNSET
-                and (0 if wanted.lockout_until is None else read_time(wanted.lockout_until)) != account.lockout_until
+                change.lockout_until is not UNSET
+                and (0 if change.lockout_until is None else read_time(change.lockout_until)) != account.lockout_until
             ):
-                set_lockout(idp, caller, account.id, wanted.lockout_until)
+                set_lockout(idp, caller, account.id, change.lockout_until)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
     return get_user(idp, account.id)
 
 
 def delete_user(idp: Idp, caller: Caller, id: str):
-    """Delete a user and everything that hangs on it. Its tokens die with it."""
+    """Delete a user and all its records, which invalidates its tokens."""
     with idp.store.transaction():
         account = get_user(idp, id)
         forbid_removing_last_admin(idp, account.id)
@@ -1063,41 +1045,41 @@ def verify_email(idp: Idp, caller: Caller, id: str):
         audit(idp, caller, "user_email_verified", account.id)
 
 
-def reset_password(idp: Idp, caller: Caller, id: str, password: str, but_admins=False):
-    """Give a user a new password, and end all that the old one opened."""
+def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_admins=False):
+    """Set the password of a user and revoke everything issued to it."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
     password_hash = hash_secret(idp, password)
     with idp.store.transaction():
         account = get_user(idp, account.id)
-        if but_admins:
+        if excluding_admins:
             refuse_admins(idp, account.id)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
-        end_user(idp, caller, account.id, "user_password_reset")
+        revoke_user(idp, caller, account.id, "user_password_reset")
 
 
-def verify_password(idp: Idp, caller: Caller, wanted: VerifyPassword) -> Account:
-    """Is this the password of this user, and could it log in? Raises invalid_grant with 403, as every login."""
-    if not (wanted.user_id or wanted.username):
+def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
+    """Return the user if this is its password and it could log in. Raises invalid_grant with 403, as a login."""
+    if not (request.user_id or request.username):
         reject(user_id="is required, or username")
-    account = idp.store.find_account(wanted.user_id.lower()) if wanted.user_id else None
-    name = account.username if account else wanted.username or wanted.user_id
-    return authenticate_user(idp, caller, name, wanted.password, wanted.totp, only_password=True)[0]
+    account = idp.store.find_account(request.user_id.lower()) if request.user_id else None
+    name = account.username if account else request.username or request.user_id
+    return authenticate_user(idp, caller, name, request.password, request.totp, only_password=True)[0]
 
 
 def enable_totp(idp: Idp, account: Account, seed: str, code: str):
-    """Turn the second factor on, once the user has shown to hold the seed."""
-    step = totp_step(seed, code, idp.now())
-    if step is None:
+    """Enable the second factor, if a code proves that the user has the seed."""
+    time_step = totp_time_step(seed, code, idp.now())
+    if time_step is None:
         raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
     with idp.store.transaction():
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
-        idp.store.spend_totp_step(account.id, step)
+        idp.store.spend_totp_step(account.id, time_step)
         audit(idp, LOCAL.acting_as(account.id), "totp_enabled", account.id)
 
 
 def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
-    """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
+    """Store a pending seed and return it. The previous second factor stays enabled until confirm_totp()."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
         idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
@@ -1106,20 +1088,17 @@ def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
 
 
 def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
-    """Put the waiting seed in force by its first code.
-
-    Raises invalid_grant with 403; guesses are counted as at a login.
-    """
+    """Enable the pending seed by its first code. Raises invalid_grant with 403; failures count as at a login."""
     if not account.totp_pending_sealed:
         reject(code="no second factor waits for its first code: generate one")
     now = idp.now()
     seed = idp.seal.open(account.totp_pending_sealed, account.id)
-    step = totp_step(seed, code, now) if account.totp_locked_until <= now else None
+    time_step = totp_time_step(seed, code, now) if account.totp_locked_until <= now else None
     with idp.store.transaction():
         fresh = get_user(idp, account.id)
-        if step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
+        if time_step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
-            idp.store.spend_totp_step(account.id, step)
+            idp.store.spend_totp_step(account.id, time_step)
             audit(idp, caller, "totp_enabled", account.id)
             return
         count_failed_code(idp, account)
@@ -1128,7 +1107,7 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
 
 
 def disable_totp(idp: Idp, caller: Caller, account: Account):
-    """Take the second factor of a user away. Raises not_found where there is none."""
+    """Remove the second factor of a user. Raises not_found if there is none."""
     with idp.store.transaction():
         if not idp.store.clear_totp(account.id, idp.now()):
             raise Problem("not_found", log="the user has no second factor")
@@ -1139,19 +1118,19 @@ def disable_totp(idp: Idp, caller: Caller, account: Account):
 
 
 def check_label(label: str) -> str:
-    """Return what is wrong with a text that people read, or nothing."""
+    """Return what is wrong with a text for people, or ""."""
     return "" if label.isprintable() and len(label) <= 255 else "must be at most 255 printable characters"
 
 
 def check_name(name: str) -> str:
-    """Return what is wrong with the name of a role or permission, or nothing."""
+    """Return what is wrong with the name of a role or permission, or ""."""
     if not name or GROUPS_OF_UUID.fullmatch(name):
         return "must not be blank, nor look like an identifier"
     return check_label(name)
 
 
 def key_of(id_or_name: str) -> str:
-    """Return an id or a name as it is stored; no name looks like an id."""
+    """Return an id or a name in its stored form. No name has the form of an id."""
     return id_or_name.lower() if GROUPS_OF_UUID.fullmatch(id_or_name) else normalise(id_or_name)
 
 
@@ -1162,8 +1141,8 @@ def get_role(idp: Idp, id_or_name: str) -> Role:
     return role
 
 
-def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
-    name, description = normalise(wanted.name), (wanted.description or "").strip()
+def create_role(idp: Idp, caller: Caller, new_role: CreateRole) -> Role:
+    name, description = normalise(new_role.name), (new_role.description or "").strip()
     reject(name=check_name(name), description=check_label(description))
     try:
         with idp.store.transaction():
@@ -1174,10 +1153,10 @@ def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
     return role
 
 
-def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
-    """Change what was sent; a blank name and null stay as they are. Raises protected, conflict."""
-    name = normalise(wanted.name) if wanted.name else None
-    description = wanted.description.strip() if isinstance(wanted.description, str) else None
+def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
+    """Change the members that were sent, except a blank name and nulls. Raises protected, conflict."""
+    name = normalise(change.name) if change.name else None
+    description = change.description.strip() if isinstance(change.description, str) else None
     reject(name=check_name(name) if name else "", description=check_label(description or ""))
     try:
         with idp.store.transaction():
@@ -1193,7 +1172,7 @@ def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
 
 
 def delete_role(idp: Idp, caller: Caller, id: str):
-    """Delete a role; whoever had it logs in anew."""
+    """Delete a role and revoke everything issued to the users who had it."""
     with idp.store.transaction():
         role = get_role(idp, id)
         if role.is_protected:
@@ -1204,7 +1183,7 @@ def delete_role(idp: Idp, caller: Caller, id: str):
 
 
 def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
-    """Give a user a role. Whether that is new."""
+    """Assign a role to a user. Return whether the user did not have it before."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
         added = idp.store.assign_role(account.id, role.id, idp.now())
@@ -1214,27 +1193,26 @@ def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
 
 
 def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
-    """Take a role from a user, and end what was issued with it. Raises not_found, last_administrator."""
+    """Remove a role from a user and revoke everything issued to it. Raises not_found, last_administrator."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
-        if not any(held.id == role.id for held in idp.store.list_roles_of(account.id)):
+        if not any(assigned.id == role.id for assigned in idp.store.list_roles_of(account.id)):
             raise Problem("not_found", log="the user does not have this role")
         if role.id == MAD_ADMIN_ROLE_ID:
             forbid_removing_last_admin(idp, account.id)
         idp.store.unassign_role(account.id, role.id)
-        end_user(idp, caller, account.id, "role_unassigned", role.id)
+        revoke_user(idp, caller, account.id, "role_unassigned", role.id)
 
 
 def set_roles(idp: Idp, caller: Caller, user_id: str, role_ids):
-    """Give a user exactly these roles, all or none."""
+    """Replace the roles of a user by these, all or none."""
     with idp.store.transaction():
         account = get_user(idp, user_id)
-        wanted, held = (
-            {get_role(idp, id).id for id in role_ids}, {role.id for role in idp.store.list_roles_of(account.id)},
-        )
-        for role_id in sorted(wanted - held):
+        new_ids = {get_role(idp, id).id for id in role_ids}
+        old_ids = {role.id for role in idp.store.list_roles_of(account.id)}
+        for role_id in sorted(new_ids - old_ids):
             assign_role(idp, caller, account.id, role_id)
-        for role_id in sorted(held - wanted):
+        for role_id in sorted(old_ids - new_ids):
             unassign_role(idp, caller, account.id, role_id)
 
 
@@ -1245,8 +1223,8 @@ def get_permission(idp: Idp, id_or_name: str) -> Permission:
     return permission
 
 
-def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Permission:
-    name = normalise(wanted.name)
+def create_permission(idp: Idp, caller: Caller, new_permission: CreatePermission) -> Permission:
+    name = normalise(new_permission.name)
     reject(name=check_name(name))
     try:
         with idp.store.transaction():
@@ -1257,8 +1235,8 @@ def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Per
     return permission
 
 
-def update_permission(idp: Idp, caller: Caller, id: str, wanted: UpdatePermission) -> Permission:
-    name = None if wanted.name is UNSET else normalise(wanted.name)
+def update_permission(idp: Idp, caller: Caller, id: str, change: UpdatePermission) -> Permission:
+    name = None if change.name is UNSET else normalise(change.name)
     reject(name=check_name(name) if name is not None else "")
     try:
         with idp.store.transaction():
@@ -1278,7 +1256,7 @@ def delete_permission(idp: Idp, caller: Caller, id: str):
 
 
 def assign_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str) -> bool:
-    """Give a role a permission. Whether that is new."""
+    """Assign a permission to a role. Return whether the role did not have it before."""
     with idp.store.transaction():
         role, permission = get_role(idp, role_id), get_permission(idp, permission_id)
         added = idp.store.assign_permission(role.id, permission.id, idp.now())
@@ -1295,27 +1273,25 @@ def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str
         audit(idp, caller, "permission_unassigned", role.id, permission.id)
 
 
-def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
-    """May this user do this? What is unknown may not.
+def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
+    """Return whether a user has a permission or scope; an unknown user, permission or scope is denied.
 
-    By the name of a permission or scope the answer is `access` alone.
+    Unless asked by `permission_id`, the answer has only the member `access`.
     """
-    account = idp.store.find_account(wanted.user_id.lower()) or idp.store.find_account_by_name(fold(wanted.user_id))
-    user_id = account.id if account else wanted.user_id
-    if wanted.scope:
+    account = idp.store.find_account(request.user_id.lower()) or idp.store.find_account_by_name(fold(request.user_id))
+    user_id = account.id if account else request.user_id
+    if request.scope:
         scopes = idp.store.list_scopes_of_user(user_id) if account and account.is_active else ()
-        return AccessVerdict(any(wanted.scope in (scope.name, scope.id) for scope in scopes))
-    asked = wanted.permission_id or wanted.permission
-    if not asked.strip() or not wanted.user_id.strip():
-        reject(
-            permission_id="is required" if not asked.strip() else "",
-            user_id="" if wanted.user_id.strip() else "is required",
-        )
-    allowed = any(
-        asked in (permission.id, permission.name) for permission in idp.store.list_permissions_of_user(user_id)
+        return AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
+    asked = request.permission_id or request.permission
+    reject(
+        permission_id="" if asked.strip() else "is required",
+        user_id="" if request.user_id.strip() else "is required",
     )
-    if wanted.permission_id:
-        return AccessVerdict(allowed, wanted.user_id, wanted.permission_id, allowed)
+    permissions = idp.store.list_permissions_of_user(user_id)
+    allowed = any(asked in (permission.id, permission.name) for permission in permissions)
+    if request.permission_id:
+        return AccessVerdict(allowed, request.user_id, request.permission_id, allowed)
     return AccessVerdict(allowed)
 
 
@@ -1351,9 +1327,8 @@ def find_client(idp: Idp, client_id: str) -> Client | None:
 
 
 def get_client(idp: Idp, id_or_client_id: str) -> Client:
-    client = load_client(
-        idp, id_or_client_id.lower() if GROUPS_OF_UUID.fullmatch(id_or_client_id) else id_or_client_id.strip()
-    )
+    is_id = GROUPS_OF_UUID.fullmatch(id_or_client_id)
+    client = load_client(idp, id_or_client_id.lower() if is_id else id_or_client_id.strip())
     if client is None:
         raise Problem("not_found")
     return client
@@ -1370,12 +1345,12 @@ def token_lifetime(idp: Idp, client: Client) -> int:
     return ttl(client, "TOKEN_EXPIRATION", idp.options.token_expiration)
 
 
-def living_hashes(client: Client | None, now: int) -> list:
+def unexpired_hashes(client: Client | None, now: int) -> list:
     return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
 
 
-def remembers_secret(idp: Idp, hashes, secret, now) -> bool:
-    return any(idp.client_digests.knows(stored, secret, now) for stored in hashes)
+def was_secret_verified(idp: Idp, hashes, secret, now) -> bool:
+    return any(idp.verified_client_secrets.contains(stored, secret, now) for stored in hashes)
 
 
 def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | None) -> Client:
@@ -1390,28 +1365,27 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
         if client is not None and client.row.client_type == PUBLIC_CLIENT:
             return client
         raise Problem("invalid_client", log="no client secret")
-    if remembers_secret(idp, living_hashes(client, now), secret, now) and client is not None:
+    if was_secret_verified(idp, unexpired_hashes(client, now), secret, now) and client is not None:
         return client
     idp.throttle.check(caller.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
-    with hash_problems(), idp.hasher.turns.take("client", client_id, caller.peer) as turn:
+    with hash_problems(), idp.hasher.name_locks.hold("client", client_id, caller.peer) as name_lock:
         # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
-        hashes = living_hashes(client, now)
-        if remembers_secret(idp, hashes, secret, now) and client is not None:
+        hashes = unexpired_hashes(client, now)
+        if was_secret_verified(idp, hashes, secret, now) and client is not None:
             return client
-        with idp.hasher.gate.place(caller.peer):
+        with idp.hasher.gate.slot(caller.peer):
             # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):
                     client, now = find_client(idp, client_id), idp.now()
-                    if client is None or stored not in living_hashes(client, now):
+                    if client is None or stored not in unexpired_hashes(client, now):
                         break
-                    # Remember the secret for one token lifetime and some more: the client comes back when its token
-                    # expires.
-                    idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
+                    # Cached for longer than one token lifetime: the client returns when its token expires.
+                    idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
                     return client
-        idp.hasher.turns.blame(turn, caller.peer)
+        idp.hasher.name_locks.blame(name_lock, caller.peer)
     idp.throttle.spend(caller.peer, client_id)
     audit(
         idp, caller.acting_as(client.client_id if client else "anonymous"), "client_authentication_failed",
@@ -1430,12 +1404,12 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     allowed = client_scopes if user_scopes is None else client_scopes & user_scopes
     if requested is None or not requested.strip(" "):
         return " ".join(sorted(allowed))
-    wanted = set(requested.split(" ")) - {""}
-    if user_scopes is not None and OPENID in wanted:
+    scopes = set(requested.split(" ")) - {""}
+    if user_scopes is not None and OPENID in scopes:
         allowed = allowed | set(OIDC_SCOPES)
-    if not wanted <= allowed:
+    if not scopes <= allowed:
         raise Problem("invalid_scope", log="asked for more than is allowed")
-    return " ".join(sorted(wanted))
+    return " ".join(sorted(scopes))
 
 
 def check_client_id(client_id: str) -> str:
@@ -1489,8 +1463,8 @@ def check_origin(uri: str) -> str:
     found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([0-9]{1,5}))?", uri)
     if not found:
         return "must be scheme, host and port in lower case, such as https://app.example, and nothing more"
-    scheme, host, port_word = found.groups()
-    if port_word == ("443" if scheme == "https" else "80"):
+    scheme, host, port = found.groups()
+    if port == ("443" if scheme == "https" else "80"):
         return "must leave out the default port, as browsers do"
     return "" if scheme == "https" or is_loopback_host(host.strip("[]")) else "must be https, or http to this machine"
 
@@ -1554,34 +1528,34 @@ def check_client_secret(secret: str) -> str:
     return "" if 8 <= len(secret) <= 255 and secret.isprintable() else "must have 8 to 255 printable characters"
 
 
-def end_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
+def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
     """Revoke everything ever issued to a client. Each change that reduces its rights calls this in its transaction."""
     with idp.store.transaction(identity=True):
         idp.store.revoke_client(row.id, row.client_id, idp.now(), idp.now_ms())
         audit(idp, caller, action, row.client_id, secondary)
 
 
-def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Client, str]:
+def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
     """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict."""
-    client_id, errors = wanted.client_id.strip(), {}
+    client_id, errors = new_client.client_id.strip(), {}
     errors["client_id"] = check_client_id(client_id)
-    if wanted.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
+    if new_client.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
         errors["client_type"] = "must be confidential or public"
-    public = wanted.client_type == PUBLIC_CLIENT
-    secret = wanted.client_secret or wanted.secret or ""
+    public = new_client.client_type == PUBLIC_CLIENT
+    secret = new_client.client_secret or new_client.secret or ""
     if public and secret:
         errors["client_secret"] = "a public client has none"
     elif secret:
         errors["client_secret"] = check_client_secret(secret)
-    grant_types = wanted.grant_types
+    grant_types = new_client.grant_types
     if grant_types is None:
         grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else list(GRANT_TYPES)
-    errors["grant_types"] = check_grant_types(grant_types, wanted.client_type)
-    audience = (wanted.audience or "microauthd").strip()
-    errors["audience"], errors["display_name"] = check_label(audience), check_label(wanted.display_name or "")
-    if public and wanted.may_introspect:
+    errors["grant_types"] = check_grant_types(grant_types, new_client.client_type)
+    audience = (new_client.audience or "microauthd").strip()
+    errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
+    if public and new_client.may_introspect:
         errors["may_introspect"] = "a public client cannot have this right"
-    found = [idp.store.find_scope(key_of(name)) for name in wanted.scopes or ()]
+    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
     scopes = [scope for scope in found if scope]
     if None in found:
         errors["scopes"] = "must all exist"
@@ -1589,10 +1563,10 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     made = "" if public or secret else random_handle()
     now = idp.now()
     row = ClientRow(
-        id=str(uuid.uuid4()), client_id=client_id, client_type=wanted.client_type,
-        display_name=(wanted.display_name or "").strip(), audience=audience,
-        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect),
-        is_first_party=int(wanted.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
+        id=str(uuid.uuid4()), client_id=client_id, client_type=new_client.client_type,
+        display_name=(new_client.display_name or "").strip(), audience=audience,
+        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(new_client.may_introspect),
+        is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
         revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now,
@@ -1611,18 +1585,18 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     return get_client(idp, row.id), made
 
 
-def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
+def change_secret(idp: Idp, caller: Caller, change: ChangeSecret) -> str:
     """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days."""
-    client = get_client(idp, wanted.client_id)
+    client = get_client(idp, change.client_id)
     if not client.row.is_active:
         raise Problem("not_found", log="the client is inactive")
-    secret = (wanted.new_secret or "").strip()
+    secret = (change.new_secret or "").strip()
     errors = {}
     if client.row.client_type == PUBLIC_CLIENT:
         errors["client_id"] = "a public client has no secret"
     elif secret:
         errors["new_secret"] = check_client_secret(secret)
-    if not 0 <= wanted.overlap_seconds <= OVERLAP_MAX:
+    if not 0 <= change.overlap_seconds <= OVERLAP_MAX:
         errors["overlap_seconds"] = f"must be from 0 to {OVERLAP_MAX}"
     reject(**errors)
     secret = secret or random_handle()
@@ -1631,13 +1605,13 @@ def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
         client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
         if not client.row.is_active:
             raise Problem("not_found", log="the client is inactive")
-        idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
+        idp.store.retire_secrets(client.row.id, now + change.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
-        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
+        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={change.overlap_seconds}")
     return secret
 
 
-def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Client:
+def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Client:
     """Change the members that were sent, all or none. Raises invalid_request, not_found or conflict.
 
     Deactivating a client, renaming it or changing its audience revokes its tokens: their `client_id` or
@@ -1648,31 +1622,31 @@ def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Cl
             client = get_client(idp, id)
             row, errors = client.row, {}
             changes: dict[str, Any] = {}
-            if wanted.client_id is not UNSET:
-                changes["client_id"] = wanted.client_id.strip()
+            if change.client_id is not UNSET:
+                changes["client_id"] = change.client_id.strip()
                 errors["client_id"] = check_client_id(changes["client_id"])
-            if isinstance(wanted.display_name, str):
-                changes["display_name"] = wanted.display_name.strip()
+            if isinstance(change.display_name, str):
+                changes["display_name"] = change.display_name.strip()
                 errors["display_name"] = check_label(changes["display_name"])
-            if wanted.audience and wanted.audience.strip():
-                changes["audience"] = wanted.audience.strip()
+            if change.audience and change.audience.strip():
+                changes["audience"] = change.audience.strip()
                 errors["audience"] = check_label(changes["audience"])
-            if wanted.grant_types is not UNSET:
-                changes["grant_types"] = " ".join(sorted(set(wanted.grant_types)))
-                errors["grant_types"] = check_grant_types(wanted.grant_types, row.client_type)
-            if wanted.may_introspect is True and row.client_type == PUBLIC_CLIENT:
+            if change.grant_types is not UNSET:
+                changes["grant_types"] = " ".join(sorted(set(change.grant_types)))
+                errors["grant_types"] = check_grant_types(change.grant_types, row.client_type)
+            if change.may_introspect is True and row.client_type == PUBLIC_CLIENT:
                 errors["may_introspect"] = "a public client cannot have this right"
             reject(**errors)
             for name in ("is_active", "may_introspect", "is_first_party"):
-                if getattr(wanted, name) is not UNSET:
-                    changes[name] = int(getattr(wanted, name))
+                if getattr(change, name) is not UNSET:
+                    changes[name] = int(getattr(change, name))
             for name in ("access_token_signed_alg", "id_token_signed_response_alg"):
-                if getattr(wanted, name) is not UNSET:
-                    changes[name] = getattr(wanted, name)
+                if getattr(change, name) is not UNSET:
+                    changes[name] = getattr(change, name)
             changes = {name: value for name, value in changes.items() if value != getattr(row, name)}
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
-                    end_client(idp, caller, row, "client_revoked")
+                    revoke_client(idp, caller, row, "client_revoked")
                 idp.store.update_client(msgspec.structs.replace(row, **changes, modified_at=idp.now()))
                 audit(idp, caller, "client_updated", changes.get("client_id", row.client_id), " ".join(sorted(changes)))
     except Conflict:
@@ -1684,7 +1658,7 @@ def delete_client(idp: Idp, caller: Caller, id: str):
     """Delete a client and all its records, and revoke its tokens."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
-        end_client(idp, caller, row, "delete_client", row.id)
+        revoke_client(idp, caller, row, "delete_client", row.id)
         idp.store.delete_client(row.id)
 
 
@@ -1698,7 +1672,7 @@ def delete_secret(idp: Idp, caller: Caller, id: str, secret_id: str):
 
 
 def check_flag(flag: str) -> str:
-    """Return the name of a feature flag, in upper case. Raises invalid_request."""
+    """Return the name of a feature flag in upper case. Raises invalid_request."""
     if flag.upper() not in FLAGS:
         reject(flag="must be one of " + ", ".join(FLAGS))
     return flag.upper()
@@ -1729,13 +1703,9 @@ def set_flag_option(idp: Idp, caller: Caller, id: str, flag: str, option: str):
 
 def list_flags(idp: Idp, id: str) -> dict:
     """Return {flag: FlagObject} of a client, including flags that were never set."""
-    stored = {feature.feature_flag: feature for feature in idp.store.list_all_features(get_client(idp, id).row.id)}
-    return {
-        flag: FlagObject(bool(stored[flag].is_enabled), stored[flag].options)
-        if flag in stored
-        else FlagObject(False, "")
-        for flag in FLAGS
-    }
+    features = idp.store.list_all_features(get_client(idp, id).row.id)
+    stored = {feature.feature_flag: FlagObject(bool(feature.is_enabled), feature.options) for feature in features}
+    return {flag: stored.get(flag, FlagObject(False, "")) for flag in FLAGS}
 
 
 def totp_issuer(idp: Idp, client_id: str | None) -> str:
@@ -1751,24 +1721,24 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
     return client.flags.get("TOTP_ISSUER") or client.row.display_name or client.client_id
 
 
-def check_idp(wanted: PutIdp):
-    key = wanted.provider_key.strip().lower()
+def check_idp(provider: PutIdp):
+    key = provider.provider_key.strip().lower()
     errors = {
         "provider_key": "" if re.fullmatch(r"[a-z0-9._-]{1,50}", key) else "must be 1 to 50 letters, digits, and . _ -"
     }
     for member in ("display_name", "issuer", "client_identifier", "scopes"):
-        errors[member] = check_label(getattr(wanted, member))
-    if wanted.issuer:
-        parts = urlsplit(wanted.issuer.strip())
+        errors[member] = check_label(getattr(provider, member))
+    if provider.issuer:
+        parts = urlsplit(provider.issuer.strip())
         if parts.scheme not in ("https", "http") or not parts.hostname or parts.query or parts.fragment:
             errors["issuer"] = "must be an http(s) URL without query or fragment"
     reject(**errors)
     return key
 
 
-def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | None = None) -> ExternalIdp:
+def put_idp(idp: Idp, caller: Caller, id: str, provider: PutIdp, idp_id: str | None = None) -> ExternalIdp:
     """Add an external identity provider to a client, or change one. Raises invalid_request, not_found or conflict."""
-    key, now = check_idp(wanted), idp.now()
+    key, now = check_idp(provider), idp.now()
     try:
         with idp.store.transaction():
             client = get_client(idp, id)
@@ -1776,8 +1746,8 @@ def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | Non
             if idp_id and found is None:
                 raise Problem("not_found")
             row = ExternalIdp(
-                found.id if found else str(uuid.uuid4()), client.row.id, key, wanted.display_name.strip(),
-                wanted.issuer.strip(), wanted.client_identifier.strip(), wanted.scopes.strip(),
+                found.id if found else str(uuid.uuid4()), client.row.id, key, provider.display_name.strip(),
+                provider.issuer.strip(), provider.client_identifier.strip(), provider.scopes.strip(),
                 found.created_at if found else now, now,
             )
             idp.store.put_idp(row)
@@ -1795,15 +1765,15 @@ def delete_idp(idp: Idp, caller: Caller, id: str, idp_id: str):
         audit(idp, caller, "external_idp_deleted", client.client_id, idp_id)
 
 
-def create_scope(idp: Idp, caller: Caller, wanted: CreateScope) -> Scope:
-    name = normalise(wanted.name)
-    reject(name=check_scope_name(name), description=check_label(wanted.desc or wanted.description or ""))
+def create_scope(idp: Idp, caller: Caller, new_scope: CreateScope) -> Scope:
+    name = normalise(new_scope.name)
+    reject(name=check_scope_name(name), description=check_label(new_scope.desc or new_scope.description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:
         with idp.store.transaction(identity=True):
             scope = idp.store.add_scope(
-                str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now()
+                str(uuid.uuid4()), name, (new_scope.desc or new_scope.description or "").strip(), idp.now()
             )
             audit(idp, caller, "create_scope", name, scope.id)
     except Conflict:
@@ -1818,10 +1788,10 @@ def get_scope(idp: Idp, id_or_name: str) -> Scope:
     return scope
 
 
-def update_scope(idp: Idp, caller: Caller, id: str, wanted: UpdateScope) -> Scope:
-    """Change what was sent. Raises invalid_request, not_found, protected or conflict."""
-    name = None if wanted.name is UNSET else normalise(wanted.name)
-    description = next((word.strip() for word in (wanted.desc, wanted.description) if isinstance(word, str)), None)
+def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scope:
+    """Change the members that were sent. Raises invalid_request, not_found, protected or conflict."""
+    name = None if change.name is UNSET else normalise(change.name)
+    description = next((text.strip() for text in (change.desc, change.description) if isinstance(text, str)), None)
     reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
@@ -1886,31 +1856,33 @@ def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: s
 # Refresh-token families, revocation, and the one check of whether a token is valid.
 
 
-def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
+def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_revocation=False) -> dict:
     """Return the claims of a valid access token. RFC 9068 §4, RFC 8725 §3.
 
     Valid means: signature, `typ`, `iss` and `exp` are right, `iat` is not in the future, the `jti` is not
     revoked, and it was issued after the revocation epochs of the server, its client, its user and its login.
+    Tombstones of `jti` and logins are looked up with `check_revocation`, `enable-token-revocation` or for ADMIN.
     Raises invalid_token. Guards, introspection, userinfo and revocation all use this function.
     """
     claims = ring.verify(token, AT_JWT)
     now = idp.now()
     if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
-    issued_ms, asks = jti_ms(claims["jti"]), asks or idp.options.enable_token_revocation or ring is idp.admin_ring
-    if issued_ms <= idp.revoked_before or (asks and idp.store.is_revoked(claims["jti"])):
-        raise Replayed(claims, "revoked")
+    issued_ms = jti_ms(claims["jti"])
+    check_revocation = check_revocation or idp.options.enable_token_revocation or ring is idp.admin_ring
+    if issued_ms <= idp.revoked_before or (check_revocation and idp.store.is_revoked(claims["jti"])):
+        raise RevokedToken(claims, "revoked")
     if claims["mad"] == "auth":
         client = find_client(idp, claims["client_id"])
         if client is None or issued_ms <= client.row.revoked_before or claims["aud"] != client.row.audience:
-            raise Replayed(claims, "its client is gone, inactive or was revoked")
+            raise RevokedToken(claims, "its client is gone, inactive or was revoked")
     if claims["sub"] != claims.get("client_id"):
-        if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
-            raise Replayed(claims, "its user is gone, inactive or was revoked")
-        if asks and claims.get("sid"):
+        if not is_still_valid(idp.store.find_account(claims["sub"]), issued_ms):
+            raise RevokedToken(claims, "its user is gone, inactive or was revoked")
+        if check_revocation and claims.get("sid"):
             family = idp.store.find_family(claims["sid"])
             if family is None or family.revoked_at is not None:
-                raise Replayed(claims, "its login was ended")
+                raise RevokedToken(claims, "its login was ended")
     return claims
 
 
@@ -1921,7 +1893,7 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
         audit(idp, caller, action, target, f"sid={family_sid}", result)
 
 
-def end_logins(idp: Idp, caller: Caller, user_id: str, client_id: str):
+def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
         for family in idp.store.list_families_of(user_id, client_id):
@@ -1951,25 +1923,21 @@ def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
         audit(idp, caller.acting_as(client.client_id), "token_revoked", claims["sub"], f"jti={claims['jti']}")
 
 
-def note_replay(idp: Idp, caller: Caller, replayed: Replayed):
+def audit_replay(idp: Idp, caller: Caller, revoked: RevokedToken):
     """Audit the use of a revoked token, once per token, so that replaying it cannot flood the log."""
-    claims = replayed.claims
-    if claims["jti"] in idp.replays:
+    claims = revoked.claims
+    if claims["jti"] in idp.audited_replays:
         return
-    if len(idp.replays) >= 4096:
-        idp.replays.clear()
-    # where nothing can be written, a dead token is refused all the same
+    if len(idp.audited_replays) >= 4096:
+        idp.audited_replays.clear()
+    # A failed write must not change the answer: the revoked token is refused anyway.
     with contextlib.suppress(Problem, Unavailable):
-        audit(
-            idp, caller.acting_as(
-                claims["sub"]
-            ), f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
-            FAILURE,
-        )
-        idp.replays.add(claims["jti"])
+        caller = caller.acting_as(claims["sub"])
+        audit(idp, caller, f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", revoked.log, FAILURE)
+        idp.audited_replays.add(claims["jti"])
 
 
-def is_session_dead(session: ListedSession) -> bool:
+def is_session_revoked(session: ListedSession) -> bool:
     """Return whether an access token was revoked: by itself, with its login, or by an epoch of its user or client."""
     return (
         session.revoked_at is not None
@@ -1999,7 +1967,7 @@ def revoke_session(idp: Idp, caller: Caller, jti: str) -> ListedSession:
     get_session(idp, jti)  # may wait for a pending batch, so outside the transaction
     with idp.store.transaction():
         session = get_session(idp, jti)
-        if is_session_dead(session) or session.expires_at <= idp.now():
+        if is_session_revoked(session) or session.expires_at <= idp.now():
             raise Problem("unchanged", log="revoked or expired already")
         idp.store.revoke_jti(session.id, session.expires_at, idp.now())
         if session.sid:
@@ -2044,35 +2012,35 @@ def revoke_refresh_token(idp: Idp, caller: Caller, id: str):
     revoke_family(idp, caller, row.sid, "refresh_token_revoked", row.user_id)
 
 
-def audit_purge(idp, caller, action, done, wanted) -> int:
+def audit_purge(idp, caller, action, done, purge) -> int:
     audit(
-        idp, caller, action, wanted.user_id or wanted.client_id or "",
-        f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
+        idp, caller, action, purge.user_id or purge.client_id or "",
+        f"purged={done};expired={str(purge.purge_expired).lower()};revoked={str(purge.purge_revoked).lower()}",
     )
     return done
 
 
-def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
+def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
     """Delete the rows of expired or revoked sessions or refresh tokens; return how many.
 
     Only rows that expired at least `older_than_seconds` ago are deleted.
     """
     require_clock(idp)
-    if wanted.user_id:
-        wanted.user_id = get_user(idp, wanted.user_id).id
-    if wanted.client_id:
-        wanted.client_id = get_client(idp, wanted.client_id).client_id
-    before, total = idp.now() - wanted.older_than_seconds, 0
+    if purge.user_id:
+        purge.user_id = get_user(idp, purge.user_id).id
+    if purge.client_id:
+        purge.client_id = get_client(idp, purge.client_id).client_id
+    before, total = idp.now() - purge.older_than_seconds, 0
     after: str | None
-    if not (wanted.purge_expired or wanted.purge_revoked):
+    if not (purge.purge_expired or purge.purge_revoked):
         return 0
     narrowed: dict[str, Any] = {
-        "revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id,
+        "revoked": not purge.purge_expired, "user_id": purge.user_id, "client_id": purge.client_id,
     }
     # Audited first, so that the actor is known even if the purge is interrupted between two slices.
     audit(
-        idp, caller, "purge_begun", wanted.user_id or wanted.client_id or "",
-        f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}",
+        idp, caller, "purge_begun", purge.user_id or purge.client_id or "",
+        f"{'+'.join(kinds)};older_than_seconds={purge.older_than_seconds}",
     )
     if "session" in kinds:
         after, done = "", 0
@@ -2080,14 +2048,14 @@ def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lam
             after, deleted = idp.store.purge_sessions(f"{max(0, before) * 1000:012x}", before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, caller, "sessions_purged", done, wanted)
+        total += audit_purge(idp, caller, "sessions_purged", done, purge)
     if "refresh_token" in kinds:
         after, done = "", 0
         while after is not None:
             after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, caller, "refresh_tokens_purged", done, wanted)
+        total += audit_purge(idp, caller, "refresh_tokens_purged", done, purge)
     return total
 
 
@@ -2107,7 +2075,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     active = typ == AT_JWT
     if active:
         try:
-            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
         except (Problem, Unavailable):
             active = False
     return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
@@ -2126,7 +2094,7 @@ def active_family(idp: Idp, sid: str) -> Family | None:
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:
         return None
-    return family if is_good(idp.store.find_account(family.user_id), family.created_ms) else None
+    return family if is_still_valid(idp.store.find_account(family.user_id), family.created_ms) else None
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
@@ -2153,7 +2121,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     """
     inactive = {"active": False}
     try:
-        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
     except Problem as problem:
         if problem.code != "invalid_token":
             raise
@@ -2279,7 +2247,7 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         "expired" if code.expires_at <= now
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
-        or ("its user is gone, inactive or was revoked" if not is_good(account, code.issued_ms) else "")
+        or ("its user is gone, inactive or was revoked" if not is_still_valid(account, code.issued_ms) else "")
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
@@ -2327,7 +2295,7 @@ def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     Call it in the issuing transaction, where no concurrent write can follow the check.
     """
     fresh = idp.store.find_account(account.id)
-    if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
+    if not is_still_valid(fresh, ms) or fresh.revoked_before != account.revoked_before:
         raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
 
 
@@ -2672,7 +2640,7 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms):  # a lockout stops guesses, not sessions
+    if not is_still_valid(account, session.created_ms):  # a lockout stops guesses, not sessions
         return None
     if now - session.last_seen_at >= 60:  # at most one write a minute
         idp.store.touch_browser_session(session.id_sha256, now)
@@ -2843,10 +2811,10 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         raise Problem("conflict", log="no second factor is set up in this state")
     assert login.row.user_id
     account = idp.store.find_account(login.row.user_id)
-    if login_obstacle(idp, caller, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
+    if login_obstacle(idp, caller, account) or not is_still_valid(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     seed = idp.seal.open(login.row.pending, account.id)
-    found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
+    found = totp_time_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
         count_failed_step(idp, login)
         count_failed_code(idp, account)
@@ -2894,7 +2862,7 @@ def finish_login(idp: Idp, login: Login) -> Account:
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
-    if not is_good(account, login.row.proven_ms):
+    if not is_still_valid(account, login.row.proven_ms):
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     return account
 
@@ -3156,8 +3124,8 @@ def read_claims(idp, ring, issuer, params) -> dict:
     """Return the claims of the request's access token, if valid, and make its subject the actor of params.caller."""
     try:
         claims = verify_access_token(idp, ring, issuer, read_bearer(params))
-    except Replayed as replayed:
-        note_replay(idp, params.caller, replayed)
+    except RevokedToken as revoked:
+        audit_replay(idp, params.caller, revoked)
         raise
     params.caller = params.caller.acting_as(claims["sub"])
     return claims
@@ -3642,7 +3610,7 @@ def cached_page(idp: Idp, name: str, make, cache=300) -> Page:
 
     The dict is read before `make` runs: if the keys change meanwhile, the answer lands in the dict that they replace.
     """
-    idp.look_at_rings()
+    idp.reload_rings_if_due()
     answers = idp.answers
     page = answers.get(name)
     if page is None:
@@ -3675,7 +3643,7 @@ def ready(idp, params):
     # One probe a second at most: it takes the write lock, and anyone may call this.
     until, checks = idp.readiness
     if time.monotonic() >= until:
-        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(for_good=False), "database": True}
+        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(irreversible=False), "database": True}
         try:
             idp.store.probe()
         except Unavailable as problem:
@@ -3824,7 +3792,7 @@ def whoami(idp, claims, params):
 def session_object(session: ListedSession) -> SessionObject:
     issued, expires = iso(session.issued_at), iso(session.expires_at)
     return SessionObject(
-        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_dead(session),
+        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_revoked(session),
         session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued,
     )
 
@@ -3886,7 +3854,7 @@ def logout(idp, claims, params):
     """End every login of this user at the token's client; with a form token, the session of the browser."""
     if claims is None:
         return log_browser_out(idp, params)
-    end_logins(idp, params.caller, claims["sub"], claims["client_id"])
+    revoke_families(idp, params.caller, claims["sub"], claims["client_id"])
     return msg("Logged out of this client.")
 
 
@@ -3897,9 +3865,9 @@ def logout_all(idp, claims, params):
         session, _ = current_session(idp, params) or (None, None)
         check_form(params, session_handle(idp, params), "session")
         if session:
-            end_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
+            revoke_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
         return log_browser_out(idp, params)
-    end_user(idp, params.caller, claims["sub"], "logout_all")
+    revoke_user(idp, params.caller, claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
 
 
@@ -4217,7 +4185,7 @@ def login_codes(idp, params):
     login = posted_login(idp, params, "codes")
     row = login.row
     account = idp.store.find_account(row.user_id)
-    if not is_good(account, row.proven_ms):
+    if not is_still_valid(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
     return continue_login(idp, params, advance(idp, login, state_after_factors(idp, login, account)))
 
@@ -4521,7 +4489,7 @@ def show_account_in_new_session(idp, params, session, account, **variables) -> P
 
 
 def end_all_others(idp, params, session, account):
-    end_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
+    revoke_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
     return show_account_in_new_session(idp, params, session, account, notice="ended")
 
 
@@ -4640,7 +4608,7 @@ def scoped_reset_password(idp, claims, params):
     """Set a new password for a user who is not an administrator."""
     reset_password(
         idp, params.caller, params.path["id"], params.body.new_password or params.body.password,
-        but_admins=True,
+        excluding_admins=True,
     )
     return msg("Password reset; every login of the user is ended.")
 
@@ -4648,7 +4616,7 @@ def scoped_reset_password(idp, claims, params):
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
     """Deactivate a user who is not an administrator, and end every login of the user."""
-    set_user_active(idp, params.caller, params.path["id"], False, but_admins=True)
+    set_user_active(idp, params.caller, params.path["id"], False, excluding_admins=True)
     return msg("User deactivated.")
 
 
@@ -4883,7 +4851,7 @@ def admin_clear_lockout(idp, claims, params):
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
-        end_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
+        revoke_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
@@ -5262,7 +5230,7 @@ declare_resource(
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
     with idp.store.transaction(identity=True):
-        end_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
+        revoke_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 

@@ -542,7 +542,7 @@ class TestKeySet:
         """A thread that read the old ring answers once with it, and leaves it nowhere."""
 
         def make():
-            idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
+            idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what reload_rings does, in the middle
             idp.answers = {}
             return b"of before"
 

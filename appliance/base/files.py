@@ -1,4 +1,4 @@
-"""Files that survive a power cut whole, and paths that stay below a root."""
+"""Files that a power cut leaves whole, the old or the new, and paths that stay below a root."""
 
 import contextlib
 import errno
@@ -6,7 +6,7 @@ import os
 
 
 def file_fingerprint(path: str) -> tuple:
-    """Return modification time, inode and size: they tell one version of a file from another."""
+    """Return the modification time, inode and size of a file: its versions differ in at least one of them."""
     info = os.stat(path)
     return info.st_mtime_ns, info.st_ino, info.st_size
 
@@ -20,7 +20,7 @@ def sync_directory(path):
 
 
 def write_beside(path: str, content: bytes) -> str:
-    """Write the next version of a private file beside it, synced, and return its path. If that fails, remove it."""
+    """Write and sync the next version of a private file as PATH.new and return that path. On failure, remove it."""
     temporary = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
