@@ -5,36 +5,35 @@ Read downwards: a section uses only names defined above it.
 Contents
     Vocabulary        names from the standards, constants of the program
     Errors            ERRORS, Problem, its renderings
-    Secrets           random handles, sealing, TOTP, the throttle
+    Secrets           random handles, sealing, TOTP, password rules, the throttle
     Tokens            key rings, JWKS, minting and verifying JWTs
-    Idp               options, store, keys, clock: what every function below is handed
+    Idp               options, store, keys, clock: passed to every function below
     Audit             audit()
     Accounts          users, roles, lockout, second factor
     Clients           registration, authentication, scopes
-    Sessions          refresh-token families, revocation, "is this token alive?"
-    Grants            one function per grant_type, issue()
-    Login             how people prove who they are: transactions, browser sessions, codes, consent
-    HTTP              Routes, Params, guards, throttle, Answer
+    Sessions          refresh-token families, revocation, whether an access token is valid
+    Grants            one function per grant_type; issue() mints and stores the tokens
+    Login             authorization requests, browser sessions, login transactions, codes, consent
+    HTTP              Params, guards, pages, Answer, cookies, the WSGI application of a port
     AUTH endpoints    the routes of the auth port
     ADMIN endpoints   the routes of the admin port
 
-What it stands on is in appliance/base: the store, the objects of the wire, the two servers, keys, Argon2,
-settings, clock and log. What runs it is in appliance: the command line, the wizard, processes, upkeep and
-recovery.
+appliance/base is below this module, which imports it: the store, the objects of the wire, the two servers,
+keys, Argon2, settings, clock and log. The rest of appliance is above this module and imports it: the command
+line, the wizard, processes, upkeep and recovery.
 
 The life of a request
-    base.wire parses it (llhttp) and calls the Bottle app of its port. Answer reads the parameters
-    once (Params), asks the route's guard who is calling, calls the handler, and turns what comes
-    back - a dict, a record, a Page, a Redirect or a raised Problem - into status, headers and
-    body. A handler calls one service or grant; services and grants hold the rules and call the
-    Store; only the Store speaks SQL.
+    base.wire reads and parses it (llhttp) and calls the WSGI application of its port, an App. App finds the
+    route; Answer reads the form or the query once (Params), asks the route's guard who is calling, decodes
+    the body that the route declares, and calls the handler. It turns the result - a dict, a record, a Page,
+    a Redirect, a Reply or a raised Problem - into status, headers and body. A handler calls one service or
+    grant; services and grants hold the rules and call the Store; only the Store contains SQL.
 """
 
 import base64
 import binascii
 import collections
 import contextlib
-import errno
 import functools
 import hashlib
 import hmac
@@ -61,7 +60,7 @@ from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.log import Log, escape
-from appliance.base.files import file_fingerprint
+from appliance.base.files import file_fingerprint, is_visible_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
@@ -82,9 +81,9 @@ from appliance.base.objects import (
     TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient, UpdatePermission, UpdateRole,
     UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
-from appliance.base.hashing import Busy, Digests, HashFailed, Hasher
+from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
-from appliance.base.keys import Key, b64url, b64url_bytes, next_due, promote, read_ring, unb64url
+from appliance.base.keys import Key, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -105,7 +104,7 @@ REFRESH_TOKEN = "refresh_token"
 CONFIDENTIAL = "confidential"
 PUBLIC_CLIENT = "public"
 
-# scope values of OpenID Connect Core §5.4 and §11; `roles` is ours
+# scope values, OpenID Connect Core §5.4 and §11; `roles` is an extension of microauthd
 OPENID = "openid"
 OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offline_access")
 
@@ -113,7 +112,7 @@ OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offli
 AT_JWT = "at+jwt"
 JWT = "JWT"
 
-OWN = "its own"  # the specification of a route that no standard defines: the manual describes it
+OWN = "its own"  # `spec` of a route that no standard defines: the manual describes it
 FLAGS = {  # per-client feature flags: name -> takes an option
     "ENABLE_TOTP": False,
     "TOTP_ISSUER": True,
@@ -123,12 +122,12 @@ FLAGS = {  # per-client feature flags: name -> takes an option
     "SESSION_BASED_MAX_AGE": True,
 }
 
-ADMIN_CLIENT = "mad:admin"  # stands for ADMIN where a login names its client; the colon keeps it from being one
+ADMIN_CLIENT = "mad:admin"  # the client of a login at ADMIN; no real client_id contains a colon
 ID_TOKEN_TTL = 600
 TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
-CODE_TTL = 60  # seconds an authorization code lives, where pkce-code-lifetime does not say less. RFC 6749 §4.1.2
-LOGIN_TTL = 600  # seconds somebody may take to log in
+CODE_TTL = 60  # seconds an authorization code lives, unless pkce-code-lifetime is less. RFC 6749 §4.1.2
+LOGIN_TTL = 600  # seconds a login transaction lives
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 
@@ -138,17 +137,17 @@ CLIENT_ID = re.compile(r"[\x21-\x39\x3b-\x7e]{1,255}")  # RFC 6749 §2.2 without
 
 
 def normalise(name: str) -> str:
-    """Return a name as we compare it: trimmed, Unicode NFKC."""
+    """Return a name in the form that is compared: Unicode NFKC, trimmed."""
     return unicodedata.normalize("NFKC", name).strip()
 
 
 def fold(name: str) -> str:
-    """Return a username or e-mail address as we compare it: `normalise`, then case-folded."""
+    """Return a username or e-mail address in the form that is compared: normalised and case-folded."""
     return unicodedata.normalize("NFKC", normalise(name).casefold())
 
 
 # == Errors ====================================================================
-# One exception. What a client is told stands here and nowhere else.
+# One exception, Problem. ERRORS has every message that a client may receive.
 
 ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "invalid_request": (
@@ -186,11 +185,11 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
 
 
 class Problem(Exception):
-    """What went wrong, as an error code of ERRORS.
+    """A failure that a client is told about, by its code in ERRORS.
 
-    `log` is for the operator and never leaves the server. `errors` names each bad member of a
-    request body. `status` overrides the table where a route answers with another. `retry_after` is seconds.
-    `audited` says that the audit log has it already.
+    `log` is for the operator and never leaves the server. `errors` describes each bad member of a
+    request body. `status` overrides the status in ERRORS. `retry_after` is seconds. `audited` is true if
+    the audit log already has the failure.
     """
 
     def __init__(self, code, *, log="", errors=None, status=0, retry_after=0, headers=(), audited=False):
@@ -202,11 +201,11 @@ class Problem(Exception):
             self.headers.append(("Retry-After", str(retry_after)))
 
     def as_oauth(self) -> dict:
-        """RFC 6749 §5.2."""
+        """Return the JSON of RFC 6749 §5.2."""
         return {"error": self.code, "error_description": self.message}
 
     def as_err(self) -> dict:
-        """The Err of ADMIN and of the rest of AUTH, with `errors` where members are at fault."""
+        """Return the Err of ADMIN and of the rest of AUTH, with `errors` if there are any."""
         err = {"success": False, "message": self.message, "error": self.code}
         if self.errors:
             err["errors"] = self.errors
@@ -214,14 +213,14 @@ class Problem(Exception):
 
 
 def reject(**errors):
-    """Raise invalid_request naming each member with a sentence against it; nothing where there is none."""
+    """Raise invalid_request with the sentences that are not empty, by member; if all are, do nothing."""
     errors = {member: wrong for member, wrong in errors.items() if wrong}
     if errors:
         raise Problem("invalid_request", errors=errors)
 
 
-class Replayed(Problem):
-    """invalid_token, of a token that was good once and was ended: who presents it is worth an audit row."""
+class RevokedToken(Problem):
+    """invalid_token for a token that was revoked: its use may be a replay and is audited."""
 
     def __init__(self, claims, log):
         super().__init__("invalid_token", log=log)
@@ -229,16 +228,16 @@ class Replayed(Problem):
 
 
 # == Secrets ===================================================================
-# Random handles, sealing, TOTP, and the throttle of guessing.
+# Random handles, sealing, TOTP, the rules for passwords, and the throttle of failed attempts.
 
 
 def random_handle() -> str:
-    """Return 256 random bits as base64url: a refresh token, a code, a secret."""
+    """Return 256 random bits in base64url, for a refresh token, a code or a client secret."""
     return secrets.token_urlsafe(32)
 
 
 def sha256(handle: str) -> str:
-    """Return what is stored of a random handle: it has 256 bits, so a fast hash is enough."""
+    """Return the stored form of a random handle. It has 256 bits, so a fast hash is enough."""
     return hashlib.sha256(handle.encode()).hexdigest()
 
 
@@ -254,7 +253,7 @@ def jti_ms(jti: str) -> int:
 
 @contextlib.contextmanager
 def hash_problems():
-    """Make a Problem of what keeps a hash from being computed. Being busy is nobody's fault, and is not called one."""
+    """Raise a Problem for Busy and HashFailed. The message for Busy does not blame the caller's attempts."""
     try:
         yield
     except Busy as busy:
@@ -266,15 +265,15 @@ def hash_problems():
 
 
 class Throttle:
-    """Token buckets, per peer and per (peer, name), that failed attempts spend.
+    """Token buckets per peer and per (peer, name), from which failed attempts take.
 
-    Names are counted whether they exist or not, so that being throttled tells nothing about them.
-    Loopback has no bucket of its own: every service of the box shares it.
+    Unknown names have buckets too, so that throttling does not reveal whether a name exists.
+    Loopback has no peer bucket, because all services of the box share that address.
     """
 
     RATES = {  # noqa: RUF012 - burst, refill a second
         "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
-        "logins": (1000, 100.0),  # logins begun, of a peer and of all: each is a row, and anybody may begin one
+        "logins": (1000, 100.0),  # logins begun by a peer, and by all: anybody may begin one, and each is a row
     }
 
     def __init__(self, clock, size=20_000):
@@ -283,8 +282,8 @@ class Throttle:
     def keys(self, peer, name):
         address = ipaddress.ip_address(peer)
         if address.version == 6 and not address.is_loopback:
-            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # whoever has one address of it has them all
-        # A digest: strangers choose the name, and its length.
+            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # a site controls a whole /64
+        # Hashed, because the name may have any length.
         yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
         if not address.is_loopback:
             yield ("peer", peer, b"")
@@ -295,7 +294,7 @@ class Throttle:
         return min(burst, level + max(0, now - at) * rate)
 
     def check(self, peer: str, name: str):
-        """Raise slow_down where the attempts of this peer are spent."""
+        """Raise slow_down if a bucket of this peer is empty."""
         now = self.clock()
         for key in self.keys(peer, name):
             level = self.level(key, now)
@@ -304,23 +303,19 @@ class Throttle:
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
 
     def begin_login(self, peer: str):
-        """Spend one login begun. Raises slow_down where there were too many."""
+        """Count a new login transaction. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
-            for key in [
-                ("logins", "", b""),
-                *(("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"),
-            ]:
+            of_peer = [("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"]
+            for key in [("logins", "", b""), *of_peer]:
                 level = self.level(key, now)
                 if level < 1:
-                    raise Problem(
-                        "slow_down", log=f"too many logins begun, the last by {peer}",
-                        retry_after=int((1 - level) / self.RATES[key[0]][1]) + 1,
-                    )
+                    wait = int((1 - level) / self.RATES[key[0]][1]) + 1
+                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=wait)
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):
-        # The lock is held. The longest unused goes: strangers choose how many there are.
+        # The caller holds the lock. The least recently used bucket goes, since anybody can create buckets.
         self.buckets[key] = (level, now)
         self.buckets.move_to_end(key)
         while len(self.buckets) > self.size:
@@ -334,7 +329,7 @@ class Throttle:
 
 
 class Seal:
-    """Seals what the database must not show even when it is not encrypted: TOTP seeds. AES-256-GCM."""
+    """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them."""
 
     def __init__(self, key: bytes):
         self.cipher = AESGCM(key)
@@ -364,16 +359,16 @@ def totp_uri(seed, username, issuer_name) -> str:
     return pyotp.TOTP(seed).provisioning_uri(name=username, issuer_name=issuer_name)
 
 
-def totp_step(seed: str, code: str, now: int) -> int | None:
-    """Return the time step a code belongs to, one before and one after allowed, or None. RFC 6238 §5.2."""
+def totp_time_step(seed: str, code: str, now: int) -> int | None:
+    """Return the time step of a code - the current, previous or next one - or None. RFC 6238 §5.2."""
     import pyotp
 
     if not re.fullmatch(r"[0-9]{6}", code):
         return None
     generator = pyotp.TOTP(seed)
-    step = now // TOTP_STEP
+    time_step = now // TOTP_STEP
     found = None
-    for candidate in (step - 1, step, step + 1):
+    for candidate in (time_step - 1, time_step, time_step + 1):
         if hmac.compare_digest(generator.generate_otp(candidate), code):
             found = candidate
     return found
@@ -381,14 +376,12 @@ def totp_step(seed: str, code: str, now: int) -> int | None:
 
 @functools.cache
 def common_passwords() -> bytes:
-    """Return them as a text with one between each two line feeds: as a set they would take 2 MB, and nobody waits for
-    this.
-    """
+    """Return the list, each password between line feeds: a set would take 2 MB, and no lookup is urgent."""
     return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
 def check_new_password(options: Options, password: str, *names: str) -> str:
-    """Return what is wrong with a password somebody chose, or nothing. NIST SP 800-63B §5.1.1.2."""
+    """Return what is wrong with a chosen password, or "". NIST SP 800-63B §5.1.1.2."""
     if len(password) < options.password_min_length:
         return f"must have at least {options.password_min_length} characters"
     if len(password) > 255:
@@ -406,22 +399,20 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
 # == Tokens ====================================================================
 # Key rings, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
 
-
 ENCODE = msgspec.json.Encoder().encode
 
 
 class KeyRing:
-    """The keys of one port."""
+    """The signing keys of one port."""
 
     def __init__(self, entries, prefer_ec=True):
         self.keys = [Key(entry) for entry in entries]
         active = {key.alg: key for key in self.keys if key.state == "active"}
         self.active = active
         self.access = active.get("ES256" if prefer_ec else "RS256") or next(iter(active.values()))
-        # A header is compared byte by byte with those we write, so no token can choose its own algorithm.
-        # RFC 8725 §3.1.
-        self.written = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
-        self.headers = {self.written[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        # A token's header must equal one of ours byte by byte, so it cannot choose the algorithm. RFC 8725 §3.1.
+        self.headers = {(key.kid, typ): key.header(typ) for key in self.keys for typ in (AT_JWT, JWT)}
+        self.by_header = {self.headers[key.kid, typ].decode(): (key, typ) for key in self.keys for typ in (AT_JWT, JWT)}
         self.verified = {}
 
     def signer(self, alg) -> Key:
@@ -432,18 +423,18 @@ class KeyRing:
 
     def mint(self, key: Key, typ: str, claims: dict) -> str:
         """Return a compact JWS. RFC 7515 §3.1."""
-        message = self.written[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
+        message = self.headers[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
         return (message + b"." + b64url_bytes(key.sign(message))).decode()
 
     def verify(self, token: str, typ: str) -> dict:
-        """Return the claims of a token that one of our keys signed as this type. Says nothing of its being alive.
+        """Return the claims of a token that a key of this ring signed as this type; it may be expired or revoked.
 
-        Raises invalid_token. Signatures that were checked are remembered: they cannot become false.
+        Raises invalid_token. Valid signatures are cached, since they stay valid.
         """
         known = self.verified.get(token)
         if known is None:
             header, _, rest = token.partition(".")
-            key, signed_as = self.headers.get(header, (None, None))
+            key, signed_as = self.by_header.get(header, (None, None))
             if key is None or len(token) > 8192:
                 raise Problem("invalid_token", log="not signed by a key of this port")
             try:
@@ -462,20 +453,20 @@ class KeyRing:
 
 
 # == Idp =======================================================================
-# What every function below is handed.
+# The object that every function below takes.
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who calls and from where, for the throttle and the audit log."""
+    """The caller and its address, for the throttle and the audit log."""
 
     peer: str = "127.0.0.1"
     user_agent: str = ""
     request_id: str = ""
-    is_local: bool = True  # the socket itself is loopback, and no proxy spoke for another
-    actor: str = "anonymous"  # the id of a user, a client_id, or the name of a part of this program
+    is_local: bool = True  # the connection is from loopback and names no other client by a proxy header
+    actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
 
     def acting_as(self, actor: str) -> "Caller":
-        """Return the same caller with a proven name."""
+        """Return the same caller with an authenticated actor."""
         return msgspec.structs.replace(self, actor=actor)
 
 
@@ -494,7 +485,7 @@ def ring_files(options: Options) -> dict:
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What routes need of the machine, as functions that the floor above hands down: each takes the Idp first."""
+    """Functions of the floor above that routes call; each takes the Idp first."""
 
     make_backup: Callable
     read_backup_piece: Callable
@@ -502,9 +493,9 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Idp:
-    """One process of the identity provider: settings, store, keys and clock.
+    """The state of one process: settings, store, keys and clock.
 
-    Threads share it. Settings and keys do not change; what is cached follows the store's generation.
+    Threads share it. Settings do not change; caches are bound to the store's generation.
     """
 
     def __init__(
@@ -513,75 +504,73 @@ class Idp:
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
-        # port: what was seen of its file; empty where rings do not come from files
-        self.ring_files: dict[str, tuple] = {}
-        self.rings_said: dict[str, str] = {}  # port: why its file cannot be read, as it was logged
-        self.rings_until = 0.0  # monotonic seconds until the files are looked at again
+        # port: (fingerprint of its file, Unix seconds of the next promotion); empty if rings are not from files
+        self.ring_versions: dict[str, tuple] = {}
+        self.logged_ring_errors: dict[str, str] = {}  # port: the last logged reason why its file cannot be read
+        self.next_ring_check = 0.0  # monotonic seconds
         self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
-        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # which never goes back
-        self.client_digests = Digests(900, 4096)
-        self.password_digests = Digests(options.pass_cache_duration, 4096)
+        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # monotonic if the clock is a Timekeeper
+        self.verified_client_secrets = VerifiedSecrets(900, 4096)
+        self.verified_passwords = VerifiedSecrets(options.pass_cache_duration, 4096)
         self.client_cache: tuple[bytes, dict] = (b"", {})
-        self.locks = [
-            threading.Lock() for _ in range(64)
-        ]  # by name: one verification of an account or client at a time
+        self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
-        self.answers: dict = {}  # prebuilt, by name
-        self.replays: set[str] = set()  # jti of dead tokens whose use was written down
-        self.clock_is_sane = True  # where no Timekeeper looks
-        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds until it is asked again, what was found
+        self.answers: dict = {}  # cached_page, by name
+        self.audited_replays: set[str] = set()  # jti of revoked tokens whose use has been audited
+        self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
+        self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
 
-    def look_at_rings(self):
-        """Take up changed key rings, where it is time to look."""
-        if self.ring_files and time.monotonic() >= self.rings_until:
-            self.follow_rings()
+    def reload_rings_if_due(self):
+        """Reload changed key rings, if the last check was over a second ago."""
+        if self.ring_versions and time.monotonic() >= self.next_ring_check:
+            self.reload_rings()
 
     @property
     def auth_ring(self) -> KeyRing:
-        """The keys of AUTH, as its file has them now."""
-        self.look_at_rings()
+        """The current keys of AUTH."""
+        self.reload_rings_if_due()
         return self.rings["auth"]
 
     @property
     def admin_ring(self) -> KeyRing:
-        """The keys of ADMIN, as its file has them now."""
-        self.look_at_rings()
+        """The current keys of ADMIN."""
+        self.reload_rings_if_due()
         return self.rings["admin"]
 
-    def follow_rings(self):
-        """Take up a ring whose file changed, or whose next key has come of age. Asked once a second at most.
+    def reload_rings(self):
+        """Reload each ring whose file changed or whose next key is to turn active.
 
-        A file that cannot be read leaves the keys that are at work: a half-done rotation by hand must not stop the box.
+        If a file cannot be read, the loaded keys stay: a half-done manual rotation must not stop the server.
         """
-        # One at a time: of two that read different versions, the slower could leave the older one in place.
+        # One thread at a time: of two that read different versions, the slower one could install the older.
         if not self.rings_lock.acquire(blocking=False):
             return
         try:
-            self.rings_until = time.monotonic() + 1
-            self.read_changed_rings()
+            self.next_ring_check = time.monotonic() + 1
+            self.reload_changed_rings()
         finally:
             self.rings_lock.release()
 
-    def read_changed_rings(self):
+    def reload_changed_rings(self):
         for port_name, (path, passphrase, prefer_ec) in ring_files(self.options).items():
             try:
-                seen, due = self.ring_files[port_name]
-                mark = file_fingerprint(path)
-                if mark == seen and (due is None or self.now() < due):
+                known, next_at = self.ring_versions[port_name]
+                fingerprint = file_fingerprint(path)
+                if fingerprint == known and (next_at is None or self.now() < next_at):
                     continue
                 entries = promote(read_ring(path, passphrase), self.now(), self.options.key_overlap)
             except (OSError, StartupError) as error:
-                if str(error) != self.rings_said.get(port_name):
+                if str(error) != self.logged_ring_errors.get(port_name):
                     self.log("keys.unreadable", "error", path=path, reason=error)
-                self.rings_said[port_name] = str(error)
+                self.logged_ring_errors[port_name] = str(error)
                 continue
-            self.rings_said.pop(port_name, None)
-            self.ring_files[port_name] = (mark, next_due(entries, self.options.key_overlap))
+            self.logged_ring_errors.pop(port_name, None)
+            self.ring_versions[port_name] = (fingerprint, next_promotion_at(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
-            # After the ring: who holds the dict of before may have built a page from the ring of before. See
-            # prebuilt().
+            # Replaced after the ring: a thread with the old dict may add an answer built from the old ring to it.
+            # See cached_page().
             self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
             self.log(
                 "keys.changed", port=port_name,
@@ -598,33 +587,32 @@ class Idp:
 
     @property
     def revoked_before(self) -> int:
-        """Nothing issued up to this millisecond is alive: what a restore sets. Cached with the clients."""
+        """The millisecond up to which every token is revoked, as a restore sets it. Cached with the clients."""
         cache = self.cache()
-        if None not in cache:  # a key that no client_id can be
+        if None not in cache:  # None is no client_id
             cache[None] = int(self.store.meta("revoked_before", "0"))
         return cache[None]
 
     def cache(self) -> dict:
-        """Return the dict of what is cached for the present generation.
+        """Return the cache of the current generation, a dict.
 
-        The generation is read before anything is loaded into it, so what was read from before a
-        change never lands in the dict of after it.
+        The generation is read before the rows, so rows from before a change never enter the cache after it.
         """
         generation = self.store.generation.read()
-        held, cache = self.client_cache
-        if held != generation:
+        cached_generation, cache = self.client_cache
+        if cached_generation != generation:
             cache = {}
             self.client_cache = (generation, cache)
         return cache
 
-    def check_clock(self, for_good=True) -> bool:
-        """Return whether the clock can be trusted; `for_good` with what cannot be undone: to purge, to retire a key.
+    def check_clock(self, irreversible=True) -> bool:
+        """Return whether the clock can be trusted; `irreversible` for a purge or the retirement of a key.
 
-        A server asks its Timekeeper. A command at the machine has only the clock, which is never before our
-        release or the latest time that is known to have been.
+        In a server the Timekeeper decides. A local command has only the clock, which must not be before
+        our release or the latest time in the database.
         """
         if isinstance(self.clock, Timekeeper):
-            return self.clock.state in (("right",) if for_good else ("right", "probation"))
+            return self.clock.state in (("right",) if irreversible else ("right", "probation"))
         floor = max(RELEASED_AT, self.store.clock_floor() - IAT_SKEW)
         sane = self.now() >= floor
         if sane != self.clock_is_sane:
@@ -642,7 +630,7 @@ def hash_secret(idp: Idp, secret: str) -> str:
 
 
 def as_problem(error: "Problem | Unavailable") -> Problem:
-    """Return what a client is told of an error: a database that cannot be used is a 503."""
+    """Return the Problem of an error: a 503 if the database is unavailable."""
     if isinstance(error, Problem):
         return error
     return Problem("temporarily_unavailable", log=error.log, retry_after=error.retry_after)
@@ -652,21 +640,16 @@ def as_problem(error: "Problem | Unavailable") -> Problem:
 
 
 def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result=SUCCESS):
-    """Append a row, in the transaction of what it tells of."""
+    """Append a row to the audit log, in the transaction of the change that it records."""
     if idp.options.enable_audit_logging:
         with idp.store.transaction():
-            idp.store.append_audit(
-                [
-                    (
-                        idp.now(), caller.actor, action, target, secondary, caller.peer, caller.user_agent[:200],
-                        caller.request_id, result,
-                    )
-                ]
-            )
+            user_agent, request_id = caller.user_agent[:200], caller.request_id
+            row = (idp.now(), caller.actor, action, target, secondary, caller.peer, user_agent, request_id, result)
+            idp.store.append_audit([row])
 
 
 def require_clock(idp: Idp):
-    """Raise temporarily_unavailable where the clock cannot be believed: what is deleted by it is gone for good."""
+    """Raise temporarily_unavailable if the clock cannot be trusted: a purge by it could not be undone."""
     if not idp.check_clock():
         raise Problem(
             "temporarily_unavailable", log="nothing is purged by a clock that cannot be believed; see clock accept",
@@ -675,7 +658,7 @@ def require_clock(idp: Idp):
 
 
 def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: None) -> int:
-    """Delete the audit rows older than some days, in slices. That it was done is the next row. Return how many went."""
+    """Delete and count the audit rows older than `days`, in slices, and audit that. `pause` waits between slices."""
     require_clock(idp)
     before, done, deleted = idp.now() - days * 86400, 0, SLICE
     while deleted == SLICE:
@@ -683,7 +666,7 @@ def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: N
             pause(0.01)
         with idp.store.transaction():
             deleted = idp.store.purge_audit(before, SLICE)
-            if deleted == SLICE and not done:  # many slices follow: whatever ends them, who began is known
+            if deleted == SLICE and not done:  # more follow: the actor is known even if a crash ends them
                 audit(idp, caller, "audit_purge_begun", "", f"older_than_days={days}")
             done += deleted
             if deleted < SLICE and done:
@@ -700,46 +683,43 @@ def is_admin(idp: Idp, user_id: str) -> bool:
 
 
 def is_last_admin(idp: Idp, user_id: str) -> bool:
-    """Is this an administrator, and none other could log in now?"""
+    """Return whether this is an administrator and no other administrator could log in now."""
     return is_admin(idp, user_id) and not idp.store.has_able_admin(idp.now(), user_id)
 
 
 def forbid_removing_last_admin(idp: Idp, user_id: str):
-    """Raise last_administrator where nobody could administer any more without this user.
-
-    Within the changing transaction.
-    """
+    """Raise last_administrator for the last one who could log in. Called in the changing transaction."""
     if is_last_admin(idp, user_id):
         raise Problem("last_administrator")
 
 
-def end_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
-    """End all that was ever issued to a user, on both ports.
+def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary=""):
+    """Revoke everything ever issued to a user, on both ports.
 
-    Whatever takes a right from a user comes here, in its transaction.
+    Each change that reduces the rights of a user calls this in its transaction.
     """
     with idp.store.transaction():
         idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
         audit(idp, caller, action, user_id, secondary)
 
 
-def is_good(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
-    """Is this user still good for what was issued then? It exists, is active, and nothing of it was ended since."""
+def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
+    """Return whether a user exists, is active, and was not revoked since that millisecond."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
 
 def was_verified_recently(idp, account, password) -> bool:
-    """Has this password been verified lately?
+    """Return whether Argon2 has verified this password recently.
 
-    Asked only where nothing else can fail: otherwise the speed of the answer would tell that a password is right.
+    Only consulted when no other check can fail, or a fast refusal would reveal a correct password.
     """
     if not idp.options.enable_pass_cache or account.totp_sealed or account.failed_logins:
         return False
-    return idp.password_digests.knows(account.password_hash, password, idp.now())
+    return idp.verified_passwords.contains(account.password_hash, password, idp.now())
 
 
 def login_obstacle(idp, caller, account, admin=False) -> str:
-    """Return what keeps this account out whatever its password, for the log."""
+    """Return why this account may not log in even with the right password, for the log, or ""."""
     if account is None:
         return "unknown user"
     if not account.is_active:
@@ -747,7 +727,7 @@ def login_obstacle(idp, caller, account, admin=False) -> str:
     if account.lockout_until > idp.now() and not (
         caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
     ):
-        # The last administrator can always try at the machine itself; the throttle still counts there.
+        # The last administrator may always try from loopback, where the throttle still counts.
         return "locked"
     if admin and not is_admin(idp, account.id):
         return "not an administrator"
@@ -759,32 +739,32 @@ WRONG_CODE = "one-time code missing, wrong or used"
 
 
 def check_totp(idp, account, code) -> str:
-    """Spend a one-time code. Return what is wrong, or nothing; the caller counts it. RFC 6238 §5.2."""
+    """Spend a one-time code. Return what is wrong, or ""; the caller counts failures. RFC 6238 §5.2."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
-    step = totp_step(idp.seal.open(account.totp_sealed, account.id), code, now)
-    if step is not None and idp.store.spend_totp_step(account.id, step):
+    time_step = totp_time_step(idp.seal.open(account.totp_sealed, account.id), code, now)
+    if time_step is not None and idp.store.spend_totp_step(account.id, time_step):
         return ""
     return WRONG_CODE
 
 
 def rehash(idp, account, password):
-    """Bring the hash up to the parameters in force; the password itself does not change, so nothing is revoked."""
+    """Replace a hash by one with the configured parameters. The password stays, so nothing is revoked."""
     with contextlib.suppress(Problem, Unavailable):
         idp.store.set_password_hash(account.id, hash_secret(idp, password), idp.now(), account.password_hash)
 
 
 def count_failed_code(idp: Idp, account: Account):
-    """Count a wrong one-time or recovery code; the last of TOTP_TRIES locks the second factor. RFC 4226 §7.3."""
+    """Count a wrong one-time or recovery code; TOTP_TRIES of them lock the second factor. RFC 4226 §7.3."""
     lockout = max(TOTP_STEP, idp.options.failed_password_lockout_duration)
     idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
 
 
 def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None, client_id: str, failure: str):
-    """Count a failed login against the peer, the name and, where a secret was wrong, the account; audit it.
+    """Count a failed login against the peer, the name and, if a secret was wrong, the account; audit it.
 
-    One durable write whatever was wrong, or the time it takes would tell.
+    Every failure costs one durable write, so that timing does not reveal what was wrong.
     """
     options, now = idp.options, idp.now()
     idp.throttle.spend(caller.peer, name)
@@ -808,39 +788,38 @@ def authenticate_user(
     idp: Idp, caller: Caller, username: str, password: str, totp="", client: Client | None = None, admin=False,
     only_password=False,
 ) -> tuple[Account, list]:
-    """May this user in now? Return the account and its `amr` (RFC 8176).
+    """Authenticate a user by password. Return the account and its `amr` (RFC 8176).
 
-    Every path that takes a password calls this. Whatever is wrong - no such user, wrong password,
-    inactive, locked, no or a wrong or a used one-time code - the caller learns nothing but
-    invalid_grant with status 403, after the same Argon2 work and one durable write.
-    `admin` demands the MadAdmin role too. `only_password` leaves the second factor out: for an
-    administrator who asks about a password, and for the login pages, which ask for it next, by
-    check_second_factor().
+    Every path that takes a password calls this. Whatever is wrong - unknown user, wrong password,
+    inactive, locked, a missing, wrong or used one-time code - the caller gets invalid_grant with
+    status 403, after the same Argon2 work and one durable write. `admin` requires the MadAdmin role.
+    `only_password` makes `totp` optional: for an administrator who verifies a password, and for the
+    login pages, which call check_second_factor() next.
     """
     name = fold(username)
     idp.throttle.check(caller.peer, name)
     account = idp.store.find_account_by_name(name)
-    demanded = not only_password and client is not None and "ENABLE_TOTP" in client.flags
+    totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
-        not demanded
+        not totp_required
         and not login_obstacle(idp, caller, account, admin)
         and was_verified_recently(idp, account, password)
     ):
         assert account
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with hash_problems(), idp.hasher.turns.take("user", name, caller.peer) as turn:
+    with hash_problems(), idp.hasher.name_locks.hold("user", name, caller.peer) as name_lock:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, caller, account, admin)
-        if account and not obstacle and demanded and not account.totp_sealed:
+        if account and not obstacle and totp_required and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, account, password):
             assert account
-            return account, ["pwd"]  # somebody who came with us has just done the work
+            return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        with idp.hasher.gate.place(caller.peer):
-            right = idp.hasher.verify(account.password_hash if account else None, password)
-        failure = obstacle or ("" if right else WRONG_PASSWORD)
+        with idp.hasher.gate.slot(caller.peer):
+            is_right = idp.hasher.verify(account.password_hash if account else None, password)
+        failure = obstacle or ("" if is_right else WRONG_PASSWORD)
         amr = ["pwd"]
         if not failure and second_factor:
             failure = check_totp(idp, account, totp)
@@ -849,25 +828,25 @@ def authenticate_user(
         if account and not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
             failure = "changed meanwhile"
         if failure:
-            idp.hasher.turns.blame(turn, caller.peer)
+            idp.hasher.name_locks.blame(name_lock, caller.peer)
             actor = caller.acting_as(account.id if account else "anonymous")
             record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
-        assert account  # without one there is an obstacle
+        assert account  # None has an obstacle
         if idp.options.enable_pass_cache and not second_factor:
-            idp.password_digests.learn(account.password_hash, password, now)
+            idp.verified_passwords.add(account.password_hash, password, now)
         if not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
         return account, amr
 
 
 def fold_recovery_code(code: str) -> str:
-    """Return a recovery code as it was made, however it was typed."""
+    """Return a typed recovery code without blanks and hyphens, in lower case."""
     return re.sub(r"[\s-]", "", code).lower()
 
 
 def check_recovery_code(idp, account, code) -> str:
-    """Spend a recovery code. Return what is wrong, or nothing."""
+    """Spend a recovery code. Return what is wrong, or ""; the caller counts failures."""
     now = idp.now()
     if account.totp_locked_until > now:
         return "second factor locked"
@@ -877,36 +856,35 @@ def check_recovery_code(idp, account, code) -> str:
 def check_second_factor(
     idp: Idp, caller: Caller, user_id: str, proven_ms: int, code: str, client_id=""
 ) -> tuple[Account, list]:
-    """May this user, whose password was proven at that millisecond, in by this one-time or recovery code?
+    """Verify the one-time or recovery code of a user whose password was verified at that millisecond.
 
-    Everything is asked again: that the user exists, is active, not locked, and that nothing of it
-    was ended since. Guesses are counted on the account, whatever login they belong to. Raises
-    invalid_grant with 403.
+    Return the account and its `amr` (RFC 8176). The account must still exist, be active, not locked and
+    not revoked since. Failures count on the account across all logins. Raises invalid_grant with 403.
     """
     idp.throttle.check(caller.peer, user_id)
-    with idp.locks[hash(user_id) % len(idp.locks)]:
-        account, used = idp.store.find_account(user_id), ""
+    with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
+        account, method = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
-        if not failure and (not is_good(account, proven_ms) or not account.totp_sealed):
+        if not failure and (not is_still_valid(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
         if not failure and re.fullmatch(r"[0-9]{6}", code):
             failure = check_totp(idp, account, code)
-            used = "otp"
+            method = "otp"
         elif not failure:
             failure = check_recovery_code(idp, account, code)
         if failure:
             record_failure(idp, caller.acting_as(user_id), user_id, account, client_id, failure)
             raise Problem("invalid_grant", status=403, log=f"second factor: {failure}", audited=True)
-        assert account  # without one there is an obstacle
-        if not used:
+        assert account  # None has an obstacle
+        if not method:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
-    return account, ["pwd", *([used] if used else []), "mfa"]
+    return account, ["pwd", *([method] if method else []), "mfa"]
 
 
 def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
-    """Make ten codes of 79 random bits that stand for a lost authenticator, each once. Those of before are void."""
-    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is taken for another
+    """Return ten new single-use codes of 79 random bits, for a lost authenticator. They replace older ones."""
+    letters = "abcdefghjkmnpqrstuvwxyz23456789"  # without i, l, o, 0 and 1, which look alike
     codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
     with idp.store.transaction():
         idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
@@ -915,26 +893,26 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
 
 
 def check_username(username: str) -> str:
-    """Return what is wrong with a folded user name, or nothing."""
+    """Return what is wrong with a folded username, or ""."""
     if not username or len(username) > 100 or not username.isprintable():
         return "must be 1 to 100 printable characters"
     return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else ""
 
 
 def check_email(email: str) -> str:
-    """Return what is wrong with a folded e-mail address, or nothing. Whether it works, only mail can tell."""
+    """Return what is wrong with a folded e-mail address, or ""."""
     if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254 or not email.isprintable():
         return "must be an e-mail address"
     return ""
 
 
-def create_user(idp: Idp, caller: Caller, wanted: CreateUser) -> Account:
-    """Raises invalid_request naming each bad member, or conflict."""
-    username, password = fold(wanted.username), wanted.password or wanted.user_password
-    email = fold(wanted.email or wanted.user_email or "")
-    nameless = wanted.user_email is None and not email  # said, not forgotten
+def create_user(idp: Idp, caller: Caller, new_user: CreateUser) -> Account:
+    """Create a user. Raises invalid_request or conflict."""
+    username, password = fold(new_user.username), new_user.password or new_user.user_password
+    email = fold(new_user.email or new_user.user_email or "")
+    has_no_email = new_user.user_email is None and not email  # null, not forgotten
     reject(
-        username=check_username(username), email="" if nameless else check_email(email),
+        username=check_username(username), email="" if has_no_email else check_email(email),
         password=check_new_password(idp.options, password, username, email),
     )
     password_hash = hash_secret(idp, password)
@@ -956,7 +934,7 @@ def get_user(idp: Idp, id_or_name: str) -> Account:
 
 
 def read_lockout(idp: Idp, value: str | int | None) -> int:
-    """Return the Unix seconds a lockout is to end, 0 for none. Raises invalid_request."""
+    """Return the Unix seconds at which a lockout ends, 0 for none. Raises invalid_request."""
     until = 0 if value is None else read_time(value)
     if until is None:
         reject(lockout_until="must be an ISO 8601 date-time, Unix seconds or null")
@@ -967,19 +945,19 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
 
 
 def refuse_admins(idp: Idp, user_id: str):
-    """Raise access_denied for an administrator: a right over users is none over those who gave it."""
+    """Raise access_denied for an administrator, whom only another administrator may change."""
     if is_admin(idp, user_id):
         raise Problem("access_denied", log="the user is an administrator")
 
 
-def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admins=False) -> Account:
-    """Let a user in again, or keep one out and end all it has.
+def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excluding_admins=False) -> Account:
+    """Activate a user, or deactivate one and revoke everything issued to it.
 
-    Raises unchanged, last_administrator, or with `but_admins` access_denied.
+    Raises unchanged, last_administrator, or with `excluding_admins` access_denied.
     """
     with idp.store.transaction():
         account = get_user(idp, id)
-        if but_admins:
+        if excluding_admins:
             refuse_admins(idp, account.id)
         if bool(account.is_active) == is_active:
             raise Problem("unchanged")
@@ -989,32 +967,35 @@ def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, but_admi
         else:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_account_active(account.id, 0, idp.now())
-            end_user(idp, caller, account.id, "user_deactivated")
+            revoke_user(idp, caller, account.id, "user_deactivated")
     return account
 
 
 def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
-    """Lock a user out until then, which ends all it has, or clear every lockout."""
+    """Lock a user out until a time and revoke everything issued to it, or clear the lockout."""
     until = read_lockout(idp, value)
     with idp.store.transaction():
         account = get_user(idp, id)
         if until:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_lockout(account.id, until, idp.now())
-            end_user(idp, caller, account.id, "admin.lockout.set", iso(until))
+            revoke_user(idp, caller, account.id, "admin.lockout.set", iso(until))
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
             audit(idp, caller, "admin.lockout.clear", account.id)
 
 
-def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Account:
-    """Change what was sent, all of it or nothing. Raises invalid_request, not_found, conflict or last_administrator."""
+def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Account:
+    """Change the members that were sent, all or none.
+
+    Raises invalid_request, not_found, conflict or last_administrator.
+    """
     errors, username, email = {}, None, None
-    if wanted.username is not UNSET:
-        username = fold(wanted.username)
+    if change.username is not UNSET:
+        username = fold(change.username)
         errors["username"] = check_username(username)
-    if wanted.email is not UNSET:
-        email = fold(wanted.email)
+    if change.email is not UNSET:
+        email = fold(change.email)
         errors["email"] = check_email(email)
     reject(**errors)
     try:
@@ -1022,32 +1003,32 @@ def update_user(idp: Idp, caller: Caller, id: str, wanted: UpdateUser) -> Accoun
             account = get_user(idp, id)
             changes: dict[str, Any] = {
                 "username": username, "email": email,
-                "email_verified": None if wanted.email_verified is UNSET else int(wanted.email_verified),
+                "email_verified": None if change.email_verified is UNSET else int(change.email_verified),
             }
             changes = {
                 name: value for name, value in changes.items() if value is not None and value != getattr(account, name)
             }
-            if "email" in changes:  # whoever verified the old address said nothing of this one
+            if "email" in changes:  # only the old address was verified
                 changes.setdefault("email_verified", 0)
             if changes:
                 idp.store.update_account(
                     account.id, changes.get("username"), changes.get("email"), changes.get("email_verified"), idp.now()
                 )
                 audit(idp, caller, "user_updated", account.id, " ".join(sorted(changes)))
-            if wanted.is_active is not UNSET and wanted.is_active != bool(account.is_active):
-                set_user_active(idp, caller, account.id, wanted.is_active)
+            if change.is_active is not UNSET and change.is_active != bool(account.is_active):
+                set_user_active(idp, caller, account.id, change.is_active)
             if (
-                wanted.lockout_until is not UNSET
-                and (0 if wanted.lockout_until is None else read_time(wanted.lockout_until)) != account.lockout_until
+                change.lockout_until is not UNSET
+                and (0 if change.lockout_until is None else read_time(change.lockout_until)) != account.lockout_until
             ):
-                set_lockout(idp, caller, account.id, wanted.lockout_until)
+                set_lockout(idp, caller, account.id, change.lockout_until)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
     return get_user(idp, account.id)
 
 
 def delete_user(idp: Idp, caller: Caller, id: str):
-    """Delete a user and everything that hangs on it. Its tokens die with it."""
+    """Delete a user and all its records, which invalidates its tokens."""
     with idp.store.transaction():
         account = get_user(idp, id)
         forbid_removing_last_admin(idp, account.id)
@@ -1064,41 +1045,41 @@ def verify_email(idp: Idp, caller: Caller, id: str):
         audit(idp, caller, "user_email_verified", account.id)
 
 
-def reset_password(idp: Idp, caller: Caller, id: str, password: str, but_admins=False):
-    """Give a user a new password, and end all that the old one opened."""
+def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_admins=False):
+    """Set the password of a user and revoke everything issued to it."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
     password_hash = hash_secret(idp, password)
     with idp.store.transaction():
         account = get_user(idp, account.id)
-        if but_admins:
+        if excluding_admins:
             refuse_admins(idp, account.id)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
-        end_user(idp, caller, account.id, "user_password_reset")
+        revoke_user(idp, caller, account.id, "user_password_reset")
 
 
-def verify_password(idp: Idp, caller: Caller, wanted: VerifyPassword) -> Account:
-    """Is this the password of this user, and could it log in? Raises invalid_grant with 403, as every login."""
-    if not (wanted.user_id or wanted.username):
+def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
+    """Return the user if this is its password and it could log in. Raises invalid_grant with 403, as a login."""
+    if not (request.user_id or request.username):
         reject(user_id="is required, or username")
-    account = idp.store.find_account(wanted.user_id.lower()) if wanted.user_id else None
-    name = account.username if account else wanted.username or wanted.user_id
-    return authenticate_user(idp, caller, name, wanted.password, wanted.totp, only_password=True)[0]
+    account = idp.store.find_account(request.user_id.lower()) if request.user_id else None
+    name = account.username if account else request.username or request.user_id
+    return authenticate_user(idp, caller, name, request.password, request.totp, only_password=True)[0]
 
 
 def enable_totp(idp: Idp, account: Account, seed: str, code: str):
-    """Turn the second factor on, once the user has shown to hold the seed."""
-    step = totp_step(seed, code, idp.now())
-    if step is None:
+    """Enable the second factor, if a code proves that the user has the seed."""
+    time_step = totp_time_step(seed, code, idp.now())
+    if time_step is None:
         raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
     with idp.store.transaction():
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
-        idp.store.spend_totp_step(account.id, step)
+        idp.store.spend_totp_step(account.id, time_step)
         audit(idp, LOCAL.acting_as(account.id), "totp_enabled", account.id)
 
 
 def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
-    """Let a seed wait for its first code, and return it. A second factor in force stays in force until then."""
+    """Store a pending seed and return it. The previous second factor stays enabled until confirm_totp()."""
     seed = seed or new_totp_seed()
     with idp.store.transaction():
         idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
@@ -1107,20 +1088,17 @@ def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
 
 
 def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
-    """Put the waiting seed in force by its first code.
-
-    Raises invalid_grant with 403; guesses are counted as at a login.
-    """
+    """Enable the pending seed by its first code. Raises invalid_grant with 403; failures count as at a login."""
     if not account.totp_pending_sealed:
         reject(code="no second factor waits for its first code: generate one")
     now = idp.now()
     seed = idp.seal.open(account.totp_pending_sealed, account.id)
-    step = totp_step(seed, code, now) if account.totp_locked_until <= now else None
+    time_step = totp_time_step(seed, code, now) if account.totp_locked_until <= now else None
     with idp.store.transaction():
         fresh = get_user(idp, account.id)
-        if step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
+        if time_step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
-            idp.store.spend_totp_step(account.id, step)
+            idp.store.spend_totp_step(account.id, time_step)
             audit(idp, caller, "totp_enabled", account.id)
             return
         count_failed_code(idp, account)
@@ -1129,7 +1107,7 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
 
 
 def disable_totp(idp: Idp, caller: Caller, account: Account):
-    """Take the second factor of a user away. Raises not_found where there is none."""
+    """Remove the second factor of a user. Raises not_found if there is none."""
     with idp.store.transaction():
         if not idp.store.clear_totp(account.id, idp.now()):
             raise Problem("not_found", log="the user has no second factor")
@@ -1140,19 +1118,19 @@ def disable_totp(idp: Idp, caller: Caller, account: Account):
 
 
 def check_label(label: str) -> str:
-    """Return what is wrong with a text that people read, or nothing."""
+    """Return what is wrong with a text for people, or ""."""
     return "" if label.isprintable() and len(label) <= 255 else "must be at most 255 printable characters"
 
 
 def check_name(name: str) -> str:
-    """Return what is wrong with the name of a role or permission, or nothing."""
+    """Return what is wrong with the name of a role or permission, or ""."""
     if not name or GROUPS_OF_UUID.fullmatch(name):
         return "must not be blank, nor look like an identifier"
     return check_label(name)
 
 
 def key_of(id_or_name: str) -> str:
-    """Return an id or a name as it is stored; no name looks like an id."""
+    """Return an id or a name in its stored form. No name has the form of an id."""
     return id_or_name.lower() if GROUPS_OF_UUID.fullmatch(id_or_name) else normalise(id_or_name)
 
 
@@ -1163,8 +1141,8 @@ def get_role(idp: Idp, id_or_name: str) -> Role:
     return role
 
 
-def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
-    name, description = normalise(wanted.name), (wanted.description or "").strip()
+def create_role(idp: Idp, caller: Caller, new_role: CreateRole) -> Role:
+    name, description = normalise(new_role.name), (new_role.description or "").strip()
     reject(name=check_name(name), description=check_label(description))
     try:
         with idp.store.transaction():
@@ -1175,10 +1153,10 @@ def create_role(idp: Idp, caller: Caller, wanted: CreateRole) -> Role:
     return role
 
 
-def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
-    """Change what was sent; a blank name and null stay as they are. Raises protected, conflict."""
-    name = normalise(wanted.name) if wanted.name else None
-    description = wanted.description.strip() if isinstance(wanted.description, str) else None
+def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
+    """Change the members that were sent, except a blank name and nulls. Raises protected, conflict."""
+    name = normalise(change.name) if change.name else None
+    description = change.description.strip() if isinstance(change.description, str) else None
     reject(name=check_name(name) if name else "", description=check_label(description or ""))
     try:
         with idp.store.transaction():
@@ -1194,7 +1172,7 @@ def update_role(idp: Idp, caller: Caller, id: str, wanted: UpdateRole) -> Role:
 
 
 def delete_role(idp: Idp, caller: Caller, id: str):
-    """Delete a role; whoever had it logs in anew."""
+    """Delete a role and revoke everything issued to the users who had it."""
     with idp.store.transaction():
         role = get_role(idp, id)
         if role.is_protected:
@@ -1205,7 +1183,7 @@ def delete_role(idp: Idp, caller: Caller, id: str):
 
 
 def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
-    """Give a user a role. Whether that is new."""
+    """Assign a role to a user. Return whether the user did not have it before."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
         added = idp.store.assign_role(account.id, role.id, idp.now())
@@ -1215,27 +1193,26 @@ def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:
 
 
 def unassign_role(idp: Idp, caller: Caller, user_id: str, role_id: str):
-    """Take a role from a user, and end what was issued with it. Raises not_found, last_administrator."""
+    """Remove a role from a user and revoke everything issued to it. Raises not_found, last_administrator."""
     with idp.store.transaction():
         account, role = get_user(idp, user_id), get_role(idp, role_id)
-        if not any(held.id == role.id for held in idp.store.list_roles_of(account.id)):
+        if not any(assigned.id == role.id for assigned in idp.store.list_roles_of(account.id)):
             raise Problem("not_found", log="the user does not have this role")
         if role.id == MAD_ADMIN_ROLE_ID:
             forbid_removing_last_admin(idp, account.id)
         idp.store.unassign_role(account.id, role.id)
-        end_user(idp, caller, account.id, "role_unassigned", role.id)
+        revoke_user(idp, caller, account.id, "role_unassigned", role.id)
 
 
 def set_roles(idp: Idp, caller: Caller, user_id: str, role_ids):
-    """Give a user exactly these roles, all or none."""
+    """Replace the roles of a user by these, all or none."""
     with idp.store.transaction():
         account = get_user(idp, user_id)
-        wanted, held = (
-            {get_role(idp, id).id for id in role_ids}, {role.id for role in idp.store.list_roles_of(account.id)},
-        )
-        for role_id in sorted(wanted - held):
+        new_ids = {get_role(idp, id).id for id in role_ids}
+        old_ids = {role.id for role in idp.store.list_roles_of(account.id)}
+        for role_id in sorted(new_ids - old_ids):
             assign_role(idp, caller, account.id, role_id)
-        for role_id in sorted(held - wanted):
+        for role_id in sorted(old_ids - new_ids):
             unassign_role(idp, caller, account.id, role_id)
 
 
@@ -1246,8 +1223,8 @@ def get_permission(idp: Idp, id_or_name: str) -> Permission:
     return permission
 
 
-def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Permission:
-    name = normalise(wanted.name)
+def create_permission(idp: Idp, caller: Caller, new_permission: CreatePermission) -> Permission:
+    name = normalise(new_permission.name)
     reject(name=check_name(name))
     try:
         with idp.store.transaction():
@@ -1258,8 +1235,8 @@ def create_permission(idp: Idp, caller: Caller, wanted: CreatePermission) -> Per
     return permission
 
 
-def update_permission(idp: Idp, caller: Caller, id: str, wanted: UpdatePermission) -> Permission:
-    name = None if wanted.name is UNSET else normalise(wanted.name)
+def update_permission(idp: Idp, caller: Caller, id: str, change: UpdatePermission) -> Permission:
+    name = None if change.name is UNSET else normalise(change.name)
     reject(name=check_name(name) if name is not None else "")
     try:
         with idp.store.transaction():
@@ -1279,7 +1256,7 @@ def delete_permission(idp: Idp, caller: Caller, id: str):
 
 
 def assign_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str) -> bool:
-    """Give a role a permission. Whether that is new."""
+    """Assign a permission to a role. Return whether the role did not have it before."""
     with idp.store.transaction():
         role, permission = get_role(idp, role_id), get_permission(idp, permission_id)
         added = idp.store.assign_permission(role.id, permission.id, idp.now())
@@ -1296,27 +1273,25 @@ def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str
         audit(idp, caller, "permission_unassigned", role.id, permission.id)
 
 
-def check_access(idp: Idp, wanted: CheckAccess) -> AccessVerdict:
-    """May this user do this? What is unknown may not.
+def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
+    """Return whether a user has a permission or scope; an unknown user, permission or scope is denied.
 
-    By the name of a permission or scope the answer is `access` alone.
+    Unless asked by `permission_id`, the answer has only the member `access`.
     """
-    account = idp.store.find_account(wanted.user_id.lower()) or idp.store.find_account_by_name(fold(wanted.user_id))
-    user_id = account.id if account else wanted.user_id
-    if wanted.scope:
+    account = idp.store.find_account(request.user_id.lower()) or idp.store.find_account_by_name(fold(request.user_id))
+    user_id = account.id if account else request.user_id
+    if request.scope:
         scopes = idp.store.list_scopes_of_user(user_id) if account and account.is_active else ()
-        return AccessVerdict(any(wanted.scope in (scope.name, scope.id) for scope in scopes))
-    asked = wanted.permission_id or wanted.permission
-    if not asked.strip() or not wanted.user_id.strip():
-        reject(
-            permission_id="is required" if not asked.strip() else "",
-            user_id="" if wanted.user_id.strip() else "is required",
-        )
-    allowed = any(
-        asked in (permission.id, permission.name) for permission in idp.store.list_permissions_of_user(user_id)
+        return AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
+    asked = request.permission_id or request.permission
+    reject(
+        permission_id="" if asked.strip() else "is required",
+        user_id="" if request.user_id.strip() else "is required",
     )
-    if wanted.permission_id:
-        return AccessVerdict(allowed, wanted.user_id, wanted.permission_id, allowed)
+    permissions = idp.store.list_permissions_of_user(user_id)
+    allowed = any(asked in (permission.id, permission.name) for permission in permissions)
+    if request.permission_id:
+        return AccessVerdict(allowed, request.user_id, request.permission_id, allowed)
     return AccessVerdict(allowed)
 
 
@@ -1352,9 +1327,8 @@ def find_client(idp: Idp, client_id: str) -> Client | None:
 
 
 def get_client(idp: Idp, id_or_client_id: str) -> Client:
-    client = load_client(
-        idp, id_or_client_id.lower() if GROUPS_OF_UUID.fullmatch(id_or_client_id) else id_or_client_id.strip()
-    )
+    is_id = GROUPS_OF_UUID.fullmatch(id_or_client_id)
+    client = load_client(idp, id_or_client_id.lower() if is_id else id_or_client_id.strip())
     if client is None:
         raise Problem("not_found")
     return client
@@ -1371,12 +1345,12 @@ def token_lifetime(idp: Idp, client: Client) -> int:
     return ttl(client, "TOKEN_EXPIRATION", idp.options.token_expiration)
 
 
-def living_hashes(client: Client | None, now: int) -> list:
+def unexpired_hashes(client: Client | None, now: int) -> list:
     return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
 
 
-def remembers_secret(idp: Idp, hashes, secret, now) -> bool:
-    return any(idp.client_digests.knows(stored, secret, now) for stored in hashes)
+def was_secret_verified(idp: Idp, hashes, secret, now) -> bool:
+    return any(idp.verified_client_secrets.contains(stored, secret, now) for stored in hashes)
 
 
 def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | None) -> Client:
@@ -1391,28 +1365,27 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
         if client is not None and client.row.client_type == PUBLIC_CLIENT:
             return client
         raise Problem("invalid_client", log="no client secret")
-    if remembers_secret(idp, living_hashes(client, now), secret, now) and client is not None:
+    if was_secret_verified(idp, unexpired_hashes(client, now), secret, now) and client is not None:
         return client
     idp.throttle.check(caller.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
-    with hash_problems(), idp.hasher.turns.take("client", client_id, caller.peer) as turn:
+    with hash_problems(), idp.hasher.name_locks.hold("client", client_id, caller.peer) as name_lock:
         # The client may have changed during the wait; it is read again after each verification, too.
         client, now = find_client(idp, client_id), idp.now()
-        hashes = living_hashes(client, now)
-        if remembers_secret(idp, hashes, secret, now) and client is not None:
+        hashes = unexpired_hashes(client, now)
+        if was_secret_verified(idp, hashes, secret, now) and client is not None:
             return client
-        with idp.hasher.gate.place(caller.peer):
+        with idp.hasher.gate.slot(caller.peer):
             # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
             for stored in hashes or [None]:
                 if idp.hasher.verify(stored, secret):
                     client, now = find_client(idp, client_id), idp.now()
-                    if client is None or stored not in living_hashes(client, now):
+                    if client is None or stored not in unexpired_hashes(client, now):
                         break
-                    # Remember the secret for one token lifetime and some more: the client comes back when its token
-                    # expires.
-                    idp.client_digests.learn(stored, secret, now, token_lifetime(idp, client))
+                    # Cached for longer than one token lifetime: the client returns when its token expires.
+                    idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
                     return client
-        idp.hasher.turns.blame(turn, caller.peer)
+        idp.hasher.name_locks.blame(name_lock, caller.peer)
     idp.throttle.spend(caller.peer, client_id)
     audit(
         idp, caller.acting_as(client.client_id if client else "anonymous"), "client_authentication_failed",
@@ -1431,12 +1404,12 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     allowed = client_scopes if user_scopes is None else client_scopes & user_scopes
     if requested is None or not requested.strip(" "):
         return " ".join(sorted(allowed))
-    wanted = set(requested.split(" ")) - {""}
-    if user_scopes is not None and OPENID in wanted:
+    scopes = set(requested.split(" ")) - {""}
+    if user_scopes is not None and OPENID in scopes:
         allowed = allowed | set(OIDC_SCOPES)
-    if not wanted <= allowed:
+    if not scopes <= allowed:
         raise Problem("invalid_scope", log="asked for more than is allowed")
-    return " ".join(sorted(wanted))
+    return " ".join(sorted(scopes))
 
 
 def check_client_id(client_id: str) -> str:
@@ -1490,8 +1463,8 @@ def check_origin(uri: str) -> str:
     found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([0-9]{1,5}))?", uri)
     if not found:
         return "must be scheme, host and port in lower case, such as https://app.example, and nothing more"
-    scheme, host, port_word = found.groups()
-    if port_word == ("443" if scheme == "https" else "80"):
+    scheme, host, port = found.groups()
+    if port == ("443" if scheme == "https" else "80"):
         return "must leave out the default port, as browsers do"
     return "" if scheme == "https" or is_loopback_host(host.strip("[]")) else "must be https, or http to this machine"
 
@@ -1555,34 +1528,34 @@ def check_client_secret(secret: str) -> str:
     return "" if 8 <= len(secret) <= 255 and secret.isprintable() else "must have 8 to 255 printable characters"
 
 
-def end_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
+def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
     """Revoke everything ever issued to a client. Each change that reduces its rights calls this in its transaction."""
     with idp.store.transaction(identity=True):
         idp.store.revoke_client(row.id, row.client_id, idp.now(), idp.now_ms())
         audit(idp, caller, action, row.client_id, secondary)
 
 
-def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Client, str]:
+def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
     """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict."""
-    client_id, errors = wanted.client_id.strip(), {}
+    client_id, errors = new_client.client_id.strip(), {}
     errors["client_id"] = check_client_id(client_id)
-    if wanted.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
+    if new_client.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
         errors["client_type"] = "must be confidential or public"
-    public = wanted.client_type == PUBLIC_CLIENT
-    secret = wanted.client_secret or wanted.secret or ""
+    public = new_client.client_type == PUBLIC_CLIENT
+    secret = new_client.client_secret or new_client.secret or ""
     if public and secret:
         errors["client_secret"] = "a public client has none"
     elif secret:
         errors["client_secret"] = check_client_secret(secret)
-    grant_types = wanted.grant_types
+    grant_types = new_client.grant_types
     if grant_types is None:
         grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else list(GRANT_TYPES)
-    errors["grant_types"] = check_grant_types(grant_types, wanted.client_type)
-    audience = (wanted.audience or "microauthd").strip()
-    errors["audience"], errors["display_name"] = check_label(audience), check_label(wanted.display_name or "")
-    if public and wanted.may_introspect:
+    errors["grant_types"] = check_grant_types(grant_types, new_client.client_type)
+    audience = (new_client.audience or "microauthd").strip()
+    errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
+    if public and new_client.may_introspect:
         errors["may_introspect"] = "a public client cannot have this right"
-    found = [idp.store.find_scope(key_of(name)) for name in wanted.scopes or ()]
+    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
     scopes = [scope for scope in found if scope]
     if None in found:
         errors["scopes"] = "must all exist"
@@ -1590,10 +1563,10 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     made = "" if public or secret else random_handle()
     now = idp.now()
     row = ClientRow(
-        id=str(uuid.uuid4()), client_id=client_id, client_type=wanted.client_type,
-        display_name=(wanted.display_name or "").strip(), audience=audience,
-        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(wanted.may_introspect),
-        is_first_party=int(wanted.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
+        id=str(uuid.uuid4()), client_id=client_id, client_type=new_client.client_type,
+        display_name=(new_client.display_name or "").strip(), audience=audience,
+        grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(new_client.may_introspect),
+        is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
         revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now,
@@ -1612,18 +1585,18 @@ def create_client(idp: Idp, caller: Caller, wanted: CreateClient) -> tuple[Clien
     return get_client(idp, row.id), made
 
 
-def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
+def change_secret(idp: Idp, caller: Caller, change: ChangeSecret) -> str:
     """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days."""
-    client = get_client(idp, wanted.client_id)
+    client = get_client(idp, change.client_id)
     if not client.row.is_active:
         raise Problem("not_found", log="the client is inactive")
-    secret = (wanted.new_secret or "").strip()
+    secret = (change.new_secret or "").strip()
     errors = {}
     if client.row.client_type == PUBLIC_CLIENT:
         errors["client_id"] = "a public client has no secret"
     elif secret:
         errors["new_secret"] = check_client_secret(secret)
-    if not 0 <= wanted.overlap_seconds <= OVERLAP_MAX:
+    if not 0 <= change.overlap_seconds <= OVERLAP_MAX:
         errors["overlap_seconds"] = f"must be from 0 to {OVERLAP_MAX}"
     reject(**errors)
     secret = secret or random_handle()
@@ -1632,13 +1605,13 @@ def change_secret(idp: Idp, caller: Caller, wanted: ChangeSecret) -> str:
         client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
         if not client.row.is_active:
             raise Problem("not_found", log="the client is inactive")
-        idp.store.retire_secrets(client.row.id, now + wanted.overlap_seconds, now)
+        idp.store.retire_secrets(client.row.id, now + change.overlap_seconds, now)
         idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
-        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={wanted.overlap_seconds}")
+        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={change.overlap_seconds}")
     return secret
 
 
-def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Client:
+def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Client:
     """Change the members that were sent, all or none. Raises invalid_request, not_found or conflict.
 
     Deactivating a client, renaming it or changing its audience revokes its tokens: their `client_id` or
@@ -1649,31 +1622,31 @@ def update_client(idp: Idp, caller: Caller, id: str, wanted: UpdateClient) -> Cl
             client = get_client(idp, id)
             row, errors = client.row, {}
             changes: dict[str, Any] = {}
-            if wanted.client_id is not UNSET:
-                changes["client_id"] = wanted.client_id.strip()
+            if change.client_id is not UNSET:
+                changes["client_id"] = change.client_id.strip()
                 errors["client_id"] = check_client_id(changes["client_id"])
-            if isinstance(wanted.display_name, str):
-                changes["display_name"] = wanted.display_name.strip()
+            if isinstance(change.display_name, str):
+                changes["display_name"] = change.display_name.strip()
                 errors["display_name"] = check_label(changes["display_name"])
-            if wanted.audience and wanted.audience.strip():
-                changes["audience"] = wanted.audience.strip()
+            if change.audience and change.audience.strip():
+                changes["audience"] = change.audience.strip()
                 errors["audience"] = check_label(changes["audience"])
-            if wanted.grant_types is not UNSET:
-                changes["grant_types"] = " ".join(sorted(set(wanted.grant_types)))
-                errors["grant_types"] = check_grant_types(wanted.grant_types, row.client_type)
-            if wanted.may_introspect is True and row.client_type == PUBLIC_CLIENT:
+            if change.grant_types is not UNSET:
+                changes["grant_types"] = " ".join(sorted(set(change.grant_types)))
+                errors["grant_types"] = check_grant_types(change.grant_types, row.client_type)
+            if change.may_introspect is True and row.client_type == PUBLIC_CLIENT:
                 errors["may_introspect"] = "a public client cannot have this right"
             reject(**errors)
             for name in ("is_active", "may_introspect", "is_first_party"):
-                if getattr(wanted, name) is not UNSET:
-                    changes[name] = int(getattr(wanted, name))
+                if getattr(change, name) is not UNSET:
+                    changes[name] = int(getattr(change, name))
             for name in ("access_token_signed_alg", "id_token_signed_response_alg"):
-                if getattr(wanted, name) is not UNSET:
-                    changes[name] = getattr(wanted, name)
+                if getattr(change, name) is not UNSET:
+                    changes[name] = getattr(change, name)
             changes = {name: value for name, value in changes.items() if value != getattr(row, name)}
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
-                    end_client(idp, caller, row, "client_revoked")
+                    revoke_client(idp, caller, row, "client_revoked")
                 idp.store.update_client(msgspec.structs.replace(row, **changes, modified_at=idp.now()))
                 audit(idp, caller, "client_updated", changes.get("client_id", row.client_id), " ".join(sorted(changes)))
     except Conflict:
@@ -1685,7 +1658,7 @@ def delete_client(idp: Idp, caller: Caller, id: str):
     """Delete a client and all its records, and revoke its tokens."""
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
-        end_client(idp, caller, row, "delete_client", row.id)
+        revoke_client(idp, caller, row, "delete_client", row.id)
         idp.store.delete_client(row.id)
 
 
@@ -1699,7 +1672,7 @@ def delete_secret(idp: Idp, caller: Caller, id: str, secret_id: str):
 
 
 def check_flag(flag: str) -> str:
-    """Return the name of a feature flag, in upper case. Raises invalid_request."""
+    """Return the name of a feature flag in upper case. Raises invalid_request."""
     if flag.upper() not in FLAGS:
         reject(flag="must be one of " + ", ".join(FLAGS))
     return flag.upper()
@@ -1730,13 +1703,9 @@ def set_flag_option(idp: Idp, caller: Caller, id: str, flag: str, option: str):
 
 def list_flags(idp: Idp, id: str) -> dict:
     """Return {flag: FlagObject} of a client, including flags that were never set."""
-    stored = {feature.feature_flag: feature for feature in idp.store.list_all_features(get_client(idp, id).row.id)}
-    return {
-        flag: FlagObject(bool(stored[flag].is_enabled), stored[flag].options)
-        if flag in stored
-        else FlagObject(False, "")
-        for flag in FLAGS
-    }
+    features = idp.store.list_all_features(get_client(idp, id).row.id)
+    stored = {feature.feature_flag: FlagObject(bool(feature.is_enabled), feature.options) for feature in features}
+    return {flag: stored.get(flag, FlagObject(False, "")) for flag in FLAGS}
 
 
 def totp_issuer(idp: Idp, client_id: str | None) -> str:
@@ -1752,24 +1721,24 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
     return client.flags.get("TOTP_ISSUER") or client.row.display_name or client.client_id
 
 
-def check_idp(wanted: PutIdp):
-    key = wanted.provider_key.strip().lower()
+def check_idp(provider: PutIdp):
+    key = provider.provider_key.strip().lower()
     errors = {
         "provider_key": "" if re.fullmatch(r"[a-z0-9._-]{1,50}", key) else "must be 1 to 50 letters, digits, and . _ -"
     }
     for member in ("display_name", "issuer", "client_identifier", "scopes"):
-        errors[member] = check_label(getattr(wanted, member))
-    if wanted.issuer:
-        parts = urlsplit(wanted.issuer.strip())
+        errors[member] = check_label(getattr(provider, member))
+    if provider.issuer:
+        parts = urlsplit(provider.issuer.strip())
         if parts.scheme not in ("https", "http") or not parts.hostname or parts.query or parts.fragment:
             errors["issuer"] = "must be an http(s) URL without query or fragment"
     reject(**errors)
     return key
 
 
-def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | None = None) -> ExternalIdp:
+def put_idp(idp: Idp, caller: Caller, id: str, provider: PutIdp, idp_id: str | None = None) -> ExternalIdp:
     """Add an external identity provider to a client, or change one. Raises invalid_request, not_found or conflict."""
-    key, now = check_idp(wanted), idp.now()
+    key, now = check_idp(provider), idp.now()
     try:
         with idp.store.transaction():
             client = get_client(idp, id)
@@ -1777,8 +1746,8 @@ def put_idp(idp: Idp, caller: Caller, id: str, wanted: PutIdp, idp_id: str | Non
             if idp_id and found is None:
                 raise Problem("not_found")
             row = ExternalIdp(
-                found.id if found else str(uuid.uuid4()), client.row.id, key, wanted.display_name.strip(),
-                wanted.issuer.strip(), wanted.client_identifier.strip(), wanted.scopes.strip(),
+                found.id if found else str(uuid.uuid4()), client.row.id, key, provider.display_name.strip(),
+                provider.issuer.strip(), provider.client_identifier.strip(), provider.scopes.strip(),
                 found.created_at if found else now, now,
             )
             idp.store.put_idp(row)
@@ -1796,15 +1765,15 @@ def delete_idp(idp: Idp, caller: Caller, id: str, idp_id: str):
         audit(idp, caller, "external_idp_deleted", client.client_id, idp_id)
 
 
-def create_scope(idp: Idp, caller: Caller, wanted: CreateScope) -> Scope:
-    name = normalise(wanted.name)
-    reject(name=check_scope_name(name), description=check_label(wanted.desc or wanted.description or ""))
+def create_scope(idp: Idp, caller: Caller, new_scope: CreateScope) -> Scope:
+    name = normalise(new_scope.name)
+    reject(name=check_scope_name(name), description=check_label(new_scope.desc or new_scope.description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:
         with idp.store.transaction(identity=True):
             scope = idp.store.add_scope(
-                str(uuid.uuid4()), name, (wanted.desc or wanted.description or "").strip(), idp.now()
+                str(uuid.uuid4()), name, (new_scope.desc or new_scope.description or "").strip(), idp.now()
             )
             audit(idp, caller, "create_scope", name, scope.id)
     except Conflict:
@@ -1819,10 +1788,10 @@ def get_scope(idp: Idp, id_or_name: str) -> Scope:
     return scope
 
 
-def update_scope(idp: Idp, caller: Caller, id: str, wanted: UpdateScope) -> Scope:
-    """Change what was sent. Raises invalid_request, not_found, protected or conflict."""
-    name = None if wanted.name is UNSET else normalise(wanted.name)
-    description = next((word.strip() for word in (wanted.desc, wanted.description) if isinstance(word, str)), None)
+def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scope:
+    """Change the members that were sent. Raises invalid_request, not_found, protected or conflict."""
+    name = None if change.name is UNSET else normalise(change.name)
+    description = next((text.strip() for text in (change.desc, change.description) if isinstance(text, str)), None)
     reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
     if name in OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
@@ -1887,31 +1856,33 @@ def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: s
 # Refresh-token families, revocation, and the one check of whether a token is valid.
 
 
-def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, asks=False) -> dict:
+def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_revocation=False) -> dict:
     """Return the claims of a valid access token. RFC 9068 §4, RFC 8725 §3.
 
     Valid means: signature, `typ`, `iss` and `exp` are right, `iat` is not in the future, the `jti` is not
     revoked, and it was issued after the revocation epochs of the server, its client, its user and its login.
+    Tombstones of `jti` and logins are looked up with `check_revocation`, `enable-token-revocation` or for ADMIN.
     Raises invalid_token. Guards, introspection, userinfo and revocation all use this function.
     """
     claims = ring.verify(token, AT_JWT)
     now = idp.now()
     if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
-    issued_ms, asks = jti_ms(claims["jti"]), asks or idp.options.enable_token_revocation or ring is idp.admin_ring
-    if issued_ms <= idp.revoked_before or (asks and idp.store.is_revoked(claims["jti"])):
-        raise Replayed(claims, "revoked")
+    issued_ms = jti_ms(claims["jti"])
+    check_revocation = check_revocation or idp.options.enable_token_revocation or ring is idp.admin_ring
+    if issued_ms <= idp.revoked_before or (check_revocation and idp.store.is_revoked(claims["jti"])):
+        raise RevokedToken(claims, "revoked")
     if claims["mad"] == "auth":
         client = find_client(idp, claims["client_id"])
         if client is None or issued_ms <= client.row.revoked_before or claims["aud"] != client.row.audience:
-            raise Replayed(claims, "its client is gone, inactive or was revoked")
+            raise RevokedToken(claims, "its client is gone, inactive or was revoked")
     if claims["sub"] != claims.get("client_id"):
-        if not is_good(idp.store.find_account(claims["sub"]), issued_ms):
-            raise Replayed(claims, "its user is gone, inactive or was revoked")
-        if asks and claims.get("sid"):
+        if not is_still_valid(idp.store.find_account(claims["sub"]), issued_ms):
+            raise RevokedToken(claims, "its user is gone, inactive or was revoked")
+        if check_revocation and claims.get("sid"):
             family = idp.store.find_family(claims["sid"])
             if family is None or family.revoked_at is not None:
-                raise Replayed(claims, "its login was ended")
+                raise RevokedToken(claims, "its login was ended")
     return claims
 
 
@@ -1922,7 +1893,7 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
         audit(idp, caller, action, target, f"sid={family_sid}", result)
 
 
-def end_logins(idp: Idp, caller: Caller, user_id: str, client_id: str):
+def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
         for family in idp.store.list_families_of(user_id, client_id):
@@ -1952,25 +1923,21 @@ def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
         audit(idp, caller.acting_as(client.client_id), "token_revoked", claims["sub"], f"jti={claims['jti']}")
 
 
-def note_replay(idp: Idp, caller: Caller, replayed: Replayed):
+def audit_replay(idp: Idp, caller: Caller, revoked: RevokedToken):
     """Audit the use of a revoked token, once per token, so that replaying it cannot flood the log."""
-    claims = replayed.claims
-    if claims["jti"] in idp.replays:
+    claims = revoked.claims
+    if claims["jti"] in idp.audited_replays:
         return
-    if len(idp.replays) >= 4096:
-        idp.replays.clear()
-    # where nothing can be written, a dead token is refused all the same
+    if len(idp.audited_replays) >= 4096:
+        idp.audited_replays.clear()
+    # A failed write must not change the answer: the revoked token is refused anyway.
     with contextlib.suppress(Problem, Unavailable):
-        audit(
-            idp, caller.acting_as(
-                claims["sub"]
-            ), f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", replayed.log,
-            FAILURE,
-        )
-        idp.replays.add(claims["jti"])
+        caller = caller.acting_as(claims["sub"])
+        audit(idp, caller, f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", revoked.log, FAILURE)
+        idp.audited_replays.add(claims["jti"])
 
 
-def is_session_dead(session: ListedSession) -> bool:
+def is_session_revoked(session: ListedSession) -> bool:
     """Return whether an access token was revoked: by itself, with its login, or by an epoch of its user or client."""
     return (
         session.revoked_at is not None
@@ -2000,7 +1967,7 @@ def revoke_session(idp: Idp, caller: Caller, jti: str) -> ListedSession:
     get_session(idp, jti)  # may wait for a pending batch, so outside the transaction
     with idp.store.transaction():
         session = get_session(idp, jti)
-        if is_session_dead(session) or session.expires_at <= idp.now():
+        if is_session_revoked(session) or session.expires_at <= idp.now():
             raise Problem("unchanged", log="revoked or expired already")
         idp.store.revoke_jti(session.id, session.expires_at, idp.now())
         if session.sid:
@@ -2045,35 +2012,35 @@ def revoke_refresh_token(idp: Idp, caller: Caller, id: str):
     revoke_family(idp, caller, row.sid, "refresh_token_revoked", row.user_id)
 
 
-def audit_purge(idp, caller, action, done, wanted) -> int:
+def audit_purge(idp, caller, action, done, purge) -> int:
     audit(
-        idp, caller, action, wanted.user_id or wanted.client_id or "",
-        f"purged={done};expired={str(wanted.purge_expired).lower()};revoked={str(wanted.purge_revoked).lower()}",
+        idp, caller, action, purge.user_id or purge.client_id or "",
+        f"purged={done};expired={str(purge.purge_expired).lower()};revoked={str(purge.purge_revoked).lower()}",
     )
     return done
 
 
-def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
+def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lambda seconds: None) -> int:
     """Delete the rows of expired or revoked sessions or refresh tokens; return how many.
 
     Only rows that expired at least `older_than_seconds` ago are deleted.
     """
     require_clock(idp)
-    if wanted.user_id:
-        wanted.user_id = get_user(idp, wanted.user_id).id
-    if wanted.client_id:
-        wanted.client_id = get_client(idp, wanted.client_id).client_id
-    before, total = idp.now() - wanted.older_than_seconds, 0
+    if purge.user_id:
+        purge.user_id = get_user(idp, purge.user_id).id
+    if purge.client_id:
+        purge.client_id = get_client(idp, purge.client_id).client_id
+    before, total = idp.now() - purge.older_than_seconds, 0
     after: str | None
-    if not (wanted.purge_expired or wanted.purge_revoked):
+    if not (purge.purge_expired or purge.purge_revoked):
         return 0
     narrowed: dict[str, Any] = {
-        "revoked": not wanted.purge_expired, "user_id": wanted.user_id, "client_id": wanted.client_id,
+        "revoked": not purge.purge_expired, "user_id": purge.user_id, "client_id": purge.client_id,
     }
     # Audited first, so that the actor is known even if the purge is interrupted between two slices.
     audit(
-        idp, caller, "purge_begun", wanted.user_id or wanted.client_id or "",
-        f"{'+'.join(kinds)};older_than_seconds={wanted.older_than_seconds}",
+        idp, caller, "purge_begun", purge.user_id or purge.client_id or "",
+        f"{'+'.join(kinds)};older_than_seconds={purge.older_than_seconds}",
     )
     if "session" in kinds:
         after, done = "", 0
@@ -2081,14 +2048,14 @@ def purge_tokens(idp: Idp, caller: Caller, wanted: PurgeTokens, kinds, pause=lam
             after, deleted = idp.store.purge_sessions(f"{max(0, before) * 1000:012x}", before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, caller, "sessions_purged", done, wanted)
+        total += audit_purge(idp, caller, "sessions_purged", done, purge)
     if "refresh_token" in kinds:
         after, done = "", 0
         while after is not None:
             after, deleted = idp.store.purge_refresh_tokens(before, after, SLICE, **narrowed)
             done += deleted
             pause(0.001)
-        total += audit_purge(idp, caller, "refresh_tokens_purged", done, wanted)
+        total += audit_purge(idp, caller, "refresh_tokens_purged", done, purge)
     return total
 
 
@@ -2108,7 +2075,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     active = typ == AT_JWT
     if active:
         try:
-            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
         except (Problem, Unavailable):
             active = False
     return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
@@ -2127,7 +2094,7 @@ def active_family(idp: Idp, sid: str) -> Family | None:
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:
         return None
-    return family if is_good(idp.store.find_account(family.user_id), family.created_ms) else None
+    return family if is_still_valid(idp.store.find_account(family.user_id), family.created_ms) else None
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
@@ -2154,7 +2121,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     """
     inactive = {"active": False}
     try:
-        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, asks=True)
+        claims = verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
     except Problem as problem:
         if problem.code != "invalid_token":
             raise
@@ -2183,7 +2150,7 @@ class Granted(msgspec.Struct):
 
 
 def client_credentials(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.4."""
+    """Grant a confidential client a token of its own. RFC 6749 §4.4."""
     if client.row.client_type != CONFIDENTIAL:
         raise Problem("unauthorized_client")
     return Granted(decide_scopes(params.get("scope"), client.scopes), CLIENT_CREDENTIALS)
@@ -2194,7 +2161,7 @@ def scopes_of_user(idp, user_id) -> frozenset:
 
 
 def password_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.3, with the second factor of a user who has one in `totp` (the original says `totp_code`)."""
+    """Verify a user's password and second factor (`totp`; older clients send `totp_code`). RFC 6749 §4.3."""
     username, password = params.need("username"), params.need("password")
     account, amr = authenticate_user(
         idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", client
@@ -2204,9 +2171,9 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §6. One UPDATE spends the token; using it a second time revokes the family. RFC 9700 §4.14.2.
+    """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2.
 
-    The example login page of the original sends the refresh token as `token`.
+    Older clients send the refresh token as `token`.
     """
     token_sha256 = sha256(params.get("refresh_token") or params.need("token"))
     found = idp.store.find_refresh_token(token_sha256)
@@ -2215,20 +2182,17 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     family = active_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
-    if (
-        found.rotated_at is not None
-    ):  # checked before any other refusal, so that reuse always revokes the family and the answer reveals nothing
-        revoke_family(
-            idp, params.caller.acting_as(family.user_id), family.sid, "refresh_token_reused", client.client_id, FAILURE
-        )
+    # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request.
+    if found.rotated_at is not None:
+        owner = params.caller.acting_as(family.user_id)
+        revoke_family(idp, owner, family.sid, "refresh_token_reused", client.client_id, FAILURE)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     assert account
-    # The scopes of the login, minus those that client or user lost since; the request may narrow them further.
-    held = frozenset(family.scope.split())
-    still = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in held else ())
-    scope = decide_scopes(params.get("scope"), held & still)
-
+    # A refresh grants the scopes of the login, minus those that client or user lost since. The request may narrow them.
+    granted = frozenset(family.scope.split())
+    allowed = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in granted else ())
+    scope = decide_scopes(params.get("scope"), granted & allowed)
     return Granted(scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256)
 
 
@@ -2254,8 +2218,7 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
     """Revoke the login of a code that was presented twice, even if that login is not stored yet. RFC 6749 §4.1.2."""
     with idp.store.transaction():
         if idp.store.find_family(code.sid) is None:
-            # A concurrent first exchange has spent the code but not stored its login: store it revoked, so that one
-            # fails.
+            # Another request has spent the code and not stored the login yet: store it revoked, so that request fails.
             now = idp.now()
             idp.store.insert(
                 Family(
@@ -2263,15 +2226,15 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
                     now, now,
                 )
             )
-        revoke_family(
-            idp, caller.acting_as(code.user_id), code.sid, "authorization_code_reused", code.client_id, FAILURE
-        )
+        owner = caller.acting_as(code.user_id)
+        revoke_family(idp, owner, code.sid, "authorization_code_reused", code.client_id, FAILURE)
 
 
 def code_grant(idp: Idp, client: Client, params) -> Granted:
-    """RFC 6749 §4.1.3. A failed attempt spends the code, so that it cannot be repeated (§10.5).
+    """Validate an authorization code. RFC 6749 §4.1.3.
 
-    A successful one spends it in the transaction of issue(): if that fails, the client may send the code again.
+    A failed attempt spends the code, so that it cannot be repeated (§10.5). Otherwise the transaction of issue()
+    spends it: if that fails, the client may send the code again.
     """
     code_sha256, now = sha256(params.need("code")), idp.now()
     code = idp.store.find_code(code_sha256)
@@ -2280,18 +2243,18 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
             end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log="unknown code, one of another client, or spent", audited=code is not None)
     account = idp.store.find_account(code.user_id)
-    wrong = (
+    fault = (
         "expired" if code.expires_at <= now
         else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
-        or ("its user is gone, inactive or was revoked" if not is_good(account, code.issued_ms) else "")
+        or ("its user is gone, inactive or was revoked" if not is_still_valid(account, code.issued_ms) else "")
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
-    if wrong:
+    if fault:
         if idp.store.spend_code(code_sha256, client.client_id, now) is None:
             end_code(idp, params.caller, code)
-        raise Problem("invalid_grant", log=f"code: {wrong}")
+        raise Problem("invalid_grant", log=f"code: {fault}")
     return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
 
@@ -2302,15 +2265,15 @@ GRANTS = {
 
 
 def issuing_ms(idp: Idp, *revocable: ClientRow | Account | None) -> int:
-    """Return the millisecond to issue in: the present one, but later than any revocation of these.
+    """Return the time of issue in Unix milliseconds: now, but later than the last revocation of any of these rows.
 
-    What was issued in the very millisecond of a revocation counts as revoked.
+    A token issued in the same millisecond as a revocation counts as revoked.
     """
     return max(idp.now_ms(), idp.revoked_before + 1, *(row.revoked_before + 1 for row in revocable if row))
 
 
 def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family, jti: str, ms: int) -> str:
-    """Store and return a refresh token of a login, or return "" where it gets none. RFC 6749 §1.5."""
+    """Store a refresh token of a login and return it, or "" if the login may not have one. RFC 6749 §1.5."""
     may_refresh = granted.code is None or granted.code.offline
     if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
         return ""
@@ -2329,28 +2292,24 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
 def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
     """Raise invalid_grant if the user was deleted, revoked or deactivated since `account` was read.
 
-    Runs within the issuing transaction.
+    Call it in the issuing transaction, where no concurrent write can follow the check.
     """
     fresh = idp.store.find_account(account.id)
-    if not is_good(fresh, ms) or fresh.revoked_before != account.revoked_before:
+    if not is_still_valid(fresh, ms) or fresh.revoked_before != account.revoked_before:
         raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
 
 
 def check_client_unchanged(idp: Idp, row: ClientRow):
-    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read.
-
-    Runs within the issuing transaction.
-    """
+    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read."""
     fresh = idp.store.find_client(row.client_id)
     if fresh is None or not fresh.is_active or (fresh.id, fresh.revoked_before) != (row.id, row.revoked_before):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
-def take_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
+def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
     """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
-    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief.
-    RFC 9700 §4.14.2.
+    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief. RFC 9700 §4.14.2.
     """
     now = idp.now()
     assert granted.account
@@ -2384,7 +2343,7 @@ USER_CLAIMS = {
 
 
 def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
-    """Return the claims about a user that a scope releases, and those in `also`. OpenID Connect Core §5.4, §5.5."""
+    """Return the user's claims that `scope` releases, and those named in `also`. OpenID Connect Core §5.4, §5.5."""
     if also:
         one_by_one = user_claims(idp, account, " ".join({USER_CLAIMS[name] for name in also if name in USER_CLAIMS}))
         return user_claims(idp, account, scope) | {name: value for name, value in one_by_one.items() if name in also}
@@ -2399,22 +2358,22 @@ def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
     return claims
 
 
-def asked_claims(claims: str, of: str) -> tuple:
+def requested_claims(claims: str, of: str) -> tuple:
     """Return the names that the claims parameter requests for `of`, either `id_token` or `userinfo`."""
     return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
 
 
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
-    """OpenID Connect Core §2 and §3.1.3.6."""
+    """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    also = asked_claims(family.claims, "id_token")
+    also = requested_claims(family.claims, "id_token")
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
         "token_use": "id",
-        # The left half of the hash that the signing algorithm names; SHA-256 for both supported ones.
+        # at_hash is the left half of the signing algorithm's hash, which is SHA-256 for both supported algorithms.
         "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
     }
     if granted.nonce:
@@ -2423,10 +2382,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
 
 
 def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
-    """Return the claims of an access token issued at this millisecond, and the token response without the token.
-
-    RFC 9068 §2.2, RFC 6749 §5.1.
-    """
+    """Return the claims of an access token, and the response without it. RFC 9068 §2.2, RFC 6749 §5.1."""
     row, now, lifetime = client.row, idp.now(), token_lifetime(idp, client)
     subject, jti = granted.account.id if granted.account else row.client_id, new_jti(ms)
     claims = {
@@ -2445,10 +2401,7 @@ def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
 
 
 def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Issue a token of the client's own. Its row is written together with others, shortly after the answer.
-
-    RFC 6749 §4.4.3.
-    """
+    """Issue a client its own token. The row is stored after the answer, in a batch of them. RFC 6749 §4.4.3."""
     claims, answer = draft_token(idp, client, granted, issuing_ms(idp, client.row))
     answer["access_token"] = mint_access_token(idp, client, claims)
     actor = None
@@ -2459,9 +2412,9 @@ def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) ->
 
 
 def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
-    """Issue the tokens of a user, spending the code or refresh token they are issued for.
+    """Issue the tokens of a user, and spend the code or refresh token that the client presented.
 
-    Raises invalid_grant if that is spent already, or if user, client or browser session was ended meanwhile.
+    Raises invalid_grant if that is spent already, or if user, client or browser session was revoked meanwhile.
     """
     account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
     assert account
@@ -2473,7 +2426,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        family = take_family(idp, client, granted, caller, ms)
+        family = begin_or_continue_family(idp, client, granted, caller, ms)
         if family:
             refresh_token = add_refresh_token(idp, client, granted, family, jti, ms)
             idp.store.insert(
@@ -2496,7 +2449,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
                 answer["refresh_token"] = refresh_token
             if OPENID in granted.scope.split():
                 answer["id_token"] = mint_id_token(idp, client, granted, family, answer["access_token"])
-    if family is None:  # raised after the commit: the reuse has revoked the family, and that stays
+    if family is None:  # raised after the commit: a rollback would undo the revocation of a reused family
         raise Problem("invalid_grant", log="code or refresh token spent, expired or revoked")
     return answer
 
@@ -2509,8 +2462,7 @@ def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
 
 
 def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id: str) -> dict:
-    """Begin a login at ADMIN; return its token response. `client_id` is what the caller calls itself, for the record.
-    """
+    """Begin a login at ADMIN and return its token response. `client_id` is recorded, not checked."""
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
     family = Family(
@@ -2541,19 +2493,16 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
 
 
 # == Login =====================================================================
-# How people prove who they are, at a browser or in an application with screens of its own: one
-# transaction, bound to whoever began it, walks
+# Users log in with a browser, or headless: in a native application that shows its own forms. A login
+# transaction, bound to the browser or application that began it, passes through the states
 #
 #     select -> password -> totp | enrol -> codes -> consent -> ready -> done
 #
-# and cannot skip a state: each step is one conditional statement. OpenID Connect Core §3.1.2.
+# and cannot skip one: each transition is one conditional UPDATE. OpenID Connect Core §3.1.2.
 
 
 class AuthorizeRequest(msgspec.Struct):
-    """What a client asks for, once it is proven who it is and where the answer goes.
-
-    RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1.
-    """
+    """A validated authorization request. RFC 6749 §4.1.1, OpenID Connect Core §3.1.2.1."""
 
     client_id: str
     redirect_uri: str
@@ -2573,7 +2522,7 @@ class AuthorizeRequest(msgspec.Struct):
 
 
 class Login(msgspec.Struct):
-    """A transaction and what it is about. `request` is None for a login to the account page."""
+    """A login transaction, its request and its client. Both are None for a login to the account page."""
 
     row: LoginTransaction
     request: AuthorizeRequest | None
@@ -2585,9 +2534,9 @@ RESPONSE_MODES = ("query", "form_post")
 
 
 def validate_client(idp: Idp, params) -> tuple[Client, str]:
-    """Return client and redirect URI of an authorization request.
+    """Return the client and the redirect URI of an authorization request.
 
-    Until this returns, nobody is redirected. RFC 6749 §4.1.2.1.
+    Until both are valid an error must not be sent to the redirect URI. RFC 6749 §4.1.2.1.
     """
     client = find_client(idp, params.need("client_id"))
     if client is None:
@@ -2599,7 +2548,7 @@ def validate_client(idp: Idp, params) -> tuple[Client, str]:
 
 
 def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
-    """Return code_challenge and its method, both empty where there is none. RFC 7636 §4.3, §4.4.1."""
+    """Return code_challenge and code_challenge_method, both empty without PKCE. RFC 7636 §4.3, §4.4.1."""
     challenge, method = params.get("code_challenge") or "", params.get("code_challenge_method") or ""
     if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
         raise Problem("invalid_request", log="PKCE is required")
@@ -2613,7 +2562,7 @@ def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
 
 
 def read_hint(idp: Idp, token: str | None) -> dict | None:
-    """Return the claims of an ID token of ours, an expired one too, or None. OpenID Connect RP-Initiated Logout §2."""
+    """Return the claims of an ID token we signed, even if expired, or None. OpenID Connect RP-Initiated Logout §2."""
     try:
         return idp.auth_ring.verify(token, JWT) if token else None
     except Problem:
@@ -2621,7 +2570,7 @@ def read_hint(idp: Idp, token: str | None) -> dict | None:
 
 
 def read_claims_parameter(claims: str | None) -> str:
-    """Return the names the claims parameter asks for, as JSON, in a bounded form. OpenID Connect Core §5.5."""
+    """Return the claim names that the claims parameter requests, as JSON of bounded size. OpenID Connect Core §5.5."""
     if not claims:
         return ""
     try:
@@ -2634,7 +2583,7 @@ def read_claims_parameter(claims: str | None) -> str:
 
 
 def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
-    """Read the rest of an authorization request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
+    """Validate the rest of the request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
     response_mode = get("response_mode") or "query"
     if response_mode not in RESPONSE_MODES:
@@ -2655,13 +2604,13 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
     max_age = get("max_age")
     if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
         raise Problem("invalid_request", log="bad max_age")
-    if get("scope") and any(not SCOPE_TOKEN.fullmatch(word) for word in get("scope").split(" ") if word):
+    if get("scope") and any(not SCOPE_TOKEN.fullmatch(token) for token in get("scope").split(" ") if token):
         raise Problem("invalid_scope", log="malformed scope")
-    wanted = set((get("scope") or "").split())
-    if not wanted <= client.scopes | (set(OIDC_SCOPES) if OPENID in wanted else set()):
+    requested = set((get("scope") or "").split())
+    if not requested <= client.scopes | (set(OIDC_SCOPES) if OPENID in requested else set()):
         raise Problem("invalid_scope", log="asked for more than the client may")
-    for name, most in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
-        if len(get(name) or "") > most:
+    for name, limit in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
+        if len(get(name) or "") > limit:
             raise Problem("invalid_request", log=f"{name} is too long")
     hinted = read_hint(idp, get("id_token_hint"))
     if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
@@ -2677,9 +2626,7 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
 
 
 def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, Account] | None:
-    """Return the living session a cookie names, and its user: not ended, not idle too long, nothing of the user ended
-    since.
-    """
+    """Return the session of a cookie and its user, or None if the session is over or the user is not active."""
     if not handle or len(handle) > 100:
         return None
     session, now = idp.store.find_browser_session(sha256(handle)), idp.now()
@@ -2693,9 +2640,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
     if session.created_ms <= idp.revoked_before or session.auth_time > now + IAT_SKEW:
         return None
     account = idp.store.find_account(session.user_id)
-    if not is_good(account, session.created_ms):  # a lockout keeps guesses out, not who is in
+    if not is_still_valid(account, session.created_ms):  # a lockout stops guesses, not sessions
         return None
-    if now - session.last_seen_at >= 60:  # a write a minute is enough to know that somebody is there
+    if now - session.last_seen_at >= 60:  # at most one write a minute
         idp.store.touch_browser_session(session.id_sha256, now)
     return session, account
 
@@ -2703,10 +2650,9 @@ def find_browser_session(idp: Idp, handle: str | None) -> tuple[BrowserSession, 
 def begin_browser_session(
     idp: Idp, caller: Caller, account: Account, amr: list, auth_time: int, replaces: str | None
 ) -> str:
-    """Log somebody in at a browser: always a fresh session.
+    """Begin a browser session; return the handle for its cookie.
 
-    The one this browser had ends; what began in it goes on where the user is the same. Return the handle for the
-    cookie.
+    The session named by the handle `replaces` ends. Logins that began in it continue if the user is the same.
     """
     handle, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account)
@@ -2725,34 +2671,29 @@ def begin_browser_session(
 
 
 def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
-    """Log a browser out, and end every login at a client that began in it."""
+    """Revoke a browser session and every login at a client that began in it."""
     with idp.store.transaction():
         if idp.store.revoke_browser_session(id_sha256, idp.now()):
             audit(idp, caller, "browser_logged_out", caller.actor)
 
 
-def named_user(request: AuthorizeRequest) -> str:
-    """Return the `sub` a client asks for: of its id_token_hint, or as a value of the claims parameter; empty where it
-    names none.
-    """
+def demanded_sub(request: AuthorizeRequest) -> str:
+    """Return the `sub` that id_token_hint or the claims parameter demands, or "". OpenID Connect Core §3.1.2.2."""
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
 
 
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
-    """Does a browser session do for this request, or has the user to prove anew who it is? OpenID Connect Core
-    §3.1.2.3.
-    """
-    age = idp.now() - session.auth_time
-    own = ttl(client, "SESSION_BASED_MAX_AGE", 0)
-    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (own and age > own):
+    """Return whether a session satisfies a request without a new login. OpenID Connect Core §3.1.2.3."""
+    age, limit = idp.now() - session.auth_time, ttl(client, "SESSION_BASED_MAX_AGE", 0)
+    if (request.max_age is not None and age > request.max_age) or request.max_age == 0 or (limit and age > limit):
         return False
-    return "login" not in request.prompt and named_user(request) in ("", session.user_id)
+    return "login" not in request.prompt and demanded_sub(request) in ("", session.user_id)
 
 
-# -- transactions --
+# -- login transactions --
 
 
-def new_pending(idp, user_id, state) -> str:
+def new_sealed_seed(idp, user_id, state) -> str:
     return idp.seal.close(new_totp_seed(), user_id) if state == "enrol" else ""
 
 
@@ -2760,26 +2701,26 @@ def begin_login(
     idp: Idp, caller: Caller, binding: str, request: AuthorizeRequest | None, state="password",
     session: BrowserSession | None = None,
 ) -> LoginTransaction:
-    """Begin a login for whoever holds the secret `binding`.
+    """Begin a login that only the holder of the secret `binding` can continue.
 
-    With a session the password is proven already, and what is left is the next state.
+    With a session the password counts as verified; `state` is the first step that is left.
     """
     now, binding_sha256 = idp.now(), sha256(binding)
     idp.throttle.begin_login(caller.peer)
-    idp.store.purge_logins(now, 20)  # what is over makes room for what begins
+    idp.store.purge_logins(now, 20)  # each new login deletes up to 20 expired ones, so that the table stays small
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
         random_handle()[:22], binding_sha256, request.client_id if request else "", state,
         msgspec.json.encode(request).decode(), session.user_id if session else None, session.amr if session else "",
         session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0,
-        new_pending(idp, session.user_id, state) if session else "",
+        new_sealed_seed(idp, session.user_id, state) if session else "",
     )
     idp.store.insert(row)
     return row
 
 
-def as_login(idp: Idp, row: LoginTransaction) -> Login:
+def load_login(idp: Idp, row: LoginTransaction) -> Login:
     request = msgspec.json.decode(row.request, type=AuthorizeRequest | None)
     client = find_client(idp, row.client_id) if request else None
     if request and (client is None or not is_registered_uri(request.redirect_uri, client.redirect_uris)):
@@ -2788,43 +2729,39 @@ def as_login(idp: Idp, row: LoginTransaction) -> Login:
 
 
 def get_login(idp: Idp, id: str, binding: str | None) -> Login:
-    """Return a login under way, to whoever began it. Raises not_found: whatever is wrong, it is to be begun anew."""
+    """Return the unfinished login `id` if `binding` is its secret. Raises not_found, whatever is wrong."""
     row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
     if row is None or row.state == "done":
         raise Problem("not_found", log="no such login under way, or not in this browser")
-    return as_login(idp, row)
+    return load_login(idp, row)
 
 
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
-    """Take a login to its next state, with changed columns. Raises conflict if another request has done so already."""
+    """Move a login to its next state and change columns. Raises conflict if another request has already moved it."""
     row = msgspec.structs.replace(login.row, state=state, pending=pending, **changes)
     advanced = idp.store.advance_login(login.row.state, row, idp.now())
     if advanced is None:
         raise Problem("conflict", log="this step of the login was taken already")
-    return as_login(idp, advanced)
+    return load_login(idp, advanced)
 
 
-def fail_step(idp: Idp, login: Login):
+def count_failed_step(idp: Idp, login: Login):
     idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
 
 
 def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
-    """Has this user to agree? At the first use of a third-party client, or of more than it agreed to, or where the
-    client asks.
-    """
+    """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
     if "consent" in request.prompt:
         return True
     if client.row.is_first_party:
         return False
-    wanted = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
+    requested = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
     agreed = idp.store.find_consent(user_id, client.row.id)
-    return agreed is None or not wanted <= set(agreed.split())
+    return agreed is None or not requested <= set(agreed.split())
 
 
-def after_factors(idp: Idp, login: Login, account: Account) -> str:
-    """Return the state after the last factor: consent where it is needed, else done; an application with its own
-    screens says when.
-    """
+def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
+    """Return the state after the last factor: "ready" if headless, else "consent" if needed, else "done"."""
     if login.request and login.request.headless:
         return "ready"
     if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
@@ -2832,27 +2769,27 @@ def after_factors(idp: Idp, login: Login, account: Account) -> str:
     return "done"
 
 
-def give_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
-    """The first step. Raises invalid_grant as authenticate_user does."""
+def submit_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
+    """Verify the password, the first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
         raise Problem("conflict", log="no password is asked for in this state")
     try:
         account, _ = authenticate_user(idp, caller, username, password, client=login.client, only_password=True)
     except Problem as problem:
         if problem.code == "invalid_grant":
-            fail_step(idp, login)
+            count_failed_step(idp, login)
         raise
     demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
-    state = "totp" if account.totp_sealed else "enrol" if demanded else after_factors(idp, login, account)
+    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
     proven_ms = max(idp.now_ms(), account.revoked_before + 1)
     return advance(
-        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
         proven_ms=proven_ms,
     )
 
 
-def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
-    """The second step of a user who has a second factor: a one-time or a recovery code. Raises invalid_grant."""
+def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
+    """Verify a one-time or recovery code, the second step of a user with a second factor. Raises invalid_grant."""
     if login.row.state != "totp":
         raise Problem("conflict", log="no code is asked for in this state")
     assert login.row.user_id
@@ -2862,27 +2799,24 @@ def give_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
         )
     except Problem as problem:
         if problem.code == "invalid_grant":
-            fail_step(idp, login)
+            count_failed_step(idp, login)
         raise
     auth_time = login.row.auth_time or idp.now()
-    return advance(idp, login, after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
+    return advance(idp, login, state_after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
-    """The second step of a user who gets a second factor now, by its first code.
-
-    Return the recovery codes, shown once.
-    """
+    """Set up a second factor by its first code, as the second step; return the recovery codes, to be shown once."""
     if login.row.state != "enrol":
         raise Problem("conflict", log="no second factor is set up in this state")
     assert login.row.user_id
     account = idp.store.find_account(login.row.user_id)
-    if login_obstacle(idp, caller, account) or not is_good(account, login.row.proven_ms) or account.totp_sealed:
+    if login_obstacle(idp, caller, account) or not is_still_valid(account, login.row.proven_ms) or account.totp_sealed:
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     seed = idp.seal.open(login.row.pending, account.id)
-    found = totp_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
+    found = totp_time_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
-        fail_step(idp, login)
+        count_failed_step(idp, login)
         count_failed_code(idp, account)
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
@@ -2901,18 +2835,14 @@ def issue_code(
     idp: Idp, caller: Caller, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
 ) -> str:
-    """Return a fresh authorization code for somebody who is in.
-
-    Raises the Problem to redirect with. RFC 6749 §4.1.2.
-    """
-    if named_user(request) not in ("", account.id):
+    """Store and return an authorization code. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    if demanded_sub(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account, client.row)
-    # An OpenID request gets a refresh token by offline_access (OpenID Connect Core §11); one of plain OAuth, and a
-    # native
-    # application with screens of its own, by its grant.
+    # An OpenID request needs offline_access for a refresh token (OpenID Connect Core §11). Plain OAuth requests and
+    # headless logins only need the client's refresh_token grant.
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
@@ -2928,24 +2858,41 @@ def issue_code(
 
 
 def finish_login(idp: Idp, login: Login) -> Account:
-    """Return the user of a login whose every state was walked, once. Raises conflict or invalid_grant."""
+    """Return the user of a login that has passed every state. Raises conflict or invalid_grant."""
     if login.row.state != "done" or not login.row.user_id:
         raise Problem("conflict", log="this login is not done")
     account = idp.store.find_account(login.row.user_id)
-    if not is_good(account, login.row.proven_ms):
+    if not is_still_valid(account, login.row.proven_ms):
         raise Problem("invalid_grant", status=403, log="the user changed meanwhile")
     return account
 
 
+def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
+    """Return the login state that obtains the second factor a client demands and a session lacks, or ''."""
+    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
+        return ""
+    return "totp" if account.totp_sealed else "enrol"
+
+
+def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
+    """Record the consent of a user to what a client requests, in addition to what the user consented to before."""
+    requested = request.scope if request.scope is not None else " ".join(client.scopes)
+    before = idp.store.find_consent(account.id, client.row.id) or ""
+    scope = " ".join(sorted({*requested.split(), *before.split()}))
+    with idp.store.transaction():
+        idp.store.put_consent(account.id, client.row.id, scope, idp.now())
+        audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
+
+
 # == HTTP ======================================================================
-# Routes, Params, guards and Answer: the only place that touches bottle.request.
+# Params, guards, pages, Answer, cookies and App: the only section that touches bottle.request.
 
 
 BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class Page(msgspec.Struct):
-    """A body that is not JSON: bytes already made. `cache` is seconds; 0 forbids storing."""
+    """A response whose body is encoded already. `cache` is in seconds; 0 forbids storing."""
 
     content: bytes
     content_type: str = "application/json"
@@ -2953,11 +2900,11 @@ class Page(msgspec.Struct):
     etag: str = ""
     status: int = 200
     headers: list = []
-    policy: str = ""  # Content-Security-Policy, where it is not the strictest
+    policy: str = ""  # Content-Security-Policy; empty for that of BASE_HEADERS
 
 
 class Redirect(msgspec.Struct):
-    """RFC 9110 §15.4.4: to be fetched by GET, whatever the request was."""
+    """A redirect that is followed with GET, whatever the method of the request was. RFC 9110 §15.4.4."""
 
     location: str
     cookies: list = []
@@ -2965,7 +2912,7 @@ class Redirect(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """A JSON body with headers of its own."""
+    """A JSON body with additional headers and a status."""
 
     body: object
     headers: list = []
@@ -2973,7 +2920,7 @@ class Reply(msgspec.Struct):
 
 
 def decode_component(raw: bytes) -> str:
-    """Decode one name or value of a form. WHATWG URL §5.1, strictly."""
+    """Decode one name or value of a form. WHATWG URL §5.1, but malformed input is refused."""
     if b"+" in raw:
         raw = raw.replace(b"+", b" ")
     if b"%" in raw:
@@ -2981,19 +2928,19 @@ def decode_component(raw: bytes) -> str:
             raise Problem("invalid_request", log="broken percent-encoding")
         raw = unquote_to_bytes(raw)
     try:
-        word = raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise Problem("invalid_request", log="not UTF-8") from None
-    if "\0" in word:
+    if "\0" in text:
         raise Problem("invalid_request", log="NUL in a parameter")
-    return word
+    return text
 
 
 def parse_form(body: bytes) -> dict:
     """Return the parameters of an application/x-www-form-urlencoded body or query.
 
-    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), for octets that are not
-    UTF-8, for a broken percent-encoding and for NUL: what is refused cannot be misread.
+    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), invalid UTF-8, broken percent-encoding and NUL,
+    which another parser might read differently.
     """
     found: dict[str, str] = {}
     if not body:
@@ -3012,28 +2959,21 @@ def parse_form(body: bytes) -> dict:
     return found
 
 
-def members_of(wanted) -> dict:
-    """Return {lower-case name: name} of the members of the object a type is or may be."""
-    structs = [
-        part
-        for part in getattr(wanted, "__args__", (wanted,))
-        if isinstance(part, type) and issubclass(part, msgspec.Struct)
-    ]
-    return {
-        field.encode_name.lower(): field.encode_name
-        for struct_type in structs
-        for field in msgspec.structs.fields(struct_type)
-    }
+def members_of(declared) -> dict:
+    """Return {lower-case name: name} for the members of a Struct, or of all Structs in a union."""
+    parts = getattr(declared, "__args__", (declared,))
+    structs = [part for part in parts if isinstance(part, type) and issubclass(part, msgspec.Struct)]
+    fields = [field for struct_type in structs for field in msgspec.structs.fields(struct_type)]
+    return {field.encode_name.lower(): field.encode_name for field in fields}
 
 
-def convert(found, wanted, strict=True):
-    """Return what was decoded as the declared type. Member names match without regard to case, unknown ones are
-    ignored.
+def convert(found, declared, strict=True):
+    """Convert decoded data to the declared type. Member names ignore case; unknown members are ignored.
 
-    Raises invalid_request naming the member at fault. Not strict: text may stand for numbers and truth values.
+    Raises invalid_request naming the bad member. With strict=False, text is accepted for numbers and booleans.
     """
     if isinstance(found, dict):
-        names, seen = members_of(wanted), {}
+        names, seen = members_of(declared), {}
         for key, value in found.items():
             name = names.get(key.lower())
             if name and name in seen:
@@ -3042,39 +2982,38 @@ def convert(found, wanted, strict=True):
                 seen[name] = value
         found = seen
     try:
-        return msgspec.convert(found, wanted, strict=strict)
+        return msgspec.convert(found, declared, strict=strict)
     except msgspec.ValidationError as error:
         sentence, _, where = str(error).partition(" - at `$.")
         member = re.search(r"required field `(\w+)`", sentence)
         name = re.split(r"[`.\[]", where)[0] or (member.group(1) if member else "body")
-        raise Problem(
-            "invalid_request", errors={name: "is required" if member else sentence.replace("`", "")}
-        ) from None
+        errors = {name: "is required" if member else sentence.replace("`", "")}
+        raise Problem("invalid_request", errors=errors) from None
 
 
-def decode_body(body: bytes, wanted):
+def decode_body(body: bytes, declared):
     """Decode a JSON body. Raises invalid_request."""
     try:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem("invalid_request", log="not JSON") from None
-    return convert(found, wanted)
+    return convert(found, declared)
 
 
 class Params:
-    """What a request brings, parsed once: the form of a POST, the query of a GET, never both."""
+    """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both."""
 
-    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw")
+    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw", "session")
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
-        self.raw = ("", b"")  # media type and octets of a body that is decoded after the guard
+        self.raw = ("", b"")  # media type and bytes of a body that decode() reads
+        self.session: Any = UNSET  # what current_session() found
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
+        is_direct = environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied")
         self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1")
-            and environ.get("REMOTE_ADDR") == peer
-            and not environ.get("microauthd.proxied"),
+            peer in ("127.0.0.1", "::1") and is_direct,
         )
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
@@ -3091,40 +3030,34 @@ class Params:
             self.values = parse_form(body)
 
     def decode(self):
-        """Decode body and query into the objects the route declares.
+        """Decode body and query into the types that the route declares.
 
-        After the guard: strangers learn nothing of our objects.
+        Runs after the guard, so that the errors do not describe our objects to an unauthorized caller.
         """
         route = self.route
         if route.query is not None:
-            self.query = convert(
-                parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1")), route.query, strict=False
-            )
+            query = parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1"))
+            self.query = convert(query, route.query, strict=False)
         if route.takes is not None:
             media, body = self.raw
             if media not in route.media:
                 raise Problem("unsupported_media_type")
-            self.body = (
-                decode_body(body, route.takes)
-                if media == JSON
-                else convert(parse_form(body), route.takes, strict=False)
-            )
+            if media == JSON:
+                self.body = decode_body(body, route.takes)
+            else:
+                self.body = convert(parse_form(body), route.takes, strict=False)
 
     def get(self, name: str) -> str | None:
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:
-        """Return a cookie; none where it is there twice, because one of the two is not ours. RFC 6265 §5.4."""
-        found = [
-            value
-            for pair in self.environ.get("HTTP_COOKIE", "").split(";")
-            for key, _, value in [pair.strip().partition("=")]
-            if key == name
-        ]
+        """Return a cookie, or None if it is missing or sent twice: then one of the two is not ours. RFC 6265 §5.4."""
+        pairs = [pair.strip().partition("=") for pair in self.environ.get("HTTP_COOKIE", "").split(";")]
+        found = [value for key, _, value in pairs if key == name]
         return found[0] if len(found) == 1 else None
 
     def need(self, name: str) -> str:
-        """Return a parameter that must be there and not be empty."""
+        """Return a parameter. Raises invalid_request if it is missing or empty."""
         value = self.values.get(name)
         if not value:
             raise Problem("invalid_request", log=f"no {name}")
@@ -3135,11 +3068,11 @@ class Params:
 
 
 def anyone(idp, params):
-    """A public route. Its handler is not handed a caller."""
+    """The guard of a public route, whose handler gets no caller."""
 
 
 def read_client_credentials(params) -> tuple[str, str | None]:
-    """Return (client_id, secret or None). Two methods at once are refused. RFC 6749 §2.3."""
+    """Return (client_id, secret or None). Refuse a request that uses two methods. RFC 6749 §2.3."""
     header = params.environ.get("HTTP_AUTHORIZATION", "")
     form_id, form_secret = params.get("client_id"), params.get("client_secret")
     if header[:6].lower() == "basic ":
@@ -3148,7 +3081,7 @@ def read_client_credentials(params) -> tuple[str, str | None]:
         except (binascii.Error, ValueError):
             raise Problem("invalid_client", log="malformed Basic credentials") from None
         client_id, colon, secret = pair.partition(":")
-        # The two parts were form-encoded before they were joined. RFC 6749 §2.3.1.
+        # Clients form-encode both parts before they join them. RFC 6749 §2.3.1.
         client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
         if not colon or form_secret is not None or form_id not in (None, client_id):
             raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
@@ -3161,12 +3094,12 @@ def read_client_credentials(params) -> tuple[str, str | None]:
 
 
 def by_client(idp, params) -> Client:
-    """An authenticated client; a public one by its client_id alone."""
+    """A guard that authenticates the client; a public client only sends its client_id."""
     return authenticate_client(idp, params.caller, *read_client_credentials(params))
 
 
 def by_confidential_client(idp, params) -> Client:
-    """A client that has proved itself: a public one cannot."""
+    """A guard that authenticates a confidential client and refuses a public one."""
     client = by_client(idp, params)
     if client.row.client_type != CONFIDENTIAL:
         raise Problem("invalid_client", log="a public client cannot authenticate")
@@ -3174,33 +3107,31 @@ def by_confidential_client(idp, params) -> Client:
 
 
 def read_bearer(params) -> str:
-    """Return the access token of a request: the header, or the form of a POST. RFC 6750 §2."""
-    header, form = (
-        params.environ.get("HTTP_AUTHORIZATION", ""),
-        params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None,
-    )
+    """Return the access token of a request, from its header or the form of a POST. RFC 6750 §2."""
+    header = params.environ.get("HTTP_AUTHORIZATION", "")
+    form = params.get("access_token") if params.environ["REQUEST_METHOD"] == "POST" else None
     if header[:7].lower() == "bearer ":
         if form is not None:
             raise Problem("invalid_request", log="two access tokens")
         return header[7:].strip()
     if form:
         return form
-    # No error code where no token was sent. RFC 6750 §3.1.
+    # A challenge carries no error code if no token was sent. RFC 6750 §3.1.
     raise Problem("invalid_token", log="no access token", headers=[("WWW-Authenticate", 'Bearer realm="microauthd"')])
 
 
 def read_claims(idp, ring, issuer, params) -> dict:
-    """Return the claims of the living access token a request brings, and call its subject the actor."""
+    """Return the claims of the request's access token, if valid, and make its subject the actor of params.caller."""
     try:
         claims = verify_access_token(idp, ring, issuer, read_bearer(params))
-    except Replayed as replayed:
-        note_replay(idp, params.caller, replayed)
+    except RevokedToken as revoked:
+        audit_replay(idp, params.caller, revoked)
         raise
     params.caller = params.caller.acting_as(claims["sub"])
     return claims
 
 
-def lacks_scope(scope) -> Problem:
+def insufficient_scope(scope) -> Problem:
     return Problem(
         "insufficient_scope",
         headers=[("WWW-Authenticate", f'Bearer realm="microauthd", error="insufficient_scope", scope="{scope}"')],
@@ -3208,13 +3139,12 @@ def lacks_scope(scope) -> Problem:
 
 
 def by_bearer(scope="", user=False):
-    """A guard for the living access tokens of AUTH, with this scope where one is named, of a user where that matters.
-    """
+    """Return a guard that demands an access token of AUTH: with `scope` if given, of a user if `user` is set."""
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
         if scope and scope not in claims.get("scope", "").split():
-            raise lacks_scope(scope)
+            raise insufficient_scope(scope)
         if user and claims["sub"] == claims["client_id"]:
             raise Problem("access_denied", log="a machine token where a user's is needed")
         return claims
@@ -3223,40 +3153,31 @@ def by_bearer(scope="", user=False):
 
 
 def by_bearer_or_form():
-    """A guard for a user's access token; without one the caller is None, and the handler asks for a form of ours."""
+    """Return a guard that demands a user's access token, or passes None for a form, which the handler checks."""
     bearer = by_bearer(user=True)
 
     def guard(idp, params):
-        if (
-            "HTTP_AUTHORIZATION" not in params.environ
-            and params.get("access_token") is None
-            and params.get("form") is not None
-        ):
-            return None
-        return bearer(idp, params)
+        has_token = "HTTP_AUTHORIZATION" in params.environ or params.get("access_token") is not None
+        return None if params.get("form") is not None and not has_token else bearer(idp, params)
 
     return guard
 
 
-def held_scopes(idp, claims) -> frozenset:
-    """Return the scopes the bearer of a living access token may be granted now, whatever it was granted then."""
+def current_scopes(idp, claims) -> frozenset:
+    """Return the scopes that the subject of a token could be granted now, whatever the token carries."""
     client = find_client(idp, claims["client_id"])
     scopes = client.scopes if client else frozenset()
-    if claims["sub"] == claims["client_id"]:
-        return scopes
-    return scopes & {scope.name for scope in idp.store.list_scopes_of_user(claims["sub"])}
+    return scopes if claims["sub"] == claims["client_id"] else scopes & scopes_of_user(idp, claims["sub"])
 
 
 def by_scope(name):
-    """A guard for the living access tokens, of users and machines, that hold a seeded scope, by its name or its id, and
-    whose bearer holds it still.
-    """
+    """Return a guard that demands a seeded scope: in the token, by name or id, and still granted to its subject."""
     (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()) or name not in held_scopes(idp, claims):
-            raise lacks_scope(name)
+        if not {name, id} & set(claims.get("scope", "").split()) or name not in current_scopes(idp, claims):
+            raise insufficient_scope(name)
         return claims
 
     vars(guard)["scope"] = name
@@ -3264,38 +3185,38 @@ def by_scope(name):
 
 
 def by_admin(idp: Idp, params) -> dict:
-    """A guard for the living ADMIN tokens of users who are administrators still."""
+    """A guard that demands a valid ADMIN token of a user who is still an administrator."""
     claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
     if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
         raise Problem("invalid_token", log="not an administrator any more")
     return claims
 
 
-# -- versions and pages --
+# -- entity tags and lists --
 
 
 def etag(shown) -> str:
-    """Return the entity tag of an object as it is shown. RFC 9110 §8.8.3."""
+    """Return the entity tag of an object's representation. RFC 9110 §8.8.3."""
     return f'"{hashlib.sha256(ENCODE(shown)).hexdigest()[:32]}"'
 
 
 @contextlib.contextmanager
 def if_match(idp, params, show):
-    """Let a change be made while nobody else can, if what `show` returns is what If-Match names. RFC 9110 §13.1.1.
+    """Open a write transaction if If-Match names the current version of what `show` returns. RFC 9110 §13.1.1.
 
-    Raises precondition_failed otherwise: somebody else was first. Without the header nothing is asked.
+    Raises precondition_failed if another request has changed it. Without the header nothing is compared.
     """
     with idp.store.transaction():
-        wanted = params.environ.get("HTTP_IF_MATCH")
-        if wanted is not None:
+        expected = params.environ.get("HTTP_IF_MATCH")
+        if expected is not None:
             shown = etag(show())
-            if wanted.strip() != "*" and shown not in [tag.strip() for tag in wanted.split(",")]:
+            if expected.strip() != "*" and shown not in [tag.strip() for tag in expected.split(",")]:
                 raise Problem("precondition_failed")
         yield
 
 
-def listed(params, rows, total) -> Reply:
-    """Answer with a page of a list: how many there are in X-Total-Count, where it goes on in Link. RFC 8288 §3."""
+def paged_reply(params, rows, total) -> Reply:
+    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3."""
     headers, query = [("X-Total-Count", str(total))], params.query
     if query.offset + len(rows) < total and rows:
         after = {name: value for name, value in params.values.items() if name not in ("limit", "offset")}
@@ -3304,56 +3225,54 @@ def listed(params, rows, total) -> Reply:
     return Reply(rows, headers)
 
 
-# -- pages: what people see --
+# -- HTML pages --
 
 
 def show_page(
-    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **words
+    idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **variables
 ) -> Page:
-    """Return a page for people. `target` is where its form may lead besides to us: browsers ask before they follow a
-    redirect, too.
-    """
+    """Return an HTML page. `target` is the URI outside this server to which its form may redirect."""
     language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
     base = idp.options.auth_issuer
-    values = {
+    context = {
         "text": idp.pages.texts[language], "language": language, "base": base,
         "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
         "brand": idp.options.brand_name or urlsplit(base).hostname,
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
-    } | words
-    # Chromium asks form-action at every redirect after a form, and a callback may lead on to another host of its
-    # application (a proxy that guards many, a backend beside its pages): only the scheme can be told beforehand.
-    leads = f" {urlsplit(target).scheme}:" if target else ""
+    } | variables
+    # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
+    # its application (an authenticating proxy, a separate backend), so only the scheme is known here.
+    target_scheme = f" {urlsplit(target).scheme}:" if target else ""
     policy = (
         "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
-        f"form-action 'self'{leads}" + ("; script-src 'self'" if script else "")
+        f"form-action 'self'{target_scheme}" + ("; script-src 'self'" if script else "")
     )
     return Page(
-        idp.pages.render(name, **values), "text/html; charset=utf-8", status=status,
+        idp.pages.render(name, **context), "text/html; charset=utf-8", status=status,
         headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
     )
 
 
 def show_problem(idp: Idp, problem: Problem, environ) -> Page:
-    """Return the page of what went wrong: never a redirect, never what was sent."""
+    """Return the error page. It never redirects and never repeats input."""
     page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
     page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
     return page
 
 
-# -- answers --
+# -- responses --
 
 BASE_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
 )
-# For the files of public/. They may frame each other: silent renewal needs a page of the application in a frame.
+# The policy of files in public/. They may frame each other: silent renewal loads a page in an iframe.
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
-def refuse(problem: Problem, oauth: bool) -> Reply:
-    """Render a Problem in the form its route owes."""
+def render_problem(problem: Problem, oauth: bool) -> Reply:
+    """Render a Problem as an OAuth error or an Err. A 401 gets its challenge. RFC 9110 §15.5.2."""
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
         challenge = (
@@ -3372,13 +3291,13 @@ HSTS = ("Strict-Transport-Security", "max-age=31536000")
 
 
 class Answer:
-    """Through which every answer goes: it runs the guard and the handler of a route, and speaks for both."""
+    """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
     def __init__(self, idp):
         self.idp = idp
 
     def run(self, route, environ, path):
-        """Return what the handler returns, a Problem rendered."""
+        """Return the result of the handler, or the rendered Problem that was raised."""
         try:
             params = Params(environ, path, route)
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
@@ -3389,28 +3308,28 @@ class Answer:
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
-            refused = problem = as_problem(error)
+            problem = as_problem(error)
             self.log_refusal(environ, problem.code, problem.status, problem.log)
         except MemoryError as error:
-            refused = Problem("temporarily_unavailable", retry_after=1)
-            self.log_refusal(environ, refused.code, refused.status, f"no memory {error}".rstrip())
+            problem = Problem("temporarily_unavailable", retry_after=1)
+            self.log_refusal(environ, problem.code, problem.status, f"no memory {error}".rstrip())
         except Exception as error:
-            refused = Problem("server_error")
+            problem = Problem("server_error")
             self.idp.log(
                 "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
             )
-        return show_problem(self.idp, refused, environ) if route.html else refuse(refused, route.oauth)
+        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth)
 
-    def log_refusal(self, environ, code, status, why):
+    def log_refusal(self, environ, code, status, reason):
         self.idp.log(
             "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
             peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100],
-            status=status, error=code, reason=why, request_id=environ.get("microauthd.request_id", ""),
+            status=status, error=code, reason=reason, request_id=environ.get("microauthd.request_id", ""),
         )
 
     @staticmethod
     def render(result, environ):
-        """Return the status, headers and body that a result stands for."""
+        """Return the status, headers and body of a result."""
         status = 200
         headers: tuple[tuple[str, str], ...] = JSON_HEADERS
         if isinstance(result, Page):
@@ -3440,8 +3359,8 @@ class Answer:
         return status, headers, body
 
 
-def mounted(idp: Idp, routes: Routes):
-    """Yield the routes that are served, each with every path it is served at."""
+def served_routes(idp: Idp, routes: Routes):
+    """Yield each route that the options enable, with each of its paths."""
     issuer_path = urlsplit(idp.options.auth_issuer).path
     for route in routes.routes:
         if route.option and not getattr(idp.options, route.option):
@@ -3449,11 +3368,11 @@ def mounted(idp: Idp, routes: Routes):
         for path in route.paths:
             yield route, path
             if issuer_path and path == "/.well-known/oauth-authorization-server":
-                yield route, path + issuer_path  # RFC 8414 §3.1: the path of an issuer stands behind the well-known one
+                yield route, path + issuer_path  # the issuer's path follows the well-known one. RFC 8414 §3.1
 
 
 def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
-    """Return the headers that let a page of a registered origin read an answer. Fetch Standard §3.3."""
+    """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3."""
     headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
     origin = environ.get("HTTP_ORIGIN")
     if not origin:
@@ -3463,7 +3382,7 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         if ("cors",) not in cache:
             cache[("cors",)] = idp.store.list_cors_origins()
         known = cache[("cors",)]
-    except Unavailable as problem:  # who is no page of another origin gets the answer all the same
+    except Unavailable as problem:  # only pages of other origins need the list
         idp.log("cors.unknown", "error", reason=problem.log)
         return headers
     if origin not in known:
@@ -3479,19 +3398,16 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
     return headers
 
 
-# -- cookies of people --
+# -- cookies and form tokens --
 
 
 def cookie_name(idp: Idp, name: str) -> str:
-    """Return the name of a cookie; under https one that no other host and no plain page can set.
-
-    RFC 6265bis §4.1.3.2.
-    """
+    """Return the name of a cookie; under https no other host and no http page can set it. RFC 6265bis §4.1.3.2."""
     return ("__Host-" if idp.options.auth_issuer.startswith("https:") else "") + name
 
 
 def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> str:
-    """Return a Set-Cookie value. Lax: a login begins with a link from somewhere else."""
+    """Return a Set-Cookie value. SameSite is Lax, because a login begins with a link from another site."""
     secure = "; Secure" if idp.options.auth_issuer.startswith("https:") else ""
     return f"{cookie_name(idp, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}" + (
         f"; Max-Age={max_age}" if max_age is not None else ""
@@ -3505,17 +3421,24 @@ def session_handle(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, SESSION_COOKIE))
 
 
+def current_session(idp: Idp, params) -> tuple[BrowserSession, Account] | None:
+    """Return the browser session of the request's cookie and its user, or None; look them up once a request."""
+    if params.session is UNSET:
+        params.session = find_browser_session(idp, session_handle(idp, params))
+    return params.session
+
+
 def login_binding(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, LOGIN_COOKIE))
 
 
 def form_token(secret: str, purpose: str) -> str:
-    """Return what a form carries to prove that it was made for this browser: only who has the cookie could make it."""
+    """Return a form's anti-CSRF token: an HMAC keyed with the cookie, so that another browser's form is refused."""
     return b64url(hmac.digest(secret.encode(), purpose.encode(), "sha256")[:18])
 
 
 def check_form(params, secret: str | None, purpose: str):
-    """Raise access_denied unless a form carries its token."""
+    """Raise access_denied unless the form carries the token of form_token()."""
     if not secret or not hmac.compare_digest(form_token(secret, purpose), params.get("form") or ""):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
@@ -3524,18 +3447,16 @@ def check_form(params, secret: str | None, purpose: str):
 
 
 def describe_port(idp: Idp, routes: Routes) -> dict:
-    """Return the OpenAPI document of a port: exactly the routes that are mounted."""
+    """Return the OpenAPI document of a port: exactly the routes that are served."""
     server = idp.options.auth_issuer if routes.name == "auth" else idp.options.admin_issuer
-    return describe_api(routes.name, VERSION, server, mounted(idp, routes), Err, OAuthError)
+    return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
 class Router(bottle.Router):
-    """Bottle's, but that it combines its patterns once all routes are in: done at each, a hundred routes are a tenth of
-    a start.
-    """
+    """Bottle's router, but it compiles once, not after each of a hundred routes: that took a tenth of the start-up."""
 
     def _compile(self, method):
-        """Nothing yet."""
+        """Do nothing: compile_all() does it."""
 
     def compile_all(self):
         for method in self.dyna_routes:
@@ -3543,7 +3464,7 @@ class Router(bottle.Router):
 
 
 SWAGGER = APPLIANCE / "swagger"
-# The viewer styles itself from its script, which only 'unsafe-inline' allows; scripts are ours alone.
+# Swagger UI sets styles from its script, which needs 'unsafe-inline' in style-src.
 SWAGGER_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self' data:; connect-src 'self'; base-uri 'none'; "
@@ -3552,43 +3473,43 @@ SWAGGER_POLICY = (
 
 
 def swagger_file(name: str) -> Page:
-    """Return the page that shows the description, or its one script."""
+    """Return the page of Swagger UI, or its only script."""
     if name == "index.html":
         return Page((SWAGGER / name).read_bytes(), "text/html; charset=utf-8", policy=SWAGGER_POLICY)
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
 class App:
-    """The WSGI callable of a port.
+    """The WSGI application of a port.
 
-    A path without variables is looked up in a table; Bottle has the rest: variables, HEAD, files, and what is not
-    there. It costs a third of a request, and a token needs none of it.
+    Paths without variables are looked up in a table, because Bottle takes a third of the time of a token request.
+    Bottle serves the rest: paths with variables, HEAD, files and errors.
     """
 
     def __init__(self, idp: Idp, routes: Routes):
         self.idp, self.answer, self.bottle = idp, Answer(idp), bottle.Bottle()
         self.table: dict = {}
-        self.bottle.uninstall(True)  # JSON and templates: Answer renders alone
-        vars(self.bottle)["router"] = Router()  # Bottle lets nobody replace an attribute
-        for route, path in mounted(idp, routes):
-            self.bottle.route(path, list(route.methods), self.in_bottle(route))
+        self.bottle.uninstall(True)  # its JSON and template plugins: Answer renders instead
+        vars(self.bottle)["router"] = Router()  # Bottle forbids replacing an attribute
+        for route, path in served_routes(idp, routes):
+            self.bottle.route(path, list(route.methods), self.bottle_callback(route))
             if not any("<" in other for other in route.paths):
                 self.table |= {(method, path): route for method in route.methods}
         self.bottle.router.compile_all()
         self.bottle.default_error_handler = self.answer_error
-        self.shared = {path for (_, path), route in self.table.items() if route.cors}
-        # An issuer with a path is served below it as well: a proxy may strip the path, or there may be no proxy.
+        self.cors_paths = {path for (_, path), route in self.table.items() if route.cors}
+        # Requests may carry the issuer's path or not, depending on whether a proxy strips it.
         self.prefix = urlsplit(idp.options.auth_issuer).path if routes.name == "auth" else ""
 
-    def in_bottle(self, route: Route) -> Callable:
-        """Return what Bottle calls for a route, with the variables of its path."""
+    def bottle_callback(self, route: Route) -> Callable:
+        """Return the callback of a route, which Bottle calls with the variables of the path."""
 
         def answer(**path):
             environ = bottle.request.environ
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
                 return self.to_bottle(result, environ)
-            # A static file, which Bottle sends by itself.
+            # Bottle itself sends a static file.
             for header in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
                 result.set_header(*header)
             if environ.get("wsgi.url_scheme") == "https":
@@ -3613,10 +3534,9 @@ class App:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, other)
         if code == "server_error":
             self.idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
-        # Bottle's error carries headers of its own, Allow among them; the body and the rest are ours.
-        # A client can tell an unknown route from an unknown thing.
+        # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
-        content = self.to_bottle(refuse(Problem(code, headers=unknown), False), bottle.request.environ)
+        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
@@ -3626,7 +3546,7 @@ class App:
             environ["SCRIPT_NAME"], environ["PATH_INFO"] = self.prefix, environ["PATH_INFO"][len(self.prefix) :]
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
-            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.shared:
+            if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.cors_paths:
                 start_response("204 No Content", [*BASE_HEADERS, *allow_origin(self.idp, environ, preflight=True)])
                 return [b""]
             return self.bottle(environ, start_response)
@@ -3638,12 +3558,12 @@ class App:
 
 
 def build_app(idp: Idp, routes: Routes) -> Callable:
-    """Return the WSGI callable of a port."""
+    """Return the WSGI application of a port."""
     return App(idp, routes)
 
 
 def restrict_hosts(app, idp: Idp):
-    """Wrap ADMIN so that it answers only to its own names: a page that rebinds its name to us gets nothing."""
+    """Wrap ADMIN so that it serves only requests for its own host names. This defeats DNS rebinding."""
     options = idp.options
     names = {"localhost", "127.0.0.1", "[::1]", urlsplit(f"//{options.admin_domain}").hostname}
     names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
@@ -3656,20 +3576,15 @@ def restrict_hosts(app, idp: Idp):
         problem = Problem("misdirected_request")
         Answer(idp).log_refusal(environ, problem.code, problem.status, "Host is not a name of ADMIN")
         content = ENCODE(problem.as_err())
-        start_response(
-            "421 Misdirected Request",
-            [
-                ("Content-Type", "application/json"), ("Cache-Control", "no-store"),
-                ("Content-Length", str(len(content))),
-            ],
-        )
+        headers = [("Content-Type", "application/json"), NO_STORE, ("Content-Length", str(len(content)))]
+        start_response(STATUS[problem.status], headers)
         return [content]
 
     return restricted
 
 
 def msg(message: str) -> Msg:
-    """Return a Msg: exactly two members."""
+    """Return a Msg that reports success."""
     return Msg(True, message)
 
 
@@ -3690,13 +3605,12 @@ def rows_of_users(idp: Idp, query: ListUsers) -> tuple[list, int]:
 AUTH = Routes("auth")
 
 
-def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
-    """Return an answer that does not change until the keys do, for caches to keep five minutes.
+def cached_page(idp: Idp, name: str, make, cache=300) -> Page:
+    """Return an answer that changes only with the keys, cacheable for five minutes.
 
-    `make` is called after the dict was taken: what is made of the keys of before a change never lands in the dict of
-    after it, where it would stay.
+    The dict is read before `make` runs: if the keys change meanwhile, the answer lands in the dict that they replace.
     """
-    idp.look_at_rings()
+    idp.reload_rings_if_due()
     answers = idp.answers
     page = answers.get(name)
     if page is None:
@@ -3707,40 +3621,38 @@ def prebuilt(idp: Idp, name: str, make, cache=300) -> Page:
 
 @AUTH("GET", "/ping", guard=anyone, spec=OWN, gives=Ping)
 def ping(idp, params):
-    """Answer that somebody is there."""
+    """Answer that the server is running."""
     return {"message": "pong from auth"}
 
 
 @AUTH("GET", "/version", guard=anyone, spec=OWN, gives=Version)
 def version(idp, params):
-    """Name and version of the program."""
+    """Return the name and version of the program."""
     return {"name": "microauthd", "version": VERSION}
 
 
 @AUTH("GET", "/health", guard=anyone, spec="liveness", gives=Health)
 def health(idp, params):
-    """The process answers."""
+    """Answer that the process is alive."""
     return {"status": "ok"}
 
 
 @AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
 def ready(idp, params):
-    """The database can be written, the keys are loaded, and the clock can be believed."""
-    # Asked at most once a second: the probe takes the write lock, and anybody may ask.
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible."""
+    # One probe a second at most: it takes the write lock, and anyone may call this.
     until, checks = idp.readiness
     if time.monotonic() >= until:
-        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(for_good=False), "database": True}
+        checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(irreversible=False), "database": True}
         try:
             idp.store.probe()
         except Unavailable as problem:
             idp.log("not.ready", "error", reason=problem.log)
             checks["database"] = False
         idp.readiness = (time.monotonic() + 1, checks)
-    good = all(checks.values())
-    return Reply(
-        {"status": "ok" if good else "unavailable", "checks": checks}, [] if good else [("Retry-After", "5")],
-        200 if good else 503,
-    )
+    if all(checks.values()):
+        return {"status": "ok", "checks": checks}
+    return Reply({"status": "unavailable", "checks": checks}, [("Retry-After", "5")], 503)
 
 
 @AUTH(
@@ -3748,18 +3660,18 @@ def ready(idp, params):
     tagged=True,
 )
 def jwks(idp, params):
-    """The public keys by which anybody verifies our tokens."""
-    # Who keeps the set this long has met a key before it signs: processes take a ring up within a second. RFC 7517 §5.
+    """Return the public keys that verify the tokens of this server."""
+    # A cache this short has a new key before the key signs: processes load a ring within a second. RFC 7517 §5.
     cache = max(0, min(300, idp.options.key_overlap - 2))
-    return prebuilt(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
+    return cached_page(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
 
 
 def describe_server(idp: Idp) -> dict:
-    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3: only what works."""
+    """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3, of what is enabled."""
     base, options = idp.options.auth_issuer, idp.options
     grants = [CLIENT_CREDENTIALS, PASSWORD] + ([REFRESH_TOKEN] if options.enable_token_refresh else [])
     methods = ["client_secret_basic", "client_secret_post"]
-    found = {
+    metadata = {
         "issuer": base,
         "token_endpoint": base + "/token",
         "jwks_uri": base + "/jwks.json",
@@ -3786,8 +3698,8 @@ def describe_server(idp: Idp) -> dict:
         "request_uri_parameter_supported": False,
     }
     if not options.enable_pkce:
-        return found
-    return found | {
+        return metadata
+    return metadata | {
         "authorization_endpoint": base + "/authorize",
         "end_session_endpoint": base + "/end-session",
         "grant_types_supported": [AUTHORIZATION_CODE, *grants],
@@ -3806,8 +3718,8 @@ def describe_server(idp: Idp) -> dict:
     spec="RFC 8414 §3, OpenID Connect Discovery §4", cors=True, tagged=True,
 )
 def discovery(idp, params):
-    """What this server can do; only what works."""
-    return prebuilt(idp, "discovery", lambda: ENCODE(describe_server(idp)))
+    """Return the metadata of this server: endpoints, grant types, algorithms, scopes and claims."""
+    return cached_page(idp, "discovery", lambda: ENCODE(describe_server(idp)))
 
 
 @AUTH(
@@ -3818,8 +3730,8 @@ def token(idp, client, params):
     """Exchange an authorization grant for tokens."""
     try:
         grant_type = params.need("grant_type")
-        off = {REFRESH_TOKEN: not idp.options.enable_token_refresh, AUTHORIZATION_CODE: not idp.options.enable_pkce}
-        if grant_type not in GRANTS or off.get(grant_type):
+        enabled = {REFRESH_TOKEN: idp.options.enable_token_refresh, AUTHORIZATION_CODE: idp.options.enable_pkce}
+        if grant_type not in GRANTS or not enabled.get(grant_type, True):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
@@ -3839,13 +3751,13 @@ def token(idp, client, params):
     oauth=True,
 )
 def introspect(idp, client, params):
-    """Tell a client about a token of its own, or any token where it has the right."""
+    """Introspect a token of this client, or any token if the client has the right to."""
     return introspect_token(idp, client, params.need("token"))
 
 
 @AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", form=TokenHintForm, gives=Msg, oauth=True, cors=True)
 def revoke(idp, client, params):
-    """End a token of this client; a refresh token takes its family along."""
+    """Revoke a token of this client; with a refresh token, every token of its login."""
     revoke_token(idp, params.caller, client, params.need("token"))
     return msg("Token revoked.")
 
@@ -3855,16 +3767,15 @@ def revoke(idp, client, params):
     gives=UserInfo, cors=True,
 )
 def userinfo(idp, claims, params):
-    """The claims about the user that the token's scope opens."""
+    """Return the claims about the user that the scope of the token covers."""
     family = idp.store.find_family(claims["sid"])
-    return user_claims(
-        idp, get_user(idp, claims["sub"]), claims["scope"], asked_claims(family.claims, "userinfo") if family else ()
-    )
+    also = requested_claims(family.claims, "userinfo") if family else ()
+    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
 def me(idp, claims, params):
-    """Who the token speaks for."""
+    """Return the subject, roles and scopes of the token."""
     account = idp.store.find_account(claims["sub"])
     return {
         "sub": claims["sub"], "email": account.email if account else None, "roles": claims.get("role", []),
@@ -3874,14 +3785,14 @@ def me(idp, claims, params):
 
 @AUTH("GET", "/whoami", guard=by_bearer(), spec=OWN, gives=Ping)
 def whoami(idp, claims, params):
-    """A greeting for whoever the token speaks for."""
+    """Greet the subject of the token."""
     return {"message": f"Hello, {claims['sub']}"}
 
 
 def session_object(session: ListedSession) -> SessionObject:
     issued, expires = iso(session.issued_at), iso(session.expires_at)
     return SessionObject(
-        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_dead(session),
+        session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_revoked(session),
         session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued,
     )
 
@@ -3896,9 +3807,9 @@ def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
 
 @AUTH("GET", "/me/sessions", guard=by_bearer(user=True), spec=OWN, query=Paged, gives=list[SessionObject])
 def my_sessions(idp, claims, params):
-    """The access tokens of this user, newest first."""
+    """List the access tokens of this user, newest first."""
     rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @AUTH(
@@ -3906,22 +3817,22 @@ def my_sessions(idp, claims, params):
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def my_refresh_tokens(idp, claims, params):
-    """The refresh tokens of this user, newest first; never the tokens themselves."""
+    """List the refresh tokens of this user, newest first, without the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(
         user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset
     )
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
-def forget_browser(idp: Idp, params, handle: str | None, location: str):
-    """End the session a cookie names, take the cookie back, and go where the client wants, or say so.
+def finish_logout(idp: Idp, params, handle: str | None, location: str):
+    """End the session that a cookie names, delete the cookie, and redirect to `location` or show the sign-out page.
 
-    A request without the cookie takes none back: a form of another site comes without (SameSite), and must not log
-    anybody out.
+    Without the cookie there is nothing to delete: a form of another site brings none (SameSite), and must not log
+    anyone out.
     """
     if handle:
-        held = find_browser_session(idp, handle)
-        end_browser_session(idp, params.caller.acting_as(held[1].id if held else "anonymous"), sha256(handle))
+        session, _ = current_session(idp, params) or (None, None)
+        end_browser_session(idp, params.caller.acting_as(session.user_id if session else "anonymous"), sha256(handle))
     cookies = [make_cookie(idp, SESSION_COOKIE, "", 0)] if handle else []
     return (
         Redirect(location, cookies)
@@ -3931,32 +3842,32 @@ def forget_browser(idp: Idp, params, handle: str | None, location: str):
 
 
 def log_browser_out(idp: Idp, params, location=""):
-    """End the session of this browser, from a form of ours, and say so."""
+    """End the session of this browser, after checking the token of the form."""
     handle = session_handle(idp, params)
     if handle:
         check_form(params, handle, "session")
-    return forget_browser(idp, params, handle, location)
+    return finish_logout(idp, params, handle, location)
 
 
 @AUTH("POST", "/logout", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout(idp, claims, params):
-    """End every login of this user at the token's client; from our own page, the session of the browser."""
+    """End every login of this user at the token's client; with a form token, the session of the browser."""
     if claims is None:
         return log_browser_out(idp, params)
-    end_logins(idp, params.caller, claims["sub"], claims["client_id"])
+    revoke_families(idp, params.caller, claims["sub"], claims["client_id"])
     return msg("Logged out of this client.")
 
 
 @AUTH("POST", "/logout-all", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout_all(idp, claims, params):
-    """End every login of this user, everywhere."""
+    """End every login and session of this user, at every client."""
     if claims is None:
-        held = find_browser_session(idp, session_handle(idp, params))
+        session, _ = current_session(idp, params) or (None, None)
         check_form(params, session_handle(idp, params), "session")
-        if held:
-            end_user(idp, params.caller.acting_as(held[1].id), held[1].id, "logout_all")
+        if session:
+            revoke_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
         return log_browser_out(idp, params)
-    end_user(idp, params.caller, claims["sub"], "logout_all")
+    revoke_user(idp, params.caller, claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
 
 
@@ -3983,7 +3894,7 @@ def answer_client(
 def refuse_client(
     idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()
 ):
-    """Tell a client by way of the browser what went wrong. RFC 6749 §4.1.2.1."""
+    """Send a browser back to its client with an error. RFC 6749 §4.1.2.1."""
     Answer(idp).log_refusal(params.environ, problem.code, 302, problem.log)
     members = {"error": problem.code, "error_description": problem.message}
     return answer_client(
@@ -3992,15 +3903,8 @@ def refuse_client(
     )
 
 
-def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
-    """Return the state that is left where a client demands a second factor and the session was begun without."""
-    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
-        return ""
-    return "totp" if account.totp_sealed else "enrol"
-
-
 def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
-    """Begin a login in this browser, and lead to its page."""
+    """Begin a login in this browser, and redirect to its page."""
     binding, cookies = login_binding(idp, params), []
     if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
         binding = random_handle()
@@ -4009,35 +3913,29 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
     return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
 
 
-def admit(idp: Idp, params, client: Client, request: AuthorizeRequest):
-    """Answer with a code where the browser's session does, or begin a login with what is left to do."""
-    held = find_browser_session(idp, session_handle(idp, params))
-    serves = held is not None and session_serves(idp, held[0], client, request)
-    missing = second_factor_missing(client, *held) if held and serves else ""
-    if "none" in request.prompt:
-        if not held or not serves:
+def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeRequest):
+    """Issue a code if the browser's session suffices, else begin a login with the steps that are left."""
+    found = current_session(idp, params)
+    if found is None or not session_serves(idp, found[0], client, request):
+        if "none" in request.prompt:
             raise Problem("login_required")
-        if missing:
-            raise Problem("interaction_required")
-        if needs_consent(idp, client, held[1].id, request):
-            raise Problem("consent_required")
-    if (
-        held
-        and serves
-        and "select_account" not in request.prompt
-        and not missing
-        and not needs_consent(idp, client, held[1].id, request)
-    ):
-        session, account = held
-        code = issue_code(
-            idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
-        )
-        return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
-    if held and "select_account" in request.prompt and (serves or not request.hinted_sub):
-        return open_login(idp, params, request, "select", None)
-    if held and serves:
-        return open_login(idp, params, request, missing or "consent", held[0])
-    return open_login(idp, params, request, "password", None)
+        choose = found and "select_account" in request.prompt and not request.hinted_sub
+        return open_login(idp, params, request, "select" if choose else "password")
+    session, account = found
+    missing = second_factor_missing(client, session, account)
+    if missing and "none" in request.prompt:
+        raise Problem("interaction_required")
+    must_consent = not missing and needs_consent(idp, client, account.id, request)
+    if must_consent and "none" in request.prompt:
+        raise Problem("consent_required")
+    if "select_account" in request.prompt:
+        return open_login(idp, params, request, "select")
+    if missing or must_consent:
+        return open_login(idp, params, request, missing or "consent", session)
+    code = issue_code(
+        idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
+    )
+    return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
 
 
 def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
@@ -4046,20 +3944,20 @@ def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
 
 
 def begin_headless(idp: Idp, params) -> Reply:
-    """Begin a login for a first-party application; the `jti` in the answer is the secret it is bound to."""
+    """Begin a login for a first-party application, bound to the secret `jti` in the answer."""
     try:
         client, redirect_uri = validate_client(idp, params)
         if not params.get("response_type"):
-            params.values["response_type"] = "code"  # the original never asked for it
+            params.values["response_type"] = "code"  # published clients leave it out
         request = read_request(idp, client, redirect_uri, params)
         if not client.row.is_first_party or not request.code_challenge:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
         request.headless = True
         jti = random_handle()
         row = begin_login(idp, params.caller, jti, request)
-        return Reply(headless_step(as_login(idp, row), jti, False))
+        return Reply(headless_step(load_login(idp, row), jti, False))
     except (Problem, Unavailable) as error:
-        return refuse(as_problem(error), False)
+        return render_problem(as_problem(error), False)
 
 
 @AUTH(
@@ -4069,7 +3967,7 @@ def begin_headless(idp: Idp, params) -> Reply:
 def authorize(idp, params):
     """Let a user log in for a client.
 
-    A POST that does not ask for HTML comes from an application with screens of its own, and gets JSON.
+    A POST that does not accept HTML comes from an application with its own screens, and gets JSON.
     """
     headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
     if headless:
@@ -4078,9 +3976,9 @@ def authorize(idp, params):
     try:
         request = read_request(idp, client, redirect_uri, params)
         if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
-            # A POST from another site brings no cookies; the GET it becomes does. So it finds the session.
+            # A cross-site POST brings no cookie (SameSite); the GET that it becomes does, and finds the session.
             return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
-        return admit(idp, params, client, request)
+        return authorize_with_session(idp, params, client, request)
     except Problem as problem:
         if problem.status >= 429:
             raise
@@ -4090,23 +3988,24 @@ def authorize(idp, params):
 # -- people: the pages of a login --
 
 
-def held_login(idp, params) -> Login:
+def get_current_login(idp, params) -> Login:
+    """Return the login that the request names and its cookie is bound to. Raises not_found."""
     login = get_login(idp, params.get("tx") or params.get("jti") or "", login_binding(idp, params))
     row = login.row
     if login.request and login.request.headless:
         raise Problem("not_found")
-    # Past the factors, or where a session stood for the password, the login is worth what the session is worth: it ends
-    # with it, and whoever has but the login's cookie cannot go on.
+    # After the last factor, or if a session replaced the password, the login ends with the session: the cookie of the
+    # login alone must not continue it.
     if row.user_id and (row.state in ("codes", "consent") or row.proven_ms // 1000 < row.created_at):
-        held = find_browser_session(idp, session_handle(idp, params))
-        if held is None or held[1].id != row.user_id:
+        session, _ = current_session(idp, params) or (None, None)
+        if session is None or session.user_id != row.user_id:
             raise Problem("not_found", log="the browser session of this login is over")
     return login
 
 
 def posted_login(idp, params, *states) -> Login:
-    """Return the login a form belongs to. Raises access_denied without its token, conflict in another state."""
-    login = held_login(idp, params)
+    """Return the login of a posted form. Raises access_denied without its token, conflict in another state."""
+    login = get_current_login(idp, params)
     check_form(params, login_binding(idp, params), f"{login.row.id} {login.row.state}")
     if login.row.state not in states:
         raise Problem("conflict", log="the form of another state")
@@ -4118,54 +4017,76 @@ def describe_scope(idp, name) -> dict:
     return {"name": name, "description": scope.description if scope else ""}
 
 
-def picture(uri: str) -> str:
+def qr_uri(uri: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(draw_qr(uri)).decode()
 
 
-def show_login(idp: Idp, params, login: Login, *, status=200, error="", **words) -> Page:
-    """Return the page of the state a login is in."""
+def state_variables(idp: Idp, params, login: Login) -> dict:
+    """Return the template variables that only the page of a login's state needs."""
+    row, request, client = login.row, login.request, login.client
+    if row.state == "password":
+        return {}
+    if row.state == "select":
+        _, account = current_session(idp, params) or (None, None)
+    else:
+        assert row.user_id
+        account = idp.store.find_account(row.user_id)
+    if row.state == "enrol":
+        assert row.pending and client
+        if account is None:
+            return {"secret": "", "qr": ""}
+        seed, host = idp.seal.open(row.pending, account.id), urlsplit(idp.options.auth_issuer).hostname
+        issuer_name = client.flags.get("TOTP_ISSUER") or client.row.display_name or host
+        return {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name))}
+    variables: dict[str, Any] = {"username": account.username if account else ""}
+    if row.state == "consent":
+        assert request and client
+        scope_names = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
+        variables["scopes"] = [describe_scope(idp, name) for name in scope_names]
+    return variables
+
+
+def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
+    """Return the page for the state of a login."""
     request, client, row = login.request, login.client, login.row
     binding = login_binding(idp, params)
     assert binding
-    if row.state == "enrol":
-        assert row.user_id and row.pending and client
-        account = idp.store.find_account(row.user_id)
-        seed = idp.seal.open(row.pending, row.user_id) if account else ""
-        issuer_name = (
-            client.flags.get("TOTP_ISSUER") or client.row.display_name or urlsplit(idp.options.auth_issuer).hostname
-        )
-        words |= {"secret": seed, "qr": picture(totp_uri(seed, account.username, issuer_name)) if account else ""}
-    if row.state == "consent":
-        assert request and client
-        wanted = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
-        words["scopes"] = [describe_scope(idp, name) for name in wanted]
-    if row.state in ("consent", "totp", "codes"):
-        assert row.user_id
-        account = idp.store.find_account(row.user_id)
-        words["username"] = account.username if account else ""
-    if row.state == "select":
-        held = find_browser_session(idp, session_handle(idp, params))
-        words["username"] = held[1].username if held else ""
+    variables |= state_variables(idp, params, login)
+    template = {
+        "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
+        "select": "select",
+    }[row.state]
     return show_page(
-        idp, params.environ,
-        {
-            "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
-            "select": "select",
-        }[row.state],
-        status=status, error=error, ui_locales=request.ui_locales if request else "",
-        target=request.redirect_uri if request else "", tx=row.id, form=form_token(binding, f"{row.id} {row.state}"),
+        idp, params.environ, template, status=status, error=error,
+        ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "", tx=row.id,
+        form=form_token(binding, f"{row.id} {row.state}"),
         client=(client.row.display_name or client.client_id) if client else "",
-        **({"username": request.login_hint if request else ""} | {"recovery": []} | words),
+        **({"username": request.login_hint if request else "", "recovery": []} | variables),
     )
 
 
-def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
-    """Lead a login on: to its next page, or back to its client.
+def send_code(idp: Idp, params, login: Login, account: Account, handle: str | None, cookies: list):
+    """Issue the code of a finished login, and send the browser back to its client."""
+    request, client, row = login.request, login.client, login.row
+    assert request and client
+    # The cookie of the request still names the session that a new one replaced.
+    found = find_browser_session(idp, handle) if cookies else current_session(idp, params)
+    session, _ = found or (None, None)
+    browser = session.id_sha256 if session and session.user_id == account.id else ""
+    target = request.redirect_uri, request.response_mode, request.state
+    try:
+        code = issue_code(idp, params.caller, client, request, account, row.amr.split(), row.auth_time, browser)
+    except (Problem, Unavailable) as error:
+        return refuse_client(idp, params, *target, as_problem(error), cookies)
+    return answer_client(idp, params, *target, {"code": code}, cookies)
 
-    With an account its last factor was just proven: the browser is logged in.
+
+def continue_login(idp: Idp, params, login: Login, account: Account | None = None, recovery=()):
+    """Redirect a login to its next page, or back to its client.
+
+    With `account` its last factor was just verified: the browser gets a session.
     """
-    cookies, handle = [], session_handle(idp, params)
-    row = login.row
+    cookies, handle, row = [], session_handle(idp, params), login.row
     if account is not None:
         handle = begin_browser_session(idp, params.caller, account, row.amr.split(), row.auth_time, handle)
         cookies.append(make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration))
@@ -4178,28 +4099,17 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     account = finish_login(idp, login)
     if login.request is None:
         return Redirect(f"{idp.options.auth_issuer}/account", cookies)
-    request = login.request
-    assert login.client
-    held = find_browser_session(idp, handle)
-    browser = held[0].id_sha256 if held and held[1].id == account.id else ""
-    try:
-        code = issue_code(idp, params.caller, login.client, request, account, row.amr.split(), row.auth_time, browser)
-    except (Problem, Unavailable) as error:
-        problem = as_problem(error)
-        return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem, cookies)
-    return answer_client(
-        idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code}, cookies
-    )
+    return send_code(idp, params, login, account, handle, cookies)
 
 
-def refused_step(idp, params, login: Login, problem: Problem, error: str, **words) -> Page:
-    """Show the page again with what to say, the same whatever was wrong; or that the login is over."""
+def show_refusal(idp, params, login: Login, problem: Problem, error: str, **variables) -> Page:
+    """Show the page again with the same error for every cause; raise the problem if the login is over."""
     if problem.code not in ("invalid_grant", "slow_down"):
         raise problem
     Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
     again = get_login(idp, login.row.id, login_binding(idp, params))
     page = show_login(
-        idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **words
+        idp, params, again, status=problem.status, error="wait" if problem.code == "slow_down" else error, **variables
     )
     page.headers.extend(problem.headers)
     return page
@@ -4210,13 +4120,13 @@ def refused_step(idp, params, login: Login, problem: Problem, error: str, **word
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_page(idp, params):
-    """The page of a login under way: password, second factor, consent, whatever is next.
+    """Show the next page of a login: password, second factor, account selection or consent.
 
-    Without one, the way to the account page.
+    Without a login, redirect to the account page.
     """
     if params.get("tx") is None and params.get("jti") is None:
         return Redirect(f"{idp.options.auth_issuer}/account")
-    return show_login(idp, params, held_login(idp, params))
+    return show_login(idp, params, get_current_login(idp, params))
 
 
 @AUTH(
@@ -4224,12 +4134,12 @@ def login_page(idp, params):
     html=True, option="enable_pkce",
 )
 def login_password(idp, params):
-    """The first page of a login: user name and password."""
+    """Verify the user name and password of a login."""
     login = posted_login(idp, params, "password")
     try:
-        after = give_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
+        after = submit_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
-        return refused_step(
+        return show_refusal(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
         )
     return continue_login(
@@ -4243,12 +4153,12 @@ def login_password(idp, params):
     html=True, option="enable_pkce",
 )
 def login_totp(idp, params):
-    """The second page of a login: a one-time code, or a recovery code."""
+    """Verify the one-time code or the recovery code of a login."""
     login = posted_login(idp, params, "totp")
     try:
-        after = give_code(idp, params.caller, login, (params.get("totp") or "").strip())
+        after = submit_code(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
-        return refused_step(idp, params, login, problem, "wrong_code")
+        return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
 
 
@@ -4257,12 +4167,12 @@ def login_totp(idp, params):
     html=True, option="enable_pkce",
 )
 def login_enrol(idp, params):
-    """Set a second factor up in the middle of a login, by its first code; shows the recovery codes once."""
+    """Enrol a second factor during a login by its first code, and show the recovery codes once."""
     login = posted_login(idp, params, "enrol")
     try:
         after, recovery = enrol(idp, params.caller, login, (params.get("totp") or "").strip())
     except Problem as problem:
-        return refused_step(idp, params, login, problem, "wrong_code")
+        return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
 
 
@@ -4271,13 +4181,13 @@ def login_enrol(idp, params):
     html=True, option="enable_pkce",
 )
 def login_codes(idp, params):
-    """Go on after the recovery codes were noted."""
+    """Continue a login after the recovery codes were shown."""
     login = posted_login(idp, params, "codes")
     row = login.row
     account = idp.store.find_account(row.user_id)
-    if not is_good(account, row.proven_ms):
+    if not is_still_valid(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return continue_login(idp, params, advance(idp, login, after_factors(idp, login, account)))
+    return continue_login(idp, params, advance(idp, login, state_after_factors(idp, login, account)))
 
 
 @AUTH(
@@ -4285,18 +4195,22 @@ def login_codes(idp, params):
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_select(idp, params):
-    """Go on as who is logged in, or as somebody else."""
+    """Continue a login with the account of the session, or with another."""
     login = posted_login(idp, params, "select")
     assert login.client and login.request
-    held = find_browser_session(idp, session_handle(idp, params))
-    if params.get("choice") == "other" or held is None or not session_serves(idp, held[0], login.client, login.request):
+    session, account = current_session(idp, params) or (None, None)
+    if (
+        params.get("choice") == "other"
+        or session is None
+        or account is None
+        or not session_serves(idp, session, login.client, login.request)
+    ):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
-    session, account = held
-    state = second_factor_missing(login.client, session, account) or after_factors(idp, login, account)
+    state = second_factor_missing(login.client, session, account) or state_after_factors(idp, login, account)
     login = advance(
-        idp, login, state, new_pending(idp, account.id, state), user_id=account.id, amr=session.amr,
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr=session.amr,
         auth_time=session.auth_time, proven_ms=session.created_ms,
     )
     return continue_login(idp, params, login)
@@ -4307,7 +4221,7 @@ def login_select(idp, params):
     gives_media="text/html", html=True, option="enable_pkce",
 )
 def login_consent(idp, params):
-    """Agree to what a client asks for, or not."""
+    """Give or deny consent to the scopes that a client requests."""
     login = posted_login(idp, params, "consent")
     row, request, client = login.row, login.request, login.client
     assert request and client  # only the login of a client asks for consent
@@ -4318,12 +4232,7 @@ def login_consent(idp, params):
             idp, params, request.redirect_uri, request.response_mode, request.state,
             Problem("access_denied", log="the user said no"),
         )
-    account = finish_login(idp, decided)
-    asked = request.scope if request.scope is not None else " ".join(client.scopes)
-    agreed = {*asked.split(), *(idp.store.find_consent(account.id, client.row.id) or "").split()}
-    with idp.store.transaction():
-        idp.store.put_consent(account.id, client.row.id, " ".join(sorted(agreed)), idp.now())
-        audit(idp, params.caller.acting_as(account.id), "consent_given", row.client_id, " ".join(sorted(agreed)))
+    give_consent(idp, params.caller, finish_login(idp, decided), client, request)
     return continue_login(idp, params, decided)
 
 
@@ -4332,7 +4241,7 @@ def login_consent(idp, params):
     option="enable_pkce",
 )
 def page_asset(idp, params):
-    """The style sheet, the one script and the logo of the pages."""
+    """Return the style sheet, the script or the logo of the login pages."""
     name = params.path["name"]
     style, content = idp.pages.style
     if name == style:
@@ -4351,11 +4260,11 @@ def page_asset(idp, params):
     raise Problem("not_found")
 
 
-# -- people: applications with screens of their own --
+# -- people: applications with their own screens --
 
 
-def as_err(handler):
-    """Failures of these routes are one answer without detail, whatever was wrong."""
+def as_invalid_grant(handler):
+    """Make a handler answer every failed login with the same invalid_grant."""
 
     @functools.wraps(handler)
     def wrapped(idp, params):
@@ -4372,7 +4281,7 @@ def as_err(handler):
 def headless_login(idp, params) -> tuple[Login, str]:
     jti = params.need("jti")
     row = idp.store.find_headless_login(sha256(jti), idp.now())
-    login = as_login(idp, row) if row else None
+    login = load_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless or login.row.state == "done":
         raise Problem("invalid_grant", log="no such login under way")
     if params.get("redirect_uri") not in (None, login.request.redirect_uri):
@@ -4384,33 +4293,33 @@ def headless_login(idp, params) -> tuple[Login, str]:
     "POST", "/login/password", guard=anyone, spec=OWN, form=HeadlessPasswordForm, gives=PkceStep,
     option="enable_pkce",
 )
-@as_err
+@as_invalid_grant
 def headless_password(idp, params):
-    """The first step of an application with screens of its own."""
+    """Verify the user name and password, for an application with its own screens."""
     username, password = params.need("username"), params.need("password")
     login, jti = headless_login(idp, params)
-    after = give_password(idp, params.caller, login, username, password)
+    after = submit_password(idp, params.caller, login, username, password)
     if after.row.state == "enrol":
         raise Problem("invalid_grant", log="the client demands a second factor, and the user has none")
     return headless_step(after, jti, after.row.state == "totp")
 
 
 @AUTH("POST", "/login/totp", guard=anyone, spec=OWN, form=HeadlessCodeForm, gives=PkceStep, option="enable_pkce")
-@as_err
+@as_invalid_grant
 def headless_totp(idp, params):
-    """The second step of an application with screens of its own."""
+    """Verify the one-time code, for an application with its own screens."""
     code = params.need("totp_code")
     login, jti = headless_login(idp, params)
-    return headless_step(give_code(idp, params.caller, login, code.strip()), jti, False)
+    return headless_step(submit_code(idp, params.caller, login, code.strip()), jti, False)
 
 
 @AUTH(
     "POST", "/login/finalize", guard=anyone, spec=OWN, form=HeadlessLastForm, gives=bytes,
     gives_media="*/*", redirects=True, option="enable_pkce",
 )
-@as_err
+@as_invalid_grant
 def headless_finalize(idp, params):
-    """The last step: a redirect with the code, once, and only after every factor."""
+    """Redirect with the authorization code, once, after every factor was verified."""
     login, _ = headless_login(idp, params)
     row, request, client = login.row, login.request, login.client
     if row.state != "ready":
@@ -4420,15 +4329,15 @@ def headless_finalize(idp, params):
     account = finish_login(idp, done)
     code = issue_code(idp, params.caller, client, request, account, row.amr.split(), row.auth_time)
     answer = answer_client(idp, params, request.redirect_uri, "query", request.state, {"code": code})
-    answer.status = 302  # what published clients look for
+    answer.status = 302  # published clients expect it
     return answer
 
 
 @AUTH("GET", "/auth-session/<jti>", guard=anyone, spec=OWN, gives=AuthSession, option="enable_pkce")
 def auth_session(idp, params):
-    """What is under way, for the holder of its secret alone."""
+    """Return the state of a login to the holder of its secret `jti`."""
     row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())
-    login = as_login(idp, row) if row else None
+    login = load_login(idp, row) if row else None
     if login is None or login.request is None or not login.request.headless:
         raise Problem("not_found")
     request = login.request
@@ -4443,10 +4352,7 @@ def auth_session(idp, params):
 
 
 def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
-    """Return the claims of the id_token_hint, and where to go afterwards: a registered URI or nowhere.
-
-    Raises invalid_request.
-    """
+    """Return the claims of the id_token_hint, and the registered URI to go to or "". Raises invalid_request."""
     hint = read_hint(idp, params.get("id_token_hint"))
     if params.get("id_token_hint") and hint is None:
         raise Problem("invalid_request", log="id_token_hint is no ID token of ours")
@@ -4468,42 +4374,42 @@ def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
     gives=bytes, gives_media="text/html", html=True, option="enable_pkce",
 )
 def end_session(idp, params):
-    """Log a user out for a client: at once where its ID token shows who it means, else after asking."""
+    """Log a user out for a client: at once if its ID token names the user of the session, else after asking."""
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
+    _, account = current_session(idp, params) or (None, None)
     again = {
         name: value
         for name, value in params.values.items()
         if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
     }
     if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
-        # As at /authorize: a POST from the client brings no cookie, the GET it becomes does.
+        # As at /authorize: a cross-site POST brings no cookie, the GET that it becomes does.
         return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
-    if held and params.get("form") is not None:
+    if account and params.get("form") is not None:
         check_form(params, handle, "session")
-    elif held and handle and not (hint and hint["sub"] == held[1].id):
+    elif account and handle and not (hint and hint["sub"] == account.id):
         return show_page(
-            idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again=again,
+            idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again=again,
             action="end-session", target=location,
             ui_locales=params.get("ui_locales") or "",
         )
     family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
     if hint and family and family.revoked_at is None and family.client_id == hint["aud"]:
-        # The login the client speaks of ends even where the session it began in is over already.
+        # The client's login ends even if the session that it began in has already ended.
         revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
-    return forget_browser(idp, params, handle, location)
+    return finish_logout(idp, params, handle, location)
 
 
 @AUTH("GET", "/logout", guard=anyone, spec=OWN, gives=bytes, gives_media="text/html", html=True, option="enable_pkce")
 def logout_page(idp, params):
     """Ask whether to log this browser out."""
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
-    if held is None or handle is None:
+    _, account = current_session(idp, params) or (None, None)
+    if account is None or handle is None:
         return show_page(idp, params.environ, "signed_out")
     return show_page(
-        idp, params.environ, "sign_out", username=held[1].username, form=form_token(handle, "session"), again={},
+        idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again={},
         action="logout",
     )
 
@@ -4517,10 +4423,10 @@ def client_name(idp, client_id) -> str:
 
 
 def show_account(
-    idp: Idp, params, held, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
+    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
 ) -> Page:
-    session, known = held
-    account = idp.store.find_account(known.id)
+    """Return the account page of a user, in a session of its browser."""
+    account = idp.store.find_account(account.id)  # read again: the handler may just have changed it
     handle = handle or session_handle(idp, params)
     assert account and handle
     pending = (
@@ -4542,7 +4448,7 @@ def show_account(
         ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
         secret=pending,
-        qr=picture(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "",
+        qr=qr_uri(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "",
         cookies=cookies,
     )
 
@@ -4552,9 +4458,9 @@ def show_account(
     option="enable_pkce",
 )
 def account_page(idp, params):
-    """One's own sessions, password and second factor; whoever is not logged in logs in first."""
-    held = find_browser_session(idp, session_handle(idp, params))
-    return show_account(idp, params, held) if held else open_login(idp, params, None)
+    """Show a user its sessions, password and second factor, after a login if there is no session."""
+    found = current_session(idp, params)
+    return show_account(idp, params, *found) if found else open_login(idp, params, None)
 
 
 def end_own_session(idp, params, session, account):
@@ -4573,25 +4479,24 @@ def end_own_login(idp, params, session, account):
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
-def stay(idp, params, session, account, **words) -> Page:
-    """Show the account page in a fresh session, after everything else of the user was ended."""
+def show_account_in_new_session(idp, params, session, account, **variables) -> Page:
+    """Return the account page in a new session, after every session and login of the user was ended."""
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
     cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
-    return show_account(
-        idp, params, (idp.store.find_browser_session(sha256(handle)), account), handle=handle, cookies=[cookie], **words
-    )
+    session = idp.store.find_browser_session(sha256(handle))
+    return show_account(idp, params, session, account, handle=handle, cookies=[cookie], **variables)
 
 
 def end_all_others(idp, params, session, account):
-    end_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
-    return stay(idp, params, session, account, notice="ended")
+    revoke_user(idp, params.caller.acting_as(account.id), account.id, "logout_all")
+    return show_account_in_new_session(idp, params, session, account, notice="ended")
 
 
-def prove_again(idp, params, account):
-    """Ask for the password, and the second factor of who has one.
+def reauthenticate(idp, params, account):
+    """Verify the password, and the second factor if there is one.
 
-    A recovery code does, or a lost authenticator could never be replaced.
+    A recovery code is accepted, or a lost authenticator could never be replaced.
     """
     account, _ = authenticate_user(
         idp, params.caller, account.username, params.get("password") or "", only_password=True
@@ -4604,15 +4509,15 @@ def prove_again(idp, params, account):
 
 
 def change_own_password(idp, params, session, account):
-    prove_again(idp, params, account)
+    reauthenticate(idp, params, account)
     reset_password(idp, params.caller.acting_as(account.id), account.id, params.get("new_password") or "")
-    return stay(idp, params, session, account, notice="password_changed")
+    return show_account_in_new_session(idp, params, session, account, notice="password_changed")
 
 
 def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
-    prove_again(idp, params, account)  # a browser left open is not enough to lock its owner out
+    reauthenticate(idp, params, account)  # an unattended browser must not suffice to lock its owner out
     begin_totp(idp, params.caller.acting_as(account.id), account)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
@@ -4622,20 +4527,20 @@ def confirm_own_totp(idp, params, session, account):
         raise Problem("invalid_request", log="there is a second factor already")
     confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip())
     recovery = make_recovery_codes(idp, params.caller, account.id)
-    return show_account(idp, params, (session, account), notice="totp_on", recovery=recovery)
+    return show_account(idp, params, session, account, notice="totp_on", recovery=recovery)
 
 
 def disable_own_totp(idp, params, session, account):
-    prove_again(idp, params, account)
+    reauthenticate(idp, params, account)
     disable_totp(idp, params.caller.acting_as(account.id), account)
-    return show_account(idp, params, (session, account), notice="totp_off")
+    return show_account(idp, params, session, account, notice="totp_off")
 
 
 def renew_own_codes(idp, params, session, account):
     if not account.totp_sealed:
         raise Problem("invalid_request", log="recovery codes without a second factor")
-    prove_again(idp, params, account)
-    return show_account(idp, params, (session, account), recovery=make_recovery_codes(idp, params.caller, account.id))
+    reauthenticate(idp, params, account)
+    return show_account(idp, params, session, account, recovery=make_recovery_codes(idp, params.caller, account.id))
 
 
 ACCOUNT_CHANGES = {
@@ -4650,30 +4555,29 @@ ACCOUNT_CHANGES = {
     html=True, option="enable_pkce",
 )
 def account_change(idp, params):
-    """End sessions, change the password, set up or take away the second factor.
+    """End sessions, change the password, or set up or remove the second factor.
 
-    What weakens asks for the password and the code.
+    A change that weakens the account needs the password and the second factor.
     """
     handle = session_handle(idp, params)
-    held = find_browser_session(idp, handle)
-    if held is None:
+    session, account = current_session(idp, params) or (None, None)
+    if session is None or account is None:
         return open_login(idp, params, None)
     check_form(params, handle, "session")
-    session, account = held
     try:
         return (
             ACCOUNT_CHANGES[params.need("action")](idp, params, session, account)
             if params.get("action") in ACCOUNT_CHANGES
-            else show_account(idp, params, held, status=400, error="unknown")
+            else show_account(idp, params, session, account, status=400, error="unknown")
         )
     except Problem as problem:
         if problem.code not in ("invalid_grant", "invalid_request", "slow_down"):
             raise
         Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
-        said = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
+        error = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
         return show_account(
-            idp, params, held, status=problem.status,
-            error="weak_password" if "new_password" in (problem.errors or {}) else said,
+            idp, params, session, account, status=problem.status,
+            error="weak_password" if "new_password" in (problem.errors or {}) else error,
         )
 
 
@@ -4688,31 +4592,31 @@ def scoped_create_user(idp, claims, params):
 
 @AUTH("GET", "/users", guard=by_scope("admin:list_users"), spec=OWN, query=ListUsers, gives=list[UserObject])
 def scoped_list_users(idp, claims, params):
-    """The users by name, those matching `q`, a page at a time."""
+    """List the users by name, filtered by `q`, a page at a time."""
     rows, total = rows_of_users(idp, params.query)
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 @AUTH("GET", "/user/<id>", guard=by_scope("admin:read_user"), spec=OWN, gives=UserObject)
 def scoped_get_user(idp, claims, params):
-    """One user, by id or name."""
+    """Return one user, by id or name."""
     return user_object(get_user(idp, params.path["id"]))
 
 
 @AUTH("POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=ResetPassword, gives=Msg)
 def scoped_reset_password(idp, claims, params):
-    """Give a user a new password; never an administrator."""
+    """Set a new password for a user who is not an administrator."""
     reset_password(
         idp, params.caller, params.path["id"], params.body.new_password or params.body.password,
-        but_admins=True,
+        excluding_admins=True,
     )
     return msg("Password reset; every login of the user is ended.")
 
 
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
-    """Keep a user out and end all it has; never an administrator."""
-    set_user_active(idp, params.caller, params.path["id"], False, but_admins=True)
+    """Deactivate a user who is not an administrator, and end every login of the user."""
+    set_user_active(idp, params.caller, params.path["id"], False, excluding_admins=True)
     return msg("User deactivated.")
 
 
@@ -4724,8 +4628,8 @@ def scoped_deactivate_user(idp, claims, params):
     option="enable_auth_swagger", tagged=True,
 )
 def auth_openapi(idp, params):
-    """What this port serves, made from the declarations of its routes."""
-    return prebuilt(idp, "auth_openapi", lambda: ENCODE(describe_port(idp, AUTH)))
+    """Return the OpenAPI description of this port."""
+    return cached_page(idp, "auth_openapi", lambda: ENCODE(describe_port(idp, AUTH)))
 
 
 @AUTH(
@@ -4733,7 +4637,7 @@ def auth_openapi(idp, params):
     option="enable_auth_swagger",
 )
 def auth_swagger(idp, params):
-    """The description, to be read in a browser."""
+    """Show the API description in a browser."""
     return swagger_file("index.html")
 
 
@@ -4742,7 +4646,7 @@ def auth_swagger(idp, params):
     option="enable_auth_swagger",
 )
 def auth_swagger_script(idp, params):
-    """The viewer of that page."""
+    """Return the script of that page."""
     return swagger_file("rapidoc-min.js")
 
 
@@ -4751,20 +4655,15 @@ def auth_swagger_script(idp, params):
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
-    """A file of public/: of the working directory where there is one, else the bundled examples."""
+    """Return a file of public/ in the working directory, or of the bundled examples if there is none."""
     path = params.path.get("path", "index.html")
     root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
-    real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
-    if (
-        not real.startswith(root + os.sep)
-        or any(part.startswith(".") for part in path.split("/"))
-        or path.endswith("/")
-    ):
+    if not is_visible_below(root, path):
         raise Problem("not_found")
-    found = bottle.static_file(path, root=root)
-    if found.status_code in (403, 404):
+    answer = bottle.static_file(path, root=root)
+    if answer.status_code in (403, 404):
         raise Problem("not_found")
-    return found
+    return answer
 
 
 # == ADMIN endpoints ===========================================================
@@ -4774,25 +4673,25 @@ ADMIN = Routes("admin")
 
 @ADMIN("GET", "/ping", guard=anyone, spec=OWN, gives=Ping)
 def admin_ping(idp, params):
-    """Answer that somebody is there."""
+    """Answer that the server is running."""
     return {"message": "pong from admin"}
 
 
 @ADMIN("GET", "/version", guard=anyone, spec=OWN, gives=Version)
 def admin_version(idp, params):
-    """Name and version of the program."""
+    """Return the name and version of the program."""
     return version(idp, params)
 
 
 @ADMIN("GET", "/health", guard=anyone, spec="liveness", gives=Health)
 def admin_health(idp, params):
-    """The process answers."""
+    """Answer that the process is alive."""
     return {"status": "ok"}
 
 
 @ADMIN("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
 def admin_ready(idp, params):
-    """The database can be written, the keys are loaded, and the clock can be believed."""
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible."""
     return ready(idp, params)
 
 
@@ -4800,7 +4699,7 @@ def admin_ready(idp, params):
 def admin_token(idp, params):
     """Log an administrator in.
 
-    Form: username, password, totp where the user has a second factor, client_id for the record.
+    `totp` is needed if the user has a second factor; `client_id` is recorded and not checked.
     """
     username, password = params.need("username"), params.need("password")
     totp = params.get("totp") or params.get("totp_code") or ""
@@ -4810,101 +4709,99 @@ def admin_token(idp, params):
 
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)
 def admin_logout(idp, claims, params):
-    """End the login this token belongs to."""
+    """End the login that the token belongs to."""
     revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
     return msg("Logged out.")
 
 
-# -- what every noun has --
+# -- resources --
 
 
-class Noun(msgspec.Struct, frozen=True):
-    """What the routes of a noun are made of: how a record is shown, and the services on it."""
+class Resource(msgspec.Struct, frozen=True):
+    """What the routes of one kind of record need: its representation and the services on it."""
 
-    name: str  # of one; its plural is the path
-    show: Callable  # makes the object that is sent, of a record
-    gives: Any  # the type of that object
-    query: type  # what the list may be asked for
-    rows: Callable  # (idp, query): the records of a page, and how many there are
+    name: str  # singular; its plural is the path
+    show: Callable  # (record): its representation
+    gives: Any  # the type of the representation
+    query: type  # the parameters of the list
+    rows: Callable  # (idp, query): the records of a page, and the number of all
     get: Callable  # (idp, id or name)
     update: Callable  # (idp, caller, id or name, body)
     changes: type
     delete: Callable  # (idp, caller, id or name)
-    create: Callable | None = None  # (idp, caller, body); None where its route is declared apart
+    create: Callable | None = None  # (idp, caller, body); None if its route is declared separately
     takes: type | None = None
 
 
-def declare(noun: Noun, *sentences: str):
-    """Declare what every noun has: POST and GET of all; GET, PUT and DELETE of one by id or name; the id of a name.
+def declare_resource(resource: Resource, *sentences: str):
+    """Declare POST and GET of the collection, GET, PUT and DELETE of one by id or name, and the id of a name.
 
     `sentences` describe the routes, in this order: create, list, get, id of a name, update, delete.
     """
-    all_, one = f"/{noun.name}s", f"/{noun.name}s/<id>"
+    kind, gives = resource.name, resource.gives
+    page = list[gives]  # type: ignore[valid-type]
+    all_, one = f"/{kind}s", f"/{kind}s/<id>"
 
     def shown(idp, params):
-        return noun.show(noun.get(idp, params.path["id"]))
+        return resource.show(resource.get(idp, params.path["id"]))
 
     def create(idp, claims, params):
-        assert noun.create
-        return noun.show(noun.create(idp, params.caller, params.body))
+        assert resource.create
+        return resource.show(resource.create(idp, params.caller, params.body))
 
     def list_(idp, claims, params):
-        rows, total = noun.rows(idp, params.query)
-        return listed(params, [noun.show(row) for row in rows], total)
+        rows, total = resource.rows(idp, params.query)
+        return paged_reply(params, [resource.show(row) for row in rows], total)
 
     def get(idp, claims, params):
         return shown(idp, params)
 
     def id_(idp, claims, params):
-        return Found(noun.show(noun.get(idp, params.path["name"])).id)
+        return Found(resource.show(resource.get(idp, params.path["name"])).id)
 
     def update(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
-            return noun.show(noun.update(idp, params.caller, params.path["id"], params.body))
+            return resource.show(resource.update(idp, params.caller, params.path["id"], params.body))
 
     def delete(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
-            noun.delete(idp, params.caller, params.path["id"])
-        return msg(f"{noun.name.capitalize()} deleted.")
+            resource.delete(idp, params.caller, params.path["id"])
+        return msg(f"{kind.capitalize()} deleted.")
 
     routes: list[tuple[Callable, str, str, str, dict[str, Any]]] = [
-        (create, f"create_{noun.name}", "POST", all_, {"takes": noun.takes, "gives": noun.gives}),
-        (
-            list_, f"list_{noun.name}s", "GET", all_,
-            {"query": noun.query, "gives": list[noun.gives]},  # type: ignore[name-defined]  # a type made as we run
-        ),
-        (get, f"get_{noun.name}", "GET", one, {"gives": noun.gives, "versioned": True}),
-        (id_, f"{noun.name}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
-        (update, f"update_{noun.name}", "PUT", one, {"takes": noun.changes, "gives": noun.gives, "versioned": True}),
-        (delete, f"delete_{noun.name}", "DELETE", one, {"gives": Msg, "versioned": True}),
+        (create, f"create_{kind}", "POST", all_, {"takes": resource.takes, "gives": gives}),
+        (list_, f"list_{kind}s", "GET", all_, {"query": resource.query, "gives": page}),
+        (get, f"get_{kind}", "GET", one, {"gives": gives, "versioned": True}),
+        (id_, f"{kind}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
+        (update, f"update_{kind}", "PUT", one, {"takes": resource.changes, "gives": gives, "versioned": True}),
+        (delete, f"delete_{kind}", "DELETE", one, {"gives": Msg, "versioned": True}),
     ]
     for (handler, name, method, path, more), sentence in zip(
-        routes if noun.create else routes[1:], sentences, strict=True
+        routes if resource.create else routes[1:], sentences, strict=True
     ):
         handler.__name__, handler.__doc__ = f"admin_{name}", sentence
         ADMIN(method, path, guard=by_admin, spec=OWN, **more)(handler)
 
 
-def named(list_rows: str) -> Callable:
-    """Return what lists the records of a noun that has a name and nothing else to be asked for."""
+def rows_by_name(list_rows: str) -> Callable:
+    """Return the `rows` of a resource whose list takes no parameters of its own."""
     return lambda idp, query: getattr(idp.store, list_rows)(query.q, query.sort, query.limit, query.offset)
 
 
 # -- users --
 
 
-declare(
-    Noun(
+declare_resource(
+    Resource(
         "user", show=user_object, gives=UserObject, query=ListUsers, rows=rows_of_users, get=get_user,
         create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
     ),
     "Create a user.",
-    "The users by name, active ones unless `is_active` says otherwise, those matching `q`, a page at a time; their "
-    "number in X-Total-Count.",
-    "One user, by id or name.",
-    "The id of a user name.",
-    "Change what is sent of a user; the id of the path counts. Honours If-Match.",
-    "Delete a user and everything that hangs on it. Honours If-Match.",
+    "List the active users, or those that `is_active` selects, filtered by `q`, a page at a time.",
+    "Return one user, by id or name.",
+    "Return the id of a user name.",
+    "Change the members of a user that are sent; an id in the body is ignored. Honours If-Match.",
+    "Delete a user and everything that belongs to it. Honours If-Match.",
 )
 
 
@@ -4917,35 +4814,35 @@ def admin_verify_email(idp, claims, params):
 
 @ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg)
 def admin_deactivate_user(idp, claims, params):
-    """Keep a user out, and end all it has."""
+    """Deactivate a user, and end every login of the user."""
     set_user_active(idp, params.caller, params.path["id"], False)
     return msg("User deactivated.")
 
 
 @ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg)
 def admin_activate_user(idp, claims, params):
-    """Let a user in again."""
+    """Activate a user."""
     set_user_active(idp, params.caller, params.path["id"], True)
     return msg("User activated.")
 
 
 @ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg)
 def admin_reset_password(idp, claims, params):
-    """Give a user a new password, and end all the old one opened."""
+    """Set a new password for a user, and end every login of the user."""
     reset_password(idp, params.caller, params.path["id"], params.body.new_password or params.body.password)
     return msg("Password reset; every login of the user is ended.")
 
 
 @ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
 def admin_set_lockout(idp, claims, params):
-    """Lock a user out until a time, which ends all it has; null or the year 1 clears every lockout."""
+    """Lock a user out until a time, and end every login of the user; null or the year 1 clears every lockout."""
     set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
 @ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg)
 def admin_clear_lockout(idp, claims, params):
-    """End every lockout of a user, of passwords and of one-time codes."""
+    """Clear every lockout of a user, of passwords and of one-time codes."""
     set_lockout(idp, params.caller, params.path["id"], None)
     return msg("Lockout cleared.")
 
@@ -4954,13 +4851,13 @@ def admin_clear_lockout(idp, claims, params):
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
-        end_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
+        revoke_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
 
 
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)
 def admin_verify_password(idp, claims, params):
-    """Is this the password of a user who could log in? 403 where not, whatever is wrong."""
+    """Verify the password of a user who could log in; 403 for every cause of failure."""
     account = verify_password(idp, params.caller, params.body)
     return PasswordVerdict(True, account.id, account.email, bool(account.totp_sealed))
 
@@ -4968,42 +4865,11 @@ def admin_verify_password(idp, claims, params):
 # -- second factor --
 
 
-def write_below(root: str, folder: str, name: str, content: bytes):
-    """Write a private file below a root.
-
-    Folders are made; a symbolic link on the way, or a path that leaves the root, is refused.
-    """
-    path = os.path.normpath(os.path.join(root, folder))
-    if (path != root and not path.startswith(root.rstrip("/") + "/")) or not folder.strip() or "\0" in folder:
-        reject(qr_output_path="must lie below totp-qr-output-root")
-    held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for part in [part for part in os.path.relpath(path, root).split("/") if part != "."]:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o700, dir_fd=held)
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
-            os.close(held)
-            held = inner
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=held)
-        with os.fdopen(file, "wb") as stream:
-            stream.write(content)
-    except NotADirectoryError:
-        reject(qr_output_path="must be folders, and no symbolic link")
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            reject(qr_output_path="must be folders, and no symbolic link")
-        if error.errno == errno.ENAMETOOLONG:
-            reject(qr_output_path="has a name that is too long")
-        raise
-    finally:
-        os.close(held)
-
-
 @ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
 def admin_enrol_totp(idp, claims, params):
-    """Make a second factor for a user and show it once: otpauth URI, seed and QR code.
+    """Make a second factor for a user, and return its otpauth URI, seed and QR code once.
 
-    It counts from its first code on.
+    It is enabled when its first code is verified.
     """
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
     seed = begin_totp(idp, params.caller, account)
@@ -5013,20 +4879,19 @@ def admin_enrol_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
 def admin_generate_totp(idp, claims, params):
-    """Make a second factor for a user and write its QR code to a file below totp-qr-output-root."""
-    account, issuer_name, root = (
-        get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id), idp.options.totp_qr_output_root,
-    )
+    """Make a second factor for a user, and write its QR code to a file below totp-qr-output-root."""
+    account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
+    root = idp.options.totp_qr_output_root
     if not account.is_active:
         raise Problem("not_found", log="the user is inactive")
     if not root:
         raise Problem("temporarily_unavailable", log="totp-qr-output-root is not set")
     name, seed = f"totp_qr_{secrets.token_hex(6)}.svg", new_totp_seed()
+    qr_code = draw_qr(totp_uri(seed, account.username, issuer_name))
     try:
-        write_below(
-            os.path.normpath(root), params.body.qr_output_path, name,
-            draw_qr(totp_uri(seed, account.username, issuer_name)),
-        )
+        write_below(root, params.body.qr_output_path, name, qr_code)
+    except ValueError as error:
+        reject(qr_output_path=str(error))
     except OSError as error:
         raise Problem("temporarily_unavailable", log=f"the QR file cannot be written: {error.strerror}") from None
     begin_totp(idp, params.caller, account, seed)
@@ -5035,14 +4900,14 @@ def admin_generate_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=Msg)
 def admin_confirm_totp(idp, claims, params):
-    """Put a new second factor in force by its first code; 403 where the code is wrong."""
+    """Enable a new second factor by its first code; 403 if the code is wrong."""
     confirm_totp(idp, params.caller, get_user(idp, params.path["id"]), params.body.code)
     return msg("Second factor enabled.")
 
 
 @ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg)
 def admin_verify_totp(idp, claims, params):
-    """The same, with the user in the body."""
+    """Enable a new second factor by its first code, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
     confirm_totp(idp, params.caller, get_user(idp, params.body.user_id), params.body.code)
     return msg("Second factor enabled.")
@@ -5050,14 +4915,14 @@ def admin_verify_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_totp(idp, claims, params):
-    """Take the second factor of a user away."""
+    """Disable the second factor of a user."""
     disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
 @ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
 def admin_disable_client_totp(idp, claims, params):
-    """The same; a second factor belongs to the user, so the client is only checked to demand one."""
+    """Disable the second factor of a user, if the client demands one; it is the user's at every client."""
     totp_issuer(idp, params.path["client_id"])
     disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
@@ -5070,43 +4935,43 @@ def role_object(role: Role) -> RoleObject:
     return RoleObject(role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active))
 
 
-declare(
-    Noun(
-        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=named("list_roles"), get=get_role,
+declare_resource(
+    Resource(
+        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=rows_by_name("list_roles"), get=get_role,
         create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
     ),
     "Create a role.",
-    "The roles by name, those matching `q`, a page at a time.",
-    "One role, by id or name.",
-    "The id of a role name.",
-    "Change what is sent of a role. Honours If-Match.",
-    "Delete a role; whoever had it logs in anew. Honours If-Match.",
+    "List the roles by name, filtered by `q`, a page at a time.",
+    "Return one role, by id or name.",
+    "Return the id of a role name.",
+    "Change the members of a role that are sent. Honours If-Match.",
+    "Delete a role, and end the logins of the users who had it. Honours If-Match.",
 )
 
 
 @ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_assign_role(idp, claims, params):
-    """Give a user a role."""
+    """Assign a role to a user."""
     assign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role assigned.")
 
 
 @ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
 def admin_unassign_role(idp, claims, params):
-    """Take a role from a user, and end what was issued with it."""
+    """Remove a role from a user, and end what was issued with it."""
     unassign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role unassigned.")
 
 
 @ADMIN("GET", "/roles/user/<id>", guard=by_admin, spec=OWN, gives=list[str])
 def admin_list_role_ids_of_user(idp, claims, params):
-    """The ids of the roles of a user."""
+    """List the ids of the roles of a user."""
     return [role.id for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
 
 
 @ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef])
 def admin_list_roles_of_user(idp, claims, params):
-    """The roles of a user, or with `all` every role there is."""
+    """List the roles of a user, or with `all` every active role."""
     user = get_user(idp, params.path["id"])
     roles = (
         [role for role in idp.store.list_roles()[0] if role.is_active]
@@ -5118,20 +4983,20 @@ def admin_list_roles_of_user(idp, claims, params):
 
 @ADMIN("PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg)
 def admin_set_roles(idp, claims, params):
-    """Give a user exactly these roles, all or none."""
-    wanted = params.body.roles if isinstance(params.body, SetRoles) else params.body
-    set_roles(idp, params.caller, params.path["id"], [role.id for role in wanted if role.id.strip()])
+    """Replace the roles of a user, all or none."""
+    roles = params.body.roles if isinstance(params.body, SetRoles) else params.body
+    set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
     return msg("Roles set.")
 
 
 @ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
 def admin_list_users_of_role(idp, claims, params):
-    """The users who have a role, a page at a time."""
+    """List the users who have a role, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 # -- permissions --
@@ -5141,16 +5006,16 @@ def name_ref(row: Permission) -> NameRef:
     return NameRef(row.id, row.name)
 
 
-declare(
-    Noun(
+declare_resource(
+    Resource(
         "permission", show=name_ref, gives=NameRef, query=ListNamed,
-        rows=named(             "list_permissions"         ), get=get_permission, create=create_permission,
+        rows=rows_by_name("list_permissions"), get=get_permission, create=create_permission,
         takes=CreatePermission, update=update_permission, changes=UpdatePermission, delete=delete_permission,
     ),
     "Create a permission.",
-    "The permissions by name, those matching `q`, a page at a time.",
-    "One permission, by id or name.",
-    "The id of a permission name.",
+    "List the permissions by name, filtered by `q`, a page at a time.",
+    "Return one permission, by id or name.",
+    "Return the id of a permission name.",
     "Rename a permission. Honours If-Match.",
     "Delete a permission. Honours If-Match.",
 )
@@ -5158,59 +5023,59 @@ declare(
 
 @ADMIN("GET", "/permissions/retrieve/all", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_retrieve_permissions(idp, claims, params):
-    """Every permission."""
+    """List every permission."""
     return [name_ref(row) for row in idp.store.list_permissions()[0]]
 
 
 @ADMIN("POST", "/permissions/assign", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_assign_permission_to(idp, claims, params):
-    """Give a role a permission; both in the body."""
+    """Assign a permission to a role, both named in the body."""
     assign_permission(idp, params.caller, params.body.role_id, params.body.permission_id)
     return msg("Permission assigned.")
 
 
 @ADMIN("POST", "/permissions/remove", guard=by_admin, spec=OWN, takes=PermissionMember, gives=Msg)
 def admin_remove_permission_from(idp, claims, params):
-    """Take a permission from a role; both in the body."""
+    """Remove a permission from a role, both named in the body."""
     remove_permission(idp, params.caller, params.body.role_id, params.body.permission_id)
     return msg("Permission removed.")
 
 
 @ADMIN("GET", ("/roles/<id>/permissions", "/permissions/retrieve/<id>"), guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_list_permissions_of_role(idp, claims, params):
-    """The permissions of a role."""
+    """List the permissions of a role."""
     return [name_ref(row) for row in idp.store.list_permissions_of_role(get_role(idp, params.path["id"]).id)]
 
 
 @ADMIN("POST", "/roles/<id>/permissions", guard=by_admin, spec=OWN, takes=AssignPermission, gives=Msg)
 def admin_assign_permission(idp, claims, params):
-    """Give a role a permission."""
+    """Assign a permission to a role."""
     assign_permission(idp, params.caller, params.path["id"], params.body.permission_id)
     return msg("Permission assigned.")
 
 
 @ADMIN("DELETE", "/roles/<id>/permissions/<permission_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_permission(idp, claims, params):
-    """Take a permission from a role."""
+    """Remove a permission from a role."""
     remove_permission(idp, params.caller, params.path["id"], params.path["permission_id"])
     return msg("Permission removed.")
 
 
 @ADMIN("GET", "/permissions/user/<id>", guard=by_admin, spec=OWN, gives=list[NameRef])
 def admin_list_permissions_of_user(idp, claims, params):
-    """What a user may do, by all its roles."""
+    """List the permissions that a user has by its roles."""
     return [name_ref(row) for row in idp.store.list_permissions_of_user(get_user(idp, params.path["id"]).id)]
 
 
 @ADMIN("GET", "/permissions/<id>/roles", guard=by_admin, spec=OWN, gives=list[RoleObject])
 def admin_list_roles_with_permission(idp, claims, params):
-    """The roles that have a permission."""
+    """List the roles that have a permission."""
     return [role_object(role) for role in idp.store.list_roles_with(get_permission(idp, params.path["id"]).id)]
 
 
 @ADMIN("POST", "/check-access", guard=by_admin, spec=OWN, takes=CheckAccess, gives=AccessVerdict)
 def admin_check_access(idp, claims, params):
-    """May this user do this? What is unknown may not."""
+    """Tell whether a user has a permission or may be granted a scope; no, if either is unknown."""
     return check_access(idp, params.body)
 
 
@@ -5224,23 +5089,23 @@ def scope_object(scope: Scope) -> ScopeObject:
     )
 
 
-declare(
-    Noun(
-        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=named("list_scopes"), get=get_scope,
+declare_resource(
+    Resource(
+        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=rows_by_name("list_scopes"), get=get_scope,
         create=create_scope, takes=CreateScope, update=update_scope, changes=UpdateScope, delete=delete_scope,
     ),
     "Create a scope.",
-    "The scopes by name, those matching `q`, a page at a time.",
-    "One scope, by id or name.",
-    "The id of a scope name.",
-    "Change what is sent of a scope; a protected one keeps its name. Honours If-Match.",
+    "List the scopes by name, filtered by `q`, a page at a time.",
+    "Return one scope, by id or name.",
+    "Return the id of a scope name.",
+    "Change the members of a scope that are sent; a protected one keeps its name. Honours If-Match.",
     "Delete a scope. Honours If-Match.",
 )
 
 
 @ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
 def admin_list_scopes_of_user(idp, claims, params):
-    """The scopes a user may be granted."""
+    """List the scopes that a user may be granted."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
 
 
@@ -5253,14 +5118,14 @@ def admin_assign_scopes_to_user(idp, claims, params):
 
 @ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_user(idp, claims, params):
-    """Take a scope from a user."""
+    """Remove a scope from a user."""
     remove_scope(idp, params.caller, get_user(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
 @ADMIN("GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
 def admin_list_scopes_of_client(idp, claims, params):
-    """The scopes a client may ask for."""
+    """List the scopes that a client may request."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
 
 
@@ -5273,16 +5138,16 @@ def admin_assign_scopes_to_client(idp, claims, params):
 
 @ADMIN("DELETE", "/clients/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_remove_scope_from_client(idp, claims, params):
-    """Take a scope from a client."""
+    """Remove a scope from a client."""
     remove_scope(idp, params.caller, get_client(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
-def holder_of(idp, wanted: ScopeMember) -> Client | Account:
-    """Return the user or client a body names. Raises invalid_request where it names none or both."""
-    if bool(wanted.user_id) == bool(wanted.client_id):
+def holder_of(idp, member: ScopeMember) -> Client | Account:
+    """Return the user or client that a body names. Raises invalid_request if it names none or both."""
+    if bool(member.user_id) == bool(member.client_id):
         reject(user_id="is required, or client_id")
-    return get_user(idp, wanted.user_id) if wanted.user_id else get_client(idp, wanted.client_id)
+    return get_user(idp, member.user_id) if member.user_id else get_client(idp, member.client_id)
 
 
 @ADMIN(
@@ -5290,7 +5155,7 @@ def holder_of(idp, wanted: ScopeMember) -> Client | Account:
     takes=ScopeMember, gives=Msg,
 )
 def admin_assign_scope_to(idp, claims, params):
-    """Assign one scope; who gets it is in the body."""
+    """Assign one scope to the user or client in the body."""
     assign_scopes(idp, params.caller, holder_of(idp, params.body), [params.body.scope_id])
     return msg("Scope assigned.")
 
@@ -5300,19 +5165,19 @@ def admin_assign_scope_to(idp, claims, params):
     takes=ScopeMember, gives=Msg,
 )
 def admin_remove_scope_from(idp, claims, params):
-    """Take one scope away; from whom is in the body."""
+    """Remove one scope from the user or client in the body."""
     remove_scope(idp, params.caller, holder_of(idp, params.body), params.body.scope_id)
     return msg("Scope removed.")
 
 
 @ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
 def admin_list_users_with_scope(idp, claims, params):
-    """The users who may be granted a scope, a page at a time."""
+    """List the users who may be granted a scope, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return listed(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, [user_object(row) for row in rows], total)
 
 
 def client_object(client: Client, secret="") -> ClientObject:
@@ -5326,11 +5191,11 @@ def client_object(client: Client, secret="") -> ClientObject:
 
 @ADMIN("GET", "/scopes/<id>/clients", guard=by_admin, spec=OWN, query=Paged, gives=list[ClientObject])
 def admin_list_clients_with_scope(idp, claims, params):
-    """The clients that may ask for a scope, a page at a time."""
+    """List the clients that may request a scope, a page at a time."""
     rows, total = idp.store.list_clients(
         scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
     )
-    return listed(params, [client_object(get_client(idp, row.id)) for row in rows], total)
+    return paged_reply(params, [client_object(get_client(idp, row.id)) for row in rows], total)
 
 
 # -- clients --
@@ -5343,21 +5208,21 @@ def rows_of_clients(idp: Idp, query) -> tuple[list, int]:
 
 @ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
-    """Register a client; a secret that was made is in this answer and never again."""
+    """Register a client; only this answer shows a secret that was made for it."""
     return client_object(*create_client(idp, params.caller, params.body))
 
 
-declare(
-    Noun(
+declare_resource(
+    Resource(
         "client", show=client_object, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
         update=update_client, changes=UpdateClient, delete=delete_client,
     ),
-    "The clients by display name, those matching `q`, a page at a time.",
-    "One client, by id or client_id.",
-    "The internal id of a client_id.",
-    "Change what is sent of a client; switched off, renamed or given another audience it loses what it holds. "
+    "List the clients by display name, filtered by `q`, a page at a time.",
+    "Return one client, by id or client_id.",
+    "Return the internal id of a client_id.",
+    "Change the members of a client that are sent; a new client_id or audience, or deactivation, ends its tokens. "
     "Honours If-Match.",
-    "Delete a client, by id or client_id, and end what it holds. Honours If-Match.",
+    "Delete a client, and end its tokens and logins. Honours If-Match.",
 )
 
 
@@ -5365,19 +5230,19 @@ declare(
 def admin_revoke_client(idp, claims, params):
     """End every token and login of a client."""
     with idp.store.transaction(identity=True):
-        end_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
+        revoke_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
 
 
 @ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)
 def admin_change_secret(idp, claims, params):
-    """Give a client a new secret: the message is the secret. The one before lives on for `overlap_seconds`."""
+    """Set or make a new secret and return it as the message; the old one is valid for `overlap_seconds` more."""
     return msg(change_secret(idp, params.caller, params.body))
 
 
 @ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec=OWN, gives=list[SecretObject])
 def admin_list_secrets(idp, claims, params):
-    """The secrets of a client that live, newest first; never the secrets themselves."""
+    """List the valid secrets of a client, newest first, without the secrets themselves."""
     rows = idp.store.list_secrets(get_client(idp, params.path["id"]).row.id, idp.now())
     return [
         SecretObject(row.id, iso(row.created_at), None if row.expires_at == FOREVER else iso(row.expires_at))
@@ -5387,7 +5252,7 @@ def admin_list_secrets(idp, claims, params):
 
 @ADMIN("DELETE", "/clients/<id>/secrets/<secret_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_secret(idp, claims, params):
-    """End one secret of a client."""
+    """Delete one secret of a client."""
     delete_secret(idp, params.caller, params.path["id"], params.path["secret_id"])
     return msg("Secret deleted.")
 
@@ -5401,14 +5266,14 @@ def uri_object(row: ClientUri) -> UriObject:
 
 @ADMIN("DELETE", "/clients/redirect-uris", guard=by_admin, spec=OWN, takes=str, gives=Msg)
 def admin_delete_redirect_uri_by_body(idp, claims, params):
-    """Take a redirect URI from a client, by the id of its record, a JSON string."""
+    """Remove a redirect URI from a client, by the id of its record, a JSON string."""
     delete_uri(idp, params.caller, params.body.strip(), "redirect")
     return msg("Redirect URI removed.")
 
 
 @ADMIN("DELETE", "/clients/redirect-uris/<record_id>", guard=by_admin, spec=OWN, gives=Msg)
 def admin_delete_redirect_uri_by_id(idp, claims, params):
-    """The same, with the id in the path."""
+    """Remove a redirect URI from a client, by the id of its record in the path."""
     delete_uri(idp, params.caller, params.path["record_id"], "redirect")
     return msg("Redirect URI removed.")
 
@@ -5440,21 +5305,21 @@ def declare_uris(path: str, kind: str, *sentences: str):
 
 declare_uris(
     "redirect-uris", "redirect",
-    "Give a client a redirect URI: a JSON string, or an object with `uri`.",
-    "The redirect URIs of a client.",
-    "Take a redirect URI from a client.",
+    "Add a redirect URI to a client: a JSON string, or an object with `uri`.",
+    "List the redirect URIs of a client.",
+    "Remove a redirect URI from a client.",
 )
 declare_uris(
     "post-logout-redirect-uris", "post_logout",
-    "Give a client a post-logout redirect URI: a JSON string, or an object with `uri`.",
-    "The post-logout redirect URIs of a client.",
-    "Take a post-logout redirect URI from a client.",
+    "Add a post-logout redirect URI to a client: a JSON string, or an object with `uri`.",
+    "List the post-logout redirect URIs of a client.",
+    "Remove a post-logout redirect URI from a client.",
 )
 declare_uris(
     "cors-origins", "cors_origin",
-    "Give a public client an origin a browser may call from: a JSON string, or an object with `uri`.",
-    "The origins a browser may call from for a client.",
-    "Take an origin from a client.",
+    "Add a CORS origin to a public client: a JSON string, or an object with `uri`.",
+    "List the CORS origins of a client.",
+    "Remove a CORS origin from a client.",
 )
 
 
@@ -5463,12 +5328,12 @@ declare_uris(
 
 @ADMIN("GET", "/clients/<id>/options", guard=by_admin, spec=OWN, gives=dict[str, FlagObject])
 def admin_list_flags(idp, claims, params):
-    """Every feature flag of a client, with its option."""
+    """List the feature flags of a client, each with its option."""
     return list_flags(idp, params.path["id"])
 
 
 def client_of(params) -> str:
-    """Return the client a flag is asked of: of the body or of the query. Raises invalid_request."""
+    """Return the client_id of the body or of the query. Raises invalid_request."""
     client_id = (params.body.client_id if params.body else "") or params.query.client_id
     if not client_id.strip():
         reject(client_id="is required")
@@ -5480,18 +5345,18 @@ def client_of(params) -> str:
     query=OfClient, gives=Msg,
 )
 def admin_set_flag(idp, claims, params):
-    """Switch a feature of a client: form or JSON."""
-    wanted = params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled
-    if wanted is UNSET or (isinstance(wanted, str) and wanted.lower() not in ("true", "false")):
+    """Set a feature flag of a client, sent as form or JSON."""
+    enabled = str(params.body.is_enabled if params.body.enabled is UNSET else params.body.enabled).lower()
+    if enabled not in ("true", "false"):
         reject(enabled="must be true or false")
     flag = check_flag(params.path["flag"])
-    set_flag(idp, params.caller, client_of(params), flag, wanted in (True, "true") or str(wanted).lower() == "true")
+    set_flag(idp, params.caller, client_of(params), flag, enabled == "true")
     return msg(f"{flag} set.")
 
 
 @ADMIN("GET", "/client/options/<flag>", guard=by_admin, spec=OWN, query=OfClient, gives=Msg)
 def admin_get_flag(idp, claims, params):
-    """Tell whether a feature is on: the message is True or False."""
+    """Return a feature flag of a client: the message is True or False."""
     return msg(str(list_flags(idp, client_of(params))[check_flag(params.path["flag"])].is_enabled))
 
 
@@ -5500,14 +5365,14 @@ def admin_get_flag(idp, claims, params):
     media=(JSON, FORM), query=OfClient, gives=Msg,
 )
 def admin_set_flag_option(idp, claims, params):
-    """Set the option of a feature: form or JSON."""
+    """Set the option of a feature flag, sent as form or JSON."""
     set_flag_option(idp, params.caller, client_of(params), params.path["flag"], params.body.options)
     return msg("Option set.")
 
 
 @ADMIN("GET", "/client/options/<flag>/ext", guard=by_admin, spec=OWN, query=OfClient, gives=Msg)
 def admin_get_flag_option(idp, claims, params):
-    """The option of a feature is the message, empty where it is not set."""
+    """Return the option of a feature flag as the message, empty if it is not set."""
     flag = check_flag(params.path["flag"])
     if not FLAGS[flag]:
         reject(flag="takes no option")
@@ -5526,7 +5391,7 @@ def idp_object(row: ExternalIdp) -> IdpObject:
 
 @ADMIN("GET", ("/clients/<id>/idp", "/admin/clients/<id>/idp"), guard=by_admin, spec=OWN, gives=list[IdpObject])
 def admin_list_idps(idp, claims, params):
-    """The external identity providers of a client."""
+    """List the external identity providers of a client."""
     return [idp_object(row) for row in idp.store.list_idps(get_client(idp, params.path["id"]).row.id)]
 
 
@@ -5544,7 +5409,7 @@ def admin_add_idp(idp, claims, params):
     spec=OWN, gives=IdpObject,
 )
 def admin_get_idp(idp, claims, params):
-    """One external identity provider of a client."""
+    """Return one external identity provider of a client."""
     row = idp.store.find_idp(get_client(idp, params.path["id"]).row.id, params.path["idp_id"])
     if row is None:
         raise Problem("not_found")
@@ -5575,42 +5440,42 @@ def admin_delete_idp(idp, claims, params):
 
 @ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionObject])
 def admin_list_sessions(idp, claims, params):
-    """The sessions, newest first, of one user or client where asked, a page at a time."""
+    """List the sessions, newest first, filtered by user or client, a page at a time."""
     query = params.query
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
     rows, total = idp.store.list_sessions(user_id, client_id, None, query.sort, query.limit, query.offset)
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
 def admin_get_session(idp, claims, params):
-    """One session, by the jti of its token."""
+    """Return one session, by the jti of its token."""
     return session_object(get_session(idp, params.path["jti"]))
 
 
 @ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionObject])
 def admin_list_sessions_of_user(idp, claims, params):
-    """The sessions of a user, newest first, a page at a time."""
+    """List the sessions of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
     rows, total = (
         idp.store.list_sessions(user_id=user.id, limit=params.query.limit, offset=params.query.offset)
         if user
         else ([], 0)
     )
-    return listed(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_object(row) for row in rows], total)
 
 
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
 def admin_revoke_session(idp, claims, params):
-    """End a session, and the login it belongs to."""
+    """End a session, and the login that it belongs to."""
     session = revoke_session(idp, params.caller, params.path["jti"])
     return Revoked(session.id, "revoked", "Session revoked.")
 
 
 @ADMIN("POST", ("/sessions/purge", "/tokens/purge"), guard=by_admin, spec=OWN, takes=PurgeTokens, gives=Msg)
 def admin_purge_sessions(idp, claims, params):
-    """Delete the rows of sessions that expired long enough ago; under the second path of refresh tokens too."""
+    """Delete the rows of sessions that expired long enough ago; under /tokens/purge of refresh tokens too."""
     kinds = ("session", "refresh_token") if params.environ["PATH_INFO"] == "/tokens/purge" else ("session",)
     count = purge_tokens(idp, params.caller, params.body, kinds, sleep)
     return msg(f"{count} rows purged.")
@@ -5621,14 +5486,14 @@ def admin_purge_sessions(idp, claims, params):
     option="enable_token_revocation",
 )
 def admin_revoke_token(idp, claims, params):
-    """End any token of this server, access, ADMIN or refresh: form or JSON."""
+    """Revoke any token of this server (access, ADMIN or refresh), sent as form or JSON."""
     revoke_any_token(idp, params.caller, params.body.token)
     return msg("Token revoked.")
 
 
 @ADMIN("POST", "/introspect", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
-    """The claims of an AUTH token, an expired one too, with `valid`, `expired` and `active`: form or JSON."""
+    """Return the claims and the state of an AUTH token, even an expired one, sent as form or JSON."""
     found = describe_token(idp, params.body.token)
     audit(idp, params.caller, "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
     return found
@@ -5639,14 +5504,14 @@ def admin_introspect(idp, claims, params):
     option="enable_token_refresh",
 )
 def admin_list_refresh_tokens(idp, claims, params):
-    """The refresh tokens, newest first, a page at a time; never the tokens themselves."""
+    """List the refresh tokens, newest first, a page at a time, without the tokens themselves."""
     rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("GET", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=RefreshTokenObject, option="enable_token_refresh")
 def admin_get_refresh_token(idp, claims, params):
-    """One refresh token, by the id of its row."""
+    """Return one refresh token, by the id of its row."""
     row = idp.store.find_refresh_token_by_id(params.path["id"])
     if row is None:
         raise Problem("not_found")
@@ -5658,19 +5523,19 @@ def admin_get_refresh_token(idp, claims, params):
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def admin_list_refresh_tokens_of_user(idp, claims, params):
-    """The refresh tokens of a user, newest first, a page at a time."""
+    """List the refresh tokens of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
     rows, total = (
         idp.store.list_refresh_tokens(user.id, limit=params.query.limit, offset=params.query.offset)
         if user
         else ([], 0)
     )
-    return listed(params, [refresh_token_object(row) for row in rows], total)
+    return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
 @ADMIN("DELETE", "/refresh-tokens/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_token_refresh")
 def admin_revoke_refresh_token(idp, claims, params):
-    """End a refresh token and the login it belongs to."""
+    """Revoke a refresh token, and the login that it belongs to."""
     revoke_refresh_token(idp, params.caller, params.path["id"])
     return msg("Refresh token revoked.")
 
@@ -5705,22 +5570,21 @@ def read_moment(value, member, default) -> int:
 
 @ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])
 def admin_list_audit(idp, claims, params):
-    """Audit rows, newest first; with `after` those that came since, oldest first."""
+    """List audit rows, newest first; with `after` the rows that follow it, oldest first."""
     query = params.query
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
-    wanted = (
+    filters = (
         query.userId or query.user_id, query.target, read_moment(query.since, "since", 0),
         read_moment(query.until, "until", FOREVER),
     )
-    rows = [
-        audit_object(row) for row in idp.store.list_audit(query.action, query.limit, *wanted, query.after, query.offset)
-    ]
-    return rows if query.after is not None else listed(params, rows, idp.store.count_audit(query.action, *wanted))
+    found = idp.store.list_audit(query.action, query.limit, *filters, query.after, query.offset)
+    rows = [audit_object(row) for row in found]
+    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(query.action, *filters))
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
 def admin_verify_audit(idp, claims, params):
-    """Walk the hash chain of the whole audit log, and tell whether a row was altered or is missing."""
+    """Verify the hash chain of the audit log: tell whether a row was altered or is missing."""
     return AuditVerdict(**idp.store.verify_audit())
 
 
@@ -5729,7 +5593,7 @@ def admin_verify_audit(idp, claims, params):
     gives_media="application/x-ndjson",
 )
 def admin_export_audit(idp, claims, params):
-    """The audit log as JSON lines, oldest first, from `after` on; X-Next-After where there is more."""
+    """Return the audit log as JSON lines, oldest first, from `after` on; X-Next-After if there is more."""
     query = params.query
     rows = idp.store.list_audit(limit=query.limit, after=query.after)
     more = [("X-Next-After", str(rows[-1].seq))] if len(rows) == query.limit else []
@@ -5738,7 +5602,7 @@ def admin_export_audit(idp, claims, params):
 
 @ADMIN("GET", "/audit-logs/<id>", guard=by_admin, spec=OWN, gives=AuditObject)
 def admin_get_audit(idp, claims, params):
-    """One audit row."""
+    """Return one audit row."""
     row = idp.store.find_audit(int(params.path["id"])) if re.fullmatch(r"[0-9]{1,15}", params.path["id"]) else None
     if row is None:
         raise Problem("not_found")
@@ -5747,19 +5611,17 @@ def admin_get_audit(idp, claims, params):
 
 @ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg)
 def admin_purge_audit(idp, claims, params):
-    """Delete the audit rows older than some days, which is itself written down."""
+    """Delete the audit rows older than some days; the deletion is itself audited."""
     count = purge_audit_log(idp, params.caller, params.body.older_than_days, sleep)
     return msg(f"{count} rows purged.")
 
 
-# -- description --
+# -- backup and description --
 
 
 @ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject)
 def admin_make_backup(idp, claims, params):
-    """Make a backup of everything in `backup-folder`, encrypted as the database is and read through; 404 where none is
-    set.
-    """
+    """Write a backup to `backup-folder`, encrypted like the database, and verify it; 404 if none is set."""
     with idp.hasher.gate.blocking():
         return idp.machine.make_backup(idp, params.caller, params.body.without_keys)
 
@@ -5769,14 +5631,14 @@ def admin_make_backup(idp, claims, params):
     gives_media="application/octet-stream",
 )
 def admin_read_backup(idp, claims, params):
-    """A backup, a mebibyte at a time, from `offset` on; X-Next-Offset where there is more."""
+    """Return a mebibyte of a backup, from `offset` on; X-Next-Offset if there is more."""
     piece, following = idp.machine.read_backup_piece(idp, params.path["name"], params.query.offset)
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 
 @ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg)
 def admin_delete_backup(idp, claims, params):
-    """Remove a backup from `backup-folder`."""
+    """Delete a backup from `backup-folder`."""
     idp.machine.delete_backup(idp, params.caller, params.path["name"])
     return msg("Backup deleted.")
 
@@ -5786,8 +5648,8 @@ def admin_delete_backup(idp, claims, params):
     option="enable_admin_swagger", tagged=True,
 )
 def admin_openapi(idp, params):
-    """What this port serves, made from the declarations of its routes."""
-    return prebuilt(idp, "admin_openapi", lambda: ENCODE(describe_port(idp, ADMIN)))
+    """Return the OpenAPI description of this port."""
+    return cached_page(idp, "admin_openapi", lambda: ENCODE(describe_port(idp, ADMIN)))
 
 
 @ADMIN(
@@ -5795,7 +5657,7 @@ def admin_openapi(idp, params):
     option="enable_admin_swagger",
 )
 def admin_swagger(idp, params):
-    """The description, to be read in a browser."""
+    """Show the API description in a browser."""
     return swagger_file("index.html")
 
 
@@ -5804,7 +5666,7 @@ def admin_swagger(idp, params):
     option="enable_admin_swagger",
 )
 def admin_swagger_script(idp, params):
-    """The viewer of that page."""
+    """Return the script of that page."""
     return swagger_file("rapidoc-min.js")
 
 

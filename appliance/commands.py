@@ -20,7 +20,7 @@ from appliance.base.hashing import Hasher
 from appliance.base.keys import make_key
 from appliance.base.objects import iso
 from microauthd import (
-    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_step,
+    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_time_step,
     totp_uri,
 )
 from appliance.processes import serve
@@ -107,7 +107,7 @@ def selftest() -> int:
         seed = new_totp_seed()
         import pyotp
 
-        if totp_step(seed, pyotp.TOTP(seed).at(1000), 1000) is None:
+        if totp_time_step(seed, pyotp.TOTP(seed).at(1000), 1000) is None:
             raise ValueError("wrong verdict")
         segno.make(totp_uri(seed, "selftest", "microauthd"))
         return "TOTP, QR"

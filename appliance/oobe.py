@@ -570,7 +570,7 @@ def ask_second_factor(prompter, username):
 
     def check(answer):
         answer = answer.replace(" ", "")
-        if answer and microauthd.totp_step(seed, answer, int(time.time())) is None:
+        if answer and microauthd.totp_time_step(seed, answer, int(time.time())) is None:
             raise ValueError("that is not the code of this moment; empty goes on without")
         return answer
 

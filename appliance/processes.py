@@ -26,7 +26,7 @@ from appliance.base.log import Log
 from appliance.base.files import file_fingerprint
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
-from appliance.base.keys import next_due, read_ring
+from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import Limits, Server, listen, tls_context
 from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, restrict_hosts, build_app, ring_files
 from appliance.backup import MACHINE
@@ -181,8 +181,8 @@ class ServerProcess:
             idp = Idp(options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, MACHINE)
             # A ring file that changed since it was read has another fingerprint: the first request reads it again.
             entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
-            idp.ring_files = {
-                port_name: (startup.ring_marks[port_name], next_due(entries[port_name], options.key_overlap))
+            idp.ring_versions = {
+                port_name: (startup.ring_marks[port_name], next_promotion_at(entries[port_name], options.key_overlap))
                 for port_name in entries
             }
             app = build_app(idp, routes)

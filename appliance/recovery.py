@@ -23,11 +23,11 @@ from appliance.base.settings import OPTION_NAMES, Options, parse_config, write_c
 from appliance.base.files import sync_directory, write_beside, write_durably
 from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
-from appliance.base.keys import Key, alg_of, hold_ring, make_key, promote, read_ring, replace_keys, write_ring
+from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client, create_scope, create_user, enable_totp,
-    end_user, fold, hash_secret, normalise, random_handle, reject, ring_files,
+    fold, hash_secret, normalise, random_handle, reject, revoke_user, ring_files,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
@@ -492,7 +492,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
         staged = {name: final + ".setup" for name, final in finals.items()}
         with hold_database(options.db_file), contextlib.ExitStack() as ring_locks:
             for path, _, _ in ring_files(options).values():
-                ring_locks.enter_context(hold_ring(path))
+                ring_locks.enter_context(lock_ring(path))
             write_durably(
                 journal_of(config),
                 msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
@@ -578,7 +578,7 @@ def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
             rings = {}
             for port_name in ports:
                 path, passphrase, _ = ring_files(options)[port_name]
-                locks.enter_context(hold_ring(path))
+                locks.enter_context(lock_ring(path))
                 entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
                 signing = {alg_of(entry) for entry in entries if entry.state == "active"}
                 rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
@@ -627,7 +627,7 @@ def revoke_key(options: Options, kid: str) -> str:
     idp = open_idp(options)
     try:
         for port_name, (path, passphrase, _) in ring_files(options).items():
-            with hold_ring(path):
+            with lock_ring(path):
                 entries = read_ring(path, passphrase)
                 if not clock_problem(idp):
                     entries = promote(entries, idp.now(), options.key_overlap)
@@ -665,7 +665,7 @@ def accept_clock(options: Options) -> dict:
             idp.store.put_meta("clock_accepted", uuid.uuid4())
             audit(idp, LOCAL.acting_as("machine"), "clock_accepted", "", f"ended={ended}")
         for path, passphrase, _ in ring_files(options).values():
-            with hold_ring(path):
+            with lock_ring(path):
                 entries = read_ring(path, passphrase)
                 if any(entry.since > now for entry in entries):  # a later time, which a next key would wait for
                     write_durably(
@@ -704,7 +704,7 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
             idp.store.assign_role(account.id, MAD_ADMIN_ROLE_ID, idp.now())
             if drop_totp:
                 idp.store.clear_totp(account.id, idp.now())
-            end_user(
+            revoke_user(
                 idp, LOCAL.acting_as(
                     "machine"
                 ), account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")

@@ -15,7 +15,7 @@ from appliance.base.settings import OPTIONS
 from appliance.base.files import write_durably
 from appliance.base.database import Unavailable
 from appliance.base.store import SLICE
-from appliance.base.keys import hold_ring, promote, read_ring, write_ring
+from appliance.base.keys import lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
 from microauthd import HERE, ID_TOKEN_TTL, Idp, LOCAL, Problem, VERSION, audit, purge_audit_log, ring_files
 
@@ -81,7 +81,7 @@ def note_configuration(idp: Idp):
 def advance_key_states(idp: Idp):
     """Bring the ring files up to date: promote a next key that is due, drop a retired one whose tokens have expired."""
     options, now = idp.options, idp.now()
-    if not idp.ring_files or not idp.check_clock():
+    if not idp.ring_versions or not idp.check_clock():
         return
     lives = [
         options.token_expiration, ID_TOKEN_TTL,
@@ -89,7 +89,7 @@ def advance_key_states(idp: Idp):
     ]
     for port_name, (path, passphrase, _) in ring_files(options).items():
         longest = max(lives) if port_name == "auth" else options.admin_token_expiration
-        with hold_ring(path):
+        with lock_ring(path):
             before = read_ring(path, passphrase)
             after = [
                 entry

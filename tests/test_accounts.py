@@ -525,7 +525,7 @@ class TestSecondFactor:
         codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
         proven = idp.now_ms()
         clock.pass_(1)
-        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "x")
+        m.revoke_user(idp, m.LOCAL.acting_as("t"), alice.id, "x")
         with pytest.raises(m.Problem):
             m.check_second_factor(idp, PEER, alice.id, proven, codes[0])
         assert idp.store.count_recovery_codes(alice.id) == 10
@@ -542,7 +542,7 @@ class TestThrottle:
 
     def test_a_full_gate_says_so_and_lets_the_remembered_through(self, idp, alice, clock):
         m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
-        idp.hasher.gate.places = 0
+        idp.hasher.gate.capacity = 0
         assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
         with pytest.raises(m.Problem) as caught:
             m.authenticate_user(idp, m.LOCAL, "alice", "wrong wrong")
@@ -550,7 +550,7 @@ class TestThrottle:
 
     def test_logins_of_a_peer_that_holds_half_the_gate_are_told_to_come_back(self, idp, alice):
         gate = idp.hasher.gate
-        gate.taken, gate.of["192.0.2.1"] = gate.places // 2, 1
+        gate.in_use, gate.per_peer["192.0.2.1"] = gate.capacity // 2, 1
         with pytest.raises(m.Problem) as caught:
             m.authenticate_user(idp, m.Caller("192.0.2.1", is_local=False), "alice", PASSWORD)
         assert caught.value.code == "slow_down"

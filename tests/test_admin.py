@@ -75,7 +75,7 @@ class TestToken:
         def slowly(*words, **more):
             found = authenticate(*words, **more)
             clock.pass_(1)
-            m.end_user(idp, m.LOCAL.acting_as("test"), root.id, "reset")
+            m.revoke_user(idp, m.LOCAL.acting_as("test"), root.id, "reset")
             clock.pass_(1)
             return found
 

@@ -56,7 +56,7 @@ class TestAuditRows:
             broken.setattr(idp.store, "append_audit", fail)
             with contextlib.suppress(Unavailable):
                 if act == "user":
-                    m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "user_revoked")
+                    m.revoke_user(idp, m.LOCAL.acting_as("t"), alice.id, "user_revoked")
                 else:
                     auth.post("/revoke", {"token": issued[f"{act}_token"]}, auth=service)
         for name in ("access_token", "refresh_token"):

@@ -536,9 +536,9 @@ class TestKeySet:
         """A thread that read the old ring answers once with it, and leaves it nowhere."""
 
         def make():
-            idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what follow_rings does, in the middle
+            idp.rings["auth"] = m.KeyRing([make_key("ES256", 2048, 0)])  # what reload_rings does, in the middle
             idp.answers = {}
             return b"of before"
 
-        assert m.prebuilt(idp, "jwks", make).content == b"of before"
-        assert m.prebuilt(idp, "jwks", idp.auth_ring.jwks).content == idp.auth_ring.jwks()
+        assert m.cached_page(idp, "jwks", make).content == b"of before"
+        assert m.cached_page(idp, "jwks", idp.auth_ring.jwks).content == idp.auth_ring.jwks()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
-from appliance.base.hashing import Argon2Memory, Turns
+from appliance.base.hashing import Argon2Memory, NameLocks
 from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser
 
 MACHINE = {"grant_type": "client_credentials"}
@@ -630,7 +630,7 @@ class TestCrowd:
         """From one peer, under a hundred names, as fast as it can."""
         come([("nobody", "wrong")], "192.0.2.1")
         heard, hashes = come([(f"nobody{number}", "wrong") for number in range(100)], "192.0.2.1")
-        few = idp.hasher.gate.few // 2
+        few = idp.hasher.gate.blamed_capacity // 2
         assert heard[BUSY] >= 100 - 2 * few and few <= hashes < 100
         assert come([service], "192.0.2.2")[0] == {"welcome": 1}
 
@@ -638,8 +638,8 @@ class TestCrowd:
         """Each of them would hold a thread for a hash of its own."""
         come([("service", "wrong")])
         heard, hashes = come([("service", "wrong")] * 100)
-        assert heard[BUSY] >= 50 and hashes <= 1 + Turns.WAITERS
-        assert not idp.hasher.turns.names and not idp.hasher.gate.taken
+        assert heard[BUSY] >= 50 and hashes <= 1 + NameLocks.MAX_WAITERS
+        assert not idp.hasher.name_locks.names and not idp.hasher.gate.in_use
 
     @pytest.mark.parametrize("client_id", ["service", "nobody"])
     def test_an_unknown_client_waits_and_hears_as_a_known_one(self, come, service, client_id):
@@ -648,15 +648,15 @@ class TestCrowd:
 
     def test_who_would_wait_too_long_hears_that_the_server_is_busy(self, idp, auth, service):
         gate = idp.hasher.gate
-        gate.seconds, gate.of["192.0.2.7"] = 6.0 * gate.running, 2
+        gate.mean_seconds, gate.per_peer["192.0.2.7"] = 6.0 * gate.max_running, 2
         answer = auth.post("/token", MACHINE, auth=service)
         assert (answer.status, answer.json["error_description"]) == (429, BUSY), "two before it, six seconds each"
         assert answer.headers["retry-after"] == "10"
-        gate.of["192.0.2.7"] = 1
+        gate.per_peer["192.0.2.7"] = 1
         assert auth.post("/token", MACHINE, auth=service).status == 200
 
     def test_busy_is_said_as_such(self, idp, auth, service):
-        idp.hasher.gate.places = 0
+        idp.hasher.gate.capacity = 0
         answer = auth.post("/token", MACHINE, auth=service)
         assert (answer.status, answer.json) == (429, {"error": "slow_down", "error_description": BUSY})
         assert int(answer.headers["retry-after"]) >= 1

@@ -142,7 +142,7 @@ class TestTokenAnswer:
             if meanwhile == "password reset":
                 idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
             if meanwhile in ("password reset", "logged out everywhere"):
-                m.end_user(idp, m.LOCAL.acting_as("root"), alice.id, "reset")
+                m.revoke_user(idp, m.LOCAL.acting_as("root"), alice.id, "reset")
             clock.pass_(1)
             return granted
 

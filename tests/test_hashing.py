@@ -17,7 +17,9 @@ from argon2.low_level import Type, hash_secret_raw
 from conftest import CHEAP, PASSWORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from appliance.base.hashing import BLAMED_FOR, LONGEST_WAIT, Argon2Memory, Busy, Digests, HashGate, Hasher, Turn, Turns
+from appliance.base.hashing import (
+    BLAME_SECONDS, MAX_WAIT, Argon2Memory, Busy, HashGate, Hasher, NameLock, NameLocks, VerifiedSecrets,
+)
 from appliance.base.settings import Options
 
 
@@ -168,7 +170,7 @@ class TestGate:
         gate, entered, leave = HashGate(1, 2), threading.Semaphore(0), threading.Event()
 
         def stay():
-            with gate.place():
+            with gate.slot():
                 entered.release()
                 leave.wait(5)
 
@@ -177,20 +179,20 @@ class TestGate:
             thread.start()
         for _ in threads:
             entered.acquire(timeout=5)
-        with pytest.raises(Busy) as caught, gate.place():
+        with pytest.raises(Busy) as caught, gate.slot():
             pass
         assert is_slow_down(caught)
         leave.set()
         for thread in threads:
             thread.join()
-        with gate.place():
+        with gate.slot():
             pass
 
     def test_the_second_half_is_for_peers_that_hold_none(self):
         gate, entered, leave = HashGate(1, 7), threading.Semaphore(0), threading.Event()
 
         def stay():
-            with gate.place("192.0.2.1"):
+            with gate.slot("192.0.2.1"):
                 entered.release()
                 leave.wait(5)
 
@@ -199,27 +201,27 @@ class TestGate:
             thread.start()
         for _ in threads:
             entered.acquire(timeout=5)
-        with pytest.raises(Busy) as caught, gate.place("192.0.2.1"):
+        with pytest.raises(Busy) as caught, gate.slot("192.0.2.1"):
             pass
         assert is_slow_down(caught)
-        with gate.place("192.0.2.2"):
+        with gate.slot("192.0.2.2"):
             pass
         leave.set()
         for thread in threads:
             thread.join()
-        assert not gate.of and not gate.taken
+        assert not gate.per_peer and not gate.in_use
 
     def test_a_thread_needs_one_place_only(self):
         gate = HashGate(1, 0)
-        with gate.place(), gate.place(), gate.place():
+        with gate.slot(), gate.slot(), gate.slot():
             pass
-        with gate.place():
+        with gate.slot():
             pass
 
     def test_a_failure_gives_the_place_back(self, hasher):
         hasher.gate = HashGate(1, 0)
         for _ in range(3):
-            with pytest.raises(ZeroDivisionError), hasher.gate.place():
+            with pytest.raises(ZeroDivisionError), hasher.gate.slot():
                 1 / 0
         assert hasher.verify(hasher.hash("x"), "x")
 
@@ -247,10 +249,10 @@ class TestGate:
         gate = HashGate(1, 319, 59)
         gate.blame("192.0.2.1")
         for peer, most in (("192.0.2.1", 30), ("192.0.2.2", 160)):
-            gate.of[peer] = 1
-            gate.taken = most - 1
+            gate.per_peer[peer] = 1
+            gate.in_use = most - 1
             assert not gate.is_full(peer)
-            gate.taken = most
+            gate.in_use = most
             assert gate.is_full(peer) and not gate.is_full("192.0.2.3")
 
     def test_blame_is_forgotten_and_does_not_grow_without_bound(self, monkeypatch):
@@ -259,14 +261,14 @@ class TestGate:
         for number in range(10_000):
             gate.blame(str(number))
             assert gate.is_blamed(str(number)) and len(gate.blamed) <= 4096
-        now[0] += BLAMED_FOR
+        now[0] += BLAME_SECONDS
         assert not gate.is_blamed("9999")
 
     def test_peers_take_turns_at_hashing(self):
         gate, order, come, leave = HashGate(1), [], threading.Semaphore(0), threading.Event()
 
         def hash_once(peer):
-            with gate.place(peer), gate.hashing():
+            with gate.slot(peer), gate.hashing():
                 order.append(peer)
                 come.release()
                 leave.wait(10)
@@ -277,125 +279,126 @@ class TestGate:
             threads[-1].start()
             if not count:
                 come.acquire(timeout=5)
-            while gate.taken <= count or sum(map(len, list(gate.queues.values()))) < count:
+            while gate.in_use <= count or sum(map(len, list(gate.queues.values()))) < count:
                 time.sleep(0.001)
-        gate.seconds = 1.0
-        assert (gate.wait("crowd"), gate.wait("other"), gate.wait("new")) == (7.0, 6.0, 3.0)
+        gate.mean_seconds = 1.0
+        assert (gate.expected_wait("crowd"), gate.expected_wait("other"), gate.expected_wait("new")) == (7.0, 6.0, 3.0)
         leave.set()
         for thread in threads:
             thread.join(5)
         assert order == ["crowd", "crowd", "other", "third", "crowd", "other", "crowd"]
-        assert (gate.at_work, gate.taken, gate.queues) == (0, 0, {})
+        assert (gate.running, gate.in_use, gate.queues) == (0, 0, {})
 
     def test_nobody_waits_longer_than_said(self, monkeypatch):
-        monkeypatch.setattr("appliance.base.hashing.LONGEST_WAIT", 1)
+        monkeypatch.setattr("appliance.base.hashing.MAX_WAIT", 1)
         gate = HashGate(1)
-        gate.at_work = 1
-        with pytest.raises(Busy) as caught, gate.place("192.0.2.1"), gate.hashing():
+        gate.running = 1
+        with pytest.raises(Busy) as caught, gate.slot("192.0.2.1"), gate.hashing():
             pass
-        assert is_slow_down(caught) and not gate.queues and not gate.taken
-        gate.seconds, gate.of["192.0.2.2"] = 2.0, 1
-        with pytest.raises(Busy) as caught, gate.place("192.0.2.1"):
+        assert is_slow_down(caught) and not gate.queues and not gate.in_use
+        gate.mean_seconds, gate.per_peer["192.0.2.2"] = 2.0, 1
+        with pytest.raises(Busy) as caught, gate.slot("192.0.2.1"):
             pass
         assert is_slow_down(caught)
 
 
-class TestTurns:
+class TestNameLocks:
     """One verification of a name at a time."""
 
     def test_waiters_of_one_name_are_bounded_once_a_secret_was_wrong(self):
-        turns, heard = Turns(HashGate(1)), []
+        name_locks, heard = NameLocks(HashGate(1)), []
 
         def come():
             try:
-                with turns.take("client", "app", "192.0.2.1"):
+                with name_locks.hold("client", "app", "192.0.2.1"):
                     heard.append("turn")
             except Busy:
                 heard.append("busy")
 
-        with turns.take("client", "app", "192.0.2.1") as turn:
-            turns.blame(turn, "192.0.2.1")
+        with name_locks.hold("client", "app", "192.0.2.1") as name_lock:
+            name_locks.blame(name_lock, "192.0.2.1")
             threads = [threading.Thread(target=come) for _ in range(50)]
             for thread in threads:
                 thread.start()
             end = time.monotonic() + 5
-            while heard.count("busy") < 50 - turns.WAITERS and time.monotonic() < end:
+            while heard.count("busy") < 50 - name_locks.MAX_WAITERS and time.monotonic() < end:
                 time.sleep(0.001)
-            with turns.take("client", "another", "192.0.2.1"), turns.take("user", "app", "192.0.2.1"):
+            with name_locks.hold("client", "another", "192.0.2.1"), name_locks.hold("user", "app", "192.0.2.1"):
                 pass
         for thread in threads:
             thread.join(5)
-        assert (heard.count("turn"), heard.count("busy")) == (turns.WAITERS, 50 - turns.WAITERS) and not turns.names
+        most = name_locks.MAX_WAITERS
+        assert (heard.count("turn"), heard.count("busy")) == (most, 50 - most) and not name_locks.names
 
     @pytest.mark.parametrize(
-        "count, others, wrong, blamed, seconds",
+        "users, threads_left, failed, blamed, seconds",
         [
-            (32, None, True, True, LONGEST_WAIT), (32, True, False, False, LONGEST_WAIT),
-            (33, True, False, False, Turns.MOMENT), (33, True, True, False, 0), (33, True, False, True, 0),
-            (0, False, False, False, Turns.MOMENT), (0, False, False, True, 0), (0, False, True, False, 0),
+            (32, None, True, True, MAX_WAIT), (32, True, False, False, MAX_WAIT),
+            (33, True, False, False, NameLocks.ONE_HASH), (33, True, True, False, 0), (33, True, False, True, 0),
+            (0, False, False, False, NameLocks.ONE_HASH), (0, False, False, True, 0), (0, False, True, False, 0),
         ],
     )
     def test_a_good_crowd_is_granted_a_moment_and_the_last_thread_waits_for_nobody_who_guesses(
-        self, count, others, wrong, blamed, seconds
+        self, users, threads_left, failed, blamed, seconds
     ):
-        turns, turn = Turns(HashGate(1)), Turn()
-        turn.count, turn.wrong = count, wrong
+        name_locks, name_lock = NameLocks(HashGate(1)), NameLock()
+        name_lock.users, name_lock.failed = users, failed
         if blamed:
-            turns.gate.blame("192.0.2.1")
-        assert turns.patience(turn, "192.0.2.1", others) == seconds
+            name_locks.gate.blame("192.0.2.1")
+        assert name_locks.timeout(name_lock, "192.0.2.1", threads_left) == seconds
 
     def test_a_moment_ends(self, monkeypatch):
-        monkeypatch.setattr(Turns, "MOMENT", 0.01)
-        monkeypatch.setattr(Turns, "WAITERS", 0)
-        turns = Turns(HashGate(1))
-        with turns.take("client", "app", ""), pytest.raises(Busy) as caught, turns.take("client", "app", ""):
+        monkeypatch.setattr(NameLocks, "ONE_HASH", 0.01)
+        monkeypatch.setattr(NameLocks, "MAX_WAITERS", 0)
+        name_locks = NameLocks(HashGate(1))
+        with name_locks.hold("client", "app", ""), pytest.raises(Busy) as caught, name_locks.hold("client", "app", ""):
             pass
-        assert is_slow_down(caught) and not turns.names
+        assert is_slow_down(caught) and not name_locks.names
 
 
-class TestDigests:
+class TestVerifiedSecrets:
     def test_what_was_learned_is_known_for_a_while(self):
-        digests = Digests(300, 10)
-        assert not digests.knows("hash", "secret", 0)
-        digests.learn("hash", "secret", 0)
-        assert digests.knows("hash", "secret", 300) and not digests.knows("hash", "secret", 601)
+        verified = VerifiedSecrets(300, 10)
+        assert not verified.contains("hash", "secret", 0)
+        verified.add("hash", "secret", 0)
+        assert verified.contains("hash", "secret", 300) and not verified.contains("hash", "secret", 601)
 
     @pytest.mark.parametrize("more, seconds", [(0, 300), (3600, 3900), (10**9, 86400)])
     def test_some_are_known_for_longer_but_never_for_more_than_a_day(self, more, seconds):
-        digests = Digests(300, 10)
-        digests.learn("hash", "secret", 0, more)
-        assert digests.knows("hash", "secret", seconds) and digests.knows("hash", "secret", 2 * seconds)
-        assert not digests.knows("hash", "secret", 3 * seconds + 1)
+        verified = VerifiedSecrets(300, 10)
+        verified.add("hash", "secret", 0, more)
+        assert verified.contains("hash", "secret", seconds) and verified.contains("hash", "secret", 2 * seconds)
+        assert not verified.contains("hash", "secret", 3 * seconds + 1)
 
     def test_a_changed_secret_is_forgotten_by_itself(self):
-        digests = Digests(300, 10)
-        digests.learn("hash", "secret", 0)
-        assert not digests.knows("another hash", "secret", 0) and not digests.knows("hash", "another", 0)
+        verified = VerifiedSecrets(300, 10)
+        verified.add("hash", "secret", 0)
+        assert not verified.contains("another hash", "secret", 0) and not verified.contains("hash", "another", 0)
 
     def test_hash_and_secret_do_not_run_into_each_other(self):
-        digests = Digests(300, 10)
-        digests.learn("hash", "a\0b", 0)
-        assert not digests.knows("hash\0a", "b", 0) or "\0" in "hash\0a", "a stored hash never holds a NUL"
+        verified = VerifiedSecrets(300, 10)
+        verified.add("hash", "a\0b", 0)
+        assert not verified.contains("hash\0a", "b", 0) or "\0" in "hash\0a", "a stored hash never holds a NUL"
 
     def test_nothing_is_remembered_in_clear_and_each_process_has_its_key(self):
-        one, other = Digests(300, 10), Digests(300, 10)
-        one.learn("hash", PASSWORD, 0)
-        other.learn("hash", PASSWORD, 0)
-        assert PASSWORD not in repr(vars(one)) and one.seen.keys().isdisjoint(other.seen)
+        one, other = VerifiedSecrets(300, 10), VerifiedSecrets(300, 10)
+        one.add("hash", PASSWORD, 0)
+        other.add("hash", PASSWORD, 0)
+        assert PASSWORD not in repr(vars(one)) and one.entries.keys().isdisjoint(other.entries)
 
     def test_it_does_not_grow_without_bound(self):
-        digests = Digests(300, 10)
+        verified = VerifiedSecrets(300, 10)
         for number in range(100):
-            digests.learn("hash", str(number), number)
-            assert len(digests.seen) <= 10 and digests.knows("hash", str(number), number)
+            verified.add("hash", str(number), number)
+            assert len(verified.entries) <= 10 and verified.contains("hash", str(number), number)
 
     def test_threads_may_learn_at_once(self):
-        digests, errors = Digests(300, 50), []
+        verified, errors = VerifiedSecrets(300, 50), []
 
         def learn(who):
             try:
                 for number in range(400):
-                    digests.learn("hash", f"{who} {number}", 0)
+                    verified.add("hash", f"{who} {number}", 0)
             except Exception as error:
                 errors.append(error)
 

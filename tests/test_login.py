@@ -314,7 +314,7 @@ class TestAuthorizationCode:
                 browser.open("/logout")
                 browser.submit()
             elif "revoked" in what:
-                m.end_client(idp, m.LOCAL.acting_as("test"), client.row, "revoked")
+                m.revoke_client(idp, m.LOCAL.acting_as("test"), client.row, "revoked")
             else:
                 with idp.store.transaction(identity=True):
                     idp.store.run("UPDATE client SET is_active = 0 WHERE id = :id", id=client.row.id)
@@ -560,7 +560,7 @@ class TestSession:
             lambda idp, alice: m.set_user_active(idp, m.LOCAL.acting_as("t"), alice.id, False),
             lambda idp, alice: m.reset_password(idp, m.LOCAL.acting_as("t"), alice.id, NEW_PASSWORD),
             lambda idp, alice: m.set_lockout(idp, m.LOCAL.acting_as("t"), alice.id, "9999-12-31T00:00:00Z"),
-            lambda idp, alice: m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "x"),
+            lambda idp, alice: m.revoke_user(idp, m.LOCAL.acting_as("t"), alice.id, "x"),
             lambda idp, alice: m.delete_user(idp, m.LOCAL.acting_as("t"), alice.id),
         ],
     )
@@ -627,10 +627,23 @@ class TestSession:
         change("UPDATE meta SET value = :ms WHERE name = 'revoked_before'", ms=str(idp.now_ms()))
         assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
 
+    def test_it_is_looked_up_once_a_request(self, register, spa, alice, browser, monkeypatch):
+        register("third", is_first_party=False)
+        sign_in(browser)
+        find, lookups = m.find_browser_session, []
+        monkeypatch.setattr(m, "find_browser_session", lambda *args: lookups.append(args) or find(*args))
+        assert code_of(browser("GET", request())) and len(lookups) == 1
+        browser.open(request("third"))
+        lookups.clear()
+        assert code_of(browser.submit(button=("decision", "allow"))) and len(lookups) == 1, "POST /login/consent"
+        form = browser.open("/account") and browser.forms().forms[-1]["fields"]["form"]
+        lookups.clear()
+        assert title(browser("POST", "/logout-all", {"form": form})) == "Signed out" and len(lookups) == 1
+
     def test_none_begins_for_who_was_ended_since_the_last_factor(self, idp, alice, clock):
         account = idp.store.find_account(alice.id)
         clock.pass_(1)
-        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "logout_all")
+        m.revoke_user(idp, m.LOCAL.acting_as("t"), alice.id, "logout_all")
         clock.pass_(1)
         with pytest.raises(m.Problem, match="invalid_grant"):
             m.begin_browser_session(idp, m.LOCAL, account, ["pwd"], idp.now(), None)
@@ -748,7 +761,7 @@ class TestSecondFactor:
         [
             lambda idp, id: m.set_user_active(idp, m.LOCAL.acting_as("t"), id, False),
             lambda idp, id: m.reset_password(idp, m.LOCAL.acting_as("t"), id, NEW_PASSWORD),
-            lambda idp, id: m.end_user(idp, m.LOCAL.acting_as("t"), id, "x"),
+            lambda idp, id: m.revoke_user(idp, m.LOCAL.acting_as("t"), id, "x"),
         ],
     )
     def test_what_the_user_loses_between_the_steps_counts(self, idp, spa, alice, browser, give_totp, clock, end):
@@ -801,7 +814,7 @@ class TestSecondFactor:
         "end",
         [
             lambda idp, id: m.reset_password(idp, m.LOCAL.acting_as("t"), id, NEW_PASSWORD),
-            lambda idp, id: m.end_user(idp, m.LOCAL.acting_as("t"), id, "logout_all"),
+            lambda idp, id: m.revoke_user(idp, m.LOCAL.acting_as("t"), id, "logout_all"),
         ],
     )
     def test_who_was_ended_before_the_first_code_of_an_enrolment_enrols_nothing(
@@ -1235,7 +1248,7 @@ class TestHeadless:
         SECRETS.add(jti)
         assert auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD}).status == 200
         clock.pass_(1)
-        m.end_user(idp, m.LOCAL.acting_as("t"), alice.id, "logout_all")
+        m.revoke_user(idp, m.LOCAL.acting_as("t"), alice.id, "logout_all")
         assert auth.post("/login/finalize", {"jti": jti}).status == 400
 
     def test_whatever_is_wrong_is_one_answer(self, auth, spa, alice):

@@ -217,7 +217,7 @@ class TestWizard:
         assert oobe.run_wizard(Options({"config": "mad.conf"}), ["--quick"]) == 0
         assert (
             made[0].totp_seed == seed
-            and m.totp_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
+            and m.totp_time_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
         )
 
     @pytest.mark.parametrize("term", ["dumb", "vt100"])

@@ -24,7 +24,7 @@ from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options, check_options, load_options, parse_flags
 from appliance.base.database import read_database_key
 from appliance.base.store import FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
-from appliance.base.keys import Key, hold_ring, read_ring
+from appliance.base.keys import Key, lock_ring, read_ring
 from appliance.base.objects import CreateUser
 from appliance.backup import check_copy
 from appliance.upkeep import advance_key_states
@@ -372,7 +372,7 @@ class TestRestore:
 
     def test_a_restore_waits_for_who_changes_a_ring(self, house, tmp_path):
         back_up(house, str(tmp_path / "b"))
-        with hold_ring(house.token_signing_key_file):
+        with lock_ring(house.token_signing_key_file):
             thread = threading.Thread(target=restore, args=(house, str(tmp_path / "b")))
             thread.start()
             thread.join(1.5)
@@ -431,7 +431,7 @@ class TestKeys:
     @pytest.mark.parametrize("waiting", [False, True])
     def test_a_revoked_key_signs_and_verifies_nothing_any_more(self, house, waiting):
         idp = opened(house)
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         token = m.issue(idp, m.find_client(idp, "app"), m.Granted("api:read", "client_credentials"), m.LOCAL)[
             "access_token"
         ]
@@ -439,7 +439,7 @@ class TestKeys:
             rotate_keys(house, ["auth"], ["ES256"])
         kid = jwt.get_unverified_header(token)["kid"]
         assert revoke_key(house, kid) == "auth"
-        idp.rings_until = 0
+        idp.next_ring_check = 0
         with pytest.raises(m.Problem, match="invalid_token"):
             m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token)
         assert (
@@ -778,7 +778,7 @@ class TestRotation:
         ).read()
         idp = open_idp(house)
         idp.clock = lambda: later
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         advance_key_states(idp)
         idp.store.close()
         content = open(house.token_signing_key_file, "rb").read()

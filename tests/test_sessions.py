@@ -92,7 +92,7 @@ class TestAlive:
         for _ in range(3):
             before = log_in(alice)
             assert alive(before)
-            m.end_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
+            m.revoke_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
             assert not alive(before)
 
     def test_the_millisecond_of_a_revocation_is_dead(self, make_idp, alice, service, change):
@@ -157,9 +157,9 @@ class TestAlive:
         assert introspect(auth, machine["access_token"], service) == {"active": False}
 
     def test_replays_are_bounded(self, idp):
-        idp.replays = {str(number) for number in range(4096)}
-        m.note_replay(idp, m.LOCAL, m.Replayed({"jti": "x", "sub": "y", "mad": "auth"}, "revoked"))
-        assert len(idp.replays) <= 4096
+        idp.audited_replays = {str(number) for number in range(4096)}
+        m.audit_replay(idp, m.LOCAL, m.RevokedToken({"jti": "x", "sub": "y", "mad": "auth"}, "revoked"))
+        assert len(idp.audited_replays) <= 4096
 
     def test_the_millisecond_of_the_epoch_of_the_server_is_dead(self, auth, service, alice, log_in, change):
         issued = log_in(alice)
@@ -185,7 +185,7 @@ class TestAlive:
     def test_a_session_of_the_millisecond_of_a_revocation_is_shown_as_dead(self, idp, alice, log_in, change):
         jti = log_in(alice)["jti"]
         change("UPDATE account SET revoked_before = :ms", ms=m.jti_ms(jti))
-        assert m.is_session_dead(idp.store.find_session(jti))
+        assert m.is_session_revoked(idp.store.find_session(jti))
 
     def test_a_row_that_waits_in_another_process_is_waited_for(self, idp, make_idp):
         other, jti = make_idp(idp.options), m.new_jti(idp.now_ms())
@@ -347,7 +347,7 @@ class TestEnding:
         self, idp, auth, admin, service, new_client, log_in, root, admin_token
     ):
         answers = [log_in(root), log_in(root, client=new_client("other"))]
-        m.end_user(idp, m.LOCAL.acting_as("test"), root.id, "logout_all")
+        m.revoke_user(idp, m.LOCAL.acting_as("test"), root.id, "logout_all")
         assert all(auth.get("/me", bearer=answer["access_token"]).status == 401 for answer in answers)
         assert (
             auth.post("/token", REFRESH | {"refresh_token": answers[0]["refresh_token"]}, auth=service).json["error"]
@@ -357,7 +357,7 @@ class TestEnding:
 
     def test_ending_another_user_ends_nothing_of_ours(self, idp, auth, log_in, alice, new_user):
         answer = log_in(alice)
-        m.end_user(idp, m.LOCAL.acting_as("test"), new_user("bob").id, "logout_all")
+        m.revoke_user(idp, m.LOCAL.acting_as("test"), new_user("bob").id, "logout_all")
         assert auth.get("/me", bearer=answer["access_token"]).status == 200
 
     def test_it_counts_in_every_process_at_once(self, idp, make_idp, log_in, alice):
@@ -366,7 +366,7 @@ class TestEnding:
         auth = Caller(m.build_app(other, m.AUTH))
         answer = log_in(alice)
         assert auth.get("/me", bearer=answer["access_token"]).status == 200
-        m.end_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
+        m.revoke_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
 
     def test_what_a_user_had_stays_dead_when_the_user_is_active_again(self, idp, auth, service, log_in, alice, clock):

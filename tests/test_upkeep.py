@@ -220,7 +220,7 @@ class TestClockwork:
         assert (
             idp.stream.getvalue().count("clock.behind") == 1
             and not idp.check_clock()
-            and not idp.check_clock(for_good=False)
+            and not idp.check_clock(irreversible=False)
         )
 
     def test_an_operator_is_believed(self, idp, box):
@@ -381,12 +381,12 @@ class TestKeys:
         start = time.time()
         now = [start]
         idp = opened(house, lambda: now[0])
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         cached, cached_at, tokens, signed_by = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0], [], set()
         rotated = False
         for _ in range(120):
             now[0] += 60
-            idp.rings_until = 0
+            idp.next_ring_check = 0
             if now[0] >= cached_at + 300:
                 cached, cached_at = jwt.PyJWKSet.from_json(idp.auth_ring.jwks().decode()), now[0]
             if not rotated and now[0] > start + 1000:
@@ -415,14 +415,14 @@ class TestKeys:
         now = [time.time()]
         rotate_keys(house, ["auth"], ["ES256"])
         idp = opened(house, lambda: now[0])
-        idp.ring_files = {"auth": (None, None), "admin": (None, None)}
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         before = idp.auth_ring.access.kid
         now[0] += 901
         advance_key_states(idp)
-        idp.rings_until = 0
+        idp.next_ring_check = 0
         after = idp.auth_ring.access.kid
         now[0] -= 5000
-        idp.rings_until = 0
+        idp.next_ring_check = 0
         advance_key_states(idp)
         assert before != after == idp.auth_ring.access.kid
         idp.store.close()

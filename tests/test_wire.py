@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from appliance.base import wire
-from appliance.base.hashing import Busy, HashGate, Turns
+from appliance.base.hashing import Busy, HashGate, NameLocks
 from appliance.base.wire import Limits, SWEEP, Server, client_address, listen, tls_context
 
 HOST = b"Host: box\r\n"
@@ -741,20 +741,20 @@ class TestCrowd:
 
     def make_app(self, one, is_right):
         gate, known = HashGate(1), []
-        gate.blocking, turns = one.server.blocking, Turns(gate)
+        gate.blocking, name_locks = one.server.blocking, NameLocks(gate)
 
         def app(environ, start_response):
             status = "200 OK"
             try:
                 if environ["PATH_INFO"] == "/of-one":
-                    with turns.take("client", "app", "127.0.0.1") as turn:
+                    with name_locks.hold("client", "app", "127.0.0.1") as name_lock:
                         if not known:
-                            with gate.place("127.0.0.1"), gate.hashing():
+                            with gate.slot("127.0.0.1"), gate.hashing():
                                 time.sleep(0.3 if is_right else 0.02)
                             if is_right:
                                 known.append(1)
                             else:
-                                turns.blame(turn, "127.0.0.1")
+                                name_locks.blame(name_lock, "127.0.0.1")
             except Busy:
                 status = "429 Too Many Requests"
             start_response(status, [("Content-Type", "text/plain")])

@@ -1,4 +1,4 @@
-"""Key files, and the signatures that their keys make and check. RFC 7515, 7517, 7518, 7638."""
+"""Key rings in files, and signing and verifying with their keys. RFC 7515, 7517, 7518, 7638."""
 
 import base64
 import binascii
@@ -31,7 +31,7 @@ PEM_BLOCK = re.compile(
 
 
 class KeyEntry(msgspec.Struct, frozen=True):
-    """A private key as it lies in a ring file: unencrypted PKCS#8 DER, its state and since when."""
+    """A private key of a ring file: unencrypted PKCS#8 DER, its state, and Unix seconds since when it has it."""
 
     der: bytes
     state: str  # next | active | retired
@@ -43,14 +43,14 @@ def b64url(raw: bytes) -> str:
 
 
 def b64url_bytes(raw: bytes) -> bytes:
-    """As b64url, in bytes and half the time: two of these are spent on every token."""
+    """Return what b64url() does, as bytes and in half the time: every token needs two."""
     return binascii.b2a_base64(raw, newline=False).rstrip(b"=").translate(B64URL)
 
 
-def unb64url(word: str) -> bytes:
-    """Decode unpadded base64url, refusing whatever is not its canonical form. RFC 7515 §2."""
-    raw = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
-    if b64url(raw) != word:
+def unb64url(text: str) -> bytes:
+    """Decode unpadded base64url. Raises ValueError if it is not in canonical form. RFC 7515 §2."""
+    raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    if b64url(raw) != text:
         raise ValueError("not canonical base64url")
     return raw
 
@@ -62,7 +62,7 @@ def make_key(alg, rsa_bits, now) -> KeyEntry:
 
 
 def write_ring(entries, passphrase: str) -> bytes:
-    """Return a ring file: one PEM block a key, its state in the comment line above it."""
+    """Return the content of a ring file: one PEM block per key, with its state in the comment line above."""
     blocks = []
     for entry in entries:
         encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
@@ -75,10 +75,9 @@ def write_ring(entries, passphrase: str) -> bytes:
 
 
 def is_consistent(key) -> bool:
-    """Return whether the numbers of an RSA key belong together: whichever bit of it is flipped, they do not. RFC 8017
-    §3.2.
+    """Return whether the numbers of an RSA key satisfy RFC 8017 §3.2; no key with a flipped bit does.
 
-    All that OpenSSL checks but the primality of two numbers, which takes it 45 ms of every start.
+    OpenSSL also tests the primality of two numbers, which would add 45 ms to every start.
     """
     private = key.private_numbers()
     n, e, d, p, q = private.public_numbers.n, private.public_numbers.e, private.d, private.p, private.q
@@ -95,9 +94,9 @@ def is_consistent(key) -> bool:
 
 
 def read_ring_file(path: str) -> bytes:
-    """Return the content of a ring file. Raises StartupError where it is missing, no file, or for others to read."""
+    """Return the content of a ring file. Raises StartupError if it is missing, no file or readable by others."""
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        # Without O_NONBLOCK, open(2) of a FIFO would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not os.path.isfile(path):
                 raise OSError(errno.EINVAL, "it is not a file")
@@ -120,7 +119,7 @@ def open_key(path: str, pem: bytes, encrypted: bool, passphrase: str) -> bytes:
         key = serialization.load_pem_private_key(
             pem, passphrase.encode() if encrypted else None, unsafe_skip_rsa_key_validation=True
         )
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # the last where a byte of the algorithm's name is damaged
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # the last if the algorithm's identifier is damaged
         raise StartupError(
             f"the signing key {path} does not open: its passphrase is wrong, or the file is damaged"
         ) from None
@@ -141,9 +140,9 @@ def open_key(path: str, pem: bytes, encrypted: bool, passphrase: str) -> bytes:
 
 
 def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
-    """Read a ring file; a single PEM key without a comment above it is a ring too.
+    """Return the keys of a ring file; a single PEM key without a comment is a ring too.
 
-    Raises StartupError: a bad key stops the start and never makes a new identity.
+    Raises StartupError: a bad key stops the start and is never replaced by a new one.
     """
     content, entries = read_ring_file(path), []
     for match in PEM_BLOCK.finditer(content):
@@ -170,9 +169,7 @@ def alg_of(entry: KeyEntry) -> str:
 
 
 def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
-    """Return the entries of a ring as they stand at a time: a next key that was published long enough signs, and who
-    signed retires.
-    """
+    """Return a ring as of `now`: a next key published for `overlap` seconds turns active, its predecessor retired."""
     entries = list(entries)
     for entry in [entry for entry in entries if entry.state == "next" and entry.since + overlap <= now]:
         alg, at = alg_of(entry), entry.since + overlap
@@ -187,18 +184,18 @@ def promote(entries, now: int, overlap: int) -> list[KeyEntry]:
     return entries
 
 
-def next_due(entries, overlap: int) -> int | None:
-    """Return when the next key of a ring is to sign, Unix seconds; None where none waits."""
+def next_promotion_at(entries, overlap: int) -> int | None:
+    """Return the Unix seconds at which the first next key turns active, or None if there is none."""
     return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
 
 
 class Key:
-    """A key at work."""
+    """A loaded key: it signs and verifies."""
 
     def __init__(self, entry: KeyEntry):
         self.state = entry.state
         key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
-        self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() lets no other in
+        self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() accepts no other
         self.public = self.private.public_key()
         if isinstance(self.public, rsa.RSAPublicKey):
             self.alg = "RS256"
@@ -219,21 +216,21 @@ class Key:
         self.kid = b64url(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
 
     def header(self, typ: str) -> bytes:
-        """Return the JOSE header of what this key signs, encoded. RFC 7515 §4.1."""
+        """Return the encoded JOSE header of a token that this key signs. RFC 7515 §4.1."""
         return b64url_bytes(msgspec.json.encode({"alg": self.alg, "typ": typ, "kid": self.kid}))
 
     def public_jwk(self):
         return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
 
     def sign(self, message: bytes) -> bytes:
-        """RFC 7518 §3.3 and §3.4: an ECDSA signature is r and s, 32 bytes each."""
+        """Return a signature; of ECDSA it is r and s, 32 bytes each. RFC 7518 §3.3, §3.4."""
         if isinstance(self.private, rsa.RSAPrivateKey):
             return self.private.sign(message, PKCS1, SHA256)
         r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
         return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
     def verify(self, signature: bytes, message: bytes):
-        """Raise InvalidSignature or ValueError."""
+        """Raise InvalidSignature or ValueError if the signature is wrong."""
         if isinstance(self.public, rsa.RSAPublicKey):
             self.public.verify(signature, message, PKCS1, SHA256)
         else:
@@ -244,7 +241,7 @@ class Key:
 
 
 def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
-    """Return a ring without these keys. Where one of them signed, the next of its algorithm does, or a new one."""
+    """Return a ring without these keys. An active key is replaced by the next one of its `alg`, or by a new one."""
     gone = [entry for entry in entries if Key(entry).kid in kids]
     rest = [entry for entry in entries if entry not in gone]
     for alg in sorted({alg_of(entry) for entry in gone if entry.state == "active"}):
@@ -255,8 +252,8 @@ def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
 
 
 @contextlib.contextmanager
-def hold_ring(path: str):
-    """Let one at a time change a ring: a command at the machine, or the upkeep of a server."""
+def lock_ring(path: str):
+    """Hold the lock under which a local command or a server's upkeep changes a ring. flock(2)."""
     descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

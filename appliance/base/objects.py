@@ -1,4 +1,4 @@
-"""What each object of the wire looks like: bodies, forms, queries and answers. `_at` is integer Unix seconds."""
+"""The objects of the wire: bodies, forms, queries and answers. `_at` is integer Unix seconds."""
 
 import datetime
 import re
@@ -9,16 +9,16 @@ import msgspec
 
 from appliance.base.store import FOREVER
 
-# -- what requests carry --
-# Members the caller may set, and no other. UNSET is a member that was not sent: it stays as it is.
-# Alternative spellings are those of the original's published clients.
+# -- request bodies and forms --
+# A caller may set the declared members and no others. UNSET marks a member that was not sent: it stays unchanged.
+# Alternative spellings exist because the published clients of the original work send them.
 
 UNSET = msgspec.UNSET
 Maybe = msgspec.UnsetType
 
 
 class CreateUser(msgspec.Struct):
-    """POST /users. `user_email` null makes a user without an e-mail address."""
+    """POST /users. `user_email` null creates a user without an e-mail address."""
 
     username: str
     email: str = ""
@@ -47,14 +47,14 @@ class ResetPassword(msgspec.Struct):
 class SetLockout(msgspec.Struct):
     """POST /users/{id}/set-lockout.
 
-    ISO 8601 in UTC, or Unix seconds; the year 9999 is for good, null and the year 1 clear it.
+    ISO 8601 in UTC, or Unix seconds; the year 9999 never ends, null and the year 1 clear the lockout.
     """
 
     lockout_until: str | int | None
 
 
 class VerifyPassword(msgspec.Struct):
-    """POST /users/verify-password. By id or by name."""
+    """POST /users/verify-password. Names the user by id or by username."""
 
     password: str
     user_id: str = ""
@@ -63,13 +63,13 @@ class VerifyPassword(msgspec.Struct):
 
 
 class EnrolTotp(msgspec.Struct):
-    """POST /users/{id}/totp/enroll. A client names the issuer by its TOTP_ISSUER."""
+    """POST /users/{id}/totp/enroll. The TOTP_ISSUER of a client names the issuer."""
 
     client_id: str = ""
 
 
 class GenerateTotp(msgspec.Struct):
-    """POST /users/{id}/totp/generate. The path is below `totp-qr-output-root`."""
+    """POST /users/{id}/totp/generate. The path is relative to `totp-qr-output-root`."""
 
     client_id: str = ""
     qr_output_path: str = "."
@@ -97,14 +97,14 @@ class RoleMember(msgspec.Struct):
 
 
 class RoleRef(msgspec.Struct):
-    """One role of a list that replaces the roles of a user."""
+    """One role of the list that replaces a user's roles."""
 
     id: str = ""
     name: str | None = None
 
 
 class SetRoles(msgspec.Struct):
-    """PUT /users/{id}/roles, where it is not a bare array."""
+    """PUT /users/{id}/roles, unless the body is a bare array."""
 
     roles: list[RoleRef]
 
@@ -149,7 +149,7 @@ class PermissionMember(msgspec.Struct):
 
 
 class CheckAccess(msgspec.Struct):
-    """POST /check-access. A permission by id or name, or the name of a scope."""
+    """POST /check-access. Names a permission by id or name, or a scope by name."""
 
     user_id: str
     permission_id: str = ""
@@ -158,7 +158,7 @@ class CheckAccess(msgspec.Struct):
 
 
 class CreateClient(msgspec.Struct):
-    """POST /clients. Without a secret a confidential client gets one made."""
+    """POST /clients. The server generates a secret if a confidential client comes without one."""
 
     client_id: str
     client_secret: str | None = None
@@ -173,7 +173,7 @@ class CreateClient(msgspec.Struct):
 
 
 class UpdateClient(msgspec.Struct):
-    """PUT /clients/{id}. Blank audience and null stay as they are."""
+    """PUT /clients/{id}. A blank audience and nulls change nothing."""
 
     client_id: str | Maybe = UNSET
     display_name: str | None | Maybe = UNSET
@@ -187,7 +187,7 @@ class UpdateClient(msgspec.Struct):
 
 
 class ChangeSecret(msgspec.Struct):
-    """POST /clients/secret. `client_id` is the internal id or the identifier."""
+    """POST /clients/secret. `client_id` is the client's identifier or the id of its record."""
 
     client_id: str
     new_secret: str | None = None
@@ -195,13 +195,13 @@ class ChangeSecret(msgspec.Struct):
 
 
 class AddUri(msgspec.Struct):
-    """POST /clients/{id}/redirect-uris, where it is not a bare string."""
+    """POST /clients/{id}/redirect-uris, unless the body is a bare string."""
 
     uri: str
 
 
 class SetFlag(msgspec.Struct):
-    """POST /client/options/{flag}. `client_id` may stand in the query."""
+    """POST /client/options/{flag}. `client_id` may be in the query instead."""
 
     client_id: str = ""
     enabled: bool | str | Maybe = UNSET
@@ -209,7 +209,7 @@ class SetFlag(msgspec.Struct):
 
 
 class SetFlagOption(msgspec.Struct):
-    """POST /client/options/{flag}/ext. `client_id` may stand in the query."""
+    """POST /client/options/{flag}/ext. `client_id` may be in the query instead."""
 
     client_id: str = ""
     options: str = ""
@@ -242,7 +242,7 @@ class UpdateScope(msgspec.Struct):
 
 
 class AssignScopes(msgspec.Struct):
-    """POST /clients/{id}/scopes and /users/{id}/scopes. Ids or names."""
+    """POST /clients/{id}/scopes and /users/{id}/scopes. Names scopes by id or name."""
 
     scope_ids: list[str] | None = None
     scopeIds: list[str] | None = None
@@ -268,7 +268,7 @@ class TokenIn(msgspec.Struct):
 
 
 class PurgeTokens(msgspec.Struct):
-    """POST /sessions/purge, /refresh-tokens/purge and /tokens/purge: of everybody, or of one user or client."""
+    """POST /sessions/purge, /refresh-tokens/purge and /tokens/purge: of all, or of one user or client."""
 
     older_than_seconds: Annotated[int, msgspec.Meta(ge=0, le=10**10)] = 86400
     purge_expired: bool = True
@@ -284,9 +284,9 @@ class PurgeAudit(msgspec.Struct):
 
 
 class TokenForm(msgspec.Struct):
-    """RFC 6749 §4: which members are needed depends on `grant_type`.
+    """RFC 6749 §4: the members needed depend on `grant_type`.
 
-    A client authenticates by Basic, or by the last two.
+    A client authenticates by HTTP Basic, or by the last two members.
     """
 
     grant_type: str
@@ -314,13 +314,13 @@ class TokenHintForm(msgspec.Struct):
 
 
 class BearerForm(msgspec.Struct):
-    """RFC 6750 §2.2: the access token, where it is not in the header."""
+    """RFC 6750 §2.2: the access token, unless it is in the header."""
 
     access_token: str = ""
 
 
 class AuthorizeForm(msgspec.Struct):
-    """RFC 6749 §4.1.1, RFC 7636 §4.3, OpenID Connect Core §3.1.2.1. Others are ignored."""
+    """RFC 6749 §4.1.1, RFC 7636 §4.3, OpenID Connect Core §3.1.2.1. Other parameters are ignored."""
 
     client_id: str
     redirect_uri: str
@@ -342,9 +342,9 @@ class AuthorizeForm(msgspec.Struct):
 
 
 class LoginPageForm(msgspec.Struct):
-    """`tx` or `jti` names a login under way; only the browser that began it is shown its page.
+    """`tx` or `jti` names a pending login; only the browser that began it sees its page.
 
-    Without it one's own account is shown.
+    Without either, the page shows the account of the user who is logged in.
     """
 
     tx: str = ""
@@ -352,7 +352,7 @@ class LoginPageForm(msgspec.Struct):
 
 
 class StepForm(msgspec.Struct):
-    """`tx` names a login under way, `form` proves that our page was filled in."""
+    """`tx` names a pending login; `form` is the token that protects our page's form from forgery (CSRF)."""
 
     tx: str
     form: str
@@ -420,7 +420,7 @@ class LogoutForm(BearerForm):
 
 
 class AdminTokenForm(msgspec.Struct):
-    """`client_id` is for the record, `totp` where the user has a second factor."""
+    """`client_id` is recorded only; `totp` is for a user with a second factor."""
 
     username: str
     password: str
@@ -430,7 +430,7 @@ class AdminTokenForm(msgspec.Struct):
     grant_type: str = ""
 
 
-# -- what queries carry --
+# -- queries --
 
 Limit = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 Offset = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
@@ -476,15 +476,13 @@ class ListSessions(msgspec.Struct):
 
 
 class ListRoles(msgspec.Struct):
-    """GET /users/{id}/roles: every role there is, or those of the user."""
+    """GET /users/{id}/roles: the roles of the user, or every role."""
 
     all: bool = False
 
 
 class ListAudit(msgspec.Struct):
-    """`userId` is the actor; `target` is the target or the secondary; `after` asks for what came after an id, oldest
-    first.
-    """
+    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first."""
 
     userId: str | None = None
     user_id: str | None = None
@@ -503,13 +501,13 @@ class ExportAudit(msgspec.Struct):
 
 
 class OfClient(msgspec.Struct):
-    """The client of a flag, by its internal id or its identifier."""
+    """The client of a flag, by its identifier or the id of its record."""
 
     client_id: str = ""
 
 
-# -- what answers carry --
-# The objects of the wire, their members in the order in which they are sent. Times are ISO 8601 in UTC.
+# -- answers --
+# Members are sent in the order of their declaration. Times are ISO 8601 in UTC.
 
 
 class Err(msgspec.Struct):
@@ -546,7 +544,7 @@ class Health(msgspec.Struct):
 
 
 class Found(msgspec.Struct):
-    """The id of a name."""
+    """The id that belongs to a name."""
 
     result: str
 
@@ -570,7 +568,7 @@ class PasswordVerdict(msgspec.Struct):
 
 
 class TotpEnrolment(msgspec.Struct):
-    """Shown once: the seed is in all three of uri, secret and picture."""
+    """Shown once: `otpauth_uri`, `secret` and `svg` all contain the seed."""
 
     success: bool
     otpauth_uri: str
@@ -615,7 +613,7 @@ class ScopeObject(msgspec.Struct):
 
 
 class ClientObject(msgspec.Struct):
-    """`client_secret` only where one was just made."""
+    """`client_secret` is present only if the server has just generated it."""
 
     id: str
     client_id: str
@@ -634,7 +632,7 @@ class ClientObject(msgspec.Struct):
 
 
 class SecretObject(msgspec.Struct):
-    """A client secret that lives; never the secret itself."""
+    """An unexpired secret of a client, described without the secret itself."""
 
     id: str
     created_at: str
@@ -666,8 +664,7 @@ class IdpObject(msgspec.Struct):
 
 
 class SessionObject(msgspec.Struct):
-    """`user_id` is null for a machine's token; `client_identifier` and `created_at` are what published bindings read.
-    """
+    """`user_id` is null for a client's own token; published bindings read `client_identifier` and `created_at`."""
 
     id: str
     user_id: str | None
@@ -722,19 +719,19 @@ class AuditObject(msgspec.Struct):
 
 
 class MakeBackup(msgspec.Struct):
-    """`without_keys` leaves keys and settings out, which is needed where the database is not encrypted."""
+    """`without_keys` leaves keys and settings out, as a database without encryption requires."""
 
     without_keys: bool = False
 
 
 class BackupPiece(msgspec.Struct):
-    """Where in a backup the piece begins that is asked for."""
+    """`offset` is where the requested piece of a backup begins, in octets."""
 
     offset: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
 
 
 class BackupObject(msgspec.Struct):
-    """A backup as it lies in `backup-folder`; `newest_at` is the time of the last thing it knows of."""
+    """A backup in `backup-folder`; `newest_at` is the time of its latest record."""
 
     name: str
     bytes: int
@@ -745,7 +742,7 @@ class BackupObject(msgspec.Struct):
 
 
 class AuditVerdict(msgspec.Struct):
-    """`head` is the hash of the last row: note it elsewhere, and nobody can rewrite what it covers unseen."""
+    """`head` is the hash of the last row: store it elsewhere to detect a rewrite of the rows it covers."""
 
     valid: bool
     rows: int
@@ -770,7 +767,7 @@ class TokenObject(msgspec.Struct):
 
 
 class PkceStep(msgspec.Struct):
-    """Where the login of an application with screens of its own stands; `jti` is the secret it is bound to."""
+    """The state of a login at an application with its own pages; `jti` is the secret that identifies it."""
 
     jti: str
     client_id: str
@@ -814,7 +811,7 @@ class Jwks(msgspec.Struct):
 
 
 class Introspection(msgspec.Struct):
-    """RFC 7662 §2.2. Of a token that is not active, or not the caller's to know of, `active` alone."""
+    """RFC 7662 §2.2. For a token that is inactive or hidden from the caller, only `active` is present."""
 
     active: bool
     token_type: str | Maybe = UNSET
@@ -839,7 +836,7 @@ class Introspection(msgspec.Struct):
 
 
 class UserInfo(msgspec.Struct):
-    """OpenID Connect Core §5.1: what the token's scope opens."""
+    """OpenID Connect Core §5.1: the claims that the token's scope covers."""
 
     sub: str
     name: str | Maybe = UNSET
@@ -867,25 +864,25 @@ def iso(at: int | None) -> str | None: ...
 
 
 def iso(at: int | None) -> str | None:
-    """Return Unix seconds as the wire writes them, UTC with a Z."""
+    """Return Unix seconds as ISO 8601 in UTC, or None for None and 0."""
     if not at:
         return None
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
 def read_time(value: str | int) -> int | None:
-    """Return the Unix seconds of an ISO 8601 date-time or of a number;
+    """Return the Unix seconds of an ISO 8601 date-time or of a number, or None.
 
-    None where it is neither. UTC unless it says otherwise.
+    A date-time without an offset is in UTC.
     """
     if isinstance(value, int) or re.fullmatch(r"[0-9]{1,12}", value):
         return min(int(value), FOREVER) if int(value) >= 0 else None
     try:
-        found = datetime.datetime.fromisoformat(re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", value.strip()))
+        parsed = datetime.datetime.fromisoformat(re.sub(r"(\.[0-9]{6})[0-9]+", r"\1", value.strip()))
     except ValueError:
         return None
-    if found.year == 9999:
+    if parsed.year == 9999:
         return FOREVER
-    if found.year == 1:
+    if parsed.year == 1:
         return 0
-    return int((found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp())
+    return int((parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).timestamp())

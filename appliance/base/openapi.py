@@ -1,4 +1,4 @@
-"""What a route is, and the OpenAPI 3.1 document that its declaration makes."""
+"""The declaration of routes, and the OpenAPI 3.1 document generated from it."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 
 
 class Route(msgspec.Struct, frozen=True):
-    """A declaration: everything about a route stands here."""
+    """The declaration of a route: who may call it, what it takes, what it answers, what it implements."""
 
     methods: tuple
     paths: tuple
@@ -18,20 +18,20 @@ class Route(msgspec.Struct, frozen=True):
     spec: str
     handler: Callable
     takes: Any = None  # type of the body, decoded before the handler runs
-    media: tuple = (JSON,)  # in which that is taken
-    # Struct that names the members of a form, or of the query of a GET, which the handler reads itself
+    media: tuple = (JSON,)  # media types accepted for that body
+    # Struct with the members of a form, or of a GET's query, that the handler reads itself
     form: type[msgspec.Struct] | None = None
     query: type[msgspec.Struct] | None = None  # Struct of the query, decoded before the handler runs
     gives: Any = dict  # type of the answer
     gives_media: str = JSON
     status: int = 200
-    versioned: bool = False  # what is shown has an entity tag; what changes it asks for it by If-Match
-    oauth: bool = False  # failures in the form of RFC 6749 §5.2
-    html: bool = False  # failures as a page for people
+    versioned: bool = False  # GET returns an ETag, the other methods accept If-Match
+    oauth: bool = False  # failures are JSON as in RFC 6749 §5.2
+    html: bool = False  # failures are an HTML page
     redirects: bool = False  # answers with 302; pages redirect with 303
-    tagged: bool = False  # does not change while the server runs: 304 to who has it already
-    cors: bool = False  # for the origins that public clients have registered
-    option: str = ""  # served only when this option is on
+    tagged: bool = False  # has an ETag and answers If-None-Match with 304
+    cors: bool = False  # allows the origins that public clients have registered
+    option: str = ""  # served only if this option is on
 
 
 class Routes:
@@ -54,7 +54,7 @@ class Routes:
 
 
 REF = "#/components/schemas/{name}"
-FRAMING = (400, 408, 413, 414, 417, 431, 500, 501, 503, 505)  # what any request may hear
+FRAMING = (400, 408, 413, 414, 417, 431, 500, 501, 503, 505)  # possible for every request
 SECURITY = {
     "client_basic": {
         "type": "http", "scheme": "basic",
@@ -68,11 +68,11 @@ SECURITY = {
 }
 
 
-def schema_of(wanted) -> dict:
-    """Return the schema of a type; structs are referred to."""
-    if wanted is bytes:
+def schema_of(type_) -> dict:
+    """Return the schema of a type, in which structs are `$ref`s."""
+    if type_ is bytes:
         return {}
-    (schema,), _ = msgspec.json.schema_components([wanted], ref_template=REF)
+    (schema,), _ = msgspec.json.schema_components([type_], ref_template=REF)
     return schema
 
 
@@ -81,51 +81,51 @@ def guard_name(route: Route) -> str:
 
 
 def possible_statuses(route: Route, method: str, path: str, port_name: str) -> set:
-    """Return the statuses a route may refuse with."""
-    guard, found = guard_name(route), set(FRAMING)
+    """Return the statuses with which a route may refuse a request."""
+    guard, statuses = guard_name(route), set(FRAMING)
     if guard != "anyone":
-        found |= {401, 403}
+        statuses |= {401, 403}
     if "<" in path or route.takes is not None or (route.query is not None and guard != "anyone"):
-        found.add(404)
+        statuses.add(404)
     if route.takes is not None:
-        found.add(415)
+        statuses.add(415)
     if method in ("POST", "PUT", "DELETE") and guard != "anyone":
-        found.add(409)
+        statuses.add(409)
     if route.form is not None or route.takes is not None:
-        found |= {403, 429}
+        statuses |= {403, 429}
     if route.versioned and method != "GET":
-        found.add(412)
+        statuses.add(412)
     if route.gives_media == "*/*" and method == "GET":
-        found.add(404)  # a file that is not there
+        statuses.add(404)  # the file does not exist
     if route.html:
-        found |= {403, 404, 409, 429}
+        statuses |= {403, 404, 409, 429}
     if port_name == "admin":
-        found.add(421)
-    return found
+        statuses.add(421)
+    return statuses
 
 
 def describe_parameters(route: Route, method: str, path: str) -> list[dict]:
     """Return the parameter objects of one method at one path. OpenAPI 3.1 §4.8.12."""
-    found = [("path", name, True, {"type": "string", "minLength": 1}) for name in re.findall(r"<(\w+)(?::\w+)?>", path)]
-    # A bearer token is a member of forms only, never of a query. RFC 9700 §4.3.2.
+    rows = [("path", name, True, {"type": "string", "minLength": 1}) for name in re.findall(r"<(\w+)(?::\w+)?>", path)]
+    # A bearer token may be in a form but never in a query. RFC 9700 §4.3.2.
     query = route.query or (route.form if method == "GET" and guard_name(route) == "anyone" else None)
     if query is not None:
         (_,), components = msgspec.json.schema_components([query], ref_template=REF)
         described = components[query.__name__]
-        found += [
+        rows += [
             ("query", name, name in described["required"], schema) for name, schema in described["properties"].items()
         ]
     if route.versioned and method != "GET":
-        found.append(("header", "If-Match", False, {"type": "string"}))
+        rows.append(("header", "If-Match", False, {"type": "string"}))
     if route.tagged:
-        found.append(("header", "If-None-Match", False, {"type": "string"}))
+        rows.append(("header", "If-None-Match", False, {"type": "string"}))
     return [
-        {"name": name, "in": place, "required": required, "schema": schema} for place, name, required, schema in found
+        {"name": name, "in": where, "required": required, "schema": schema} for where, name, required, schema in rows
     ]
 
 
 def describe_body(route: Route, method: str) -> dict | None:
-    """Return the request body object of one method, or None where it takes none. OpenAPI 3.1 §4.8.13."""
+    """Return the request body object of one method, or None if it takes no body. OpenAPI 3.1 §4.8.13."""
     if route.takes is not None:
         return {"required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media}}
     if route.form is not None and method == "POST":
@@ -183,7 +183,7 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     }
     guard, body = guard_name(route), describe_body(route, method)
     if guard in ("by_client", "by_confidential_client"):
-        operation["security"] = [{"client_basic": []}, {}]  # or by members of the form, which OpenAPI has no word for
+        operation["security"] = [{"client_basic": []}, {}]  # or by form members, which OpenAPI cannot express
     elif guard != "anyone":
         operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
     if body:
@@ -194,7 +194,7 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
 def describe_api(port_name: str, version: str, server: str, routes, err, oauth_error) -> dict:
     """Return the OpenAPI 3.1 document of a port, whose base URL is `server`.
 
-    `routes` are pairs of a Route and one of its paths; `err` and `oauth_error` the Structs in which refusals come.
+    `routes` are pairs of a Route and one of its paths; `err` and `oauth_error` are the Structs of refusals.
     """
     paths: dict[str, dict] = {}
     numbers: dict[str, int] = {}
@@ -206,7 +206,7 @@ def describe_api(port_name: str, version: str, server: str, routes, err, oauth_e
             shown[method.lower()] = describe_operation(route, method, path, port_name, number)
         used += [part for part in (route.takes, route.form, route.gives) if part not in (None, bytes)]
     _, schemas = msgspec.json.schema_components(used, ref_template=REF)
-    either = {"anyOf": [schema_of(oauth_error), schema_of(err)]}  # what base.wire refuses has both sets of members
+    either = {"anyOf": [schema_of(oauth_error), schema_of(err)]}  # refusals of base.wire have the members of both
     return {
         "openapi": "3.1.0",
         "info": {"title": f"microauthd {port_name} API", "version": version},

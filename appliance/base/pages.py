@@ -1,4 +1,4 @@
-"""What people see: the templates of appliance/pages, escaped by themselves, their languages and their style."""
+"""The pages for people: the auto-escaped templates of appliance/pages, their texts and their style sheet."""
 
 import contextlib
 import functools
@@ -16,19 +16,19 @@ LOGO_TYPES = {"png": "png", "svg": "svg+xml", "jpg": "jpeg", "jpeg": "jpeg", "we
 
 
 class Pages:
-    """The files of the pages, each read once: those of `pages-folder` go before the bundled ones."""
+    """The files of the pages, each read once. Files in `pages-folder` override the bundled ones."""
 
     def __init__(self, options: Options):
         self.options = options
         self.templates: dict = {}
 
     def file(self, name: str) -> Path:
-        own = Path(self.options.pages_folder) / name if self.options.pages_folder else None
-        return own if own and own.is_file() else PAGES / name
+        custom = Path(self.options.pages_folder) / name if self.options.pages_folder else None
+        return custom if custom and custom.is_file() else PAGES / name
 
     @functools.cached_property
     def texts(self) -> dict:
-        """{language: {key: text}} of every language there is a file for; what one does not say, English says."""
+        """{language: {key: text}} of every language file; English fills in missing texts."""
         english = msgspec.json.decode((PAGES / "en.json").read_bytes())
         folders = [PAGES, *([Path(self.options.pages_folder)] if self.options.pages_folder else [])]
         return {
@@ -56,34 +56,34 @@ class Pages:
 
     @functools.cached_property
     def style(self) -> tuple[str, bytes]:
-        """The name of the style sheet, which changes with it, and its content."""
+        """The file name of the style sheet, which contains a hash of it, and its content."""
         brand = self.options.brand_color
         channels = (int(brand[at : at + 2], 16) / 255 for at in (1, 3, 5))
         red, green, blue = (
             channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels
         )
         luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-        # Whichever of black and white stands out more. WCAG 2.2 §1.4.3
+        # Black or white, whichever has the higher contrast ratio. WCAG 2.2 §1.4.3
         on_brand = "#ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
         content = f":root {{ --brand: {brand}; --on-brand: {on_brand}; }}\n".encode()
         content += self.file("pages.css").read_bytes()
         return f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content
 
     def template(self, name: str) -> bottle.SimpleTemplate:
-        found = self.templates.get(name)
-        if found is None:
-            found = self.templates[name] = bottle.SimpleTemplate(self.file(f"{name}.html").read_text("utf-8"))
-        return found
+        template = self.templates.get(name)
+        if template is None:
+            template = self.templates[name] = bottle.SimpleTemplate(self.file(f"{name}.html").read_text("utf-8"))
+        return template
 
     def render(self, name: str, **values) -> bytes:
-        """Return a page inside the layout that all pages share."""
+        """Return a page in the common layout, encoded."""
         body = self.template(name).render(**values)
         return self.template("layout").render(body=body, name=name, **values).encode()
 
 
 def draw_qr(uri: str) -> bytes:
-    """Return the SVG of a QR code, error correction Q."""
-    import segno  # late: few requests draw one
+    """Return a QR code as SVG, with error correction level Q."""
+    import segno  # late: few requests need it
 
     image = io.BytesIO()
     segno.make(uri, error="q").save(image, kind="svg", scale=5, xmldecl=True)

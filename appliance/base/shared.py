@@ -1,18 +1,18 @@
-"""Memory that the processes of a server share."""
+"""Numbers in memory that the processes of a server share."""
 
 import mmap
 import struct
 from typing import ClassVar, Generic, Literal, TypeVar
 
 # == Shared ====================================================================
-# Anonymous memory that is mapped before the first fork: each process sees what the others write.
+# Anonymous shared memory, mapped before the first fork: each process sees what the others write. mmap(2).
 
 N = TypeVar("N", int, float)
 Form = Literal["B", "Q", "d"]  # formats of the struct module, native: octet, 64-bit count, float
 
 
 class Number(Generic[N]):
-    """A field of Shared: one number. To read or write it is one instruction; to do both takes a lock."""
+    """A field of Shared: one number. A read or a write is one instruction; read-modify-write needs a lock."""
 
     form: ClassVar[Form]
     count = 1
@@ -36,7 +36,7 @@ class Real(Number[float]):
 
 
 class Numbers:
-    """A field of Shared: several numbers, as a memoryview that can be written."""
+    """A field of Shared: several numbers, as a writable memoryview."""
 
     def __init__(self, form: Form, count: int):
         self.form, self.count = form, count
@@ -49,7 +49,7 @@ class Numbers:
 
 
 class Shared:
-    """Numbers that every process forked from this one shares. A subclass names its fields; all begin as zero."""
+    """Numbers that this process shares with every process forked from it. A subclass declares them; all start at 0."""
 
     def __init__(self):
         fields = [field for field in vars(type(self)).values() if isinstance(field, (Number, Numbers))]
@@ -58,4 +58,4 @@ class Shared:
         at = 0
         for field, size in zip(fields, sizes, strict=True):
             setattr(self, field.view, memory[at : at + size].cast(field.form))
-            at += size + -size % 8  # each is aligned, whatever its size
+            at += size + -size % 8  # aligned to 8 octets, whatever its size

@@ -550,7 +550,7 @@ def costs(ours, seconds=1.0):
         "jti": m.new_jti(idp.now_ms()), "client_id": client_id, "scope": "", "mad": "auth", "token_use": "access",
     }
     stored = "$argon2id$v=19$m=32768,t=2,p=2$" + "x" * 66
-    idp.client_digests.learn(stored, secret, now)
+    idp.verified_client_secrets.add(stored, secret, now)
     left, right = socket.socketpair()
     answer = b"x" * 900
 
@@ -563,7 +563,7 @@ def costs(ours, seconds=1.0):
     parts = {
         "the ES256 signature (OpenSSL)": lambda: key.private.sign(message, m.ECDSA_SHA256),
         "the token: claims to JSON, base64url, signature": lambda: ring.mint(key, m.AT_JWT, claims),
-        "a remembered client secret (HMAC-SHA-256)": lambda: idp.client_digests.knows(stored, secret, now),
+        "a remembered client secret (HMAC-SHA-256)": lambda: idp.verified_client_secrets.contains(stored, secret, now),
         "the whole application: form, client, scopes, rules, token, JSON, row and audit row queued": request,
         "llhttp on the request, without callbacks": lambda: httptools.HttpRequestParser(Nothing()).feed_data(head),
         "two sends and two receives on a local socket": exchange,
