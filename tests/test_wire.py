@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+import types
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -197,6 +198,7 @@ REFUSED = {
     "a space before the first field": (400, b"GET / HTTP/1.1\r\n Host: box\r\n\r\n"),
     "a field without a colon": (400, b"GET / HTTP/1.1\r\nHost: box\r\nX\r\n\r\n"),
     "NUL in a name": (400, b"GET / HTTP/1.1\r\nHost: box\r\nX\0: a\r\n\r\n"),
+    "a carriage return first": (400, b"\rGET / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "three empty lines first": (400, b"\r\n\r\n\r\nGET / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "two spaces in the request line": (400, b"GET  / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "a tab in the request line": (400, b"GET\t/ HTTP/1.1\r\nHost: box\r\n\r\n"),
@@ -481,6 +483,93 @@ class TestRequests:
         for number in range(600):
             server._block("200 OK", (("X", str(number)),))
         assert len(server._blocks) <= 256
+
+
+def pipelined(path, content=None, chunked=False):
+    """A request among others, and what the application must see of it."""
+    if content is None:
+        return b"GET " + path + b" HTTP/1.1\r\nHost: box\r\n\r\n", ("GET", path.decode(), "")
+    framing, octets = b"Content-Length: %d" % len(content), content
+    if chunked:
+        framing, octets = b"Transfer-Encoding: chunked", b"%x\r\n%b\r\n0\r\nT: 1\r\n\r\n" % (len(content), content)
+    head = b"POST " + path + b" HTTP/1.1\r\nHost: box\r\n" + framing + b"\r\n\r\n"
+    return head + octets, ("POST", path.decode(), content.decode())
+
+
+GET = pipelined(b"/get")
+POST = pipelined(b"/post", b"grant_type=x")
+CHUNKS = pipelined(b"/chunks", b"a=1", chunked=True)
+SEQUENCES = {
+    "POST, GET": [POST, GET], "POST, POST": [POST, pipelined(b"/second", b"y")],
+    "GET, POST, GET": [GET, POST, pipelined(b"/last")], "chunks, GET": [CHUNKS, GET],
+    "POST, chunks, POST": [POST, CHUNKS, pipelined(b"/second", b"y")],
+    "content that looks like a request": [pipelined(b"/post", GET[0] + b"\r\n\r\n"), GET],
+    "chunks that look like their end": [pipelined(b"/chunks", b"0\r\n\r\n" * 3, chunked=True), GET],
+    "no content": [pipelined(b"/post", b""), POST, GET],
+}
+
+
+class TestPipelining:
+    """RFC 9112 §9.3.2: a request behind another is its own, wherever the octets are cut."""
+
+    def parse(self, *pieces):
+        """What a connection makes of the octets, without a socket: (method, path, content) of each, and the refusal."""
+        server = types.SimpleNamespace(limits=Limits(), tls=None, trusted_proxies=(), log=None, name="auth")
+        connection = wire.Connection(
+            server, socket.socket(), "192.0.2.7", {"SERVER_PROTOCOL": "HTTP/1.1"}, wire.Names(False), False, True
+        )
+        with connection.sock:
+            for piece in pieces:
+                if connection.refusal is None:
+                    connection.feed(piece)
+        return [
+            (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["wsgi.input"].read().decode())
+            for environ, _ in connection.requests
+        ], connection.refusal and connection.refusal.reason
+
+    @pytest.mark.parametrize("name", SEQUENCES)
+    def test_each_is_found_wherever_it_is_cut(self, name):
+        octets, requests = b"".join(one for one, _ in SEQUENCES[name]), [seen for _, seen in SEQUENCES[name]]
+        assert self.parse(octets) == (requests, None)
+        assert self.parse(*(bytes([octet]) for octet in octets)) == (requests, None)
+        for cut in range(1, len(octets)):
+            assert self.parse(octets[:cut], octets[cut:]) == (requests, None), octets[:cut]
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.sampled_from([GET, POST, CHUNKS]), max_size=6), st.lists(st.integers(1, 600), max_size=9))
+    def test_each_is_found_however_often_it_is_cut(self, sequence, cuts):
+        octets = b"".join(one for one, _ in sequence)
+        places = sorted({0, len(octets), *(cut for cut in cuts if cut < len(octets))})
+        pieces = [octets[start:end] for start, end in zip(places, places[1:])]
+        assert self.parse(*pieces) == ([seen for _, seen in sequence], None)
+
+    @pytest.mark.parametrize("case", [case for case, (_, octets) in REFUSED.items() if len(octets) < 200])
+    def test_what_is_refused_by_itself_is_refused_behind_content_wherever_it_is_cut(self, case):
+        before = POST[0] + CHUNKS[0]
+        octets = before + REFUSED[case][1] + SMUGGLED
+        for cut in range(1, len(octets)):
+            requests, reason = self.parse(octets[:cut], octets[cut:])
+            assert requests == [POST[1], CHUNKS[1]] and reason, octets[:cut]
+
+    @pytest.mark.parametrize("name", SEQUENCES)
+    def test_each_is_answered_in_its_order(self, shared, name):
+        octets = b"".join(one for one, _ in SEQUENCES[name])
+        answers = []
+        for each in (None, 1, 7):
+            said = shared.say(octets, each=each)
+            answers.append([json.loads(part.partition(b"\r\n\r\n")[2]) for part in said.split(b"HTTP/1.1 200 OK")[1:]])
+        wanted = [seen for _, seen in SEQUENCES[name]]
+        for answer in answers:
+            assert [(one["method"], one["path"], one["body"]) for one in answer] == wanted
+
+    def test_each_is_answered_wherever_it_is_cut(self, shared):
+        octets = GET[0] + POST[0] + CHUNKS[0] + post(b"Content-Length: 1", b"Connection: close", body=b"x")
+        for cut in range(1, len(octets)):
+            with shared.connect() as sock:
+                sock.sendall(octets[:cut])
+                time.sleep(0.0005)
+                sock.sendall(octets[cut:])
+                assert statuses(read_all(sock)) == [200] * 4, octets[:cut]
 
 
 class TestPeer:

@@ -245,9 +245,9 @@ class Connection:
         "server", "limits", "lock", "sock", "fd", "address", "base", "names", "trusted", "counted", "parser",
         "handshaking", "lingering", "fresh",
         "deadline",  # where it stands
-        "seen", "place", "wire", "environ", "target", "body", "length", "size", "count",
+        "head", "tail", "wire", "environ", "target", "body", "length", "left", "size", "count",
         "dropped",  # the request that is arriving
-        "headed", "chunked", "expecting", "began", "requests", "refusal", "out", "last",
+        "headed", "chunked", "expecting", "began", "requests", "ended", "refusal", "out", "last",
     )  # what is still to be done, in this order
 
     def __init__(self, server, sock, address, base, names, trusted, counted):
@@ -255,19 +255,20 @@ class Connection:
         self.sock, self.fd, self.address = sock, sock.fileno(), address
         self.base, self.names, self.trusted, self.counted = base, names, trusted, counted
         self.parser = httptools.HttpRequestParser(self)
-        self.lingering = self.headed = self.last = self.chunked = self.expecting = False
+        self.lingering = self.headed = self.last = self.chunked = self.expecting = self.ended = False
         self.fresh = True
         self.handshaking = server.tls is not None
         self.requests, self.refusal, self.out = collections.deque(), None, b""
-        self.environ, self.seen, self.target, self.wire = None, b"", b"", 0  # wire: octets of the part being read
+        self.environ, self.target, self.wire = None, b"", 0  # wire: octets of the part being read
+        self.head, self.tail = b"", b""  # the header so far; its last octets, which may begin its end
 
     # -- llhttp's callbacks --
 
     def on_message_begin(self):
         self.environ = self.base.copy()
         self.target, self.body, self.dropped = b"", [], ()
-        self.size = self.count = self.length = self.wire = 0
-        self.headed = self.chunked = self.expecting = self.fresh = False
+        self.size = self.count = self.length = self.left = self.wire = 0
+        self.chunked = self.expecting = self.fresh = False
         self.began = time.monotonic()
 
     def on_url(self, piece):
@@ -306,11 +307,10 @@ class Connection:
         token, version = parser.get_method(), parser.get_http_version()
         if version != "1.1" and version != "1.0":
             raise HttpRefusal(505, "version")
-        # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space. `place` keeps out the requests before.
-        start = self.seen.find(b"\n%b %b HTTP/%b\r\n" % (token, target, version.encode()), self.place)
-        if start < 0:
+        # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space for one.
+        if not self.head.startswith(b"%b %b HTTP/%b\r\n" % (token, target, version.encode())):
             raise HttpRefusal(400, "request line")
-        self.place = self.seen.find(b"\r\n\r\n", start) + 3  # the last line feed of the header
+        self.head = b""
         method = METHODS.get(token)
         if method is None:
             raise HttpRefusal(501, "method")
@@ -349,7 +349,8 @@ class Connection:
                 raise HttpRefusal(400, "Content-Length")
             if len(length) > 18 or int(length) > limits.body_bytes:
                 raise HttpRefusal(413, "content size")
-        content = self.chunked or (length is not None and int(length) > 0)
+            self.left = int(length)
+        content = self.chunked or self.left > 0
         # Upgrade may be ignored (RFC 9110 §7.8), but llhttp stops at one and would not read its content.
         if content and parser.should_upgrade():
             raise HttpRefusal(400, "Upgrade with content")
@@ -369,12 +370,13 @@ class Connection:
 
     def on_body(self, piece):
         self.expecting = False  # it does not wait for us. RFC 9110 §10.1.1
-        self.place = max(self.place, self.seen.find(piece, self.place) + len(piece) - 1)
         self.body.append(piece)
-        if self.chunked:
-            self.length += len(piece)
-            if self.length > self.limits.body_bytes:
-                raise HttpRefusal(413, "content size")
+        if not self.chunked:
+            self.left -= len(piece)
+            return
+        self.length += len(piece)
+        if self.length > self.limits.body_bytes:
+            raise HttpRefusal(413, "content size")
 
     def on_message_complete(self):
         environ, body = self.environ, b"".join(self.body)
@@ -382,27 +384,67 @@ class Connection:
         if self.chunked:
             environ["CONTENT_LENGTH"] = str(len(body))
         # A trailer can still say `Connection: close`, so keep-alive is asked now.
-        self.requests.append((environ, self.parser.should_keep_alive() and not self.parser.should_upgrade()))
-        self.environ, self.body, self.expecting, self.wire = None, (), False, 0
+        self.ended = self.parser.should_upgrade() or not self.parser.should_keep_alive()
+        self.requests.append((environ, not self.ended))
+        self.environ, self.body, self.head, self.expecting, self.wire = None, (), b"", False, 0
 
     # -- octets --
 
     def feed(self, data):
-        """Parse what has come into `requests`, and `refusal` when that is where it ends."""
-        limits = self.limits
-        if self.environ is None and data[0] in b"\r\n":
-            # RFC 9112 §2.2: an empty line before the request line is forgiven. Two are, no more.
-            self.wire += len(data) - len(data.lstrip(b"\r\n"))
-            if self.wire > 4:
-                self.refusal = HttpRefusal(400, "empty lines")
+        """Parse what has come into `requests`, and `refusal` when that is where it ends.
+
+        llhttp does not tell where in its input a message begins, and what it forgives in a request line shows in the
+        octets alone. So no input of its own reaches beyond a message, and the first one begins with the request line.
+        """
+        start, data = len(self.tail), self.tail + data
+        since = 0  # where the search for an empty line begins: behind the one before
+        while start < len(data) and not self.ended:
+            if self.environ is None:
+                # RFC 9112 §2.2: an empty line before the request line is forgiven. Two are, no more.
+                while start < len(data) and data[start] in b"\r\n":
+                    self.head = data[start:start + 1]
+                    start, self.wire = start + 1, self.wire + 1
+                    if self.wire > 4:
+                        self.refusal = HttpRefusal(400, "empty lines")
+                        return
+                if start == len(data):
+                    break
+                if self.head == b"\r":
+                    self.refusal = HttpRefusal(400, "request line")
+                    return
+                since, self.head, self.headed = start, b"", False
+            if self.headed and not self.chunked:
+                since = end = start + self.left
+            else:  # A header ends with an empty line, and so does chunked content: with its last chunk or a trailer.
+                end = data.find(b"\r\n\r\n", max(since, start - 3)) + 4
+                end, since = (end, end) if end > 3 else (len(data), since)
+            piece = data[start:end]
+            if self.headed:
+                self.wire += len(piece)
+            else:
+                self.head += piece
+            self._parse(piece)
+            if self.refusal is None and self.environ is not None:
+                self._weigh()
+            if self.refusal is not None:
                 return
-        before = self.environ
-        if before is not None and not self.headed:
-            self.seen += data
-        else:
-            self.seen, self.place = b"\n" + data, 0
+            start = end
+        self.tail = data[max(since, len(data) - 3):]
+
+    def _weigh(self):
+        """Bound what has come of a request that is not whole yet, and reaches no callback."""
+        if not self.headed:
+            if len(self.head) > self.limits.header_bytes:
+                self.refusal = HttpRefusal(431, "header size")
+            elif self.parser.get_http_version() == "0.9":
+                self.refusal = HttpRefusal(505, "version")
+        # Sizes, extensions and trailers of chunks.
+        elif self.chunked and self.wire > 4 * self.limits.body_bytes + RECV_SIZE:
+            self.refusal = HttpRefusal(413, "chunks")
+
+    def _parse(self, piece):
         try:
-            self.parser.feed_data(data)
+            self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
             pass  # the request is whole, and the last one: what follows it is not HTTP
         except httptools.HttpParserError as error:
@@ -412,24 +454,10 @@ class Connection:
             elif cause is not None:
                 self.server.log("error", server=self.server.name, exc_info=(type(cause), cause, cause.__traceback__))
                 self.refusal = HttpRefusal(500, "error")
-            elif data.startswith(b"\x16\x03") and not self.target:
+            elif piece.startswith(b"\x16\x03") and not self.target:
                 self.refusal = HttpRefusal(0, "TLS on a plain port")
             else:
                 self.refusal = HttpRefusal(505 if str(error) == "Invalid HTTP version" else 400, str(error))
-            return
-        if self.environ is None or self.headed:
-            self.seen = b""
-        # These octets count for the request they leave unfinished, unless they finished another one too.
-        if self.environ is not None and (self.environ is before or not self.requests):
-            self.wire += len(data)
-            if not self.headed:
-                if self.wire > limits.header_bytes:
-                    self.refusal = HttpRefusal(431, "header size")
-                elif self.parser.get_http_version() == "0.9":
-                    self.refusal = HttpRefusal(505, "version")
-            # Sizes, extensions and trailers of chunks reach no callback, so they are weighed raw.
-            elif self.chunked and self.wire > 4 * limits.body_bytes + RECV_SIZE:
-                self.refusal = HttpRefusal(413, "chunks")
 
     def send(self):
         """Send what can be sent without waiting; true when all is. Raises SSLWantReadError and OSError."""

@@ -5,6 +5,7 @@ import itertools
 import os
 import resource
 import secrets
+import socket
 import ssl
 import time
 import zlib
@@ -130,6 +131,23 @@ class TestSlowClients:
             time.sleep(seconds)
             if seconds > 20:
                 assert crowd.living() == 0, "a request has 15 seconds, whatever it says"
+
+
+class TestPipelining:
+    """A box answers each of several requests that come together. RFC 9112 §9.3.2"""
+
+    def test_a_request_behind_content_is_answered_wherever_it_is_cut(self, box):
+        token = request("POST", "/token", "grant_type=client_credentials", Authorization=basic(box.client))
+        octets = token + request("GET", "/ping") + token + request("GET", "/ping", Connection="close")
+        for each in (len(octets), 1, *range(60, len(octets), 61)):
+            with socket.create_connection(("127.0.0.1", box.auth_port), 5) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for start in range(0, len(octets), each):
+                    sock.sendall(octets[start:start + each])
+                said = b""
+                while more := sock.recv(65536):
+                    said += more
+            assert said.count(b"HTTP/1.1 200 ") == 4 and said.count(b'"access_token"') == 2, (each, said)
 
 
 def segment(content):
