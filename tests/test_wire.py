@@ -741,13 +741,13 @@ class TestWithoutMemory:
     @pytest.mark.parametrize(
         "where, error",
         [
-            ("_admit", MemoryError()), ("_address", RuntimeError("can't allocate lock")),
+            ("register_connection", MemoryError()), ("_address", RuntimeError("can't allocate lock")),
             ("Connection", RuntimeError("can't allocate lock")), ("Connection", MemoryError()),
         ],
     )
     def test_connections_that_could_not_be_taken_leave_the_door_open(self, run, monkeypatch, where, error):
         one, failing = run(threads=2, max_threads=4), [0]
-        owner = Server if where == "_admit" else wire
+        owner = Server if where == "register_connection" else wire
 
         def fail(*words):
             failing[0] += 1
@@ -763,7 +763,7 @@ class TestWithoutMemory:
         assert failing[0] > 1
         time.sleep(2 * SWEEP)
         assert all(b" 200 " in one.get() for _ in range(6))
-        assert len(one.server._pool) == one.server.threads, "a thread that ended is hired again"
+        assert len(one.server.requests._threads) == one.server.requests.min, "a thread that ended is hired again"
 
     def test_a_thread_that_dies_at_its_birth_holds_up_nobody(self, run, monkeypatch):
         """Thread.start() waits for it for ever."""
@@ -1039,7 +1039,7 @@ class TestConnections:
             for sock in waiting:
                 sock.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
             time.sleep(0.4)
-            assert one.server._running <= 4
+            assert len(one.server.requests._threads) <= 4
             one.app.go.set()
             assert all(statuses(read_all(sock)) == [200] for sock in waiting)
 

@@ -8,14 +8,17 @@ import io
 import ipaddress
 import itertools
 import os
+import queue
 import re
-import select
+import selectors
 import socket
 import ssl
 import sys
 import threading
 import time
 
+import cheroot.connections
+import cheroot.workers.threadpool
 import cheroot.wsgi
 import httptools
 import msgspec
@@ -31,7 +34,9 @@ RECV_SIZE = 16384  # octets read at once: a whole TLS record; it also bounds wha
 LINGER = 2       # seconds a closed connection still reads, so that the client gets the last answer. RFC 9112 §9.6
 SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
-LEADER_MAX_SECONDS = 0.002  # seconds a thread may stay with one request before another polls in its place
+RETRY_SECONDS = 0.002  # seconds a thread waits after an error of its loop
+THREADS = 4        # that are free for requests
+MAX_THREADS = 330  # of one port, those that wait included
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
 METHODS = {
     name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
@@ -239,25 +244,24 @@ class Names(dict):
 class Connection:
     """One connection and what its octets have become; the callbacks are llhttp's.
 
-    Its lock is held by whoever handles it: a polling thread, or the sweep. No field is touched without.
+    It belongs to the selector, or to the one thread that has taken it from there or from the queue. So it has no lock.
     """
     __slots__ = (
-        "server", "limits", "lock", "sock", "fd", "address", "base", "names", "trusted", "counted", "parser",
-        "handshaking", "lingering", "fresh",
-        "deadline",  # where it stands
+        "server", "limits", "sock", "address", "base", "names", "trusted", "counted", "parser",
+        "handshaking", "lingering", "fresh", "deadline", "events",  # where it stands, and what it waits for
         "head", "tail", "wire", "environ", "target", "body", "length", "left", "size", "count",
-        "dropped",  # the request that is arriving
-        "headed", "chunked", "expecting", "began", "requests", "ended", "refusal", "out", "last",
-    )  # what is still to be done, in this order
+        "dropped", "headed", "chunked", "began",  # the request that is arriving
+        "requests", "ended", "refusal", "expecting", "out", "last",  # what is still to be done
+    )
 
     def __init__(self, server, sock, address, base, names, trusted, counted):
-        self.server, self.limits, self.lock = server, server.limits, threading.Lock()
-        self.sock, self.fd, self.address = sock, sock.fileno(), address
+        self.server, self.limits, self.sock, self.address = server, server.limits, sock, address
         self.base, self.names, self.trusted, self.counted = base, names, trusted, counted
         self.parser = httptools.HttpRequestParser(self)
         self.lingering = self.headed = self.last = self.chunked = self.expecting = self.ended = False
         self.fresh = True
         self.handshaking = server.tls is not None
+        self.events = selectors.EVENT_READ
         self.requests, self.refusal, self.out = collections.deque(), None, b""
         self.environ, self.target, self.wire = None, b"", 0  # wire: octets of the part being read
         self.head, self.tail = b"", b""  # the header so far; its last octets, which may begin its end
@@ -301,7 +305,7 @@ class Connection:
                 raise HttpRefusal(400, "repeated header field")
             self.dropped += (name.lower(),)
 
-    def on_headers_complete(self):  # noqa: C901 - every refusal of the framing, in the order in which it is checked
+    def on_headers_complete(self):
         environ, target, parser, limits = self.environ, self.target, self.parser, self.limits
         self.headed, self.count, self.wire = True, 0, 0
         token, version = parser.get_method(), parser.get_http_version()
@@ -459,55 +463,413 @@ class Connection:
             else:
                 self.refusal = HttpRefusal(505 if str(error) == "Invalid HTTP version" else 400, str(error))
 
-    def send(self):
-        """Send what can be sent without waiting; true when all is. Raises SSLWantReadError and OSError."""
+    # -- the socket --
+
+    def advance(self):
+        """Go as far as goes without waiting and without the application. False when the connection is to be closed.
+
+        Called in the manager's thread when what it waited for has come, or its time is over.
+        """
+        try:
+            if self.lingering:
+                return self._linger()
+            if self.handshaking:
+                self._shake_hands()
+            while not (self.out or self.requests or self.refusal is not None or self.expecting):
+                data = self.sock.recv(RECV_SIZE)
+                if not data:
+                    return False
+                self.feed(data)
+                if self.server.tls is None or not self.sock.pending():  # decrypted already: the selector does not tell
+                    break
+            return self._transmit()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return self._rest()
+        except ssl.SSLWantWriteError:
+            self.events = selectors.EVENT_WRITE
+            return True
+        except OSError:
+            return False  # the peer is gone, or its TLS is broken
+        except Exception:
+            self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
+            return False
+
+    def communicate(self):
+        """Answer one whole request. False when the connection is to be closed. Called by a thread of cheroot's pool."""
+        try:
+            environ, keep = self.requests.popleft()
+            self.out, self.last = self.server.answer(environ, keep)
+            self.deadline = time.monotonic() + self.limits.send_seconds
+            return self._transmit()
+        except OSError:
+            return False
+        except Exception:
+            self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
+            return False
+
+    def close(self):
+        self.server.forget(self)
+        self.parser = None  # it refers back to the connection
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+    def _transmit(self):
+        """Send what is to be sent, as far as it goes. False when the connection is to be closed."""
+        while True:
+            if self.out:
+                if not self._send():
+                    return True
+                if self.last:
+                    return self._part()
+            if self.requests:
+                return True
+            if self.refusal is not None:
+                self.out, self.last = self.server.refuse(self), True
+                if not self.out:
+                    return False
+            elif self.expecting:
+                self.out, self.expecting = CONTINUE, False
+            else:
+                return self._rest()
+            self.deadline = time.monotonic() + self.limits.send_seconds
+
+    def _send(self):
+        """Send what can be sent without waiting; true when all is."""
         try:
             sent = self.sock.send(self.out)
         except (BlockingIOError, ssl.SSLWantWriteError):
+            self.events = selectors.EVENT_WRITE
+            return False
+        except ssl.SSLWantReadError:
+            self.events = selectors.EVENT_READ
             return False
         self.out = memoryview(self.out)[sent:] if sent < len(self.out) else b""
+        self.events = selectors.EVENT_WRITE
         return not self.out
+
+    def _rest(self):
+        """Wait for the rest of a handshake or a request, or for the next request. False when none may come."""
+        self.events = selectors.EVENT_READ
+        if self.handshaking:
+            return True
+        draining = self.server.draining
+        if self.environ is not None:
+            self.deadline = self.began + self.limits.request_seconds
+        elif draining or not self.fresh:
+            now = time.monotonic()
+            if draining and now >= draining:
+                return False
+            self.deadline = now + self.limits.idle_seconds
+        if self.server.tls and not self.lingering and self.sock.pending():
+            self.events = selectors.EVENT_WRITE  # at once: what has been decrypted already the selector does not see
+        return True
+
+    def _shake_hands(self):
+        """Go on with the TLS handshake. Raises SSLWantReadError or SSLWantWriteError until it is done."""
+        try:
+            self.sock.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            if error.reason == "HTTP_REQUEST":
+                self.handshaking = False
+                self._leave_tls()
+                self.refusal = HttpRefusal(400, "plain HTTP on a TLS port")
+                return
+            if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+                self.server.log(
+                    "refused", server=self.server.name, peer=self.address, reason=f"TLS handshake: {error.reason}",
+                    status=0,
+                )
+            raise
+        self.handshaking = False
+        self.deadline = time.monotonic() + self.limits.idle_seconds
+        self.base["HTTPS"] = "on"  # as cheroot's adapter names them
+        self.base["SSL_CIPHER"], self.base["SSL_PROTOCOL"], _ = self.sock.cipher()
+
+    def _leave_tls(self):
+        """What is sent and read from here on is on the TCP connection."""
+        self.sock = socket.socket(fileno=self.sock.detach())
+        self.sock.setblocking(False)
+
+    def _part(self):
+        """Say goodbye and read on for a while: unread octets would make a reset of it, and eat the answer.
+
+        RFC 9112 §9.6
+        """
+        self.lingering, self.wire, self.events = True, 0, selectors.EVENT_READ
+        self.deadline = time.monotonic() + LINGER
+        if isinstance(self.sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()  # sends close_notify, and does not wait for theirs
+            self._leave_tls()
+        self.sock.shutdown(socket.SHUT_WR)
+        return True
+
+    def _linger(self):
+        data = self.sock.recv(RECV_SIZE)
+        self.wire += len(data)
+        return bool(data) and self.wire < 64 * RECV_SIZE
+
+
+class WorkerThread(cheroot.workers.threadpool.WorkerThread):
+    """A thread of cheroot's pool that survives what its loop raises, of memory most likely."""
+
+    def __init__(self, server, name):
+        super().__init__(server)
+        self.name, self.daemon = name, True
+
+    def run(self):
+        while True:
+            try:
+                return self._process_connections_until_interrupted()
+            except BaseException as error:
+                if not isinstance(error, MemoryError):
+                    self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
+                sleep(RETRY_SECONDS)
+
+
+class ThreadPool(cheroot.workers.threadpool.ThreadPool):
+    """cheroot's pool, whose threads may say that they wait: then others are started, so that `min` are free.
+
+    cheroot's own grow() polls for 100 ms until a thread runs, and nothing calls it.
+    """
+
+    def __init__(self, server, min, max):
+        super().__init__(server, min, max)
+        self._queue = queue.SimpleQueue()
+        self.get = self._queue.get
+        self._lock = threading.Lock()
+        self._waiting = set()             # threads
+        self._called = threading.Event()  # threads are wanted, or the selector has gone round
+        self._rounds = 0                  # of the selector, since the last beat
+        self._numbers = itertools.count()
+        self._ended = False
+
+    def start(self):
+        self.grow()
+        self._keeper = threading.Thread(target=self._keep, name=f"{self.server.name}-pool", daemon=True)
+        self._keeper.start()
+
+    def sweep(self):
+        """Have the pool looked at, and a beat given. Called by the manager's thread now and then."""
+        self._rounds += 1
+        self._called.set()
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """Entered by a handler that is about to wait: another thread is started if too few are left free.
+
+        Yields False if no thread would be left besides the one it waits for. Means nothing to a thread of another
+        pool, or to one that waits already.
+        """
+        me = threading.current_thread()
+        if not isinstance(me, WorkerThread) or me.server is not self.server or me in self._waiting:
+            yield True
+            return
+        with self._lock:
+            self._waiting.add(me)
+            free = self._free()
+            short = free < self.min and len(self._threads) < self.max
+        if short:
+            self._called.set()
+        try:
+            yield free + short > 1  # the one that holds the write lock does not say that it waits
+        finally:
+            with self._lock:
+                self._waiting.discard(me)
+
+    def _free(self):
+        return len(self._threads) - len(self._pending_shutdowns) - len(self._waiting)
+
+    def grow(self, amount=None):
+        """Start threads while too few are free.
+
+        In a thread of its own and holding nothing: Thread.start() waits forever for one that has no memory to begin.
+        The beats end then, which the supervisor sees.
+        """
+        while True:
+            with self._lock:
+                self._clear_dead_threads()
+                if self._ended or self._free() >= self.min or len(self._threads) >= self.max:
+                    return
+            try:
+                thread = WorkerThread(self.server, f"{self.server.name}-{next(self._numbers)}")
+                thread.start()
+            except (RuntimeError, MemoryError) as error:  # the system has no more of them
+                self.server.log("error", server=self.server.name, reason=error, threads=len(self._threads))
+                return
+            with self._lock:
+                self._threads.append(thread)
+
+    def _keep(self):
+        while not self._ended:
+            self._called.wait()
+            self._called.clear()
+            try:
+                self.grow()
+                if self._rounds:
+                    self._rounds = 0
+                    self.shrink(self._free() - self.min)
+                    self.server.beat()
+            except Exception:
+                self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
+
+    def stop(self, timeout=5):
+        """End the threads; true when all have ended in time."""
+        end = time.monotonic() + timeout
+        self._ended = True
+        self._called.set()
+        threads = [self._keeper, *self._threads]
+        for _ in threads:
+            self._queue.put(cheroot.workers.threadpool._SHUTDOWNREQUEST)
+        for thread in threads:
+            with contextlib.suppress(RuntimeError):  # one that never began
+                thread.join(max(0.1, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+
+class Waker:
+    """A pipe that wakes the selector, which takes it for a connection."""
+
+    requests, out, events = (), b"", selectors.EVENT_READ
+
+    def __init__(self, manager):
+        self.manager = manager
+        self.sock, self.end = os.pipe()
+
+    def wake(self):
+        os.write(self.end, b"\0")
+
+    def advance(self):
+        os.read(self.sock, 64)
+        self.manager._expire(0)
+        return True
+
+    def close(self):
+        os.close(self.sock)
+        os.close(self.end)
+
+
+class ConnectionManager(cheroot.connections.ConnectionManager):
+    """cheroot's selector and its loop, in one thread, which accepts, reads and parses, and waits for nobody."""
+
+    def __init__(self, server):
+        super().__init__(server)
+        self.swept = time.monotonic()
+        self._turned_away = [0, "", 0.0]  # how many since the last line about it, the last peer, when that line was
+        self._listening = True
+        self.waker = Waker(self)
+        self.put(self.waker)
+
+    def put(self, conn):
+        """Have a connection answered that has a whole request, or wait for what it waits for."""
+        if conn.requests and not conn.out:
+            self.server.requests.put(conn)
+        else:
+            self._selector.register(conn.sock, conn.events, conn)
+
+    def turn_away(self, peer):
+        self._turned_away[:2] = self._turned_away[0] + 1, peer
+
+    def _from_server_socket(self, server_socket, most=64):
+        """Accept what has come. Nothing is handed to cheroot: each waits for its first octets in the selector."""
+        for _ in range(most):
+            try:
+                sock, address = server_socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    # Nothing left to accept with: the listener is left alone until the next sweep, and does not spin.
+                    self._selector.unregister(server_socket)
+                    self._listening = False
+                    self.turn_away("")
+                    return
+                continue  # that connection's own trouble
+            self.server.register_connection(sock, address)
+
+    def _expire(self, threshold):
+        """End what is past its deadline. A connection that is in the hands of a thread is not here: it is alive."""
+        server, now, limits = self.server, time.monotonic(), self.server.limits
+        lost, self.swept = now - self.swept - 4 * SWEEP, now
+        held = [conn for _, conn in list(self._selector.connections) if conn is not server and conn is not self.waker]
+        if lost > 0:  # we were stopped, or the machine slept: nobody could be heard meanwhile
+            for conn in held:
+                conn.deadline += lost
+                if conn.environ is not None:
+                    conn.began += lost
+        shorter = 0.8 * limits.idle_seconds if len(server.open) > limits.connections // 2 else 0
+        for conn in held:
+            idle = conn.environ is None and not (conn.out or conn.handshaking)
+            late = now > conn.deadline - (shorter if idle and not conn.lingering else 0)
+            if not late and not (idle and 0 < server.draining <= now):
+                continue
+            self._selector.unregister(conn.sock)
+            if late and (conn.environ is None or conn.out or conn.lingering):
+                conn.close()
+                continue
+            if late:
+                conn.refusal = HttpRefusal(408, "time")
+            server.process_conn(conn)
+        self._look_at_listener()
+        server.requests.sweep()
+        count, peer, logged_at = self._turned_away
+        if count and now - logged_at >= 1:
+            self._turned_away = [0, "", now]
+            server.log("refused", server=server.name, peer=peer, reason="too many connections", status=0, count=count)
+
+    def _look_at_listener(self):
+        listener = self.server.socket
+        if listener is None:
+            return
+        if self.server.draining:
+            if self._listening:
+                self._from_server_socket(listener, 4096)  # who has connected is served: closing would reset them
+            if self._listening:
+                self._selector.unregister(listener)
+            self.server.socket = None
+            listener.close()
+        elif not self._listening:
+            self._selector.register(listener, selectors.EVENT_READ, self.server)
+            self._listening = True
 
 
 class Server(cheroot.wsgi.Server):
-    """One port. The sockets may be made before a fork and handed in already bound and listening.
+    """One port. The socket may be made before a fork and handed in already bound and listening.
 
-    Its threads share one epoll, and take turns: one, the leader, polls and handles; the second watches, and takes the
-    lead when the leader stays with one request longer than PATIENCE or says that it waits (`blocking()`). The others
-    stand behind the second. Threads that all poll at once are slower by half: they pass the GIL around at every system
-    call.
+    cheroot's selector loop finds what is ready, and its pool of threads answers; ours is what lies between.
     """
 
+    expiration_interval = SWEEP
+
     def __init__(self, name, sockets, app, *, limits=Limits(), tls=None, trusted_proxies=(), log=None,
-                 threads=4, max_threads=68):
+                 threads=THREADS, max_threads=MAX_THREADS):
         super().__init__(sockets[0].getsockname()[:2], app, numthreads=threads, max=max_threads)
-        self.name, self.sockets, self.limits, self.tls = name, tuple(sockets), limits, tls
-        self.trusted_proxies, self.threads, self.max_threads = tuple(trusted_proxies), threads, max_threads
+        self.name, self.socket, self.limits, self.tls = name, sockets[0], limits, tls
+        self.trusted_proxies = tuple(trusted_proxies)
         self.log = log or (lambda event, **fields: None)
+        self.requests = ThreadPool(self, threads, max_threads)
         self.beat = lambda: None  # called at every sweep
         self._names = {trusted: Names(trusted) for trusted in (False, True)}
         self._date = (0, "")
-        self._blocks = {}                   # headers: their lines
-        self._lock = threading.Lock()       # guards the counts of threads, the lead and the peers
-        self._second = threading.Lock()     # held by the thread that watches the leader
-        self._accepting = threading.RLock()  # a listener is not closed while somebody accepts from it
-        self._running = self._turn = 0
-        self._waiting = set()               # threads
-        self._call = threading.Event()      # wakes the sweep before its time: threads are wanted, or the end has come
-        self._leader = None
-        self._pool = set()
-        self._open, self._peers = {}, collections.Counter()  # fd: Connection; address: number of connections
-        self._listeners = {}
-        self._crowd = [0, ""]  # connections turned away since the last line about it, the last of their peers
-        self._ended = self._draining = False
+        self._blocks = {}  # headers: their lines
+        self.open = set()  # connections
+        self._lock = threading.Lock()  # guards the count of connections
+        self._peers = collections.Counter()  # address: number of connections
+        self.draining = 0.0
 
     # -- life --
 
     def start(self):
         """Start the threads and return. To be called after the last fork."""
-        if not hasattr(select, "epoll"):
-            return self._start_cheroot()
-        ip, port = self.sockets[0].getsockname()[:2]
+        self.prepare()
+        self._manager_thread = threading.Thread(target=self.serve, name=f"{self.name}-manager", daemon=True)
+        self._manager_thread.start()
+
+    def prepare(self):
+        """Make what cheroot's prepare() makes, on the socket that was handed in."""
+        ip, port = self.bind_addr
         self._base = {
             "SCRIPT_NAME": "", "SERVER_NAME": ip, "SERVER_PORT": str(port), "SERVER_PROTOCOL": "HTTP/1.1",
             "wsgi.version": (1, 0), "wsgi.url_scheme": "https" if self.tls else "http", "wsgi.errors": sys.stderr,
@@ -515,223 +877,63 @@ class Server(cheroot.wsgi.Server):
             "microauthd.server": self.name, "microauthd.server_object": self}
         self._request_id = (os.urandom(4).hex() + "%08x").__mod__
         self._number = itertools.count(1).__next__
-        self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake, select.EPOLLIN)
-        for sock in self.sockets:
-            sock.setblocking(False)
-            sock.listen(BACKLOG)  # again, where it did not while nobody served it
-            self._listeners[sock.fileno()] = sock
-            self._epoll.register(sock, select.EPOLLIN | select.EPOLLONESHOT)
+        self.socket.setblocking(False)
+        self.socket.listen(BACKLOG)  # again, where it did not while nobody served it
+        self._connections = ConnectionManager(self)
         self.ready = True
         self._start_time = time.time()
-        self._swept = time.monotonic()
-        self._hire()
-        self._sweeper = threading.Thread(target=self._sweep_on, name=f"{self.name}-sweep", daemon=True)
-        self._sweeper.start()
+        self.requests.start()
 
     def stop(self, seconds: float = 4) -> bool:
         """Stop accepting, close idle connections, finish what has begun to arrive; true when all of it ended in time.
         """
         if not self.ready:
             return True
-        if not hasattr(select, "epoll"):
-            self.shutdown_timeout = seconds
-            super().stop()
-            return True
-        end = time.monotonic() + seconds
-        with self._accepting:
-            for fd, sock in list(self._listeners.items()):
-                self._accept(fd, 4096)  # who has connected already is served: closing would reset them
-                with contextlib.suppress(OSError):
-                    self._epoll.unregister(sock)
-                sock.close()
-            self._listeners.clear()
+        end, manager = time.monotonic() + seconds, self._connections
         # A client that keeps its connection may be about to use it: it gets a moment, and a last answer.
-        self._draining = time.monotonic() + min(0.5, seconds / 2)
-        while self._open and time.monotonic() < end:
-            self._sweep()
+        self.draining = time.monotonic() + min(0.5, seconds / 2)
+        while (self.open or self.socket) and time.monotonic() < end:
+            manager.waker.wake()
             sleep(0.02)
+        ended = not self.open
         self.ready = False
-        ended = not self._open
-        for connection in list(self._open.values()):
-            if connection.lock.acquire(blocking=False):
-                self._close(connection)
-                connection.lock.release()
-        self._ended = True
-        self._call.set()
-        os.eventfd_write(self._wake, 1)
-        for thread in [self._sweeper, *self._pool]:
-            with contextlib.suppress(RuntimeError):  # one that never began
-                thread.join(max(0.1, end - time.monotonic()))
-            ended = ended and not thread.is_alive()
-        if not any(thread.is_alive() for thread in self._pool):
-            self._epoll.close()
-            os.close(self._wake)
+        manager._stop_requested = True
+        manager.waker.wake()
+        self._manager_thread.join(max(0.1, end - time.monotonic()))
+        ended = self.requests.stop(end - time.monotonic()) and ended and not self._manager_thread.is_alive()
+        if not self._manager_thread.is_alive():
+            manager.close()
         return ended
 
-    def _start_cheroot(self):
-        """Development only, where there is no epoll: cheroot's own loop, with none of the promises above."""
-        if self.tls:
-            import cheroot.ssl.builtin
+    def error_log(self, msg="", level=20, traceback=False):
+        """Log what cheroot has to say."""
+        error = sys.exception()
+        if not isinstance(error, MemoryError):
+            self.log("error", server=self.name, **({"exc_info": sys.exc_info()} if error else {"reason": msg}))
 
-            self.ssl_adapter = cheroot.ssl.builtin.BuiltinSSLAdapter.__new__(cheroot.ssl.builtin.BuiltinSSLAdapter)
-            self.ssl_adapter.context, self.ssl_adapter._server_env = self.tls, {}
-        self.prepare()
-        threading.Thread(target=self.serve, name=self.name, daemon=True).start()
+    def _serve_unservicable(self):
+        """Nobody is turned away because the queue is full: it has no limit."""
 
-    def bind(self, family, type, proto=0):
-        """Take the socket that was handed in. Called by cheroot's prepare()."""
-        self.socket = self.sockets[0]
-        return self.socket
-
-    # -- threads --
-
-    def _hire(self):
-        """Start threads while too few are left free.
-
-        Holding nothing, and from the sweep: Thread.start() waits for ever for one that has no memory to begin. The
-        sweep
-        does not go on then, which the supervisor sees.
-        """
-        while True:
-            with self._lock:
-                if (
-                    self._ended
-                    or self._running - len(self._waiting) >= self.threads
-                    or self._running >= self.max_threads
-                ):
-                    return
-                thread = threading.Thread(target=self._work, name=f"{self.name}-{self._running}", daemon=True)
-                self._running += 1
-                self._pool.add(thread)
-            try:
-                thread.start()
-            except (RuntimeError, MemoryError) as error:  # the system has no more of them
-                with self._lock:
-                    self._running -= 1
-                    self._pool.discard(thread)
-                self.log("error", server=self.name, reason=error, threads=self._running)
-                return
-
-    @contextlib.contextmanager
     def blocking(self):
-        """Entered by a handler that is about to wait: another thread polls, a new one if too few are left free.
+        """See ThreadPool.blocking()."""
+        return self.requests.blocking()
 
-        Gives whether there is one besides whoever it waits for. Means nothing to a thread that is not ours, or waits
-        already.
-        """
-        me = threading.current_thread()
-        if me not in self._pool or me in self._waiting:
-            yield True
-            return
-        with self._lock:
-            self._waiting.add(me)
-            others = self._running - len(self._waiting)
-            short = others < self.threads and self._running < self.max_threads
-            if self._leader is me:
-                self._leader = None  # the second finds the lead free at the next event
-        if short:
-            self._call.set()
-        try:
-            yield others + short > 1  # the one that holds the turn to write is not among those that say that they wait
-        finally:
-            with self._lock:
-                self._waiting.discard(me)
+    # -- connections --
 
-    def _work(self):
-        me = threading.current_thread()
-        try:
-            while not self._ended:
-                try:
-                    self._stand_by(me)
-                    self._lead(me)
-                except (
-                    Exception
-                ) as error:  # one that ended for it, of memory most likely, would be missing when there is some again
-                    if not isinstance(error, MemoryError):
-                        self.log("error", server=self.name, exc_info=sys.exc_info())
-                    sleep(LEADER_MAX_SECONDS)
-                with self._lock:
-                    if self._leader is me:
-                        self._leader = None
-                    if self._running - len(self._waiting) > self.threads:
-                        break  # hired while others waited, and they are back
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._pool.discard(me)
-                if self._leader is me:
-                    self._leader = None
-
-    def _stand_by(self, me):
-        """Return when it is this thread's turn to lead."""
-        with self._second:
-            events = select.poll()
-            events.register(self._epoll.fileno(), select.POLLIN)
-            while not self._ended:
-                if self._leader is not None:
-                    # Nobody takes the events of a leader that is busy; an idle server wakes nobody.
-                    events.poll()
-                    turn = self._turn
-                    sleep(LEADER_MAX_SECONDS)
-                    if self._leader is not None and self._turn != turn:
-                        continue
-                with self._lock:
-                    self._leader = me
-                return
-
-    def _lead(self, me):
-        """Poll and handle until another thread has the lead."""
-        poll, connections = self._epoll.poll, self._open
-        while self._leader is me:
-            for fd, _ in poll(-1, 1):
-                self._turn += 1
-                connection = connections.get(fd)
-                if connection is not None:
-                    with connection.lock:
-                        if connection.fd == fd:  # not closed while we waited for the lock
-                            self._move(connection)
-                elif fd == self._wake:
-                    return
-                else:
-                    self._accept(fd)
-                self._turn += 1
-
-    # -- connections: accept, arm, close --
-
-    def _accept(self, fd, most=64):
-        with self._accepting:
-            listener = self._listeners.get(fd)
-            if listener is None:
-                return
-            for _ in range(most):
-                try:
-                    sock, address = listener.accept()
-                except BlockingIOError:
-                    break
-                except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        # Nothing left to accept with. The listener stays disarmed until the next sweep, and does not
-                        # spin.
-                        self._crowd = [self._crowd[0] + 1, ""]
-                        return
-                    continue  # that connection's own trouble
-                self._admit(sock, address)
-            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
-
-    def _admit(self, sock, address):
-        ip = _address(address[0])
-        peer = str(ip)
-        trusted = bool(self.trusted_proxies) and _among(ip, self.trusted_proxies)
-        counted = not (ip.is_loopback or trusted)
-        if len(self._open) >= self.limits.connections or (
-                counted and self._peers[peer] >= self.limits.connections_per_peer):
-            self._crowd = [self._crowd[0] + 1, peer]
-            sock.close()
-            return
+    def register_connection(self, sock, address):
+        """Take a connection that was accepted, or turn it away."""
         connection = None
         try:
+            ip = _address(address[0])
+            peer = str(ip)
+            trusted = bool(self.trusted_proxies) and _among(ip, self.trusted_proxies)
+            counted = not (ip.is_loopback or trusted)
+            limits = self.limits
+            if len(self.open) >= limits.connections or (
+                    counted and self._peers[peer] >= limits.connections_per_peer):
+                self._connections.turn_away(peer)
+                sock.close()
+                return
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.tls:
@@ -740,152 +942,44 @@ class Server(cheroot.wsgi.Server):
                 )
             base = {**self._base, "REMOTE_ADDR": peer, "REMOTE_PORT": str(address[1]), "microauthd.peer": peer}
             connection = Connection(self, sock, peer, base, self._names[trusted], trusted, counted)
-            limits = self.limits
             connection.deadline = time.monotonic() + (limits.handshake_seconds if self.tls else limits.idle_seconds)
+            self.open.add(connection)
             with self._lock:
                 self._peers[peer] += counted
-            self._open[connection.fd] = connection
-            self._epoll.register(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
+            self._connections.put(connection)
         except Exception as error:  # gone before it was here, or there is nothing to make one of
             if connection is not None:
-                self._close(connection)
+                connection.close()
             sock.close()
             if not isinstance(error, (OSError, MemoryError)):
                 self.log("error", server=self.name, exc_info=sys.exc_info())
 
-    def _close(self, connection):
-        # Its lock is held. Out of the table before the descriptor is free for the next connection.
-        fd, connection.fd = connection.fd, -1
-        if self._open.pop(fd, None) is not None and connection.counted:
+    def forget(self, connection):
+        """Count a connection no more."""
+        if connection not in self.open:
+            return
+        self.open.discard(connection)
+        if connection.counted:
             with self._lock:
                 self._peers[connection.address] -= 1
                 if self._peers[connection.address] <= 0:
                     del self._peers[connection.address]
-        connection.parser = None  # it refers back to the connection
-        with contextlib.suppress(OSError):
-            connection.sock.close()
 
-    def _move(self, connection):
-        """Handle a connection and arm it for what it waits for, or close it. Its lock is held."""
+    def process_conn(self, conn):
+        """Take a connection that is ready as far as it goes, and keep it or close it. Called by cheroot's loop."""
+        if conn.advance():
+            self.put_conn(conn)
+        else:
+            conn.close()
+
+    def put_conn(self, conn):
+        """Give a connection back to the selector, or to the pool. Called by cheroot's threads."""
         try:
-            events = self._handle(connection)
-            if events:
-                # Armed before the lock is free: whoever wakes by this waits for the lock, and no event is lost.
-                self._epoll.modify(connection.fd, events | select.EPOLLONESHOT)
-                return
-        except OSError:
-            pass  # the peer is gone, or its TLS is broken
-        except Exception:
-            self.log("error", server=self.name, exc_info=sys.exc_info())
-        self._close(connection)
-
-    # -- connections: what is to be done --
-
-    def _handle(self, connection):  # noqa: C901 - what may fail at each step of a request
-        """Take a connection as far as it goes without waiting. Return the events it waits for, 0 when it is done."""
-        if connection.lingering:
-            return self._linger(connection)
-        try:
-            if connection.handshaking:
-                self._shake_hands(connection)
-            if not (connection.out or connection.requests or connection.refusal is not None or connection.expecting):
-                data = connection.sock.recv(RECV_SIZE)
-                if not data:
-                    return 0
-                connection.feed(data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return self._rest(connection)
-        except ssl.SSLWantWriteError:
-            return select.EPOLLOUT
-        if not connection.out:
-            if connection.requests:
-                environ, keep = connection.requests.popleft()
-                connection.out, connection.last = self._answer(environ, keep)
-            elif connection.refusal is not None:
-                connection.out = self._refuse(connection)
-                connection.last = True
-                if not connection.out:
-                    return 0
-            elif connection.expecting:
-                connection.out, connection.expecting = CONTINUE, False
-            else:
-                return self._rest(connection)
-            connection.deadline = time.monotonic() + self.limits.send_seconds
-        try:
-            if not connection.send():
-                return select.EPOLLOUT
-        except ssl.SSLWantReadError:
-            return select.EPOLLIN
-        if connection.last:
-            return self._part(connection)
-        if connection.requests or connection.refusal is not None or connection.expecting:
-            return select.EPOLLOUT  # at once, but others come first
-        return self._rest(connection)
-
-    def _rest(self, connection):
-        """Wait for the rest of a handshake or a request, or for the next request."""
-        if connection.handshaking:
-            return select.EPOLLIN
-        if connection.environ is not None:
-            connection.deadline = connection.began + self.limits.request_seconds
-        elif not connection.fresh or self._draining:
-            now = time.monotonic()
-            if self._draining and now >= self._draining:
-                return 0
-            connection.deadline = now + self.limits.idle_seconds
-        if self.tls and connection.sock.pending():
-            return select.EPOLLOUT  # decrypted already: the socket will not tell
-        return select.EPOLLIN
-
-    def _shake_hands(self, connection):
-        """Go on with the TLS handshake. Raises SSLWantReadError or SSLWantWriteError until it is done."""
-        try:
-            connection.sock.do_handshake()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise
-        except ssl.SSLError as error:
-            if error.reason == "HTTP_REQUEST":
-                connection.handshaking = False
-                self._bare(connection)
-                connection.refusal = HttpRefusal(400, "plain HTTP on a TLS port")
-                return
-            if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-                self.log(
-                    "refused", server=self.name, peer=connection.address, reason=f"TLS handshake: {error.reason}",
-                    status=0,
-                )
-            raise
-        connection.handshaking = False
-        connection.deadline = time.monotonic() + self.limits.idle_seconds
-        connection.base["HTTPS"] = "on"  # as cheroot's adapter names them
-        connection.base["SSL_CIPHER"], connection.base["SSL_PROTOCOL"], _ = connection.sock.cipher()
-
-    def _bare(self, connection):
-        """Leave TLS: what is sent and read from here on is on the TCP connection."""
-        connection.sock = socket.socket(fileno=connection.sock.detach())
-        connection.sock.setblocking(False)
-
-    def _part(self, connection):
-        """Say goodbye and read on for a while: unread octets would make a reset of it, and eat the answer.
-
-        RFC 9112 §9.6
-        """
-        connection.lingering, connection.wire = True, 0
-        connection.deadline = time.monotonic() + LINGER
-        if isinstance(connection.sock, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                connection.sock.unwrap()  # sends close_notify, and does not wait for theirs
-            self._bare(connection)
-        connection.sock.shutdown(socket.SHUT_WR)
-        return select.EPOLLIN
-
-    def _linger(self, connection):
-        try:
-            data = connection.sock.recv(RECV_SIZE)
-        except BlockingIOError:
-            return select.EPOLLIN
-        connection.wire += len(data)
-        return select.EPOLLIN if data and connection.wire < 64 * RECV_SIZE else 0
+            super().put_conn(conn)
+        except Exception as error:
+            conn.close()
+            if not isinstance(error, (OSError, MemoryError)):
+                self.log("error", server=self.name, exc_info=sys.exc_info())
 
     # -- answers --
 
@@ -896,7 +990,7 @@ class Server(cheroot.wsgi.Server):
             self._date = (now, email.utils.formatdate(now, usegmt=True))
         return self._date[1]
 
-    def _answer(self, environ, keep):
+    def answer(self, environ, keep):
         """Call the application. Return the whole response as octets, and whether it is the connection's last."""
         started, parts = [], []
 
@@ -912,7 +1006,7 @@ class Server(cheroot.wsgi.Server):
             finally:
                 if hasattr(result, "close"):
                     result.close()
-            keep = keep and not self._draining  # asked after the call, which may have taken its time
+            keep = keep and not self.draining  # asked after the call, which may have taken its time
             return self._write(environ, keep, *started, b"".join(parts)), not keep
         except BaseException:  # a thread of ours must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
@@ -955,7 +1049,7 @@ class Server(cheroot.wsgi.Server):
         block = self._blocks[(status, *headers)] = f"HTTP/1.1 {status}\r\n{fields}"
         return block
 
-    def _refuse(self, connection):
+    def refuse(self, connection):
         """Log a refusal. Return its response, empty for a peer that does not speak HTTP."""
         status, reason = connection.refusal.status, connection.refusal.reason
         environ = connection.environ
@@ -967,60 +1061,3 @@ class Server(cheroot.wsgi.Server):
         body = f'{{"success":false,"message":"{message}","error":"{code}"}}'
         return (f"HTTP/1.1 {status} {phrase}\r\nDate: {self._now()}\r\nContent-Type: application/json\r\n"
                 f"Cache-Control: no-store\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
-
-    # -- deadlines --
-
-    def _sweep_on(self):
-        said = 0
-        while not self._ended:
-            self.beat()
-            self._call.wait(SWEEP)
-            self._call.clear()
-            try:
-                self._hire()
-                if time.monotonic() - self._swept < SWEEP / 2:
-                    continue
-                self._sweep()
-                # All of them, every time: whatever kept one from being armed again, it is over or comes again.
-                for fd in list(self._listeners):
-                    self._accept(fd)
-                if self._crowd[0] and time.monotonic() - said >= 1:
-                    (count, peer), self._crowd, said = self._crowd, [0, ""], time.monotonic()
-                    self.log(
-                        "refused", server=self.name, peer=peer, reason="too many connections", status=0, count=count
-                    )
-            except Exception:
-                self.log("error", server=self.name, exc_info=sys.exc_info())
-
-    def _sweep(self):
-        """End what is past its deadline. A connection somebody is handling is left alone: it is alive."""
-        now = time.monotonic()
-        lost, self._swept = now - self._swept - 4 * SWEEP, now
-        if lost > 0:  # we were stopped, or the machine slept: nobody could be heard meanwhile
-            for connection in list(self._open.values()):
-                if connection.lock.acquire(blocking=False):
-                    connection.deadline += lost
-                    if connection.environ is not None:
-                        connection.began += lost
-                    connection.lock.release()
-        crowded = len(self._open) > self.limits.connections // 2
-        for connection in list(self._open.values()):
-            idle = connection.environ is None and not (connection.out or connection.requests or connection.handshaking)
-            late = now > connection.deadline - (
-                0.8 * self.limits.idle_seconds if crowded and idle and not connection.lingering else 0
-            )
-            if not (late or (idle and 0 < self._draining <= now)) or not connection.lock.acquire(blocking=False):
-                continue
-            try:
-                if connection.fd < 0:
-                    continue
-                if not late:
-                    # It closes when it is read once more and nothing is there.
-                    self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLONESHOT)
-                elif connection.environ is None or connection.out or connection.requests or connection.lingering:
-                    self._close(connection)
-                else:
-                    connection.refusal = HttpRefusal(408, "time")
-                    self._move(connection)
-            finally:
-                connection.lock.release()
