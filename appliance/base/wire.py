@@ -669,12 +669,12 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
             return
         with self._lock:
             self._waiting.add(me)
-            free = self._free()
-            short = free < self.min and len(self._threads) < self.max
-        if short:
+            free, room = self._free(), self.max - len(self._threads)
+        if free < self.min and room > 0:
             self._called.set()
         try:
-            yield free + short > 1  # the one that holds the write lock does not say that it waits
+            # The one that holds the write lock does not say that it waits. Several may come before a thread is started.
+            yield free + min(room, self.min) > 1
         finally:
             with self._lock:
                 self._waiting.discard(me)
@@ -774,7 +774,7 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
 
     def _from_server_socket(self, server_socket, most=64):
         """Accept what has come. Nothing is handed to cheroot: each waits for its first octets in the selector."""
-        for _ in range(most):
+        for _ in range(most if self._listening else 0):  # cheroot may hand over an event from before
             try:
                 sock, address = server_socket.accept()
             except BlockingIOError:
@@ -824,11 +824,10 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         if listener is None:
             return
         if self.server.draining:
-            if self._listening:
-                self._from_server_socket(listener, 4096)  # who has connected is served: closing would reset them
+            self._from_server_socket(listener, 4096)  # who has connected is served: closing would reset them
             if self._listening:
                 self._selector.unregister(listener)
-            self.server.socket = None
+            self.server.socket, self._listening = None, False
             listener.close()
         elif not self._listening:
             self._selector.register(listener, selectors.EVENT_READ, self.server)
@@ -883,6 +882,7 @@ class Server(cheroot.wsgi.Server):
         self.ready = True
         self._start_time = time.time()
         self.requests.start()
+        self.requests.sweep()  # the first beat: what hangs from now on is replaced soon
 
     def stop(self, seconds: float = 4) -> bool:
         """Stop accepting, close idle connections, finish what has begun to arrive; true when all of it ended in time.
