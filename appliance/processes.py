@@ -27,7 +27,7 @@ from appliance.base.files import file_fingerprint
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
-from appliance.base.wire import Limits, Server, listen, tls_context
+from appliance.base.wire import MAX_THREADS, Limits, Server, listen, tls_context
 from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, restrict_hosts, build_app, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
@@ -149,11 +149,19 @@ def grant_connections(servers: int) -> Limits:
     most, many = Limits().connections, 1 << 20
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed, target = (many if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
-    target = min(target, servers * most + DESCRIPTORS_KEPT)
+    target = min(target, servers * (most + 2 * MAX_THREADS) + DESCRIPTORS_KEPT)
     if allowed < target:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
         allowed = target
     return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
+
+
+def grant_threads(servers: int, limits: Limits) -> int:
+    """Return how many threads each server may have: as many as there are descriptors for the database, two a thread."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed == resource.RLIM_INFINITY:
+        return MAX_THREADS
+    return max(16, min(MAX_THREADS, (allowed - servers * limits.connections - 32) // (2 * servers)))
 
 
 class ServerProcess:
@@ -170,7 +178,8 @@ class ServerProcess:
         self.upkeep: Upkeep | None = None
         self.clock_thread: ClockThread | None = None
         self.servers: list[Server] = []
-        limits = grant_connections(sum(listening is not None for listening in (auth_socket, admin_socket)))
+        count = sum(listening is not None for listening in (auth_socket, admin_socket))
+        limits = grant_connections(count)
         auth_ring = KeyRing(startup.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(startup.admin_entries, options.prefer_ec_admin_token_signer)
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
@@ -191,7 +200,7 @@ class ServerProcess:
                 self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
             server = Server(
                 name, [listening], app, limits=limits, tls=tls_of(options, name),
-                trusted_proxies=options.trusted_proxies, log=self.refused,
+                trusted_proxies=options.trusted_proxies, log=self.refused, max_threads=grant_threads(count, limits),
             )
             idp.hasher.gate.blocking, server.beat = server.blocking, startup.generation.beat
             self.servers.append(server)

@@ -21,7 +21,7 @@ from conftest import in_child, left, under_way
 from appliance.base.clock import Timekeeper
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
-from appliance.processes import DESCRIPTORS_KEPT, grant_connections, start_clock
+from appliance.processes import DESCRIPTORS_KEPT, grant_connections, grant_threads, start_clock
 
 REFRESH = {"grant_type": "refresh_token"}
 
@@ -177,7 +177,9 @@ class TestStarting:
 
         def work():
             resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-            assert grant_connections(1).connections == 512 - DESCRIPTORS_KEPT
+            limits = grant_connections(1)
+        assert limits.connections == 512 - DESCRIPTORS_KEPT
+        assert limits.connections + 2 * grant_threads(1, limits) <= 512 - 32
 
         assert in_child(work) == 0
 
