@@ -516,7 +516,7 @@ class TestPipelining:
         """What a connection makes of the octets, without a socket: (method, path, content) of each, and the refusal."""
         server = types.SimpleNamespace(limits=Limits(), tls=None, trusted_proxies=(), log=None, name="auth")
         connection = wire.Connection(
-            server, socket.socket(), "192.0.2.7", {"SERVER_PROTOCOL": "HTTP/1.1"}, wire.Names(False), False, True
+            server, socket.socket(), "192.0.2.7", {"SERVER_PROTOCOL": "HTTP/1.1"}, wire.HeaderKeys(False), False, True
         )
         with connection.sock:
             for piece in pieces:

@@ -1,4 +1,14 @@
-"""The two servers: whole requests, limits, deadlines, TLS."""
+"""The two servers: whole requests, limits, deadlines, TLS.
+
+Of cheroot run `HTTPServer.serve()`, the selector and the loop of `ConnectionManager`, and the queue and the threads of
+`ThreadPool`. A connection is registered in the selector, or it is in the queue or in the hands of one thread.
+
+The rest is ours, because cheroot reads, parses and sends in a thread of the pool, which a slow client then occupies.
+Here the manager's thread accepts, handshakes, reads and parses without blocking; only a whole request takes a thread of
+the pool, and what that thread cannot send at once the manager sends. llhttp (httptools) takes the place of cheroot's
+reader, and `Connection` refuses what llhttp forgives. Deadlines take the place of cheroot's single time-out. The pool
+grows as soon as a handler blocks; cheroot's never grows by itself, and polls for 100 ms when it is told to.
+"""
 
 import collections
 import contextlib
@@ -27,16 +37,15 @@ from cryptography.hazmat.primitives import serialization
 from appliance.base.clock import sleep
 
 # == Connections ===============================================================
-# Accept, TLS, framing, limits, deadlines, the WSGI call, the answer. Knows nothing of tokens.
-# cheroot gives the server its shape; llhttp parses; the rules llhttp leaves open stand in Connection.
+# Accept, TLS, framing, limits, deadlines, the WSGI call, the response. Knows nothing of tokens.
 
 RECV_SIZE = 16384  # octets read at once: a whole TLS record; it also bounds what one wake can pipeline
 LINGER = 2       # seconds a closed connection still reads, so that the client gets the last answer. RFC 9112 §9.6
 SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
 RETRY_SECONDS = 0.002  # seconds a thread waits after an error of its loop
-THREADS = 4        # that are free for requests
-MAX_THREADS = 330  # of one port, those that wait included
+THREADS = 4  # of one port that are kept free for requests; with fewer, a token costs a third more
+MAX_THREADS = 330  # of one port with those that are blocked: more than wait at the password gate (HashGate)
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
 METHODS = {
     name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
@@ -49,7 +58,7 @@ HOST = re.compile(r"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{
 PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # RFC 3986 §3.3, no dot segments
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
-# What the server says itself, and the fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
+# Fields that the server sets, and fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
 SERVER_FIELDS = frozenset(
     ("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te")
 )
@@ -68,7 +77,7 @@ REFUSALS = {  # status: (reason phrase, code, what the client is told)
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What one port grants its clients: sizes in octets, times in seconds."""
+    """The limits of one port: sizes in octets, times in seconds."""
 
     header_bytes: int = 16384  # request line and header fields; 431. RFC 6585 §5
     request_line_bytes: int = 8192  # 414. RFC 9112 §3
@@ -83,7 +92,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class HttpRefusal(Exception):
-    """A request is not served: `status` for the client, `reason` for the log. Its connection ends with it."""
+    """A request is refused: `status` for the client, `reason` for the log. The connection is closed after it."""
     def __init__(self, status, reason):
         super().__init__(reason)
         self.status, self.reason = status, reason
@@ -176,23 +185,23 @@ def _load_pkcs12(context, content, password):
 
 
 def _address(text):
-    """Return `text` as an IP address, IPv4 when it is one in IPv6 clothes."""
+    """Return `text` as an IP address, IPv4 when it is IPv4-mapped IPv6. RFC 4291 §2.5.5.2"""
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _among(address, networks):
+def _in_networks(address, networks):
     return any(address in network for network in networks)
 
 
 def client_address(remote_addr: str, forwarded_for: str | None, trusted_proxies: tuple) -> str:
     """Return the address a request comes from: through trusted proxies the right-most untrusted hop.
 
-    `forwarded_for` is X-Forwarded-For, hops joined by commas. What is malformed proves nothing: the last trusted hop.
+    `forwarded_for` is X-Forwarded-For, hops joined by commas. A malformed hop ends the chain.
     """
     peer = _address(remote_addr)
     for hop in reversed(forwarded_for.split(",")) if forwarded_for else ():
-        if not _among(peer, trusted_proxies):
+        if not _in_networks(peer, trusted_proxies):
             break
         try:
             peer = _address(hop.strip())
@@ -202,9 +211,9 @@ def client_address(remote_addr: str, forwarded_for: str | None, trusted_proxies:
 
 
 def _path_info(path):
-    """Return an encoded path as PATH_INFO: its octets as latin-1 (PEP 3333). Raises Refused."""
+    """Return an encoded path as PATH_INFO: its octets as latin-1 (PEP 3333). Raises HttpRefusal."""
     if not PATH.fullmatch(path):
-        # Encoded or not, what two parsers could read as two paths is no path: / \ NUL, controls, dot segments.
+        # Refuse, encoded or not, what two parsers could read as two paths: / \ NUL, controls, dot segments.
         whole = PERCENT.sub(lambda match: bytes((int(match[1], 16),)), path)
         if (not path.startswith(b"/") or PERCENT.sub(b"", path).count(b"%") or whole.count(b"/") != path.count(b"/")
                 or b"\\" in whole or any(octet < 32 or octet == 127 for octet in whole)
@@ -219,8 +228,8 @@ def _path_info(path):
     return path.decode("latin-1")
 
 
-class Names(dict):
-    """Header field names as they came → environ keys, "" for those that are dropped."""
+class HeaderKeys(dict):
+    """Maps header field names, as received, to environ keys; to "" those that are dropped."""
     FORWARDED = frozenset((b"forwarded", b"x-forwarded-proto", b"x-forwarded-host"))
 
     def __init__(self, trusted):
@@ -235,7 +244,7 @@ class Names(dict):
                 key in ("HTTP_FORWARDED", "HTTP_X_REAL_IP") or key.startswith("HTTP_X_FORWARDED"))):
             key = ""
         if len(name) <= 64:
-            if len(self) >= 512:  # somebody is making names up
+            if len(self) >= 512:  # a client sends names it has made up
                 self.clear()
             self[name] = key
         return key
@@ -248,8 +257,8 @@ class Connection:
     """
     __slots__ = (
         "server", "limits", "sock", "address", "base", "names", "trusted", "counted", "parser",
-        "handshaking", "lingering", "fresh", "deadline", "events",  # where it stands, and what it waits for
-        "head", "tail", "wire", "environ", "target", "body", "length", "left", "size", "count",
+        "handshaking", "lingering", "unused", "deadline", "events",  # where it stands, and what it waits for
+        "head", "tail", "received", "environ", "target", "body", "length", "left", "size", "count",
         "dropped", "headed", "chunked", "began",  # the request that is arriving
         "requests", "ended", "refusal", "expecting", "out", "last",  # what is still to be done
     )
@@ -259,11 +268,11 @@ class Connection:
         self.base, self.names, self.trusted, self.counted = base, names, trusted, counted
         self.parser = httptools.HttpRequestParser(self)
         self.lingering = self.headed = self.last = self.chunked = self.expecting = self.ended = False
-        self.fresh = True
+        self.unused = True
         self.handshaking = server.tls is not None
         self.events = selectors.EVENT_READ
         self.requests, self.refusal, self.out = collections.deque(), None, b""
-        self.environ, self.target, self.wire = None, b"", 0  # wire: octets of the part being read
+        self.environ, self.target, self.received = None, b"", 0  # received: octets of the part that is being read
         self.head, self.tail = b"", b""  # the header so far; its last octets, which may begin its end
 
     # -- llhttp's callbacks --
@@ -271,8 +280,8 @@ class Connection:
     def on_message_begin(self):
         self.environ = self.base.copy()
         self.target, self.body, self.dropped = b"", [], ()
-        self.size = self.count = self.length = self.left = self.wire = 0
-        self.chunked = self.expecting = self.fresh = False
+        self.size = self.count = self.length = self.left = self.received = 0
+        self.chunked = self.expecting = self.unused = False
         self.began = time.monotonic()
 
     def on_url(self, piece):
@@ -297,9 +306,9 @@ class Connection:
             if key.startswith(("HTTP_X_FORWARDED", "HTTP_FORWARDED")):
                 self.environ["microauthd.proxied"] = True
         elif b"forwarded" in name.lower():
-            # Not believed, but a sign that the peer is a proxy: then it is not the person at the machine.
+            # Not trusted, but it shows that the peer is a proxy, so the request is not local.
             self.environ["microauthd.proxied"] = True
-            if name.lower() not in Names.FORWARDED:
+            if name.lower() not in HeaderKeys.FORWARDED:
                 return
             if name.lower() in self.dropped:
                 raise HttpRefusal(400, "repeated header field")
@@ -307,7 +316,7 @@ class Connection:
 
     def on_headers_complete(self):
         environ, target, parser, limits = self.environ, self.target, self.parser, self.limits
-        self.headed, self.count, self.wire = True, 0, 0
+        self.headed, self.count, self.received = True, 0, 0
         token, version = parser.get_method(), parser.get_http_version()
         if version != "1.1" and version != "1.0":
             raise HttpRefusal(505, "version")
@@ -390,7 +399,7 @@ class Connection:
         # A trailer can still say `Connection: close`, so keep-alive is asked now.
         self.ended = self.parser.should_upgrade() or not self.parser.should_keep_alive()
         self.requests.append((environ, not self.ended))
-        self.environ, self.body, self.head, self.expecting, self.wire = None, (), b"", False, 0
+        self.environ, self.body, self.head, self.expecting, self.received = None, (), b"", False, 0
 
     # -- octets --
 
@@ -407,8 +416,8 @@ class Connection:
                 # RFC 9112 §2.2: an empty line before the request line is forgiven. Two are, no more.
                 while start < len(data) and data[start] in b"\r\n":
                     self.head = data[start:start + 1]
-                    start, self.wire = start + 1, self.wire + 1
-                    if self.wire > 4:
+                    start, self.received = start + 1, self.received + 1
+                    if self.received > 4:
                         self.refusal = HttpRefusal(400, "empty lines")
                         return
                 if start == len(data):
@@ -424,18 +433,18 @@ class Connection:
                 end, since = (end, end) if end > 3 else (len(data), since)
             piece = data[start:end]
             if self.headed:
-                self.wire += len(piece)
+                self.received += len(piece)
             else:
                 self.head += piece
             self._parse(piece)
             if self.refusal is None and self.environ is not None:
-                self._weigh()
+                self._check_size()
             if self.refusal is not None:
                 return
             start = end
         self.tail = data[max(since, len(data) - 3):]
 
-    def _weigh(self):
+    def _check_size(self):
         """Bound what has come of a request that is not whole yet, and reaches no callback."""
         if not self.headed:
             if len(self.head) > self.limits.header_bytes:
@@ -443,7 +452,7 @@ class Connection:
             elif self.parser.get_http_version() == "0.9":
                 self.refusal = HttpRefusal(505, "version")
         # Sizes, extensions and trailers of chunks.
-        elif self.chunked and self.wire > 4 * self.limits.body_bytes + RECV_SIZE:
+        elif self.chunked and self.received > 4 * self.limits.body_bytes + RECV_SIZE:
             self.refusal = HttpRefusal(413, "chunks")
 
     def _parse(self, piece):
@@ -466,15 +475,15 @@ class Connection:
     # -- the socket --
 
     def advance(self):
-        """Go as far as goes without waiting and without the application. False when the connection is to be closed.
+        """Do what can be done without blocking and without the application. False: close the connection.
 
-        Called in the manager's thread when what it waited for has come, or its time is over.
+        Called in the manager's thread when the socket is ready, or a deadline has passed.
         """
         try:
             if self.lingering:
                 return self._linger()
             if self.handshaking:
-                self._shake_hands()
+                self._handshake()
             while not (self.out or self.requests or self.refusal is not None or self.expecting):
                 data = self.sock.recv(RECV_SIZE)
                 if not data:
@@ -484,7 +493,7 @@ class Connection:
                     break
             return self._transmit()
         except (BlockingIOError, ssl.SSLWantReadError):
-            return self._rest()
+            return self._wait()
         except ssl.SSLWantWriteError:
             self.events = selectors.EVENT_WRITE
             return True
@@ -495,7 +504,7 @@ class Connection:
             return False
 
     def communicate(self):
-        """Answer one whole request. False when the connection is to be closed. Called by a thread of cheroot's pool."""
+        """Answer one whole request. False: close the connection. Called by a thread of cheroot's pool."""
         try:
             environ, keep = self.requests.popleft()
             self.out, self.last = self.server.answer(environ, keep)
@@ -514,13 +523,13 @@ class Connection:
             self.sock.close()
 
     def _transmit(self):
-        """Send what is to be sent, as far as it goes. False when the connection is to be closed."""
+        """Send what is to be sent, as far as it goes. False: close the connection."""
         while True:
             if self.out:
                 if not self._send():
                     return True
                 if self.last:
-                    return self._part()
+                    return self._close_gracefully()
             if self.requests:
                 return True
             if self.refusal is not None:
@@ -530,7 +539,7 @@ class Connection:
             elif self.expecting:
                 self.out, self.expecting = CONTINUE, False
             else:
-                return self._rest()
+                return self._wait()
             self.deadline = time.monotonic() + self.limits.send_seconds
 
     def _send(self):
@@ -547,15 +556,15 @@ class Connection:
         self.events = selectors.EVENT_WRITE
         return not self.out
 
-    def _rest(self):
-        """Wait for the rest of a handshake or a request, or for the next request. False when none may come."""
+    def _wait(self):
+        """Wait for the rest of a handshake or a request, or for the next request. False: none may come any more."""
         self.events = selectors.EVENT_READ
         if self.handshaking:
             return True
         draining = self.server.draining
         if self.environ is not None:
             self.deadline = self.began + self.limits.request_seconds
-        elif draining or not self.fresh:
+        elif draining or not self.unused:
             now = time.monotonic()
             if draining and now >= draining:
                 return False
@@ -564,7 +573,7 @@ class Connection:
             self.events = selectors.EVENT_WRITE  # at once: what has been decrypted already the selector does not see
         return True
 
-    def _shake_hands(self):
+    def _handshake(self):
         """Go on with the TLS handshake. Raises SSLWantReadError or SSLWantWriteError until it is done."""
         try:
             self.sock.do_handshake()
@@ -588,16 +597,15 @@ class Connection:
         self.base["SSL_CIPHER"], self.base["SSL_PROTOCOL"], _ = self.sock.cipher()
 
     def _leave_tls(self):
-        """What is sent and read from here on is on the TCP connection."""
+        """Continue on the bare TCP connection."""
         self.sock = socket.socket(fileno=self.sock.detach())
         self.sock.setblocking(False)
 
-    def _part(self):
-        """Say goodbye and read on for a while: unread octets would make a reset of it, and eat the answer.
-
-        RFC 9112 §9.6
+    def _close_gracefully(self):
+        """Shut down the sending side and read on for a while: closing with unread octets would reset the connection,
+        and the client could lose the response. RFC 9112 §9.6
         """
-        self.lingering, self.wire, self.events = True, 0, selectors.EVENT_READ
+        self.lingering, self.received, self.events = True, 0, selectors.EVENT_READ
         self.deadline = time.monotonic() + LINGER
         if isinstance(self.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
@@ -608,8 +616,8 @@ class Connection:
 
     def _linger(self):
         data = self.sock.recv(RECV_SIZE)
-        self.wire += len(data)
-        return bool(data) and self.wire < 64 * RECV_SIZE
+        self.received += len(data)
+        return bool(data) and self.received < 64 * RECV_SIZE
 
 
 class WorkerThread(cheroot.workers.threadpool.WorkerThread):
@@ -630,7 +638,7 @@ class WorkerThread(cheroot.workers.threadpool.WorkerThread):
 
 
 class ThreadPool(cheroot.workers.threadpool.ThreadPool):
-    """cheroot's pool, whose threads may say that they wait: then others are started, so that `min` are free.
+    """cheroot's pool, grown whenever handlers block, so that `min` threads are free for other requests.
 
     cheroot's own grow() polls for 100 ms until a thread runs, and nothing calls it.
     """
@@ -640,28 +648,28 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         self._queue = queue.SimpleQueue()
         self.get = self._queue.get
         self._lock = threading.Lock()
-        self._waiting = set()             # threads
-        self._called = threading.Event()  # threads are wanted, or the selector has gone round
-        self._rounds = 0                  # of the selector, since the last beat
+        self._waiting = set()             # blocked threads
+        self._called = threading.Event()  # threads are missing, or there was a sweep
+        self._sweeps = 0                  # since the last beat
         self._numbers = itertools.count()
         self._ended = False
 
     def start(self):
         self.grow()
-        self._keeper = threading.Thread(target=self._keep, name=f"{self.server.name}-pool", daemon=True)
-        self._keeper.start()
+        self._grower = threading.Thread(target=self._run, name=f"{self.server.name}-pool", daemon=True)
+        self._grower.start()
 
     def sweep(self):
-        """Have the pool looked at, and a beat given. Called by the manager's thread now and then."""
-        self._rounds += 1
+        """Have the pool trimmed and the process reported alive. Called by the manager's thread at every sweep."""
+        self._sweeps += 1
         self._called.set()
 
     @contextlib.contextmanager
     def blocking(self):
-        """Entered by a handler that is about to wait: another thread is started if too few are left free.
+        """Mark this thread as blocked: others are started if too few are left free.
 
-        Yields False if no thread would be left besides the one it waits for. Means nothing to a thread of another
-        pool, or to one that waits already.
+        Yields False if every thread but the one it waits for would be blocked. Has no effect in a thread of another
+        pool, or in one that is marked already.
         """
         me = threading.current_thread()
         if not isinstance(me, WorkerThread) or me.server is not self.server or me in self._waiting:
@@ -673,7 +681,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         if free < self.min and room > 0:
             self._called.set()
         try:
-            # The one that holds the write lock does not say that it waits. Several may come before a thread is started.
+            # The holder of the write lock is not marked. Several threads may block before the next one has started.
             yield free + min(room, self.min) > 1
         finally:
             with self._lock:
@@ -685,8 +693,8 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
     def grow(self, amount=None):
         """Start threads while too few are free.
 
-        In a thread of its own and holding nothing: Thread.start() waits forever for one that has no memory to begin.
-        The beats end then, which the supervisor sees.
+        Done in a thread of its own and without the lock: Thread.start() waits forever for a thread that has no memory
+        to begin. The beats stop then, and the supervisor replaces the process.
         """
         while True:
             with self._lock:
@@ -702,14 +710,14 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
             with self._lock:
                 self._threads.append(thread)
 
-    def _keep(self):
+    def _run(self):
         while not self._ended:
             self._called.wait()
             self._called.clear()
             try:
                 self.grow()
-                if self._rounds:
-                    self._rounds = 0
+                if self._sweeps:
+                    self._sweeps = 0
                     self.shrink(self._free() - self.min)
                     self.server.beat()
             except Exception:
@@ -720,7 +728,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         end = time.monotonic() + timeout
         self._ended = True
         self._called.set()
-        threads = [self._keeper, *self._threads]
+        threads = [self._grower, *self._threads]
         for _ in threads:
             self._queue.put(cheroot.workers.threadpool._SHUTDOWNREQUEST)
         for thread in threads:
@@ -730,7 +738,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
 
 
 class Waker:
-    """A pipe that wakes the selector, which takes it for a connection."""
+    """A pipe that wakes the selector before its time-out; it has the attributes of a connection that the loop uses."""
 
     requests, out, events = (), b"", selectors.EVENT_READ
 
@@ -752,7 +760,7 @@ class Waker:
 
 
 class ConnectionManager(cheroot.connections.ConnectionManager):
-    """cheroot's selector and its loop, in one thread, which accepts, reads and parses, and waits for nobody."""
+    """cheroot's selector and its loop, in one thread, which accepts, reads and parses without blocking."""
 
     def __init__(self, server):
         super().__init__(server)
@@ -790,7 +798,7 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
             self.server.register_connection(sock, address)
 
     def _expire(self, threshold):
-        """End what is past its deadline. A connection that is in the hands of a thread is not here: it is alive."""
+        """End what is past its deadline. A connection that a thread is answering is not registered, and has none."""
         server, now, limits = self.server, time.monotonic(), self.server.limits
         lost, self.swept = now - self.swept - 4 * SWEEP, now
         held = [conn for _, conn in list(self._selector.connections) if conn is not server and conn is not self.waker]
@@ -812,14 +820,14 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
             if late:
                 conn.refusal = HttpRefusal(408, "time")
             server.process_conn(conn)
-        self._look_at_listener()
+        self._update_listener()
         server.requests.sweep()
         count, peer, logged_at = self._turned_away
         if count and now - logged_at >= 1:
             self._turned_away = [0, "", now]
             server.log("refused", server=server.name, peer=peer, reason="too many connections", status=0, count=count)
 
-    def _look_at_listener(self):
+    def _update_listener(self):
         listener = self.server.socket
         if listener is None:
             return
@@ -850,7 +858,7 @@ class Server(cheroot.wsgi.Server):
         self.log = log or (lambda event, **fields: None)
         self.requests = ThreadPool(self, threads, max_threads)
         self.beat = lambda: None  # called at every sweep
-        self._names = {trusted: Names(trusted) for trusted in (False, True)}
+        self._names = {trusted: HeaderKeys(trusted) for trusted in (False, True)}
         self._date = (0, "")
         self._blocks = {}  # headers: their lines
         self.open = set()  # connections
@@ -884,13 +892,12 @@ class Server(cheroot.wsgi.Server):
         self.requests.start()
         self.requests.sweep()  # the first beat: what hangs from now on is replaced soon
 
-    def stop(self, seconds: float = 4) -> bool:
-        """Stop accepting, close idle connections, finish what has begun to arrive; true when all of it ended in time.
-        """
+    def stop(self, seconds: float = 4) -> bool:  # type: ignore[override] # cheroot's returns nothing
+        """Stop accepting, close idle connections, answer what has begun to arrive. True: all of it ended in time."""
         if not self.ready:
             return True
         end, manager = time.monotonic() + seconds, self._connections
-        # A client that keeps its connection may be about to use it: it gets a moment, and a last answer.
+        # A client may be about to use a kept connection: it has half a second for a last request.
         self.draining = time.monotonic() + min(0.5, seconds / 2)
         while (self.open or self.socket) and time.monotonic() < end:
             manager.waker.wake()
@@ -906,13 +913,13 @@ class Server(cheroot.wsgi.Server):
         return ended
 
     def error_log(self, msg="", level=20, traceback=False):
-        """Log what cheroot has to say."""
+        """Log what cheroot reports."""
         error = sys.exception()
         if not isinstance(error, MemoryError):
             self.log("error", server=self.name, **({"exc_info": sys.exc_info()} if error else {"reason": msg}))
 
     def _serve_unservicable(self):
-        """Nobody is turned away because the queue is full: it has no limit."""
+        """Do nothing: the queue has no limit, so no connection is refused because it is full."""
 
     def blocking(self):
         """See ThreadPool.blocking()."""
@@ -926,7 +933,7 @@ class Server(cheroot.wsgi.Server):
         try:
             ip = _address(address[0])
             peer = str(ip)
-            trusted = bool(self.trusted_proxies) and _among(ip, self.trusted_proxies)
+            trusted = bool(self.trusted_proxies) and _in_networks(ip, self.trusted_proxies)
             counted = not (ip.is_loopback or trusted)
             limits = self.limits
             if len(self.open) >= limits.connections or (
@@ -947,7 +954,7 @@ class Server(cheroot.wsgi.Server):
             with self._lock:
                 self._peers[peer] += counted
             self._connections.put(connection)
-        except Exception as error:  # gone before it was here, or there is nothing to make one of
+        except Exception as error:  # the peer has gone, or there is no memory
             if connection is not None:
                 connection.close()
             sock.close()
@@ -955,7 +962,7 @@ class Server(cheroot.wsgi.Server):
                 self.log("error", server=self.name, exc_info=sys.exc_info())
 
     def forget(self, connection):
-        """Count a connection no more."""
+        """Remove a connection from the counts."""
         if connection not in self.open:
             return
         self.open.discard(connection)
@@ -1008,7 +1015,7 @@ class Server(cheroot.wsgi.Server):
                     result.close()
             keep = keep and not self.draining  # asked after the call, which may have taken its time
             return self._write(environ, keep, *started, b"".join(parts)), not keep
-        except BaseException:  # a thread of ours must survive whatever an application raises
+        except BaseException:  # a thread must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = REFUSALS[500]
             body = b'{"success":false,"message":"%b","error":"%b"}' % (message.encode(), code.encode())
@@ -1018,10 +1025,10 @@ class Server(cheroot.wsgi.Server):
     def _write(self, environ, keep, status, headers, body):
         head_only = environ["REQUEST_METHOD"] == "HEAD"
         length = len(body)
-        own = [(name, value) for name, value in headers if name != "Content-Length"]
+        kept = [(name, value) for name, value in headers if name != "Content-Length"]
         if head_only:
             length = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
-        fields = self._blocks.get((status, *own)) or self._block(status, tuple(own))
+        fields = self._blocks.get((status, *kept)) or self._block(status, tuple(kept))
         if not keep:
             fields += "Connection: close\r\n"
         elif environ["SERVER_PROTOCOL"] == "HTTP/1.0":
