@@ -315,9 +315,9 @@ class Connection:
             self.dropped += (name.lower(),)
 
     def on_headers_complete(self):
-        environ, target, parser, limits = self.environ, self.target, self.parser, self.limits
+        environ, target = self.environ, self.target
         self.headed, self.count, self.received = True, 0, 0
-        token, version = parser.get_method(), parser.get_http_version()
+        token, version = self.parser.get_method(), self.parser.get_http_version()
         if version != "1.1" and version != "1.0":
             raise HttpRefusal(505, "version")
         # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space for one.
@@ -327,10 +327,18 @@ class Connection:
         method = METHODS.get(token)
         if method is None:
             raise HttpRefusal(501, "method")
-        if self.size + len(target) > limits.header_bytes:
+        if self.size + len(target) > self.limits.header_bytes:
             raise HttpRefusal(431, "header size")
+        environ["REQUEST_METHOD"] = method
+        if version == "1.0":
+            environ["SERVER_PROTOCOL"] = "HTTP/1.0"
+        self._check_target(environ, target, version)
+        self._check_framing(environ, version)
+        if self.trusted:
+            self._believe_proxy(environ)
 
-        # RFC 9112 §3.2: exactly one Host, and the target's authority is the same.
+    def _check_target(self, environ, target, version):
+        """RFC 9112 §3.2: exactly one Host, and the target's authority is the same."""
         host = environ.get("HTTP_HOST")
         if (host is None and version == "1.1") or (host is not None and not HOST.fullmatch(host)):
             raise HttpRefusal(400, "Host")
@@ -342,13 +350,11 @@ class Connection:
                 raise HttpRefusal(400, "request target")
             target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
         path, _, query = target.partition(b"?")
-        environ["REQUEST_METHOD"] = method
         environ["PATH_INFO"] = _path_info(path)
         environ["QUERY_STRING"] = query.decode("latin-1")
-        if version == "1.0":
-            environ["SERVER_PROTOCOL"] = "HTTP/1.0"
 
-        # RFC 9112 §6.1: one framing, of which there is no doubt. The application sees decoded content.
+    def _check_framing(self, environ, version):
+        """RFC 9112 §6.1: one framing, of which there is no doubt. The application sees decoded content."""
         coding = environ.pop("HTTP_TRANSFER_ENCODING", None)
         length = environ.get("CONTENT_LENGTH")
         if coding is not None:
@@ -360,26 +366,27 @@ class Connection:
         if length is not None:
             if not (length.isascii() and length.isdigit()):
                 raise HttpRefusal(400, "Content-Length")
-            if len(length) > 18 or int(length) > limits.body_bytes:
+            if len(length) > 18 or int(length) > self.limits.body_bytes:
                 raise HttpRefusal(413, "content size")
             self.left = int(length)
         content = self.chunked or self.left > 0
         # Upgrade may be ignored (RFC 9110 §7.8), but llhttp stops at one and would not read its content.
-        if content and parser.should_upgrade():
+        if content and self.parser.should_upgrade():
             raise HttpRefusal(400, "Upgrade with content")
         expect = environ.pop("HTTP_EXPECT", None)
         if expect is not None and version == "1.1":
             if expect.lower() != "100-continue":
                 raise HttpRefusal(417, "Expect")
             self.expecting = content
-        if self.trusted:
-            forwarded_for = environ.get("HTTP_X_FORWARDED_FOR")
-            if forwarded_for:
-                peer = client_address(self.address, forwarded_for, self.server.trusted_proxies)
-                environ["REMOTE_ADDR"] = environ["microauthd.peer"] = peer
-            # The nearest proxy writes last.
-            if environ.get("HTTP_X_FORWARDED_PROTO", "").rpartition(",")[2].strip().lower() == "https":
-                environ["wsgi.url_scheme"] = "https"
+
+    def _believe_proxy(self, environ):
+        forwarded_for = environ.get("HTTP_X_FORWARDED_FOR")
+        if forwarded_for:
+            peer = client_address(self.address, forwarded_for, self.server.trusted_proxies)
+            environ["REMOTE_ADDR"] = environ["microauthd.peer"] = peer
+        # The nearest proxy writes last.
+        if environ.get("HTTP_X_FORWARDED_PROTO", "").rpartition(",")[2].strip().lower() == "https":
+            environ["wsgi.url_scheme"] = "https"
 
     def on_body(self, piece):
         self.expecting = False  # it does not wait for us. RFC 9110 §10.1.1
