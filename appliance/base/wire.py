@@ -732,7 +732,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
 
     def stop(self, timeout=5):
         """End the threads; true when all have ended in time."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + max(0.1, timeout)
         self._ended = True
         self._called.set()
         threads = [self._grower, *self._threads]
@@ -740,30 +740,8 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
             self._queue.put(cheroot.workers.threadpool._SHUTDOWNREQUEST)
         for thread in threads:
             with contextlib.suppress(RuntimeError):  # one that never began
-                thread.join(max(0.1, end - time.monotonic()))
+                thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
-
-
-class Waker:
-    """A pipe that wakes the selector before its time-out; it has the attributes of a connection that the loop uses."""
-
-    requests, out, events = (), b"", selectors.EVENT_READ
-
-    def __init__(self, manager):
-        self.manager = manager
-        self.sock, self.end = os.pipe()
-
-    def wake(self):
-        os.write(self.end, b"\0")
-
-    def advance(self):
-        os.read(self.sock, 64)
-        self.manager._expire(0)
-        return True
-
-    def close(self):
-        os.close(self.sock)
-        os.close(self.end)
 
 
 class ConnectionManager(cheroot.connections.ConnectionManager):
@@ -774,8 +752,32 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         self.swept = time.monotonic()
         self._turned_away = [0, "", 0.0]  # how many since the last line about it, the last peer, when that line was
         self._listening = True
-        self.waker = Waker(self)
-        self.put(self.waker)
+        self._woken, self._wake = os.pipe()
+        self._selector.register(self._woken, selectors.EVENT_READ, self)
+
+    def run(self, expiration_interval):
+        """Serve until woken. Called by cheroot's serve() again and again while the server is ready."""
+        self._stop_requested = False
+        if self.server.draining:
+            self._expire(0)
+        super().run(expiration_interval)
+
+    def wake(self):
+        """Have the manager's thread sweep now, not in half a second, while the server is draining."""
+        os.write(self._wake, b"\0")
+
+    def woken(self):
+        # Not in the midst of the events of a round: the sweep may close a connection that is still among them.
+        os.read(self._woken, 64)
+        self._selector.register(self._woken, selectors.EVENT_READ, self)
+        self._stop_requested = True
+
+    def close(self):
+        """Close the connections that are registered, and the pipe."""
+        self._selector.unregister(self._woken)
+        os.close(self._woken)
+        os.close(self._wake)
+        super().close()
 
     def put(self, conn):
         """Have a connection answered that has a whole request, or wait for what it waits for."""
@@ -808,7 +810,7 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         """End what is past its deadline. A connection that a thread is answering is not registered, and has none."""
         server, now, limits = self.server, time.monotonic(), self.server.limits
         lost, self.swept = now - self.swept - 4 * SWEEP, now
-        held = [conn for _, conn in list(self._selector.connections) if conn is not server and conn is not self.waker]
+        held = [conn for _, conn in list(self._selector.connections) if conn is not server and conn is not self]
         if lost > 0:  # we were stopped, or the machine slept: nobody could be heard meanwhile
             for conn in held:
                 conn.deadline += lost
@@ -907,12 +909,11 @@ class Server(cheroot.wsgi.Server):
         # A client may be about to use a kept connection: it has half a second for a last request.
         self.draining = time.monotonic() + min(0.5, seconds / 2)
         while (self.open or self.socket) and time.monotonic() < end:
-            manager.waker.wake()
+            manager.wake()
             sleep(0.02)
         ended = not self.open
         self.ready = False
-        manager._stop_requested = True
-        manager.waker.wake()
+        manager.wake()
         self._manager_thread.join(max(0.1, end - time.monotonic()))
         ended = self.requests.stop(end - time.monotonic()) and ended and not self._manager_thread.is_alive()
         if not self._manager_thread.is_alive():
@@ -981,7 +982,9 @@ class Server(cheroot.wsgi.Server):
 
     def process_conn(self, conn):
         """Take a connection that is ready as far as it goes, and keep it or close it. Called by cheroot's loop."""
-        if conn.advance():
+        if conn is self._connections:
+            conn.woken()
+        elif conn.advance():
             self.put_conn(conn)
         else:
             conn.close()
