@@ -44,7 +44,8 @@ LINGER = 2       # seconds a closed connection still reads, so that the client g
 SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
 RETRY_SECONDS = 0.002  # seconds a thread waits after an error of its loop
-THREADS = 4  # of one port that are kept free for requests; with fewer, a token costs a third more
+GATHER_SECONDS = 0.001  # between two rounds of the selector while requests are queued
+THREADS = 4  # of one port that are kept free for requests
 MAX_THREADS = 330  # of one port with those that are blocked: more than wait at the password gate (HashGate)
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
 METHODS = {
@@ -749,11 +750,23 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
 
     def __init__(self, server):
         super().__init__(server)
+        self._poll, self._selector.select = self._selector.select, self._select
+        self.gathered = []  # connections with a whole request, of this round
         self.swept = time.monotonic()
         self._turned_away = [0, "", 0.0]  # how many since the last line about it, the last peer, when that line was
         self._listening = True
         self._woken, self._wake = os.pipe()
         self._selector.register(self._woken, selectors.EVENT_READ, self)
+
+    def _select(self, timeout=None):
+        # Hand over all requests of a round at once, and leave the GIL to the threads for a moment. Otherwise they and
+        # this thread pass it to and fro at each system call, and one process issues half as many tokens.
+        for conn in self.gathered:
+            self.server.requests.put(conn)
+        self.gathered.clear()
+        if self.server.requests.qsize:
+            sleep(GATHER_SECONDS)
+        return self._poll(timeout)
 
     def run(self, expiration_interval):
         """Serve until woken. Called by cheroot's serve() again and again while the server is ready."""
@@ -984,10 +997,12 @@ class Server(cheroot.wsgi.Server):
         """Take a connection that is ready as far as it goes, and keep it or close it. Called by cheroot's loop."""
         if conn is self._connections:
             conn.woken()
-        elif conn.advance():
-            self.put_conn(conn)
-        else:
+        elif not conn.advance():
             conn.close()
+        elif conn.requests and not conn.out:
+            self._connections.gathered.append(conn)
+        else:
+            self.put_conn(conn)
 
     def put_conn(self, conn):
         """Give a connection back to the selector, or to the pool. Called by cheroot's threads."""
