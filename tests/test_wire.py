@@ -859,7 +859,7 @@ class TestCrowd:
 
     def test_150_clients_that_are_all_hashed_first_keep_nobody_else_waiting(self, run):
         """After a start no secret is known yet."""
-        one, gate = run(), m.HashGate(1)
+        one, gate = run(), HashGate(1)
         gate.blocking = one.server.blocking
 
         def app(environ, start_response):

@@ -26,6 +26,7 @@ import ssl
 import sys
 import threading
 import time
+from typing import Any
 
 import cheroot.connections
 import cheroot.workers.threadpool
@@ -118,6 +119,26 @@ def listen(ip: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     return sock
 
 
+def _load_pkcs12(context, content, password):
+    from cryptography.hazmat.primitives.serialization import (
+        pkcs12,
+    )  # seldom needed, and it has its share of the start-up
+
+    key, certificate, chain = pkcs12.load_key_and_certificates(content, password.encode() or None)
+    if key is None or certificate is None:
+        raise ValueError("no key or no certificate")
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem += b"".join(one.public_bytes(serialization.Encoding.PEM) for one in (certificate, *chain))
+    # Memory, never the disk: the ssl module loads from files only.
+    descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, pem)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
 def tls_context(cert_file: str, key_file: str | None = None, password: str | None = None) -> ssl.SSLContext:
     """Return a server context for TLS 1.2 and later.
 
@@ -163,26 +184,6 @@ def tls_context(cert_file: str, key_file: str | None = None, password: str | Non
             f"The TLS file {cert_file} cannot be used: it is neither PEM nor PKCS#12, or its passphrase is wrong."
         ) from error
     return context
-
-
-def _load_pkcs12(context, content, password):
-    from cryptography.hazmat.primitives.serialization import (
-        pkcs12,
-    )  # seldom needed, and it has its share of the start-up
-
-    key, certificate, chain = pkcs12.load_key_and_certificates(content, password.encode() or None)
-    if key is None or certificate is None:
-        raise ValueError("no key or no certificate")
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    pem += b"".join(one.public_bytes(serialization.Encoding.PEM) for one in (certificate, *chain))
-    # Memory, never the disk: the ssl module loads from files only.
-    descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, pem)
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
 
 
 def _address(text):
@@ -267,20 +268,25 @@ class Connection:
     def __init__(self, server, sock, address, base, names, trusted, counted):
         self.server, self.limits, self.sock, self.address = server, server.limits, sock, address
         self.base, self.names, self.trusted, self.counted = base, names, trusted, counted
-        self.parser = httptools.HttpRequestParser(self)
+        self.parser: Any = httptools.HttpRequestParser(self)  # None once the connection is closed
         self.lingering = self.headed = self.last = self.chunked = self.expecting = self.ended = False
         self.unused = True
         self.handshaking = server.tls is not None
         self.events = selectors.EVENT_READ
-        self.requests, self.refusal, self.out = collections.deque(), None, b""
-        self.environ, self.target, self.received = None, b"", 0  # received: octets of the part that is being read
+        self.requests: collections.deque[tuple[dict, bool]] = collections.deque()
+        self.refusal: HttpRefusal | None = None
+        self.out: bytes | memoryview = b""
+        self.environ: Any = None  # of the request that is arriving
+        self.target, self.received = b"", 0  # received: octets of the part that is being read
         self.head, self.tail = b"", b""  # the header so far; its last octets, which may begin its end
 
     # -- llhttp's callbacks --
 
     def on_message_begin(self):
         self.environ = self.base.copy()
-        self.target, self.body, self.dropped = b"", [], ()
+        self.target = b""
+        self.body: list[bytes] = []
+        self.dropped: tuple[bytes, ...] = ()
         self.size = self.count = self.length = self.left = self.received = 0
         self.chunked = self.expecting = self.unused = False
         self.began = time.monotonic()
@@ -407,7 +413,7 @@ class Connection:
         # A trailer can still say `Connection: close`, so keep-alive is asked now.
         self.ended = self.parser.should_upgrade() or not self.parser.should_keep_alive()
         self.requests.append((environ, not self.ended))
-        self.environ, self.body, self.head, self.expecting, self.received = None, (), b"", False, 0
+        self.environ, self.body, self.head, self.expecting, self.received = None, [], b"", False, 0
 
     # -- octets --
 
@@ -653,7 +659,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
 
     def __init__(self, server, min, max):
         super().__init__(server, min, max)
-        self._queue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self.get = self._queue.get
         self._lock = threading.Lock()
         self._waiting = set()             # blocked threads
@@ -753,7 +759,8 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         self._poll, self._selector.select = self._selector.select, self._select
         self.gathered = []  # connections with a whole request, of this round
         self.swept = time.monotonic()
-        self._turned_away = [0, "", 0.0]  # how many since the last line about it, the last peer, when that line was
+        # How many since the last line about it, the last peer, when that line was.
+        self._turned_away: list[Any] = [0, "", 0.0]
         self._listening = True
         self._woken, self._wake = os.pipe()
         self._selector.register(self._woken, selectors.EVENT_READ, self)
@@ -885,7 +892,7 @@ class Server(cheroot.wsgi.Server):
         self._blocks = {}  # headers: their lines
         self.open = set()  # connections
         self._lock = threading.Lock()  # guards the count of connections
-        self._peers = collections.Counter()  # address: number of connections
+        self._peers: collections.Counter[str] = collections.Counter()  # address: number of connections
         self.draining = 0.0
 
     # -- life --
@@ -914,7 +921,7 @@ class Server(cheroot.wsgi.Server):
         self.requests.start()
         self.requests.sweep()  # the first beat: what hangs from now on is replaced soon
 
-    def stop(self, seconds: float = 4) -> bool:  # type: ignore[override] # cheroot's returns nothing
+    def stop(self, seconds: float = 4) -> bool:
         """Stop accepting, close idle connections, answer what has begun to arrive. True: all of it ended in time."""
         if not self.ready:
             return True
@@ -1024,7 +1031,8 @@ class Server(cheroot.wsgi.Server):
 
     def answer(self, environ, keep):
         """Call the application. Return the whole response as octets, and whether it is the connection's last."""
-        started, parts = [], []
+        started: list[Any] = []
+        parts: list[bytes] = []
 
         def start_response(status, headers, exc_info=None):
             started[:] = status, headers
@@ -1039,7 +1047,8 @@ class Server(cheroot.wsgi.Server):
                 if hasattr(result, "close"):
                     result.close()
             keep = keep and not self.draining  # asked after the call, which may have taken its time
-            return self._write(environ, keep, *started, b"".join(parts)), not keep
+            status, headers = started
+            return self._write(environ, keep, status, headers, b"".join(parts)), not keep
         except BaseException:  # a thread must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = REFUSALS[500]
