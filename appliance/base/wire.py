@@ -640,11 +640,13 @@ class WorkerThread(cheroot.workers.threadpool.WorkerThread):
     def __init__(self, server, name):
         super().__init__(server)
         self.name, self.daemon = name, True
+        self.leads = False
 
     def run(self):
         while True:
             try:
-                return self._process_connections_until_interrupted()
+                self._process_connections_until_interrupted()
+                return self.server.requests.release_lead(self)
             except BaseException as error:
                 if not isinstance(error, MemoryError):
                     self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
@@ -660,7 +662,9 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
     def __init__(self, server, min, max):
         super().__init__(server, min, max)
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.get = self._queue.get
+        self.get = self._take             # cheroot's threads call it
+        self._lead = threading.Lock()     # held by the thread that takes requests
+        self._drained = threading.Lock()  # released when the queue has become empty
         self._lock = threading.Lock()
         self._waiting = set()             # blocked threads
         self._called = threading.Event()  # threads are missing, or there was a sweep
@@ -672,6 +676,33 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         self.grow()
         self._grower = threading.Thread(target=self._run, name=f"{self.server.name}-pool", daemon=True)
         self._grower.start()
+
+    def _take(self):
+        """Return the next connection with a whole request.
+
+        One thread takes requests until it blocks, then another: running at once they would only wait for the GIL.
+        """
+        me = threading.current_thread()
+        if not me.leads:
+            self._lead.acquire()
+            me.leads = True
+        if self._queue.empty():
+            with contextlib.suppress(RuntimeError):  # nobody waits for it
+                self._drained.release()
+        return self._queue.get()
+
+    def release_lead(self, thread):
+        """Let another thread take requests."""
+        if thread.leads:
+            thread.leads = False
+            self._lead.release()
+
+    def hand_over(self, conns):
+        """Queue what a round of the selector has found, and wait until it is taken, or for a moment."""
+        self._drained.acquire(blocking=False)
+        for conn in conns:
+            self._queue.put(conn)
+        self._drained.acquire(timeout=GATHER_SECONDS)
 
     def sweep(self):
         """Have the pool trimmed and the process reported alive. Called by the manager's thread at every sweep."""
@@ -689,6 +720,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         if not isinstance(me, WorkerThread) or me.server is not self.server or me in self._waiting:
             yield True
             return
+        self.release_lead(me)
         with self._lock:
             self._waiting.add(me)
             free, room = self._free(), self.max - len(self._threads)
@@ -768,11 +800,9 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
     def _select(self, timeout=None):
         # Hand over all requests of a round at once, and leave the GIL to the threads for a moment. Otherwise they and
         # this thread pass it to and fro at each system call, and one process issues half as many tokens.
-        for conn in self.gathered:
-            self.server.requests.put(conn)
-        self.gathered.clear()
-        if self.server.requests.qsize:
-            sleep(GATHER_SECONDS)
+        if self.gathered:
+            self.server.requests.hand_over(self.gathered)
+            self.gathered.clear()
         return self._poll(timeout)
 
     def run(self, expiration_interval):
