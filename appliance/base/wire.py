@@ -45,7 +45,8 @@ LINGER = 2       # seconds a closed connection still reads, so that the client g
 SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
 RETRY_SECONDS = 0.002  # seconds a thread waits after an error of its loop
-GATHER_SECONDS = 0.001  # between two rounds of the selector while requests are queued
+GATHER_SECONDS = 0.001  # the selector waits at most for the requests of a round to be taken
+LEAD_SECONDS = 0.02     # a thread may take for one request before another takes those that are queued
 THREADS = 4  # of one port that are kept free for requests
 MAX_THREADS = 330  # of one port with those that are blocked: more than wait at the password gate (HashGate)
 # The methods we know: where one is not offered, 405 with Allow; CONNECT and the unknown are 501. RFC 9110 §9.1
@@ -664,6 +665,8 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self.get = self._take             # cheroot's threads call it
         self._lead = threading.Lock()     # held by the thread that takes requests
+        self._leader: WorkerThread | None = None
+        self._taken_at = 0.0
         self._drained = threading.Lock()  # released when the queue has become empty
         self._lock = threading.Lock()
         self._waiting = set()             # blocked threads
@@ -682,20 +685,31 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
 
         One thread takes requests until it blocks, then another: running at once they would only wait for the GIL.
         """
-        me = threading.current_thread()
+        me: Any = threading.current_thread()
         if not me.leads:
             self._lead.acquire()
-            me.leads = True
+            me.leads, self._leader = True, me
         if self._queue.empty():
             with contextlib.suppress(RuntimeError):  # nobody waits for it
                 self._drained.release()
-        return self._queue.get()
+        conn = self._queue.get()
+        self._taken_at = time.monotonic()
+        return conn
 
     def release_lead(self, thread):
         """Let another thread take requests."""
-        if thread.leads:
-            thread.leads = False
-            self._lead.release()
+        with self._lock:
+            if thread.leads:
+                thread.leads = False
+                self._lead.release()
+
+    def is_behind(self):
+        """Return whether requests are queued. One that takes long does not hold up the others: it loses the lead."""
+        if self._queue.empty():
+            return False
+        if time.monotonic() - self._taken_at > LEAD_SECONDS and self._leader:
+            self.release_lead(self._leader)
+        return True
 
     def hand_over(self, conns):
         """Queue what a round of the selector has found, and wait until it is taken, or for a moment."""
@@ -798,12 +812,12 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         self._selector.register(self._woken, selectors.EVENT_READ, self)
 
     def _select(self, timeout=None):
-        # Hand over all requests of a round at once, and leave the GIL to the threads for a moment. Otherwise they and
-        # this thread pass it to and fro at each system call, and one process issues half as many tokens.
+        # All requests of a round are handed over at once, and the GIL is left to the thread that takes them. Otherwise
+        # it and this thread pass the GIL to and fro at each system call, and one process issues half as many tokens.
         if self.gathered:
             self.server.requests.hand_over(self.gathered)
             self.gathered.clear()
-        return self._poll(timeout)
+        return self._poll(LEAD_SECONDS if self.server.requests.is_behind() else timeout)
 
     def run(self, expiration_interval):
         """Serve until woken. Called by cheroot's serve() again and again while the server is ready."""
