@@ -37,7 +37,7 @@ def commits(idp, work):
     return found.count(True), answer
 
 
-REFUSALS = [
+HTTP_REFUSALS = [
     "wrong password", "inactive", "locked", "locked for ever", "one-time code missing", "one-time code wrong",
     "one-time code used", "one-time code locked",
 ]
@@ -100,7 +100,7 @@ class TestOneAnswer:
         monkeypatch.setattr(idp.hasher, "verify", lambda *words: done.append(words) or verify(*words))
         return done
 
-    @pytest.mark.parametrize("case", [*REFUSALS, "client demands a second factor"])
+    @pytest.mark.parametrize("case", [*HTTP_REFUSALS, "client demands a second factor"])
     def test_of_the_password_grant(self, auth, service, alice, spoil, hashes, case):
         unknown = auth.post("/token", GOOD | {"username": "nobody"}, auth=service)
         assert unknown.status == 403 and unknown.json["error"] == "invalid_grant"
@@ -110,7 +110,7 @@ class TestOneAnswer:
         assert (refused.status, refused.body, refused.headers) == (unknown.status, unknown.body, unknown.headers)
         assert len(hashes) == 1, "the same Argon2 work"
 
-    @pytest.mark.parametrize("case", [*REFUSALS, "not an administrator"])
+    @pytest.mark.parametrize("case", [*HTTP_REFUSALS, "not an administrator"])
     def test_of_the_admin_port(self, admin, root, new_user, spoil, hashes, case):
         new_user("second", admin=True)
         unknown = admin.post("/token", {"username": "nobody", "password": PASSWORD})
@@ -122,7 +122,7 @@ class TestOneAnswer:
         assert len(hashes) == 1
 
     @pytest.mark.parametrize("audited", [True, False])
-    @pytest.mark.parametrize("case", ["unknown user", *REFUSALS])
+    @pytest.mark.parametrize("case", ["unknown user", *HTTP_REFUSALS])
     def test_every_refusal_is_one_durable_write(self, make_idp, service, alice, spoil, case, audited):
         """A commit waits for the flash: one more or one less tells by time what was wrong."""
         idp = make_idp(Options(**CHEAP, enable_audit_logging=audited))

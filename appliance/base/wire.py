@@ -66,7 +66,7 @@ SERVER_FIELDS = frozenset(
     ("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te")
 )
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-REFUSALS = {  # status: (reason phrase, code, what the client is told)
+HTTP_REFUSALS = {  # status: (reason phrase, code, what the client is told)
     400: ("Bad Request", "invalid_request", "The request is not valid HTTP."),
     408: ("Request Timeout", "request_timeout", "The request did not arrive in time."),
     413: ("Content Too Large", "content_too_large", "The request content is too large."),
@@ -874,14 +874,14 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         """End what is past its deadline. A connection that a thread is answering is not registered, and has none."""
         server, now, limits = self.server, time.monotonic(), self.server.limits
         lost, self.swept = now - self.swept - 4 * SWEEP, now
-        held = [conn for _, conn in list(self._selector.connections) if conn is not server and conn is not self]
+        waiting = [conn for _, conn in list(self._selector.connections) if conn is not server and conn is not self]
         if lost > 0:  # we were stopped, or the machine slept: nobody could be heard meanwhile
-            for conn in held:
+            for conn in waiting:
                 conn.deadline += lost
                 if conn.environ is not None:
                     conn.began += lost
         shorter = 0.8 * limits.idle_seconds if len(server.open) > limits.connections // 2 else 0
-        for conn in held:
+        for conn in waiting:
             idle = conn.environ is None and not (conn.out or conn.handshaking)
             late = now > conn.deadline - (shorter if idle and not conn.lingering else 0)
             if not late and not (idle and 0 < server.draining <= now):
@@ -1095,7 +1095,7 @@ class Server(cheroot.wsgi.Server):
             return self._write(environ, keep, status, headers, b"".join(parts)), not keep
         except BaseException:  # a thread must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
-            _, code, message = REFUSALS[500]
+            _, code, message = HTTP_REFUSALS[500]
             body = b'{"success":false,"message":"%b","error":"%b"}' % (message.encode(), code.encode())
             headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
             return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
@@ -1140,9 +1140,9 @@ class Server(cheroot.wsgi.Server):
         environ = connection.environ
         peer = connection.address if environ is None else environ["microauthd.peer"]
         self.log("refused", server=self.name, peer=peer, reason=reason, status=status)
-        if status not in REFUSALS:
+        if status not in HTTP_REFUSALS:
             return b""
-        phrase, code, message = REFUSALS[status]
+        phrase, code, message = HTTP_REFUSALS[status]
         body = f'{{"success":false,"message":"{message}","error":"{code}"}}'
         return (f"HTTP/1.1 {status} {phrase}\r\nDate: {self._now()}\r\nContent-Type: application/json\r\n"
                 f"Cache-Control: no-store\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
