@@ -178,8 +178,8 @@ class TestStarting:
         def work():
             resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
             limits = grant_connections(1)
-        assert limits.connections == 512 - DESCRIPTORS_KEPT
-        assert limits.connections + 2 * grant_threads(1, limits) <= 512 - 32
+            assert limits.connections == 512 - DESCRIPTORS_KEPT
+            assert limits.connections + 2 * grant_threads(1, limits) <= 512 - 32
 
         assert in_child(work) == 0
 
