@@ -41,7 +41,6 @@ import ipaddress
 import os
 import re
 import secrets
-import sys
 import threading
 import time
 import unicodedata
@@ -5671,8 +5670,6 @@ def admin_swagger_script(idp, params):
 
 
 if __name__ == "__main__":
-    import sys
+    import runpy
 
-    from appliance.commands import main  # which imports this module under its own name
-
-    sys.exit(main())
+    runpy.run_module("appliance.commands", run_name="__main__")  # it stands above: nothing here imports it
