@@ -164,8 +164,39 @@ REFUSED = {
     "a coding with a tab": (400, post(b"Transfer-Encoding: chunked\t", body=b"0\r\n\r\n")),
     "a coding with a comma": (400, post(b"Transfer-Encoding: chunked,", body=b"0\r\n\r\n")),
     "a coding after chunked": (400, post(b"Transfer-Encoding: chunked, identity", body=b"0\r\n\r\n")),
-    "content with an upgrade": (
-        400, post(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 5", body=b"hello"),
+    "both framings and an upgrade": (
+        400,
+        post(
+            b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 5", b"Transfer-Encoding: chunked",
+            body=b"0\r\n\r\n",
+        ),
+    ),
+    "two Content-Length and an upgrade": (
+        400,
+        post(
+            b"Content-Length: 5", b"Upgrade: h2c", b"Connection: Upgrade", b"Content-Length: 0", body=b"hello",
+        ),
+    ),
+    "a large body announced with an upgrade": (
+        413, post(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 65537"),
+    ),
+    "an upgrade with a space before the colon": (
+        400, post(b"Connection: Upgrade", b"Upgrade : h2c", b"Content-Length: 5", body=b"hello"),
+    ),
+    "an upgrade that is folded": (
+        400, post(b"Connection: Upgrade", b"Upgrade:\r\n h2c", b"Content-Length: 5", body=b"hello"),
+    ),
+    "an upgrade that ends with a bare line feed": (
+        400, post(b"Connection: Upgrade", b"Upgrade: h2c\nContent-Length: 5", body=b"hello"),
+    ),
+    "a chunk without its end behind an upgrade": (
+        400,
+        post(
+            b"Connection: Upgrade", b"Upgrade: h2c", b"Transfer-Encoding: chunked", body=b"5\r\nhelloXX0\r\n\r\n",
+        ),
+    ),
+    "many headers with an upgrade": (
+        431, post(b"Connection: Upgrade", *[b"Upgrade: h2c"] * 64),
     ),
     "another coding": (501, post(b"Transfer-Encoding: xchunked", body=b"0\r\n\r\n")),
     "a coding before chunked": (501, post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n")),
@@ -233,6 +264,9 @@ REFUSED = {
     "a scheme that is none of ours": (400, b"GET ftp://box/ HTTP/1.1\r\nHost: box\r\n\r\n"),
     "a fragment": (400, b"GET /#x HTTP/1.1\r\nHost: box\r\n\r\n"),
     "an asterisk": (400, b"OPTIONS * HTTP/1.1\r\nHost: box\r\n\r\n"),
+    "CONNECT with an upgrade": (
+        501, b"CONNECT box:80 HTTP/1.1\r\nHost: box:80\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+    ),
     "CONNECT": (501, b"CONNECT box:80 HTTP/1.1\r\nHost: box:80\r\n\r\n"),
     "an unknown method": (400, b"FETCH / HTTP/1.1\r\nHost: box\r\n\r\n"),
     "NUL in the path": (400, b"GET /%00 HTTP/1.1\r\nHost: box\r\n\r\n"),
@@ -257,6 +291,33 @@ REFUSED = {
         400, post(b"Expect: 100-continue", b"Expect: 100-continue", b"Content-Length: 5", body=b"hello"),
     ),
     "garbage": (400, bytes(range(128, 228))),
+}
+
+
+# What programs send over plain http, octet by octet; only the port is another.
+CURL = (  # curl 7.88.1: curl --http2 -d …, and the same with -H "Transfer-Encoding: chunked"
+    b"POST /token HTTP/1.1\r\nHost: 127.0.0.1:9040\r\nUser-Agent: curl/7.88.1\r\nAccept: */*\r\n"
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+)
+FORM = b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+UPGRADES = {  # program: (octets, content)
+    "curl": (CURL + b"Content-Length: 29\r\n" + FORM + b"grant_type=client_credentials", "grant_type=client_credentials"),
+    "curl, chunked": (
+        CURL + b"Transfer-Encoding: chunked\r\n" + FORM + b"1d\r\ngrant_type=client_credentials\r\n0\r\n\r\n",
+        "grant_type=client_credentials",
+    ),
+    "curl, GET": (CURL.replace(b"POST", b"GET") + b"\r\n", ""),
+    "JDK": (  # java.net.http.HttpClient of OpenJDK 17.0.15
+        b"POST /token HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 29\r\n"
+        b"Host: 127.0.0.1:9040\r\nHTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA\r\n"
+        b"Upgrade: h2c\r\nUser-Agent: Java-http-client/17.0.15\r\n" + FORM + b"grant_type=client_credentials",
+        "grant_type=client_credentials",
+    ),
+    "several offers": (
+        b"POST /token HTTP/1.1\r\nHost: box\r\nupgrade:foo/1\r\nConnection: upgrade\r\nUPGRADE: TLS/1.3, h2c\r\n"
+        b"Content-Length: 5\r\n\r\nhello",
+        "hello",
+    ),
 }
 
 
@@ -368,12 +429,51 @@ class TestRequests:
     def test_what_is_within_the_rules_is_served(self, shared, octets):
         assert statuses(shared.say(octets)) == [200] and shared.logged == []
 
-    def test_an_upgrade_is_not_followed_and_ends_the_connection(self, shared):
-        assert statuses(
-            shared.say(
-                b"GET / HTTP/1.1\r\nHost: box\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + SMUGGLED, end=False
+    @pytest.mark.parametrize("each", [None, 1])
+    @pytest.mark.parametrize("octets, body", UPGRADES.values(), ids=UPGRADES)
+    def test_an_offered_upgrade_is_ignored_and_the_next_request_stands_behind_the_content(
+        self, shared, octets, body, each
+    ):
+        """RFC 9110 §7.8."""
+        last = b"GET /next HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n"
+        said = shared.say(octets * 2 + last, end=False, each=each)
+        assert statuses(said) == [200] * 3 and shared.logged == []
+        answers = [json.loads(line) for line in re.findall(rb"\r\n\r\n(\{.*?\}\})", said)]
+        assert [(answer["path"], answer["body"]) for answer in answers[:2]] == [("/token", body)] * 2
+        assert (answers[2]["path"], answers[2]["body"]) == ("/next", "")
+
+    def test_content_that_looks_like_a_request_stays_content_behind_an_offered_upgrade(self, shared):
+        head = b"Connection: Upgrade", b"Upgrade: websocket, h2c"
+        for octets in (
+            post(*head, b"Content-Length: %d" % len(SMUGGLED), body=SMUGGLED),
+            post(*head, b"Transfer-Encoding: chunked", body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)),
+        ):
+            said = shared.say(octets)
+            assert statuses(said) == [200] and json.loads(said.partition(b"\r\n\r\n")[2])["path"] == "/"
+
+    def test_an_upgrade_in_a_trailer_or_without_its_option_of_connection_is_an_unknown_field(self, shared):
+        trailer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+        for octets in (
+            post(b"Transfer-Encoding: chunked", body=b"5\r\nhello\r\n0\r\n" + trailer + b"\r\n"),
+            post(b"Upgrade: h2c", b"Content-Length: 5", body=b"hello"),
+            post(b"Connection: Upgrade", b"Content-Length: 5", body=b"hello"),
+        ):
+            assert statuses(shared.say(octets + SMUGGLED)) == [200, 200]
+
+    def test_a_close_beside_an_offered_upgrade_closes(self, shared):
+        octets = post(b"Connection: close, Upgrade", b"Upgrade: h2c", b"Content-Length: 5", body=b"hello")
+        assert statuses(shared.say(octets + SMUGGLED, end=False)) == [200]
+        octets = post(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 5", body=b"hello", version=b"1.0")
+        assert statuses(shared.say(octets + SMUGGLED, end=False)) == [200]
+
+    def test_who_offers_an_upgrade_is_told_to_continue(self, shared):
+        with shared.connect() as sock:
+            sock.sendall(
+                post(b"Connection: Upgrade", b"Upgrade: h2c", b"Expect: 100-continue", b"Content-Length: 5")
             )
-        ) == [200]
+            assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(b"hello")
+            assert b'"body": "hello"' in sock.recv(65536)
 
     def test_nothing_is_served_behind_a_close(self, shared):
         assert statuses(

@@ -61,6 +61,7 @@ HOST = re.compile(r"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{
 PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # RFC 3986 §3.3, no dot segments
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
+UPGRADE = re.compile(rb"\r\nUpgrade:[^\r\n]*", re.IGNORECASE)
 # Fields that the server sets, and fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
 SERVER_FIELDS = frozenset(
     ("content-length", "date", "server", "connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te")
@@ -324,17 +325,18 @@ class Connection:
 
     def on_headers_complete(self):
         environ, target = self.environ, self.target
-        self.headed, self.count, self.received = True, 0, 0
         token, version = self.parser.get_method(), self.parser.get_http_version()
         if version != "1.1" and version != "1.0":
             raise HttpRefusal(505, "version")
         # llhttp takes RTSP/1.0 and ICE/1.0 for HTTP, and more than one space for one.
         if not self.head.startswith(b"%b %b HTTP/%b\r\n" % (token, target, version.encode())):
             raise HttpRefusal(400, "request line")
-        self.head = b""
         method = METHODS.get(token)
         if method is None:
-            raise HttpRefusal(501, "method")
+            raise HttpRefusal(501, "method")  # CONNECT too, which llhttp takes for an upgrade
+        if self.parser.should_upgrade():
+            return  # llhttp stops here: see _ignore_upgrade()
+        self.head, self.headed, self.count, self.received = b"", True, 0, 0
         if self.size + len(target) > self.limits.header_bytes:
             raise HttpRefusal(431, "header size")
         environ["REQUEST_METHOD"] = method
@@ -377,15 +379,11 @@ class Connection:
             if len(length) > 18 or int(length) > self.limits.body_bytes:
                 raise HttpRefusal(413, "content size")
             self.left = int(length)
-        content = self.chunked or self.left > 0
-        # Upgrade may be ignored (RFC 9110 §7.8), but llhttp stops at one and would not read its content.
-        if content and self.parser.should_upgrade():
-            raise HttpRefusal(400, "Upgrade with content")
         expect = environ.pop("HTTP_EXPECT", None)
         if expect is not None and version == "1.1":
             if expect.lower() != "100-continue":
                 raise HttpRefusal(417, "Expect")
-            self.expecting = content
+            self.expecting = self.chunked or self.left > 0
 
     def _believe_proxy(self, environ):
         forwarded_for = environ.get("HTTP_X_FORWARDED_FOR")
@@ -407,12 +405,14 @@ class Connection:
             raise HttpRefusal(413, "content size")
 
     def on_message_complete(self):
+        if self.parser.should_upgrade():
+            return
         environ, body = self.environ, b"".join(self.body)
         environ["wsgi.input"] = io.BytesIO(body)
         if self.chunked:
             environ["CONTENT_LENGTH"] = str(len(body))
         # A trailer can still say `Connection: close`, so keep-alive is asked now.
-        self.ended = self.parser.should_upgrade() or not self.parser.should_keep_alive()
+        self.ended = not self.parser.should_keep_alive()
         self.requests.append((environ, not self.ended))
         self.environ, self.body, self.head, self.expecting, self.received = None, [], b"", False, 0
 
@@ -471,10 +471,11 @@ class Connection:
             self.refusal = HttpRefusal(413, "chunks")
 
     def _parse(self, piece):
+        upgrade = False
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
-            pass  # the request is whole, and the last one: what follows it is not HTTP
+            upgrade = True
         except httptools.HttpParserError as error:
             cause = error.__context__
             if isinstance(cause, HttpRefusal):
@@ -486,6 +487,24 @@ class Connection:
                 self.refusal = HttpRefusal(0, "TLS on a plain port")
             else:
                 self.refusal = HttpRefusal(505 if str(error) == "Invalid HTTP version" else 400, str(error))
+        if upgrade:  # not in the handler above: it would become the context of what is raised next
+            self._ignore_upgrade()
+
+    def _ignore_upgrade(self):
+        """Parse the header again without its Upgrade fields: a server may ignore an offer. RFC 9110 §7.8
+
+        llhttp skips the content of a request that offers an upgrade, and cannot be told otherwise. The JDK's HttpClient
+        and `curl --http2` offer h2c with every request over plain http. The header is whole, and no octet behind it has
+        been parsed, so a new parser reads the content by the same framing.
+        """
+        began = self.began
+        self.head, offers = UPGRADE.subn(b"", self.head)
+        if not offers:  # llhttp has seen an offer that we do not see
+            self.refusal = HttpRefusal(400, "Upgrade")
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        self._parse(self.head)
+        self.began = began  # the time limit of a request counts from its first octet
 
     # -- the socket --
 
