@@ -47,7 +47,7 @@ class App:
                 {
                     "method": environ["REQUEST_METHOD"], "path": path, "query": environ["QUERY_STRING"],
                     "body": environ["wsgi.input"].read().decode("latin-1"), "peer": environ["microauthd.peer"],
-                    "scheme": environ["wsgi.url_scheme"],
+                    "scheme": environ["wsgi.url_scheme"], "proxied": environ.get("microauthd.proxied", False),
                     "headers": {name: value for name, value in environ.items() if name.startswith("HTTP_")},
                 }
             ).encode()
@@ -251,7 +251,12 @@ REFUSED = {
         400, b"GET / HTTP/1.1\r\nHost: box\r\nAuthorization: Bearer a\r\nAuthorization: Bearer b\r\n\r\n",
     ),
     "two Content-Types": (400, post(b"Content-Type: a/b", b"Content-Type: a/b", b"Content-Length: 0")),
-    "two Forwardeds": (400, b"GET / HTTP/1.1\r\nHost: box\r\nForwarded: for=a\r\nForwarded: for=b\r\n\r\n"),
+    "two Origins": (400, b"GET / HTTP/1.1\r\nHost: box\r\nOrigin: https://a\r\nOrigin: https://b\r\n\r\n"),
+    "two Content-Types of one proxy": (
+        400,
+        b"POST / HTTP/1.1\r\nHost: box\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Proto: https\r\n"
+        b"Content-Type: a/b\r\nContent-Type: c/d\r\n\r\n",
+    ),
     "HTTP/0.9": (505, b"GET /\r\n\r\n"),
     "HTTP/1.2": (505, b"GET / HTTP/1.2\r\nHost: box\r\n\r\n"),
     "HTTP/2.0": (505, b"GET / HTTP/2.0\r\nHost: box\r\n\r\n"),
@@ -694,6 +699,40 @@ class TestPeer:
         assert "HTTP_X_FORWARDED_FOR" not in shared.seen(headers=headers)["headers"]
         seen = run(trusted_proxies=self.NETS).seen(headers=headers)
         assert (seen["peer"], seen["scheme"]) == ("192.0.2.9", "https")
+
+    # As HAProxy's `http-request add-header` sends them behind a proxy that has set them.
+    REPEATED = (
+        b"X-Forwarded-For: 192.0.2.9\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: evil.example\r\n"
+        b"Forwarded: for=192.0.2.1;proto=http\r\nX-Forwarded-For: 10.0.0.5\r\nx-forwarded-proto: https\r\n"
+        b"X-Forwarded-Host: app.example\r\nForwarded: for=192.0.2.2;proto=https\r\n"
+    )
+
+    def test_repeated_fields_of_proxies_are_dropped_where_they_are_not_believed(self, shared):
+        seen = shared.seen(headers=self.REPEATED)
+        assert (seen["peer"], seen["scheme"], seen["proxied"]) == ("127.0.0.1", "http", True)
+        assert seen["headers"] == {"HTTP_HOST": "box", "HTTP_CONNECTION": "close"} and not shared.logged
+        assert shared.seen()["proxied"] is False
+
+    def test_repeated_fields_of_a_trusted_proxy_are_one_line_with_commas(self, run):
+        """RFC 9110 §5.3."""
+        one = run(trusted_proxies=self.NETS)
+        seen = one.seen(headers=self.REPEATED)
+        assert (seen["peer"], seen["scheme"], seen["proxied"]) == ("192.0.2.9", "https", True)
+        assert seen["headers"]["HTTP_X_FORWARDED_FOR"] == "192.0.2.9, 10.0.0.5"
+        turned = self.REPEATED.replace(b"https", b"HTTP").replace(b"Proto: http\r", b"Proto: https\r")
+        assert one.seen(headers=turned)["scheme"] == "http", "the nearest proxy writes last"
+
+    @pytest.mark.parametrize("lines", [1, 2])
+    def test_x_forwarded_host_is_believed_of_nobody(self, run, lines):
+        seen = run(trusted_proxies=self.NETS).seen(headers=b"X-Forwarded-Host: evil.example\r\n" * lines)
+        assert seen["headers"] == {"HTTP_HOST": "box", "HTTP_CONNECTION": "close"} and seen["proxied"] is True
+
+    @pytest.mark.parametrize(
+        "field", [b"Host: box", b"Authorization: Bearer a", b"Content-Length: 0", b"Content-Type: a/b", b"Origin: a"]
+    )
+    def test_a_trusted_proxy_cannot_repeat_what_is_no_list(self, run, field):
+        octets = b"POST / HTTP/1.1\r\nHost: box\r\n" + (field + b"\r\n") * 2 + b"\r\n"
+        assert statuses(run(trusted_proxies=self.NETS).say(octets + SMUGGLED, end=False)) == [400]
 
     def test_a_peer_has_so_many_connections_and_gets_them_back(self, run, monkeypatch):
         monkeypatch.setattr("appliance.base.wire._address", lambda text: ipaddress.ip_address("192.0.2.7"))

@@ -53,10 +53,11 @@ MAX_THREADS = 330  # of one port with those that are blocked: more than wait at 
 METHODS = {
     name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 }
-# Fields whose repetition changes who is asking or what is asked. RFC 9110 §5.3 allows joining only lists.
+# Fields whose repetition changes who is asking or what is asked. RFC 9110 §5.3 allows joining only lists, and the
+# fields of proxies are lists: each proxy may add a line of its own.
 NO_REPEAT = frozenset((
-    "HTTP_HOST", "HTTP_AUTHORIZATION", "HTTP_ORIGIN", "HTTP_FORWARDED", "HTTP_X_FORWARDED_PROTO",
-    "HTTP_X_FORWARDED_HOST", "HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "CONTENT_TYPE", "CONTENT_LENGTH"))
+    "HTTP_HOST", "HTTP_AUTHORIZATION", "HTTP_ORIGIN", "HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "CONTENT_TYPE",
+    "CONTENT_LENGTH"))
 HOST = re.compile(r"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")  # RFC 3986 §3.2.2, no encoding
 PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # RFC 3986 §3.3, no dot segments
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
@@ -234,7 +235,6 @@ def _path_info(path):
 
 class HeaderKeys(dict):
     """Maps header field names, as received, to environ keys; to "" those that are dropped."""
-    FORWARDED = frozenset((b"forwarded", b"x-forwarded-proto", b"x-forwarded-host"))
 
     def __init__(self, trusted):
         self.trusted = trusted
@@ -243,8 +243,9 @@ class HeaderKeys(dict):
         key = name.decode("ascii").upper().replace("-", "_")
         if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
             key = "HTTP_" + key
-        # X_Forwarded_For is not X-Forwarded-For; Proxy would become the HTTP_PROXY of CGI (httpoxy).
-        if b"_" in name or key == "HTTP_PROXY" or (not self.trusted and (
+        # X_Forwarded_For is not X-Forwarded-For; Proxy would become the HTTP_PROXY of CGI (httpoxy); X-Forwarded-Host
+        # is believed of nobody, and Bottle would prefer it to Host.
+        if b"_" in name or key in ("HTTP_PROXY", "HTTP_X_FORWARDED_HOST") or (not self.trusted and (
                 key in ("HTTP_FORWARDED", "HTTP_X_REAL_IP") or key.startswith("HTTP_X_FORWARDED"))):
             key = ""
         if len(name) <= 64:
@@ -263,7 +264,7 @@ class Connection:
         "server", "limits", "sock", "address", "base", "names", "trusted", "counted", "parser",
         "handshaking", "lingering", "unused", "deadline", "events",  # where it stands, and what it waits for
         "head", "tail", "received", "environ", "target", "body", "length", "left", "size", "count",
-        "dropped", "headed", "chunked", "began",  # the request that is arriving
+        "headed", "chunked", "began",  # the request that is arriving
         "requests", "ended", "refusal", "expecting", "out", "last",  # what is still to be done
     )
 
@@ -288,7 +289,6 @@ class Connection:
         self.environ = self.base.copy()
         self.target = b""
         self.body: list[bytes] = []
-        self.dropped: tuple[bytes, ...] = ()
         self.size = self.count = self.length = self.left = self.received = 0
         self.chunked = self.expecting = self.unused = False
         self.began = time.monotonic()
@@ -315,13 +315,8 @@ class Connection:
             if key.startswith(("HTTP_X_FORWARDED", "HTTP_FORWARDED")):
                 self.environ["microauthd.proxied"] = True
         elif b"forwarded" in name.lower():
-            # Not trusted, but it shows that the peer is a proxy, so the request is not local.
+            # Not believed, but it shows that the peer is a proxy, so the request is not local.
             self.environ["microauthd.proxied"] = True
-            if name.lower() not in HeaderKeys.FORWARDED:
-                return
-            if name.lower() in self.dropped:
-                raise HttpRefusal(400, "repeated header field")
-            self.dropped += (name.lower(),)
 
     def on_headers_complete(self):
         environ, target = self.environ, self.target
