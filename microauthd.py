@@ -3451,8 +3451,47 @@ def describe_port(idp: Idp, routes: Routes) -> dict:
     return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
+PUBLIC_PATHS = ("/", "/<path:path>")  # of the route that serves public files
+
+
+def find_public_file(path: str) -> tuple[str, str] | None:
+    """Return the root of the public files and the path below it of the one that `path` names, or None.
+
+    The root is public/ in the working directory, or the bundled examples if there is none.
+    """
+    root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
+    is_file = is_visible_below(root, path) and os.path.isfile(os.path.join(root, path.lstrip("/")))
+    return (root, path) if is_file else None
+
+
 class Router(bottle.Router):
-    """Bottle's router, but it compiles once, not after each of a hundred routes: that took a tenth of the start-up."""
+    """Bottle's router with two differences.
+
+    It compiles once, not after each of a hundred routes: that took a tenth of the start-up. And the public files, whose
+    route matches every path, come after all endpoints, so that a wrong method stays 405 and an unknown path 404.
+    """
+
+    public_target = None
+
+    def add(self, rule, method, target, name=None):
+        if rule in PUBLIC_PATHS:
+            self.public_target = target
+        else:
+            super().add(rule, method, target, name)
+
+    def match(self, environ):
+        """Return the target of a request and the variables of its path. Raises HTTPError 404 or 405."""
+        try:
+            return super().match(environ)
+        except bottle.HTTPError as error:
+            path = environ["PATH_INFO"][1:]
+            if error.status_code != 404 or self.public_target is None:
+                raise
+            if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+                return self.public_target, {"path": path}
+            if find_public_file(path or "index.html"):
+                raise bottle.HTTPError(405, Allow="GET") from None
+            raise
 
     def _compile(self, method):
         """Do nothing: compile_all() does it."""
@@ -4650,15 +4689,15 @@ def auth_swagger_script(idp, params):
 
 
 @AUTH(
-    "GET", ("/", "/<path:path>"), guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
+    "GET", PUBLIC_PATHS, guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
     """Return a file of public/ in the working directory, or of the bundled examples if there is none."""
-    path = params.path.get("path", "index.html")
-    root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
-    if not is_visible_below(root, path):
+    found = find_public_file(params.path["path"] or "index.html")
+    if found is None:
         raise Problem("not_found")
+    root, path = found
     answer = bottle.static_file(path, root=root)
     if answer.status_code in (403, 404):
         raise Problem("not_found")

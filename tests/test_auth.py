@@ -365,6 +365,30 @@ class TestPublicFiles:
         answer = served.get(path)
         assert answer.status == 404 and answer.json["error"] == "not_found"
 
+    @pytest.mark.parametrize(
+        "method, path, allow",
+        [
+            ("GET", "/token", "POST"), ("HEAD", "/token", "POST"), ("GET", "/login/password", "POST"),
+            ("PUT", "/authorize", "GET,POST"), ("POST", "/auth-session/x", "GET"), ("POST", "/jwks.json", "GET"),
+            ("POST", "/login.html", "GET"), ("DELETE", "/pkce_demo/index.html", "GET"),
+        ],
+    )
+    def test_a_wrong_method_is_405_with_allow(self, served, method, path, allow):
+        answer = served(method, path)
+        assert (answer.status, answer.headers["allow"]) == (405, allow)
+        assert method == "HEAD" or answer.json["error"] == "method_not_allowed"
+
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "TRACE"])
+    @pytest.mark.parametrize("path", ["/nowhere", "/token/", "/token/x", "/", "/.ssh", "/login.htm"])
+    def test_an_unknown_path_is_404_for_every_method(self, served, method, path):
+        assert served(method, path).status == 404
+
+    def test_a_file_cannot_take_the_path_of_an_endpoint(self, served, tmp_path):
+        (tmp_path / "public").mkdir()
+        (tmp_path / "public" / "token").write_text("mine")
+        (tmp_path / "public" / "index.html").write_text("mine")
+        assert served.get("/token").status == 405 and served.post("/").headers["allow"] == "GET"
+
     def test_a_folder_beside_replaces_them(self, served, tmp_path):
         (tmp_path / "public").mkdir()
         (tmp_path / "public" / "index.html").write_text("mine")
