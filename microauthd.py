@@ -3457,8 +3457,10 @@ PUBLIC_PATHS = ("/", "/<path:path>")  # of the route that serves public files
 def find_public_file(path: str) -> tuple[str, str] | None:
     """Return the root of the public files and the path below it of the one that `path` names, or None.
 
-    The root is public/ in the working directory, or the bundled examples if there is none.
+    The root is public/ in the working directory, or the bundled examples if there is none. A folder, whose path ends
+    with a slash, is its index.html.
     """
+    path += "index.html" if path.endswith("/") or not path else ""
     root = os.path.realpath("public" if os.path.isdir("public") else PUBLIC)
     is_file = is_visible_below(root, path) and os.path.isfile(os.path.join(root, path.lstrip("/")))
     return (root, path) if is_file else None
@@ -3489,7 +3491,7 @@ class Router(bottle.Router):
                 raise
             if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
                 return self.public_target, {"path": path}
-            if find_public_file(path or "index.html"):
+            if find_public_file(path) or find_public_file(path + "/"):
                 raise bottle.HTTPError(405, Allow="GET") from None
             raise
 
@@ -4693,10 +4695,19 @@ def auth_swagger_script(idp, params):
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
-    """Return a file of public/ in the working directory, or of the bundled examples if there is none."""
-    found = find_public_file(params.path["path"] or "index.html")
+    """Return a file of public/ in the working directory, or of the bundled examples if there is none.
+
+    A folder with an index.html is that page, at its path with a slash at the end; the path without it redirects there.
+    """
+    asked = params.path["path"]
+    found = find_public_file(asked)
     if found is None:
-        raise Problem("not_found")
+        if not find_public_file(asked + "/"):
+            raise Problem("not_found")
+        # A page finds its neighbours by relative references, so it needs the slash. The Location is relative too,
+        # because a proxy may have removed a part of the path; "./" makes it a path whatever the folder is called.
+        query = params.environ.get("QUERY_STRING", "")
+        return Redirect(f"./{quote(asked.rpartition('/')[2])}/" + (f"?{query}" if query else ""), status=308)
     root, path = found
     answer = bottle.static_file(path, root=root)
     if answer.status_code in (403, 404):

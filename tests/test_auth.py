@@ -357,7 +357,8 @@ class TestPublicFiles:
         "path",
         [
             "/../microauthd.py", "/..%2fmicroauthd.py", "//etc/passwd", "/.ssh", "/pkce_demo/../../microauthd.py",
-            "/\0", "/login.html\0", "/login.html/", "/..\\..\\etc\\passwd", "/" + "a" * 5000, "/pkce_demo",
+            "/\0", "/login.html\0", "/login.html/", "/..\\..\\etc\\passwd", "/" + "a" * 5000,
+            "/nowhere/", "/pkce_demo//../", "/pkce_demo/.", "/pkce_demo/./", "/..", "/../", "/.",
         ],
         ids=lambda path: repr(path[:30]),
     )
@@ -365,12 +366,44 @@ class TestPublicFiles:
         answer = served.get(path)
         assert answer.status == 404 and answer.json["error"] == "not_found"
 
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    def test_a_folder_is_its_index_html_at_its_path_with_a_slash(self, served, method):
+        page, index = served(method, "/pkce_demo/"), served(method, "/pkce_demo/index.html")
+        assert (page.status, page.headers["content-type"]) == (200, index.headers["content-type"])
+        assert page.body == index.body and page.headers["content-security-policy"].startswith("default-src 'self'")
+        there = served(method, "/pkce_demo")
+        assert (there.status, there.headers["location"]) == (308, "./pkce_demo/")
+        assert served(method, "/pkce_demo?code=a&state=b%26c").headers["location"] == "./pkce_demo/?code=a&state=b%26c"
+
+    def test_a_folder_below_an_issuers_path_redirects_whether_or_not_a_proxy_removes_it(self, make_idp, tmp_path):
+        options = Options(**CHEAP, serve_public_auth_files=True, oidc_issuer="https://box.example/auth")
+        served = Caller(m.build_app(make_idp(options), m.AUTH))
+        assert served.get("/auth/pkce_demo").headers["location"] == "./pkce_demo/"
+        assert served.get("/pkce_demo").headers["location"] == "./pkce_demo/"
+        assert served.get("/auth/pkce_demo/").status == 200
+
+    def test_only_folders_with_a_page_that_are_below_and_not_hidden_are_served(self, served, tmp_path):
+        public, outside = tmp_path / "public", tmp_path / "outside"
+        for folder in (public / "a" / "b", public / "empty", public / ".hidden", public / "x:y z", outside):
+            folder.mkdir(parents=True)
+            if folder.name != "empty":
+                (folder / "index.html").write_text("page")
+        os.symlink(outside, public / "link")
+        for path in ("/a", "/a/", "/empty", "/empty/", "/.hidden", "/.hidden/", "/link", "/link/", "/a/b/index.html/"):
+            assert served.get(path).status == 404, path
+        assert served.get("/a/b/").body == b"page"
+        assert served.get("/x:y z").headers["location"] == "./x%3Ay%20z/", "no scheme"
+        assert served.get("/a/b").headers["location"] == "./b/"
+        assert served.get("//evil.example").status == 404
+        assert served.get("//a/b").headers["location"] == "./b/", "never the name of another host"
+
     @pytest.mark.parametrize(
         "method, path, allow",
         [
             ("GET", "/token", "POST"), ("HEAD", "/token", "POST"), ("GET", "/login/password", "POST"),
             ("PUT", "/authorize", "GET,POST"), ("POST", "/auth-session/x", "GET"), ("POST", "/jwks.json", "GET"),
             ("POST", "/login.html", "GET"), ("DELETE", "/pkce_demo/index.html", "GET"),
+            ("POST", "/pkce_demo/", "GET"), ("POST", "/pkce_demo", "GET"),
         ],
     )
     def test_a_wrong_method_is_405_with_allow(self, served, method, path, allow):

@@ -162,6 +162,8 @@ def describe_responses(route: Route, method: str, path: str, port_name: str) -> 
         responses["303" if route.html else "302"] = {
             "description": "To be fetched by GET.", "headers": {"Location": text},
         }
+    if route.gives_media == "*/*" and "<" in path:
+        responses["308"] = {"description": "A folder, whose path ends with a slash.", "headers": {"Location": text}}
     for status in sorted(possible_statuses(route, method, path, port_name)):
         of_the_wire = status >= 500 or status in (408, 413, 414, 417, 431)
         form = "page" if route.html else "oauth" if route.oauth and not of_the_wire else "err"
