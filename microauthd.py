@@ -2935,6 +2935,24 @@ def decode_component(raw: bytes) -> str:
     return text
 
 
+QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+
+
+def media_preference(accept: str, media: str) -> tuple[float, int]:
+    """Return the quality that an Accept field gives to a media type, and how exactly it names the type.
+
+    The most exact range decides: 3 is the type itself, 2 its family, 1 is */*, 0 is no range. RFC 9110 §12.5.1
+    """
+    exactness = {media: 3, media.partition("/")[0] + "/*": 2, "*/*": 1}
+    found = (0, 0.0)
+    for part in accept.lower().split(","):
+        name, *parameters = [piece.strip() for piece in part.split(";")]
+        quality = next((value[2:] for value in parameters if value.startswith("q=")), "1")
+        if name in exactness and QUALITY.fullmatch(quality):
+            found = max(found, (exactness[name], float(quality)))
+    return found[1], found[0]
+
+
 def parse_form(body: bytes) -> dict:
     """Return the parameters of an application/x-www-form-urlencoded body or query.
 
@@ -4000,6 +4018,23 @@ def begin_headless(idp: Idp, params) -> Reply:
         return render_problem(as_problem(error), False)
 
 
+def is_headless(idp: Idp, params) -> bool:
+    """Tell whether an authorization request comes from an application that has screens of its own.
+
+    Its Accept prefers JSON to HTML, or names neither: the published clients of first-party applications send */* or
+    nothing, with PKCE. So do scripts that follow OpenID Connect, for clients of any kind, and they expect the page.
+    """
+    environ = params.environ
+    if environ["REQUEST_METHOD"] != "POST" or environ.get("HTTP_SEC_FETCH_MODE") == "navigate":
+        return False
+    accept = environ.get("HTTP_ACCEPT", "")
+    json_preference, html_preference = (media_preference(accept, media) for media in (JSON, "text/html"))
+    if json_preference != html_preference or json_preference[1] > 1:
+        return json_preference > html_preference
+    client = find_client(idp, params.get("client_id") or "")
+    return bool(client and client.row.is_first_party and params.get("code_challenge"))
+
+
 @AUTH(
     "GET POST", "/authorize", guard=anyone, spec="RFC 6749 §4.1.1, OpenID Connect Core §3.1.2", form=AuthorizeForm,
     gives=PkceStep, html=True, option="enable_pkce",
@@ -4007,10 +4042,9 @@ def begin_headless(idp: Idp, params) -> Reply:
 def authorize(idp, params):
     """Let a user log in for a client.
 
-    A POST that does not accept HTML comes from an application with its own screens, and gets JSON.
+    A POST gets JSON where its Accept prefers JSON to HTML: it comes from an application with its own screens.
     """
-    headless = params.environ["REQUEST_METHOD"] == "POST" and "text/html" not in params.environ.get("HTTP_ACCEPT", "")
-    if headless:
+    if is_headless(idp, params):
         return begin_headless(idp, params)
     client, redirect_uri = validate_client(idp, params)
     try:

@@ -1201,8 +1201,8 @@ class TestLogout:
 class TestHeadless:
     """An application with screens of its own."""
 
-    def begin(self, auth, **more):
-        return auth("POST", "/authorize", request(**more).partition("?")[2])
+    def begin(self, auth, headers=(), **more):
+        return auth("POST", "/authorize", request(**more).partition("?")[2], headers=headers)
 
     def test_the_whole_way(self, auth, spa, alice, exchange):
         step = self.begin(auth).json
@@ -1268,16 +1268,64 @@ class TestHeadless:
             "success"
         ] is False
 
-    def test_it_is_for_first_parties_with_pkce(self, auth, register, service, idp):
+    def test_it_is_for_first_parties_with_pkce(self, auth, spa, register, service, idp):
         register("third", is_first_party=False)
         m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "redirect", CALLBACK)
-        assert [
-            self.begin(auth, client_id=client, code_challenge=None, code_challenge_method=None).status
-            if client == "service"
-            else self.begin(auth, client_id=client).status
-            for client in ("third", "service")
-        ] == [400, 400]
+        headers, plain = [("Accept", "application/json")], {"code_challenge": None, "code_challenge_method": None}
+        for answer in (
+            self.begin(auth, headers, client_id="third"), self.begin(auth, headers, client_id="service", **plain),
+            self.begin(auth, headers, client_id="nobody"),
+        ):
+            assert answer.status == 400 and answer.json["success"] is False
         assert self.begin(auth, redirect_uri="https://evil.example/").json["error"] == "invalid_request"
+
+    # What genuine programs send.
+    CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+    AXIOS = "application/json, text/plain, */*"
+    JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"  # HttpURLConnection
+
+    @pytest.mark.parametrize(
+        "accept, mode",
+        [
+            (None, None), ("*/*", None), ("*/*", "cors"), ("*/*", "same-origin"), ("", None), ("*/*;q=0.5", None),
+            (AXIOS, "cors"), (AXIOS, None), ("application/json", None), ("Application/JSON;charset=utf-8", None),
+            ("application/json, text/html;q=0.9", None), ("application/*", None), ("text/html;q=0, */*", None),
+        ],
+    )
+    def test_a_first_party_with_pkce_gets_json(self, auth, spa, accept, mode):
+        headers = [(name, value) for name, value in (("Accept", accept), ("Sec-Fetch-Mode", mode)) if value is not None]
+        step = self.begin(auth, headers)
+        assert step.status == 200
+        SECRETS.add(step.json["jti"])
+
+    @pytest.mark.parametrize(
+        "accept, mode",
+        [
+            (CHROMIUM, "navigate"), (CHROMIUM, None), (JAVA, None), ("text/html", None), ("text/*", None),
+            ("*/*", "navigate"), (None, "navigate"), (AXIOS, "navigate"), ("application/json", "navigate"),
+            ("text/html, application/json", None), ("application/json;q=0.5, text/html", None),
+            ("application/json;q=0, */*", None), ("application/json;q=0.5, */*", None),
+        ],
+    )
+    def test_who_prefers_html_or_navigates_gets_the_page(self, auth, spa, browser, accept, mode):
+        headers = [(name, value) for name, value in (("Accept", accept), ("Sec-Fetch-Mode", mode)) if value is not None]
+        answer = self.begin(auth, headers)
+        assert answer.status == 303 and answer.headers["location"].startswith("https://idp.example/authorize?")
+        assert title(browser.follow(browser.open(answer.headers["location"].removeprefix("https://idp.example"))))
+
+    @pytest.mark.parametrize("headers", [(), [("Accept", "*/*")]])
+    def test_an_openid_request_of_another_client_gets_the_page(self, auth, idp, register, service, headers):
+        """A suite's browser and scripts send */*. OpenID Connect Core §3.1.2.1."""
+        register("third", is_first_party=False)
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "redirect", CALLBACK)
+        for more in (
+            {"client_id": "third"},
+            {"client_id": "service", "code_challenge": None, "code_challenge_method": None},
+        ):
+            answer = self.begin(auth, headers, **more)
+            assert answer.status == 303 and answer.headers["location"].startswith("https://idp.example/authorize?")
+        unknown = self.begin(auth, headers, client_id="nobody")
+        assert unknown.status == 400 and unknown.headers["content-type"].startswith("text/html")
 
     def test_a_page_login_is_not_driven_by_it_nor_the_other_way_round(self, auth, spa, alice, browser):
         browser.open(request())
