@@ -3017,8 +3017,16 @@ def decode_body(body: bytes, declared):
     return convert(found, declared)
 
 
+def with_value(found: dict) -> dict:
+    """Leave out the parameters without a value: they count as omitted. RFC 6749 §3.1, §3.2."""
+    return {name: value for name, value in found.items() if value}
+
+
 class Params:
-    """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both."""
+    """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both.
+
+    `values` holds only those with a value.
+    """
 
     __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw", "session")
 
@@ -3034,7 +3042,7 @@ class Params:
         )
         self.values = {}
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
-            self.values = parse_form(environ.get("QUERY_STRING", "").encode("latin-1"))
+            self.values = with_value(parse_form(environ.get("QUERY_STRING", "").encode("latin-1")))
             if route.takes is None:
                 return
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -3044,7 +3052,7 @@ class Params:
         elif body:
             if media != FORM:
                 raise Problem("invalid_request", log="not a form")
-            self.values = parse_form(body)
+            self.values = with_value(parse_form(body))
 
     def decode(self):
         """Decode body and query into the types that the route declares.
@@ -3065,6 +3073,7 @@ class Params:
                 self.body = convert(parse_form(body), route.takes, strict=False)
 
     def get(self, name: str) -> str | None:
+        """Return a parameter, or None if it is missing or empty."""
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:

@@ -64,6 +64,17 @@ class TestToken:
     def test_what_is_missing_is_invalid_request(self, admin, root, form):
         assert (admin.post("/token", form).status, admin.post("/token", form).json["error"]) == (400, "invalid_request")
 
+    def test_what_has_no_value_is_as_if_omitted(self, admin, root, admin_token):
+        form = {"username": "root", "password": PASSWORD, "totp": "", "totp_code": "", "client_id": "", "scope": ""}
+        assert admin.post("/token", form).status == 200
+        assert admin.post("/logout", {"access_token": ""}).status == 401
+        assert admin.post("/logout", {"access_token": ""}, bearer=admin_token).status == 200
+
+    def test_an_empty_text_in_json_is_a_value(self, admin, alice, admin_token):
+        for member in ({"username": ""}, {"email": ""}):
+            answer = admin("PUT", "/users/alice", bearer=admin_token, json_body=member)
+            assert (answer.status, list(answer.json["errors"])) == (400, list(member))
+
     def test_a_client_id_of_any_length_is_for_the_record_only(self, idp, admin, root):
         assert admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "x" * 50_000}).status == 200
         row = idp.store.list_audit("admin_token_issued")[0]

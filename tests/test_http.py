@@ -62,6 +62,36 @@ class TestForms:
         )
         assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
+    @pytest.mark.parametrize(
+        "empty", ["client_id", "client_secret", "scope", "resource", "totp", "code_verifier", "access_token", "form"]
+    )
+    def test_a_parameter_without_a_value_is_as_if_omitted(self, auth, service, log_in, alice, empty):
+        """RFC 6749 §3.2. Dovecot introspects with an empty client_id and client_secret beside Basic."""
+        token = log_in(alice, scope="openid")["access_token"]
+        for form in (f"{empty}=", empty, f"&{empty}=&"):
+            answer = auth.post("/token", f"grant_type=client_credentials&{form}", auth=service)
+            assert (answer.status, answer.json["scope"]) == (200, "api:read api:write")
+            assert auth.post("/introspect", f"token={token}&{form}", auth=service).json["active"] is True
+            assert auth.post("/userinfo", form, bearer=token).status == 200
+        assert auth.post("/revoke", "token=x&client_id=&client_secret=", auth=service).status == 200
+
+    @pytest.mark.parametrize(
+        "form", ["grant_type=", "grant_type", "grant_type=password&username=alice&password=", "grant_type=password&="]
+    )
+    def test_a_parameter_that_is_needed_needs_a_value(self, auth, service, form):
+        answer = auth.post("/token", form, auth=service)
+        assert (answer.status, answer.json["error"]) == (400, "invalid_request")
+
+    def test_an_empty_secret_authenticates_nobody(self, auth, service):
+        for form in ("client_id=service&client_secret=", "client_id=service", "client_id=&client_secret=" + service[1]):
+            answer = auth.post("/token", "grant_type=client_credentials&" + form)
+            assert (answer.status, answer.json["error"]) == (401, "invalid_client")
+
+    def test_two_ways_of_authentication_stay_refused(self, auth, service):
+        """RFC 6749 §2.3"""
+        for form in ({"client_secret": service[1]}, {"client_id": "another"}):
+            assert auth.post("/token", MACHINE | form, auth=service).json["error"] == "invalid_request"
+
     def test_parameters_nobody_knows_are_ignored(self, auth, service):
         """RFC 6749 §3.2"""
         assert auth.post("/token", MACHINE | {"resource": "x", "is_active": "1"}, auth=service).status == 200

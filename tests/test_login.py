@@ -394,6 +394,19 @@ class TestRequest:
             assert browser("GET", request() + repeated).status == 400
         assert browser.open(request(unknown="x", display="popup", acr_values="gold", ui_locales="xx")).status == 200
 
+    def test_parameters_without_a_value_are_as_if_omitted(self, spa, alice, browser, exchange):
+        """RFC 6749 §3.1, §3.2"""
+        names = (
+            "state", "nonce", "prompt", "max_age", "login_hint", "id_token_hint", "claims", "ui_locales",
+            "response_mode", "request", "request_uri", "registration", "resource",
+        )
+        code = code_of(sign_in(browser, request(**dict.fromkeys(names, ""))))
+        assert exchange(code, client_secret="", scope="", resource="").status == 200
+        _, members = sent_back(browser.open(request(state="", prompt="none")))
+        assert set(members) == {"code", "iss"}
+        query = "id_token_hint=&client_id=&post_logout_redirect_uri=&state=&form="
+        assert title(browser.open(f"/end-session?{query}")) == "Sign out"
+
     def test_a_state_is_given_back_to_the_octet(self, spa, alice, browser):
         for state in ("a b+c&d=e#f", "ü€😀", "<script>", "%00".replace("%00", "%2500"), ""):
             _, members = sent_back(browser.open(request(state=state, prompt="none")))
