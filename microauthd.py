@@ -2161,11 +2161,11 @@ def scopes_of_user(idp, user_id) -> frozenset:
 
 def password_grant(idp: Idp, client: Client, params) -> Granted:
     """Verify a user's password and second factor (`totp`; older clients send `totp_code`). RFC 6749 §4.3."""
-    username, password = params.need("username"), params.need("password")
+    username, password, requested = params.need("username"), params.need("password"), params.get("scope")
     account, amr = authenticate_user(
         idp, params.caller, username, password, params.get("totp") or params.get("totp_code") or "", client
     )
-    scope = decide_scopes(params.get("scope"), client.scopes, scopes_of_user(idp, account.id))
+    scope = decide_scopes(requested, client.scopes, scopes_of_user(idp, account.id))
     return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
 
 
@@ -2953,27 +2953,20 @@ def media_preference(accept: str, media: str) -> tuple[float, int]:
     return found[1], found[0]
 
 
-def parse_form(body: bytes) -> dict:
-    """Return the parameters of an application/x-www-form-urlencoded body or query.
+def parse_form(body: bytes) -> list[tuple[str, str]]:
+    """Return the parameters of an application/x-www-form-urlencoded body or query, in their order.
 
-    Raises invalid_request for a repeated parameter (RFC 6749 §3.2), invalid UTF-8, broken percent-encoding and NUL,
-    which another parser might read differently.
+    Raises invalid_request for invalid UTF-8, broken percent-encoding and NUL, which another parser might read
+    differently. Repeated parameters are for the reader to judge: a client may send what we do not know, also
+    repeatedly (`resource`, RFC 8707 §2).
     """
-    found: dict[str, str] = {}
     if not body:
-        return found
+        return []
     pairs = body.split(b"&")
     if len(pairs) > 64:
         raise Problem("invalid_request", log="too many parameters")
-    for pair in pairs:
-        if not pair:
-            continue
-        raw_name, _, raw_value = pair.partition(b"=")
-        name, value = decode_component(raw_name), decode_component(raw_value)
-        if name in found:
-            raise Problem("invalid_request", log="repeated parameter")
-        found[name] = value
-    return found
+    parts = [pair.partition(b"=") for pair in pairs if pair]
+    return [(decode_component(name), decode_component(value)) for name, _, value in parts]
 
 
 def members_of(declared) -> dict:
@@ -2984,20 +2977,25 @@ def members_of(declared) -> dict:
     return {field.encode_name.lower(): field.encode_name for field in fields}
 
 
+def match_members(pairs, declared) -> dict:
+    """Return the declared members among (name, value) pairs. Raises invalid_request if one is repeated."""
+    names, found = members_of(declared), {}
+    for key, value in pairs:
+        name = names.get(key.lower())
+        if name and name in found:
+            reject(**{name: "is there twice"})
+        if name:
+            found[name] = value
+    return found
+
+
 def convert(found, declared, strict=True):
     """Convert decoded data to the declared type. Member names ignore case; unknown members are ignored.
 
     Raises invalid_request naming the bad member. With strict=False, text is accepted for numbers and booleans.
     """
     if isinstance(found, dict):
-        names, seen = members_of(declared), {}
-        for key, value in found.items():
-            name = names.get(key.lower())
-            if name and name in seen:
-                reject(**{name: "is there twice"})
-            if name:
-                seen[name] = value
-        found = seen
+        found = match_members(found.items(), declared)
     try:
         return msgspec.convert(found, declared, strict=strict)
     except msgspec.ValidationError as error:
@@ -3017,18 +3015,21 @@ def decode_body(body: bytes, declared):
     return convert(found, declared)
 
 
-def with_value(found: dict) -> dict:
-    """Leave out the parameters without a value: they count as omitted. RFC 6749 §3.1, §3.2."""
-    return {name: value for name, value in found.items() if value}
+def decode_form(pairs: list[tuple[str, str]], declared):
+    """Convert the parameters of a form or query to the declared Struct. Raises invalid_request."""
+    return convert(match_members(pairs, declared), declared, strict=False)
 
 
 class Params:
     """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both.
 
-    `values` holds only those with a value.
+    `pairs` holds all of them as they came. `values` holds those that get() returns: a parameter without a value counts
+    as omitted, and `repeated` names those sent more than once, which are refused if they are read. RFC 6749 §3.1, §3.2.
     """
 
-    __slots__ = ("environ", "path", "values", "body", "query", "caller", "route", "raw", "session")
+    __slots__ = (
+        "environ", "path", "pairs", "values", "repeated", "body", "query", "caller", "route", "raw", "session",
+    )
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
@@ -3040,9 +3041,11 @@ class Params:
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
             peer in ("127.0.0.1", "::1") and is_direct,
         )
-        self.values = {}
+        self.pairs: list[tuple[str, str]] = []
+        self.values: dict[str, str] = {}
+        self.repeated: set[str] = set()
         if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
-            self.values = with_value(parse_form(environ.get("QUERY_STRING", "").encode("latin-1")))
+            self.parse(environ.get("QUERY_STRING", "").encode("latin-1"))
             if route.takes is None:
                 return
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -3052,7 +3055,18 @@ class Params:
         elif body:
             if media != FORM:
                 raise Problem("invalid_request", log="not a form")
-            self.values = with_value(parse_form(body))
+            self.parse(body)
+
+    def parse(self, octets: bytes):
+        """Parse the octets of a form or query. Raises invalid_request."""
+        self.pairs = parse_form(octets)
+        for name, value in self.pairs:
+            if value and name in self.values:
+                self.repeated.add(name)
+            elif value:
+                self.values[name] = value
+        for name in self.repeated:
+            del self.values[name]
 
     def decode(self):
         """Decode body and query into the types that the route declares.
@@ -3062,7 +3076,7 @@ class Params:
         route = self.route
         if route.query is not None:
             query = parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1"))
-            self.query = convert(query, route.query, strict=False)
+            self.query = decode_form(query, route.query)
         if route.takes is not None:
             media, body = self.raw
             if media not in route.media:
@@ -3070,10 +3084,12 @@ class Params:
             if media == JSON:
                 self.body = decode_body(body, route.takes)
             else:
-                self.body = convert(parse_form(body), route.takes, strict=False)
+                self.body = decode_form(parse_form(body), route.takes)
 
     def get(self, name: str) -> str | None:
-        """Return a parameter, or None if it is missing or empty."""
+        """Return a parameter, or None if it is missing or empty. Raises invalid_request if it is repeated."""
+        if name in self.repeated:
+            raise Problem("invalid_request", log=f"{name} is repeated")
         return self.values.get(name)
 
     def cookie(self, name: str) -> str | None:
@@ -3083,8 +3099,8 @@ class Params:
         return found[0] if len(found) == 1 else None
 
     def need(self, name: str) -> str:
-        """Return a parameter. Raises invalid_request if it is missing or empty."""
-        value = self.values.get(name)
+        """Return a parameter. Raises invalid_request if it is missing, empty or repeated."""
+        value = self.get(name)
         if not value:
             raise Problem("invalid_request", log=f"no {name}")
         return value
@@ -3245,8 +3261,8 @@ def paged_reply(params, rows, total) -> Reply:
     """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3."""
     headers, query = [("X-Total-Count", str(total))], params.query
     if query.offset + len(rows) < total and rows:
-        after = {name: value for name, value in params.values.items() if name not in ("limit", "offset")}
-        after |= {"limit": query.limit, "offset": query.offset + len(rows)}
+        after: list = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset")]
+        after += [("limit", query.limit), ("offset", query.offset + len(rows))]
         headers.append(("Link", f'<?{urlencode(after)}>; rel="next"'))
     return Reply(rows, headers)
 
@@ -3805,7 +3821,7 @@ def token(idp, client, params):
         return issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
     except Problem as problem:
         if problem.status < 429 and not problem.audited:
-            grant = params.get("grant_type")
+            grant = params.values.get("grant_type")
             audit(
                 idp, params.caller.acting_as(client.client_id), "token_refused", client.client_id,
                 f"grant_type={grant if grant in GRANTS else 'unknown'} error={problem.code}", FAILURE,
@@ -3895,7 +3911,7 @@ def finish_logout(idp: Idp, params, handle: str | None, location: str):
     """End the session that a cookie names, delete the cookie, and redirect to `location` or show the sign-out page.
 
     Without the cookie there is nothing to delete: a form of another site brings none (SameSite), and must not log
-    anyone out.
+    anyone out. A repeated `ui_locales` counts as none: an error now would hide that the session is over.
     """
     if handle:
         session, _ = current_session(idp, params) or (None, None)
@@ -3904,7 +3920,9 @@ def finish_logout(idp: Idp, params, handle: str | None, location: str):
     return (
         Redirect(location, cookies)
         if location
-        else show_page(idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.get("ui_locales") or "")
+        else show_page(
+            idp, params.environ, "signed_out", cookies=cookies, ui_locales=params.values.get("ui_locales", "")
+        )
     )
 
 
@@ -4058,14 +4076,16 @@ def authorize(idp, params):
     client, redirect_uri = validate_client(idp, params)
     try:
         request = read_request(idp, client, redirect_uri, params)
-        if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.values)) < 6000:
+        if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.pairs)) < 6000:
             # A cross-site POST brings no cookie (SameSite); the GET that it becomes does, and finds the session.
-            return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.values, quote_via=quote)}")
+            return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.pairs, quote_via=quote)}")
         return authorize_with_session(idp, params, client, request)
     except Problem as problem:
         if problem.status >= 429:
             raise
-        return refuse_client(idp, params, redirect_uri, params.get("response_mode"), params.get("state"), problem)
+        # Not get(): the error may be that one of the two is repeated, and then the answer goes without it.
+        mode, state = params.values.get("response_mode", ""), params.values.get("state")
+        return refuse_client(idp, params, redirect_uri, mode, state, problem)
 
 
 # -- people: the pages of a login --
@@ -4308,8 +4328,9 @@ def login_consent(idp, params):
     login = posted_login(idp, params, "consent")
     row, request, client = login.row, login.request, login.client
     assert request and client  # only the login of a client asks for consent
+    is_allowed = params.get("decision") == "allow"
     decided = advance(idp, login, "done")
-    if params.get("decision") != "allow":
+    if not is_allowed:
         audit(idp, params.caller.acting_as(row.user_id), "consent_denied", row.client_id, "", FAILURE)
         return refuse_client(
             idp, params, request.redirect_uri, request.response_mode, request.state,
@@ -4458,14 +4479,11 @@ def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
 )
 def end_session(idp, params):
     """Log a user out for a client: at once if its ID token names the user of the session, else after asking."""
+    names = ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
+    again = {name: value for name in names if (value := params.get(name)) is not None}
     hint, location = read_logout(idp, params)
     handle = session_handle(idp, params)
     _, account = current_session(idp, params) or (None, None)
-    again = {
-        name: value
-        for name, value in params.values.items()
-        if name in ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
-    }
     if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
         # As at /authorize: a cross-site POST brings no cookie, the GET that it becomes does.
         return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
@@ -4592,8 +4610,9 @@ def reauthenticate(idp, params, account):
 
 
 def change_own_password(idp, params, session, account):
+    new_password = params.get("new_password") or ""
     reauthenticate(idp, params, account)
-    reset_password(idp, params.caller.acting_as(account.id), account.id, params.get("new_password") or "")
+    reset_password(idp, params.caller.acting_as(account.id), account.id, new_password)
     return show_account_in_new_session(idp, params, session, account, notice="password_changed")
 
 
@@ -4793,10 +4812,10 @@ def admin_token(idp, params):
 
     `totp` is needed if the user has a second factor; `client_id` is recorded and not checked.
     """
-    username, password = params.need("username"), params.need("password")
+    username, password, client_id = params.need("username"), params.need("password"), params.get("client_id") or ""
     totp = params.get("totp") or params.get("totp_code") or ""
     account, amr = authenticate_user(idp, params.caller, username, password, totp, admin=True)
-    return issue_admin(idp, params.caller, account, amr, (params.get("client_id") or "")[:255])
+    return issue_admin(idp, params.caller, account, amr, client_id[:255])
 
 
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)

@@ -390,9 +390,52 @@ class TestRequest:
         )
 
     def test_repeated_parameters_are_refused_and_unknown_ones_ignored(self, spa, browser):
-        for repeated in ("&client_id=spa", "&redirect_uri=" + CALLBACK, "&state=x"):
-            assert browser("GET", request() + repeated).status == 400
-        assert browser.open(request(unknown="x", display="popup", acr_values="gold", ui_locales="xx")).status == 200
+        for repeated in ("&client_id=spa", "&redirect_uri=" + CALLBACK):
+            answer = browser("GET", request() + repeated)
+            assert answer.status == 400 and "location" not in answer.headers, "neither is proven"
+        more = request(unknown="x", display="popup", acr_values="gold", ui_locales="xx")
+        assert browser.open(more).status == 200
+        assert browser.open(more + "&resource=a&resource=b&unknown=y&display=page").status == 200
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "response_type", "scope", "state", "nonce", "code_challenge", "code_challenge_method", "prompt", "max_age",
+            "login_hint", "claims", "response_mode", "id_token_hint", "ui_locales", "request", "request_uri",
+        ],
+    )
+    @pytest.mark.parametrize("method", ["GET", "POST"])
+    def test_of_a_repeated_parameter_that_is_read_the_client_is_told(self, spa, browser, method, name):
+        query = request().partition("?")[2] + f"&{name}=x&{name}=y"
+        answer = (
+            browser("GET", "/authorize?" + query)
+            if method == "GET"
+            else browser("POST", "/authorize", query, headers=[("Accept", "text/html")])
+        )
+        uri, members = sent_back(answer)
+        assert (uri, members["error"]) == (CALLBACK, "invalid_request")
+        assert members.get("state") == (None if name == "state" else "st&te")
+
+    def test_a_posted_request_keeps_what_is_repeated(self, spa, browser):
+        query = request().partition("?")[2] + "&resource=a&resource=b"
+        answer = browser("POST", "/authorize", query, headers=[("Accept", "text/html")])
+        assert answer.status == 303 and answer.headers["location"].endswith("&resource=a&resource=b")
+        assert browser.open(answer.headers["location"].removeprefix("https://idp.example")).status == 200
+
+    def test_without_pages_a_repeated_parameter_is_refused(self, register, auth):
+        register("first", is_first_party=True)
+        query = request("first").partition("?")[2]
+        as_json = {"headers": [("Accept", "application/json")]}
+        assert auth.post("/authorize", query + "&resource=a&resource=b", **as_json).status == 200
+        for name in ("client_id", "response_type", "state"):
+            answer = auth.post("/authorize", query + f"&{name}=x&{name}=y", **as_json)
+            assert (answer.status, answer.json["error"]) == (400, "invalid_request")
+
+    @pytest.mark.parametrize("name", ["id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales"])
+    def test_a_logout_with_a_repeated_parameter_ends_nothing(self, spa, alice, browser, name):
+        sign_in(browser, request())
+        assert browser.open(f"/end-session?{name}=x&{name}=y").status == 400
+        assert title(browser.open("/end-session?logout_hint=x&logout_hint=y")) == "Sign out"
 
     def test_parameters_without_a_value_are_as_if_omitted(self, spa, alice, browser, exchange):
         """RFC 6749 §3.1, §3.2"""
