@@ -66,7 +66,7 @@ from appliance.base.store import (
     Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, OVERLAP_MAX,
     Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
-from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api
+from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
     AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject, AuditVerdict,
     AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess, ClientObject,
@@ -3052,10 +3052,12 @@ class Params:
         media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if route.takes is not None:
             self.raw = (media, body)
-        elif body:
-            if media != FORM:
-                raise Problem("invalid_request", log="not a form")
+        elif route.form is None or not body:
+            return  # a route that takes no body ignores one
+        elif media == FORM:
             self.parse(body)
+        elif not issubclass(route.form, BearerForm):  # that form is optional: the token may be in the header
+            raise Problem("invalid_request", log="not a form")
 
     def parse(self, octets: bytes):
         """Parse the octets of a form or query. Raises invalid_request."""
@@ -3079,9 +3081,11 @@ class Params:
             self.query = decode_form(query, route.query)
         if route.takes is not None:
             media, body = self.raw
-            if media not in route.media:
+            if not body and may_be_empty(route.takes):
+                self.body = convert({}, route.takes)
+            elif media not in route.media:
                 raise Problem("unsupported_media_type")
-            if media == JSON:
+            elif media == JSON:
                 self.body = decode_body(body, route.takes)
             else:
                 self.body = decode_form(parse_form(body), route.takes)

@@ -14,7 +14,7 @@ from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
 from appliance.base.wire import HttpRefusal, _path_info
-from appliance.base.openapi import FORM
+from appliance.base.openapi import FORM, may_be_empty
 from appliance.base.objects import ChangeSecret, CreateRole, PurgeTokens, UpdateUser
 
 PROTECTED = [
@@ -31,6 +31,20 @@ ONLY_JSON = [
     if route.takes and FORM not in route.media
     for method in route.methods
     for path in route.paths
+]
+
+WITHOUT_BODY = [
+    (method, path)
+    for route in m.ADMIN.routes
+    if route.takes is None and route.form is None and route.guard is not m.anyone
+    for method in route.methods
+    for path in route.paths
+]
+
+# (media type, octets): what a client may send along where nothing is taken
+NEEDLESS = [
+    ("application/json", b"{}"), ("application/json", b"null"), ("application/json", b"{not json"),
+    (FORM, b"a=1&a=2"), (FORM, b"%zz"), ("text/plain", b"\xff"), ("", b"x"),
 ]
 
 OTHER, CHOSEN = "another battery staple", "a secret somebody chose"
@@ -103,10 +117,59 @@ class TestEveryProtectedRoute:
     @pytest.mark.parametrize("method, path, takes", [row for row in PROTECTED if row[2]])
     def test_refuses_a_bad_body_without_a_word_of_it(self, idp, call, service, root, method, path, takes):
         path = path_of(path.replace("/clients/<id>", "/clients/service").replace("/users/<id>", "/users/root"))
-        # An empty list is a list of roles; an empty object may be one where nothing is required.
-        for body in (b"", b"5", b"{", b"null", b"[5]", b"[" * 60_000, b'{"' + b"x" * 60_000):
+        # An empty list is a list of roles; no body and an empty object are one where nothing is required.
+        empty = () if may_be_empty(takes) else (b"",)
+        for body in (*empty, b"5", b"{", b"null", b"[5]", b"[" * 60_000, b'{"' + b"x" * 60_000):
             answer = call(method, path, body)
             assert answer.status == 400 and answer.json["error"] == "invalid_request" and b"xxx" not in answer.body
+
+
+    @pytest.mark.parametrize("method, path", WITHOUT_BODY)
+    def test_that_takes_no_body_ignores_one(self, admin, admin_token, method, path):
+        without = admin(method, path_of(path), bearer=admin_token)
+        assert without.status in (200, 400, 404)
+        for media, body in NEEDLESS:
+            answer = admin(method, path_of(path), body, bearer=admin_token, headers=[("CONTENT_TYPE", media)])
+            assert answer.status == without.status, (media, body)
+            assert admin(method, path_of(path), body, headers=[("CONTENT_TYPE", media)]).status == 401
+
+    @pytest.mark.parametrize("media, body", NEEDLESS)
+    def test_a_needless_body_changes_nothing_about_what_is_done(self, admin, admin_token, alice, media, body):
+        more = {"bearer": admin_token, "headers": [("CONTENT_TYPE", media)]}
+        assert admin.post("/users/alice/deactivate", body, **more).status == 200
+        assert admin.get("/users/alice", bearer=admin_token).json["is_active"] is False
+        if media != FORM:
+            assert admin.post("/logout", body, **more).status == 200
+            assert admin.get("/users", bearer=admin_token).status == 401
+
+    def test_that_takes_no_body_takes_no_token_from_one(self, admin, admin_token, alice):
+        assert admin.post("/users/alice/deactivate", {"access_token": admin_token}).status == 401
+
+    @pytest.mark.parametrize("media", ["application/json", FORM, "text/plain", ""])
+    @pytest.mark.parametrize(
+        "method, path, status",
+        [
+            ("POST", "/sessions/purge", 200), ("POST", "/tokens/purge", 200), ("POST", "/refresh-tokens/purge", 200),
+            ("POST", "/users/alice/totp/enroll", 200), ("POST", "/users/alice/totp/generate", 200),
+            ("PUT", "/users/alice", 200), ("PUT", "/clients/service", 200), ("PUT", "/scopes/api:read", 200),
+            ("POST", "/users/alice/reset", 400), ("POST", "/client/options/ENABLE_TOTP", 400),
+        ],
+    )
+    def test_whose_members_are_all_optional_takes_an_empty_body(
+        self, admin, admin_token, alice, service, method, path, status, media
+    ):
+        as_object = admin(method, path, bearer=admin_token, json_body={})
+        answer = admin(method, path, b"", bearer=admin_token, headers=[("CONTENT_TYPE", media)])
+        assert answer.status == as_object.status == status
+        for one in (as_object, answer):
+            SECRETS.update({one.json["secret"]} if "secret" in one.json else ())
+        assert admin(method, path, b"", headers=[("CONTENT_TYPE", media)]).status == 401
+
+    @pytest.mark.parametrize("method, path, takes", [row for row in PROTECTED if row[2] and not may_be_empty(row[2])])
+    def test_that_needs_a_member_refuses_an_empty_body(self, admin, admin_token, method, path, takes):
+        for media, status in (("application/json", 400), ("text/plain", 415), ("", 415)):
+            answer = admin(method, path_of(path), b"", bearer=admin_token, headers=[("CONTENT_TYPE", media)])
+            assert answer.status == status
 
 
 class TestEveryChangeLeavesARow:

@@ -293,6 +293,43 @@ class TestLogout:
         assert auth.get("/me", bearer=bearer).status == 200
 
 
+class TestBodies:
+    """A body that a route does not take, and one that it needs."""
+
+    @pytest.mark.parametrize(
+        "media, body", [("application/json", b"{}"), ("application/json", b"null"), ("text/plain", b"\xff"), ("", b"x")]
+    )
+    @pytest.mark.parametrize("path", ["/userinfo", "/logout", "/logout-all"])
+    def test_a_route_that_takes_at_most_a_token_ignores_any_other_body(self, auth, log_in, alice, path, media, body):
+        token = log_in(alice, scope="openid")["access_token"]
+        assert auth.post(path, body, bearer=token, headers=[("CONTENT_TYPE", media)]).status == 200
+        assert auth.get("/me", bearer=token).status == (200 if path == "/userinfo" else 401)
+
+    @pytest.mark.parametrize("body", ["access_token=x", "access_token=%zz", "access_token=x&access_token=x"])
+    @pytest.mark.parametrize("path", ["/userinfo", "/logout", "/logout-all"])
+    def test_a_form_is_read_where_it_may_hold_the_token(self, auth, bearer, path, body):
+        answer = auth.post(path, body, bearer=bearer)
+        assert (answer.status, answer.json["error"]) == (400, "invalid_request")
+
+    @pytest.mark.parametrize("path", ["/token", "/introspect", "/revoke"])
+    def test_a_route_that_needs_a_form_takes_nothing_else(self, auth, service, path):
+        for media, body in (("application/json", b"{}"), ("application/json", b"null"), ("", b"x"), ("", b"")):
+            answer = auth.post(path, body, auth=service, headers=[("CONTENT_TYPE", media)])
+            assert (answer.status, answer.json["error"]) == (400, "invalid_request")
+
+    @pytest.mark.parametrize("path", ["/authorize", "/end-session", "/login", "/login/password", "/account"])
+    def test_a_page_does_not_take_json_for_its_form(self, auth, path):
+        assert auth.post(path, json_body={"client_id": "x"}).status == 400
+
+    @pytest.mark.parametrize("body", ["a=1&a=2", "%zz", "access_token=x", "{}"])
+    def test_a_route_that_takes_no_body_ignores_one(self, idp, auth, service, alice, body):
+        client = m.find_client(idp, "service")
+        m.assign_scopes(idp, m.LOCAL.acting_as("test"), client, ["admin:deactivate_users"])
+        machine = auth.post("/token", {"grant_type": "client_credentials"}, auth=service).json["access_token"]
+        assert auth.post("/user/alice/deactivate", body).status == 401
+        assert auth.post("/user/alice/deactivate", body, bearer=machine).status == 200
+
+
 class TestHealth:
     def test_plain_answers(self, auth):
         assert (

@@ -76,6 +76,12 @@ def schema_of(type_) -> dict:
     return schema
 
 
+def may_be_empty(declared) -> bool:
+    """Tell whether a body of this type may be empty: it is a Struct whose members are all optional."""
+    is_struct = isinstance(declared, type) and issubclass(declared, msgspec.Struct)
+    return is_struct and not any(field.required for field in msgspec.structs.fields(declared))
+
+
 def guard_name(route: Route) -> str:
     return getattr(route.guard, "__qualname__", "").split(".")[0]
 
@@ -127,10 +133,13 @@ def describe_parameters(route: Route, method: str, path: str) -> list[dict]:
 def describe_body(route: Route, method: str) -> dict | None:
     """Return the request body object of one method, or None if it takes no body. OpenAPI 3.1 §4.8.13."""
     if route.takes is not None:
-        return {"required": True, "content": {media: {"schema": schema_of(route.takes)} for media in route.media}}
+        return {
+            "required": not may_be_empty(route.takes),
+            "content": {media: {"schema": schema_of(route.takes)} for media in route.media},
+        }
     if route.form is not None and method == "POST":
         return {
-            "required": any(field.required for field in msgspec.structs.fields(route.form)),
+            "required": not may_be_empty(route.form),
             "content": {FORM: {"schema": schema_of(route.form)}},
         }
     return None
