@@ -358,11 +358,21 @@ def totp_uri(seed, username, issuer_name) -> str:
     return pyotp.TOTP(seed).provisioning_uri(name=username, issuer_name=issuer_name)
 
 
+def fold_one_time_code(code: str) -> str:
+    """Return a typed one-time code as six ASCII digits, or "" if it is none.
+
+    Authenticators show codes in groups, and people copy them so, or type them with a full-width keyboard.
+    """
+    folded = re.sub(r"[\s\u2010-]", "", unicodedata.normalize("NFKC", code))
+    return folded if re.fullmatch(r"[0-9]{6}", folded) else ""
+
+
 def totp_time_step(seed: str, code: str, now: int) -> int | None:
-    """Return the time step of a code - the current, previous or next one - or None. RFC 6238 §5.2."""
+    """Return the time step of a typed code - the current, previous or next one - or None. RFC 6238 §5.2."""
     import pyotp
 
-    if not re.fullmatch(r"[0-9]{6}", code):
+    code = fold_one_time_code(code)
+    if not code:
         return None
     generator = pyotp.TOTP(seed)
     time_step = now // TOTP_STEP
@@ -866,7 +876,7 @@ def check_second_factor(
         failure = login_obstacle(idp, caller, account)
         if not failure and (not is_still_valid(account, proven_ms) or not account.totp_sealed):
             failure = "changed meanwhile"
-        if not failure and re.fullmatch(r"[0-9]{6}", code):
+        if not failure and fold_one_time_code(code):
             failure = check_totp(idp, account, code)
             method = "otp"
         elif not failure:

@@ -470,6 +470,14 @@ class TestSecondFactor:
         clock.pass_(90)
         assert auth.post("/token", GOOD | {"totp_code": pyotp.TOTP(seed).at(idp.now())}, auth=service).status == 200
 
+    def test_a_code_may_be_sent_as_it_is_shown(self, idp, auth, service, alice, clock, give_totp):
+        seed = give_totp(idp, alice.account)
+        for name, between in (("totp", " "), ("totp_code", "-")):
+            clock.pass_(90)
+            code = pyotp.TOTP(seed).at(idp.now())
+            assert auth.post("/token", GOOD | {name: code[:3] + between + code[3:5]}, auth=service).status == 403
+            assert auth.post("/token", GOOD | {name: code[:3] + between + code[3:]}, auth=service).status == 200
+
     def test_it_is_turned_on_only_by_who_holds_the_seed(self, idp, alice):
         with pytest.raises(m.Problem):
             m.enable_totp(idp, alice.account, m.new_totp_seed(), "12345x")

@@ -114,6 +114,11 @@ def claims_of(token):
     return jwt.decode(token, options={"verify_signature": False})
 
 
+def as_shown(code, between=" "):
+    """Return a one-time code in two groups, as an authenticator shows it."""
+    return code[:3] + between + code[3:]
+
+
 def second_factor(idp, alice, give_totp, clock):
     seed = give_totp(idp, idp.store.find_account(alice.id))
     clock.pass_(60)
@@ -784,6 +789,23 @@ class TestSecondFactor:
         claims = claims_of(exchange(code_of(browser.submit(totp=code()))).json["id_token"])
         assert claims["amr"] == ["pwd", "otp", "mfa"]
 
+    @pytest.mark.parametrize("between", [" ", "-", "\u00a0", "\u202f"])
+    def test_a_code_may_be_typed_as_it_is_shown(self, idp, spa, alice, browser, exchange, give_totp, clock, between):
+        code = second_factor(idp, alice, give_totp, clock)
+        sign_in(browser)
+        assert browser.submit(totp=as_shown(code(), between)[:-1]).status == 403
+        claims = claims_of(exchange(code_of(browser.submit(totp=as_shown(code(), between)))).json["id_token"])
+        assert claims["amr"] == ["pwd", "otp", "mfa"]
+
+    def test_a_code_spent_in_one_form_is_spent_in_every_form(
+        self, idp, spa, alice, browser, other, give_totp, clock
+    ):
+        code = second_factor(idp, alice, give_totp, clock)
+        sign_in(browser)
+        assert code_of(browser.submit(totp=code()))
+        sign_in(other)
+        assert other.submit(totp=as_shown(code())).status == 403
+
     def test_no_way_leads_around_it(self, idp, auth, spa, alice, browser, give_totp, clock):
         second_factor(idp, alice, give_totp, clock)
         sign_in(browser)
@@ -852,7 +874,7 @@ class TestSecondFactor:
         seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
         SECRETS.add(seed)
         assert b"data:image/svg+xml;base64," in browser.answer.body and browser.submit(totp="000000").status == 403
-        page = browser.submit(totp=pyotp.TOTP(seed).at(idp.now()))
+        page = browser.submit(totp=as_shown(pyotp.TOTP(seed).at(idp.now())))
         codes = re.findall(rb"<code>([a-z2-9-]{19})</code>", page.body)
         assert title(page) == "Recovery codes" and len(codes) == 10
         claims = claims_of(exchange(code_of(browser.submit()), "bank").json["id_token"])
@@ -1295,7 +1317,7 @@ class TestHeadless:
         )
         assert (
             auth.post("/login/totp", {"jti": jti, "totp_code": "000000"}).status == 400
-            and auth.post("/login/totp", {"jti": jti, "totp_code": code()}).json["requires_totp"] is False
+            and auth.post("/login/totp", {"jti": jti, "totp_code": as_shown(code())}).json["requires_totp"] is False
         )
         assert exchange(sent_back(auth.post("/login/finalize", {"jti": jti}), 302)[1]["code"]).status == 200
 
@@ -1559,7 +1581,7 @@ class TestAccount:
             browser.submit(self.form(browser, "confirm_totp"), totp="000000").status == 403
             and not idp.store.find_account(alice.id).totp_sealed
         )
-        page = browser.submit(self.form(browser, "confirm_totp"), totp=pyotp.TOTP(seed).at(idp.now()))
+        page = browser.submit(self.form(browser, "confirm_totp"), totp=as_shown(pyotp.TOTP(seed).at(idp.now())))
         assert (
             len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10
             and idp.store.find_account(alice.id).totp_sealed
@@ -1569,7 +1591,7 @@ class TestAccount:
         number = self.form(browser, "disable_totp")
         assert browser.submit(number, ("action", "disable_totp"), password=PASSWORD, totp="000000").status == 403
         page = browser.submit(
-            number, ("action", "recovery_codes"), password=PASSWORD, totp=pyotp.TOTP(seed).at(idp.now())
+            number, ("action", "recovery_codes"), password=PASSWORD, totp=as_shown(pyotp.TOTP(seed).at(idp.now()))
         )
         assert len(re.findall(rb"<code>[a-z2-9-]{19}</code>", page.body)) == 10
         clock.pass_(60)

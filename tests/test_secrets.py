@@ -131,10 +131,23 @@ class TestOneTimeCodes:
 
     @pytest.mark.parametrize(
         "code",
-        ["", "12345", "1234567", " 123456", "12345a", "\uff11\uff12\uff13\uff14\uff15\uff16", "123456\n", "-12345"],
+        [
+            "", " ", "12345", "1234567", "12345a", "-12345", "123 4567", "123.456", "123_456", "+123456", "0x1234",
+            "123456\0", "\u0661\u0662\u0663\u0664\u0665\u0666", "\u00bd23456", "\u2488123456",
+        ],
     )
     def test_what_is_no_code(self, code):
-        assert m.totp_time_step(m.new_totp_seed(), code, 0) is None
+        assert m.fold_one_time_code(code) == "" and m.totp_time_step(m.new_totp_seed(), code, 0) is None
+
+    @pytest.mark.parametrize(
+        "shown",
+        [
+            "123 456", "123-456", "123\u00a0456", "123\u202f456", "123\u2011456", " 123456", "123456\n", "12 34 56",
+            "\uff11\uff12\uff13\uff14\uff15\uff16", "\uff11\uff12\uff13\u3000\uff14\uff15\uff16", "123\uff0d456",
+        ],
+    )
+    def test_a_code_as_it_is_shown_or_typed(self, shown):
+        assert m.fold_one_time_code(shown) == "123456"
 
     def test_seeds_have_160_bits_and_a_uri(self):
         seed = m.new_totp_seed()
