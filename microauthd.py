@@ -1403,6 +1403,11 @@ def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | 
     raise Problem("invalid_client", log="unknown client, or wrong secret")
 
 
+def doubt_commas(scopes) -> str:
+    """Return what the log adds about scopes that were probably meant to be several."""
+    return "; scopes are separated by blanks, not by commas" if any("," in scope for scope in scopes) else ""
+
+
 def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str:
     """Return the scopes to grant, space-delimited and sorted by name. RFC 6749 §3.3.
 
@@ -1417,8 +1422,28 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     if user_scopes is not None and OPENID in scopes:
         allowed = allowed | set(OIDC_SCOPES)
     if not scopes <= allowed:
-        raise Problem("invalid_scope", log="asked for more than is allowed")
+        raise Problem("invalid_scope", log="asked for more than is allowed" + doubt_commas(scopes - allowed))
     return " ".join(sorted(scopes))
+
+
+def decide_login_scopes(idp: Idp, requested: str | None, client_scopes, user_scopes) -> str:
+    """Return the scopes to grant where a person logs in, space-delimited and sorted by name. RFC 6749 §3.3.
+
+    A scope that does not exist here is ignored, and one that the user does not have is left out, because clients
+    request what other servers offer: OpenID Connect Core §3.1.2.1. The `scope` of the answer says what is granted.
+    Raises invalid_scope if the client may not request a scope that exists, or if nothing of the request is left.
+    """
+    if requested is None or not requested.strip(" "):
+        return decide_scopes(None, client_scopes, user_scopes)
+    scopes = set(requested.split(" ")) - {""}
+    of_openid = set(OIDC_SCOPES) if OPENID in scopes else set()
+    unknown = scopes - client_scopes - of_openid
+    if unknown & {*OIDC_SCOPES, *idp.store.find_scope_names(unknown)}:
+        raise Problem("invalid_scope", log="asked for more than the client may")
+    granted = scopes & (client_scopes & user_scopes | of_openid)
+    if not granted:  # decide_scopes() would take it for a request without scopes
+        raise Problem("invalid_scope", log="nothing of the scope can be granted" + doubt_commas(unknown))
+    return decide_scopes(" ".join(granted), client_scopes, user_scopes)
 
 
 def check_client_id(client_id: str) -> str:
@@ -2591,6 +2616,19 @@ def read_claims_parameter(claims: str | None) -> str:
     return msgspec.json.encode(asked | ({"sub": sub} if isinstance(sub, str) else {})).decode()
 
 
+def validate_scope(idp: Idp, client: Client, scope: str | None):
+    """Refuse a scope of which no user could be granted anything, and log what is ignored. RFC 6749 §3.3."""
+    requested = set((scope or "").split(" ")) - {""}
+    if any(not SCOPE_TOKEN.fullmatch(token) for token in requested):
+        raise Problem("invalid_scope", log="malformed scope")
+    possible = set(decide_login_scopes(idp, scope, client.scopes, client.scopes).split(" "))
+    if ignored := requested - possible:
+        idp.log(
+            "scope.ignored", client_id=client.client_id, scope=" ".join(sorted(ignored))[:300],
+            reason="no such scope" + doubt_commas(ignored),
+        )
+
+
 def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
     """Validate the rest of the request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
@@ -2613,14 +2651,10 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
     max_age = get("max_age")
     if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
         raise Problem("invalid_request", log="bad max_age")
-    if get("scope") and any(not SCOPE_TOKEN.fullmatch(token) for token in get("scope").split(" ") if token):
-        raise Problem("invalid_scope", log="malformed scope")
-    requested = set((get("scope") or "").split())
-    if not requested <= client.scopes | (set(OIDC_SCOPES) if OPENID in requested else set()):
-        raise Problem("invalid_scope", log="asked for more than the client may")
     for name, limit in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
         if len(get(name) or "") > limit:
             raise Problem("invalid_request", log=f"{name} is too long")
+    validate_scope(idp, client, get("scope"))
     hinted = read_hint(idp, get("id_token_hint"))
     if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
         raise Problem("invalid_request", log="id_token_hint is not an ID token of this client")
@@ -2758,22 +2792,36 @@ def count_failed_step(idp: Idp, login: Login):
     idp.store.count_failed_step(login.row.id, LOGIN_TRIES)
 
 
-def needs_consent(idp: Idp, client: Client, user_id: str, request: AuthorizeRequest) -> bool:
+def scope_for(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> str:
+    return decide_login_scopes(idp, request.scope, client.scopes, scopes_of_user(idp, account.id))
+
+
+def grantable_scopes(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> list[str] | None:
+    """Return the scopes that issue_code() would grant now, or None if it would refuse the request."""
+    try:
+        return scope_for(idp, client, account, request).split()
+    except Problem:
+        return None
+
+
+def needs_consent(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> bool:
     """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
+    scopes = grantable_scopes(idp, client, account, request)
+    if scopes is None:
+        return False  # there is nothing to consent to: issue_code() tells the client
     if "consent" in request.prompt:
         return True
     if client.row.is_first_party:
         return False
-    requested = set((request.scope if request.scope is not None else " ".join(client.scopes)).split())
-    agreed = idp.store.find_consent(user_id, client.row.id)
-    return agreed is None or not requested <= set(agreed.split())
+    agreed = idp.store.find_consent(account.id, client.row.id)
+    return agreed is None or not set(scopes) <= set(agreed.split())
 
 
 def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
     """Return the state after the last factor: "ready" if headless, else "consent" if needed, else "done"."""
     if login.request and login.request.headless:
         return "ready"
-    if login.request and login.client and needs_consent(idp, login.client, account.id, login.request):
+    if login.request and login.client and needs_consent(idp, login.client, account, login.request):
         return "consent"
     return "done"
 
@@ -2836,10 +2884,6 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         return login, make_recovery_codes(idp, caller, account.id)
 
 
-def scope_for(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> str:
-    return decide_scopes(request.scope, client.scopes, scopes_of_user(idp, account.id))
-
-
 def issue_code(
     idp: Idp, caller: Caller, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
@@ -2884,10 +2928,9 @@ def second_factor_missing(client: Client, session: BrowserSession, account: Acco
 
 
 def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
-    """Record the consent of a user to what a client requests, in addition to what the user consented to before."""
-    requested = request.scope if request.scope is not None else " ".join(client.scopes)
+    """Record the consent of a user to what a client is granted, in addition to what the user consented to before."""
     before = idp.store.find_consent(account.id, client.row.id) or ""
-    scope = " ".join(sorted({*requested.split(), *before.split()}))
+    scope = " ".join(sorted({*(grantable_scopes(idp, client, account, request) or ()), *before.split()}))
     with idp.store.transaction():
         idp.store.put_consent(account.id, client.row.id, scope, idp.now())
         audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
@@ -4024,7 +4067,7 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
     missing = second_factor_missing(client, session, account)
     if missing and "none" in request.prompt:
         raise Problem("interaction_required")
-    must_consent = not missing and needs_consent(idp, client, account.id, request)
+    must_consent = not missing and needs_consent(idp, client, account, request)
     if must_consent and "none" in request.prompt:
         raise Problem("consent_required")
     if "select_account" in request.prompt:
@@ -4158,8 +4201,8 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
     variables: dict[str, Any] = {"username": account.username if account else ""}
     if row.state == "consent":
         assert request and client
-        scope_names = (request.scope if request.scope is not None else " ".join(sorted(client.scopes))).split()
-        variables["scopes"] = [describe_scope(idp, name) for name in scope_names]
+        scope_names = grantable_scopes(idp, client, account, request) if account else ()
+        variables["scopes"] = [describe_scope(idp, name) for name in scope_names or ()]
     return variables
 
 
@@ -4343,6 +4386,10 @@ def login_consent(idp, params):
     row, request, client = login.row, login.request, login.client
     assert request and client  # only the login of a client asks for consent
     is_allowed = params.get("decision") == "allow"
+    account = idp.store.find_account(row.user_id)
+    scopes = grantable_scopes(idp, client, account, request) if account else None
+    if is_allowed and params.get("scope") not in (None, " ".join(scopes or ())):
+        return show_login(idp, params, login)  # the user's scopes changed meanwhile: consent covers what was shown
     decided = advance(idp, login, "done")
     if not is_allowed:
         audit(idp, params.caller.acting_as(row.user_id), "consent_denied", row.client_id, "", FAILURE)

@@ -47,9 +47,35 @@ class TestScopes:
                 m.decide_scopes(requested, client, user)
             assert caught.value.code == "invalid_scope"
 
+    @given(
+        client=names, user=names,
+        asked=st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c", "openid", "profile", "x", "y,z", ""]))),
+    )
+    def test_a_login_gets_what_is_left_and_never_more(self, client, user, asked):
+        class Existing:
+            """A store that knows the scopes of `names`, and no others."""
+
+            @staticmethod
+            def find_scope_names(names):
+                return set(names) & {"a", "b", "c"}
+
+        idp = type("Idp", (), {"store": Existing})
+        scopes = set(asked or ()) - {""}
+        of_openid = set(m.OIDC_SCOPES) if "openid" in scopes else set()
+        may_request = client | of_openid
+        left = scopes & (client & user | of_openid) if scopes else client & user
+        requested = None if asked is None else " ".join(asked)
+        if (scopes - may_request) - {"x", "y,z"} or (scopes and not left):
+            with pytest.raises(m.Problem) as caught:
+                m.decide_login_scopes(idp, requested, client, user)
+            assert caught.value.code == "invalid_scope"
+        else:
+            assert m.decide_login_scopes(idp, requested, client, user).split() == sorted(left)
+
     @pytest.mark.parametrize("scope, granted", [
         (None, "api:read api:write"), ("api:read", "api:read"), ("api:write api:read", "api:read api:write"),
-        ("api:secret", None), ("nonsense", None), ("openid", None), ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", None),
+        ("api:secret", None), ("nonsense", None), ("api:read nonsense", None), ("api:read,api:write", None),
+        ("openid", None), ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", None),
     ])
     def test_of_a_machine(self, auth, service, scope, granted):
         answer = auth.post(
@@ -64,7 +90,7 @@ class TestScopes:
         "scope, granted",
         [
             (None, "api:read"), ("api:read", "api:read"), ("api:write", None), ("openid api:read", "api:read openid"),
-            ("profile", None),
+            ("profile", None), ("openid nonsense", None), ("openid api:write", None),
         ],
     )
     def test_of_a_user(self, auth, service, alice, scope, granted):

@@ -374,7 +374,8 @@ class TestRequest:
             ({"code_challenge_method": "s256"}, "invalid_request"), ({"code_challenge": "short"}, "invalid_request"),
             ({"code_challenge": "v" * 44}, "invalid_request"),
             ({"code_challenge": CHALLENGE[:-1] + "!"}, "invalid_request"),
-            ({"scope": "openid nonsense"}, "invalid_scope"), ({"scope": 'open"id'}, "invalid_scope"),
+            ({"scope": "nonsense"}, "invalid_scope"), ({"scope": 'open"id'}, "invalid_scope"),
+            ({"scope": 'openid nons"nse'}, "invalid_scope"), ({"scope": "openid,profile"}, "invalid_scope"),
             ({"scope": "api:secret"}, "invalid_scope"), ({"scope": "email"}, "invalid_scope"),
             ({"prompt": "none login"}, "invalid_request"), ({"prompt": "create"}, "invalid_request"),
             ({"max_age": "-1"}, "invalid_request"), ({"max_age": "x"}, "invalid_request"),
@@ -522,9 +523,43 @@ class TestRequest:
         assert token["email"] == "alice@example.org" and "email_verified" not in token and "name" not in token
         assert info == {"sub": alice.id, "preferred_username": "alice"}
 
+    def test_a_scope_that_does_not_exist_is_ignored(self, idp, auth, spa, alice, browser, exchange):
+        bought = exchange(code_of(sign_in(browser, request(scope="openid nonsense email x:y,z")))).json
+        assert bought["scope"] == claims_of(bought["access_token"])["scope"] == "email openid"
+        assert set(auth.get("/userinfo", bearer=bought["access_token"]).json) == {"sub", "email", "email_verified"}
+        (line,) = [line for line in idp.stream.getvalue().splitlines() if " scope.ignored " in line]
+        assert "nonsense x:y,z" in line and "not by commas" in line
+
+    def test_a_scope_that_the_user_does_not_have_is_left_out(self, register, alice, browser, exchange):
+        register("wide", scopes=["api:read", "api:write"])
+        for scope, granted in (
+            ("openid api:write", "openid"), ("openid api:write api:read", "api:read openid"),
+            ("api:read api:write", "api:read"), (None, "api:read"), ("", "api:read"),
+        ):
+            answer = browser.open(request("wide", scope=scope))
+            answer = answer if "location" in answer.headers else browser.submit(username="alice", password=PASSWORD)
+            assert exchange(code_of(answer), "wide").json["scope"] == granted
+
+    @pytest.mark.parametrize("scope", ["api:secret", "openid api:secret", "api:read openid nonsense api:secret"])
+    def test_a_scope_that_the_client_may_not_request_is_refused(self, spa, alice, browser, scope):
+        assert sent_back(browser.open(request(scope=scope)))[1]["error"] == "invalid_scope"
+        assert title(browser.open(request(scope="openid api:read"))) == "Sign in"
+
+    def test_where_nothing_is_left_there_is_no_default(self, register, alice, browser):
+        register("wide", scopes=["api:read", "api:write"])
+        register("third", is_first_party=False, scopes=["api:read", "api:write"])
+        assert sent_back(browser.open(request("wide", scope="nonsense")))[1]["error"] == "invalid_scope"
+        for client in ("wide", "third"):
+            for prompt in (None, "none", "consent"):
+                answer = browser.open(request(client, scope="api:write nonsense", prompt=prompt))
+                if answer.status == 200:
+                    answer = browser.submit(username="alice", password=PASSWORD)
+                uri, members = sent_back(answer)
+                assert (members["error"] == "invalid_scope" or prompt == "none") and "code" not in members
+
     def test_a_user_is_never_granted_more_than_it_has(self, register, idp, alice, browser):
         register("wide", scopes=["api:read", "api:write"])
-        assert sent_back(sign_in(browser, request("wide", scope="openid api:write")))[1]["error"] == "invalid_scope"
+        assert sent_back(sign_in(browser, request("wide", scope="api:write")))[1]["error"] == "invalid_scope"
         assert "code" in sent_back(browser.open(request("wide", scope="openid api:read")))[1]
 
 
@@ -925,6 +960,34 @@ class TestConsent:
     @pytest.fixture
     def third(self, register):
         return register("third", is_first_party=False, display_name="Third & Co")
+
+    def test_only_what_is_granted_is_shown_and_agreed_to(self, idp, register, alice, browser, exchange):
+        register("third", is_first_party=False, scopes=["api:read", "api:write"])
+        page = sign_in(browser, request("third", scope="openid api:read api:write groupies")).body.decode()
+        assert "know who you are" in page and "api:read" in page and "api:write" not in page and "groupies" not in page
+        bought = exchange(code_of(browser.submit(button=("decision", "allow"))), "third").json
+        assert bought["scope"] == "api:read openid"
+        agreed = idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id)
+        assert agreed == "api:read openid"
+        m.assign_scopes(idp, m.LOCAL, idp.store.find_account(alice.id), ["api:write"])
+        assert title(browser.open(request("third", scope="openid api:read api:write"))) == "Permission"
+
+    def test_what_the_user_gains_meanwhile_is_asked_for_again(self, idp, register, alice, browser, exchange):
+        register("third", is_first_party=False, scopes=["api:read", "api:write"])
+        sign_in(browser, request("third", scope="openid api:write"))
+        m.assign_scopes(idp, m.LOCAL, idp.store.find_account(alice.id), ["api:write"])
+        page = browser.submit(button=("decision", "allow"))
+        assert title(page) == "Permission" and "api:write" in page.body.decode()
+        bought = exchange(code_of(browser.submit(button=("decision", "allow"))), "third").json
+        assert bought["scope"] == "api:write openid"
+
+    def test_a_request_without_scope_is_shown_what_it_is_granted(self, register, alice, browser):
+        register("third", is_first_party=False, scopes=["api:read", "api:write"])
+        for scope in (None, ""):
+            page = sign_in(browser, request("third", scope=scope))
+            assert title(page) == "Permission" and "api:read" in page.body.decode()
+            assert "api:write" not in page.body.decode()
+            browser.cookies = {}
 
     def test_a_third_party_asks_once(self, idp, third, alice, browser, exchange):
         page = sign_in(browser, request("third"))

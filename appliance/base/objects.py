@@ -372,7 +372,10 @@ class SelectForm(StepForm):
 
 
 class ConsentForm(StepForm):
+    """`scope` has the scopes that the page showed."""
+
     decision: str = ""
+    scope: str = ""
 
 
 class HeadlessForm(msgspec.Struct):

@@ -1131,6 +1131,13 @@ class Store(Database):
         """Find an active scope by its name or id."""
         return self.one(Scope, "SELECT * FROM scope WHERE (name = :name OR id = :name) AND is_active = 1", name=name)
 
+    def find_scope_names(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names that an active scope has."""
+        return self.values(
+            "SELECT name FROM scope WHERE is_active = 1 AND name IN (SELECT value FROM json_each(:names))",
+            names=msgspec.json.encode(list(names)).decode(),
+        )
+
     def list_scopes(
         self, q: str = "", sort: str = "name", limit: int = 1000, offset: int = 0
     ) -> tuple[list[Scope], int]:
