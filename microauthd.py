@@ -103,9 +103,10 @@ REFRESH_TOKEN = "refresh_token"
 CONFIDENTIAL = "confidential"
 PUBLIC_CLIENT = "public"
 
-# scope values, OpenID Connect Core §5.4 and §11; `roles` is an extension of microauthd
+# scope values, OpenID Connect Core §5.4 and §11; `roles` and `groups` are extensions of microauthd
 OPENID = "openid"
-OIDC_SCOPES = ("openid", "profile", "email", "address", "phone", "roles", "offline_access")
+OIDC_SCOPES = ("openid", "profile", "email", "roles", "groups", "offline_access")
+UNSUPPORTED_OIDC_SCOPES = ("address", "phone")  # no account has their claims; nothing else may have their names
 
 # `typ` header values: RFC 9068 §2.1, OpenID Connect Core §2
 AT_JWT = "at+jwt"
@@ -1802,7 +1803,7 @@ def delete_idp(idp: Idp, caller: Caller, id: str, idp_id: str):
 def create_scope(idp: Idp, caller: Caller, new_scope: CreateScope) -> Scope:
     name = normalise(new_scope.name)
     reject(name=check_scope_name(name), description=check_label(new_scope.desc or new_scope.description or ""))
-    if name in OIDC_SCOPES:
+    if name in OIDC_SCOPES + UNSUPPORTED_OIDC_SCOPES:
         raise Problem("conflict", log="a scope of OpenID Connect")
     try:
         with idp.store.transaction(identity=True):
@@ -1827,11 +1828,11 @@ def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scop
     name = None if change.name is UNSET else normalise(change.name)
     description = next((text.strip() for text in (change.desc, change.description) if isinstance(text, str)), None)
     reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
-    if name in OIDC_SCOPES:
-        raise Problem("conflict", log="a scope of OpenID Connect")
     try:
         with idp.store.transaction(identity=True):
             scope = get_scope(idp, id)
+            if name in OIDC_SCOPES + UNSUPPORTED_OIDC_SCOPES and name != scope.name:
+                raise Problem("conflict", log="a scope of OpenID Connect")
             if scope.is_protected and name not in (None, scope.name):
                 raise Problem("protected")
             changed = idp.store.update_scope(scope.id, name, description, idp.now())
@@ -2371,8 +2372,8 @@ def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller:
 
 
 USER_CLAIMS = {
-    "name": "profile", "preferred_username": "profile", "updated_at": "profile", "email": "email",
-    "email_verified": "email", "roles": "roles",
+    "name": "profile", "nickname": "profile", "preferred_username": "profile", "updated_at": "profile",
+    "email": "email", "email_verified": "email", "roles": "roles", "groups": "groups",
 }  # claim -> scope that releases it
 
 
@@ -2384,11 +2385,13 @@ def user_claims(idp: Idp, account: Account, scope: str, also=()) -> dict:
     scopes = scope.split()
     claims: dict[str, Any] = {"sub": account.id}
     if "profile" in scopes:
-        claims |= {"name": account.username, "preferred_username": account.username, "updated_at": account.modified_at}
+        names = dict.fromkeys(("name", "nickname", "preferred_username"), account.username)
+        claims |= names | {"updated_at": account.modified_at}
     if "email" in scopes and account.email:
         claims |= {"email": account.email, "email_verified": bool(account.email_verified)}
-    if "roles" in scopes:
-        claims["roles"] = [role.name for role in idp.store.list_roles_of(account.id)]
+    if {"roles", "groups"} & set(scopes):
+        roles = [role.name for role in idp.store.list_roles_of(account.id)]
+        claims |= {name: roles for name in ("roles", "groups") if name in scopes}
     return claims
 
 
@@ -2478,6 +2481,8 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
                 "auth_time": granted.auth_time, "sid": family.sid, "role": [role.id for role in roles],
                 "roles": [role.name for role in roles],
             }
+            if "groups" in granted.scope.split():
+                claims["groups"] = claims["roles"]  # RFC 9068 §2.2.3.1
             answer["access_token"] = mint_access_token(idp, client, claims)
             if refresh_token:
                 answer["refresh_token"] = refresh_token
@@ -3826,11 +3831,12 @@ def describe_server(idp: Idp) -> dict:
         "revocation_endpoint_auth_methods_supported": [*methods, "none"],
         "id_token_signing_alg_values_supported": sorted(idp.auth_ring.active, reverse=True),
         "scopes_supported": [
-            "openid", "profile", "email", "roles", *(["offline_access"] if options.enable_token_refresh else []),
+            "openid", "profile", "email", "roles", "groups",
+            *(["offline_access"] if options.enable_token_refresh else []),
         ],
         "claims_supported": [
             "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "nonce", "name",
-            "preferred_username", "updated_at", "email", "email_verified", "roles",
+            "nickname", "preferred_username", "updated_at", "email", "email_verified", "roles", "groups",
         ],
         "claim_types_supported": ["normal"],
         "claims_parameter_supported": False,

@@ -207,6 +207,8 @@ def check_scopes(answer):
             raise ValueError(f"the scope {name!r} {problem}")
         if name in microauthd.OIDC_SCOPES:
             raise ValueError(f"{name} is a scope of OpenID Connect, which every client has: leave it out")
+        if name in microauthd.UNSUPPORTED_OIDC_SCOPES:
+            raise ValueError(f"{name} is a scope of OpenID Connect, which no client can have: leave it out")
     return list(dict.fromkeys(names))
 
 

@@ -177,8 +177,10 @@ class TestUserinfo:
         "scope, more",
         [
             ("openid", {}), ("openid email", {"email": "alice@example.org", "email_verified": False}),
-            ("openid roles", {"roles": []}),
-            ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": RELEASED_AT + 1000}),
+            ("openid roles", {"roles": []}), ("openid groups", {"groups": []}),
+            ("openid profile", {
+                "name": "alice", "nickname": "alice", "preferred_username": "alice", "updated_at": RELEASED_AT + 1000,
+            }),
             ("openid api:read", {}),
         ],
     )
@@ -189,6 +191,19 @@ class TestUserinfo:
             auth.post("/userinfo", {"access_token": token}),
         ):
             assert (answer.status, answer.json) == (200, {"sub": alice.id} | more)
+
+    def test_groups_are_the_names_of_the_roles(self, auth, log_in, root):
+        answer = log_in(root, scope="openid groups")
+        told = [jwt.decode(answer[name], options={"verify_signature": False}) for name in ("id_token", "access_token")]
+        told.append(auth.get("/userinfo", bearer=answer["access_token"]).json)
+        assert [claims["groups"] for claims in told] == [["MadAdmin"]] * 3
+        assert "roles" not in told[0] and "roles" not in told[2]
+        for scope in ("openid roles", "openid", "openid profile email"):
+            answer = log_in(root, scope=scope)
+            assert "groups" not in auth.get("/userinfo", bearer=answer["access_token"]).json and not any(
+                "groups" in jwt.decode(answer[name], options={"verify_signature": False})
+                for name in ("id_token", "access_token")
+            )
 
     def test_it_tells_what_is_true_now(self, auth, log_in, alice, change):
         token = log_in(alice, scope="openid email")["access_token"]

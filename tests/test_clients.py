@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.base.hashing import Argon2Memory, NameLocks
-from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser
+from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser, UpdateScope
 
 MACHINE = {"grant_type": "client_credentials"}
 BUSY = "The server is busy; try again later."
@@ -90,7 +90,8 @@ class TestScopes:
         "scope, granted",
         [
             (None, "api:read"), ("api:read", "api:read"), ("api:write", None), ("openid api:read", "api:read openid"),
-            ("profile", None), ("openid nonsense", None), ("openid api:write", None),
+            ("profile", None), ("openid nonsense", None), ("openid api:write", None), ("openid address", None),
+            ("openid phone", None), ("openid groups", "groups openid"), ("groups", None),
         ],
     )
     def test_of_a_user(self, auth, service, alice, scope, granted):
@@ -401,11 +402,24 @@ class TestRegistration:
             m.create_scope(idp, m.LOCAL.acting_as("test"), CreateScope(name))
         assert list(caught.value.errors) == ["name"]
 
-    @pytest.mark.parametrize("name", ["openid", "offline_access", "api:read", "admin:read_user"])
+    @pytest.mark.parametrize(
+        "name", ["openid", "offline_access", "groups", "address", "phone", "api:read", "admin:read_user"]
+    )
     def test_a_scope_is_taken_once_and_those_of_openid_are_nobodys(self, idp, scopes, name):
         with pytest.raises(m.Problem) as caught:
             m.create_scope(idp, m.LOCAL.acting_as("test"), CreateScope(name))
         assert caught.value.code == "conflict"
+
+    def test_a_scope_named_groups_before_it_was_built_in_stays(self, idp, service):
+        """Boxes may have made one for clients that request it."""
+        with idp.store.transaction():
+            idp.store.add_scope("0b9d6d7e-7f0d-4f0e-8f5c-3b1e0f3d9a11", "groups", "", idp.now())
+        changed = m.update_scope(idp, m.LOCAL, "groups", UpdateScope("groups", "of people"))
+        assert (changed.name, changed.description) == ("groups", "of people")
+        for name in ("roles", "phone"):
+            with pytest.raises(m.Problem, match="conflict"):
+                m.update_scope(idp, m.LOCAL, "groups", UpdateScope(name))
+        m.delete_scope(idp, m.LOCAL, "groups")
 
     def test_scopes_are_assigned_by_name_or_id_all_or_none(self, idp, service):
         client, (id, name, _) = m.get_client(idp, "service"), SEEDED_SCOPES[3]

@@ -173,8 +173,11 @@ class TestIdToken:
         "scope, more",
         [
             ("openid email", {"email": "alice@example.org", "email_verified": False}), ("openid roles", {"roles": []}),
-            ("openid profile", {"name": "alice", "preferred_username": "alice", "updated_at": RELEASED_AT + 1000}),
-            ("openid address phone offline_access", {}),
+            ("openid groups", {"groups": []}),
+            ("openid profile", {
+                "name": "alice", "nickname": "alice", "preferred_username": "alice", "updated_at": RELEASED_AT + 1000,
+            }),
+            ("openid offline_access", {}),
         ],
     )
     def test_a_scope_opens_its_claims(self, log_in, alice, scope, more):

@@ -524,11 +524,23 @@ class TestRequest:
         assert info == {"sub": alice.id, "preferred_username": "alice"}
 
     def test_a_scope_that_does_not_exist_is_ignored(self, idp, auth, spa, alice, browser, exchange):
-        bought = exchange(code_of(sign_in(browser, request(scope="openid nonsense email x:y,z")))).json
+        bought = exchange(code_of(sign_in(browser, request(scope="openid nonsense email x:y,z address phone")))).json
         assert bought["scope"] == claims_of(bought["access_token"])["scope"] == "email openid"
         assert set(auth.get("/userinfo", bearer=bought["access_token"]).json) == {"sub", "email", "email_verified"}
         (line,) = [line for line in idp.stream.getvalue().splitlines() if " scope.ignored " in line]
-        assert "nonsense x:y,z" in line and "not by commas" in line
+        assert "address nonsense phone x:y,z" in line and "not by commas" in line
+
+    def test_what_a_proxy_requests_of_every_provider_is_granted(self, idp, auth, spa, root, browser, exchange):
+        answer = sign_in(browser, request(scope="openid profile email groups"), username="root")
+        bought = exchange(code_of(answer)).json
+        assert bought["scope"] == "email groups openid profile"
+        assert claims_of(bought["id_token"])["groups"] == ["MadAdmin"] and claims_of(bought["id_token"])["nickname"]
+
+    def test_the_claims_parameter_may_ask_for_groups(self, spa, root, browser, exchange):
+        claims = json.dumps({"id_token": {"groups": None}})
+        bought = exchange(code_of(sign_in(browser, request(scope="openid", claims=claims), username="root"))).json
+        token = claims_of(bought["id_token"])
+        assert token["groups"] == ["MadAdmin"] and "roles" not in token
 
     def test_a_scope_that_the_user_does_not_have_is_left_out(self, register, alice, browser, exchange):
         register("wide", scopes=["api:read", "api:write"])
@@ -980,6 +992,13 @@ class TestConsent:
         assert title(page) == "Permission" and "api:write" in page.body.decode()
         bought = exchange(code_of(browser.submit(button=("decision", "allow"))), "third").json
         assert bought["scope"] == "api:write openid"
+
+    def test_groups_are_named_in_every_language(self, idp, register, alice, browser):
+        register("third", is_first_party=False)
+        assert "read the groups you belong to" in sign_in(
+            browser, request("third", scope="openid groups", ui_locales="en")
+        ).body.decode()
+        assert all("scope_" + name in texts for texts in idp.pages.texts.values() for name in m.OIDC_SCOPES)
 
     def test_a_request_without_scope_is_shown_what_it_is_granted(self, register, alice, browser):
         register("third", is_first_party=False, scopes=["api:read", "api:write"])

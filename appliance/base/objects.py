@@ -843,11 +843,13 @@ class UserInfo(msgspec.Struct):
 
     sub: str
     name: str | Maybe = UNSET
+    nickname: str | Maybe = UNSET
     preferred_username: str | Maybe = UNSET
     updated_at: int | Maybe = UNSET
     email: str | Maybe = UNSET
     email_verified: bool | Maybe = UNSET
     roles: list[str] | Maybe = UNSET
+    groups: list[str] | Maybe = UNSET
 
 
 class Me(msgspec.Struct):
