@@ -902,11 +902,21 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
     return ["-".join(re.findall("....", code)) for code in codes]
 
 
+def check_addressable(name: str) -> str:
+    """Return what is wrong with a name that no path of ADMIN can carry, or "".
+
+    A slash separates segments, servers read a backslash as one, and clients remove dot segments. RFC 3986 §3.3, §5.2.4.
+    """
+    if name in (".", "..") or set(name) & set("/\\"):
+        return "must not be . or .., nor contain a slash or backslash"
+    return ""
+
+
 def check_username(username: str) -> str:
     """Return what is wrong with a folded username, or ""."""
     if not username or len(username) > 100 or not username.isprintable():
         return "must be 1 to 100 printable characters"
-    return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else ""
+    return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else check_addressable(username)
 
 
 def check_email(email: str) -> str:
@@ -1003,7 +1013,9 @@ def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Accoun
     errors, username, email = {}, None, None
     if change.username is not UNSET:
         username = fold(change.username)
-        errors["username"] = check_username(username)
+        kept = idp.store.find_account(id.lower()) or idp.store.find_account_by_name(fold(id))
+        if kept is None or kept.username != username:  # accounts of older releases may have names that are refused now
+            errors["username"] = check_username(username)
     if change.email is not UNSET:
         email = fold(change.email)
         errors["email"] = check_email(email)
@@ -1136,7 +1148,7 @@ def check_name(name: str) -> str:
     """Return what is wrong with the name of a role or permission, or ""."""
     if not name or GROUPS_OF_UUID.fullmatch(name):
         return "must not be blank, nor look like an identifier"
-    return check_label(name)
+    return check_label(name) or check_addressable(name)
 
 
 def key_of(id_or_name: str) -> str:
@@ -1167,7 +1179,11 @@ def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
     """Change the members that were sent, except a blank name and nulls. Raises protected, conflict."""
     name = normalise(change.name) if change.name else None
     description = change.description.strip() if isinstance(change.description, str) else None
-    reject(name=check_name(name) if name else "", description=check_label(description or ""))
+    kept = idp.store.find_role(key_of(id))  # roles of older releases may have names that are refused now
+    reject(
+        name=check_name(name) if name and not (kept and kept.name == name) else "",
+        description=check_label(description or ""),
+    )
     try:
         with idp.store.transaction():
             role = get_role(idp, id)
@@ -1247,7 +1263,8 @@ def create_permission(idp: Idp, caller: Caller, new_permission: CreatePermission
 
 def update_permission(idp: Idp, caller: Caller, id: str, change: UpdatePermission) -> Permission:
     name = None if change.name is UNSET else normalise(change.name)
-    reject(name=check_name(name) if name is not None else "")
+    kept = idp.store.find_permission(key_of(id))  # permissions of older releases may have names that are refused now
+    reject(name=check_name(name) if name is not None and not (kept and kept.name == name) else "")
     try:
         with idp.store.transaction():
             permission = idp.store.update_permission(get_permission(idp, id).id, name, idp.now())
@@ -1451,14 +1468,14 @@ def check_client_id(client_id: str) -> str:
     """Return what is wrong with a client_id, or "". A UUID is refused: it could be mistaken for a user's `sub`."""
     if not CLIENT_ID.fullmatch(client_id) or GROUPS_OF_UUID.fullmatch(client_id):
         return "must be 1 to 255 printable ASCII characters without blank or colon, and not look like a UUID"
-    return ""
+    return check_addressable(client_id)
 
 
 def check_scope_name(name: str) -> str:
     """Return what is wrong with the name of a scope, or "". RFC 6749 §3.3."""
     if not SCOPE_TOKEN.fullmatch(name) or GROUPS_OF_UUID.fullmatch(name):
         return "must be printable ASCII without blank, quote or backslash, and not look like a UUID"
-    return ""
+    return check_addressable(name)
 
 
 DANGEROUS_SCHEMES = ("javascript", "data", "vbscript", "file", "blob", "about", "filesystem", "view-source")
@@ -1659,7 +1676,8 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
             changes: dict[str, Any] = {}
             if change.client_id is not UNSET:
                 changes["client_id"] = change.client_id.strip()
-                errors["client_id"] = check_client_id(changes["client_id"])
+                if changes["client_id"] != row.client_id:  # clients of older releases may have such names
+                    errors["client_id"] = check_client_id(changes["client_id"])
             if isinstance(change.display_name, str):
                 changes["display_name"] = change.display_name.strip()
                 errors["display_name"] = check_label(changes["display_name"])
@@ -1827,7 +1845,11 @@ def update_scope(idp: Idp, caller: Caller, id: str, change: UpdateScope) -> Scop
     """Change the members that were sent. Raises invalid_request, not_found, protected or conflict."""
     name = None if change.name is UNSET else normalise(change.name)
     description = next((text.strip() for text in (change.desc, change.description) if isinstance(text, str)), None)
-    reject(name=check_scope_name(name) if name is not None else "", description=check_label(description or ""))
+    kept = idp.store.find_scope(key_of(id))  # scopes of older releases may have names that are refused now
+    reject(
+        name=check_scope_name(name) if name is not None and not (kept and kept.name == name) else "",
+        description=check_label(description or ""),
+    )
     try:
         with idp.store.transaction(identity=True):
             scope = get_scope(idp, id)
