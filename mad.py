@@ -700,7 +700,7 @@ class AuthClient(ApiClient):
                                                      redirect_uri=redirect_uri, code_verifier=code_verifier))
 
     def refresh(self, refresh_token: str, scope: str | None = None) -> dict:
-        """POST /token. Return Token with a new `refresh_token`; the old one must not be sent again. RFC 6749 §6."""
+        """POST /token. Return Token with a new `refresh_token`; the old one only serves a retry. RFC 6749 §6."""
         return _check_token_response(self._as_client("/token", grant_type="refresh_token", refresh_token=refresh_token,
                                                      scope=scope))
 

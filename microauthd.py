@@ -329,10 +329,18 @@ class Throttle:
 
 
 class Seal:
-    """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them."""
+    """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them.
+
+    It also derives refresh tokens, with a key of their own that is stored nowhere.
+    """
 
     def __init__(self, key: bytes):
         self.cipher = AESGCM(key)
+        self.successor_key = hmac.digest(key, b"refresh token successor", "sha256")
+
+    def successor(self, refresh_token: str) -> str:
+        """Return the refresh token that replaces another: 256 bits in base64url, the same at every call."""
+        return b64url(hmac.digest(self.successor_key, refresh_token.encode(), "sha256"))
 
     def close(self, plain: str, owner: str) -> str:
         nonce = os.urandom(12)
@@ -2203,6 +2211,7 @@ class Granted(msgspec.Struct):
     nonce: str = ""
     family: Family | None = None  # the login to continue; None begins a new one
     spends: str = ""  # SHA-256 of the refresh token to rotate within the issuing transaction
+    successor: str = ""  # the refresh token that replaces it; "" for a random one
     code: AuthorizationCode | None = None  # the code to spend, if the login was at a browser
 
 
@@ -2227,20 +2236,34 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
     return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
 
 
+def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> bool:
+    """Return whether a refresh is the retry of one just done, whose answer the client may not have received.
+
+    It is answered with the same successor, so that a login never has two living refresh tokens. RFC 9700 §4.14.2.
+    """
+    grace = idp.options.refresh_token_grace
+    return bool(successor) and bool(
+        idp.store.find_successor(spent_sha256, sha256(successor), client.client_id, idp.now(), grace)
+    )
+
+
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2.
 
     Older clients send the refresh token as `token`.
     """
-    token_sha256 = sha256(params.get("refresh_token") or params.need("token"))
+    refresh_token = params.get("refresh_token") or params.need("token")
+    token_sha256 = sha256(refresh_token)
+    successor = idp.seal.successor(refresh_token) if idp.options.refresh_token_grace else ""
     found = idp.store.find_refresh_token(token_sha256)
     if found is None or found.client_id != client.client_id:
         raise Problem("invalid_grant", log="unknown refresh token, or one of another client")
     family = active_family(idp, found.sid)
     if family is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
-    # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request.
-    if found.rotated_at is not None:
+    # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request. What is no
+    # retry here never becomes one; what is one is asked again in the issuing transaction.
+    if found.rotated_at is not None and not is_retry(idp, client, token_sha256, successor):
         owner = params.caller.acting_as(family.user_id)
         revoke_family(idp, owner, family.sid, "refresh_token_reused", client.client_id, FAILURE)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
@@ -2250,7 +2273,9 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     granted = frozenset(family.scope.split())
     allowed = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in granted else ())
     scope = decide_scopes(params.get("scope"), granted & allowed)
-    return Granted(scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256)
+    return Granted(
+        scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256, successor
+    )
 
 
 CODE_VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")  # RFC 7636 §4.1
@@ -2335,7 +2360,7 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
     if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
         return ""
     assert granted.account
-    refresh_token, now = random_handle(), idp.now()
+    refresh_token, now = granted.successor or random_handle(), idp.now()
     lifetime = ttl(client, "REFRESH_TOKEN_EXPIRATION", idp.options.refresh_token_expiration)
     idp.store.insert(
         RefreshToken(
@@ -2485,9 +2510,10 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        family = begin_or_continue_family(idp, client, granted, caller, ms)
+        retry = is_retry(idp, client, granted.spends, granted.successor)
+        family = granted.family if retry else begin_or_continue_family(idp, client, granted, caller, ms)
         if family:
-            refresh_token = add_refresh_token(idp, client, granted, family, jti, ms)
+            refresh_token = granted.successor if retry else add_refresh_token(idp, client, granted, family, jti, ms)
             idp.store.insert(
                 Session(
                     jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method,
@@ -2495,7 +2521,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
                 )
             )
             action = "refresh_token_used" if granted.spends else "user_token_issued"
-            audit(idp, caller.acting_as(account.id), action, row.client_id, f"jti={jti}")
+            audit(idp, caller.acting_as(account.id), action, row.client_id, f"jti={jti}" + ";retry=true" * retry)
             # Mint inside the transaction: if signing failed after the commit, the client would have lost its
             # code or refresh token and got no token.
             claims |= {

@@ -61,10 +61,16 @@ class TestPeople:
         assert box.auth("/userinfo", bearer=tokens["access_token"]).json["sub"] == user["id"]
         again = box.auth("/token", REFRESH | {"refresh_token": tokens["refresh_token"]}, client=box.client)
         assert again.status == 200
+        retry = box.auth("/token", REFRESH | {"refresh_token": tokens["refresh_token"]}, client=box.client)
+        assert retry.json["refresh_token"] == again.json["refresh_token"], "its answer may have been lost"
+        assert box.auth("/me", bearer=again.json["access_token"]).status == 200
+        used = box.auth("/token", REFRESH | {"refresh_token": again.json["refresh_token"]}, client=box.client)
+        assert used.status == 200
         assert (
             box.auth("/token", REFRESH | {"refresh_token": tokens["refresh_token"]}, client=box.client).json["error"]
             == "invalid_grant"
         )
+        assert box.auth("/me", bearer=used.json["access_token"]).status == 401
         assert box.auth("/me", bearer=again.json["access_token"]).status == 401, "the family is dead"
         other = box.log_in("ann").json
         assert box.auth("/logout-all", post=True, bearer=other["access_token"]).status == 200

@@ -1,5 +1,7 @@
 """Grants: what the token endpoint answers and what becomes of refresh tokens."""
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import threading
 
@@ -209,26 +211,31 @@ class TestIdToken:
         assert claims_of(answer["id_token"])["amr"] == claims_of(again["id_token"])["amr"] == ["pwd", "otp", "mfa"]
 
 
+@pytest.fixture
+def strict(make_idp, idp):
+    """AUTH of another process of the same box, without a grace for refresh tokens."""
+    return Caller(m.build_app(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
+
+
 class TestRefresh:
     """RFC 6749 §6, RFC 9700 §4.14.2"""
 
     def turn(self, auth, service, token, **more):
         return auth.post("/token", REFRESH | {"refresh_token": token} | more, auth=service)
 
-    def test_a_token_works_once_and_its_reuse_ends_the_family(self, auth, service, log_in, alice):
+    def test_a_token_works_once_and_its_reuse_ends_the_family(self, strict, service, log_in, alice):
         first = log_in(alice)
-        second = self.turn(auth, service, first["refresh_token"])
+        second = self.turn(strict, service, first["refresh_token"])
         assert second.status == 200
-        assert auth.get("/me", bearer=second.json["access_token"]).status == 200
-        assert self.turn(auth, service, first["refresh_token"]).json["error"] == "invalid_grant"
-        assert self.turn(auth, service, second.json["refresh_token"]).json["error"] == "invalid_grant"
-        assert auth.get("/me", bearer=second.json["access_token"]).status == 401
+        assert strict.get("/me", bearer=second.json["access_token"]).status == 200
+        assert self.turn(strict, service, first["refresh_token"]).json["error"] == "invalid_grant"
+        assert self.turn(strict, service, second.json["refresh_token"]).json["error"] == "invalid_grant"
+        assert strict.get("/me", bearer=second.json["access_token"]).status == 401
 
-    def test_another_family_lives_on(self, auth, service, log_in, alice):
+    def test_another_family_lives_on(self, strict, service, log_in, alice):
         one, other = log_in(alice), log_in(alice)
-        self.turn(auth, service, one["refresh_token"])
-        self.turn(auth, service, one["refresh_token"])
-        assert self.turn(auth, service, other["refresh_token"]).status == 200
+        assert [self.turn(strict, service, one["refresh_token"]).status for _ in range(2)] == [200, 400]
+        assert self.turn(strict, service, other["refresh_token"]).status == 200
 
     def test_it_belongs_to_its_client(self, auth, new_client, service, log_in, alice):
         token = log_in(alice)["refresh_token"]
@@ -324,11 +331,11 @@ class TestRefresh:
         assert self.turn(auth, service, token, scope="api:secret").json["error"] == "invalid_scope"
         assert self.turn(auth, service, token).status == 200
 
-    def test_a_spent_one_ends_its_family_whatever_scope_it_asks_for(self, auth, service, log_in, alice):
+    def test_a_spent_one_ends_its_family_whatever_scope_it_asks_for(self, strict, service, log_in, alice):
         first = log_in(alice)
-        second = self.turn(auth, service, first["refresh_token"]).json
-        assert self.turn(auth, service, first["refresh_token"], scope="api:secret").status == 400
-        assert self.turn(auth, service, second["refresh_token"]).json["error"] == "invalid_grant"
+        second = self.turn(strict, service, first["refresh_token"]).json
+        assert self.turn(strict, service, first["refresh_token"], scope="api:secret").json["error"] == "invalid_grant"
+        assert self.turn(strict, service, second["refresh_token"]).json["error"] == "invalid_grant"
 
     def test_narrowing_is_for_one_token_only(self, auth, service, log_in, alice):
         """RFC 6749 §6: the new refresh token has the scope of the old."""
@@ -381,9 +388,13 @@ class TestRefresh:
         answer = auth.post("/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=client)
         assert answer.status == 200 and "refresh_token" not in answer.json
 
-    def test_of_many_at_once_one_wins_and_the_family_ends(self, make_idp, idp, service, log_in, alice, auth):
+    def test_of_many_at_once_one_wins_and_the_family_ends_without_a_grace(
+        self, make_idp, idp, service, log_in, alice, auth, strict
+    ):
         token, answers = log_in(alice)["refresh_token"], []
-        callers = [auth, Caller(m.build_app(make_idp(idp.options), m.AUTH))]
+        callers = [
+            strict, Caller(m.build_app(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
+        ]
         threads = [
             threading.Thread(target=lambda caller=caller: answers.append(self.turn(caller, service, token)))
             for caller in callers * 4
@@ -399,10 +410,10 @@ class TestRefresh:
         assert auth.get("/me", bearer=good[0].json["access_token"]).status == 401
         assert self.turn(auth, service, good[0].json["refresh_token"]).json["error"] == "invalid_grant"
 
-    def test_its_reuse_is_written_down(self, idp, auth, service, log_in, alice):
+    def test_its_reuse_is_written_down(self, idp, strict, service, log_in, alice):
         token = log_in(alice)["refresh_token"]
         for _ in range(2):
-            self.turn(auth, service, token)
+            self.turn(strict, service, token)
         assert "refresh_token_reused" in {row.action for row in idp.store.list_audit(limit=5)}
 
     def test_a_client_sets_its_lifetime(self, idp, auth, service, log_in, alice, clock):
@@ -411,6 +422,237 @@ class TestRefresh:
         token = log_in(alice)["refresh_token"]
         clock.pass_(60)
         assert self.turn(auth, service, token).json["error"] == "invalid_grant"
+
+
+class TestRetriedRefresh:
+    """A refresh whose answer was lost, and two tabs that refresh at once. RFC 9700 §4.14.2"""
+
+    def turn(self, auth, service, token, **more):
+        return auth.post("/token", REFRESH | {"refresh_token": token} | more, auth=service)
+
+    def reason(self, answer):
+        return answer.status, answer.json.get("error")
+
+    def crowd(self, callers, service, tokens):
+        """Present these tokens at once: the answers, in the same order."""
+        barrier = threading.Barrier(len(tokens))
+
+        def present(number):
+            barrier.wait()
+            return self.turn(callers[number % len(callers)], service, tokens[number])
+
+        with concurrent.futures.ThreadPoolExecutor(len(tokens)) as pool:
+            return list(pool.map(present, range(len(tokens))))
+
+    @pytest.fixture
+    def callers(self, auth, make_idp, idp):
+        """AUTH of two processes of one box."""
+        return [auth, Caller(m.build_app(make_idp(idp.options), m.AUTH))]
+
+    def test_it_gives_the_same_refresh_token_and_another_access_token(
+        self, idp, callers, service, log_in, alice, clock
+    ):
+        token = log_in(alice, scope="openid api:read")["refresh_token"]
+        answers = []
+        for number in range(6):
+            answers.append(self.turn(callers[number % 2], service, token))
+            clock.pass_(6)
+        assert {answer.status for answer in answers} == {200}
+        (successor,) = {answer.json["refresh_token"] for answer in answers}
+        assert successor != token and len(successor) == len(token)
+        bearers = {answer.json["access_token"] for answer in answers}
+        assert len(bearers) == 6 and all(callers[0].get("/me", bearer=bearer).status == 200 for bearer in bearers)
+        assert all(answer.json["id_token"] and answer.json["scope"] == answers[0].json["scope"] for answer in answers)
+        assert idp.store.list_refresh_tokens(alice.id)[1] == 2, "a retry stores none"
+        assert self.turn(callers[0], service, successor).status == 200
+
+    def test_the_first_of_a_login_is_random_and_another_box_derives_another(self, idp, log_in, alice):
+        first, second = (log_in(alice)["refresh_token"] for _ in range(2))
+        assert len({first, second, idp.seal.successor(first), idp.seal.successor(second)}) == 4
+        assert idp.seal.successor(first) == m.Seal(bytes(32)).successor(first) != m.Seal(b"1" * 32).successor(first)
+
+    @pytest.mark.parametrize("passed, status", [(0, 200), (30, 200), (31, 400), (86400, 400)])
+    def test_past_the_grace_it_ends_the_family(self, auth, service, log_in, alice, clock, passed, status):
+        first = log_in(alice)
+        second = self.turn(auth, service, first["refresh_token"]).json
+        clock.pass_(passed)
+        answer = self.turn(auth, service, first["refresh_token"])
+        assert answer.status == status
+        assert self.turn(auth, service, second["refresh_token"]).status == status, "alive or dead with the login"
+        if status == 400:
+            assert self.reason(answer) == (400, "invalid_grant")
+            assert auth.get("/me", bearer=second["access_token"]).status == 401
+
+    def test_retries_do_not_prolong_the_grace_or_the_successor(self, idp, auth, service, log_in, alice, clock):
+        token = log_in(alice)["refresh_token"]
+        successor = self.turn(auth, service, token).json["refresh_token"]
+        row = idp.store.find_refresh_token(m.sha256(successor))
+        for _ in range(3):
+            clock.pass_(10)
+            assert self.turn(auth, service, token).status == 200
+        assert idp.store.find_refresh_token(m.sha256(successor)) == row
+        clock.pass_(1)
+        assert self.reason(self.turn(auth, service, token)) == (400, "invalid_grant")
+
+    def test_once_its_successor_was_used_it_ends_the_family(self, auth, service, log_in, alice):
+        first = log_in(alice)["refresh_token"]
+        second = self.turn(auth, service, first).json["refresh_token"]
+        third = self.turn(auth, service, second).json
+        assert self.reason(self.turn(auth, service, first)) == (400, "invalid_grant")
+        assert self.reason(self.turn(auth, service, third["refresh_token"])) == (400, "invalid_grant")
+        assert self.reason(self.turn(auth, service, second)) == (400, "invalid_grant")
+        assert auth.get("/me", bearer=third["access_token"]).status == 401
+
+    def test_another_clients_try_ends_nothing(self, auth, service, new_client, log_in, alice):
+        first = log_in(alice)["refresh_token"]
+        second = self.turn(auth, service, first).json["refresh_token"]
+        assert self.reason(self.turn(auth, new_client("thief"), first)) == (400, "invalid_grant")
+        assert self.turn(auth, service, first).json["refresh_token"] == second
+        assert self.turn(auth, service, second).status == 200
+
+    def test_a_grace_of_nothing_derives_nothing(self, idp, strict, service, log_in, alice):
+        first = log_in(alice)["refresh_token"]
+        second = self.turn(strict, service, first).json["refresh_token"]
+        assert second != idp.seal.successor(first)
+        assert self.reason(self.turn(strict, service, first)) == (400, "invalid_grant")
+        assert self.reason(self.turn(strict, service, second)) == (400, "invalid_grant")
+
+    def test_it_never_changes_the_granted_scope(self, idp, auth, service, log_in, alice):
+        token = log_in(alice, scope="openid api:read")["refresh_token"]
+        granted = self.turn(auth, service, token).json["scope"]
+        narrow = self.turn(auth, service, token, scope="api:read").json
+        assert narrow["scope"] == claims_of(narrow["access_token"])["scope"] == "api:read" and "id_token" not in narrow
+        assert self.reason(self.turn(auth, service, token, scope="api:write")) == (400, "invalid_scope")
+        assert self.turn(auth, service, token).json["scope"] == granted
+        (family,) = idp.store.list_families_of(alice.id)
+        assert family.scope == granted
+        assert self.turn(auth, service, narrow["refresh_token"]).json["scope"] == granted
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE account SET is_active = 0", "UPDATE account SET revoked_before = 9999999999999",
+            "UPDATE family SET revoked_at = 1", "UPDATE family SET expires_at = 1",
+            "UPDATE client SET revoked_before = 9999999999999", "UPDATE client SET is_active = 0",
+            "UPDATE refresh_token SET revoked_at = 1", "DELETE FROM refresh_token WHERE rotated_at IS NULL",
+            "UPDATE refresh_token SET expires_at = 1 WHERE rotated_at IS NULL",
+        ],
+    )
+    def test_it_dies_with_what_it_hangs_on(self, auth, service, log_in, alice, change, statement):
+        token = log_in(alice)["refresh_token"]
+        assert self.turn(auth, service, token).status == 200
+        change(statement)
+        assert self.turn(auth, service, token).json["error"] in ("invalid_grant", "invalid_client")
+
+    def test_a_revocation_between_the_reading_and_the_issuing_ends_it(
+        self, idp, auth, service, log_in, alice, monkeypatch
+    ):
+        token = log_in(alice)["refresh_token"]
+        assert self.turn(auth, service, token).status == 200
+        (family,) = idp.store.list_families_of(alice.id)
+        draft_token = m.draft_token
+
+        def revoke_first(*args):
+            m.revoke_family(idp, m.LOCAL.acting_as("test"), family.sid, "logout", "service")
+            return draft_token(*args)
+
+        monkeypatch.setattr(m, "draft_token", revoke_first)
+        assert self.reason(self.turn(auth, service, token)) == (400, "invalid_grant")
+
+    def test_a_use_of_the_successor_between_the_reading_and_the_issuing_ends_the_family(
+        self, idp, auth, service, log_in, alice, monkeypatch
+    ):
+        token = log_in(alice)["refresh_token"]
+        successor = self.turn(auth, service, token).json["refresh_token"]
+        (family,) = idp.store.list_families_of(alice.id)
+        draft_token = m.draft_token
+
+        def use_first(*args):
+            monkeypatch.setattr(m, "draft_token", draft_token)
+            assert self.turn(auth, service, successor).status == 200
+            return draft_token(*args)
+
+        monkeypatch.setattr(m, "draft_token", use_first)
+        assert self.reason(self.turn(auth, service, token)) == (400, "invalid_grant")
+        assert idp.store.find_family(family.sid).revoked_at is not None
+
+    @pytest.mark.parametrize("back, status", [(1, 200), (2, 400), (3600, 400)])
+    def test_a_clock_that_went_back_does_not_begin_the_grace_again(
+        self, auth, service, log_in, alice, clock, back, status
+    ):
+        """The login was begun earlier, so nothing else is in the future."""
+        token = log_in(alice)["refresh_token"]
+        clock.pass_(7200)
+        assert self.turn(auth, service, token).status == 200
+        clock.pass_(-back)
+        assert self.turn(auth, service, token).status == status
+
+    def test_a_token_that_expires_meanwhile_has_its_grace(self, auth, service, log_in, alice, clock):
+        token = log_in(alice)["refresh_token"]
+        clock.pass_(259199)
+        successor = self.turn(auth, service, token).json["refresh_token"]
+        clock.pass_(20)
+        assert self.turn(auth, service, token).json["refresh_token"] == successor
+
+    def test_it_is_written_down_as_one(self, idp, auth, service, log_in, alice):
+        token = log_in(alice)["refresh_token"]
+        jtis = [self.turn(auth, service, token).json["jti"] for _ in range(2)]
+        rows = [row.secondary for row in idp.store.list_audit("refresh_token_used", 5)]
+        assert rows == [f"jti={jtis[1]};retry=true", f"jti={jtis[0]}"]
+
+    def test_a_row_of_an_older_version_is_strict(self, idp, auth, service, log_in, alice):
+        """Its successor was random."""
+        token, successor = log_in(alice)["refresh_token"], "an older version's"
+        second = self.turn(auth, service, token).json["refresh_token"]
+        with idp.store.transaction():
+            idp.store.run(
+                "UPDATE refresh_token SET token_sha256 = :new WHERE token_sha256 = :old", new=m.sha256(successor),
+                old=m.sha256(second),
+            )
+        assert self.reason(self.turn(auth, service, token)) == (400, "invalid_grant")
+        assert self.reason(self.turn(auth, service, successor)) == (400, "invalid_grant")
+
+    def test_of_many_at_once_each_gets_a_living_token_and_one_successor(self, idp, callers, service, log_in, alice):
+        """20 rounds of 32 at once, each with the successor of the last; 200 on two real processes: test_processes."""
+        token = log_in(alice)["refresh_token"]
+        for number in range(20):
+            answers = self.crowd(callers, service, [token] * 32)
+            assert {answer.status for answer in answers} == {200}, (number, answers)
+            (token,) = {answer.json["refresh_token"] for answer in answers}
+            assert len({answer.json["jti"] for answer in answers}) == 32
+        assert all(callers[0].get("/me", bearer=answer.json["access_token"]).status == 200 for answer in answers)
+        assert idp.store.list_refresh_tokens(alice.id)[1] == 21
+
+    def test_of_many_at_once_with_the_successor_the_family_dies_exactly_if_the_older_one_comes_later(
+        self, idp, callers, service, log_in, alice
+    ):
+        """20 rounds of 16 retries beside 16 uses of the successor; the audit log tells in which order they came."""
+        ends = set()
+        for number in range(20):
+            first = log_in(alice)["refresh_token"]
+            second = self.turn(callers[0], service, first).json["refresh_token"]
+            answers = self.crowd(callers, service, [first, second] * 16)
+            ends.add(self.check_order(idp, number, second, answers))
+        assert True in ends, "no round ended a family"
+
+    def check_order(self, idp, number, second, answers):
+        """Return whether the family is dead, having checked that it is so exactly if it must."""
+        good = {answer.json["jti"]: number % 2 for number, answer in enumerate(answers) if answer.status == 200}
+        assert all(answer.json["error"] == "invalid_grant" for answer in answers if answer.status != 200)
+        came = [
+            good[row.secondary[4:36]]
+            for row in reversed(idp.store.list_audit("refresh_token_used", 32)) if row.secondary[4:36] in good
+        ]
+        assert len(came) == len(good) and came == sorted(came), (number, "a retry after the use of the successor")
+        family = idp.store.find_family(idp.store.find_refresh_token(m.sha256(second)).sid)
+        is_dead = family.revoked_at is not None
+        assert is_dead == (len(good) < 32), number
+        living = [
+            row for row in idp.store.list_refresh_tokens(limit=1000)[0]
+            if row.sid == family.sid and row.rotated_at is None and row.revoked_at is None
+        ]
+        assert len(living) == (0 if is_dead else 1), number
+        return is_dead
 
 
 class TestAuthorizationCode:

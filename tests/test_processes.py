@@ -236,6 +236,7 @@ class TestKilling:
 
     def test_what_was_acknowledged_survives(self, box):
         acknowledged, revoked, spent = [], [], []
+        box.environ |= {"MAD_REFRESH_TOKEN_GRACE": "0"}  # from the next start on: a spent token is dead at once
         box.new_user("ann")
         for number in range(8):
             bearer = box.admin_token()
@@ -298,28 +299,41 @@ class TestKilling:
 
 
 class TestRaces:
-    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path):
-        """200 rounds of 32 at once."""
+    @pytest.mark.parametrize("grace", [0, 30])
+    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path, grace):
+        """200 rounds of 32 at once. Without a grace one wins and the login ends; with one, all get its successor."""
         with (
-            Box(tmp_path / "data", workers="2", max_login_failures="0") as box,
+            Box(tmp_path / "data", workers="2", max_login_failures="0", refresh_token_grace=str(grace)) as box,
             concurrent.futures.ThreadPoolExecutor(32) as pool,
         ):
             box.new_user("ann")
             local = threading.local()
 
-            def spend(token):
+            def ask(path, form):
                 if not hasattr(local, "connection"):
                     local.connection = http.client.HTTPConnection("127.0.0.1", box.auth_port, timeout=30)
-                body = urlencode(
-                    REFRESH | {"refresh_token": token, "client_id": box.client[0], "client_secret": box.client[1]}
-                )
-                local.connection.request("POST", "/token", body, {"Content-Type": "application/x-www-form-urlencoded"})
+                body = urlencode(form | {"client_id": box.client[0], "client_secret": box.client[1]})
+                local.connection.request("POST", path, body, {"Content-Type": "application/x-www-form-urlencoded"})
                 response = local.connection.getresponse()
                 return response.status, json.loads(response.read())
 
+            def spend(token):
+                return ask("/token", REFRESH | {"refresh_token": token})
+
+            def is_active(answer):
+                return ask("/introspect", {"token": answer[1]["access_token"]})[1]["active"]
+
+            token = box.log_in("ann").json["refresh_token"]
             for _ in range(200):
-                token = box.log_in("ann").json["refresh_token"]
+                if not grace:
+                    token = box.log_in("ann").json["refresh_token"]
                 answers = list(pool.map(spend, [token] * 32))
+                if grace:
+                    assert {status for status, _ in answers} == {200}, answers
+                    assert len({body["access_token"] for _, body in answers}) == 32
+                    assert all(pool.map(is_active, answers))
+                    (token,) = {body["refresh_token"] for _, body in answers}
+                    continue
                 statuses = [status for status, _ in answers]
                 assert statuses.count(200) == 1 and statuses.count(400) == 31, statuses
                 (winner,) = [body for status, body in answers if status == 200]

@@ -278,6 +278,11 @@ class Options:
     refresh_token_absolute_expiration: int = option(
         2592000, seconds, "Seconds after the login when no refresh works any more.", group="Keys and tokens"
     )
+    refresh_token_grace: int = option(
+        30, whole(0, 3600),
+        "Seconds in which a refresh token just used may be sent again, if its successor was not used; 0 never.",
+        group="Keys and tokens",
+    )
     refresh_token_purge_days: int = option(
         7, days, "Days an expired refresh token stays listed; 0 keeps it.", "Days to keep expired refresh tokens?",
         group="Keys and tokens",

@@ -1441,6 +1441,30 @@ class Store(Database):
             token_sha256=token_sha256, client_id=client_id, now=now,
         )
 
+    def find_successor(
+        self, token_sha256: str, successor_sha256: str, client_id: str, now: int, grace: int
+    ) -> RefreshToken | None:
+        """Return the unused successor of a refresh token that this client spent within `grace` seconds, or None.
+
+        Asked in the transaction that acts on it. Revoking a login marks both rows.
+        """
+        # Times are whole seconds, so the grace lasts up to a second longer. A token spent in the future tells that the
+        # clock went back, and nothing of how long ago that was: it is refused, or the grace would begin again. One
+        # second is let pass, because the clock goes back by parts of a second when it is corrected.
+        return self.one(
+            RefreshToken,
+            """
+            SELECT successor.*
+              FROM refresh_token AS spent
+              JOIN refresh_token AS successor ON successor.sid = spent.sid
+             WHERE spent.token_sha256 = :token_sha256 AND spent.client_id = :client_id
+               AND spent.rotated_at BETWEEN :now - :grace AND :now + 1 AND spent.revoked_at IS NULL
+               AND successor.token_sha256 = :successor_sha256
+               AND successor.rotated_at IS NULL AND successor.revoked_at IS NULL AND successor.expires_at > :now
+            """,
+            token_sha256=token_sha256, successor_sha256=successor_sha256, client_id=client_id, now=now, grace=grace,
+        )
+
     def revoke_jti(self, jti: str, expires_at: int, now: int) -> None:
         """Revoke an access token. Its tombstone is what counts: the row of the token may not be stored yet."""
         self.run(

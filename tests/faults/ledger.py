@@ -23,10 +23,10 @@ from box import Answer
 
 PHRASE, OTHER_PHRASE, WRONG = "correct horse battery", "another battery staple", "not the horse at all"
 THRESHOLD = 3  # failures that lock
-SETTINGS = {  # what the load needs: nothing may be dead because it has expired
+SETTINGS = {  # what the load needs: nothing may be dead because it has expired, and what is spent is dead at once
     "enable_token_refresh": "true", "max_login_failures": THRESHOLD, "seconds_to_reset_login_failures": 86400,
     "failed_password_lockout_duration": 86400, "token_expiration": 86400, "admin_token_expiration": 86400,
-    "refresh_token_expiration": 864000, "audit_log_retention_days": 0,
+    "refresh_token_expiration": 864000, "refresh_token_grace": 0, "audit_log_retention_days": 0,
 }
 
 

@@ -23,7 +23,10 @@ class Shifted:
         (layer,) = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
         self.file = tmp_path / "faketime"
         self.shift(0)
-        self.box = Box(tmp_path / "data", workers="2", enable_token_refresh="true", key_overlap="1", **settings)
+        self.box = Box(
+            tmp_path / "data", workers="2", enable_token_refresh="true", refresh_token_grace="0", key_overlap="1",
+            **settings,
+        )
         self.box.set_up()
         self.box.environ |= {
             "LD_PRELOAD": layer, "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1",
