@@ -299,9 +299,12 @@ class TestKilling:
 
 
 class TestRaces:
-    @pytest.mark.parametrize("grace", [0, 30])
-    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path, grace):
-        """200 rounds of 32 at once. Without a grace one wins and the login ends; with one, all get its successor."""
+    @pytest.mark.parametrize("grace, beside", [(0, False), (30, False), (30, True)])
+    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path, grace, beside):
+        """200 rounds of 32 at once. Without a grace one wins and the login ends; with one, all get its successor.
+
+        If half of them present the successor, the login lives exactly if every retry came before its first use.
+        """
         with (
             Box(tmp_path / "data", workers="2", max_login_failures="0", refresh_token_grace=str(grace)) as box,
             concurrent.futures.ThreadPoolExecutor(32) as pool,
@@ -325,9 +328,20 @@ class TestRaces:
 
             token = box.log_in("ann").json["refresh_token"]
             for _ in range(200):
-                if not grace:
+                if beside or not grace:
                     token = box.log_in("ann").json["refresh_token"]
-                answers = list(pool.map(spend, [token] * 32))
+                crowd = [token] * 32
+                if beside:
+                    crowd[1::2] = [spend(token)[1]["refresh_token"]] * 16
+                answers = list(pool.map(spend, crowd))
+                if beside:
+                    assert {body["error"] for status, body in answers if status != 200} <= {"invalid_grant"}
+                    good = [answer for answer in answers if answer[0] == 200]
+                    assert set(map(is_active, good)) == {len(good) == 32}
+                    for half in (0, 1):
+                        successors = {body["refresh_token"] for status, body in answers[half::2] if status == 200}
+                        assert len(successors) <= 1
+                    continue
                 if grace:
                     assert {status for status, _ in answers} == {200}, answers
                     assert len({body["access_token"] for _, body in answers}) == 32
