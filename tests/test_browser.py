@@ -29,7 +29,7 @@ def box(tmp_path_factory):
         )
         assert made.status == 200
         box.new_user("ann", PASSWORD)
-        demo = f"http://127.0.0.1:{box.auth_port}/pkce_demo/index.html"
+        demo = f"http://127.0.0.1:{box.auth_port}/pkce_demo/"
         assert (
             box.admin("POST", "/clients", json_body={"client_id": "spa", "client_type": "public"}, bearer=bearer).status
             == 200
@@ -106,7 +106,7 @@ class TestPkceDemo:
                 troubles.append(message.text) if message.type == "error" and "favicon" not in message.text else None
             ),
         )
-        page.goto(f"http://127.0.0.1:{box.auth_port}/pkce_demo/index.html")
+        page.goto(f"http://127.0.0.1:{box.auth_port}/pkce_demo/")
         page.get_by_role("button", name="Sign in").click()
         sign_in(page)
         expect(page.get_by_role("heading", name="Signed in as ann")).to_be_visible()
