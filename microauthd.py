@@ -3131,15 +3131,17 @@ class Params:
 
     `pairs` holds all of them as they came. `values` holds those that get() returns: a parameter without a value counts
     as omitted, and `repeated` names those sent more than once, which are refused if they are read. RFC 6749 §3.1, §3.2.
+
+    They are parsed when the guard reads one, else after it: whoever may not call the route hears 401 or 403, whatever
+    the request holds.
     """
 
     __slots__ = (
-        "environ", "path", "pairs", "values", "repeated", "body", "query", "caller", "route", "raw", "session",
+        "environ", "path", "pairs", "values", "repeated", "is_parsed", "body", "query", "caller", "route", "session",
     )
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
-        self.raw = ("", b"")  # media type and bytes of a body that decode() reads
         self.session: Any = UNSET  # what current_session() found
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         is_direct = environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied")
@@ -3150,24 +3152,25 @@ class Params:
         self.pairs: list[tuple[str, str]] = []
         self.values: dict[str, str] = {}
         self.repeated: set[str] = set()
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
-            self.parse(environ.get("QUERY_STRING", "").encode("latin-1"))
-            if route.takes is None:
-                return
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if route.takes is not None:
-            self.raw = (media, body)
-        elif route.form is None or not body:
-            return  # a route that takes no body ignores one
-        elif media == FORM:
-            self.parse(body)
-        elif not issubclass(route.form, BearerForm):  # that form is optional: the token may be in the header
-            raise Problem("invalid_request", log="not a form")
+        self.is_parsed = False
 
-    def parse(self, octets: bytes):
-        """Parse the octets of a form or query. Raises invalid_request."""
-        self.pairs = parse_form(octets)
+    def media(self) -> str:
+        """Return the media type of the body, without its parameters."""
+        return self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+
+    def read_body(self) -> bytes:
+        return self.environ["wsgi.input"].read(int(self.environ.get("CONTENT_LENGTH") or 0))
+
+    def query_pairs(self) -> list[tuple[str, str]]:
+        return parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1"))
+
+    def parse(self):
+        """Parse the query of a GET, or the form of a POST whose route takes one. Raises invalid_request."""
+        self.is_parsed = True
+        if self.environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
+            self.pairs = self.query_pairs()
+        elif self.route.form is not None and self.media() == FORM:
+            self.pairs = parse_form(self.read_body())
         for name, value in self.pairs:
             if value and name in self.values:
                 self.repeated.add(name)
@@ -3177,27 +3180,36 @@ class Params:
             del self.values[name]
 
     def decode(self):
-        """Decode body and query into the types that the route declares.
+        """Parse what the guard has not read, and decode body and query into the types that the route declares.
 
         Runs after the guard, so that the errors do not describe our objects to an unauthorized caller.
         """
         route = self.route
+        if not self.is_parsed:
+            self.parse()
         if route.query is not None:
-            query = parse_form(self.environ.get("QUERY_STRING", "").encode("latin-1"))
-            self.query = decode_form(query, route.query)
+            self.query = decode_form(self.query_pairs(), route.query)
         if route.takes is not None:
-            media, body = self.raw
-            if not body and may_be_empty(route.takes):
-                self.body = convert({}, route.takes)
-            elif media not in route.media:
-                raise Problem("unsupported_media_type")
-            elif media == JSON:
-                self.body = decode_body(body, route.takes)
-            else:
-                self.body = decode_form(parse_form(body), route.takes)
+            self.body = self.decode_body()
+        elif route.form is not None and self.environ["REQUEST_METHOD"] == "POST" and self.media() != FORM:
+            # A BearerForm is optional: the token may be in the header, and then any other body is ignored.
+            is_needed = not issubclass(route.form, BearerForm)
+            if is_needed and self.read_body():
+                raise Problem("invalid_request", log="not a form")
+
+    def decode_body(self):
+        """Return the body as the type that the route takes. Raises unsupported_media_type or invalid_request."""
+        route, media, body = self.route, self.media(), self.read_body()
+        if not body and may_be_empty(route.takes):
+            return convert({}, route.takes)
+        if media not in route.media:
+            raise Problem("unsupported_media_type")
+        return decode_body(body, route.takes) if media == JSON else decode_form(parse_form(body), route.takes)
 
     def get(self, name: str) -> str | None:
         """Return a parameter, or None if it is missing or empty. Raises invalid_request if it is repeated."""
+        if not self.is_parsed:
+            self.parse()
         if name in self.repeated:
             raise Problem("invalid_request", log=f"{name} is repeated")
         return self.values.get(name)
@@ -3241,7 +3253,8 @@ def read_client_credentials(params) -> tuple[str, str | None]:
             raise Problem("invalid_client", log="an empty client_id")
         return client_id, secret or None
     if not form_id:
-        raise Problem("invalid_client", log="no client_id")
+        is_form = params.media() in ("", FORM)
+        raise Problem("invalid_client", log="no client_id" if is_form else "no client_id, and the body is not a form")
     return form_id, form_secret or None
 
 
@@ -3453,8 +3466,7 @@ class Answer:
         try:
             params = Params(environ, path, route)
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
-            if route.takes is not None or route.query is not None:
-                params.decode()
+            params.decode()
             result = route.handler(self.idp, *caller, params)
             if route.versioned and environ["REQUEST_METHOD"] != "DELETE":
                 return Reply(result, [("ETag", etag(result))])

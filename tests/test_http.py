@@ -1,6 +1,7 @@
 """HTTP: Params, guards, answers."""
 
 import json
+import re
 from urllib.parse import parse_qsl, quote, urlencode
 
 import microauthd as m
@@ -8,6 +9,7 @@ import pytest
 from conftest import Caller
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.openapi import FORM
 from appliance.base.objects import AssignScopes, ChangeSecret, CreateClient, CreateUser
 
 MACHINE = {"grant_type": "client_credentials"}
@@ -148,6 +150,60 @@ class TestForms:
     )
     def test_the_content_type_is_compared_as_its_standard_says(self, auth, service, media):
         assert auth.post("/token", MACHINE, auth=service, headers=[("CONTENT_TYPE", media)]).status == 200
+
+
+PROTECTED = [
+    (routes, route, method, path)
+    for routes in (m.AUTH, m.ADMIN)
+    for route in routes.routes
+    if route.guard is not m.anyone
+    for method in route.methods
+    for path in route.paths
+]
+GARBAGE = [
+    ("application/json", b"{not json"), ("application/json", b"[]"), ("application/json", b"[" * 60_000),
+    ("text/plain", b"\xff\0"), ("multipart/form-data", b"--x"), ("", b"\xff"),
+]
+MALFORMED = [(FORM, b"%zz"), (FORM, b"a=%ff"), (FORM, b"&" * 70)]
+
+
+class TestGuardsComeFirst:
+    """Whoever may not call a route hears so, whatever the request holds."""
+
+    @pytest.mark.parametrize(
+        "routes, route, method, path", PROTECTED, ids=[f"{row[0].name} {row[2]} {row[3]}" for row in PROTECTED]
+    )
+    def test_of_every_protected_route(self, auth, admin, service, routes, route, method, path):
+        app, path = auth if routes is m.AUTH else admin, re.sub("<[a-z_]+>", "x", path)
+        reads_form = route.form is not None and method == "POST"
+        for media, body in GARBAGE + ([] if reads_form else MALFORMED):
+            for more in ({}, {"bearer": "x.y.z"}, {"auth": ("service", "wrong")}):
+                answer = app(method, path, body, headers=[("CONTENT_TYPE", media)], **more)
+                assert answer.status == 401 and answer.headers["www-authenticate"], (media, body, more)
+                assert "errors" not in answer.json
+        assert app(method, path + "?%zz&limit=x&limit=y").status == 401, "nor is a query"
+
+    @pytest.mark.parametrize("media, body", MALFORMED)
+    @pytest.mark.parametrize(
+        "routes, path",
+        [(row[0], row[3]) for row in PROTECTED if row[1].form is not None and row[2] == "POST"],
+    )
+    def test_a_malformed_form_that_the_guard_reads_is_refused(self, auth, admin, routes, path, media, body):
+        answer = (auth if routes is m.AUTH else admin).post(path, body)
+        assert (answer.status, answer.json["error"]) == (400, "invalid_request")
+
+    @pytest.mark.parametrize("media, body", GARBAGE)
+    def test_a_machine_where_a_user_is_needed_and_a_scope_that_is_missing(self, auth, service, media, body):
+        machine = auth.post("/token", MACHINE, auth=service).json["access_token"]
+        for path in ("/userinfo", "/logout", "/logout-all", "/user", "/user/alice/reset", "/user/alice/deactivate"):
+            assert auth.post(path, body, bearer=machine, headers=[("CONTENT_TYPE", media)]).status == 403
+
+    def test_a_malformed_query_is_refused_afterwards(self, auth, bearer, admin, admin_token):
+        for answer in (
+            auth.get("/me?%zz", bearer=bearer), auth.get("/jwks.json?%zz"), auth.get("/ping?a=%ff"),
+            admin.get("/users/root?%zz", bearer=admin_token), admin.get("/users?limit=%00", bearer=admin_token),
+        ):
+            assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
 
 class TestJson:
