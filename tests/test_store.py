@@ -261,6 +261,27 @@ class TestCounting:
         store.revoke_family("s", 50)
         assert rotate("second", "c", 60) is None
 
+    def test_a_successor_is_found_within_the_grace_until_it_is_used(self, idp, alice, change):
+        """The statement asks everything, whatever was read before it."""
+        store = idp.store
+        for sid in ("s", "other"):
+            store.insert(Family(sid, alice.id, "c", "", "pwd", 1, "", 1, 100, None))
+        for name, sid, rotated_at in (("first", "s", 50), ("second", "s", None), ("third", "other", None)):
+            store.insert(RefreshToken(name, name, sid, alice.id, "c", "j", 1, 90, rotated_at, None))
+
+        def find(spent="first", successor="second", client_id="c", now=55, grace=30):
+            return store.find_successor(spent, successor, client_id, now, grace)
+
+        assert find().id == find(now=49).id == find(now=80).id == "second"
+        assert find(client_id="another") is find(now=48) is find(now=81) is find(successor="third") is None
+        assert find("second", "first") is find("nothing") is find(now=90, grace=60) is None
+        for column in ("rotated_at", "revoked_at"):
+            change(f"UPDATE refresh_token SET {column} = 54 WHERE id = 'second'")
+            assert find() is None
+            change(f"UPDATE refresh_token SET {column} = NULL WHERE id = 'second'")
+        change("UPDATE refresh_token SET revoked_at = 54 WHERE id = 'first'")
+        assert find() is None
+
     def test_a_login_advances_once_from_the_state_in_which_it_was_read(self, idp, alice):
         store = idp.store
         read = store.insert(LoginTransaction("l", "b", "c", "password", "null", None, "", 0, 0, 1, 100, 0, ""))
