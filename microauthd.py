@@ -361,10 +361,23 @@ def new_totp_seed() -> str:
     return base64.b32encode(os.urandom(20)).decode()
 
 
+def without_colon(name: str, default: str) -> str:
+    """Return a name for the label of an otpauth URI, where one colon, also if encoded, parts issuer and account."""
+    return re.sub(r"\s*[:\uff1a]+\s*", " ", name).strip() or default
+
+
 def totp_uri(seed, username, issuer_name) -> str:
+    """Return the otpauth URI of a seed, which a QR code shows to an authenticator."""
     import pyotp
 
-    return pyotp.TOTP(seed).provisioning_uri(name=username, issuer_name=issuer_name)
+    return pyotp.TOTP(seed).provisioning_uri(
+        name=without_colon(username, "account"), issuer_name=without_colon(issuer_name, "microauthd")
+    )
+
+
+def box_name(options: Options) -> str:
+    """Return the name that people know this server by: `brand-name`, else the issuer's host."""
+    return options.brand_name or urlsplit(options.auth_issuer).hostname or "microauthd"
 
 
 def fold_one_time_code(code: str) -> str:
@@ -1775,11 +1788,11 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
     Raises not_found, or invalid_request if the client does not demand a second factor.
     """
     if not client_id:
-        return "microauthd"
+        return box_name(idp.options)
     client = get_client(idp, client_id)
     if "ENABLE_TOTP" not in client.flags:
         reject(client_id="this client does not demand a second factor: its ENABLE_TOTP is off")
-    return client.flags.get("TOTP_ISSUER") or client.row.display_name or client.client_id
+    return client.flags.get("TOTP_ISSUER") or box_name(idp.options)
 
 
 def check_idp(provider: PutIdp):
@@ -3402,7 +3415,7 @@ def show_page(
     context = {
         "text": idp.pages.texts[language], "language": language, "base": base,
         "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
-        "brand": idp.options.brand_name or urlsplit(base).hostname,
+        "brand": box_name(idp.options),
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
     } | variables
     # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
@@ -4261,8 +4274,8 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
         assert row.pending and client
         if account is None:
             return {"secret": "", "qr": ""}
-        seed, host = idp.seal.open(row.pending, account.id), urlsplit(idp.options.auth_issuer).hostname
-        issuer_name = client.flags.get("TOTP_ISSUER") or client.row.display_name or host
+        seed = idp.seal.open(row.pending, account.id)
+        issuer_name = client.flags.get("TOTP_ISSUER") or box_name(idp.options)
         return {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name))}
     variables: dict[str, Any] = {"username": account.username if account else ""}
     if row.state == "consent":
@@ -4676,7 +4689,7 @@ def show_account(
         ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
         secret=pending,
-        qr=qr_uri(totp_uri(pending, account.username, urlsplit(idp.options.auth_issuer).hostname)) if pending else "",
+        qr=qr_uri(totp_uri(pending, account.username, box_name(idp.options))) if pending else "",
         cookies=cookies,
     )
 

@@ -559,7 +559,7 @@ def draw_qr_code(uri, secret):
     return "Type the secret into the authenticator:\n  " + secret
 
 
-def ask_second_factor(prompter, username):
+def ask_second_factor(prompter, username, issuer_name):
     """Offer TOTP, and return the seed, or "" without one.
 
     A seed is used only after a code has proved that an authenticator has it. RFC 6238
@@ -567,7 +567,7 @@ def ask_second_factor(prompter, username):
     if not prompter.confirm("A second factor (TOTP) for the administrator?", False):
         return ""
     seed = microauthd.new_totp_seed()
-    uri = microauthd.totp_uri(seed, username, "microauthd")
+    uri = microauthd.totp_uri(seed, username, issuer_name)
     prompter.write(draw_qr_code(uri, " ".join(re.findall(".{1,4}", seed))))
 
     def check(answer):
@@ -587,7 +587,7 @@ def ask_administrator(prompter, draft):
         lambda answer: microauthd.check_new_password(draft.options, answer, username, email), "password", str
     )
     password = prompter.ask_secret("Administrator's password?", check, repeat=True)
-    return username, email, password, ask_second_factor(prompter, username)
+    return username, email, password, ask_second_factor(prompter, username, microauthd.box_name(draft.options))
 
 
 def print_summary(prompter, draft, final_options, answers, is_guided):

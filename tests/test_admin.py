@@ -1073,7 +1073,7 @@ class TestTotp:
         made = call("POST", "/users/alice/totp/enroll", {}).json
         SECRETS.update({made["secret"], made["otpauth_uri"]})
         assert (
-            made["otpauth_uri"].startswith("otpauth://totp/microauthd:alice?secret=" + made["secret"])
+            made["otpauth_uri"].startswith("otpauth://totp/idp.example:alice?secret=" + made["secret"])
             and made["svg"].startswith("<?xml")
             and "</svg>" in made["svg"]
         )
@@ -1132,11 +1132,15 @@ class TestTotp:
     def test_the_client_names_the_issuer_and_must_demand_a_second_factor(self, call, alice, service):
         assert list(call("POST", "/users/alice/totp/enroll", {"client_id": "service"}).json["errors"]) == ["client_id"]
         call("POST", "/client/options/ENABLE_TOTP", {"client_id": "service", "enabled": True})
+        call("PUT", "/clients/service", {"display_name": "A service"})
+        made = call("POST", "/users/alice/totp/enroll", {"client_id": "service"}).json
+        SECRETS.update({made["secret"], made["otpauth_uri"]})
+        assert pyotp.parse_uri(made["otpauth_uri"]).issuer == "idp.example", "one box has one name"
         call("POST", "/client/options/TOTP_ISSUER/ext", {"client_id": "service", "options": "Böx: & Co"})
         made = call("POST", "/users/alice/totp/enroll", {"client_id": "service"}).json
         SECRETS.add(made["secret"])
         assert (
-            pyotp.parse_uri(made["otpauth_uri"]).issuer == "Böx: & Co"
+            pyotp.parse_uri(made["otpauth_uri"]).issuer == "Böx & Co"
             and pyotp.parse_uri(made["otpauth_uri"]).name == "alice"
         )
 

@@ -166,7 +166,7 @@ class TestWizard:
         drawn = console.text[console.text.index("second factor (TOTP)") :].splitlines()
         words = "".join(re.findall(r"(?<![A-Z2-7])(?:[A-Z2-7]{4} ?){4,8}(?![A-Z2-7])", "\n".join(drawn)))
         seed = re.sub(r"\s", "", words)[:32]
-        code = segno.make(m.totp_uri(seed, "admin", "microauthd"), error="l", micro=False)
+        code = segno.make(m.totp_uri(seed, "admin", "localhost"), error="l", micro=False)
         if lang:
             rows = [row[0] for line in drawn if (row := re.search("[\u2580\u2584\u2588 ]{41}", line))]
             assert len(rows) == 21, "it fits on one screen, the question below it"

@@ -5,6 +5,7 @@ import hashlib
 import re
 import unicodedata
 import uuid
+from urllib.parse import unquote
 
 import microauthd as m
 import pyotp
@@ -153,6 +154,26 @@ class TestOneTimeCodes:
         seed = m.new_totp_seed()
         assert len(base64.b32decode(seed)) == 20
         assert m.totp_uri(seed, "alice", "My Box").startswith("otpauth://totp/My%20Box:alice?secret=" + seed)
+
+    @pytest.mark.parametrize(
+        "account, issuer, label",
+        [
+            ("alice", "Böx: & Co", "B%C3%B6x%20%26%20Co:alice"),
+            ("a:b", "box.example:9040", "box.example%209040:a%20b"),
+            ("ann\uff1ax", "::1", "1:ann%20x"), (":", ":", "microauthd:account"),
+            ("ann@example.org", "B", "B:ann%40example.org"),
+        ],
+    )
+    def test_one_colon_parts_issuer_and_account(self, account, issuer, label):
+        uri = m.totp_uri(m.new_totp_seed(), account, issuer)
+        path, query = uri.removeprefix("otpauth://totp/").split("?")
+        assert path.replace("%40", "@") == label.replace("%40", "@") and path.count(":") == 1
+        assert "%3a" not in uri.lower() and ":" not in query and "%ef%bc%9a" not in uri.lower()
+        assert pyotp.parse_uri(uri).issuer == unquote(label.split(":")[0])
+
+    def test_a_box_has_one_name(self):
+        assert m.box_name(Options(oidc_issuer="https://idp.example:8443/x")) == "idp.example"
+        assert m.box_name(Options(oidc_issuer="https://idp.example", brand_name="Our Box")) == "Our Box"
 
 
 class TestNewPasswords:

@@ -63,7 +63,7 @@ class VerifyPassword(msgspec.Struct):
 
 
 class EnrolTotp(msgspec.Struct):
-    """POST /users/{id}/totp/enroll. The TOTP_ISSUER of a client names the issuer."""
+    """POST /users/{id}/totp/enroll. The issuer is TOTP_ISSUER of the client, `brand-name` or the issuer's host."""
 
     client_id: str = ""
 

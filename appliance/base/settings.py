@@ -352,7 +352,9 @@ class Options:
     session_absolute_expiration: int = option(
         86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"
     )
-    brand_name: str = option("", label, "Name on the login pages; empty is the host name of the issuer.", group="Pages")
+    brand_name: str = option(
+        "", label, "Name on the login pages and in authenticators; empty is the issuer's host.", group="Pages"
+    )
     brand_logo: str = option("", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages")
     brand_color: str = option("#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages")
     pages_folder: str = option(
