@@ -203,6 +203,8 @@ class ServerProcess:
                 trusted_proxies=options.trusted_proxies, log=self.refused, max_threads=grant_threads(count, limits),
             )
             idp.hasher.gate.blocking, server.beat = server.blocking, startup.generation.beat
+            # Each thread opens its connection at once: later, there may be no descriptor left for one.
+            server.prepare_thread = lambda: self.store.connection
             self.servers.append(server)
         self.store.blocking = self.blocking
 

@@ -26,6 +26,7 @@ import ssl
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import cheroot.connections
@@ -658,6 +659,8 @@ class WorkerThread(cheroot.workers.threadpool.WorkerThread):
         self.leads = False
 
     def run(self):
+        with contextlib.suppress(Exception):  # what needs it tries again
+            self.server.prepare_thread()
         while True:
             try:
                 self._process_connections_until_interrupted()
@@ -945,6 +948,7 @@ class Server(cheroot.wsgi.Server):
         self.log = log or (lambda event, **fields: None)
         self.requests = ThreadPool(self, threads, max_threads)
         self.beat = lambda: None  # called at every sweep
+        self.prepare_thread: Callable = lambda: None  # called by each thread of the pool before it takes requests
         self._names = {trusted: HeaderKeys(trusted) for trusted in (False, True)}
         self._date = (0, "")
         self._blocks = {}  # headers: their lines
