@@ -705,9 +705,8 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
             if drop_totp:
                 idp.store.clear_totp(account.id, idp.now())
             revoke_user(
-                idp, LOCAL.acting_as(
-                    "machine"
-                ), account.id, "admin_recovered", done + (" totp=removed" if drop_totp else "")
+                idp, LOCAL.acting_as("machine"), account.id, "admin_recovered",
+                done + (" totp=removed" if drop_totp else ""),
             )
         return done
     finally:

@@ -57,9 +57,8 @@ def purge(idp: Idp, pause=sleep):
         counts["audit"] = purge_audit_log(idp, LOCAL.acting_as("system"), options.audit_log_retention_days, pause)
     if any(counts.values()):
         audit(
-            idp, LOCAL.acting_as(
-                "system"
-            ), "purged", "", " ".join(f"{table}={count}" for table, count in counts.items() if count)
+            idp, LOCAL.acting_as("system"), "purged", "",
+            " ".join(f"{table}={count}" for table, count in counts.items() if count),
         )
     idp.log("upkeep", **counts)
 
