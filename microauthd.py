@@ -3137,6 +3137,9 @@ def decode_form(pairs: list[tuple[str, str]], declared):
     return convert(match_members(pairs, declared), declared, strict=False)
 
 
+QUERY_METHODS = ("GET", "HEAD", "DELETE")  # whose parameters stand in the query
+
+
 class Params:
     """The parameters of a request, parsed once: the form of a POST or the query of a GET, never both.
 
@@ -3178,7 +3181,7 @@ class Params:
     def parse(self):
         """Parse the query of a GET, or the form of a POST whose route takes one. Raises invalid_request."""
         self.is_parsed = True
-        if self.environ["REQUEST_METHOD"] in ("GET", "HEAD", "DELETE"):
+        if self.environ["REQUEST_METHOD"] in QUERY_METHODS:
             self.pairs = self.query_pairs()
         elif self.route.form is not None and self.media() == FORM:
             self.pairs = parse_form(self.read_body())
@@ -3199,7 +3202,8 @@ class Params:
         if not self.is_parsed:
             self.parse()
         if route.query is not None:
-            self.query = decode_form(self.query_pairs(), route.query)
+            in_query = self.environ["REQUEST_METHOD"] in QUERY_METHODS
+            self.query = decode_form(self.pairs if in_query else self.query_pairs(), route.query)
         if route.takes is not None:
             self.body = self.decode_body()
         elif route.form is not None and self.environ["REQUEST_METHOD"] == "POST" and self.media() != FORM:
