@@ -3777,11 +3777,6 @@ class App:
         return [body]
 
 
-def build_app(idp: Idp, routes: Routes) -> Callable:
-    """Return the WSGI application of a port."""
-    return App(idp, routes)
-
-
 def restrict_hosts(app, idp: Idp):
     """Wrap ADMIN so that it serves only requests for its own host names. This defeats DNS rebinding."""
     options = idp.options

@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,7 @@ from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import MAX_THREADS, Limits, Server, listen, tls_context
-from microauthd import ADMIN, AUTH, Idp, KeyRing, Seal, VERSION, restrict_hosts, build_app, ring_files
+from microauthd import ADMIN, AUTH, App, Idp, KeyRing, Seal, VERSION, restrict_hosts, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
 
@@ -194,7 +195,7 @@ class ServerProcess:
                 port_name: (startup.ring_marks[port_name], next_promotion_at(entries[port_name], options.key_overlap))
                 for port_name in entries
             }
-            app = build_app(idp, routes)
+            app: Callable = App(idp, routes)
             if name == "admin":
                 app = restrict_hosts(app, idp)
                 self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)

@@ -222,12 +222,12 @@ class Caller:
 
 @pytest.fixture
 def auth(idp):
-    return Caller(m.build_app(idp, m.AUTH))
+    return Caller(m.App(idp, m.AUTH))
 
 
 @pytest.fixture
 def admin(idp):
-    return Caller(m.restrict_hosts(m.build_app(idp, m.ADMIN), idp))
+    return Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
 
 
 class Someone:

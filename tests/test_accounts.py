@@ -126,7 +126,7 @@ class TestOneAnswer:
     def test_every_refusal_is_one_durable_write(self, make_idp, service, alice, spoil, case, audited):
         """A commit waits for the flash: one more or one less tells by time what was wrong."""
         idp = make_idp(Options(**CHEAP, enable_audit_logging=audited))
-        auth = Caller(m.build_app(idp, m.AUTH))
+        auth = Caller(m.App(idp, m.AUTH))
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
         form = {"username": "nobody", "password": PASSWORD} if case == "unknown user" else spoil(case, "alice")
         count, refused = commits(idp, lambda: auth.post("/token", GOOD | form, auth=service))

@@ -110,7 +110,7 @@ class TestToken:
     @pytest.mark.parametrize("revocation", [True, False])
     def test_logout_ends_this_login_and_no_other(self, make_idp, root, revocation):
         idp = make_idp(Options(**CHEAP, enable_token_revocation=revocation, admin_domain="localhost"))
-        admin = Caller(m.restrict_hosts(m.build_app(idp, m.ADMIN), idp))
+        admin = Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
         one, other = (
             admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"] for _ in range(2)
         )
@@ -138,7 +138,7 @@ class TestHost:
 
     def test_its_own_name_is_an_option(self, make_idp):
         idp = make_idp(Options(**CHEAP, admin_domain="box.example:8443", admin_ip="192.0.2.1"))
-        app = m.restrict_hosts(m.build_app(idp, m.ADMIN), idp)
+        app = m.restrict_hosts(m.App(idp, m.ADMIN), idp)
         assert [
             Caller(app, host).get("/ping").status
             for host in ("box.example", "box.example:8443", "192.0.2.1:9041", "other.example")
@@ -1156,7 +1156,7 @@ class TestTotp:
         folder = tmp_path / "qr"
         folder.mkdir()
         idp = make_idp(Options(**CHEAP, admin_domain="localhost", totp_qr_output_root=str(folder)))
-        admin = Caller(m.restrict_hosts(m.build_app(idp, m.ADMIN), idp))
+        admin = Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
         token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
         return folder, lambda body: admin("POST", "/users/alice/totp/generate", bearer=token, json_body=body)
 

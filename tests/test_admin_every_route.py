@@ -681,7 +681,7 @@ class TestBetweenReadAndWrite:
 
     def test_two_who_write_the_same_version_do_not_both(self, idp, admin_token, alice, admin):
         """RFC 9110 §13.1.1"""
-        apps = [Caller(m.build_app(idp, m.ADMIN)) for _ in range(4)]
+        apps = [Caller(m.App(idp, m.ADMIN)) for _ in range(4)]
         for _ in range(5):
             tag = apps[0].get("/users/alice", bearer=admin_token).headers["etag"]
             go, found = threading.Barrier(4), []

@@ -73,7 +73,7 @@ class TestDiscovery:
     @pytest.mark.parametrize("host", ["evil.example", "localhost", ""])
     def test_every_url_is_built_from_the_issuer_and_never_from_the_request(self, make_idp, host):
         auth = Caller(
-            m.build_app(make_idp(Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH), host=host
+            m.App(make_idp(Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH), host=host
         )
         answer = auth.get(
             "/.well-known/openid-configuration",
@@ -88,13 +88,13 @@ class TestDiscovery:
 
     def test_an_issuer_with_a_path_is_found_where_its_standard_says(self, make_idp):
         """RFC 8414 §3.1: the well-known part stands before the path."""
-        auth = Caller(m.build_app(make_idp(Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH))
+        auth = Caller(m.App(make_idp(Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH))
         found = auth.get("/.well-known/oauth-authorization-server/auth")
         assert found.status == 200 and found.json["issuer"] == "https://box.example/auth"
 
     @pytest.mark.parametrize("issuer", ["https://box.example/auth", "http://localhost:9040"])
     def test_the_issuer_of_a_token_is_the_issuer_of_the_metadata(self, make_idp, service, alice, issuer):
-        auth = Caller(m.build_app(make_idp(Options(**CHEAP, oidc_issuer=issuer)), m.AUTH))
+        auth = Caller(m.App(make_idp(Options(**CHEAP, oidc_issuer=issuer)), m.AUTH))
         answer = auth.post(
             "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "scope": "openid"},
             auth=service,
@@ -116,7 +116,7 @@ class TestDiscovery:
 
     @pytest.mark.parametrize("refresh", [True, False])
     def test_every_grant_it_lists_works_and_no_other(self, make_idp, service, alice, refresh):
-        auth = Caller(m.build_app(make_idp(Options(**CHEAP, enable_token_refresh=refresh)), m.AUTH))
+        auth = Caller(m.App(make_idp(Options(**CHEAP, enable_token_refresh=refresh)), m.AUTH))
         listed = set(metadata_of(auth)["grant_types_supported"])
         for grant in (
             "authorization_code", "client_credentials", "password", "refresh_token", "implicit",
@@ -260,7 +260,7 @@ class TestSelf:
         } == {answer["jti"]}
 
     def test_refresh_tokens_are_not_listed_where_there_are_none(self, make_idp, alice, service):
-        auth = Caller(m.build_app(make_idp(Options(**CHEAP)), m.AUTH))
+        auth = Caller(m.App(make_idp(Options(**CHEAP)), m.AUTH))
         token = auth.post(
             "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service
         ).json["access_token"]
@@ -385,7 +385,7 @@ class TestPublicFiles:
     @pytest.fixture
     def served(self, make_idp, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        return Caller(m.build_app(make_idp(Options(**CHEAP, serve_public_auth_files=True)), m.AUTH))
+        return Caller(m.App(make_idp(Options(**CHEAP, serve_public_auth_files=True)), m.AUTH))
 
     def test_they_are_off_unless_turned_on(self, auth):
         assert auth.get("/login.html").status == auth.get("/").status == 404
@@ -429,7 +429,7 @@ class TestPublicFiles:
 
     def test_a_folder_below_an_issuers_path_redirects_whether_or_not_a_proxy_removes_it(self, make_idp, tmp_path):
         options = Options(**CHEAP, serve_public_auth_files=True, oidc_issuer="https://box.example/auth")
-        served = Caller(m.build_app(make_idp(options), m.AUTH))
+        served = Caller(m.App(make_idp(options), m.AUTH))
         assert served.get("/auth/pkce_demo").headers["location"] == "./pkce_demo/"
         assert served.get("/pkce_demo").headers["location"] == "./pkce_demo/"
         assert served.get("/auth/pkce_demo/").status == 200
@@ -638,7 +638,7 @@ class TestKeySet:
         ],
     )
     def test_caches_keep_it_for_less_than_a_new_key_waits(self, make_idp, overlap, told):
-        auth = Caller(m.build_app(make_idp(Options(**CHEAP, key_overlap=overlap)), m.AUTH))
+        auth = Caller(m.App(make_idp(Options(**CHEAP, key_overlap=overlap)), m.AUTH))
         assert auth.get("/jwks.json").headers["cache-control"] == told
 
     def test_one_made_while_the_keys_changed_does_not_stay(self, idp):

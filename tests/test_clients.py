@@ -282,7 +282,7 @@ class TestAuthentication:
         ] * 2
 
     def test_a_restart_asks_argon2_again(self, make_idp, idp, service):
-        auth = Caller(m.build_app(make_idp(idp.options), m.AUTH))
+        auth = Caller(m.App(make_idp(idp.options), m.AUTH))
         assert auth.post("/token", MACHINE, auth=service).status == 200
 
     def test_an_inactive_client_is_no_client_anywhere(self, auth, service, public, machine, alice, log_in, change):

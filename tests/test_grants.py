@@ -214,7 +214,7 @@ class TestIdToken:
 @pytest.fixture
 def strict(make_idp, idp):
     """AUTH of another process of the same box, without a grace for refresh tokens."""
-    return Caller(m.build_app(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
+    return Caller(m.App(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
 
 
 class TestRefresh:
@@ -282,7 +282,7 @@ class TestRefresh:
 
     def test_it_is_off_unless_turned_on(self, make_idp, service, alice):
         idp = make_idp(Options(**CHEAP))
-        auth = Caller(m.build_app(idp, m.AUTH))
+        auth = Caller(m.App(idp, m.AUTH))
         answer = auth.post(
             "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD}, auth=service
         )
@@ -393,7 +393,7 @@ class TestRefresh:
     ):
         token, answers = log_in(alice)["refresh_token"], []
         callers = [
-            strict, Caller(m.build_app(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
+            strict, Caller(m.App(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
         ]
         threads = [
             threading.Thread(target=lambda caller=caller: answers.append(self.turn(caller, service, token)))
@@ -447,7 +447,7 @@ class TestRetriedRefresh:
     @pytest.fixture
     def callers(self, auth, make_idp, idp):
         """AUTH of two processes of one box."""
-        return [auth, Caller(m.build_app(make_idp(idp.options), m.AUTH))]
+        return [auth, Caller(m.App(make_idp(idp.options), m.AUTH))]
 
     def test_it_gives_the_same_refresh_token_and_another_access_token(
         self, idp, callers, service, log_in, alice, clock

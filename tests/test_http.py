@@ -366,7 +366,7 @@ class TestAnswers:
             )
 
     def test_https_is_remembered_by_browsers(self, idp):
-        app = m.build_app(idp, m.AUTH)
+        app = m.App(idp, m.AUTH)
         secure = Caller(lambda environ, start: app(environ | {"wsgi.url_scheme": "https"}, start))
         assert secure.get("/ping").headers["strict-transport-security"] == "max-age=31536000"
 

@@ -298,7 +298,7 @@ class TestAuthorizationCode:
         )
 
     def test_switched_off_it_is_not_there(self, make_idp):
-        auth = Caller(m.build_app(make_idp(Options(**CHEAP, enable_pkce=False)), m.AUTH))
+        auth = Caller(m.App(make_idp(Options(**CHEAP, enable_pkce=False)), m.AUTH))
         assert {auth.get(path).status for path in ("/authorize", "/login", "/account", "/end-session")} == {
             404
         } and "authorization_endpoint" not in auth.get("/.well-known/openid-configuration").json
@@ -478,7 +478,7 @@ class TestRequest:
 
     def test_plain_is_for_whoever_allows_it(self, make_idp, register, spa, alice, exchange):
         idp = make_idp(Options(**CHEAP, allow_plain_pkce=True, oidc_issuer="https://idp.example"))
-        browser = Browser(m.build_app(idp, m.AUTH))
+        browser = Browser(m.App(idp, m.AUTH))
         assert (
             exchange(code_of(sign_in(browser, request(code_challenge=VERIFIER, code_challenge_method="plain")))).status
             == 200
@@ -1746,7 +1746,7 @@ class TestPages:
                 brand_logo=str(tmp_path / "logo.svg"), pages_folder=str(tmp_path / "own"),
             )
         )
-        browser = Browser(m.build_app(idp, m.AUTH), "https://box.example/auth")
+        browser = Browser(m.App(idp, m.AUTH), "https://box.example/auth")
         page = browser.open(request(ui_locales="fr"))
         assert (
             title(page) == "Se connecter"
@@ -1771,7 +1771,7 @@ class TestPages:
         """The proxy in front takes the path away; what a browser is told carries it."""
         issuer = "https://idp.example/sso"
         browser = Browser(
-            Caller(m.build_app(make_idp(Options(**CHEAP, oidc_issuer=issuer)), m.AUTH), "idp.example").app, issuer
+            Caller(m.App(make_idp(Options(**CHEAP, oidc_issuer=issuer)), m.AUTH), "idp.example").app, issuer
         )
         assert sent_back(sign_in(browser))[1]["iss"] == issuer
         for path in ("/account", "/logout", "/end-session", "/login", "/authorize?client_id=nobody"):
@@ -1782,7 +1782,7 @@ class TestPages:
         assert title(browser.submit()) == "Signed out" and title(browser.open(request())) == "Sign in"
 
     def test_an_issuer_with_a_path_is_served_below_it_with_a_proxy_and_without(self, make_idp, spa, alice, exchange):
-        app = m.build_app(make_idp(Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH)
+        app = m.App(make_idp(Options(**CHEAP, oidc_issuer="https://box.example/auth")), m.AUTH)
         code = code_of(
             sign_in(Browser(app, "https://box.example/auth"))
         )  # this browser strips the path, as a proxy may
@@ -1814,7 +1814,7 @@ class TestPages:
 
     def test_over_plain_http_the_cookies_have_plain_names(self, make_idp, spa, alice):
         browser = Browser(
-            m.build_app(make_idp(Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH),
+            m.App(make_idp(Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH),
             "http://localhost:9040", "localhost:9040",
         )
         assert code_of(sign_in(browser)) and set(browser.cookies) == {"mad-session", "mad-login"}

@@ -30,7 +30,7 @@ class TestDocument:
     @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
     def test_it_lists_exactly_the_mounted_routes(self, described, routes):
         """Asked of Bottle, which knows what it was given."""
-        app = m.build_app(described, routes).bottle
+        app = m.App(described, routes).bottle
         served = {(route.method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.rule)) for route in app.routes}
         document = m.describe_port(described, routes)
         assert {(method.upper(), path) for path, methods in document["paths"].items() for method in methods} == served
@@ -52,7 +52,7 @@ class TestDocument:
             ] * 3
         idp = make_idp(Options(**CHEAP, **OPTIONS))
         for routes in (m.AUTH, m.ADMIN):
-            answer = Caller(m.build_app(idp, routes)).get("/openapi.json")
+            answer = Caller(m.App(idp, routes)).get("/openapi.json")
             assert (
                 answer.status == 200
                 and answer.json["openapi"] == "3.1.0"
@@ -199,7 +199,7 @@ class TestAnswers:
     def test_exactly_what_has_a_lasting_tag_is_described_as_having_one(self, make_idp, routes):
         """RFC 9110 §15.4.5"""
         idp = make_idp(Options(**CHEAP, **OPTIONS))
-        caller = Caller(m.build_app(idp, routes))
+        caller = Caller(m.App(idp, routes))
         for path, methods in m.describe_port(idp, routes)["paths"].items():
             if "get" in methods and "{" not in path:
                 tag = caller.get(path).headers.get("etag")

@@ -78,7 +78,7 @@ def world(idp, make_idp, options, service, alice, root, public, tmp_path):
         path = tmp_path / f"{next(copies)}.db3"
         path.write_bytes(filled)
         idp = make_idp(options, path)
-        return {"auth": m.build_app(idp, m.AUTH), "admin": m.build_app(idp, m.ADMIN)}
+        return {"auth": m.App(idp, m.AUTH), "admin": m.App(idp, m.ADMIN)}
 
     call.service = service
     return call

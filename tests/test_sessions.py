@@ -98,7 +98,7 @@ class TestAlive:
     def test_the_millisecond_of_a_revocation_is_dead(self, make_idp, alice, service, change):
         """Without the rows, the epoch alone decides."""
         idp = make_idp(Options(**CHEAP, enable_token_revocation=False))
-        auth = Caller(m.build_app(idp, m.AUTH))
+        auth = Caller(m.App(idp, m.AUTH))
         answer = auth.post(
             "/token", {"grant_type": "password", "username": "alice", "password": alice.password}, auth=service
         ).json
@@ -134,7 +134,7 @@ class TestAlive:
         self, make_idp, machine, log_in, alice, service, change, clock
     ):
         auth = Caller(
-            m.build_app(
+            m.App(
                 make_idp(Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
             )
         )
@@ -149,7 +149,7 @@ class TestAlive:
     def test_what_introspection_calls_active_was_not_revoked(self, make_idp, machine, service):
         """RFC 7662 §2.2, whatever the guards ask."""
         auth = Caller(
-            m.build_app(
+            m.App(
                 make_idp(Options(**CHEAP, enable_token_revocation=False, oidc_issuer="https://idp.example")), m.AUTH
             )
         )
@@ -363,7 +363,7 @@ class TestEnding:
     def test_it_counts_in_every_process_at_once(self, idp, make_idp, log_in, alice):
         other = make_idp(idp.options)
         other.store.generation = idp.store.generation
-        auth = Caller(m.build_app(other, m.AUTH))
+        auth = Caller(m.App(other, m.AUTH))
         answer = log_in(alice)
         assert auth.get("/me", bearer=answer["access_token"]).status == 200
         m.revoke_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")

@@ -522,7 +522,7 @@ def costs(ours, seconds=1.0):
     idp = ours.open()
 
     client_id, secret = ours.client["MAD_CLIENT_ID"], ours.client["MAD_CLIENT_SECRET"]
-    app = m.build_app(idp, m.AUTH)
+    app = m.App(idp, m.AUTH)
     body = b"grant_type=client_credentials"
     head = (
         f"POST /token HTTP/1.1\r\nHost: 127.0.0.1:{ours.port}\r\nContent-Type: application/x-www-form-urlencoded\r\nAuthorization: {ours.auth}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
