@@ -2247,6 +2247,15 @@ def password_grant(idp: Idp, client: Client, params) -> Granted:
     return Granted(scope, "otp" if "otp" in amr else "pwd", account, amr, idp.now())
 
 
+def revoke_reused(idp: Idp, caller: Caller, family: Family):
+    """Revoke a login whose refresh token was used again: the holder of the newer one may be the thief.
+
+    RFC 9700 §4.14.2.
+    """
+    owner = caller.acting_as(family.user_id)
+    revoke_family(idp, owner, family.sid, "refresh_token_reused", family.client_id, FAILURE)
+
+
 def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> bool:
     """Return whether a refresh is the retry of one just done, whose answer the client may not have received.
 
@@ -2275,8 +2284,7 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request. What is no
     # retry here never becomes one; what is one is asked again in the issuing transaction.
     if found.rotated_at is not None and not is_retry(idp, client, token_sha256, successor):
-        owner = params.caller.acting_as(family.user_id)
-        revoke_family(idp, owner, family.sid, "refresh_token_reused", client.client_id, FAILURE)
+        revoke_reused(idp, params.caller, family)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     assert account
@@ -2402,7 +2410,7 @@ def check_client_unchanged(idp: Idp, row: ClientRow):
 def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
     """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
 
-    Reuse of a spent refresh token revokes the family: the holder of the newer one may be the thief. RFC 9700 §4.14.2.
+    Reuse of a spent refresh token revokes the family.
     """
     now = idp.now()
     assert granted.account
@@ -2412,8 +2420,7 @@ def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller:
         spent = idp.store.find_refresh_token(granted.spends)
         assert spent
         if spent.rotated_at is not None:
-            owner = caller.acting_as(granted.account.id)
-            revoke_family(idp, owner, granted.family.sid, "refresh_token_reused", client.client_id, FAILURE)
+            revoke_reused(idp, caller, granted.family)
         return None
     code = granted.code
     family = Family(
