@@ -3,6 +3,7 @@
 import base64
 import collections
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import mmap
@@ -28,7 +29,9 @@ from appliance.base.files import file_fingerprint
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
-from appliance.base.wire import MAX_THREADS, Limits, Server, listen, tls_context
+from appliance.base.wire import (
+    MAX_THREADS, Limits, Server, find_listener, listen, listen_shared, pause_listening, tls_context,
+)
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, Seal, VERSION, restrict_hosts, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
@@ -99,6 +102,32 @@ def read_seal_key(path: str) -> bytes:
     return key
 
 
+PORT_SECONDS = 3  # workers outlive a supervisor that was killed by at most two seconds: run_child()
+
+
+def bind_ports(options: Options, workers: int) -> tuple[list[socket.socket], socket.socket]:
+    """Return the sockets of the AUTH workers, and that of ADMIN. Raises StartupError naming a port that is taken."""
+    auth_sockets: list[socket.socket] = []
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        try:
+            side, ip, port = "auth", options.auth_ip, options.auth_port
+            if not auth_sockets:
+                auth_sockets = listen_shared(ip, port, workers) if workers > 1 else [listen(ip, port)]
+            side, ip, port = "admin", options.admin_ip, options.admin_port
+            return auth_sockets, listen(ip, port)
+        except OSError as error:
+            holder = find_listener(port) if error.errno == errno.EADDRINUSE else 0
+            if error.errno == errno.EADDRINUSE and holder != os.getpid() and time.monotonic() < deadline:
+                sleep(0.05)
+                continue
+            for sock in auth_sockets:
+                sock.close()
+            by = f" by process {holder}" if holder else ""
+            hint = f": choose another {side}-port" if error.errno == errno.EADDRINUSE else ""
+            raise StartupError(f"cannot listen on {ip} port {port}: {error.strerror}{by}{hint}") from None
+
+
 def prepare(options: Options) -> StartupState:
     """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
     log = Log(options)
@@ -120,18 +149,7 @@ def prepare(options: Options) -> StartupState:
         clock = start_clock(store, log)
     finally:
         store.close()
-    workers = max(1, options.worker_processes)
-    auth_sockets = []
-    try:
-        auth_sockets = [listen(options.auth_ip, options.auth_port, reuse_port=workers > 1) for _ in range(workers)]
-        admin_socket = listen(options.admin_ip, options.admin_port)
-    except OSError as error:
-        where = (
-            f"{options.auth_ip} port {options.auth_port}"
-            if not auth_sockets
-            else f"{options.admin_ip} port {options.admin_port}"
-        )
-        raise StartupError(f"cannot listen on {where}: {error.strerror}") from None
+    auth_sockets, admin_socket = bind_ports(options, max(1, options.worker_processes))
     return StartupState(
         options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
         clock, log,
@@ -409,11 +427,8 @@ class Supervisor:
         often = self.tries[number] <= 10
         self.pending[number] = time.monotonic() + (0.2 if often else 5)
         sock = (*self.startup.auth_sockets, self.startup.admin_socket)[number]
-        # Once only: shutdown() of a socket that does not listen marks it, and every connection that it accepts later
-        # would read end-of-file at once.
-        if not often and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)  # it stays bound, and listens again when a child serves it
+        if not often:
+            pause_listening(sock)  # it listens again when a child serves it
 
     def restart_due(self):
         """Fork what is due."""

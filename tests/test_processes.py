@@ -116,6 +116,21 @@ class TestStarting:
         with pytest.raises(OSError):
             box.token()
 
+    @pytest.mark.parametrize("workers", [0, 1, 2])
+    def test_a_second_box_on_the_port_of_the_first_is_refused(self, box, tmp_path, workers):
+        other = Box(tmp_path / "other", workers=workers).set_up()
+        done = other.run("serve", MAD_AUTH_PORT=str(box.auth_port))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert f"port {box.auth_port}" in done.stderr and f"process {box.process.pid}" in done.stderr
+        assert {box.token().status for _ in range(20)} == {200}
+
+    def test_a_start_at_once_after_kill_9_waits_for_the_last_workers(self, box):
+        for _ in range(3):
+            os.kill(box.process.pid, signal.SIGKILL)
+            box.process.wait(10)
+            box.start()
+        assert {box.token().status for _ in range(20)} == {200}
+
     @pytest.mark.parametrize(
         "case, word",
         [

@@ -1,10 +1,14 @@
 """The connection loop, over raw sockets. RFC 9112, RFC 9110."""
 
+import concurrent.futures
 import contextlib
+import errno
 import ipaddress
 import json
+import os
 import re
 import resource
+import select
 import socket
 import ssl
 import threading
@@ -18,7 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from appliance.base import wire
 from appliance.base.hashing import Busy, HashGate, NameLocks
-from appliance.base.wire import Limits, SWEEP, Server, client_address, listen, tls_context
+from appliance.base.wire import (
+    Limits, SWEEP, Server, client_address, find_listener, listen, listen_shared, pause_listening, resume_listening,
+    tls_context,
+)
 
 HOST = b"Host: box\r\n"
 
@@ -1246,3 +1253,100 @@ class TestConnections:
             assert b" 200 " in one.get()
             one.app.go.set()
             assert statuses(read_all(waiting)) == [200]
+
+
+ADDRESSES = ("127.0.0.1", "0.0.0.0", "::1", "::")  # noqa: S104 - what may overlap
+
+
+def bind_result(action):
+    """What binding gives: "bound", or the name of the error."""
+    try:
+        sockets = action()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    for sock in sockets if isinstance(sockets, list) else [sockets]:
+        sock.close()
+    return "bound"
+
+
+class TestOnePortForOneBox:
+    """socket(7): SO_REUSEPORT lets every socket of one user in, whoever made it."""
+
+    @pytest.fixture
+    def port(self):
+        from box import free_port
+
+        return free_port()
+
+    @pytest.mark.parametrize("second", ADDRESSES)
+    @pytest.mark.parametrize("first", ADDRESSES)
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_second_box_is_refused_where_the_addresses_overlap(self, port, first, second, count):
+        held = listen_shared(first, port, 2)
+        disjoint = {first, second} in ({"127.0.0.1", "::1"}, {"0.0.0.0", "::1"})  # noqa: S104 - ::1 is IPv6 alone
+        expected = "bound" if disjoint else "EADDRINUSE"
+        try:
+            assert bind_result(lambda: listen_shared(second, port, count)) == expected
+            assert bind_result(lambda: listen(second, port)) == expected
+        finally:
+            for sock in held:
+                sock.close()
+        assert bind_result(lambda: listen_shared(second, port, count)) == "bound"
+
+    def test_each_of_the_sharers_gets_connections_and_the_guard_gets_none(self, port):
+        held, clients, served = listen_shared("127.0.0.1", port, 3), [], set()
+        for _ in range(200):
+            clients.append(socket.create_connection(("127.0.0.1", port)))
+            ready = select.select(held, [], [], 5)[0]
+            clients.append(ready[0].accept()[0])
+            served.add(held.index(ready[0]))
+        assert served == {0, 1, 2}
+        for sock in reversed(clients):  # the servers' side first, so that the port is full of TIME_WAIT
+            sock.close()
+        for sock in held:
+            sock.close()
+        assert bind_result(lambda: listen_shared("127.0.0.1", port, 3)) == "bound"
+
+    def test_of_two_that_start_at_once_at_most_one_gets_the_port(self, port):
+        won = 0
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for _ in range(100):
+                barrier = threading.Barrier(2)
+
+                def start(barrier=barrier):
+                    barrier.wait()
+                    try:
+                        return listen_shared("127.0.0.1", port, 2)
+                    except OSError:
+                        return []
+
+                results = [future.result() for future in [pool.submit(start), pool.submit(start)]]
+                won += sum(map(bool, results))
+                assert sum(map(bool, results)) <= 1
+                for sock in sum(results, []):
+                    sock.close()
+        assert won > 50
+
+    def test_a_port_whose_workers_cannot_start_is_not_taken_by_another_box(self, port):
+        held = listen_shared("127.0.0.1", port, 2)
+        for _ in range(2):
+            for sock in held:
+                pause_listening(sock)
+                pause_listening(sock)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+            assert bind_result(lambda: listen_shared("127.0.0.1", port, 2)) == "EADDRINUSE"
+            for sock in held:
+                resume_listening(sock)
+            with socket.create_connection(("127.0.0.1", port)):
+                ready = select.select(held, [], [], 5)[0][0]
+                ready.setblocking(True)
+                ready.accept()[0].close()
+        for sock in held:
+            sock.close()
+
+    def test_who_listens_is_named(self, port):
+        assert find_listener(port) == 0
+        for ip in ("127.0.0.1", "::1"):
+            with listen(ip, port):
+                assert find_listener(port) == os.getpid()

@@ -123,6 +123,65 @@ def listen(ip: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     return sock
 
 
+def listen_shared(ip: str, port: int, count: int) -> list[socket.socket]:
+    """Return `count` sockets that share a port on which nobody else listens. Raises OSError (EADDRINUSE) otherwise.
+
+    SO_REUSEPORT alone would let any program of the same user in. A socket without it cannot be bound beside one that
+    listens, so it goes first, and holds the port until those that share it listen. A client that connects meanwhile is
+    reset, where an instant earlier it was refused. socket(7)
+    """
+    sockets: list[socket.socket] = []
+    first = listen(ip, port)
+    try:
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # Linux checks the holder's flag at each later bind
+        while len(sockets) < count:
+            sockets.append(listen(ip, port, reuse_port=True))
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    finally:
+        first.close()
+    return sockets
+
+
+def pause_listening(sock: socket.socket):
+    """Stop listening and stay bound: connections are refused until `resume_listening`, and nobody takes the port."""
+    # Once only: shutdown() of a socket that does not listen marks it, and every connection that it accepts later
+    # would read end-of-file at once.
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        with contextlib.suppress(OSError):
+            # With SO_REUSEADDR another program could bind beside a socket that does not listen.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            sock.shutdown(socket.SHUT_RD)
+
+
+def resume_listening(sock: socket.socket):
+    """Listen, or go on: connections of a socket with SO_REUSEADDR do not hinder the next start in TIME_WAIT."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.listen(BACKLOG)
+
+
+def find_listener(port: int) -> int:
+    """Return the pid of a process that listens on a TCP port, the oldest of several, or 0 if it cannot be seen.
+
+    Only processes of the same user show their sockets. proc_pid_net(5), proc_pid_fd(5)
+    """
+    inodes, ending = set(), f":{port:04X}"
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table) as lines:
+            for fields in map(str.split, lines):
+                if fields[1].endswith(ending) and fields[3] == "0A":  # TCP_LISTEN
+                    inodes.add(f"socket:[{fields[9]}]")
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) if inodes else ():
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            for descriptor in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(descriptor.path) in inodes:
+                        return pid
+    return 0
+
+
 def _load_pkcs12(context, content, password):
     from cryptography.hazmat.primitives.serialization import (
         pkcs12,
@@ -976,7 +1035,7 @@ class Server(cheroot.wsgi.Server):
         self._request_id = (os.urandom(4).hex() + "%08x").__mod__
         self._number = itertools.count(1).__next__
         self.socket.setblocking(False)
-        self.socket.listen(BACKLOG)  # again, where it did not while nobody served it
+        resume_listening(self.socket)  # it was paused if nobody could serve it
         self._connections = ConnectionManager(self)
         self.ready = True
         self._start_time = time.time()
