@@ -3454,7 +3454,8 @@ BASE_HEADERS = (
     ("Referrer-Policy", "no-referrer"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
 )
-# The policy of files in public/. They may frame each other: silent renewal loads a page in an iframe.
+# The policy of the bundled examples; an operator's own files have `public-csp`. X-Frame-Options is not sent, because
+# frame-ancestors overrides it (CSP Level 3 §6.4.2.1). Pages may frame each other, for silent renewal.
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
@@ -3736,8 +3737,8 @@ class App:
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
                 return self.to_bottle(result, environ)
-            # Bottle itself sends a static file.
-            for header in (*BASE_HEADERS, ("Content-Security-Policy", PAGE_POLICY), ("Cache-Control", "no-cache")):
+            # Bottle itself sends a static file, whose handler has set its policy.
+            for header in (*BASE_HEADERS[:2], ("Cache-Control", "no-cache")):
                 result.set_header(*header)
             if environ.get("wsgi.url_scheme") == "https":
                 result.set_header(*HSTS)
@@ -4918,6 +4919,9 @@ def public_file(idp, params):
     answer = bottle.static_file(path, root=root)
     if answer.status_code in (403, 404):
         raise Problem("not_found")
+    policy = PAGE_POLICY if root == os.path.realpath(PUBLIC) else idp.options.public_csp
+    if policy:
+        answer.set_header("Content-Security-Policy", policy)
     return answer
 
 

@@ -405,6 +405,35 @@ class TestPublicFiles:
         )
         assert served.get("/jwks.json").json["keys"]
 
+    def test_the_operators_own_folder_has_a_policy_of_its_own_and_our_pages_keep_theirs(self, served, tmp_path):
+        def policy(path):
+            headers = served.get(path).headers
+            assert "x-frame-options" not in headers  # it would contradict frame-ancestors 'self'
+            return headers["content-security-policy"]
+
+        examples, login, missing = policy("/login.html"), policy("/authorize"), policy("/nowhere")
+        assert examples == m.PAGE_POLICY
+        (tmp_path / "public").mkdir()
+        (tmp_path / "public" / "login.html").write_text("<form onsubmit='event.preventDefault()'><script>1</script>")
+        assert policy("/login.html") == (
+            "default-src 'self' 'unsafe-inline' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
+        )
+        assert (policy("/authorize"), policy("/nowhere")) == (login, missing)
+        assert "unsafe-inline" not in login + missing
+
+    @pytest.mark.parametrize("policy", ["script-src 'self' https://cdn.example", ""])
+    def test_public_csp_is_sent_as_it_is_set_and_none_if_empty(self, make_idp, tmp_path, monkeypatch, policy):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "public").mkdir()
+        (tmp_path / "public" / "index.html").write_text("page")
+        served = Caller(m.App(make_idp(Options(**CHEAP, serve_public_auth_files=True, public_csp=policy)), m.AUTH))
+        assert served.get("/").status == 200
+        assert served.get("/").headers.get("content-security-policy", "") == policy
+
+    def test_the_examples_in_a_checkout_are_not_the_operators_own(self, served, monkeypatch):
+        monkeypatch.chdir(m.HERE)
+        assert served.get("/login.html").headers["content-security-policy"] == m.PAGE_POLICY
+
     @pytest.mark.parametrize(
         "path",
         [

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from appliance.base import StartupError
 from appliance.base.settings import (
-    OPTIONS, Options, absolute, address, boolean, check_options, color, days, describe_options, domain, issuer, label,
-    load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
+    OPTIONS, Options, absolute, address, boolean, check_options, color, content_policy, days, describe_options, domain,
+    issuer, label, load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
 )
 
 
@@ -64,6 +64,10 @@ class TestFile:
             ("\nauth-port", "mad.conf:2: not a line"),
             ("auth-port = 1\nauth-port = 2", "mad.conf:2: auth-port is set twice"),
             ("auth-port = x", "mad.conf:1: auth-port must be a whole number from 1 to 65535"),
+            ("public-csp = default-src 'self'; object-src 'none'", "double quotes"),
+            ('public-csp = "default-src *, script-src *"', "must be directives"),
+            ('public-csp = "default-src *\x07"', "must be directives"), ('public-csp = "é *"', "must be directives"),
+            ('public-csp = "default-src *; \'self\'"', "must be directives"),
             ('db-pass = "open', "does not close"), ("auth-ip = box", "auth-ip must be an IP address"),
             ("enable-pkce = maybe", "must be true or false"), ("auth-ip = 0.0.0.0", "auth-insecure-http"),
             ("admin-ip = ::", "admin-insecure-http"), ("admin-port = 9040", "same address and port"),
@@ -158,6 +162,7 @@ VALUES = {
     networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
     .map(", ".join)
     .map(networks), domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
+    content_policy: st.sampled_from(["", "sandbox", "default-src 'self'; ;img-src * data:;"]),
     issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
 }
 
@@ -306,7 +311,7 @@ class TestFlags:
     def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
         word = {
             boolean: "true", text: "x", networks: "10.0.0.1", worker_count: "2", issuer: "https://x",
-            color: "1f5fbf",
+            color: "1f5fbf", content_policy: "img-src *",
         }.get(option.parse, str(option.default))
         for found in (
             load(tmp_path, "", {}, [f"--{option.name}={word}"]),

@@ -111,6 +111,18 @@ def absolute(value: str) -> str:
     return value
 
 
+def content_policy(value: str) -> str:
+    """Parse a Content-Security-Policy; empty is none. CSP Level 3 §2.2.1: ASCII; a comma would begin another policy."""
+    directives = [directive.split() for directive in value.strip().split(";")]
+    if not re.fullmatch(r"[ -+\--~]{0,4096}", value.strip()) or not all(
+        re.fullmatch("[A-Za-z0-9-]+", words[0]) for words in directives if words
+    ):
+        raise ValueError(
+            "must be directives such as default-src 'self', separated by semicolons, in ASCII without commas"
+        )
+    return value.strip()
+
+
 def worker_count(value: str) -> int:
     return -1 if value.strip().lower() == "auto" else whole(0, 64)(value)
 
@@ -182,6 +194,11 @@ class Options:
     )
     serve_public_auth_files: bool = option(
         False, boolean, "Serve the folder public/ on AUTH.", "Serve the example pages on AUTH?", group="AUTH server"
+    )
+    public_csp: str = option(
+        "default-src 'self' 'unsafe-inline' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'self'",
+        content_policy, "Content-Security-Policy of the files of your own public/, in quotes; empty sends none.",
+        group="AUTH server",
     )
     enable_auth_swagger: bool = option(False, boolean, "Serve the API description of AUTH.", group="AUTH server")
     workers: int = option(
@@ -462,6 +479,8 @@ def parse_config(content: str, where: str) -> dict:
             if not quote or rest.strip()[:1] not in ("", "#", ";"):
                 raise StartupError(f"{at}: the value of {key} has a quote that does not close")
         else:
+            if key == "public-csp" and ";" in value:  # the rest of the policy would be lost in silence
+                raise StartupError(f"{at}: put the value of {key} in double quotes: a semicolon begins a comment")
             value = re.split("[#;]", value, maxsplit=1)[0].strip()
         if key in IGNORED_NAMES:
             continue
