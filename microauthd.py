@@ -2491,7 +2491,10 @@ def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[di
         "iss": idp.options.auth_issuer, "sub": subject, "aud": row.audience, "client_id": row.client_id, "iat": now,
         "nbf": now, "exp": now + lifetime, "jti": jti, "mad": "auth", "token_use": "access",
     }
-    answer = {"access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience}
+    answer = {
+        "access_token": "", "token_type": "Bearer", "expires_in": lifetime, "jti": jti, "aud": row.audience,
+        "audience": row.audience,  # what most of the published bindings read
+    }
     if granted.scope:
         claims["scope"] = answer["scope"] = granted.scope
     return claims, answer

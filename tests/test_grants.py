@@ -49,7 +49,7 @@ class TestTokenAnswer:
         )
         assert (answer.headers["cache-control"], answer.headers["pragma"]) == ("no-store", "no-cache")
         assert set(answer.json) <= {
-            "access_token", "token_type", "expires_in", "jti", "aud", "scope", "refresh_token", "id_token",
+            "access_token", "token_type", "expires_in", "jti", "aud", "audience", "scope", "refresh_token", "id_token",
         }
 
     def test_both_paths_are_one(self, auth, service):
@@ -68,6 +68,11 @@ class TestTokenAnswer:
             "scope": "api:read api:write", "mad": "auth", "token_use": "access",
         }
         assert "refresh_token" not in machine and (machine["expires_in"], machine["aud"]) == (3600, "microauthd")
+
+    def test_the_audience_stands_under_both_names(self, log_in, alice, machine):
+        for answer in (machine, log_in(alice)):
+            assert answer["audience"] == answer["aud"] == claims_of(answer["access_token"])["aud"]
+            assert None not in answer.values()
 
     def test_the_claims_of_a_user(self, idp, log_in, root, alice):
         claims = claims_of(log_in(root)["access_token"])

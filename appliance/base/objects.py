@@ -763,10 +763,10 @@ class TokenObject(msgspec.Struct):
     expires_in: int
     jti: str
     aud: str
+    audience: str
     scope: str | Maybe = UNSET
     refresh_token: str | Maybe = UNSET
     id_token: str | Maybe = UNSET
-    audience: str | Maybe = UNSET
 
 
 class PkceStep(msgspec.Struct):
