@@ -4139,7 +4139,8 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
         binding = random_handle()
         cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
     row = begin_login(idp, params.caller, binding, request, state, session)
-    return Redirect(f"{idp.options.auth_issuer}/login?tx={row.id}", cookies)
+    name = "jti" if params.environ["REQUEST_METHOD"] == "POST" else "tx"  # a script reads it by the original's name
+    return Redirect(f"{idp.options.auth_issuer}/login?{name}={row.id}", cookies)
 
 
 def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeRequest):
@@ -4172,13 +4173,20 @@ def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
     return PkceStep(jti, login.row.client_id, login.request.redirect_uri, requires_totp, False)
 
 
-def begin_headless(idp: Idp, params) -> Reply:
-    """Begin a login for a first-party application, bound to the secret `jti` in the answer."""
+def begin_headless(idp: Idp, params) -> Reply | Redirect | Page:
+    """Begin a login for a first-party application, bound to the secret `jti` in the answer.
+
+    With SESSION_BASED_AUTH the application has no password field: its script is redirected to the page, or to the
+    application with a code where the browser's session suffices, and goes where its request ended.
+    """
     try:
         client, redirect_uri = validate_client(idp, params)
         if not params.get("response_type"):
             params.values["response_type"] = "code"  # published clients leave it out
         request = read_request(idp, client, redirect_uri, params)
+        if "SESSION_BASED_AUTH" in client.flags:
+            answer = authorize_with_session(idp, params, client, request)
+            return Redirect(answer.location, answer.cookies, 302) if isinstance(answer, Redirect) else answer
         if not client.row.is_first_party or not request.code_challenge:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
         request.headless = True

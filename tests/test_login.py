@@ -1358,6 +1358,48 @@ class TestLogout:
         )
 
 
+class TestSessionBased:
+    """SESSION_BASED_AUTH: a script asks, and the browser's session or the page answers. The original's flow."""
+
+    def ask(self, browser, client="web", **more):
+        """What a script's POST of the client gets, with the cookies of its browser."""
+        headers = [("Accept", "application/json"), ("Sec-Fetch-Mode", "cors"), ("Sec-Fetch-Site", "same-origin")]
+        return browser("POST", "/authorize", request(client, **more).partition("?")[2], headers=headers)
+
+    @pytest.fixture
+    def web(self, register):
+        return register("web", flags={"SESSION_BASED_AUTH": ""})
+
+    def test_without_a_session_the_script_is_sent_to_the_page(self, web, alice, browser):
+        answer = self.ask(browser)
+        location = answer.headers["location"]
+        assert answer.status == 302 and re.fullmatch(r"https://idp\.example/login\?jti=[A-Za-z0-9_-]+", location)
+        assert title(browser.follow()) == "Sign in"
+        assert code_of(browser.submit(username="alice", password=PASSWORD))
+
+    def test_with_a_session_it_gets_a_code_at_once(self, web, spa, alice, browser, exchange):
+        sign_in(browser)
+        answer = self.ask(browser)
+        assert answer.status == 302
+        to, members = sent_back(answer, 302)
+        assert to == CALLBACK and members["state"] == "st&te"
+        assert exchange(members["code"], "web").status == 200
+
+    def test_no_password_is_taken_without_the_page(self, auth, web, alice, browser):
+        jti = self.ask(browser).headers["location"].partition("jti=")[2]
+        form = {"jti": jti, "username": "alice", "password": PASSWORD}
+        assert auth.post("/login/password", form).status == 400
+
+    def test_what_is_wrong_is_said_to_the_script(self, web, browser):
+        answer = self.ask(browser, redirect_uri="https://evil.example/")
+        assert answer.status == 400 and answer.json["success"] is False
+        answer = self.ask(browser, prompt="none")
+        assert answer.status == 400 and answer.json["error"] == "login_required"
+
+    def test_other_clients_keep_the_headless_flow(self, spa, browser):
+        assert self.ask(browser, "spa").json["requires_totp"] is False
+
+
 class TestHeadless:
     """An application with screens of its own."""
 
