@@ -856,9 +856,10 @@ class MadClient(ApiClient):
 
     # -- users --
 
-    def create_user(self, username: str, email: str, password: str) -> dict:
-        """POST /users. Return the new User."""
-        return self.request("POST", "/users", json={"username": username, "email": email, "password": password})
+    def create_user(self, username: str, email: str, password: str, email_verified: bool | None = None) -> dict:
+        """POST /users. Return the new User. Not verified when None."""
+        return self.request("POST", "/users", json=_without_none(
+            username=username, email=email, password=password, email_verified=email_verified))
 
     @paged_list(*SEARCH_PARAMS)
     def list_users(self, is_active: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
@@ -2946,6 +2947,7 @@ COMMANDS = (
     Command("user create", "create a user", MadClient.create_user, (
         Option("username", "name to log in with", required=True),
         Option("user-email", "e-mail address", required=True, dest="email"),
+        Option("verified", "the address is known to be theirs", "flag", dest="email_verified"),
         Option("user-password", "better from stdin: an argument is visible to every process", "secret", required=True,
                dest="password", stdin="password-stdin", metavar="PASSWORD"),
     ), line_template("created user {username} with id {id}"),

@@ -74,7 +74,7 @@ from appliance.base.objects import (
     EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GenerateTotp, HeadlessCodeForm, HeadlessLastForm,
     HeadlessPasswordForm, Health, IdpObject, Introspection, Jwks, ListAudit, ListClients, ListNamed, ListRoles,
     ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, OAuthError, OfClient, Paged,
-    PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, PurgeAudit, PurgeTokens, PutIdp,
+    PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp,
     RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, ScopeMember, ScopeObject,
     SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StepForm, TokenForm,
     TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient, UpdatePermission, UpdateRole,
@@ -945,21 +945,27 @@ def check_email(email: str) -> str:
     return ""
 
 
-def create_user(idp: Idp, caller: Caller, new_user: CreateUser) -> Account:
+def create_user(idp: Idp, caller: Caller, new_user: ProvisionUser) -> Account:
     """Create a user. Raises invalid_request or conflict."""
     username, password = fold(new_user.username), new_user.password or new_user.user_password
     email = fold(new_user.email or new_user.user_email or "")
     has_no_email = new_user.user_email is None and not email  # null, not forgotten
+    verified = isinstance(new_user, CreateUser) and new_user.email_verified
     reject(
         username=check_username(username), email="" if has_no_email else check_email(email),
+        email_verified="the user has no address" if verified and has_no_email else "",
         password=check_new_password(idp.options, password, username, email),
     )
     password_hash = hash_secret(idp, password)
     try:
         with idp.store.transaction():
-            account = idp.store.add_account(str(uuid.uuid4()), username, email, password_hash, idp.now())
+            account = idp.store.add_account(
+                str(uuid.uuid4()), username, email, int(verified), password_hash, idp.now()
+            )
             assert account
             audit(idp, caller, "user_created", account.username, account.id)
+            if verified:
+                audit(idp, caller, "user_email_verified", account.id)
     except Conflict:
         raise Problem("conflict", log="username or e-mail taken") from None
     return account
@@ -4842,7 +4848,7 @@ def account_change(idp, params):
 # -- administration by scope --
 
 
-@AUTH("POST", "/user", guard=by_scope("admin:provision_users"), spec=OWN, takes=CreateUser, gives=UserObject)
+@AUTH("POST", "/user", guard=by_scope("admin:provision_users"), spec=OWN, takes=ProvisionUser, gives=UserObject)
 def scoped_create_user(idp, claims, params):
     """Create a user."""
     return user_object(create_user(idp, params.caller, params.body))

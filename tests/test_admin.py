@@ -150,7 +150,7 @@ class TestUsers:
         """Members that are not for the caller to set do nothing."""
         body = {
             "username": "Bob", "email": "Bob@Example.org", "password": PASSWORD, "id": "mine", "is_active": False,
-            "is_admin": True, "role": [MAD_ADMIN_ROLE_ID], "roles": ["MadAdmin"], "email_verified": True,
+            "is_admin": True, "role": [MAD_ADMIN_ROLE_ID], "roles": ["MadAdmin"], "totp_enabled": True,
             "password_hash": "x", "lockout_until": 1, "created_at": 1, "totp_sealed": "x",
             "scopes": ["admin:provision_users"], "revoked_before": 1,
         }
@@ -214,6 +214,16 @@ class TestUsers:
         new_user("bert")
         answer = call("GET", f"/users?q={q}")
         assert answer.status == 200 and answer.json == []
+
+    def test_an_address_may_be_known_to_be_theirs_at_once(self, idp, call):
+        body = {"username": "bob", "email": "bob@example.org", "password": PASSWORD, "email_verified": True}
+        made = call("POST", "/users", body)
+        assert made.json["email_verified"] is True and call("GET", "/users/bob").json["email_verified"] is True
+        assert [row["action"] for row in call("GET", "/audit-logs").json][:2] == ["user_email_verified", "user_created"]
+        nobody = call("POST", "/users", body | {"username": "eve", "email": "", "user_email": None})
+        assert nobody.status == 400 and list(nobody.json["errors"]) == ["email_verified"]
+        refused = call("POST", "/users", body | {"username": "eve", "email_verified": "yes"})
+        assert refused.status == 400 and list(refused.json["errors"]) == ["email_verified"]
 
     def test_a_put_changes_what_is_sent_and_nothing_else(self, call, alice):
         call("POST", "/users/alice/verify-email")

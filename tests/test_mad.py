@@ -858,6 +858,12 @@ class TestArguments:
         )
         assert json.loads(fake.seen[-1][3])["password"] == "from stdin"
 
+    @pytest.mark.parametrize("words, sent", [(["--verified"], True), (["--verified", "false"], False), ([], None)])
+    def test_an_address_is_verified_at_creation(self, run, fake, words, sent):
+        fake.answers["POST /users"] = (200, USER, {})
+        run("user", "create", "--username", "ann", "--user-email", "a@b", "--user-password", "hush", *words)
+        assert json.loads(fake.seen[-1][3]).get("email_verified") is sent
+
     def test_ids_cannot_leave_their_path(self, run, fake):
         run("user", "get", "--id", "../clients?x=#y")
         for path, _, query in [seen[1].partition("?") for seen in fake.seen]:

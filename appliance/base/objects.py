@@ -17,14 +17,20 @@ UNSET = msgspec.UNSET
 Maybe = msgspec.UnsetType
 
 
-class CreateUser(msgspec.Struct):
-    """POST /users. `user_email` null creates a user without an e-mail address."""
+class ProvisionUser(msgspec.Struct):
+    """POST /user of AUTH. `user_email` null creates a user without an e-mail address."""
 
     username: str
     email: str = ""
     password: str = ""
     user_email: str | None = ""
     user_password: str = ""
+
+
+class CreateUser(ProvisionUser):
+    """POST /users. Only an administrator says that an address is verified: clients link accounts by it."""
+
+    email_verified: bool = False
 
 
 class UpdateUser(msgspec.Struct):

@@ -793,15 +793,17 @@ class Store(Database):
             sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
         )
 
-    def add_account(self, id: str, username: str, email: str, password_hash: str, now: int) -> Account | None:
+    def add_account(
+        self, id: str, username: str, email: str, email_verified: int, password_hash: str, now: int
+    ) -> Account | None:
         return self.one(
             Account,
             """
-            INSERT INTO account (id, username, email, password_hash, created_at, modified_at)
-            VALUES (:id, :username, :email, :password_hash, :now, :now)
+            INSERT INTO account (id, username, email, email_verified, password_hash, created_at, modified_at)
+            VALUES (:id, :username, :email, :email_verified, :password_hash, :now, :now)
             RETURNING *
             """,
-            id=id, username=username, email=email, password_hash=password_hash, now=now,
+            id=id, username=username, email=email, email_verified=email_verified, password_hash=password_hash, now=now,
         )
 
     def update_account(
