@@ -59,7 +59,7 @@ from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.log import Log, escape
-from appliance.base.files import file_fingerprint, is_visible_below, write_below
+from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
@@ -1074,6 +1074,18 @@ def update_user(idp: Idp, caller: Caller, id: str, change: UpdateUser) -> Accoun
     return get_user(idp, account.id)
 
 
+def remove_qr_files(idp: Idp):
+    """Remove the QR files whose seed was confirmed, replaced, disabled or deleted. What fails, upkeep tries again."""
+    root = idp.options.totp_qr_output_root
+    with contextlib.suppress(Unavailable):  # what the caller committed is done
+        for path in idp.store.list_due_qr_files() if root else ():
+            try:
+                remove_below(root, path)
+                idp.store.forget_qr_file(path)
+            except OSError as error:
+                idp.log("totp.qr_left", "warning", path=path, reason=error.strerror)
+
+
 def delete_user(idp: Idp, caller: Caller, id: str):
     """Delete a user and all its records, which invalidates its tokens."""
     with idp.store.transaction():
@@ -1081,6 +1093,7 @@ def delete_user(idp: Idp, caller: Caller, id: str):
         forbid_removing_last_admin(idp, account.id)
         idp.store.delete_account(account.id)
         audit(idp, caller, "delete_user", account.id, account.username)
+    remove_qr_files(idp)
 
 
 def verify_email(idp: Idp, caller: Caller, id: str):
@@ -1125,12 +1138,18 @@ def enable_totp(idp: Idp, account: Account, seed: str, code: str):
         audit(idp, LOCAL.acting_as(account.id), "totp_enabled", account.id)
 
 
-def begin_totp(idp: Idp, caller: Caller, account: Account, seed="") -> str:
-    """Store a pending seed and return it. The previous second factor stays enabled until confirm_totp()."""
+def begin_totp(idp: Idp, caller: Caller, account: Account, seed="", qr_file="") -> str:
+    """Store a pending seed and return it. The previous second factor stays enabled until confirm_totp().
+
+    `qr_file`, if there is one, shows the seed: its path below `totp-qr-output-root`.
+    """
     seed = seed or new_totp_seed()
     with idp.store.transaction():
         idp.store.set_pending_totp(get_user(idp, account.id).id, idp.seal.close(seed, account.id), idp.now())
+        if qr_file:
+            idp.store.add_qr_file(account.id, qr_file)
         audit(idp, caller, "totp_generated", account.id)
+    remove_qr_files(idp)
     return seed
 
 
@@ -1143,14 +1162,17 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
     time_step = totp_time_step(seed, code, now) if account.totp_locked_until <= now else None
     with idp.store.transaction():
         fresh = get_user(idp, account.id)
-        if time_step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed:
+        is_confirmed = time_step is not None and fresh.totp_pending_sealed == account.totp_pending_sealed
+        if is_confirmed:
+            assert time_step is not None
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
             idp.store.spend_totp_step(account.id, time_step)
-            audit(idp, caller, "totp_enabled", account.id)
-            return
-        count_failed_code(idp, account)
-        audit(idp, caller, "totp_enabled", account.id, "", FAILURE)
-    raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
+        else:
+            count_failed_code(idp, account)
+        audit(idp, caller, "totp_enabled", account.id, "", SUCCESS if is_confirmed else FAILURE)
+    if not is_confirmed:
+        raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
+    remove_qr_files(idp)
 
 
 def disable_totp(idp: Idp, caller: Caller, account: Account):
@@ -1159,6 +1181,7 @@ def disable_totp(idp: Idp, caller: Caller, account: Account):
         if not idp.store.clear_totp(account.id, idp.now()):
             raise Problem("not_found", log="the user has no second factor")
         audit(idp, caller, "disable_totp", account.id)
+    remove_qr_files(idp)
 
 
 # -- roles and permissions --
@@ -2961,7 +2984,9 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
         audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
-        return login, make_recovery_codes(idp, caller, account.id)
+        codes = make_recovery_codes(idp, caller, account.id)
+    remove_qr_files(idp)
+    return login, codes
 
 
 def issue_code(
@@ -5155,7 +5180,10 @@ def admin_enrol_totp(idp, claims, params):
 
 @ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
 def admin_generate_totp(idp, claims, params):
-    """Make a second factor for a user, and write its QR code to a file below totp-qr-output-root."""
+    """Make a second factor for a user, and write its QR code to a file below totp-qr-output-root.
+
+    The file is removed when the factor is confirmed, replaced or disabled, or its user deleted.
+    """
     account, issuer_name = get_user(idp, params.path["id"]), totp_issuer(idp, params.body.client_id)
     root = idp.options.totp_qr_output_root
     if not account.is_active:
@@ -5165,12 +5193,12 @@ def admin_generate_totp(idp, claims, params):
     name, seed = f"totp_qr_{secrets.token_hex(6)}.svg", new_totp_seed()
     qr_code = draw_qr(totp_uri(seed, account.username, issuer_name))
     try:
-        write_below(root, params.body.qr_output_path, name, qr_code)
+        path = write_below(root, params.body.qr_output_path, name, qr_code)
     except ValueError as error:
         reject(qr_output_path=str(error))
     except OSError as error:
         raise Problem("temporarily_unavailable", log=f"the QR file cannot be written: {error.strerror}") from None
-    begin_totp(idp, params.caller, account, seed)
+    begin_totp(idp, params.caller, account, seed, path)
     return TotpQr(True, name, name)
 
 

@@ -27,7 +27,7 @@ from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client, create_scope, create_user, enable_totp,
-    fold, hash_secret, normalise, random_handle, reject, revoke_user, ring_files,
+    fold, hash_secret, normalise, random_handle, reject, remove_qr_files, revoke_user, ring_files,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
@@ -708,6 +708,7 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
                 idp, LOCAL.acting_as("machine"), account.id, "admin_recovered",
                 done + (" totp=removed" if drop_totp else ""),
             )
+        remove_qr_files(idp)
         return done
     finally:
         idp.store.close()

@@ -17,7 +17,9 @@ from appliance.base.database import Unavailable
 from appliance.base.store import SLICE
 from appliance.base.keys import lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
-from microauthd import HERE, ID_TOKEN_TTL, Idp, LOCAL, Problem, VERSION, audit, purge_audit_log, ring_files
+from microauthd import (
+    HERE, ID_TOKEN_TTL, Idp, LOCAL, Problem, VERSION, audit, purge_audit_log, remove_qr_files, ring_files,
+)
 
 # == Upkeep ====================================================================
 # Purging what has expired, in slices small enough that no writer waits for them.
@@ -154,6 +156,7 @@ class Upkeep(threading.Thread):
             self.attempt(self.program.keep)
             if turn * self.INTERVAL % 60 == 0:
                 self.attempt(advance_key_states, self.idp)
+                self.attempt(remove_qr_files, self.idp)
             if turn * self.INTERVAL % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
 

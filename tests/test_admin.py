@@ -1168,7 +1168,12 @@ class TestTotp:
         idp = make_idp(Options(**CHEAP, admin_domain="localhost", totp_qr_output_root=str(folder)))
         admin = Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
         token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
-        return folder, lambda body: admin("POST", "/users/alice/totp/generate", bearer=token, json_body=body)
+
+        def generate(body):
+            return admin("POST", "/users/alice/totp/generate", bearer=token, json_body=body)
+
+        generate.idp = idp
+        return folder, generate
 
     @pytest.mark.parametrize("path", [".", "a/b", "a//b/.", "{root}/c", "a/../d"])
     def test_the_qr_code_is_a_private_file_below_the_root(self, filed, path):
@@ -1179,6 +1184,40 @@ class TestTotp:
             r"totp_qr_[0-9a-f]{12}\.svg", file.name
         )
         assert file.stat().st_mode & 0o777 == 0o600 and "<svg" in file.read_text()
+
+    ENDS = {  # noqa: RUF012
+        "confirmed": lambda idp, alice, seed: m.confirm_totp(idp, m.LOCAL, alice, pyotp.TOTP(seed).at(idp.now())),
+        "enrolled again": lambda idp, alice, seed: m.begin_totp(idp, m.LOCAL, alice),
+        "disabled": lambda idp, alice, seed: m.disable_totp(idp, m.LOCAL, alice),
+        "deleted": lambda idp, alice, seed: m.delete_user(idp, m.LOCAL, alice.id),
+    }
+
+    @pytest.mark.parametrize("end", ENDS)
+    def test_the_file_goes_when_its_seed_has_served_or_is_void(self, filed, alice, new_user, end):
+        folder, generate = filed
+        assert generate({"qr_output_path": "x"}).status == generate({"qr_output_path": "a/b"}).status == 200
+        idp, (file,) = generate.idp, folder.rglob("*.svg")
+        assert file.parent == folder / "a" / "b", "the first seed was replaced"
+        m.begin_totp(idp, m.LOCAL, new_user("bob"))
+        with pytest.raises(m.Problem):
+            m.confirm_totp(idp, m.LOCAL, idp.store.find_account(alice.id), "nonsense")
+        assert file.exists(), "a wrong code, and what others do, leaves it"
+        account = idp.store.find_account(alice.id)
+        self.ENDS[end](idp, account, idp.seal.open(account.totp_pending_sealed, account.id))
+        assert list(folder.rglob("*.svg")) == idp.store.values("SELECT path FROM totp_qr_file") == []
+
+    def test_a_file_that_cannot_be_removed_is_tried_again_and_no_link_is_followed(self, filed, alice, tmp_path):
+        folder, generate = filed
+        generate({"qr_output_path": "a"})
+        idp, (file,) = generate.idp, folder.rglob("*.svg")
+        (folder / "a").rename(tmp_path / "outside")
+        (folder / "a").symlink_to(tmp_path / "outside")
+        m.disable_totp(idp, m.LOCAL, idp.store.find_account(alice.id))
+        assert (tmp_path / "outside" / file.name).exists()
+        (folder / "a").unlink()
+        (tmp_path / "outside").rename(folder / "a")
+        m.remove_qr_files(idp)
+        assert not file.exists() and idp.store.list_due_qr_files() == []
 
     def test_a_name_too_long_for_a_folder_is_the_callers_fault(self, filed):
         folder, generate = filed

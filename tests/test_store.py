@@ -83,6 +83,25 @@ class TestSchema:
         assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(rows.MIGRATIONS),)
         assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
+    def test_a_database_without_the_table_of_qr_files_gets_it(self, tmp_path, monkeypatch):
+        number = next(number for number, step in enumerate(MIGRATIONS) if "CREATE TABLE totp_qr_file" in step)
+        with monkeypatch.context() as before:
+            before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:number])
+            store = rows.Store.make(tmp_path / "old.db", "", 1)
+            store.run("INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
+                      "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)")
+            store.close()
+        store = rows.Store(tmp_path / "old.db")
+        try:
+            store.open()
+            with store.transaction():
+                store.add_qr_file("u", "a/b.svg")
+                assert store.list_due_qr_files() == []
+                store.delete_account("u")
+            assert store.list_due_qr_files() == ["a/b.svg"]
+        finally:
+            store.close()
+
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
         )

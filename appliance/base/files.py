@@ -43,10 +43,10 @@ def write_durably(path: str, content: bytes):
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
-def write_below(root: str, folder: str, name: str, content: bytes):
+def write_below(root: str, folder: str, name: str, content: bytes) -> str:
     """Create a private file in a folder below a root, and the folders that are missing; follow no symbolic link.
 
-    Raises ValueError with a sentence about `folder`, or OSError.
+    Return its path below the root. Raises ValueError with a sentence about `folder`, or OSError.
     """
     root = os.path.normpath(root)
     path = os.path.normpath(os.path.join(root, folder))
@@ -63,6 +63,7 @@ def write_below(root: str, folder: str, name: str, content: bytes):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
         with os.fdopen(file, "wb") as stream:
             stream.write(content)
+        return os.path.normpath(os.path.join(os.path.relpath(path, root), name))
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
             raise ValueError("must be folders, and no symbolic link") from None
@@ -71,6 +72,24 @@ def write_below(root: str, folder: str, name: str, content: bytes):
         raise
     finally:
         os.close(directory)
+
+
+def remove_below(root: str, path: str):
+    """Remove a file that write_below() created, if it is still there; follow no symbolic link. Raises OSError."""
+    *folders, name = path.split("/")
+    directory = -1
+    try:
+        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        for part in folders:
+            child = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+            os.close(directory)
+            directory = child
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    finally:
+        if directory >= 0:
+            os.close(directory)
 
 
 def is_visible_below(root: str, path: str) -> bool:

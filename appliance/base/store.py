@@ -494,6 +494,11 @@ MIGRATIONS = (
     CREATE INDEX authorization_code_user ON authorization_code (user_id);
     CREATE INDEX login_transaction_user ON login_transaction (user_id) WHERE user_id IS NOT NULL;
     """,
+    """
+    CREATE TABLE totp_qr_file (
+        path TEXT PRIMARY KEY, user_id TEXT NOT NULL, is_due INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    """,
 )
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
@@ -833,6 +838,7 @@ class Store(Database):
         )
 
     def delete_account(self, id: str) -> bool:
+        self.mark_qr_files(id)
         return self.changed("DELETE FROM account WHERE id = :id", id=id)
 
     def set_password_hash(self, id: str, password_hash: str, now: int, instead_of: str | None = None) -> None:
@@ -908,9 +914,11 @@ class Store(Database):
             """,
             id=id, sealed=sealed, now=now,
         )
+        self.mark_qr_files(id)
 
     def set_pending_totp(self, id: str, sealed: str, now: int) -> None:
         """Store a seed that is not confirmed yet. The confirmed one stays in force."""
+        self.mark_qr_files(id)
         self.run(
             "UPDATE account SET totp_pending_sealed = :sealed, modified_at = :now WHERE id = :id", id=id, sealed=sealed,
             now=now,
@@ -928,7 +936,22 @@ class Store(Database):
             id=id, now=now,
         )
         self.run("DELETE FROM recovery_code WHERE user_id = :id", id=id)
+        self.mark_qr_files(id)
         return found
+
+    def add_qr_file(self, user_id: str, path: str) -> None:
+        """Record the file that shows a user's pending seed. `path` is relative to `totp-qr-output-root`."""
+        self.run("INSERT INTO totp_qr_file (path, user_id) VALUES (:path, :user_id)", path=path, user_id=user_id)
+
+    def mark_qr_files(self, user_id: str) -> None:
+        """Mark the files of a user as due to be removed. They are removed after the commit, again after a crash."""
+        self.run("UPDATE totp_qr_file SET is_due = 1 WHERE user_id = :user_id", user_id=user_id)
+
+    def list_due_qr_files(self) -> list[str]:
+        return self.values("SELECT path FROM totp_qr_file WHERE is_due = 1")
+
+    def forget_qr_file(self, path: str) -> None:
+        self.run("DELETE FROM totp_qr_file WHERE path = :path", path=path)
 
     def spend_totp_step(self, id: str, step: int) -> bool:
         """Use a time step, once only. Return whether it was later than the last one used. RFC 6238 §5.2."""
