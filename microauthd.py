@@ -1424,48 +1424,67 @@ def unexpired_hashes(client: Client | None, now: int) -> list:
     return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
 
 
-def was_secret_verified(idp: Idp, hashes, secret, now) -> bool:
-    return any(idp.verified_client_secrets.contains(stored, secret, now) for stored in hashes)
+def find_verified_client(idp: Idp, pairs) -> Client | None:
+    """Return the client of the first (client_id, secret) whose secret Argon2 has accepted recently, or None."""
+    now = idp.now()
+    for client_id, secret in pairs:
+        client = find_client(idp, client_id)
+        if any(idp.verified_client_secrets.contains(stored, secret, now) for stored in unexpired_hashes(client, now)):
+            return client
+    return None
 
 
-def authenticate_client(idp: Idp, caller: Caller, client_id: str, secret: str | None) -> Client:
+def verify_client_secret(idp: Idp, client_id: str, secret: str) -> Client | None:
+    """Return the client if this is its secret, else None.
+
+    An unknown client costs one verification, so timing tells nothing; a known one costs one per unexpired secret.
+    """
+    for stored in unexpired_hashes(find_client(idp, client_id), idp.now()) or [None]:
+        if idp.hasher.verify(stored, secret):
+            client, now = find_client(idp, client_id), idp.now()  # it may have changed during the verification
+            if client is None or stored not in unexpired_hashes(client, now):
+                return None
+            # Cached for longer than one token lifetime: the client returns when its token expires.
+            idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
+            return client
+    return None
+
+
+def authenticate_client(
+    idp: Idp, caller: Caller, client_id: str, secret: str | None, *raw: tuple[str, str | None]
+) -> Client:
     """Authenticate a client and return it. RFC 6749 §2.3.
 
-    `secret` is None if the request had none: correct for a public client only. Raises invalid_client, after
-    the same amount of hashing for an unknown client as for a wrong secret.
+    `secret` is None if the request had none: correct for a public client only. `raw` is the pair as it came, if
+    form-decoding has changed it: it is tried next. Raises invalid_client, after the same amount of hashing for an
+    unknown client as for a wrong secret; whatever was tried counts as one failure.
     """
-    client = find_client(idp, client_id)
-    now = idp.now()
+    candidates = ((client_id, secret), *raw)
     if secret is None:
-        if client is not None and client.row.client_type == PUBLIC_CLIENT:
-            return client
+        for name, _ in candidates:
+            client = find_client(idp, name)
+            if client is not None and client.row.client_type == PUBLIC_CLIENT:
+                return client
         raise Problem("invalid_client", log="no client secret")
-    if was_secret_verified(idp, unexpired_hashes(client, now), secret, now) and client is not None:
+    pairs = [(name, word) for name, word in candidates if word is not None]
+    client = find_verified_client(idp, pairs)
+    if client is not None:
         return client
     idp.throttle.check(caller.peer, client_id)
     # One verification per client at a time: after a restart, the first request hashes and the waiting ones reuse it.
     with hash_problems(), idp.hasher.name_locks.hold("client", client_id, caller.peer) as name_lock:
-        # The client may have changed during the wait; it is read again after each verification, too.
-        client, now = find_client(idp, client_id), idp.now()
-        hashes = unexpired_hashes(client, now)
-        if was_secret_verified(idp, hashes, secret, now) and client is not None:
+        client = find_verified_client(idp, pairs)
+        if client is not None:
             return client
         with idp.hasher.gate.slot(caller.peer):
-            # One verification for an unknown client, so timing tells nothing; one per unexpired secret for a known one.
-            for stored in hashes or [None]:
-                if idp.hasher.verify(stored, secret):
-                    client, now = find_client(idp, client_id), idp.now()
-                    if client is None or stored not in unexpired_hashes(client, now):
-                        break
-                    # Cached for longer than one token lifetime: the client returns when its token expires.
-                    idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
+            for pair in pairs:
+                client = verify_client_secret(idp, *pair)
+                if client is not None:
                     return client
         idp.hasher.name_locks.blame(name_lock, caller.peer)
     idp.throttle.spend(caller.peer, client_id)
-    audit(
-        idp, caller.acting_as(client.client_id if client else "anonymous"), "client_authentication_failed",
-        client.client_id if client else "", "", FAILURE,
-    )
+    named = next((client.client_id for name, _ in pairs if (client := find_client(idp, name))), "")
+    audit(idp, caller.acting_as(named or "anonymous"), "client_authentication_failed", named, "", FAILURE)
     raise Problem("invalid_client", log="unknown client, or wrong secret")
 
 
@@ -3291,32 +3310,51 @@ def anyone(idp, params):
     """The guard of a public route, whose handler gets no caller."""
 
 
-def read_client_credentials(params) -> tuple[str, str | None]:
-    """Return (client_id, secret or None). Refuse a request that uses two methods. RFC 6749 §2.3."""
+def decode_credential(raw: str) -> str:
+    """Form-decode one part of Basic credentials, or return it as it is if it was not encoded."""
+    try:
+        return decode_component(raw.encode())
+    except Problem:
+        return raw
+
+
+def read_basic(header: str) -> list[tuple[str, str]]:
+    """Return the pairs (client_id, secret) that Basic credentials may mean. Raises invalid_client.
+
+    The first is form-decoded, as RFC 6749 §2.3.1 demands. The second, if it differs, is the raw pair of the many
+    clients that do not encode: they send `+` and `%` as they are.
+    """
+    try:
+        client_id, colon, secret = base64.b64decode(header[6:].strip(), validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        raise Problem("invalid_client", log="malformed Basic credentials") from None
+    if not colon or not client_id:
+        raise Problem("invalid_client", log="an empty client_id" if colon else "Basic credentials without a colon")
+    return list(dict.fromkeys([(decode_credential(client_id), decode_credential(secret)), (client_id, secret)]))
+
+
+def read_client_credentials(params) -> list[tuple[str, str | None]]:
+    """Return the one or two (client_id, secret or None) that a request may mean, the likelier one first.
+
+    Raises invalid_request for a request that uses two methods. RFC 6749 §2.3.
+    """
     header = params.environ.get("HTTP_AUTHORIZATION", "")
     form_id, form_secret = params.get("client_id"), params.get("client_secret")
     if header[:6].lower() == "basic ":
-        try:
-            pair = base64.b64decode(header[6:].strip(), validate=True).decode()
-        except (binascii.Error, ValueError):
-            raise Problem("invalid_client", log="malformed Basic credentials") from None
-        client_id, colon, secret = pair.partition(":")
-        # Clients form-encode both parts before they join them. RFC 6749 §2.3.1.
-        client_id, secret = decode_component(client_id.encode()), decode_component(secret.encode())
-        if not colon or form_secret is not None or form_id not in (None, client_id):
-            raise Problem("invalid_request" if colon else "invalid_client", log="two ways of client authentication")
-        if not client_id:
-            raise Problem("invalid_client", log="an empty client_id")
-        return client_id, secret or None
+        pairs = [pair for pair in read_basic(header) if form_id in (None, pair[0])]
+        if form_secret is not None or not pairs:
+            raise Problem("invalid_request", log="two ways of client authentication")
+        return [(client_id, secret or None) for client_id, secret in pairs]
     if not form_id:
         is_form = params.media() in ("", FORM)
         raise Problem("invalid_client", log="no client_id" if is_form else "no client_id, and the body is not a form")
-    return form_id, form_secret or None
+    return [(form_id, form_secret or None)]
 
 
 def by_client(idp, params) -> Client:
     """A guard that authenticates the client; a public client only sends its client_id."""
-    return authenticate_client(idp, params.caller, *read_client_credentials(params))
+    (client_id, secret), *raw = read_client_credentials(params)
+    return authenticate_client(idp, params.caller, client_id, secret, *raw)
 
 
 def by_confidential_client(idp, params) -> Client:

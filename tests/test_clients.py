@@ -209,12 +209,12 @@ class TestAuthentication:
             *(
                 (word, 401, "invalid_client")
                 for word in (
-                    "", "!!!", "c2VydmljZQ==", "c2VydmljZTp4=", "\xe4", base64.b64encode(b"\xff:\xff").decode(),
+                    "", "!!!", "c2VydmljZQ==", "c2VydmljZTp4=", "\xe4",
+                    *(
+                        base64.b64encode(word).decode()
+                        for word in (b"\xff:\xff", b"service:%zz", b"service:%00", b"service:\0", b"%zz:x", b":x", b":")
+                    ),
                 )
-            ),
-            *(
-                (base64.b64encode(word).decode(), 400, "invalid_request")
-                for word in (b"service:%zz", b"service:%00")
             ),
         ],
     )
@@ -234,16 +234,67 @@ class TestAuthentication:
         assert auth.post("/token", MACHINE, auth=(quote_plus(client_id), quote_plus(secret))).status == 200
         assert auth.post("/token", MACHINE | {"client_id": client_id, "client_secret": secret}).status == 200
 
+    @pytest.mark.parametrize(
+        "client_id, secret",
+        [
+            ("x", "sixteen + more + more"), ("x", "a+b%cxxxx"), ("x", "100%25 sure of it"), ("x", "50% of the sum"),
+            ("a+b", "a very secret secret"), ("a%62", "a+very+secret+secret"), ("a%zz", "a+very secret"),
+            ("x", "ends with one%"), ("x", "%ff%fe%fd%fc"), ("x", "nul%00nul%00"),
+        ],
+    )
+    def test_both_parts_of_basic_may_come_as_they_are(self, auth, new_client, client_id, secret):
+        """Many clients do not encode them, curl -u among them: it sends what follows -u."""
+        new_client(client_id, client_secret=secret)
+        assert auth.post("/token", MACHINE, auth=(client_id, secret)).status == 200
+        assert auth.post("/token", MACHINE | {"client_id": client_id}, auth=(client_id, secret)).status == 200
+        assert auth.post("/token", MACHINE, auth=(quote_plus(client_id), quote_plus(secret))).status == 200
+        assert auth.post("/token", MACHINE, auth=(client_id, secret + "+")).status == 401
+        other = auth.post("/token", MACHINE | {"client_id": "other"}, auth=(client_id, secret))
+        assert other.json["error"] == "invalid_request"
+
+    def test_a_client_id_may_be_another_form_decoded(self, auth, new_client):
+        """Each of the two is reached by its own secret alone."""
+        new_client("ab", client_secret="secret of the one")
+        new_client("a%62", client_secret="secret of the other")
+        for secret, client_id in (("secret of the one", "ab"), ("secret of the other", "a%62")):
+            token = auth.post("/token", MACHINE, auth=("a%62", secret)).json["access_token"]
+            assert auth.get("/me", bearer=token).json["sub"] == client_id
+        assert auth.post("/token", MACHINE, auth=("ab", "secret of the other")).status == 401
+
+    def test_a_public_client_may_name_itself_by_basic_as_it_is(self, auth, new_client, alice):
+        new_client("a+b", client_type="public", grant_types=["password"])
+        form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+        assert [auth.post("/token", form, auth=(name, "")).status for name in ("a+b", "a%2Bb", "a b")] == [200, 200, 401]
+
+    @pytest.mark.parametrize(
+        "secret, hashes", [("wrong", 1), ("wr%6fng", 2), ("wr+ng", 2), ("wr%ng", 1), ("%ff", 1), ("100%+", 1)]
+    )
     @pytest.mark.parametrize("client_id", ["nobody", "service", "spa", "idle"])
     def test_an_unknown_client_costs_what_a_known_one_costs(
-        self, auth, service, public, new_client, client_id, monkeypatch, change
+        self, auth, service, public, new_client, client_id, monkeypatch, change, secret, hashes
     ):
         new_client("idle")
         change("UPDATE client SET is_active = 0 WHERE client_id = 'idle'")
         calls, compute = [], Argon2Memory.compute
         monkeypatch.setattr(Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
-        answer = auth.post("/token", MACHINE, auth=(client_id, "wrong"))
-        assert (answer.status, len(calls)) == (401, 1)
+        answer = auth.post("/token", MACHINE, auth=(client_id, secret))
+        assert (answer.status, len(calls)) == (401, hashes)
+
+    def test_two_forms_of_a_wrong_secret_are_one_failure(self, auth, idp, service):
+        statuses = [auth.post("/token", MACHINE, auth=("service", "wr+ng")).status for _ in range(22)]
+        assert statuses == [401] * 20 + [429] * 2
+        rows = idp.store.list_audit(limit=100)
+        assert [(row.target, row.actor_id) for row in rows if row.action == "client_authentication_failed"] == [
+            ("service", "service")
+        ] * 20
+
+    def test_a_good_raw_secret_is_verified_once_and_then_remembered(self, auth, new_client, monkeypatch):
+        new_client("x", client_secret="sixteen + more + more")
+        calls, compute = [], Argon2Memory.compute
+        monkeypatch.setattr(Argon2Memory, "compute", lambda *words: calls.append(1) or compute(*words))
+        for _ in range(5):
+            assert auth.post("/token", MACHINE, auth=("x", "sixteen + more + more")).status == 200
+        assert len(calls) == 2, "the decoded form, then the raw one"
 
     def test_a_good_secret_is_verified_once_and_then_remembered(self, auth, service, monkeypatch):
         calls, compute = [], Argon2Memory.compute
