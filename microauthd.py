@@ -136,14 +136,23 @@ SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
 CLIENT_ID = re.compile(r"[\x21-\x39\x3b-\x7e]{1,255}")  # RFC 6749 §2.2 without the colon, RFC 7617 §2
 
 
+def to_normal_form(form: str, text: str) -> str:
+    """Return a text in a Unicode normalisation form, such as NFC; one of more than 1024 characters as it is.
+
+    No name, password or code has more: they have at most 255, and at most four characters compose to one. The bound is
+    there because unicodedata needs quadratic time for combining characters: three seconds for a request of 64 KB.
+    """
+    return unicodedata.normalize(form, text) if len(text) <= 1024 else text
+
+
 def normalise(name: str) -> str:
     """Return a name in the form that is compared: Unicode NFKC, trimmed."""
-    return unicodedata.normalize("NFKC", name).strip()
+    return to_normal_form("NFKC", name.strip()).strip()
 
 
 def fold(name: str) -> str:
     """Return a username or e-mail address in the form that is compared: normalised and case-folded."""
-    return unicodedata.normalize("NFKC", normalise(name).casefold())
+    return to_normal_form("NFKC", normalise(name).casefold())
 
 
 # == Errors ====================================================================
@@ -385,7 +394,7 @@ def fold_one_time_code(code: str) -> str:
 
     Authenticators show codes in groups, and people copy them so, or type them with a full-width keyboard.
     """
-    folded = re.sub(r"[\s\u2010-]", "", unicodedata.normalize("NFKC", code))
+    folded = re.sub(r"[\s\u2010-]", "", to_normal_form("NFKC", code))
     return folded if re.fullmatch(r"[0-9]{6}", folded) else ""
 
 

@@ -205,6 +205,18 @@ class TestNames:
     def test_case_width_and_blanks_around_do_not_matter(self, name):
         assert m.fold(name) == m.fold(f"  {name.upper()}  ") == m.fold(unicodedata.normalize("NFD", name))
 
+    @pytest.mark.parametrize("longest", [100, 254, 255])
+    def test_what_may_be_long_enough_once_composed_is_composed(self, longest):
+        letter = "\u1f82"  # four code points when decomposed, the most there are
+        name = letter * longest
+        assert m.fold("  " * 1000 + unicodedata.normalize("NFD", name)) == m.fold(name)
+
+    def test_what_is_too_long_for_a_name_is_not_normalised(self):
+        """unicodedata takes seconds to order the combining characters of a large request."""
+        name = "a" + "\u0315\u0300" * 512
+        assert m.normalise(name) == name != unicodedata.normalize("NFKC", name)
+        assert m.fold(name) == name and m.fold_one_time_code(name) == ""
+
 
 class TestHandles:
     def test_a_handle_has_256_bits_and_is_stored_as_sha256(self):
