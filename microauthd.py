@@ -47,7 +47,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
@@ -136,7 +136,7 @@ SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
 CLIENT_ID = re.compile(r"[\x21-\x39\x3b-\x7e]{1,255}")  # RFC 6749 §2.2 without the colon, RFC 7617 §2
 
 
-def to_normal_form(form: str, text: str) -> str:
+def to_normal_form(form: Literal["NFC", "NFKC"], text: str) -> str:
     """Return a text in a Unicode normalisation form, such as NFC; one of more than 1024 characters as it is.
 
     No name, password or code has more: they have at most 255, and at most four characters compose to one. The bound is
@@ -420,8 +420,21 @@ def common_passwords() -> bytes:
     return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
+OTHER_BLANKS = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")  # category Zs without U+0020
+
+
+def normalise_password(password: str) -> str:
+    """Return a password in the form that is hashed, checked and verified: OpaqueString, RFC 8265 §4.2.
+
+    Other blanks become U+0020, and characters are composed (NFC): keyboards differ in both. Case, width and blanks at
+    the ends stay. The characters that RFC 8264 §4.3 disallows are let through, since passwords with them exist.
+    """
+    return password if password.isascii() else to_normal_form("NFC", OTHER_BLANKS.sub(" ", password))
+
+
 def check_new_password(options: Options, password: str, *names: str) -> str:
-    """Return what is wrong with a chosen password, or "". NIST SP 800-63B §5.1.1.2."""
+    """Return what is wrong with a chosen password in its normal form, or "". NIST SP 800-63B §5.1.1.2."""
+    password = normalise_password(password)
     if len(password) < options.password_min_length:
         return f"must have at least {options.password_min_length} characters"
     if len(password) > 255:
@@ -664,9 +677,14 @@ class Idp:
 
 
 def hash_secret(idp: Idp, secret: str) -> str:
-    """Return the PHC string of a password or client secret. Raises slow_down or temporarily_unavailable."""
+    """Return the PHC string of a client secret. Raises slow_down or temporarily_unavailable."""
     with hash_problems():
         return idp.hasher.hash(secret)
+
+
+def hash_password(idp: Idp, password: str) -> str:
+    """Return the PHC string of a user's password. Raises slow_down or temporarily_unavailable."""
+    return hash_secret(idp, normalise_password(password))
 
 
 def as_problem(error: "Problem | Unavailable") -> Problem:
@@ -748,6 +766,18 @@ def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
 
+def verify_stored_password(idp: Idp, account: Account | None, password: str) -> tuple[bool, bool]:
+    """Return whether this is the user's password, and whether its hash is that of the raw form.
+
+    Releases before this normalised nothing, so the raw form is tried too if it differs. Both are always verified: the
+    work depends on what was typed, never on whether the user exists or the password is right.
+    """
+    stored, normal = account.password_hash if account else None, normalise_password(password)
+    is_right = idp.hasher.verify(stored, normal)
+    is_raw = normal != password and idp.hasher.verify(stored, password)
+    return is_right or is_raw, is_raw
+
+
 def was_verified_recently(idp, account, password) -> bool:
     """Return whether Argon2 has verified this password recently.
 
@@ -755,7 +785,7 @@ def was_verified_recently(idp, account, password) -> bool:
     """
     if not idp.options.enable_pass_cache or account.totp_sealed or account.failed_logins:
         return False
-    return idp.verified_passwords.contains(account.password_hash, password, idp.now())
+    return idp.verified_passwords.contains(account.password_hash, normalise_password(password), idp.now())
 
 
 def login_obstacle(idp, caller, account, admin=False) -> str:
@@ -790,9 +820,9 @@ def check_totp(idp, account, code) -> str:
 
 
 def rehash(idp, account, password):
-    """Replace a hash by one with the configured parameters. The password stays, so nothing is revoked."""
+    """Replace a hash by one of the normal form, with the configured parameters. Nothing is revoked."""
     with contextlib.suppress(Problem, Unavailable):
-        idp.store.set_password_hash(account.id, hash_secret(idp, password), idp.now(), account.password_hash)
+        idp.store.set_password_hash(account.id, hash_password(idp, password), idp.now(), account.password_hash)
 
 
 def count_failed_code(idp: Idp, account: Account):
@@ -858,7 +888,7 @@ def authenticate_user(
             return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.slot(caller.peer):
-            is_right = idp.hasher.verify(account.password_hash if account else None, password)
+            is_right, is_raw = verify_stored_password(idp, account, password)
         failure = obstacle or ("" if is_right else WRONG_PASSWORD)
         amr = ["pwd"]
         if not failure and second_factor:
@@ -874,8 +904,8 @@ def authenticate_user(
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
         assert account  # None has an obstacle
         if idp.options.enable_pass_cache and not second_factor:
-            idp.verified_passwords.add(account.password_hash, password, now)
-        if not account.password_hash.startswith(idp.hasher.parameters()):
+            idp.verified_passwords.add(account.password_hash, normalise_password(password), now)
+        if is_raw or not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
         return account, amr
 
@@ -965,7 +995,7 @@ def create_user(idp: Idp, caller: Caller, new_user: ProvisionUser) -> Account:
         email_verified="the user has no address" if verified and has_no_email else "",
         password=check_new_password(idp.options, password, username, email),
     )
-    password_hash = hash_secret(idp, password)
+    password_hash = hash_password(idp, password)
     try:
         with idp.store.transaction():
             account = idp.store.add_account(
@@ -1118,7 +1148,7 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_a
     """Set the password of a user and revoke everything issued to it."""
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
-    password_hash = hash_secret(idp, password)
+    password_hash = hash_password(idp, password)
     with idp.store.transaction():
         account = get_user(idp, account.id)
         if excluding_admins:

@@ -27,7 +27,7 @@ from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client, create_scope, create_user, enable_totp,
-    fold, hash_secret, normalise, random_handle, reject, remove_qr_files, revoke_user, ring_files,
+    fold, hash_password, normalise, random_handle, reject, remove_qr_files, revoke_user, ring_files,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
@@ -696,7 +696,7 @@ def recover_admin(options: Options, username: str, password: str, drop_totp=Fals
         else:
             reject(password=check_new_password(options, password, account.username, account.email))
             done = "recovered"
-        password_hash = hash_secret(idp, password)
+        password_hash = hash_password(idp, password)
         with idp.store.transaction(identity=True):
             idp.store.set_password_hash(account.id, password_hash, idp.now())
             idp.store.set_account_active(account.id, 1, idp.now())

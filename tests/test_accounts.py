@@ -142,6 +142,20 @@ class TestOneAnswer:
         assert auth.post("/token", GOOD | form, auth=service).status == 403
         assert len(hashes) == 1
 
+    @pytest.mark.parametrize("case", ["unknown user", *HTTP_REFUSALS, "client demands a second factor"])
+    @pytest.mark.parametrize("password", [PASSWORD, "wrong wrong"])
+    def test_a_password_that_is_no_normal_form_costs_the_same_for_everybody(
+        self, auth, service, alice, spoil, hashes, case, password
+    ):
+        """Its normal form may be right: if only what fails were verified twice, time would tell."""
+        form = {"username": "nobody"} if case == "unknown user" else spoil(case, "alice")
+        if case == "wrong password":
+            password = "wrong wrong"
+        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 200
+        hashes.clear()
+        refused = auth.post("/token", GOOD | form | {"password": password.replace(" ", "\u00a0")}, auth=service)
+        assert (refused.status, len(hashes)) == (403, 2)
+
     def test_the_log_says_what_was_wrong_and_not_who_tried_what(self, idp, auth, service, alice):
         auth.post("/token", GOOD | {"username": "my password by mistake", "password": "wrong wrong"}, auth=service)
         auth.post("/token", GOOD | {"password": "wrong wrong"}, auth=service)
@@ -190,6 +204,79 @@ class TestRemembered:
         idp.store.set_password_hash(alice.id, idp.hasher.hash("another good one"), idp.now())
         with pytest.raises(m.Problem):
             m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+
+
+COMPOSED = "Gr\u00fc\u00dfe aus K\u00f6ln"
+DECOMPOSED = "Gru\u0308\u00dfe\u00a0aus\u3000Ko\u0308ln"
+
+
+class TestNormalForm:
+    """RFC 8265 §4.2: a password is the same, whichever keyboard composes its characters and its blanks."""
+
+    @pytest.fixture(params=[COMPOSED, DECOMPOSED])
+    def typed(self, request):
+        return request.param
+
+    @pytest.fixture(params=["create", "reset", "change"])
+    def set_password(self, idp, alice, request):
+        def call(password):
+            if request.param == "create":
+                return m.create_user(idp, m.LOCAL, CreateUser("bob", "bob@example.org", password)).username
+            if request.param == "reset":
+                m.reset_password(idp, m.LOCAL, alice.id, password)
+            else:
+                idp.store.set_password_hash(alice.id, m.hash_password(idp, password), idp.now())
+            return "alice"
+
+        return call
+
+    def test_it_is_verified_however_it_is_typed(self, idp, set_password, typed):
+        name = set_password(typed)
+        stored = idp.store.find_account_by_name(name).password_hash
+        for password in (COMPOSED, DECOMPOSED):
+            assert m.authenticate_user(idp, m.LOCAL, name, password)[1] == ["pwd"]
+        for other in (COMPOSED.upper(), COMPOSED.replace("\u00df", "ss"), " " + COMPOSED, COMPOSED.replace(" ", "")):
+            with pytest.raises(m.Problem, match="invalid_grant"):
+                m.authenticate_user(idp, m.LOCAL, name, other)
+        assert idp.store.find_account_by_name(name).password_hash == stored, "nothing was hashed again"
+
+    def test_every_route_that_takes_one_takes_each_form(self, auth, admin, service, root, idp):
+        m.reset_password(idp, m.LOCAL, root.id, DECOMPOSED)
+        for password in (COMPOSED, DECOMPOSED):
+            form = {"grant_type": "password", "username": "root", "password": password}
+            assert auth.post("/token", form, auth=service).status == 200
+            answer = admin.post("/token", {"username": "root", "password": password})
+            assert answer.status == 200
+            asked = {"username": "root", "password": password}
+            token = answer.json["access_token"]
+            assert admin.post("/users/verify-password", bearer=token, json_body=asked).status == 200
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_a_hash_of_the_raw_form_is_verified_and_replaced(self, make_idp, idp, alice, cached):
+        """Releases before this hashed what was typed."""
+        idp = make_idp(Options(**CHEAP, enable_pass_cache=cached))
+        old = idp.hasher.hash(DECOMPOSED)
+        idp.store.set_password_hash(alice.id, old, idp.now())
+        with pytest.raises(m.Problem, match="invalid_grant"):
+            m.authenticate_user(idp, m.LOCAL, "alice", COMPOSED)
+        assert idp.store.find_account(alice.id).password_hash == old
+        assert m.authenticate_user(idp, m.LOCAL, "alice", DECOMPOSED)
+        assert idp.hasher.verify(idp.store.find_account(alice.id).password_hash, COMPOSED)
+        assert idp.store.find_account(alice.id).revoked_before == alice.account.revoked_before, "nothing is revoked"
+        for password in (COMPOSED, DECOMPOSED):
+            assert m.authenticate_user(idp, m.LOCAL, "alice", password)
+
+    def test_two_forms_of_a_wrong_password_are_one_failure(self, idp, alice):
+        with pytest.raises(m.Problem, match="invalid_grant"):
+            m.authenticate_user(idp, m.LOCAL, "alice", DECOMPOSED)
+        assert idp.store.find_account(alice.id).failed_logins == 1
+
+    def test_a_form_that_is_remembered_is_so_for_each(self, idp, alice, monkeypatch):
+        m.reset_password(idp, m.LOCAL, alice.id, COMPOSED)
+        m.authenticate_user(idp, m.LOCAL, "alice", DECOMPOSED)
+        monkeypatch.setattr(idp.hasher, "verify", None)
+        for password in (COMPOSED, DECOMPOSED):
+            assert m.authenticate_user(idp, m.LOCAL, "alice", password)
 
 
 class TestRehash:

@@ -508,7 +508,7 @@ class TestAdminRecovery:
         idp.store.set_lockout(account.id, FOREVER, idp.now())
         idp.store.unassign_role(account.id, MAD_ADMIN_ROLE_ID)
         before = idp.store.find_account(account.id).revoked_before
-        assert recover_admin(house, "ROOT", "another battery staple", drop_totp=True) == "recovered"
+        assert recover_admin(house, "ROOT", "another\u00a0battery staple", drop_totp=True) == "recovered"
         found, amr = m.authenticate_user(idp, m.LOCAL, "root", "another battery staple", admin=True)
         assert (
             amr == ["pwd"]

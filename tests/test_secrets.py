@@ -192,8 +192,40 @@ class TestNewPasswords:
         found = m.check_new_password(Options(), password, "newcomer", "new@example.org")
         assert word in found and bool(found) == bool(word)
 
+    def test_they_are_held_against_the_normal_form(self):
+        """RFC 8265 §4.2: what counts is what is hashed."""
+        check = m.check_new_password
+        assert "at least 12" in check(Options(password_min_length=12), "e\u0301" * 11)
+        assert check(Options(), "e\u0301o\u0308" * 127) == "" and "at most 255" in check(Options(), "e\u0301" * 256)
+        assert "user name" in check(Options(), "new\u3000comer", "new comer")
+
     def test_the_least_length_is_an_option(self):
         assert m.check_new_password(Options(password_min_length=20), "nineteen characters")
+
+
+class TestNormalForm:
+    """RFC 8265 §4.2.1"""
+
+    @pytest.mark.parametrize(
+        "password, normal",
+        [
+            ("", ""), (" \ta ", " \ta "), ("a\u00a0b\u3000c", "a b c"), ("e\u0301", "\u00e9"), ("\uff21", "\uff21"),
+            ("\u212b", "\u00c5"), ("A\u00dfa", "A\u00dfa"), ("\u200b\ufeff\u00ad", "\u200b\ufeff\u00ad"),
+            ("\U0001f511", "\U0001f511"), ("\ufb01", "\ufb01"), ("\u2028", "\u2028"),
+        ],
+    )
+    def test_table(self, password, normal):
+        assert m.normalise_password(password) == normal
+
+    def test_every_other_blank_of_unicode_is_one(self):
+        blanks = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Zs"]
+        assert len(blanks) == 17 and {m.normalise_password(blank) for blank in blanks} == {" "}
+
+    @given(st.text(max_size=10))
+    def test_normalising_again_changes_nothing(self, password):
+        normal = m.normalise_password(password)
+        assert m.normalise_password(normal) == normal
+        assert m.normalise_password(unicodedata.normalize("NFD", password)) == normal
 
 
 class TestNames:
