@@ -1681,9 +1681,12 @@ def check_grant_types(grant_types, client_type: str) -> str:
 def check_client_secret(secret: str) -> str:
     """Return what is wrong with a chosen client secret, or "".
 
-    RFC 6749 §2.3.1 demands protection against guessing, but no particular length.
+    RFC 6749 §2.3.1 demands protection against guessing, but no particular length. Blanks at the ends are refused,
+    because many programs remove them from what they read.
     """
-    return "" if 8 <= len(secret) <= 255 and secret.isprintable() else "must have 8 to 255 printable characters"
+    if not (8 <= len(secret) <= 255 and secret.isprintable()):
+        return "must have 8 to 255 printable characters"
+    return "must not begin or end with a blank" if secret != secret.strip() else ""
 
 
 def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
@@ -1748,7 +1751,7 @@ def change_secret(idp: Idp, caller: Caller, change: ChangeSecret) -> str:
     client = get_client(idp, change.client_id)
     if not client.row.is_active:
         raise Problem("not_found", log="the client is inactive")
-    secret = (change.new_secret or "").strip()
+    secret = change.new_secret or ""
     errors = {}
     if client.row.client_type == PUBLIC_CLIENT:
         errors["client_id"] = "a public client has no secret"

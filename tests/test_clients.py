@@ -402,6 +402,35 @@ class TestSecrets:
         assert list(caught.value.errors) == [member]
         assert auth.post("/token", MACHINE, auth=service).status == 200
 
+    @pytest.mark.parametrize(
+        "secret, is_good",
+        [
+            ("x" * 7, False), ("x" * 8, True), ("x" * 255, True), ("x" * 256, False), ("a b+c%d:\u00e4", True),
+            (" sixteen letters", False), ("sixteen letters ", False), (" " * 8, False), (" ", False), ("tab\tin it", False),
+            ("sixteen letters\n", False), ("no-break\u00a0blank", False),
+        ],
+    )
+    def test_a_chosen_one_is_held_to_one_rule_at_creation_and_change(self, idp, auth, service, secret, is_good):
+        """RFC 6749 §2.3.1"""
+        for number, choose in enumerate((
+            lambda: m.create_client(idp, m.LOCAL, CreateClient("x", client_secret=secret)),
+            lambda: m.create_client(idp, m.LOCAL, CreateClient("y", secret=secret)),
+            lambda: m.change_secret(idp, m.LOCAL, ChangeSecret("service", secret)),
+        )):
+            if is_good:
+                choose()
+                client = ("x", "y", "service")[number], quote_plus(secret)
+                assert auth.post("/token", MACHINE, auth=client).status == 200
+            else:
+                with pytest.raises(m.Problem) as caught:
+                    choose()
+                assert list(caught.value.errors) == ["new_secret" if number == 2 else "client_secret"]
+
+    def test_one_of_before_the_rule_goes_on_working(self, idp, auth, service, change):
+        change("UPDATE client_secret SET secret_hash = :hash", hash=idp.hasher.hash(" short "))
+        form = MACHINE | {"client_id": "service", "client_secret": " short "}
+        assert auth.post("/token", form).status == auth.post("/token", MACHINE, auth=("service", " short ")).status == 200
+
     @pytest.mark.parametrize("client_id", ["nobody", "", "idle"])
     def test_of_nobody(self, idp, new_client, change, client_id):
         new_client("idle")

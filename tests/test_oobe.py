@@ -519,7 +519,11 @@ class TestUnattended:
             ),
             (GOOD.replace('["a:read"]', "[1]"), 0o600, ["list of strings"]),
             (GOOD.replace("a:read", "openid"), 0o600, ["leave it out"]),
-            (GOOD.replace("[client]", '[client]\nsecret_file = "answers.toml"'), 0o600, ["16 to 255"]),
+            ("# short\n" + GOOD.replace("[client]", '[client]\nsecret_file = "answers.toml"'), 0o600, ["8 to 255"]),
+            (
+                " # is the secret\n" + GOOD.replace("[client]", '[client]\nsecret_file = "answers.toml"'), 0o600,
+                ["the client's secret must not begin or end with a blank"],
+            ),
             (GOOD.replace("[client]", "[client]\nsecret_file = 1"), 0o600, ["name of a file"]),
         ],
     )
