@@ -2067,6 +2067,16 @@ def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
         audit(idp, caller.acting_as(user_id), "logout", client_id)
 
 
+def find_public_client(idp: Idp, token: str) -> Client | None:
+    """Return the active public client that a refresh or access token was issued to; None for any other token."""
+    refresh = idp.store.find_refresh_token(sha256(token))
+    try:
+        client = find_client(idp, refresh.client_id if refresh else idp.auth_ring.verify(token, AT_JWT)["client_id"])
+    except Problem:
+        return None
+    return client if client is not None and client.row.client_type == PUBLIC_CLIENT else None
+
+
 def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
     """Revoke an access or refresh token of this client. An invalid or unknown token is no error. RFC 7009 §2.
 
@@ -2346,6 +2356,12 @@ def revoke_reused(idp: Idp, caller: Caller, family: Family):
     revoke_family(idp, owner, family.sid, "refresh_token_reused", family.client_id, FAILURE)
 
 
+def read_refresh_token(params) -> str | None:
+    """Return the refresh token of a request, if it is for that grant. Older clients send it as `token`."""
+    is_refresh = params.get("grant_type") == REFRESH_TOKEN
+    return params.get("refresh_token") or params.get("token") if is_refresh else None
+
+
 def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> bool:
     """Return whether a refresh is the retry of one just done, whose answer the client may not have received.
 
@@ -2358,11 +2374,8 @@ def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> boo
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
-    """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2.
-
-    Older clients send the refresh token as `token`.
-    """
-    refresh_token = params.get("refresh_token") or params.need("token")
+    """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2."""
+    refresh_token = read_refresh_token(params) or params.need("refresh_token")
     token_sha256 = sha256(refresh_token)
     successor = idp.seal.successor(refresh_token) if idp.options.refresh_token_grace else ""
     found = idp.store.find_refresh_token(token_sha256)
@@ -3399,6 +3412,23 @@ def by_client(idp, params) -> Client:
     return authenticate_client(idp, params.caller, client_id, secret, *raw)
 
 
+def by_client_or_token(read_token):
+    """Return a guard like by_client; a request that names no client may be that of the public client of its token.
+
+    A public client cannot authenticate, so its `client_id` proves nothing that the token does not. RFC 6749 §6 and
+    RFC 7009 §2.1 demand that the token was issued to the client. A token of a confidential client, and one that
+    nobody knows, are answered alike: invalid_client.
+    """
+
+    def guard(idp, params) -> Client:
+        is_basic = params.environ.get("HTTP_AUTHORIZATION", "")[:6].lower() == "basic "
+        is_named = is_basic or params.get("client_id") or params.get("client_secret")
+        token = None if is_named else read_token(params)
+        return (find_public_client(idp, token) if token else None) or by_client(idp, params)
+
+    return guard
+
+
 def by_confidential_client(idp, params) -> Client:
     """A guard that authenticates a confidential client and refuses a public one."""
     client = by_client(idp, params)
@@ -4061,8 +4091,8 @@ def discovery(idp, params):
 
 
 @AUTH(
-    "POST", ("/token", "/oidc/token"), guard=by_client, spec="RFC 6749 §3.2", form=TokenForm, gives=TokenObject,
-    oauth=True, cors=True,
+    "POST", ("/token", "/oidc/token"), guard=by_client_or_token(read_refresh_token), spec="RFC 6749 §3.2",
+    form=TokenForm, gives=TokenObject, oauth=True, cors=True,
 )
 def token(idp, client, params):
     """Exchange an authorization grant for tokens."""
@@ -4093,7 +4123,10 @@ def introspect(idp, client, params):
     return introspect_token(idp, client, params.need("token"))
 
 
-@AUTH("POST", "/revoke", guard=by_client, spec="RFC 7009 §2", form=TokenHintForm, gives=Msg, oauth=True, cors=True)
+@AUTH(
+    "POST", "/revoke", guard=by_client_or_token(lambda params: params.get("token")), spec="RFC 7009 §2",
+    form=TokenHintForm, gives=Msg, oauth=True, cors=True,
+)
 def revoke(idp, client, params):
     """Revoke a token of this client; with a refresh token, every token of its login."""
     revoke_token(idp, params.caller, client, params.need("token"))

@@ -76,7 +76,7 @@ def guard_of(route):
     if name == "by_scope":
         return f"scope `{route.guard.scope}`"
     return {
-        "anyone": "anyone", "by_client": "client", "by_confidential_client": "confidential client",
+        "anyone": "anyone", "by_client_or_token": "client", "by_confidential_client": "confidential client",
         "by_bearer": "access token", "by_admin": "administrator",
         "by_bearer_or_form": "access token, or a form of ours",
     }[name]

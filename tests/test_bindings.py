@@ -211,6 +211,16 @@ class TestWhatCannotWork:
         )
         assert answer.status == 200 and answer.json["refresh_token"]
 
+    @pytest.mark.parametrize("member", ["refresh_token", "token"])
+    def test_a_public_client_refreshes_and_revokes_without_its_name(self, auth, alice, public, member):
+        answer = auth.post(
+            "/token", {"grant_type": "password", "username": "alice", "password": PASSWORD, "client_id": "spa"}
+        ).json
+        answer = auth.post("/token", {"grant_type": "refresh_token", member: answer["refresh_token"]}).json
+        assert auth.get("/me", bearer=answer["access_token"]).status == 200
+        assert auth.post("/revoke", {"token": answer["refresh_token"]}).status == 200
+        assert auth.get("/me", bearer=answer["access_token"]).status == 401
+
     @pytest.mark.parametrize(
         "path, form",
         [

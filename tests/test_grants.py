@@ -222,6 +222,82 @@ def strict(make_idp, idp):
     return Caller(m.App(make_idp(dataclasses.replace(idp.options, refresh_token_grace=0)), m.AUTH))
 
 
+class TestUnnamedClient:
+    """RFC 6749 §6: the refresh token of a public client says whose it is."""
+
+    @pytest.fixture
+    def login(self, auth, public, alice):
+        return auth.post(
+            "/token", {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}
+        ).json
+
+    def test_it_refreshes_as_if_it_had_named_itself(self, idp, auth, login):
+        answer = auth.post("/token", REFRESH | {"refresh_token": login["refresh_token"]})
+        assert (answer.status, answer.json["scope"], answer.json.keys()) == (200, login["scope"], login.keys())
+        assert idp.auth_ring.verify(answer.json["access_token"], "at+jwt")["client_id"] == "spa"
+        again = auth.post("/token", REFRESH | {"refresh_token": answer.json["refresh_token"], "client_id": "spa"})
+        assert again.status == 200
+
+    def test_every_check_of_the_client_holds(self, auth, login, change):
+        form = REFRESH | {"refresh_token": login["refresh_token"]}
+        for statement, status, error in (
+            ("UPDATE client SET grant_types = 'password'", 400, "unauthorized_client"),
+            ("UPDATE client SET is_active = 0", 401, "invalid_client"),
+            ("UPDATE client SET is_active = 1, grant_types = 'refresh_token', client_type = 'confidential'", 401,
+             "invalid_client"),
+            ("UPDATE client SET client_type = 'public', revoked_before = 9999999999999", 400, "invalid_grant"),
+            ("DELETE FROM client", 401, "invalid_client"),
+        ):
+            change(statement)
+            answer = auth.post("/token", form)
+            assert (answer.status, answer.json["error"]) == (status, error), statement
+
+    @pytest.mark.parametrize(
+        "more, status, error",
+        [
+            ({"client_id": "other"}, 400, "invalid_grant"), ({"client_id": "nobody"}, 401, "invalid_client"),
+            ({"client_id": "service"}, 401, "invalid_client"), ({"client_secret": "x"}, 401, "invalid_client"),
+            ({"grant_type": "password"}, 401, "invalid_client"), ({"grant_type": ""}, 401, "invalid_client"),
+            ({"grant_type": "client_credentials"}, 401, "invalid_client"),
+            ({"grant_type": "authorization_code"}, 401, "invalid_client"),
+        ],
+    )
+    def test_a_name_that_disagrees_and_another_grant_are_refused(
+        self, auth, login, new_client, service, more, status, error
+    ):
+        new_client("other", client_type="public")
+        answer = auth.post("/token", REFRESH | {"refresh_token": login["refresh_token"]} | more)
+        assert (answer.status, answer.json["error"]) == (status, error)
+        assert auth.post("/token", REFRESH | {"refresh_token": login["refresh_token"]}).status == 200, "it did no harm"
+
+    def test_credentials_that_are_wrong_are_not_as_if_there_were_none(self, auth, login):
+        form = REFRESH | {"refresh_token": login["refresh_token"]}
+        for client in (("spa", "wrong"), ("", ""), ("nobody", "")):
+            assert auth.post("/token", form, auth=client).status == 401
+
+    def test_a_confidential_client_must_authenticate_and_an_unknown_token_is_answered_alike(
+        self, auth, log_in, alice, service
+    ):
+        token = log_in(alice)["refresh_token"]
+        known, unknown = (auth.post("/token", REFRESH | {"refresh_token": word}) for word in (token, "x"))
+        assert (known.status, known.json["error"]) == (401, "invalid_client")
+        assert (known.status, known.body, known.headers) == (unknown.status, unknown.body, unknown.headers)
+        assert auth.post("/token", REFRESH | {"refresh_token": token}, auth=service).status == 200, "it did no harm"
+
+    def test_reuse_ends_the_login_and_is_audited(self, idp, strict, login):
+        form = REFRESH | {"refresh_token": login["refresh_token"]}
+        second = strict.post("/token", form).json
+        assert strict.post("/token", form).json["error"] == "invalid_grant"
+        assert strict.get("/me", bearer=second["access_token"]).status == 401
+        assert idp.store.list_audit("refresh_token_reused")[0].secondary.startswith("sid=")
+
+    def test_a_refusal_is_audited(self, idp, auth, login):
+        form = REFRESH | {"refresh_token": login["refresh_token"], "scope": "api:secret"}
+        assert auth.post("/token", form).json["error"] == "invalid_scope"
+        row = idp.store.list_audit("token_refused")[0]
+        assert (row.target, row.secondary) == ("spa", "grant_type=refresh_token error=invalid_scope")
+
+
 class TestRefresh:
     """RFC 6749 §6, RFC 9700 §4.14.2"""
 

@@ -335,6 +335,43 @@ class TestRevocation:
         assert auth.post("/revoke", {"token": answer["refresh_token"], "client_id": "spa"}).status == 200
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
 
+    @pytest.mark.parametrize("kind", ["access_token", "refresh_token"])
+    def test_a_public_client_ends_its_own_without_naming_itself(self, idp, auth, public, alice, clock, kind):
+        """RFC 7009 §2.1: the token says whose it is. §2.2: one that has expired is no error."""
+        form = {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}
+        answer, other = (auth.post("/token", form).json for _ in range(2))
+        for _ in range(2):
+            assert auth.post("/revoke", {"token": answer[kind]}).status == 200
+        assert idp.store.list_audit(limit=1)[0].actor_id == "spa"
+        assert auth.get("/me", bearer=answer["access_token"]).status == 401
+        assert auth.get("/me", bearer=other["access_token"]).status == 200
+        clock.pass_(10**8)
+        assert auth.post("/revoke", {"token": other[kind]}).status == 200
+
+    def test_without_a_client_any_other_token_is_refused_and_lives(self, auth, service, public, machine, log_in, alice):
+        """A token of a confidential client and one that nobody knows are answered alike."""
+        user, unknown = log_in(alice), auth.post("/revoke", {"token": "x"})
+        assert (unknown.status, unknown.json["error"]) == (401, "invalid_client")
+        for token in (machine["access_token"], user["access_token"], user["refresh_token"]):
+            answer = auth.post("/revoke", {"token": token})
+            assert (answer.status, answer.body, answer.headers) == (unknown.status, unknown.body, unknown.headers)
+            assert introspect(auth, token, service)["active"] is True
+
+    def test_a_public_client_that_names_another_or_is_switched_off_is_refused(self, auth, public, alice, change):
+        form = {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}
+        token = auth.post("/token", form).json["refresh_token"]
+        for more in ({"client_id": "nobody"}, {"client_secret": "x"}):
+            assert auth.post("/revoke", {"token": token} | more).json["error"] == "invalid_client"
+        change("UPDATE client SET is_active = 0")
+        assert auth.post("/revoke", {"token": token}).json["error"] == "invalid_client"
+
+    def test_introspection_always_names_a_client(self, auth, public, alice):
+        """RFC 7662 §2.1"""
+        form = {"grant_type": "password", "client_id": "spa", "username": "alice", "password": alice.password}
+        answer = auth.post("/token", form).json
+        for token in (answer["access_token"], answer["refresh_token"]):
+            assert auth.post("/introspect", {"token": token}).json["error"] == "invalid_client"
+
     def test_each_leaves_a_row(self, idp, auth, service, machine, log_in, alice):
         user = log_in(alice)
         for token in (machine["access_token"], user["refresh_token"]):

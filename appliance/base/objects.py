@@ -292,7 +292,7 @@ class PurgeAudit(msgspec.Struct):
 class TokenForm(msgspec.Struct):
     """RFC 6749 §4: the members needed depend on `grant_type`.
 
-    A client authenticates by HTTP Basic, or by the last two members.
+    A client authenticates by HTTP Basic, or by the last two members. A public client needs none of them to refresh.
     """
 
     grant_type: str

@@ -193,7 +193,7 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
         "responses": describe_responses(route, method, path, port_name),
     }
     guard, body = guard_name(route), describe_body(route, method)
-    if guard in ("by_client", "by_confidential_client"):
+    if guard in ("by_client_or_token", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by form members, which OpenAPI cannot express
     elif guard != "anyone":
         operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
