@@ -1584,11 +1584,21 @@ def check_scope_name(name: str) -> str:
     return check_addressable(name)
 
 
-DANGEROUS_SCHEMES = ("javascript", "data", "vbscript", "file", "blob", "about", "filesystem", "view-source")
+# No code is sent to these: they run script, open local files, or belong to other programs than a client, as the mail
+# program or the browser itself. `localhost:8080/cb` lacks its http://, and would be a scheme otherwise.
+NEVER_SCHEMES = re.compile(
+    "about|afp|android-app|blob|brave|callto|chrome[^.]*|cid|content|data|edge|facetime|file|filesystem|firefox|ftps?|geo"
+    "|gopher|hcp|help|imap|intent|ircs?|itms[^.]*|jar|javascript|ldaps?|livescript|localhost|magnet|mailto|market|mhtml"
+    "|microsoft-edge|mid|mk|mms|mmsto|mocha|moz-extension|ms-[^.]*|news|nfs|nntp|opera|pop|res|resource|rtsp"
+    "|safari-[^.]*|search|search-ms|sftp|shell|sips?|smb|sms|smsto|ssh|tel|telnet|tftp|urn|vbscript|view-source|vivaldi"
+    "|vnc|wss?|xmpp"
+)
+LOOPBACK_HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)*localhost|::1|127(?:\.[0-9]{1,3}){3}")
 
 
 def is_loopback_host(host: str) -> bool:
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+    """Return whether a host is this machine: a literal, or `localhost` and the names below it. RFC 6761 §6.3."""
+    return LOOPBACK_HOST.fullmatch(host) is not None
 
 
 def check_redirect_uri(uri: str) -> str:
@@ -1605,8 +1615,10 @@ def check_redirect_uri(uri: str) -> str:
         return "is not a URI"
     if "#" in uri:
         return "must not have a fragment"
-    if not parts.scheme or parts.scheme in DANGEROUS_SCHEMES or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri):
+    if not parts.scheme or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri):
         return "must be an absolute URI"
+    if NEVER_SCHEMES.fullmatch(parts.scheme):
+        return f"must not have the scheme {parts.scheme}"
     if parts.scheme in ("http", "https"):
         if not parts.hostname or "@" in parts.netloc or not uri.lower().startswith(parts.scheme + "://"):
             return "must name a host, and no user"
@@ -1630,11 +1642,12 @@ def check_origin(uri: str) -> str:
 def is_registered_uri(uri: str, registered) -> bool:
     """Return whether a redirect URI is registered, compared octet by octet.
 
-    The port of a loopback IP literal may differ. RFC 9700 §2.1, RFC 8252 §7.3.
+    The port of a loopback IP literal or of `localhost` may differ. RFC 9700 §2.1, RFC 8252 §7.3. Not that of a name
+    below localhost, such as app.localhost: neither exempts it, and behind a local proxy its port is always the same.
     """
     if uri in registered:
         return True
-    loopback = re.compile(r"http://(127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?((?:[/?].*)?)", re.S)
+    loopback = re.compile(r"http://(127\.0\.0\.1|\[::1\]|localhost)(?::([0-9]{1,5}))?((?:[/?].*)?)", re.S)
     found = loopback.fullmatch(uri)
     if not found or "#" in uri or (found[2] and not 0 < int(found[2]) < 65536):
         return False

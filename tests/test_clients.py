@@ -591,7 +591,7 @@ class TestUris:
         [
             "https://app.example/cb", "https://app.example", "https://app.example:8443/cb?tenant=a%20b",
             "http://localhost/cb", "http://127.0.0.1:7000/cb", "http://[::1]/cb", "com.example.app:/cb",
-            "com.example.app://cb",
+            "com.example.app://cb", "http://app.localhost:3000/cb", "http://a.b-c.localhost/cb", "http://LocalHost/cb",
         ],
     )
     def test_may_be_registered(self, uri):
@@ -605,6 +605,8 @@ class TestUris:
             "https://user@app.example/cb", "https:/app.example", "https:app.example", "https://",
             "https://app.example/a b", "https://app.example/\n", "https://app.example/ü",
             "https://app.example/<script>", "https://app.example:99999/", "http://127.0.0.1.evil.example/",
+            "http://.localhost/", "http://a..localhost/", "http://evil.example;.localhost/", "http://notlocalhost/",
+            "http://localhost./", "http://localhost@evil.example/", "http://evil.example%2f.localhost/",
             "http://localhost.evil.example/", "https://app.example\\@evil.example/", "x" * 3000, "file:///etc/passwd",
         ],
     )
@@ -636,7 +638,17 @@ class TestUris:
             ("http://[::1]:5000/cb", ["http://[::1]/cb"], True),
             ("http://127.0.0.1:5000/cb?x", ["http://127.0.0.1/cb"], False),
             ("http://127.0.0.1:5000/cb", ["http://[::1]/cb"], False),
-            ("http://localhost:5000/cb", ["http://localhost/cb"], False),
+            ("http://localhost:5000/cb", ["http://localhost/cb"], True),
+            ("http://localhost/cb?a=1", ["http://localhost:3000/cb?a=1"], True),
+            ("http://localhost:5000/cb", ["http://127.0.0.1/cb"], False),
+            ("http://localhost:5000/cb", ["https://localhost/cb"], False),
+            ("https://localhost:5000/cb", ["https://localhost/cb"], False),
+            ("http://localhost:5000/cb/", ["http://localhost/cb"], False),
+            ("http://localhost.evil.example/cb", ["http://localhost/cb"], False),
+            ("http://LOCALHOST/cb", ["http://localhost/cb"], False),
+            ("http://app.localhost:3000/cb", ["http://app.localhost:3000/cb"], True),
+            ("http://app.localhost:3001/cb", ["http://app.localhost:3000/cb"], False),
+            ("http://app.localhost/cb", ["http://localhost/cb"], False),
             ("http://127.0.0.1:0/cb", ["http://127.0.0.1/cb"], False),
             ("http://127.0.0.1:99999/cb", ["http://127.0.0.1/cb"], False),
             ("http://127.0.0.1:5000@evil.example/cb", ["http://127.0.0.1/cb"], False),
@@ -665,10 +677,10 @@ class TestUris:
         st.integers(0, 3),
     )
     def test_whatever_is_put_into_one_it_is_no_longer_registered(self, registered, at, word, cut):
-        """But for a port of a loopback literal, which may be any."""
+        """But for a port of loopback, which may be any."""
         changed = registered[:at] + word + registered[at + cut :]
         if m.is_registered_uri(changed, (registered,)) and changed != registered:
-            without = re.compile(r"(http://(?:127\.0\.0\.1|\[::1\])):?[0-9]*(?=[/?]|$)")
+            without = re.compile(r"(http://(?:127\.0\.0\.1|\[::1\]|localhost)):?[0-9]*(?=[/?]|$)")
             assert without.fullmatch(registered.partition("/cb")[0]) and without.sub(r"\1", changed) == without.sub(
                 r"\1", registered
             )

@@ -467,9 +467,11 @@ class TestRequest:
         assert answer.headers["location"].startswith("https://app.example/cb?tenant=1&error=login_required")
 
     def test_a_loopback_port_may_be_any(self, register, alice, browser, exchange):
-        register("native", uris=["http://127.0.0.1/cb", "com.example.app:/cb"])
+        register("native", uris=["http://127.0.0.1/cb", "http://localhost/cb", "com.example.app:/cb"])
         code = code_of(sign_in(browser, request("native", redirect_uri="http://127.0.0.1:51004/cb")))
         assert exchange(code, "native", redirect_uri="http://127.0.0.1/cb").status == 400
+        code = code_of(browser.open(request("native", redirect_uri="http://localhost:51005/cb")))
+        assert exchange(code, "native", redirect_uri="http://localhost:51005/cb").status == 200
         assert (
             browser.open(request("native", redirect_uri="com.example.app:/cb"))
             .headers["location"]
