@@ -1629,7 +1629,14 @@ def check_redirect_uri(uri: str) -> str:
 
 
 def check_origin(uri: str) -> str:
-    """Return what is wrong with a CORS origin, or "". RFC 6454 §6.1."""
+    """Return what is wrong with a CORS origin, or "". RFC 6454 §6.1.
+
+    The origin of a packaged application or a browser extension, as in capacitor://localhost, has a scheme of its own.
+    """
+    packaged = re.fullmatch(r"([a-z][a-z0-9+.-]*)://[A-Za-z0-9._-]+(?::[0-9]{1,5})?", uri)
+    if packaged and packaged[1] not in ("http", "https"):
+        has_pages = packaged[1].endswith("-extension") or not NEVER_SCHEMES.fullmatch(packaged[1])
+        return "" if has_pages else f"no page that may read answers has the scheme {packaged[1]}"
     found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?::([0-9]{1,5}))?", uri)
     if not found:
         return "must be scheme, host and port in lower case, such as https://app.example, and nothing more"

@@ -621,6 +621,15 @@ class TestUris:
             ("https://APP.example", False), ("https://app.example:443", False), ("http://localhost:80", False),
             ("null", False), ("*", False), ("https://*.example", False),
             ("https://app.example,https://b.example", False), ("", False),
+            # What the web views of packaged applications send: Capacitor, Ionic, Tauri, Electron, extensions.
+            ("capacitor://localhost", True), ("ionic://localhost", True), ("tauri://localhost", True),
+            ("http://tauri.localhost", True), ("https://tauri.localhost", True), ("app://obsidian.md", True),
+            ("app://-", True), ("chrome-extension://aapbdbdomjkkjkaonfhkkikfgjllcleb", True),
+            ("moz-extension://5ae4ec68-4b5c-4a0d-a4a4-4f0a52d6f1b5", True), ("http://evil.localhost.example", False),
+            ("capacitor://localhost/", False), ("capacitor://", False), ("capacitor:", False),
+            ("Capacitor://localhost", False), ("capacitor://u@localhost", False), ("file://", False),
+            ("file://host", False), ("data://x", False), ("javascript://x", False), ("about://blank", False),
+            ("chrome://settings", False), ("wss://app.example", False), ("capacitor://localhost\nX: y", False),
         ],
     )
     def test_origins(self, uri, ok):

@@ -1589,6 +1589,17 @@ class TestCors:
                 | auth("OPTIONS", path, headers=[("Origin", other)]).headers
             )
 
+    @pytest.mark.parametrize("origin", ["capacitor://localhost", "tauri://localhost", "http://tauri.localhost"])
+    def test_a_packaged_application_reads_under_exactly_its_origin(self, idp, spa, auth, origin):
+        row = m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", origin)
+        for method in ("POST", "OPTIONS"):
+            answer = auth(method, "/token", headers=[("Origin", origin)])
+            assert answer.headers["access-control-allow-origin"] == origin
+            for other in (origin + "/", origin + ":80", origin.upper(), "null", "https://localhost", "file://"):
+                assert "access-control-allow-origin" not in auth(method, "/token", headers=[("Origin", other)]).headers
+        m.delete_uri(idp, m.LOCAL.acting_as("test"), row.id, "cors_origin")
+        assert "access-control-allow-origin" not in auth.post("/token", headers=[("Origin", origin)]).headers
+
     @pytest.mark.parametrize("path", ["/authorize", "/login", "/introspect", "/account", "/users", "/me"])
     def test_nothing_else_is_shared(self, auth, origin, path):
         for method in ("GET", "POST", "OPTIONS"):
