@@ -1601,10 +1601,11 @@ def is_loopback_host(host: str) -> bool:
     return LOOPBACK_HOST.fullmatch(host) is not None
 
 
-def check_redirect_uri(uri: str) -> str:
+def check_redirect_uri(uri: str, allow_http=False, allow_short=False) -> str:
     """Return what is wrong with a redirect URI, or "". RFC 6749 §3.1.2, RFC 8252 §7, RFC 9700 §2.1.
 
-    https for any host; http for loopback only; the private-use scheme of a native app must be a reversed domain name.
+    https for any host; http for loopback, or for any host with `allow_http`; the private-use scheme of a native app
+    must be a reversed domain name, or may be short with `allow_short`.
     """
     if len(uri) > 2000 or not re.fullmatch(r"[\x21-\x7e]+", uri) or re.search(r'["<>\\^`{|}]', uri):
         return "must be a URI of at most 2000 characters, everything else percent-encoded"
@@ -1622,10 +1623,18 @@ def check_redirect_uri(uri: str) -> str:
     if parts.scheme in ("http", "https"):
         if not parts.hostname or "@" in parts.netloc or not uri.lower().startswith(parts.scheme + "://"):
             return "must name a host, and no user"
-        if parts.scheme == "http" and not is_loopback_host(parts.hostname):
-            return "must be https, or http to this machine (localhost, 127.0.0.1 or [::1])"
+        if parts.scheme == "http" and not allow_http and not is_loopback_host(parts.hostname):
+            return (
+                "must be https, or http to this machine (localhost, 127.0.0.1 or [::1]); allow_http_redirects lets a "
+                "confidential client have others"
+            )
         return ""
-    return "" if "." in parts.scheme else "must be https, or a scheme in the form of a reversed domain name"
+    if "." in parts.scheme:
+        return ""
+    if re.match("[^:]+:[0-9]+(/|$)", uri):
+        return "must be an absolute URI: this is a host and its port"
+    other = "must be https, or the scheme a reversed domain name; allow_short_schemes lets a client have others"
+    return "" if allow_short else other
 
 
 def check_origin(uri: str) -> str:
@@ -1662,18 +1671,64 @@ def is_registered_uri(uri: str, registered) -> bool:
     return any(other and (other[1], other[3]) == (found[1], found[3]) for other in others)
 
 
-URI_CHECKS = (("redirect", check_redirect_uri), ("post_logout", check_redirect_uri), ("cors_origin", check_origin))
+def check_uri(kind: str, uri: str, row: ClientRow) -> str:
+    """Return what is wrong with a URI of this kind for a client, or ""."""
+    if kind == "cors_origin":
+        is_public = row.client_type == PUBLIC_CLIENT
+        return check_origin(uri) or ("" if is_public else "is for public clients: a confidential one is in no browser")
+    allow_http = bool(row.allow_http_redirects) and row.client_type == CONFIDENTIAL
+    return check_redirect_uri(uri, allow_http, bool(row.allow_short_schemes))
+
+
+# A switch lets a client have more redirect and post-logout redirect URIs: name -> why to do without.
+URI_SWITCHES = {
+    "allow_http_redirects": "codes may travel in clear to http redirect URIs; use it in a trusted network only",
+    "allow_short_schemes": "another program may register a short scheme and receive the codes; prefer one with a dot",
+}
+
+
+def check_switch(name: str, client_type: str) -> str:
+    """Return why a client of this type cannot have a switch, or "". OpenID Connect Core §3.1.2.1."""
+    return "is for confidential clients" if name == "allow_http_redirects" and client_type == PUBLIC_CLIENT else ""
+
+
+def check_switches(row: ClientRow, uris: list[ClientUri], switches: dict[str, int]) -> dict[str, str]:
+    """Return what is wrong with new values of the switches of a client, by switch.
+
+    No URI that depends on a switch is registered while it is off, so that whoever matches a URI need not know of them.
+    """
+    errors = {}
+    for name, value in switches.items():
+        if value:
+            errors[name] = check_switch(name, row.client_type)
+        off = msgspec.structs.replace(row, **{name: 0})
+        needed = [
+            uri.uri for uri in uris
+            if not value and not check_uri(uri.kind, uri.uri, row) and check_uri(uri.kind, uri.uri, off)
+        ]
+        if needed:
+            errors[name] = f"is needed for {needed[0]}: remove that URI first"
+    return errors
+
+
+def audit_switches(idp: Idp, caller: Caller, row: ClientRow, names):
+    for name in sorted(names):
+        audit(idp, caller, "client_flag_set", row.client_id, f"{name}={'on' if getattr(row, name) else 'off'}")
+
+
+def warn_about_switches(idp: Idp, row: ClientRow, names):
+    for name in sorted(names):
+        if getattr(row, name):
+            idp.log("client.switch", "warning", client_id=row.client_id, switch=name, reason=URI_SWITCHES[name])
 
 
 def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
     """Register a URI of a client. Raises invalid_request, not_found, or conflict if it is already registered."""
     uri = uri.strip()
-    reject(uri=dict(URI_CHECKS)[kind](uri))
     try:
         with idp.store.transaction(identity=True):
             client = get_client(idp, id_or_client_id)
-            if kind == "cors_origin" and client.row.client_type != PUBLIC_CLIENT:
-                reject(uri="is for public clients: a confidential one has no place in a browser")
+            reject(uri=check_uri(kind, uri, client.row))
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
             audit(idp, caller, f"{kind}_uri_added", client.client_id, uri)
     except Conflict:
@@ -1736,6 +1791,8 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
     errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
     if public and new_client.may_introspect:
         errors["may_introspect"] = "a public client cannot have this right"
+    switches = [name for name in URI_SWITCHES if getattr(new_client, name)]
+    errors |= {name: check_switch(name, new_client.client_type) for name in switches}
     found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
     scopes = [scope for scope in found if scope]
     if None in found:
@@ -1750,7 +1807,8 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
         is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
         revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
-        created_at=now, modified_at=now,
+        created_at=now, modified_at=now, allow_http_redirects=int(new_client.allow_http_redirects),
+        allow_short_schemes=int(new_client.allow_short_schemes),
     )
     secret_hash = "" if public else hash_secret(idp, secret or made)
     try:
@@ -1761,8 +1819,10 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
             for scope in scopes:
                 idp.store.assign_scope_to_client(row.id, scope.id, now)
             audit(idp, caller, "create_client", client_id, row.id)
+            audit_switches(idp, caller, row, switches)
     except Conflict:
         raise Problem("conflict") from None
+    warn_about_switches(idp, row, switches)
     return get_client(idp, row.id), made
 
 
@@ -1818,10 +1878,11 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
                 errors["grant_types"] = check_grant_types(change.grant_types, row.client_type)
             if change.may_introspect is True and row.client_type == PUBLIC_CLIENT:
                 errors["may_introspect"] = "a public client cannot have this right"
-            reject(**errors)
-            for name in ("is_active", "may_introspect", "is_first_party"):
+            for name in ("is_active", "may_introspect", "is_first_party", *URI_SWITCHES):
                 if getattr(change, name) is not UNSET:
                     changes[name] = int(getattr(change, name))
+            switches = {name: changes[name] for name in URI_SWITCHES if name in changes}
+            reject(**errors | check_switches(row, idp.store.list_uris(row.id), switches))
             for name in ("access_token_signed_alg", "id_token_signed_response_alg"):
                 if getattr(change, name) is not UNSET:
                     changes[name] = getattr(change, name)
@@ -1829,10 +1890,13 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
                     revoke_client(idp, caller, row, "client_revoked")
-                idp.store.update_client(msgspec.structs.replace(row, **changes, modified_at=idp.now()))
-                audit(idp, caller, "client_updated", changes.get("client_id", row.client_id), " ".join(sorted(changes)))
+                row = msgspec.structs.replace(row, **changes, modified_at=idp.now())
+                idp.store.update_client(row)
+                audit(idp, caller, "client_updated", row.client_id, " ".join(sorted(changes)))
+                audit_switches(idp, caller, row, URI_SWITCHES.keys() & changes.keys())
     except Conflict:
         raise Problem("conflict") from None
+    warn_about_switches(idp, row, URI_SWITCHES.keys() & changes.keys())
     return get_client(idp, row.id)
 
 
@@ -2781,11 +2845,12 @@ def validate_client(idp: Idp, params) -> tuple[Client, str]:
 def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
     """Return code_challenge and code_challenge_method, both empty without PKCE. RFC 7636 §4.3, §4.4.1."""
     challenge, method = params.get("code_challenge") or "", params.get("code_challenge_method") or ""
-    if not challenge and (method or client.row.client_type == PUBLIC_CLIENT):
+    in_clear = bool(client.row.allow_http_redirects)  # whoever listens has the code, but not what S256 hashed
+    if not challenge and (method or in_clear or client.row.client_type == PUBLIC_CLIENT):
         raise Problem("invalid_request", log="PKCE is required")
     if challenge:
         method = method or "plain"  # RFC 7636 §4.3
-        if method != "S256" and not (method == "plain" and idp.options.allow_plain_pkce):
+        if method != "S256" and (in_clear or method != "plain" or not idp.options.allow_plain_pkce):
             raise Problem("invalid_request", log="this code_challenge_method is not accepted")
         if not CODE_VERIFIER.fullmatch(challenge) or (method == "S256" and len(challenge) != 43):
             raise Problem("invalid_request", log="malformed code_challenge")
@@ -5622,6 +5687,7 @@ def client_object(client: Client, secret="") -> ClientObject:
     return ClientObject(
         row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience,
         row.client_type, client.grant_types, bool(row.may_introspect), bool(row.is_first_party),
+        bool(row.allow_http_redirects), bool(row.allow_short_schemes),
         row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
     )
 

@@ -561,6 +561,24 @@ class TestClients:
         }
         assert call("PUT", "/clients/service", changes).json == after | changes
 
+    def test_the_switches_for_redirect_uris(self, call, service):
+        before = call("GET", "/clients/service").json
+        assert (before["allow_http_redirects"], before["allow_short_schemes"]) == (False, False)
+        for uri in ("http://nas.lan/cb", "audiobookshelf://oauth"):
+            assert "lets a" in call("POST", "/clients/service/redirect-uris", uri).json["errors"]["uri"]
+        both = {"allow_http_redirects": True, "allow_short_schemes": True}
+        assert call("PUT", "/clients/service", both).json == call("GET", "/clients/service").json == before | both
+        for uri in ("http://nas.lan/cb", "audiobookshelf://oauth"):
+            assert call("POST", "/clients/service/redirect-uris", uri).status == 201
+        refused = call("PUT", "/clients/service", {"allow_http_redirects": False})
+        assert (refused.status, refused.json["errors"]) == (
+            400, {"allow_http_redirects": "is needed for http://nas.lan/cb: remove that URI first"},
+        )
+        made = call("POST", "/clients", {"client_id": "native", "client_type": "public", "allow_short_schemes": True})
+        assert made.json["allow_short_schemes"] is True and made.json["allow_http_redirects"] is False
+        for body in ({"allow_http_redirects": True}, {"allow_short_schemes": 1}, {"allow_short_schemes": None}):
+            assert list(call("PUT", "/clients/native", body).json["errors"]) == list(body)
+
     @pytest.mark.parametrize(
         "body, member",
         [

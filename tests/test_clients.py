@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.base.hashing import Argon2Memory, NameLocks
-from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser, UpdateScope
+from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser, UpdateClient, UpdateScope
 
 MACHINE = {"grant_type": "client_credentials"}
 BUSY = "The server is busy; try again later."
@@ -722,6 +722,105 @@ class TestUris:
         m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", "https://app.example")
         with pytest.raises(m.Problem, match="invalid_request"):
             m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "cors_origin", "https://app.example")
+
+
+class TestSwitches:
+    """OpenID Connect Core §3.1.2.1, RFC 8252 §7.1 and §8.4: URIs that only a client with a switch may have"""
+
+    HTTP = (
+        "http://nas.lan:3000/cb", "http://192.168.1.5/cb", "http://[fd00::1]:8080/cb?a=b", "http://nas/cb",
+        "http://app.example/cb",
+    )
+    SHORT = ("audiobookshelf://oauth", "myapp:/cb", "myapp:cb", "Obsidian://x", "web+app://cb", "app://localhost:8080/cb")
+    NEVER = (
+        "javascript:alert(1)", "JAVASCRIPT:alert(1)", "data:text/html,x", "file:///etc/passwd", "intent://x#Intent;end",
+        "intent://scan/", "mailto:a@b.example", "vbscript:x", "blob:https://a.example/1", "about:blank", "ftp://a/cb",
+        "ws://a/cb", "wss://a/cb", "tel:1", "sms:1", "chrome://settings", "chrome-extension://abc/cb",
+        "view-source:https://a.example/", "ms-settings:x", "ms-appx-web://x/y", "search-ms:x", "localhost:8080/cb",
+        "nas:8080/cb", "http:nas/cb", "http://user@nas/cb", "http:///cb", "http://nas/cb#x", "http://nas:99999/cb",
+        "1app:/cb", ":/cb", "null",
+    )
+    BY = m.LOCAL.acting_as("test")
+
+    def set(self, idp, client_id, **switches):
+        return m.update_client(idp, self.BY, client_id, UpdateClient(**switches))
+
+    @pytest.mark.parametrize("kind", ["redirect", "post_logout"])
+    @pytest.mark.parametrize(
+        "switch, uris, others", [("allow_http_redirects", HTTP, SHORT), ("allow_short_schemes", SHORT, HTTP)]
+    )
+    def test_each_lets_in_its_own_kind_and_no_other(self, idp, service, switch, uris, others, kind):
+        def add(uri):
+            m.add_uri(idp, self.BY, "service", kind, uri)
+
+        for uri in uris + others:
+            with pytest.raises(m.Problem, match="invalid_request") as refused:
+                add(uri)
+            assert "lets a" in refused.value.errors["uri"]
+        self.set(idp, "service", **{switch: True})
+        for uri in uris:
+            add(uri)
+        for uri in others + self.NEVER:
+            with pytest.raises(m.Problem, match="invalid_request"):
+                add(uri)
+        client = m.find_client(idp, "service")
+        found = client.redirect_uris if kind == "redirect" else client.post_logout_redirect_uris
+        assert sorted(found) == sorted(uris)
+
+    @pytest.mark.parametrize("uri", NEVER)
+    def test_what_is_no_clients_is_never_let_in(self, uri):
+        assert m.check_redirect_uri(uri, allow_http=True, allow_short=True)
+
+    def test_http_is_for_confidential_clients(self, idp, public, new_client):
+        with pytest.raises(m.Problem) as refused:
+            self.set(idp, "spa", allow_http_redirects=True)
+        assert refused.value.errors == {"allow_http_redirects": "is for confidential clients"}
+        with pytest.raises(m.Problem, match="invalid_request"):
+            new_client("other", client_type="public", allow_http_redirects=True)
+        for change in ({"allow_http_redirects": False}, {"allow_short_schemes": True}):
+            self.set(idp, "spa", **change)
+        m.add_uri(idp, self.BY, "spa", "redirect", self.SHORT[0])
+
+    def test_it_lets_nothing_in_for_a_public_client_that_has_it_nevertheless(self, idp, public, change):
+        change("UPDATE client SET allow_http_redirects = 1 WHERE client_type = 'public'")
+        with pytest.raises(m.Problem, match="invalid_request"):
+            m.add_uri(idp, self.BY, "spa", "redirect", self.HTTP[0])
+
+    @pytest.mark.parametrize("switch, uri", [("allow_http_redirects", HTTP[0]), ("allow_short_schemes", SHORT[0])])
+    @pytest.mark.parametrize("kind", ["redirect", "post_logout"])
+    def test_one_stays_on_as_long_as_a_uri_needs_it(self, idp, new_client, switch, uri, kind):
+        new_client("lan", **{switch: True})
+        m.add_uri(idp, self.BY, "lan", "redirect", "https://app.example/cb")
+        row = m.add_uri(idp, self.BY, "lan", kind, uri)
+        with pytest.raises(m.Problem) as refused:
+            self.set(idp, "lan", **{switch: False, "display_name": "new"})
+        assert refused.value.errors == {switch: f"is needed for {uri}: remove that URI first"}
+        kept = m.find_client(idp, "lan")
+        assert getattr(kept.row, switch) == 1 and kept.row.display_name == ""
+        self.set(idp, "lan", display_name="new", **{switch: True})
+        m.delete_uri(idp, self.BY, row.id, kind)
+        assert getattr(self.set(idp, "lan", **{switch: False}).row, switch) == 0
+        with pytest.raises(m.Problem, match="invalid_request"):
+            m.add_uri(idp, self.BY, "lan", kind, uri)
+
+    def test_whoever_turns_one_on_is_warned_and_each_change_is_audited(self, idp, new_client):
+        def warnings():
+            return [line for line in idp.stream.getvalue().splitlines() if "WARNING client.switch" in line]
+
+        new_client("plain")
+        assert not warnings()
+        new_client("lan", allow_http_redirects=True)
+        self.set(idp, "lan", allow_http_redirects=True, allow_short_schemes=True)
+        self.set(idp, "lan", allow_http_redirects=False)
+        self.set(idp, "lan", display_name="x")
+        assert [re.findall("client_id=lan switch=([a-z_]+) reason=.+", line) for line in warnings()] == [
+            ["allow_http_redirects"], ["allow_short_schemes"],
+        ]
+        rows = [row for row in idp.store.list_audit(limit=20) if row.action == "client_flag_set"]
+        assert [(row.actor_id, row.target, row.secondary) for row in reversed(rows)] == [
+            ("test", "lan", "allow_http_redirects=on"), ("test", "lan", "allow_short_schemes=on"),
+            ("test", "lan", "allow_http_redirects=off"),
+        ]
 
 
 class TestCrowd:

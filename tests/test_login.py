@@ -478,6 +478,39 @@ class TestRequest:
             .startswith("com.example.app:/cb?code=")
         )
 
+    @pytest.mark.parametrize("uri", ["http://nas.lan:3000/cb", CALLBACK])
+    def test_a_client_with_http_redirects_sends_s256(self, make_idp, register, alice, browser, exchange, uri):
+        """RFC 7636 §7.2: with `plain`, whoever reads the request has all that a stolen code needs."""
+        idp = make_idp(Options(**CHEAP, allow_plain_pkce=True, oidc_issuer="https://idp.example"))
+        lax = Browser(m.App(idp, m.AUTH))
+        register("lan", uris=[CALLBACK], client_type="confidential", client_secret="a secret of the lan")
+        assert code_of(sign_in(lax, request("lan", code_challenge=None, code_challenge_method=None)))
+        m.update_client(idp, m.LOCAL.acting_as("test"), "lan", UpdateClient(allow_http_redirects=True))
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "lan", "redirect", "http://nas.lan:3000/cb")
+        for weak in (
+            {"code_challenge": None, "code_challenge_method": None}, {"code_challenge": None},
+            {"code_challenge": VERIFIER, "code_challenge_method": "plain"},
+            {"code_challenge": VERIFIER, "code_challenge_method": None},
+        ):
+            at, members = sent_back(lax.open(request("lan", redirect_uri=uri, **weak)))
+            assert (at, members["error"]) == (uri, "invalid_request")
+        code = code_of(lax.open(request("lan", redirect_uri=uri)))
+        assert exchange(code, "lan", "a secret of the lan", redirect_uri=uri).status == 200
+
+    def test_an_http_redirect_is_matched_octet_by_octet(self, idp, register, browser):
+        register("lan", uris=["http://nas.lan:3000/cb"], client_type="confidential", allow_http_redirects=True)
+        assert "location" in browser("GET", request("lan", redirect_uri="http://nas.lan:3000/cb")).headers
+        for other in ("http://nas.lan/cb", "http://nas.lan:3001/cb", "http://NAS.lan:3000/cb", "https://nas.lan:3000/cb"):
+            assert browser("GET", request("lan", redirect_uri=other)).status == 400
+
+    def test_a_short_scheme_is_redirected_to(self, register, alice, browser, exchange):
+        register("shelf", uris=["audiobookshelf://oauth"], allow_short_schemes=True)
+        page = browser.open(request("shelf", redirect_uri="audiobookshelf://oauth"))
+        assert "form-action 'self' audiobookshelf:" in page.headers["content-security-policy"]
+        code = code_of(browser.submit(username="alice", password=PASSWORD))
+        assert browser.answer.headers["location"].startswith("audiobookshelf://oauth?code=")
+        assert exchange(code, "shelf", redirect_uri="audiobookshelf://oauth").status == 200
+
     def test_plain_is_for_whoever_allows_it(self, make_idp, register, spa, alice, exchange):
         idp = make_idp(Options(**CHEAP, allow_plain_pkce=True, oidc_issuer="https://idp.example"))
         browser = Browser(m.App(idp, m.AUTH))

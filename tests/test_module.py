@@ -223,7 +223,7 @@ class TestState:
     TABLES = {
         "FLAGS", "LOGO_TYPES", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "HTTP_REFUSALS", "STOPPING", "COMMANDS",
         "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "EXTRA_QUESTIONS", "ADVISED_RANGES",
-        "CONDITIONS",
+        "CONDITIONS", "URI_SWITCHES",
     }
 
     def mutable(self, room):

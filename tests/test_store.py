@@ -11,13 +11,13 @@ import msgspec
 import pytest
 import sqlcipher3
 import appliance.base.store as rows
-from conftest import PASSWORD, YEARS
+from conftest import DATABASE_KEY, PASSWORD, YEARS
 from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.base.store import (
     AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, RefreshToken, Role,
-    SEEDED_SCOPES, SLICE, chain,
+    SEEDED_SCOPES, SLICE, Store, chain,
 )
 
 
@@ -101,6 +101,23 @@ class TestSchema:
             assert store.list_due_qr_files() == ["a/b.svg"]
         finally:
             store.close()
+
+    def test_clients_of_before_have_no_switches(self, tmp_path, monkeypatch):
+        step = next(number for number, text in enumerate(MIGRATIONS) if "allow_http_redirects" in text)
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:step])
+        store = Store.make(tmp_path / "old.db3", DATABASE_KEY, 1)
+        store.run(
+            """
+            INSERT INTO client (id, client_id, client_type, display_name, audience, grant_types, created_at, modified_at)
+            VALUES ('1', 'old', 'confidential', 'Old', 'api', 'password', 7, 8)
+            """
+        )
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS)
+        store.migrate()
+        row = store.find_client("old")
+        assert (row.allow_http_redirects, row.allow_short_schemes) == (0, 0)
+        assert (row.id, row.is_first_party, row.created_at, row.modified_at) == ("1", 1, 7, 8)
+        store.close()
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")

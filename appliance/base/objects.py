@@ -176,6 +176,8 @@ class CreateClient(msgspec.Struct):
     scopes: list[str] | None = None
     may_introspect: bool = False
     is_first_party: bool = True
+    allow_http_redirects: bool = False
+    allow_short_schemes: bool = False
 
 
 class UpdateClient(msgspec.Struct):
@@ -188,6 +190,8 @@ class UpdateClient(msgspec.Struct):
     grant_types: list[str] | Maybe = UNSET
     may_introspect: bool | Maybe = UNSET
     is_first_party: bool | Maybe = UNSET
+    allow_http_redirects: bool | Maybe = UNSET
+    allow_short_schemes: bool | Maybe = UNSET
     access_token_signed_alg: Literal["", "ES256", "RS256"] | Maybe = UNSET
     id_token_signed_response_alg: Literal["ES256", "RS256"] | Maybe = UNSET
 
@@ -634,6 +638,8 @@ class ClientObject(msgspec.Struct):
     grant_types: list[str]
     may_introspect: bool
     is_first_party: bool
+    allow_http_redirects: bool
+    allow_short_schemes: bool
     access_token_signed_alg: str
     id_token_signed_response_alg: str
     scopes: list[str]

@@ -126,6 +126,8 @@ class ClientRow(Record, frozen=True):
     revoked_before: int
     created_at: int
     modified_at: int
+    allow_http_redirects: int
+    allow_short_schemes: int
 
 
 class Secret(Record, frozen=True):
@@ -498,6 +500,11 @@ MIGRATIONS = (
     CREATE TABLE totp_qr_file (
         path TEXT PRIMARY KEY, user_id TEXT NOT NULL, is_due INTEGER NOT NULL DEFAULT 0
     ) STRICT;
+    """,
+    # Step 4. What redirect URIs a client may have besides those of everybody.
+    """
+    ALTER TABLE client ADD COLUMN allow_http_redirects INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE client ADD COLUMN allow_short_schemes INTEGER NOT NULL DEFAULT 0;
     """,
 )
 
@@ -1267,7 +1274,8 @@ class Store(Database):
                    grant_types = :grant_types, may_introspect = :may_introspect, is_first_party = :is_first_party,
                    access_token_signed_alg = :access_token_signed_alg,
                    id_token_signed_response_alg = :id_token_signed_response_alg, is_active = :is_active,
-                   modified_at = :modified_at
+                   modified_at = :modified_at, allow_http_redirects = :allow_http_redirects,
+                   allow_short_schemes = :allow_short_schemes
              WHERE id = :id
             """,
             **msgspec.structs.asdict(row),
