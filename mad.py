@@ -1100,7 +1100,8 @@ class MadClient(ApiClient):
 
     def create_client(self, client_id: str, client_secret: str | None = None, *, public: bool = False,
                       display_name: str = "", audience: str = "microauthd", grant_types: list[str] | None = None,
-                      scopes: list[str] | None = None, may_introspect: bool | None = None) -> dict:
+                      scopes: list[str] | None = None, may_introspect: bool | None = None,
+                      allow_http_redirects: bool | None = None, allow_short_schemes: bool | None = None) -> dict:
         """POST /clients. Return the new Client, with `client_secret` if the server generated one.
 
         The server generates a secret for a confidential client without `client_secret`; it cannot be read again.
@@ -1109,13 +1110,15 @@ class MadClient(ApiClient):
         return self.request("POST", "/clients", json=_without_none(
             client_id=client_id, client_secret=client_secret, display_name=display_name, audience=audience,
             client_type="public" if public else "confidential", grant_types=grant_types, scopes=scopes,
-            may_introspect=may_introspect))
+            may_introspect=may_introspect, allow_http_redirects=allow_http_redirects,
+            allow_short_schemes=allow_short_schemes))
 
     def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
                       audience: str | None = None, is_active: bool | None = None, *,
                       grant_types: list[str] | None = None, may_introspect: bool | None = None,
                       is_first_party: bool | None = None, access_token_signed_alg: str | None = None,
-                      id_token_signed_response_alg: str | None = None) -> dict:
+                      id_token_signed_response_alg: str | None = None, allow_http_redirects: bool | None = None,
+                      allow_short_schemes: bool | None = None) -> dict:
         """PUT /clients/{id}. Return Client. A member that is None stays unchanged.
 
         The algorithm "" stands for the server's default.
@@ -1123,7 +1126,8 @@ class MadClient(ApiClient):
         return self.request("PUT", _path("clients", id), json=_without_none(
             client_id=client_id, display_name=display_name, audience=audience, is_active=is_active,
             grant_types=grant_types, may_introspect=may_introspect, is_first_party=is_first_party,
-            access_token_signed_alg=access_token_signed_alg, id_token_signed_response_alg=id_token_signed_response_alg))
+            access_token_signed_alg=access_token_signed_alg, id_token_signed_response_alg=id_token_signed_response_alg,
+            allow_http_redirects=allow_http_redirects, allow_short_schemes=allow_short_schemes))
 
     @paged_list(*SEARCH_PARAMS)
     def list_clients(self, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
@@ -2544,6 +2548,24 @@ def session_status(context: Context) -> dict:
             "token_use": str(claims.get("token_use", "")), "url": url.text}
 
 
+def warn_about_switches(members: dict) -> None:
+    for name, warning in (
+        ("allow_http_redirects",
+         "codes may travel in clear to http redirect URIs: use them in a trusted network only"),
+        ("allow_short_schemes",
+         "another program may register a short scheme and receive the codes: prefer one with a dot"),
+    ):
+        if members.get(name):
+            print_message("warning", warning)
+
+
+def client_update(client: MadClient, id: str, **members) -> dict:
+    """PUT /clients/{id}. Change a client, and warn about the switches that are turned on."""
+    changed = client.update_client(id, **members)
+    warn_about_switches(members)
+    return changed
+
+
 def client_create(context: Context, client_id: str, secret: str | None = None, gen_password: int | None = None,
                   public: bool = False, introspect: bool | None = None, grant: list | None = None,
                   scope: list | None = None, **members) -> dict:
@@ -2560,6 +2582,7 @@ def client_create(context: Context, client_id: str, secret: str | None = None, g
                            hint="use --json, or give one with --secret-stdin")
     client = context.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
                                             may_introspect=introspect, **members)
+    warn_about_switches(members)
     if generated:
         client["client_secret"] = generated
     return client
@@ -2807,6 +2830,10 @@ OPTIONAL_CLIENT_ID = Option("client-id", "only for this client", collection="cli
 IDP_ID = Option("idp-id", "its id or its key", required=True, metavar="ID|KEY",
                 parent=("id", MadClient.list_idps, ("provider_key",)))
 URI = Option("uri", "the URI, exactly as the client will send it", required=True)
+URI_SWITCHES = (
+    Option("allow-http-redirects", "may have http redirect URIs of other hosts, if it is confidential", "flag"),
+    Option("allow-short-schemes", "may have redirect URIs with a scheme without a dot", "flag"),
+)
 CLIENT_OPTIONS = (
     Option("grant", "a grant type it may use, one or more", "list", dest="grant_types"),
     Option("introspect", "may introspect tokens of other clients", "flag", dest="may_introspect"),
@@ -2815,6 +2842,7 @@ CLIENT_OPTIONS = (
            metavar="ES256|RS256"),
     Option("id-token-signed-response-alg", "how its ID tokens are signed; blank leaves it to the server",
            metavar="ES256|RS256"),
+    *URI_SWITCHES,
 )
 IDP_OPTIONS = (
     Option("provider-key", "short key, such as google", required=True),
@@ -2844,8 +2872,8 @@ PERMISSION_TABLE = table("permissions", "id", "name")
 SCOPE_FIELDS = fields("id", "name", "description=desc", "created_at", "is_active")
 SCOPE_TABLE = table("scopes", "id", "name", "description=desc")
 CLIENT_FIELDS = fields("id", "client_id", "display_name", "audience", "client_type", "grant_types", "scopes",
-                       "may_introspect", "is_first_party", "access_token_signed_alg", "id_token_signed_response_alg",
-                       "is_active", "created_at")
+                       "may_introspect", "is_first_party", "allow_http_redirects", "allow_short_schemes",
+                       "access_token_signed_alg", "id_token_signed_response_alg", "is_active", "created_at")
 USER_TABLE = table("users", "id", "username", "email", "is_active")
 CLIENT_TABLE = table("clients", "id", "client_id", "is_active", "display_name")
 REDIRECT_URI_TABLE = table("redirect URIs", "id", "redirect_uri")
@@ -3062,13 +3090,13 @@ COMMANDS = (
         Option("grant", "a grant type it may use, one or more", "list"),
         Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
         Option("introspect", "may introspect tokens of other clients", "flag"),
-        *SERVER_OPTIONS,
+        *URI_SWITCHES, *SERVER_OPTIONS,
     ), with_client_secret(line_template("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", without_client=True),
     Command("client list", "list the clients", MadClient.list_clients, (), CLIENT_TABLE, "mad client list"),
     Command("client get", "show a client", MadClient.get_client, (ID_OF_CLIENT,), CLIENT_FIELDS,
             "mad client get --id sensor"),
-    Command("client update", "change a client", MadClient.update_client, (
+    Command("client update", "change a client", client_update, (
         ID_OF_CLIENT, Option("client-id", "new public identifier", metavar="ID"),
         Option("display-name", "what people read"), Option("audience", "audience of its tokens"),
         Option("is-active", "whether it may get tokens", "flag"),

@@ -937,6 +937,26 @@ class TestOptions:
         assert here("client", "create", "--client-id", "door", "--quiet").returncode == 2 and len(fake.seen) == 1
         assert here("client", "create", "--client-id", "door", "--quiet", "--public").stdout == USER["id"] + "\n"
 
+    def test_a_switch_that_is_turned_on_warns_once_it_is(self, here, fake):
+        def messages(*words):
+            done = here("client", *words, MAD_ADMIN_URL=fake.url)
+            return json.loads(fake.seen[-1][3]), done.stderr.splitlines()
+
+        client = {"id": USER["id"], "client_id": "lan", "allow_http_redirects": True, "allow_short_schemes": False}
+        path, update = f"/clients/{USER['id']}", ("update", "--id", USER["id"])
+        fake.answers |= {at: (200, client, {}) for at in ("POST /clients", "GET " + path, "PUT " + path)}
+        body, said = messages("create", "--client-id", "lan", "--allow-http-redirects")
+        assert body["allow_http_redirects"] is True and "allow_short_schemes" not in body
+        assert len(said) == 1 and said[0].startswith("mad: warning: codes may travel in clear")
+        body, said = messages(*update, "--allow-http-redirects", "false", "--allow-short-schemes", "true")
+        assert body == {"allow_http_redirects": False, "allow_short_schemes": True}
+        assert len(said) == 1 and said[0].startswith("mad: warning: another program may register a short scheme")
+        assert messages(*update, "--allow-http-redirects", "false")[1] == []
+        shown = here("client", "get", "--id", USER["id"], MAD_ADMIN_URL=fake.url).stdout
+        assert "allow http redirects:  yes" in shown and "allow short schemes:   no" in shown
+        fake.answers["PUT " + path] = (400, {"success": False, "message": "No.", "error": "invalid_request"}, {})
+        assert "warning" not in str(messages(*update, "--allow-http-redirects", "true")[1])
+
 
 class TestResponseFiles:
     def test_stand_for_their_words_among_the_options(self, tmp_path):
