@@ -1527,9 +1527,49 @@ def authenticate_client(
     raise Problem("invalid_client", log="unknown client, or wrong secret")
 
 
-def doubt_commas(scopes) -> str:
-    """Return what the log adds about scopes that were probably meant to be several."""
-    return "; scopes are separated by blanks, not by commas" if any("," in scope for scope in scopes) else ""
+def excerpt(value: str) -> str:
+    """Return a value of a request for the log: at most 300 octets, what no URI contains percent-encoded (RFC 3986 §2).
+
+    So a log line delimits it by angle brackets (RFC 3986 Appendix C).
+    """
+    text = quote(value[:301], safe="!#$%&'()*+,/:;=?@[]", errors="replace")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def nearest(value: str, registered) -> str:
+    """Return which of the first 100 registered values is most like a value that is not, or "".
+
+    What differs is what remains between the beginning and the end that two have in common, in letters of any case.
+    That takes linear time: anybody can have it computed.
+    """
+    came = value[:2000].casefold()
+
+    def common(one: str, other: str) -> int:
+        pairs = enumerate(zip(one, other, strict=False))
+        return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+    def difference(other: str) -> int:
+        other = other.casefold()
+        same = common(came, other) + common(came[::-1], other[::-1])
+        return max(len(came), len(other)) - min(same, len(came), len(other))
+
+    return min(sorted(registered)[:100], key=difference, default="")
+
+
+def describe_unregistered(value: str, registered) -> str:
+    """Return what the log says of a value that is not registered."""
+    closest = nearest(value, registered)
+    return f"<{excerpt(value)}>; " + (f"the nearest is <{excerpt(closest)}>" if closest else "there is none")
+
+
+def describe_scopes(scopes, allowed) -> str:
+    """Return what the log says of scopes that are not allowed, the first three one by one."""
+    found = [describe_unregistered(scope, allowed) for scope in sorted(scopes)[:3]]
+    if len(scopes) > 3:
+        found.append(f"{len(scopes) - 3} more")
+    if any("," in scope for scope in scopes):
+        found.append("scopes are separated by blanks, not by commas")
+    return "; ".join(found)
 
 
 def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str:
@@ -1546,7 +1586,8 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     if user_scopes is not None and OPENID in scopes:
         allowed = allowed | set(OIDC_SCOPES)
     if not scopes <= allowed:
-        raise Problem("invalid_scope", log="asked for more than is allowed" + doubt_commas(scopes - allowed))
+        refused = describe_scopes(scopes - allowed, allowed)
+        raise Problem("invalid_scope", log=f"asked for more than is allowed: {refused}")
     return " ".join(sorted(scopes))
 
 
@@ -1562,11 +1603,13 @@ def decide_login_scopes(idp: Idp, requested: str | None, client_scopes, user_sco
     scopes = set(requested.split(" ")) - {""}
     of_openid = set(OIDC_SCOPES) if OPENID in scopes else set()
     unknown = scopes - client_scopes - of_openid
-    if unknown & {*OIDC_SCOPES, *idp.store.find_scope_names(unknown)}:
-        raise Problem("invalid_scope", log="asked for more than the client may")
-    granted = scopes & (client_scopes & user_scopes | of_openid)
+    if refused := unknown & {*OIDC_SCOPES, *idp.store.find_scope_names(unknown)}:
+        came = describe_scopes(refused, client_scopes)
+        raise Problem("invalid_scope", log=f"asked for more than the client may: {came}")
+    allowed = client_scopes & user_scopes | of_openid
+    granted = scopes & allowed
     if not granted:  # decide_scopes() would take it for a request without scopes
-        raise Problem("invalid_scope", log="nothing of the scope can be granted" + doubt_commas(unknown))
+        raise Problem("invalid_scope", log=f"nothing of the scope can be granted: {describe_scopes(scopes, allowed)}")
     return decide_scopes(" ".join(granted), client_scopes, user_scopes)
 
 
@@ -1728,7 +1771,9 @@ def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str)
     try:
         with idp.store.transaction(identity=True):
             client = get_client(idp, id_or_client_id)
-            reject(uri=check_uri(kind, uri, client.row))
+            if wrong := check_uri(kind, uri, client.row):
+                refused = f"{kind} URI of {client.client_id} {wrong}: <{excerpt(uri)}>"
+                raise Problem("invalid_request", log=refused, errors={"uri": wrong})
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
             audit(idp, caller, f"{kind}_uri_added", client.client_id, uri)
     except Conflict:
@@ -2533,7 +2578,8 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
     account = idp.store.find_account(code.user_id)
     fault = (
         "expired" if code.expires_at <= now
-        else "another redirect_uri" if params.get("redirect_uri") != code.redirect_uri
+        else "another redirect_uri: " + describe_unregistered(params.get("redirect_uri") or "", [code.redirect_uri])
+        if params.get("redirect_uri") != code.redirect_uri
         else check_verifier(code, params.get("code_verifier"))
         or ("its user is gone, inactive or was revoked" if not is_still_valid(account, code.issued_ms) else "")
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
@@ -2838,7 +2884,8 @@ def validate_client(idp: Idp, params) -> tuple[Client, str]:
         raise Problem("invalid_request", log="authorize: unknown or inactive client")
     redirect_uri = params.need("redirect_uri")
     if not is_registered_uri(redirect_uri, client.redirect_uris):
-        raise Problem("invalid_request", log=f"authorize: a redirect_uri that {client.client_id} has not registered")
+        came = f"{client.client_id} has not registered: {describe_unregistered(redirect_uri, client.redirect_uris)}"
+        raise Problem("invalid_request", log=f"authorize: a redirect_uri that {came}")
     return client, redirect_uri
 
 
@@ -2882,12 +2929,12 @@ def validate_scope(idp: Idp, client: Client, scope: str | None):
     """Refuse a scope of which no user could be granted anything, and log what is ignored. RFC 6749 §3.3."""
     requested = set((scope or "").split(" ")) - {""}
     if any(not SCOPE_TOKEN.fullmatch(token) for token in requested):
-        raise Problem("invalid_scope", log="malformed scope")
+        raise Problem("invalid_scope", log=f"malformed scope: <{excerpt(scope or '')}>")
     possible = set(decide_login_scopes(idp, scope, client.scopes, client.scopes).split(" "))
     if ignored := requested - possible:
         idp.log(
             "scope.ignored", client_id=client.client_id, scope=" ".join(sorted(ignored))[:300],
-            reason="no such scope" + doubt_commas(ignored),
+            reason=f"no such scope: {describe_scopes(ignored, client.scopes)}",
         )
 
 
@@ -3670,8 +3717,9 @@ def show_page(
 
 
 def show_problem(idp: Idp, problem: Problem, environ) -> Page:
-    """Return the error page. It never redirects and never repeats input."""
-    page = show_page(idp, environ, "error", status=problem.status, code=problem.code)
+    """Return the error page. It never redirects and never repeats input: the log has that, under the request's id."""
+    request_id = environ.get("microauthd.request_id", "")
+    page = show_page(idp, environ, "error", status=problem.status, code=problem.code, request_id=request_id)
     page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
     return page
 
@@ -3787,6 +3835,18 @@ def served_routes(idp: Idp, routes: Routes):
                 yield route, path + issuer_path  # the issuer's path follows the well-known one. RFC 8414 §3.1
 
 
+def log_origin(idp: Idp, environ, origin: str, known):
+    """Log an origin that may not read a response, unless it is our own: a browser names it in every POST."""
+    hosts = (environ.get("HTTP_HOST", ""), urlsplit(idp.options.auth_issuer).netloc)
+    if origin.partition("://")[2] not in hosts:
+        idp.log(
+            "cors.refused", peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"],
+            path=environ["PATH_INFO"][:100],
+            reason=f"an origin that no client has registered: {describe_unregistered(origin, known)}",
+            request_id=environ.get("microauthd.request_id", ""),
+        )
+
+
 def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
     """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3."""
     headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
@@ -3802,6 +3862,7 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         idp.log("cors.unknown", "error", reason=problem.log)
         return headers
     if origin not in known:
+        log_origin(idp, environ, origin, known)
         return headers
     headers += (
         ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"),
@@ -4774,7 +4835,8 @@ def headless_login(idp, params) -> tuple[Login, str]:
     if login is None or login.request is None or not login.request.headless or login.row.state == "done":
         raise Problem("invalid_grant", log="no such login under way")
     if params.get("redirect_uri") not in (None, login.request.redirect_uri):
-        raise Problem("invalid_grant", log="another redirect_uri")
+        came = describe_unregistered(params.get("redirect_uri"), [login.request.redirect_uri])
+        raise Problem("invalid_grant", log=f"another redirect_uri: {came}")
     return login, jti
 
 
@@ -4852,7 +4914,8 @@ def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
     if location:
         client = find_client(idp, client_id) if client_id else None
         if client is None or location not in client.post_logout_redirect_uris:
-            raise Problem("invalid_request", log="a post_logout_redirect_uri that is not registered")
+            came = describe_unregistered(location, client.post_logout_redirect_uris if client else ())
+            raise Problem("invalid_request", log=f"a post_logout_redirect_uri that is not registered: {came}")
         if params.get("state") is not None:
             location += ("&" if "?" in location else "?") + urlencode({"state": params.get("state")}, quote_via=quote)
     return hint, location

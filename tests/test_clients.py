@@ -724,6 +724,34 @@ class TestUris:
             m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "cors_origin", "https://app.example")
 
 
+class TestNearest:
+    """What the log says of a value that nobody has registered"""
+
+    @pytest.mark.parametrize(
+        "came, registered, nearest",
+        [
+            ("https://app.example/cb/", ["https://app.example/cb", "https://b.example/cb/"], "https://app.example/cb"),
+            ("http://app.example/cb", ["https://app.example/cb", "https://app.example/"], "https://app.example/cb"),
+            ("https://app.example/CB", ["https://app.example/x", "https://app.example/cb"], "https://app.example/cb"),
+            ("https://ap.example/cb", ["https://other.example/cb", "https://app.example/cb"], "https://app.example/cb"),
+            ("https://a.example:8443/cb", ["https://b.example/", "https://a.example/cb"], "https://a.example/cb"),
+            ("api.read", ["api:write", "api:read", "admin"], "api:read"), ("aa", ["aaa", "b"], "aaa"),
+            ("", ["https://app.example/cb"], "https://app.example/cb"), ("x", [], ""), ("x", {"y"}, "y"),
+        ],
+    )
+    def test_is_what_differs_least(self, came, registered, nearest):
+        assert m.nearest(came, registered) == nearest
+
+    @given(st.text(max_size=400))
+    def test_an_excerpt_is_one_word_of_ascii_and_bounded(self, text):
+        for value in (text, text * 50, text + "\ud800"):
+            assert re.fullmatch(r"[!#-;=?-\[\]_a-z~]{0,300}", m.excerpt(value)), m.excerpt(value)
+
+    def test_what_a_uri_may_contain_stays_as_it_came(self):
+        assert m.excerpt("https://a.example/%63b?x=1&y=[~]#f") == "https://a.example/%63b?x=1&y=[~]#f"
+        assert m.excerpt("x" * 300) == "x" * 300 and m.excerpt("x" * 301) == "x" * 297 + "..."
+
+
 class TestSwitches:
     """OpenID Connect Core §3.1.2.1, RFC 8252 §7.1 and §8.4: URIs that only a client with a switch may have"""
 

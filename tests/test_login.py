@@ -1,8 +1,10 @@
 """People log in: authorization code, the pages, sessions, consent, logout. RFC 6749 §4.1, OpenID Connect Core §3.1."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
+from urllib.parse import urlencode
 
 import jwt
 import microauthd as m
@@ -1576,6 +1578,100 @@ class TestHeadless:
         SECRETS.add(jti)
         browser.cookies["__Host-mad-login"] = jti
         assert browser("GET", f"/login?tx={jti}").status == 404
+
+
+class TestToldInTheLog:
+    """RFC 6749 §4.1.2.1: the page is silent; the log has what came and the nearest that is registered."""
+
+    CAME = (
+        "https://app.example/cb/", "http://app.example/cb", "https://evil.example/?a=1", "javascript:alert(1)",
+        "https://app.example/cb#x",
+    )
+
+    @pytest.fixture
+    def line(self, idp):
+        """The last line of the log."""
+        return lambda: idp.stream.getvalue().splitlines()[-1]
+
+    def is_silent(self, page, came):
+        shown = html.unescape(page.body.decode())
+        assert page.status == 400 and "location" not in page.headers and came not in shown and CALLBACK not in shown
+        return True
+
+    @pytest.mark.parametrize("came", CAME)
+    def test_a_redirect_uri(self, spa, register, browser, line, came):
+        register("other", uris=["https://other.example/cb"])
+        page = browser("GET", request(redirect_uri=came))
+        assert self.is_silent(page, came) and "The log of this server has the cause under the number r1" in page.body.decode()
+        assert f"<{came}>; the nearest is <{CALLBACK}>" in line() and "request_id=r1" in line() and "spa" in line()
+        page = browser("GET", request(redirect_uri=came, ui_locales="de"), headers=[("Accept-Language", "de")])
+        assert "Das Protokoll dieses Servers nennt die Ursache unter der Nummer r1" in page.body.decode()
+
+    def test_it_is_escaped_and_cut(self, spa, browser, line):
+        browser("GET", request(redirect_uri="https://app.example/ü\n2026 \x1b[2J>; the nearest is <https://x"))
+        assert "<https://app.example/%C3%BC%0A2026%20%1B[2J%3E;%20the%20nearest%20is%20%3Chttps://x>; the" in line()
+        browser("GET", request(redirect_uri="https://app.example/" + "x" * 5000))
+        assert "<https://app.example/" + "x" * 277 + "...>;" in line() and len(line()) < 700
+
+    def test_one_of_a_client_without_any(self, register, browser, line):
+        register("none", uris=[])
+        browser("GET", request("none"))
+        assert f"<{CALLBACK}>; there is none" in line()
+
+    @pytest.mark.parametrize("came", CAME)
+    def test_a_post_logout_redirect_uri(self, idp, spa, alice, browser, line, came):
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "post_logout", "https://app.example/bye")
+        query = urlencode({"client_id": "spa", "post_logout_redirect_uri": came})
+        page = browser("GET", "/end-session?" + query)
+        assert self.is_silent(page, came) and "r1" in page.body.decode()
+        assert f"<{came}>; the nearest is <https://app.example/bye>" in line() and "request_id=r1" in line()
+
+    def test_a_redirect_uri_at_the_token_endpoint(self, spa, alice, browser, exchange, line):
+        code = code_of(sign_in(browser))
+        assert exchange(code, redirect_uri="https://app.example/other").status == 400
+        assert f"<https://app.example/other>; the nearest is <{CALLBACK}>" in line()
+
+    @pytest.mark.parametrize("scope", ["openid api:secret", "api:secret"])
+    def test_a_scope_that_the_client_may_not(self, spa, browser, line, scope):
+        _, members = sent_back(browser.open(request(scope=scope)))
+        assert members["error"] == "invalid_scope" and "api:secret" not in str(members)
+        assert "<api:secret>; the nearest is <api:read>" in line() and "request_id=r1" in line()
+
+    def test_a_scope_that_is_unknown(self, spa, browser, line):
+        browser.open(request(scope="openid api.write"))
+        assert "scope.ignored" in line() and "<api.write>; the nearest is <api:write>" in line()
+        browser.open(request(scope="api.write"))
+        assert "<api.write>; the nearest is <api:write>" in line()
+        browser.open(request(scope="ä"))
+        assert "malformed scope: <%C3%A4>" in line()
+
+    def test_a_scope_of_a_machine(self, auth, service, line):
+        many = " ".join(f"api:{number}" for number in range(9))
+        for scope, said in (("api.read", "<api.read>; the nearest is <api:read>"), (many, "6 more"), ("a,b", "commas")):
+            answer = auth.post("/token", {"grant_type": "client_credentials", "scope": scope}, auth=service)
+            assert answer.json["error"] == "invalid_scope" and said in line() and len(line()) < 600
+
+    @pytest.mark.parametrize("origin", ["https://app.example.evil.example", "null", "http://app.example", "x" * 3000])
+    @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+    def test_an_origin(self, idp, spa, auth, line, origin, method):
+        for registered in ("https://app.example", "capacitor://localhost"):
+            m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", registered)
+        auth(method, "/token", headers=[("Origin", origin)])
+        assert "cors.refused" in line() and f"method={method}" in line() and "request_id=r1" in line()
+        assert f"<{m.excerpt(origin)}>; the nearest is <{m.nearest(origin, m.find_client(idp, 'spa').cors_origins)}>" in line()
+
+    @pytest.mark.parametrize(
+        "origin", ["https://app.example", "https://idp.example", "http://localhost:9041", "https://localhost:9041", ""]
+    )
+    def test_of_a_registered_origin_and_of_our_own_nothing_is_said(self, idp, spa, auth, origin):
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", "https://app.example")
+        auth("OPTIONS", "/token", headers=[("Origin", origin)])
+        auth("GET", "/jwks.json", headers=[("Origin", origin)])
+        assert "cors.refused" not in idp.stream.getvalue()
+
+    def test_a_uri_that_cannot_be_registered(self, idp, spa, line, call):
+        assert call("POST", "/clients/spa/redirect-uris", "http://nas.lan/cb").status == 400
+        assert "redirect URI of spa must be https" in line() and "<http://nas.lan/cb>" in line()
 
 
 class TestCors:
