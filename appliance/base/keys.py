@@ -189,14 +189,11 @@ def next_promotion_at(entries, overlap: int) -> int | None:
     return min((entry.since + overlap for entry in entries if entry.state == "next"), default=None)
 
 
-class Key:
-    """A loaded key: it signs and verifies."""
+class PublicKey:
+    """A loaded public key: it verifies."""
 
-    def __init__(self, entry: KeyEntry):
-        self.state = entry.state
-        key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
-        self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() accepts no other
-        self.public = self.private.public_key()
+    def __init__(self, public: rsa.RSAPublicKey | ec.EllipticCurvePublicKey):
+        self.public = public
         if isinstance(self.public, rsa.RSAPublicKey):
             self.alg = "RS256"
             numbers = self.public.public_numbers()
@@ -222,13 +219,6 @@ class Key:
     def public_jwk(self):
         return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
 
-    def sign(self, message: bytes) -> bytes:
-        """Return a signature; of ECDSA it is r and s, 32 bytes each. RFC 7518 §3.3, §3.4."""
-        if isinstance(self.private, rsa.RSAPrivateKey):
-            return self.private.sign(message, PKCS1, SHA256)
-        r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
-        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
-
     def verify(self, signature: bytes, message: bytes):
         """Raise InvalidSignature or ValueError if the signature is wrong."""
         if isinstance(self.public, rsa.RSAPublicKey):
@@ -238,6 +228,23 @@ class Key:
                 raise InvalidSignature
             r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
             self.public.verify(encode_dss_signature(r, s), message, ECDSA_SHA256)
+
+
+class Key(PublicKey):
+    """A loaded key: it signs and verifies."""
+
+    def __init__(self, entry: KeyEntry):
+        self.state = entry.state
+        key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
+        self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() accepts no other
+        super().__init__(self.private.public_key())
+
+    def sign(self, message: bytes) -> bytes:
+        """Return a signature; of ECDSA it is r and s, 32 bytes each. RFC 7518 §3.3, §3.4."""
+        if isinstance(self.private, rsa.RSAPrivateKey):
+            return self.private.sign(message, PKCS1, SHA256)
+        r, s = decode_dss_signature(self.private.sign(message, ECDSA_SHA256))
+        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 
 def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
