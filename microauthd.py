@@ -2907,10 +2907,24 @@ def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
     return challenge, method
 
 
-def read_hint(idp: Idp, token: str | None) -> dict | None:
-    """Return the claims of an ID token we signed, even if expired, or None. OpenID Connect RP-Initiated Logout §2."""
+def verify_hint(idp: Idp, token: str) -> dict:
+    """Return the claims of an ID token we signed, even if it expired and its key is retired. Raises invalid_token.
+
+    OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2.
+    """
     try:
-        return idp.auth_ring.verify(token, JWT) if token else None
+        return idp.auth_ring.verify(token, JWT)
+    except Problem:
+        retired = idp.store.find_retired_key(token.partition(".")[0], idp.now()) if len(token) <= 8192 else None
+        if retired is None:
+            raise
+    return verify_signature(PublicKey.from_pem(retired.public_key), token)
+
+
+def read_hint(idp: Idp, token: str | None) -> dict | None:
+    """Return the claims of an id_token_hint, or None if it cannot be verified."""
+    try:
+        return verify_hint(idp, token) if token else None
     except Problem:
         return None
 

@@ -388,7 +388,7 @@ def read_present_state(options: Options) -> tuple[set, int, bool]:
         store = Store(
             options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
         )
-        return set(store.meta("revoked_kids").split()), last_issued_ms(store), True
+        return store.revoked_kids(), last_issued_ms(store), True
     except (StartupError, Unavailable, sqlcipher3.Error):
         return set(), 0, False
     finally:
@@ -427,7 +427,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
             write_durably(staged[name], files[name])
             checkpoint(name)
         places = backup_files(options) | {name: staged[name] for name in names}
-        revoked |= set(store.meta("revoked_kids").split())
+        revoked |= store.revoked_kids()
         rings, replaced = [], []
         for port_name, (_, passphrase, _) in ring_files(options).items():
             entries = read_ring(places[port_name], passphrase)
@@ -447,7 +447,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
         with store.transaction():
             # Later than anything that this box, or the one the backup was made of, has issued.
             store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
-            store.put_meta("revoked_kids", " ".join(sorted(revoked)))
+            store.revoke_kids(revoked)
             store.delete_logins()
             audit(
                 idp, LOCAL.acting_as("machine"), "restored", os.path.basename(source),
@@ -632,14 +632,13 @@ def revoke_key(options: Options, kid: str) -> str:
                 if not clock_problem(idp):
                     entries = promote(entries, idp.now(), options.key_overlap)
                 rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
-                if rest == entries:
+                if rest == entries and not (port_name == "auth" and idp.store.has_retired_key(kid)):
                     continue
                 with idp.store.transaction():
-                    # Remembered, for a backup that was made before still holds it: whoever has it could sign what comes
-                    # after.
-                    idp.store.put_meta("revoked_kids", " ".join(sorted({*idp.store.meta("revoked_kids").split(), kid})))
+                    idp.store.revoke_kids([kid])
                     audit(idp, LOCAL.acting_as("machine"), "key_revoked", port_name, kid)
-                write_durably(path, write_ring(rest, passphrase))
+                if rest != entries:
+                    write_durably(path, write_ring(rest, passphrase))
                 return port_name
     finally:
         idp.store.close()

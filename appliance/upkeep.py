@@ -14,11 +14,11 @@ from appliance.base.clock import IAT_SKEW, sleep
 from appliance.base.settings import OPTIONS
 from appliance.base.files import write_durably
 from appliance.base.database import Unavailable
-from appliance.base.store import SLICE
-from appliance.base.keys import lock_ring, promote, read_ring, write_ring
+from appliance.base.store import RetiredKey, SLICE
+from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
 from microauthd import (
-    HERE, ID_TOKEN_TTL, Idp, LOCAL, Problem, VERSION, audit, purge_audit_log, remove_qr_files, ring_files,
+    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, purge_audit_log, remove_qr_files, ring_files,
 )
 
 # == Upkeep ====================================================================
@@ -44,7 +44,7 @@ def purge(idp: Idp, pause=sleep):
     cutoffs = [
         ("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now),
         ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now),
-        ("browser_session", "id_sha256", now),
+        ("browser_session", "id_sha256", now), ("retired_key", "kid", now),
     ]
     if options.refresh_token_purge_days:
         before = now - options.refresh_token_purge_days * 86400
@@ -79,8 +79,21 @@ def note_configuration(idp: Idp):
         audit(idp, LOCAL.acting_as("system"), "server_started", f"version={VERSION}")
 
 
+def keep_for_hints(idp: Idp, entry: KeyEntry):
+    """Store the public half of a key that leaves the AUTH ring, as long as a login may last that it signed.
+
+    An id_token_hint is welcome long after its token has expired. OpenID Connect RP-Initiated Logout §2.
+    """
+    key, options = Key(entry), idp.options
+    longest = max(options.session_absolute_expiration, options.refresh_token_absolute_expiration)
+    idp.store.put_retired_key(RetiredKey(key.kid, key.header(JWT).decode(), key.as_pem(), entry.since + longest))
+
+
 def advance_key_states(idp: Idp):
-    """Bring the ring files up to date: promote a next key that is due, drop a retired one whose tokens have expired."""
+    """Bring the ring files up to date: promote a next key that is due, drop a retired one whose tokens have expired.
+
+    The public half of one that AUTH drops is stored first: if the process dies in between, the next turn repeats it.
+    """
     options, now = idp.options, idp.now()
     if not idp.ring_versions or not idp.check_clock():
         return
@@ -92,14 +105,17 @@ def advance_key_states(idp: Idp):
         longest = max(lives) if port_name == "auth" else options.admin_token_expiration
         with lock_ring(path):
             before = read_ring(path, passphrase)
+            promoted = promote(before, now, options.key_overlap)
             after = [
-                entry
-                for entry in promote(before, now, options.key_overlap)
-                if entry.state != "retired" or entry.since + longest + IAT_SKEW > now
+                entry for entry in promoted if entry.state != "retired" or entry.since + longest + IAT_SKEW > now
             ]
-            if after != before:
-                write_durably(path, write_ring(after, passphrase))
-                idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
+            if after == before:
+                continue
+            for entry in promoted:
+                if port_name == "auth" and entry not in after:
+                    keep_for_hints(idp, entry)
+            write_durably(path, write_ring(after, passphrase))
+            idp.log("keys.tended", port=port_name, before=len(before), after=len(after))
 
 
 class UnpackedProgram:

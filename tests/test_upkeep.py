@@ -8,13 +8,14 @@ import microauthd as m
 import msgspec
 import pytest
 from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, left, opened, under_way
+from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
-from appliance.base.store import Family, Session, Store, chain
+from appliance.base.store import Family, RetiredKey, Session, Store, chain
 from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.upkeep import ClockThread, Upkeep, advance_key_states
-from appliance.recovery import describe_keys, rotate_keys
+from appliance.recovery import back_up, describe_keys, restore, revoke_key, rotate_keys
 
 
 def purge(idp, pause=lambda seconds: None):
@@ -426,3 +427,97 @@ class TestKeys:
         advance_key_states(idp)
         assert before != after == idp.auth_ring.access.kid
         idp.store.close()
+
+
+class TestRetiredKeys:
+    """OpenID Connect RP-Initiated Logout §2: an id_token_hint is welcome when its token has long expired."""
+
+    @pytest.fixture
+    def retire(self, house, monkeypatch):
+        """Rotate the keys of AUTH and let the old ones leave the ring: the Idp, its time, a token of each type."""
+        now = [time.time()]
+        idp = opened(house, lambda: now[0])
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
+        monkeypatch.setattr("appliance.recovery.open_idp", lambda options: opened(options, lambda: now[0]))
+
+        def mint(typ):
+            claims = {"sub": "s", "aud": "app", "sid": "x", "exp": int(now[0]) + 600}
+            return [idp.auth_ring.mint(key, typ, claims) for key in idp.auth_ring.active.values()]
+
+        def advance(seconds):
+            now[0] += seconds
+            idp.next_ring_check = 0
+            advance_key_states(idp)
+            idp.next_ring_check = 0
+
+        def call(*pauses):
+            tokens = mint(m.JWT), mint(m.AT_JWT)
+            rotate_keys(house, ["auth"])
+            for seconds in pauses or (901, 3700):
+                advance(seconds)
+            return idp, now, *tokens
+
+        yield call
+        idp.store.close()
+
+    @pytest.mark.parametrize("pauses", [(901, 3700), (5000,)], ids=["step by step", "a box that was off"])
+    def test_their_public_halves_verify_hints_and_nothing_else(self, house, retire, pauses):
+        idp, _, id_tokens, access_tokens = retire(*pauses)
+        assert len(id_tokens) == len(access_tokens) == count(idp, "retired_key") == 2
+        for token in id_tokens:
+            assert m.read_hint(idp, token)["aud"] == "app"
+            assert m.read_hint(idp, token[:-6] + "AAAAAA") is None and m.read_hint(idp, token + "." + token) is None
+            assert jwt.get_unverified_header(token)["kid"] not in idp.auth_ring.jwks().decode()
+            assert m.introspect_token(idp, m.find_client(idp, "app"), token) == {"active": False}
+        for token in (*id_tokens, *access_tokens):
+            with pytest.raises(m.Problem, match="invalid_token"):
+                m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token)
+        assert [m.read_hint(idp, token) for token in access_tokens] == [None, None]
+        stored = "".join(row[0] for row in idp.store.connection.execute("SELECT public_key FROM retired_key"))
+        assert stored.count("BEGIN PUBLIC KEY") == 2 and "PRIVATE" not in stored
+
+    def test_they_are_kept_as_long_as_a_login_lasts(self, house, retire):
+        idp, now, id_tokens, _ = retire()
+        longest = max(house.session_absolute_expiration, house.refresh_token_absolute_expiration)
+        retired_at = now[0] - 3701  # a key signs `key-overlap` seconds after it was made, a second before the first turn
+        now[0] = int(retired_at) + longest - 1
+        assert all(m.read_hint(idp, token) for token in id_tokens)
+        now[0] += 1
+        assert not any(m.read_hint(idp, token) for token in id_tokens)
+        idp.store.put_meta("clock", now[0])
+        now[0] += 1
+        purge(idp)
+        assert count(idp, "retired_key") == 0
+
+    def test_a_process_that_dies_before_it_writes_the_ring_loses_no_key(self, house, retire, monkeypatch):
+        with monkeypatch.context() as broken:
+            broken.setattr(upkeep_room, "write_durably", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                retire(5000)
+        idp, _, id_tokens, _ = retire(5000)
+        assert all(m.read_hint(idp, token) for token in id_tokens)
+
+    def test_a_revoked_one_verifies_nothing(self, house, retire):
+        idp, _, id_tokens, _ = retire()
+        back_up(house, "b")
+        stolen, other = id_tokens
+        assert revoke_key(house, jwt.get_unverified_header(stolen)["kid"]) == "auth"
+        assert m.read_hint(idp, stolen) is None and m.read_hint(idp, other)
+        with pytest.raises(StartupError, match="there is no key"):
+            revoke_key(house, jwt.get_unverified_header(stolen)["kid"])
+        idp.store.close()
+        restore(house, "b")
+        idp = opened(house)
+        assert m.read_hint(idp, stolen) is None and m.read_hint(idp, other), "nor after a restore"
+        idp.store.close()
+
+    def test_one_that_is_revoked_in_the_ring_is_not_kept(self, house, retire):
+        idp, _, id_tokens, _ = retire(901)
+        assert all(m.read_hint(idp, token) for token in id_tokens), "the ring still has them"
+        stolen, other = id_tokens
+        kid = jwt.get_unverified_header(stolen)["kid"]
+        key = next(key for key in idp.auth_ring.keys if key.kid == kid)
+        revoke_key(house, kid)
+        idp.store.put_retired_key(RetiredKey(kid, key.header(m.JWT).decode(), key.as_pem(), 9_000_000_000))
+        idp.next_ring_check = 0
+        assert m.read_hint(idp, stolen) is None and m.read_hint(idp, other)

@@ -219,6 +219,16 @@ class PublicKey:
     def public_jwk(self):
         return {**self.jwk, "kid": self.kid, "use": "sig", "alg": self.alg}
 
+    def as_pem(self) -> str:
+        return self.public.public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        ).decode()
+
+    @staticmethod
+    def from_pem(pem: str) -> "PublicKey":
+        key = serialization.load_pem_public_key(pem.encode())
+        return PublicKey(cast(rsa.RSAPublicKey | ec.EllipticCurvePublicKey, key))  # as_pem() writes no other
+
     def verify(self, signature: bytes, message: bytes):
         """Raise InvalidSignature or ValueError if the signature is wrong."""
         if isinstance(self.public, rsa.RSAPublicKey):

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 import sqlcipher3
@@ -305,6 +305,16 @@ class BrowserSession(Record, frozen=True):
     user_agent: str
 
 
+class RetiredKey(Record, frozen=True):
+    """The public half of an AUTH key that no longer signs and is no longer published. It verifies id_token_hints."""
+
+    table = "retired_key"
+    kid: str
+    header: str  # the JOSE header of the ID tokens that it signed, base64url
+    public_key: str  # PEM
+    expires_at: int
+
+
 class AuditRow(Record, frozen=True):
     """A row of the audit log. `row_sha256` is chain() over it and the row before it."""
 
@@ -505,6 +515,12 @@ MIGRATIONS = (
     """
     ALTER TABLE client ADD COLUMN allow_http_redirects INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE client ADD COLUMN allow_short_schemes INTEGER NOT NULL DEFAULT 0;
+    """,
+    # Step 4. Public keys that verify id_token_hints only.
+    """
+    CREATE TABLE retired_key (
+        kid TEXT PRIMARY KEY, header TEXT NOT NULL UNIQUE, public_key TEXT NOT NULL, expires_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
     """,
 )
 
@@ -1602,6 +1618,38 @@ class Store(Database):
             """,
             user_id=user_id, client_id=client_id, scope=scope, now=now,
         )
+
+    # -- retired_key --
+
+    def put_retired_key(self, key: RetiredKey) -> None:
+        """Store a retired key, unless it was revoked."""
+        with self.transaction():
+            if key.kid not in self.revoked_kids():
+                self.run("DELETE FROM retired_key WHERE kid = :kid", kid=key.kid)
+                self.insert(key)
+
+    def find_retired_key(self, header: str, now: int) -> RetiredKey | None:
+        """Find a retired key by the header of a token that it signed, compared byte by byte. RFC 8725 §3.1."""
+        return self.one(
+            RetiredKey, "SELECT * FROM retired_key WHERE header = :header AND expires_at > :now", header=header, now=now
+        )
+
+    def has_retired_key(self, kid: str) -> bool:
+        return self.exists("SELECT 1 FROM retired_key WHERE kid = :kid", kid=kid)
+
+    def revoked_kids(self) -> set[str]:
+        """Return the key identifiers that were revoked here, or before a backup that was restored here."""
+        return set(self.meta("revoked_kids").split())
+
+    def revoke_kids(self, kids: Collection[str]) -> None:
+        """Remember keys as revoked, and delete those that are retired: a revoked key verifies nothing.
+
+        They are remembered because a backup that was made before still holds them.
+        """
+        with self.transaction():
+            self.put_meta("revoked_kids", " ".join(sorted({*self.revoked_kids(), *kids})))
+            for kid in kids:
+                self.run("DELETE FROM retired_key WHERE kid = :kid", kid=kid)
 
     # -- browser_session --
 
