@@ -2865,6 +2865,14 @@ class AuthorizeRequest(msgspec.Struct):
     headless: bool = False
 
 
+class Hints(msgspec.Struct):
+    """Whom a request means. OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2."""
+
+    login_hint: str = ""
+    id_token: dict | None = None  # the claims of the id_token_hint
+    is_unverifiable: bool = False  # there is an id_token_hint, and it counts as none: nobody can verify it
+
+
 class Login(msgspec.Struct):
     """A login transaction, its request and its client. Both are None for a login to the account page."""
 
@@ -2921,12 +2929,13 @@ def verify_hint(idp: Idp, token: str) -> dict:
     return verify_signature(PublicKey.from_pem(retired.public_key), token)
 
 
-def read_hint(idp: Idp, token: str | None) -> dict | None:
-    """Return the claims of an id_token_hint, or None if it cannot be verified."""
+def read_hints(idp: Idp, caller: Caller, token: str | None, login_hint="") -> Hints:
+    """Return what a request hints at. Nothing is read in an id_token_hint that cannot be verified."""
     try:
-        return verify_hint(idp, token) if token else None
-    except Problem:
-        return None
+        return Hints(login_hint, verify_hint(idp, token) if token else None)
+    except Problem as problem:
+        idp.log("hint.ignored", reason=problem.log, request_id=caller.request_id)
+        return Hints(login_hint, is_unverifiable=True)
 
 
 def read_claims_parameter(claims: str | None) -> str:
@@ -2955,7 +2964,7 @@ def validate_scope(idp: Idp, client: Client, scope: str | None):
         )
 
 
-def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> AuthorizeRequest:
+def read_request(idp: Idp, client: Client, redirect_uri: str, params, hints: Hints) -> AuthorizeRequest:
     """Validate the rest of the request. Raises the Problem to redirect with. OpenID Connect Core §3.1.2.2."""
     get = params.get
     response_mode = get("response_mode") or "query"
@@ -2977,17 +2986,20 @@ def read_request(idp: Idp, client: Client, redirect_uri: str, params) -> Authori
     max_age = get("max_age")
     if max_age and not re.fullmatch(r"[0-9]{1,9}", max_age):
         raise Problem("invalid_request", log="bad max_age")
+    lengths = {name: len(get(name) or "") for name in ("state", "nonce", "scope", "ui_locales")}
+    lengths["login_hint"] = len(hints.login_hint)
     for name, limit in (("state", 4096), ("nonce", 2048), ("login_hint", 255), ("scope", 4096), ("ui_locales", 255)):
-        if len(get(name) or "") > limit:
+        if lengths[name] > limit:
             raise Problem("invalid_request", log=f"{name} is too long")
     validate_scope(idp, client, get("scope"))
-    hinted = read_hint(idp, get("id_token_hint"))
-    if get("id_token_hint") and (hinted is None or hinted["aud"] != client.client_id):
-        raise Problem("invalid_request", log="id_token_hint is not an ID token of this client")
+    if hints.id_token and hints.id_token["aud"] != client.client_id:
+        raise Problem("invalid_request", log="id_token_hint is an ID token of another client")
+    if hints.is_unverifiable and "none" in prompt:
+        raise Problem("login_required", log="id_token_hint cannot be verified, and nobody may be asked who is meant")
     return AuthorizeRequest(
         client.client_id, redirect_uri, response_mode, get("state"), get("scope"), get("nonce") or "", challenge,
-        method, prompt, int(max_age) if max_age else None, get("login_hint") or "", hinted["sub"] if hinted else "",
-        read_claims_parameter(get("claims")), get("ui_locales") or "",
+        method, prompt, int(max_age) if max_age else None, hints.login_hint,
+        hints.id_token["sub"] if hints.id_token else "", read_claims_parameter(get("claims")), get("ui_locales") or "",
     )
 
 
@@ -4475,6 +4487,10 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
     return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
 
 
+def request_hints(idp: Idp, params) -> Hints:
+    return read_hints(idp, params.caller, params.get("id_token_hint"), params.get("login_hint") or "")
+
+
 def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
     assert login.request
     return PkceStep(jti, login.row.client_id, login.request.redirect_uri, requires_totp, False)
@@ -4490,7 +4506,7 @@ def begin_headless(idp: Idp, params) -> Reply | Redirect | Page:
         client, redirect_uri = validate_client(idp, params)
         if not params.get("response_type"):
             params.values["response_type"] = "code"  # published clients leave it out
-        request = read_request(idp, client, redirect_uri, params)
+        request = read_request(idp, client, redirect_uri, params, request_hints(idp, params))
         if "SESSION_BASED_AUTH" in client.flags:
             answer = authorize_with_session(idp, params, client, request)
             return Redirect(answer.location, answer.cookies, 302) if isinstance(answer, Redirect) else answer
@@ -4534,7 +4550,7 @@ def authorize(idp, params):
         return begin_headless(idp, params)
     client, redirect_uri = validate_client(idp, params)
     try:
-        request = read_request(idp, client, redirect_uri, params)
+        request = read_request(idp, client, redirect_uri, params, request_hints(idp, params))
         if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.pairs)) < 6000:
             # A cross-site POST brings no cookie (SameSite); the GET that it becomes does, and finds the session.
             return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.pairs, quote_via=quote)}")
@@ -4919,23 +4935,39 @@ def auth_session(idp, params):
 # -- people: logout --
 
 
-def read_logout(idp: Idp, params) -> tuple[dict | None, str]:
-    """Return the claims of the id_token_hint, and the registered URI to go to or "". Raises invalid_request."""
-    hint = read_hint(idp, params.get("id_token_hint"))
-    if params.get("id_token_hint") and hint is None:
-        raise Problem("invalid_request", log="id_token_hint is no ID token of ours")
-    client_id = params.get("client_id") or (hint["aud"] if hint else "")
-    if hint and client_id != hint["aud"]:
+def read_logout(idp: Idp, params, hints: Hints) -> str:
+    """Return the registered URI to go to after a logout, or "". Raises invalid_request.
+
+    An id_token_hint that cannot be verified leads nowhere, whatever else the request says: the hint is what confirms
+    that the redirect is legitimate. OpenID Connect RP-Initiated Logout §3, §4.
+    """
+    hint, client_id = hints.id_token, params.get("client_id") or ""
+    if hint and client_id not in ("", hint["aud"]):
         raise Problem("invalid_request", log="client_id and id_token_hint disagree")
-    location = params.get("post_logout_redirect_uri") or ""
-    if location:
-        client = find_client(idp, client_id) if client_id else None
-        if client is None or location not in client.post_logout_redirect_uris:
-            came = describe_unregistered(location, client.post_logout_redirect_uris if client else ())
-            raise Problem("invalid_request", log=f"a post_logout_redirect_uri that is not registered: {came}")
-        if params.get("state") is not None:
-            location += ("&" if "?" in location else "?") + urlencode({"state": params.get("state")}, quote_via=quote)
-    return hint, location
+    location, state = params.get("post_logout_redirect_uri") or "", params.get("state")
+    if hints.is_unverifiable or not location:
+        return ""
+    client_id = client_id or (hint["aud"] if hint else "")
+    client = find_client(idp, client_id) if client_id else None
+    if client is None or location not in client.post_logout_redirect_uris:
+        came = describe_unregistered(location, client.post_logout_redirect_uris if client else ())
+        raise Problem("invalid_request", log=f"a post_logout_redirect_uri that is not registered: {came}")
+    if state is not None:
+        location += ("&" if "?" in location else "?") + urlencode({"state": state}, quote_via=quote)
+    return location
+
+
+def end_hinted_login(idp: Idp, params, hint: dict | None, account: Account | None):
+    """End the login that an id_token_hint names, even if the browser session in which it began is over.
+
+    Without a browser session of its user the ID token alone is the proof, and only until it expires: an old one may
+    have been copied from a log or a history.
+    """
+    if hint is None or ((account is None or account.id != hint["sub"]) and hint["exp"] <= idp.now()):
+        return
+    family = idp.store.find_family(hint["sid"])
+    if family and family.revoked_at is None and family.client_id == hint["aud"]:
+        revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
 
 
 @AUTH(
@@ -4946,7 +4978,8 @@ def end_session(idp, params):
     """Log a user out for a client: at once if its ID token names the user of the session, else after asking."""
     names = ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
     again = {name: value for name in names if (value := params.get(name)) is not None}
-    hint, location = read_logout(idp, params)
+    hints = read_hints(idp, params.caller, params.get("id_token_hint"))
+    location, hint = read_logout(idp, params, hints), hints.id_token
     handle = session_handle(idp, params)
     _, account = current_session(idp, params) or (None, None)
     if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
@@ -4960,10 +4993,7 @@ def end_session(idp, params):
             action="end-session", target=location,
             ui_locales=params.get("ui_locales") or "",
         )
-    family = idp.store.find_family(hint["sid"]) if hint and "sid" in hint else None
-    if hint and family and family.revoked_at is None and family.client_id == hint["aud"]:
-        # The client's login ends even if the session that it began in has already ended.
-        revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
+    end_hinted_login(idp, params, hint, account)
     return finish_logout(idp, params, handle, location)
 
 

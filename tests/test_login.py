@@ -15,6 +15,7 @@ from browser import CALLBACK, CHALLENGE, VERIFIER, Browser, request, sent_back, 
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.database import Unavailable
+from appliance.base.keys import make_key
 from appliance.base.objects import UpdateClient
 from appliance.base.pages import PAGES
 
@@ -381,7 +382,7 @@ class TestRequest:
             ({"scope": "api:secret"}, "invalid_scope"), ({"scope": "email"}, "invalid_scope"),
             ({"prompt": "none login"}, "invalid_request"), ({"prompt": "create"}, "invalid_request"),
             ({"max_age": "-1"}, "invalid_request"), ({"max_age": "x"}, "invalid_request"),
-            ({"id_token_hint": "nonsense"}, "invalid_request"), ({"claims": "{"}, "invalid_request"),
+            ({"claims": "{"}, "invalid_request"),
             ({"claims": "[]"}, "invalid_request"), ({"claims": '{"id_token": 5}'}, "invalid_request"),
             ({"nonce": "x" * 3000}, "invalid_request"), ({"prompt": "none"}, "login_required"),
         ],
@@ -672,14 +673,6 @@ class TestSession:
         browser.open("/logout")
         browser.submit()
         assert exchange(code).json["error"] == "invalid_grant"
-
-    def test_a_hint_is_of_the_client_that_asks(self, spa, register, alice, browser, exchange):
-        """OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2"""
-        register("second")
-        hint = exchange(code_of(sign_in(browser))).json["id_token"]
-        assert sent_back(browser.open(request("second", id_token_hint=hint)))[1]["error"] == "invalid_request"
-        assert browser.open(f"/end-session?id_token_hint={hint}&client_id=second").status == 400
-        assert code_of(browser.open(request(prompt="none"))), "and nobody is logged out"
 
     def test_a_login_hint_is_written_into_the_form(self, spa, browser):
         browser.open(request(login_hint='al"><b>'))
@@ -1270,6 +1263,142 @@ class TestAttacks:
         assert code_of(browser.open(request(prompt="none")))
 
 
+BYE = "https://app.example/bye"
+OFFLINE = "openid offline_access"
+
+
+def broken(kind, bought):
+    """An id_token_hint that nobody can verify, of the tokens that a login bought."""
+    header, body, signature = bought["id_token"].split(".")
+    foreign = m.KeyRing([make_key("RS256", 2048, 0)])
+    return {
+        "nonsense": "nonsense",
+        "another signature": f"{header}.{body}.{signature[:-8]}AAAAAAAA",
+        "another body": f"{header}.{body[:-4]}.{signature}",
+        "no signature": f"{header}.{body}.",
+        "another key": foreign.mint(foreign.access, m.JWT, claims_of(bought["id_token"])),
+        "alg none": jwt.encode(claims_of(bought["id_token"]), "", algorithm="none"),
+        "an access token": bought["access_token"],
+        "very long": bought["id_token"] + "A" * 8192,
+    }[kind]
+
+
+BROKEN = (
+    "nonsense", "another signature", "another body", "no signature", "another key", "alg none", "an access token",
+    "very long",
+)
+
+
+class TestHints:
+    """OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2: a hint is never worse than none."""
+
+    @pytest.fixture
+    def bye(self, idp, spa, register):
+        register("second")
+        for client_id in ("spa", "second"):
+            m.add_uri(idp, m.LOCAL.acting_as("test"), client_id, "post_logout", BYE)
+
+    @pytest.fixture
+    def lives(self, auth):
+        """Whether the login that bought a refresh token goes on. It rotates the token."""
+
+        def call(bought, client="spa"):
+            form = {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": client}
+            return auth.post("/token", form).status == 200
+
+        return call
+
+    @staticmethod
+    def end(hint, **more):
+        return "/end-session?" + urlencode({"id_token_hint": hint} | more)
+
+    @pytest.mark.parametrize("kind", BROKEN)
+    def test_one_that_nobody_can_verify_is_none(self, idp, spa, alice, browser, other, exchange, kind):
+        hint = broken(kind, exchange(code_of(sign_in(browser))).json)
+        assert code_of(browser.open(request(id_token_hint=hint)))
+        refused = sent_back(browser.open(request(id_token_hint=hint, prompt="none")))[1]
+        assert refused["error"] == "login_required", "nobody knows who is meant, and nobody may be asked"
+        assert code_of(sign_in(other, request(id_token_hint=hint)))
+        logged = [line for line in idp.stream.getvalue().splitlines() if " hint.ignored " in line]
+        assert len(logged) == 3 and "reason=" in logged[0] and not any(hint[-20:] in line for line in logged[:1])
+
+    @pytest.mark.parametrize("kind", BROKEN)
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {}, {"post_logout_redirect_uri": BYE, "state": "s"}, {"post_logout_redirect_uri": BYE, "client_id": "spa"},
+            {"post_logout_redirect_uri": BYE, "client_id": "second"}, {"post_logout_redirect_uri": "https://evil.example/"},
+            {"client_id": "nobody"},
+        ],
+    )
+    def test_with_such_a_one_a_logout_asks_and_leads_nowhere(
+        self, bye, alice, browser, other, exchange, lives, kind, more
+    ):
+        bought = exchange(code_of(sign_in(browser, request(scope=OFFLINE)))).json
+        hint = broken(kind, bought)
+        assert title(browser.open(self.end(hint, **more))) == "Sign out"
+        assert code_of(browser.open(request(prompt="none"))), "nobody is logged out unasked"
+        assert title(other.open(self.end(hint, **more))) == "Signed out" and lives(bought), "nothing is read in it"
+        browser.open(self.end(hint, **more))
+        assert title(browser.submit()) == "Signed out"
+        assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
+
+    @pytest.mark.parametrize("prompt", ["", "none", "login"])
+    def test_a_good_one_is_of_the_client_that_asks(self, bye, alice, browser, exchange, prompt):
+        hint = exchange(code_of(sign_in(browser))).json["id_token"]
+        own = browser.open(request("spa", id_token_hint=hint, prompt=prompt))
+        assert title(own) == "Sign in" if prompt == "login" else code_of(own)
+        refused = sent_back(browser.open(request("second", id_token_hint=hint, prompt=prompt)))[1]
+        assert refused["error"] == "invalid_request" and "code" not in refused
+
+    @pytest.mark.parametrize("age", [0, 3600])
+    def test_a_client_id_that_disagrees_with_it_ends_nothing(
+        self, bye, alice, browser, exchange, lives, clock, age
+    ):
+        bought = exchange(code_of(sign_in(browser, request(scope=OFFLINE)))).json
+        clock.pass_(age)
+        for client_id in ("second", "nobody", "SPA"):
+            answer = browser.open(self.end(bought["id_token"], client_id=client_id, post_logout_redirect_uri=BYE))
+            assert answer.status == 400 and "location" not in answer.headers
+        assert code_of(browser.open(request(prompt="none"))) and lives(bought)
+        answer = browser.open(self.end(bought["id_token"], client_id="spa", post_logout_redirect_uri=BYE))
+        assert answer.headers["location"] == BYE
+
+    def test_without_the_session_a_good_one_ends_the_one_login_it_names(
+        self, bye, alice, browser, other, exchange, lives, change
+    ):
+        named = exchange(code_of(sign_in(browser, request(scope=OFFLINE)))).json
+        beside = exchange(code_of(browser.open(request("second", scope=OFFLINE))), "second").json
+        change("UPDATE browser_session SET last_seen_at = 0")
+        answer = other.open(self.end(named["id_token"], post_logout_redirect_uri=BYE))
+        assert answer.headers["location"] == BYE and not lives(named) and lives(beside, "second")
+
+    @pytest.mark.parametrize("age, ended", [(m.ID_TOKEN_TTL - 1, True), (m.ID_TOKEN_TTL, False)])
+    def test_without_the_session_an_expired_one_ends_nothing(
+        self, bye, alice, browser, other, exchange, lives, clock, age, ended
+    ):
+        bought = exchange(code_of(sign_in(browser, request(scope=OFFLINE)))).json
+        clock.pass_(age)
+        answer = other.open(self.end(bought["id_token"], post_logout_redirect_uri=BYE))
+        assert answer.headers["location"] == BYE, "the client is known, and its user was logged out there"
+        assert lives(bought) is not ended
+
+    def test_an_expired_one_ends_its_login_in_a_later_session_of_the_same_user(
+        self, bye, alice, new_user, browser, other, exchange, lives, clock
+    ):
+        bought = exchange(code_of(sign_in(browser, request(scope=OFFLINE)))).json
+        clock.pass_(3600)
+        new_user("bob")
+        sign_in(other, username="bob")
+        assert title(other.open(self.end(bought["id_token"]))) == "Sign out"
+        other.submit()
+        assert lives(bought), "bob's word is not alice's"
+        bought = exchange(code_of(browser.open(request(scope=OFFLINE)))).json
+        clock.pass_(3600)
+        sign_in(other)
+        assert title(other.open(self.end(bought["id_token"]))) == "Signed out" and not lives(bought)
+
+
 class TestLogout:
     """OpenID Connect RP-Initiated Logout 1.0"""
 
@@ -1318,7 +1447,7 @@ class TestLogout:
             "client_id=spa&post_logout_redirect_uri=https://evil.example/",
             "client_id=spa&post_logout_redirect_uri=https://app.example/cb",
             "client_id=nobody&post_logout_redirect_uri=https://app.example/bye",
-            "post_logout_redirect_uri=https://app.example/bye", "id_token_hint=nonsense",
+            "post_logout_redirect_uri=https://app.example/bye",
             "client_id=spa&post_logout_redirect_uri=https://app.example/bye%3Fx",
         ],
     )
@@ -1361,19 +1490,6 @@ class TestLogout:
         assert (
             browser.follow(answer).headers["location"] == "https://app.example/bye?state=s%26t"
             and auth.get("/me", bearer=bought["access_token"]).status == 401
-        )
-
-    def test_a_hint_ends_its_login_where_the_session_is_over_already(
-        self, idp, auth, bye, alice, browser, exchange, clock
-    ):
-        bought = exchange(code_of(sign_in(browser, request(scope="openid offline_access")))).json
-        clock.pass_(idp.options.session_idle_expiration)
-        assert title(browser.open(f"/end-session?id_token_hint={bought['id_token']}")) == "Signed out"
-        assert (
-            auth.post(
-                "/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
-            ).status
-            == 400
         )
 
     def test_the_page_and_everywhere(self, auth, bye, alice, browser, other, exchange):

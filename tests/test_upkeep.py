@@ -22,6 +22,11 @@ def purge(idp, pause=lambda seconds: None):
     upkeep_room.purge(idp, pause)
 
 
+def hinted(idp, token):
+    """The claims that an id_token_hint is read with, or None."""
+    return m.read_hints(idp, m.LOCAL, token).id_token
+
+
 def count(idp, table):
     return idp.store.connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
@@ -465,14 +470,14 @@ class TestRetiredKeys:
         idp, _, id_tokens, access_tokens = retire(*pauses)
         assert len(id_tokens) == len(access_tokens) == count(idp, "retired_key") == 2
         for token in id_tokens:
-            assert m.read_hint(idp, token)["aud"] == "app"
-            assert m.read_hint(idp, token[:-6] + "AAAAAA") is None and m.read_hint(idp, token + "." + token) is None
+            assert hinted(idp, token)["aud"] == "app"
+            assert hinted(idp, token[:-6] + "AAAAAA") is None and hinted(idp, token + "." + token) is None
             assert jwt.get_unverified_header(token)["kid"] not in idp.auth_ring.jwks().decode()
             assert m.introspect_token(idp, m.find_client(idp, "app"), token) == {"active": False}
         for token in (*id_tokens, *access_tokens):
             with pytest.raises(m.Problem, match="invalid_token"):
                 m.verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token)
-        assert [m.read_hint(idp, token) for token in access_tokens] == [None, None]
+        assert [hinted(idp, token) for token in access_tokens] == [None, None]
         stored = "".join(row[0] for row in idp.store.connection.execute("SELECT public_key FROM retired_key"))
         assert stored.count("BEGIN PUBLIC KEY") == 2 and "PRIVATE" not in stored
 
@@ -481,9 +486,9 @@ class TestRetiredKeys:
         longest = max(house.session_absolute_expiration, house.refresh_token_absolute_expiration)
         retired_at = now[0] - 3701  # a key signs `key-overlap` seconds after it was made, a second before the first turn
         now[0] = int(retired_at) + longest - 1
-        assert all(m.read_hint(idp, token) for token in id_tokens)
+        assert all(hinted(idp, token) for token in id_tokens)
         now[0] += 1
-        assert not any(m.read_hint(idp, token) for token in id_tokens)
+        assert not any(hinted(idp, token) for token in id_tokens)
         idp.store.put_meta("clock", now[0])
         now[0] += 1
         purge(idp)
@@ -495,29 +500,29 @@ class TestRetiredKeys:
             with pytest.raises(ZeroDivisionError):
                 retire(5000)
         idp, _, id_tokens, _ = retire(5000)
-        assert all(m.read_hint(idp, token) for token in id_tokens)
+        assert all(hinted(idp, token) for token in id_tokens)
 
     def test_a_revoked_one_verifies_nothing(self, house, retire):
         idp, _, id_tokens, _ = retire()
         back_up(house, "b")
         stolen, other = id_tokens
         assert revoke_key(house, jwt.get_unverified_header(stolen)["kid"]) == "auth"
-        assert m.read_hint(idp, stolen) is None and m.read_hint(idp, other)
+        assert hinted(idp, stolen) is None and hinted(idp, other)
         with pytest.raises(StartupError, match="there is no key"):
             revoke_key(house, jwt.get_unverified_header(stolen)["kid"])
         idp.store.close()
         restore(house, "b")
         idp = opened(house)
-        assert m.read_hint(idp, stolen) is None and m.read_hint(idp, other), "nor after a restore"
+        assert hinted(idp, stolen) is None and hinted(idp, other), "nor after a restore"
         idp.store.close()
 
     def test_one_that_is_revoked_in_the_ring_is_not_kept(self, house, retire):
         idp, _, id_tokens, _ = retire(901)
-        assert all(m.read_hint(idp, token) for token in id_tokens), "the ring still has them"
+        assert all(hinted(idp, token) for token in id_tokens), "the ring still has them"
         stolen, other = id_tokens
         kid = jwt.get_unverified_header(stolen)["kid"]
         key = next(key for key in idp.auth_ring.keys if key.kid == kid)
         revoke_key(house, kid)
         idp.store.put_retired_key(RetiredKey(kid, key.header(m.JWT).decode(), key.as_pem(), 9_000_000_000))
         idp.next_ring_check = 0
-        assert m.read_hint(idp, stolen) is None and m.read_hint(idp, other)
+        assert hinted(idp, stolen) is None and hinted(idp, other)
