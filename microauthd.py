@@ -64,7 +64,7 @@ from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
     Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, OVERLAP_MAX,
-    Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
+    ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
@@ -128,6 +128,7 @@ TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
 CODE_TTL = 60  # seconds an authorization code lives, unless pkce-code-lifetime is less. RFC 6749 §4.1.2
 LOGIN_TTL = 600  # seconds a login transaction lives
+HINTS_TTL = 300  # seconds that the hints of a POST wait for the GET that it becomes, or for the answer of a person
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 
@@ -283,6 +284,7 @@ class Throttle:
     RATES = {  # noqa: RUF012 - burst, refill a second
         "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
         "logins": (1000, 100.0),  # logins begun by a peer, and by all: anybody may begin one, and each is a row
+        "hint": (60, 1.0), "hints": (1000, 100.0),  # parked hints of a peer, and of all, likewise
     }
 
     def __init__(self, clock, size=20_000):
@@ -311,16 +313,16 @@ class Throttle:
                 wait = int((1 - level) / self.RATES[key[0]][1]) + 1
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
 
-    def begin_login(self, peer: str):
-        """Count a new login transaction. Raises slow_down after too many."""
+    def begin(self, peer: str, begun: str):
+        """Count a new row that anybody may make, a `login` or a `hint`. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
-            of_peer = [("login", found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"]
-            for key in [("logins", "", b""), *of_peer]:
+            of_peer = [(begun, found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"]
+            for key in [(begun + "s", "", b""), *of_peer]:
                 level = self.level(key, now)
                 if level < 1:
                     wait = int((1 - level) / self.RATES[key[0]][1]) + 1
-                    raise Problem("slow_down", log=f"too many logins begun, the last by {peer}", retry_after=wait)
+                    raise Problem("slow_down", log=f"too many {begun}s begun, the last by {peer}", retry_after=wait)
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):
@@ -2938,6 +2940,31 @@ def read_hints(idp: Idp, caller: Caller, token: str | None, login_hint="") -> Hi
         return Hints(login_hint, is_unverifiable=True)
 
 
+def park_hints(idp: Idp, caller: Caller, hints: Hints) -> tuple[str, str]:
+    """Store hints for one request of the same browser; return their handle and the secret for its cookie.
+
+    The claims of the ID token are stored, never the token.
+    """
+    idp.throttle.begin(caller.peer, "hint")
+    handle, binding, now = random_handle(), random_handle(), idp.now()
+    if hints.id_token:
+        claims = {name: value for name, value in hints.id_token.items() if name in ("sub", "aud", "sid", "exp")}
+        hints = msgspec.structs.replace(hints, id_token=claims)
+    row = ParkedHints(sha256(handle), sha256(binding), msgspec.json.encode(hints).decode(), now, now + HINTS_TTL)
+    idp.store.park_hints(row)
+    return handle, binding
+
+
+def take_hints(idp: Idp, caller: Caller, handle: str, binding: str | None) -> Hints:
+    """Return parked hints, once. If there are none, nobody can tell any more who is meant."""
+    parked = idp.store.spend_hints(sha256(handle), sha256(binding), idp.now()) if binding else None
+    if parked is None:
+        reason = "its handle is unknown, used, expired or of another browser"
+        idp.log("hint.ignored", reason=reason, request_id=caller.request_id)
+        return Hints(is_unverifiable=True)
+    return msgspec.json.decode(parked.hints, type=Hints)
+
+
 def read_claims_parameter(claims: str | None) -> str:
     """Return the claim names that the claims parameter requests, as JSON of bounded size. OpenID Connect Core §5.5."""
     if not claims:
@@ -3087,7 +3114,7 @@ def begin_login(
     With a session the password counts as verified; `state` is the first step that is left.
     """
     now, binding_sha256 = idp.now(), sha256(binding)
-    idp.throttle.begin_login(caller.peer)
+    idp.throttle.begin(caller.peer, "login")
     idp.store.purge_logins(now, 20)  # each new login deletes up to 20 expired ones, so that the table stays small
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
@@ -3921,6 +3948,7 @@ def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> 
 
 
 SESSION_COOKIE, LOGIN_COOKIE = "mad-session", "mad-login"
+HINT_COOKIE = "mad-hint-"  # and the first character of the handle, of which there are 64: other sites can set no more
 
 
 def session_handle(idp, params) -> str | None:
@@ -4487,8 +4515,38 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
     return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
 
 
-def request_hints(idp: Idp, params) -> Hints:
-    return read_hints(idp, params.caller, params.get("id_token_hint"), params.get("login_hint") or "")
+HINT_PARAMETERS = ("id_token_hint", "login_hint", "hint_handle")
+LONGEST_QUERY = 6000  # a longer one may not get through every browser and proxy
+
+
+def request_hints(idp: Idp, params, login_hint="") -> Hints:
+    """Return what a request hints at, or what it did when it was a POST."""
+    token, handle = params.get("id_token_hint"), params.get("hint_handle")
+    if handle and not token and not login_hint:
+        return take_hints(idp, params.caller, handle, params.cookie(cookie_name(idp, HINT_COOKIE + handle[:1])))
+    return read_hints(idp, params.caller, token, login_hint)
+
+
+def wait_with_hints(idp: Idp, params, hints: Hints) -> tuple[str, str]:
+    """Park hints for the next request of this browser; return their handle and the cookie that it needs for them."""
+    handle, binding = park_hints(idp, params.caller, hints)
+    return handle, make_cookie(idp, HINT_COOKIE + handle[:1], binding, HINTS_TTL)
+
+
+def repeat_as_get(idp: Idp, params, path: str, pairs: list, hints: Hints) -> Redirect | None:
+    """Return the redirect that repeats a POST as a GET, or None if its URL would be too long.
+
+    A cross-site POST brings no cookie (SameSite); the GET that it becomes does, and finds the session. URLs stay in
+    logs and histories, so hints are not put there: they name a person, and an ID token ends a login. RFC 9700 §4.3
+    """
+    pairs, cookies = [(name, value) for name, value in pairs if name not in HINT_PARAMETERS], []
+    if len(urlencode(pairs)) >= LONGEST_QUERY:
+        return None
+    if hints != Hints():
+        handle, cookie = wait_with_hints(idp, params, hints)
+        pairs.append(("hint_handle", handle))
+        cookies.append(cookie)
+    return Redirect(f"{idp.options.auth_issuer}/{path}?{urlencode(pairs, quote_via=quote)}", cookies)
 
 
 def headless_step(login: Login, jti: str, requires_totp: bool) -> PkceStep:
@@ -4506,7 +4564,8 @@ def begin_headless(idp: Idp, params) -> Reply | Redirect | Page:
         client, redirect_uri = validate_client(idp, params)
         if not params.get("response_type"):
             params.values["response_type"] = "code"  # published clients leave it out
-        request = read_request(idp, client, redirect_uri, params, request_hints(idp, params))
+        hints = request_hints(idp, params, params.get("login_hint") or "")
+        request = read_request(idp, client, redirect_uri, params, hints)
         if "SESSION_BASED_AUTH" in client.flags:
             answer = authorize_with_session(idp, params, client, request)
             return Redirect(answer.location, answer.cookies, 302) if isinstance(answer, Redirect) else answer
@@ -4550,10 +4609,12 @@ def authorize(idp, params):
         return begin_headless(idp, params)
     client, redirect_uri = validate_client(idp, params)
     try:
-        request = read_request(idp, client, redirect_uri, params, request_hints(idp, params))
-        if params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(params.pairs)) < 6000:
-            # A cross-site POST brings no cookie (SameSite); the GET that it becomes does, and finds the session.
-            return Redirect(f"{idp.options.auth_issuer}/authorize?{urlencode(params.pairs, quote_via=quote)}")
+        hints = request_hints(idp, params, params.get("login_hint") or "")
+        request = read_request(idp, client, redirect_uri, params, hints)
+        if params.environ["REQUEST_METHOD"] == "POST":
+            redirect = repeat_as_get(idp, params, "authorize", params.pairs, hints)
+            if redirect:
+                return redirect
         return authorize_with_session(idp, params, client, request)
     except Problem as problem:
         if problem.status >= 429:
@@ -4965,7 +5026,7 @@ def end_hinted_login(idp: Idp, params, hint: dict | None, account: Account | Non
     """
     if hint is None or ((account is None or account.id != hint["sub"]) and hint["exp"] <= idp.now()):
         return
-    family = idp.store.find_family(hint["sid"])
+    family = idp.store.find_family(hint.get("sid", ""))
     if family and family.revoked_at is None and family.client_id == hint["aud"]:
         revoke_family(idp, params.caller.acting_as(family.user_id), family.sid, "logout", family.client_id)
 
@@ -4978,20 +5039,26 @@ def end_session(idp, params):
     """Log a user out for a client: at once if its ID token names the user of the session, else after asking."""
     names = ("id_token_hint", "client_id", "post_logout_redirect_uri", "state", "ui_locales")
     again = {name: value for name in names if (value := params.get(name)) is not None}
-    hints = read_hints(idp, params.caller, params.get("id_token_hint"))
+    hints = request_hints(idp, params)
     location, hint = read_logout(idp, params, hints), hints.id_token
     handle = session_handle(idp, params)
     _, account = current_session(idp, params) or (None, None)
-    if handle is None and params.environ["REQUEST_METHOD"] == "POST" and len(urlencode(again)) < 6000:
-        # As at /authorize: a cross-site POST brings no cookie, the GET that it becomes does.
-        return Redirect(f"{idp.options.auth_issuer}/end-session?{urlencode(again, quote_via=quote)}")
+    if handle is None and params.environ["REQUEST_METHOD"] == "POST":
+        # Not left to the GET: a program that keeps no cookies does not find the hints there.
+        end_hinted_login(idp, params, hint, None)
+        redirect = repeat_as_get(idp, params, "end-session", list(again.items()), hints)
+        if redirect:
+            return redirect
     if account and params.get("form") is not None:
         check_form(params, handle, "session")
     elif account and handle and not (hint and hint["sub"] == account.id):
+        cookies = []
+        if "id_token_hint" not in again and hints != Hints():
+            again["hint_handle"], cookie = wait_with_hints(idp, params, hints)
+            cookies.append(cookie)
         return show_page(
             idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again=again,
-            action="end-session", target=location,
-            ui_locales=params.get("ui_locales") or "",
+            action="end-session", target=location, cookies=cookies, ui_locales=params.get("ui_locales") or "",
         )
     end_hinted_login(idp, params, hint, account)
     return finish_logout(idp, params, handle, location)

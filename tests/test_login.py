@@ -4,7 +4,7 @@ import html
 import json
 import re
 from html.parser import HTMLParser
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import jwt
 import microauthd as m
@@ -1397,6 +1397,143 @@ class TestHints:
         clock.pass_(3600)
         sign_in(other)
         assert title(other.open(self.end(bought["id_token"]))) == "Signed out" and not lives(bought)
+
+
+class TestPostedHints:
+    """RFC 9700 §4.3: what names a person or ends a login is not put into a URL."""
+
+    @pytest.fixture
+    def bye(self, idp, spa, register):
+        register("second")
+        for client_id in ("spa", "second"):
+            m.add_uri(idp, m.LOCAL.acting_as("test"), client_id, "post_logout", BYE)
+
+    @pytest.fixture
+    def bought(self, spa, alice, browser, exchange):
+        return exchange(code_of(sign_in(browser, request(scope=OFFLINE)))).json
+
+    @staticmethod
+    def post(browser, path, form):
+        """Post as a page of another site does: without cookies, but those of the answer stay. The location."""
+        held, browser.cookies = browser.cookies, {}
+        answer = browser("POST", path, form)
+        browser.cookies = held | browser.cookies
+        assert answer.status == 303, answer
+        location = answer.headers["location"].removeprefix("https://idp.example")
+        names = {name for name, _ in parse_qsl(location.partition("?")[2])}
+        assert location.startswith(path + "?") and not names & {"id_token_hint", "login_hint"}
+        for value in (form.get("id_token_hint"), form.get("login_hint")):
+            assert not value or value not in location and value not in "".join(answer.cookies)
+        return location
+
+    def ask(self, browser, client_id="spa", **more):
+        return self.post(browser, "/authorize", dict(parse_qsl(request(client_id, **more).partition("?")[2])))
+
+    def test_a_login_finds_them_where_the_browser_comes_back(self, idp, spa, alice, new_user, browser, other, bought):
+        location = self.ask(browser, id_token_hint=bought["id_token"], login_hint="alice", prompt="none")
+        row = idp.store.connection.execute("SELECT * FROM parked_hints").fetchone()
+        handle = dict(parse_qsl(location.partition("?")[2]))["hint_handle"]
+        assert handle not in str(row) and m.sha256(handle) == row[0] and bought["id_token"] not in str(row)
+        assert len(handle) == 43 and not set(browser.cookies.values()) & set(row)
+        assert code_of(browser.open(location))
+        new_user("bob")
+        sign_in(other, username="bob")
+        location = self.ask(other, id_token_hint=bought["id_token"], prompt="none")
+        assert sent_back(other.open(location))[1]["error"] == "login_required"
+        assert title(other.open(self.ask(other, id_token_hint=bought["id_token"], login_hint="alice"))) == "Sign in"
+        assert other.forms().forms[0]["fields"]["username"] == "alice"
+        assert sent_back(other.submit(username="bob", password=PASSWORD))[1]["error"] == "login_required"
+
+    def test_nothing_waits_where_nothing_is_hinted_at(self, idp, spa, browser):
+        location = self.ask(browser)
+        assert "hint_handle" not in location and not browser.cookies
+        assert idp.store.connection.execute("SELECT count(*) FROM parked_hints").fetchone() == (0,)
+
+    @pytest.mark.parametrize("case", ["used", "expired", "of another browser", "unknown", "long"])
+    def test_a_handle_is_good_once_soon_and_in_its_browser(self, spa, alice, browser, other, bought, clock, case):
+        for number, more in enumerate(({"prompt": "none"}, {"login_hint": "alice"})):
+            location = self.ask(browser, id_token_hint=bought["id_token"], **more)
+            if case == "used":
+                browser.open(location)
+            elif case == "expired":
+                clock.pass_(m.HINTS_TTL)
+            elif case == "unknown":
+                location = re.sub("hint_handle=.*", "hint_handle=x", location)
+            elif case == "long":
+                location += "x" * 4000
+            here = other if case == "of another browser" else browser
+            if number:
+                here.cookies.pop("__Host-mad-session", None)
+                assert title(here.open(location)) == "Sign in", "it goes on without"
+                assert here.forms().forms[0]["fields"]["username"] == ""
+            else:
+                assert sent_back(here.open(location))[1]["error"] == "login_required"
+
+    def test_a_handle_lives_until_it_expires(self, spa, browser, bought, clock):
+        location = self.ask(browser, id_token_hint=bought["id_token"], prompt="none")
+        clock.pass_(m.HINTS_TTL - 1)
+        assert code_of(browser.open(location))
+
+    def test_another_client_cannot_use_a_handle(self, bye, browser, bought):
+        location = self.ask(browser, id_token_hint=bought["id_token"], prompt="none")
+        answer = browser.open(location.replace("client_id=spa", "client_id=second"))
+        assert sent_back(answer)[1]["error"] == "invalid_request"
+
+    def test_what_is_refused_is_refused_at_once(self, bye, browser, bought):
+        for hint, error in ((bought["id_token"], "invalid_request"), ("nonsense", "login_required")):
+            form = dict(parse_qsl(request("second", id_token_hint=hint, prompt="none").partition("?")[2]))
+            assert sent_back(browser("POST", "/authorize", form))[1]["error"] == error
+
+    def test_a_logout_finds_them(self, auth, bye, browser, bought):
+        form = {"id_token_hint": bought["id_token"], "post_logout_redirect_uri": BYE, "state": "s&t"}
+        location = self.post(browser, "/end-session", form)
+        assert browser.open(location).headers["location"] == f"{BYE}?state=s%26t"
+        assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "login_required"
+        assert title(browser.open(location)) == "Signed out", "once"
+
+    def test_one_of_somebody_else_waits_for_the_answer_of_the_person(self, bye, new_user, other, bought):
+        new_user("bob")
+        sign_in(other, username="bob")
+        form = {"id_token_hint": bought["id_token"], "post_logout_redirect_uri": BYE}
+        assert title(other.open(self.post(other, "/end-session", form))) == "Sign out"
+        assert bought["id_token"].encode() not in other.answer.body
+        assert other.submit().headers["location"] == BYE
+        assert sent_back(other.open(request(prompt="none")))[1]["error"] == "login_required"
+
+    def test_one_that_nobody_can_verify_asks_and_leads_nowhere(self, bye, browser, bought):
+        form = {"id_token_hint": "nonsense", "post_logout_redirect_uri": BYE, "client_id": "spa"}
+        assert title(browser.open(self.post(browser, "/end-session", form))) == "Sign out"
+        assert title(browser.submit()) == "Signed out"
+
+    @pytest.mark.parametrize("age, ended", [(0, True), (m.ID_TOKEN_TTL, False)])
+    def test_a_program_without_cookies_ends_the_login_that_it_names(self, auth, bye, bought, clock, age, ended):
+        clock.pass_(age)
+        answer = auth.post("/end-session", {"id_token_hint": bought["id_token"]})
+        assert answer.status == 303
+        form = {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
+        assert (auth.post("/token", form).status == 400) is ended
+
+    def test_they_are_bounded_as_logins_are_and_do_not_stay(self, idp, auth, spa, clock):
+        form = request(login_hint="alice").partition("?")[2]
+        page = {"headers": [("Accept", "text/html")]}
+        statuses = [auth.post("/authorize", form, **page).status for _ in range(70)]
+        assert statuses == [303] * 60 + [429] * 10
+        assert auth.post("/authorize", form, peer="192.0.2.99", **page).status == 303
+        assert auth.get("/authorize?" + request().partition("?")[2], **page).status == 303, "a login is another matter"
+        clock.pass_(m.HINTS_TTL)
+        for _ in range(4):
+            auth.post("/authorize", form, **page)
+        assert idp.store.connection.execute("SELECT count(*) FROM parked_hints").fetchone() == (4,)
+        idp.store.revoke_future_rows(idp.now() - 3600, idp.now_ms() - 3_600_000, 0)
+        assert idp.store.connection.execute("SELECT count(*) FROM parked_hints").fetchone() == (0,)
+
+    def test_other_sites_can_set_only_so_many_cookies(self, spa, browser, auth):
+        names = set()
+        for number in range(300):
+            form = request(login_hint="alice").partition("?")[2]
+            answer = auth.post("/authorize", form, headers=[("Accept", "text/html")], peer=f"192.0.2.{number % 250}")
+            names |= {line.partition("=")[0] for line in answer.cookies}
+        assert 32 < len(names) <= 64
 
 
 class TestLogout:

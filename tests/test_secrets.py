@@ -89,9 +89,9 @@ class TestThrottle:
     def test_logins_of_all_peers_together_are_bounded(self):
         throttle = m.Throttle(Clock(1000.0))
         for number in range(1000):
-            throttle.begin_login(f"10.{number // 250}.{number % 250}.1")
+            throttle.begin(f"10.{number // 250}.{number % 250}.1", "login")
         with pytest.raises(m.Problem) as caught:
-            throttle.begin_login("192.0.2.1")
+            throttle.begin("192.0.2.1", "login")
         assert caught.value.code == "slow_down"
 
     def test_logins_begun_do_not_grow_the_throttle_without_bound(self):
@@ -99,7 +99,7 @@ class TestThrottle:
         throttle = m.Throttle(clock, size=50)
         for number in range(500):
             clock.pass_(1)
-            throttle.begin_login(f"10.{number // 250}.{number % 250}.1")
+            throttle.begin(f"10.{number // 250}.{number % 250}.1", "login")
         assert len(throttle.buckets) <= 50
 
 

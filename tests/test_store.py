@@ -16,8 +16,8 @@ from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.base.store import (
-    AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, RefreshToken, Role,
-    SEEDED_SCOPES, SLICE, Store, chain,
+    AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
+    RefreshToken, RetiredKey, Role, SEEDED_SCOPES, SLICE, Store, chain,
 )
 
 
@@ -31,7 +31,7 @@ class TestSchema:
     def test_a_record_has_the_columns_of_its_table_in_order(self, idp):
         records = [kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, Record)]
         written = [record for record in records if record.table and record.__base__ is Record]
-        assert len(written) == len({record.table for record in written}) == 17
+        assert len(written) == len({record.table for record in written}) == 18
         for record in written:
             columns = [row[1] for row in idp.store.connection.execute(f"PRAGMA table_info({record.table})")]
             assert list(record.__struct_fields__) == columns, record
@@ -117,6 +117,23 @@ class TestSchema:
         row = store.find_client("old")
         assert (row.allow_http_redirects, row.allow_short_schemes) == (0, 0)
         assert (row.id, row.is_first_party, row.created_at, row.modified_at) == ("1", 1, 7, 8)
+        store.close()
+
+    def test_a_database_of_before_keeps_its_rows_and_gains_what_is_new(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as before:
+            before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:3])
+            store = rows.Store.make(tmp_path / "before.db3", "", 5)
+            store.insert(Role("r", "auditor", "Reads the log.", 0, 0, 5, 7))
+            store.insert(LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, 5, 60, 0, ""))
+            assert store.connection.execute("PRAGMA user_version").fetchone() == (3,)
+            store.close()
+        store = rows.Store(tmp_path / "before.db3")
+        store.open()
+        assert store.find_role("auditor").created_at == 5 and store.find_login("l", "b", 5).client_id == "app"
+        store.put_retired_key(RetiredKey("kid", "header", "pem", 50))
+        store.park_hints(ParkedHints("handle", "binding", "{}", 5, 50))
+        assert store.find_retired_key("header", 49) and store.find_retired_key("header", 50) is None
+        assert store.spend_hints("handle", "binding", 49) and store.spend_hints("handle", "binding", 49) is None
         store.close()
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):

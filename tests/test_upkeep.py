@@ -65,6 +65,14 @@ class TestPurge:
             purge(idp)
             assert left(idp)[0] == there
 
+    def test_hints_go_when_their_handle_has_expired(self, idp, clock):
+        m.park_hints(idp, m.LOCAL, m.Hints("alice"))
+        purge(idp)
+        assert count(idp, "parked_hints") == 1
+        clock.pass_(m.HINTS_TTL + 1)
+        purge(idp)
+        assert count(idp, "parked_hints") == 0
+
     def test_a_living_login_keeps_its_refresh_tokens_working(self, idp, auth, service, log_in, alice, clock):
         """Purging sessions once took the refresh tokens along."""
         token = log_in(alice)["refresh_token"]

@@ -330,7 +330,10 @@ class BearerForm(msgspec.Struct):
 
 
 class AuthorizeForm(msgspec.Struct):
-    """RFC 6749 §4.1.1, RFC 7636 §4.3, OpenID Connect Core §3.1.2.1. Other parameters are ignored."""
+    """RFC 6749 §4.1.1, RFC 7636 §4.3, OpenID Connect Core §3.1.2.1. Other parameters are ignored.
+
+    `hint_handle` is the server's own: it stands for the hints of a POST that became a GET.
+    """
 
     client_id: str
     redirect_uri: str
@@ -349,6 +352,7 @@ class AuthorizeForm(msgspec.Struct):
     acr_values: str = ""
     claims: str = ""
     display: str = ""
+    hint_handle: str = ""
 
 
 class LoginPageForm(msgspec.Struct):
@@ -408,7 +412,7 @@ class HeadlessCodeForm(HeadlessForm):
 
 
 class EndSessionForm(msgspec.Struct):
-    """OpenID Connect RP-Initiated Logout §2."""
+    """OpenID Connect RP-Initiated Logout §2. `hint_handle` is as in AuthorizeForm."""
 
     id_token_hint: str = ""
     client_id: str = ""
@@ -417,6 +421,7 @@ class EndSessionForm(msgspec.Struct):
     logout_hint: str = ""
     ui_locales: str = ""
     form: str = ""
+    hint_handle: str = ""
 
 
 class AccountForm(msgspec.Struct):

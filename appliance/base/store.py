@@ -315,6 +315,17 @@ class RetiredKey(Record, frozen=True):
     expires_at: int
 
 
+class ParkedHints(Record, frozen=True):
+    """What a POST of another site hinted at, while the browser repeats it as a GET, with its cookies."""
+
+    table = "parked_hints"
+    handle_sha256: str
+    binding_sha256: str  # of the browser's cookie
+    hints: str  # JSON, without any token
+    created_at: int
+    expires_at: int
+
+
 class AuditRow(Record, frozen=True):
     """A row of the audit log. `row_sha256` is chain() over it and the row before it."""
 
@@ -516,11 +527,16 @@ MIGRATIONS = (
     ALTER TABLE client ADD COLUMN allow_http_redirects INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE client ADD COLUMN allow_short_schemes INTEGER NOT NULL DEFAULT 0;
     """,
-    # Step 4. Public keys that verify id_token_hints only.
+    # Step 4. Public keys that verify id_token_hints only; hints that wait for the browser to come back.
     """
     CREATE TABLE retired_key (
         kid TEXT PRIMARY KEY, header TEXT NOT NULL UNIQUE, public_key TEXT NOT NULL, expires_at INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
+    CREATE TABLE parked_hints (
+        handle_sha256 TEXT PRIMARY KEY, binding_sha256 TEXT NOT NULL, hints TEXT NOT NULL, created_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX parked_hints_expires ON parked_hints (expires_at);
     """,
 )
 
@@ -1578,8 +1594,9 @@ class Store(Database):
         )
 
     def delete_logins(self) -> None:
-        """Delete all logins under way and all authorization codes."""
+        """Delete all logins under way, all authorization codes and all hints that wait."""
         with self.transaction():
+            self.run("DELETE FROM parked_hints")
             self.run("DELETE FROM login_transaction")
             self.run("DELETE FROM authorization_code")
 
@@ -1618,6 +1635,33 @@ class Store(Database):
             """,
             user_id=user_id, client_id=client_id, scope=scope, now=now,
         )
+
+    # -- parked_hints --
+
+    def park_hints(self, parked: ParkedHints) -> None:
+        """Store hints, and delete up to 20 that expired, so that the table stays small."""
+        with self.transaction():
+            self.run(
+                """
+                DELETE FROM parked_hints
+                 WHERE handle_sha256 IN (SELECT handle_sha256 FROM parked_hints WHERE expires_at <= :now LIMIT 20)
+                """,
+                now=parked.created_at,
+            )
+            self.insert(parked)
+
+    def spend_hints(self, handle_sha256: str, binding_sha256: str, now: int) -> ParkedHints | None:
+        """Spend a handle. Return its hints, or None if unknown, spent, expired or of another browser."""
+        with self.transaction():
+            return self.one(
+                ParkedHints,
+                """
+                DELETE FROM parked_hints
+                 WHERE handle_sha256 = :handle_sha256 AND binding_sha256 = :binding_sha256 AND expires_at > :now
+                RETURNING *
+                """,
+                handle_sha256=handle_sha256, binding_sha256=binding_sha256, now=now,
+            )
 
     # -- retired_key --
 
@@ -1888,6 +1932,7 @@ class Store(Database):
             )
             done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
+            done += self.run("DELETE FROM parked_hints WHERE created_at > :later", later=later)
             # An access token with an `iat` in the future is refused anyway, but its row would count as the newest.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
             # Failures in the future would lock accounts until then. A lockout keeps the time it had left; one that
