@@ -836,23 +836,11 @@ class MadClient(ApiClient):
 
         `collection` is users, roles, permissions, scopes or clients.
         """
-        if "/" in name or "\\" in name:
-            return self._search_id(collection, name.strip())
         answer = self.request("GET", _path(collection, "id-by-name", name), expected=(dict, str))
         object_id = answer if isinstance(answer, str) else answer.get("result")
         if not isinstance(object_id, str) or not object_id:
             raise _bad_response("the answer is not the JSON it should be")
         return object_id
-
-    def _search_id(self, collection: str, name: str) -> str:
-        """Search the list for a name with a slash, which the server refuses in a path even when it is escaped."""
-        member = {"users": "username", "clients": "client_id"}.get(collection, "name")
-        normalize = str.casefold if collection == "users" else str
-        for rows in self.pages("/" + collection, {"is_active": "all"} if collection == "users" else None, q=name):
-            for row in rows:
-                if normalize(str(row.get(member))) == normalize(name) and isinstance(row.get("id"), str):
-                    return row["id"]
-        raise MadError(404, "not_found", "there is no such thing here")
 
     # -- users --
 

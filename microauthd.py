@@ -112,6 +112,8 @@ UNSUPPORTED_OIDC_SCOPES = ("address", "phone")  # no account has their claims; n
 AT_JWT = "at+jwt"
 JWT = "JWT"
 
+SLASH = "\x1f"  # in PATH_INFO of ADMIN, a slash that was encoded: it is part of a name and parts no segments
+
 OWN = "its own"  # `spec` of a route that no standard defines: the manual describes it
 FLAGS = {  # per-client feature flags: name -> takes an option
     "ENABLE_TOTP": False,
@@ -970,7 +972,7 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
 def check_addressable(name: str) -> str:
     """Return what is wrong with a name that clients remove from a path, or "". RFC 3986 §5.2.4.
 
-    A name with a slash is accepted, since scopes are often URLs: it is addressed by its id, and found by a query.
+    A name with a slash is accepted, since scopes are often URLs; encoded, it is one segment of a path of ADMIN.
     """
     return "must not be . or .." if name in (".", "..") else ""
 
@@ -3843,7 +3845,8 @@ class Answer:
     def log_refusal(self, environ, code, status, reason):
         self.idp.log(
             "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
-            peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"], path=environ["PATH_INFO"][:100],
+            peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"],
+            path=environ["PATH_INFO"][:100].replace(SLASH, "%2F"),
             status=status, error=code, reason=reason, request_id=environ.get("microauthd.request_id", ""),
         )
 
@@ -4081,6 +4084,7 @@ class App:
 
         def answer(**path):
             environ = bottle.request.environ
+            path = {name: value.replace(SLASH, "/") for name, value in path.items()}
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
                 return self.to_bottle(result, environ)

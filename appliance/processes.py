@@ -30,9 +30,9 @@ from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import (
-    MAX_THREADS, Limits, Server, find_listener, listen, listen_shared, pause_listening, tls_context,
+    Limits, MAX_THREADS, Server, find_listener, listen, listen_shared, pause_listening, tls_context,
 )
-from microauthd import ADMIN, AUTH, App, Idp, KeyRing, Seal, VERSION, restrict_hosts, ring_files
+from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, restrict_hosts, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, Upkeep
 
@@ -220,6 +220,7 @@ class ServerProcess:
             server = Server(
                 name, [listening], app, limits=limits, tls=tls_of(options, name),
                 trusted_proxies=options.trusted_proxies, log=self.refused, max_threads=grant_threads(count, limits),
+                slash=SLASH.encode() if name == "admin" else b"",
             )
             idp.hasher.gate.blocking, server.beat = server.blocking, startup.generation.beat
             # Each thread opens its connection at once: later, there may be no descriptor left for one.

@@ -4,8 +4,10 @@ import json
 import os
 import ssl
 import stat
+import subprocess
 import urllib.request
 from datetime import datetime, timedelta, timezone
+from urllib.parse import quote
 
 import jwt
 import pytest
@@ -50,6 +52,19 @@ class TestMachines:
             )
             for _ in range(6):
                 assert box.auth("/token", {"grant_type": "client_credentials"}, client=old).status == 401
+
+
+    def test_a_chosen_secret_goes_through_curl_as_it_is(self, box):
+        """RFC 6749 §2.3.1 wants both parts form-encoded; curl -u encodes nothing."""
+        secret, bearer = "a+b%c d%20e", box.admin_token()
+        chosen = {"client_id": "by/curl+1", "client_secret": secret}
+        assert box.admin("POST", "/clients", json_body=chosen, bearer=bearer).status in (200, 201)
+        command = ["curl", "-fsS", "-u", "by/curl+1:" + secret, "-d", "grant_type=client_credentials"]
+        done = subprocess.run(
+            [*command, f"http://127.0.0.1:{box.auth_port}/token"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and json.loads(done.stdout)["token_type"] == "Bearer", done
+        assert box.mad("token", "get", "--client-id", "by/curl+1", MAD_CLIENT_SECRET=secret).returncode == 0
 
 
 class TestPeople:
@@ -119,6 +134,33 @@ class TestMad:
         assert box.mad("client", "get", "--id", "nobody", "--json").returncode == 1
         assert box.mad("session", "logout").returncode == 0
         assert box.mad("user", "list").returncode == 3
+
+    @pytest.mark.parametrize(
+        "noun, name, made",
+        [
+            ("user", "corp\\ann/x", ("--username", "--user-email", "slash@example.org", "--password-stdin")),
+            ("role", "ops/night", ("--name",)), ("permission", "door/open", ("--name",)),
+            ("scope", "https://api.example/read", ("--name",)), ("client", "team/a+b%2Fc\\d", ("--client-id",)),
+        ],
+    )
+    def test_a_name_with_a_slash_is_a_name(self, box, noun, name, made):
+        """RFC 3986 §2.2: over a real connection, encoded, as one segment."""
+        token = box.admin_token()
+
+        def run(verb, *words, **more):
+            done = box.mad(noun, verb, *words, "--json", MAD_ADMIN_TOKEN=token, **more)
+            assert done.returncode == 0, done
+            return json.loads(done.stdout)
+
+        id = run("create", made[0], name, *made[1:], input="correct horse battery\n")["id"]
+        assert run("get", "--id", name)["id"] == id
+        answer = box.admin("GET", f"/{noun}s/{quote(name, safe='')}", bearer=token)
+        assert (answer.status, answer.json["id"]) == (200, id)
+        run("delete", "--id", name, "--yes")
+        assert box.admin("GET", f"/{noun}s/{id}", bearer=token).status == 404
+
+    def test_auth_takes_no_encoded_slash(self, box):
+        assert box.auth("/user/a%2Fb").status == 400
 
     def test_exit_statuses(self, box):
         assert box.mad("user", "create").returncode == 2

@@ -568,30 +568,24 @@ class TestAuthClient:
 
 class TestNamesNoPathCarries:
     @pytest.mark.parametrize(
-        "words, path, row",
+        "words, path, segment",
         [
-            (
-                ("scope", "get", "--id", "https://api.example/read"), "/scopes",
-                {"id": USER["id"], "name": "https://api.example/read"},
-            ),
-            (("client", "get", "--id", "a/b"), "/clients", {"id": USER["id"], "client_id": "a/b"}),
-            (("user", "get", "--id", "HOME\\Ann"), "/users", {"id": USER["id"], "username": "home\\ann"}),
+            (("scope", "get", "--id", "https://api.example/read"), "/scopes", "https%3A%2F%2Fapi.example%2Fread"),
+            (("client", "get", "--id", "a/../b"), "/clients", "a%2F..%2Fb"),
+            (("user", "get", "--id", "HOME\\Ann"), "/users", "HOME%5CAnn"), (("role", "get", "--id", "/"), "/roles", "%2F"),
+            (("permission", "get", "--id", "a%2Fb"), "/permissions", "a%252Fb"),
         ],
     )
-    def test_are_looked_up_in_the_list(self, run, fake, words, path, row):
-        """The server refuses a slash in a path, encoded or not."""
-        fake.answers[f"GET {path}"] = (
-            200, [row | {"id": "another", next(name for name in row if name != "id"): words[-1] + "x"}, row], {},
-        )
-        fake.answers[f"GET {path}/{USER['id']}"] = (200, row, {})
+    def test_are_one_segment_of_a_path(self, run, fake, words, path, segment):
+        """RFC 3986 §2.2: an encoded slash is data, not a delimiter."""
+        fake.answers[f"GET {path}/id-by-name/{segment}"] = (200, {"result": USER["id"]}, {})
+        fake.answers[f"GET {path}/{USER['id']}"] = (200, {"id": USER["id"]}, {})
         done = run(*words, "--json")
-        assert done.returncode == 0 and json.loads(done.stdout) == row, done
-        assert [seen[1].partition("?")[0] for seen in fake.seen] == [path, f"{path}/{USER['id']}"] and not any(
-            "%2" in seen[1].partition("?")[0] for seen in fake.seen
-        )
+        assert done.returncode == 0 and json.loads(done.stdout) == {"id": USER["id"]}, done
+        assert [seen[1] for seen in fake.seen] == [f"{path}/id-by-name/{segment}", f"{path}/{USER['id']}"]
 
     def test_one_that_is_not_there_is_said_to_be(self, run, fake):
-        fake.answers["GET /roles"] = (200, [], {})
+        fake.answers["GET /roles/id-by-name/a%2Fb"] = (404, {"success": False, "message": "x", "error": "not_found"}, {})
         done = run("role", "get", "--id", "a/b")
         assert (done.returncode, done.stderr) == (
             1, "mad: error: there is no role 'a/b'\nmad: hint: see: mad role list\n",
@@ -866,10 +860,7 @@ class TestArguments:
 
     def test_ids_cannot_leave_their_path(self, run, fake):
         run("user", "get", "--id", "../clients?x=#y")
-        for path, _, query in [seen[1].partition("?") for seen in fake.seen]:
-            assert path in ("/users", "/users/id-by-name") and not set("/?#") & set(query), (
-                "one with a slash is a word of a query"
-            )
+        assert fake.seen[-1][1] == "/users/id-by-name/..%2Fclients%3Fx%3D%23y"
         run("user", "get", "--id", "..?x=#y")
         assert fake.seen[-1][1].startswith("/users/id-by-name/") and not set("?#") & set(fake.seen[-1][1])
 

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from appliance.base import wire
 from appliance.base.hashing import Busy, HashGate, NameLocks
 from appliance.base.wire import (
-    Limits, SWEEP, Server, client_address, find_listener, listen, listen_shared, pause_listening, resume_listening,
-    tls_context,
+    HttpRefusal, Limits, SWEEP, Server, _path_info, client_address, find_listener, listen, listen_shared,
+    pause_listening, resume_listening, tls_context,
 )
 
 HOST = b"Host: box\r\n"
@@ -500,6 +500,29 @@ class TestRequests:
         headers = shared.seen(headers=b"Accept: a\r\nCookie: x=1\r\nAccept: b\r\nCookie: y=2\r\n")["headers"]
         assert (headers["HTTP_ACCEPT"], headers["HTTP_COOKIE"]) == ("a, b", "x=1; y=2")
 
+    @pytest.mark.parametrize(
+        "path, decoded",
+        [
+            (b"/a%2fb/c%2F", "/a\x1fb/c\x1f"), (b"/%2F", "/\x1f"), (b"/a%5Cb", "/a\\b"), (b"/a%252Fb", "/a%2Fb"),
+            (b"/a%2F..%2Fb", "/a\x1f..\x1fb"), (b"/..%2F", "/..\x1f"), (b"/a%20%c3%a4%2f", "/a \xc3\xa4\x1f"),
+            (b"/a/b", "/a/b"),
+        ],
+    )
+    def test_an_encoded_slash_is_part_of_its_segment_if_the_application_can_tell(self, path, decoded):
+        """RFC 3986 §2.2"""
+        assert _path_info(path, b"\x1f") == decoded
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            b"/a%2fb%1f", b"/%1F", b"/a%00", b"/a/%2e%2E/b", b"/a/..", b"/./a", b"/%2e", b"/a\\b", b"/%zz%2f", b"%2F",
+            b"/%2f%ff", b"/a%2Fb?c", b"/a%2Fb%", b"/a%2f\x1f",
+        ],
+    )
+    def test_what_else_two_parsers_could_read_as_two_paths_is_refused_there_too(self, path):
+        with pytest.raises(HttpRefusal):
+            _path_info(path, b"\x1f")
+
     def test_the_path_is_decoded_once(self, shared):
         seen = shared.seen(b"/a%20%c3%a4?x=%2f&y")
         assert seen["path"] == "/a \u00c3\u00a4" and seen["query"] == "x=%2f&y"
@@ -626,7 +649,7 @@ class TestPipelining:
 
     def parse(self, *pieces):
         """What a connection makes of the octets, without a socket: (method, path, content) of each, and the refusal."""
-        server = types.SimpleNamespace(limits=Limits(), tls=None, trusted_proxies=(), log=None, name="auth")
+        server = types.SimpleNamespace(limits=Limits(), tls=None, trusted_proxies=(), log=None, name="auth", slash=b"")
         connection = wire.Connection(
             server, socket.socket(), "192.0.2.7", {"SERVER_PROTOCOL": "HTTP/1.1"}, wire.HeaderKeys(False), False, True
         )

@@ -63,6 +63,7 @@ HOST = re.compile(r"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{
 PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # RFC 3986 §3.3, no dot segments
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
+ENCODED_SLASH = re.compile(rb"%2[Ff]")
 UPGRADE = re.compile(rb"\r\nUpgrade:[^\r\n]*", re.IGNORECASE)
 # Fields that the server sets, and fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
 SERVER_FIELDS = frozenset(
@@ -275,21 +276,30 @@ def client_address(remote_addr: str, forwarded_for: str | None, trusted_proxies:
     return str(peer)
 
 
-def _path_info(path):
-    """Return an encoded path as PATH_INFO: its octets as latin-1 (PEP 3333). Raises HttpRefusal."""
+def _decode_percent(path):
+    return PERCENT.sub(lambda match: bytes((int(match[1], 16),)), path)
+
+
+def _path_info(path, slash=b""):
+    """Return an encoded path as PATH_INFO: its octets as latin-1 (PEP 3333). Raises HttpRefusal.
+
+    PATH_INFO cannot tell an encoded slash from one that parts segments. So it is refused, as is a backslash, unless the
+    application names a control character, `slash`, that stands for it there; no path has another one.
+    """
     if not PATH.fullmatch(path):
         # Refuse, encoded or not, what two parsers could read as two paths: / \ NUL, controls, dot segments.
-        whole = PERCENT.sub(lambda match: bytes((int(match[1], 16),)), path)
-        if (not path.startswith(b"/") or PERCENT.sub(b"", path).count(b"%") or whole.count(b"/") != path.count(b"/")
-                or b"\\" in whole or any(octet < 32 or octet == 127 for octet in whole)
-                or any(part in (b".", b"..") for part in whole.split(b"/"))
+        whole = _decode_percent(path)
+        if (not path.startswith(b"/") or PERCENT.sub(b"", path).count(b"%")
+                or (not slash and (whole.count(b"/") != path.count(b"/") or b"\\" in whole))
+                or any(octet < 32 or octet == 127 for octet in whole)
+                or any(_decode_percent(part) in (b".", b"..") for part in path.split(b"/"))
                 or not PATH.fullmatch(PERCENT.sub(b"x", path))):
             raise HttpRefusal(400, "path")
         try:
             whole.decode("utf-8")  # Bottle drops what is not: /users/%ffann would be ann
         except UnicodeDecodeError:
             raise HttpRefusal(400, "path") from None
-        path = whole
+        path = _decode_percent(ENCODED_SLASH.sub(slash, path)) if slash else whole
     return path.decode("latin-1")
 
 
@@ -415,7 +425,7 @@ class Connection:
                 raise HttpRefusal(400, "request target")
             target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
         path, _, query = target.partition(b"?")
-        environ["PATH_INFO"] = _path_info(path)
+        environ["PATH_INFO"] = _path_info(path, self.server.slash)
         environ["QUERY_STRING"] = query.decode("latin-1")
 
     def _check_framing(self, environ, version):
@@ -1000,10 +1010,10 @@ class Server(cheroot.wsgi.Server):
     expiration_interval = SWEEP
 
     def __init__(self, name, sockets, app, *, limits=Limits(), tls=None, trusted_proxies=(), log=None,
-                 threads=THREADS, max_threads=MAX_THREADS):
+                 threads=THREADS, max_threads=MAX_THREADS, slash=b""):
         super().__init__(sockets[0].getsockname()[:2], app, numthreads=threads, max=max_threads)
         self.name, self.socket, self.limits, self.tls = name, sockets[0], limits, tls
-        self.trusted_proxies = tuple(trusted_proxies)
+        self.trusted_proxies, self.slash = tuple(trusted_proxies), slash
         self.log = log or (lambda event, **fields: None)
         self.requests = ThreadPool(self, threads, max_threads)
         self.beat = lambda: None  # called at every sweep
