@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import microauthd
 from appliance.base.settings import OPTIONS
+from appliance.base.wire import Limits
 import pexpect
 import pytest
 from box import ARCHIVE, CHEAP, free_port
@@ -43,6 +44,19 @@ class TestNames:
         for name in re.findall(r"`([a-z]+_[a-z_]+)`", MANUAL["security.md"]):
             if not name.isupper():
                 assert hasattr(microauthd, name) or name == "max_login_failures", name
+
+    def test_the_limits_it_names_are_those_of_the_throttle(self):
+        rates = microauthd.Throttle.RATES
+        named = re.search(
+            r"(\d+) at once for one name and then one every (\w+) seconds, (\d+) at once in all and then (\w+) a "
+            r"second; so are logins begun, (\d+) and then (\w+) a second.*its ([\d,]+) connections",
+            MANUAL["security.md"],
+        )
+        words = {"one": 1, "two": 2, "three": 3}
+        numbers = [words.get(word) or int(word.replace(",", "")) for word in named.groups()]
+        assert numbers == [
+            rates["name"][0], 1 / rates["name"][1], *rates["peer"], *rates["login"], Limits().connections_per_peer,
+        ]
 
     def test_files_it_names_exist(self):
         for page, text in PAGES.items():
