@@ -1683,7 +1683,7 @@ def check_redirect_uri(uri: str, allow_http=False, allow_short=False) -> str:
         return ""
     if re.match("[^:]+:[0-9]+(/|$)", uri):
         return "must be an absolute URI: this is a host and its port"
-    other = "must be https, or the scheme a reversed domain name; allow_short_schemes lets a client have others"
+    other = "must have the scheme https or a reversed domain name; allow_short_schemes lets a client have others"
     return "" if allow_short else other
 
 
@@ -2909,7 +2909,7 @@ def read_challenge(idp: Idp, client: Client, params) -> tuple[str, str]:
     challenge, method = params.get("code_challenge") or "", params.get("code_challenge_method") or ""
     in_clear = bool(client.row.allow_http_redirects)  # whoever listens has the code, but not what S256 hashed
     if not challenge and (method or in_clear or client.row.client_type == PUBLIC_CLIENT):
-        raise Problem("invalid_request", log="PKCE is required")
+        raise Problem("invalid_request", log=f"PKCE is required{' with allow_http_redirects' if in_clear else ''}")
     if challenge:
         method = method or "plain"  # RFC 7636 §4.3
         if method != "S256" and (in_clear or method != "plain" or not idp.options.allow_plain_pkce):
