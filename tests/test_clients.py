@@ -831,6 +831,12 @@ class TestSwitches:
         with pytest.raises(m.Problem, match="invalid_request"):
             m.add_uri(idp, self.BY, "lan", kind, uri)
 
+    def test_a_uri_that_no_switch_lets_in_keeps_none_on(self, idp, service, change):
+        row = m.add_uri(idp, self.BY, "service", "redirect", "https://app.example/cb")
+        change("UPDATE client_uri SET uri = 'javascript:x' WHERE id = :id", id=row.id)
+        self.set(idp, "service", allow_short_schemes=True, allow_http_redirects=False)
+        self.set(idp, "service", allow_short_schemes=False)
+
     def test_whoever_turns_one_on_is_warned_and_each_change_is_audited(self, idp, new_client):
         def warnings():
             return [line for line in idp.stream.getvalue().splitlines() if "WARNING client.switch" in line]
