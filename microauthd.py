@@ -3062,20 +3062,24 @@ def begin_browser_session(
 ) -> str:
     """Begin a browser session; return the handle for its cookie.
 
-    The session named by the handle `replaces` ends. Logins that began in it continue if the user is the same.
+    The session named by the handle `replaces` ends. If the user is the same, logins that began in it continue, and a
+    session that was alive hands on the clients to which the user agreed to continue.
     """
     handle, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account)
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
-        if replaces:
-            idp.store.replace_browser_session(sha256(replaces), sha256(handle), account.id, now)
         idp.store.insert(
             BrowserSession(
                 sha256(handle), account.id, " ".join(amr), auth_time, ms, now,
                 now + idp.options.session_absolute_expiration, None, caller.peer, caller.user_agent[:200],
             )
         )
+        if replaces:
+            found = find_browser_session(idp, replaces)
+            if found and found[1].id == account.id:
+                idp.store.move_confirmations(sha256(replaces), sha256(handle))
+            idp.store.replace_browser_session(sha256(replaces), sha256(handle), account.id, now)
         audit(idp, caller.acting_as(account.id), "user_logged_in", account.id, "amr=" + ",".join(amr))
     return handle
 
@@ -3090,6 +3094,24 @@ def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
 def demanded_sub(request: AuthorizeRequest) -> str:
     """Return the `sub` that id_token_hint or the claims parameter demands, or "". OpenID Connect Core §3.1.2.2."""
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
+
+
+def could_be_impersonated(client: Client, redirect_uri: str) -> bool:
+    """Return whether any program of the user's device could pose as a client and receive its codes. RFC 8252 §8.6.
+
+    A confidential client authenticates, and only the owner of a host receives what https sends there.
+    """
+    return client.row.client_type == PUBLIC_CLIENT and not redirect_uri.lower().startswith("https:")
+
+
+def must_confirm(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
+    """Return whether a user has to agree, in this session, before its client gets a code without a login.
+
+    RFC 6749 §10.2 and RFC 8252 §8.6 demand it of a client that could be impersonated, whoever made it.
+    """
+    return could_be_impersonated(client, request.redirect_uri) and not idp.store.is_confirmed(
+        session.id_sha256, client.row.id
+    )
 
 
 def session_serves(idp: Idp, session: BrowserSession, client: Client, request: AuthorizeRequest) -> bool:
@@ -3257,7 +3279,11 @@ def issue_code(
     idp: Idp, caller: Caller, client: Client, request: AuthorizeRequest, account: Account, amr, auth_time: int,
     browser="",
 ) -> str:
-    """Store and return an authorization code. Raises the Problem to redirect with. RFC 6749 §4.1.2."""
+    """Store and return an authorization code. Raises the Problem to redirect with. RFC 6749 §4.1.2.
+
+    The user has just logged in, consented or agreed to continue for this client, or did so before in the session
+    `browser`, where that is recorded.
+    """
     if demanded_sub(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
     scope = scope_for(idp, client, account, request)
@@ -3275,6 +3301,8 @@ def issue_code(
                 auth_time, ms, now + min(CODE_TTL, idp.options.pkce_code_lifetime), None, browser, int(offline),
             )
         )
+        if browser and could_be_impersonated(client, request.redirect_uri):
+            idp.store.confirm_client(browser, client.row.id, now)
         audit(idp, caller.acting_as(account.id), "authorization_code_issued", client.client_id)
     return code
 
@@ -4513,6 +4541,10 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
         return open_login(idp, params, request, "select")
     if missing or must_consent:
         return open_login(idp, params, request, missing or "consent", session)
+    if must_confirm(idp, session, client, request):
+        if "none" in request.prompt:
+            raise Problem("interaction_required", log="the user has not agreed to continue to this client")
+        return open_login(idp, params, request, "select")
     code = issue_code(
         idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
     )
@@ -4682,6 +4714,9 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
         issuer_name = client.flags.get("TOTP_ISSUER") or box_name(idp.options)
         return {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name))}
     variables: dict[str, Any] = {"username": account.username if account else ""}
+    if row.state == "select":
+        assert request and client
+        variables["unproven"] = could_be_impersonated(client, request.redirect_uri)
     if row.state == "consent":
         assert request and client
         scope_names = grantable_scopes(idp, client, account, request) if account else ()

@@ -804,6 +804,154 @@ class TestSession:
         assert sent_back(browser.submit(username="alice", password=PASSWORD))[1]["state"] == "two"
 
 
+class TestImpersonation:
+    """A program that any other could pose as gets no code in silence. RFC 6749 §10.2, RFC 8252 §8.6"""
+
+    NATIVE = "com.example.app:/cb"
+    URIS = (NATIVE, "http://127.0.0.1/cb", "http://localhost:5000/cb", CALLBACK)
+
+    @pytest.fixture
+    def ask(self, register, spa, browser):
+        """Open an authorization request of the native client."""
+        register("native", uris=self.URIS)
+        return lambda uri=self.NATIVE, to=browser, **more: to.open(request("native", redirect_uri=uri, **more))
+
+    @pytest.mark.parametrize("uri", URIS[:3])
+    def test_the_user_agrees_once_a_session(self, ask, alice, browser, exchange, uri):
+        sign_in(browser)
+        assert sent_back(ask(uri, prompt="none"))[1]["error"] == "interaction_required"
+        page = ask(uri)
+        assert title(page) == "Continue as alice?" and b"native" in page.body and b"Use another account" in page.body
+        assert exchange(code_of(browser.submit(button=("choice", "same"))), "native", redirect_uri=uri).status == 200
+        assert code_of(ask(uri, prompt="none")) and code_of(ask(uri)), "silent renewal works from here"
+
+    @pytest.mark.parametrize("language, name", [("en", "Continue as alice?"), ("de", "Weiter als alice?")])
+    def test_it_is_asked_in_every_language(self, ask, alice, browser, language, name):
+        sign_in(browser)
+        page = ask(ui_locales=language)
+        assert title(page) == name and browser.forms().forms[0]["action"].endswith("/login/select")
+
+    def test_a_login_just_done_is_the_users_word(self, ask, alice, browser):
+        ask()
+        assert code_of(browser.submit(username="alice", password=PASSWORD)) and code_of(ask(prompt="none"))
+
+    def test_so_is_a_second_factor_or_a_consent_just_given(
+        self, idp, register, spa, alice, browser, give_totp, clock
+    ):
+        code = second_factor(idp, alice, give_totp, clock)
+        sign_in(browser)
+        browser.submit(totp=code())
+        register("third", uris=[self.NATIVE], is_first_party=False)
+        path = request("third", redirect_uri=self.NATIVE)
+        assert title(browser.open(path)) == "Permission"
+        assert code_of(browser.submit(button=("decision", "allow"))) and code_of(browser.open(path + "&prompt=none"))
+
+    def test_a_consent_of_another_session_is_not(self, register, spa, alice, browser, other):
+        register("third", uris=[self.NATIVE], is_first_party=False)
+        path = request("third", redirect_uri=self.NATIVE)
+        sign_in(browser, path)
+        assert code_of(browser.submit(button=("decision", "allow")))
+        sign_in(other)
+        assert title(other.open(path)) == "Continue as alice?"
+        assert sent_back(other.open(path + "&prompt=none"))[1]["error"] == "interaction_required"
+
+    def test_a_login_at_its_https_address_is_no_word_for_another_program(self, ask, alice, browser):
+        ask(CALLBACK)
+        assert code_of(browser.submit(username="alice", password=PASSWORD)) and code_of(ask(CALLBACK, prompt="none"))
+        assert sent_back(ask(prompt="none"))[1]["error"] == "interaction_required"
+
+    def test_a_confidential_client_and_https_prove_who_they_are(self, idp, new_client, spa, alice, browser):
+        new_client("web")
+        for uri in self.URIS:
+            m.add_uri(idp, m.LOCAL.acting_as("test"), "web", "redirect", uri)
+        sign_in(browser)
+        assert all(code_of(browser.open(request("web", redirect_uri=uri, prompt="none"))) for uri in self.URIS)
+        assert code_of(browser.open(request(prompt="none"))), "a public client at https"
+
+    def test_another_account_is_one_button_away(self, ask, alice, new_user, browser):
+        sign_in(browser)
+        new_user("bob")
+        ask()
+        assert title(browser.submit(button=("choice", "other"))) == "Sign in"
+        assert code_of(browser.submit(username="bob", password=PASSWORD)) and b"bob" in browser.open("/account").body
+
+    @pytest.mark.parametrize(
+        "ends", ["logout", "everywhere", "elsewhere", "idle"],
+    )
+    def test_the_word_ends_with_the_session(self, idp, ask, alice, browser, other, clock, ends):
+        sign_in(browser)
+        ask()
+        assert code_of(browser.submit(button=("choice", "same")))
+        if ends == "logout":
+            browser.open("/logout"), browser.submit()
+        elif ends == "everywhere":
+            m.revoke_user(idp, m.LOCAL, alice.id, "logout_all")
+        elif ends == "idle":
+            clock.pass_(idp.options.session_idle_expiration)
+        clock.pass_(1)
+        here = other if ends == "elsewhere" else browser
+        sign_in(here)
+        assert title(ask(to=here)) == "Continue as alice?"
+        assert sent_back(ask(to=here, prompt="none"))[1]["error"] == "interaction_required"
+
+    def test_it_outlives_a_login_of_the_same_user_and_no_other(self, ask, alice, new_user, browser):
+        ask()
+        browser.submit(username="alice", password=PASSWORD)
+        sign_in(browser, request(prompt="login"))
+        assert code_of(ask(prompt="none"))
+        new_user("bob")
+        sign_in(browser, request(prompt="login"), "bob")
+        assert sent_back(ask(prompt="none"))[1]["error"] == "interaction_required"
+
+    def test_it_is_of_one_client(self, register, ask, alice, browser):
+        register("second", uris=[self.NATIVE])
+        ask()
+        browser.submit(username="alice", password=PASSWORD)
+        members = sent_back(browser.open(request("second", redirect_uri=self.NATIVE, prompt="none")))[1]
+        assert members["error"] == "interaction_required"
+
+    def test_a_client_made_again_under_the_same_name_is_another(self, idp, register, spa, alice, browser):
+        for _ in range(2):
+            register("native", uris=[self.NATIVE])
+            if not _:
+                sign_in(browser, request("native", redirect_uri=self.NATIVE))
+                m.delete_client(idp, m.LOCAL, "native")
+        path = request("native", redirect_uri=self.NATIVE, prompt="none")
+        assert sent_back(browser.open(path))[1]["error"] == "interaction_required"
+
+    def test_it_is_durable(self, idp, make_idp, ask, alice, browser):
+        ask()
+        browser.submit(username="alice", password=PASSWORD)
+        browser.caller = Caller(m.App(make_idp(idp.options), m.AUTH), "idp.example")
+        assert code_of(ask(prompt="none"))
+
+    @pytest.mark.parametrize("asked", [{"max_age": "10"}, {"prompt": "login"}, {"claims": True}], ids=" ".join)
+    def test_it_does_not_replace_a_login_that_is_asked_for(self, ask, alice, new_user, browser, clock, asked):
+        bob = new_user("bob")
+        if "claims" in asked:
+            asked = {"claims": json.dumps({"id_token": {"sub": {"value": bob.id}}})}
+        sign_in(browser)
+        clock.pass_(11)
+        assert title(ask(**asked)) == "Sign in"
+        ask()
+        assert code_of(browser.submit(button=("choice", "same")))
+        assert title(ask(**asked)) == "Sign in", "nor where the word was given before"
+
+    def test_a_page_left_open_does_not_replace_it_either(self, ask, alice, browser, clock):
+        sign_in(browser)
+        assert title(ask(max_age="10")) == "Continue as alice?"
+        clock.pass_(11)
+        assert title(browser.submit(button=("choice", "same"))) == "Sign in"
+
+    def test_without_the_token_of_the_form_no_word_is_given(self, ask, alice, browser):
+        sign_in(browser)
+        ask()
+        form = browser.forms().forms[0]["fields"] | {"choice": "same"}
+        for wrong in ({"form": ""}, {"form": form["form"][::-1]}):
+            assert browser("POST", "/login/select", form | wrong).status == 403
+        assert sent_back(ask(prompt="none"))[1]["error"] == "interaction_required"
+
+
 class TestFirstFactor:
     def test_whatever_is_wrong_the_words_are_the_same(self, idp, spa, alice, new_user, browser, change):
         new_user("idle"), new_user("locked")

@@ -538,6 +538,14 @@ MIGRATIONS = (
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX parked_hints_expires ON parked_hints (expires_at);
     """,
+    # Step 4. The clients to which a user agreed to continue in a browser session. RFC 8252 §8.6.
+    """
+    CREATE TABLE browser_session_client (
+        id_sha256 TEXT NOT NULL REFERENCES browser_session (id_sha256) ON DELETE CASCADE,
+        client_id TEXT NOT NULL REFERENCES client (id) ON DELETE CASCADE,
+        confirmed_at INTEGER NOT NULL, PRIMARY KEY (id_sha256, client_id)) STRICT, WITHOUT ROWID;
+    CREATE INDEX browser_session_client_client ON browser_session_client (client_id);
+    """,
 )
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
@@ -1736,6 +1744,30 @@ class Store(Database):
             "UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
             id_sha256=id_sha256, now=now,
         )
+
+    def confirm_client(self, id_sha256: str, client_id: str, now: int) -> None:
+        """Record that the user of a browser session agreed to continue to a client, given by its internal id."""
+        self.run(
+            """
+            INSERT INTO browser_session_client
+            SELECT id_sha256, client.id, :now
+              FROM browser_session JOIN client ON client.id = :client_id
+             WHERE id_sha256 = :id_sha256
+            ON CONFLICT (id_sha256, client_id) DO NOTHING
+            """,
+            id_sha256=id_sha256, client_id=client_id, now=now,
+        )
+
+    def is_confirmed(self, id_sha256: str, client_id: str) -> bool:
+        """Return whether the user of a browser session agreed to continue to a client, given by its internal id."""
+        return self.exists(
+            "SELECT 1 FROM browser_session_client WHERE id_sha256 = :id_sha256 AND client_id = :client_id",
+            id_sha256=id_sha256, client_id=client_id,
+        )
+
+    def move_confirmations(self, old: str, new: str) -> None:
+        """Let a browser session take over the clients that the user agreed to in another."""
+        self.run("UPDATE browser_session_client SET id_sha256 = :new WHERE id_sha256 = :old", old=old, new=new)
 
     def replace_browser_session(self, old: str, new: str, user_id: str, now: int) -> None:
         """Let one browser session take the place of another: it takes over the logins of the same user, and ends those
