@@ -136,6 +136,19 @@ class TestSchema:
         assert store.spend_hints("handle", "binding", 49) and store.spend_hints("handle", "binding", 49) is None
         store.close()
 
+    def test_a_browser_session_of_before_step_4_lives_on_and_has_confirmed_no_client(self, idp, alice, service):
+        idp.store.run("DROP TABLE browser_session_client")
+        idp.store.run("PRAGMA user_version = 3")
+        before = idp.store.insert(
+            BrowserSession("b", alice.id, "pwd", 1, 1, 1, 9_000_000_000, None, "192.0.2.7", "a browser")
+        )
+        idp.store.migrate()
+        client = m.get_client(idp, "service").row.id
+        assert idp.store.find_browser_session("b") == before and not idp.store.is_confirmed("b", client)
+        idp.store.confirm_client("b", client, 5)
+        idp.store.confirm_client("gone", client, 5)
+        assert idp.store.is_confirmed("b", client) and not idp.store.is_confirmed("gone", client)
+
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
         )
