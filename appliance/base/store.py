@@ -517,17 +517,18 @@ MIGRATIONS = (
     CREATE INDEX authorization_code_user ON authorization_code (user_id);
     CREATE INDEX login_transaction_user ON login_transaction (user_id) WHERE user_id IS NOT NULL;
     """,
+    # Step 4. Files of QR codes, to be removed once the second factor is confirmed or gone.
     """
     CREATE TABLE totp_qr_file (
         path TEXT PRIMARY KEY, user_id TEXT NOT NULL, is_due INTEGER NOT NULL DEFAULT 0
     ) STRICT;
     """,
-    # Step 4. What redirect URIs a client may have besides those of everybody.
+    # Step 5. What redirect URIs a client may have besides those of everybody.
     """
     ALTER TABLE client ADD COLUMN allow_http_redirects INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE client ADD COLUMN allow_short_schemes INTEGER NOT NULL DEFAULT 0;
     """,
-    # Step 4. Public keys that verify id_token_hints only; hints that wait for the browser to come back.
+    # Step 6. Public keys that verify id_token_hints only; hints that wait for the browser to come back.
     """
     CREATE TABLE retired_key (
         kid TEXT PRIMARY KEY, header TEXT NOT NULL UNIQUE, public_key TEXT NOT NULL, expires_at INTEGER NOT NULL
@@ -538,7 +539,7 @@ MIGRATIONS = (
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX parked_hints_expires ON parked_hints (expires_at);
     """,
-    # Step 4. The clients to which a user agreed to continue in a browser session. RFC 8252 §8.6.
+    # Step 7. The clients to which a user agreed to continue in a browser session. RFC 8252 §8.6.
     """
     CREATE TABLE browser_session_client (
         id_sha256 TEXT NOT NULL REFERENCES browser_session (id_sha256) ON DELETE CASCADE,
