@@ -136,9 +136,11 @@ class TestSchema:
         assert store.spend_hints("handle", "binding", 49) and store.spend_hints("handle", "binding", 49) is None
         store.close()
 
-    def test_a_browser_session_of_before_step_4_lives_on_and_has_confirmed_no_client(self, idp, alice, service):
+    def test_a_browser_session_of_before_lives_on_and_has_confirmed_no_client(self, idp, alice, service, monkeypatch):
+        number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE browser_session_client" in step)
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])
         idp.store.run("DROP TABLE browser_session_client")
-        idp.store.run("PRAGMA user_version = 3")
+        idp.store.run(f"PRAGMA user_version = {number}")
         before = idp.store.insert(
             BrowserSession("b", alice.id, "pwd", 1, 1, 1, 9_000_000_000, None, "192.0.2.7", "a browser")
         )
