@@ -284,7 +284,7 @@ def _path_info(path, slash=b""):
     """Return an encoded path as PATH_INFO: its octets as latin-1 (PEP 3333). Raises HttpRefusal.
 
     PATH_INFO cannot tell an encoded slash from one that parts segments. So it is refused, as is a backslash, unless the
-    application names a control character, `slash`, that stands for it there; no path has another one.
+    application names a control character, `slash`, that stands for it there; no path has another one. RFC 3986 §2.2.
     """
     if not PATH.fullmatch(path):
         # Refuse, encoded or not, what two parsers could read as two paths: / \ NUL, controls, dot segments.
