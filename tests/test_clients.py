@@ -732,7 +732,7 @@ class TestNearest:
         [
             ("https://app.example/cb/", ["https://app.example/cb", "https://b.example/cb/"], "https://app.example/cb"),
             ("http://app.example/cb", ["https://app.example/cb", "https://app.example/"], "https://app.example/cb"),
-            ("https://app.example/CB", ["https://app.example/x", "https://app.example/cb"], "https://app.example/cb"),
+            ("https://app.example/CB", ["https://app.example/ab", "https://app.example/cb"], "https://app.example/cb"),
             ("https://ap.example/cb", ["https://other.example/cb", "https://app.example/cb"], "https://app.example/cb"),
             ("https://a.example:8443/cb", ["https://b.example/", "https://a.example/cb"], "https://a.example/cb"),
             ("api.read", ["api:write", "api:read", "admin"], "api:read"), ("aa", ["aaa", "b"], "aaa"),
