@@ -114,6 +114,10 @@ JWT = "JWT"
 
 SLASH = "\x1f"  # in PATH_INFO of ADMIN, a slash that was encoded: it is part of a name and parts no segments
 
+# `acr` values: with the password alone, and with a second factor. OpenID Connect Core §2 asks for absolute URIs.
+ONE_FACTOR = "urn:microauthd:acr:1fa"
+TWO_FACTORS = "urn:microauthd:acr:2fa"
+
 OWN = "its own"  # `spec` of a route that no standard defines: the manual describes it
 FLAGS = {  # per-client feature flags: name -> takes an option
     "ENABLE_TOTP": False,
@@ -174,6 +178,10 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "login_required": (400, "The user has to log in.", "OpenID Connect Core §3.1.2.6"),
     "consent_required": (400, "The user has to consent.", "OpenID Connect Core §3.1.2.6"),
     "interaction_required": (400, "The user has to do something.", "OpenID Connect Core §3.1.2.6"),
+    # The code is that of OpenID Connect Core Unmet Authentication Requirements 1.0.
+    "unmet_authentication_requirements": (
+        400, "The login does not reach the acr that is demanded.", "OpenID Connect Core §5.5.1.1",
+    ),
     "account_selection_required": (400, "The user has to choose an account.", "OpenID Connect Core §3.1.2.6"),
     "request_not_supported": (400, "The request parameter is not supported.", "OpenID Connect Core §3.1.2.6"),
     "request_uri_not_supported": (400, "The request_uri parameter is not supported.", "OpenID Connect Core §3.1.2.6"),
@@ -2705,6 +2713,21 @@ def requested_claims(claims: str, of: str) -> tuple:
     return tuple(msgspec.json.decode(claims).get(of) or ()) if claims else ()
 
 
+def essential_acr(claims: str) -> list:
+    """Return the `acr` values of which the claims parameter demands one, or [] if any will do."""
+    return msgspec.json.decode(claims).get("acr", []) if claims else []
+
+
+def acr_of(amr: list, claims: str) -> str:
+    """Return the `acr` of a login: of the values that it reaches and the client demands the strongest, or "" if none.
+
+    A second factor also satisfies who demands one factor. OpenID Connect Core §5.5.1.1.
+    """
+    demanded = essential_acr(claims)
+    reached = (TWO_FACTORS, ONE_FACTOR) if "mfa" in amr else (ONE_FACTOR,)
+    return next((value for value in reached if not demanded or value in demanded), "")
+
+
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
     """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
@@ -2714,7 +2737,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
-        "token_use": "id",
+        "acr": acr_of(granted.amr, family.claims), "token_use": "id",
         # at_hash is the left half of the signing algorithm's hash, which is SHA-256 for both supported algorithms.
         "at_hash": b64url(hashlib.sha256(access_token.encode()).digest()[:16]),
     }
@@ -2869,6 +2892,19 @@ class AuthorizeRequest(msgspec.Struct):
     headless: bool = False
 
 
+class AcrRequest(msgspec.Struct):
+    """The request for the `acr` of an ID token in the claims parameter. OpenID Connect Core §5.5.1, §5.5.1.1."""
+
+    essential: bool = False
+    value: str | None = None
+    values: list[str] | None = None
+
+    def demanded(self) -> list[str]:
+        """Return the values of which one must be reached. A voluntary request demands nothing."""
+        wanted = [*(self.values or ()), *([] if self.value is None else [self.value])]
+        return wanted if self.essential else []
+
+
 class Hints(msgspec.Struct):
     """Whom a request means. OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2."""
 
@@ -2968,16 +3004,25 @@ def take_hints(idp: Idp, caller: Caller, handle: str, binding: str | None) -> Hi
 
 
 def read_claims_parameter(claims: str | None) -> str:
-    """Return the claim names that the claims parameter requests, as JSON of bounded size. OpenID Connect Core §5.5."""
+    """Return the claim names that the claims parameter requests, as JSON of bounded size. OpenID Connect Core §5.5.
+
+    `sub` and `acr` of the ID token are kept with the values that the client demands.
+    """
     if not claims:
         return ""
     try:
         found = msgspec.json.decode(claims, type=dict[str, dict[str, dict | None] | None])
-    except (msgspec.DecodeError, RecursionError):
+        in_id_token = found.get("id_token") or {}
+        acr = msgspec.convert(in_id_token.get("acr") or {}, AcrRequest)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError):
         raise Problem("invalid_request", log="malformed claims parameter") from None
     asked = {of: [name for name in (found.get(of) or ()) if name in USER_CLAIMS] for of in ("id_token", "userinfo")}
-    sub = ((found.get("id_token") or {}).get("sub") or {}).get("value")
-    return msgspec.json.encode(asked | ({"sub": sub} if isinstance(sub, str) else {})).decode()
+    sub, demanded = (in_id_token.get("sub") or {}).get("value"), acr.demanded()
+    known = [value for value in (ONE_FACTOR, TWO_FACTORS) if value in demanded]
+    if demanded and not known:
+        raise Problem("unmet_authentication_requirements", log=f"no login reaches acr {' '.join(demanded)[:300]}")
+    more = ({"sub": sub} if isinstance(sub, str) else {}) | ({"acr": known} if known else {})
+    return msgspec.json.encode(asked | more).decode()
 
 
 def validate_scope(idp: Idp, client: Client, scope: str | None):
@@ -3193,10 +3238,15 @@ def grantable_scopes(idp: Idp, client: Client, account: Account, request: Author
         return None
 
 
+def demands_second_factor(request: AuthorizeRequest) -> bool:
+    demanded = essential_acr(request.claims)
+    return bool(demanded) and ONE_FACTOR not in demanded
+
+
 def needs_consent(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> bool:
     """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
     scopes = grantable_scopes(idp, client, account, request)
-    if scopes is None:
+    if scopes is None or (demands_second_factor(request) and not account.totp_sealed):
         return False  # there is nothing to consent to: issue_code() tells the client
     if "consent" in request.prompt:
         return True
@@ -3286,6 +3336,9 @@ def issue_code(
     """
     if demanded_sub(request) not in ("", account.id):
         raise Problem("login_required", log="somebody else logged in than the client asked for")
+    if not acr_of(amr, request.claims):
+        demanded = " ".join(essential_acr(request.claims))
+        raise Problem("unmet_authentication_requirements", log=f"the login does not reach acr {demanded}")
     scope = scope_for(idp, client, account, request)
     code, now = random_handle(), idp.now()
     ms = issuing_ms(idp, account, client.row)
@@ -3317,11 +3370,17 @@ def finish_login(idp: Idp, login: Login) -> Account:
     return account
 
 
-def second_factor_missing(client: Client, session: BrowserSession, account: Account) -> str:
-    """Return the login state that obtains the second factor a client demands and a session lacks, or ''."""
-    if "ENABLE_TOTP" not in client.flags or "mfa" in session.amr.split():
+def second_factor_missing(
+    client: Client, session: BrowserSession, account: Account, request: AuthorizeRequest
+) -> str:
+    """Return the login state that obtains the second factor that is demanded and a session lacks, or "".
+
+    A client's flag makes a user without a second factor set one up; a request only asks for one that there is.
+    """
+    is_flagged = "ENABLE_TOTP" in client.flags
+    if "mfa" in session.amr.split() or not (is_flagged or demands_second_factor(request)):
         return ""
-    return "totp" if account.totp_sealed else "enrol"
+    return "totp" if account.totp_sealed else "enrol" if is_flagged else ""
 
 
 def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
@@ -4292,10 +4351,11 @@ def describe_server(idp: Idp) -> dict:
             *(["offline_access"] if options.enable_token_refresh else []),
         ],
         "claims_supported": [
-            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "amr", "sid", "at_hash", "nonce", "name",
+            "sub", "iss", "aud", "azp", "exp", "iat", "auth_time", "acr", "amr", "sid", "at_hash", "nonce", "name",
             "nickname", "preferred_username", "updated_at", "email", "email_verified", "roles", "groups",
         ],
         "claim_types_supported": ["normal"],
+        "acr_values_supported": [ONE_FACTOR, TWO_FACTORS],
         "claims_parameter_supported": False,
         "request_parameter_supported": False,
         "request_uri_parameter_supported": False,
@@ -4531,7 +4591,7 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
         choose = found and "select_account" in request.prompt and not request.hinted_sub
         return open_login(idp, params, request, "select" if choose else "password")
     session, account = found
-    missing = second_factor_missing(client, session, account)
+    missing = second_factor_missing(client, session, account, request)
     if missing and "none" in request.prompt:
         raise Problem("interaction_required")
     must_consent = not missing and needs_consent(idp, client, account, request)
@@ -4886,7 +4946,8 @@ def login_select(idp, params):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
-    state = second_factor_missing(login.client, session, account) or state_after_factors(idp, login, account)
+    missing = second_factor_missing(login.client, session, account, login.request)
+    state = missing or state_after_factors(idp, login, account)
     login = advance(
         idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr=session.amr,
         auth_time=session.auth_time, proven_ms=session.created_ms,

@@ -169,6 +169,7 @@ class TestIdToken:
         assert claims_of(answer["id_token"]) == {
             "iss": "https://idp.example", "sub": alice.id, "aud": "service", "azp": "service", "iat": idp.now(),
             "exp": idp.now() + 600, "auth_time": idp.now(), "amr": ["pwd"],
+            "acr": "urn:microauthd:acr:1fa",
             "sid": claims_of(answer["access_token"])["sid"], "token_use": "id",
             "at_hash": b64url(hashlib.sha256(answer["access_token"].encode()).digest()[:16]),
         }
@@ -203,7 +204,7 @@ class TestIdToken:
             ),
         )
         assert (
-            all(first[name] == second[name] for name in ("iss", "sub", "aud", "azp", "auth_time", "amr", "sid"))
+            all(first[name] == second[name] for name in ("iss", "sub", "aud", "azp", "auth_time", "amr", "acr", "sid"))
             and second["iat"] == first["iat"] + 100
         )
         assert "nonce" not in second

@@ -20,6 +20,8 @@ from appliance.base.objects import UpdateClient
 from appliance.base.pages import PAGES
 
 NEW_PASSWORD = "another battery staple"
+UNMET = "unmet_authentication_requirements"
+OFFLINE = "openid offline_access"
 
 
 @pytest.fixture
@@ -1411,8 +1413,143 @@ class TestAttacks:
         assert code_of(browser.open(request(prompt="none")))
 
 
+def acr_claim(*values, essential=True, of="id_token"):
+    """The claims parameter that requests an acr."""
+    return json.dumps({of: {"acr": {"essential": essential, "values": list(values)}}})
+
+
+class TestAcr:
+    """OpenID Connect Core §2, §3.1.2.1, §5.5.1.1"""
+
+    ONE, TWO = "urn:microauthd:acr:1fa", "urn:microauthd:acr:2fa"
+
+    @pytest.fixture
+    def code(self, idp, alice, give_totp, clock):
+        """Alice has a second factor: its next code."""
+        return second_factor(idp, alice, give_totp, clock)
+
+    @staticmethod
+    def acr_of(bought):
+        return claims_of(bought.json["id_token"])["acr"]
+
+    def test_it_says_how_many_factors_there_were(self, auth, spa, alice, browser, exchange, idp, give_totp, clock):
+        assert self.acr_of(exchange(code_of(sign_in(browser)))) == self.ONE
+        code = second_factor(idp, alice, give_totp, clock)
+        assert self.acr_of(exchange(code_of(browser.open(request())))) == self.ONE, "the session is of before"
+        sign_in(browser, request(prompt="login"))
+        assert self.acr_of(exchange(code_of(browser.submit(totp=code())))) == self.TWO
+        assert self.acr_of(exchange(code_of(browser.open(request())))) == self.TWO
+        metadata = auth.get("/.well-known/openid-configuration").json
+        assert metadata["acr_values_supported"] == [self.ONE, self.TWO] and "acr" in metadata["claims_supported"]
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"acr_values": "urn:microauthd:acr:2fa"}, {"acr_values": "gold silver"}, {"acr_values": "x" * 4000},
+            {"claims": acr_claim("urn:microauthd:acr:2fa", essential=False)}, {"claims": acr_claim("gold", essential=False)},
+            {"claims": '{"id_token": {"acr": null}}'}, {"claims": '{"id_token": {"acr": {"values": ["gold"]}}}'},
+            {"claims": '{"id_token": {"acr": {"essential": true}}}'},
+            {"claims": '{"id_token": {"acr": {"essential": true, "values": []}}}'},
+            {"claims": acr_claim("gold", of="userinfo")}, {"claims": "{}"},
+        ],
+    )
+    @pytest.mark.parametrize("enrolled", [False, True])
+    def test_a_voluntary_request_steps_nothing_up_and_is_no_error(
+        self, idp, spa, alice, browser, exchange, give_totp, clock, more, enrolled
+    ):
+        sign_in(browser)
+        if enrolled:
+            second_factor(idp, alice, give_totp, clock)
+        for prompt in ("", "none"):
+            assert self.acr_of(exchange(code_of(browser.open(request(prompt=prompt, **more))))) == self.ONE
+
+    def test_an_essential_one_asks_a_session_for_the_second_factor(
+        self, auth, spa, alice, browser, exchange, idp, give_totp, clock
+    ):
+        first = exchange(code_of(sign_in(browser)))
+        code = second_factor(idp, alice, give_totp, clock)
+        path = request(claims=acr_claim(self.TWO), scope=OFFLINE)
+        refused = sent_back(browser.open(path + "&prompt=none"))[1]
+        assert refused["error"] == "interaction_required", "it can be met, but not without a page"
+        assert title(browser.open(path)) == "Second factor"
+        bought = exchange(code_of(browser.submit(totp=code())))
+        assert self.acr_of(bought) == self.TWO and claims_of(bought.json["id_token"])["amr"] == ["pwd", "otp", "mfa"]
+        assert claims_of(bought.json["id_token"])["auth_time"] == claims_of(first.json["id_token"])["auth_time"]
+        assert self.acr_of(exchange(code_of(browser.open(path + "&prompt=none")))) == self.TWO
+        form = {"grant_type": "refresh_token", "refresh_token": bought.json["refresh_token"], "client_id": "spa"}
+        assert self.acr_of(auth.post("/token", form)) == self.TWO
+
+    def test_it_asks_it_of_the_account_that_is_chosen(self, spa, alice, browser, exchange, idp, give_totp, clock):
+        sign_in(browser)
+        code = second_factor(idp, alice, give_totp, clock)
+        browser.open(request(claims=acr_claim(self.TWO), prompt="select_account"))
+        assert title(browser.submit()) == "Second factor"
+        assert self.acr_of(exchange(code_of(browser.submit(totp=code())))) == self.TWO
+
+    @pytest.mark.parametrize("prompt", ["", "none", "select_account", "consent"])
+    def test_who_has_no_second_factor_cannot_meet_it(self, idp, spa, alice, browser, prompt):
+        path = request(claims=acr_claim(self.TWO), prompt=prompt)
+        if prompt != "none":
+            assert sent_back(sign_in(browser, request(claims=acr_claim(self.TWO))))[1]["error"] == UNMET
+        else:
+            assert sent_back(browser.open(path))[1]["error"] == "login_required", "nobody is known yet"
+            sign_in(browser)
+        answer = browser.open(path)
+        if prompt == "select_account":
+            answer = browser.submit()
+        uri, members = sent_back(answer)
+        assert (uri, members["error"], members["state"]) == (CALLBACK, UNMET, "st&te") and "code" not in members
+
+    def test_a_client_that_makes_its_users_enrol_can_have_it_met(self, idp, register, alice, browser, exchange):
+        register("strict", flags={"ENABLE_TOTP": ""})
+        sign_in(browser, request("strict", claims=acr_claim(self.TWO)))
+        seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
+        SECRETS.add(seed)
+        browser.submit(totp=pyotp.TOTP(seed).at(idp.now()))
+        assert self.acr_of(exchange(code_of(browser.submit()), "strict")) == self.TWO
+
+    def test_nobody_consents_to_what_cannot_be_granted(self, register, alice, browser):
+        register("third", is_first_party=False)
+        assert sent_back(sign_in(browser, request("third", claims=acr_claim(self.TWO))))[1]["error"] == UNMET
+        assert title(browser.open(request("third"))) != "Sign in"
+
+    def test_without_pages_it_holds_too(self, register, auth, alice):
+        register("app", is_first_party=True)
+        query = request("app", claims=acr_claim(self.TWO)).partition("?")[2]
+        jti = auth.post("/authorize", query, headers=[("Accept", "application/json")]).json["jti"]
+        form = {"jti": jti, "redirect_uri": CALLBACK}
+        assert auth.post("/login/password", form | {"username": "alice", "password": PASSWORD}).status == 200
+        answer = auth.post("/login/finalize", form)
+        assert (answer.status, answer.json["error"]) == (400, UNMET)
+
+    @pytest.mark.parametrize("values, acr", [(("1fa",), "1fa"), (("2fa", "1fa"), "1fa"), (("gold", "1fa"), "1fa")])
+    def test_one_factor_is_enough_where_it_is_among_what_is_demanded(self, spa, alice, browser, exchange, values, acr):
+        claims = acr_claim(*("urn:microauthd:acr:" + value for value in values))
+        assert self.acr_of(exchange(code_of(sign_in(browser, request(claims=claims))))) == "urn:microauthd:acr:" + acr
+
+    @pytest.mark.parametrize("values, acr", [(("1fa",), "1fa"), (("1fa", "2fa"), "2fa"), (("2fa",), "2fa")])
+    def test_two_factors_satisfy_who_demands_one(self, spa, code, browser, exchange, values, acr):
+        claims = acr_claim(*("urn:microauthd:acr:" + value for value in values))
+        sign_in(browser, request(claims=claims, scope=OFFLINE))
+        assert self.acr_of(exchange(code_of(browser.submit(totp=code())))) == "urn:microauthd:acr:" + acr
+
+    @pytest.mark.parametrize(
+        "acr, error",
+        [
+            ({"essential": True, "values": ["gold"]}, "unmet_authentication_requirements"),
+            ({"essential": True, "value": "gold"}, "unmet_authentication_requirements"),
+            ({"essential": True, "values": [""]}, "unmet_authentication_requirements"),
+            ({"essential": "true", "values": ["gold"]}, "invalid_request"),
+            ({"essential": True, "values": "gold"}, "invalid_request"),
+            ({"essential": True, "values": [1]}, "invalid_request"),
+        ],
+    )
+    def test_what_nobody_reaches_is_refused_before_anybody_logs_in(self, spa, browser, acr, error):
+        uri, members = sent_back(browser("GET", request(claims=json.dumps({"id_token": {"acr": acr}}))))
+        assert (uri, members["error"], members["state"]) == (CALLBACK, error, "st&te")
+
+
 BYE = "https://app.example/bye"
-OFFLINE = "openid offline_access"
 
 
 def broken(kind, bought):
