@@ -8,6 +8,7 @@ The guided path has the order and the ranges of the original's wizard. It differ
 has 256 bits, and where it asks before plain HTTP is served to other hosts.
 """
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -24,14 +25,16 @@ import tomllib
 # Do not let prompt_toolkit ask for the cursor position (CPR): a serial console does not respond.
 os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
 
+import msgspec
 import sqlcipher3
 
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
 from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
+from appliance.base.store import SEEDED_SCOPES
 from appliance.base.wire import tls_context
-from appliance.recovery import Answers, journal_of
+from appliance.recovery import Answers, FirstClient, check_clients, journal_of
 
 # A function of their own asks for these, not ask_option().
 CUSTOM_QUESTIONS = ("db-file", "db-pass", "oidc-client-id")
@@ -504,19 +507,50 @@ def ask_database(prompter, draft):
             return None
 
 
-def ask_client(prompter, draft):
-    """Return client_id, secret, audience and scopes of the first client.
+def ask_application(prompter, draft, client):
+    """Ask for what an application needs at which people log in: where it runs, and where it leads them."""
 
-    client_id is empty if there is to be no client, the secret if the server is to generate it.
-    """
+    def ask_words(member, question):
+        def check(answer):
+            words = answer.split()
+            changed = msgspec.structs.replace(client, **{member: words or None if member == "grants" else words})
+            for _, about, wrong in check_clients(draft.options, [changed]):
+                if about == member:
+                    raise ValueError(wrong)
+            return getattr(changed, member)
+
+        setattr(client, member, prompter.ask(question, "", check))
+
+    client.public = prompter.confirm("Does it run in a browser or on a phone, where it can keep no secret?", False)
+    ask_words("grants", "Its ways to get tokens (grant types), separated by blanks (empty: the usual ones)?")
+    ask_words("redirect_uris", "Where do people return after a login (redirect URIs; empty: nobody logs in there)?")
+    if client.redirect_uris:
+        ask_words("post_logout_uris", "Where may they return after a logout (empty: nowhere)?")
+    if client.public:
+        ask_words("cors_origins", "Whose scripts may call AUTH, such as https://app.example (origins; empty: none)?")
+
+
+def ask_client(prompter, draft, is_guided):
+    """Return the first client, or None if there is to be none. The guided path asks also where people log in."""
     client_id = prompter.ask("client_id of the first service (empty: none)?", draft["oidc-client-id"], check_client_id)
     if not client_id:
-        return "", "", "microauthd", []
-    audience = prompter.ask(
+        return None
+    client = FirstClient(client_id)
+    client.audience = prompter.ask(
         "Its audience (the aud of its tokens)?", client_id, lambda answer: check_audience(answer) or client_id
     )
-    scopes = prompter.ask("Its scopes, separated by blanks (empty: none)?", "", check_scopes)
-    return client_id, draft["oidc-client-secret"], audience, scopes
+    client.scopes = prompter.ask("Its scopes, separated by blanks (empty: none)?", "", check_scopes)
+    if is_guided:
+        ask_application(prompter, draft, client)
+    if not client.public:
+        client.secret = draft["oidc-client-secret"]
+    return client
+
+
+def describe_client(client):
+    kind = "public, " if client.public else ""
+    uris = "".join(f", {uri}" for uri in client.redirect_uris)
+    return f"{client.client_id}, {kind}audience {client.audience}, scopes {' '.join(client.scopes) or 'none'}{uris}"
 
 
 def terminal_uses_utf8():
@@ -594,12 +628,7 @@ def print_summary(prompter, draft, final_options, answers, is_guided):
         ("AUTH", f"{final_options.auth_ip}:{final_options.auth_port}, issuer {final_options.auth_issuer}"),
         ("ADMIN", f"{final_options.admin_ip}:{final_options.admin_port}"),
         ("administrator", answers.username + (", with a second factor" if answers.totp_seed else "")),
-        (
-            "first client",
-            f"{answers.client_id}, audience {answers.audience}, scopes {' '.join(answers.scopes) or 'none'}"
-            if answers.client_id
-            else "none",
-        ),
+        ("first client", describe_client(answers.clients[0]) if answers.clients else "none"),
     ]
     if is_guided:  # Show only what differs from the defaults.
         rows += [
@@ -647,7 +676,7 @@ def run_wizard(options, flags):
     prompter.write()
     if is_guided:
         ask_options(prompter, draft, BEFORE_CLIENT)
-        client_id, secret, audience, scopes = ask_client(prompter, draft)
+        client = ask_client(prompter, draft, is_guided)
         ask_options(prompter, draft, AFTER_CLIENT)
         username, email, password, seed = ask_administrator(prompter, draft)
     else:
@@ -656,11 +685,8 @@ def run_wizard(options, flags):
                 # The set-up keeps existing keys. Report now, and not after the last question, that one does not open.
                 microauthd.read_ring(draft[name + "-file"], draft[name + "-pass"])
         username, email, password, seed = ask_administrator(prompter, draft)
-        client_id, secret, audience, scopes = ask_client(prompter, draft)
-    answers = Answers(
-        username, email, password, totp_seed=seed, client_id=client_id, client_secret=secret, audience=audience,
-        scopes=scopes,
-    )
+        client = ask_client(prompter, draft, is_guided)
+    answers = Answers(username, email, password, totp_seed=seed, clients=[client] if client else [])
     final_options = draft.complete()
     prompter.write()
     print_summary(prompter, draft, final_options, answers, is_guided)
@@ -674,17 +700,18 @@ def run_wizard(options, flags):
 
         # set_up() verifies a code again, and the one that was typed may have expired. RFC 6238 §5.2
         answers.totp_code = pyotp.TOTP(seed).now()
-    result = set_up(final_options, answers)
+    made = set_up(final_options, answers)
     prompter.write(f"Done. {draft.config} holds the settings and their secrets: it is yours alone.")
-    if result.secret:
-        prompter.write(
-            f"\n  client_id      {result.client_id}\n  client_secret  {result.secret}\n\nThe secret is shown this once."
-        )
+    for one in made:
+        if one.secret:
+            prompter.write(
+                f"\n  client_id      {one.client_id}\n  client_secret  {one.secret}\n\nThe secret is shown this once."
+            )
     with_config = "" if draft.config == "mad.conf" else f" --config {draft.config}"
     prompter.write("\nTry next:")
     for command in (
         f"microauthd serve{with_config}", "mad session login",
-        f"mad token get --client-id {result.client_id or 'CLIENT'}",
+        f"mad token get --client-id {client.client_id if client and not client.public else 'CLIENT'}",
     ):
         prompter.write(f"  {command}")
     return 0
@@ -722,13 +749,22 @@ def option_text(option, value):
     raise ValueError(f"{option.name} must be a string, a whole number, or true or false")
 
 
+def header_of(name):
+    """Return the header of a table that position_of() finds by this name."""
+    word, several, _ = name.partition(" ")
+    return f"[[{word}]]" if several else f"[{word}]"
+
+
 class AnswersFile:
     """A parsed answers file. `problems` collects a sentence for each thing that is wrong with it."""
 
     TABLES = {  # noqa: RUF012 - never changed
-        "admin": ("username", "email", "password", "password_file", "totp"),
-        "client": ("client_id", "audience", "scopes", "secret_file"),
-    }
+        "admin": ("username", "email", "email_verified", "password", "password_file", "scopes", "totp"),
+        "client": (
+            "client_id", "public", "audience", "grants", "scopes", "redirect_uris", "post_logout_uris", "cors_origins",
+            "secret_file",
+        ),
+    }  # fmt: skip
 
     def __init__(self, path):
         self.path, self.problems, self.content = path, [], ""
@@ -747,12 +783,16 @@ class AnswersFile:
             raise StartupError(f"{path}:{line[1] if line else len(self.content.splitlines())}: {message}") from None
 
     def position_of(self, key, table=""):
-        """Return "file:line" of a key, or "file" if the line is not found because of unusual syntax."""
-        inside = ""
+        """Return "file:line" of a key, or "file" if the line is not found because of unusual syntax.
+
+        `table` is its name, of several [[tables]] with the number of the one, from 0, as in "client 1".
+        """
+        inside, tables = "", collections.Counter[str]()
         for number, line in enumerate(self.content.splitlines(), 1):
-            if header := re.match(r"\s*\[\s*\"?([\w-]+)\"?\s*\]", line):
-                inside = header[1]
-                if table == "" and inside == key:
+            if header := re.match(r"\s*\[(\[?)\s*\"?([\w-]+)\"?\s*\]", line):
+                inside = f"{header[2]} {tables[header[2]]}" if header[1] else header[2]
+                tables[header[2]] += 1
+                if (table == "" and header[2] == key) or (key == table == inside):
                     return f"{self.path}:{number}"
             elif inside == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
                 return f"{self.path}:{number}"
@@ -783,19 +823,39 @@ class AnswersFile:
         if not isinstance(table, dict):
             self.add_problem(f"{name} must be a table, [{name}]", name)
             return {}
-        for key in table.keys() - set(self.TABLES[name]):
-            self.add_problem(f"unknown key {key!r} in [{name}]; it knows {', '.join(self.TABLES[name])}", key, name)
+        self.check_keys(table, name)
         return table
+
+    def check_keys(self, table, name):
+        """Add a problem for each key that a table does not know."""
+        known = self.TABLES[name.partition(" ")[0]]
+        for key in table.keys() - set(known):
+            self.add_problem(f"unknown key {key!r} in {header_of(name)}; it knows {', '.join(known)}", key, name)
 
     def get_strings(self, table, name, keys):
         """Return the strings of a table by key, and add a problem for each value of another type."""
         strings = {}
         for key in keys:
             if key in table and not isinstance(table[key], str):
-                self.add_problem(f"{key} in [{name}] must be a string", key, name)
+                self.add_problem(f"{key} in {header_of(name)} must be a string", key, name)
             elif key in table:
                 strings[key] = table[key]
         return strings
+
+    def get_list(self, table, name, key):
+        """Return a list of strings of a table, empty if it is not there, and add a problem for another type."""
+        value = table.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            self.add_problem(f"{key} in {header_of(name)} must be a list of strings", key, name)
+            return []
+        return value
+
+    def get_flag(self, table, name, key):
+        """Return a true or false of a table, false if it is not there, and add a problem for another type."""
+        value = table.get(key, False)
+        if not isinstance(value, bool):
+            self.add_problem(f"{key} in {header_of(name)} must be true or false", key, name)
+        return value is True
 
     def read_options(self, draft):
         """Put the options of the top level and of [options] into the draft."""
@@ -875,38 +935,75 @@ class AnswersFile:
             password = self.checked(key, "admin", rule, password)
         return username, email, password
 
-    def read_client(self, draft):
-        """Return client_id, secret, audience and scopes; client_id is "" without [client] and oidc-client-id."""
-        client = self.get_table("client")
-        strings = self.get_strings(client, "client", ("client_id", "audience"))
+    def read_clients(self, draft):
+        """Return the clients of [client], or of each [[client]]; without either, one if oidc-client-id is set."""
+        given = self.document.get("client", {})
+        several = isinstance(given, list)
+        if not all(isinstance(table, dict) for table in (given if several else [given])):
+            self.add_problem("client must be a table, [client], or several, [[client]]", "client")
+            return []
         is_named = "oidc-client-id" in draft.chosen or "oidc-client-id" in draft.options.origins
-        client_id = strings.get("client_id", draft["oidc-client-id"] if client or is_named else "")
-        if "client_id" in strings and not client_id:
-            self.add_problem("client_id must not be empty: leave [client] out to make no client", "client_id", "client")
-        self.checked("client_id", "client", check_client_id, client_id)
-        audience = self.checked("audience", "client", check_audience, strings.get("audience", "")) or client_id
-        scopes = client.get("scopes", [])
-        if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-            self.add_problem("scopes in [client] must be a list of strings", "scopes", "client")
-            scopes = []
+        if not several:
+            return [self.read_client(draft, given, "client")] if given or is_named else []
+        return [self.read_client(draft, table, f"client {index}", index) for index, table in enumerate(given)]
+
+    def read_client(self, draft, client, name, index=0):
+        """Return a client. oidc-client-id and oidc-client-secret stand for what the first one does not say."""
+        self.check_keys(client, name)
+        strings = self.get_strings(client, name, ("client_id", "audience"))
+        client_id = strings.get("client_id", "" if index else draft["oidc-client-id"])
+        if not client_id and ("client_id" in strings or index):
+            self.add_problem(f"client_id must not be empty: leave {header_of(name)} out to make no client",
+                             "client_id" if "client_id" in strings else name, name)
+        self.checked("client_id", name, check_client_id, client_id)
+        audience = self.checked("audience", name, check_audience, strings.get("audience", "")) or client_id
+        scopes = self.get_list(client, name, "scopes")
         for scope in scopes:
             if len(scope.split()) != 1:
                 self.add_problem(
-                    f"the scope {scope!r} must be one word: write a list, one scope an entry", "scopes", "client"
+                    f"the scope {scope!r} must be one word: write a list, one scope an entry", "scopes", name
                 )
-        scopes = self.checked("scopes", "client", check_scopes, " ".join(scopes))
-        secret = draft["oidc-client-secret"]
-        if "secret_file" in client:
-            secret = self.checked("secret_file", "client", read_secret_file, client["secret_file"], "secret_file")
-        self.checked("secret_file", "client", check_client_secret, secret or "")
-        return client_id.strip(), secret or "", audience or "microauthd", scopes or []
+        scopes = self.checked("scopes", name, check_scopes, " ".join(scopes))
+        public, secret = self.get_flag(client, name, "public"), ""
+        if "secret_file" in client and public:
+            self.add_problem("a public client has no secret: leave secret_file out", "secret_file", name)
+        elif "secret_file" in client:
+            secret = self.checked("secret_file", name, read_secret_file, client["secret_file"], "secret_file")
+        elif not index and not public:
+            secret = draft["oidc-client-secret"]
+        self.checked("secret_file", name, check_client_secret, secret or "")
+        uris = {key: self.get_list(client, name, key) for key, _ in recovery.URI_MEMBERS}
+        grants = self.get_list(client, name, "grants") if "grants" in client else None
+        return FirstClient(client_id.strip(), secret or "", audience, scopes or [], public, grants, **uris)
+
+    def read_rights(self, clients):
+        """Return whether the administrator's address is verified, and the scopes of the administrator."""
+        admin = self.document.get("admin", {})
+        if not isinstance(admin, dict):  # read_admin() has said so
+            return False, []
+        scopes = self.checked("scopes", "admin", check_scopes, " ".join(self.get_list(admin, "admin", "scopes"))) or []
+        known = {name for client in clients for name in client.scopes}.union(name for _, name, _ in SEEDED_SCOPES)
+        for scope in scopes:
+            if scope not in known:
+                self.add_problem(f"the scope {scope!r} in [admin] is one of no client", "scopes", "admin")
+        return self.get_flag(admin, "admin", "email_verified"), scopes
+
+    def check_by_services(self, draft, clients):
+        """Add a problem for each thing that the services of the server refuse of the clients."""
+        several = isinstance(self.document.get("client"), list)
+        for index, member, wrong in check_clients(draft.options, clients):
+            self.add_problem(wrong, "secret_file" if member == "secret" else member,
+                             f"client {index}" if several else "client")
 
 
 def run_unattended(options, flags, values):
     answers_file, draft = AnswersFile(values["--answers"]), Draft(options)
     answers_file.read_options(draft)
     username, email, password = answers_file.read_admin(draft, flags, values)
-    client_id, secret, audience, scopes = answers_file.read_client(draft)
+    clients = answers_file.read_clients(draft)
+    email_verified, scopes = answers_file.read_rights(clients)
+    if not answers_file.problems:
+        answers_file.check_by_services(draft, clients)
     final_options = None
     if not answers_file.problems:
         final_options = answers_file.checked("", "", draft.complete)
@@ -914,15 +1011,12 @@ def run_unattended(options, flags, values):
         print(f"microauthd: {problem}", file=sys.stderr)
     if answers_file.problems:
         return 1
-    result = set_up(
-        final_options,
-        Answers(username, email, password, client_id=client_id, client_secret=secret, audience=audience, scopes=scopes),
-    )
+    made = set_up(final_options, Answers(username, email, password, email_verified, scopes, clients=clients))
     print(f"administrator={username}")
-    if result.client_id:
-        print(f"client_id={result.client_id}")
-    if result.secret:
-        print(f"client_secret={result.secret}")
+    for client in made:
+        print(f"client_id={client.client_id}")
+        if client.secret:
+            print(f"client_secret={client.secret}")
     return 0
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
-    Idp, KeyRing, LOCAL, Seal, audit, check_new_password, create_client, create_scope, create_user, enable_totp,
-    fold, hash_password, normalise, random_handle, reject, remove_qr_files, revoke_user, ring_files,
+    Idp, KeyRing, LOCAL, Problem, Seal, add_uri, assign_scopes, audit, check_new_password, create_client, create_scope,
+    create_user, enable_totp, fold, hash_password, normalise, random_handle, reject, remove_qr_files, revoke_user,
+    ring_files,
 )
 from appliance.backup import MACHINE, backup_files, check_copy, write_backup
 from appliance.processes import hold_database, read_seal_key
@@ -36,25 +38,96 @@ from appliance.processes import hold_database, read_seal_key
 # The first start: config, keys, database, administrator and first client, all or nothing. A write-ahead journal.
 
 
+class FirstClient(msgspec.Struct):
+    """A client that a set-up registers. `grants` None is what the server gives; an empty secret makes one."""
+
+    client_id: str
+    secret: str = ""
+    audience: str = ""  # empty: the client_id
+    scopes: list[str] = []
+    public: bool = False
+    grants: list[str] | None = None
+    redirect_uris: list[str] = []
+    post_logout_uris: list[str] = []
+    cors_origins: list[str] = []
+
+
 class Answers(msgspec.Struct):
-    """What a set-up needs besides options. An empty client_id makes no client; an empty secret makes one."""
+    """What a set-up needs besides options."""
 
     username: str
     email: str
     password: str
+    email_verified: bool = False
+    scopes: list[str] = []  # of the administrator: what the clients get when this user logs in there
     totp_seed: str = ""
     totp_code: str = ""
-    client_id: str = ""
-    client_secret: str = ""
-    audience: str = "microauthd"
-    scopes: list = []
+    clients: list[FirstClient] = []
 
 
 class MadeClient(msgspec.Struct):
-    """The first client, and its secret where set-up made it: shown once."""
+    """A client that was registered, and its secret where set-up made it: shown once."""
 
     client_id: str
     secret: str
+
+
+URI_MEMBERS = (("redirect_uris", "redirect"), ("post_logout_uris", "post_logout"), ("cors_origins", "cors_origin"))
+
+
+def add_client(idp: Idp, new: FirstClient, refuse: Callable[[str, str], Any]) -> MadeClient:
+    """Register a client, its scopes and URIs. `refuse` gets the member and a sentence of each thing that is wrong."""
+    caller = LOCAL.acting_as("setup")
+    members = {"client_secret": "secret", "grant_types": "grants", "name": "scopes"}  # by what the services call them
+    try:
+        for name in new.scopes:
+            if idp.store.find_scope(normalise(name)) is None:
+                create_scope(idp, caller, CreateScope(name))
+        client, secret = create_client(idp, caller, CreateClient(
+            new.client_id, new.secret or None, audience=new.audience or new.client_id, grant_types=new.grants,
+            client_type="public" if new.public else "confidential", scopes=new.scopes,
+        ))  # fmt: skip
+    except Problem as problem:
+        for member, wrong in (problem.errors or {}).items():
+            refuse(members.get(member, member), f"{members.get(member, member)} {wrong}")
+        if not problem.errors:
+            refuse("client_id", f"the client_id {new.client_id!r} stands there twice")
+        return MadeClient("", "")
+    for member, kind in URI_MEMBERS:
+        for uri in getattr(new, member):
+            try:
+                add_uri(idp, caller, client.client_id, kind, uri)
+            except Problem as problem:
+                wrong = (problem.errors or {}).get("uri", "stands there twice")
+                refuse(member, f"{uri!r} in {member} {wrong}")
+    return MadeClient(client.client_id, secret)
+
+
+def check_clients(options: Options, clients: list[FirstClient]) -> list[tuple[int, str, str]]:
+    """Return (index, member, sentence) of each thing that is wrong with the clients of a set-up.
+
+    They are registered in a database in memory, by the services that will register them in that of the box.
+    """
+    found: list[tuple[int, str, str]] = []
+    store = Store("set-up", mode="memory")
+    try:
+        store.migrate()
+        with store.transaction():
+            store.seed(0)
+        ring = KeyRing([make_key("ES256", 0, 0)])
+        cheap = dataclasses.replace(options, argon2id_time=1, argon2id_memory=8192, argon2id_parallelism=1)
+        idp = Idp(cheap, store, ring, ring, Seal(bytes(32)))
+        for index, client in enumerate(clients):
+            problems: list[tuple[str, str]] = []
+            add_client(idp, client, lambda *problem: problems.append(problem))  # noqa: B023 - called before it returns
+            found += [(index, *problem) for problem in problems]
+    finally:
+        store.close()
+    return found
+
+
+def refuse_client(member: str, wrong: str):
+    raise StartupError(wrong)
 
 
 def journal_of(config: str) -> str:
@@ -121,7 +194,7 @@ def recover_setup(config: str):
             finish_setup(config)
 
 
-def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
+def stage(options, answers, staged, config, now, checkpoint) -> list[MadeClient]:
     """Write all files of a set-up under their staging names."""
     rings = (
         (
@@ -154,7 +227,8 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
         checkpoint("database")
         idp = Idp(options, store, KeyRing(entries[0]), KeyRing(entries[1]), Seal(seal_key))
         account = create_user(
-            idp, LOCAL.acting_as("setup"), CreateUser(answers.username, answers.email, answers.password)
+            idp, LOCAL.acting_as("setup"),
+            CreateUser(answers.username, answers.email, answers.password, email_verified=answers.email_verified),
         )
         with store.transaction():
             store.assign_role(account.id, MAD_ADMIN_ROLE_ID, now)
@@ -162,16 +236,9 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
         if answers.totp_seed:
             enable_totp(idp, account, answers.totp_seed, answers.totp_code)
         checkpoint("administrator")
-        made = MadeClient("", "")
-        if answers.client_id:
-            for name in answers.scopes:
-                if store.find_scope(normalise(name)) is None:
-                    create_scope(idp, LOCAL.acting_as("setup"), CreateScope(name))
-            new_client = CreateClient(
-                answers.client_id, answers.client_secret or None, audience=answers.audience, scopes=answers.scopes
-            )
-            client, secret = create_client(idp, LOCAL.acting_as("setup"), new_client)
-            made = MadeClient(client.client_id, secret)
+        made = [add_client(idp, client, refuse_client) for client in answers.clients]
+        if answers.scopes:
+            assign_scopes(idp, LOCAL.acting_as("setup"), account, answers.scopes)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         store.close()
@@ -182,13 +249,15 @@ def stage(options, answers, staged, config, now, checkpoint) -> MadeClient:
     return made
 
 
-def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> MadeClient:
-    """Make everything a first start needs. Raises StartupError or Problem, and then nothing was made.
+def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> list[MadeClient]:
+    """Make everything a first start needs; return the clients. Raises StartupError or Problem, and then nothing is.
 
     Every file is written under a staging name and synced; then the journal says "committed", in
     one rename; then the files take their names. `checkpoint` is called between the steps.
     """
     config = options.config_file
+    for _, member, wrong in check_clients(options, answers.clients):
+        refuse_client(member, wrong)
     os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
     with hold_setup(config):
         finish_setup(config)
@@ -234,8 +303,8 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
         chosen["admin_domain_no_ssl"] = True
     origins = options.origins | {OPTION_NAMES[name.replace("_", "-")].name: "setup" for name in chosen}
     answers = Answers(
-        "admin", "admin@localhost", secrets.token_urlsafe(12), client_id="demo", audience="demo-api",
-        scopes=["demo:read", "demo:write"],
+        "admin", "admin@localhost", secrets.token_urlsafe(12),
+        clients=[FirstClient("demo", audience="demo-api", scopes=["demo:read", "demo:write"])],
     )
     return dataclasses.replace(options, origins=origins, **chosen), answers
 
@@ -246,7 +315,7 @@ def set_up_demo(options: Options, make):
     `make` is set_up() whose refusals are sentences.
     """
     options, answers = demo_answers(options)
-    made = make(options, answers)
+    (made,) = make(options, answers)
     print(
         f"administrator  {answers.username}\npassword       {answers.password}\nclient_id      "
         f"{made.client_id}\nclient_secret  {made.secret}",

@@ -35,7 +35,7 @@ from appliance.base.store import AuthorizationCode, LoginTransaction, MAD_ADMIN_
 from appliance.base.keys import make_key
 from appliance.base.objects import CreateClient, CreateScope, CreateUser
 from appliance.backup import MACHINE
-from appliance.recovery import Answers, back_up, describe_keys, open_idp, set_up
+from appliance.recovery import Answers, FirstClient, back_up, describe_keys, open_idp, set_up
 
 # No deadline: the box is shared, and what is slow once is not wrong.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -351,7 +351,7 @@ def made(folder, **more):
     options = Options(
         config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
     )
-    set_up(options, Answers("root", "root@example.org", PASSWORD, client_id="app", scopes=["api:read"]))
+    set_up(options, Answers("root", "root@example.org", PASSWORD, clients=[FirstClient("app", scopes=["api:read"])]))
     return options
 
 

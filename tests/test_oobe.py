@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from urllib.parse import urlencode
 
 import microauthd as m
 import pexpect
@@ -20,6 +21,7 @@ import pytest
 import segno
 from appliance import oobe
 from box import CHEAP, ROOT, free_port
+from conftest import Caller
 from appliance.base import StartupError
 from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
@@ -27,7 +29,7 @@ from appliance.base.database import read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import read_ring
 from appliance.processes import read_seal_key
-from appliance.recovery import Answers, MadeClient, recover_setup, set_up
+from appliance.recovery import Answers, FirstClient, open_idp, recover_setup, set_up
 from appliance.commands import CommandLine, main, run_setup
 
 PASSWORD = "correct horse"
@@ -213,12 +215,42 @@ class TestWizard:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(oobe, "prompter_for_terminal", Slow)
         monkeypatch.setattr(m, "new_totp_seed", lambda: seed)
-        monkeypatch.setattr("appliance.recovery.set_up", lambda options, answers: made.append(answers) or MadeClient("", ""))
+        monkeypatch.setattr("appliance.recovery.set_up", lambda options, answers: made.append(answers) or [])
         assert oobe.run_wizard(Options({"config": "mad.conf"}), ["--quick"]) == 0
         assert (
             made[0].totp_seed == seed
             and m.totp_time_step(seed, made[0].totp_code, int(time.time())) >= int(time.time()) // 30 - 1
         )
+
+    def test_an_application_is_asked_for_what_a_login_needs_and_the_server_judges_each_answer(self, monkeypatch):
+        given = {
+            "client_id": ["web"], "audience": [""], "scopes": ["a:read"], "no secret": ["y"],
+            "grant types": ["client_credentials", "authorization_code password"],
+            "after a login": ["http://app.example", "https://app.example/cb https://app.example/cb", "https://app.example/cb"],
+            "after a logout": [""], "Whose scripts": ["https://app.example/", "https://app.example"],
+        }  # fmt: skip
+        told = []
+
+        class Typed(oobe.Prompter):
+            def __init__(self):
+                pass
+
+            def write(self, text="", indent=""):
+                told.append(text)
+
+            def read(self, question, default="", hidden=False):
+                return next(answers for part, answers in given.items() if part in question).pop(0)
+
+        client = oobe.ask_client(Typed(), oobe.Draft(Options({"config": "mad.conf"})), True)
+        assert client == FirstClient(
+            "web", audience="web", scopes=["a:read"], public=True, grants=["authorization_code", "password"],
+            redirect_uris=["https://app.example/cb"], cors_origins=["https://app.example"],
+        )
+        for wrong, sentence in zip(
+            told, ["must be among", "must be https", "stands there twice", "in lower case"], strict=True
+        ):
+            assert sentence in wrong
+        assert not any(given.values())
 
     @pytest.mark.parametrize("term", ["dumb", "vt100"])
     def test_answers_typed_ahead_are_taken_and_never_shown(self, tmp_path, term):
@@ -348,6 +380,7 @@ class TestGuided:
             ("revocation", "y"), ("Issue refresh", "y"), ("Lifetime of a refresh token", ALL + "299"), ("from 300 to 2592000", ALL + "300"), ("expired refresh tokens?", ""),
             ("before a lockout?", ALL + "3"), ("count restarts?", ""), ("Seconds of a lockout?", ""),
             ("client_id of the first service", ALL + "svc"), ("Its audience", ALL + "svc-api"), ("Its scopes", "a:read b:read"),
+            ("can keep no secret", "n"), ("grant types", "code"), ("grants must be among", ALL + "client_credentials"), ("redirect URIs", ""),
             ("Trusted proxies", "10.0.0.x"), ("IP addresses or networks", ALL + "10.0.0.1, 192.168.7.0/24"), ("example pages", "n"), ("authorization code flow", "n"), ("Remember verified", "n"),
             *ADMINISTRATOR, ("Set it up?", "y"),
         ))  # fmt: skip
@@ -411,6 +444,21 @@ totp = false
 client_id = "app"
 scopes = ["a:read"]
 """
+APPLICATIONS = GOOD[: GOOD.index("[client]")] + """\
+email_verified = true
+scopes = ["a:read"]
+[[client]]
+client_id = "web"
+public = true
+grants = ["authorization_code", "refresh_token", "password"]
+scopes = ["a:read"]
+redirect_uris = ["https://app.example/cb", "http://127.0.0.1/cb"]
+post_logout_uris = ["https://app.example/"]
+cors_origins = ["https://app.example"]
+[[client]]
+client_id = "svc"
+audience = "svc-api"
+"""
 NO_PASSWORD = GOOD.replace(f'password = "{PASSWORD}"\n', "")
 
 
@@ -465,6 +513,30 @@ class TestUnattended:
             9140, 9141, False, 32,
         )
         assert len(options.trusted_proxies) == 2 and options.oidc_issuer == "http://localhost:9140"
+
+    def test_a_browser_application_needs_nothing_of_admin_before_its_first_login(self, tmp_path):
+        done = unattended(tmp_path, APPLICATIONS)
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(r"administrator=admin\nclient_id=web\nclient_id=svc\nclient_secret=\S{43}\n", done.stdout)
+        options, account = log_in(tmp_path)
+        assert account.email_verified
+        with contextlib.chdir(tmp_path), contextlib.closing((idp := open_idp(options)).store):
+            web, svc = (m.find_client(idp, name) for name in ("web", "svc"))
+            assert (web.row.client_type, web.row.audience) == ("public", "web")
+            assert set(web.grant_types) == {"authorization_code", "password", "refresh_token"}
+            assert (svc.row.client_type, svc.row.audience) == ("confidential", "svc-api")
+            auth = Caller(m.App(idp, m.AUTH))
+            form = {"grant_type": "password", "client_id": "web", "username": "admin", "password": PASSWORD}
+            answer = auth("POST", "/token", form, headers=[("Origin", "https://app.example")])
+            assert answer.status == 200 and answer.json["scope"] == "a:read"
+            assert answer.headers["access-control-allow-origin"] == "https://app.example"
+            for uri, status in (("https://app.example/cb", 303), ("http://127.0.0.1:1/cb", 303), ("https://x/", 400)):
+                query = {
+                    "client_id": "web", "redirect_uri": uri, "response_type": "code", "code_challenge": "c" * 43,
+                    "code_challenge_method": "S256",
+                }
+                assert auth.get("/authorize?" + urlencode(query)).status == status
+            assert web.post_logout_redirect_uris == ("https://app.example/",)
 
     def test_without_a_client_none_is_made(self, tmp_path):
         done = unattended(tmp_path, GOOD[: GOOD.index("[client]")])
@@ -525,6 +597,44 @@ class TestUnattended:
                 ["the client's secret must not begin or end with a blank"],
             ),
             (GOOD.replace("[client]", "[client]\nsecret_file = 1"), 0o600, ["name of a file"]),
+            (
+                APPLICATIONS.replace("public = true", 'public = "yes"\ncolour = 1').replace('"svc"', "5")
+                .replace('email_verified = true\nscopes = ["a:read"]', 'email_verified = 1\nscopes = ["b:read"]')
+                .replace('post_logout_uris = ["https://app.example/"]', 'post_logout_uris = "x"'), 0o600,
+                [
+                    "answers.toml:8: email_verified in [admin] must be true or false",
+                    "answers.toml:9: the scope 'b:read' in [admin] is one of no client",
+                    "answers.toml:12: public in [[client]] must be true or false",
+                    "answers.toml:13: unknown key 'colour' in [[client]]; it knows client_id, public,",
+                    "answers.toml:17: post_logout_uris in [[client]] must be a list of strings",
+                    "answers.toml:20: client_id in [[client]] must be a string",
+                ],
+            ),
+            (
+                APPLICATIONS.replace("https://app.example/cb", "http://app.example").replace('"svc-api"', '"a"\npublic = true')
+                .replace('"password"]', '"implicit"]').replace("127.0.0.1/cb", "127.0.0.1"), 0o600,
+                ["answers.toml:13: grants must be among authorization_code, password, refresh_token"],
+            ),
+            (
+                APPLICATIONS.replace('["https://app.example/cb", "', '["http://app.example", "a.b:/", "a.b:/", "')
+                .replace("https://app.example/\"", "//x\"").replace('"https://app.example"]', '"https://app.example/"]')
+                .replace('"svc"', '"web"'), 0o600,
+                [
+                    "answers.toml:15: 'http://app.example' in redirect_uris must be https",
+                    "answers.toml:15: 'a.b:/' in redirect_uris stands there twice",
+                    "answers.toml:16: '//x' in post_logout_uris must be an absolute URI",
+                    "answers.toml:17: 'https://app.example/' in cors_origins must be scheme, host and port",
+                    "answers.toml:19: the client_id 'web' stands there twice",
+                ],
+            ),
+            (
+                APPLICATIONS.replace("public = true", 'public = true\nsecret_file = "x"').replace('client_id = "svc"\n', ""),
+                0o600, [":13: a public client has no secret", ":19: client_id must not be empty: leave [[client]] out"],
+            ),
+            (
+                GOOD + 'cors_origins = ["https://app.example"]', 0o600,
+                ["answers.toml:11: 'https://app.example' in cors_origins is for public clients"],
+            ),
         ],
     )
     def test_what_is_wrong_is_said_and_nothing_is_made(self, tmp_path, content, mode, sentences):
@@ -605,7 +715,7 @@ class TestPowerCut:
                     work
                     or (
                         lambda: set_up(
-                            options, Answers("admin", "root@box.example", PASSWORD, client_id="app"), checkpoint
+                            options, Answers("admin", "root@box.example", PASSWORD, clients=[FirstClient("app")]), checkpoint
                         )
                     )
                 )()
@@ -685,7 +795,7 @@ class TestPowerCut:
             {"config": "mad.conf", "db-pass": "x"}, db_pass="a long phrase", argon2id_time=1, argon2id_memory=8192,
             argon2id_parallelism=1,
         )
-        set_up(options, Answers("admin", "root@box.example", PASSWORD, client_id="app"), beside)
+        set_up(options, Answers("admin", "root@box.example", PASSWORD, clients=[FirstClient("app")]), beside)
         assert all(status == 1 and "setting up" in said for _, status, said in refused) and len(refused) > 5
         log_in(tmp_path)
 

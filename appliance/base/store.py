@@ -668,6 +668,12 @@ class Store(Database):
                         self.connection.execute(statement)
                 self.connection.execute(f"PRAGMA user_version = {number:d}")
 
+    def seed(self, now: int) -> None:
+        """Insert the role and the scopes that every database has."""
+        self.insert(Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now))
+        for id, name, description in SEEDED_SCOPES:
+            self.insert(Scope(id, name, description, 1, 1, now, now))
+
     @staticmethod
     def make(path: str | os.PathLike, key: str, now: int) -> "Store":
         """Create a database at `path`, which must not exist, with the rows that every new one has."""
@@ -681,9 +687,7 @@ class Store(Database):
                 store.put_meta("created_at", now)
                 store.put_meta("instance_id", uuid.uuid4())
                 store.put_meta("revoked_before", 0)
-                store.insert(Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now))
-                for id, name, description in SEEDED_SCOPES:
-                    store.insert(Scope(id, name, description, 1, 1, now, now))
+                store.seed(now)
         except BaseException:
             store.close()
             raise
