@@ -2922,7 +2922,7 @@ class Login(msgspec.Struct):
 
 
 PROMPTS = ("none", "login", "consent", "select_account")
-RESPONSE_MODES = ("query", "form_post")
+RESPONSE_MODES = ("query", "fragment", "form_post")
 
 
 def validate_client(idp: Idp, params) -> tuple[Client, str]:
@@ -4547,7 +4547,7 @@ def answer_client(
 ):
     """Send a browser back to its client, with `state` and `iss`.
 
-    RFC 6749 §4.1.2, RFC 9207 §2, OAuth 2.0 Form Post Response Mode.
+    RFC 6749 §4.1.2, RFC 9207 §2, OAuth 2.0 Multiple Response Type Encoding Practices §2.1, Form Post Response Mode.
     """
     members = members | ({"state": state} if state is not None else {}) | {"iss": idp.options.auth_issuer}
     if response_mode == "form_post":
@@ -4555,7 +4555,8 @@ def answer_client(
             idp, params.environ, "form_post", target=redirect_uri, script="form_post.js", action=redirect_uri,
             members=members, cookies=cookies,
         )
-    separator = "&" if "?" in redirect_uri else "?"
+    # No registered URI has a fragment. RFC 6749 §3.1.2
+    separator = "#" if response_mode == "fragment" else "&" if "?" in redirect_uri else "?"
     return Redirect(redirect_uri + separator + urlencode(members, quote_via=quote), list(cookies))
 
 

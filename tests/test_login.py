@@ -370,7 +370,7 @@ class TestRequest:
             ({"response_type": None}, "invalid_request"), ({"response_type": "token"}, "unsupported_response_type"),
             ({"response_type": "code id_token"}, "unsupported_response_type"),
             ({"response_type": "none"}, "unsupported_response_type"),
-            ({"response_mode": "fragment"}, "invalid_request"), ({"request": "eyJ"}, "request_not_supported"),
+            ({"response_mode": "jwt"}, "invalid_request"), ({"request": "eyJ"}, "request_not_supported"),
             ({"request_uri": "https://x.example/"}, "request_uri_not_supported"),
             ({"registration": "{}"}, "registration_not_supported"), ({"code_challenge": None}, "invalid_request"),
             ({"code_challenge": None, "code_challenge_method": None}, "invalid_request"),
@@ -553,6 +553,21 @@ class TestRequest:
         assert b'document.getElementById("answer").submit' in browser("GET", "/pages/form_post.js").body
         refused = browser.open(request(response_mode="form_post", scope="nonsense"))
         assert browser.forms().forms[0]["fields"]["error"] == "invalid_scope" and refused.status == 200
+
+    @pytest.mark.parametrize("query", ["", "?mode=fragment"])
+    def test_fragment(self, auth, register, alice, browser, exchange, query):
+        """Single-page applications take the answer there unless told otherwise: keycloak-js, @azure/msal-browser."""
+        register(uris=[CALLBACK + query])
+        more = {"redirect_uri": CALLBACK + query, "response_mode": "fragment"}
+        location = sign_in(browser, request(**more)).headers["location"]
+        uri, _, answer = location.partition("#")
+        members = dict(parse_qsl(answer, strict_parsing=True))
+        assert uri == CALLBACK + query and members["state"] == "st&te" and members["iss"] == "https://idp.example"
+        assert exchange(members["code"], redirect_uri=CALLBACK + query).status == 200
+        refused = browser("GET", request(**more, scope="nonsense")).headers["location"]
+        assert refused.startswith(CALLBACK + query + "#error=invalid_scope&")
+        modes = auth.get("/.well-known/openid-configuration").json["response_modes_supported"]
+        assert modes == ["query", "fragment", "form_post"]
 
     def test_what_the_claims_parameter_asks_for_is_given(self, auth, spa, alice, browser, exchange):
         claims = json.dumps(
