@@ -4012,6 +4012,8 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         return headers
     headers += (
         ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"),
+        # Some clients always send credentials (keycloak-js). No route with `cors` reads a cookie.
+        ("Access-Control-Allow-Credentials", "true"),
     )
     if preflight:
         headers += (

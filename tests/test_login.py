@@ -2259,15 +2259,14 @@ class TestCors:
         assert (
             answer.headers["access-control-allow-origin"] == "https://app.example"
             and answer.headers["vary"] == "Origin"
-            and "access-control-allow-credentials" not in answer.headers
+            and answer.headers["access-control-allow-credentials"] == "true"
         )
         for other in (
             "https://evil.example", "https://app.example.evil.example", "null", "http://app.example",
             "https://app.example:8443", "",
         ):
-            assert (
-                "access-control-allow-origin"
-                not in auth(method, path, headers=[("Origin", other)]).headers
+            assert not {"access-control-allow-origin", "access-control-allow-credentials"} & set(
+                auth(method, path, headers=[("Origin", other)]).headers
                 | auth("OPTIONS", path, headers=[("Origin", other)]).headers
             )
 
@@ -2281,6 +2280,20 @@ class TestCors:
                 assert "access-control-allow-origin" not in auth(method, "/token", headers=[("Origin", other)]).headers
         m.delete_uri(idp, m.LOCAL.acting_as("test"), row.id, "cors_origin")
         assert "access-control-allow-origin" not in auth.post("/token", headers=[("Origin", origin)]).headers
+
+    @pytest.mark.parametrize(
+        "method, path", [("POST", "/token"), ("GET", "/userinfo"), ("POST", "/revoke"), ("GET", "/jwks.json")]
+    )
+    def test_what_is_read_with_credentials_does_not_depend_on_cookies(
+        self, auth, origin, alice, browser, method, path
+    ):
+        """keycloak-js fetches tokens with credentials, which a browser permits only where the answer does."""
+        sign_in(browser)
+        assert browser.cookies and browser("GET", "/account").status == 200
+        signed_in = browser(method, path, headers=[("Origin", "https://app.example")])
+        without = auth(method, path, headers=[("Origin", "https://app.example")])
+        assert signed_in.headers["access-control-allow-credentials"] == "true" and not signed_in.cookies
+        assert (signed_in.status, signed_in.body) == (without.status, without.body)
 
     @pytest.mark.parametrize("path", ["/authorize", "/login", "/introspect", "/account", "/users", "/me"])
     def test_nothing_else_is_shared(self, auth, origin, path):
