@@ -3993,6 +3993,9 @@ def log_origin(idp: Idp, environ, origin: str, known):
         )
 
 
+FIELD_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?: ?, ?[A-Za-z0-9!#$%&'*+.^_`|~-]+){0,31}")  # RFC 9110 §5.1
+
+
 def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
     """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3."""
     headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
@@ -4016,9 +4019,13 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         ("Access-Control-Allow-Credentials", "true"),
     )
     if preflight:
+        # Libraries and tracing add fields of their own (X-Okta-User-Agent-Extended, traceparent), ignored here:
+        # a registered origin may send any. They are echoed, because "*" covers no Authorization. Fetch Standard §3.3.3
+        asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
+        fields = asked if FIELD_NAMES.fullmatch(asked) else "Authorization, Content-Type"
         headers += (
-            ("Access-Control-Allow-Methods", "GET, POST"),
-            ("Access-Control-Allow-Headers", "Authorization, Content-Type"), ("Access-Control-Max-Age", "600"),
+            ("Access-Control-Allow-Methods", "GET, POST"), ("Access-Control-Allow-Headers", fields),
+            ("Access-Control-Max-Age", "600"),
         )
     return headers
 

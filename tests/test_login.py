@@ -2252,7 +2252,7 @@ class TestCors:
         assert (
             preflight.status == 204
             and preflight.headers["access-control-allow-origin"] == "https://app.example"
-            and "Authorization" in preflight.headers["access-control-allow-headers"]
+            and "authorization" in preflight.headers["access-control-allow-headers"].lower()
             and method in preflight.headers["access-control-allow-methods"]
         )
         answer = auth(method, path, headers=[("Origin", "https://app.example")])
@@ -2280,6 +2280,23 @@ class TestCors:
                 assert "access-control-allow-origin" not in auth(method, "/token", headers=[("Origin", other)]).headers
         m.delete_uri(idp, m.LOCAL.acting_as("test"), row.id, "cors_origin")
         assert "access-control-allow-origin" not in auth.post("/token", headers=[("Origin", origin)]).headers
+
+    @pytest.mark.parametrize(
+        "asked, allowed",
+        [
+            ("x-okta-user-agent-extended", None), ("authorization,baggage,content-type,sentry-trace,traceparent", None),
+            ("authorization, content-type", None), ("", "Authorization, Content-Type"),
+            ("a b", "Authorization, Content-Type"), ("a,", "Authorization, Content-Type"),
+            ("a" + ",a" * 32, "Authorization, Content-Type"), ("é", "Authorization, Content-Type"),
+        ],
+    )
+    def test_a_registered_origin_may_send_any_field(self, auth, origin, asked, allowed):
+        """okta-auth-js adds its own to every request, tracing in a browser others."""
+        fields = [("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", asked)]
+        preflight = auth("OPTIONS", "/token", headers=[("Origin", "https://app.example"), *fields])
+        assert preflight.headers["access-control-allow-headers"] == (allowed or asked)
+        other = auth("OPTIONS", "/token", headers=[("Origin", "https://evil.example"), *fields])
+        assert "access-control-allow-headers" not in other.headers
 
     @pytest.mark.parametrize(
         "method, path", [("POST", "/token"), ("GET", "/userinfo"), ("POST", "/revoke"), ("GET", "/jwks.json")]
