@@ -1762,6 +1762,8 @@ class TestPostedHints:
             elif case == "long":
                 location += "x" * 4000
             here = other if case == "of another browser" else browser
+            if here is other:
+                other.cookies |= {name: "x" * 43 for name in browser.cookies if "mad-hint" in name}
             if number:
                 here.cookies.pop("__Host-mad-session", None)
                 assert title(here.open(location)) == "Sign in", "it goes on without"
