@@ -75,7 +75,7 @@ def box(tmp_path_factory, application):
 
         def call(method, path, body=None):
             answer = box.admin(method, path, json_body=body, bearer=bearer)
-            assert answer.status == (201 if path.endswith("-uris") else 200), answer
+            assert answer.status == (201 if path.endswith(("-uris", "-origins")) else 200), answer
             return answer.json
 
         box.call_admin = call
@@ -89,6 +89,7 @@ def box(tmp_path_factory, application):
             )
             call("POST", f"/clients/{name}/redirect-uris", application.callback)
             call("POST", f"/clients/{name}/post-logout-redirect-uris", application.callback.replace("/cb", "/bye"))
+        call("POST", "/clients/web/cors-origins", application.callback.removesuffix("/cb"))
         call("POST", "/client/options/ENABLE_TOTP", {"client_id": "bank", "enabled": True})
         yield box
 
@@ -310,6 +311,24 @@ class TestJourneys:
         page = visit(response_mode="form_post")
         sign_in(page, person())
         assert arrived(page, application)["code"] and "?" not in page.url
+
+    def test_a_single_page_application_exchanges_the_code_of_the_fragment(self, box, visit, person, application):
+        """keycloak-js fetches with credentials, okta-auth-js with a header field of its own."""
+        page = visit(response_mode="fragment")
+        sign_in(page, person())
+        page.wait_for_url(application.callback + "#*")
+        form = {
+            "grant_type": "authorization_code", "client_id": "web", "redirect_uri": application.callback,
+            "code": dict(parse_qsl(urlsplit(page.url).fragment))["code"], "code_verifier": VERIFIER,
+        }
+        fetched = page.evaluate(
+            """async ([url, form]) => (await (await fetch(url, {
+                method: "POST", credentials: "include", body: new URLSearchParams(form),
+                headers: {"X-Okta-User-Agent-Extended": "okta-auth-js/7.14.3"},
+            })).json()).token_type""",
+            [f"http://127.0.0.1:{box.auth_port}/token", form],
+        )
+        assert fetched == "Bearer"
 
     def test_the_account_page(self, visit, person, application):
         page, name = visit(path="/account"), person()
