@@ -324,7 +324,7 @@ class TestJourneys:
         fetched = page.evaluate(
             """async ([url, form]) => (await (await fetch(url, {
                 method: "POST", credentials: "include", body: new URLSearchParams(form),
-                headers: {"X-Okta-User-Agent-Extended": "okta-auth-js/7.14.3"},
+                headers: {"X-Okta-User-Agent-Extended": "okta-auth-js/8.0.1"},
             })).json()).token_type""",
             [f"http://127.0.0.1:{box.auth_port}/token", form],
         )
