@@ -11,13 +11,14 @@ from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.database import PROBE_SECONDS
+from appliance.base.openapi import guard_name
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.base.keys import make_key
 
 PROTECTED = [
     (method, route.paths[0])
     for route in m.AUTH.routes
-    if route.guard not in (m.anyone, m.by_client, m.by_confidential_client)
+    if guard_name(route) not in ("anyone", "by_client_or_token", "by_confidential_client")
     for method in route.methods
 ]
 SCOPED = {path for route in m.AUTH.routes if getattr(route.guard, "scope", "") for path in route.paths}
