@@ -247,11 +247,11 @@ def bombs_of(client):
             request(
                 "POST", "/authorize", CODE + "id_token_hint=" + jwt(b'{"alg":"RS256","x":"' + b"y" * 40_000 + b'"}')
             ),
-            {400},
+            {200},  # a hint that cannot be verified is none
         ),
-        "a nested header in a hint": (request("POST", "/authorize", CODE + "id_token_hint=" + jwt(DEEP)), {400}),
+        "a nested header in a hint": (request("POST", "/authorize", CODE + "id_token_hint=" + jwt(DEEP)), {200}),
         "a nested hint at logout": (
-            request("POST", "/end-session", "id_token_hint=" + jwt(b'{"alg":"RS256","kid":"x"}', DEEP)), {200, 400},
+            request("POST", "/end-session", "id_token_hint=" + jwt(b'{"alg":"RS256","kid":"x"}', DEEP)), {303},
         ),
         "a huge bearer": (
             b"GET /me HTTP/1.1\r\nHost: box\r\nAuthorization: Bearer "
