@@ -1207,8 +1207,19 @@ def begin_totp(idp: Idp, caller: Caller, account: Account, seed="", qr_file="") 
     return seed
 
 
-def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
-    """Enable the pending seed by its first code. Raises invalid_grant with 403; failures count as at a login."""
+def record_totp_change(idp: Idp, caller: Caller, account: Account, action: str, revoke: bool):
+    """Audit a change of the second factor, and revoke everything issued to the user before if `revoke` is true."""
+    if revoke:
+        revoke_user(idp, caller, account.id, action)
+    else:
+        audit(idp, caller, action, account.id)
+
+
+def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str, revoke=True):
+    """Enable the pending seed by its first code. Raises invalid_grant with 403; failures count as at a login.
+
+    Unless the user does it in a session of its own, everything issued to the user before is revoked.
+    """
     if not account.totp_pending_sealed:
         reject(code="no second factor waits for its first code: generate one")
     now = idp.now()
@@ -1221,20 +1232,24 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str):
             assert time_step is not None
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
             idp.store.spend_totp_step(account.id, time_step)
+            record_totp_change(idp, caller, account, "totp_enabled", revoke)
         else:
             count_failed_code(idp, account)
-        audit(idp, caller, "totp_enabled", account.id, "", SUCCESS if is_confirmed else FAILURE)
+            audit(idp, caller, "totp_enabled", account.id, "", FAILURE)
     if not is_confirmed:
         raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
     remove_qr_files(idp)
 
 
-def disable_totp(idp: Idp, caller: Caller, account: Account):
-    """Remove the second factor of a user. Raises not_found if there is none."""
+def disable_totp(idp: Idp, caller: Caller, account: Account, revoke=True):
+    """Remove the second factor of a user. Raises not_found if there is none.
+
+    Unless the user does it in a session of its own, everything issued to the user before is revoked.
+    """
     with idp.store.transaction():
         if not idp.store.clear_totp(account.id, idp.now()):
             raise Problem("not_found", log="the user has no second factor")
-        audit(idp, caller, "disable_totp", account.id)
+        record_totp_change(idp, caller, account, "disable_totp", revoke)
     remove_qr_files(idp)
 
 
@@ -5299,14 +5314,14 @@ def begin_own_totp(idp, params, session, account):
 def confirm_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
-    confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip())
+    confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip(), revoke=False)
     recovery = make_recovery_codes(idp, params.caller, account.id)
     return show_account(idp, params, session, account, notice="totp_on", recovery=recovery)
 
 
 def disable_own_totp(idp, params, session, account):
     reauthenticate(idp, params, account)
-    disable_totp(idp, params.caller.acting_as(account.id), account)
+    disable_totp(idp, params.caller.acting_as(account.id), account, revoke=False)
     return show_account(idp, params, session, account, notice="totp_off")
 
 

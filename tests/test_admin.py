@@ -1172,6 +1172,22 @@ class TestTotp:
             and pyotp.parse_uri(made["otpauth_uri"]).name == "alice"
         )
 
+    def test_a_change_of_it_by_an_administrator_ends_what_the_user_has(self, idp, call, auth, service, alice, clock):
+        login = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+        session = m.begin_browser_session(idp, m.LOCAL, idp.store.find_account(alice.id), ["pwd"], idp.now(), None)
+        token = auth.post("/token", login, auth=service).json["access_token"]
+        clock.pass_(1)
+        seed = call("POST", "/users/alice/totp/enroll", {}).json["secret"]
+        assert auth.get("/me", bearer=token).status == 200, "not yet confirmed"
+        call("POST", "/users/alice/totp/verify", {"code": pyotp.TOTP(seed).at(idp.now())})
+        assert auth.get("/me", bearer=token).status == 401 and m.find_browser_session(idp, session) is None
+        clock.pass_(30)
+        code = pyotp.TOTP(seed).at(idp.now())
+        token = auth.post("/token", login | {"totp": code}, auth=service).json["access_token"]
+        clock.pass_(1)
+        assert call("POST", "/users/alice/disable-totp").status == 200
+        assert auth.get("/me", bearer=token).status == 401
+
     @pytest.mark.parametrize("path", ["/users/alice/disable-totp", "/users/alice/service/disable-totp"])
     def test_it_is_taken_away(self, idp, call, alice, service, give_totp, path):
         call("POST", "/client/options/ENABLE_TOTP", {"client_id": "service", "enabled": True})
