@@ -352,12 +352,13 @@ class Throttle:
 class Seal:
     """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them.
 
-    It also derives refresh tokens, with a key of their own that is stored nowhere.
+    It also derives refresh tokens and the tokens of login forms, each with a key of its own that is stored nowhere.
     """
 
     def __init__(self, key: bytes):
         self.cipher = AESGCM(key)
         self.successor_key = hmac.digest(key, b"refresh token successor", "sha256")
+        self.form_key = hmac.digest(key, b"login form", "sha256")
 
     def successor(self, refresh_token: str) -> str:
         """Return the refresh token that replaces another: 256 bits in base64url, the same at every call."""
@@ -2934,6 +2935,7 @@ class Login(msgspec.Struct):
     row: LoginTransaction
     request: AuthorizeRequest | None
     client: Client | None
+    binding: str = ""  # the secret of row.binding_sha256; empty if headless
 
 
 PROMPTS = ("none", "login", "consent", "select_account")
@@ -3205,19 +3207,18 @@ def begin_login(
     row = LoginTransaction(
         random_handle()[:22], binding_sha256, request.client_id if request else "", state,
         msgspec.json.encode(request).decode(), session.user_id if session else None, session.amr if session else "",
-        session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0,
-        new_sealed_seed(idp, session.user_id, state) if session else "",
+        session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0, "",
     )
     idp.store.insert(row)
     return row
 
 
-def load_login(idp: Idp, row: LoginTransaction) -> Login:
+def load_login(idp: Idp, row: LoginTransaction, binding="") -> Login:
     request = msgspec.json.decode(row.request, type=AuthorizeRequest | None)
     client = find_client(idp, row.client_id) if request else None
     if request and (client is None or not is_registered_uri(request.redirect_uri, client.redirect_uris)):
         raise Problem("not_found", log="the client of this login is gone, or its redirect URI")
-    return Login(row, request, client)
+    return Login(row, request, client, binding)
 
 
 def get_login(idp: Idp, id: str, binding: str | None) -> Login:
@@ -3225,16 +3226,33 @@ def get_login(idp: Idp, id: str, binding: str | None) -> Login:
     row = idp.store.find_login(id, sha256(binding), idp.now()) if binding and id and len(id) <= 100 else None
     if row is None or row.state == "done":
         raise Problem("not_found", log="no such login under way, or not in this browser")
-    return load_login(idp, row)
+    assert binding
+    return load_login(idp, row, binding)
 
 
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
     """Move a login to its next state and change columns. Raises conflict if another request has already moved it."""
     row = msgspec.structs.replace(login.row, state=state, pending=pending, **changes)
-    advanced = idp.store.advance_login(login.row.state, row, idp.now())
+    advanced = idp.store.advance_login(login.row, row, idp.now())
     if advanced is None:
         raise Problem("conflict", log="this step of the login was taken already")
-    return load_login(idp, advanced)
+    return load_login(idp, advanced, login.binding)
+
+
+def advance_proven(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
+    """Move a login on after a factor was verified, and bind it to a new secret unless it is headless.
+
+    Cookies ignore ports, and over http any page of the host can set them: whoever put the old secret into this browser
+    must not gain the login. The browser's other logins that wait for a password move to the new secret, so that they
+    can be continued in their tabs.
+    """
+    if not login.binding:
+        return advance(idp, login, state, pending, **changes)
+    binding = random_handle()
+    with idp.store.transaction():
+        advanced = advance(idp, login, state, pending, binding_sha256=sha256(binding), **changes)
+        idp.store.rebind_logins(login.row.binding_sha256, sha256(binding))
+    return msgspec.structs.replace(advanced, binding=binding)
 
 
 def count_failed_step(idp: Idp, login: Login):
@@ -3293,7 +3311,7 @@ def submit_password(idp: Idp, caller: Caller, login: Login, username: str, passw
     demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
     state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
     proven_ms = max(idp.now_ms(), account.revoked_before + 1)
-    return advance(
+    return advance_proven(
         idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
         proven_ms=proven_ms,
     )
@@ -3313,7 +3331,8 @@ def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
             count_failed_step(idp, login)
         raise
     auth_time = login.row.auth_time or idp.now()
-    return advance(idp, login, state_after_factors(idp, login, account), amr=" ".join(amr), auth_time=auth_time)
+    state = state_after_factors(idp, login, account)
+    return advance_proven(idp, login, state, amr=" ".join(amr), auth_time=auth_time)
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
@@ -3331,7 +3350,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         count_failed_code(idp, account)
         raise Problem("invalid_grant", status=403, log="wrong first code")
     with idp.store.transaction():
-        login = advance(idp, login, "codes", amr="pwd otp mfa")
+        login = advance_proven(idp, login, "codes", amr="pwd otp mfa")
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
         audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
@@ -3390,12 +3409,14 @@ def second_factor_missing(
 ) -> str:
     """Return the login state that obtains the second factor that is demanded and a session lacks, or "".
 
-    A client's flag makes a user without a second factor set one up; a request only asks for one that there is.
+    A client's flag makes a user without a second factor set one up; a request only asks for one that there is. A user
+    proves the password before enrolling: whoever has no more than the cookie of the session could otherwise enrol an
+    authenticator of its own, and lock the user out.
     """
     is_flagged = "ENABLE_TOTP" in client.flags
     if "mfa" in session.amr.split() or not (is_flagged or demands_second_factor(request)):
         return ""
-    return "totp" if account.totp_sealed else "enrol" if is_flagged else ""
+    return "totp" if account.totp_sealed else "password" if is_flagged else ""
 
 
 def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
@@ -4080,14 +4101,28 @@ def login_binding(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, LOGIN_COOKIE))
 
 
-def form_token(secret: str, purpose: str) -> str:
-    """Return a form's anti-CSRF token: an HMAC keyed with the cookie, so that another browser's form is refused."""
-    return b64url(hmac.digest(secret.encode(), purpose.encode(), "sha256")[:18])
+def form_token(key: bytes, purpose: str) -> str:
+    """Return a form's anti-CSRF token."""
+    return b64url(hmac.digest(key, purpose.encode(), "sha256")[:18])
 
 
-def check_form(params, secret: str | None, purpose: str):
-    """Raise access_denied unless the form carries the token of form_token()."""
-    if not secret or not hmac.compare_digest(form_token(secret, purpose), params.get("form") or ""):
+def session_form_token(handle: str | None) -> str:
+    """Return the token of the forms of a browser session, keyed with its cookie; "" without one."""
+    return form_token(handle.encode(), "session") if handle else ""
+
+
+def login_form_token(idp: Idp, row: LoginTransaction) -> str:
+    """Return the token of the form for a state of a login.
+
+    The box's own key makes it, because the login's secret may be renewed while the page waits in another tab. The
+    login itself is found by that secret alone.
+    """
+    return form_token(idp.seal.form_key, f"{row.id} {row.state}")
+
+
+def check_form(params, expected: str):
+    """Raise access_denied unless the form carries its token."""
+    if not expected or not hmac.compare_digest(expected.encode(), (params.get("form") or "").encode()):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
 
@@ -4537,7 +4572,7 @@ def log_browser_out(idp: Idp, params, location=""):
     """End the session of this browser, after checking the token of the form."""
     handle = session_handle(idp, params)
     if handle:
-        check_form(params, handle, "session")
+        check_form(params, session_form_token(handle))
     return finish_logout(idp, params, handle, location)
 
 
@@ -4555,7 +4590,7 @@ def logout_all(idp, claims, params):
     """End every login and session of this user, at every client."""
     if claims is None:
         session, _ = current_session(idp, params) or (None, None)
-        check_form(params, session_handle(idp, params), "session")
+        check_form(params, session_form_token(session_handle(idp, params)))
         if session:
             revoke_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
         return log_browser_out(idp, params)
@@ -4624,6 +4659,9 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
         raise Problem("consent_required")
     if "select_account" in request.prompt:
         return open_login(idp, params, request, "select")
+    if missing == "password":
+        request.login_hint = request.login_hint or account.username
+        return open_login(idp, params, request, "password")
     if missing or must_consent:
         return open_login(idp, params, request, missing or "consent", session)
     if must_confirm(idp, session, client, request):
@@ -4766,7 +4804,7 @@ def get_current_login(idp, params) -> Login:
 def posted_login(idp, params, *states) -> Login:
     """Return the login of a posted form. Raises access_denied without its token, conflict in another state."""
     login = get_current_login(idp, params)
-    check_form(params, login_binding(idp, params), f"{login.row.id} {login.row.state}")
+    check_form(params, login_form_token(idp, login.row))
     if login.row.state not in states:
         raise Problem("conflict", log="the form of another state")
     return login
@@ -4812,8 +4850,6 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
     """Return the page for the state of a login."""
     request, client, row = login.request, login.client, login.row
-    binding = login_binding(idp, params)
-    assert binding
     variables |= state_variables(idp, params, login)
     template = {
         "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
@@ -4822,7 +4858,7 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variab
     return show_page(
         idp, params.environ, template, status=status, error=error,
         ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "", tx=row.id,
-        form=form_token(binding, f"{row.id} {row.state}"),
+        form=login_form_token(idp, row),
         client=(client.row.display_name or client.client_id) if client else "",
         **({"username": request.login_hint if request else "", "recovery": []} | variables),
     )
@@ -4833,7 +4869,7 @@ def send_code(idp: Idp, params, login: Login, account: Account, handle: str | No
     request, client, row = login.request, login.client, login.row
     assert request and client
     # The cookie of the request still names the session that a new one replaced.
-    found = find_browser_session(idp, handle) if cookies else current_session(idp, params)
+    found = find_browser_session(idp, handle) if handle != session_handle(idp, params) else current_session(idp, params)
     session, _ = found or (None, None)
     browser = session.id_sha256 if session and session.user_id == account.id else ""
     target = request.redirect_uri, request.response_mode, request.state
@@ -4853,6 +4889,8 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     if account is not None:
         handle = begin_browser_session(idp, params.caller, account, row.amr.split(), row.auth_time, handle)
         cookies.append(make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration))
+    if login.binding != login_binding(idp, params):
+        cookies.append(make_cookie(idp, LOGIN_COOKIE, login.binding))
     if recovery:
         page = show_login(idp, params, login, recovery=recovery)
         page.headers.extend(("Set-Cookie", cookie) for cookie in cookies)
@@ -4967,14 +5005,13 @@ def login_select(idp, params):
         or session is None
         or account is None
         or not session_serves(idp, session, login.client, login.request)
+        or (missing := second_factor_missing(login.client, session, account, login.request)) == "password"
     ):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
-    missing = second_factor_missing(login.client, session, account, login.request)
-    state = missing or state_after_factors(idp, login, account)
     login = advance(
-        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr=session.amr,
+        idp, login, missing or state_after_factors(idp, login, account), user_id=account.id, amr=session.amr,
         auth_time=session.auth_time, proven_ms=session.created_ms,
     )
     return continue_login(idp, params, login)
@@ -5175,14 +5212,14 @@ def end_session(idp, params):
         if redirect:
             return redirect
     if account and params.get("form") is not None:
-        check_form(params, handle, "session")
+        check_form(params, session_form_token(handle))
     elif account and handle and not (hint and hint["sub"] == account.id):
         cookies = []
         if "id_token_hint" not in again and hints != Hints():
             again["hint_handle"], cookie = wait_with_hints(idp, params, hints)
             cookies.append(cookie)
         return show_page(
-            idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again=again,
+            idp, params.environ, "sign_out", username=account.username, form=session_form_token(handle), again=again,
             action="end-session", target=location, cookies=cookies, ui_locales=params.get("ui_locales") or "",
         )
     end_hinted_login(idp, params, hint, account)
@@ -5197,7 +5234,7 @@ def logout_page(idp, params):
     if account is None or handle is None:
         return show_page(idp, params.environ, "signed_out")
     return show_page(
-        idp, params.environ, "sign_out", username=account.username, form=form_token(handle, "session"), again={},
+        idp, params.environ, "sign_out", username=account.username, form=session_form_token(handle), again={},
         action="logout",
     )
 
@@ -5211,20 +5248,18 @@ def client_name(idp, client_id) -> str:
 
 
 def show_account(
-    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), cookies=()
+    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), seed="", cookies=()
 ) -> Page:
-    """Return the account page of a user, in a session of its browser."""
+    """Return the account page of a user, in a session of its browser.
+
+    The seed of a new second factor is shown in the answer to the password only, or a stolen session would show it.
+    """
     account = idp.store.find_account(account.id)  # read again: the handler may just have changed it
     handle = handle or session_handle(idp, params)
     assert account and handle
-    pending = (
-        idp.seal.open(account.totp_pending_sealed, account.id)
-        if account.totp_pending_sealed and not account.totp_sealed
-        else ""
-    )
     return show_page(
         idp, params.environ, "account", status=status, account=account,
-        form=form_token(handle, "session"), notice=notice, error=error,
+        form=session_form_token(handle), notice=notice, error=error,
         sessions=[
             (row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at))
             for row in idp.store.list_browser_sessions(account.id, idp.now())
@@ -5235,8 +5270,8 @@ def show_account(
             if family.expires_at > idp.now() and family.client_id != ADMIN_CLIENT
         ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
-        secret=pending,
-        qr=qr_uri(totp_uri(pending, account.username, box_name(idp.options))) if pending else "",
+        is_pending=bool(account.totp_pending_sealed), secret=seed,
+        qr=qr_uri(totp_uri(seed, account.username, box_name(idp.options))) if seed else "",
         cookies=cookies,
     )
 
@@ -5307,8 +5342,8 @@ def begin_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
     reauthenticate(idp, params, account)  # an unattended browser must not suffice to lock its owner out
-    begin_totp(idp, params.caller.acting_as(account.id), account)
-    return Redirect(f"{idp.options.auth_issuer}/account")
+    seed = begin_totp(idp, params.caller.acting_as(account.id), account)
+    return show_account(idp, params, session, account, seed=seed)
 
 
 def confirm_own_totp(idp, params, session, account):
@@ -5352,7 +5387,7 @@ def account_change(idp, params):
     session, account = current_session(idp, params) or (None, None)
     if session is None or account is None:
         return open_login(idp, params, None)
-    check_form(params, handle, "session")
+    check_form(params, session_form_token(handle))
     try:
         return (
             ACCOUNT_CHANGES[params.need("action")](idp, params, session, account)

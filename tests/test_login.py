@@ -1130,6 +1130,24 @@ class TestSecondFactor:
         SECRETS.add(seed)
         return seed
 
+    @pytest.mark.parametrize("prompt", ["", "select_account"])
+    def test_a_session_enrols_one_only_after_the_password(self, idp, register, spa, alice, browser, prompt):
+        register("bank", flags={"ENABLE_TOTP": ""})
+        sign_in(browser)
+        page = browser.open(request("bank", **({"prompt": prompt} if prompt else {})))
+        if prompt:
+            page = browser.submit(button=("choice", "same"))
+        assert title(page) == "Sign in" and b"secret" not in page.body
+        form = browser.forms().forms[0]["fields"]
+        assert form["username"] == ("" if prompt else "alice")
+        assert browser("POST", "/login/enrol", form | {"totp": "000000"}).status == 409
+        browser.open("/login?tx=" + form["tx"])
+        assert title(browser.submit(username="alice", password=PASSWORD)) == "Set up a second factor"
+        seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
+        SECRETS.add(seed)
+        assert title(browser.submit(totp=pyotp.TOTP(seed).at(idp.now()))) == "Recovery codes"
+        assert code_of(browser.submit()) and idp.store.find_account(alice.id).totp_sealed
+
     @pytest.mark.parametrize(
         "end",
         [
@@ -1306,6 +1324,53 @@ class TestAttacks:
         browser.open("/logout")
         browser.submit()
         assert browser("POST", "/totp", form | {"totp": code()}).status == 404
+
+    @pytest.mark.parametrize("factor", ["password", "totp", "enrol"])
+    def test_who_planted_the_cookie_of_a_login_does_not_gain_it(
+        self, idp, register, alice, browser, other, give_totp, clock, factor
+    ):
+        """Cookies ignore ports, and over http every page of the host can set them."""
+        register("third", is_first_party=False)
+        register("bank", flags={"ENABLE_TOTP": ""}, is_first_party=False)
+        code = second_factor(idp, alice, give_totp, clock) if factor == "totp" else None
+        other.open(request("bank" if factor == "enrol" else "third"))
+        page, planted = other.forms().forms[0]["fields"], other.cookies["__Host-mad-login"]
+        browser.cookies["__Host-mad-login"] = planted
+        browser.open("/login?tx=" + page["tx"])
+        browser.submit(username="alice", password=PASSWORD)
+        proven = [browser.cookies["__Host-mad-login"]]
+        if factor == "totp":
+            browser.submit(totp=code())
+            proven.append(browser.cookies["__Host-mad-login"])
+        if factor == "enrol":
+            seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
+            SECRETS.add(seed)
+            browser.submit(totp=pyotp.TOTP(seed).at(idp.now()))
+            proven.append(browser.cookies["__Host-mad-login"])
+        assert len({planted, *proven}) == 1 + len(proven), "a new secret after each factor"
+        for cookie in {planted, *proven[:-1]}:
+            other.cookies["__Host-mad-login"] = cookie
+            assert other("GET", "/login?tx=" + page["tx"]).status == 404
+        if factor == "enrol":
+            browser.submit()
+        assert code_of(browser.submit(button=("decision", "allow")))
+
+    def test_a_login_that_waits_for_a_second_factor_stays_with_its_secret(
+        self, idp, register, alice, new_user, browser, other, give_totp, clock
+    ):
+        register("third")
+        second_factor(idp, alice, give_totp, clock)
+        sign_in(browser, request("third"))
+        waiting, bound = browser.forms().forms[0]["fields"]["tx"], browser.cookies["__Host-mad-login"]
+        new_user("mallory")
+        other.open(request("third"))
+        mallory = other.forms().forms[0]["fields"]
+        other.cookies["__Host-mad-login"] = bound
+        assert other("POST", "/login", mallory | {"username": "mallory", "password": PASSWORD}).status == 404
+        other.open(request("third", state="two"))
+        assert code_of(other.submit(username="mallory", password=PASSWORD))
+        assert other("GET", "/login?tx=" + waiting).status == 404
+        assert browser("GET", "/login?tx=" + waiting).status == 200
 
     def test_no_session_is_fixed(self, idp, spa, alice, browser):
         browser.cookies["__Host-mad-session"] = browser.cookies["__Host-mad-login"] = "a" * 43
@@ -2368,6 +2433,20 @@ class TestAccount:
             for number, form in enumerate(browser.forms().forms)
             if form["fields"].get("action") == action or ("action", action) in form["buttons"]
         )
+
+    def test_a_session_alone_does_not_see_the_seed_of_a_new_second_factor(self, idp, spa, alice, browser, clock):
+        sign_in(browser)
+        browser.open("/account")
+        page = browser.submit(self.form(browser, "begin_totp"), password=PASSWORD)
+        seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', page.body)[1].decode().replace(" ", "")
+        SECRETS.add(seed)
+        page = browser.open("/account")
+        assert b'class="secret"' not in page.body and b"<svg" not in page.body and b"data:image" not in page.body
+        page = browser.submit(self.form(browser, "confirm_totp"), totp="000000")
+        assert page.status == 403 and b'class="secret"' not in page.body
+        assert browser.submit(self.form(browser, "begin_totp"), password="wrong").status == 403
+        page = browser.submit(self.form(browser, "confirm_totp"), totp=pyotp.TOTP(seed).at(idp.now()))
+        assert page.status == 200 and idp.store.find_account(alice.id).totp_sealed
 
     def test_sessions_and_logins_are_ended(self, auth, spa, alice, browser, other, exchange):
         bought = exchange(code_of(sign_in(browser))).json

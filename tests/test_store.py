@@ -354,9 +354,9 @@ class TestCounting:
         store = idp.store
         read = store.insert(LoginTransaction("l", "b", "c", "password", "null", None, "", 0, 0, 1, 100, 0, ""))
         totp = msgspec.structs.replace(read, state="totp", user_id=alice.id, amr="pwd", auth_time=5, proven_ms=5)
-        assert store.advance_login("password", totp, 100) is None, "it has expired"
-        assert store.advance_login("password", totp, 99) == totp
-        assert store.advance_login("password", totp, 99) is None
+        assert store.advance_login(read, totp, 100) is None, "it has expired"
+        assert store.advance_login(read, totp, 99) == totp
+        assert store.advance_login(read, totp, 99) is None
         for failures in (1, 2, 3):
             assert store.find_login("l", "b", 99).failures == failures - 1
             store.count_failed_step("l", 3)

@@ -1580,19 +1580,31 @@ class Store(Database):
             binding_sha256=binding_sha256, now=now,
         )
 
-    def advance_login(self, state: str, login: LoginTransaction, now: int) -> LoginTransaction | None:
-        """Write a login that was read in `state`. Return it, or None if another request has advanced it since."""
+    def advance_login(self, was: LoginTransaction, login: LoginTransaction, now: int) -> LoginTransaction | None:
+        """Write a login that was read as `was`. Return it, or None if another request has advanced it since."""
         return self.one(
             LoginTransaction,
             """
             UPDATE login_transaction
                SET state = :state, user_id = :user_id, amr = :amr, auth_time = :auth_time, proven_ms = :proven_ms,
-                   pending = :pending
-             WHERE id = :id AND binding_sha256 = :binding_sha256 AND state = :was AND expires_at > :now
+                   pending = :pending, binding_sha256 = :binding_sha256
+             WHERE id = :id AND binding_sha256 = :was_bound_to AND state = :was AND expires_at > :now
             RETURNING *
             """,
-            id=login.id, binding_sha256=login.binding_sha256, was=state, state=login.state, user_id=login.user_id,
-            amr=login.amr, auth_time=login.auth_time, proven_ms=login.proven_ms, pending=login.pending, now=now,
+            id=login.id, binding_sha256=login.binding_sha256, was_bound_to=was.binding_sha256, was=was.state,
+            state=login.state, user_id=login.user_id, amr=login.amr, auth_time=login.auth_time,
+            proven_ms=login.proven_ms, pending=login.pending, now=now,
+        )
+
+    def rebind_logins(self, old_sha256: str, new_sha256: str) -> None:
+        """Bind the logins of a browser in which nothing has been proven yet to another secret."""
+        self.run(
+            """
+            UPDATE login_transaction
+               SET binding_sha256 = :new_sha256
+             WHERE binding_sha256 = :old_sha256 AND user_id IS NULL AND state IN ('select', 'password')
+            """,
+            old_sha256=old_sha256, new_sha256=new_sha256,
         )
 
     def count_failed_step(self, id: str, most: int) -> None:
