@@ -929,13 +929,16 @@ class MadClient(ApiClient):
 
     # -- roles --
 
-    def create_role(self, name: str, description: str = "") -> dict:
+    def create_role(self, name: str, description: str = "", is_privileged: bool | None = None) -> dict:
         """POST /roles. Return the new Role."""
-        return self.request("POST", "/roles", json={"name": name, "description": description})
+        members = _without_none(name=name, description=description, is_privileged=is_privileged)
+        return self.request("POST", "/roles", json=members)
 
-    def update_role(self, id: str, name: str | None = None, description: str | None = None) -> dict:
+    def update_role(self, id: str, name: str | None = None, description: str | None = None,
+                    is_privileged: bool | None = None) -> dict:
         """PUT /roles/{id}. Return Role. A member that is None stays unchanged."""
-        return self.request("PUT", _path("roles", id), json=_without_none(name=name, description=description))
+        members = _without_none(name=name, description=description, is_privileged=is_privileged)
+        return self.request("PUT", _path("roles", id), json=members)
 
     @paged_list(*SEARCH_PARAMS)
     def list_roles(self, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
@@ -2810,6 +2813,8 @@ SCOPE_IDS = Option("scope-id", "the scopes, one or more", "list", required=True,
 CLIENT_ID = Option("client-id", "the client", required=True, collection="clients")
 NAME = Option("name", "its name", required=True)
 DESCRIPTION = Option("description", "what it is for", metavar="TEXT")
+PRIVILEGED = Option("privileged", "who acts by a delegated scope reaches no user with this role, unless it has it too",
+                    "flag", dest="is_privileged")
 NEW_NAME = Option("name", "its new name")
 FLAG = Option("flag", "ENABLE_TOTP, TOTP_ISSUER, TOKEN_EXPIRATION, REFRESH_TOKEN_EXPIRATION, SESSION_BASED_AUTH "
               "or SESSION_BASED_MAX_AGE", required=True)
@@ -2854,7 +2859,7 @@ NEW_SECRET = Option("secret", "better from stdin: an argument is visible to ever
 
 USER_FIELDS = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until",
                      "created_at")
-ROLE_FIELDS = fields("id", "name", "description", "is_protected")
+ROLE_FIELDS = fields("id", "name", "description", "is_protected", "is_privileged")
 ROLE_TABLE = table("roles", "id", "name", "is_protected", "description")
 PERMISSION_TABLE = table("permissions", "id", "name")
 SCOPE_FIELDS = fields("id", "name", "description=desc", "created_at", "is_active")
@@ -3021,10 +3026,10 @@ COMMANDS = (
             (USER_ID, OPTIONAL_CLIENT_ID), render_message, "mad user disable-totp --user-id bob", confirm_by=""),
 
     # -- role --
-    Command("role create", "create a role", MadClient.create_role, (NAME, DESCRIPTION),
+    Command("role create", "create a role", MadClient.create_role, (NAME, DESCRIPTION, PRIVILEGED),
             line_template("created role {name} with id {id}"), "mad role create --name Operator"),
-    Command("role update", "change a role", MadClient.update_role, (ID_OF_ROLE, NEW_NAME, DESCRIPTION), ROLE_FIELDS,
-            "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
+    Command("role update", "change a role", MadClient.update_role, (ID_OF_ROLE, NEW_NAME, DESCRIPTION, PRIVILEGED),
+            ROLE_FIELDS, "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
     Command("role list", "list the roles", MadClient.list_roles, (), ROLE_TABLE, "mad role list"),
     Command("role get", "show a role", MadClient.get_role, (ID_OF_ROLE,), ROLE_FIELDS, "mad role get --id Operator"),
     Command("role delete", "delete a role", MadClient.delete_role, (ID_OF_ROLE,), render_message,

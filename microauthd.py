@@ -68,17 +68,18 @@ from appliance.base.store import (
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
-    AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject, AuditVerdict,
-    AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess, ClientObject,
-    CodeForm, ConfirmTotp, ConsentForm, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser,
-    EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GenerateTotp, HeadlessCodeForm, HeadlessLastForm,
-    HeadlessPasswordForm, Health, IdpObject, Introspection, Jwks, ListAudit, ListClients, ListNamed, ListRoles,
-    ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, OAuthError, OfClient, Paged,
-    PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp,
-    RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, ScopeMember, ScopeObject,
-    SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StepForm, TokenForm,
-    TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient, UpdatePermission, UpdateRole,
-    UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
+    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
+    ClientObject, CodeForm, ConfirmTotp, ConsentForm, CreateClient, CreatePermission, CreateRole, CreateScope,
+    CreateUser, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GenerateTotp, HeadlessCodeForm,
+    HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject, Introspection, Jwks, ListAudit,
+    ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg,
+    NameRef, OAuthError, OfClient, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep,
+    ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
+    RoleRef, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout,
+    SetRoles, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient,
+    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp,
+    Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -466,16 +467,37 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
 # Key rings, JWKS, minting and verifying JWTs. RFC 7515, 7517, 7519.
 
 ENCODE = msgspec.json.Encoder().encode
+TOKEN_LIMIT = 8192  # octets of a token, on every endpoint: proxies in front take header fields of 8 KB, hardly more
+CLAIMS_LIMIT = 4096  # octets of a token's claims above which it names no roles: it has some 5,900 octets with them
+ROLE_CLAIMS = ("role", "roles", "groups")
 
 
-def verify_signature(key: PublicKey, token: str) -> dict:
-    """Return the claims of a compact JWS that a key signed, whose header was compared. Raises invalid_token."""
+def fit_claims(claims: dict) -> dict:
+    """Return the claims of a token, without the roles if all together would have more than CLAIMS_LIMIT octets.
+
+    `roles_omitted` then says so, and introspection and userinfo return them.
+    """
+    if len(ENCODE(claims)) <= CLAIMS_LIMIT or not any(claims.get(name) for name in ROLE_CLAIMS):
+        return claims
+    return {name: value for name, value in claims.items() if name not in ROLE_CLAIMS} | {"roles_omitted": True}
+
+
+def verify_signature(key: PublicKey, token: str, shape: type[msgspec.Struct]) -> dict:
+    """Return the claims of a compact JWS that a key signed, whose header was compared. Raises invalid_token.
+
+    `shape` declares the types of the claims that are read without another check.
+    """
     message, _, signature = token.rpartition(".")
     try:
         key.verify(unb64url(signature), message.encode())
-        return msgspec.json.decode(unb64url(message.partition(".")[2]))
     except (InvalidSignature, ValueError, binascii.Error):
         raise Problem("invalid_token", log="the signature is wrong") from None
+    try:
+        claims = msgspec.json.decode(unb64url(message.partition(".")[2]))
+        msgspec.convert(claims, shape)
+    except (ValueError, binascii.Error, RecursionError) as error:
+        raise Problem("invalid_token", log=f"malformed claims: {error}"[:300]) from None
+    return claims
 
 
 class KeyRing:
@@ -498,9 +520,12 @@ class KeyRing:
         return msgspec.json.encode({"keys": [key.public_jwk() for key in self.keys]})
 
     def mint(self, key: Key, typ: str, claims: dict) -> str:
-        """Return a compact JWS. RFC 7515 §3.1."""
+        """Return a compact JWS. Raises invalid_scope if it were too large for verify(). RFC 7515 §3.1."""
         message = self.headers[key.kid, typ] + b"." + b64url_bytes(ENCODE(claims))
-        return (message + b"." + b64url_bytes(key.sign(message))).decode()
+        token = message + b"." + b64url_bytes(key.sign(message))
+        if len(token) > TOKEN_LIMIT:
+            raise Problem("invalid_scope", log=f"a token of {len(token)} octets, above {TOKEN_LIMIT}: too many scopes")
+        return token.decode()
 
     def verify(self, token: str, typ: str) -> dict:
         """Return the claims of a token that a key of this ring signed as this type; it may be expired or revoked.
@@ -510,9 +535,9 @@ class KeyRing:
         known = self.verified.get(token)
         if known is None:
             key, signed_as = self.by_header.get(token.partition(".")[0], (None, None))
-            if key is None or len(token) > 8192:
+            if key is None or signed_as is None or len(token) > TOKEN_LIMIT:
                 raise Problem("invalid_token", log="not signed by a key of this port")
-            known = (signed_as, verify_signature(key, token))
+            known = (signed_as, verify_signature(key, token, AccessClaims if signed_as == AT_JWT else IdTokenClaims))
             if len(self.verified) >= 1024:  # 2.5 KB each, in every process
                 self.verified = {}
             self.verified[token] = known
@@ -754,6 +779,14 @@ def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: N
 
 def is_admin(idp: Idp, user_id: str) -> bool:
     return idp.store.has_role(user_id, MAD_ADMIN_ROLE_ID)
+
+
+def role_claims(idp: Idp, user_id: str, scope: str) -> dict:
+    """Return the claims of an access token that name the roles of a user. RFC 9068 §2.2.3.1."""
+    roles = idp.store.list_roles_of(user_id)
+    names = [role.name for role in roles]
+    groups = {"groups": names} if "groups" in scope.split() else {}
+    return {"role": [role.id for role in roles], "roles": names} | groups
 
 
 def is_last_admin(idp: Idp, user_id: str) -> bool:
@@ -1044,21 +1077,36 @@ def read_lockout(idp: Idp, value: str | int | None) -> int:
     return until
 
 
-def refuse_admins(idp: Idp, user_id: str):
-    """Raise access_denied for an administrator, whom only another administrator may change."""
-    if is_admin(idp, user_id):
-        raise Problem("access_denied", log="the user is an administrator")
+def administrative(scopes) -> set[str]:
+    return {scope for scope in scopes if scope.startswith("admin:")}
 
 
-def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, excluding_admins=False) -> Account:
+def rights_of_user(idp: Idp, user_id: str) -> set[str]:
+    """Return the rights by which a user could act on others: names of `admin:` scopes, ids of privileged roles."""
+    scopes = {scope.name for scope in idp.store.list_scopes_of_user(user_id)}
+    return administrative(scopes) | {role.id for role in idp.store.list_roles_of(user_id) if role.is_privileged}
+
+
+def check_within_rights(idp: Idp, user_id: str, rights: set[str] | None):
+    """Raise access_denied if a user has a right that its caller, who acts by a delegated scope, lacks.
+
+    The caller could otherwise set the user's password, log in with it and gain that right. `rights` None stands for an
+    administrator at ADMIN, who may change everybody. MadAdmin is a privileged role that no delegated scope reaches.
+    """
+    excess = set() if rights is None else rights_of_user(idp, user_id) - rights
+    if excess:
+        reason = "the user has rights that the caller lacks: " + " ".join(sorted(excess))
+        raise Problem("access_denied", log=reason[:300])
+
+
+def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, rights: set[str] | None = None) -> Account:
     """Activate a user, or deactivate one and revoke everything issued to it.
 
-    Raises unchanged, last_administrator, or with `excluding_admins` access_denied.
+    Raises unchanged, last_administrator, or access_denied as check_within_rights() does.
     """
     with idp.store.transaction():
         account = get_user(idp, id)
-        if excluding_admins:
-            refuse_admins(idp, account.id)
+        check_within_rights(idp, account.id, rights)
         if bool(account.is_active) == is_active:
             raise Problem("unchanged")
         if is_active:
@@ -1160,15 +1208,17 @@ def verify_email(idp: Idp, caller: Caller, id: str):
         audit(idp, caller, "user_email_verified", account.id)
 
 
-def reset_password(idp: Idp, caller: Caller, id: str, password: str, excluding_admins=False):
-    """Set the password of a user and revoke everything issued to it."""
+def reset_password(idp: Idp, caller: Caller, id: str, password: str, rights: set[str] | None = None):
+    """Set the password of a user and revoke everything issued to it.
+
+    Raises access_denied as check_within_rights() does.
+    """
     account = get_user(idp, id)
     reject(new_password=check_new_password(idp.options, password, account.username, account.email))
     password_hash = hash_password(idp, password)
     with idp.store.transaction():
         account = get_user(idp, account.id)
-        if excluding_admins:
-            refuse_admins(idp, account.id)
+        check_within_rights(idp, account.id, rights)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
         revoke_user(idp, caller, account.id, "user_password_reset")
 
@@ -1286,7 +1336,8 @@ def create_role(idp: Idp, caller: Caller, new_role: CreateRole) -> Role:
     reject(name=check_name(name), description=check_label(description))
     try:
         with idp.store.transaction():
-            role = idp.store.add_role(str(uuid.uuid4()), name, description, idp.now())
+            is_privileged = bool(new_role.is_privileged)
+            role = idp.store.add_role(str(uuid.uuid4()), name, description, is_privileged, idp.now())
             audit(idp, caller, "role_created", name, role.id)
     except Conflict:
         raise Problem("conflict") from None
@@ -1307,7 +1358,10 @@ def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
             role = get_role(idp, id)
             if role.is_protected and (name not in (None, role.name) or description not in (None, role.description)):
                 raise Problem("protected")
-            changed = idp.store.update_role(role.id, name, description, idp.now())
+            is_privileged = change.is_privileged if isinstance(change.is_privileged, bool) else None
+            if role.is_protected and is_privileged is False:
+                raise Problem("protected")
+            changed = idp.store.update_role(role.id, name, description, is_privileged, idp.now())
             assert changed
             audit(idp, caller, "role_updated", changed.id, changed.name)
     except Conflict:
@@ -2192,8 +2246,10 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
     """
     claims = ring.verify(token, AT_JWT)
     now = idp.now()
-    if claims["iss"] != issuer or claims["exp"] <= now or claims["iat"] > now + IAT_SKEW:
+    if claims["iss"] != issuer or claims["exp"] <= now or max(claims["iat"], claims.get("nbf", 0)) > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
+    if claims["mad"] == "auth" and not claims.get("client_id"):
+        raise Problem("invalid_token", log="a token of AUTH without client_id")
     issued_ms = jti_ms(claims["jti"])
     check_revocation = check_revocation or idp.options.enable_token_revocation or ring is idp.admin_ring
     if issued_ms <= idp.revoked_before or (check_revocation and idp.store.is_revoked(claims["jti"])):
@@ -2464,6 +2520,8 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
         return introspect_refresh_token(idp, client, token) or inactive
     if claims["client_id"] != client.client_id and not client.row.may_introspect:
         return inactive
+    if claims.get("roles_omitted"):
+        claims = claims | role_claims(idp, claims["sub"], claims.get("scope", ""))
     return {"active": True, "token_type": "Bearer", **claims}
 
 
@@ -2533,6 +2591,13 @@ def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> boo
     )
 
 
+def scopes_left(idp: Idp, client: Client, account: Account, granted: str) -> frozenset:
+    """Return the scopes of a login or code without those that client or user lost since it was granted."""
+    scopes = frozenset(granted.split())
+    allowed = client.scopes & scopes_of_user(idp, account.id)
+    return scopes & (allowed | frozenset(OIDC_SCOPES if OPENID in scopes else ()))
+
+
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2."""
     refresh_token = read_refresh_token(params) or params.need("refresh_token")
@@ -2551,10 +2616,8 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
     assert account
-    # A refresh grants the scopes of the login, minus those that client or user lost since. The request may narrow them.
-    granted = frozenset(family.scope.split())
-    allowed = client.scopes & scopes_of_user(idp, account.id) | frozenset(OIDC_SCOPES if OPENID in granted else ())
-    scope = decide_scopes(params.get("scope"), granted & allowed)
+    # The request may narrow what is left of the login's scopes.
+    scope = decide_scopes(params.get("scope"), scopes_left(idp, client, account, family.scope))
     return Granted(
         scope, "refresh", account, family.amr.split(), family.auth_time, "", family, token_sha256, successor
     )
@@ -2611,16 +2674,22 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         "expired" if code.expires_at <= now
         else "another redirect_uri: " + describe_unregistered(params.get("redirect_uri") or "", [code.redirect_uri])
         if params.get("redirect_uri") != code.redirect_uri
+        else "its redirect_uri is not registered any more"
+        if not is_registered_uri(code.redirect_uri, client.redirect_uris)
         else check_verifier(code, params.get("code_verifier"))
         or ("its user is gone, inactive or was revoked" if not is_still_valid(account, code.issued_ms) else "")
         or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
+    # Rights that client or user lost since the code was issued do not arrive.
+    scope = " ".join(sorted(scopes_left(idp, client, account, code.scope))) if account else ""
+    if not fault and code.scope and not scope:
+        fault = "client or user lost all of its scopes"
     if fault:
         if idp.store.spend_code(code_sha256, client.client_id, now) is None:
             end_code(idp, params.caller, code)
         raise Problem("invalid_grant", log=f"code: {fault}")
-    return Granted(code.scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
+    return Granted(scope, "code", account, code.amr.split(), code.auth_time, code.nonce, code=code)
 
 
 GRANTS = {
@@ -2759,7 +2828,7 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     }
     if granted.nonce:
         claims["nonce"] = granted.nonce
-    return idp.auth_ring.mint(key, JWT, claims)
+    return idp.auth_ring.mint(key, JWT, fit_claims(claims))
 
 
 def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
@@ -2803,7 +2872,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
     account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
     assert account
     claims, answer = draft_token(idp, client, granted, ms)
-    jti, now, roles = claims["jti"], claims["iat"], idp.store.list_roles_of(account.id)
+    jti, now, roles = claims["jti"], claims["iat"], role_claims(idp, account.id, granted.scope)
     with idp.store.transaction():
         # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
         check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
@@ -2826,12 +2895,9 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
             # code or refresh token and got no token.
             claims |= {
                 "username": account.username, "preferred_username": account.username, "amr": granted.amr,
-                "auth_time": granted.auth_time, "sid": family.sid, "role": [role.id for role in roles],
-                "roles": [role.name for role in roles],
+                "auth_time": granted.auth_time, "sid": family.sid, **roles,
             }
-            if "groups" in granted.scope.split():
-                claims["groups"] = claims["roles"]  # RFC 9068 §2.2.3.1
-            answer["access_token"] = mint_access_token(idp, client, claims)
+            answer["access_token"] = mint_access_token(idp, client, fit_claims(claims))
             if refresh_token:
                 answer["refresh_token"] = refresh_token
             if OPENID in granted.scope.split():
@@ -2851,7 +2917,7 @@ def issue(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
 def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id: str) -> dict:
     """Begin a login at ADMIN and return its token response. `client_id` is recorded, not checked."""
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
-    jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, idp.store.list_roles_of(account.id)
+    jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, role_claims(idp, account.id, "")
     family = Family(
         random_handle()[:22], account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
     )
@@ -2869,13 +2935,12 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
         "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now,
         "exp": now + lifetime, "jti": jti, "mad": "admin", "token_use": "access", "username": account.username,
         "preferred_username": account.username, "email": account.email, "email_verified": bool(account.email_verified),
-        "amr": amr, "auth_time": now, "sid": family.sid, "role": [role.id for role in roles],
-        "roles": [role.name for role in roles],
+        "amr": amr, "auth_time": now, "sid": family.sid, **roles,
     }
     ring = idp.admin_ring
     return {
-        "access_token": ring.mint(ring.access, AT_JWT, claims), "token_type": "Bearer", "expires_in": lifetime,
-        "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
+        "access_token": ring.mint(ring.access, AT_JWT, fit_claims(claims)), "token_type": "Bearer",
+        "expires_in": lifetime, "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
     }
 
 
@@ -2983,7 +3048,7 @@ def verify_hint(idp: Idp, token: str) -> dict:
         retired = idp.store.find_retired_key(token.partition(".")[0], idp.now()) if len(token) <= 8192 else None
         if retired is None:
             raise
-    return verify_signature(PublicKey.from_pem(retired.public_key), token)
+    return verify_signature(PublicKey.from_pem(retired.public_key), token, IdTokenClaims)
 
 
 def read_hints(idp: Idp, caller: Caller, token: str | None, login_hint="") -> Hints:
@@ -3814,13 +3879,28 @@ def current_scopes(idp, claims) -> frozenset:
     return scopes if claims["sub"] == claims["client_id"] else scopes & scopes_of_user(idp, claims["sub"])
 
 
+def usable_scopes(idp: Idp, claims: dict) -> set[str]:
+    """Return the scopes that a token carries, seeded ones by name or id, and that its subject still has."""
+    names = {id: name for id, name, _ in SEEDED_SCOPES}
+    return {names.get(scope, scope) for scope in claims.get("scope", "").split()} & current_scopes(idp, claims)
+
+
+def delegated_rights(idp: Idp, claims: dict) -> set[str]:
+    """Return the rights of whoever acts by a delegated scope: the token's own, and its user's privileged roles.
+
+    A token with few of its user's scopes must not reach a user who has more of them. MadAdmin never counts: an
+    administrator acts as such at ADMIN.
+    """
+    roles = {role.id for role in idp.store.list_roles_of(claims["sub"]) if role.is_privileged} - {MAD_ADMIN_ROLE_ID}
+    return administrative(usable_scopes(idp, claims)) | roles
+
+
 def by_scope(name):
     """Return a guard that demands a seeded scope: in the token, by name or id, and still granted to its subject."""
-    (id,) = (id for id, seeded, _ in SEEDED_SCOPES if seeded == name)
 
     def guard(idp, params) -> dict:
         claims = read_claims(idp, idp.auth_ring, idp.options.auth_issuer, params)
-        if not {name, id} & set(claims.get("scope", "").split()) or name not in current_scopes(idp, claims):
+        if name not in usable_scopes(idp, claims):
             raise insufficient_scope(name)
         return claims
 
@@ -4495,6 +4575,7 @@ def userinfo(idp, claims, params):
     """Return the claims about the user that the scope of the token covers."""
     family = idp.store.find_family(claims["sid"])
     also = requested_claims(family.claims, "userinfo") if family else ()
+    also += ("roles",) if claims.get("roles_omitted") else ()
     return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
 
 
@@ -4502,6 +4583,8 @@ def userinfo(idp, claims, params):
 def me(idp, claims, params):
     """Return the subject, roles and scopes of the token."""
     account = idp.store.find_account(claims["sub"])
+    if claims.get("roles_omitted"):
+        claims = claims | role_claims(idp, claims["sub"], "")
     return {
         "sub": claims["sub"], "email": account.email if account else None, "roles": claims.get("role", []),
         "role_names": claims.get("roles", []), "scopes": claims.get("scope", "").split(),
@@ -5429,18 +5512,18 @@ def scoped_get_user(idp, claims, params):
 
 @AUTH("POST", "/user/<id>/reset", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=ResetPassword, gives=Msg)
 def scoped_reset_password(idp, claims, params):
-    """Set a new password for a user who is not an administrator."""
+    """Set a new password for a user who has no administrative right that the caller lacks."""
     reset_password(
         idp, params.caller, params.path["id"], params.body.new_password or params.body.password,
-        excluding_admins=True,
+        delegated_rights(idp, claims),
     )
     return msg("Password reset; every login of the user is ended.")
 
 
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
-    """Deactivate a user who is not an administrator, and end every login of the user."""
-    set_user_active(idp, params.caller, params.path["id"], False, excluding_admins=True)
+    """Deactivate a user who has no administrative right that the caller lacks, and end every login of the user."""
+    set_user_active(idp, params.caller, params.path["id"], False, delegated_rights(idp, claims))
     return msg("User deactivated.")
 
 
@@ -5771,7 +5854,9 @@ def admin_disable_client_totp(idp, claims, params):
 
 
 def role_object(role: Role) -> RoleObject:
-    return RoleObject(role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active))
+    return RoleObject(
+        role.id, role.name, role.description, bool(role.is_protected), bool(role.is_active), bool(role.is_privileged)
+    )
 
 
 declare_resource(

@@ -45,7 +45,10 @@ PASSWORD = "correct horse battery"
 DATABASE_KEY = derive_key("a database phrase", bytes(range(16)))
 CHEAP = {"argon2id_memory": 64, "argon2id_time": 1, "argon2id_parallelism": 1}
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
-CLAIMS = {"iss": "https://idp.example", "sub": "s", "aud": "api", "exp": 4102444800, "iat": 1, "jti": "0" * 32}
+CLAIMS = {
+    "iss": "https://idp.example", "sub": "s", "aud": "api", "exp": 4102444800, "iat": 1, "jti": "0" * 32,
+    "client_id": "s", "mad": "auth", "token_use": "access",
+}
 DAY = 86400
 YEARS = 10 * 365 * DAY
 NOON = RELEASED_AT + 50_000.0

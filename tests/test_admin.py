@@ -733,6 +733,7 @@ class TestRoles:
         role = call("POST", "/roles", {"name": " Ops ", "description": None}).json
         assert role == {
             "id": role["id"], "name": "Ops", "description": "", "is_protected": False, "is_active": True,
+            "is_privileged": False,
         } and actions() == ["role_created"]
         assert (
             call("GET", "/roles/id-by-name/Ops").json == {"result": role["id"]}

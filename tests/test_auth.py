@@ -14,6 +14,7 @@ from appliance.base.database import PROBE_SECONDS
 from appliance.base.openapi import guard_name
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.base.keys import make_key
+from appliance.base.objects import CreateRole, UpdateRole
 
 PROTECTED = [
     (method, route.paths[0])
@@ -631,6 +632,55 @@ class TestScopedAdministration:
             )
             assert (answer.status, answer.json["error"]) == (403, "access_denied")
         assert admin.post("/token", {"username": "root", "password": PASSWORD}).status == 200
+
+    REACH = ("admin:reset_passwords", "admin:deactivate_users")
+
+    @pytest.mark.parametrize("kind", ["machine", "user"])
+    @pytest.mark.parametrize("scope", REACH)
+    @pytest.mark.parametrize(
+        "held, asked, theirs, status",
+        [
+            (REACH, "", (), 200), (REACH, "", ("api:read",), 200), (REACH, "", REACH[:1], 200), (REACH, "", REACH, 200),
+            (REACH, "", ("admin:list_users",), 403), (REACH, "", (*REACH, "admin:read_user"), 403),
+            (REACH, "one", REACH, 403), (REACH, "one", (), 200),
+        ],
+    )
+    def test_a_right_is_no_ladder_to_a_user_with_more(
+        self, idp, auth, new_client, new_user, alice, scope, kind, held, asked, theirs, status
+    ):
+        """Whoever could set the password of a user with more rights could log in as that user."""
+        client = new_client("desk", scopes=[*self.REACH, "admin:list_users"] if kind == "user" else held)
+        new_user("clerk", held)
+        login = {"grant_type": "password", "username": "clerk", "password": PASSWORD}
+        form = (login if kind == "user" else {"grant_type": "client_credentials"}) | {"scope": scope if asked else ""}
+        token = auth.post("/token", form, auth=client).json["access_token"]
+        for name in theirs:
+            m.assign_scopes(idp, m.LOCAL.acting_as("test"), m.get_user(idp, "alice"), [name])
+        answer = self.ask(auth, scope, token)
+        assert answer.status == status and (status == 200 or answer.json["error"] == "access_denied")
+
+    @pytest.mark.parametrize("shared, status", [(True, 200), (False, 403)])
+    def test_a_privileged_role_is_a_right(self, idp, auth, admin, new_client, new_user, alice, root, shared, status):
+        caller = m.LOCAL.acting_as("test")
+        role = m.create_role(idp, caller, CreateRole("Treasurer", None, True))
+        plain = m.create_role(idp, caller, CreateRole("Reader"))
+        client = new_client("desk", scopes=["admin:reset_passwords"])
+        new_user("clerk", ["admin:reset_passwords"])
+        for user in ("alice", *(["clerk"] if shared else [])):
+            m.assign_role(idp, caller, user, role.id)
+        login = {"grant_type": "password", "username": "clerk", "password": PASSWORD}
+        token = auth.post("/token", login, auth=client).json["access_token"]
+        assert self.ask(auth, "admin:reset_passwords", token).status == status
+        new_user("carol")
+        m.assign_role(idp, caller, "carol", plain.id)
+        body = {"new_password": "another battery staple"}
+        assert auth("POST", "/user/carol/reset", bearer=token, json_body=body).status == 200
+        m.update_role(idp, caller, plain.id, UpdateRole(is_privileged=True))
+        assert auth("POST", "/user/carol/reset", bearer=token, json_body=body).status == 403
+        m.update_role(idp, caller, plain.id, UpdateRole(description="x"))
+        assert m.get_role(idp, "Reader").is_privileged, "what is not sent stays"
+        with pytest.raises(m.Problem, match="protected"):
+            m.update_role(idp, caller, MAD_ADMIN_ROLE_ID, UpdateRole(is_privileged=False))
 
     @pytest.mark.parametrize(
         "take, status",

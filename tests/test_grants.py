@@ -14,6 +14,7 @@ from appliance.base.clock import RELEASED_AT
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES, AuthorizationCode
 from appliance.base.keys import b64url
+from appliance.base.objects import CreateRole, CreateScope
 
 MACHINE = {"grant_type": "client_credentials"}
 
@@ -22,6 +23,68 @@ REFRESH = {"grant_type": "refresh_token"}
 
 def claims_of(token):
     return jwt.decode(token, options={"verify_signature": False})
+
+
+class TestTokenSize:
+    """RFC 9068 §6: a token must fit into the header of every request"""
+
+    @pytest.fixture
+    def give_roles(self, idp):
+        def give(user, count):
+            caller = m.LOCAL.acting_as("test")
+            for number in range(count):
+                m.assign_role(idp, caller, user, m.create_role(idp, caller, CreateRole(f"role {number:03}")).id)
+
+        return give
+
+    def test_a_user_of_many_roles_gets_a_token_that_every_endpoint_takes(
+        self, idp, auth, admin, service, alice, root, log_in, give_roles
+    ):
+        names = ["role " + f"{number:03}" for number in range(150)]
+        give_roles("alice", 150)
+        answer = log_in(alice, scope="openid groups")
+        token = answer["access_token"]
+        claims = claims_of(token)
+        assert claims["roles_omitted"] is True and not {"role", "roles", "groups"} & set(claims)
+        assert claims_of(answer["id_token"])["groups"] == names, "these fit"
+        assert auth.get("/userinfo", bearer=token).json["groups"] == names
+        assert auth.get("/me", bearer=token).json["role_names"] == names
+        assert auth.get("/userinfo", bearer=token).json["roles"] == names
+        seen = auth.post("/introspect", {"token": token}, auth=service).json
+        assert seen["roles"] == seen["groups"] == names and len(seen["role"]) == 150 and seen["roles_omitted"] is True
+        ids = [role.id for role in idp.store.list_roles_of(alice.id)]
+        m.set_roles(idp, m.LOCAL.acting_as("test"), "root", [MAD_ADMIN_ROLE_ID, *ids])
+        token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
+        assert claims_of(token)["roles_omitted"] is True and admin.get("/users", bearer=token).status == 200
+
+    def test_an_id_token_leaves_them_out_too(self, idp, auth, alice, log_in, give_roles):
+        give_roles("alice", 400)
+        answer = log_in(alice, scope="openid groups")
+        claims = claims_of(answer["id_token"])
+        assert claims["roles_omitted"] is True and "groups" not in claims
+        assert len(auth.get("/userinfo", bearer=answer["access_token"]).json["groups"]) == 400
+
+    def test_a_user_of_some_roles_has_them_in_the_token(self, auth, alice, log_in, give_roles):
+        give_roles("alice", 40)
+        claims = claims_of(log_in(alice)["access_token"])
+        assert len(claims["roles"]) == len(claims["role"]) == 40 and "roles_omitted" not in claims
+
+    @pytest.mark.parametrize("roles", [0, 60])
+    def test_a_token_that_is_too_large_without_them_is_refused(
+        self, idp, auth, new_client, new_user, give_roles, roles
+    ):
+        names = [f"scope{number:03}:" + "x" * 30 for number in range(170)]
+        for name in names:
+            m.create_scope(idp, m.LOCAL.acting_as("test"), CreateScope(name))
+        client = new_client("c", scopes=names)
+        new_user("alice", names)
+        give_roles("alice", roles)
+        login = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+        for form in (MACHINE, login):
+            answer = auth.post("/token", form, auth=client)
+            assert answer.json["error"] == "invalid_scope" and "octets, above" in idp.stream.getvalue()
+            answer = auth.post("/token", form | {"scope": " ".join(names[:100])}, auth=client)
+            assert answer.status == 200 and auth.get("/me", bearer=answer.json["access_token"]).status == 200
 
 
 class TestTokenAnswer:
@@ -742,6 +805,7 @@ class TestAuthorizationCode:
 
 
     def test_a_code_of_the_millisecond_of_an_epoch_is_dead(self, idp, auth, service, alice, change):
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "service", "redirect", "https://x")
         for number, gap in ((0, 1), (1, 0)):
             ms, now = idp.now_ms(), idp.now()
             idp.store.insert(

@@ -176,6 +176,39 @@ class TestAuthorizationCode:
             == "invalid_grant"
         )
 
+    @pytest.mark.parametrize(
+        "take, scope",
+        [
+            (lambda *who: m.remove_scope(who[0], who[1], m.get_client(who[0], "spa"), "api:read"), "api:write"),
+            (lambda *who: m.remove_scope(who[0], who[1], m.get_user(who[0], "alice"), "api:read"), "api:write"),
+            (lambda *who: m.delete_scope(who[0], who[1], "api:read"), "api:write"),
+            (lambda *who: None, "api:read api:write"),
+        ],
+    )
+    def test_a_scope_that_was_taken_away_after_the_code_does_not_arrive(
+        self, idp, register, new_user, browser, exchange, take, scope
+    ):
+        register(scopes=["api:read", "api:write"])
+        new_user("alice", ["api:read", "api:write"])
+        code = code_of(sign_in(browser, request(scope="api:read api:write")))
+        take(idp, m.LOCAL.acting_as("test"))
+        answer = exchange(code).json
+        assert answer["scope"] == claims_of(answer["access_token"])["scope"] == scope
+
+    def test_a_code_of_which_no_scope_is_left_buys_nothing(self, idp, register, new_user, browser, exchange):
+        register(scopes=["api:read"])
+        new_user("alice", ["api:read"])
+        code = code_of(sign_in(browser, request(scope="api:read")))
+        m.delete_scope(idp, m.LOCAL.acting_as("test"), "api:read")
+        assert exchange(code).json["error"] == "invalid_grant"
+
+    def test_a_redirect_uri_that_was_removed_after_the_code_buys_nothing(self, idp, spa, alice, browser, exchange):
+        code = code_of(sign_in(browser))
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "redirect", "https://app.example/other")
+        (old,) = [uri for uri in idp.store.list_uris(m.get_client(idp, "spa").row.id, "redirect") if uri.uri == CALLBACK]
+        m.delete_uri(idp, m.LOCAL.acting_as("test"), old.id, "redirect")
+        assert exchange(code).json["error"] == "invalid_grant"
+
     def test_a_second_use_while_the_first_is_under_way_leaves_nothing(
         self, idp, auth, spa, alice, browser, exchange, monkeypatch
     ):

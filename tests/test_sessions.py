@@ -125,6 +125,16 @@ class TestAlive:
                 auth.get("/me", bearer=idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | other)).status == 401
             )
 
+    @pytest.mark.parametrize("skew, status", [(0, 200), (60, 200), (61, 401)])
+    def test_a_token_is_dead_before_its_nbf(self, idp, auth, machine, skew, status):
+        claims = idp.auth_ring.verify(machine["access_token"], m.AT_JWT) | {"nbf": idp.now() + skew}
+        assert auth.get("/me", bearer=idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims)).status == status
+
+    def test_a_token_of_auth_names_its_client(self, idp, auth, machine):
+        claims = idp.auth_ring.verify(machine["access_token"], m.AT_JWT)
+        del claims["client_id"]
+        assert auth.get("/me", bearer=idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims)).status == 401
+
     def test_a_verdict_is_not_remembered_with_the_signature(self, idp, alive, auth, service, machine):
         assert alive(machine) and machine["access_token"] in idp.auth_ring.verified
         auth.post("/revoke", {"token": machine["access_token"]}, auth=service)

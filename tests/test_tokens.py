@@ -149,7 +149,43 @@ class TestVerifying:
     def test_a_signed_token_that_is_too_long_is_none(self, rings):
         ring = m.KeyRing(rings[0])
         with pytest.raises(m.Problem):
-            ring.verify(ring.mint(ring.access, m.AT_JWT, {"x": "y" * 9000}), m.AT_JWT)
+            ring.mint(ring.access, m.AT_JWT, CLAIMS | {"x": "y" * 9000})
+        header, body, _ = ring.mint(ring.access, m.AT_JWT, CLAIMS).split(".")
+        signed = f"{header}.{b64url(json.dumps(CLAIMS | {'x': 'y' * 9000}).encode())}"
+        with pytest.raises(m.Problem, match="invalid_token"):
+            ring.verify(f"{signed}.{b64url(ring.access.sign(signed.encode()))}", m.AT_JWT)
+
+    @pytest.mark.parametrize("name", ["iss", "sub", "aud", "iat", "exp", "jti", "mad", "token_use"])
+    @pytest.mark.parametrize("value", [None, 1.5, [], {"a": {}}, True, ...])
+    def test_claims_that_are_missing_or_of_another_type_are_an_invalid_token(self, ring, name, value):
+        claims = {key: other for key, other in CLAIMS.items() if key != name}
+        if value is not ...:
+            claims[name] = value
+        with pytest.raises(m.Problem, match="invalid_token"):
+            ring.verify(ring.mint(ring.access, m.AT_JWT, claims), m.AT_JWT)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"scope": ["a"]}, {"client_id": 1}, {"sid": {}}, {"amr": "pwd"}, {"role": [1]}, {"roles": "x"},
+            {"nbf": "soon"}, {"auth_time": "x"}, {"jti": "x"}, {"jti": "0" * 31}, {"jti": "G" * 32}, {"mad": "other"},
+            {"token_use": "id"}, {"token_use": "refresh"},
+        ],
+    )
+    def test_a_claim_that_the_program_would_misread_is_an_invalid_token(self, ring, other):
+        with pytest.raises(m.Problem, match="invalid_token"):
+            ring.verify(ring.mint(ring.access, m.AT_JWT, CLAIMS | other), m.AT_JWT)
+
+    @pytest.mark.parametrize("payload", [b"[]", b"1", b"{", b"[" * 2000, b"\xff"])
+    def test_a_payload_that_is_no_object_is_an_invalid_token(self, ring, payload):
+        header = ring.mint(ring.access, m.AT_JWT, CLAIMS).partition(".")[0]
+        signed = f"{header}.{b64url(payload)}"
+        with pytest.raises(m.Problem, match="invalid_token"):
+            ring.verify(f"{signed}.{b64url(ring.access.sign(signed.encode()))}", m.AT_JWT)
+
+    def test_what_is_there_beside_is_let_in(self, ring):
+        claims = CLAIMS | {"nbf": 1, "scope": "", "urn:example": {"nested": [1]}}
+        assert ring.verify(ring.mint(ring.access, m.AT_JWT, claims), m.AT_JWT) == claims
 
 
 class TestKeys:

@@ -120,6 +120,7 @@ class CreateRole(msgspec.Struct):
 
     name: str
     description: str | None = None
+    is_privileged: bool | None = None
 
 
 class UpdateRole(msgspec.Struct):
@@ -127,6 +128,7 @@ class UpdateRole(msgspec.Struct):
 
     name: str | None | Maybe = UNSET
     description: str | None | Maybe = UNSET
+    is_privileged: bool | None | Maybe = UNSET
 
 
 class CreatePermission(msgspec.Struct):
@@ -606,6 +608,7 @@ class RoleObject(msgspec.Struct):
     description: str
     is_protected: bool
     is_active: bool
+    is_privileged: bool
 
 
 class NameRef(msgspec.Struct):
@@ -853,6 +856,44 @@ class Introspection(msgspec.Struct):
     sid: str | Maybe = UNSET
     role: list[str] | Maybe = UNSET
     roles: list[str] | Maybe = UNSET
+    groups: list[str] | Maybe = UNSET
+    roles_omitted: bool | Maybe = UNSET
+
+
+class AccessClaims(msgspec.Struct):
+    """The types of the claims of an access token, of which the program reads some without another check. RFC 9068."""
+
+    iss: str
+    sub: str
+    aud: str
+    iat: int
+    exp: int
+    jti: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    mad: Literal["auth", "admin"]
+    token_use: Literal["access"]
+    client_id: str = ""
+    nbf: int = 0
+    scope: str = ""
+    sid: str = ""
+    username: str = ""
+    preferred_username: str = ""
+    amr: list[str] = []
+    auth_time: int = 0
+    role: list[str] = []
+    roles: list[str] = []
+    groups: list[str] = []
+    roles_omitted: bool = False
+
+
+class IdTokenClaims(msgspec.Struct):
+    """The types of the claims of an ID token that the program reads when it comes back as a hint."""
+
+    iss: str
+    sub: str
+    aud: str
+    iat: int
+    exp: int
+    sid: str = ""
 
 
 class UserInfo(msgspec.Struct):

@@ -82,6 +82,7 @@ class Role(Record, frozen=True):
     is_active: int
     created_at: int
     modified_at: int
+    is_privileged: int = 0  # its holders are out of reach of a caller who acts by a delegated scope and lacks it
 
 
 class Permission(Record, frozen=True):
@@ -547,6 +548,11 @@ MIGRATIONS = (
         confirmed_at INTEGER NOT NULL, PRIMARY KEY (id_sha256, client_id)) STRICT, WITHOUT ROWID;
     CREATE INDEX browser_session_client_client ON browser_session_client (client_id);
     """,
+    # Step 8. Roles that put their holders out of reach of delegated scopes. MadAdmin is one.
+    """
+    ALTER TABLE role ADD COLUMN is_privileged INTEGER NOT NULL DEFAULT 0;
+    UPDATE role SET is_privileged = 1 WHERE is_protected = 1;
+    """,
 )
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
@@ -670,7 +676,7 @@ class Store(Database):
 
     def seed(self, now: int) -> None:
         """Insert the role and the scopes that every database has."""
-        self.insert(Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now))
+        self.insert(Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now, 1))
         for id, name, description in SEEDED_SCOPES:
             self.insert(Scope(id, name, description, 1, 1, now, now))
 
@@ -1062,19 +1068,22 @@ class Store(Database):
             like=like(q),
         )
 
-    def add_role(self, id: str, name: str, description: str, now: int) -> Role:
-        return self.insert(Role(id, name, description, 0, 1, now, now))
+    def add_role(self, id: str, name: str, description: str, is_privileged: bool, now: int) -> Role:
+        return self.insert(Role(id, name, description, 0, 1, now, now, int(is_privileged)))
 
-    def update_role(self, id: str, name: str | None, description: str | None, now: int) -> Role | None:
+    def update_role(
+        self, id: str, name: str | None, description: str | None, is_privileged: bool | None, now: int
+    ) -> Role | None:
         return self.one(
             Role,
             """
             UPDATE role
-               SET name = coalesce(:name, name), description = coalesce(:description, description), modified_at = :now
+               SET name = coalesce(:name, name), description = coalesce(:description, description),
+                   is_privileged = coalesce(:is_privileged, is_privileged), modified_at = :now
              WHERE id = :id
             RETURNING *
             """,
-            id=id, name=name, description=description, now=now,
+            id=id, name=name, description=description, is_privileged=is_privileged, now=now,
         )
 
     def delete_role(self, id: str) -> None:
