@@ -292,23 +292,26 @@ class Throttle:
     Loopback has no peer bucket, because all services of the box share that address.
     """
 
-    RATES = {  # noqa: RUF012 - burst, refill a second
-        "name": (20, 20 / 60), "peer": (120, 2.0), "login": (60, 1.0),
-        "logins": (1000, 100.0),  # logins begun by a peer, and by all: anybody may begin one, and each is a row
-        "hint": (60, 1.0), "hints": (1000, 100.0),  # parked hints of a peer, and of all, likewise
+    RATES = {  # noqa: RUF012 - burst, refill a second; the peers of a site have together what 16 of them may have
+        "name": (20, 20 / 60), "peer": (120, 2.0), "site": (16 * 120, 16 * 2.0),
+        # Logins begun and hints that wait: anybody may make one, and each is a row.
+        "login of peer": (60, 1.0), "login of site": (16 * 60, 16 * 1.0),
+        "hint of peer": (60, 1.0), "hint of site": (16 * 60, 16 * 1.0),
     }
 
     def __init__(self, clock, size=20_000):
         self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
 
     def keys(self, peer, name):
-        address = ipaddress.ip_address(peer)
-        if address.version == 6 and not address.is_loopback:
-            peer = str(ipaddress.ip_network((peer, 64), strict=False))  # a site controls a whole /64
+        address, site = ipaddress.ip_address(peer), ""
+        if address.version == 6 and not address.is_loopback:  # who has one address has its /64, and perhaps the /48
+            peer, site = (str(ipaddress.ip_network((peer, length), strict=False)) for length in (64, 48))
         # Hashed, because the name may have any length.
         yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
         if not address.is_loopback:
             yield ("peer", peer, b"")
+        if site:
+            yield ("site", site, b"")
 
     def level(self, key, now):
         burst, rate = self.RATES[key[0]]
@@ -328,12 +331,13 @@ class Throttle:
         """Count a new row that anybody may make, a `login` or a `hint`. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
-            of_peer = [(begun, found, b"") for kind, found, _ in self.keys(peer, "") if kind == "peer"]
-            for key in [(begun + "s", "", b""), *of_peer]:
-                level = self.level(key, now)
+            keys = [(f"{begun} of {kind}", found, b"") for kind, found, _ in self.keys(peer, "") if kind != "name"]
+            levels = {key: self.level(key, now) for key in keys}
+            for key, level in levels.items():
                 if level < 1:
                     wait = int((1 - level) / self.RATES[key[0]][1]) + 1
-                    raise Problem("slow_down", log=f"too many {begun}s begun, the last by {peer}", retry_after=wait)
+                    raise Problem("slow_down", log=f"too many {begun}s begun by {key[1]}", retry_after=wait)
+            for key, level in levels.items():
                 self.put(key, level - 1, now)
 
     def put(self, key, level, now):

@@ -86,13 +86,32 @@ class TestThrottle:
         assert self.is_spent(throttle)
         assert self.is_spent(throttle) <= 4
 
-    def test_logins_of_all_peers_together_are_bounded(self):
+    def test_a_site_of_ipv6_has_what_16_of_its_networks_may_have(self, throttle):
+        """RFC 6177 §2: a site may have a /48, which is 65,536 networks."""
+        for number in range(16):
+            for other in range(6):
+                self.spend(throttle, 20, f"2001:db8:1:{number:x}::1", f"user{number}.{other}")
+        assert self.is_spent(throttle, "2001:db8:1:ffff::1", "another")
+        assert not self.is_spent(throttle, "2001:db8:2::1", "another")
+
+    @staticmethod
+    def begun(throttle, peer):
+        """How many logins a peer can begin at once."""
+        for number in range(2000):
+            try:
+                throttle.begin(peer, "login")
+            except m.Problem as problem:
+                assert problem.code == "slow_down"
+                return number
+
+    def test_logins_begun_are_bounded_for_each_peer_and_site_and_for_nobody_else(self):
         throttle = m.Throttle(Clock(1000.0))
-        for number in range(1000):
+        assert self.begun(throttle, "192.0.2.1") == 60
+        assert [self.begun(throttle, f"2001:db8:1:{number:x}::1") for number in range(17)] == [60] * 16 + [0]
+        assert self.begun(throttle, "2001:db8:2::1") == self.begun(throttle, "192.0.2.2") == 60
+        throttle = m.Throttle(Clock(1000.0))
+        for number in range(1500):
             throttle.begin(f"10.{number // 250}.{number % 250}.1", "login")
-        with pytest.raises(m.Problem) as caught:
-            throttle.begin("192.0.2.1", "login")
-        assert caught.value.code == "slow_down"
 
     def test_logins_begun_do_not_grow_the_throttle_without_bound(self):
         clock = Clock(1000.0)

@@ -774,8 +774,13 @@ class TestPeer:
                 return statuses(sock.recv(65536))
 
         first, second, third = one.connect(), one.connect(), one.connect()
-        assert [ask(first), ask(second)] == [[200], [200]] and ask(third) in ([], None)
-        for sock in (first, second, third):
+        assert [ask(second), ask(third)] == [[200], [200]] and ask(first) in ([], None), "the oldest idle one gave way"
+        for sock in (second, third):
+            sock.sendall(b"GET / HTTP/1.1\r\n")
+        time.sleep(0.2)
+        fourth = one.connect()
+        assert ask(fourth) in ([], None), "none is idle"
+        for sock in (first, second, third, fourth):
             sock.close()
         time.sleep(0.3)
         with one.connect() as again:
@@ -860,16 +865,71 @@ class TestSlowClients:
             time.sleep(1.2)
             assert len(read_all(sock)) < 3_000_000
 
+    HALF = b"GET / HTTP/1.1\r\nHost: box\r\n"  # a request under way
+
     def test_connections_beyond_the_limit_are_closed_and_counted(self, run):
         one = run(limits=Limits(connections=5))
         with contextlib.ExitStack() as stack:
             within = [stack.enter_context(one.connect()) for _ in range(5)]
+            for sock in within:
+                sock.sendall(self.HALF)
+            time.sleep(0.3)
             beyond = [stack.enter_context(one.connect()) for _ in range(3)]
             assert [read_all(sock) for sock in beyond] == [b""] * 3
-            within[0].sendall(b"GET / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            within[0].sendall(b"Connection: close\r\n\r\n")
             assert statuses(read_all(within[0])) == [200]
         one.await_log()
         assert (one.logged[0][1]["reason"], one.logged[0][1]["count"]) == ("too many connections", 3)
+
+    def test_the_oldest_idle_connection_gives_way_to_a_new_one(self, run):
+        one = run(limits=Limits(connections=5))
+        with contextlib.ExitStack() as stack:
+            within = []
+            for _ in range(5):
+                within.append(stack.enter_context(one.connect()))
+                within[-1].sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+                assert statuses(within[-1].recv(65536)) == [200]
+            within[0].sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")  # used again: now the second is the oldest
+            assert statuses(within[0].recv(65536)) == [200]
+            within[2].sendall(self.HALF)
+            time.sleep(0.2)
+            fresh = [stack.enter_context(one.connect()) for _ in range(2)]
+            for sock in fresh:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+                assert statuses(sock.recv(65536)) == [200]
+            assert read_all(within[1]) == read_all(within[3]) == b""
+            for sock, rest in ((within[0], self.HALF + b"\r\n"), (within[2], b"\r\n")):
+                sock.sendall(rest)
+                assert statuses(sock.recv(65536)) == [200]
+        one.await_log()
+        assert one.logged[0][1]["reason"] == "idle connections gave way to new ones"
+
+    @pytest.mark.parametrize(
+        "addresses, taken",
+        [
+            (["192.0.2.7"] * 4, 2), (["192.0.2.7", "192.0.2.8", "192.0.2.9"], 3),
+            ([f"2001:db8:1:1::{number}" for number in range(4)], 2),
+            ([f"2001:db8:1:{number}::1" for number in range(8)], 6), (["::ffff:192.0.2.7", "192.0.2.7", "192.0.2.7"], 2),
+            ([f"2001:db8:{number}::1" for number in range(8)], 8),
+        ],
+    )
+    def test_a_network_of_ipv6_is_one_peer_and_a_site_has_what_some_of_them_may_have(
+        self, run, monkeypatch, addresses, taken
+    ):
+        """RFC 6177 §2: who has one address of IPv6 has its /64, and a site has up to a /48."""
+        coming, real = iter(addresses), wire._address
+        monkeypatch.setattr("appliance.base.wire._address", lambda text: real(next(coming)))
+        one = run(limits=Limits(connections_per_peer=2, peers_per_site=3))
+        with contextlib.ExitStack() as stack:
+            socks = []
+            for _ in addresses:
+                socks.append(stack.enter_context(one.connect()))
+                socks[-1].sendall(self.HALF)
+                time.sleep(0.05)
+            time.sleep(0.2)
+            assert len(one.server.open) == taken
+        time.sleep(0.3)
+        assert not one.server._peers, "each is counted down again"
 
     @pytest.mark.parametrize("many", [30, 100])
     def test_handlers_that_wait_leave_threads_for_the_others(self, run, many):

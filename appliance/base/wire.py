@@ -14,6 +14,7 @@ import collections
 import contextlib
 import email.utils
 import errno
+import heapq
 import io
 import ipaddress
 import itertools
@@ -95,7 +96,8 @@ class Limits(msgspec.Struct, frozen=True):
     idle_seconds: float = 75         # a fifth of it when more than half of all connections are taken
     send_seconds: float = 15         # a whole answer
     connections: int = 4096
-    connections_per_peer: int = 1024  # not counted for loopback and trusted proxies, which speak for many
+    connections_per_peer: int = 1024  # a /64 of IPv6 is one; loopback and trusted proxies speak for many: not counted
+    peers_per_site: int = 16  # the peers of a /48 have together what so many of them may have
 
 
 class HttpRefusal(Exception):
@@ -254,6 +256,13 @@ def _address(text):
     """Return `text` as an IP address, IPv4 when it is IPv4-mapped IPv6. RFC 4291 §2.5.5.2"""
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _counted_as(address) -> tuple[str, ...]:
+    """Return what the connections of an address count for: the address, or its /64 and its /48. RFC 6177 §2."""
+    if address.version == 4:
+        return (str(address),)
+    return tuple(str(ipaddress.ip_network((address, length), strict=False)) for length in (64, 48))
 
 
 def _in_networks(address, networks):
@@ -602,6 +611,11 @@ class Connection:
             self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
             return False
 
+    def waiting_since(self) -> float:
+        """Return when a connection that waits for a request or a handshake began to wait, in monotonic seconds."""
+        limits = self.limits
+        return self.deadline - (limits.handshake_seconds if self.handshaking else limits.idle_seconds)
+
     def communicate(self):
         """Answer one whole request. False: close the connection. Called by a thread of cheroot's pool."""
         try:
@@ -939,6 +953,28 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
     def turn_away(self, peer):
         self._turned_away[:2] = self._turned_away[0] + 1, peer
 
+    def close_oldest(self, count: int, source="") -> int:
+        """Close up to `count` connections, of `source` if given, that wait for a request or have not sent a handshake.
+
+        Those that have waited longest go. Return how many there were.
+        """
+        waiting = [
+            (conn.waiting_since(), number, conn)
+            for number, (_, conn) in enumerate(list(self._selector.connections))
+            if conn is not self.server and conn is not self and conn.environ is None and not conn.out
+            and (not source or source in conn.counted)
+        ]
+        oldest = [conn for _, _, conn in heapq.nsmallest(count, waiting)]
+        for conn in oldest:
+            self._selector.unregister(conn.sock)
+            conn.close()
+        if oldest and not source:
+            self.server.log(
+                "refused", server=self.server.name, peer=oldest[-1].address, status=0, count=len(oldest),
+                reason="idle connections gave way to new ones",
+            )
+        return len(oldest)
+
     def _from_server_socket(self, server_socket, most=64):
         """Accept what has come. Nothing is handed to cheroot: each waits for its first octets in the selector."""
         for _ in range(most if self._listening else 0):  # cheroot may hand over an event from before
@@ -1093,10 +1129,9 @@ class Server(cheroot.wsgi.Server):
             ip = _address(address[0])
             peer = str(ip)
             trusted = bool(self.trusted_proxies) and _in_networks(ip, self.trusted_proxies)
-            counted = not (ip.is_loopback or trusted)
+            counted = () if ip.is_loopback or trusted else _counted_as(ip)
             limits = self.limits
-            if len(self.open) >= limits.connections or (
-                    counted and self._peers[peer] >= limits.connections_per_peer):
+            if not self._has_room(counted):
                 self._connections.turn_away(peer)
                 sock.close()
                 return
@@ -1111,7 +1146,7 @@ class Server(cheroot.wsgi.Server):
             connection.deadline = time.monotonic() + (limits.handshake_seconds if self.tls else limits.idle_seconds)
             self.open.add(connection)
             with self._lock:
-                self._peers[peer] += counted
+                self._peers.update(counted)
             self._connections.put(connection)
         except Exception as error:  # the peer has gone, or there is no memory
             if connection is not None:
@@ -1120,16 +1155,27 @@ class Server(cheroot.wsgi.Server):
             if not isinstance(error, (OSError, MemoryError)):
                 self.log("error", server=self.name, exc_info=sys.exc_info())
 
+    def _has_room(self, counted: tuple[str, ...]) -> bool:
+        """Return whether another connection may be taken; the oldest idle ones give way to it."""
+        limits = self.limits
+        for key, most in zip(counted, (1, limits.peers_per_site), strict=False):
+            if self._peers[key] >= most * limits.connections_per_peer and not self._connections.close_oldest(1, key):
+                return False
+        if len(self.open) < limits.connections:
+            return True
+        # Some at once, because looking for them takes a while, and whoever opens so many opens more.
+        return self._connections.close_oldest(1 + limits.connections // 64) > 0
+
     def forget(self, connection):
         """Remove a connection from the counts."""
         if connection not in self.open:
             return
         self.open.discard(connection)
-        if connection.counted:
-            with self._lock:
-                self._peers[connection.address] -= 1
-                if self._peers[connection.address] <= 0:
-                    del self._peers[connection.address]
+        with self._lock:
+            for counted in connection.counted:
+                self._peers[counted] -= 1
+                if self._peers[counted] <= 0:
+                    del self._peers[counted]
 
     def process_conn(self, conn):
         """Take a connection that is ready as far as it goes, and keep it or close it. Called by cheroot's loop."""
