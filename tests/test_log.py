@@ -96,6 +96,38 @@ class TestFlood:
         log("refused")
         assert lines(stream)[-1].endswith("left_out_before=50")
 
+    @staticmethod
+    def fail(place):
+        try:
+            if place == "one":
+                raise KeyError("one")
+            raise KeyError("other")
+        except KeyError as error:
+            return error
+
+    @pytest.mark.parametrize("as_tuple", [False, True])
+    def test_a_bug_is_logged_some_times_for_each_place_and_the_rest_is_counted(self, monkeypatch, as_tuple):
+        now, stream = [1000.0], io.StringIO()
+        monkeypatch.setattr("appliance.base.log.time.time", lambda: now[0])
+        log = Log(stream=stream)
+
+        def bug(place):
+            error = self.fail(place)
+            log("bug", "error", exc_info=(type(error), error, error.__traceback__) if as_tuple else error)
+
+        for _ in range(Log.BUGS + 7):
+            bug("one")
+        assert len(lines(stream)) == Log.BUGS and "KeyError: 'one'" in stream.getvalue()
+        bug("other")
+        log("start.failed", "error")
+        assert len(lines(stream)) == Log.BUGS + 2, "another place, and an error that is no bug"
+        now[0] += Log.BUG_SECONDS
+        bug("one"), bug("one"), bug("other")
+        assert ["left_out_before=7" in line for line in lines(stream)[-3:]] == [True, False, False]
+        now[0] -= 500
+        bug("one")
+        assert len(lines(stream)) == Log.BUGS + 6, "also if the clock goes back"
+
     def test_errors_are_always_said(self, second):
         stream = said(*[("refused", "info", {})] * (Log.LINES + 1), ("bug", "error", {}))
         assert lines(stream)[-1].endswith("bug")

@@ -1405,6 +1405,16 @@ class TestAttacks:
         assert other("GET", "/login?tx=" + waiting).status == 404
         assert browser("GET", "/login?tx=" + waiting).status == 200
 
+    @pytest.mark.parametrize("form", ["\u00e9", "\U0001f511", "x" * 1000])
+    def test_a_form_with_any_other_token_is_refused(self, idp, register, alice, browser, form):
+        register("third", is_first_party=False)
+        sign_in(browser, request("third"))
+        consent = browser.forms().forms[0]["fields"]
+        for path in ("/login/consent", "/logout", "/logout-all", "/account"):
+            assert browser("POST", path, consent | {"form": form}).status in (401, 403), path
+        assert browser("POST", "/end-session", {"form": form}).status == 403
+        assert code_of(browser("POST", "/login/consent", consent | {"decision": "allow"}))
+
     def test_no_session_is_fixed(self, idp, spa, alice, browser):
         browser.cookies["__Host-mad-session"] = browser.cookies["__Host-mad-login"] = "a" * 43
         sign_in(browser)

@@ -99,14 +99,17 @@ class Log:
     """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case.
 
     Anybody can cause lines of level info, so these are limited to LINES a second and process, or requests
-    could wear the flash out. The next line counts what was left out.
+    could wear the flash out. A bug that requests reach is logged BUGS times in BUG_SECONDS for each place in the code
+    where it happens. The next line counts what was left out.
     """
 
     LINES = 200
+    BUGS, BUG_SECONDS = 5, 60
 
     def __init__(self, options: Options | None = None, stream=None):
         self.json = options is not None and options.log_format == "json"
         self.second, self.lines = 0, 0
+        self.bugs: dict[str, tuple[float, int]] = {}  # place in the code: when its window began, how many since
         self.logger = logging.Logger(
             "microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO
         )
@@ -123,6 +126,19 @@ class Log:
         with contextlib.suppress(MemoryError):  # out of memory: drop the line; the caller continues
             self.write(event, level, exc_info, fields)
 
+    def count_bug(self, error: BaseException, now: float) -> int | None:
+        """Return how many lines of a bug at this place were left out before, or None if this one is to be."""
+        frames = traceback.extract_tb(error.__traceback__, limit=-1)
+        place = f"{frames[0].filename}:{frames[0].lineno}" if frames else type(error).__name__
+        began, count = self.bugs.get(place, (now, 0))
+        if not 0 <= now - began < self.BUG_SECONDS:
+            left_out = max(0, count - self.BUGS)
+            began, count = now, 0
+        else:
+            left_out = 0
+        self.bugs[place] = began, count + 1
+        return left_out if count < self.BUGS else None
+
     def write(self, event, level, exc_info, fields):
         number = getattr(logging, level.upper())
         if not self.logger.isEnabledFor(number):
@@ -137,11 +153,13 @@ class Log:
             return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         if exc_info:
-            fields["traceback"] = "".join(
-                traceback.format_exception(*exc_info)
-                if isinstance(exc_info, tuple)
-                else traceback.format_exception(exc_info)
-            )
+            error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
+            left_out = self.count_bug(error, now)
+            if left_out is None:
+                return
+            if left_out:
+                fields["left_out_before"] = left_out
+            fields["traceback"] = "".join(traceback.format_exception(error))
         if self.json:
             line = json.dumps({"at": stamp, "level": level, "event": event, "pid": os.getpid(), **fields}, default=str)
         else:
