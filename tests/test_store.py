@@ -83,58 +83,77 @@ class TestSchema:
         assert idp.store.connection.execute("PRAGMA user_version").fetchone() == (len(rows.MIGRATIONS),)
         assert idp.store.connection.execute("SELECT x FROM second_step").fetchall() == [("a;b",), ("c",)]
 
-    def test_a_database_without_the_table_of_qr_files_gets_it(self, tmp_path, monkeypatch):
-        number = next(number for number, step in enumerate(MIGRATIONS) if "CREATE TABLE totp_qr_file" in step)
-        with monkeypatch.context() as before:
-            before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:number])
-            store = rows.Store.make(tmp_path / "old.db", "", 1)
-            store.run("INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
-                      "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)")
-            store.close()
-        store = rows.Store(tmp_path / "old.db")
-        try:
-            store.open()
-            with store.transaction():
-                store.add_qr_file("u", "a/b.svg")
-                assert store.list_due_qr_files() == []
-                store.delete_account("u")
-            assert store.list_due_qr_files() == ["a/b.svg"]
-        finally:
-            store.close()
+    @pytest.fixture
+    def from_before(self, tmp_path, monkeypatch):
+        """Make the database of a release without a step of the schema, and open it with this program."""
+        opened = []
 
-    def test_clients_of_before_have_no_switches(self, tmp_path, monkeypatch):
-        step = next(number for number, text in enumerate(MIGRATIONS) if "allow_http_redirects" in text)
-        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:step])
-        store = Store.make(tmp_path / "old.db3", DATABASE_KEY, 1)
-        store.run(
+        def make(text, *statements):
+            number = next(number for number, step in enumerate(MIGRATIONS) if text in step)
+            with monkeypatch.context() as before:
+                before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:number])
+                before.setattr(Store, "seed", lambda store, now: None)
+                store = Store.make(tmp_path / "old.db3", DATABASE_KEY, 1)
+                assert store.connection.execute("PRAGMA user_version").fetchone() == (number,)
+                for statement in statements:
+                    store.run(statement)
+                store.close()
+            opened.append(Store(tmp_path / "old.db3", DATABASE_KEY))
+            opened[0].open()
+            return opened[0]
+
+        yield make
+        opened[0].close()
+
+    ROLE = (
+        "INSERT INTO role (id, name, description, is_protected, created_at, modified_at) "
+        "VALUES ('{}', '{}', 'Reads the log.', {}, 5, 7)"
+    )
+
+    def test_a_database_without_the_table_of_qr_files_gets_it(self, from_before):
+        store = from_before(
+            "CREATE TABLE totp_qr_file",
+            "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
+            "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)",
+        )
+        with store.transaction():
+            store.add_qr_file("u", "a/b.svg")
+            assert store.list_due_qr_files() == []
+            store.delete_account("u")
+        assert store.list_due_qr_files() == ["a/b.svg"]
+
+    def test_clients_of_before_have_no_switches(self, from_before):
+        store = from_before(
+            "allow_http_redirects",
             """
             INSERT INTO client (id, client_id, client_type, display_name, audience, grant_types, created_at, modified_at)
             VALUES ('1', 'old', 'confidential', 'Old', 'api', 'password', 7, 8)
-            """
+            """,
         )
-        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS)
-        store.migrate()
         row = store.find_client("old")
         assert (row.allow_http_redirects, row.allow_short_schemes) == (0, 0)
         assert (row.id, row.is_first_party, row.created_at, row.modified_at) == ("1", 1, 7, 8)
-        store.close()
 
-    def test_a_database_of_before_keeps_its_rows_and_gains_what_is_new(self, tmp_path, monkeypatch):
-        with monkeypatch.context() as before:
-            before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:3])
-            store = rows.Store.make(tmp_path / "before.db3", "", 5)
-            store.insert(Role("r", "auditor", "Reads the log.", 0, 0, 5, 7))
-            store.insert(LoginTransaction("l", "b", "app", "password", "null", None, "", 0, 0, 5, 60, 0, ""))
-            assert store.connection.execute("PRAGMA user_version").fetchone() == (3,)
-            store.close()
-        store = rows.Store(tmp_path / "before.db3")
-        store.open()
+    def test_of_the_roles_of_before_mad_admin_is_privileged(self, from_before):
+        store = from_before(
+            "is_privileged", self.ROLE.format(MAD_ADMIN_ROLE_ID, "MadAdmin", 1), self.ROLE.format("r", "auditor", 0)
+        )
+        assert store.find_role(MAD_ADMIN_ROLE_ID).is_privileged and not store.find_role("auditor").is_privileged
+
+    def test_a_database_of_before_keeps_its_rows_and_gains_what_is_new(self, from_before):
+        store = from_before(
+            "CREATE TABLE retired_key", self.ROLE.format("r", "auditor", 0),
+            """
+            INSERT INTO login_transaction (id, binding_sha256, client_id, state, request, amr, auth_time, failures,
+                created_at, expires_at)
+            VALUES ('l', 'b', 'app', 'password', 'null', '', 0, 0, 5, 60)
+            """,
+        )
         assert store.find_role("auditor").created_at == 5 and store.find_login("l", "b", 5).client_id == "app"
         store.put_retired_key(RetiredKey("kid", "header", "pem", 50))
         store.park_hints(ParkedHints("handle", "binding", "{}", 5, 50))
         assert store.find_retired_key("header", 49) and store.find_retired_key("header", 50) is None
         assert store.spend_hints("handle", "binding", 49) and store.spend_hints("handle", "binding", 49) is None
-        store.close()
 
     def test_a_browser_session_of_before_lives_on_and_has_confirmed_no_client(self, idp, alice, service, monkeypatch):
         number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE browser_session_client" in step)
