@@ -2817,12 +2817,24 @@ def acr_of(amr: list, claims: str) -> str:
     return next((value for value in reached if not demanded or value in demanded), "")
 
 
+def released_claims(idp: Idp, client: Client, family: Family, of: str) -> tuple:
+    """Return the names that the claims parameter requested for `of` and that may be released now.
+
+    To a third party only those whose scope the user consented to, whatever was valid when the login began.
+    """
+    names = requested_claims(family.claims, of)
+    if not names or client.row.is_first_party:
+        return names
+    agreed = (idp.store.find_consent(family.user_id, client.row.id) or "").split()
+    return tuple(name for name in names if USER_CLAIMS.get(name) in agreed)
+
+
 def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
     """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
     now = idp.now()
     key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    also = requested_claims(family.claims, "id_token")
+    also = released_claims(idp, client, family, "id_token")
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
@@ -3345,17 +3357,34 @@ def demands_second_factor(request: AuthorizeRequest) -> bool:
     return bool(demanded) and ONE_FACTOR not in demanded
 
 
-def needs_consent(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> bool:
-    """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
-    scopes = grantable_scopes(idp, client, account, request)
-    if scopes is None or (demands_second_factor(request) and not account.totp_sealed):
+def scopes_to_consent(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> list[str] | None:
+    """Return what a consent to a request covers, or None if issue_code() would refuse the request.
+
+    These are the scopes that would be granted now, and those that open the claims requested one by one: OpenID
+    Connect Core §5.5 releases them as the scope would. Without `openid` there is no endpoint that releases them.
+    """
+    granted = grantable_scopes(idp, client, account, request)
+    if granted is None or (demands_second_factor(request) and not account.totp_sealed):
+        return None
+    names = requested_claims(request.claims, "id_token") + requested_claims(request.claims, "userinfo")
+    opening = {USER_CLAIMS[name] for name in names if name in USER_CLAIMS} if OPENID in granted else set()
+    return sorted(opening | set(granted))
+
+
+def lacks_consent(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> bool:
+    """Return whether a third party requests what the user has not consented to."""
+    scopes = None if client.row.is_first_party else scopes_to_consent(idp, client, account, request)
+    if scopes is None:
         return False  # there is nothing to consent to: issue_code() tells the client
-    if "consent" in request.prompt:
-        return True
-    if client.row.is_first_party:
-        return False
     agreed = idp.store.find_consent(account.id, client.row.id)
     return agreed is None or not set(scopes) <= set(agreed.split())
+
+
+def needs_consent(idp: Idp, client: Client, account: Account, request: AuthorizeRequest) -> bool:
+    """Return whether to ask for consent: by prompt=consent, or for a third party's first or wider request."""
+    if "consent" in request.prompt:
+        return scopes_to_consent(idp, client, account, request) is not None
+    return lacks_consent(idp, client, account, request)
 
 
 def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
@@ -3450,6 +3479,8 @@ def issue_code(
     offline = OPENID not in scope.split() or "offline_access" in scope.split() or request.headless
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
+        if lacks_consent(idp, client, account, request):
+            raise Problem("consent_required", log="without the user's consent, or it was taken back meanwhile")
         idp.store.insert(
             AuthorizationCode(
                 sha256(code), client.client_id, account.id, random_handle()[:22], request.redirect_uri, scope,
@@ -3488,11 +3519,11 @@ def second_factor_missing(
     return "totp" if account.totp_sealed else "password" if is_flagged else ""
 
 
-def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, request: AuthorizeRequest):
-    """Record the consent of a user to what a client is granted, in addition to what the user consented to before."""
-    before = idp.store.find_consent(account.id, client.row.id) or ""
-    scope = " ".join(sorted({*(grantable_scopes(idp, client, account, request) or ()), *before.split()}))
-    with idp.store.transaction():
+def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, scopes: list[str]):
+    """Record the consent of a user to `scopes` for a client, in addition to what the user consented to before."""
+    with idp.store.transaction():  # the reading as well: of two consents at once neither loses what the other adds
+        before = idp.store.find_consent(account.id, client.row.id) or ""
+        scope = " ".join(sorted({*scopes, *before.split()}))
         idp.store.put_consent(account.id, client.row.id, scope, idp.now())
         audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
 
@@ -4577,8 +4608,8 @@ def revoke(idp, client, params):
 )
 def userinfo(idp, claims, params):
     """Return the claims about the user that the scope of the token covers."""
-    family = idp.store.find_family(claims["sid"])
-    also = requested_claims(family.claims, "userinfo") if family else ()
+    family, client = idp.store.find_family(claims["sid"]), find_client(idp, claims["client_id"])
+    also = released_claims(idp, client, family, "userinfo") if family and client else ()
     also += ("roles",) if claims.get("roles_omitted") else ()
     return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
 
@@ -4929,7 +4960,7 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
         variables["unproven"] = could_be_impersonated(client, request.redirect_uri)
     if row.state == "consent":
         assert request and client
-        scope_names = grantable_scopes(idp, client, account, request) if account else ()
+        scope_names = scopes_to_consent(idp, client, account, request) if account else ()
         variables["scopes"] = [describe_scope(idp, name) for name in scope_names or ()]
     return variables
 
@@ -5115,7 +5146,7 @@ def login_consent(idp, params):
     assert request and client  # only the login of a client asks for consent
     is_allowed = params.get("decision") == "allow"
     account = idp.store.find_account(row.user_id)
-    scopes = grantable_scopes(idp, client, account, request) if account else None
+    scopes = scopes_to_consent(idp, client, account, request) if account else None
     if is_allowed and params.get("scope") not in (None, " ".join(scopes or ())):
         return show_login(idp, params, login)  # the user's scopes changed meanwhile: consent covers what was shown
     decided = advance(idp, login, "done")
@@ -5125,7 +5156,9 @@ def login_consent(idp, params):
             idp, params, request.redirect_uri, request.response_mode, request.state,
             Problem("access_denied", log="the user said no"),
         )
-    give_consent(idp, params.caller, finish_login(idp, decided), client, request)
+    account = finish_login(idp, decided)
+    if scopes is not None:
+        give_consent(idp, params.caller, account, client, scopes)
     return continue_login(idp, params, decided)
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import threading
 from html.parser import HTMLParser
 from urllib.parse import parse_qsl, urlencode
 
@@ -1288,6 +1289,99 @@ class TestConsent:
 
     def test_a_first_party_does_not_ask(self, spa, alice, browser):
         assert code_of(sign_in(browser))
+
+    OPENS = {
+        "name": "profile", "nickname": "profile", "preferred_username": "profile", "updated_at": "profile",
+        "email": "email", "email_verified": "email", "roles": "roles", "groups": "groups",
+    }
+
+    @pytest.mark.parametrize("of", ["id_token", "userinfo"])
+    @pytest.mark.parametrize("name, scope", OPENS.items())
+    def test_a_claim_asked_for_by_name_counts_as_the_scope_that_opens_it(
+        self, idp, auth, third, root, browser, exchange, of, name, scope
+    ):
+        """OpenID Connect Core §5.5"""
+        sign_in(browser, username="root", path=request("third", scope="openid"))
+        assert code_of(browser.submit(button=("decision", "allow")))
+        path = request("third", scope="openid", claims=json.dumps({of: {name: None}}))
+        assert sent_back(browser.open(path + "&prompt=none"))[1]["error"] == "consent_required"
+        page = browser.open(path)
+        assert title(page) == "Permission" and idp.pages.texts["en"]["scope_" + scope] in page.body.decode()
+        bought = exchange(code_of(browser.submit(button=("decision", "allow"))), "third").json
+        assert idp.store.find_consent(root.id, m.get_client(idp, "third").row.id) == " ".join(sorted(["openid", scope]))
+        claims = claims_of(bought["id_token"])
+        userinfo = auth.get("/userinfo", bearer=bought["access_token"]).json
+        assert (name in claims, name in userinfo) == (of == "id_token", of == "userinfo")
+        assert bought["scope"] == "openid" and not {*claims, *userinfo} & {*self.OPENS} - {name}
+        assert code_of(browser.open(path + "&prompt=none")), "and once is enough"
+        assert code_of(browser.open(request("third", scope=f"openid {scope}", prompt="none"))), "as is the scope"
+
+    def test_without_openid_no_claim_is_released_and_none_is_asked_for(self, register, idp, alice, browser, exchange):
+        register("plain", is_first_party=False)
+        claims = json.dumps({"userinfo": {"email": None}, "id_token": {"name": None}})
+        page = sign_in(browser, request("plain", scope="api:read", claims=claims))
+        assert "e-mail" not in page.body.decode() and "your name" not in page.body.decode()
+        assert exchange(code_of(browser.submit(button=("decision", "allow"))), "plain").json["scope"] == "api:read"
+        assert idp.store.find_consent(alice.id, m.get_client(idp, "plain").row.id) == "api:read"
+
+    def test_a_first_party_gets_claims_by_name_without_a_question(self, auth, spa, alice, browser, exchange):
+        claims = json.dumps({"userinfo": {"email": None}, "id_token": {"name": None}})
+        bought = exchange(code_of(sign_in(browser, request(scope="openid", claims=claims)))).json
+        assert claims_of(bought["id_token"])["name"] == "alice"
+        assert auth.get("/userinfo", bearer=bought["access_token"]).json["email"] == "alice@example.org"
+
+    def test_what_a_login_was_promised_before_is_released_by_consent_alone(
+        self, idp, auth, spa, alice, browser, exchange
+    ):
+        """A login of a client that became a third party, or of before claims were asked for."""
+        claims = json.dumps({"userinfo": {"email": None, "name": None}, "id_token": {"name": None}})
+        path = request(scope="openid offline_access", claims=claims)
+        bought = exchange(code_of(sign_in(browser, path))).json
+        m.update_client(idp, m.LOCAL, "spa", UpdateClient(is_first_party=False))
+        account, client = idp.store.find_account(alice.id), m.get_client(idp, "spa")
+        m.give_consent(idp, m.LOCAL, account, client, ["openid", "email"])
+        userinfo = auth.get("/userinfo", bearer=bought["access_token"]).json
+        assert userinfo["email"] == "alice@example.org" and "name" not in userinfo
+        again = auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "spa"}
+        ).json
+        assert "name" in claims_of(bought["id_token"]) and "name" not in claims_of(again["id_token"])
+
+    def test_consent_to_less_does_not_forget_what_was_agreed_to_before(self, idp, third, alice, browser):
+        sign_in(browser, request("third", scope="openid email"))
+        browser.submit(button=("decision", "allow"))
+        browser.open(request("third", scope="openid", prompt="consent"))
+        assert code_of(browser.submit(button=("decision", "allow")))
+        assert code_of(browser.open(request("third", scope="openid email", prompt="none")))
+        assert idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id) == "email openid"
+
+    def test_of_two_consents_at_once_neither_loses_what_the_other_adds(self, idp, make_idp, third, alice):
+        account, idps = idp.store.find_account(alice.id), [idp, make_idp(idp.options)]
+        scopes = [[f"s{number}" for number in range(half, 20, 2)] for half in (0, 1)]
+
+        def consent(one, mine):
+            for scope in mine:
+                m.give_consent(one, m.LOCAL, account, m.get_client(one, "third"), [scope])
+
+        threads = [threading.Thread(target=consent, args=pair) for pair in zip(idps, scopes, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        agreed = idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id).split()
+        assert set(agreed) == {f"s{number}" for number in range(20)}
+
+    def test_no_code_is_issued_to_a_third_party_without_consent(self, idp, third, alice, clock):
+        """Whichever page or route asks for the code."""
+        client, account = m.get_client(idp, "third"), idp.store.find_account(alice.id)
+        asked = m.AuthorizeRequest("third", CALLBACK, scope="openid", claims='{"userinfo":["email"]}')
+        for scopes in ((), ("openid",), ("email",)):
+            if scopes:
+                m.give_consent(idp, m.LOCAL, account, client, list(scopes))
+            if scopes != ("email",):
+                with pytest.raises(m.Problem, match="consent_required"):
+                    m.issue_code(idp, m.LOCAL, client, asked, account, ["pwd"], idp.now())
+        assert m.issue_code(idp, m.LOCAL, client, asked, account, ["pwd"], idp.now())
 
 
 class TestAttacks:
