@@ -785,14 +785,6 @@ def is_admin(idp: Idp, user_id: str) -> bool:
     return idp.store.has_role(user_id, MAD_ADMIN_ROLE_ID)
 
 
-def role_claims(idp: Idp, user_id: str, scope: str) -> dict:
-    """Return the claims of an access token that name the roles of a user. RFC 9068 §2.2.3.1."""
-    roles = idp.store.list_roles_of(user_id)
-    names = [role.name for role in roles]
-    groups = {"groups": names} if "groups" in scope.split() else {}
-    return {"role": [role.id for role in roles], "roles": names} | groups
-
-
 def is_last_admin(idp: Idp, user_id: str) -> bool:
     """Return whether this is an administrator and no other administrator could log in now."""
     return is_admin(idp, user_id) and not idp.store.has_able_admin(idp.now(), user_id)
@@ -2236,6 +2228,24 @@ def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: s
         audit(idp, caller, f"remove_scope_from_{kind}", scope.id, id)
 
 
+def opens(client: Client, scope: str, name: str) -> bool:
+    """Return whether a client may learn what the scope `name` opens: a first party always, others as it is granted."""
+    return bool(client.row.is_first_party) or name in scope.split()
+
+
+def role_claims(idp: Idp, user_id: str, scope: str, client: Client | None = None) -> dict:
+    """Return the claims of an access token that name the roles of a user: for a client, or for ADMIN if None.
+
+    A third party gets what the scope opens. RFC 9068 §2.2.3.1.
+    """
+    roles = idp.store.list_roles_of(user_id)
+    names = [role.name for role in roles]
+    claims: dict[str, Any] = {"role": [role.id for role in roles], "roles": names}
+    if client and not opens(client, scope, "roles"):
+        claims = {}
+    return claims | ({"groups": names} if "groups" in scope.split() else {})
+
+
 # == Sessions ==================================================================
 # Refresh-token families, revocation, and the one check of whether a token is valid.
 
@@ -2525,7 +2535,7 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     if claims["client_id"] != client.client_id and not client.row.may_introspect:
         return inactive
     if claims.get("roles_omitted"):
-        claims = claims | role_claims(idp, claims["sub"], claims.get("scope", ""))
+        claims = claims | role_claims(idp, claims["sub"], claims.get("scope", ""), find_client(idp, claims["client_id"]))
     return {"active": True, "token_type": "Bearer", **claims}
 
 
@@ -2864,6 +2874,19 @@ def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[di
     return claims, answer
 
 
+def person_claims(idp: Idp, client: Client, granted: Granted, sid: str) -> dict:
+    """Return the claims of an access token about its user and the login. RFC 9068 §2.2.1, §2.2.3.
+
+    Name and roles are for the resource servers of a first party; a third party gets what the user agreed to.
+    """
+    account = granted.account
+    assert account
+    claims: dict[str, Any] = {"amr": granted.amr, "auth_time": granted.auth_time, "sid": sid}
+    if opens(client, granted.scope, "profile"):
+        claims |= {"username": account.username, "preferred_username": account.username}
+    return claims | role_claims(idp, account.id, granted.scope, client)
+
+
 def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
     ring = idp.auth_ring
     return ring.mint(ring.signer(client.row.access_token_signed_alg or ring.access.alg), AT_JWT, claims)
@@ -2888,7 +2911,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
     account, row, ms = granted.account, client.row, issuing_ms(idp, client.row, granted.account)
     assert account
     claims, answer = draft_token(idp, client, granted, ms)
-    jti, now, roles = claims["jti"], claims["iat"], role_claims(idp, account.id, granted.scope)
+    jti, now = claims["jti"], claims["iat"]
     with idp.store.transaction():
         # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
         check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
@@ -2909,10 +2932,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
             audit(idp, caller.acting_as(account.id), action, row.client_id, f"jti={jti}" + ";retry=true" * retry)
             # Mint inside the transaction: if signing failed after the commit, the client would have lost its
             # code or refresh token and got no token.
-            claims |= {
-                "username": account.username, "preferred_username": account.username, "amr": granted.amr,
-                "auth_time": granted.auth_time, "sid": family.sid, **roles,
-            }
+            claims |= person_claims(idp, client, granted, family.sid)
             answer["access_token"] = mint_access_token(idp, client, fit_claims(claims))
             if refresh_token:
                 answer["refresh_token"] = refresh_token
@@ -3907,6 +3927,22 @@ def by_bearer_or_form():
     return guard
 
 
+def client_of_token(idp: Idp, claims: dict) -> Client:
+    """Return the client of a valid access token. Raises invalid_token if it has just been deleted or deactivated."""
+    client = find_client(idp, claims["client_id"])
+    if client is None:
+        raise Problem("invalid_token", log="its client is gone or inactive")
+    return client
+
+
+def reach_of(idp: Idp, claims: dict) -> str | None:
+    """Return the client to whose logins a user's access token is limited; None for a first party, which sees all.
+
+    A third party's business with a user are the logins that the user began there.
+    """
+    return None if client_of_token(idp, claims).row.is_first_party else claims["client_id"]
+
+
 def current_scopes(idp, claims) -> frozenset:
     """Return the scopes that the subject of a token could be granted now, whatever the token carries."""
     client = find_client(idp, claims["client_id"])
@@ -4616,13 +4652,17 @@ def userinfo(idp, claims, params):
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
 def me(idp, claims, params):
-    """Return the subject, roles and scopes of the token."""
-    account = idp.store.find_account(claims["sub"])
+    """Return the subject and scopes of the token, and of the e-mail address and roles what the client may learn."""
+    account, scope = idp.store.find_account(claims["sub"]), claims.get("scope", "")
+    client = client_of_token(idp, claims)
     if claims.get("roles_omitted"):
-        claims = claims | role_claims(idp, claims["sub"], "")
+        claims = claims | role_claims(idp, claims["sub"], scope, client)
+    may = functools.partial(opens, client, scope)
     return {
-        "sub": claims["sub"], "email": account.email if account else None, "roles": claims.get("role", []),
-        "role_names": claims.get("roles", []), "scopes": claims.get("scope", "").split(),
+        "sub": claims["sub"], "email": account.email if account and may("email") else None,
+        "roles": claims.get("role", []) if may("roles") else [],
+        "role_names": claims.get("roles", []) if may("roles") else claims.get("groups", []),
+        "scopes": scope.split(),
     }
 
 
@@ -4648,10 +4688,23 @@ def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
     )
 
 
+def rows_of_bearer(idp: Idp, claims: dict, query: Paged, list_rows: Callable) -> tuple[list, int]:
+    """Return a page of a user's sessions or refresh tokens, and the number of all, as far as the client may see them.
+
+    A third party sees those of its own logins, and the user name if `profile` is granted to it.
+    """
+    rows, total = list_rows(
+        user_id=claims["sub"], client_id=reach_of(idp, claims), limit=query.limit, offset=query.offset
+    )
+    if not opens(client_of_token(idp, claims), claims.get("scope", ""), "profile"):
+        rows = [msgspec.structs.replace(row, username="") for row in rows]
+    return rows, total
+
+
 @AUTH("GET", "/me/sessions", guard=by_bearer(user=True), spec=OWN, query=Paged, gives=list[SessionObject])
 def my_sessions(idp, claims, params):
-    """List the access tokens of this user, newest first."""
-    rows, total = idp.store.list_sessions(user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset)
+    """List the access tokens of this user, newest first; for a third party, those of its own."""
+    rows, total = rows_of_bearer(idp, claims, params.query, idp.store.list_sessions)
     return paged_reply(params, [session_object(row) for row in rows], total)
 
 
@@ -4660,10 +4713,8 @@ def my_sessions(idp, claims, params):
     gives=list[RefreshTokenObject], option="enable_token_refresh",
 )
 def my_refresh_tokens(idp, claims, params):
-    """List the refresh tokens of this user, newest first, without the tokens themselves."""
-    rows, total = idp.store.list_refresh_tokens(
-        user_id=claims["sub"], limit=params.query.limit, offset=params.query.offset
-    )
+    """List the refresh tokens of this user without the tokens, newest first; for a third party, those of its own."""
+    rows, total = rows_of_bearer(idp, claims, params.query, idp.store.list_refresh_tokens)
     return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
@@ -4705,13 +4756,16 @@ def logout(idp, claims, params):
 
 @AUTH("POST", "/logout-all", guard=by_bearer_or_form(), spec=OWN, form=LogoutForm, gives=Msg)
 def logout_all(idp, claims, params):
-    """End every login and session of this user, at every client."""
+    """End every login and session of this user, at every client; for a third party, every login at itself."""
     if claims is None:
         session, _ = current_session(idp, params) or (None, None)
         check_form(params, session_form_token(session_handle(idp, params)))
         if session:
             revoke_user(idp, params.caller.acting_as(session.user_id), session.user_id, "logout_all")
         return log_browser_out(idp, params)
+    if reach := reach_of(idp, claims):
+        revoke_families(idp, params.caller, claims["sub"], reach)
+        return msg("Logged out of this client.")
     revoke_user(idp, params.caller, claims["sub"], "logout_all")
     return msg("Logged out everywhere.")
 

@@ -14,7 +14,7 @@ from appliance.base.database import PROBE_SECONDS
 from appliance.base.openapi import guard_name
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
 from appliance.base.keys import make_key
-from appliance.base.objects import CreateRole, UpdateRole
+from appliance.base.objects import CreateRole, UpdateClient, UpdateRole
 
 PROTECTED = [
     (method, route.paths[0])
@@ -731,3 +731,92 @@ class TestKeySet:
 
         assert m.cached_page(idp, "jwks", make).content == b"of before"
         assert m.cached_page(idp, "jwks", idp.auth_ring.jwks).content == idp.auth_ring.jwks()
+
+
+class TestThirdParty:
+    """A third party's access token reaches what its scope opens, and its own logins. RFC 6749 §3.3, §10.3"""
+
+    GRANTS = ["client_credentials", "password", "refresh_token"]
+
+    @pytest.fixture
+    def third(self, new_client):
+        return new_client("third", is_first_party=False, grant_types=self.GRANTS)
+
+    @pytest.fixture
+    def person(self, idp, new_user, scopes):
+        """Somebody with a role."""
+        someone = new_user("ann", ["api:read"])
+        m.create_role(idp, m.LOCAL, CreateRole("Pilot"))
+        m.assign_role(idp, m.LOCAL, someone.id, m.get_role(idp, "Pilot").id)
+        return someone
+
+    OPENED = [
+        ("api:read", set()), ("openid", set()), ("openid email", set()),
+        ("openid profile", {"username", "preferred_username"}), ("openid roles", {"role", "roles"}),
+        ("openid groups", {"groups"}),
+    ]
+
+    @pytest.mark.parametrize("scope, names", OPENED)
+    def test_name_and_roles_are_in_the_token_by_scope(self, auth, third, service, person, log_in, scope, names):
+        of_user = {"username", "preferred_username", "role", "roles", "groups"}
+        answer = log_in(person, third, scope=scope)
+        claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
+        assert set(claims) & of_user == names and {"amr", "auth_time", "sid"} <= set(claims)
+        form = {"grant_type": "refresh_token", "refresh_token": answer["refresh_token"]}
+        again = auth.post("/token", form, auth=third)
+        claims = jwt.decode(again.json["access_token"], options={"verify_signature": False})
+        assert set(claims) & of_user == names, "after a refresh too"
+        introspected = auth.post("/introspect", {"token": answer["access_token"]}, auth=third).json
+        assert set(introspected) & of_user == names
+        ours = jwt.decode(log_in(person, service, scope=scope)["access_token"], options={"verify_signature": False})
+        assert of_user - {"groups"} <= set(ours) and ours["roles"] == ["Pilot"], "a first party has them as ever"
+
+    @pytest.mark.parametrize("scope, names", OPENED)
+    def test_me_shows_what_the_scope_opens(self, idp, auth, third, service, person, log_in, scope, names):
+        seen = auth.get("/me", bearer=log_in(person, third, scope=scope)["access_token"]).json
+        role = m.get_role(idp, "Pilot").id
+        assert seen == {
+            "sub": person.id, "email": "ann@example.org" if "email" in scope else None,
+            "roles": [role] if "roles" in scope else [],
+            "role_names": ["Pilot"] if names & {"roles", "groups"} else [], "scopes": sorted(scope.split()),
+        }
+        ours = auth.get("/me", bearer=log_in(person, service, scope=scope)["access_token"]).json
+        assert (ours["email"], ours["roles"], ours["role_names"]) == ("ann@example.org", [role], ["Pilot"])
+
+    def test_me_hides_what_a_token_of_before_it_was_a_third_party_carries(self, idp, auth, service, person, log_in):
+        bearer = log_in(person, service, scope="api:read")["access_token"]
+        m.update_client(idp, m.LOCAL, "service", UpdateClient(is_first_party=False))
+        seen = auth.get("/me", bearer=bearer).json
+        assert (seen["email"], seen["roles"], seen["role_names"]) == (None, [], [])
+
+    @pytest.mark.parametrize("path", ["/me/sessions", "/me/refresh-tokens"])
+    def test_lists_are_of_its_own_logins(self, auth, third, service, person, log_in, path):
+        log_in(person, service), log_in(person, third)
+        bearer = log_in(person, third, scope="openid")["access_token"]
+        answer = auth.get(path, bearer=bearer)
+        assert [row["client_id"] for row in answer.json] == ["third", "third"]
+        assert answer.headers["x-total-count"] == "2" and {row["username"] for row in answer.json} == {""}
+        named = auth.get(path, bearer=log_in(person, third, scope="openid profile")["access_token"]).json
+        assert {row["username"] for row in named} == {"ann"}
+        ours = auth.get(path, bearer=log_in(person, service)["access_token"]).json
+        assert {(row["client_id"], row["username"]) for row in ours} == {("third", "ann"), ("service", "ann")}
+
+    @pytest.mark.parametrize("path", ["/logout", "/logout-all"])
+    def test_it_logs_out_of_itself(self, idp, auth, third, service, person, log_in, clock, path):
+        elsewhere, other, mine = (log_in(person, client)["access_token"] for client in (service, third, third))
+        clock.pass_(1)
+        assert auth.post(path, bearer=mine).json["message"] == "Logged out of this client."
+        assert auth.get("/me", bearer=elsewhere).status == 200
+        assert auth.get("/me", bearer=mine).status == auth.get("/me", bearer=other).status == 401
+        assert auth.post("/logout-all", bearer=elsewhere).status == 200
+        assert auth.get("/me", bearer=elsewhere).status == 401, "a first party ends everything"
+
+    def test_no_other_route_takes_a_users_token_for_more_than_its_scope(self):
+        """Each route of a bearer is stated above, or demands a scope."""
+        bearers = {
+            route.paths[0] for route in m.AUTH.routes
+            if route.guard is not m.anyone and not route.oauth and not getattr(route.guard, "scope", "")
+        }
+        assert bearers == {
+            "/userinfo", "/me", "/whoami", "/me/sessions", "/me/refresh-tokens", "/logout", "/logout-all",
+        }

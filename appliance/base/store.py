@@ -1507,9 +1507,12 @@ class Store(Database):
         )
 
     def list_refresh_tokens(
-        self, user_id: str | None = None, id: str | None = None, sort: str = "-id", limit: int = 1000, offset: int = 0
+        self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
+        limit: int = 1000, offset: int = 0
     ) -> tuple[list[ListedRefreshToken], int]:
-        return self.page_of(ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, id=id, user_id=user_id)
+        return self.page_of(
+            ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
+        )
 
     def find_refresh_token_by_id(self, id: str) -> ListedRefreshToken | None:
         return next(iter(self.list_refresh_tokens(id=id)[0]), None)
