@@ -905,6 +905,15 @@ class MadClient(ApiClient):
         """POST /users/{id}/revoke. Return Msg. Ends every session, token and login of the user."""
         return self.request("POST", _path("users", id, "revoke"))
 
+    @paged_list(*LIMIT_PARAMS)
+    def list_consents_of_user(self, id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /users/{id}/consents. Return [{client_id, display_name, scopes, given_at}]."""
+        return self.pages(_path("users", id, "consents"), **search)
+
+    def revoke_consent(self, id: str, client_id: str) -> dict:
+        """DELETE /users/{id}/consents/{client_id}. Return Msg. Ends the logins of the user at the client."""
+        return self.request("DELETE", _path("users", id, "consents", client_id))
+
     def generate_totp(self, id: str, client_id: str | None = None, qr_output_path: str = ".") -> dict:
         """POST /users/{id}/totp/generate. Return TotpQr: `success`, `filename`. The server writes the file."""
         return self.request("POST", _path("users", id, "totp", "generate"),
@@ -2995,6 +3004,12 @@ COMMANDS = (
             render_message, "mad user delete --id bob", confirm_by="id"),
     Command("user revoke", "end every session, token and login of a user", MadClient.revoke_user, (ID_OF_USER,),
             render_message, "mad user revoke --id bob", confirm_by=""),
+    Command("user consents", "list what a user allowed clients, and since when", MadClient.list_consents_of_user,
+            (ID_OF_USER,), table("consents", "client_id", "display_name", "scopes", "given_at"),
+            "mad user consents --id bob"),
+    Command("user revoke-consent", "take back what a user allowed a client, and end the logins of the user there",
+            MadClient.revoke_consent, (ID_OF_USER, CLIENT_ID), render_message,
+            "mad user revoke-consent --id bob --client-id web"),
     Command("user verify-password", "tell whether this is the password of a user", MadClient.verify_password, (
         Option("id", "the user", required=True, dest="user", metavar="ID|NAME"),
         Option("password", "better from stdin: an argument is visible to every process", "secret", required=True,

@@ -70,11 +70,11 @@ from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_
 from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
     AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
-    ClientObject, CodeForm, ConfirmTotp, ConsentForm, CreateClient, CreatePermission, CreateRole, CreateScope,
-    CreateUser, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GenerateTotp, HeadlessCodeForm,
-    HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject, Introspection, Jwks, ListAudit,
-    ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg,
-    NameRef, OAuthError, OfClient, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep,
+    ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient, CreatePermission, CreateRole,
+    CreateScope, CreateUser, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GenerateTotp,
+    HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject, Introspection, Jwks,
+    ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me,
+    Msg, NameRef, OAuthError, OfClient, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep,
     ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
     RoleRef, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout,
     SetRoles, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient,
@@ -2535,7 +2535,8 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
     if claims["client_id"] != client.client_id and not client.row.may_introspect:
         return inactive
     if claims.get("roles_omitted"):
-        claims = claims | role_claims(idp, claims["sub"], claims.get("scope", ""), find_client(idp, claims["client_id"]))
+        issued_to = find_client(idp, claims["client_id"])
+        claims = claims | role_claims(idp, claims["sub"], claims.get("scope", ""), issued_to)
     return {"active": True, "token_type": "Bearer", **claims}
 
 
@@ -3546,6 +3547,22 @@ def give_consent(idp: Idp, caller: Caller, account: Account, client: Client, sco
         scope = " ".join(sorted({*scopes, *before.split()}))
         idp.store.put_consent(account.id, client.row.id, scope, idp.now())
         audit(idp, caller.acting_as(account.id), "consent_given", client.client_id, scope)
+
+
+def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: str):
+    """Take back the consent of a user for a client, and end what was issued on it. Raises not_found without one.
+
+    That is every login of the user at the client, with its access and refresh tokens, and every code that the client
+    has not exchanged. The browser stays logged in, and the next authorization request asks for consent again.
+    """
+    with idp.store.transaction():
+        client = get_client(idp, id_or_client_id)
+        if not idp.store.delete_consent(account.id, client.row.id):
+            raise Problem("not_found", log="the user has not consented to anything for this client")
+        idp.store.delete_codes(account.id, client.client_id)
+        for family in idp.store.list_families_of(account.id, client.client_id):
+            idp.store.revoke_family(family.sid, idp.now())
+        audit(idp, caller, "consent_revoked", client.client_id, f"user_id={account.id}")
 
 
 # == HTTP ======================================================================
@@ -5443,6 +5460,10 @@ def show_account(
             for family in idp.store.list_families_of(account.id)
             if family.expires_at > idp.now() and family.client_id != ADMIN_CLIENT
         ],
+        consents=[
+            (row, [describe_scope(idp, name) for name in row.scope.split()], iso(row.given_at))
+            for row in idp.store.list_consents(account.id)
+        ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
         is_pending=bool(account.totp_pending_sealed), secret=seed,
         qr=qr_uri(totp_uri(seed, account.username, box_name(idp.options))) if seed else "",
@@ -5455,7 +5476,7 @@ def show_account(
     option="enable_pkce",
 )
 def account_page(idp, params):
-    """Show a user its sessions, password and second factor, after a login if there is no session."""
+    """Show a user its sessions, consents, password and second factor, after a login if there is no session."""
     found = current_session(idp, params)
     return show_account(idp, params, *found) if found else open_login(idp, params, None)
 
@@ -5473,6 +5494,11 @@ def end_own_login(idp, params, session, account):
     if family is None or family.user_id != account.id:
         raise Problem("not_found")
     revoke_family(idp, params.caller.acting_as(account.id), family.sid, "logout", family.client_id)
+    return Redirect(f"{idp.options.auth_issuer}/account")
+
+
+def revoke_own_consent(idp, params, session, account):
+    revoke_consent(idp, params.caller.acting_as(account.id), account, params.need("id"))
     return Redirect(f"{idp.options.auth_issuer}/account")
 
 
@@ -5543,6 +5569,7 @@ def renew_own_codes(idp, params, session, account):
 
 ACCOUNT_CHANGES = {
     "end_session": end_own_session, "end_login": end_own_login, "end_all": end_all_others,
+    "revoke_consent": revoke_own_consent,
     "password": change_own_password, "begin_totp": begin_own_totp, "confirm_totp": confirm_own_totp,
     "disable_totp": disable_own_totp, "recovery_codes": renew_own_codes,
 }
@@ -5553,7 +5580,7 @@ ACCOUNT_CHANGES = {
     html=True, option="enable_pkce",
 )
 def account_change(idp, params):
-    """End sessions, change the password, or set up or remove the second factor.
+    """End sessions, take consents back, change the password, or set up or remove the second factor.
 
     A change that weakens the account needs the password and the second factor.
     """
@@ -5863,6 +5890,22 @@ def admin_revoke_user(idp, claims, params):
     with idp.store.transaction():
         revoke_user(idp, params.caller, get_user(idp, params.path["id"]).id, "user_revoked")
     return msg("Everything issued to the user is revoked.")
+
+
+@ADMIN("GET", "/users/<id>/consents", guard=by_admin, spec=OWN, gives=list[ConsentObject])
+def admin_list_consents_of_user(idp, claims, params):
+    """List what a user consented to, by client."""
+    return [
+        ConsentObject(row.client_id, row.display_name, row.scope.split(), iso(row.given_at))
+        for row in idp.store.list_consents(get_user(idp, params.path["id"]).id)
+    ]
+
+
+@ADMIN("DELETE", "/users/<id>/consents/<client_id>", guard=by_admin, spec=OWN, gives=Msg)
+def admin_revoke_consent(idp, claims, params):
+    """Take back the consent of a user for a client, and end the logins of the user there."""
+    revoke_consent(idp, params.caller, get_user(idp, params.path["id"]), params.path["client_id"])
+    return msg("Consent revoked; every login of the user at the client is ended.")
 
 
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)

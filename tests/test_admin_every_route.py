@@ -228,6 +228,7 @@ class TestEveryChangeLeavesARow:
         "DELETE /scopes/<id>": ("/scopes/api:read", None),
         "POST /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
         "DELETE /users/<id>/scopes/<scope_id>": ("/users/alice/scopes/api:read", None),
+        "DELETE /users/<id>/consents/<client_id>": ("/users/alice/consents/spa", None),
         "POST /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": ["api:secret"]}),
         "DELETE /clients/<id>/scopes/<scope_id>": ("/clients/service/scopes/api:read", None),
         "POST /scopes/assign-to-user": ("/scopes/assign-to-user", {"user_id": "carol", "scope_id": "api:read"}),
@@ -310,6 +311,7 @@ class TestEveryChangeLeavesARow:
         }
         made["idp"] = call("POST", "/clients/service/idp", {"provider_key": "x"}).json["id"]
         made["secret"] = call("GET", "/clients/service/secrets").json[0]["id"]
+        m.give_consent(idp, m.LOCAL, idp.store.find_account(alice.id), m.get_client(idp, "spa"), ["openid"])
         token = log_in(alice, public)
         made |= {
             "token": token["access_token"], "jti": token["jti"],

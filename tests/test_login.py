@@ -1384,6 +1384,164 @@ class TestConsent:
         assert m.issue_code(idp, m.LOCAL, client, asked, account, ["pwd"], idp.now())
 
 
+class TestConsentRevoked:
+    """A consent can be taken back, and what was issued on it ends with it. RFC 6749 §1.4, §10.3; RFC 7009 §2"""
+
+    @pytest.fixture
+    def third(self, register):
+        return register("third", is_first_party=False, display_name="Third & Co")
+
+    @pytest.fixture
+    def agree(self, third, browser):
+        def call(scope="openid email offline_access", username="alice"):
+            page = browser.open(request("third", scope=scope))
+            if title(page) == "Sign in":
+                browser.submit(username=username, password=PASSWORD)
+            return code_of(browser.submit(button=("decision", "allow")))
+
+        return call
+
+    @pytest.fixture(params=["account", "ADMIN"])
+    def take_back(self, request, idp, browser, alice, call):
+        def by_account(client_id="third"):
+            browser.open("/account")
+            number = next(
+                number for number, form in enumerate(browser.forms().forms)
+                if (form["fields"].get("action"), form["fields"].get("id")) == ("revoke_consent", client_id)
+            )
+            assert title(browser.submit(number)) == "Your account"
+
+        def by_admin(client_id="third"):
+            assert call("DELETE", f"/users/alice/consents/{client_id}").status == 200
+
+        return by_account if request.param == "account" else by_admin
+
+    def test_it_ends_what_was_issued_and_is_asked_for_again(
+        self, idp, auth, agree, take_back, alice, browser, exchange, clock
+    ):
+        bought, unspent = exchange(agree(), "third").json, agree("openid email api:read")
+        clock.pass_(1)
+        take_back()
+        assert auth.get("/userinfo", bearer=bought["access_token"]).status == 401
+        form = {"grant_type": "refresh_token", "refresh_token": bought["refresh_token"], "client_id": "third"}
+        assert auth.post("/token", form).json["error"] == "invalid_grant"
+        assert exchange(unspent, "third").json["error"] == "invalid_grant"
+        assert idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id) is None
+        members = sent_back(browser.open(request("third", prompt="none")))[1]
+        assert members["error"] == "consent_required", "the browser is logged in, and asked again"
+        assert exchange(agree("openid"), "third").json["scope"] == "openid", "less than before"
+        assert idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id) == "openid"
+
+    def test_it_ends_nothing_else(
+        self, idp, auth, spa, register, agree, take_back, alice, new_user, browser, other, exchange, clock
+    ):
+        register("fourth", is_first_party=False)
+        new_user("bob")
+        sign_in(other, request("third"), "bob")
+        of_bob = exchange(code_of(other.submit(button=("decision", "allow"))), "third").json["access_token"]
+        agree()
+        browser.open(request("fourth"))
+        fourth = exchange(code_of(browser.submit(button=("decision", "allow"))), "fourth").json["access_token"]
+        ours = exchange(code_of(browser.open(request()))).json["access_token"]
+        clock.pass_(1)
+        take_back()
+        assert all(auth.get("/userinfo", bearer=token).status == 200 for token in (of_bob, fourth, ours))
+        assert code_of(browser.open(request("fourth", prompt="none"))) and code_of(browser.open(request(prompt="none")))
+        assert code_of(other.open(request("third", prompt="none"))), "nor the consent of another user"
+
+    def test_it_is_in_the_audit_log(self, idp, agree, take_back, alice):
+        agree()
+        take_back()
+        row = next(row for row in idp.store.list_audit(limit=10) if row.action == "consent_revoked")
+        assert (row.target, row.secondary) == ("third", f"user_id={alice.id}")
+
+    def test_without_its_audit_row_it_is_not_taken_back(self, idp, agree, alice, exchange, auth, monkeypatch):
+        token = exchange(agree(), "third").json["access_token"]
+
+        def fail(*_):
+            raise sqlcipher3.OperationalError("database or disk is full")
+
+        account = idp.store.find_account(alice.id)
+        with monkeypatch.context() as broken, pytest.raises(Unavailable):
+            broken.setattr(idp.store, "append_audit", fail)
+            m.revoke_consent(idp, m.LOCAL, account, "third")
+        idp.store.flush()
+        assert auth.get("/userinfo", bearer=token).status == 200
+        assert idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id)
+
+    def test_a_code_being_exchanged_meanwhile_buys_nothing(
+        self, idp, agree, alice, auth, exchange, monkeypatch
+    ):
+        code, issue = agree(), m.issue
+
+        def late(idp, client, granted, origin):
+            monkeypatch.setattr(m, "issue", issue)
+            m.revoke_consent(idp, m.LOCAL, idp.store.find_account(alice.id), "third")
+            return issue(idp, client, granted, origin)
+
+        monkeypatch.setattr(m, "issue", late)
+        assert exchange(code, "third").json["error"] == "invalid_grant"
+
+    def test_a_page_that_waits_for_consent_issues_nothing_on_the_old_one(
+        self, idp, agree, alice, browser, monkeypatch
+    ):
+        agree()
+        issue_code = m.issue_code
+
+        def late(idp, *words):
+            m.revoke_consent(idp, m.LOCAL, idp.store.find_account(alice.id), "third")
+            return issue_code(idp, *words)
+
+        monkeypatch.setattr(m, "issue_code", late)
+        members = sent_back(browser.open(request("third", scope="openid email")))[1]
+        assert members["error"] == "consent_required"
+
+    def test_the_account_page_says_who_what_and_since_when(self, idp, agree, alice, browser, clock):
+        since = m.iso(idp.now())
+        agree("openid email api:read")
+        page = browser.open("/account").body.decode()
+        assert "What you allowed applications" in page and "Third &amp; Co" in page and since in page
+        assert "know who you are" in page and "read your e-mail address" in page and "api:read" in page
+        page = browser("GET", "/account", headers=[("Accept-Language", "de")]).body.decode()
+        assert "Was Sie Anwendungen erlaubt haben" in page and "Zurücknehmen" in page
+
+    def test_nobody_takes_back_what_is_somebody_elses(self, idp, agree, alice, new_user, other):
+        agree()
+        new_user("bob")
+        sign_in(other, "/account", "bob")
+        assert b"Third" not in other.answer.body
+        form = other.forms().forms[0]["fields"]["form"]
+        asked = {"form": form, "action": "revoke_consent", "id": "third"}
+        assert other("POST", "/account", asked).status == 404
+        assert other("POST", "/account", asked | {"form": ""}).status == 403
+        assert idp.store.find_consent(alice.id, m.get_client(idp, "third").row.id)
+
+    def test_administrators_list_and_take_back(self, idp, agree, alice, call, admin, bearer):
+        assert call("GET", "/users/alice/consents").json == []
+        since = m.iso(idp.now())
+        agree()
+        assert call("GET", f"/users/{alice.id}/consents").json == [
+            {
+                "client_id": "third", "display_name": "Third & Co",
+                "scopes": ["email", "offline_access", "openid"], "given_at": since,
+            }
+        ]
+        for path in ("/users/nobody/consents/third", "/users/alice/consents/nobody", "/users/root/consents/third"):
+            assert call("DELETE", path).json["error"] == "not_found"
+        assert call("GET", "/users/nobody/consents").status == 404
+        assert admin("DELETE", "/users/alice/consents/third", bearer=bearer).status == 401
+        id = m.get_client(idp, "third").row.id
+        assert call("DELETE", f"/users/alice/consents/{id}").status == 200, "by the client's id too"
+        assert call("DELETE", "/users/alice/consents/third").status == 404, "once"
+        assert call("GET", "/users/alice/consents").json == []
+
+    def test_of_a_client_that_is_switched_off_it_is_taken_back_too(self, idp, agree, take_back, alice, change):
+        agree()
+        change("UPDATE client SET is_active = 0 WHERE client_id = 'third'")
+        take_back()
+        assert idp.store.list_consents(alice.id) == []
+
+
 class TestAttacks:
     """design: a transaction is bound to the browser that began it."""
 

@@ -1261,6 +1261,46 @@ class TestConfirmation:
         assert marked == destructive
 
 
+class TestConsents:
+    """What a user allowed clients is listed and taken back by id or name."""
+
+    BOB, WEB = "0" * 8 + "-0000-4000-8000-" + "0" * 12, "1" * 8 + "-0000-4000-8000-" + "1" * 12
+
+    @pytest.fixture
+    def known(self, fake):
+        fake.answers |= {
+            "GET /users/id-by-name/bob": (200, {"result": self.BOB}, {}),
+            "GET /clients/id-by-name/web": (200, {"result": self.WEB}, {}),
+            f"GET /users/{self.BOB}/consents": (
+                200,
+                [
+                    {
+                        "client_id": "web", "display_name": "The Web", "scopes": ["email", "openid"],
+                        "given_at": "2026-05-01T10:00:00Z",
+                    }
+                ],
+                {},
+            ),
+            f"DELETE /users/{self.BOB}/consents/{self.WEB}": (200, {"success": True, "message": "Revoked."}, {}),
+        }
+
+    def test_they_are_listed(self, run, known):
+        done = run("user", "consents", "--id", "bob")
+        titles, _, row = done.stdout.splitlines()
+        assert done.returncode == 0 and titles.split("  ")[0] == "CLIENT ID"
+        assert row.split("  ")[0] == "web" and '["email", "openid"]' in row and "2026-05-01 10:00:00Z" in row
+        assert json.loads(run("user", "consents", "--id", self.BOB, "--json").stdout)[0]["client_id"] == "web"
+
+    def test_one_is_taken_back(self, run, fake, known):
+        done = run("user", "revoke-consent", "--id", "bob", "--client-id", "web")
+        assert (done.returncode, done.stderr) == (0, "") and fake.seen[-1][:2] == (
+            "DELETE", f"/users/{self.BOB}/consents/{self.WEB}",
+        )
+        fake.answers.pop(f"DELETE /users/{self.BOB}/consents/{self.WEB}")
+        assert run("user", "revoke-consent", "--id", "bob", "--client-id", "web").returncode != 0
+        assert run("user", "revoke-consent", "--id", "bob").returncode == 2
+
+
 class TestTerminal:
     MAD = [sys.executable, str(ROOT / "mad.py")]
 

@@ -633,6 +633,15 @@ class ScopeObject(msgspec.Struct):
     description: str
 
 
+class ConsentObject(msgspec.Struct):
+    """What a user allowed a client: scopes, and since when."""
+
+    client_id: str
+    display_name: str
+    scopes: list[str]
+    given_at: str
+
+
 class ClientObject(msgspec.Struct):
     """`client_secret` is present only if the server has just generated it."""
 
