@@ -5199,6 +5199,8 @@ def login_select(idp, params):
         return continue_login(
             idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
         )
+    if params.get("username") not in (None, account.username):
+        return show_login(idp, params, login)  # another tab logged somebody else in: the choice is of who was shown
     login = advance(
         idp, login, missing or state_after_factors(idp, login, account), user_id=account.id, amr=session.amr,
         auth_time=session.auth_time, proven_ms=session.created_ms,

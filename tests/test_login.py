@@ -994,6 +994,18 @@ class TestImpersonation:
         clock.pass_(11)
         assert title(browser.submit(button=("choice", "same"))) == "Sign in"
 
+    def test_the_word_is_for_the_user_who_was_shown(self, ask, alice, new_user, browser):
+        sign_in(browser)
+        ask()
+        form = browser.forms().forms[0]["fields"]
+        new_user("bob")
+        sign_in(browser, request(prompt="login"), "bob")  # in another tab
+        page = browser("POST", "/login/select", form | {"choice": "same"})
+        assert page.status == 200 and title(page) == "Continue as bob?"
+        assert sent_back(ask(prompt="none"))[1]["error"] == "interaction_required"
+        browser.answer = page
+        assert code_of(browser.submit(button=("choice", "same")))
+
     def test_without_the_token_of_the_form_no_word_is_given(self, ask, alice, browser):
         sign_in(browser)
         ask()

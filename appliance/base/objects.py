@@ -384,7 +384,10 @@ class CodeForm(StepForm):
 
 
 class SelectForm(StepForm):
+    """`username` has the user that the page showed."""
+
     choice: str = ""
+    username: str = ""
 
 
 class ConsentForm(StepForm):
