@@ -2971,7 +2971,7 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
     claims = {
         "iss": options.admin_issuer, "sub": account.id, "aud": options.admin_issuer, "iat": now, "nbf": now,
         "exp": now + lifetime, "jti": jti, "mad": "admin", "token_use": "access", "username": account.username,
-        "preferred_username": account.username, "email": account.email, "email_verified": bool(account.email_verified),
+        "preferred_username": account.username, **user_claims(idp, account, "email"),
         "amr": amr, "auth_time": now, "sid": family.sid, **roles,
     }
     ring = idp.admin_ring

@@ -43,6 +43,13 @@ class TestToken:
         )
         assert None not in answer.values() and "refresh_token" not in answer
 
+    def test_who_has_no_address_has_no_claim_of_one(self, idp, admin, root, change):
+        """As an administrator whom `admin recover` made."""
+        change("UPDATE account SET email = '' WHERE id = :id", id=root.id)
+        token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
+        assert not {"email", "email_verified"} & set(jwt.decode(token, options={"verify_signature": False}))
+        assert admin.get("/users", bearer=token).status == 200
+
     def test_it_means_nothing_on_auth(self, auth, service, admin_token):
         for path in ("/me", "/userinfo", "/me/sessions"):
             assert auth.get(path, bearer=admin_token).status == 401
