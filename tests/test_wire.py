@@ -939,8 +939,8 @@ class TestSlowClients:
             for sock in waiting:
                 sock.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
             for _ in range(20):
-                began = time.monotonic()
-                assert b" 200 " in one.get() and time.monotonic() - began < 1
+                assert b" 200 " in one.get()
+            assert not one.app.go.is_set(), "they all wait still"
             one.app.go.set()
             assert all(b" 200 " in read_all(sock) for sock in waiting)
 
@@ -959,7 +959,7 @@ class TestSlowClients:
         one = run()
         with one.connect(3) as sock:
             sock.sendall(b"GET /\r\n\r\n BAD\r\n\r\n")
-            sent, began = 0, time.monotonic()
+            sent = 0
             with contextlib.suppress(OSError):
                 while sent < 50_000_000:
                     sent += sock.send(bytes(65536))
@@ -1152,14 +1152,14 @@ class TestStopping:
         assert statuses(said) == [200] and b"Connection: close" in said and stopped == [True]
 
     def test_a_request_that_never_ends_does_not_hold_the_stop_up(self, run):
-        one = run()
+        one, stopped = run(limits=Limits(request_seconds=3600)), []
         with one.connect() as sock:
             sock.sendall(b"GET / HTTP/1.1\r\n")
             time.sleep(0.1)
-            began = time.monotonic()
-            assert one.server.stop(0.5) is False
-            # The request itself may take request_seconds, fifteen: the stop does not wait for that.
-            assert time.monotonic() - began < 2
+            stopping = threading.Thread(target=lambda: stopped.append(one.server.stop(0.5)), daemon=True)
+            stopping.start()
+            stopping.join(30)
+            assert stopped == [False]
 
     def test_what_is_in_flight_is_answered(self, run):
         one = run()
