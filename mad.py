@@ -176,7 +176,7 @@ def _bad_response(message: str, hint: str = "is this the address of a microauthd
 def _parse_status_line(line: str) -> int:
     """Return the status code. RFC 9112 §4"""
     version, _, rest = line.partition(" ")
-    code = rest[:3]
+    code = rest.partition(" ")[0]
     if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
         raise _bad_response("not an HTTP answer")
     return int(code)

@@ -207,6 +207,10 @@ class TestAnswers:
         "octets, message",
         [
             (b"\x16\x03\x01garbage\r\n\r\n", "not an HTTP answer"), (b"[]", "not an HTTP answer"),
+            (b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\n[]", "not an HTTP answer"),
+            (b"HTTP/1.1 20\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\n[]", "not an HTTP answer"),
+            (b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n[]", "not an HTTP answer"),
+            (OK + b"Content-Length 2\r\n\r\n[]", "the head of the answer is malformed"),
             (b"", "the connection was closed without an answer"),
             (OK + b"Content-Length: 10\r\n\r\n[]", "the answer breaks off"),
             (OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n[]", "the answer breaks off"),
@@ -214,7 +218,15 @@ class TestAnswers:
             (OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]", "the head of the answer is malformed"),
             (OK + b"X: " + b"a" * 200_000, "the head of the answer is too long"),
             (OK + b"Content-Length: 3\r\nContent-Length: 2\r\n\r\n[]", "the head of the answer is malformed"),
-            (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n[]\r\n", "the answer has a malformed chunk"),
+            *(
+                (OK + b"Content-Length: " + length + b"\r\n\r\n[]", "the head of the answer is malformed")
+                for length in (b"\xb2", b"+2", b"9" * 5000)
+            ),
+            *(
+                (OK + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\n[]\r\n0\r\n\r\n",
+                 "the answer has a malformed chunk")
+                for size in (b"zz", b"", b";x=y", b"0x2", b"+2", b"0" * 16 + b"2")
+            ),
             # A chunk ends with CRLF, which nothing else may stand in for. RFC 9112 §7.1
             (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n[]xx0\r\n\r\n", "the answer has a malformed chunk"),
             (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n[]0\r\n\r\n", "the answer has a malformed chunk"),
@@ -242,6 +254,7 @@ class TestAnswers:
         [
             OK + b"Content-Length: 99999999999\r\n\r\n[", OK + b"Transfer-Encoding: chunked\r\n\r\nffffffffff\r\n[",
             OK + b"\r\n[" + b" " * (17 << 20),
+            OK + b"Transfer-Encoding: chunked\r\n\r\n" + (b"100000\r\n" + b" " * (1 << 20) + b"\r\n") * 17,
         ],
     )
     def test_a_huge_one_is_cut_short(self, here, raw, octets):
@@ -253,6 +266,8 @@ class TestAnswers:
             OK + b"\r\n[]", OK + b"Transfer-Encoding: chunked\r\n\r\n1;x=y\r\n[\r\n1\r\n]\r\n0\r\n\r\n",
             b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\n[]extra",
             OK + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n[]",
+            # In any case, and before a length. RFC 9112 §6.1, §6.3
+            OK + b"Content-Length: 1\r\nTransfer-Encoding: Chunked\r\n\r\n2\r\n[]\r\n0\r\n\r\n",
         ],
     )
     def test_each_kind_of_framing_is_understood(self, here, raw, octets):
