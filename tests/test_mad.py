@@ -331,7 +331,7 @@ class TestAddresses:
         "url",
         [
             "localhost:9041", "ftp://box", "http://", "http://a:b@box", "http://box/?x", "http://[::1",
-            "http://box:99999", "http://b\u00fcx", "http://box\r\nX: y",
+            "http://box:99999", "http://b\u00fcx", "http://box\r\nX: y", "http://box/a b",
         ],
     )
     def test_what_is_no_base_url_is_bad_usage(self, here, url):
@@ -835,6 +835,26 @@ class TestTokenCache:
         home = tmp_path / "home"
         done = here("token", "get", HOME=str(home), MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
         assert (done.returncode, done.stdout, done.stderr) == (0, TOKEN + "\n", "") and not home.exists()
+
+    @pytest.mark.parametrize("root", ["", "cache", "./cache"])
+    def test_a_folder_that_is_not_absolute_is_ignored(self, tmp_path, monkeypatch, root):
+        """XDG Base Directory Specification"""
+        monkeypatch.setenv("XDG_CACHE_HOME", root)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert mad.TokenCache("http://box", "a", "", "s").folder == str(tmp_path / ".cache" / "mad")
+
+    @pytest.mark.parametrize("other", range(4))
+    def test_a_token_is_found_by_who_asks_for_the_same_with_the_same_secret(self, cache, other):
+        cache.store(self.ANSWER, 1_000_000)
+        asked = ["http://box", "a", "", "s"]
+        assert mad.TokenCache(*asked).find(1_000_000)
+        asked[other] += "x"
+        assert mad.TokenCache(*asked).find(1_000_000) is None
+
+    @pytest.mark.parametrize("ttl, found", [(30, False), (31, True), (999_999_999, True), (1_000_000_000, False)])
+    def test_a_life_too_short_to_be_found_or_too_long_to_be_true_is_not_stored(self, cache, ttl, found):
+        cache.store(self.ANSWER | {"expires_in": ttl}, 1_000_000)
+        assert os.path.exists(cache.path) is found
 
     def test_a_named_cache_folder_is_made_with_its_parents(self, cache):
         """XDG Base Directory Specification: a folder that does not exist is made, with mode 0700."""
