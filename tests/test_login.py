@@ -270,6 +270,34 @@ class TestAuthorizationCode:
         clock.pass_(60)
         assert exchange(code).json["error"] == "invalid_grant"
 
+    @pytest.mark.parametrize("lifetime, lives", [(10, 10), (60, 60), (600, 60)])
+    def test_it_lives_as_long_as_the_option_says_and_a_minute_at_most(
+        self, make_idp, spa, alice, exchange, clock, lifetime, lives
+    ):
+        idp = make_idp(Options(**CHEAP, oidc_issuer="https://idp.example", pkce_code_lifetime=lifetime))
+        browser = Browser(m.App(idp, m.AUTH))
+        first = code_of(sign_in(browser))
+        clock.pass_(lives - 1)
+        second = code_of(browser.open(request()))
+        assert exchange(first).status == 200
+        clock.pass_(lives)
+        assert exchange(second).json["error"] == "invalid_grant"
+
+    def test_none_is_issued_for_who_was_ended_since_the_session_was_looked_up(
+        self, idp, spa, alice, browser, clock, monkeypatch
+    ):
+        sign_in(browser)
+        scope_for = m.scope_for
+
+        def late(*arguments):
+            m.revoke_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
+            clock.pass_(1)
+            return scope_for(*arguments)
+
+        monkeypatch.setattr(m, "scope_for", late)
+        assert sent_back(browser.open(request(prompt="none")))[1]["error"] == "invalid_grant"
+        assert len(idp.store.list_audit("authorization_code_issued")) == 1
+
     @pytest.mark.parametrize(
         "statement",
         [
@@ -433,6 +461,11 @@ class TestRequest:
             and members["error_description"].isascii()
             and "code" not in members
         )
+
+    def test_who_names_a_method_brings_a_challenge(self, register, browser):
+        """Also a client that may leave PKCE out: it meant to have it. RFC 7636 §4.3"""
+        register("web", client_type="confidential")
+        assert sent_back(browser("GET", request("web", code_challenge=None)))[1]["error"] == "invalid_request"
 
     def test_repeated_parameters_are_refused_and_unknown_ones_ignored(self, spa, browser):
         for repeated in ("&client_id=spa", "&redirect_uri=" + CALLBACK):
@@ -719,8 +752,12 @@ class TestSession:
         sign_in(browser, request(prompt="login"), "bob")
         assert auth.get("/me", bearer=bought).status == 401, "of another, everything"
 
-    def test_a_code_dies_with_the_logout(self, spa, alice, browser, exchange):
+    @pytest.mark.parametrize("silent", [False, True])
+    def test_a_code_dies_with_the_logout(self, spa, alice, browser, exchange, silent):
+        """That of the login, and one that the session brought later."""
         code = code_of(sign_in(browser))
+        if silent:
+            code = code_of(browser.open(request(prompt="none")))
         browser.open("/logout")
         browser.submit()
         assert exchange(code).json["error"] == "invalid_grant"
@@ -743,6 +780,38 @@ class TestSession:
             last = sent_back(browser.open(request(prompt="none")))[1]
         assert last["error"] == "login_required", "a day is the end"
 
+    @pytest.mark.parametrize("idle, error", [(28799, None), (28800, "login_required")])
+    def test_it_is_over_in_the_second_in_which_it_has_been_idle_long_enough(
+        self, spa, alice, browser, clock, idle, error
+    ):
+        sign_in(browser)
+        clock.pass_(idle)
+        assert sent_back(browser.open(request(prompt="none")))[1].get("error") == error
+
+    @pytest.mark.parametrize("last, error", [(6399, None), (6400, "login_required")])
+    def test_it_is_over_in_the_second_of_its_absolute_end(self, spa, alice, browser, clock, last, error):
+        sign_in(browser)
+        for seconds in (20000, 20000, 20000, 20000, last):
+            clock.pass_(seconds)
+            browser.open(request(prompt="none"))
+        assert sent_back(browser.answer)[1].get("error") == error
+
+    @pytest.mark.parametrize("back, error", [(60, None), (61, "login_required")])
+    def test_one_of_a_time_that_is_not_yet_is_none(self, spa, alice, browser, clock, back, error):
+        """The clock was ahead when it began, by more than the skew between two processes."""
+        sign_in(browser)
+        clock.pass_(-back)
+        assert sent_back(browser.open(request(prompt="none")))[1].get("error") == error
+
+    @pytest.mark.parametrize("seen_after, error", [(59, "login_required"), (60, None)])
+    def test_it_is_seen_once_a_minute(self, spa, alice, browser, clock, seen_after, error):
+        """So that a page with a hundred pictures is one write."""
+        sign_in(browser)
+        clock.pass_(seen_after)
+        browser.open(request(prompt="none"))
+        clock.pass_(28800 - 1)
+        assert sent_back(browser.open(request(prompt="none")))[1].get("error") == error
+
     @pytest.mark.parametrize(
         "end",
         [
@@ -761,7 +830,9 @@ class TestSession:
     def test_a_client_may_want_a_younger_one(self, idp, register, spa, alice, browser, clock):
         register("bank", flags={"SESSION_BASED_AUTH": "", "SESSION_BASED_MAX_AGE": "60"})
         sign_in(browser)
-        clock.pass_(61)
+        clock.pass_(60)
+        assert code_of(browser.open(request("bank", prompt="none"))), "not older than that"
+        clock.pass_(1)
         assert (
             code_of(browser.open(request(prompt="none")))
             and sent_back(browser.open(request("bank", prompt="none")))[1]["error"] == "login_required"
@@ -809,6 +880,20 @@ class TestSession:
         clock.pass_(11)
         assert title(browser.open(request(**{"prompt": "select_account"} | asked))) == "Choose an account"
         assert title(browser.submit(button=("choice", "same"))) == "Sign in"
+
+    @pytest.mark.parametrize("has_one", [False, True])
+    def test_who_goes_on_as_who_is_in_is_asked_for_the_factor_that_a_client_demands(
+        self, idp, register, spa, alice, browser, give_totp, clock, has_one
+    ):
+        register("bank", flags={"ENABLE_TOTP": ""})
+        sign_in(browser)
+        if has_one:
+            second_factor(idp, alice, give_totp, clock)
+        assert title(browser.open(request("bank", prompt="select_account"))) == "Choose an account"
+        asked = title(browser.submit(button=("choice", "same")))
+        assert asked == ("Second factor" if has_one else "Set up a second factor")
+        shown = re.findall(r'class="secret">([A-Z2-7 ]+)<', browser.answer.body.decode())
+        SECRETS.update(seed.replace(" ", "") for seed in shown)
 
     def test_one_begun_before_a_restore_is_over(self, idp, spa, alice, browser, change):
         sign_in(browser)
@@ -1210,11 +1295,56 @@ class TestSecondFactor:
         assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 403
         assert not idp.store.find_account(alice.id).totp_sealed
 
-    def test_while_it_is_locked_the_first_code_of_an_enrolment_is_refused(self, idp, register, alice, browser, change):
+    @pytest.mark.parametrize("what", ["totp_locked_until", "lockout_until"])
+    def test_while_it_or_the_account_is_locked_the_first_code_of_an_enrolment_is_refused(
+        self, idp, register, alice, browser, change, what
+    ):
         seed = self.enrolling(register, browser)
-        change("UPDATE account SET totp_locked_until = :until WHERE id = :id", until=idp.now() + 60, id=alice.id)
+        change(f"UPDATE account SET {what} = :until WHERE id = :id", until=idp.now() + 60, id=alice.id)
         assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 403
         assert not idp.store.find_account(alice.id).totp_sealed
+
+    def test_guesses_at_the_first_code_of_an_enrolment_are_counted(self, idp, register, alice, browser):
+        self.enrolling(register, browser)
+        for _ in range(m.TOTP_TRIES):
+            assert browser.submit(totp="000000").status == 403
+        assert idp.store.find_account(alice.id).totp_locked_until > idp.now()
+        for _ in range(m.LOGIN_TRIES - m.TOTP_TRIES - 1):
+            assert browser.submit(totp="000000").status == 403
+        assert browser.submit(totp="000000").status == 404
+
+    def test_too_many_wrong_codes_end_the_transaction(self, idp, spa, alice, browser, give_totp, clock):
+        second_factor(idp, alice, give_totp, clock)
+        sign_in(browser)
+        for _ in range(m.LOGIN_TRIES - 1):
+            assert browser.submit(totp="000000").status == 403
+        assert browser.submit(totp="000000").status == 404
+
+    def test_an_enrolment_never_replaces_one_that_was_set_up_meanwhile(
+        self, idp, register, alice, browser, give_totp
+    ):
+        seed = self.enrolling(register, browser)
+        give_totp(idp, idp.store.find_account(alice.id))
+        before = idp.store.find_account(alice.id).totp_sealed
+        assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 403
+        assert idp.store.find_account(alice.id).totp_sealed == before
+
+    def test_the_first_code_of_an_enrolment_is_spent_by_it(self, idp, register, spa, alice, browser, other):
+        """RFC 6238 §5.2"""
+        seed = self.enrolling(register, browser)
+        code = pyotp.TOTP(seed).at(idp.now())
+        assert browser.submit(totp=code).status == 200
+        assert title(sign_in(other)) == "Second factor" and other.submit(totp=code).status == 403
+
+    def test_a_logout_ends_the_login_that_shows_recovery_codes(self, idp, register, alice, browser):
+        seed = self.enrolling(register, browser)
+        browser.submit(totp=pyotp.TOTP(seed).at(idp.now()))
+        shown = browser.forms().forms[0]
+        assert shown["action"].endswith("/login/codes")
+        browser.open("/logout")
+        browser.submit()
+        answer = browser("POST", "/login/codes", shown["fields"])
+        assert answer.status == 404 and "location" not in answer.headers
 
     def test_a_session_without_one_is_not_enough_for_a_client_that_demands_one(
         self, idp, register, spa, alice, browser, give_totp, clock
@@ -1707,6 +1837,19 @@ class TestAttacks:
             browser("POST", "/totp", second | {"totp": code()}).status == 404
             and browser("POST", "/login", first).status == 404
         )
+
+    @pytest.mark.parametrize("end", ["the redirect URI is taken away", "the client is switched off"])
+    def test_a_login_under_way_leads_nowhere_once_its_client_has_lost_the_uri(
+        self, idp, spa, alice, browser, change, end
+    ):
+        browser.open(request())
+        if "URI" in end:
+            change("DELETE FROM client_uri")
+        else:
+            change("UPDATE client SET is_active = 0")
+        answer = browser.submit(username="alice", password=PASSWORD)
+        assert answer.status == 404 and "location" not in answer.headers
+        assert idp.store.list_audit("authorization_code_issued") == []
 
     def test_an_expired_login_is_over(self, spa, alice, browser, clock):
         browser.open(request())
@@ -2493,7 +2636,16 @@ class TestHeadless:
         unknown = self.begin(auth, headers, client_id="nobody")
         assert unknown.status == 400 and unknown.headers["content-type"].startswith("text/html")
 
-    def test_a_page_login_is_not_driven_by_it_nor_the_other_way_round(self, auth, spa, alice, browser):
+    def test_who_has_no_second_factor_gets_no_further_where_a_client_demands_one(self, auth, register, alice):
+        """It is set up at the pages, or by an administrator."""
+        register("bank", flags={"ENABLE_TOTP": ""})
+        jti = self.begin(auth, client_id="bank").json["jti"]
+        SECRETS.add(jti)
+        answer = auth.post("/login/password", {"jti": jti, "username": "alice", "password": PASSWORD})
+        assert (answer.status, answer.json["error"]) == (400, "invalid_grant")
+        assert auth.post("/login/finalize", {"jti": jti}).json["error"] == "invalid_grant"
+
+    def test_a_page_login_is_not_driven_by_it_nor_the_other_way_round(self, idp, auth, spa, alice, browser):
         browser.open(request())
         tx = browser.forms().forms[0]["fields"]["tx"]
         for jti in (tx, browser.cookies["__Host-mad-login"]):
@@ -2504,7 +2656,8 @@ class TestHeadless:
         jti = self.begin(auth).json["jti"]
         SECRETS.add(jti)
         browser.cookies["__Host-mad-login"] = jti
-        assert browser("GET", f"/login?tx={jti}").status == 404
+        row = idp.store.find_headless_login(m.sha256(jti), idp.now())
+        assert {browser("GET", f"/login?tx={it}").status for it in (jti, row.id)} == {404}
 
 
 class TestToldInTheLog:
@@ -2773,16 +2926,59 @@ class TestAccount:
             browser.open(request(prompt="none"))
         )
 
-    def test_nobody_ends_what_is_somebody_elses(self, idp, spa, alice, new_user, browser, other):
-        new_user("bob")
-        sign_in(other, username="bob")
-        theirs = idp.store.list_browser_sessions(m.get_user(idp, "bob").id, idp.now())[0].id_sha256
+    def test_nobody_ends_what_is_somebody_elses(self, idp, auth, spa, alice, new_user, browser, other, exchange):
+        bob = new_user("bob")
+        token = exchange(code_of(sign_in(other, username="bob"))).json["access_token"]
+        session = idp.store.list_browser_sessions(bob.id, idp.now())[0].id_sha256
+        (family,) = idp.store.list_families_of(bob.id)
         sign_in(browser)
         browser.open("/account")
         form = browser.forms().forms[-1]["fields"]["form"]
-        assert browser(
-            "POST", "/account", {"form": form, "action": "end_session", "id": theirs}
-        ).status == 404 and code_of(other.open(request(prompt="none")))
+        for action, theirs in (("end_session", session), ("end_login", family.sid)):
+            assert browser("POST", "/account", {"form": form, "action": action, "id": theirs}).status == 404
+        assert code_of(other.open(request(prompt="none"))) and auth.get("/me", bearer=token).status == 200
+
+    @pytest.mark.parametrize("action", sorted(m.ACCOUNT_CHANGES))
+    def test_a_form_of_another_site_or_browser_changes_nothing(
+        self, idp, spa, alice, new_user, browser, other, action
+    ):
+        new_user("bob")
+        for browser_of, username in ((browser, "alice"), (other, "bob")):
+            sign_in(browser_of, username=username)
+            browser_of.open("/account")
+        theirs = other.forms().forms[-1]["fields"]["form"]
+        (session,) = idp.store.list_browser_sessions(alice.id, idp.now())
+        fields = {"action": action, "id": session.id_sha256, "password": PASSWORD, "new_password": NEW_PASSWORD}
+        before = idp.store.list_audit(limit=1000)
+        for form in ({}, {"form": ""}, {"form": theirs}):
+            assert browser("POST", "/account", fields | form).status == 403
+        assert idp.store.list_audit(limit=1000) == before
+
+    @pytest.mark.parametrize("action", ["begin_totp", "confirm_totp"])
+    def test_a_second_factor_is_not_replaced_by_a_session(
+        self, idp, spa, alice, browser, give_totp, clock, action
+    ):
+        """Also where an administrator began another: who has its seed has no more than that."""
+        code = second_factor(idp, alice, give_totp, clock)
+        sign_in(browser)
+        browser.submit(totp=code())
+        clock.pass_(60)
+        seed = m.begin_totp(idp, m.LOCAL.acting_as("test"), idp.store.find_account(alice.id))
+        SECRETS.add(seed)
+        before = idp.store.find_account(alice.id)
+        browser.open("/account")
+        form = browser.forms().forms[-1]["fields"]["form"]
+        proof = {"password": PASSWORD, "totp": code() if action == "begin_totp" else pyotp.TOTP(seed).at(idp.now())}
+        assert browser("POST", "/account", {"form": form, "action": action} | proof).status == 400
+        after = idp.store.find_account(alice.id)
+        assert (after.totp_sealed, after.totp_pending_sealed) == (before.totp_sealed, before.totp_pending_sealed)
+
+    def test_without_a_second_factor_there_are_no_recovery_codes(self, idp, spa, alice, browser):
+        sign_in(browser)
+        browser.open("/account")
+        form = browser.forms().forms[-1]["fields"]["form"]
+        answer = browser("POST", "/account", {"form": form, "action": "recovery_codes", "password": PASSWORD})
+        assert answer.status == 400 and idp.store.count_recovery_codes(alice.id) == 0
 
     def test_the_password_is_changed_with_the_current_one(self, auth, service, spa, alice, browser, other):
         sign_in(browser), sign_in(other)
