@@ -1,5 +1,6 @@
 """Sessions: is this token alive? Introspection, revocation, the end of logins."""
 
+import contextlib
 import threading
 
 import microauthd as m
@@ -424,6 +425,14 @@ class TestEnding:
         assert auth.get("/me", bearer=answer["access_token"]).status == 401
         refused = auth.post("/token", REFRESH | {"refresh_token": answer["refresh_token"]}, auth=service)
         assert (refused.status, refused.json["error"]) == (400, "invalid_grant")
+
+    @pytest.mark.parametrize("passed, code", [(3599, None), (3600, "unchanged")])
+    def test_a_session_is_ended_until_the_second_it_expires(self, idp, log_in, alice, clock, passed, code):
+        answer = log_in(alice)
+        clock.pass_(passed)
+        with pytest.raises(m.Problem, match="^unchanged") if code else contextlib.nullcontext():
+            m.revoke_session(idp, m.LOCAL.acting_as("test"), answer["jti"])
+        assert idp.store.is_revoked(answer["jti"]) is (code is None)
 
     def test_an_administrator_who_revokes_an_access_token_ends_its_login(self, auth, service, log_in, alice, call):
         answer = log_in(alice)
