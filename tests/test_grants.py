@@ -256,6 +256,13 @@ class TestIdToken:
         claims = claims_of(log_in(alice, scope=scope)["id_token"])
         assert {name: value for name, value in claims.items() if name not in plain} == more
 
+    def test_who_has_no_address_has_no_claim_of_one(self, auth, log_in, alice, change):
+        """A claim without a value is left out. OpenID Connect Core §5.3.2"""
+        change("UPDATE account SET email = '' WHERE id = :id", id=alice.id)
+        answer = log_in(alice, scope="openid email")
+        for claims in (claims_of(answer["id_token"]), auth.get("/userinfo", bearer=answer["access_token"]).json):
+            assert not {"email", "email_verified"} & set(claims) and claims["sub"] == alice.id
+
     def test_a_refreshed_one_tells_of_the_same_login(self, auth, service, log_in, alice, clock):
         """OpenID Connect Core §12.2"""
         answer = log_in(alice, scope="openid")
@@ -446,6 +453,15 @@ class TestRefresh:
             clock.pass_(259000)
             token = self.turn(auth, service, token).json["refresh_token"]
         assert idp.store.find_refresh_token(m.sha256(token)).expires_at == family.expires_at
+
+    def test_a_login_is_over_in_the_second_of_its_end(self, idp, auth, service, log_in, alice, clock):
+        token = log_in(alice)["refresh_token"]
+        (family,) = idp.store.list_families_of(alice.id)
+        clock.now = float(family.expires_at - 1)
+        assert m.active_family(idp, family.sid)
+        clock.pass_(1)
+        assert m.active_family(idp, family.sid) is None
+        assert self.turn(auth, service, token).json["error"] == "invalid_grant"
 
     def test_the_statement_that_spends_it_asks_everything(self, idp, log_in, alice, clock):
         """Whatever was read before it."""
