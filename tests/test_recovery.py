@@ -483,6 +483,15 @@ class TestKeys:
         assert [row["state"] for row in describe_keys(house) if row["kid"] == before[0]["kid"]] == ["retired"]
         rotate_keys(house, ["auth"])
 
+    def test_who_accepts_the_clock_drops_what_is_under_way(self, house):
+        """Its times were taken from a clock that was wrong, and nothing tells which of them are."""
+        idp = opened(house)
+        under_way(idp, m.get_user(idp, "root").id)
+        assert left(idp) == [1, 1]
+        accept_clock(house)
+        assert left(idp) == [0, 0]
+        idp.store.close()
+
     def test_a_revocation_under_a_wrong_clock_lets_no_other_key_sign_early(self, house, at):
         self.note_time(house)
         (waiting,) = rotate_keys(house, ["auth"], ["ES256"])
