@@ -7,7 +7,7 @@ import appliance.upkeep as upkeep_room
 import microauthd as m
 import msgspec
 import pytest
-from conftest import CHEAP, DAY, NOON, PASSWORD, YEARS, Machine, left, opened, under_way
+from conftest import CHEAP, DAY, Machine, NOON, PASSWORD, YEARS, kids, left, made, opened, under_way
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT
 from appliance.base.settings import Options
@@ -423,6 +423,33 @@ class TestKeys:
         assert len(signed_by) == 2 and [row["state"] for row in describe_keys(house) if row["port"] == "auth"] == [
             "active", "active",
         ], "the retired ones are gone"
+        idp.store.close()
+
+    @pytest.mark.parametrize(
+        "port, options, flag, longest",
+        [
+            ("auth", {}, "7200", 7200), ("auth", {}, "60", 3600), ("auth", {"token_expiration": 60}, "", 600),
+            ("admin", {"admin_token_expiration": 1200}, "7200", 1200),
+        ],
+    )
+    def test_a_retired_key_stays_as_long_as_a_token_that_it_signed_may_live(
+        self, tmp_path, monkeypatch, port, options, flag, longest
+    ):
+        """The longest TOKEN_EXPIRATION of any client, an ID token's 600 seconds, and the skew of a reader's clock."""
+        monkeypatch.chdir(tmp_path)
+        house = made(tmp_path, **options)
+        old = next(row["kid"] for row in describe_keys(house) if row["port"] == port and row["alg"] == "ES256")
+        (kid,) = rotate_keys(house, [port], ["ES256"])
+        now = [next(row["since"] for row in describe_keys(house) if row["kid"] == kid) + house.key_overlap]
+        idp = opened(house, lambda: now[0])
+        idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
+        if flag:
+            m.set_flag(idp, m.LOCAL.acting_as("test"), "app", "TOKEN_EXPIRATION", True)
+            m.set_flag_option(idp, m.LOCAL.acting_as("test"), "app", "TOKEN_EXPIRATION", flag)
+        for passed, stays in ((longest + IAT_SKEW - 1, True), (1, False)):
+            now[0] += passed
+            advance_key_states(idp)
+            assert (old in kids(house)) is stays
         idp.store.close()
 
     def test_a_clock_set_back_undoes_nothing(self, house):
