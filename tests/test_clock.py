@@ -49,6 +49,35 @@ class TestTimekeeper:
         box.pass_(3600)
         assert box.now == box.wall and box.keeper.state == "right"
 
+    @pytest.mark.parametrize("behind, passed", [(DAY, 50), (DAY + 0.5, 100)])
+    def test_a_clock_up_to_a_day_behind_is_followed_at_half_speed(self, behind, passed):
+        box = Machine(NOON)
+        box.wall -= behind
+        box.pass_(100)
+        assert box.now == NOON + passed and box.keeper.state == "behind"
+
+    @pytest.mark.parametrize("ahead, followed", [(120, True), (120.5, False)])
+    def test_a_clock_up_to_two_minutes_ahead_is_followed_at_once(self, ahead, followed):
+        box = Machine(NOON)
+        box.wall += ahead
+        box.pass_(1)
+        assert (box.now == box.wall) is followed
+
+    @pytest.mark.parametrize("kept, followed", [(600, False), (600.5, True)])
+    def test_a_clock_further_ahead_is_followed_when_it_kept_that_time_for_ten_minutes(self, kept, followed):
+        """Counted from when it was first seen, half a second after it leapt."""
+        box = Machine(NOON)
+        box.wall += 3600
+        box.pass_(kept)
+        assert (box.now == box.wall) is followed
+
+    @pytest.mark.parametrize("leap, state", [(45 * DAY, "right"), (45 * DAY + 0.5, "probation")])
+    def test_a_leap_of_more_than_45_days_is_on_probation(self, leap, state):
+        box = Machine(NOON)
+        box.wall += leap
+        box.pass_(700)
+        assert box.now == box.wall and box.keeper.state == state
+
     def test_a_second_back_passes_unseen(self):
         box = Machine(NOON)
         box.wall -= 1.5

@@ -84,6 +84,11 @@ class TestForms:
         answer = auth.post("/token", form, auth=service)
         assert (answer.status, answer.json["error"]) == (400, "invalid_request")
 
+    @pytest.mark.parametrize("more, status", [(63, 200), (64, 400)])
+    def test_there_may_be_64_parameters(self, auth, service, more, status):
+        form = "&".join(["grant_type=client_credentials", *(f"p{n}=x" for n in range(more))])
+        assert auth.post("/token", form, auth=service).status == status
+
     def test_an_empty_secret_authenticates_nobody(self, auth, service):
         for form in ("client_id=service&client_secret=", "client_id=service", "client_id=&client_secret=" + service[1]):
             answer = auth.post("/token", "grant_type=client_credentials&" + form)

@@ -4,13 +4,14 @@ import base64
 import os
 
 import microauthd as m
+import msgspec
 import pytest
 from conftest import CLAIMS
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from appliance.base import StartupError
 from appliance.base.files import write_durably
-from appliance.base.keys import make_key, read_ring, write_ring
+from appliance.base.keys import make_key, next_promotion_at, promote, read_ring, write_ring
 
 
 class TestKeys:
@@ -22,6 +23,19 @@ class TestKeys:
         path.chmod(0o600)
         assert read_ring(str(path), passphrase) == entries
         assert passphrase == "" or b"BEGIN PRIVATE KEY" not in path.read_bytes()
+
+    @pytest.mark.parametrize("now, states", [(999, ["active", "next"]), (1000, ["retired", "active"])])
+    def test_a_next_key_signs_from_the_second_in_which_it_has_been_published_long_enough(self, now, states):
+        first, following = make_key("ES256", 2048, 0), make_key("ES256", 2048, 0)
+        entries = promote([first, msgspec.structs.replace(following, state="next", since=100)], now, 900)
+        assert [entry.state for entry in entries] == states
+        assert {entry.since for entry in entries} == ({1000} if now == 1000 else {0, 100})
+        assert next_promotion_at(entries, 900) == (None if now == 1000 else 1000)
+
+    def test_a_next_key_replaces_that_of_its_algorithm_only(self):
+        entries = [make_key("ES256", 2048, 0), make_key("RS256", 2048, 0)]
+        entries.append(msgspec.structs.replace(make_key("ES256", 2048, 0), state="next", since=100))
+        assert [entry.state for entry in promote(entries, 1000, 900)] == ["retired", "active", "active"]
 
     @pytest.mark.parametrize(
         "kind, form", [("ec", "TraditionalOpenSSL"), ("ec", "PKCS8"), ("rsa", "TraditionalOpenSSL"), ("rsa", "PKCS8")]
