@@ -5,7 +5,7 @@ import threading
 import microauthd as m
 import pyotp
 import pytest
-from conftest import CHEAP, PASSWORD, Caller
+from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.settings import Options
 from appliance.base.store import FOREVER, LOCKOUT_MAX
 from appliance.base.objects import CreateUser
@@ -341,12 +341,13 @@ class TestLockout:
         assert "locked" in caught.value.log
         assert auth.post("/token", GOOD | {"username": "root"}, auth=service).status == 403
 
-    def test_a_pause_restarts_the_count(self, idp, auth, service, alice, clock):
+    @pytest.mark.parametrize("pause, status", [(300, 403), (301, 200)])
+    def test_a_pause_longer_than_the_window_restarts_the_count(self, auth, service, alice, clock, pause, status):
         for _ in range(4):
             fail(auth, service)
-        clock.pass_(301)
+        clock.pass_(pause)
         fail(auth, service)
-        assert auth.post("/token", GOOD, auth=service).status == 200
+        assert auth.post("/token", GOOD, auth=service).status == status
 
     def test_a_longer_lockout_set_by_an_administrator_stays(self, idp, auth, service, alice):
         with idp.store.transaction():
@@ -601,6 +602,37 @@ class TestSecondFactor:
         clock.pass_(60)
         idp.store.set_lockout(alice.id, idp.now() + 600, idp.now())
         assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
+
+    def test_one_that_is_taken_away_between_the_steps_opens_nothing(self, idp, alice, give_totp, clock):
+        """Not even by its last code: the login begins anew, by the password alone."""
+        seed = give_totp(idp, idp.store.find_account(alice.id))
+        clock.pass_(60)
+        m.disable_totp(idp, m.LOCAL.acting_as("t"), idp.store.find_account(alice.id))
+        assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
+        assert guess(idp, alice, "aaaa-bbbb-cccc-dddd") == "invalid_grant"
+
+    @pytest.mark.parametrize("column", ["totp_locked_until", "lockout_until"])
+    def test_its_lock_and_that_of_the_account_end_in_their_second(
+        self, idp, alice, give_totp, clock, change, column
+    ):
+        seed = give_totp(idp, idp.store.find_account(alice.id))
+        clock.pass_(60)
+        change(f"UPDATE account SET {column} = :until WHERE id = :id", until=idp.now() + 1, id=alice.id)
+        assert guess(idp, alice, pyotp.TOTP(seed).at(idp.now())) == "invalid_grant"
+        clock.pass_(1)
+        _, amr = m.check_second_factor(idp, PEER, alice.id, idp.now_ms() + 1, pyotp.TOTP(seed).at(idp.now()))
+        assert amr == ["pwd", "otp", "mfa"]
+
+    def test_a_code_of_a_seed_that_was_replaced_meanwhile_turns_nothing_on(self, idp, alice):
+        stale = []
+        for _ in range(2):
+            seed = m.begin_totp(idp, m.LOCAL.acting_as("t"), alice.account)
+            SECRETS.add(seed)
+            stale.append((idp.store.find_account(alice.id), seed))
+        account, seed = stale[0]
+        with pytest.raises(m.Problem, match="^invalid_grant"):
+            m.confirm_totp(idp, m.LOCAL.acting_as("t"), account, pyotp.TOTP(seed).at(idp.now()))
+        assert not idp.store.find_account(alice.id).totp_sealed
 
     def test_a_recovery_code_opens_its_own_users_account_only(self, idp, alice, new_user, give_totp):
         bob = new_user("bob")
