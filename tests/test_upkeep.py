@@ -73,6 +73,14 @@ class TestPurge:
         purge(idp)
         assert count(idp, "parked_hints") == 0
 
+    def test_a_login_under_way_and_a_browser_session_go_when_they_are_over(self, idp, alice, clock):
+        under_way(idp, alice.id)
+        m.begin_browser_session(idp, m.LOCAL, alice.account, ["pwd"], idp.now(), None)
+        for seconds, rows in ((60, (1, 1)), (1, (0, 1)), (DAY - 61, (0, 1)), (1, (0, 0))):
+            clock.pass_(seconds)
+            purge(idp)
+            assert (count(idp, "login_transaction"), count(idp, "browser_session")) == rows
+
     def test_a_living_login_keeps_its_refresh_tokens_working(self, idp, auth, service, log_in, alice, clock):
         """Purging sessions once took the refresh tokens along."""
         token = log_in(alice)["refresh_token"]
@@ -85,9 +93,10 @@ class TestPurge:
 
     def test_a_retired_secret_goes_and_the_living_stays(self, idp, auth, service, clock):
         second = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60))
-        clock.pass_(61)
-        purge(idp)
-        assert count(idp, "client_secret") == 1
+        for seconds, secrets in ((60, 2), (1, 1)):
+            clock.pass_(seconds)
+            purge(idp)
+            assert count(idp, "client_secret") == secrets
         assert auth.post("/token", {"grant_type": "client_credentials"}, auth=("service", second)).status == 200
 
     def test_nothing_a_person_made_is_purged(self, idp, service, alice, root, clock):
@@ -236,6 +245,10 @@ class TestClockwork:
             and not idp.check_clock()
             and not idp.check_clock(irreversible=False)
         )
+        for seconds, said in ((3540, 1), (60, 2)):
+            box.pass_(seconds, 60)
+            clock_thread.step()
+            assert idp.stream.getvalue().count("clock.behind") == said, "and again every hour"
 
     def test_an_operator_is_believed(self, idp, box):
         clock_thread = ClockThread(idp)
@@ -245,6 +258,7 @@ class TestClockwork:
         idp.store.put_meta("clock_accepted", "1")
         clock_thread.step()
         assert idp.now() == int(box.wall) and idp.check_clock()
+        assert len(idp.store.list_audit("clock_went_back", 5)) == 1, "what was done at later times is ended"
 
     def test_what_an_operator_said_of_a_clock_that_was_right_is_not_said_of_a_later_one(self, idp, box):
         clock_thread = ClockThread(idp)
@@ -450,6 +464,18 @@ class TestKeys:
             now[0] += passed
             advance_key_states(idp)
             assert (old in kids(house)) is stays
+        idp.store.close()
+
+    def test_no_key_changes_its_state_by_a_clock_on_probation(self, house):
+        rotate_keys(house, ["auth"], ["ES256"])
+        idp, machine = opened(house), Machine(float(int(time.time())))
+        idp.clock, idp.ring_versions = machine.keeper, {"auth": (None, None), "admin": (None, None)}
+        machine.wall += YEARS
+        machine.pass_(700)
+        before = {path: open(path).read() for path, _, _ in m.ring_files(house).values()}
+        assert machine.keeper.state == "probation"
+        advance_key_states(idp)
+        assert {path: open(path).read() for path in before} == before
         idp.store.close()
 
     def test_a_clock_set_back_undoes_nothing(self, house):
