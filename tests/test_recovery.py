@@ -492,6 +492,14 @@ class TestKeys:
         assert left(idp) == [0, 0]
         idp.store.close()
 
+    def test_a_clock_that_is_before_the_release_is_not_accepted(self, house, at):
+        at(RELEASED_AT - time.time() - 10)
+        with pytest.raises(StartupError, match="before this program was made"):
+            accept_clock(house)
+        idp = opened(house)
+        assert idp.store.meta("clock_accepted") == ""
+        idp.store.close()
+
     def test_a_revocation_under_a_wrong_clock_lets_no_other_key_sign_early(self, house, at):
         self.note_time(house)
         (waiting,) = rotate_keys(house, ["auth"], ["ES256"])
@@ -530,6 +538,14 @@ class TestAdminRecovery:
         assert recover_admin(house, "second", "another battery staple") == "made"
         idp = opened(house)
         assert m.authenticate_user(idp, m.LOCAL, "second", "another battery staple", admin=True)
+        idp.store.close()
+
+    def test_the_second_factor_stays_unless_its_removal_is_asked_for(self, house):
+        idp, seed = opened(house), m.new_totp_seed()
+        m.enable_totp(idp, m.get_user(idp, "root"), seed, pyotp.TOTP(seed).at(idp.now()))
+        for drop_totp in (False, True):
+            recover_admin(house, "root", NEW, drop_totp=drop_totp)
+            assert bool(m.get_user(idp, "root").totp_sealed) is not drop_totp
         idp.store.close()
 
     def test_a_weak_password_is_refused_and_changes_nothing(self, house):
@@ -891,8 +907,15 @@ class TestSetUp:
         assert states(tmp_path) == before
 
     def test_signing_keys_that_are_there_are_kept(self, house, tmp_path):
-        """Somebody relies on them."""
-        before = kids(house)
+        """Somebody relies on them; and the seal opens the second factors of a backup."""
+        before, seal = kids(house), (tmp_path / "seal.key").read_bytes()
         for path in tmp_path.glob("mad.db3*"):
             path.unlink()
-        assert kids(made(tmp_path)) == before
+        assert kids(made(tmp_path)) == before and (tmp_path / "seal.key").read_bytes() == seal
+
+    def test_each_file_has_a_name_of_its_own(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("seal_key_file", "token_signing_key_file", "admin_token_signing_key_file", "db_file"):
+            with pytest.raises(StartupError, match="different files"):
+                made(tmp_path, **{name: "./mad.conf"})
+        assert list(tmp_path.glob("*.pem")) == list(tmp_path.glob("mad.conf")) == []
