@@ -7,7 +7,7 @@ import appliance.upkeep as upkeep_room
 import microauthd as m
 import msgspec
 import pytest
-from conftest import CHEAP, DAY, Machine, NOON, PASSWORD, YEARS, kids, left, made, opened, under_way
+from conftest import CHEAP, CLAIMS, DAY, Machine, NOON, PASSWORD, YEARS, kids, left, made, opened, under_way
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT
 from appliance.base.settings import Options
@@ -507,7 +507,7 @@ class TestRetiredKeys:
         monkeypatch.setattr("appliance.recovery.open_idp", lambda options: opened(options, lambda: now[0]))
 
         def mint(typ):
-            claims = {"sub": "s", "aud": "app", "sid": "x", "exp": int(now[0]) + 600}
+            claims = CLAIMS | {"aud": "app", "sid": "x", "exp": int(now[0]) + 600}
             return [idp.auth_ring.mint(key, typ, claims) for key in idp.auth_ring.active.values()]
 
         def advance(seconds):
