@@ -55,7 +55,7 @@ class TestNames:
         words = {"one": 1, "two": 2, "three": 3}
         numbers = [words.get(word) or int(word.replace(",", "")) for word in named.groups()]
         assert numbers == [
-            rates["name"][0], 1 / rates["name"][1], *rates["peer"], *rates["login"], Limits().connections_per_peer,
+            rates["name"][0], 1 / rates["name"][1], *rates["peer"], *rates["login of peer"], Limits().connections_per_peer,
         ]
 
     def test_files_it_names_exist(self):
