@@ -68,10 +68,10 @@ EXIT_STATUSES = (
 )
 ENVIRONMENT = (
     ("MAD_ADMIN_URL", "address of the ADMIN server (" + ADMIN_URL + ")"),
-    ("MAD_ADMIN_TOKEN", "admin token to use instead of the saved login"),
+    ("MAD_ADMIN_TOKEN", "admin token to use instead of the saved login; MAD_ADMIN_TOKEN_FILE names its file"),
     ("MAD_AUTH_URL", "address of the AUTH server (" + AUTH_URL + ")"),
     ("MAD_CLIENT_ID", "client of mad token get"),
-    ("MAD_CLIENT_SECRET", "its secret"),
+    ("MAD_CLIENT_SECRET", "its secret; MAD_CLIENT_SECRET_FILE names its file"),
     ("MAD_CA_FILE", "PEM file of the authorities to trust for https, instead of the system's"),
 )
 
@@ -1420,8 +1420,8 @@ class MadClient(ApiClient):
 # ~/.mad_token (the raw JWT), ~/.mad_url (the server that issued it), and the token cache. Only their owner may read or
 # write them: another user who could place a file or a link here could steal a token or substitute one.
 
-def _unsafe_file(path: str, complaint: str) -> CommandError:
-    return CommandError(EXIT_LOGIN, "unsafe_file", f"{path} {complaint}", hint="look at it, then remove it")
+def _unsafe_file(path: str, complaint: str, hint: str = "look at it, then remove it") -> CommandError:
+    return CommandError(EXIT_LOGIN, "unsafe_file", f"{path} {complaint}", hint=hint)
 
 
 def _check_private_file(path: str, info: os.stat_result) -> None:
@@ -1435,12 +1435,12 @@ def _check_private_file(path: str, info: os.stat_result) -> None:
         raise _unsafe_file(path, "belongs to somebody else")
 
 
-def read_private_file(path: str) -> str | None:
+def read_private_file(path: str, is_secret: bool = False) -> str | None:
     """Return the stripped text of a file, or None if there is none or it is empty.
 
-    Raises CommandError if another user could have written it. Removes read permission of group and others.
+    Raises CommandError if another user could have written it, or read it if it `is_secret`: somebody else may have the
+    token by now, and to close the file would hide that.
     """
-    import stat
     try:
         # O_NONBLOCK: without it open() would wait for a writer if the path were a FIFO.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1455,8 +1455,9 @@ def read_private_file(path: str) -> str | None:
         _check_private_file(path, info)
         if info.st_mode & 0o022:
             raise _unsafe_file(path, "can be written by others")
-        if stat.S_IMODE(info.st_mode) & 0o044:
-            os.fchmod(descriptor, 0o600)  # The mad of the original microauthd writes these files with mode 0644.
+        if is_secret and info.st_mode & 0o044:  # The mad of the original microauthd writes it with mode 0644.
+            raise _unsafe_file(path, "can be read by others, who may have the token",
+                               hint="mad session logout ends it; then log in again")
         octets = os.read(descriptor, MAX_SECRET_BYTES + 1)
     except OSError as problem:
         raise CommandError(EXIT_LOGIN, "unsafe_file", f"cannot read {path}: {problem.strerror}") from None
@@ -1501,6 +1502,30 @@ def write_private_file(path: str, text: str, modified_at: int | None = None) -> 
         raise CommandError(EXIT_LOGIN, "unsafe_file", f"cannot write {path}: {problem.strerror}") from None
 
 
+def secret_variable(name: str) -> str | None:
+    """Return the secret in a variable of the environment, or in the first line of the file that NAME_FILE names.
+
+    Raises CommandError if both are set, and if others can read the file: group members may if root says so, as of the
+    credentials of systemd.
+    """
+    value, path = os.environ.get(name), os.environ.get(name + "_FILE")
+    if not path:
+        return value or None
+    if value:
+        raise CommandError(EXIT_USAGE, "usage", f"{name} and {name}_FILE are both set")
+    import stat
+    try:
+        with open(path, "rb") as file:
+            info = os.fstat(file.fileno())
+            if stat.S_ISREG(info.st_mode) and info.st_mode & (0o077 if info.st_uid else 0o037):
+                raise CommandError(EXIT_LOGIN, "unsafe_file", f"{name}_FILE: {path} can be read by others",
+                                   hint=f"chmod 600 {path}")
+            return file.readline(MAX_SECRET_BYTES).decode().strip() or None
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8"
+        raise CommandError(EXIT_USAGE, "usage", f"{name}_FILE: cannot read {path}: {reason}") from None
+
+
 class Profile:
     """The login saved in the home directory: the token and the URL of the server that issued it."""
 
@@ -1511,8 +1536,8 @@ class Profile:
     def url(self) -> str | None:
         return read_private_file(self.url_path)
 
-    def token(self) -> str | None:
-        return read_private_file(self.token_path)
+    def token(self, to_end_it: bool = False) -> str | None:
+        return read_private_file(self.token_path, is_secret=not to_end_it)
 
     def save(self, token: str, url: str) -> None:
         """Replace the saved login. Raises CommandError."""
@@ -2364,7 +2389,7 @@ class Context:
 
         Raises CommandError if there is none, if it has expired, or if another server issued it.
         """
-        token = self.options.get("admin-token", os.environ.get("MAD_ADMIN_TOKEN") or None)
+        token = self.options.get("admin-token", secret_variable("MAD_ADMIN_TOKEN"))
         hint = "log in with: mad session login"
         if token is not None:
             token = token.strip()
@@ -2517,7 +2542,7 @@ def session_login(context: Context, username: str | None = None, password_stdin:
 
 def session_logout(context: Context) -> dict:
     """Remove the saved token, and have the server revoke it."""
-    token = context.profile.token()
+    token = context.profile.token(to_end_it=True)
     if not context.profile.delete_token():
         return {"success": True, "message": "not logged in"}
     try:
@@ -2762,7 +2787,7 @@ def token_get(context: Context, client_id: str | None = None, secret: str | None
     client_id = client_id or os.environ.get("MAD_CLIENT_ID")
     if not client_id:
         raise CommandError(EXIT_USAGE, "usage", "--client-id is missing", hint="give it, or set MAD_CLIENT_ID")
-    secret = secret or os.environ.get("MAD_CLIENT_SECRET")
+    secret = secret or secret_variable("MAD_CLIENT_SECRET")
     if not secret and stdin_is_terminal():
         secret = prompt_secret("client secret: ")
     if not secret:

@@ -742,9 +742,34 @@ class TestPrivateFiles:
         os.chown(tmp_path / ".mad_token", 12345, 12345)
         assert "belongs to somebody else" in self.listing(here).stderr and fake.seen == []
 
-    def test_are_closed_when_the_original_left_them_open_to_read(self, here, tmp_path):
+    @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+    def test_a_token_that_others_can_read_is_not_used(self, here, fake, tmp_path, mode):
+        (tmp_path / ".mad_token").chmod(mode)
+        done = self.listing(here)
+        assert done.returncode == 3 and ".mad_token can be read by others" in done.stderr and fake.seen == []
+        assert stat.S_IMODE((tmp_path / ".mad_token").stat().st_mode) == mode, "it must be seen that it was open"
+
+    def test_a_token_that_others_can_read_is_ended_by_logging_out(self, here, fake, tmp_path):
         (tmp_path / ".mad_token").chmod(0o644)
-        assert self.listing(here).returncode == 0 and stat.S_IMODE((tmp_path / ".mad_token").stat().st_mode) == 0o600
+        fake.answers["POST /logout"] = (200, {"success": True, "message": "x"}, {})
+        assert here("session", "logout", MAD_ADMIN_TOKEN=None).returncode == 0
+        assert not (tmp_path / ".mad_token").exists() and fake.seen[0][:2] == ("POST", "/logout")
+
+    def test_the_address_of_the_server_is_no_secret(self, here, tmp_path):
+        (tmp_path / ".mad_url").chmod(0o644)
+        assert self.listing(here).returncode == 0
+
+    @pytest.mark.parametrize("mode, status", [(0o600, 0), (0o640, 3), (0o644, 3)])
+    def test_a_secret_may_stand_in_a_file_that_nobody_else_can_read(self, run, fake, tmp_path, mode, status):
+        path = tmp_path / "secret"
+        path.write_text("s%\nmore\n")
+        os.chown(path, os.geteuid() or 12345, -1)  # root's file may be for a group: root says so
+        path.chmod(mode)
+        fake.answers["POST /token"] = (200, {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60}, {})
+        done = run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET_FILE=str(path))
+        assert done.returncode == status and bool(fake.seen) is (status == 0), done.stderr
+        both = run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s", MAD_CLIENT_SECRET_FILE=str(path))
+        assert both.returncode == 2 and "both set" in both.stderr
 
     def test_a_token_goes_to_the_path_that_issued_it(self, here, fake):
         assert self.listing(here, MAD_ADMIN_URL=fake.url + "/").returncode == 0
