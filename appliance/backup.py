@@ -7,13 +7,12 @@ import os
 import re
 import secrets
 import time
-from pathlib import Path
 
 import sqlcipher3
 
 from appliance.base import StartupError
 from appliance.base.settings import Options
-from appliance.base.files import sync_directory
+from appliance.base.files import read_owned, sync_directory
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
 from appliance.base.objects import BackupObject, iso
@@ -69,7 +68,7 @@ def write_backup(idp: Idp, caller: Caller, path: str, force=False, without_keys=
     files = {}
     for name, file in {} if without_keys else backup_files(idp.options).items():
         try:
-            files[name] = Path(file).read_bytes()
+            files[name] = read_owned(file)
         except OSError as error:
             if name != "config" or not isinstance(error, FileNotFoundError):  # settings may come from the environment
                 raise StartupError(f"{file} cannot be backed up: {error.strerror}") from None

@@ -1,9 +1,12 @@
 """The command line: main() and one function a command."""
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import os
+import pwd
 import socket
 import sys
 import textwrap
@@ -13,6 +16,7 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
+from appliance.base.files import existing_folder
 from appliance.base.settings import OPTIONS, Options, config_path, describe_options, load_options, parse_flags
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
 from appliance.base.store import Store
@@ -43,6 +47,7 @@ class CommandLine(msgspec.Struct):
     args: list[str]  # words that are no flags
     flags: list[str]  # the command's own flags
     values: dict[str, str]  # its own flags that take a value
+    environ: dict[str, str] = {}  # the environment
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -277,7 +282,7 @@ def first_start(options: Options):
     if keys:
         raise StartupError(
             f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the "
-            "database, or run setup to begin anew with these keys"
+            "database, or run setup --keep-keys to begin anew with these keys"
         )
     if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StartupError(
@@ -291,7 +296,7 @@ def first_start(options: Options):
 def run_serve(options: Options, line: CommandLine) -> int:
     if not os.path.exists(options.db_file):
         first_start(options)
-        options = load_options(line.settings, os.environ)
+        options = load_options(line.settings, line.environ)
     return serve(options)
 
 
@@ -308,7 +313,10 @@ COMMANDS = {
         ),
         Command(
             "setup", "set up: on a terminal by questions, or --answers FILE, or --demo", run_setup,
-            ("[--quick | --guided]", "--answers FILE [--admin-password-stdin | --admin-password-file FILE]", "--demo"),
+            (
+                "[--quick | --guided] [--keep-keys]",
+                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys]", "--demo",
+            ),
             "Make the configuration, the database, the keys, the first administrator and the first client: all of it "
             "or nothing. A box that is set up already is left as it is.",
             (
@@ -316,6 +324,7 @@ COMMANDS = {
                 Flag("--answers", "set up without questions, from this TOML file", "FILE"),
                 Flag("--admin-password-stdin", "read the administrator's password from standard input"),
                 Flag("--admin-password-file", "read the administrator's password from a file", "FILE"),
+                Flag("--keep-keys", "take over the keys that are there already; otherwise they are refused"),
                 Flag("--demo", "set up a trial: every secret is made and printed once"),
             ),
             ("setup", "setup --answers answers.toml --admin-password-stdin < password", "setup --demo"),
@@ -481,6 +490,82 @@ def show_help(args: list[str]) -> int:
     return 0
 
 
+# -- the user that a command runs as --
+
+
+LATE_MODULES = (  # what this program and the standard library import late
+    "difflib", "encodings.idna", "getpass", "pyotp", "segno", "subprocess", "tempfile", "termios", "tomllib",
+    "appliance.oobe",
+)
+
+
+def change_user(uid: int, gid: int) -> tuple[str, str]:
+    """Become another user for good, as root. Return its name and home folder, "" if it has none. Raises OSError."""
+    name, home = str(uid), ""
+    try:
+        found = pwd.getpwuid(uid)
+        name, home, gid = found.pw_name, found.pw_dir, found.pw_gid
+        os.initgroups(name, gid)
+    except KeyError:
+        os.setgroups([])
+    os.setgid(gid)
+    os.setuid(uid)  # last: without root's rights the others would fail
+    return name, home
+
+
+def start_anew(environ: dict[str, str]):
+    """Start the program in place of this process. Return if this user cannot read it or its interpreter."""
+    program = getattr(sys.modules["__main__"], "ARCHIVE", None) or sys.argv[0]
+    sys.stdout.flush()
+    if os.access(program, os.R_OK) and os.access(sys.executable, os.X_OK):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
+    if os.path.isfile(program) and os.access(program, os.R_OK | os.X_OK):
+        with contextlib.suppress(OSError):  # by the interpreter that its first line names
+            os.execve(program, [program, *sys.argv[1:]], environ)
+
+
+def become_owner(path: str, environ: dict[str, str]):
+    """As root, go on as the user whose folder a file lies in.
+
+    Before anything there is opened: the user could have put it there for root to obey. What the command makes
+    belongs to the user, whose server can read it. The program starts anew, so that it lies in a cache of that user;
+    where the user cannot read it, this process goes on with what it has loaded. Raises StartupError.
+    """
+    folder = existing_folder(path)
+    info = os.stat(folder)
+    if os.geteuid() or not info.st_uid:
+        return
+    for module in LATE_MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    try:
+        name, home = change_user(info.st_uid, info.st_gid or info.st_uid)
+    except OSError as error:
+        raise StartupError(
+            f"{folder} belongs to user {info.st_uid}, and root cannot become that user here ({error.strerror}): run "
+            "this as that user"
+        ) from None
+    print(f"microauthd: {folder} belongs to user {info.st_uid}: going on as that user", file=sys.stderr, flush=True)
+    if not os.access(home, os.W_OK | os.X_OK):
+        home = folder
+    changes = {"HOME": home, "USER": name, "LOGNAME": name}
+    for variable in ("MICROAUTHD_CACHE", "CACHE_DIRECTORY"):
+        if not os.access(environ.get(variable, ""), os.R_OK | os.W_OK | os.X_OK):
+            environ.pop(variable, None)  # it is root's
+    start_anew(environ | changes)
+    if not os.access(HERE / "appliance", os.R_OK | os.X_OK):
+        raise StartupError(f"user {info.st_uid} cannot read this program: put it where that user can")
+    os.environ.update(changes)
+
+
+def become_user(line: CommandLine, config: str):
+    """As root, go on as the user whose folder the config file lies in, or else the database. See become_owner()."""
+    if not os.geteuid():
+        become_owner(config, line.environ)
+        settings = line.settings | {"config-may-be-missing": ("", "")}
+        become_owner(load_options(settings, line.environ).db_file, line.environ)
+
+
 # -- running a command --
 
 
@@ -540,9 +625,11 @@ def run(name: str, argv: list[str]) -> int:
         command = COMMANDS["options"]
     if name in ("setup", "restore"):
         line.settings["config-may-be-missing"] = True
-    config = config_path(line.settings, os.environ)
-    recover_setup(config)
-    options = load_options(line.settings, os.environ)
+    line.environ = dict(os.environ)
+    config = config_path(line.settings, line.environ)
+    become_user(line, config)
+    recover_setup(config, line.settings, line.environ)
+    options = load_options(line.settings, line.environ)
     assert command.run
     work = functools.partial(command.run, options, line)
     try:

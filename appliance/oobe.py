@@ -31,10 +31,13 @@ import sqlcipher3
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
+from appliance.base.files import check_folder, existing_folder
 from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
 from appliance.base.store import SEEDED_SCOPES
 from appliance.base.wire import tls_context
-from appliance.recovery import Answers, FirstClient, check_clients, journal_of
+from appliance.recovery import (
+    Answers, FirstClient, STATE_FILES, check_clients, forbid_found_keys, forbid_second_setup, journal_of,
+)
 
 # A function of their own asks for these, not ask_option().
 CUSTOM_QUESTIONS = ("db-file", "db-pass", "oidc-client-id")
@@ -112,7 +115,6 @@ ADVISED_RANGES = {
     "refresh-token-expiration": whole(300, 2592000),
     "refresh-token-purge-days": whole(0, 365),
 }
-STATE_FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-token-signing-key-file")
 
 
 class InputEnded(Exception):
@@ -265,6 +267,10 @@ def check_option(draft, name, is_interactive=True):
             if os.path.abspath(value) in map(os.path.abspath, others):
                 raise ValueError("config, keys and database must be different files")
             check_creatable(value)
+            try:
+                check_folder(existing_folder(value))
+            except StartupError as refusal:
+                raise ValueError(str(refusal)) from None
         if name == "log-file" and value:
             check_creatable(value)
         if name == "db-file" and os.path.lexists(value):
@@ -686,7 +692,9 @@ def run_wizard(options, flags):
                 microauthd.read_ring(draft[name + "-file"], draft[name + "-pass"])
         username, email, password, seed = ask_administrator(prompter, draft)
         client = ask_client(prompter, draft, is_guided)
-    answers = Answers(username, email, password, totp_seed=seed, clients=[client] if client else [])
+    answers = Answers(
+        username, email, password, totp_seed=seed, clients=[client] if client else [], keep_keys="--keep-keys" in flags,
+    )
     final_options = draft.complete()
     prompter.write()
     print_summary(prompter, draft, final_options, answers, is_guided)
@@ -1011,7 +1019,11 @@ def run_unattended(options, flags, values):
         print(f"microauthd: {problem}", file=sys.stderr)
     if answers_file.problems:
         return 1
-    made = set_up(final_options, Answers(username, email, password, email_verified, scopes, clients=clients))
+    keep_keys = "--keep-keys" in flags
+    made = set_up(
+        final_options,
+        Answers(username, email, password, email_verified, scopes, clients=clients, keep_keys=keep_keys),
+    )
     print(f"administrator={username}")
     for client in made:
         print(f"client_id={client.client_id}")
@@ -1038,9 +1050,9 @@ def run(options, flags, values) -> int:
 
     Raises StartupError or Problem, and then nothing was created.
     """
-    if os.path.lexists(options.db_file):
-        raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+    forbid_second_setup(options)
     check_usage(flags, values)
+    forbid_found_keys(options, "--keep-keys" in flags)
     if "--answers" in values:
         return run_unattended(options, flags, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

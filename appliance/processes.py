@@ -17,15 +17,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import Options, guard_private
+from appliance.base.settings import Options
 from appliance.base.log import Log
-from appliance.base.files import file_fingerprint
+from appliance.base.files import check_folder, file_fingerprint, guard_private, open_owned
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
@@ -93,12 +92,13 @@ def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
 
 def read_seal_key(path: str) -> bytes:
     try:
-        key = base64.b64decode(Path(path).read_text("ascii").strip(), validate=True)
+        with os.fdopen(open_owned(path), "rb") as file:
+            key = base64.b64decode(file.read().strip(), validate=True)
+            guard_private(file.fileno(), path, "it is a key")
     except (OSError, ValueError):
         key = b""
     if len(key) != 32:
         raise StartupError(f"the seal key {path} is missing or damaged: restore a backup")
-    guard_private(path, "it is a key")
     return key
 
 
@@ -132,7 +132,8 @@ def prepare(options: Options) -> StartupState:
     """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
     log = Log(options)
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
-    guard_private(options.db_file, "it is the database")
+    if options.serve_public_auth_files and os.path.isdir("public"):
+        check_folder("public")  # pages that replace the bundled ones
     marks = {
         port_name: file_fingerprint(path) if os.path.exists(path) else None
         for port_name, (path, _, _) in ring_files(options).items()
@@ -546,7 +547,8 @@ class Supervisor:
 def hold_database(path: str):
     """Hold the lock of a database while it is served or set up. Raises StartupError naming the pid that holds it."""
     try:
-        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        check_folder(os.path.dirname(os.path.abspath(path)))  # before anything is made there
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StartupError(f"the folder of the database {path} cannot be written: {error.strerror}") from None
     try:

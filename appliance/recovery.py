@@ -11,8 +11,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -20,8 +19,10 @@ import sqlcipher3
 
 from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, RELEASED_AT, sleep
-from appliance.base.settings import OPTION_NAMES, Options, parse_config, write_config
-from appliance.base.files import sync_directory, write_beside, write_durably
+from appliance.base.files import (
+    check_folder, existing_folder, make_folder, open_owned, read_owned, sync_directory, write_beside, write_durably,
+)
+from appliance.base.settings import OPTION_NAMES, Options, load_options, parse_config, read_config, write_config
 from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
@@ -63,6 +64,14 @@ class Answers(msgspec.Struct):
     totp_seed: str = ""
     totp_code: str = ""
     clients: list[FirstClient] = []
+    keep_keys: bool = False  # of keys that are there already: take them over, as somebody said
+
+
+class Journal(msgspec.Struct):
+    """What a set-up or a restore has begun: its staged files with the paths that they are for."""
+
+    committed: bool  # all of them are complete
+    files: list[tuple[str, str]]
 
 
 class MadeClient(msgspec.Struct):
@@ -141,11 +150,13 @@ def hold_setup(config: str, shared=False):
     `shared` is for commands that replace no file: several may run, but none beside a restore.
     """
     try:
-        descriptor = os.open(journal_of(config) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
+        check_folder(os.path.dirname(os.path.abspath(config)))
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(journal_of(config) + ".lock", flags, 0o600)
+    except (OSError, StartupError):
         if not shared:
             raise
-        yield  # a folder that takes no lock file takes no journal either
+        yield  # a folder that takes no lock file, or is not believed, takes no journal either
         return
     try:
         try:
@@ -159,7 +170,54 @@ def hold_setup(config: str, shared=False):
         os.close(descriptor)
 
 
-def finish_setup(config: str):
+STATE_FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-token-signing-key-file")
+
+
+def state_files(options: Options) -> list[str]:
+    """Return the absolute paths of config, database and keys: the files that a set-up makes and a restore replaces."""
+    paths = [getattr(options, OPTION_NAMES[name].attribute) for name in STATE_FILES]
+    return [os.path.abspath(path) for path in (options.config_file, *paths)]
+
+
+def staged_path(path: str) -> str:
+    return os.path.abspath(path) + ".setup"
+
+
+def read_journal(config: str, options: Options) -> Journal | None:
+    """Return the journal beside the config file, or None if there is none.
+
+    Raises StartupError if somebody else could have written it, and if it names a file that neither the settings in
+    force nor the staged config file name: files are removed and replaced by it.
+    """
+    path = journal_of(config)
+    try:
+        journal = msgspec.json.decode(read_owned(path), type=Journal)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise StartupError(f"the journal {path} cannot be read: {error}; look at it, then remove it") from None
+    named = {*state_files(options)}
+    with contextlib.suppress(FileNotFoundError):
+        given = read_config(staged_path(config))
+        paths = [given[name][0] if name in given else OPTION_NAMES[name].default for name in STATE_FILES]
+        named |= {os.path.abspath(name) for name in paths}
+    for staged, final in journal.files:
+        if final not in named or staged != staged_path(final):
+            raise StartupError(
+                f"the journal {path} is of a set-up or a restore that did not end, and names {final}, which no option "
+                "names: give the options it was begun with, or look at it and remove it"
+            )
+        check_folder(existing_folder(final))
+    return journal
+
+
+def remove_staged(staged: str):
+    for suffix in ("", "-wal", "-shm", "-journal", ".lock", ".new"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(staged + suffix)
+
+
+def finish_setup(config: str, options: Options):
     """Finish a set-up that was interrupted after its commit, or undo one that was interrupted before it.
 
     The journal, beside the config file, says which: it lists the staged files and whether all of
@@ -167,34 +225,39 @@ def finish_setup(config: str):
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(journal_of(config) + ".new")  # a journal that was not fully written
-    try:
-        journal = msgspec.json.decode(Path(journal_of(config)).read_bytes())
-    except FileNotFoundError:
+    journal = read_journal(config, options)
+    if journal is None:
+        remove_staged(staged_path(config))  # it is written before the journal, and removed after it
         return
-    for staged, final in journal["files"]:
-        if journal["committed"]:
+    for staged, final in journal.files:
+        if journal.committed:
             if os.path.exists(staged):
+                os.close(open_owned(staged))
                 for suffix in ("-wal", "-shm"):  # those of the database that is replaced
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(final + suffix)
                 os.replace(staged, final)
-        else:
-            for suffix in ("", "-wal", "-shm", "-journal", ".lock", ".new"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(staged + suffix)
+        elif staged != staged_path(config):  # this one names the others: last
+            remove_staged(staged)
         sync_directory(os.path.dirname(os.path.abspath(final)))
     os.unlink(journal_of(config))
+    remove_staged(staged_path(config))
     sync_directory(os.path.dirname(os.path.abspath(config)))
 
 
-def recover_setup(config: str):
-    """Finish or undo an interrupted set-up. Without a journal there is none, and nothing is locked."""
-    if os.path.exists(journal_of(config)) or os.path.exists(journal_of(config) + ".new"):
+def recover_setup(config: str, settings: dict | None = None, environ: Mapping[str, str] | None = None):
+    """Finish or undo an interrupted set-up. Where nothing is left of one, nothing is locked.
+
+    `settings` and `environ` are those of load_options().
+    """
+    traces = (journal_of(config), journal_of(config) + ".new", staged_path(config))
+    if any(os.path.lexists(path) for path in traces):
         with hold_setup(config):
-            finish_setup(config)
+            settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
+            finish_setup(config, load_options(settings, environ or {}))
 
 
-def stage(options, answers, staged, config, now, checkpoint) -> list[MadeClient]:
+def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
     """Write all files of a set-up under their staging names."""
     rings = (
         (
@@ -210,7 +273,7 @@ def stage(options, answers, staged, config, now, checkpoint) -> list[MadeClient]
     for path, passphrase, algorithms, rsa_bits in rings:
         if os.path.exists(path):  # keep existing keys: relying parties trust them
             entries.append(read_ring(path, passphrase))
-            write_durably(staged[path], Path(path).read_bytes())
+            write_durably(staged[path], read_owned(path))
         else:
             entries.append([make_key(alg, rsa_bits, now) for alg in algorithms])
             write_durably(staged[path], write_ring(entries[-1], passphrase))
@@ -219,8 +282,6 @@ def stage(options, answers, staged, config, now, checkpoint) -> list[MadeClient]
     seal_key = read_seal_key(seal_path) if os.path.exists(seal_path) else os.urandom(32)
     write_durably(staged[seal_path], base64.b64encode(seal_key) + b"\n")
     checkpoint("seal")
-    write_durably(staged[config], write_config(options).encode())
-    checkpoint("config")
     key = derive_key(options.db_pass, os.urandom(16)) if options.db_pass else ""
     store = Store.make(staged[options.db_file], key, now)
     try:
@@ -249,6 +310,31 @@ def stage(options, answers, staged, config, now, checkpoint) -> list[MadeClient]
     return made
 
 
+def forbid_second_setup(options: Options):
+    """Raise StartupError where a set-up would leave a database without its settings: this one, or another that the
+    config file names.
+    """
+    named = [options.db_file]
+    with contextlib.suppress(FileNotFoundError):
+        given = read_config(options.config_file)
+        # One that is not named has the default's name, and counts where it lies beside the config file.
+        default = os.path.join(os.path.dirname(os.path.abspath(options.config_file)), OPTION_NAMES["db-file"].default)
+        named.append(given["db-file"][0] if "db-file" in given else default)
+    for path in named:
+        if os.path.lexists(path):
+            raise StartupError(f"this is set up already: the database {path} is there, and is left as it is")
+
+
+def forbid_found_keys(options: Options, keep_keys: bool):
+    """Raise StartupError if keys are there already: who made them could sign tokens of this box, for ever."""
+    for path in (options.token_signing_key_file, options.admin_token_signing_key_file, options.seal_key_file):
+        if os.path.lexists(path) and not keep_keys:
+            raise StartupError(
+                f"the key {path} is there already: whoever made it could sign or unseal in the name of this box; if "
+                "you know that it is yours, setup --keep-keys takes it over, otherwise move it away"
+            )
+
+
 def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> list[MadeClient]:
     """Make everything a first start needs; return the clients. Raises StartupError or Problem, and then nothing is.
 
@@ -258,11 +344,11 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
     config = options.config_file
     for _, member, wrong in check_clients(options, answers.clients):
         refuse_client(member, wrong)
-    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    make_folder(config)
     with hold_setup(config):
-        finish_setup(config)
-        if os.path.exists(options.db_file):
-            raise StartupError(f"this is set up already: the database {options.db_file} is there, and is left as it is")
+        finish_setup(config, options)
+        forbid_second_setup(options)
+        forbid_found_keys(options, answers.keep_keys)
         if not options.db_pass and not options.no_db_pass:
             raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
         if options.db_pass and options.no_db_pass:
@@ -274,22 +360,24 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
         if len({os.path.abspath(path) for path in finals}) != len(finals):
             raise StartupError("config, keys and database must be different files")
         for path in finals:
-            folder = os.path.dirname(os.path.abspath(path))
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        staged = {path: os.path.abspath(path) + ".setup" for path in finals}
+            make_folder(path)
+        staged = {path: staged_path(path) for path in finals}
         now = int(time.time())
         with hold_database(options.db_file):
             files = [(staged[path], os.path.abspath(path)) for path in finals]
-            write_durably(journal_of(config), msgspec.json.encode({"committed": False, "files": files}))
+            # Before the journal, which names only files that a config file names.
+            write_durably(staged[config], write_config(options).encode())
+            checkpoint("config")
+            write_durably(journal_of(config), msgspec.json.encode(Journal(False, files)))
             checkpoint("journal")
             try:
-                made = stage(options, answers, staged, config, now, checkpoint)
+                made = stage(options, answers, staged, now, checkpoint)
             except BaseException:
-                finish_setup(config)
+                finish_setup(config, options)
                 raise
-            write_durably(journal_of(config), msgspec.json.encode({"committed": True, "files": files}))
+            write_durably(journal_of(config), msgspec.json.encode(Journal(True, files)))
             checkpoint("committed")
-            finish_setup(config)
+            finish_setup(config, options)
     return made
 
 
@@ -352,14 +440,15 @@ def without_server(options: Options):
 
 
 def require_owner(options: Options):
-    """Raise StartupError unless this user owns the files. Root is refused too: the server could not read its files."""
-    path = options.db_file if os.path.exists(options.db_file) else os.path.dirname(os.path.abspath(options.db_file))
+    """Raise StartupError unless the files are this user's, root's too: otherwise the server could not read what a
+    command makes. A command run as root has become their owner by now: see become_owner().
+    """
     try:
-        owner = os.stat(path).st_uid
-    except OSError:
-        return  # there is no folder yet
-    if os.geteuid() != owner and (path == options.db_file or os.geteuid() == 0):
-        raise StartupError(f"{path} belongs to user {owner}: run this as that user, as by sudo -u '#{owner}'")
+        os.close(open_owned(options.db_file))
+    except FileNotFoundError:
+        check_folder(existing_folder(options.db_file))
+    except OSError as error:
+        raise StartupError(f"the database {options.db_file} cannot be read: {error.strerror}") from None
 
 
 def open_idp(options: Options) -> Idp:
@@ -535,12 +624,12 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
     backup are used if there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether the keys
     revoked here could be read. Raises StartupError, and then nothing has changed.
     """
-    key = read_database_key(source, options.db_pass, options.no_db_pass)
+    key = read_database_key(source, options.db_pass, options.no_db_pass, is_ours=False)
     config = options.config_file
     require_owner(options)
-    os.makedirs(os.path.dirname(os.path.abspath(config)), mode=0o700, exist_ok=True)
+    make_folder(config)
     with hold_setup(config):
-        finish_setup(config)
+        finish_setup(config, options)
         files = read_backup(source, key)
         if not os.path.exists(config) and "config" in files:
             options = merge_settings(options, files["config"], f"mad.conf in {source}")
@@ -557,28 +646,25 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             "database": os.path.abspath(options.db_file)
         }
         for final in finals.values():
-            os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
-        staged = {name: final + ".setup" for name, final in finals.items()}
+            make_folder(final)
+        staged = {name: staged_path(final) for name, final in finals.items()}
+        placed = [(staged[name], finals[name]) for name in finals]
         with hold_database(options.db_file), contextlib.ExitStack() as ring_locks:
             for path, _, _ in ring_files(options).values():
                 ring_locks.enter_context(lock_ring(path))
-            write_durably(
-                journal_of(config),
-                msgspec.json.encode({"committed": False, "files": [(staged[name], finals[name]) for name in finals]}),
-            )
+            if "config" in files:  # before the journal, which names only files that a config file names
+                write_durably(staged["config"], files["config"])
+            write_durably(journal_of(config), msgspec.json.encode(Journal(False, placed)))
             checkpoint("journal")
             try:
                 newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
                 checkpoint("staged")
             except BaseException:
-                finish_setup(config)
+                finish_setup(config, options)
                 raise
-            write_durably(
-                journal_of(config),
-                msgspec.json.encode({"committed": True, "files": [(staged[name], finals[name]) for name in finals]}),
-            )
+            write_durably(journal_of(config), msgspec.json.encode(Journal(True, placed)))
             checkpoint("committed")
-            finish_setup(config)
+            finish_setup(config, options)
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
 
 
@@ -598,7 +684,7 @@ def factory_reset(options: Options) -> list[str]:
             *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
         ):
             try:
-                with open(path, "r+b") as file:
+                with os.fdopen(open_owned(path, os.O_RDWR), "r+b") as file:
                     left = os.fstat(file.fileno()).st_size
                     while left > 0:
                         left -= file.write(os.urandom(min(left, 1 << 20)))

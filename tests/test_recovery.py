@@ -1,6 +1,7 @@
 """At the machine: restore, begin anew, rotate keys, let an administrator in again; on other machines and full disks,
 and killed at any point."""
 
+import dataclasses
 import json
 import os
 import random
@@ -42,6 +43,14 @@ NEW = "another battery staple"
 
 def rows(options, port="auth"):
     return [(row["alg"], row["state"], row["kid"]) for row in describe_keys(options) if row["port"] == port]
+
+
+def give_away(house, monkeypatch):
+    """Let the database belong to somebody else than this process seems to run as."""
+    if os.geteuid():
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    else:
+        os.chown(house.db_file, 12345, -1)
 
 
 class TestRestore:
@@ -339,10 +348,9 @@ class TestRestore:
         assert not (tmp_path / "c").exists() and (tmp_path / "mad.db3").exists()
 
     def test_root_leaves_no_file_that_the_user_of_the_server_could_not_read(self, house, monkeypatch):
+        """It has become that user before; what of another is left is refused."""
         back_up(house, "b")
-        if not os.stat(house.db_file).st_uid:
-            os.chown(house.db_file, 12345, -1)
-        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        give_away(house, monkeypatch)
         for act in (
             lambda: restore(house, "b"), lambda: back_up(house, "c"), lambda: rotate_keys(house, ["auth"]),
         ):
@@ -553,7 +561,7 @@ class TestAdminRecovery:
             recover_admin(house, "root", "short")
 
     def test_it_is_for_the_user_whose_server_it_is(self, house, monkeypatch):
-        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        give_away(house, monkeypatch)
         for act in (
             lambda: recover_admin(house, "root", "another battery staple"), lambda: back_up(house, "x"),
             lambda: factory_reset(house), lambda: rotate_keys(house, ["auth"]),
@@ -563,6 +571,17 @@ class TestAdminRecovery:
 
 
 class TestFactoryReset:
+    def test_a_link_of_somebody_else_is_not_followed(self, house, tmp_path):
+        """What it leads to would be overwritten."""
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared" / "victim").write_text("precious")
+        (tmp_path / "shared").chmod(0o777)
+        (tmp_path / "seal.key").unlink()
+        (tmp_path / "seal.key").symlink_to(tmp_path / "shared" / "victim")
+        with pytest.raises(StartupError, match="can be written by others"):
+            factory_reset(house)
+        assert (tmp_path / "shared" / "victim").read_text() == "precious"
+
     def test_nothing_of_before_is_left(self, house, tmp_path):
         gone = factory_reset(house)
         assert (
@@ -906,12 +925,24 @@ class TestSetUp:
             made(tmp_path)
         assert states(tmp_path) == before
 
-    def test_signing_keys_that_are_there_are_kept(self, house, tmp_path):
+    @pytest.mark.parametrize("found", ["token.pem", "admin_token.pem", "seal.key"])
+    def test_keys_that_are_there_are_not_taken_for_ours(self, house, tmp_path, found):
+        """Whoever put them there could sign tokens of the box that is made."""
+        for name in FILES:
+            if name != found:
+                (tmp_path / name).unlink()
+        before = states(tmp_path)
+        with pytest.raises(StartupError, match=f"{found} is there already: .* setup --keep-keys takes it over"):
+            set_up(house, Answers("root", "root@example.org", PASSWORD))
+        assert states(tmp_path) == before
+
+    def test_signing_keys_that_are_there_are_kept_if_somebody_says_so(self, house, tmp_path):
         """Somebody relies on them; and the seal opens the second factors of a backup."""
         before, seal = kids(house), (tmp_path / "seal.key").read_bytes()
         for path in tmp_path.glob("mad.db3*"):
             path.unlink()
-        assert kids(made(tmp_path)) == before and (tmp_path / "seal.key").read_bytes() == seal
+        set_up(house, Answers("root", "root@example.org", PASSWORD, keep_keys=True))
+        assert kids(house) == before and (tmp_path / "seal.key").read_bytes() == seal
 
     def test_each_file_has_a_name_of_its_own(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -919,3 +950,106 @@ class TestSetUp:
             with pytest.raises(StartupError, match="different files"):
                 made(tmp_path, **{name: "./mad.conf"})
         assert list(tmp_path.glob("*.pem")) == list(tmp_path.glob("mad.conf")) == []
+
+    @pytest.mark.parametrize("named", ["db-file = mad.db3\n", "auth-port = 9140\n", "db-file = {}/mad.db3\n"])
+    def test_a_box_is_not_set_up_a_second_time_with_another_database(self, house, tmp_path, named):
+        """It would have a second administrator, and the first database no settings."""
+        (tmp_path / "mad.conf").write_text(named.format(tmp_path))
+        before = states(tmp_path)
+        other = dataclasses.replace(
+            house, db_file="other.db3", token_signing_key_file="a.pem", admin_token_signing_key_file="b.pem",
+            seal_key_file="c",
+        )
+        with pytest.raises(StartupError, match="set up already: the database .*mad.db3 is there"):
+            set_up(other, Answers("second", "second@example.org", PASSWORD))
+        assert states(tmp_path) == before
+
+    def test_settings_of_a_box_that_is_to_be_are_no_box(self, house, tmp_path):
+        """Another box in this folder does not count where the settings lie elsewhere and name no database."""
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "mad.conf").write_text("auth-port = 9140\n")
+        names = {
+            name: f"new/{name}"
+            for name in ("db_file", "token_signing_key_file", "admin_token_signing_key_file", "seal_key_file")
+        }
+        made(tmp_path / "new", **names)
+        assert (tmp_path / "new" / "db_file").exists()
+
+
+class TestJournal:
+    """It says what to remove and to replace, so it is believed only from its owner, about files that options name."""
+
+    def leave(self, folder, committed, *files):
+        path = folder / "mad.conf.setting-up"
+        path.write_text(json.dumps({"committed": committed, "files": [[f"{file}.setup", str(file)] for file in files]}))
+        path.chmod(0o600)
+        return path
+
+    @pytest.mark.parametrize("committed", [True, False])
+    def test_no_file_that_no_option_names_is_touched(self, house, tmp_path, committed):
+        precious = tmp_path / "precious"
+        precious.write_text("of somebody")
+        (tmp_path / "precious.setup").write_text("planted")
+        journal = self.leave(tmp_path, committed, precious)
+        with pytest.raises(StartupError, match="names .*precious, which no option names"):
+            recover_setup(house.config_file)
+        assert precious.read_text() == "of somebody" and (tmp_path / "precious.setup").exists() and journal.exists()
+
+    @pytest.mark.parametrize("files", [[["{0}/elsewhere", "{0}/mad.db3"]], [["{0}/mad.db3", "{0}/mad.db3.setup"]]])
+    def test_a_staged_file_lies_beside_what_it_is_for(self, house, tmp_path, files):
+        (tmp_path / "elsewhere").write_text("x")
+        journal = tmp_path / "mad.conf.setting-up"
+        named = [[path.format(tmp_path) for path in pair] for pair in files]
+        journal.write_text(json.dumps({"committed": False, "files": named}))
+        before = states(tmp_path)
+        with pytest.raises(StartupError, match="which no option names"):
+            recover_setup(house.config_file)
+        assert states(tmp_path) == before
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"committed": 1, "files": []}', '{"committed": true}'])
+    def test_one_that_is_damaged_is_a_sentence(self, house, tmp_path, content):
+        (tmp_path / "mad.conf.setting-up").write_text(content)
+        with pytest.raises(StartupError, match="journal .* cannot be read"):
+            recover_setup(house.config_file)
+
+    @pytest.mark.parametrize("what", ["journal", "folder", "staged"])
+    def test_one_that_others_could_write_is_not_obeyed(self, house, tmp_path, what):
+        (tmp_path / "mad.db3.setup").write_text("planted")
+        journal = self.leave(tmp_path, True, tmp_path / "mad.db3")
+        {"journal": journal, "folder": tmp_path, "staged": tmp_path / "mad.db3.setup"}[what].chmod(0o777)
+        before = (tmp_path / "mad.db3").read_bytes()
+        try:
+            with pytest.raises(StartupError, match="can be written by others"):
+                recover_setup(house.config_file)
+            assert (tmp_path / "mad.db3").read_bytes() == before and (tmp_path / "mad.db3.setup").exists()
+        finally:
+            tmp_path.chmod(0o700)
+
+    def test_the_settings_that_a_flag_or_variable_gives_name_files_too(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for settings, environ in (({"db-file": ("other", "flag")}, {}), ({}, {"MAD_DB_FILE": "other"})):
+            (tmp_path / "other.setup").write_text("half")
+            self.leave(tmp_path, False, tmp_path / "other")
+            with pytest.raises(StartupError, match="no option names"):
+                recover_setup("mad.conf")
+            recover_setup("mad.conf", settings, environ)
+            assert not list(tmp_path.glob("*.setup")) and not (tmp_path / "mad.conf.setting-up").exists()
+
+    @pytest.mark.parametrize("when", ["config", "journal", "database", "staged", "committed"])
+    def test_files_that_only_the_answers_named_are_made_or_removed(self, tmp_path, monkeypatch, when):
+        """The next start does not know the answers: it finds them in the staged config file."""
+        monkeypatch.chdir(tmp_path)
+        names = dict(db_file="data/a.db3", token_signing_key_file="k/t", admin_token_signing_key_file="k/a", seal_key_file="s")
+
+        def work():
+            options = Options(
+                {"config": "mad.conf"} | {name.replace("_", "-"): "setup" for name in names}, **CHEAP | names
+                | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"},
+            )
+            set_up(options, Answers("root", "root@example.org", PASSWORD), lambda step: step == when and die())
+
+        in_child(work)
+        recover_setup("mad.conf")
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        left = {name for name in left if not name.endswith(".lock")}
+        assert left == ({"mad.conf", *names.values()} if when == "committed" else set())

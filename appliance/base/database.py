@@ -17,6 +17,7 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
+from appliance.base.files import guard_private, open_owned
 from appliance.base.log import Log
 from appliance.base.shared import Byte, Numbers, Shared
 
@@ -123,12 +124,18 @@ def derive_key(passphrase: str, salt: bytes) -> str:
     return (key + salt).hex()
 
 
-def read_database_key(path: str, passphrase: str, unencrypted: bool) -> str:
-    """Return the raw key of an existing database, or "" if it is unencrypted. Raises StartupError with a sentence."""
+def read_database_key(path: str, passphrase: str, unencrypted: bool, is_ours=True) -> str:
+    """Return the raw key of an existing database, or "" if it is unencrypted. Raises StartupError with a sentence.
+
+    Whoever opens the database asks for its key first, and here it is checked that nobody else could have put it there.
+    A backup that somebody names may be anybody's: `is_ours` is false.
+    """
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_owned(path) if is_ours else os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
             head = file.read(16)
             size = os.fstat(file.fileno()).st_size
+            if is_ours:
+                guard_private(file.fileno(), path, "it is the database")
     except OSError as error:
         raise StartupError(f"the database {path} cannot be read: {error.strerror}") from None
     if size < 512 or len(head) < 16:
@@ -341,7 +348,9 @@ class Database:
         on the `.lock` file wakes the next writer at once. It is independent of the flock on the
         same file, which marks the server that owns the database. The kernel releases it if a process dies.
         """
-        self.process_write_lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.process_write_lock = os.open(
+            self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -1,8 +1,247 @@
-"""Files that a power cut leaves whole, the old or the new, and paths that stay below a root."""
+"""Files that are believed only from their owner, that a power cut leaves whole, and paths that stay below a root."""
 
 import contextlib
 import errno
+import functools
 import os
+import re
+import stat
+import sys
+from typing import NamedTuple
+
+from appliance.base import StartupError
+
+# == Ownership =================================================================
+# Journal, configuration, keys and database decide what this program does, perhaps as root. They are believed only
+# where nobody but root and the user that it runs as could have put them.
+
+
+class Identity(NamedTuple):
+    """A user and its groups, as the kernel compares them with the owner of a file. credentials(7)."""
+
+    uid: int
+    gids: frozenset[int]
+
+
+def current_identity() -> Identity:
+    return Identity(os.geteuid(), frozenset((os.getegid(), *os.getgroups())))
+
+
+@functools.cache
+def warn(sentence: str):
+    """Print a warning, once a process."""
+    print(f"microauthd: warning: {sentence}", file=sys.stderr)
+
+
+def other_writer(info: os.stat_result, who: Identity) -> str:
+    """Return who else could have written a file, folder or symbolic link, as the end of a sentence about it, or "".
+
+    The groups of ours and the group of root may. Everybody may write a symbolic link by its mode, and nobody can.
+    """
+    if info.st_uid not in (0, who.uid):
+        return f"belongs to user {info.st_uid}, and this runs as user {who.uid}"
+    if stat.S_ISLNK(info.st_mode):
+        return ""
+    if info.st_mode & stat.S_IWOTH:
+        return "can be written by others"
+    if info.st_mode & stat.S_IWGRP and info.st_gid not in (0, *who.gids):
+        return f"can be written by group {info.st_gid}"
+    return ""
+
+
+def refuse(name: str, info: os.stat_result, who: Identity):
+    """Raise StartupError: what this file or folder says may be somebody else's work."""
+    if info.st_uid not in (0, who.uid):
+        remedy = f"run this as that user, as by sudo -u '#{info.st_uid}', or chown it"
+    elif stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX:
+        remedy = "use a folder of your own"
+    else:
+        remedy = f"look at what is in it, then chmod go-w {name}"
+    raise StartupError(f"{name} {other_writer(info, who)}, so it is not believed: {remedy}")
+
+
+class Walk:
+    """The way from / to a path, each component looked up in the open folder before it: nothing can be exchanged between
+    the check and the use. `folder` is the descriptor of the folder that was reached, `name` its path.
+    """
+
+    def __init__(self, path: str, who: Identity):
+        self.path, self.who, self.links, self.folder = path, who, 0, -1
+        self.parts: list[str] = []
+        self.put(os.path.join(os.getcwd(), path))
+
+    def put(self, path: str):
+        """Put a path in front of what is left of the way."""
+        if path.startswith("/"):
+            self.enter("/", os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        self.parts += [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+    def enter(self, name: str, descriptor: int):
+        self.close()
+        self.folder, self.name = descriptor, name
+
+    def close(self):
+        if self.folder >= 0:
+            os.close(self.folder)
+            self.folder = -1
+
+    def check_last(self):
+        """Raise StartupError if others can put files into the folder that was reached."""
+        info = os.fstat(self.folder)
+        if not other_writer(info, self.who):
+            if info.st_mode & stat.S_IWGRP:
+                warn(f"{self.name} can be written by group {info.st_gid}: its members can replace what is in it")
+        # Nobody can write to what is mounted read-only: container platforms mount settings so, in a folder 1777.
+        elif info.st_uid not in (0, self.who.uid) or not os.fstatvfs(self.folder).f_flag & os.ST_RDONLY:
+            refuse(self.name, info, self.who)
+
+    def check_parent(self, name: str, child: os.stat_result):
+        """Raise StartupError if others can replace an entry of the folder that was reached.
+
+        The sticky bit allows that only to the owners of the entry and of the folder. inode(7), unlink(2).
+        """
+        info = os.fstat(self.folder)
+        if not other_writer(info, self.who):
+            return
+        if info.st_uid in (0, self.who.uid):
+            if os.fstatvfs(self.folder).f_flag & os.ST_RDONLY:
+                return
+            if info.st_mode & stat.S_ISVTX:
+                if child.st_uid not in (0, self.who.uid):
+                    refuse(os.path.join(self.name, name), child, self.who)
+                return
+        refuse(self.name, info, self.who)
+
+    def go(self, is_folder=False) -> str:
+        """Go to the last component, which is not entered unless `is_folder`, and return its name. Raises StartupError.
+        """
+        while self.parts:
+            name = self.parts.pop()
+            place = os.path.normpath(os.path.join(self.name, name))
+            if not self.parts and not is_folder and re.fullmatch("/proc/[0-9]+/fd", self.name):
+                return name  # a descriptor that was opened for us, by what started this: /dev/stdin, <(…) of a shell
+            child = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.folder)
+            try:
+                info = os.fstat(child)
+                if name != "..":
+                    if self.parts or is_folder or stat.S_ISLNK(info.st_mode):
+                        self.check_parent(name, info)
+                    else:
+                        self.check_last()
+                if stat.S_ISLNK(info.st_mode):
+                    self.links += 1
+                    if self.links > 40:  # as many as Linux follows: path_resolution(7)
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), self.path)
+                    if other_writer(info, self.who):
+                        refuse(place, info, self.who)
+                    self.put(os.readlink(name, dir_fd=self.folder))
+                elif self.parts or is_folder:
+                    self.enter(place, child)
+                    child = -1
+                else:
+                    return name
+            finally:
+                if child >= 0:
+                    os.close(child)
+        self.check_last()
+        return "."
+
+
+def open_owned(path: str, flags: int = os.O_RDONLY, who: Identity | None = None) -> int:
+    """Open a file that only root and the user this runs as could have written or replaced; return its descriptor.
+
+    It belongs to one of the two, and so does its folder, which nobody else can write; a group of ours may, with a
+    warning. A folder further up that others can write has the sticky bit, and what follows it belongs to root or us.
+    Symbolic links that root or we made are followed. `who` is the identity of this process unless a test says
+    otherwise. Raises StartupError with a sentence, and OSError if there is no such file or it does not open.
+    """
+    who = who or current_identity()
+    os.close(os.open(path, os.O_PATH | os.O_CLOEXEC))  # what is missing is missing, wherever it is
+    walk = Walk(path, who)
+    try:
+        name = walk.go()
+        if name == ".":
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if re.fullmatch("/proc/[0-9]+/fd", walk.name):
+            return os.open(name, flags | os.O_CLOEXEC, dir_fd=walk.folder)
+        # Without O_NONBLOCK, open(2) of a FIFO would wait for a writer.
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=walk.folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        walk.close()
+    try:
+        info = os.fstat(descriptor)
+        if other_writer(info, who):
+            refuse(path, info, who)
+        if info.st_mode & stat.S_IWGRP:
+            warn(f"{path} can be written by group {info.st_gid}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_owned(path: str) -> bytes:
+    """Return the content of a file that open_owned() opens. Raises StartupError and OSError as that does."""
+    with os.fdopen(open_owned(path), "rb") as file:
+        return file.read()
+
+
+def check_folder(path: str, who: Identity | None = None):
+    """Raise StartupError unless files of ours may lie in this folder: see open_owned(). Raises OSError if it is none.
+    """
+    walk = Walk(path, who or current_identity())
+    try:
+        walk.go(is_folder=True)
+    finally:
+        walk.close()
+
+
+def existing_folder(path: str) -> str:
+    """Return the folder of a path, or the nearest one above that exists."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(folder) and folder != "/":
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def make_folder(path: str):
+    """Make the folder of a file, private, where it is missing, and check it and those above it: see check_folder()."""
+    check_folder(existing_folder(path))
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    check_folder(folder)
+
+
+def is_private(info: os.stat_result, who: Identity) -> bool:
+    """Return whether a file is readable by nobody but its owner and those whom root has given it to.
+
+    Packages install settings as root:service 0640, and systemd and Kubernetes hand out secrets so, by an ACL or a group
+    of the service: root's decision, and not others.
+    """
+    if not info.st_mode & 0o077:
+        return True
+    if info.st_uid or info.st_mode & 0o037:
+        return False
+    return info.st_gid in (0, *who.gids) if who.uid else info.st_gid not in who.gids
+
+
+def guard_private(descriptor: int, path: str, why: str, who: Identity | None = None):
+    """Make an open file of secrets private, with a warning. Raises StartupError if that is not ours to do."""
+    who, info = who or current_identity(), os.fstat(descriptor)
+    if is_private(info, who):
+        return
+    try:
+        if info.st_uid != who.uid:
+            raise PermissionError
+        os.fchmod(descriptor, info.st_mode & 0o700)
+    except OSError:
+        raise StartupError(f"{path} is readable by others, and {why}: its owner must chmod 600 it") from None
+    warn(f"{path} was readable by others, and {why}; it is now yours alone")
+
+
+# == Writing ===================================================================
 
 
 def file_fingerprint(path: str) -> tuple:

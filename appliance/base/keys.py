@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from typing import cast
 
 import msgspec
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from appliance.base import StartupError
-from appliance.base.settings import guard_private
+from appliance.base.files import guard_private, open_owned
 
 
 SHA256 = hashes.SHA256()
@@ -94,20 +95,21 @@ def is_consistent(key) -> bool:
 
 
 def read_ring_file(path: str) -> bytes:
-    """Return the content of a ring file. Raises StartupError if it is missing, no file or readable by others."""
+    """Return the content of a ring file. Raises StartupError if it is missing, no file, or not to be believed: see
+    open_owned().
+    """
     try:
-        # Without O_NONBLOCK, open(2) of a FIFO would wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not os.path.isfile(path):
+        with os.fdopen(open_owned(path), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "it is not a file")
             content = file.read()
+            guard_private(file.fileno(), path, "it is a private key")
     except FileNotFoundError:
         raise StartupError(
             f"the signing key {path} is missing: restore it, or run setup anew without the database"
         ) from None
     except OSError as error:
         raise StartupError(f"the signing key {path} cannot be read: {error.strerror}") from None
-    guard_private(path, "it is a private key")
     return content
 
 
@@ -271,7 +273,7 @@ def replace_keys(entries, kids, rsa_bits: int, now: int) -> list[KeyEntry]:
 @contextlib.contextmanager
 def lock_ring(path: str):
     """Hold the lock under which a local command or a server's upkeep changes a ring. flock(2)."""
-    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

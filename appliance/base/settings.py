@@ -5,15 +5,14 @@ import dataclasses
 import ipaddress
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
 from appliance.base import StartupError
+from appliance.base.files import guard_private, open_owned
 
 # == Options ===================================================================
 # Every setting, declared once. Default < file < environment < flag.
@@ -436,7 +435,10 @@ OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *op
 # Names that configuration files of the original may have and that never had an effect: accepted and ignored.
 IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
 # The variables of mad, which have the same prefix.
-MAD_VARIABLES = ("CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE")
+MAD_VARIABLES = (
+    "CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE",
+    "ADMIN_TOKEN_FILE", "CLIENT_SECRET_FILE",
+)
 
 
 CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
@@ -561,15 +563,40 @@ def check_options(options: Options):
         raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
 
 
-def guard_private(path, why: str):
-    """Make a file of secrets private, with a warning. Raises StartupError if it belongs to another user."""
-    info = os.stat(path)
-    if not info.st_mode & 0o077:
-        return
-    if info.st_uid != os.geteuid():
-        raise StartupError(f"{path} is readable by others, and {why}: its owner must chmod 600 it")
-    os.chmod(path, info.st_mode & 0o700)
-    print(f"microauthd: warning: {path} was readable by others, and {why}; it is now yours alone", file=sys.stderr)
+def read_config(path: str) -> dict:
+    """Return what parse_config() finds in a config file. Raises StartupError, and FileNotFoundError if there is none.
+    """
+    try:
+        with os.fdopen(open_owned(path), "rb") as file:
+            found = parse_config(file.read().decode("utf-8"), path)
+            if any(OPTION_NAMES[name].secret for name in found):
+                guard_private(file.fileno(), path, "it holds secrets")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StartupError(f"the config file {path} cannot be read: {reason}") from None
+    return found
+
+
+def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
+    """Return `{option name: (text value, "environment VARIABLE")}` of the variables with our prefix."""
+    given: dict[str, tuple[str, str]] = {}
+    named: dict[str, str] = {}
+    for variable, value in environ.items():
+        if not variable.upper().startswith(prefix.upper()):
+            continue
+        key = variable[len(prefix) :].lower().replace("_", "-")
+        if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
+            continue
+        option = OPTION_NAMES.get(key)
+        if option is None:
+            raise StartupError(f"unknown environment variable {variable}{did_you_mean(key)}")
+        other = named.setdefault(option.name, variable)
+        if other != variable:
+            raise StartupError(f"the environment variables {other} and {variable} set the same option")
+        given[option.name] = (value, f"environment {variable}")
+    return given
 
 
 def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
@@ -583,28 +610,11 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     may_be_missing = path == "mad.conf" or "config-may-be-missing" in flags
     given = {}
     try:
-        given.update(parse_config(Path(path).read_text("utf-8"), path))
+        given.update(read_config(path))
     except FileNotFoundError:
         if not may_be_missing:
             raise StartupError(f"the config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"the config file {path} cannot be read: {error}") from None
-    else:
-        if any(OPTION_NAMES[name].secret for name in given):
-            guard_private(path, "it holds secrets")
-    named: dict[str, str] = {}
-    for variable, value in environ.items():
-        if not variable.upper().startswith(prefix.upper()):
-            continue
-        key = variable[len(prefix) :].lower().replace("_", "-")
-        if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
-            continue
-        if key not in OPTION_NAMES:
-            raise StartupError(f"unknown environment variable {variable}{did_you_mean(key)}")
-        other = named.setdefault(OPTION_NAMES[key].name, variable)
-        if other != variable:
-            raise StartupError(f"the environment variables {other} and {variable} set the same option")
-        given[OPTION_NAMES[key].name] = (value, f"environment {variable}")
+    given.update(read_variables(prefix, environ))
     given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
     values, origins = {}, {"config": path}
     for name, (value, origin) in given.items():
