@@ -16,8 +16,10 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.files import existing_folder
-from appliance.base.settings import OPTIONS, Options, config_path, describe_options, load_options, parse_flags
+from appliance.base.files import existing_folder, warn
+from appliance.base.settings import (
+    OPTIONS, Options, config_path, describe_options, load_options, parse_flags, take_secrets,
+)
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
 from appliance.base.store import Store
 from appliance.base.hashing import Hasher
@@ -47,7 +49,7 @@ class CommandLine(msgspec.Struct):
     args: list[str]  # words that are no flags
     flags: list[str]  # the command's own flags
     values: dict[str, str]  # its own flags that take a value
-    environ: dict[str, str] = {}  # the environment
+    environ: dict[str, str] = {}  # the environment, with the secrets that have left it since
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -490,6 +492,39 @@ def show_help(args: list[str]) -> int:
     return 0
 
 
+# -- secrets in the environment --
+
+
+def wipe_environment(names: set[bytes]):
+    """Overwrite the values of variables in what the kernel shows as /proc/PID/environ, here and in every later child.
+
+    To take one out of os.environ is not enough: the strings that execve(2) was given stay on the stack, between
+    env_start and env_end of proc_pid_stat(5).
+    """
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # the name before it may contain blanks
+        start, end = int(fields[47]), int(fields[48])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            for entry in memory.read(end - start).split(b"\0"):
+                name, equals, value = entry.partition(b"=")
+                if equals and name in names:
+                    memory.seek(start + len(name) + 1)
+                    memory.write(bytes(len(value)))
+                start += len(entry) + 1
+    except (OSError, IndexError, ValueError) as error:
+        warn(f"the secrets of the environment stay in /proc/{os.getpid()}/environ: {error}")
+
+
+def take_environment(settings: dict) -> dict[str, str]:
+    """Return a copy of the environment, and remove the secrets from what other processes can see of it."""
+    environ = take_secrets(os.environ, settings.get("env-var-prefix", ("MAD_",))[0])
+    if taken := {os.fsencode(name) for name in environ.keys() - os.environ.keys()}:
+        wipe_environment(taken)
+    return environ
+
+
 # -- the user that a command runs as --
 
 
@@ -625,7 +660,7 @@ def run(name: str, argv: list[str]) -> int:
         command = COMMANDS["options"]
     if name in ("setup", "restore"):
         line.settings["config-may-be-missing"] = True
-    line.environ = dict(os.environ)
+    line.environ = take_environment(line.settings)
     config = config_path(line.settings, line.environ)
     become_user(line, config)
     recover_setup(config, line.settings, line.environ)

@@ -31,7 +31,7 @@ import sqlcipher3
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
-from appliance.base.files import check_folder, existing_folder
+from appliance.base.files import check_folder, existing_folder, read_secret_file
 from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
 from appliance.base.store import SEEDED_SCOPES
 from appliance.base.wire import tls_context
@@ -134,9 +134,9 @@ class Draft:
         return self.chosen.get(name, getattr(self.options, OPTION_NAMES[name].attribute))
 
     def overriding_origin(self, name):
-        """Return the environment variable or flag that takes precedence over the config file, or ""."""
+        """Return the credential, environment variable or flag that takes precedence over the config file, or ""."""
         origin = self.options.origins.get(name, "")
-        return origin if origin.startswith(("environment", "flag")) else ""
+        return origin if origin.startswith(("credential", "environment", "flag")) else ""
 
     def check_effective(self, name, value):
         """Raise ValueError if a variable or flag would make this answer ineffective."""
@@ -728,20 +728,12 @@ def run_wizard(options, flags):
 # == Unattended ================================================================
 
 
-def read_secret_file(path, name):
-    """Return the secret in the first line of a file. `name` is for the message. Raises ValueError."""
+def read_named_secret(draft, path, name):
+    """Return the secret in the first line of the file that an answer names. Raises ValueError: see read_secret_file().
+    """
     if not isinstance(path, str):
         raise ValueError(f"{name} must be the name of a file, as a string")
-    try:
-        with open(path, encoding="utf-8") as file:
-            line = file.readline().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{name}: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
-    if not line:
-        raise ValueError(f"{name}: the first line of {path} is empty")
-    return line
+    return read_secret_file(path, name, draft["docker"])
 
 
 def option_text(option, value):
@@ -887,7 +879,7 @@ class AnswersFile:
                 self.check_inline_secret(key, section)
 
             def set_option(name=name, key=key, value=value):
-                text = read_secret_file(value, key) if key == "db-pass-file" else option_text(OPTION_NAMES[name], value)
+                text = read_named_secret(draft, value, key) if key == "db-pass-file" else option_text(OPTION_NAMES[name], value)
                 if name == "db-pass":
                     try:
                         check_passphrase(text)
@@ -919,11 +911,11 @@ class AnswersFile:
             key, password = "", sys.stdin.readline().rstrip("\r\n")
         elif "--admin-password-file" in values:
             name = "--admin-password-file"
-            key, password = "", self.checked("", "", read_secret_file, values[name], name)
+            key, password = "", self.checked("", "", read_named_secret, draft, values[name], name)
         elif "password_file" in admin:
             key, password = (
                 "password_file",
-                self.checked("password_file", "admin", read_secret_file, admin["password_file"], "password_file"),
+                self.checked("password_file", "admin", read_named_secret, draft, admin["password_file"], "password_file"),
             )
         elif "password" in strings:
             key, password = "password", strings["password"]
@@ -976,7 +968,7 @@ class AnswersFile:
         if "secret_file" in client and public:
             self.add_problem("a public client has no secret: leave secret_file out", "secret_file", name)
         elif "secret_file" in client:
-            secret = self.checked("secret_file", name, read_secret_file, client["secret_file"], "secret_file")
+            secret = self.checked("secret_file", name, read_named_secret, draft, client["secret_file"], "secret_file")
         elif not index and not public:
             secret = draft["oidc-client-secret"]
         self.checked("secret_file", name, check_client_secret, secret or "")

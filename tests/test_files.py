@@ -8,7 +8,7 @@ import pytest
 from appliance.base import StartupError
 from appliance.base.files import (
     Identity, Walk, check_folder, existing_folder, guard_private, is_private, make_folder, open_owned, other_writer,
-    read_owned,
+    read_owned, read_secret_file,
 )
 
 US = Identity(1000, frozenset({1000, 50}))
@@ -222,3 +222,27 @@ class TestFolders:
         place.chmod(0o1777)
         with pytest.raises(StartupError, match="use a folder of your own"):
             check_folder(str(place))
+
+
+class TestSecretFiles:
+    @pytest.mark.parametrize("mode", [0o644, 0o604, 0o666])
+    def test_one_that_others_can_read_is_refused(self, place, mode):
+        (place / "file").chmod(mode)
+        with pytest.raises(ValueError, match="password_file: .* can be read by others"):
+            read_secret_file(str(place / "file"), "password_file")
+
+    def test_the_first_line_is_the_secret(self, place):
+        (place / "file").write_bytes(b"a phrase \r\nmore")
+        assert read_secret_file(str(place / "file"), "x") == "a phrase "
+
+    @pytest.mark.parametrize("mode, allowed", [(0o444, True), (0o644, True), (0o666, False)])
+    def test_in_a_container_there_are_no_others(self, place, mode, allowed):
+        (place / "file").chmod(mode)
+        with contextlib.nullcontext() if allowed else pytest.raises(ValueError, match="read by others"):
+            assert read_secret_file(str(place / "file"), "x", in_container=True) == "ours"
+
+    @pytest.mark.parametrize("content, why", [(b"", "is empty"), (b"\nx", "is empty"), (b"\xff", "not UTF-8")])
+    def test_what_is_no_secret_is_said(self, place, content, why):
+        (place / "file").write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            read_secret_file(str(place / "file"), "x")

@@ -489,6 +489,7 @@ class TestUnattended:
     def test_secrets_from_files_stdin_or_environment(self, tmp_path):
         for name, content in (("phrase", PHRASE), ("password", PASSWORD), ("secret", "s" * 40)):
             (tmp_path / name).write_text(content + "\n")
+            (tmp_path / name).chmod(0o600)
         for number, (content, words, environ) in enumerate((
             (NO_PASSWORD.replace(f'db-pass = "{PHRASE}"', 'db-pass-file = "../phrase"'), ["--admin-password-stdin"], {}),
             (NO_PASSWORD.replace(f'db-pass = "{PHRASE}"', ""), ["--admin-password-file", "../password"], {"MAD_DB_PASS": PHRASE}),

@@ -5,14 +5,14 @@ import dataclasses
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
 from appliance.base import StartupError
-from appliance.base.files import guard_private, open_owned
+from appliance.base.files import guard_private, open_owned, read_secret_file
 
 # == Options ===================================================================
 # Every setting, declared once. Default < file < environment < flag.
@@ -579,8 +579,23 @@ def read_config(path: str) -> dict:
     return found
 
 
+def take_secrets(environ: MutableMapping[str, str], prefix: str) -> dict[str, str]:
+    """Return a copy of the environment, and take the secrets among its variables out of it."""
+    copy = dict(environ)
+    for variable in copy:
+        key = variable[len(prefix) :].lower().replace("_", "-")
+        if variable.upper().startswith(prefix.upper()) and (
+            (key in OPTION_NAMES and OPTION_NAMES[key].secret) or key in ("client-secret", "admin-token")  # of mad
+        ):
+            del environ[variable]
+    return copy
+
+
 def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
-    """Return `{option name: (text value, "environment VARIABLE")}` of the variables with our prefix."""
+    """Return `{option name: (text value, "environment VARIABLE")}` of the variables with our prefix.
+
+    A secret may also stand in a file that `VARIABLE_FILE` names; its value is then the path.
+    """
     given: dict[str, tuple[str, str]] = {}
     named: dict[str, str] = {}
     for variable, value in environ.items():
@@ -591,7 +606,9 @@ def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
             continue
         option = OPTION_NAMES.get(key)
         if option is None:
-            raise StartupError(f"unknown environment variable {variable}{did_you_mean(key)}")
+            option = OPTION_NAMES.get(key.removesuffix("-file"))
+            if option is None or not option.secret:
+                raise StartupError(f"unknown environment variable {variable}{did_you_mean(key)}")
         other = named.setdefault(option.name, variable)
         if other != variable:
             raise StartupError(f"the environment variables {other} and {variable} set the same option")
@@ -599,8 +616,34 @@ def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
     return given
 
 
+def is_in_file(origin: str) -> bool:
+    """Return whether an option came from a file of its own: a credential of systemd, or one that a variable names."""
+    return origin.startswith("credential ") or (origin.startswith("environment ") and origin.upper().endswith("_FILE"))
+
+
+def read_secrets(given: dict, environ: Mapping[str, str], in_container: bool) -> dict:
+    """Return the secrets among what is given that stand in files of their own, those of systemd and those that a
+    variable names, and where each came from. `LoadCredential=` of systemd.exec(5).
+    """
+    found = {}
+    folder = environ.get("CREDENTIALS_DIRECTORY", "")
+    for option in OPTIONS:
+        value, origin = given.get(option.name, ("", ""))
+        if not option.secret:
+            continue
+        path = value if is_in_file(origin) else ""
+        if not origin.startswith("environment ") and folder and os.path.exists(os.path.join(folder, option.name)):
+            path, origin = os.path.join(folder, option.name), f"credential {option.name}"
+        if path:
+            try:
+                found[option.name] = (read_secret_file(path, origin, in_container), origin)
+            except ValueError as error:
+                raise StartupError(str(error)) from None
+    return found
+
+
 def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
-    """Return the settings in force: default < file < environment < flag.
+    """Return the settings in force: default < file < credential < environment < flag.
 
     `flags` is what parse_flags() found. An unknown key or variable of our prefix raises StartupError:
     a mistyped security setting must not pass in silence.
@@ -616,6 +659,8 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
             raise StartupError(f"the config file {path} does not exist") from None
     given.update(read_variables(prefix, environ))
     given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
+    in_container = given.get("docker", ("",))[0].strip().lower() in ("1", "true", "yes", "on")
+    given.update(read_secrets(given, environ, in_container))
     values, origins = {}, {"config": path}
     for name, (value, origin) in given.items():
         option = OPTION_NAMES[name]
@@ -667,6 +712,9 @@ def write_config(options: Options) -> str:
         if word != word.strip() or re.search('[#;"]', word):
             word = f'"{word}"'
         lines.append(f"# {option.help}")
-        mark = "" if option.name in options.origins or value != option.default else "# "
+        origin = options.origins.get(option.name, "")
+        mark = "" if origin or value != option.default else "# "
+        if option.secret and is_in_file(origin):  # it stays the only copy, so that a new one takes effect
+            word, mark = "", "# "
         lines.append(f"{mark}{option.name} = {word}".rstrip())
     return "\n".join([*lines, "", CONFIG_END]) + "\n"
