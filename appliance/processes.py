@@ -33,7 +33,7 @@ from appliance.base.wire import (
 )
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, restrict_hosts, ring_files
 from appliance.backup import MACHINE
-from appliance.upkeep import ClockThread, Upkeep
+from appliance.upkeep import ClockThread, Upkeep, log_audit_head
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -259,6 +259,17 @@ class ServerProcess:
             with contextlib.suppress(Unavailable):
                 self.clock_thread.save_time()
         self.store.close()
+
+
+def log_last_audit_head(startup: StartupState):
+    """Write the head of the audit log into the log file, after the last process has written its last row."""
+    store = Store(startup.options.db_file, startup.database_key, log=startup.log)
+    try:
+        log_audit_head(store, startup.log)
+    except Unavailable as problem:
+        startup.log("audit.head", "error", reason=problem.log)
+    finally:
+        store.close()
 
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
@@ -539,6 +550,7 @@ class Supervisor:
             self.startup.log("worker.killed", "error", pid=pid)
             os.kill(pid, signal.SIGKILL)
             status = 1
+        log_last_audit_head(self.startup)
         self.startup.log("stopped")
         return status
 
@@ -586,5 +598,6 @@ def serve(options: Options) -> int:
             startup.generation.bump()
         notify("STOPPING=1")
         process.stop()
+        log_last_audit_head(startup)
         startup.log("stopped")
         return 0

@@ -13,8 +13,9 @@ import msgspec
 from appliance.base.clock import IAT_SKEW, sleep
 from appliance.base.settings import OPTIONS
 from appliance.base.files import write_durably
+from appliance.base.log import Log
 from appliance.base.database import Unavailable
-from appliance.base.store import RetiredKey, SLICE
+from appliance.base.store import RetiredKey, SLICE, Store
 from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
 from microauthd import (
@@ -64,6 +65,14 @@ def purge(idp: Idp, pause=sleep):
             " ".join(f"{table}={count}" for table, count in counts.items() if count),
         )
     idp.log("upkeep", **counts)
+
+
+def log_audit_head(store: Store, log: Log):
+    """Write the head of the audit log into the log file. There whoever can change the database cannot change it, and a
+    verifier elsewhere can compare it: a log that was cut or written anew has no row of this number and hash.
+    """
+    seq, digest = store.audit_head()
+    log("audit.head", "notice", seq=seq, rows=store.count_audit(), head=digest)
 
 
 def note_configuration(idp: Idp):
@@ -176,6 +185,7 @@ class Upkeep(threading.Thread):
                 self.attempt(remove_qr_files, self.idp)
             if turn * self.INTERVAL % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
+                self.attempt(log_audit_head, self.idp.store, self.idp.log)
 
     def attempt(self, work, *args):
         try:

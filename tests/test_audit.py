@@ -1,10 +1,15 @@
 """The audit log: what is written down, by whom, and that nothing is done which cannot be."""
 
 import contextlib
+import io
 
 import microauthd as m
 import pytest
 import sqlcipher3
+from appliance.base.log import Log
+from appliance.base.settings import Options
+from appliance.base.store import Store
+from appliance.upkeep import log_audit_head
 from appliance.base.database import Unavailable
 
 MACHINE = {"grant_type": "client_credentials"}
@@ -61,3 +66,115 @@ class TestAuditRows:
                     auth.post("/revoke", {"token": issued[f"{act}_token"]}, auth=service)
         for name in ("access_token", "refresh_token"):
             assert auth.post("/introspect", {"token": issued[name]}, auth=service).json["active"] is True
+
+
+class TestRowsThatWereCutOff:
+    """Who can write the database can cut rows off the end of the chain: the next row tells, for as long as it stays."""
+
+    def write(self, idp, count):
+        for number in range(count):
+            m.audit(idp, m.LOCAL.acting_as("test"), "act", str(number))
+
+    def cut(self, idp, above):
+        idp.store.connection.execute("DELETE FROM audit WHERE seq > ?", (above,))
+
+    def test_the_next_row_covers_them_and_says_so(self, idp):
+        self.write(idp, 5)
+        seq, digest = idp.store.audit_head()
+        self.cut(idp, seq - 2)
+        assert idp.store.verify_audit()["reason"] == f"rows up to {seq} were written, and the chain ends before"
+        self.write(idp, 3)
+        (mark,) = idp.store.list_audit("audit_log_cut")
+        assert (mark.seq, mark.actor_id, mark.result) == (seq + 1, "system", "failure")
+        assert f"noted={seq}:{digest} found={seq - 2}:" in mark.secondary
+        found = idp.store.verify_audit()
+        assert not found["valid"] and found["reason"] == f"rows {seq - 1} to {seq} are missing"
+        assert "audit.cut" in idp.stream.getvalue()
+
+    def test_the_mark_lasts_after_a_restart_and_a_second_cut_is_marked_too(self, idp, make_idp, options):
+        self.write(idp, 3)
+        self.cut(idp, 1)
+        self.write(idp, 2)
+        again = make_idp(options)
+        self.write(again, 2)
+        assert len(again.store.list_audit("audit_log_cut")) == 1 and not again.store.verify_audit()["valid"]
+        self.cut(again, 1)
+        self.write(again, 1)
+        assert len(again.store.list_audit("audit_log_cut")) == 1 and not again.store.verify_audit()["valid"]
+
+    def test_all_rows_gone_are_noticed(self, idp):
+        self.write(idp, 3)
+        self.cut(idp, 0)
+        self.write(idp, 1)
+        assert [row.action for row in idp.store.list_audit()] == ["act", "audit_log_cut"]
+
+    def test_rows_that_were_written_anew_do_not_take_the_place_of_those(self, idp):
+        """With the right hashes, of a chain of another hand."""
+        self.write(idp, 3)
+        head = idp.store.meta("audit_head")
+        self.cut(idp, 1)
+        forger = Store(idp.store.path, idp.store.key)
+        forger.put_meta("audit_head", "0:")
+        forger.open()
+        with forger.transaction():
+            forger.append_audit([(idp.now(), "x", "forged", "", "", "", "", "", "success")] * 4)
+        forger.put_meta("audit_head", head)
+        forger.close()
+        self.write(idp, 1)
+        assert idp.store.list_audit("audit_log_cut") and "was altered" in idp.store.verify_audit()["reason"]
+
+    def test_the_rows_of_a_batch_count_while_the_process_that_wrote_them_runs(self, idp, auth, service):
+        """Their head is not stored: that would cost a page of flash for each batch."""
+        for _ in range(3):
+            auth.post("/token", MACHINE, auth=service)
+            idp.store.flush()
+        seq, _ = idp.store.audit_head()
+        assert int(idp.store.meta("audit_head").partition(":")[0]) < seq - 1
+        self.cut(idp, seq - 1)
+        auth.post("/token", MACHINE, auth=service)
+        idp.store.flush()
+        assert len(idp.store.list_audit("audit_log_cut")) == 1
+        assert idp.store.verify_audit()["reason"] == f"rows {seq} to {seq} are missing"
+
+    def test_a_log_that_nobody_cut_has_no_mark(self, idp, auth, service, clock, make_idp, options):
+        for _ in range(2):
+            auth.post("/token", MACHINE, auth=service)
+            idp.store.flush()
+            self.write(idp, 2)
+            with contextlib.suppress(ZeroDivisionError), idp.store.transaction():
+                self.write(idp, 1)
+                raise ZeroDivisionError
+        clock.pass_(40 * 86400)
+        m.purge_audit_log(idp, m.LOCAL.acting_as("system"), 30)
+        auth.post("/token", MACHINE, auth=service)
+        idp.store.flush()
+        again = make_idp(options)
+        self.write(again, 1)
+        assert not again.store.list_audit("audit_log_cut") and again.store.verify_audit()["valid"]
+
+    def test_a_purge_beyond_what_a_process_noted_is_no_cut(self, idp, auth, service, clock, make_idp, options):
+        auth.post("/token", MACHINE, auth=service)
+        idp.store.flush()
+        other = make_idp(options)
+        clock.pass_(40 * 86400)
+        self.write(other, 1)
+        m.purge_audit_log(other, m.LOCAL.acting_as("system"), 30)
+        self.write(idp, 1)
+        assert not idp.store.list_audit("audit_log_cut") and idp.store.verify_audit()["valid"]
+
+
+class TestTheHeadElsewhere:
+    """In the log file, which a log collector takes away: a verifier there compares it."""
+
+    @pytest.mark.parametrize("level", ["info", "error"])
+    def test_it_is_written_with_its_count_whatever_is_logged_else(self, idp, level):
+        m.audit(idp, m.LOCAL.acting_as("test"), "act")
+        stream = io.StringIO()
+        log = Log(Options(log_file="", log_level=level), stream)
+        for _ in range(log.LINES + 5):
+            log("flood")
+        log_audit_head(idp.store, log)
+        seq, digest = idp.store.audit_head()
+        row = idp.store.list_audit(limit=1)[0]
+        assert (row.seq, row.row_sha256) == (seq, digest)
+        assert f"NOTICE  audit.head seq={seq} rows={idp.store.count_audit()} head={digest}" in stream.getvalue()

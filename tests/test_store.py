@@ -277,7 +277,7 @@ class TestWriting:
             calls.append(1)
             if len(calls) == 1:
                 raise sqlcipher3.OperationalError("database or disk is full")
-            append(*words)
+            return append(*words)
 
         monkeypatch.setattr(store, "append_audit", fail_once)
         store.start_flusher()

@@ -96,7 +96,8 @@ class Console(logging.StreamHandler):
 
 
 class Log:
-    """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case.
+    """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case, or `notice`, which is
+    written whatever `log-level` says.
 
     Anybody can cause lines of level info, so these are limited to LINES a second and process, or requests
     could wear the flash out. A bug that requests reach is logged BUGS times in BUG_SECONDS for each place in the code
@@ -140,7 +141,7 @@ class Log:
         return left_out if count < self.BUGS else None
 
     def write(self, event, level, exc_info, fields):
-        number = getattr(logging, level.upper())
+        number = logging.CRITICAL if level == "notice" else getattr(logging, level.upper())
         if not self.logger.isEnabledFor(number):
             return
         now = time.time()

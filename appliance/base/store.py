@@ -656,6 +656,7 @@ class Store(Database):
         self.flush_lock = threading.Lock()
         self.writable = True  # False from a failed write until one has succeeded
         self.batch_connection: sqlcipher3.Connection | None = None
+        self.batch_head = (0, "")  # of the audit chain, as the last batch of this process left it
         self.flusher: threading.Thread | None = None
 
     # -- meta: one value for each name --
@@ -1901,27 +1902,63 @@ class Store(Database):
 
     # -- audit --
 
-    def append_audit(self, rows: Iterable[tuple], connection: sqlcipher3.Connection | None = None) -> None:
+    def append_audit(self, rows: Iterable[tuple], connection: sqlcipher3.Connection | None = None) -> tuple[int, str]:
         """Append rows `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` to the
-        hash chain. The caller is in a transaction, so that no other writer extends the same hash.
+        hash chain, and return its head: the number and the hash of the last row. The caller is in a transaction, so
+        that no other writer extends the same hash.
 
         The head of the chain is stored too, so that verify_audit() notices if the last rows are deleted. Batches do
-        not store it, which would cost a page of flash for each.
+        not store it, which would cost a page of flash for each; flush() remembers theirs in memory. Where the chain
+        does not hold a head that was noted, the new rows go on from that head and not from what is left, with a row
+        that says so: the numbers that are missing stay missing, and the next row covers what was cut off.
         """
-        connection = connection or self.connection
+        connection, rows = connection or self.connection, list(rows)
         last = connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, "")
+        if not rows:
+            return last
         seq, digest = last
+        heads = [head for head in self.noted_heads(connection) if not self.is_in_chain(connection, head, last)]
+        lost = max(heads, default=None)
+        if lost:
+            seq, digest = max(seq, lost[0]), lost[1]
+            noted = f"noted={lost[0]}:{lost[1]} found={last[0]}:{last[1]}"
+            rows.insert(0, (rows[0][0], "system", "audit_log_cut", "", noted, "", "", "", FAILURE))
+            self.log("audit.cut", "error", noted=lost[0], found=last[0])
+            self.batch_head = (0, "")
         chained = []
         for row in rows:
             seq += 1
             digest = chain(digest, seq, row)
             chained.append((seq, *row[:-1], digest, row[-1]))
         connection.executemany(insert_statement(AuditRow), chained)
-        if connection is not self.batch_connection:
+        if lost or connection is not self.batch_connection:
             connection.execute(
                 "INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                 (f"{seq}:{digest}",),
             )
+        return seq, digest
+
+    def noted_heads(self, connection: sqlcipher3.Connection) -> list[tuple[int, str]]:
+        """Return the heads of the audit chain that were noted: the one in the database, and that of the last batch."""
+        found = connection.execute("SELECT value FROM meta WHERE name = 'audit_head'").fetchone()
+        seq, _, digest = (found[0] if found else "0:").partition(":")
+        return [(int(seq), digest), self.batch_head]
+
+    def is_in_chain(self, connection: sqlcipher3.Connection, head: tuple[int, str], last: tuple[int, str]) -> bool:
+        """Return whether the chain that ends with `last` holds a head that was noted, or has been purged beyond it."""
+        if head[0] == 0 or head == last:
+            return True
+        found = connection.execute("SELECT row_sha256 FROM audit WHERE seq = ?", (head[0],)).fetchone()
+        if found:
+            return found[0] == head[1]
+        anchor = connection.execute("SELECT value FROM meta WHERE name = 'audit_anchor'").fetchone()
+        return anchor is not None and int(anchor[0].partition(":")[0]) >= head[0]
+
+    def audit_head(self) -> tuple[int, str]:
+        """Return the number and the hash of the last row of the audit log, (0, "") if there is none."""
+        with self.guard:
+            found = self.connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
+        return found or (0, "")
 
     def list_audit(
         self, action: str | None = None, limit: int = 100, actor_id: str | None = None, target: str | None = None,
@@ -2143,7 +2180,8 @@ class Store(Database):
                     connection = self.batch_connection = self.batch_connection or self.connect("NORMAL")
                     with self.committing(connection):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
-                        self.append_audit(batch_audit(batch), connection)
+                        head = self.append_audit(batch_audit(batch), connection)
+                self.batch_head = head  # after the commit: one that was rolled back is in no chain
             except Exception as error:  # whatever it is, keep the rows and the thread
                 self.queue.extendleft(reversed(batch))
                 if isinstance(error, sqlcipher3.Error) and not is_busy(error) and self.batch_connection:
