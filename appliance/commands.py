@@ -581,7 +581,7 @@ def become_owner(path: str, environ: dict[str, str]):
             "this as that user"
         ) from None
     print(f"microauthd: {folder} belongs to user {info.st_uid}: going on as that user", file=sys.stderr, flush=True)
-    if not os.access(home, os.W_OK | os.X_OK):
+    if not home or not os.access(home, os.W_OK | os.X_OK):
         home = folder
     changes = {"HOME": home, "USER": name, "LOGNAME": name}
     for variable in ("MICROAUTHD_CACHE", "CACHE_DIRECTORY"):

@@ -2,11 +2,15 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
-from box import Box
+from box import ROOT, Box
+from appliance.base import StartupError
+from appliance.base.files import Identity
 from appliance.base.settings import OPTIONS
-from appliance.commands import COMMANDS, main
+from appliance.commands import COMMANDS, CommandLine, become_owner, become_user, main, wipe_environment
 
 
 class TestBesideARunningServer:
@@ -73,3 +77,139 @@ class TestHelp:
     def test_an_unknown_command_has_none(self, capsys):
         assert main(["nonsense", "--help"]) == 2
         assert "unknown command 'nonsense'" in capsys.readouterr().err
+
+
+class TestEnvironment:
+    """/proc/PID/environ of every process shows what execve(2) was given, whatever os.environ says."""
+
+    def run(self, code, **environ):
+        """Run code in a new process with this environment, as take_environment() finds it."""
+        return subprocess.run(
+            [sys.executable, "-c", "import os\nfrom appliance.commands import *\n" + code], cwd=ROOT, timeout=60,
+            env={"PATH": os.environ["PATH"]} | environ, capture_output=True, text=True, check=True,
+        ).stdout
+
+    def test_secrets_leave_what_this_process_and_its_children_show(self):
+        shown = self.run(
+            "environ = take_environment({})\n"
+            "assert environ['MAD_DB_PASS'] == 'hush-1' and 'MAD_DB_PASS' not in os.environ\n"
+            "if not os.fork():\n    print(open('/proc/self/environ', 'rb').read(), flush=True)\n    os._exit(0)\n"
+            "os.wait()\n"
+            "import subprocess\nsubprocess.run(['env'])\n"
+            "print(open('/proc/self/environ', 'rb').read())",
+            MAD_DB_PASS="hush-1", MAD_AUTH_TOKEN_KEY_PASS="hush-2", mad_oidc_client_secret="hush-3",
+            MAD_CLIENT_SECRET="hush-4", MAD_ADMIN_TOKEN="hush-5", MAD_AUTH_PORT="8443", OTHER="kept",
+        )
+        assert shown.count("OTHER=kept") == 3 and shown.count("MAD_AUTH_PORT=8443") == 3 and "hush" not in shown
+
+    def test_the_prefix_is_the_one_that_was_chosen(self):
+        shown = self.run(
+            "take_environment({'env-var-prefix': ('BOX_', 'flag')})\nprint(open('/proc/self/environ').read())",
+            BOX_DB_PASS="hush", MAD_DB_PASS="of another program",
+        )
+        assert "hush" not in shown and "of another program" in shown
+
+    def test_where_it_cannot_be_done_it_is_said(self, monkeypatch, capsys):
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied", "/proc/self/mem")
+
+        monkeypatch.setattr("builtins.open", refuse)
+        wipe_environment({b"MAD_DB_PASS"})
+        assert "the secrets of the environment stay in /proc/" in capsys.readouterr().err
+
+
+class TestBecomingTheOwner:
+    """What root runs in a folder of the service's user runs as that user, before anything there is opened."""
+
+    @pytest.fixture
+    def root(self, monkeypatch):
+        """This process as root would find it: [what it called], in order."""
+        called = []
+        for name in ("HOME", "USER", "LOGNAME"):
+            monkeypatch.setenv(name, os.environ.get(name, ""))
+        for name in ("initgroups", "setgroups", "setgid", "setuid", "execve"):
+            monkeypatch.setattr(os, name, lambda *words, name=name: called.append((name, *words)))
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        real = os.stat
+
+        def stat(path, *words, **more):
+            found = real(path, *words, **more)
+            if str(path).endswith("service"):
+                found = os.stat_result((*found[:4], 12345, 23456, *found[6:]))
+            return found
+
+        monkeypatch.setattr(os, "stat", stat)
+        return called
+
+    def test_groups_go_before_the_user_and_the_program_starts_anew(self, root, tmp_path, monkeypatch, capsys):
+        (tmp_path / "service").mkdir()
+        monkeypatch.setattr(os, "access", lambda *_, **__: True)
+        environ = {"MAD_DB_PASS": "hush", "HOME": "/root"}
+        become_owner(str(tmp_path / "service" / "mad.conf"), environ)
+        assert [call[0] for call in root[:4]] == ["setgroups", "setgid", "setuid", "execve"]
+        assert [call[1] for call in root[:3]] == [[], 23456, 12345]
+        assert root[3][3] == environ | {"HOME": str(tmp_path / "service")} | {"USER": "12345", "LOGNAME": "12345"}
+        assert capsys.readouterr().err.count("belongs to user 12345: going on as that user") == 1
+
+    def test_the_cache_of_root_is_not_the_users(self, root, tmp_path, monkeypatch):
+        (tmp_path / "service").mkdir()
+        environ = {"MICROAUTHD_CACHE": "/nowhere", "CACHE_DIRECTORY": str(tmp_path)}
+        become_owner(str(tmp_path / "service" / "mad.conf"), environ)
+        assert environ == {"CACHE_DIRECTORY": str(tmp_path)}
+
+    def test_a_folder_that_is_to_be_made_is_the_users_where_the_one_above_is(self, root, tmp_path):
+        (tmp_path / "service").mkdir()
+        become_owner(str(tmp_path / "service" / "new" / "deep" / "mad.conf"), {})
+        assert ("setuid", 12345) in root
+
+    def test_where_the_folder_is_roots_root_stays(self, root, monkeypatch):
+        monkeypatch.setattr("appliance.commands.existing_folder", lambda path: "/")
+        become_owner("/mad.conf", {})
+        assert root == []
+
+    def test_nobody_but_root_becomes_anybody(self, root, tmp_path, monkeypatch):
+        (tmp_path / "service").mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        become_owner(str(tmp_path / "service" / "mad.conf"), {})
+        assert root == []
+
+    def test_root_without_that_right_says_so(self, root, tmp_path, monkeypatch):
+        (tmp_path / "service").mkdir()
+
+        def refuse(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "setgroups", refuse)
+        with pytest.raises(StartupError, match="root cannot become that user here"):
+            become_owner(str(tmp_path / "service" / "mad.conf"), {})
+
+    def test_a_database_elsewhere_counts_where_the_settings_are_roots(self, root, tmp_path, monkeypatch):
+        (tmp_path / "service").mkdir()
+        (tmp_path / "mad.conf").write_text(f"db-file = {tmp_path}/service/mad.db3\n")
+        (tmp_path / "mad.conf").chmod(0o640)
+        real, seen = os.stat, []
+
+        def stat(path, *words, **more):
+            found = real(path, *words, **more)
+            seen.append(str(path))
+            return os.stat_result((*found[:4], 0, *found[5:])) if str(path) == str(tmp_path) else found
+
+        monkeypatch.setattr(os, "stat", stat)
+        if os.getuid():  # the file is root's, as the kernel would say it
+            monkeypatch.setattr("appliance.base.files.current_identity", lambda: Identity(os.getuid(), frozenset()))
+        path = str(tmp_path / "mad.conf")
+        become_user(CommandLine({"config": (path, "flag")}, [], [], {}), path)
+        assert ("setuid", 12345) in root and seen.index(str(tmp_path)) < seen.index(str(tmp_path / "service"))
+
+    @pytest.mark.parametrize("name", ["options", "backup", "setup", "serve"])
+    def test_every_command_does_before_it_opens_anything(self, name, tmp_path, monkeypatch):
+        order = []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("appliance.commands.become_user", lambda *_: order.append("become"))
+
+        def stop(*_):
+            order.append("recover")
+            raise StartupError("enough")
+
+        monkeypatch.setattr("appliance.commands.recover_setup", stop)
+        assert main([name, *(["x"] if name == "backup" else [])]) == 1 and order == ["become", "recover"]

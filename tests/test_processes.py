@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -101,6 +102,22 @@ class TestStarting:
         box.new_user("ann")
         assert box.log_in("ann").status == box.token().status == 200
         assert box.stop() == 0
+
+    def test_secrets_of_the_environment_are_in_no_process_and_the_head_of_the_audit_log_in_the_log(self, tmp_path):
+        box = Box(tmp_path / "data", workers="2").set_up()
+        conf = box.folder / "mad.conf"
+        conf.write_text(re.sub("(?m)^db-pass.*", "", conf.read_text()))
+        box.environ |= {"MAD_DB_PASS": "a database phrase", "OTHER": "kept"}
+        box.start()
+        shown = [Path(f"/proc/{pid}/environ").read_bytes() for pid in box.pids()]
+        assert len(shown) == 4 - 1 and all(b"OTHER=kept" in one and b"a database phrase" not in one for one in shown)
+        box.token()
+        assert box.stop() == 0
+        store = Store(box.folder / "mad.db3", read_database_key(str(box.folder / "mad.db3"), "a database phrase", False))
+        seq, digest = store.audit_head()
+        store.close()
+        lines = box.log().splitlines()
+        assert f"audit.head seq={seq} rows={seq} head={digest}" in lines[-2] and " stopped" in lines[-1]
 
     def test_a_second_start_is_refused_with_the_pid(self, box):
         done = box.run("serve")

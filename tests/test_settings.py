@@ -45,6 +45,73 @@ class TestPrecedence:
         assert load_options(flags, {"BOX_AUTH_PORT": "7", "MAD_AUTH_PORT": "8"}).auth_port == 7
 
 
+class TestSecretsInFiles:
+    """`LoadCredential=` of systemd.exec(5), and variables that end with _FILE, as Docker's images have them."""
+
+    def file(self, tmp_path, name, content, mode=0o600):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        path.chmod(mode)
+        return str(path)
+
+    @pytest.mark.parametrize("option", [option for option in OPTIONS if option.secret])
+    def test_every_secret_may_stand_in_one(self, tmp_path, option):
+        variable = "MAD_" + option.name.upper().replace("-", "_") + "_FILE"
+        options = load(tmp_path, "", {variable: self.file(tmp_path, "secret", "a phrase\nmore")})
+        assert getattr(options, option.attribute) == "a phrase"
+        assert describe_options(options)[option.name] == {"value": "(set)", "origin": f"environment {variable}"}
+        self.file(tmp_path, "credentials/" + option.name, "a credential")
+        options = load(tmp_path, "", {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")})
+        assert getattr(options, option.attribute) == "a credential"
+        assert options.origins[option.name] == f"credential {option.name}"
+
+    def test_environment_over_credential_over_file(self, tmp_path):
+        self.file(tmp_path, "credentials/db-pass", "of systemd")
+        environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+        assert load(tmp_path, "db-pass = of the file", environ).db_pass == "of systemd"
+        assert load(tmp_path, "", environ | {"MAD_DB_PASS": "of the environment"}).db_pass == "of the environment"
+        named = {"MAD_DB_PASS_FILE": self.file(tmp_path, "secret", "of a variable")}
+        assert load(tmp_path, "", environ | named).db_pass == "of a variable"
+
+    def test_a_variable_and_the_name_of_its_file_contradict_each_other(self, tmp_path):
+        with pytest.raises(StartupError, match="MAD_DB_PASS_FILE set the same option"):
+            load(tmp_path, "", {"MAD_DB_PASS": "x", "MAD_DB_PASS_FILE": self.file(tmp_path, "secret", "x")})
+
+    @pytest.mark.parametrize(
+        "content, mode, why", [("x", 0o644, "can be read by others: chmod 600"), ("", 0o600, "is empty"), (None, 0, "No such")]
+    )
+    def test_what_is_wrong_names_the_variable(self, tmp_path, content, mode, why):
+        path = self.file(tmp_path, "secret", content, mode) if content is not None else str(tmp_path / "missing")
+        with pytest.raises(StartupError, match=f"environment MAD_DB_PASS_FILE: .*{path}.*{why}"):
+            load(tmp_path, "", {"MAD_DB_PASS_FILE": path})
+
+    @pytest.mark.parametrize("variable", ["MAD_AUTH_PORT_FILE", "MAD_NONSENSE_FILE", "MAD_DB_FILE_FILE"])
+    def test_only_secrets_have_one(self, tmp_path, variable):
+        with pytest.raises(StartupError, match="unknown environment variable"):
+            load(tmp_path, "", {variable: "x"})
+
+    def test_what_names_a_file_as_its_value_stays_a_path(self, tmp_path):
+        environ = {"MAD_DB_FILE": "x.db3", "MAD_AUTH_SSL_KEY_FILE": "k.pem", "MAD_CLIENT_SECRET_FILE": "of mad"}
+        options = load(tmp_path, "", environ)
+        assert (options.db_file, options.auth_ssl_key_file) == ("x.db3", "k.pem")
+
+    def test_in_a_container_docker_mounts_them_for_all(self, tmp_path):
+        environ = {"MAD_DOCKER": "true", "MAD_DB_PASS_FILE": self.file(tmp_path, "secret", "a phrase", 0o444)}
+        assert load(tmp_path, "", environ).db_pass == "a phrase"
+
+    def test_they_stay_the_only_copy(self, tmp_path):
+        """A set-up writes no config file that would keep the old passphrase beside a new credential."""
+        self.file(tmp_path, "credentials/db-pass", "a secret phrase")
+        environ = {
+            "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"),
+            "MAD_TOKEN_SIGNING_KEY_PASS_FILE": self.file(tmp_path, "secret", "a secret too"),
+        }
+        written = write_config(load(tmp_path, "oidc-client-secret = kept kept kept kept", environ))
+        assert "a secret" not in written and "oidc-client-secret = kept" in written
+        assert load(tmp_path, written, environ).db_pass == "a secret phrase"
+
+
 class TestFile:
     @pytest.mark.parametrize(
         "line, value",
