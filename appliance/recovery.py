@@ -250,8 +250,8 @@ def recover_setup(config: str, settings: dict | None = None, environ: Mapping[st
 
     `settings` and `environ` are those of load_options().
     """
-    traces = (journal_of(config), journal_of(config) + ".new", staged_path(config))
-    if any(os.path.lexists(path) for path in traces):
+    traces = (journal_of(config), staged_path(config))
+    if any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
         with hold_setup(config):
             settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
             finish_setup(config, load_options(settings, environ or {}))
