@@ -11,6 +11,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.files import Identity
 from appliance.base.settings import Options
 from appliance.base.log import Log, LogFile
 
@@ -146,6 +147,18 @@ class TestFile:
     def test_it_is_its_owners_alone(self, path):
         LogFile(path).emit(record("hello"))
         assert path.read_text() == "hello\n" and path.stat().st_mode & 0o777 == 0o600
+
+    @pytest.mark.parametrize("is_ours, content", [(True, "of somebody\nhello\n"), (False, "of somebody\n")])
+    def test_a_link_of_somebody_else_does_not_lead_it_astray(self, path, monkeypatch, is_ours, content):
+        """Ours may lead to /dev/stdout of a container."""
+        path.with_name("victim").write_text("of somebody\n")
+        path.symlink_to("victim")
+        if not is_ours and os.geteuid():
+            monkeypatch.setattr("appliance.base.log.current_identity", lambda: Identity(12345, frozenset()))
+        elif not is_ours:
+            os.lchown(path, 12345, -1)
+        LogFile(path).emit(record("hello"))
+        assert path.with_name("victim").read_text() == content
 
     def test_it_is_rotated_and_a_few_are_kept(self, path):
         handler = LogFile(path, max_bytes=40, keep=3)

@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import select
+import stat
 import sys
 import time
 import traceback
 from typing import Any
 
+from appliance.base.files import current_identity, other_writer
 from appliance.base.settings import Options
 
 # == Log =======================================================================
@@ -40,7 +42,12 @@ class LogFile(logging.Handler):
     def open(self) -> int:
         self.shut()
         # Non-blocking: the path may be a pipe that nobody reads, which would block here or at a line. fifo(7).
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        with contextlib.suppress(FileNotFoundError):
+            info = os.lstat(self.path)
+            if stat.S_ISLNK(info.st_mode) and other_writer(info, current_identity()):
+                flags |= os.O_NOFOLLOW  # whoever made the link chose a file of ours for the lines. symlink(7)
+        descriptor = os.open(self.path, flags, 0o600)
         self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
         return descriptor
 
@@ -63,7 +70,8 @@ class LogFile(logging.Handler):
             return False
 
     def rotate(self) -> int:
-        with open(self.path + ".lock", "a") as lock:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self.path + ".lock", flags, 0o600), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.same_file():
                 for number in range(self.keep - 1, 0, -1):
