@@ -102,6 +102,15 @@ class TestRowsThatWereCutOff:
         self.write(again, 1)
         assert len(again.store.list_audit("audit_log_cut")) == 1 and not again.store.verify_audit()["valid"]
 
+    def test_it_is_said_once_also_by_batches(self, idp, auth, service):
+        self.write(idp, 3)
+        idp.store.flush()
+        self.cut(idp, 1)
+        for _ in range(3):
+            auth.post("/token", MACHINE, auth=service)
+            idp.store.flush()
+        assert len(idp.store.list_audit("audit_log_cut")) == 1
+
     def test_all_rows_gone_are_noticed(self, idp):
         self.write(idp, 3)
         self.cut(idp, 0)

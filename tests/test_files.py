@@ -154,6 +154,19 @@ class TestOpenOwned:
         with pytest.raises(StartupError, match="shared can be written"):
             open_owned(str(shared / "link"))
 
+    def test_a_link_of_somebody_else_leads_nowhere(self, place, monkeypatch):
+        """Also in a folder that is ours by now."""
+        (place / "link").symlink_to("file")
+        real = os.fstat
+
+        def fstat(descriptor):
+            found = real(descriptor)
+            return info(found.st_mode, 23456) if stat.S_ISLNK(found.st_mode) else found
+
+        monkeypatch.setattr(os, "fstat", fstat)
+        with pytest.raises(StartupError, match=f"{place}/link belongs to user 23456"):
+            open_owned(str(place / "link"))
+
     def test_links_that_lead_in_a_circle_end(self, place):
         (place / "one").symlink_to("two")
         (place / "two").symlink_to("one")

@@ -29,7 +29,7 @@ from appliance.base.keys import Key, lock_ring, read_ring
 from appliance.base.objects import CreateUser
 from appliance.backup import check_copy
 from appliance.upkeep import advance_key_states
-from appliance.processes import hold_database
+from appliance.processes import hold_database, prepare, read_seal_key
 from appliance.recovery import (
     Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, hold_setup, open_idp, recover_admin,
     recover_setup, restore, revoke_key, rotate_keys, set_up,
@@ -570,6 +570,41 @@ class TestAdminRecovery:
                 act()
 
 
+class TestOwners:
+    @pytest.mark.parametrize("name", FILES)
+    def test_every_file_of_a_box_is_believed_only_if_nobody_else_can_write_it(self, house, tmp_path, name):
+        readers = {
+            "mad.conf": lambda: load_options({"config": (house.config_file, "flag")}, {}),
+            "mad.db3": lambda: read_database_key(house.db_file, house.db_pass, False),
+            "token.pem": lambda: read_ring(house.token_signing_key_file, ""),
+            "admin_token.pem": lambda: read_ring(house.admin_token_signing_key_file, ""),
+            "seal.key": lambda: read_seal_key(house.seal_key_file),
+        }
+        (tmp_path / name).chmod(0o602)
+        for act in (readers[name], lambda: back_up(house, "b")):
+            with pytest.raises(StartupError, match=f"{name} can be written by others"):
+                act()
+        assert not (tmp_path / "b").exists() and (tmp_path / name).stat().st_mode & 0o777 == 0o602
+
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda house: prepare(house), lambda house: back_up(house, "b"), lambda house: factory_reset(house),
+            lambda house: rotate_keys(house, ["auth"]), lambda house: restore(house, "out/box.backup"),
+            lambda house: set_up(house, Answers("root", "root@example.org", PASSWORD, keep_keys=True)),
+        ],
+    )
+    def test_nothing_is_done_in_a_folder_that_others_can_write(self, house, backup, tmp_path, act):
+        tmp_path.chmod(0o1777)
+        before = states(tmp_path)
+        try:
+            with pytest.raises(StartupError, match="can be written by others"):
+                act(house)
+            assert states(tmp_path) == before
+        finally:
+            tmp_path.chmod(0o700)
+
+
 class TestFactoryReset:
     def test_a_link_of_somebody_else_is_not_followed(self, house, tmp_path):
         """What it leads to would be overwritten."""
@@ -1024,6 +1059,17 @@ class TestJournal:
             assert (tmp_path / "mad.db3").read_bytes() == before and (tmp_path / "mad.db3.setup").exists()
         finally:
             tmp_path.chmod(0o700)
+
+    def test_nothing_is_removed_in_a_folder_of_others(self, house, tmp_path):
+        """Which the options name."""
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        (shared / "mad.db3.setup").write_text("of somebody")
+        shared.chmod(0o1777)
+        self.leave(tmp_path, False, shared / "mad.db3")
+        with pytest.raises(StartupError, match="shared can be written by others"):
+            recover_setup(house.config_file, {"db-file": (str(shared / "mad.db3"), "flag")})
+        assert (shared / "mad.db3.setup").exists()
 
     def test_the_settings_that_a_flag_or_variable_gives_name_files_too(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
