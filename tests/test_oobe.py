@@ -119,6 +119,11 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir() if path.is_file()}
 
 
+def hashes_of_a_box(folder):
+    """Those of its files, without the answers."""
+    return {name: digest for name, digest in hashes(folder).items() if name != "answers.toml"}
+
+
 class TestWizard:
     """Each answer is checked at once, and nothing is written before the last one."""
 
@@ -503,6 +508,36 @@ class TestUnattended:
                 "shown only where it was made here"
             )
             assert log_in(folder)[0].db_pass == PHRASE
+
+    def test_a_file_of_a_secret_that_others_can_read_is_refused_as_the_secret_itself_is(self, tmp_path):
+        for name, content in (("phrase", PHRASE), ("password", PASSWORD), ("secret", "s" * 40)):
+            (tmp_path / name).write_text(content)
+            (tmp_path / name).chmod(0o644)
+        content = NO_PASSWORD.replace(f'db-pass = "{PHRASE}"', 'db-pass-file = "phrase"') + 'secret_file = "secret"\n'
+        for words, more, named in (
+            ([], 'password_file = "password"\ntotp', "answers.toml:6: password_file: password"),
+            (["--admin-password-file", "password"], "totp", "answers.toml: --admin-password-file: password"),
+        ):
+            done = unattended(tmp_path, content.replace("totp", more), *words)
+            assert done.returncode == 1 and left(tmp_path) == {"answers.toml", "phrase", "password", "secret"}
+            for sentence in (named, "answers.toml:2: db-pass-file: phrase", "secret_file: secret"):
+                assert f"{sentence} can be read by others: chmod 600" in done.stderr, done.stderr
+
+    def test_keys_that_are_there_are_refused_without_a_word_and_a_second_box_too(self, tmp_path):
+        assert unattended(tmp_path, GOOD).returncode == 0
+        before = hashes_of_a_box(tmp_path)
+        other = GOOD.replace("[options]", '[options]\nseal-key-file = "b"\ntoken-signing-key-file = "c"')
+        done = unattended(tmp_path, other, "--db-file", "other.db3")
+        assert done.returncode == 1 and "set up already" in done.stderr and hashes_of_a_box(tmp_path) == before
+        for path in tmp_path.glob("mad.[dc]*"):
+            path.unlink()
+        keys = hashes_of_a_box(tmp_path)
+        done = unattended(tmp_path, GOOD)
+        assert done.returncode == 1 and "token.pem is there already" in done.stderr and hashes_of_a_box(tmp_path) == keys
+        assert unattended(tmp_path, GOOD, "--keep-keys").returncode == 0
+        assert {name: hashes_of_a_box(tmp_path)[name] for name in ("seal.key", "token.pem")} == {
+            name: keys[name] for name in ("seal.key", "token.pem")
+        }
 
     def test_options_may_stand_at_the_top_under_any_of_their_names(self, tmp_path):
         content = 'auth-port = 9140\nadmin-port = "9141"\nenable-token-refresh = false\ntrusted-proxies = ["10.0.0.1", "10.1.0.0/16"]\nargon2-salt-length = 32\n'
