@@ -1502,6 +1502,26 @@ def write_private_file(path: str, text: str, modified_at: int | None = None) -> 
         raise CommandError(EXIT_LOGIN, "unsafe_file", f"cannot write {path}: {problem.strerror}") from None
 
 
+def hide_variable(name: str) -> None:
+    """Overwrite the value of a variable in what the kernel shows as /proc/PID/environ: the strings that execve(2) was
+    given, between env_start and env_end of proc_pid_stat(5). Where there is no /proc, nothing shows them.
+    """
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        start, end = int(fields[47]), int(fields[48])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            octets = b"\0" + memory.read(end - start)
+            at = octets.find(b"\0" + os.fsencode(name) + b"=")
+            if at >= 0:
+                begin = at + len(os.fsencode(name)) + 2
+                memory.seek(start + begin - 1)
+                memory.write(bytes(octets.find(b"\0", begin) - begin))
+    except (OSError, ValueError, IndexError):
+        pass
+
+
 def secret_variable(name: str) -> str | None:
     """Return the secret in a variable of the environment, or in the first line of the file that NAME_FILE names.
 
@@ -1509,6 +1529,8 @@ def secret_variable(name: str) -> str | None:
     credentials of systemd.
     """
     value, path = os.environ.get(name), os.environ.get(name + "_FILE")
+    if value:
+        hide_variable(name)
     if not path:
         return value or None
     if value:

@@ -771,6 +771,14 @@ class TestPrivateFiles:
         both = run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s", MAD_CLIENT_SECRET_FILE=str(path))
         assert both.returncode == 2 and "both set" in both.stderr
 
+    @pytest.mark.parametrize("name", ["MAD_ADMIN_TOKEN", "MAD_CLIENT_SECRET"])
+    def test_a_secret_of_the_environment_is_not_shown_to_others_once_read(self, name):
+        code = f"import mad; print(mad.secret_variable({name!r})); print(open('/proc/self/environ').read())"
+        environ = {"A": "1", name: "hush", "Z": f"2 {name}=kept", "PYTHONPATH": os.path.dirname(mad.__file__)}
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        assert done.stdout.count("hush") == 1 and done.stdout.startswith("hush\n"), done.stderr
+        assert "A=1\0" in done.stdout and f"Z=2 {name}=kept\0" in done.stdout
+
     def test_a_token_goes_to_the_path_that_issued_it(self, here, fake):
         assert self.listing(here, MAD_ADMIN_URL=fake.url + "/").returncode == 0
         done = self.listing(here, MAD_ADMIN_URL=fake.url + "/elsewhere")
