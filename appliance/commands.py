@@ -597,6 +597,8 @@ def become_user(line: CommandLine, config: str):
     """As root, go on as the user whose folder the config file lies in, or else the database. See become_owner()."""
     if not os.geteuid():
         become_owner(config, line.environ)
+        if os.path.exists(config) and not os.path.isfile(config):
+            return  # a pipe of the shell, which is read once
         settings = line.settings | {"config-may-be-missing": ("", "")}
         become_owner(load_options(settings, line.environ).db_file, line.environ)
 

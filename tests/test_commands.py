@@ -201,6 +201,15 @@ class TestBecomingTheOwner:
         become_user(CommandLine({"config": (path, "flag")}, [], [], {}), path)
         assert ("setuid", 12345) in root and seen.index(str(tmp_path)) < seen.index(str(tmp_path / "service"))
 
+    def test_settings_from_a_pipe_are_read_once(self, root, tmp_path, monkeypatch, capsys):
+        reader, writer = os.pipe()
+        os.write(writer, b"auth-port = 8443\n")
+        os.close(writer)
+        monkeypatch.chdir(tmp_path)
+        assert main(["options", "--config", f"/dev/fd/{reader}"]) == 0
+        os.close(reader)
+        assert re.search("auth-port +8443 ", capsys.readouterr().out)
+
     @pytest.mark.parametrize("name", ["options", "backup", "setup", "serve"])
     def test_every_command_does_before_it_opens_anything(self, name, tmp_path, monkeypatch):
         order = []
