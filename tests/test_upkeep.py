@@ -14,7 +14,7 @@ from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.store import Family, RetiredKey, Session, Store, chain
 from appliance.base.objects import ChangeSecret, CreateUser
-from appliance.upkeep import ClockThread, Upkeep, advance_key_states
+from appliance.upkeep import ClockThread, Upkeep, advance_key_states, log_audit_head
 from appliance.recovery import back_up, describe_keys, restore, revoke_key, rotate_keys
 
 
@@ -174,6 +174,16 @@ class TestPurge:
         clock.pass_(3600 + IAT_SKEW - 1)
         purge(idp, lambda seconds: None)
         assert idp.store.is_revoked(machine["jti"])
+
+
+class TestTheHeadOfTheAuditLog:
+    def test_it_is_written_down_once_an_hour(self, idp, monkeypatch):
+        done, turns = [], iter(range(1 + 3 * 3600 // Upkeep.INTERVAL))
+        monkeypatch.setattr(Upkeep, "attempt", lambda self, work, *words: done.append((work, words)))
+        upkeep = Upkeep(idp)
+        monkeypatch.setattr(upkeep.ending, "wait", lambda seconds: next(turns, None) is None)
+        upkeep.run()
+        assert [words for work, words in done if work is log_audit_head] == [(idp.store, idp.log)] * 3
 
 
 class TestThread:
