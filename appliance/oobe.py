@@ -879,7 +879,10 @@ class AnswersFile:
                 self.check_inline_secret(key, section)
 
             def set_option(name=name, key=key, value=value):
-                text = read_named_secret(draft, value, key) if key == "db-pass-file" else option_text(OPTION_NAMES[name], value)
+                if key == "db-pass-file":
+                    text = read_named_secret(draft, value, key)
+                else:
+                    text = option_text(OPTION_NAMES[name], value)
                 if name == "db-pass":
                     try:
                         check_passphrase(text)
@@ -915,7 +918,9 @@ class AnswersFile:
         elif "password_file" in admin:
             key, password = (
                 "password_file",
-                self.checked("password_file", "admin", read_named_secret, draft, admin["password_file"], "password_file"),
+                self.checked(
+                    "password_file", "admin", read_named_secret, draft, admin["password_file"], "password_file"
+                ),
             )
         elif "password" in strings:
             key, password = "password", strings["password"]
