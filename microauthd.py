@@ -81,7 +81,7 @@ from appliance.base.objects import (
     UpdatePermission, UpdateRole, UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp,
     Version, iso, read_time,
 )
-from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets
+from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
 from appliance.base.keys import Key, PublicKey, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 
@@ -721,10 +721,13 @@ class Idp:
         return sane
 
 
-def hash_secret(idp: Idp, secret: str) -> str:
-    """Return the PHC string of a client secret. Raises slow_down or temporarily_unavailable."""
+def hash_secret(idp: Idp, secret: str, beside: str | None = None) -> str:
+    """Return the PHC string of a client secret, with the salt of another if that is given.
+
+    Raises slow_down or temporarily_unavailable.
+    """
     with hash_problems():
-        return idp.hasher.hash(secret)
+        return idp.hasher.hash(secret, beside)
 
 
 def hash_password(idp: Idp, password: str) -> str:
@@ -1557,17 +1560,18 @@ def find_verified_client(idp: Idp, pairs) -> Client | None:
 def verify_client_secret(idp: Idp, client_id: str, secret: str) -> Client | None:
     """Return the client if this is its secret, else None.
 
-    An unknown client costs one verification, so timing tells nothing; a known one costs one per unexpired secret.
+    Its secrets have one salt, so that Argon2 is computed once whether the client is unknown, has one secret, or is in
+    the middle of a rotation: timing tells nothing. Two secrets of an earlier release cost two until one is replaced.
     """
-    for stored in unexpired_hashes(find_client(idp, client_id), idp.now()) or [None]:
-        if idp.hasher.verify(stored, secret):
-            client, now = find_client(idp, client_id), idp.now()  # it may have changed during the verification
-            if client is None or stored not in unexpired_hashes(client, now):
-                return None
-            # Cached for longer than one token lifetime: the client returns when its token expires.
-            idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
-            return client
-    return None
+    stored = idp.hasher.find_match(unexpired_hashes(find_client(idp, client_id), idp.now()), secret)
+    if stored is None:
+        return None
+    client, now = find_client(idp, client_id), idp.now()  # it may have changed during the verification
+    if client is None or stored not in unexpired_hashes(client, now):
+        return None
+    # Cached for longer than one token lifetime: the client returns when its token expires.
+    idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
+    return client
 
 
 def authenticate_client(
@@ -1952,8 +1956,18 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
     return get_client(idp, row.id), made
 
 
+def living_hash(client: Client, now: int, overlap_seconds: int) -> str | None:
+    """Return the hash of the secret that a new one will live beside, or None."""
+    living = unexpired_hashes(client, now) if overlap_seconds else []
+    return living[0] if living else None
+
+
 def change_secret(idp: Idp, caller: Caller, change: ChangeSecret) -> str:
-    """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days."""
+    """Give a client a new secret and return it. The previous one stays valid for `overlap_seconds`, at most 31 days.
+
+    If two are valid already, the older one ends. The new one has the salt and the Argon2 parameters of the one that it
+    lives beside; without an overlap, both are new.
+    """
     client = get_client(idp, change.client_id)
     if not client.row.is_active:
         raise Problem("not_found", log="the client is inactive")
@@ -1967,15 +1981,20 @@ def change_secret(idp: Idp, caller: Caller, change: ChangeSecret) -> str:
         errors["overlap_seconds"] = f"must be from 0 to {OVERLAP_MAX}"
     reject(**errors)
     secret = secret or random_handle()
-    secret_hash, now = hash_secret(idp, secret), idp.now()
-    with idp.store.transaction(identity=True):
-        client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
-        if not client.row.is_active:
-            raise Problem("not_found", log="the client is inactive")
-        idp.store.retire_secrets(client.row.id, now + change.overlap_seconds, now)
-        idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
-        audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={change.overlap_seconds}")
-    return secret
+    while True:
+        beside = living_hash(client, idp.now(), change.overlap_seconds)
+        secret_hash, now = hash_secret(idp, secret, beside), idp.now()
+        with idp.store.transaction(identity=True):
+            client = get_client(idp, client.row.id)  # hashing is slow: the client may have changed meanwhile
+            if not client.row.is_active:
+                raise Problem("not_found", log="the client is inactive")
+            other = living_hash(client, now, change.overlap_seconds)
+            if other and salt_of(other) not in (None, salt_of(secret_hash)):
+                continue
+            idp.store.retire_secrets(client.row.id, now + change.overlap_seconds, now)
+            idp.store.add_secret(str(uuid.uuid4()), client.row.id, secret_hash, now)
+            audit(idp, caller, "client_secret_changed", client.client_id, f"overlap={change.overlap_seconds}")
+            return secret
 
 
 def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Client:

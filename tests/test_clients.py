@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES
-from appliance.base.hashing import Argon2Memory, NameLocks
+from appliance.base.hashing import Argon2Memory, Hasher, NameLocks
 from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser, UpdateClient, UpdateScope
 
 MACHINE = {"grant_type": "client_credentials"}
@@ -378,6 +378,65 @@ class TestSecrets:
         assert good(second)
         clock.pass_(1)
         assert not good(second) and good(third)
+
+    @pytest.mark.parametrize("case", ["nobody", "one", "two", "one of another cost", "none", "public", "raw", "nobody raw"])
+    def test_a_wrong_one_costs_one_argon2_whatever_there_is(self, idp, auth, service, public, change, monkeypatch, case):
+        """RFC 6749 §2.3.1: who rotates, or exists, must not be told by the time of a refusal."""
+        if case == "none":
+            change("DELETE FROM client_secret")
+        if case == "one of another cost":  # as after a change of argon2id-memory
+            monkeypatch.setattr(idp, "hasher", Hasher(Options(**CHEAP | {"argon2id_memory": 128, "argon2id_time": 2})))
+        if case in ("two", "one of another cost"):
+            change_it = ChangeSecret("service", overlap_seconds=60)
+            made = [m.change_secret(idp, m.LOCAL.acting_as("test"), change_it) for _ in range(3)][1:]
+            assert all(auth.post("/token", MACHINE, auth=("service", secret)).status == 200 for secret in made)
+            assert len({tuple(stored.split("$")[3:5]) for stored, _ in m.get_client(idp, "service").secret_hashes}) == 1
+        computed, compute = [], idp.hasher.memory.compute
+        monkeypatch.setattr(idp.hasher.memory, "compute", lambda *given: computed.append(given) or compute(*given))
+        name = {"nobody": "nobody", "nobody raw": "nobody", "public": "spa"}.get(case, "service")
+        wrong = "wrong%21" if "raw" in case else "wrong"
+        assert auth.post("/token", MACHINE, auth=(name, wrong)).status == 401
+        assert len(computed) == (2 if "raw" in case else 1), "a pair that may be read in two ways costs two"
+
+    def test_two_of_an_earlier_release_with_a_salt_each_both_work_until_one_is_replaced(
+        self, idp, auth, service, change, monkeypatch
+    ):
+        id, now = m.get_client(idp, "service").row.id, idp.now()
+        other = Hasher(Options(**CHEAP | {"argon2id_hash_length": 24}))
+        for number, secret in enumerate(("the older one", "the newer one")):
+            idp.store.add_secret(secret, id, (idp.hasher, other)[number].hash(secret), now)
+        change("DELETE FROM client_secret WHERE length(id) = 36")
+        form = MACHINE | {"client_id": "service"}
+
+        def good(secret):
+            return auth.post("/token", form | {"client_secret": secret}).status == 200
+
+        assert good("the older one") and good("the newer one") and not good("another")
+        made = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60))
+        assert good(made) and good("the newer one") and not good("the older one")
+
+    def test_without_an_overlap_a_new_one_has_the_salt_and_the_cost_of_today(self, idp, auth, service, monkeypatch):
+        (before, _), = m.get_client(idp, "service").secret_hashes
+        monkeypatch.setattr(idp, "hasher", Hasher(Options(**CHEAP | {"argon2id_time": 2})))
+        made = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service"))
+        (after, _), = m.get_client(idp, "service").secret_hashes
+        assert after.startswith(idp.hasher.parameters()) and after.split("$")[4] != before.split("$")[4]
+        assert auth.post("/token", MACHINE, auth=("service", made)).status == 200
+
+    def test_a_change_during_another_ends_with_one_salt(self, idp, service, monkeypatch):
+        real, during = idp.hasher.hash, []
+
+        def hash_slowly(secret, beside=None):
+            made = real(secret, beside)
+            if not during:
+                during.append(True)
+                m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service"))
+            return made
+
+        monkeypatch.setattr(idp.hasher, "hash", hash_slowly)
+        m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=60))
+        hashes = m.get_client(idp, "service").secret_hashes
+        assert len(hashes) == 2 and len({stored.split("$")[4] for stored, _ in hashes}) == 1
 
     def test_a_changed_one_is_dead_at_once(self, idp, auth, service):
         assert auth.post("/token", MACHINE, auth=service).status == 200

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from argon2.exceptions import Argon2Error, VerificationError
 from argon2.low_level import (
@@ -270,6 +270,25 @@ class Argon2Memory:
 # -- hashing and verifying --
 
 
+def parse_phc(phc: str) -> tuple[int, int, int, bytes, bytes] | None:
+    """Return memory in KiB, passes, lanes, salt and hash of an Argon2id PHC string of version 19, or None."""
+    match = PHC.fullmatch(phc)
+    if not match:
+        return None
+    memory, passes, lanes = map(int, match.groups()[:3])
+    try:
+        salt, stored = (base64.b64decode(part + "=" * (-len(part) % 4)) for part in match.groups()[3:])
+    except ValueError:
+        return None
+    return memory, passes, lanes, salt, stored
+
+
+def salt_of(phc: str) -> str | None:
+    """Return all that Argon2 takes besides the password - parameters, salt, length - or None if it is not ours."""
+    parsed = parse_phc(phc)
+    return f"{phc.rpartition('$')[0]}${len(parsed[-1])}" if parsed else None
+
+
 class Hasher:
     """Argon2id with the configured parameters, behind the gate. RFC 9106."""
 
@@ -285,15 +304,23 @@ class Hasher:
             f"$argon2id$v=19$m={options.argon2id_memory},t={options.argon2id_time},p={options.argon2id_parallelism}$"
         )
 
-    def hash(self, password: str) -> str:
-        """Return the PHC string of a password or client secret. Raises Busy, HashFailed."""
+    def hash(self, password: str, beside: str | None = None) -> str:
+        """Return the PHC string of a password or client secret. Raises Busy, HashFailed.
+
+        It has the salt and the parameters of the PHC string `beside` if that is one of ours, so that one computation
+        serves to compare a secret with both.
+        """
         options = self.options
+        salt, passes, memory, lanes, length = (
+            os.urandom(options.argon2id_salt_length), options.argon2id_time, options.argon2id_memory,
+            options.argon2id_parallelism, options.argon2id_hash_length,
+        )
+        if beside and (parsed := parse_phc(beside)):
+            memory, passes, lanes, salt, stored = parsed
+            length = len(stored)
         with self.gate.slot(), self.gate.hashing():
             try:
-                return argon2_hash(
-                    password.encode(), os.urandom(options.argon2id_salt_length), options.argon2id_time,
-                    options.argon2id_memory, options.argon2id_parallelism, options.argon2id_hash_length, Argon2Type.ID,
-                ).decode()
+                return argon2_hash(password.encode(), salt, passes, memory, lanes, length, Argon2Type.ID).decode()
             except (Argon2Error, MemoryError, OSError) as error:
                 raise HashFailed(f"Argon2: {error}") from None
 
@@ -302,30 +329,41 @@ class Hasher:
 
         None stands for an account that does not exist: the work is the same, and the result False.
         """
-        exists = phc is not None
-        if phc is None:
-            unknown = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
-            salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
-            phc = f"{self.parameters()}{salt}${unknown}"
+        return self.find_match([phc] if phc is not None else [], password) is not None
+
+    def find_match(self, hashes: Sequence[str], password: str) -> str | None:
+        """Return which of some PHC strings is that of a password, or None. Raises Busy, HashFailed.
+
+        Argon2 is computed once for all that share salt and parameters, and once if there is none.
+        """
+        unknown = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
+        salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
+        groups: dict[str, list[str]] = {}
+        for phc in hashes or [f"{self.parameters()}{salt}${unknown}"]:
+            groups.setdefault(salt_of(phc) or phc, []).append(phc)
+        for group in groups.values():
+            found = self.match_group(group, password)
+            if found is not None and hashes:
+                return found
+        return None
+
+    def match_group(self, group: Sequence[str], password: str) -> str | None:
+        """Return which PHC string, of some that share salt and parameters, is that of a password, or None."""
+        parsed = parse_phc(group[0])
         with self.gate.slot(), self.gate.hashing():
             try:
-                return self.matches(phc, password.encode()) and exists
+                if parsed is None:  # another variant or version of Argon2, or malformed: the library decides
+                    return group[0] if argon2_verify(group[0].encode(), password.encode(), Argon2Type.ID) else None
+                memory, passes, lanes, salt, stored = parsed
+                computed = self.memory.compute(password.encode(), salt, passes, memory, lanes, len(stored))
             except (Argon2Error, MemoryError, OSError) as error:
                 # VerificationError: the password is wrong or the stored hash malformed. All else is lack of resources.
                 if isinstance(error, VerificationError) and not re.search("allocation|threading", str(error), re.I):
-                    return False
+                    return None
                 raise HashFailed(f"Argon2: {error}") from None
-
-    def matches(self, phc: str, password: bytes) -> bool:
-        match = PHC.fullmatch(phc)
-        if not match:  # another variant or version of Argon2, or malformed: the library decides
-            return argon2_verify(phc.encode(), password, Argon2Type.ID)
-        memory, passes, lanes = map(int, match.groups()[:3])
-        try:
-            salt, stored = (base64.b64decode(part + "=" * (-len(part) % 4)) for part in match.groups()[3:])
-        except ValueError:
-            return False
-        return hmac.compare_digest(self.memory.compute(password, salt, passes, memory, lanes, len(stored)), stored)
+        stored_hashes = [(phc, parsed[-1]) for phc in group if (parsed := parse_phc(phc))]
+        matching = [phc for phc, stored in stored_hashes if hmac.compare_digest(computed, stored)]
+        return matching[0] if matching else None
 
 
 # -- verified secrets --
