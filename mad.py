@@ -3142,7 +3142,7 @@ COMMANDS = (
         Option("public", "a client that cannot keep a secret, such as a browser application", "flag"),
         Option("display-name", "what people read"),
         Option("audience", "audience of its tokens (microauthd)"),
-        Option("grant", "a grant type it may use, one or more", "list"),
+        Option("grant", "a grant type it may use, one or more; the password grant must be named", "list"),
         Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
         Option("introspect", "may introspect tokens of other clients", "flag"),
         *URI_SWITCHES, *SERVER_OPTIONS,

@@ -1851,7 +1851,10 @@ def warn_about_switches(idp: Idp, row: ClientRow, names):
 
 
 def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str) -> ClientUri:
-    """Register a URI of a client. Raises invalid_request, not_found, or conflict if it is already registered."""
+    """Register a URI of a client. Raises invalid_request, not_found, or conflict if it is already registered.
+
+    A redirect URI brings the grants of a login to a client for which none was ever named.
+    """
     uri = uri.strip()
     try:
         with idp.store.transaction(identity=True):
@@ -1861,6 +1864,11 @@ def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str)
                 raise Problem("invalid_request", log=refused, errors={"uri": wrong})
             row = idp.store.add_uri(str(uuid.uuid4()), client.row.id, kind, uri, idp.now())
             audit(idp, caller, f"{kind}_uri_added", client.client_id, uri)
+            grant_types = {*client.grant_types, AUTHORIZATION_CODE, REFRESH_TOKEN}
+            if kind == "redirect" and not client.row.are_grants_named and grant_types > set(client.grant_types):
+                with_login = msgspec.structs.replace(client.row, grant_types=" ".join(sorted(grant_types)))
+                idp.store.update_client(with_login)
+                audit(idp, caller, "client_updated", client.client_id, "grant_types")
     except Conflict:
         raise Problem("conflict", log="the client has this URI") from None
     return row
@@ -1902,7 +1910,11 @@ def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, seconda
 
 
 def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
-    """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict."""
+    """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict.
+
+    Where no grant type is named, a confidential client gets client_credentials, and a public one what a login takes;
+    add_uri() adds the latter to either. The password grant must be named: RFC 9700 §2.4 advises against it.
+    """
     client_id, errors = new_client.client_id.strip(), {}
     errors["client_id"] = check_client_id(client_id)
     if new_client.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
@@ -1915,7 +1927,7 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
         errors["client_secret"] = check_client_secret(secret)
     grant_types = new_client.grant_types
     if grant_types is None:
-        grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else list(GRANT_TYPES)
+        grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else [CLIENT_CREDENTIALS]
     errors["grant_types"] = check_grant_types(grant_types, new_client.client_type)
     audience = (new_client.audience or "microauthd").strip()
     errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
@@ -1939,6 +1951,7 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
         revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now, allow_http_redirects=int(new_client.allow_http_redirects),
         allow_short_schemes=int(new_client.allow_short_schemes),
+        are_grants_named=int(new_client.grant_types is not None),
     )
     secret_hash = "" if public else hash_secret(idp, secret or made)
     try:
@@ -2019,7 +2032,7 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
                 changes["audience"] = change.audience.strip()
                 errors["audience"] = check_label(changes["audience"])
             if change.grant_types is not UNSET:
-                changes["grant_types"] = " ".join(sorted(set(change.grant_types)))
+                changes["grant_types"], changes["are_grants_named"] = " ".join(sorted(set(change.grant_types))), 1
                 errors["grant_types"] = check_grant_types(change.grant_types, row.client_type)
             if change.may_introspect is True and row.client_type == PUBLIC_CLIENT:
                 errors["may_introspect"] = "a public client cannot have this right"
@@ -2037,7 +2050,8 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
                     revoke_client(idp, caller, row, "client_revoked")
                 row = msgspec.structs.replace(row, **changes, modified_at=idp.now())
                 idp.store.update_client(row)
-                audit(idp, caller, "client_updated", row.client_id, " ".join(sorted(changes)))
+                names = {"grant_types" if name == "are_grants_named" else name for name in changes}
+                audit(idp, caller, "client_updated", row.client_id, " ".join(sorted(names)))
                 audit_switches(idp, caller, row, URI_SWITCHES.keys() & changes.keys())
     except Conflict:
         raise Problem("conflict") from None

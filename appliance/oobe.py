@@ -528,7 +528,7 @@ def ask_application(prompter, draft, client):
         setattr(client, member, prompter.ask(question, "", check))
 
     client.public = prompter.confirm("Does it run in a browser or on a phone, where it can keep no secret?", False)
-    ask_words("grants", "Its ways to get tokens (grant types), separated by blanks (empty: the usual ones)?")
+    ask_words("grants", "Its ways to get tokens (grant types), separated by blanks (empty: without a password)?")
     ask_words("redirect_uris", "Where do people return after a login (redirect URIs; empty: nobody logs in there)?")
     if client.redirect_uris:
         ask_words("post_logout_uris", "Where may they return after a logout (empty: nowhere)?")

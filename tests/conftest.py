@@ -261,8 +261,10 @@ def scopes(idp):
 @pytest.fixture
 def new_client(idp, scopes):
     def make(client_id, **more):
+        every = None if more.get("client_type") == "public" else list(m.GRANT_TYPES)
         client, secret = m.create_client(
-            idp, m.LOCAL.acting_as("test"), CreateClient(client_id, **{"scopes": ["api:read", "api:write"]} | more)
+            idp, m.LOCAL.acting_as("test"),
+            CreateClient(client_id, **{"scopes": ["api:read", "api:write"], "grant_types": every} | more),
         )
         SECRETS.update({secret} - {""})
         return (client_id, secret)
@@ -354,7 +356,8 @@ def made(folder, **more):
     options = Options(
         config, **CHEAP | {"argon2id_memory": 8192, "db_pass": "a phrase", "oidc_issuer": "https://idp.example"} | more
     )
-    set_up(options, Answers("root", "root@example.org", PASSWORD, clients=[FirstClient("app", scopes=["api:read"])]))
+    app = FirstClient("app", scopes=["api:read"], grants=list(m.GRANT_TYPES))
+    set_up(options, Answers("root", "root@example.org", PASSWORD, clients=[app]))
     return options
 
 

@@ -290,7 +290,7 @@ class TestRehash:
         other = make_idp(Options(**CHEAP | {"argon2id_time": 2}))
         new, hash_ = other.hasher.hash("the new password"), other.hasher.hash
 
-        def while_an_operator_resets(password):
+        def while_an_operator_resets(password, beside=None):
             hashed = hash_(password)
             idp.store.set_password_hash(alice.id, new, idp.now())
             return hashed

@@ -507,6 +507,44 @@ class TestRegistration:
         assert len(made) == 43 and none == "" and public == "" and client.secret_hashes == ()
         assert client.grant_types == ["authorization_code", "refresh_token"] and client.row.audience == "microauthd"
 
+    LOGIN = "authorization_code refresh_token"
+
+    @pytest.mark.parametrize(
+        "made, change, uris, grants",
+        [
+            ({}, {}, [], "client_credentials"), ({}, {}, ["redirect"], "authorization_code client_credentials refresh_token"),
+            ({}, {}, ["post_logout"], "client_credentials"), ({"client_type": "public"}, {}, ["redirect"], LOGIN),
+            ({"client_type": "public"}, {}, ["cors_origin"], LOGIN), ({"grant_types": []}, {}, ["redirect"], ""),
+            ({"grant_types": ["password"]}, {}, ["redirect"], "password"),
+            ({"grant_types": ["client_credentials"]}, {}, ["redirect", "post_logout"], "client_credentials"),
+            ({}, {"grant_types": ["client_credentials"]}, ["redirect"], "client_credentials"),
+            ({}, {"grant_types": ["password"]}, ["redirect"], "password"),
+            ({}, {"display_name": "Another"}, ["redirect"], "authorization_code client_credentials refresh_token"),
+        ],
+    )
+    def test_a_redirect_uri_brings_the_grants_of_a_login_where_none_was_named(
+        self, idp, call, made, change, uris, grants
+    ):
+        """RFC 9700 §2.4: nobody has the password grant who has not named it."""
+        client = call("POST", "/clients", {"client_id": "new"} | made).json
+        assert made or client["grant_types"] == ["client_credentials"]
+        if change:
+            assert call("PUT", "/clients/new", change).status == 200
+        for kind in uris:
+            m.add_uri(idp, m.LOCAL.acting_as("test"), "new", kind, "https://app.example")
+        assert call("GET", "/clients/new").json["grant_types"] == grants.split()
+        rows = [row.secondary for row in idp.store.list_audit(limit=100) if row.action == "client_updated"]
+        assert sorted(rows) == sorted([*change, *["grant_types"] * (grants.count(" ") == 2)])
+
+    def test_a_client_without_the_password_grant_named_takes_no_password(self, idp, auth, alice):
+        _, secret = m.create_client(idp, m.LOCAL.acting_as("test"), CreateClient("new"))
+        SECRETS.add(secret)
+        form = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+        assert auth.post("/token", form, auth=("new", secret)).json["error"] == "unauthorized_client"
+        assert auth.post("/token", MACHINE, auth=("new", secret)).status == 200
+        m.update_client(idp, m.LOCAL.acting_as("test"), "new", UpdateClient(grant_types=["password"]))
+        assert auth.post("/token", form, auth=("new", secret)).status == 200
+
     @pytest.mark.parametrize(
         "wanted, member",
         [

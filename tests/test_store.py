@@ -134,6 +134,17 @@ class TestSchema:
         assert (row.allow_http_redirects, row.allow_short_schemes) == (0, 0)
         assert (row.id, row.is_first_party, row.created_at, row.modified_at) == ("1", 1, 7, 8)
 
+    def test_clients_of_before_keep_their_grants_as_if_named(self, from_before):
+        store = from_before(
+            "are_grants_named",
+            """
+            INSERT INTO client (id, client_id, client_type, display_name, audience, grant_types, created_at, modified_at)
+            VALUES ('1', 'old', 'confidential', 'Old', 'api', 'client_credentials password', 7, 8)
+            """,
+        )
+        row = store.find_client("old")
+        assert (row.grant_types, row.are_grants_named) == ("client_credentials password", 1)
+
     def test_of_the_roles_of_before_mad_admin_is_privileged(self, from_before):
         store = from_before(
             "is_privileged", self.ROLE.format(MAD_ADMIN_ROLE_ID, "MadAdmin", 1), self.ROLE.format("r", "auditor", 0)

@@ -129,6 +129,7 @@ class ClientRow(Record, frozen=True):
     modified_at: int
     allow_http_redirects: int
     allow_short_schemes: int
+    are_grants_named: int = 1  # 0 while its grant_types are those of a default
 
 
 class Secret(Record, frozen=True):
@@ -561,6 +562,10 @@ MIGRATIONS = (
     """
     ALTER TABLE role ADD COLUMN is_privileged INTEGER NOT NULL DEFAULT 0;
     UPDATE role SET is_privileged = 1 WHERE is_protected = 1;
+    """,
+    # Step 9. Whether somebody chose the grant types of a client. Those of before keep what they have.
+    """
+    ALTER TABLE client ADD COLUMN are_grants_named INTEGER NOT NULL DEFAULT 1;
     """,
 )
 
@@ -1339,7 +1344,7 @@ class Store(Database):
                    access_token_signed_alg = :access_token_signed_alg,
                    id_token_signed_response_alg = :id_token_signed_response_alg, is_active = :is_active,
                    modified_at = :modified_at, allow_http_redirects = :allow_http_redirects,
-                   allow_short_schemes = :allow_short_schemes
+                   allow_short_schemes = :allow_short_schemes, are_grants_named = :are_grants_named
              WHERE id = :id
             """,
             **msgspec.structs.asdict(row),
