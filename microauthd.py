@@ -59,6 +59,7 @@ from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.log import Log, escape
+from appliance.base.headers import HSTS, security_headers
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
@@ -4108,13 +4109,9 @@ def show_problem(idp: Idp, problem: Problem, environ) -> Page:
 
 # -- responses --
 
-BASE_HEADERS = (
-    ("X-Content-Type-Options", "nosniff"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
-)
-# The policy of the bundled examples; an operator's own files have `public-csp`. X-Frame-Options is not sent, because
-# frame-ancestors overrides it (CSP Level 3 §6.4.2.1). Pages may frame each other, for silent renewal.
+BASE_HEADERS = security_headers()
+# The policy of the bundled examples; an operator's own files have `public-csp`. Pages may frame each other, for silent
+# renewal.
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
@@ -4134,7 +4131,6 @@ def render_problem(problem: Problem, oauth: bool) -> Reply:
 STATUS = {code: f"{code} {phrase}" for code, phrase in bottle.HTTP_CODES.items()}
 NO_STORE = ("Cache-Control", "no-store")
 JSON_HEADERS = (*BASE_HEADERS, ("Content-Type", "application/json"), NO_STORE, ("Pragma", "no-cache"))
-HSTS = ("Strict-Transport-Security", "max-age=31536000")
 
 
 class Answer:
@@ -4181,9 +4177,7 @@ class Answer:
         headers: tuple[tuple[str, str], ...] = JSON_HEADERS
         if isinstance(result, Page):
             status, body = result.status, result.content
-            headers = (
-                BASE_HEADERS if not result.policy else (*BASE_HEADERS[:2], ("Content-Security-Policy", result.policy))
-            )
+            headers = security_headers(result.policy) if result.policy else BASE_HEADERS
             headers += (("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE,)
             if result.etag:
                 headers += (("ETag", result.etag),)
@@ -4436,10 +4430,9 @@ class App:
             if not isinstance(result, bottle.HTTPResponse):
                 return self.to_bottle(result, environ)
             # Bottle itself sends a static file, whose handler has set its policy.
-            for header in (*BASE_HEADERS[:2], ("Cache-Control", "no-cache")):
+            policy = result.get_header("Content-Security-Policy", "")
+            for header in (*security_headers(policy, environ["wsgi.url_scheme"]), ("Cache-Control", "no-cache")):
                 result.set_header(*header)
-            if environ.get("wsgi.url_scheme") == "https":
-                result.set_header(*HSTS)
             return result
 
         return answer
@@ -4473,7 +4466,8 @@ class App:
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
             if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.cors_paths:
-                start_response("204 No Content", [*BASE_HEADERS, *allow_origin(self.idp, environ, preflight=True)])
+                headers = security_headers(scheme=environ["wsgi.url_scheme"])
+                start_response("204 No Content", [*headers, *allow_origin(self.idp, environ, preflight=True)])
                 return [b""]
             return self.bottle(environ, start_response)
         status, headers, body = self.answer.render(self.answer.run(route, environ, {}), environ)
@@ -4497,8 +4491,8 @@ def restrict_hosts(app, idp: Idp):
         problem = Problem("misdirected_request")
         Answer(idp).log_refusal(environ, problem.code, problem.status, "Host is not a name of ADMIN")
         content = ENCODE(problem.as_err())
-        headers = [("Content-Type", "application/json"), NO_STORE, ("Content-Length", str(len(content)))]
-        start_response(STATUS[problem.status], headers)
+        headers = (*security_headers(scheme=environ["wsgi.url_scheme"]), ("Content-Type", "application/json"), NO_STORE)
+        start_response(STATUS[problem.status], [*headers, ("Content-Length", str(len(content)))])
         return [content]
 
     return restricted
@@ -5285,7 +5279,7 @@ def page_asset(idp, params):
         try:
             return Page(
                 Path(idp.options.brand_logo).read_bytes(), f"image/{kind}", cache=300,
-                policy="default-src 'none'; style-src 'unsafe-inline'",
+                policy="default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
             )
         except OSError as error:
             raise Problem("not_found", log=f"brand-logo: {error.strerror}") from None

@@ -664,10 +664,10 @@ class TestBetweenReadAndWrite:
         def arrange(deed):
             honest = idp.hasher.hash
 
-            def hash(word):
+            def hash(word, *beside):
                 monkeypatch.setattr(idp.hasher, "hash", honest)
                 deed()
-                return honest(word)
+                return honest(word, *beside)
 
             monkeypatch.setattr(idp.hasher, "hash", hash)
 

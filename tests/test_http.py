@@ -6,11 +6,13 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import microauthd as m
 import pytest
-from conftest import Caller
+from conftest import CHEAP, Caller
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.headers import security_headers
 from appliance.base.openapi import FORM
 from appliance.base.objects import AssignScopes, ChangeSecret, CreateClient, CreateUser
+from appliance.base.settings import Options
 
 MACHINE = {"grant_type": "client_credentials"}
 
@@ -352,6 +354,44 @@ class TestAnswers:
         answer = auth("HEAD", "/jwks.json")
         assert answer.status == 200 and answer.headers["etag"]
 
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_security_headers_are_on_what_is_answered_before_a_route(self, idp, auth, admin, public, scheme):
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", "https://spa.example")
+
+        def over(app, host="localhost"):
+            return Caller(lambda environ, start: app(environ | {"wsgi.url_scheme": scheme}, start), host)
+
+        origin = {"Origin": "https://spa.example", "Access-Control-Request-Method": "POST"}
+        for answer, status in (
+            (over(admin.app, "evil.example").get("/ping"), 421),
+            (over(auth.app)("OPTIONS", "/token", headers=origin.items()), 204), (over(auth.app).get("/nowhere"), 404),
+            (over(auth.app)("PUT", "/token"), 405), (over(auth.app)("HEAD", "/jwks.json"), 200),
+        ):
+            assert answer.status == status
+            expected = {name.lower(): value for name, value in security_headers(scheme=scheme)}
+            assert len(expected) == 4 + (scheme == "https") and expected.items() <= answer.headers.items()
+            assert ("strict-transport-security" in answer.headers) == (scheme == "https")
+
+    @pytest.mark.parametrize(
+        "policy, framing",
+        [
+            ("frame-ancestors 'none'", "DENY"), ("default-src 'self'; FRAME-ANCESTORS 'SELF'", "SAMEORIGIN"),
+            ("frame-ancestors", "DENY"), ("frame-ancestors  'self'  'self' ;", "SAMEORIGIN"),
+            ("frame-ancestors 'none'; frame-ancestors *", "DENY"), ("frame-ancestors *; frame-ancestors 'none'", None),
+            ("frame-ancestors https://portal.example", None), ("frame-ancestors 'self' https://portal.example", None),
+            ("frame-ancestors *", None), ("default-src 'none'", None), ("", None), ("frame-src 'none'", None),
+        ],
+    )
+    def test_x_frame_options_says_what_frame_ancestors_says_or_is_not_there(
+        self, make_idp, tmp_path, monkeypatch, policy, framing
+    ):
+        """RFC 7034 §2.1, CSP Level 3 §6.4.2.1"""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "public").mkdir()
+        (tmp_path / "public" / "index.html").write_text("page")
+        served = Caller(m.App(make_idp(Options(**CHEAP, serve_public_auth_files=True, public_csp=policy)), m.AUTH))
+        assert served.get("/").headers.get("x-frame-options") == framing
+
     def test_security_headers_are_on_all(self, auth, admin, service):
         for answer in (
             auth.get("/ping"), auth.get("/nowhere"), auth.get("/jwks.json"), auth.post("/token", {}, auth=service),
@@ -363,6 +403,7 @@ class TestAnswers:
                 headers["x-content-type-options"] == "nosniff"
                 and headers["referrer-policy"] == "no-referrer"
                 and headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+                and headers["x-frame-options"] == "DENY"
             )
             assert (
                 headers["content-type"] == "application/json"

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from appliance.base import wire
+from appliance.base.headers import security_headers
 from appliance.base.hashing import Busy, HashGate, NameLocks
 from appliance.base.wire import (
     HttpRefusal, Limits, SWEEP, Server, _path_info, client_address, find_listener, listen, listen_shared,
@@ -333,11 +334,16 @@ UPGRADES = {  # program: (octets, content)
 }
 
 
+def fields_of(headers):
+    return "\r\n".join(f"{name}: {value}" for name, value in headers).encode()
+
+
 class TestRefusals:
     def check(self, one, case, said):
         head, _, body = said.partition(b"\r\n\r\n")
         assert statuses(said) == [REFUSED[case][0]] and b"/smuggled" not in said
         assert b"Connection: close" in head and json.loads(body)["success"] is False
+        assert fields_of(security_headers()) in head
         (event, fields), *more = one.logged
         assert (
             not more
@@ -611,6 +617,7 @@ class TestRequests:
         assert json.loads(said.partition(b"\r\n\r\n")[2]) == {
             "success": False, "message": "The server failed.", "error": "server_error",
         }
+        assert fields_of(security_headers()) in said
         assert b" 500 " in said and b"secret" not in said and [event for event, _ in one.logged] == ["error"]
 
     def test_blocks_are_bounded(self, run):
@@ -1252,7 +1259,8 @@ class TestTls:
         one = run(tls=tls_context(str(certificate / "box.pem")))
         with self.client(certificate).wrap_socket(one.connect(), server_hostname="localhost") as sock:
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n" + SMUGGLED)
-            assert statuses(read_all(sock)) == [400]
+            said = read_all(sock)
+        assert statuses(said) == [400] and fields_of(security_headers(scheme="https")) in said
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_tls_1_1_is_not_spoken(self, run, certificate):

@@ -38,6 +38,7 @@ import msgspec
 from cryptography.hazmat.primitives import serialization
 
 from appliance.base.clock import sleep
+from appliance.base.headers import security_headers
 
 # == Connections ===============================================================
 # Accept, TLS, framing, limits, deadlines, the WSGI call, the response. Knows nothing of tokens.
@@ -82,6 +83,8 @@ HTTP_REFUSALS = {  # status: (reason phrase, code, what the client is told)
     501: ("Not Implemented", "not_implemented", "The method or transfer coding is not implemented."),
     505: ("HTTP Version Not Supported", "version_not_supported", "Only HTTP/1.1 and HTTP/1.0 are spoken here."),
 }
+
+REFUSAL_HEADERS = (("Content-Type", "application/json"), ("Cache-Control", "no-store"))
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -1230,7 +1233,7 @@ class Server(cheroot.wsgi.Server):
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = HTTP_REFUSALS[500]
             body = b'{"success":false,"message":"%b","error":"%b"}' % (message.encode(), code.encode())
-            headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+            headers = [*security_headers(scheme=environ["wsgi.url_scheme"]), *REFUSAL_HEADERS]
             return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
 
     def _write(self, environ, keep, status, headers, body):
@@ -1277,5 +1280,7 @@ class Server(cheroot.wsgi.Server):
             return b""
         phrase, code, message = HTTP_REFUSALS[status]
         body = f'{{"success":false,"message":"{message}","error":"{code}"}}'
-        return (f"HTTP/1.1 {status} {phrase}\r\nDate: {self._now()}\r\nContent-Type: application/json\r\n"
-                f"Cache-Control: no-store\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
+        scheme = ("https" if self.tls else "http") if environ is None else environ["wsgi.url_scheme"]
+        fields = "".join(f"{name}: {value}\r\n" for name, value in (*security_headers(scheme=scheme), *REFUSAL_HEADERS))
+        return (f"HTTP/1.1 {status} {phrase}\r\nDate: {self._now()}\r\n{fields}"
+                f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
