@@ -2342,14 +2342,19 @@ def find_public_client(idp: Idp, token: str) -> Client | None:
 
 
 def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
-    """Revoke an access or refresh token of this client. An invalid or unknown token is no error. RFC 7009 §2.
+    """Revoke an access or refresh token of this client. An invalid or unknown token is no error. RFC 7009 §2.2.
 
-    Raises unauthorized_client for a token of another client. RFC 7009 §2.1.
+    Nor is the token of another client: it stays valid, and the answer does not tell that it is one. RFC 7009 §2.1.
     """
+
+    def ignore(kind):
+        reason = f"the {kind} token of another client"
+        idp.log("revoke.ignored", client_id=client.client_id, reason=reason, request_id=caller.request_id)
+
     refresh = idp.store.find_refresh_token(sha256(token))
     if refresh is not None:
         if refresh.client_id != client.client_id:
-            raise Problem("unauthorized_client", log="the refresh token of another client")
+            return ignore("refresh")
         revoke_family(idp, caller.acting_as(client.client_id), refresh.sid, "refresh_token_revoked", refresh.user_id)
         return
     try:
@@ -2357,7 +2362,7 @@ def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
     except Problem:
         return
     if claims["client_id"] != client.client_id:
-        raise Problem("unauthorized_client", log="the access token of another client")
+        return ignore("access")
     with idp.store.transaction():
         idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
         audit(idp, caller.acting_as(client.client_id), "token_revoked", claims["sub"], f"jti={claims['jti']}")
@@ -4677,7 +4682,7 @@ def introspect(idp, client, params):
     form=TokenHintForm, gives=Msg, oauth=True, cors=True,
 )
 def revoke(idp, client, params):
-    """Revoke a token of this client; with a refresh token, every token of its login."""
+    """Revoke a token of this client; with a refresh token, every token of its login. One of another client stays."""
     revoke_token(idp, params.caller, client, params.need("token"))
     return msg("Token revoked.")
 

@@ -316,12 +316,20 @@ class TestRevocation:
         auth.post("/revoke", {"token": first["refresh_token"]}, auth=service)
         assert auth.get("/me", bearer=second["access_token"]).status == 401
 
-    def test_a_token_of_another_client_is_refused_and_lives(self, auth, service, new_client, machine, log_in, alice):
+    def test_a_token_of_another_client_is_answered_as_one_of_nobody_and_lives(
+        self, idp, auth, service, public, new_client, machine, log_in, alice
+    ):
+        """RFC 7009 §2.2"""
         thief, reader, user = new_client("thief"), new_client("reader", may_introspect=True), log_in(alice)
         for client in (thief, reader):
             for token in (machine["access_token"], user["access_token"], user["refresh_token"]):
-                assert auth.post("/revoke", {"token": token}, auth=client).json["error"] == "unauthorized_client"
+                answers = [auth.post("/revoke", {"token": one}, auth=client) for one in (token, "x" * 43)]
+                assert answers[0].status == answers[1].status == 200
+                assert answers[0].body == answers[1].body and answers[0].headers == answers[1].headers
                 assert introspect(auth, token, service)["active"] is True
+        assert auth.post("/revoke", {"token": user["refresh_token"], "client_id": "spa"}).status == 200
+        assert introspect(auth, user["refresh_token"], service)["active"] is True
+        assert not [row for row in idp.store.list_audit(limit=100) if "revoked" in row.action]
 
     def test_an_unknown_forged_or_foreign_token_is_no_error_and_does_nothing(
         self, idp, auth, service, machine, log_in, alice, admin_token
