@@ -439,6 +439,12 @@ def common_passwords() -> bytes:
     return b"\n" + (APPLIANCE / "common_passwords.txt").read_bytes()
 
 
+def is_common(password: str) -> bool:
+    """Return whether a password, in letters of any case, is among those that are guessed first."""
+    folded = fold(password)
+    return "\n" not in folded and b"\n%b\n" % folded.encode("utf-8", "surrogatepass") in common_passwords()
+
+
 OTHER_BLANKS = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")  # category Zs without U+0020
 
 
@@ -460,10 +466,9 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
         return "must have at most 255 characters"
     if "\0" in password:
         return "must not contain a NUL"
-    folded = fold(password)
-    if "\n" not in folded and b"\n%b\n" % folded.encode("utf-8", "surrogatepass") in common_passwords():
+    if is_common(password):
         return "is one of the most common passwords"
-    if any(name and folded == fold(name) for name in names):
+    if any(name and fold(password) == fold(name) for name in names):
         return "must not be the user name or e-mail address"
     return ""
 
@@ -1896,10 +1901,13 @@ def check_client_secret(secret: str) -> str:
     """Return what is wrong with a chosen client secret, or "".
 
     RFC 6749 §2.3.1 demands protection against guessing, but no particular length. Blanks at the ends are refused,
-    because many programs remove them from what they read.
+    because many programs remove them from what they read. Common passwords are refused as those of users are: NIST
+    SP 800-63B §5.1.1.2.
     """
     if not (8 <= len(secret) <= 255 and secret.isprintable()):
         return "must have 8 to 255 printable characters"
+    if is_common(secret):
+        return "is one of the most common passwords"
     return "must not begin or end with a blank" if secret != secret.strip() else ""
 
 

@@ -466,7 +466,8 @@ class TestSecrets:
         [
             ("x" * 7, False), ("x" * 8, True), ("x" * 255, True), ("x" * 256, False), ("a b+c%d:\u00e4", True),
             (" sixteen letters", False), ("sixteen letters ", False), (" " * 8, False), (" ", False), ("tab\tin it", False),
-            ("sixteen letters\n", False), ("no-break\u00a0blank", False),
+            ("sixteen letters\n", False), ("no-break\u00a0blank", False), ("password1", False), ("PassWord1", False),
+            ("qwertyuiop", False), ("password1 of the sensor", True), ("drowssap-1", True),
         ],
     )
     def test_a_chosen_one_is_held_to_one_rule_at_creation_and_change(self, idp, auth, service, secret, is_good):
