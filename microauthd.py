@@ -4146,6 +4146,20 @@ NO_STORE = ("Cache-Control", "no-store")
 JSON_HEADERS = (*BASE_HEADERS, ("Content-Type", "application/json"), NO_STORE, ("Pragma", "no-cache"))
 
 
+LIKE_A_SECRET = re.compile(r"[A-Za-z0-9_-]{40,}")  # a handle (43 characters) or a part of a token; a UUID has 36
+
+
+def describe_path(path: str, route: Route | None = None) -> str:
+    """Return what the log says of the path of a request: without the secrets in it.
+
+    A route that takes a secret in its path is named by its template. Elsewhere what is like a handle is left out,
+    because somebody may have mistyped the path before it, or have put a token where its identifier belongs.
+    """
+    if route is not None and route.secret_path:
+        return route.paths[0]
+    return LIKE_A_SECRET.sub("<secret>", path)[:100].replace(SLASH, "%2F")
+
+
 class Answer:
     """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
@@ -4164,10 +4178,10 @@ class Answer:
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
             problem = as_problem(error)
-            self.log_refusal(environ, problem.code, problem.status, problem.log)
+            self.log_refusal(environ, problem.code, problem.status, problem.log, route)
         except MemoryError as error:
             problem = Problem("temporarily_unavailable", retry_after=1)
-            self.log_refusal(environ, problem.code, problem.status, f"no memory {error}".rstrip())
+            self.log_refusal(environ, problem.code, problem.status, f"no memory {error}".rstrip(), route)
         except Exception as error:
             problem = Problem("server_error")
             self.idp.log(
@@ -4175,11 +4189,11 @@ class Answer:
             )
         return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth)
 
-    def log_refusal(self, environ, code, status, reason):
+    def log_refusal(self, environ, code, status, reason, route=None):
         self.idp.log(
             "refused", "error" if status >= 500 else "info", server=environ.get("microauthd.server", ""),
             peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"],
-            path=environ["PATH_INFO"][:100].replace(SLASH, "%2F"),
+            path=describe_path(environ["PATH_INFO"], route),
             status=status, error=code, reason=reason, request_id=environ.get("microauthd.request_id", ""),
         )
 
@@ -4231,7 +4245,7 @@ def log_origin(idp: Idp, environ, origin: str, known):
     if origin.partition("://")[2] not in hosts:
         idp.log(
             "cors.refused", peer=environ.get("microauthd.peer", ""), method=environ["REQUEST_METHOD"],
-            path=environ["PATH_INFO"][:100],
+            path=describe_path(environ["PATH_INFO"]),
             reason=f"an origin that no client has registered: {describe_unregistered(origin, known)}",
             request_id=environ.get("microauthd.request_id", ""),
         )
@@ -4465,7 +4479,7 @@ class App:
         other = "invalid_request" if error.status_code < 500 else "server_error"
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, other)
         if code == "server_error":
-            self.idp.log("bug", "error", exc_info=error.exception, path=bottle.request.path[:100])
+            self.idp.log("bug", "error", exc_info=error.exception, path=describe_path(bottle.request.path))
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
         content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
@@ -5373,7 +5387,9 @@ def headless_finalize(idp, params):
     return answer
 
 
-@AUTH("GET", "/auth-session/<jti>", guard=anyone, spec=OWN, gives=AuthSession, option="enable_pkce")
+@AUTH(
+    "GET", "/auth-session/<jti>", guard=anyone, spec=OWN, gives=AuthSession, option="enable_pkce", secret_path=True,
+)
 def auth_session(idp, params):
     """Return the state of a login to the holder of its secret `jti`."""
     row = idp.store.find_headless_login(sha256(params.path["jti"]), idp.now())

@@ -2643,6 +2643,37 @@ class TestHeadless:
         assert (answer.status, answer.json["error"]) == (400, "invalid_grant")
         assert auth.post("/login/finalize", {"jti": jti}).json["error"] == "invalid_grant"
 
+    def test_its_secret_in_a_path_is_not_in_the_log(self, idp, auth, spa, clock):
+        jti = self.begin(auth).json["jti"]
+        SECRETS.add(jti)
+        clock.pass_(601)
+        for secret in (jti, jti[:30], "short"):
+            assert auth.get(f"/auth-session/{secret}").status == 404
+        said = [line for line in idp.stream.getvalue().splitlines() if " refused " in line][-3:]
+        assert len(said) == 3 and all("path=/auth-session/<jti>" in line.replace('"', "") for line in said)
+        assert jti[:30] not in "".join(said) and "short" not in "".join(said)
+
+    @pytest.mark.parametrize(
+        "path, said",
+        [
+            ("/auth-sessions/{}", "/auth-sessions/<secret>"), ("/auth-session/{}/more", "/auth-session/<secret>/more"),
+            ("/sessions/{}.{}", "/sessions/<secret>.<secret>"),
+            ("/users/0b9d6d7e-7f0d-4f0e-8f5c-3b1e0f3d9a11/x", "/users/0b9d6d7e-7f0d-4f0e-8f5c-3b1e0f3d9a11/x"),
+            ("/sessions/" + "0af3" * 8, "/sessions/" + "0af3" * 8), ("/sensor-1/a.b", "/sensor-1/a.b"),
+        ],
+    )
+    def test_a_secret_in_the_wrong_path_is_not_in_the_log_and_an_identifier_is(
+        self, make_idp, tmp_path, monkeypatch, path, said
+    ):
+        monkeypatch.chdir(tmp_path)
+        idp, handle = make_idp(Options(**CHEAP, serve_public_auth_files=True)), m.random_handle()
+        for answer in (
+            Caller(m.App(idp, m.AUTH)).get(path.format(handle, handle)),
+            Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp), "evil.example").get(path.format(handle, handle)),
+        ):
+            line = idp.stream.getvalue().splitlines()[-1].replace('"', "")
+            assert answer.status in (404, 421) and f" path={said} " in line and handle not in line
+
     def test_a_page_login_is_not_driven_by_it_nor_the_other_way_round(self, idp, auth, spa, alice, browser):
         browser.open(request())
         tx = browser.forms().forms[0]["fields"]["tx"]

@@ -32,6 +32,7 @@ class Route(msgspec.Struct, frozen=True):
     tagged: bool = False  # has an ETag and answers If-None-Match with 304
     cors: bool = False  # allows the origins that public clients have registered
     option: str = ""  # served only if this option is on
+    secret_path: bool = False  # a variable of the path is a secret, which the log must not have
 
 
 class Routes:
