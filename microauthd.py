@@ -64,8 +64,8 @@ from appliance.base.files import file_fingerprint, is_visible_below, remove_belo
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
-    Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, OVERLAP_MAX,
-    ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
+    Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME,
+    OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
@@ -1324,6 +1324,31 @@ def check_name(name: str) -> str:
     return check_label(name) or check_addressable(name)
 
 
+# What people take for a letter of MadAdmin, after NFKD and case folding: Cyrillic, Greek, Latin, Armenian, Cherokee,
+# Lisu, Coptic. Unicode Technical Standard 39 §4 calls them confusable; its whole table has 6,000 rows.
+CONFUSABLES = {
+    "a": "\u0430\u03b1\u0251\u1d00\u13aa\ua4ee@", "d": "\u0501\u0257\u0111\u1d05\u13a0\ua4d3",
+    "m": "\u043c\u03bc\u1d0d\u0271\u03fb\u13b7\ua4df\u2c99",
+    "i": "\u0456\u0131\u03b9\u0269\u026a\u04cf\u13a5\ua4f2\u2c93l1|!",
+    "n": "\u043f\u0578\u057c\u03b7\u03bd\u0274\u0272\u014b\ua4e0\u2c9b",
+}
+LETTERS = str.maketrans({like: letter for letter, likes in CONFUSABLES.items() for like in likes})
+
+
+def skeleton(name: str) -> str:
+    """Return a name as people see it: folded, confusable letters made one, without separators and what is invisible."""
+    letters = unicodedata.normalize("NFKD", fold(name)).translate(LETTERS)
+    return "".join(each for each in letters if unicodedata.category(each)[0] not in "ZPCM").replace("rn", "m")
+
+
+def check_role_name(name: str) -> str:
+    """Return what is wrong with the name of a role, or "". MadAdmin itself is for the store to call taken."""
+    if wrong := check_name(name):
+        return wrong
+    is_alike = name != MAD_ADMIN_ROLE_NAME and skeleton(name) == skeleton(MAD_ADMIN_ROLE_NAME)
+    return f"could be mistaken for {MAD_ADMIN_ROLE_NAME}" if is_alike else ""
+
+
 def key_of(id_or_name: str) -> str:
     """Return an id or a name in its stored form. No name has the form of an id."""
     return id_or_name.lower() if GROUPS_OF_UUID.fullmatch(id_or_name) else normalise(id_or_name)
@@ -1338,7 +1363,7 @@ def get_role(idp: Idp, id_or_name: str) -> Role:
 
 def create_role(idp: Idp, caller: Caller, new_role: CreateRole) -> Role:
     name, description = normalise(new_role.name), (new_role.description or "").strip()
-    reject(name=check_name(name), description=check_label(description))
+    reject(name=check_role_name(name), description=check_label(description))
     try:
         with idp.store.transaction():
             is_privileged = bool(new_role.is_privileged)
@@ -1355,7 +1380,7 @@ def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
     description = change.description.strip() if isinstance(change.description, str) else None
     kept = idp.store.find_role(key_of(id))  # roles of older releases may have names that are refused now
     reject(
-        name=check_name(name) if name and not (kept and kept.name == name) else "",
+        name=check_role_name(name) if name and not (kept and kept.name == name) else "",
         description=check_label(description or ""),
     )
     try:

@@ -767,6 +767,40 @@ class TestRoles:
         )
 
     @pytest.mark.parametrize(
+        "name",
+        [
+            "madadmin", "MADADMIN", "Mad Admin", "mad-admin", "Mad_Admin", "mad.admin", "Mad/Admin", "MadAdm\u0131n",
+            "M\u0430dAdmin", "\u039cadAdmin", "\u041c\u0410DAdmin", "MadAdmi\u0578", "MADADMI\u039d", "MadAdmln", "MadAdm1n",
+            "M@dAdmin", "MadA\u0501min", "MadAdrnin", "MadAdm\u0130n",
+            "M\u00e1dAdmin", "'MadAdmin'", "\u13b7adAdmin", "MadAdm|n",
+        ],
+    )
+    def test_a_name_that_could_be_mistaken_for_mad_admin_is_refused_at_creation_and_change(self, call, name):
+        call("POST", "/roles", {"name": "Ops"})
+        for answer in (call("POST", "/roles", {"name": name}), call("PUT", "/roles/Ops", {"name": name})):
+            assert answer.status == 400 and list(answer.json["errors"]) == ["name"]
+        assert {role["name"] for role in call("GET", "/roles").json} == {"MadAdmin", "Ops"}
+        for same in ("MadAdmin", "\uff2d\uff41\uff44Admin", " MadAdmin "):
+            assert call("POST", "/roles", {"name": same}).status == 409
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "Admin", "MadHatter", "Administrator", "admin", "Mad", "MadAdmins", "MadAdmin2", "Mad Administrator",
+            "MadAdmin (read only)", "Madman", "\u0430\u0434\u043c\u0438\u043d", "\u7ba1\u7406\u54e1", "!",
+        ],
+    )
+    def test_any_other_name_is_let_in(self, call, name):
+        role = call("POST", "/roles", {"name": name}).json
+        assert role["name"] == name
+        assert call("PUT", f"/roles/{role['id']}", {"name": name, "description": "x"}).status == 200
+
+    def test_a_role_of_before_that_could_be_mistaken_for_mad_admin_keeps_its_name(self, idp, call):
+        idp.store.add_role("0b9d6d7e-7f0d-4f0e-8f5c-3b1e0f3d9a11", "madadmin", "", False, idp.now())
+        assert call("PUT", "/roles/madadmin", {"name": "madadmin", "description": "x"}).status == 200
+        assert call("PUT", "/roles/madadmin", {"name": "Reader"}).json["name"] == "Reader"
+
+    @pytest.mark.parametrize(
         "method, body", [("PUT", {"name": "Root"}), ("PUT", {"description": "mine"}), ("DELETE", None)]
     )
     def test_madadmin_is_protected_by_its_id(self, call, method, body):

@@ -25,6 +25,7 @@ from appliance.base.log import Log
 
 # Rows of a new database. Their identifiers are part of the wire contract.
 MAD_ADMIN_ROLE_ID = "3855db1d-465e-412b-b1f4-b5cd78b4ae9f"
+MAD_ADMIN_ROLE_NAME = "MadAdmin"
 SEEDED_SCOPES = (
     ("d0955db1-67f7-4a7b-a9bb-ffbef4f0d2bd", "admin:provision_users", "Create users."),
     ("2192998b-c3d3-4274-9a25-4a4195ba2ec7", "admin:reset_passwords", "Reset the password of a user."),
@@ -691,7 +692,7 @@ class Store(Database):
 
     def seed(self, now: int) -> None:
         """Insert the role and the scopes that every database has."""
-        self.insert(Role(MAD_ADMIN_ROLE_ID, "MadAdmin", "Administrator of this server.", 1, 1, now, now, 1))
+        self.insert(Role(MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, "Administrator of this server.", 1, 1, now, now, 1))
         for id, name, description in SEEDED_SCOPES:
             self.insert(Scope(id, name, description, 1, 1, now, now))
 
