@@ -4279,8 +4279,11 @@ def log_origin(idp: Idp, environ, origin: str, known):
 FIELD_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?: ?, ?[A-Za-z0-9!#$%&'*+.^_`|~-]+){0,31}")  # RFC 9110 §5.1
 
 
-def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
-    """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3."""
+def allow_origin(idp: Idp, environ, methods="") -> tuple:
+    """Return the CORS headers that let a registered origin read a response. Fetch Standard §3.3.
+
+    `methods` are those of the path, for the answer to a preflight.
+    """
     headers: tuple[tuple[str, str], ...] = (("Vary", "Origin"),)
     origin = environ.get("HTTP_ORIGIN")
     if not origin:
@@ -4301,13 +4304,13 @@ def allow_origin(idp: Idp, environ, preflight=False) -> tuple:
         # Some clients always send credentials (keycloak-js). No route with `cors` reads a cookie.
         ("Access-Control-Allow-Credentials", "true"),
     )
-    if preflight:
+    if methods:
         # Libraries and tracing add fields of their own (X-Okta-User-Agent-Extended, traceparent), ignored here:
         # a registered origin may send any. They are echoed, because "*" covers no Authorization. Fetch Standard §3.3.3
         asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
         fields = asked if FIELD_NAMES.fullmatch(asked) else "Authorization, Content-Type"
         headers += (
-            ("Access-Control-Allow-Methods", "GET, POST"), ("Access-Control-Allow-Headers", fields),
+            ("Access-Control-Allow-Methods", methods.replace(",", ", ")), ("Access-Control-Allow-Headers", fields),
             ("Access-Control-Max-Age", "600"),
         )
     return headers
@@ -4398,22 +4401,37 @@ def find_public_file(path: str) -> tuple[str, str] | None:
 
 
 class Router(bottle.Router):
-    """Bottle's router with two differences.
+    """Bottle's router with three differences.
 
-    It compiles once, not after each of a hundred routes: that took a tenth of the start-up. And the public files, whose
-    route matches every path, come after all endpoints, so that a wrong method stays 405 and an unknown path 404.
+    It compiles once, not after each of a hundred routes: that took a tenth of the start-up. The public files, whose
+    route matches every path, come after all endpoints, so that a wrong method stays 405 and an unknown path 404. And a
+    path without variables is one resource for every method, as in the OpenAPI document (OpenAPI 3.1 §4.8.8.1): a GET of
+    /users/verify-password is 405 and not the user of that name.
     """
 
     public_target = None
 
+    def __init__(self):
+        super().__init__()
+        self.methods: dict[str, set[str]] = {}  # of each path without variables
+
     def add(self, rule, method, target, name=None):
         if rule in PUBLIC_PATHS:
             self.public_target = target
-        else:
-            super().add(rule, method, target, name)
+            return
+        if "<" not in rule:
+            self.methods.setdefault(rule, set()).add(method)
+        super().add(rule, method, target, name)
+
+    def allow(self, path: str) -> str:
+        """Return the value of Allow for a path without variables. RFC 9110 §10.2.1."""
+        return ",".join(sorted(self.methods[path]))
 
     def match(self, environ):
         """Return the target of a request and the variables of its path. Raises HTTPError 404 or 405."""
+        method = "GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"]
+        if method not in self.methods.get(environ["PATH_INFO"], (method,)):
+            raise bottle.HTTPError(405, Allow=self.allow(environ["PATH_INFO"]))
         try:
             return super().match(environ)
         except bottle.HTTPError as error:
@@ -4518,8 +4536,9 @@ class App:
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if route is None:
             if environ["REQUEST_METHOD"] == "OPTIONS" and environ["PATH_INFO"] in self.cors_paths:
-                headers = security_headers(scheme=environ["wsgi.url_scheme"])
-                start_response("204 No Content", [*headers, *allow_origin(self.idp, environ, preflight=True)])
+                allow = self.bottle.router.allow(environ["PATH_INFO"])
+                headers = (*security_headers(scheme=environ["wsgi.url_scheme"]), ("Allow", allow))
+                start_response("204 No Content", [*headers, *allow_origin(self.idp, environ, allow)])
                 return [b""]
             return self.bottle(environ, start_response)
         status, headers, body = self.answer.render(self.answer.run(route, environ, {}), environ)

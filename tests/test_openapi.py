@@ -45,6 +45,33 @@ class TestDocument:
             for part in reference.split("/"):
                 place = place[part]
 
+    @pytest.mark.parametrize("routes", [m.AUTH, m.ADMIN], ids=["auth", "admin"])
+    def test_allow_names_the_methods_that_it_lists(self, described, routes, tmp_path, monkeypatch):
+        """RFC 9110 §10.2.1, §15.5.6; OpenAPI 3.1 §4.8.8.1"""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "public").mkdir()
+        (tmp_path / "public" / "index.html").write_text("page")
+        (tmp_path / "public" / "x").write_text("file")
+        call = Caller(m.App(described, routes))
+        shared = {path for route in routes.routes if route.cors for path in route.paths}
+        for path, operations in m.describe_port(described, routes)["paths"].items():
+            methods = {method.upper() for method in operations}
+            for method in {"PATCH", "OPTIONS", "PUT", "HEAD", "TRACE", "DELETE", "POST", "GET"} - methods:
+                answer = call(method, re.sub(r"\{\w+\}", "x", path), headers=[("Origin", "https://app.example")])
+                if method == "HEAD" and "GET" in methods:
+                    assert answer.status != 405, path
+                    continue
+                is_preflight = method == "OPTIONS" and path.replace("/auth", "") in shared
+                assert answer.status == (204 if is_preflight else 405), (method, path)
+                assert set(answer.headers["allow"].split(",")) == methods, (method, path)
+
+    def test_a_preflight_names_the_methods_that_it_lists(self, idp, auth, public):
+        """Fetch Standard §3.3.3"""
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "spa", "cors_origin", "https://app.example")
+        for path, methods in (("/token", "POST"), ("/jwks.json", "GET"), ("/userinfo", "GET, POST")):
+            answer = auth("OPTIONS", path, headers=[("Origin", "https://app.example")])
+            assert answer.headers["access-control-allow-methods"] == methods
+
     def test_it_is_served_only_where_it_is_switched_on(self, auth, admin, make_idp):
         for caller in (auth, admin):
             assert [caller.get(path).status for path in ("/openapi.json", "/swagger/v1/swagger.json", "/swagger")] == [
