@@ -72,15 +72,16 @@ from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
     AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
     ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient, CreatePermission, CreateRole,
-    CreateScope, CreateUser, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GenerateTotp,
-    HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject, Introspection, Jwks,
-    ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me,
-    Msg, NameRef, OAuthError, OfClient, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep,
-    ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
-    RoleRef, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout,
-    SetRoles, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, UpdateClient,
-    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, UriObject, UserInfo, UserObject, VerifyPassword, VerifyTotp,
-    Version, iso, read_time,
+    CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES,
+    GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject,
+    Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
+    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX,
+    Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens,
+    PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN,
+    ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
+    StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, URI_MAX, USERNAME_MAX,
+    UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UserInfo, UserObject,
+    VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -462,8 +463,8 @@ def check_new_password(options: Options, password: str, *names: str) -> str:
     password = normalise_password(password)
     if len(password) < options.password_min_length:
         return f"must have at least {options.password_min_length} characters"
-    if len(password) > 255:
-        return "must have at most 255 characters"
+    if len(password) > PASSWORD_MAX:
+        return f"must have at most {PASSWORD_MAX} characters"
     if "\0" in password:
         return "must not contain a NUL"
     if is_common(password):
@@ -1026,14 +1027,14 @@ def check_addressable(name: str) -> str:
 
 def check_username(username: str) -> str:
     """Return what is wrong with a folded username, or ""."""
-    if not username or len(username) > 100 or not username.isprintable():
-        return "must be 1 to 100 printable characters"
+    if not username or len(username) > USERNAME_MAX or not username.isprintable():
+        return f"must be 1 to {USERNAME_MAX} printable characters"
     return "must not look like an identifier" if GROUPS_OF_UUID.fullmatch(username) else check_addressable(username)
 
 
 def check_email(email: str) -> str:
     """Return what is wrong with a folded e-mail address, or ""."""
-    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254 or not email.isprintable():
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > EMAIL_MAX or not email.isprintable():
         return "must be an e-mail address"
     return ""
 
@@ -1314,7 +1315,8 @@ def disable_totp(idp: Idp, caller: Caller, account: Account, revoke=True):
 
 def check_label(label: str) -> str:
     """Return what is wrong with a text for people, or ""."""
-    return "" if label.isprintable() and len(label) <= 255 else "must be at most 255 printable characters"
+    is_good = label.isprintable() and len(label) <= LABEL_MAX
+    return "" if is_good else f"must be at most {LABEL_MAX} printable characters"
 
 
 def check_name(name: str) -> str:
@@ -1526,9 +1528,6 @@ def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
 
 # == Clients ===================================================================
 # Registration, authentication, scopes.
-
-GRANT_TYPES = (AUTHORIZATION_CODE, CLIENT_CREDENTIALS, PASSWORD, REFRESH_TOKEN)
-
 
 def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
     store = idp.store
@@ -1766,8 +1765,8 @@ def check_redirect_uri(uri: str, allow_http=False, allow_short=False) -> str:
     https for any host; http for loopback, or for any host with `allow_http`; the private-use scheme of a native app
     must be a reversed domain name, or may be short with `allow_short`.
     """
-    if len(uri) > 2000 or not re.fullmatch(r"[\x21-\x7e]+", uri) or re.search(r'["<>\\^`{|}]', uri):
-        return "must be a URI of at most 2000 characters, everything else percent-encoded"
+    if len(uri) > URI_MAX or not re.fullmatch(r"[\x21-\x7e]+", uri) or re.search(r'["<>\\^`{|}]', uri):
+        return f"must be a URI of at most {URI_MAX} characters, everything else percent-encoded"
     try:
         parts = urlsplit(uri)
         _ = parts.port
@@ -1801,6 +1800,8 @@ def check_origin(uri: str) -> str:
 
     The origin of a packaged application or a browser extension, as in capacitor://localhost, has a scheme of its own.
     """
+    if len(uri) > URI_MAX:
+        return f"must have at most {URI_MAX} characters"
     packaged = re.fullmatch(r"([a-z][a-z0-9+.-]*)://[A-Za-z0-9._-]+(?::[0-9]{1,5})?", uri)
     if packaged and packaged[1] not in ("http", "https"):
         has_pages = packaged[1].endswith("-extension") or not NEVER_SCHEMES.fullmatch(packaged[1])
@@ -1929,8 +1930,8 @@ def check_client_secret(secret: str) -> str:
     because many programs remove them from what they read. Common passwords are refused as those of users are: NIST
     SP 800-63B §5.1.1.2.
     """
-    if not (8 <= len(secret) <= 255 and secret.isprintable()):
-        return "must have 8 to 255 printable characters"
+    if not (SECRET_MIN <= len(secret) <= SECRET_MAX and secret.isprintable()):
+        return f"must have {SECRET_MIN} to {SECRET_MAX} printable characters"
     if is_common(secret):
         return "is one of the most common passwords"
     return "must not begin or end with a blank" if secret != secret.strip() else ""
@@ -2163,7 +2164,9 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
 def check_idp(provider: PutIdp):
     key = provider.provider_key.strip().lower()
     errors = {
-        "provider_key": "" if re.fullmatch(r"[a-z0-9._-]{1,50}", key) else "must be 1 to 50 letters, digits, and . _ -"
+        "provider_key": ""
+        if re.fullmatch(r"[a-z0-9._-]+", key) and len(key) <= PROVIDER_KEY_MAX
+        else f"must be 1 to {PROVIDER_KEY_MAX} letters, digits, and . _ -"
     }
     for member in ("display_name", "issuer", "client_identifier", "scopes"):
         errors[member] = check_label(getattr(provider, member))
@@ -6455,7 +6458,7 @@ def declare_uris(path: str, kind: str, *sentences: str):
         return msg("Removed.")
 
     for handler, verb, method, at, more, sentence in (
-        (add, "add", "POST", all_, {"takes": str | AddUri, "gives": UriObject, "status": 201}, sentences[0]),
+        (add, "add", "POST", all_, {"takes": Uri | AddUri, "gives": UriObject, "status": 201}, sentences[0]),
         (list_, "list", "GET", all_, {"gives": list[UriObject]}, sentences[1]),
         (delete, "delete", "DELETE", f"{all_}/<record_id>", {"gives": Msg}, sentences[2]),
     ):

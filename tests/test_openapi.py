@@ -72,6 +72,68 @@ class TestDocument:
             answer = auth("OPTIONS", path, headers=[("Origin", "https://app.example")])
             assert answer.headers["access-control-allow-methods"] == methods
 
+    HOST = "https://app.example/"
+
+    @pytest.mark.parametrize(
+        "method, path, body, member, fill",
+        [
+            ("POST", "/users", {"email": "a@b.example", "password": "a long password"}, "username", "x" * 300),
+            ("POST", "/users", {"username": "new", "password": "a long password"}, "email", "a@" + "x" * 300),
+            ("POST", "/users", {"username": "new", "email": "a@b.example"}, "password", "xyz0" * 100),
+            ("PUT", "/users/alice", {}, "username", "x" * 300), ("PUT", "/users/alice", {}, "email", "a@" + "x" * 300),
+            ("POST", "/users/alice/reset", {}, "new_password", "xyz0" * 100),
+            ("POST", "/roles", {}, "name", "x" * 300), ("POST", "/roles", {"name": "new"}, "description", "x" * 300),
+            ("PUT", "/roles/Ops", {}, "name", "x" * 300), ("PUT", "/roles/Ops", {}, "description", "x" * 300),
+            ("POST", "/permissions", {}, "name", "x" * 300), ("PUT", "/permissions/open", {}, "name", "x" * 300),
+            ("POST", "/scopes", {}, "name", "x" * 300), ("POST", "/scopes", {"name": "new"}, "description", "x" * 300),
+            ("PUT", "/scopes/api:read", {}, "name", "x" * 300), ("POST", "/clients", {}, "client_id", "x" * 300),
+            ("POST", "/clients", {"client_id": "new"}, "client_secret", "xyz0" * 100),
+            ("POST", "/clients", {"client_id": "new"}, "display_name", "x" * 300),
+            ("POST", "/clients", {"client_id": "new"}, "audience", "x" * 300),
+            ("PUT", "/clients/service", {}, "client_id", "x" * 300), ("PUT", "/clients/service", {}, "audience", "x" * 300),
+            ("POST", "/clients/secret", {"client_id": "service"}, "new_secret", "xyz0" * 100),
+            ("POST", "/clients/service/redirect-uris", {}, "uri", HOST + "x" * 3000),
+            ("POST", "/clients/service/post-logout-redirect-uris", {}, "uri", HOST + "x" * 3000),
+            ("POST", "/clients/spa/cors-origins", {}, "uri", "https://" + "x" * 3000),
+            ("POST", "/clients/service/idp", {}, "provider_key", "x" * 300),
+            ("POST", "/clients/service/idp", {"provider_key": "x"}, "issuer", HOST + "x" * 300),
+            ("POST", "/clients/service/idp", {"provider_key": "x"}, "scopes", "x" * 300),
+            ("POST", "/client/options/TOTP_ISSUER/ext", {"client_id": "service"}, "options", "x" * 300),
+        ],
+    )
+    def test_the_longest_value_that_a_schema_names_is_taken_and_no_longer_one(
+        self, idp, call, service, public, alice, method, path, body, member, fill
+    ):
+        call("POST", "/roles", {"name": "Ops"}), call("POST", "/permissions", {"name": "open"})
+        document = m.describe_port(idp, m.ADMIN)
+        template = next(
+            each for each, methods in sorted(document["paths"].items(), key=lambda row: "{" in row[0])
+            if method.lower() in methods and re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", each), path)
+        )
+        schema = document["paths"][template][method.lower()]["requestBody"]["content"]["application/json"]["schema"]
+        reference = next(one["$ref"] for one in schema.get("anyOf", [schema]) if "$ref" in one)
+        described = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"][member]
+        longest = next(one["maxLength"] for one in described.get("anyOf", [described]) if "maxLength" in one)
+        refused = call(method, path, body | {member: fill[: longest + 1]})
+        assert refused.status == 400 and list(refused.json["errors"]) == [member], refused
+        assert call(method, path, body | {member: fill[:longest]}).status in (200, 201)
+
+    def test_the_schemas_of_a_client_name_what_may_be_chosen(self, idp, call, service):
+        new = m.describe_port(idp, m.ADMIN)["components"]["schemas"]["CreateClient"]["properties"]
+        grants = next(one for one in new["grant_types"]["anyOf"] if one["type"] == "array")["items"]["enum"]
+        for grant in grants:
+            assert call("PUT", "/clients/service", {"grant_types": [grant]}).status == 200
+        assert set(grants) == set(m.GRANT_TYPES) and new["client_type"]["enum"] == ["confidential", "public"]
+        secret = m.describe_port(idp, m.ADMIN)["components"]["schemas"]["ChangeSecret"]["properties"]
+        most = secret["overlap_seconds"]["maximum"]
+        for overlap, status in ((0, 200), (most, 200), (most + 1, 400), (-1, 400)):
+            assert call("POST", "/clients/secret", {"client_id": "service", "overlap_seconds": overlap}).status == status
+        pattern = next(one for one in secret["new_secret"]["anyOf"] if one["type"] == "string")["pattern"]
+        for word, is_good in (("", True), ("1234xyz", False), ("1234xyz!", True), ("x" * 255, True), ("x" * 256, False)):
+            assert bool(re.search(pattern, word)) == is_good
+            answer = call("POST", "/clients/secret", {"client_id": "service", "new_secret": word})
+            assert answer.status == (200 if is_good else 400)
+
     def test_it_is_served_only_where_it_is_switched_on(self, auth, admin, make_idp):
         for caller in (auth, admin):
             assert [caller.get(path).status for path in ("/openapi.json", "/swagger/v1/swagger.json", "/swagger")] == [

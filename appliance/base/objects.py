@@ -7,7 +7,7 @@ from typing import Annotated, Literal, overload
 
 import msgspec
 
-from appliance.base.store import FOREVER
+from appliance.base.store import FOREVER, OVERLAP_MAX
 
 # -- request bodies and forms --
 # A caller may set the declared members and no others. UNSET marks a member that was not sent: it stays unchanged.
@@ -16,15 +16,48 @@ from appliance.base.store import FOREVER
 UNSET = msgspec.UNSET
 Maybe = msgspec.UnsetType
 
+# -- limits --
+# The checks of microauthd use these numbers, and answer with a sentence that names the member. The schemas tell them:
+# `extra_json_schema` describes, and validates nothing. All are counted after blanks at the ends are removed.
+
+GRANT_TYPES = ("authorization_code", "client_credentials", "password", "refresh_token")  # RFC 6749 §4, §6
+USERNAME_MAX, EMAIL_MAX, PASSWORD_MAX, LABEL_MAX, URI_MAX, PROVIDER_KEY_MAX = 100, 254, 255, 255, 2000, 50
+SECRET_MIN, SECRET_MAX = 8, 255
+
+
+def limited(schema: dict) -> msgspec.Meta:
+    return msgspec.Meta(extra_json_schema=schema)
+
+
+Username = Annotated[str, limited({"maxLength": USERNAME_MAX})]
+Email = Annotated[str, limited({"maxLength": EMAIL_MAX})]
+NewPassword = Annotated[str, limited({
+    "maxLength": PASSWORD_MAX, "description": "At least `password-min-length` characters, and no common password.",
+})]
+Label = Annotated[str, limited({"maxLength": LABEL_MAX})]  # for people, and an audience
+Name = Annotated[str, limited({"minLength": 1, "maxLength": LABEL_MAX})]  # of a role, permission, scope or client
+NewName = Annotated[str, limited({"maxLength": LABEL_MAX})]  # a blank one changes nothing
+NewSecret = Annotated[str, limited({
+    "maxLength": SECRET_MAX, "pattern": f"^(.{{{SECRET_MIN},{SECRET_MAX}}})?$",
+    "description": "Blank makes one. Printable, without a blank at its ends, and no common password.",
+})]
+Uri = Annotated[str, limited({"minLength": 1, "maxLength": URI_MAX})]
+ProviderKey = Annotated[str, limited({
+    "minLength": 1, "maxLength": PROVIDER_KEY_MAX, "pattern": r"^\s*[A-Za-z0-9._-]+\s*$",
+})]
+ClientType = Annotated[str, limited({"enum": ["confidential", "public"]})]  # RFC 6749 §2.1
+GrantType = Annotated[str, limited({"enum": list(GRANT_TYPES)})]
+Overlap = Annotated[int, limited({"minimum": 0, "maximum": OVERLAP_MAX})]
+
 
 class ProvisionUser(msgspec.Struct):
     """POST /user of AUTH. `user_email` null creates a user without an e-mail address."""
 
-    username: str
-    email: str = ""
-    password: str = ""
-    user_email: str | None = ""
-    user_password: str = ""
+    username: Username
+    email: Email = ""
+    password: NewPassword = ""
+    user_email: Email | None = ""
+    user_password: NewPassword = ""
 
 
 class CreateUser(ProvisionUser):
@@ -36,8 +69,8 @@ class CreateUser(ProvisionUser):
 class UpdateUser(msgspec.Struct):
     """PUT /users/{id}. `lockout_until` null clears a lockout."""
 
-    username: str | Maybe = UNSET
-    email: str | Maybe = UNSET
+    username: Username | Maybe = UNSET
+    email: Email | Maybe = UNSET
     is_active: bool | Maybe = UNSET
     email_verified: bool | Maybe = UNSET
     lockout_until: str | int | None | Maybe = UNSET
@@ -46,8 +79,8 @@ class UpdateUser(msgspec.Struct):
 class ResetPassword(msgspec.Struct):
     """POST /users/{id}/reset."""
 
-    new_password: str = ""
-    password: str = ""
+    new_password: NewPassword = ""
+    password: NewPassword = ""
 
 
 class SetLockout(msgspec.Struct):
@@ -118,29 +151,29 @@ class SetRoles(msgspec.Struct):
 class CreateRole(msgspec.Struct):
     """POST /roles."""
 
-    name: str
-    description: str | None = None
+    name: Name
+    description: Label | None = None
     is_privileged: bool | None = None
 
 
 class UpdateRole(msgspec.Struct):
     """PUT /roles/{id}."""
 
-    name: str | None | Maybe = UNSET
-    description: str | None | Maybe = UNSET
+    name: NewName | None | Maybe = UNSET
+    description: Label | None | Maybe = UNSET
     is_privileged: bool | None | Maybe = UNSET
 
 
 class CreatePermission(msgspec.Struct):
     """POST /permissions."""
 
-    name: str
+    name: Name
 
 
 class UpdatePermission(msgspec.Struct):
     """PUT /permissions/{id}."""
 
-    name: str | Maybe = UNSET
+    name: Name | Maybe = UNSET
 
 
 class AssignPermission(msgspec.Struct):
@@ -168,14 +201,14 @@ class CheckAccess(msgspec.Struct):
 class CreateClient(msgspec.Struct):
     """POST /clients. The server generates a secret if a confidential client comes without one."""
 
-    client_id: str
-    client_secret: str | None = None
-    secret: str | None = None
-    display_name: str | None = None
-    audience: str | None = None
-    client_type: str = "confidential"  # or "public". RFC 6749 §2.1
-    grant_types: list[str] | None = None
-    scopes: list[str] | None = None
+    client_id: Name
+    client_secret: NewSecret | None = None
+    secret: NewSecret | None = None
+    display_name: Label | None = None
+    audience: Label | None = None
+    client_type: ClientType = "confidential"
+    grant_types: list[GrantType] | None = None
+    scopes: list[Name] | None = None
     may_introspect: bool = False
     is_first_party: bool = True
     allow_http_redirects: bool = False
@@ -185,11 +218,11 @@ class CreateClient(msgspec.Struct):
 class UpdateClient(msgspec.Struct):
     """PUT /clients/{id}. A blank audience and nulls change nothing."""
 
-    client_id: str | Maybe = UNSET
-    display_name: str | None | Maybe = UNSET
-    audience: str | None | Maybe = UNSET
+    client_id: Name | Maybe = UNSET
+    display_name: Label | None | Maybe = UNSET
+    audience: Label | None | Maybe = UNSET
     is_active: bool | Maybe = UNSET
-    grant_types: list[str] | Maybe = UNSET
+    grant_types: list[GrantType] | Maybe = UNSET
     may_introspect: bool | Maybe = UNSET
     is_first_party: bool | Maybe = UNSET
     allow_http_redirects: bool | Maybe = UNSET
@@ -202,14 +235,14 @@ class ChangeSecret(msgspec.Struct):
     """POST /clients/secret. `client_id` is the client's identifier or the id of its record."""
 
     client_id: str
-    new_secret: str | None = None
-    overlap_seconds: int = 0
+    new_secret: NewSecret | None = None
+    overlap_seconds: Overlap = 0
 
 
 class AddUri(msgspec.Struct):
     """POST /clients/{id}/redirect-uris, unless the body is a bare string."""
 
-    uri: str
+    uri: Uri
 
 
 class SetFlag(msgspec.Struct):
@@ -224,33 +257,33 @@ class SetFlagOption(msgspec.Struct):
     """POST /client/options/{flag}/ext. `client_id` may be in the query instead."""
 
     client_id: str = ""
-    options: str = ""
+    options: Label = ""
 
 
 class PutIdp(msgspec.Struct):
     """POST and PUT of /clients/{id}/idp."""
 
-    provider_key: str
-    display_name: str = ""
-    issuer: str = ""
-    client_identifier: str = ""
-    scopes: str = "openid email profile"
+    provider_key: ProviderKey
+    display_name: Label = ""
+    issuer: Label = ""
+    client_identifier: Label = ""
+    scopes: Label = "openid email profile"
 
 
 class CreateScope(msgspec.Struct):
     """POST /scopes."""
 
-    name: str
-    desc: str | None = None
-    description: str | None = None
+    name: Name
+    desc: Label | None = None
+    description: Label | None = None
 
 
 class UpdateScope(msgspec.Struct):
     """PUT /scopes/{id}."""
 
-    name: str | Maybe = UNSET
-    desc: str | None | Maybe = UNSET
-    description: str | None | Maybe = UNSET
+    name: Name | Maybe = UNSET
+    desc: Label | None | Maybe = UNSET
+    description: Label | None | Maybe = UNSET
 
 
 class AssignScopes(msgspec.Struct):
@@ -434,7 +467,7 @@ class AccountForm(msgspec.Struct):
     form: str
     id: str = ""
     password: str = ""
-    new_password: str = ""
+    new_password: NewPassword = ""
     totp: str = ""
 
 
