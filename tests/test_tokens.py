@@ -169,7 +169,8 @@ class TestVerifying:
         [
             {"scope": ["a"]}, {"client_id": 1}, {"sid": {}}, {"amr": "pwd"}, {"role": [1]}, {"roles": "x"},
             {"nbf": "soon"}, {"auth_time": "x"}, {"jti": "x"}, {"jti": "0" * 31}, {"jti": "G" * 32}, {"mad": "other"},
-            {"token_use": "id"}, {"token_use": "refresh"},
+            {"token_use": "id"}, {"token_use": "refresh"}, {"client_id": ""}, {"sub": "a user, without sid"},
+            {"mad": "admin", "client_id": ""}, {"mad": "admin", "sub": "a user, without sid"},
         ],
     )
     def test_a_claim_that_the_program_would_misread_is_an_invalid_token(self, ring, other):

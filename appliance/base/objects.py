@@ -929,6 +929,12 @@ class AccessClaims(msgspec.Struct):
     groups: list[str] = []
     roles_omitted: bool = False
 
+    def __post_init__(self):
+        if self.mad == "auth" and not self.client_id:
+            raise ValueError("a token of AUTH without client_id")
+        if self.sub != self.client_id and not self.sid:
+            raise ValueError("the token of a user without sid")
+
 
 class IdTokenClaims(msgspec.Struct):
     """The types of the claims of an ID token that the program reads when it comes back as a hint."""
