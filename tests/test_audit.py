@@ -4,11 +4,13 @@ import contextlib
 import io
 
 import microauthd as m
+import msgspec
 import pytest
 import sqlcipher3
+from conftest import DATABASE_KEY
 from appliance.base.log import Log
 from appliance.base.settings import Options
-from appliance.base.store import Store
+from appliance.base.store import FOREVER, MIGRATIONS, Store
 from appliance.upkeep import log_audit_head
 from appliance.base.database import Unavailable
 
@@ -187,3 +189,126 @@ class TestTheHeadElsewhere:
         row = idp.store.list_audit(limit=1)[0]
         assert (row.seq, row.row_sha256) == (seq, digest)
         assert f"NOTICE  audit.head seq={seq} rows={idp.store.count_audit()} head={digest}" in stream.getvalue()
+
+
+class TestTheChainOfRefusals:
+    """Refusals share the numbers of the log and have a hash chain of their own, so they can be purged out of it."""
+
+    def write(self, idp, kinds):
+        """Append a row for each letter: `c` a change, `r` a refusal."""
+        for number, kind in enumerate(kinds):
+            row = (idp.now(), "test", "act", f"{kind}{number}", "", "192.0.2.7", "agent", "", "failure")
+            with idp.store.transaction():
+                (idp.store.append_audit if kind == "c" else idp.store.append_refusals)([row])
+
+    def log(self, idp):
+        return [row.target[0] for row in idp.store.list_audit("act", after=0, limit=1000)]
+
+    def test_both_are_one_log_in_the_order_of_their_numbers(self, idp, call):
+        self.write(idp, "rrcrccr")
+        rows = idp.store.list_audit(limit=1000)
+        numbers = [row.seq for row in rows]
+        assert numbers == list(range(len(rows), 0, -1)) and self.log(idp) == list("rrcrccr")
+        assert idp.store.count_audit() == len(rows) and idp.store.count_audit("act") == 7
+        assert [row.target for row in idp.store.list_audit("act", 3, offset=1)] == ["c5", "c4", "r3"]
+        assert [row.seq for row in idp.store.list_audit(after=len(rows) - 2)] == [len(rows) - 1, len(rows)]
+        assert [idp.store.find_audit(row.seq) for row in rows] == rows
+        verdict = idp.store.verify_audit()
+        assert (verdict["valid"], verdict["rows"], verdict["last_seq"]) == (True, len(rows), len(rows) - 1)
+        assert (verdict["last_seq"], verdict["head"]) == idp.store.audit_head()
+        exported = call("GET", "/audit-logs/export").body.splitlines()
+        assert [int(msgspec.json.decode(line)["id"]) for line in exported] == numbers[::-1]
+
+    @pytest.mark.parametrize("kinds", ["rrcrccr", "rrrrr", "cccrrr", "rcrcrcrcrc", "ccc"])
+    @pytest.mark.parametrize("purges", ["r", "c", "rc", "cr", "crcrcr", "rrrrrr"])
+    def test_a_purge_of_either_leaves_the_rest_linked_and_counted(self, idp, kinds, purges):
+        self.write(idp, kinds)
+        for kind in purges:
+            (idp.store.purge_audit if kind == "c" else idp.store.purge_refusals)(FOREVER, 2)
+            assert idp.store.verify_audit()["valid"] and idp.store.count_audit() == len(idp.store.list_audit(limit=99))
+        self.write(idp, "rc")
+        last = idp.store.list_audit(limit=2)
+        assert [row.target[0] for row in last] == ["c", "r"] and last[0].seq == last[1].seq + 1
+        verdict = idp.store.verify_audit()
+        assert verdict["valid"] and verdict["rows"] == len(idp.store.list_audit(limit=99)) == idp.store.count_audit()
+
+    @pytest.mark.parametrize(
+        "attack, says",
+        [
+            ("DELETE FROM audit WHERE target = 'c2'", "was altered, or rows between"),
+            ("DELETE FROM audit WHERE target = 'c4'", "are missing"),
+            ("DELETE FROM audit WHERE target IN ('c2', 'c4')", "are missing"),
+            ("DELETE FROM audit_refusal WHERE target = 'r5'", "are missing"),
+            ("DELETE FROM audit_refusal WHERE target = 'r7'", "the chain ends before"),
+            ("DELETE FROM audit_refusal", "are missing"),
+            ("UPDATE audit_refusal SET secondary = 'x' WHERE target = 'r5'", "was altered"),
+            ("UPDATE meta SET value = '999:x:9' WHERE name = 'audit_refusal_anchor'", "was altered"),
+            ("DELETE FROM meta WHERE name = 'audit_refusal_anchor'", "are missing"),
+            ("INSERT INTO audit_refusal SELECT * FROM audit WHERE target = 'c4'", "was given twice"),
+            (
+                "UPDATE meta SET value = (SELECT seq FROM audit WHERE target = 'c4') || substr(value, instr(value, ':')) "
+                "WHERE name = 'audit_refusal_anchor'; DELETE FROM audit WHERE target = 'c4'", "was altered",
+            ),
+        ],
+    )
+    def test_a_change_that_was_deleted_among_purged_refusals_is_found(self, idp, attack, says):
+        self.write(idp, "rrcrcrcr")
+        assert idp.store.purge_refusals(FOREVER, 3) == 3
+        assert idp.store.verify_audit()["valid"] and self.log(idp) == list("ccrcr")
+        idp.store.connection.executescript(attack)
+        verdict = idp.store.verify_audit()
+        assert not verdict["valid"] and says in verdict["reason"]
+
+    def test_refusals_that_were_cut_off_stay_missing(self, idp):
+        self.write(idp, "crr")
+        idp.store.connection.execute("DELETE FROM audit_refusal WHERE target = 'r2'")
+        self.write(idp, "rc")
+        assert "are missing" in idp.store.verify_audit()["reason"]
+
+    def test_changes_that_were_cut_off_between_refusals_are_marked(self, idp):
+        self.write(idp, "ccrr")
+        idp.store.connection.execute("DELETE FROM audit WHERE target = 'c1'")
+        self.write(idp, "rc")
+        assert idp.store.list_audit("audit_log_cut") and not idp.store.verify_audit()["valid"]
+
+    def test_a_log_of_before_has_no_refusals_and_takes_them(self, tmp_path, monkeypatch):
+        number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE audit_refusal" in step)
+        with monkeypatch.context() as before:
+            before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:number])
+            store = Store.make(tmp_path / "old.db3", DATABASE_KEY, 1)
+            before.setattr(store, "last_audit_seq", lambda connection: store.value("SELECT max(seq) FROM audit") or 0)
+            for _ in range(3):
+                with store.transaction():
+                    store.append_audit([(1, "x", "old", "", "", "", "", "", "success")])
+            # The anchor of a purge of before.
+            digest = store.value("SELECT row_sha256 FROM audit WHERE seq = 1")
+            store.run("DELETE FROM audit WHERE seq = 1")
+            store.put_meta("audit_anchor", f"1:{digest}")
+            store.close()
+        store = Store(tmp_path / "old.db3", DATABASE_KEY)
+        store.open()
+        assert store.verify_audit() | {"head": ""} == {
+            "valid": True, "rows": 2, "first_seq": 2, "last_seq": 3, "head": "", "reason": "",
+        }
+        with store.transaction():
+            store.append_refusals([(2, "x", "new", "", "", "", "", "", "failure")])
+        assert [row.seq for row in store.list_audit()] == [4, 3, 2] and store.count_audit() == 3
+        assert store.purge_audit(FOREVER, 9) == 1 and store.purge_refusals(FOREVER, 9) == 1
+        assert store.verify_audit()["valid"] and store.count_audit() == 1
+        store.close()
+
+    def test_the_size_is_estimated(self, idp):
+        """Within a quarter of what the pages take: there is no cheap exact measure of a table."""
+
+        def pages():
+            return 4096 * idp.store.value("SELECT * FROM pragma_page_count()")
+
+        for table, append in ((0, idp.store.append_audit), (1, idp.store.append_refusals)):
+            before, size = pages(), idp.store.measure_audit()[table].octets
+            with idp.store.transaction():
+                append([
+                    (idp.now(), "a" * 36, "act", "t" * (number % 60), "s" * (number % 90), "192.0.2.7", "u" * 80, "r" * 9,
+                     "failure") for number in range(4000)
+                ])
+            grown = idp.store.measure_audit()[table]
+            assert grown.rows >= 4000 and 0.75 < (grown.octets - size) / (pages() - before) < 1.25

@@ -449,6 +449,20 @@ class Database:
         if self.local.identity:
             self.generation.bump()
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Run the block on one state of the database, or on that of a transaction open on this thread."""
+        with self.guard:
+            connection = self.connection
+            if connection.in_transaction:
+                yield
+                return
+            connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                connection.execute("ROLLBACK")
+
     # -- statements --
 
     def one(self, record: type[Row], sql: str, **parameters: object) -> Row | None:

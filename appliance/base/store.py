@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 import msgspec
 import sqlcipher3
@@ -355,6 +356,19 @@ class AuditRow(Record, frozen=True):
     result: str
 
 
+class AuditRefusal(AuditRow, frozen=True):
+    """A row of the audit log about what was refused and changed nothing. These rows have a chain of their own."""
+
+    table = "audit_refusal"
+
+
+class AuditSize(NamedTuple):
+    """How many rows of a table of the audit log there are, and about how many octets of the database they take."""
+
+    rows: int
+    octets: int
+
+
 class Client(msgspec.Struct, frozen=True):
     """A client as the rules see it: its row and everything that belongs to it."""
 
@@ -568,6 +582,14 @@ MIGRATIONS = (
     """
     ALTER TABLE client ADD COLUMN are_grants_named INTEGER NOT NULL DEFAULT 1;
     """,
+    # Step 9. Rows of the audit log about what was refused. They share the numbers of the table audit, and have a hash
+    # chain of their own: so they can be purged before the rows between which they lie.
+    """
+    CREATE TABLE audit_refusal (
+        seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, actor_id TEXT NOT NULL, action TEXT NOT NULL,
+        target TEXT NOT NULL, secondary TEXT NOT NULL, ip_address TEXT NOT NULL, user_agent TEXT NOT NULL,
+        request_id TEXT NOT NULL, row_sha256 TEXT NOT NULL, result TEXT NOT NULL) STRICT;
+    """,
 )
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
@@ -583,6 +605,8 @@ AUDIT_FILTER = """
       AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
       AND (:target IS NULL OR target = :target OR secondary = :target)
 """
+AUDIT_TABLES = (AuditRow.table, AuditRefusal.table)
+ROW_OVERHEAD, PAGE_OVERHEAD = 32, 1.05  # octets of a row besides its text, and pages besides their rows (measured)
 # A client that is gone ends all that was issued to it: 9223372036854775807 is the largest integer there is.
 LISTED_SESSIONS = """
     SELECT session.*, coalesce(username, '') AS username,
@@ -1499,11 +1523,14 @@ class Store(Database):
             user_id=user_id, client_id=client_id,
         )
 
-    def revoke_family(self, sid: str, now: int) -> None:
-        """Revoke a login at a client with its refresh tokens and access tokens."""
-        self.run("UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+    def revoke_family(self, sid: str, now: int) -> bool:
+        """Revoke a login at a client with its refresh tokens and access tokens. Return whether it was not yet."""
+        is_new = self.changed(
+            "UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now
+        )
         self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
         self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
+        return is_new
 
     def list_sessions(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
@@ -1571,13 +1598,17 @@ class Store(Database):
             token_sha256=token_sha256, successor_sha256=successor_sha256, client_id=client_id, now=now, grace=grace,
         )
 
-    def revoke_jti(self, jti: str, expires_at: int, now: int) -> None:
-        """Revoke an access token. Its tombstone is what counts: the row of the token may not be stored yet."""
-        self.run(
+    def revoke_jti(self, jti: str, expires_at: int, now: int) -> bool:
+        """Revoke an access token. Its tombstone is what counts: the row of the token may not be stored yet.
+
+        Return whether it had none before.
+        """
+        is_new = self.changed(
             "INSERT INTO revoked_token VALUES (:jti, :expires_at, :now) ON CONFLICT DO NOTHING", jti=jti,
             expires_at=expires_at, now=now,
         )
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
+        return is_new
 
     def is_revoked(self, jti: str) -> bool:
         """Return whether an access token has a tombstone."""
@@ -1908,6 +1939,25 @@ class Store(Database):
 
     # -- audit --
 
+    def audit_mark(self, name: str, connection: sqlcipher3.Connection | None = None) -> tuple[int, str, int]:
+        """Return a noted place of a chain: the number and hash of a row, and how many refusals there were up to it.
+
+        `audit_head` and `audit_refusal_head` are the last rows; at `audit_anchor` and `audit_refusal_anchor`, the last
+        rows that were purged, the chains begin. (0, "", 0) if there is none.
+        """
+        found = (connection or self.connection).execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        parts = found[0].split(":") if found else ["0", ""]
+        return int(parts[0]), parts[1], int(parts[2]) if len(parts) > 2 else 0
+
+    def last_audit_seq(self, connection: sqlcipher3.Connection) -> int:
+        """Return the number of the last row of the audit log, of either chain, even if it was deleted."""
+        last = connection.execute(
+            """
+            SELECT max(coalesce((SELECT max(seq) FROM audit), 0), coalesce((SELECT max(seq) FROM audit_refusal), 0))
+            """
+        ).fetchone()[0]
+        return max(last, self.audit_mark("audit_refusal_head", connection)[0])
+
     def append_audit(self, rows: Iterable[tuple], connection: sqlcipher3.Connection | None = None) -> tuple[int, str]:
         """Append rows `(at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result)` to the
         hash chain, and return its head: the number and the hash of the last row. The caller is in a transaction, so
@@ -1922,7 +1972,7 @@ class Store(Database):
         last = connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, "")
         if not rows:
             return last
-        seq, digest = last
+        seq, digest = self.last_audit_seq(connection), last[1]
         heads = [head for head in self.noted_heads(connection) if not self.is_in_chain(connection, head, last)]
         lost = max(heads, default=None)
         if lost:
@@ -1931,24 +1981,43 @@ class Store(Database):
             rows.insert(0, (rows[0][0], "system", "audit_log_cut", "", noted, "", "", "", FAILURE))
             self.log("audit.cut", "error", noted=lost[0], found=last[0])
             self.batch_head = (0, "")
+        head = self.extend_chain(connection, AuditRow, seq, digest, rows)
+        if lost or connection is not self.batch_connection:
+            self.note_audit(connection, "audit_head", f"{head[0]}:{head[1]}")
+        return head
+
+    def append_refusals(self, rows: Iterable[tuple]) -> None:
+        """Append rows about what was refused, as append_audit() does, to the chain of the refusals.
+
+        It goes on from the head that was noted, so rows that were cut off leave their numbers missing.
+        """
+        connection, rows = self.connection, list(rows)
+        if not rows:
+            return
+        _, digest, written = self.audit_mark("audit_refusal_head")
+        seq, digest = self.extend_chain(connection, AuditRefusal, self.last_audit_seq(connection), digest, rows)
+        self.note_audit(connection, "audit_refusal_head", f"{seq}:{digest}:{written + len(rows)}")
+
+    def extend_chain(
+        self, connection: sqlcipher3.Connection, record: type[AuditRow], seq: int, digest: str, rows: list[tuple]
+    ) -> tuple[int, str]:
+        """Insert rows after the number and the hash, and return the number and the hash of the last."""
         chained = []
         for row in rows:
             seq += 1
             digest = chain(digest, seq, row)
             chained.append((seq, *row[:-1], digest, row[-1]))
-        connection.executemany(insert_statement(AuditRow), chained)
-        if lost or connection is not self.batch_connection:
-            connection.execute(
-                "INSERT INTO meta VALUES ('audit_head', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                (f"{seq}:{digest}",),
-            )
+        connection.executemany(insert_statement(record), chained)
         return seq, digest
+
+    def note_audit(self, connection: sqlcipher3.Connection, name: str, value: str) -> None:
+        connection.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
+        )
 
     def noted_heads(self, connection: sqlcipher3.Connection) -> list[tuple[int, str]]:
         """Return the heads of the audit chain that were noted: the one in the database, and that of the last batch."""
-        found = connection.execute("SELECT value FROM meta WHERE name = 'audit_head'").fetchone()
-        seq, _, digest = (found[0] if found else "0:").partition(":")
-        return [(int(seq), digest), self.batch_head]
+        return [self.audit_mark("audit_head", connection)[:2], self.batch_head]
 
     def is_in_chain(self, connection: sqlcipher3.Connection, head: tuple[int, str], last: tuple[int, str]) -> bool:
         """Return whether the chain that ends with `last` holds a head that was noted, or has been purged beyond it."""
@@ -1957,11 +2026,10 @@ class Store(Database):
         found = connection.execute("SELECT row_sha256 FROM audit WHERE seq = ?", (head[0],)).fetchone()
         if found:
             return found[0] == head[1]
-        anchor = connection.execute("SELECT value FROM meta WHERE name = 'audit_anchor'").fetchone()
-        return anchor is not None and int(anchor[0].partition(":")[0]) >= head[0]
+        return self.audit_mark("audit_anchor", connection)[0] >= head[0]
 
     def audit_head(self) -> tuple[int, str]:
-        """Return the number and the hash of the last row of the audit log, (0, "") if there is none."""
+        """Return the number and the hash of the last row that is no refusal, (0, "") if there is none."""
         with self.guard:
             found = self.connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
         return found or (0, "")
@@ -1972,63 +2040,102 @@ class Store(Database):
     ) -> list[AuditRow]:
         """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log."""
         direction = "ASC" if after is not None else "DESC"
+        both = " UNION ALL ".join(f"SELECT * FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES)
         return self.all(
-            AuditRow, f"SELECT * FROM audit {AUDIT_FILTER} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
+            AuditRow, f"{both} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
             action=action, actor_id=actor_id, target=target, since=since, until=until,
             after=-1 if after is None else after, limit=limit, offset=offset,
         )
 
     def find_audit(self, seq: int) -> AuditRow | None:
-        return self.one(AuditRow, "SELECT * FROM audit WHERE seq = :seq", seq=seq)
+        both = " UNION ALL ".join(f"SELECT * FROM {table} WHERE seq = :seq" for table in AUDIT_TABLES)
+        return self.one(AuditRow, both, seq=seq)
 
     def count_audit(
         self, action: str | None = None, actor_id: str | None = None, target: str | None = None, since: int = 0,
         until: int = FOREVER
     ) -> int:
-        """Return how many rows list_audit() finds. The numbers of all rows have no gap, so they need no counting."""
+        """Return how many rows list_audit() finds. All of them need no counting: their numbers tell."""
         if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
-            return self.value("SELECT coalesce((SELECT max(seq) FROM audit) - (SELECT min(seq) FROM audit) + 1, 0)")
+            return sum(self.count_audit_rows())
         return self.value(
-            f"SELECT count(*) FROM audit {AUDIT_FILTER}",
+            f"SELECT {' + '.join(f'(SELECT count(*) FROM {table} {AUDIT_FILTER})' for table in AUDIT_TABLES)}",
             action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1,
         )
 
-    def verify_audit(self) -> dict:
-        """Walk the hash chain. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, if it is broken, `reason`.
+    def count_audit_rows(self) -> tuple[int, int]:
+        """Return how many rows that are no refusals there are, and how many refusals.
 
-        One read transaction, so rows that are appended meanwhile are not seen. The chain begins at the anchor that
-        purge_audit() stored.
+        Both share their numbers. Of those since the anchor, all are rows but those of the refusals written since.
         """
-        connection = self.connection
-        with self.guard:
-            connection.execute("BEGIN")
-            try:
-                anchor, head = (self.meta(name, "0:").split(":", 1) for name in ("audit_anchor", "audit_head"))
-                seq, digest, rows, first = int(anchor[0]), anchor[1], 0, None
-                seen_head = int(head[0]) < seq or (int(head[0]) == seq and head[1] == digest)
-                found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
-                for row in connection.execute(
-                    """
-                    SELECT seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result,
-                           row_sha256
-                      FROM audit ORDER BY seq
-                    """
-                ):
-                    if row[0] != seq + 1:
-                        return found | {"valid": False, "reason": f"rows {seq + 1} to {row[0] - 1} are missing"}
-                    seq, digest = row[0], chain(digest, row[0], row[1:10])
-                    if digest != row[10]:
-                        return found | {"valid": False, "reason": f"row {seq} was altered"}
-                    seen_head = seen_head or (seq == int(head[0]) and digest == head[1])
-                    rows, first = rows + 1, first or seq
-                    found |= {"rows": rows, "first_seq": first, "last_seq": seq, "head": digest}
-                if not seen_head:
+        with self.reading():
+            begin, _, refusals_before = self.audit_mark("audit_anchor")
+            written = self.audit_mark("audit_refusal_head")[2]
+            purged = self.audit_mark("audit_refusal_anchor")[2]
+            last = self.last_audit_seq(self.connection)
+        return max(0, last - begin - (written - refusals_before)), written - purged
+
+    def measure_audit(self) -> tuple[AuditSize, AuditSize]:
+        """Estimate the sizes of the rows that are no refusals and of the refusals, by rows at 32 places of each."""
+        sizes = []
+        for table, rows in zip(AUDIT_TABLES, self.count_audit_rows(), strict=True):
+            first, last = self.value(f"SELECT min(seq) FROM {table}"), self.value(f"SELECT max(seq) FROM {table}")
+            mean = self.value(
+                f"""
+                WITH RECURSIVE place (at) AS (
+                    SELECT :first UNION ALL SELECT at + :stride FROM place WHERE at + :stride <= :last)
+                SELECT coalesce(avg(octet_length(actor_id) + octet_length(action) + octet_length(target)
+                           + octet_length(secondary) + octet_length(ip_address) + octet_length(user_agent)
+                           + octet_length(request_id) + octet_length(row_sha256) + octet_length(result)), 0)
+                  FROM place JOIN {table} ON seq = (SELECT min(seq) FROM {table} WHERE seq >= place.at)
+                """,
+                first=first or 0, last=last or 0, stride=max(1, ((last or 0) - (first or 0)) // 32),
+            ) if rows else 0
+            sizes.append(AuditSize(rows, int(rows * (mean + ROW_OVERHEAD) * PAGE_OVERHEAD)))
+        return sizes[0], sizes[1]
+
+    def verify_audit(self) -> dict:
+        """Walk the hash chains. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, if one is broken, `reason`.
+
+        One read transaction, so rows that are appended meanwhile are not seen. The chains begin at the anchors that
+        purge_audit() and purge_refusals() stored. A number may be missing only up to an anchor: the rows of the other
+        chain are still linked there. `last_seq` and `head` are of the last row that is no refusal.
+        """
+        with self.reading():
+            anchors = [self.audit_mark(f"{table}_anchor")[:2] for table in AUDIT_TABLES]
+            heads = [self.audit_mark(f"{table}_head")[:2] for table in AUDIT_TABLES]
+            digests = [anchor[1] for anchor in anchors]
+            seen = [head[0] < anchor[0] or head == anchor for head, anchor in zip(heads, anchors, strict=True)]
+            seq, purged_up_to = anchors[0][0], max(anchor[0] for anchor in anchors)
+            count, first = 0, None
+            found = {"valid": True, "rows": 0, "first_seq": None, "last_seq": None, "head": "", "reason": ""}
+            columns = "seq, at, actor_id, action, target, secondary, ip_address, user_agent, request_id, result"
+            rows = self.connection.execute(
+                " UNION ALL ".join(
+                    f"SELECT {columns}, row_sha256, {kind} FROM {table}" for kind, table in enumerate(AUDIT_TABLES)
+                ) + " ORDER BY 1"
+            )
+            for row in rows:
+                kind, is_gap = row[11], row[0] > seq + 1
+                if row[0] == seq:
+                    return found | {"valid": False, "reason": f"number {seq} was given twice"}
+                if is_gap and row[0] - 1 > purged_up_to:
+                    return found | {"valid": False, "reason": f"rows {seq + 1} to {row[0] - 1} are missing"}
+                seq_before, seq, digests[kind] = seq, row[0], chain(digests[kind], row[0], row[1:10])
+                if digests[kind] != row[10]:
+                    before = f", or rows between {seq_before} and {seq} are missing" if is_gap else ""
+                    return found | {"valid": False, "reason": f"row {seq} was altered{before}"}
+                seen[kind] = seen[kind] or heads[kind] == (seq, row[10])
+                count, first = count + 1, first or seq
+                found |= {"rows": count, "first_seq": first}
+                if kind == 0:
+                    found |= {"last_seq": seq, "head": row[10]}
+            for kind in (0, 1):
+                if not seen[kind]:
                     return found | {
-                        "valid": False, "reason": f"rows up to {head[0]} were written, and the chain ends before",
+                        "valid": False, "reason": f"rows up to {heads[kind][0]} were written, and the chain ends before",
                     }
-                return found
-            finally:
-                connection.execute("ROLLBACK")
+            return found
 
     # -- the newest time, and a clock that ran ahead --
 
@@ -2316,8 +2423,9 @@ class Store(Database):
         )
 
     def purge_audit(self, before: int, limit: int) -> int:
-        """Delete up to `limit` of the oldest audit rows, never the last one. Store the anchor, which is the number and
-        the hash of the newest row that was deleted: there verify_audit() begins. Return how many were deleted.
+        """Delete up to `limit` of the oldest audit rows that are no refusals, never the last one. Store the anchor,
+        which is the number and the hash of the newest row that was deleted, and the number of refusals up to it: there
+        verify_audit() begins. Return how many were deleted.
         """
         with self.transaction():
             last = self.connection.execute(
@@ -2329,5 +2437,24 @@ class Store(Database):
             ).fetchone()
             if last is None:
                 return 0
-            self.put_meta("audit_anchor", f"{last[0]}:{last[1]}")
-            return self.run("DELETE FROM audit WHERE seq <= :seq", seq=last[0])
+            begin, _, refusals = self.audit_mark("audit_anchor")
+            deleted = self.run("DELETE FROM audit WHERE seq <= :seq", seq=last[0])
+            self.put_meta("audit_anchor", f"{last[0]}:{last[1]}:{refusals + last[0] - begin - deleted}")
+            return deleted
+
+    def purge_refusals(self, before: int, limit: int) -> int:
+        """Delete up to `limit` of the oldest refusals of the audit log, and store their anchor, as purge_audit() does."""
+        with self.transaction():
+            last = self.connection.execute(
+                """
+                SELECT seq, row_sha256 FROM (SELECT seq, row_sha256, at FROM audit_refusal ORDER BY seq LIMIT :limit)
+                 WHERE at < :before ORDER BY seq DESC LIMIT 1
+                """,
+                {"before": before, "limit": limit},
+            ).fetchone()
+            if last is None:
+                return 0
+            purged = self.audit_mark("audit_refusal_anchor")[2]
+            deleted = self.run("DELETE FROM audit_refusal WHERE seq <= :seq", seq=last[0])
+            self.put_meta("audit_refusal_anchor", f"{last[0]}:{last[1]}:{purged + deleted}")
+            return deleted
