@@ -38,6 +38,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import math
 import os
 import re
 import secrets
@@ -287,6 +288,14 @@ def hash_problems():
         raise Problem("temporarily_unavailable", log=str(error), retry_after=1) from None
 
 
+def network_of(peer: str) -> str:
+    """Return the network of a peer: of IPv6 its /64, which whoever has one address has; else the address itself."""
+    address = ipaddress.ip_address(peer)
+    if address.version == 4 or address.is_loopback:
+        return peer
+    return str(ipaddress.ip_network((peer, 64), strict=False))
+
+
 class Throttle:
     """Token buckets per peer and per (peer, name), from which failed attempts take.
 
@@ -299,6 +308,8 @@ class Throttle:
         # Logins begun and hints that wait: anybody may make one, and each is a row.
         "login of peer": (60, 1.0), "login of site": (16 * 60, 16 * 1.0),
         "hint of peer": (60, 1.0), "hint of site": (16 * 60, 16 * 1.0),
+        # Refusals of whoever has proven nothing. Only the next refusal is another one for it, never an answer.
+        "refusal of peer": (120, 2.0), "refusal of site": (16 * 120, 16 * 2.0),
     }
 
     def __init__(self, clock, size=20_000):
@@ -330,7 +341,7 @@ class Throttle:
                 raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
 
     def begin(self, peer: str, begun: str):
-        """Count a new row that anybody may make, a `login` or a `hint`. Raises slow_down after too many."""
+        """Count what anybody may cause, a `login`, a `hint` or a `refusal`. Raises slow_down after too many."""
         now = self.clock()
         with self.lock:
             keys = [(f"{begun} of {kind}", found, b"") for kind, found, _ in self.keys(peer, "") if kind != "name"]
@@ -338,7 +349,7 @@ class Throttle:
             for key, level in levels.items():
                 if level < 1:
                     wait = int((1 - level) / self.RATES[key[0]][1]) + 1
-                    raise Problem("slow_down", log=f"too many {begun}s begun by {key[1]}", retry_after=wait)
+                    raise Problem("slow_down", log=f"too many {begun}s of {key[1]}", retry_after=wait)
             for key, level in levels.items():
                 self.put(key, level - 1, now)
 
@@ -354,6 +365,116 @@ class Throttle:
         with self.lock:
             for key in self.keys(peer, name):
                 self.put(key, self.level(key, now) - 1, now)
+
+
+class CountedRefusal:
+    """A refusal whose first row is in the audit log, and its repetitions, which are not yet."""
+
+    def __init__(self, row: tuple, until: float):
+        self.row, self.since, self.until, self.count = row, row[0], until, 0
+
+
+class RefusalCounter:
+    """Bounds the rows of the audit log about refusals: anybody can cause them, and each would cost a durable write.
+
+    Refusals are alike if actor, action, target, reason and the network of the peer are. The first of them is a row at
+    once; those that follow are counted here, in memory, and are one row each WINDOW seconds. How many kinds there may
+    be is limited by a budget, one for strangers and one for whoever has proven something, so that neither takes the
+    other's; what exceeds it is counted in a row for all of them.
+    """
+
+    WINDOW = 600  # seconds, as all times here, of a clock that only moves forward
+    QUIET = 3600  # after so long without a flood, the beginning of the next one is a row of its own
+    SIZE = 1024  # kinds in memory; the budgets keep it from being reached
+    BUDGETS = {"stranger": (30, 6 / 60), "known": (60, 30 / 60)}  # noqa: RUF012 - burst, refill a second
+
+    def __init__(self, clock):
+        self.clock, self.lock = clock, threading.Lock()
+        self.kinds: dict[tuple, CountedRefusal] = {}
+        self.levels = {budget: (burst, clock()) for budget, (burst, _) in self.BUDGETS.items()}
+        self.excess: collections.Counter[str] = collections.Counter()  # what exceeded a budget, by action
+        self.excess_since, self.excess_until, self.flood_seen_at = 0, 0.0, -math.inf
+
+    def take(self, budget: str, now: float) -> bool:
+        (level, at), (burst, rate) = self.levels[budget], self.BUDGETS[budget]
+        level = min(burst, level + max(0, now - at) * rate)
+        self.levels[budget] = (level - (level >= 1), now)
+        return level >= 1
+
+    def note(self, row: tuple, network: str, budget: str) -> tuple[bool, bool]:
+        """Count a refusal, given as a row of the audit log. Return whether to write it now, as the first of its kind,
+        and whether a flood begins with it.
+        """
+        kind, now = (*row[1:5], network), self.clock()
+        with self.lock:
+            found = self.kinds.get(kind)
+            if found:
+                found.count += 1
+                return False, False
+            if len(self.kinds) < self.SIZE and self.take(budget, now):
+                self.kinds[kind] = CountedRefusal(row, now + self.WINDOW)
+                return True, False
+            if not self.excess:
+                self.excess_since, self.excess_until = row[0], now + self.WINDOW
+            self.excess[row[2]] += 1
+            begins = now - self.flood_seen_at > self.QUIET
+            self.flood_seen_at = now
+            return False, begins
+
+    def forget(self, row: tuple, network: str) -> None:
+        """Count a first row that could not be written like a repetition."""
+        with self.lock:
+            if found := self.kinds.get((*row[1:5], network)):
+                found.count += 1
+
+    def is_due(self, everything=False) -> bool:
+        """Return whether collect() has anything to do."""
+        now = self.clock()
+        with self.lock:
+            if everything:
+                return bool(self.kinds or self.excess)
+            return any(now >= found.until for found in self.kinds.values()) or (
+                bool(self.excess) and now >= self.excess_until
+            )
+
+    def collect(self, now: int, everything=False) -> tuple[list[tuple], list[tuple]]:
+        """Return the rows of the counts whose window has ended, or of all of them, and begin their next window.
+
+        Also return what put_back() takes, if the rows cannot be written.
+        """
+        rows: list[tuple] = []
+        taken: list[tuple] = []
+        monotonic = self.clock()
+        with self.lock:
+            for kind, found in list(self.kinds.items()):
+                if not everything and monotonic < found.until:
+                    continue
+                if not found.count:
+                    del self.kinds[kind]  # quiet for a window: the next one is a first one
+                    continue
+                counted = f"count={found.count};since={iso(found.since)}"
+                secondary = ";".join(part for part in (found.row[4], counted) if part)
+                rows.append((now, *found.row[1:4], secondary, *found.row[5:]))
+                taken.append((found, found.count, found.since))
+                found.count, found.since, found.until = 0, now, monotonic + self.WINDOW
+            if self.excess and (everything or monotonic >= self.excess_until):
+                counts = ";".join(f"{action}={count}" for action, count in sorted(self.excess.items()))
+                counted = f"count={self.excess.total()};since={iso(self.excess_since)};{counts}"
+                rows.append((now, "anonymous", "refusals_counted", "", counted, "", "", "", FAILURE))
+                taken.append((None, self.excess, self.excess_since))
+                self.excess = collections.Counter()
+        return rows, taken
+
+    def put_back(self, taken: list[tuple]) -> None:
+        """Count again what collect() returned."""
+        with self.lock:
+            for found, count, since in taken:
+                if found is None:
+                    self.excess += count
+                    self.excess_since = since
+                else:
+                    found.count += count
+                    found.since = since
 
 
 class Seal:
@@ -623,7 +744,7 @@ class Idp:
         self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
         self.answers: dict = {}  # cached_page, by name
-        self.audited_replays: set[str] = set()  # jti of revoked tokens whose use has been audited
+        self.refusals = RefusalCounter(getattr(clock, "monotonic", clock))
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
 
@@ -761,6 +882,51 @@ def audit(idp: Idp, caller: Caller, action: str, target="", secondary="", result
             idp.store.append_audit([row])
 
 
+def audit_refusal(
+    idp: Idp, caller: Caller, action: str, target="", secondary="", proven=False, strict=False, result=FAILURE
+):
+    """Record in the audit log that something was refused, or changed nothing: in a row, or counted for a later one.
+
+    `proven` says that the caller has proven something: a secret, a token, a password. Call this outside the transaction
+    that the refusal ends. A row that cannot be written is counted, and changes no answer; it raises Unavailable if
+    `strict` is set, for a caller with a transaction of its own.
+    """
+    if not idp.options.enable_audit_logging:
+        return
+    user_agent, request_id = caller.user_agent[:200], caller.request_id
+    row = (idp.now(), caller.actor, action, target, secondary, caller.peer, user_agent, request_id, result)
+    network = network_of(caller.peer)
+    is_first, begins_flood = idp.refusals.note(row, network, "known" if proven else "stranger")
+    if not (is_first or begins_flood):
+        return
+    try:
+        with idp.store.transaction():
+            if is_first:
+                idp.store.append_refusals([row])
+            else:  # among the rows that no flood displaces
+                audit(idp, caller, "refusals_flood", target, f"action={action}", result)
+    except (Problem, Unavailable):
+        idp.refusals.forget(row, network)
+        if strict:
+            raise
+
+
+def write_refusal_counts(idp: Idp, everything=False):
+    """Write the rows of counted refusals that are due, or of all. Raises Unavailable if the database cannot be written.
+
+    Then they stay counted.
+    """
+    if not idp.refusals.is_due(everything):
+        return
+    rows, taken = idp.refusals.collect(idp.now(), everything)
+    try:
+        with idp.store.transaction():
+            idp.store.append_refusals(rows)
+    except Unavailable:
+        idp.refusals.put_back(taken)
+        raise
+
+
 def require_clock(idp: Idp):
     """Raise temporarily_unavailable if the clock cannot be trusted: a purge by it could not be undone."""
     if not idp.check_clock():
@@ -770,21 +936,34 @@ def require_clock(idp: Idp):
         )
 
 
+def purge_audit_rows(idp: Idp, caller: Caller, steps, reason: str, pause) -> int:
+    """Delete and count rows of the audit log, in slices, and audit that. `pause` waits between slices.
+
+    Each of `steps` deletes a slice and returns how many rows that were; it is called again while the slice was full.
+    """
+    done, has_begun = 0, False
+    for index, delete in enumerate(steps):
+        deleted = SLICE
+        while deleted == SLICE:
+            if done:
+                pause(0.01)
+            with idp.store.transaction():
+                deleted = delete()
+                done += deleted
+                if deleted == SLICE and not has_begun:  # more follow: the actor is known even if a crash ends them
+                    audit(idp, caller, "audit_purge_begun", "", reason)
+                    has_begun = True
+                if done and deleted < SLICE and index == len(steps) - 1:
+                    audit(idp, caller, "audit_purged", "", f"purged={done};{reason}")
+    return done
+
+
 def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: None) -> int:
     """Delete and count the audit rows older than `days`, in slices, and audit that. `pause` waits between slices."""
     require_clock(idp)
-    before, done, deleted = idp.now() - days * 86400, 0, SLICE
-    while deleted == SLICE:
-        if done:
-            pause(0.01)
-        with idp.store.transaction():
-            deleted = idp.store.purge_audit(before, SLICE)
-            if deleted == SLICE and not done:  # more follow: the actor is known even if a crash ends them
-                audit(idp, caller, "audit_purge_begun", "", f"older_than_days={days}")
-            done += deleted
-            if deleted < SLICE and done:
-                audit(idp, caller, "audit_purged", "", f"purged={done};older_than_days={days}")
-    return done
+    before, store = idp.now() - days * 86400, idp.store
+    steps = [lambda: store.purge_refusals(before, SLICE), lambda: store.purge_audit(before, SLICE)]
+    return purge_audit_rows(idp, caller, steps, f"older_than_days={days}", pause)
 
 
 # == Accounts ==================================================================
@@ -889,10 +1068,19 @@ def count_failed_code(idp: Idp, account: Account):
 def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None, client_id: str, failure: str):
     """Count a failed login against the peer, the name and, if a secret was wrong, the account; audit it.
 
-    Every failure costs one durable write, so that timing does not reveal what was wrong.
+    Every failure costs one durable write, so that timing does not reveal what was wrong. A failure that brings an
+    account nearer to a lockout is a row of the changes: the lockout bounds how many there can be. The others change
+    nothing and are counted as refusals.
     """
     options, now = idp.options, idp.now()
     idp.throttle.spend(caller.peer, name)
+    nears_lockout = account is not None and (
+        failure == WRONG_CODE
+        or (
+            failure == WRONG_PASSWORD and account.lockout_until <= now
+            and bool(options.max_login_failures and options.failed_password_lockout_duration)
+        )
+    )
     with idp.store.transaction():
         if account and failure == WRONG_CODE:
             count_failed_code(idp, account)
@@ -904,9 +1092,11 @@ def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None,
             if counted and counted.lockouts > account.lockouts:
                 until = iso(counted.lockout_until)
                 audit(idp, caller, "user_locked_out", account.id, f"until={until}", FAILURE)
-        if not options.enable_audit_logging:
+        if nears_lockout and options.enable_audit_logging:
+            audit(idp, caller, "user_login_failed", client_id, f"reason={failure}", FAILURE)
+        else:
             idp.store.put_meta("last_failure_at", now)
-        audit(idp, caller, "user_login_failed", client_id, f"reason={failure}", FAILURE)
+            audit_refusal(idp, caller, "user_login_failed", client_id, f"reason={failure}", strict=True)
 
 
 def authenticate_user(
@@ -1638,7 +1828,7 @@ def authenticate_client(
         idp.hasher.name_locks.blame(name_lock, caller.peer)
     idp.throttle.spend(caller.peer, client_id)
     named = next((client.client_id for name, _ in pairs if (client := find_client(idp, name))), "")
-    audit(idp, caller.acting_as(named or "anonymous"), "client_authentication_failed", named, "", FAILURE)
+    audit_refusal(idp, caller.acting_as(named or "anonymous"), "client_authentication_failed", named)
     raise Problem("invalid_client", log="unknown client, or wrong secret")
 
 
@@ -2351,10 +2541,16 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
 
 
 def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target: str, result=SUCCESS):
-    """Revoke a login at a client: its refresh tokens and the access tokens with its `sid`."""
+    """Revoke a login at a client: its refresh tokens and the access tokens with its `sid`.
+
+    Whoever has one of these may repeat that for ever: what was revoked before is counted, and changes nothing.
+    """
     with idp.store.transaction():
-        idp.store.revoke_family(family_sid, idp.now())
-        audit(idp, caller, action, target, f"sid={family_sid}", result)
+        is_new = idp.store.revoke_family(family_sid, idp.now())
+        if is_new:
+            audit(idp, caller, action, target, f"sid={family_sid}", result)
+    if not is_new:
+        audit_refusal(idp, caller, action, target, f"sid={family_sid};unchanged", proven=True, result=result)
 
 
 def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
@@ -2397,23 +2593,20 @@ def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
         return
     if claims["client_id"] != client.client_id:
         return ignore("access")
+    owner, named = caller.acting_as(client.client_id), f"jti={claims['jti']}"
     with idp.store.transaction():
-        idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
-        audit(idp, caller.acting_as(client.client_id), "token_revoked", claims["sub"], f"jti={claims['jti']}")
+        is_new = idp.store.revoke_jti(claims["jti"], claims["exp"], idp.now())
+        if is_new:
+            audit(idp, owner, "token_revoked", claims["sub"], named)
+    if not is_new:
+        audit_refusal(idp, owner, "token_revoked", claims["sub"], f"{named};unchanged", proven=True, result=SUCCESS)
 
 
 def audit_replay(idp: Idp, caller: Caller, revoked: RevokedToken):
-    """Audit the use of a revoked token, once per token, so that replaying it cannot flood the log."""
+    """Audit the use of a revoked token."""
     claims = revoked.claims
-    if claims["jti"] in idp.audited_replays:
-        return
-    if len(idp.audited_replays) >= 4096:
-        idp.audited_replays.clear()
-    # A failed write must not change the answer: the revoked token is refused anyway.
-    with contextlib.suppress(Problem, Unavailable):
-        caller = caller.acting_as(claims["sub"])
-        audit(idp, caller, f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}", revoked.log, FAILURE)
-        idp.audited_replays.add(claims["jti"])
+    action, named = f"{claims['mad']}.token.replay_detected", f"jti={claims['jti']}"
+    audit_refusal(idp, caller.acting_as(claims["sub"]), action, named, revoked.log)
 
 
 def is_session_revoked(session: ListedSession) -> bool:
@@ -2738,7 +2931,7 @@ def end_code(idp: Idp, caller: Caller, code: AuthorizationCode):
             idp.store.insert(
                 Family(
                     code.sid, code.user_id, code.client_id, code.scope, code.amr, code.auth_time, "", code.issued_ms,
-                    now, now,
+                    now, None,
                 )
             )
         owner = caller.acting_as(code.user_id)
@@ -4711,6 +4904,14 @@ def discovery(idp, params):
     return cached_page(idp, "discovery", lambda: ENCODE(describe_server(idp)))
 
 
+def has_credential_of_ours(idp: Idp, params) -> bool:
+    """Return whether a request holds an authorization code or refresh token that this server has issued."""
+    code, *tokens = (params.values.get(name) for name in ("code", "refresh_token", "token"))
+    if code and idp.store.find_code(sha256(code)):
+        return True
+    return any(token and idp.store.find_refresh_token(sha256(token)) for token in tokens)
+
+
 @AUTH(
     "POST", ("/token", "/oidc/token"), guard=by_client_or_token(read_refresh_token), spec="RFC 6749 §3.2",
     form=TokenForm, gives=TokenObject, oauth=True, cors=True,
@@ -4728,10 +4929,15 @@ def token(idp, client, params):
     except Problem as problem:
         if problem.status < 429 and not problem.audited:
             grant = params.values.get("grant_type")
-            audit(
+            is_confidential = client.row.client_type == CONFIDENTIAL
+            audit_refusal(
                 idp, params.caller.acting_as(client.client_id), "token_refused", client.client_id,
-                f"grant_type={grant if grant in GRANTS else 'unknown'} error={problem.code}", FAILURE,
+                f"grant_type={grant if grant in GRANTS else 'unknown'} error={problem.code}", is_confidential,
             )
+            # The work is done, so this refuses nobody who would have got a token, whatever its neighbours do. Whoever
+            # has a code or token of ours is told what is wrong with it: an application must log in again then.
+            if not is_confidential and not has_credential_of_ours(idp, params):
+                idp.throttle.begin(params.caller.peer, "refusal")
         raise
 
 

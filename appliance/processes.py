@@ -33,7 +33,7 @@ from appliance.base.wire import (
 )
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, restrict_hosts, ring_files
 from appliance.backup import MACHINE
-from appliance.upkeep import ClockThread, Upkeep, log_audit_head
+from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -198,6 +198,7 @@ class ServerProcess:
         self.upkeep: Upkeep | None = None
         self.clock_thread: ClockThread | None = None
         self.servers: list[Server] = []
+        self.refusal_thread = RefusalThread([])
         count = sum(listening is not None for listening in (auth_socket, admin_socket))
         limits = grant_connections(count)
         auth_ring = KeyRing(startup.auth_entries, options.prefer_ec_token_signer)
@@ -214,6 +215,7 @@ class ServerProcess:
                 port_name: (startup.ring_marks[port_name], next_promotion_at(entries[port_name], options.key_overlap))
                 for port_name in entries
             }
+            self.refusal_thread.idps.append(idp)
             app: Callable = App(idp, routes)
             if name == "admin":
                 app = restrict_hosts(app, idp)
@@ -241,6 +243,7 @@ class ServerProcess:
     def start(self):
         for server in self.servers:
             server.start()
+        self.refusal_thread.start()
         if self.upkeep and self.clock_thread:
             self.upkeep.start()
             self.clock_thread.start()
@@ -254,6 +257,8 @@ class ServerProcess:
             thread.start()
         for thread in stopping:
             thread.join()
+        self.refusal_thread.ending.set()
+        self.refusal_thread.write(everything=True)
         if self.clock_thread:
             self.clock_thread.ending.set()
             with contextlib.suppress(Unavailable):

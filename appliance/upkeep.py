@@ -19,7 +19,8 @@ from appliance.base.store import RetiredKey, SLICE, Store
 from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
 from microauthd import (
-    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, purge_audit_log, remove_qr_files, ring_files,
+    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, purge_audit_log, remove_qr_files,
+    ring_files, write_refusal_counts,
 )
 
 # == Upkeep ====================================================================
@@ -193,6 +194,28 @@ class Upkeep(threading.Thread):
         except Exception as error:
             reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
+
+
+class RefusalThread(threading.Thread):
+    """Writes the counted refusals of a process into the audit log when they are due, and at the end all of them."""
+
+    INTERVAL = 30
+
+    def __init__(self, idps: list[Idp]):
+        super().__init__(name="refusals", daemon=True)
+        self.idps, self.ending = idps, threading.Event()
+
+    def run(self):
+        while not self.ending.wait(self.INTERVAL):
+            self.write()
+
+    def write(self, everything=False):
+        for idp in self.idps:
+            try:
+                write_refusal_counts(idp, everything)
+            except Exception as error:
+                reason = error.log if isinstance(error, Unavailable) else repr(error)
+                idp.log("refusals.failed", "error", reason=reason)
 
 
 def revoke_future(idp: Idp):

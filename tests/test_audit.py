@@ -2,15 +2,18 @@
 
 import contextlib
 import io
+import os
+import re
 
 import microauthd as m
 import msgspec
 import pytest
 import sqlcipher3
-from conftest import DATABASE_KEY
+from conftest import CHEAP, DATABASE_KEY, PASSWORD
 from appliance.base.log import Log
 from appliance.base.settings import Options
-from appliance.base.store import FOREVER, MIGRATIONS, Store
+from appliance.base.store import AuthorizationCode, FOREVER, MIGRATIONS, Store
+from microauthd import sha256
 from appliance.upkeep import log_audit_head
 from appliance.base.database import Unavailable
 
@@ -312,3 +315,257 @@ class TestTheChainOfRefusals:
                 ])
             grown = idp.store.measure_audit()[table]
             assert grown.rows >= 4000 and 0.75 < (grown.octets - size) / (pages() - before) < 1.25
+
+
+def counted(rows):
+    """Return how many refusals rows of the audit log tell of: of a count, or of one each."""
+    return sum(int(re.search("count=([0-9]+)", row.secondary)[1]) if "count=" in row.secondary else 1 for row in rows)
+
+
+def size_of(idp):
+    idp.store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return os.path.getsize(idp.store.path)
+
+
+NONSENSE = {"client_id": "spa", "grant_type": "x"}
+LOGIN = {"client_id": "spa", "grant_type": "password", "username": "alice", "password": PASSWORD}
+
+
+class TestRefusalsAreCounted:
+    """Anybody can cause them: a flood is a few rows, of which the first is there at once, and all of it is counted."""
+
+    def test_a_flood_is_two_rows_and_an_honest_login_is_not_lost_in_it(self, idp, auth, public, alice):
+        before, last = size_of(idp), idp.store.audit_head()[0]
+        for number in range(20_000):
+            assert auth.post("/token", NONSENSE, peer="127.0.0.1").status == 400
+            if number == 10_000:
+                assert auth.post("/token", LOGIN, peer="127.0.0.1").status == 200
+        assert [row.action for row in idp.store.list_audit(after=last)] == ["token_refused", "user_token_issued"]
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("token_refused")
+        assert len(rows) == 2 and counted(rows) == 20_000
+        assert (rows[0].actor_id, rows[0].target, rows[0].ip_address, rows[0].result) == (
+            "spa", "spa", "127.0.0.1", "failure",
+        )
+        assert rows[0].secondary == (
+            f"grant_type=unknown error=unsupported_grant_type;count=19999;since={m.iso(idp.now())}"
+        )
+        assert size_of(idp) - before < 200_000 and idp.store.verify_audit()["valid"]
+
+    def test_a_flood_of_many_kinds_is_no_more(self, idp, auth, public, alice):
+        """From a network each, with a client each, for as long as an hour."""
+        before, last = size_of(idp), idp.store.audit_head()[0]
+        for number in range(20_000):
+            caller = m.Caller(f"2001:db8:{number:x}::1").acting_as(f"client-{number % 7}")
+            m.audit_refusal(idp, caller, ("token_refused", "client_authentication_failed")[number % 2], "spa", "x")
+            idp.clock.pass_(0.18)
+            if number % 200 == 0:
+                m.write_refusal_counts(idp)
+        assert auth.post("/token", LOGIN).status == 200
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit(after=last, limit=1000)
+        begun = [row for row in rows if row.action == "refusals_flood"]
+        assert len(begun) == 1 and begun[0].ip_address and begun[0].secondary == "action=token_refused"
+        assert [row.action for row in rows].count("user_token_issued") == 1 and len(rows) < 450
+        refusals = [row for row in rows if row.result == "failure" and row not in begun]
+        assert counted(refusals) == 20_000
+        excess = [row for row in rows if row.action == "refusals_counted"]
+        assert 5 < len(excess) < 9 and "client_authentication_failed=" in excess[0].secondary
+        assert size_of(idp) - before < 200_000 and idp.store.verify_audit()["valid"]
+
+    def test_the_first_of_a_kind_is_a_row_and_the_rest_of_ten_minutes_one_more(self, idp, clock):
+        refuse = lambda *who: m.audit_refusal(idp, m.Caller(*who), "act", "t", "why")  # noqa: E731
+        written = lambda: [row.secondary for row in idp.store.list_audit("act", after=0)]  # noqa: E731
+        began = m.iso(idp.now())
+        for _ in range(4):
+            refuse("192.0.2.1")
+        assert written() == ["why"]
+        clock.pass_(599)
+        m.write_refusal_counts(idp)
+        refuse("192.0.2.1")
+        assert written() == ["why"]
+        clock.pass_(1)
+        m.write_refusal_counts(idp)
+        assert written()[1:] == [f"why;count=4;since={began}"]
+        again = m.iso(idp.now())
+        refuse("192.0.2.1")
+        assert len(written()) == 2, "the flood goes on: it is counted"
+        clock.pass_(600)
+        m.write_refusal_counts(idp)
+        assert written()[2:] == [f"why;count=1;since={again}"]
+        clock.pass_(600)
+        m.write_refusal_counts(idp)
+        refuse("192.0.2.1")
+        assert written()[3:] == ["why"], "after a quiet window the next one is a first one"
+
+    def test_what_differs_is_told_apart(self, idp):
+        peers = ["192.0.2.1", "192.0.2.2", "::1", "2001:db8::1", "2001:db8:0:1::1"]
+        for _ in range(2):
+            for peer in [*peers, "2001:db8::ffff:1"]:  # the last is of the same /64 as the fourth
+                m.audit_refusal(idp, m.Caller(peer), "act")
+            for change in ({"action": "other"}, {"target": "t"}, {"secondary": "s"}):
+                m.audit_refusal(idp, m.Caller(peers[0]), **{"action": "act"} | change)
+            m.audit_refusal(idp, m.Caller(peers[0], actor="somebody"), "act")
+        rows = idp.store.list_audit("act", after=0)
+        assert [row.ip_address for row in rows[:5]] == peers and len(rows) == 8
+
+    def test_strangers_do_not_take_the_budget_of_those_who_proved_something(self, idp):
+        for number in range(500):
+            m.audit_refusal(idp, m.LOCAL, "strange", str(number))
+        m.audit_refusal(idp, m.LOCAL.acting_as("known"), "act", proven=True)
+        assert len(idp.store.list_audit("act")) == 1 and len(idp.store.list_audit("strange")) == 30
+        for number in range(500):
+            m.audit_refusal(idp, m.LOCAL.acting_as("known"), "act", str(number), proven=True)
+        assert len(idp.store.list_audit("act")) == 60
+
+    def test_a_kill_loses_counts_and_no_first_row(self, idp, make_idp, options):
+        for _ in range(9):
+            m.audit_refusal(idp, m.LOCAL, "act")
+        again = make_idp(options)  # what was in memory is gone
+        assert [row.action for row in again.store.list_audit(limit=1)] == ["act"] and again.store.verify_audit()["valid"]
+
+    def test_a_row_that_cannot_be_written_is_counted_and_changes_no_answer(self, idp, auth, public, monkeypatch):
+        def fail(*_):
+            raise sqlcipher3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(idp.store, "append_refusals", fail)
+            assert auth.post("/token", NONSENSE).json["error"] == "unsupported_grant_type"
+            with pytest.raises(Unavailable):
+                m.write_refusal_counts(idp, everything=True)
+        m.write_refusal_counts(idp, everything=True)
+        assert counted(idp.store.list_audit("token_refused")) == 1
+
+    def test_nothing_is_counted_where_nothing_is_audited(self, make_idp, public):
+        idp = make_idp(Options(enable_audit_logging=False))
+        m.audit_refusal(idp, m.LOCAL, "act")
+        m.write_refusal_counts(idp, everything=True)
+        assert not idp.store.list_audit("act")
+
+
+class TestRefusalsAreThrottled:
+    """By peer; no answer that somebody else would have got depends on it."""
+
+    STRANGER, LOOPBACK = "198.51.100.9", "127.0.0.1"
+
+    def flood(self, auth, peer, count=150, **form):
+        return [auth.post("/token", NONSENSE | form, peer=peer) for _ in range(count)]
+
+    def test_a_stranger_hears_slow_down(self, auth, public):
+        answers = self.flood(auth, self.STRANGER)
+        assert [answer.status for answer in answers] == [400] * 120 + [429] * 30
+        assert answers[-1].json["error"] == "slow_down" and int(answers[-1].headers["retry-after"]) >= 1
+        assert auth.post("/token", NONSENSE, peer="198.51.100.10").status == 400
+
+    def test_of_ipv6_by_network_and_by_site(self, auth, public):
+        assert self.flood(auth, "2001:db8::1")[-1].status == 429
+        assert auth.post("/token", NONSENSE, peer="2001:db8::2").status == 429
+        assert auth.post("/token", NONSENSE, peer="2001:db8:0:1::1").status == 400
+
+    def test_who_shares_the_address_gets_tokens_and_is_told_the_truth(self, auth, public, service, alice, log_in):
+        login = auth.post("/token", LOGIN, peer=self.STRANGER).json
+        spent = login["refresh_token"]
+        assert self.flood(auth, self.STRANGER)[-1].status == 429
+        refresh = {"client_id": "spa", "grant_type": "refresh_token"}
+        renewed = auth.post("/token", refresh | {"refresh_token": spent}, peer=self.STRANGER)
+        assert renewed.status == 200
+        assert auth.post("/token", LOGIN, peer=self.STRANGER).status == 200
+        assert auth.post("/token", MACHINE, auth=service, peer=self.STRANGER).status == 200
+        dead = renewed.json["refresh_token"]
+        assert auth.post("/revoke", {"client_id": "spa", "token": dead}, peer=self.STRANGER).status == 200
+        for name in ("refresh_token", "token"):
+            told = auth.post("/token", refresh | {name: dead}, peer=self.STRANGER)
+            assert (told.status, told.json["error"]) == (400, "invalid_grant")
+        unknown = auth.post("/token", refresh | {"refresh_token": "x"}, peer=self.STRANGER)
+        assert unknown.status == 429
+
+    def test_a_confidential_client_never_does(self, auth, service):
+        assert {
+            auth.post("/token", {"grant_type": "x"}, auth=service, peer=self.STRANGER).status for _ in range(150)
+        } == {400}
+
+    def test_nobody_at_the_machine_does(self, auth, public):
+        """All its services share the address: they are counted only."""
+        assert {answer.status for answer in self.flood(auth, self.LOOPBACK, 300)} == {400}
+
+
+class TestWhatIsCountedAndWhatIsAChange:
+    PASSWORD_GRANT = {"grant_type": "password", "username": "alice", "password": "wrong wrong"}
+
+    def test_wrong_passwords_up_to_the_lockout_are_changes_and_the_rest_is_counted(self, idp, auth, service, alice):
+        for _ in range(12):
+            assert auth.post("/token", self.PASSWORD_GRANT, auth=service, peer="127.0.0.1").status == 403
+        changes = idp.store.values("SELECT action FROM audit ORDER BY seq DESC LIMIT 6")
+        assert changes == ["user_login_failed", "user_locked_out"] + ["user_login_failed"] * 4
+        m.write_refusal_counts(idp, everything=True)
+        rows = [row for row in idp.store.list_audit("user_login_failed") if row.secondary.startswith("reason=locked")]
+        assert counted(rows) == 7 and {row.actor_id for row in rows} == {alice.id}
+
+    @pytest.mark.parametrize("option", ["max_login_failures", "failed_password_lockout_duration"])
+    def test_without_lockouts_they_are_counted(self, make_idp, alice, option):
+        idp = make_idp(Options(**CHEAP, **{option: 0}))
+        for _ in range(9):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(idp, m.LOCAL, "alice", "wrong wrong")
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("user_login_failed")
+        assert len(rows) == 2 and counted(rows) == 9
+
+    def test_unknown_names_are_counted(self, idp, auth, service):
+        for number in range(9):
+            form = self.PASSWORD_GRANT | {"username": f"nobody{number}"}
+            assert auth.post("/token", form, auth=service).status == 403
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("user_login_failed")
+        assert len(rows) == 2 and counted(rows) == 9 and rows[0].secondary.startswith("reason=unknown user")
+
+    @pytest.mark.parametrize("name", ["alice", "nobody"])
+    def test_each_failure_is_one_durable_write(self, idp, auth, service, alice, name, monkeypatch):
+        commits, committing = [], idp.store.committing
+
+        def commit(connection):
+            commits.append(1)
+            return committing(connection)
+
+        monkeypatch.setattr(idp.store, "committing", commit)
+        for _ in range(9):  # wrong, locked, or nobody
+            commits.clear()
+            auth.post("/token", self.PASSWORD_GRANT | {"username": name}, auth=service)
+            assert len(commits) == 1
+
+    def test_only_the_first_revocation_is_a_change(self, idp, auth, public, alice):
+        login = auth.post("/token", LOGIN).json
+        for kind, action in (("access_token", "token_revoked"), ("refresh_token", "refresh_token_revoked")):
+            for _ in range(50):
+                assert auth.post("/revoke", {"client_id": "spa", "token": login[kind]}).status == 200
+            m.write_refusal_counts(idp, everything=True)
+            rows = idp.store.list_audit(action)
+            assert len(rows) == 3 and counted(rows) == 50 and {row.result for row in rows} == {"success"}
+            assert idp.store.value("SELECT count(*) FROM audit WHERE action = :action", action=action) == 1
+
+    def test_only_the_first_reuse_ends_a_login(self, idp, auth, alice, public):
+        code = AuthorizationCode(
+            sha256("the code"), "spa", alice.id, "sid", "https://spa.example", "", "", "", "S256", "", "pwd", idp.now(),
+            idp.now_ms(), idp.now() + 60, idp.now(), "", 0,
+        )
+        idp.store.insert(code)
+        idp.store.run("UPDATE client SET grant_types = 'authorization_code'")
+        idp.store.generation.bump()
+        form = {"client_id": "spa", "grant_type": "authorization_code", "code": "the code"}
+        for _ in range(50):
+            assert auth.post("/token", form).json["error"] == "invalid_grant"
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("authorization_code_reused")
+        assert len(rows) == 3 and counted(rows) == 50
+        assert idp.store.value("SELECT count(*) FROM audit WHERE action = 'authorization_code_reused'") == 1
+        assert idp.store.find_family("sid").revoked_at
+
+    def test_dead_tokens_are_counted_each(self, idp, auth, service, machine, alice, log_in):
+        tokens = [machine["access_token"], log_in(alice)["access_token"]]
+        for token in tokens:
+            auth.post("/revoke", {"token": token}, auth=service)
+            for _ in range(20):
+                assert auth.get("/me", bearer=token).status == 401
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("auth.token.replay_detected")
+        assert len(rows) == 4 and counted(rows) == 40

@@ -283,10 +283,10 @@ class TestAuthentication:
     def test_two_forms_of_a_wrong_secret_are_one_failure(self, auth, idp, service):
         statuses = [auth.post("/token", MACHINE, auth=("service", "wr+ng")).status for _ in range(22)]
         assert statuses == [401] * 20 + [429] * 2
-        rows = idp.store.list_audit(limit=100)
-        assert [(row.target, row.actor_id) for row in rows if row.action == "client_authentication_failed"] == [
-            ("service", "service")
-        ] * 20
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("client_authentication_failed")
+        assert [(row.target, row.actor_id) for row in rows] == [("service", "service")] * 2
+        assert rows[0].secondary.startswith("count=19;") and not rows[1].secondary
 
     def test_a_good_raw_secret_is_verified_once_and_then_remembered(self, auth, new_client, monkeypatch):
         new_client("x", client_secret="sixteen + more + more")

@@ -58,6 +58,18 @@ class TestNames:
             rates["name"][0], 1 / rates["name"][1], *rates["peer"], *rates["login of peer"], Limits().connections_per_peer,
         ]
 
+    def test_the_limits_of_refusals_it_names_are_those_of_the_counter(self):
+        named = re.search(
+            r"(\d+) kinds at once and then (\w+) a minute, of callers that proved a secret or token (\d+) and then "
+            r"(\d+).*by address, (\d+) at once and then (\w+) a second\. No request", MANUAL["security.md"],
+        )
+        numbers = [{"two": 2, "six": 6}.get(word) or int(word) for word in named.groups()]
+        budgets, rates = microauthd.RefusalCounter.BUDGETS, microauthd.Throttle.RATES
+        assert numbers == [
+            budgets["stranger"][0], 60 * budgets["stranger"][1], budgets["known"][0], 60 * budgets["known"][1],
+            *rates["refusal of peer"],
+        ]
+
     def test_files_it_names_exist(self):
         for page, text in PAGES.items():
             for name in re.findall(r"(?:build|appliance|public|tests)/[a-z_]+\.(?:py|html|lock)", text):

@@ -582,7 +582,7 @@ MIGRATIONS = (
     """
     ALTER TABLE client ADD COLUMN are_grants_named INTEGER NOT NULL DEFAULT 1;
     """,
-    # Step 9. Rows of the audit log about what was refused. They share the numbers of the table audit, and have a hash
+    # Step 10. Rows of the audit log about what was refused. They share the numbers of the table audit, and have a hash
     # chain of their own: so they can be purged before the rows between which they lie.
     """
     CREATE TABLE audit_refusal (
