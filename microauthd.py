@@ -966,6 +966,38 @@ def purge_audit_log(idp: Idp, caller: Caller, days: int, pause=lambda seconds: N
     return purge_audit_rows(idp, caller, steps, f"older_than_days={days}", pause)
 
 
+REFUSALS_SHARE = 10  # refusals may have this part of the audit log
+PURGED_PART = 10  # a purge by size makes room for so much: without it, each new row would need one
+
+
+def bound_audit_log(idp: Idp, caller: Caller, limit: int, pause=lambda seconds: None) -> int:
+    """Keep the audit log within `limit` octets, as estimated; return how many rows were deleted.
+
+    Refusals go first: beyond their share the oldest of them are deleted, so that no flood displaces another row. Only
+    if the log is still too large, the oldest of the others follow. It depends on no clock.
+    """
+    total = 0
+    changes, refusals = idp.store.measure_audit()
+    share = limit // REFUSALS_SHARE
+    for size, bound, delete in (
+        (refusals, share, idp.store.purge_refusals),
+        (changes, limit - min(refusals.octets, share), idp.store.purge_audit),
+    ):
+        if size.octets <= bound or not size.rows:
+            continue
+        left = size.rows - bound * (PURGED_PART - 1) // PURGED_PART * size.rows // size.octets
+
+        def delete_slice(delete=delete):
+            nonlocal left
+            count = delete(FOREVER + 1, min(SLICE, left)) if left > 0 else 0
+            left -= count
+            return count
+
+        reason = f"{'refusals' if size is refusals else 'rows'}_larger_than={bound}"
+        total += purge_audit_rows(idp, caller, [delete_slice], reason, pause)
+    return total
+
+
 # == Accounts ==================================================================
 # Users, their roles, lockout, second factor.
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from appliance.base.clock import IAT_SKEW, sleep
-from appliance.base.settings import OPTIONS
+from appliance.base.settings import OPTIONS, Options
 from appliance.base.files import write_durably
 from appliance.base.log import Log
 from appliance.base.database import Unavailable
@@ -19,7 +19,7 @@ from appliance.base.store import RetiredKey, SLICE, Store
 from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
 from microauthd import (
-    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, purge_audit_log, remove_qr_files,
+    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
     ring_files, write_refusal_counts,
 )
 
@@ -66,6 +66,22 @@ def purge(idp: Idp, pause=sleep):
             " ".join(f"{table}={count}" for table, count in counts.items() if count),
         )
     idp.log("upkeep", **counts)
+
+
+AUDIT_MOST, AUDIT_LEAST = 1_000_000_000, 1_000_000  # octets: the bounds of the automatic `audit-max-size`
+
+
+def audit_limit(options: Options, path: str) -> int:
+    """Return how many octets the audit log may take: `audit-max-size`, or a quarter of the free disk.
+
+    `path` is the file of the database, which counts as free, because SQLite fills it again: so the log itself does not
+    lower its bound.
+    """
+    if options.audit_max_size >= 0:
+        return options.audit_max_size
+    room = os.statvfs(os.path.dirname(os.path.abspath(path)))
+    free = room.f_bavail * room.f_frsize + os.path.getsize(path)
+    return max(AUDIT_LEAST, min(AUDIT_MOST, free // 4))
 
 
 def log_audit_head(store: Store, log: Log):
@@ -163,7 +179,8 @@ class UnpackedProgram:
 
 
 class Upkeep(threading.Thread):
-    """Checks the unpacked program every few seconds and the key rings every minute; purges every hour.
+    """Checks the unpacked program every few seconds, the key rings and the size of the audit log every minute; purges
+    every hour.
 
     What fails is logged and tried again.
     """
@@ -173,6 +190,8 @@ class Upkeep(threading.Thread):
     def __init__(self, idp):
         super().__init__(name="upkeep", daemon=True)
         self.idp, self.program, self.ending = idp, UnpackedProgram(idp.log), threading.Event()
+        # Once, at the start: a disk that something else fills later must not cost rows of the log.
+        self.audit_limit = audit_limit(idp.options, idp.store.path)
 
     def run(self):
         if not self.ending.wait(1):  # let the start write first
@@ -184,6 +203,9 @@ class Upkeep(threading.Thread):
             if turn * self.INTERVAL % 60 == 0:
                 self.attempt(advance_key_states, self.idp)
                 self.attempt(remove_qr_files, self.idp)
+                if self.idp.options.enable_audit_logging:
+                    system = LOCAL.acting_as("system")
+                    self.attempt(bound_audit_log, self.idp, system, self.audit_limit, self.ending.wait)
             if turn * self.INTERVAL % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
                 self.attempt(log_audit_head, self.idp.store, self.idp.log)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+from types import SimpleNamespace
 
 import microauthd as m
 import msgspec
@@ -14,7 +15,7 @@ from appliance.base.log import Log
 from appliance.base.settings import Options
 from appliance.base.store import AuthorizationCode, FOREVER, MIGRATIONS, Store
 from microauthd import sha256
-from appliance.upkeep import log_audit_head
+from appliance.upkeep import audit_limit, log_audit_head
 from appliance.base.database import Unavailable
 
 MACHINE = {"grant_type": "client_credentials"}
@@ -569,3 +570,87 @@ class TestWhatIsCountedAndWhatIsAChange:
         m.write_refusal_counts(idp, everything=True)
         rows = idp.store.list_audit("auth.token.replay_detected")
         assert len(rows) == 4 and counted(rows) == 40
+
+
+class TestTheSizeOfTheLog:
+    """No flood displaces a change: refusals have a tenth of the log, and only they go when they exceed it."""
+
+    LIMIT = 1_000_000
+    SYSTEM = m.LOCAL.acting_as("system")
+
+    def write(self, idp, append, count):
+        with idp.store.transaction():
+            append([
+                (idp.now(), "anonymous", "act", str(number), "s" * 100, "192.0.2.7", "u" * 100, "r", "failure")
+                for number in range(count)
+            ])
+
+    def test_a_flood_displaces_its_oldest_refusals_and_no_change(self, idp):
+        self.write(idp, idp.store.append_audit, 300)
+        changes = idp.store.values("SELECT row_sha256 FROM audit ORDER BY seq")
+        for _ in range(3):
+            self.write(idp, idp.store.append_refusals, 1200)
+            deleted = m.bound_audit_log(idp, self.SYSTEM, self.LIMIT)
+            sizes = idp.store.measure_audit()
+            assert deleted > 500 and 80_000 < sizes[1].octets <= 100_000
+            assert idp.store.verify_audit()["valid"]
+        assert idp.store.values("SELECT row_sha256 FROM audit ORDER BY seq")[: len(changes)] == changes
+        assert idp.store.list_audit("act", 1)[0].target == "1199", "the newest are there"
+        row = idp.store.list_audit("audit_purged", 1)[0]
+        assert (row.actor_id, row.secondary) == ("system", f"purged={deleted};refusals_larger_than=100000")
+        assert idp.store.find_audit(row.seq).result == "success"
+
+    def test_a_flood_does_not_displace_its_own_beginning(self, idp):
+        for number in range(500):
+            m.audit_refusal(idp, m.LOCAL, "act", str(number))
+        self.write(idp, idp.store.append_refusals, 4000)
+        assert m.bound_audit_log(idp, self.SYSTEM, self.LIMIT) > 0
+        assert len(idp.store.list_audit("refusals_flood")) == 1
+
+    def test_changes_have_the_rest_and_the_oldest_go(self, idp):
+        self.write(idp, idp.store.append_refusals, 100)
+        self.write(idp, idp.store.append_audit, 5000)
+        before = idp.store.measure_audit()
+        assert m.bound_audit_log(idp, self.SYSTEM, self.LIMIT) > 500
+        after = idp.store.measure_audit()
+        assert 0.8 * self.LIMIT < sum(size.octets for size in after) <= self.LIMIT and after[1] == before[1]
+        assert idp.store.verify_audit()["valid"] and idp.store.count_audit() == len(idp.store.list_audit(limit=9999))
+        assert [row.secondary.partition(";")[2][:17] for row in idp.store.list_audit("audit_purged")] == [
+            "rows_larger_than="
+        ]
+
+    def test_what_is_within_it_stays(self, idp, clock):
+        self.write(idp, idp.store.append_refusals, 200)
+        self.write(idp, idp.store.append_audit, 2000)
+        before = idp.store.count_audit()
+        assert m.bound_audit_log(idp, self.SYSTEM, self.LIMIT) == 0 and idp.store.count_audit() == before
+        assert m.bound_audit_log(idp, self.SYSTEM, 10**12) == 0
+
+    def test_a_clock_that_nobody_believes_is_no_reason_to_fill_the_disk(self, idp, clock):
+        clock.now = 1000
+        self.write(idp, idp.store.append_refusals, 1200)
+        assert m.bound_audit_log(idp, self.SYSTEM, self.LIMIT) > 500
+
+    def test_age_takes_refusals_too(self, idp, clock):
+        self.write(idp, idp.store.append_refusals, 700)
+        self.write(idp, idp.store.append_audit, 700)
+        clock.pass_(20 * 86400)
+        self.write(idp, idp.store.append_refusals, 3)
+        self.write(idp, idp.store.append_audit, 3)
+        m.purge_audit_log(idp, self.SYSTEM, 10)
+        assert len(idp.store.list_audit("act")) == 6 and idp.store.verify_audit()["valid"]
+        assert len(idp.store.list_audit("audit_purge_begun")) == len(idp.store.list_audit("audit_purged")) == 1
+
+    @pytest.mark.parametrize(
+        "option, free, limit",
+        [
+            (-1, 40_000_000_000, 1_000_000_000), (-1, 64_000_000, 17_000_000), (-1, 0, 1_000_000),
+            (64_000_000, 100, 64_000_000),
+        ],
+    )
+    def test_its_size_is_the_option_or_a_quarter_of_the_free_disk(self, tmp_path, monkeypatch, option, free, limit):
+        path = tmp_path / "mad.db3"
+        path.write_bytes(b"")
+        os.truncate(path, 4_000_000 if free else 0)
+        monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
+        assert audit_limit(Options(audit_max_size=option), str(path)) == limit

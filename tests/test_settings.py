@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from appliance.base import StartupError
 from appliance.base.settings import (
     OPTIONS, Options, absolute, address, boolean, check_options, color, content_policy, days, describe_options, domain,
-    issuer, label, load_options, networks, parse_config, parse_flags, port, seconds, text, worker_count, write_config,
+    issuer, label, load_options, networks, octets, parse_config, parse_flags, port, seconds, text, worker_count,
+    write_config,
 )
 
 
@@ -110,6 +111,23 @@ class TestSecretsInFiles:
         written = write_config(load(tmp_path, "oidc-client-secret = kept kept kept kept", environ))
         assert "a secret" not in written and "oidc-client-secret = kept" in written
         assert load(tmp_path, written, environ).db_pass == "a secret phrase"
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        "word, size",
+        [
+            ("auto", -1), ("AUTO", -1), ("1000000", 10**6), ("1MB", 10**6), ("64 MB", 64 * 10**6), ("2g", 2 * 10**9),
+            ("1500 kB", 1_500_000), ("1000 GB", 10**12),
+        ],
+    )
+    def test_they_may_have_a_unit(self, word, size):
+        assert octets(word) == size
+
+    @pytest.mark.parametrize("word", ["", "0", "-1", "999999", "999 KB", "1001 GB", "1.5 GB", "64 MiB", "1 TB", "many"])
+    def test_what_is_no_size_is_refused_with_one_that_is(self, word):
+        with pytest.raises(ValueError, match="such as 64 MB"):
+            octets(word)
 
 
 class TestFile:
@@ -226,6 +244,7 @@ VALUES = {
     text: TEXT, boolean: st.booleans(), absolute: st.one_of(st.just(""), TEXT.map("/".__add__)),
     address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]), port: st.integers(1, 65535),
     seconds: st.integers(1, 315360000), days: st.integers(0, 9999), worker_count: st.integers(-1, 64),
+    octets: st.one_of(st.just(-1), st.integers(10**6, 10**12)),
     networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
     .map(", ".join)
     .map(networks), domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
@@ -378,7 +397,7 @@ class TestFlags:
     def test_every_option_can_be_given_by_flag_variable_and_file(self, tmp_path, option):
         word = {
             boolean: "true", text: "x", networks: "10.0.0.1", worker_count: "2", issuer: "https://x",
-            color: "1f5fbf", content_policy: "img-src *",
+            color: "1f5fbf", content_policy: "img-src *", octets: "64 MB",
         }.get(option.parse, str(option.default))
         for found in (
             load(tmp_path, "", {}, [f"--{option.name}={word}"]),

@@ -45,6 +45,17 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def octets(value: str) -> int:
+    """Parse a number of octets, which may have a unit; -1 is "auto"."""
+    if value.strip().lower() == "auto":
+        return -1
+    found = re.fullmatch(r"([0-9]{1,12}) ?(|k|m|g)b?", value.strip().lower())
+    size = int(found[1]) * {"": 1, "k": 1000, "m": 1000_000, "g": 1000_000_000}[found[2]] if found else 0
+    if not 1000_000 <= size <= 1000_000_000_000:
+        raise ValueError("must be auto, or a size of 1 MB to 1000 GB, such as 64 MB or 64000000")
+    return size
+
+
 port = whole(1, 65535)
 seconds = whole(1, 315360000)
 days = whole(0, 9999)
@@ -351,6 +362,10 @@ class Options:
     enable_audit_logging: bool = option(True, boolean, "Write the audit log.", "Write an audit log?", group="Login")
     audit_log_retention_days: int = option(
         30, days, "Days an audit row is kept; 0 keeps it.", "Days to keep it?", group="Login"
+    )
+    audit_max_size: int = option(
+        -1, octets, "Octets the audit log may take, such as 64 MB; beyond it refusals go first, then the oldest rows. "
+        "auto is 1 GB, or a quarter of the free disk if that is less.", group="Login"
     )
     enable_pkce: bool = option(
         True, boolean, "Serve the authorization code flow.", "Serve the authorization code flow (PKCE)?", group="Login"
@@ -687,7 +702,7 @@ def describe_options(options: Options) -> dict:
             value = "(set)" if value else ""
         elif option.parse is networks:
             value = [str(network) for network in value]
-        elif option.parse is worker_count and value < 0:
+        elif option.parse in (worker_count, octets) and value < 0:
             value = "auto"
         shown[option.name] = {"value": value, "origin": options.origins.get(option.name, "default")}
     return shown
@@ -703,7 +718,7 @@ def write_config(options: Options) -> str:
         value = getattr(options, option.attribute)
         if option.parse is networks:
             word = ", ".join(map(str, value))
-        elif option.parse is worker_count and value < 0:
+        elif option.parse in (worker_count, octets) and value < 0:
             word = "auto"
         else:
             word = str(value).lower() if isinstance(value, bool) else str(value)
