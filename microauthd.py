@@ -1516,7 +1516,7 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str, revoke=T
             count_failed_code(idp, account)
             audit(idp, caller, "totp_enabled", account.id, "", FAILURE)
     if not is_confirmed:
-        raise Problem("invalid_grant", status=403, log="the one-time code is wrong")
+        raise Problem("invalid_grant", status=403, log="the one-time code is wrong", audited=True)
     remove_qr_files(idp)
 
 
@@ -4411,6 +4411,20 @@ def describe_path(path: str, route: Route | None = None) -> str:
     return LIKE_A_SECRET.sub("<secret>", path)[:100].replace(SLASH, "%2F")
 
 
+def audit_refused_privilege(idp: Idp, params, problem: Problem):
+    """Audit that an administrator, or whoever acts by a delegated scope, was refused what a route does.
+
+    A 401 is audited if the token proved who its subject is, as that of somebody who is no administrator any more.
+    """
+    is_privileged = params.route.guard is by_admin or "scope" in vars(params.route.guard)
+    is_refused = problem.status in (403, 409) or (problem.status == 401 and params.caller.actor != LOCAL.actor)
+    if is_privileged and is_refused and not problem.audited:
+        named = " ".join(escape(value)[:100] for value in params.path.values())
+        target = f"{params.environ['REQUEST_METHOD']} {params.route.paths[0]}"
+        secondary = ";".join(part for part in (f"error={problem.code}", named) if part)
+        audit_refusal(idp, params.caller, "privileged_request_refused", target, secondary, proven=True)
+
+
 class Answer:
     """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
@@ -4419,8 +4433,8 @@ class Answer:
 
     def run(self, route, environ, path):
         """Return the result of the handler, or the rendered Problem that was raised."""
+        params = Params(environ, path, route)
         try:
-            params = Params(environ, path, route)
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
             params.decode()
             result = route.handler(self.idp, *caller, params)
@@ -4430,6 +4444,7 @@ class Answer:
         except (Problem, Unavailable) as error:
             problem = as_problem(error)
             self.log_refusal(environ, problem.code, problem.status, problem.log, route)
+            audit_refused_privilege(self.idp, params, problem)
         except MemoryError as error:
             problem = Problem("temporarily_unavailable", retry_after=1)
             self.log_refusal(environ, problem.code, problem.status, f"no memory {error}".rstrip(), route)

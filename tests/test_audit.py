@@ -13,7 +13,7 @@ import sqlcipher3
 from conftest import CHEAP, DATABASE_KEY, PASSWORD
 from appliance.base.log import Log
 from appliance.base.settings import Options
-from appliance.base.store import AuthorizationCode, FOREVER, MIGRATIONS, Store
+from appliance.base.store import AuthorizationCode, FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
 from microauthd import sha256
 from appliance.upkeep import audit_limit, log_audit_head
 from appliance.base.database import Unavailable
@@ -570,6 +570,54 @@ class TestWhatIsCountedAndWhatIsAChange:
         m.write_refusal_counts(idp, everything=True)
         rows = idp.store.list_audit("auth.token.replay_detected")
         assert len(rows) == 4 and counted(rows) == 40
+
+
+class TestPrivilegedRequestsThatAreRefused:
+    def refused(self, idp):
+        return [
+            (row.actor_id, row.target, row.secondary, row.result)
+            for row in idp.store.list_audit("privileged_request_refused", after=0)
+        ]
+
+    def test_at_admin(self, idp, call, root):
+        assert call("DELETE", f"/users/{root.id}").status == 409
+        assert call("DELETE", f"/roles/{MAD_ADMIN_ROLE_ID}").status == 403
+        for _ in range(3):
+            assert call("POST", "/scopes", {"name": "admin:read_user"}).status == 409
+        assert call("GET", "/users/nobody").status == 404 and call("POST", "/roles", {}).status == 400
+        assert call("GET", "/users").status == 200
+        m.write_refusal_counts(idp, everything=True)
+        counts = f"error=conflict;count=2;since={m.iso(idp.now())}"
+        assert self.refused(idp) == [
+            (root.id, "DELETE /users/<id>", f"error=last_administrator;{root.id}", "failure"),
+            (root.id, "DELETE /roles/<id>", f"error=protected;{MAD_ADMIN_ROLE_ID}", "failure"),
+            (root.id, "POST /scopes", "error=conflict", "failure"), (root.id, "POST /scopes", counts, "failure"),
+        ]
+
+    def test_by_whom_who_is_no_administrator_any_more(self, idp, call, root, new_user, change):
+        new_user("second", admin=True)
+        change("DELETE FROM user_role WHERE user_id = :id", id=root.id)
+        assert call("GET", "/users").status == 401
+        assert self.refused(idp) == [(root.id, "GET /users", "error=invalid_token", "failure")]
+
+    def test_by_a_delegated_scope(self, idp, auth, root, alice, new_client):
+        client = new_client("desk", scopes=["admin:reset_passwords"])
+        token = auth.post("/token", MACHINE, auth=client).json["access_token"]
+        new = {"new_password": "another battery staple"}
+        assert auth("POST", "/user/root/reset", bearer=token, json_body=new).status == 403
+        assert auth.get("/users", bearer=token).status == 403
+        assert auth("POST", "/user/alice/reset", bearer=token, json_body=new).status == 200
+        assert [(actor, secondary) for actor, _, secondary, _ in self.refused(idp)] == [
+            ("desk", "error=access_denied;root"), ("desk", "error=insufficient_scope"),
+        ]
+
+    def test_no_stranger_and_nobody_at_other_routes(self, idp, auth, admin, machine):
+        for token in (None, "x", machine["access_token"]):
+            assert admin.get("/users", bearer=token).status == 401
+        assert auth.get("/users", bearer="x").status == 401
+        assert auth.get("/me/sessions", bearer=machine["access_token"]).status == 403
+        assert admin.post("/token", {"username": "nobody", "password": "wrong wrong"}).status == 403
+        assert self.refused(idp) == []
 
 
 class TestTheSizeOfTheLog:
