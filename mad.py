@@ -2933,7 +2933,7 @@ SESSION_FIELDS = fields("id", "user_id", "username", "client_id", "token_use", "
                         "issued_at", "expires_at")
 SESSION_TABLE = table("sessions", "id", "user_id", "client_id", "use=token_use", "is_revoked", "expires=expires_at")
 REFRESH_TOKEN_TABLE = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
-AUDIT_MEMBERS = ("id", "user=actor_id", "action", "target", "secondary", "time=timestamp")
+AUDIT_MEMBERS = ("id", "user=actor_id", "action", "result", "target", "secondary", "time=timestamp")
 
 
 def uri_commands(verb: str, description: str, bound, uri: str) -> tuple:
@@ -2983,7 +2983,7 @@ def audit_commands(noun: str) -> tuple:
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
         ), table("entries", *AUDIT_MEMBERS), f"mad {noun} list --action user_created --since 2030-01-31"),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD_ID,),
-                fields(*AUDIT_MEMBERS, "result", "ip_address", "user_agent", "request_id", "row_sha256"),
+                fields(*AUDIT_MEMBERS, "ip_address", "user_agent", "request_id", "row_sha256"),
                 f"mad {noun} get --id 17"),
         Command(noun + " verify", "tell whether the log is whole and nobody changed it", MadClient.verify_audit_logs,
                 (), lambda row: [printable(row["message"]), "last entry: " + printable(row.get("last_seq")),

@@ -1494,6 +1494,19 @@ def record_totp_change(idp: Idp, caller: Caller, account: Account, action: str, 
         audit(idp, caller, action, account.id)
 
 
+def record_wrong_first_code(idp: Idp, caller: Caller, account: Account):
+    """Count a wrong first code of a second factor, as a wrong code at a login; audit it.
+
+    While the second factor is locked it changes nothing.
+    """
+    if account.totp_locked_until > idp.now():
+        audit_refusal(idp, caller, "totp_first_code_wrong", account.id, "second factor locked", proven=True)
+        return
+    with idp.store.transaction():
+        count_failed_code(idp, account)
+        audit(idp, caller, "totp_first_code_wrong", account.id, "", FAILURE)
+
+
 def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str, revoke=True):
     """Enable the pending seed by its first code. Raises invalid_grant with 403; failures count as at a login.
 
@@ -1512,10 +1525,8 @@ def confirm_totp(idp: Idp, caller: Caller, account: Account, code: str, revoke=T
             idp.store.set_totp(account.id, fresh.totp_pending_sealed, now)
             idp.store.spend_totp_step(account.id, time_step)
             record_totp_change(idp, caller, account, "totp_enabled", revoke)
-        else:
-            count_failed_code(idp, account)
-            audit(idp, caller, "totp_enabled", account.id, "", FAILURE)
     if not is_confirmed:
+        record_wrong_first_code(idp, caller, account)
         raise Problem("invalid_grant", status=403, log="the one-time code is wrong", audited=True)
     remove_qr_files(idp)
 
@@ -3764,8 +3775,8 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
     found = totp_time_step(seed, code, idp.now()) if account.totp_locked_until <= idp.now() else None
     if found is None:
         count_failed_step(idp, login)
-        count_failed_code(idp, account)
-        raise Problem("invalid_grant", status=403, log="wrong first code")
+        record_wrong_first_code(idp, caller.acting_as(account.id), account)
+        raise Problem("invalid_grant", status=403, log="wrong first code", audited=True)
     with idp.store.transaction():
         login = advance_proven(idp, login, "codes", amr="pwd otp mfa")
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())

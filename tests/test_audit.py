@@ -14,7 +14,7 @@ from conftest import CHEAP, DATABASE_KEY, PASSWORD
 from appliance.base.log import Log
 from appliance.base.settings import Options
 from appliance.base.store import AuthorizationCode, FOREVER, MAD_ADMIN_ROLE_ID, MIGRATIONS, Store
-from microauthd import sha256
+from microauthd import TOTP_TRIES, sha256
 from appliance.upkeep import audit_limit, log_audit_head
 from appliance.base.database import Unavailable
 
@@ -618,6 +618,27 @@ class TestPrivilegedRequestsThatAreRefused:
         assert auth.get("/me/sessions", bearer=machine["access_token"]).status == 403
         assert admin.post("/token", {"username": "nobody", "password": "wrong wrong"}).status == 403
         assert self.refused(idp) == []
+
+
+class TestWrongFirstCodes:
+    """They are no attempt to enable a second factor that failed, but a guess: with an action of their own."""
+
+    def actions(self, idp):
+        return [(row.action, row.actor_id, row.target, row.result) for row in idp.store.list_audit(limit=2)]
+
+    def test_at_admin_and_while_it_is_locked(self, idp, call, alice, root):
+        m.begin_totp(idp, m.LOCAL, idp.store.find_account(alice.id))
+        for _ in range(TOTP_TRIES):
+            assert call("POST", "/users/alice/totp/verify", {"code": "000000"}).status == 403
+        assert self.actions(idp) == [("totp_first_code_wrong", root.id, alice.id, "failure")] * 2
+        assert idp.store.find_account(alice.id).totp_locked_until > idp.now()
+        for _ in range(9):
+            assert call("POST", "/users/alice/totp/verify", {"code": "000000"}).status == 403
+        m.write_refusal_counts(idp, everything=True)
+        rows = idp.store.list_audit("totp_first_code_wrong")
+        assert len(rows) == TOTP_TRIES + 2 and counted(rows) == TOTP_TRIES + 9
+        assert rows[1].secondary == "second factor locked"
+        assert not idp.store.list_audit("totp_enabled") and not idp.store.list_audit("privileged_request_refused")
 
 
 class TestTheSizeOfTheLog:

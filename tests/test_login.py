@@ -1293,6 +1293,15 @@ class TestSecondFactor:
         assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 403
         assert not idp.store.find_account(alice.id).totp_sealed
 
+    def test_a_wrong_first_code_is_a_row_of_the_audit_log(self, idp, register, alice, browser, clock):
+        seed = self.enrolling(register, browser)
+        assert browser.submit(totp="000000").status == 403
+        (row,) = idp.store.list_audit("totp_first_code_wrong")
+        assert (row.actor_id, row.target, row.result) == (alice.id, alice.id, "failure")
+        assert idp.store.find_account(alice.id).totp_failures == 1
+        assert browser.submit(totp=pyotp.TOTP(seed).at(idp.now())).status == 200
+        assert len(idp.store.list_audit("totp_first_code_wrong")) == len(idp.store.list_audit("totp_enabled")) == 1
+
     @pytest.mark.parametrize("what", ["totp_locked_until", "lockout_until"])
     def test_while_it_or_the_account_is_locked_the_first_code_of_an_enrolment_is_refused(
         self, idp, register, alice, browser, change, what
