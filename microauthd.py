@@ -370,8 +370,8 @@ class Throttle:
 class CountedRefusal:
     """A refusal whose first row is in the audit log, and its repetitions, which are not yet."""
 
-    def __init__(self, row: tuple, until: float):
-        self.row, self.since, self.until, self.count = row, row[0], until, 0
+    def __init__(self, row: tuple, until: float, budget: str):
+        self.row, self.since, self.until, self.budget, self.count = row, row[0], until, budget, 0
 
 
 class RefusalCounter:
@@ -385,21 +385,22 @@ class RefusalCounter:
 
     WINDOW = 600  # seconds, as all times here, of a clock that only moves forward
     QUIET = 3600  # after so long without a flood, the beginning of the next one is a row of its own
-    SIZE = 1024  # kinds in memory; the budgets keep it from being reached
-    BUDGETS = {"stranger": (30, 6 / 60), "known": (60, 30 / 60)}  # noqa: RUF012 - burst, refill a second
+    # burst, refill a second, and how many kinds there may be at once: who repeats each of them keeps them all alive
+    BUDGETS = {"stranger": (30, 6 / 60, 100), "known": (60, 30 / 60, 400)}  # noqa: RUF012
 
     def __init__(self, clock):
         self.clock, self.lock = clock, threading.Lock()
         self.kinds: dict[tuple, CountedRefusal] = {}
-        self.levels = {budget: (burst, clock()) for budget, (burst, _) in self.BUDGETS.items()}
+        self.levels = {budget: (burst, clock()) for budget, (burst, *_) in self.BUDGETS.items()}
         self.excess: collections.Counter[str] = collections.Counter()  # what exceeded a budget, by action
         self.excess_since, self.excess_until, self.flood_seen_at = 0, 0.0, -math.inf
 
     def take(self, budget: str, now: float) -> bool:
-        (level, at), (burst, rate) = self.levels[budget], self.BUDGETS[budget]
+        (level, at), (burst, rate, most) = self.levels[budget], self.BUDGETS[budget]
         level = min(burst, level + max(0, now - at) * rate)
-        self.levels[budget] = (level - (level >= 1), now)
-        return level >= 1
+        is_left = level >= 1 and sum(found.budget == budget for found in self.kinds.values()) < most
+        self.levels[budget] = (level - is_left, now)
+        return is_left
 
     def note(self, row: tuple, network: str, budget: str) -> tuple[bool, bool]:
         """Count a refusal, given as a row of the audit log. Return whether to write it now, as the first of its kind,
@@ -411,8 +412,8 @@ class RefusalCounter:
             if found:
                 found.count += 1
                 return False, False
-            if len(self.kinds) < self.SIZE and self.take(budget, now):
-                self.kinds[kind] = CountedRefusal(row, now + self.WINDOW)
+            if self.take(budget, now):
+                self.kinds[kind] = CountedRefusal(row, now + self.WINDOW, budget)
                 return True, False
             if not self.excess:
                 self.excess_since, self.excess_until = row[0], now + self.WINDOW

@@ -419,6 +419,17 @@ class TestRefusalsAreCounted:
             m.audit_refusal(idp, m.LOCAL.acting_as("known"), "act", str(number), proven=True)
         assert len(idp.store.list_audit("act")) == 60
 
+    def test_kinds_that_somebody_keeps_alive_are_a_hundred_rows_a_window_at_most(self, idp, clock):
+        for turn in range(20):
+            for number in range(300):
+                m.audit_refusal(idp, m.LOCAL, "act", str(number))
+            clock.pass_(300)
+            m.write_refusal_counts(idp)
+            if turn == 14:
+                last = idp.store.list_audit(limit=1)[0].seq
+        rows = idp.store.list_audit(after=last, limit=1000)
+        assert {row.action for row in rows} == {"act", "refusals_counted"} and 200 <= len(rows) <= 3 * 102
+
     def test_a_kill_loses_counts_and_no_first_row(self, idp, make_idp, options):
         for _ in range(9):
             m.audit_refusal(idp, m.LOCAL, "act")

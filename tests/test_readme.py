@@ -61,12 +61,13 @@ class TestNames:
     def test_the_limits_of_refusals_it_names_are_those_of_the_counter(self):
         named = re.search(
             r"(\d+) kinds at once and then (\w+) a minute, of callers that proved a secret or token (\d+) and then "
-            r"(\d+).*by address, (\d+) at once and then (\w+) a second\. No request", MANUAL["security.md"],
+            r"(\d+), and counts (\d+) and (\d+) kinds at a time;.*by address, (\d+) at once and then (\w+) a second\. No request", MANUAL["security.md"],
         )
         numbers = [{"two": 2, "six": 6}.get(word) or int(word) for word in named.groups()]
         budgets, rates = microauthd.RefusalCounter.BUDGETS, microauthd.Throttle.RATES
         assert numbers == [
             budgets["stranger"][0], 60 * budgets["stranger"][1], budgets["known"][0], 60 * budgets["known"][1],
+            budgets["stranger"][2], budgets["known"][2],
             *rates["refusal of peer"],
         ]
 
