@@ -245,6 +245,30 @@ def open_store(box):
     return Store(path, read_database_key(path, "a database phrase", False))
 
 
+class TestRefusals:
+    def test_a_stop_writes_their_counts_and_kill_9_keeps_the_first_of_each_process(self, box):
+        def refuse(count):
+            for _ in range(count):
+                answer = box.call(box.auth_port, "POST", "/token", {"grant_type": "x"}, client=box.client)
+                assert answer.status == 400
+
+        def told():
+            store = open_store(box)
+            rows = [row.secondary for row in store.list_audit("token_refused")]
+            assert store.verify_audit()["valid"]
+            store.close()
+            return [int(row.partition(";count=")[2].partition(";")[0] or 1) for row in rows]
+
+        refuse(40)
+        assert box.stop() == 0
+        before = told()
+        assert sum(before) == 40 and 2 <= len(before) <= 4, "a first row and a count of each worker"
+        box.start()
+        refuse(40)
+        box.kill()
+        assert 1 <= len(told()) - len(before) <= 2 and set(told()[: -len(before)]) == {1}
+
+
 class TestKilling:
     def test_a_worker_is_replaced_and_others_notice_nothing(self, box):
         with Load(box) as load:

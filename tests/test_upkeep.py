@@ -1,6 +1,7 @@
 """Upkeep: what is over goes, the rest stays."""
 
 import time
+from types import SimpleNamespace
 
 import jwt
 import appliance.upkeep as upkeep_room
@@ -14,7 +15,7 @@ from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.store import Family, RetiredKey, Session, Store, chain
 from appliance.base.objects import ChangeSecret, CreateUser
-from appliance.upkeep import ClockThread, Upkeep, advance_key_states, log_audit_head
+from appliance.upkeep import ClockThread, Upkeep, advance_key_states, audit_limit, log_audit_head
 from appliance.recovery import back_up, describe_keys, restore, revoke_key, rotate_keys
 
 
@@ -124,6 +125,17 @@ class TestPurge:
         clock.pass_(3000 * DAY)
         purge(idp)
         assert count(idp, "family") == count(idp, "session") == 1 and count(idp, "audit") >= 1
+
+    def test_the_size_of_the_audit_log_is_looked_at_every_minute(self, idp):
+        with idp.store.transaction():
+            row = (idp.now(), "x", "act", "", "s" * 200, "", "", "", "failure")
+            idp.store.append_refusals([row] * 1200)
+        upkeep = Upkeep(idp)
+        assert upkeep.audit_limit == audit_limit(idp.options, idp.store.path)
+        upkeep.audit_limit, waits = 1_000_000, []
+        upkeep.ending = SimpleNamespace(wait=lambda seconds: waits.append(seconds) or len(waits) > 30)
+        upkeep.run()
+        assert idp.store.list_audit("audit_purged") and idp.store.count_audit("act") < 500
 
     def test_audit_rows_go_by_age_and_the_chain_goes_on(self, idp, service, alice, clock):
         last = idp.store.list_audit(limit=1)[0]
