@@ -542,8 +542,17 @@ class TestWhatIsCountedAndWhatIsAChange:
         monkeypatch.setattr(idp.store, "committing", commit)
         for _ in range(9):  # wrong, locked, or nobody
             commits.clear()
+            before = idp.store.connection.total_changes
             auth.post("/token", self.PASSWORD_GRANT | {"username": name}, auth=service)
-            assert len(commits) == 1
+            assert len(commits) == 1 and idp.store.connection.total_changes > before
+
+    def test_what_the_last_administrator_may_try_while_it_is_locked_is_counted(self, idp, root):
+        for _ in range(15):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(idp, m.LOCAL, "root", "wrong wrong", admin=True)
+        assert idp.store.value("SELECT count(*) FROM audit WHERE action = 'user_login_failed'") == 5
+        m.write_refusal_counts(idp, everything=True)
+        assert counted(idp.store.list_audit("user_login_failed")) == 15
 
     def test_only_the_first_revocation_is_a_change(self, idp, auth, public, alice):
         login = auth.post("/token", LOGIN).json
