@@ -12,7 +12,7 @@ import sqlcipher3
 
 from appliance.base import StartupError
 from appliance.base.settings import Options
-from appliance.base.files import read_owned, sync_directory
+from appliance.base.files import read_owned, show_path, sync_directory
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
 from appliance.base.objects import BackupObject, iso
@@ -86,7 +86,7 @@ def write_backup(idp: Idp, caller: Caller, path: str, force=False, without_keys=
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         contents = check_copy(temporary, idp.store.key)
         # The audit row first: no backup may exist that the audit log does not name.
-        audit(idp, caller, "backup_made", os.path.basename(path))
+        audit(idp, caller, "backup_made", show_path(os.path.basename(path)))
         os.replace(temporary, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:

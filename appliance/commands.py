@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import os
 import pwd
@@ -16,7 +17,7 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.files import existing_folder, warn
+from appliance.base.files import existing_folder, read_stdin_secret, warn
 from appliance.base.settings import (
     OPTIONS, Options, config_path, describe_options, load_options, parse_flags, take_secrets,
 )
@@ -175,6 +176,20 @@ def run_backup(options: Options, line: CommandLine) -> int:
     return 0
 
 
+def ask_secret(question: str) -> str:
+    """Ask on the terminal, without showing what is typed. Raises StartupError."""
+    import getpass
+
+    try:
+        answer = getpass.getpass(question)
+        answer.encode()
+    except UnicodeError:
+        raise StartupError("what was typed is not valid UTF-8: the locale of this terminal says otherwise") from None
+    except EOFError:
+        raise StartupError("the input ended; nothing was done") from None
+    return answer
+
+
 def run_restore(options: Options, line: CommandLine) -> int:
     try:
         with open(line.args[0], "rb") as file:
@@ -184,9 +199,7 @@ def run_restore(options: Options, line: CommandLine) -> int:
     if not options.db_pass and not options.no_db_pass and not is_plain:
         if not sys.stdin.isatty():
             raise StartupError("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
-        import getpass
-
-        options = dataclasses.replace(options, db_pass=getpass.getpass("passphrase of the backup: "))
+        options = dataclasses.replace(options, db_pass=ask_secret("passphrase of the backup: "))
     done = restore(options, line.args[0])
     print(
         f"restored what {line.args[0]} holds, up to {iso(done['newest_at']) or 'the beginning'}; nothing that was "
@@ -258,12 +271,10 @@ def run_admin(options: Options, line: CommandLine) -> int:
     if line.args[0] != "recover" or not line.values.get("--username"):
         raise UsageError
     if "--password-stdin" in line.flags:
-        password = sys.stdin.readline().rstrip("\n")
+        password = read_stdin_secret("--password-stdin")
     elif sys.stdin.isatty():
-        import getpass
-
-        password = getpass.getpass("new password: ")
-        if getpass.getpass("once more: ") != password:
+        password = ask_secret("new password: ")
+        if ask_secret("once more: ") != password:
             raise StartupError("the two passwords differ")
     else:
         raise StartupError("without a terminal the password comes by --password-stdin")
@@ -690,9 +701,24 @@ def open_streams():
             setattr(sys, name, open(os.devnull, mode))
 
 
+def use_utf8():
+    """Start the program anew in UTF-8 mode if file names are ASCII here; take and show what is not text all the same.
+
+    They are under LC_ALL=C with PYTHONUTF8=0: the é of a path in the config file would be the name of no file. PEP 540.
+    Other encodings, such as that of a Latin-1 locale, have the names that their users see.
+    """
+    if sys.getfilesystemencoding() == "ascii" and sys.executable:
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     open_streams()
+    use_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
     if os.path.basename(sys.argv[0]) == "mad":
         argv.insert(0, "mad")

@@ -31,7 +31,7 @@ import sqlcipher3
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
-from appliance.base.files import check_folder, existing_folder, read_secret_file
+from appliance.base.files import check_folder, existing_folder, read_secret_file, read_stdin_secret
 from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
 from appliance.base.store import SEEDED_SCOPES
 from appliance.base.wire import tls_context
@@ -911,7 +911,7 @@ class AnswersFile:
                 "totp", "admin",
             )
         if "--admin-password-stdin" in flags:
-            key, password = "", sys.stdin.readline().rstrip("\r\n")
+            key, password = "", read_stdin_secret("--admin-password-stdin")
         elif "--admin-password-file" in values:
             name = "--admin-password-file"
             key, password = "", self.checked("", "", read_named_secret, draft, values[name], name)

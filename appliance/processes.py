@@ -310,8 +310,8 @@ def drop_startup_pages():
 
     A mapping without a private page equals the file, so a page that is needed again faults back in. madvise(2).
     """
-    with contextlib.suppress(ImportError, AttributeError, OSError), open("/proc/self/smaps") as smaps:
-        madvise, begin = libc("madvise", "size_t", "size_t", "int"), 0
+    with contextlib.suppress(ImportError, AttributeError, OSError), open("/proc/self/smaps", errors="replace") as smaps:
+        madvise, begin = libc("madvise", "size_t", "size_t", "int"), 0  # smaps names files, in whatever encoding
         for line in smaps:
             if re.match("[0-9a-f]+-", line):
                 address, mode, _, _, inode, *_ = line.split()

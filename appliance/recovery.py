@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import json
 import os
 import secrets
 import shutil
@@ -20,9 +21,12 @@ import sqlcipher3
 from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, RELEASED_AT, sleep
 from appliance.base.files import (
-    check_folder, existing_folder, make_folder, open_owned, read_owned, sync_directory, write_beside, write_durably,
+    check_folder, existing_folder, make_folder, open_owned, read_owned, show_path, sync_directory, write_beside,
+    write_durably,
 )
-from appliance.base.settings import OPTION_NAMES, Options, load_options, parse_config, read_config, write_config
+from appliance.base.settings import (
+    OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
+)
 from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
@@ -143,6 +147,12 @@ def journal_of(config: str) -> str:
     return config + ".setting-up"
 
 
+def write_journal(config: str, committed: bool, files: list[tuple[str, str]]):
+    """Write what a set-up or a restore has begun: pairs of staged and final path, and whether all are complete."""
+    # Escaped to ASCII, where the octets of a path that is not UTF-8 have a form, as lone surrogates; msgspec has none.
+    write_durably(journal_of(config), json.dumps({"committed": committed, "files": files}).encode())
+
+
 @contextlib.contextmanager
 def hold_setup(config: str, shared=False):
     """Lock the journal: what looks like an interrupted set-up may be one that still runs.
@@ -191,10 +201,10 @@ def read_journal(config: str, options: Options) -> Journal | None:
     """
     path = journal_of(config)
     try:
-        journal = msgspec.json.decode(read_owned(path), type=Journal)
+        journal = msgspec.convert(json.loads(read_owned(path)), Journal)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError) as error:
         raise StartupError(f"the journal {path} cannot be read: {error}; look at it, then remove it") from None
     named = {*state_files(options)}
     with contextlib.suppress(FileNotFoundError):
@@ -368,14 +378,14 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
             # Before the journal, which names only files that a config file names.
             write_durably(staged[config], write_config(options).encode())
             checkpoint("config")
-            write_durably(journal_of(config), msgspec.json.encode(Journal(False, files)))
+            write_journal(config, False, files)
             checkpoint("journal")
             try:
                 made = stage(options, answers, staged, now, checkpoint)
             except BaseException:
                 finish_setup(config, options)
                 raise
-            write_durably(journal_of(config), msgspec.json.encode(Journal(True, files)))
+            write_journal(config, True, files)
             checkpoint("committed")
             finish_setup(config, options)
     return made
@@ -517,8 +527,9 @@ def merge_settings(options: Options, content: bytes, where: str) -> Options:
     They name the files and hold the passphrases of the keys.
     """
     values = {}
-    for name, (value, origin) in parse_config(content.decode("utf-8"), where).items():
+    for name, (value, origin) in parse_config(content.decode("utf-8", "surrogateescape"), where).items():
         if name not in options.origins:
+            check_text(value, origin, name)
             try:
                 values[OPTION_NAMES[name].attribute] = OPTION_NAMES[name].parse(value)
             except ValueError as error:
@@ -608,7 +619,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
             store.revoke_kids(revoked)
             store.delete_logins()
             audit(
-                idp, LOCAL.acting_as("machine"), "restored", os.path.basename(source),
+                idp, LOCAL.acting_as("machine"), "restored", show_path(os.path.basename(source)),
                 f"newest_row={iso(newest)}" + "".join(f" still_revoked={kid}" for kid in replaced),
             )
         store.checkpoint()
@@ -654,7 +665,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
                 ring_locks.enter_context(lock_ring(path))
             if "config" in files:  # before the journal, which names only files that a config file names
                 write_durably(staged["config"], files["config"])
-            write_durably(journal_of(config), msgspec.json.encode(Journal(False, placed)))
+            write_journal(config, False, placed)
             checkpoint("journal")
             try:
                 newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
@@ -662,7 +673,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             except BaseException:
                 finish_setup(config, options)
                 raise
-            write_durably(journal_of(config), msgspec.json.encode(Journal(True, placed)))
+            write_journal(config, True, placed)
             checkpoint("committed")
             finish_setup(config, options)
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from box import ROOT, Box
+from box import Box, CHEAP, PROGRAM, ROOT
 from appliance.base import StartupError
 from appliance.base.files import Identity
 from appliance.base.settings import OPTIONS
 from appliance.commands import COMMANDS, CommandLine, become_owner, become_user, main, wipe_environment
+from appliance.recovery import recover_setup, write_journal
 
 
 class TestBesideARunningServer:
@@ -26,6 +27,91 @@ class TestBesideARunningServer:
     def test_bad_usage_is_two(self, tmp_path, words):
         box = Box(tmp_path / "data").set_up()
         assert box.run(*words).returncode == 2
+
+
+LATIN1 = "donn\udce9es"  # PEP 383: the octets of données in Latin-1
+PASSWORD = "an administrator's phrase"
+
+
+class TestEncoding:
+    """Paths, settings and secrets that are not UTF-8 work, or a sentence names them."""
+
+    def test_a_box_lives_in_a_folder_of_any_name(self, tmp_path):
+        (tmp_path / LATIN1).mkdir()
+        with Box(tmp_path / LATIN1 / "data") as box:
+            assert box.token().status == 200
+            done = box.run("backup", f"../{LATIN1}.backup")
+            assert (done.returncode, done.stderr) == (0, "") and "donn\\udce9es.backup: " in done.stdout
+            rows = box.admin("GET", "/audit-logs?limit=9", bearer=box.admin_token()).json
+            assert "donn\\xe9es.backup" in [row["target"] for row in rows if row["action"] == "backup_made"]
+            assert box.stop() == 0
+            assert box.run("restore", f"../{LATIN1}.backup").returncode == 0
+            assert box.start().token().status == 200
+
+    def test_a_journal_names_files_in_a_folder_of_any_name(self, tmp_path, monkeypatch):
+        folder = tmp_path / LATIN1
+        folder.mkdir(mode=0o700)
+        monkeypatch.chdir(folder)
+        (folder / "seal.key.setup").write_text("half of it")
+        write_journal("mad.conf", False, [(str(folder / "seal.key.setup"), str(folder / "seal.key"))])
+        recover_setup("mad.conf")
+        assert not (folder / "seal.key.setup").exists() and not (folder / "mad.conf.setting-up").exists()
+
+    @pytest.mark.parametrize(
+        "words, environ, said",
+        [
+            (["serve"], {"MAD_DB_PASS": "p\udce9ss"}, "environment MAD_DB_PASS: db-pass is not valid UTF-8"),
+            (["serve", "--db-file", LATIN1], {}, "flag --db-file: db-file is not valid UTF-8"),
+            (["backup", "b", "--brand-name", LATIN1], {}, "flag --brand-name: brand-name is not valid UTF-8"),
+            (["options", "--config", LATIN1], {}, "the config file donn\\udce9es does not exist"),
+            (["options"], {"MAD_CONFIG": LATIN1}, "the config file donn\\udce9es does not exist"),
+            (["help", LATIN1], {}, "the manual has no page 'donn\\udce9es'"),
+        ],
+    )
+    def test_a_setting_in_another_encoding_is_named(self, tmp_path, words, environ, said):
+        done = Box(tmp_path).run(*words, **environ)
+        assert done.returncode in (1, 2) and done.stderr.startswith("microauthd: ") and said in done.stderr
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize(
+        "words, name",
+        [
+            (["setup", "--answers", "answers.toml", "--admin-password-stdin"], "--admin-password-stdin"),
+            (["admin", "recover", "--username", "root", "--password-stdin"], "--password-stdin"),
+        ],
+    )
+    def test_a_password_in_another_encoding_is_refused_by_name(self, tmp_path, words, name):
+        box = Box(tmp_path)
+        (tmp_path / "answers.toml").write_text('[admin]\nusername = "root"\nemail = "root@example.org"')
+        done = subprocess.run(
+            [*PROGRAM, *words], cwd=tmp_path, env=box.environ | {"MAD_DB_PASS": "a database phrase"},
+            input=b"p\xe9ssword of mine\n", capture_output=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr == f"microauthd: {name}: what came from standard input is not valid UTF-8\n".encode()
+
+    def test_names_are_utf8_where_the_locale_is_ascii(self, tmp_path):
+        """PEP 540: Python's UTF-8 mode, which PYTHONUTF8=0 turns off."""
+        (tmp_path / "mad.conf").touch(0o600)
+        (tmp_path / "mad.conf").write_text("db-file = dépôt.db3\ndb-pass = dépôt dépôt\nbrand-name = Bücher\n")
+        (tmp_path / "answers.toml").write_text('[admin]\nusername = "root"\nemail = "root@example.org"')
+        for words, text in (
+            (["setup", "--answers", "answers.toml", "--admin-password-stdin"], "administrator=root"),
+            (["options"], "dépôt.db3"), (["backup", "dépôt.backup"], "dépôt.backup: "),
+        ):
+            done = subprocess.run(
+                [sys.executable, ROOT / "microauthd.py", *words], cwd=tmp_path, input=PASSWORD.encode(),
+                env=CHEAP | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, capture_output=True,
+            )
+            assert (done.returncode, done.stderr) == (0, b"") and text in done.stdout.decode()
+        assert {"dépôt.db3", "dépôt.backup"} <= {path.name for path in tmp_path.iterdir()}
+
+    def test_what_the_terminal_cannot_show_is_escaped(self, tmp_path):
+        done = subprocess.run(
+            [*PROGRAM, "options", "--brand-name", "Bücher"], cwd=tmp_path, capture_output=True,
+            env=Box(tmp_path).environ | {"PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0
 
 
 class TestCommandLine:

@@ -216,7 +216,7 @@ class TestFile:
         path.write_bytes(content)
         with pytest.raises(StartupError) as caught:
             load_options({"config": (str(path), "flag")}, {})
-        assert "cannot be read" in str(caught.value)
+        assert str(caught.value).endswith(" is not valid UTF-8")
 
     def test_a_file_that_is_not_ours_to_repair_is_refused(self, tmp_path, monkeypatch):
         path = tmp_path / "mad.conf"
@@ -269,6 +269,33 @@ def parses(option, word):
     except ValueError:
         return False
     return True
+
+
+class TestEncoding:
+    """PEP 383: octets of the environment, of arguments and of the file that are not UTF-8 are lone surrogates."""
+
+    @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+    def test_every_setting_is_text_or_is_named(self, tmp_path, option):
+        variable = "MAD_" + option.attribute.upper()
+        with pytest.raises(StartupError, match=f"environment {variable}: {option.name} is not valid UTF-8"):
+            load(tmp_path, "", {variable: "p\udce9ss"})
+
+    def test_what_is_utf8_stays_as_it_is(self, tmp_path):
+        options = load(tmp_path, "db-file = bücher.db3\nbrand-name = Bücher", {"MAD_DB_PASS": "ééé"}, ["--log-file", "é"])
+        assert (options.db_file, options.brand_name, options.db_pass, options.log_file) == (
+            "bücher.db3", "Bücher", "ééé", "é",
+        )
+
+    def test_a_comment_may_be_in_any_encoding(self, tmp_path):
+        (tmp_path / "mad.conf").write_bytes(b"# Gr\xf6\xdfe\nauth-port = 9042 ; \xe9\n")
+        assert load_options({"config": (str(tmp_path / "mad.conf"), "flag")}, {}).auth_port == 9042
+
+    def test_the_origin_of_a_setting_is_text_in_a_folder_of_any_name(self, tmp_path):
+        folder = tmp_path / "donn\udce9es"
+        folder.mkdir()
+        (folder / "mad.conf").write_text("auth-port = 9042")
+        options = load_options({"config": (str(folder / "mad.conf"), "flag")}, {})
+        assert options.origins["auth-port"].endswith("donn\\xe9es/mad.conf:1")
 
 
 class TestWriting:

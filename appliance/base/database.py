@@ -288,7 +288,7 @@ class Database:
         """
         self.check_files_unchanged()  # two processes with different -shm files for one WAL would overwrite each other
         connection = sqlcipher3.connect(
-            f"file:{quote(self.path)}?mode={mode or self.mode}", uri=True, isolation_level=None,
+            f"file:{quote(os.fsencode(self.path))}?mode={mode or self.mode}", uri=True, isolation_level=None,
             check_same_thread=False, timeout=LOCK_SECONDS, cached_statements=256,
         )
         connection.execute("PRAGMA cipher_log_level = NONE")  # SQLCipher logs to stderr; failures raise anyway

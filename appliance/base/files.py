@@ -297,6 +297,19 @@ def write_beside(path: str, content: bytes) -> str:
     return temporary
 
 
+def show_path(path: str) -> str:
+    """Return a path as text: octets that are not UTF-8 as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def read_stdin_secret(flag: str) -> str:
+    """Return the first line of standard input. `flag` is for the message. Raises StartupError."""
+    try:
+        return sys.stdin.buffer.readline().decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise StartupError(f"{flag}: what came from standard input is not valid UTF-8") from None
+
+
 def write_durably(path: str, content: bytes):
     """Replace a private file atomically and durably. rename(2), fsync(2)."""
     os.replace(write_beside(path, content), path)

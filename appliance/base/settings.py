@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from appliance.base import StartupError
-from appliance.base.files import guard_private, open_owned, read_secret_file
+from appliance.base.files import guard_private, open_owned, read_secret_file, show_path
 
 # == Options ===================================================================
 # Every setting, declared once. Default < file < environment < flag.
@@ -480,6 +480,7 @@ def parse_config(content: str, where: str) -> dict:
             "restore it, or check it and add that line"
         )
     found: dict[str, tuple[str, str]] = {}
+    where = show_path(where)  # it becomes part of answers of ADMIN
     for number, line in enumerate(content.split("\n"), 1):
         line = line.strip()
         if not line or line[0] in "#;":
@@ -545,6 +546,17 @@ def parse_flags(argv: list[str]) -> tuple[dict, list[str]]:
     return found, args
 
 
+def check_text(value: str, origin: str, name: str):
+    """Raise StartupError unless a setting is text: octets that are not UTF-8 arrive as lone surrogates. PEP 383.
+
+    The config file that it is written to, the answers of ADMIN and the passphrases of the files are UTF-8.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise StartupError(f"{origin}: {name} is not valid UTF-8") from None
+
+
 def config_path(flags: dict, environ: Mapping[str, str]) -> str:
     """Return the path of the config file, whether it is there or not."""
     prefix = flags.get("env-var-prefix", ("MAD_",))[0]
@@ -583,14 +595,13 @@ def read_config(path: str) -> dict:
     """
     try:
         with os.fdopen(open_owned(path), "rb") as file:
-            found = parse_config(file.read().decode("utf-8"), path)
+            found = parse_config(file.read().decode("utf-8", "surrogateescape"), path)
             if any(OPTION_NAMES[name].secret for name in found):
                 guard_private(file.fileno(), path, "it holds secrets")
     except FileNotFoundError:
         raise
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise StartupError(f"the config file {path} cannot be read: {reason}") from None
+    except OSError as error:
+        raise StartupError(f"the config file {path} cannot be read: {error.strerror}") from None
     return found
 
 
@@ -679,6 +690,7 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     values, origins = {}, {"config": path}
     for name, (value, origin) in given.items():
         option = OPTION_NAMES[name]
+        check_text(value, origin, name)
         try:
             values[option.attribute] = option.parse(value)
         except ValueError as error:
