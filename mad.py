@@ -3417,7 +3417,10 @@ def parse_and_run(command: Command, args: list[str]) -> int:
     except BadValue as problem:
         return _report_error(context.json, EXIT_USAGE, "usage", [str(problem)])
     except UnicodeEncodeError:
-        return _report_error(context.json, EXIT_USAGE, "usage", ["a value in the environment is not valid UTF-8"])
+        names = [name for name, value in os.environ.items()
+                 if name.startswith("MAD_") and any("\ud800" <= ch <= "\udfff" for ch in value)]
+        complaint = (", ".join(names) or "a value") + " in the environment is not valid UTF-8"
+        return _report_error(context.json, EXIT_USAGE, "usage", [complaint])
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -970,6 +970,13 @@ class TestOptions:
     def test_are_refused_when_they_are_wrong(self, words, error):
         assert parsed_of("--client-id", "x", *words).errors == [error]
 
+    @pytest.mark.parametrize("name", ["MAD_CLIENT_ID", "MAD_CLIENT_SECRET"])
+    def test_a_variable_that_is_not_utf8_is_named(self, here, name):
+        environ = {"MAD_CLIENT_ID": "a", "MAD_CLIENT_SECRET": "s", "MAD_AUTH_URL": "https://localhost:1"}
+        done = here("token", "get", **(environ | {name: "p\udce9"}))
+        assert done.returncode and "Traceback" not in done.stderr and done.stderr.startswith("mad: error: ")
+        assert name in done.stderr or "\\udce9" in done.stderr
+
     def test_an_update_changes_something(self):
         assert parsed_of("--id", "x", name="user update").errors == [
             "nothing to change: give at least one of --username, --email, --is-active"
