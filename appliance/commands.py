@@ -30,7 +30,7 @@ from microauthd import (
     AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_time_step,
     totp_uri,
 )
-from appliance.processes import serve
+from appliance.processes import check_limits, serve
 from appliance.recovery import (
     accept_clock, back_up, describe_keys, factory_reset, hold_setup, recover_admin, recover_setup, require_owner,
     restore, revoke_key, rotate_keys, set_up_demo,
@@ -155,6 +155,8 @@ def run_options(options: Options, line: CommandLine) -> int:
 
 def run_setup(options: Options, line: CommandLine) -> int:
     from appliance import oobe
+
+    check_limits()  # a box that is set up here could not serve
 
     if "--demo" in line.flags:
         set_up_demo(options, oobe.set_up)

@@ -160,6 +160,25 @@ def prepare(options: Options) -> StartupState:
 DESCRIPTORS_KEPT = 256  # for database connections, the log and pipes: network connections must not take these
 
 
+LEAST_DESCRIPTORS = 64  # with fewer, threads find none for their database connections, and answer 503
+LEAST_ADDRESS_SPACE = 320 << 20  # with less, threads find no room for their stacks, and Argon2 none for its work
+
+
+def check_limits():
+    """Raise StartupError if this process may have too few descriptors or too little memory to serve. getrlimit(2)."""
+    limits = (
+        # The hard limit: grant_connections() raises the soft one to it.
+        (resource.RLIMIT_NOFILE, 1, LEAST_DESCRIPTORS, 1, "open files (ulimit -n, LimitNOFILE=)", ""),
+        (resource.RLIMIT_AS, 0, LEAST_ADDRESS_SPACE, 1 << 20, "address space (ulimit -v, LimitAS=)", " MB"),
+    )
+    for limit, which, least, unit, name, suffix in limits:
+        allowed = resource.getrlimit(limit)[which]
+        if allowed != resource.RLIM_INFINITY and allowed < least:
+            raise StartupError(
+                f"the limit of {name} is {allowed // unit}{suffix}, and the server needs {least // unit}{suffix}"
+            )
+
+
 def grant_connections(servers: int) -> Limits:
     """Return the limits of each server of this process: as many connections as it may have descriptors for.
 
@@ -586,6 +605,7 @@ def hold_database(path: str):
 
 def serve(options: Options) -> int:
     """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
+    check_limits()
     # Block the signals before the first thread and wait for them: a handler could run just before the wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
     # If the parent ignored SIGCHLD, so does this process, and the end of a child would be lost. wait(2).

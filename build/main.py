@@ -37,6 +37,7 @@ import errno  # noqa: E402
 import fcntl  # noqa: E402
 import hashlib  # noqa: E402
 import os  # noqa: E402
+import resource  # noqa: E402
 import shutil  # noqa: E402
 import stat  # noqa: E402
 import tempfile  # noqa: E402
@@ -234,7 +235,19 @@ def remove_stale_trees(root, tree):
                 os.close(descriptor)
 
 
+def check_limits():
+    """Fail if the program cannot be unpacked and loaded within these limits. getrlimit(2)."""
+    for limit, name, least, needed in (
+        (resource.RLIMIT_NOFILE, "open files (ulimit -n)", 16, "16"),
+        (resource.RLIMIT_AS, "address space (ulimit -v)", 96 << 20, "96 MB"),
+    ):
+        allowed = resource.getrlimit(limit)[0]
+        if allowed != resource.RLIM_INFINITY and allowed < least:
+            fail("the limit of %s is too low: the program needs %s" % (name, needed))
+
+
 def main():
+    check_limits()
     # Shiv's variables name another entry point or folder. This program ignores them and passes them to no child.
     for name in [name for name in os.environ if name.startswith("SHIV_")]:
         del os.environ[name]

@@ -1,7 +1,10 @@
 """The command line: exit statuses, usage."""
 
+import concurrent.futures
+import functools
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -112,6 +115,51 @@ class TestEncoding:
             env=Box(tmp_path).environ | {"PYTHONIOENCODING": "ascii"},
         )
         assert done.returncode == 0
+
+
+class TestLimits:
+    """getrlimit(2): where nobody can be served, the start says so."""
+
+    @pytest.mark.parametrize(
+        "limit, amount, said",
+        [
+            (resource.RLIMIT_NOFILE, 63, "open files (ulimit -n, LimitNOFILE=) is 63, and the server needs 64"),
+            (resource.RLIMIT_NOFILE, 16, "open files (ulimit -n, LimitNOFILE=) is 16, and the server needs 64"),
+            (resource.RLIMIT_NOFILE, 15, "open files (ulimit -n) is too low: the program needs 16"),
+            (resource.RLIMIT_AS, 319 << 20, "address space (ulimit -v, LimitAS=) is 319 MB, and the server needs 320 MB"),
+            (resource.RLIMIT_AS, 100 << 20, "address space (ulimit -v, LimitAS=) is 100 MB, and the server needs 320 MB"),
+            (resource.RLIMIT_AS, 95 << 20, "address space (ulimit -v) is too low: the program needs 96 MB"),
+        ],
+    )
+    def test_too_little_is_refused_in_a_sentence(self, tmp_path, limit, amount, said):
+        box = Box(tmp_path).set_up()
+        (tmp_path / "new").mkdir(mode=0o700)
+        for words, folder in ((["serve"], tmp_path), (["setup", "--demo"], tmp_path / "new")):
+            done = subprocess.run(
+                [*PROGRAM, *words], cwd=folder, env=box.environ, capture_output=True, text=True, timeout=60,
+                preexec_fn=lambda: resource.setrlimit(limit, (amount, amount)),
+            )
+            assert (done.returncode, done.stderr) == (1, f"microauthd: the limit of {said}\n")
+        assert not list((tmp_path / "new").iterdir()) and not box.log()
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_the_least_is_enough_to_serve(self, tmp_path, workers, monkeypatch):
+        with Box(tmp_path, workers=workers) as box:
+            box.stop()
+            limits = ((resource.RLIMIT_NOFILE, (64, 64)), (resource.RLIMIT_AS, (320 << 20, 320 << 20)))
+            start = functools.partial(subprocess.Popen, preexec_fn=lambda: [resource.setrlimit(*limit) for limit in limits])
+            monkeypatch.setattr(subprocess, "Popen", start)
+            box.start()
+            with concurrent.futures.ThreadPoolExecutor(24) as pool:
+                assert {answer.status for answer in pool.map(lambda _: box.token(), range(240))} == {200}
+
+    def test_other_commands_need_less(self, tmp_path):
+        box = Box(tmp_path).set_up()
+        done = subprocess.run(
+            [*PROGRAM, "backup", "b"], cwd=tmp_path, env=box.environ, capture_output=True, text=True, timeout=60,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (128 << 20, 128 << 20)),
+        )
+        assert done.returncode == 0, done.stderr
 
 
 class TestCommandLine:
