@@ -2566,6 +2566,8 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
     now = idp.now()
     if claims["iss"] != issuer or claims["exp"] <= now or max(claims["iat"], claims.get("nbf", 0)) > now + IAT_SKEW:
         raise Problem("invalid_token", log="expired, or issued elsewhere or in the future")
+    if claims["mad"] != ("admin" if ring is idp.admin_ring else "auth"):
+        raise Problem("invalid_token", log="a token of the other port")
     issued_ms = jti_ms(claims["jti"])
     check_revocation = check_revocation or idp.options.enable_token_revocation or ring is idp.admin_ring
     if issued_ms <= idp.revoked_before or (check_revocation and idp.store.is_revoked(claims["jti"])):

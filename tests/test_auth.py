@@ -54,6 +54,26 @@ class TestEveryBearerRoute:
         assert auth(method, path, bearer=machine["access_token"]).status == (200 if path in ("/me", "/whoami") else 403)
 
 
+class TestClaimsThatAreMissing:
+    """RFC 9068 §2.2: a token of our own key without a claim that it needs is no token, and never a fault."""
+
+    @pytest.mark.parametrize("missing", [["client_id"], ["sid"], ["client_id", "sid"], ["scope"], ["iss"]])
+    @pytest.mark.parametrize("other", [{}, {"mad": "admin"}])
+    def test_is_answered_in_the_documented_form(self, idp, auth, log_in, alice, service, missing, other):
+        token = log_in(alice, scope="openid")["access_token"]
+        claims = {name: value for name, value in idp.auth_ring.verify(token, m.AT_JWT).items() if name not in missing}
+        forged = idp.auth_ring.mint(idp.auth_ring.access, m.AT_JWT, claims | other)
+        answers = [
+            auth.get("/userinfo", bearer=forged), auth.get("/me", bearer=forged),
+            auth.post("/introspect", {"token": forged}, auth=service), auth.post("/revoke", {"token": forged}),
+            auth.post("/token", {"grant_type": "refresh_token", "refresh_token": forged}),
+        ]
+        assert all(answer.status < 500 for answer in answers)
+        if other or "client_id" in missing or "iss" in missing:
+            assert [answer.status for answer in answers] == [401, 401, 200, 401, 401]
+            assert answers[2].json == {"active": False}
+
+
 class TestDiscovery:
     """RFC 8414 §2 and §3, OpenID Connect Discovery §3"""
 
