@@ -911,6 +911,21 @@ class TestSlowClients:
         one.await_log()
         assert one.logged[0][1]["reason"] == "idle connections gave way to new ones"
 
+    @pytest.mark.parametrize("limits", [Limits(connections=256), Limits(connections_per_peer=256)])
+    def test_whoever_opens_many_has_the_idle_ones_looked_for_once_for_several(self, run, monkeypatch, limits):
+        monkeypatch.setattr("appliance.base.wire._address", lambda text: ipaddress.ip_address("192.0.2.7"))
+        one, counts = run(limits=limits), []
+        look = wire.ConnectionManager.close_oldest
+        monkeypatch.setattr(
+            wire.ConnectionManager, "close_oldest", lambda self, *more: counts.append(look(self, *more)) or counts[-1]
+        )
+        with contextlib.ExitStack() as stack:
+            for _ in range(256 + 10):
+                sock = stack.enter_context(one.connect())
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert statuses(sock.recv(65536)) == [200]
+        assert counts == [5, 5]
+
     @pytest.mark.parametrize(
         "addresses, taken",
         [

@@ -1161,12 +1161,13 @@ class Server(cheroot.wsgi.Server):
     def _has_room(self, counted: tuple[str, ...]) -> bool:
         """Return whether another connection may be taken; the oldest idle ones give way to it."""
         limits = self.limits
-        for key, most in zip(counted, (1, limits.peers_per_site), strict=False):
-            if self._peers[key] >= most * limits.connections_per_peer and not self._connections.close_oldest(1, key):
+        # Some at once, because looking for them takes a while, and whoever opens so many opens more.
+        for key, peers in zip(counted, (1, limits.peers_per_site), strict=False):
+            most = peers * limits.connections_per_peer
+            if self._peers[key] >= most and not self._connections.close_oldest(1 + most // 64, key):
                 return False
         if len(self.open) < limits.connections:
             return True
-        # Some at once, because looking for them takes a while, and whoever opens so many opens more.
         return self._connections.close_oldest(1 + limits.connections // 64) > 0
 
     def forget(self, connection):
