@@ -111,10 +111,10 @@ class TestEncoding:
 
     def test_what_the_terminal_cannot_show_is_escaped(self, tmp_path):
         done = subprocess.run(
-            [*PROGRAM, "options", "--brand-name", "Bücher"], cwd=tmp_path, capture_output=True,
-            env=Box(tmp_path).environ | {"PYTHONIOENCODING": "ascii"},
+            [sys.executable, ROOT / "microauthd.py", "options", "--brand-name", "Bücher"], cwd=tmp_path,
+            capture_output=True, env=Box(tmp_path).environ | {"PYTHONIOENCODING": "ascii"},
         )
-        assert done.returncode == 0
+        assert (done.returncode, done.stderr) == (0, b"") and b"B\\xfccher" in done.stdout
 
 
 class TestLimits:
