@@ -97,6 +97,17 @@ class TestFlood:
         log("refused")
         assert lines(stream)[-1].endswith("left_out_before=50")
 
+    def test_long_lines_count_by_their_length(self, second):
+        stream = io.StringIO()
+        log = Log(stream=stream)
+        for _ in range(Log.LINES):
+            log("refused", reason="x" * 2000)
+        written = len(lines(stream))
+        assert Log.OCTETS < len(stream.getvalue()) < Log.OCTETS + 2200
+        second()
+        log("refused")
+        assert lines(stream)[-1].endswith(f"left_out_before={Log.LINES - written}")
+
     @staticmethod
     def fail(place):
         try:

@@ -107,17 +107,17 @@ class Log:
     """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case, or `notice`, which is
     written whatever `log-level` says.
 
-    Anybody can cause lines of level info, so these are limited to LINES a second and process, or requests
-    could wear the flash out. A bug that requests reach is logged BUGS times in BUG_SECONDS for each place in the code
-    where it happens. The next line counts what was left out.
+    Anybody can cause lines of level info, so these are limited to LINES and OCTETS a second and process, or requests
+    could wear the flash out, and long lines displace the history. A bug that requests reach is logged BUGS times in
+    BUG_SECONDS for each place in the code where it happens. The next line counts what was left out.
     """
 
-    LINES = 200
+    LINES, OCTETS = 200, 60_000
     BUGS, BUG_SECONDS = 5, 60
 
     def __init__(self, options: Options | None = None, stream=None):
         self.json = options is not None and options.log_format == "json"
-        self.second, self.lines = 0, 0
+        self.second, self.lines, self.octets, self.left_out = 0, 0, 0, 0
         self.bugs: dict[str, tuple[float, int]] = {}  # place in the code: when its window began, how many since
         self.logger = logging.Logger(
             "microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO
@@ -154,11 +154,12 @@ class Log:
             return
         now = time.time()
         if int(now) != self.second:
-            if self.lines > self.LINES:
-                fields["left_out_before"] = self.lines - self.LINES
-            self.second, self.lines = int(now), 0
+            if self.left_out:
+                fields["left_out_before"] = self.left_out
+            self.second, self.lines, self.octets, self.left_out = int(now), 0, 0, 0
         self.lines += 1
-        if self.lines > self.LINES and level == "info":
+        if level == "info" and (self.lines > self.LINES or self.octets > self.OCTETS):
+            self.left_out += 1
             return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         if exc_info:
@@ -178,4 +179,5 @@ class Log:
                 if value not in ("", None)
             )
             line = f"{stamp} {level.upper():7} {event} {words}".rstrip()
+        self.octets += len(line)
         self.logger.log(number, "%s", line)
