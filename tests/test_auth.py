@@ -55,7 +55,7 @@ class TestEveryBearerRoute:
 
 
 class TestClaimsThatAreMissing:
-    """RFC 9068 §2.2: a token of our own key without a claim that it needs is no token, and never a fault."""
+    """RFC 6750 §3.1: a token of our own key without a claim that it needs is no token, and never a fault."""
 
     @pytest.mark.parametrize("missing", [["client_id"], ["sid"], ["client_id", "sid"], ["scope"], ["iss"]])
     @pytest.mark.parametrize("other", [{}, {"mad": "admin"}])
