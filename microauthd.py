@@ -2611,9 +2611,10 @@ def find_public_client(idp: Idp, token: str) -> Client | None:
     """Return the active public client that a refresh or access token was issued to; None for any other token."""
     refresh = idp.store.find_refresh_token(sha256(token))
     try:
-        client = find_client(idp, refresh.client_id if refresh else idp.auth_ring.verify(token, AT_JWT)["client_id"])
+        client_id = refresh.client_id if refresh else idp.auth_ring.verify(token, AT_JWT).get("client_id", "")
     except Problem:
         return None
+    client = find_client(idp, client_id)
     return client if client is not None and client.row.client_type == PUBLIC_CLIENT else None
 
 

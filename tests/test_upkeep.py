@@ -501,8 +501,8 @@ class TestKeys:
         idp.store.close()
 
     def test_a_clock_set_back_undoes_nothing(self, house):
-        now = [time.time()]
         rotate_keys(house, ["auth"], ["ES256"])
+        now = [time.time()]
         idp = opened(house, lambda: now[0])
         idp.ring_versions = {"auth": (None, None), "admin": (None, None)}
         before = idp.auth_ring.access.kid
