@@ -68,6 +68,7 @@ class Box:
         answers = self.folder / "answers.toml"
         answers.write_text(
             f'[admin]\nusername = "root"\nemail = "root@example.org"\n[client]\nclient_id = "app"\naudience = "api"\nscopes = ["api:read", "api:write"]\n'
+            'grants = ["authorization_code", "client_credentials", "password", "refresh_token"]\n'
         )
         done = self.run("setup", "--answers", str(answers), "--admin-password-stdin", input=self.PASSWORD + "\n")
         assert done.returncode == 0, done.stderr

@@ -42,9 +42,7 @@ NewSecret = Annotated[str, limited({
     "description": "Blank makes one. Printable, without a blank at its ends, and no common password.",
 })]
 Uri = Annotated[str, limited({"minLength": 1, "maxLength": URI_MAX})]
-ProviderKey = Annotated[str, limited({
-    "minLength": 1, "maxLength": PROVIDER_KEY_MAX, "pattern": r"^\s*[A-Za-z0-9._-]+\s*$",
-})]
+ProviderKey = Annotated[str, limited({"minLength": 1, "maxLength": PROVIDER_KEY_MAX, "pattern": "^[A-Za-z0-9._-]+$"})]
 ClientType = Annotated[str, limited({"enum": ["confidential", "public"]})]  # RFC 6749 §2.1
 GrantType = Annotated[str, limited({"enum": list(GRANT_TYPES)})]
 Overlap = Annotated[int, limited({"minimum": 0, "maximum": OVERLAP_MAX})]
