@@ -808,7 +808,9 @@ class BackupObject(msgspec.Struct):
 
 
 class AuditVerdict(msgspec.Struct):
-    """`head` is the hash of the last row: store it elsewhere to detect a rewrite of the rows it covers."""
+    """`head` is the hash of the last row that is no refusal, `last_seq` its number: store both elsewhere to detect a
+    rewrite of the rows that it covers.
+    """
 
     valid: bool
     rows: int
