@@ -4804,6 +4804,21 @@ class App:
         return [body]
 
 
+def host_without_port(authority: str) -> str:
+    """Return the host of an authority, in lower case, an IPv6 address in its brackets. RFC 3986 §3.2.2."""
+    host = authority[: authority.rindex(":")] if re.search(r":[0-9]*$", authority) else authority
+    return host.lower().rstrip(".")
+
+
+def refuse_early(idp: Idp, environ, start_response, problem: Problem) -> list[bytes]:
+    """Answer a request to ADMIN that reaches no route, and log why."""
+    answer = Answer(idp)
+    answer.log_refusal(environ, problem.code, problem.status, problem.log)
+    status, headers, content = answer.render(render_problem(problem, False), environ)
+    start_response(STATUS[status], [*headers, ("Content-Length", str(len(content)))])
+    return [content]
+
+
 def restrict_hosts(app, idp: Idp):
     """Wrap ADMIN so that it serves only requests for its own host names. This defeats DNS rebinding."""
     options = idp.options
@@ -4811,18 +4826,55 @@ def restrict_hosts(app, idp: Idp):
     names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
 
     def restricted(environ, start_response):
-        host = environ.get("HTTP_HOST", "")
-        name = host[: host.rindex(":")] if re.search(r":[0-9]*$", host) else host
-        if name.lower().rstrip(".") in names:
+        if host_without_port(environ.get("HTTP_HOST", "")) in names:
             return app(environ, start_response)
-        problem = Problem("misdirected_request")
-        Answer(idp).log_refusal(environ, problem.code, problem.status, "Host is not a name of ADMIN")
-        content = ENCODE(problem.as_err())
-        headers = (*security_headers(scheme=environ["wsgi.url_scheme"]), ("Content-Type", "application/json"), NO_STORE)
-        start_response(STATUS[problem.status], [*headers, ("Content-Length", str(len(content)))])
-        return [content]
+        problem = Problem("misdirected_request", log="Host is not a name of ADMIN")
+        return refuse_early(idp, environ, start_response, problem)
 
     return restricted
+
+
+def cross_site_reason(options: Options, environ) -> str:
+    """Return why a request to ADMIN may be the work of a page of another origin, for the log, or "".
+
+    A browser says where a request comes from in Sec-Fetch-Site, and where it changes something also in Origin; a page
+    can forge neither, and a program sends none. Same-site is another origin: AUTH is, on its own port of this host.
+    Following a link is let pass: the page it comes from reads no answer. Fetch Metadata §2, Fetch Standard §3.2.
+    """
+    is_reading = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    site = environ.get("HTTP_SEC_FETCH_SITE", "none").lower()
+    is_navigation = is_reading and (
+        environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
+        and environ.get("HTTP_SEC_FETCH_DEST", "document") == "document"  # not into a frame, object or embed
+    )
+    if site not in ("none", "same-origin") and not is_navigation:
+        return f"Sec-Fetch-Site is {escape(site[:20])}"
+    origin = environ.get("HTTP_ORIGIN")
+    if is_reading or origin is None:
+        return ""
+    # A proxy that ends TLS need not be known to us, nor send on the Host that the browser sent.
+    host, domain = environ.get("HTTP_HOST", ""), options.admin_domain
+    own = {f"{environ['wsgi.url_scheme']}://{host}", f"https://{host}", options.admin_issuer}
+    if not is_loopback_host(host_without_port(domain)):  # at https://localhost another server of the machine may be
+        own.add(f"https://{domain}")
+    return "" if origin.lower() in {name.lower() for name in own} else f"Origin is {escape(origin[:200])}"
+
+
+def refuse_cross_site(app, idp: Idp):
+    """Wrap ADMIN so that no page of another origin has it do anything, whatever the browser sends along."""
+
+    def guarded(environ, start_response):
+        if reason := cross_site_reason(idp.options, environ):
+            problem = Problem("access_denied", log=f"from a page of another origin: {reason}")
+            return refuse_early(idp, environ, start_response, problem)
+        return app(environ, start_response)
+
+    return guarded
+
+
+def guard_admin(app, idp: Idp) -> Callable:
+    """Wrap the application of ADMIN in what is refused before any route is looked up."""
+    return restrict_hosts(refuse_cross_site(app, idp), idp)
 
 
 def msg(message: str) -> Msg:

@@ -31,7 +31,7 @@ from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import (
     Limits, MAX_THREADS, Server, find_listener, listen, listen_shared, pause_listening, tls_context,
 )
-from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, restrict_hosts, ring_files
+from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
 from appliance.backup import MACHINE
 from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head
 
@@ -237,7 +237,7 @@ class ServerProcess:
             self.refusal_thread.idps.append(idp)
             app: Callable = App(idp, routes)
             if name == "admin":
-                app = restrict_hosts(app, idp)
+                app = guard_admin(app, idp)
                 self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
             server = Server(
                 name, [listening], app, limits=limits, tls=tls_of(options, name),

@@ -230,7 +230,7 @@ def auth(idp):
 
 @pytest.fixture
 def admin(idp):
-    return Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
+    return Caller(m.guard_admin(m.App(idp, m.ADMIN), idp))
 
 
 class Someone:

@@ -117,7 +117,7 @@ class TestToken:
     @pytest.mark.parametrize("revocation", [True, False])
     def test_logout_ends_this_login_and_no_other(self, make_idp, root, revocation):
         idp = make_idp(Options(**CHEAP, enable_token_revocation=revocation, admin_domain="localhost"))
-        admin = Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
+        admin = Caller(m.guard_admin(m.App(idp, m.ADMIN), idp))
         one, other = (
             admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"] for _ in range(2)
         )
@@ -145,11 +145,77 @@ class TestHost:
 
     def test_its_own_name_is_an_option(self, make_idp):
         idp = make_idp(Options(**CHEAP, admin_domain="box.example:8443", admin_ip="192.0.2.1"))
-        app = m.restrict_hosts(m.App(idp, m.ADMIN), idp)
+        app = m.guard_admin(m.App(idp, m.ADMIN), idp)
         assert [
             Caller(app, host).get("/ping").status
             for host in ("box.example", "box.example:8443", "192.0.2.1:9041", "other.example")
         ] == [200, 200, 200, 421]
+
+
+NAVIGATION = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+FRAME = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}
+OWN_ORIGIN = {"Origin": "http://localhost:9041"}
+
+
+class TestPagesOfOtherOrigins:
+    """Fetch Metadata §2, Fetch Standard §3.2"""
+
+    @pytest.mark.parametrize(
+        "headers, status",
+        [
+            ({}, 200), (OWN_ORIGIN, 200), ({"Origin": "https://localhost:9041"}, 200),
+            (OWN_ORIGIN | {"Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
+            ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Origin": "HTTP://LOCALHOST:9041"}, 200),
+            ({"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
+            ({"Sec-Fetch-Site": "Cross-Site"}, 403), ({"Sec-Fetch-Site": "of-tomorrow"}, 403),
+            (OWN_ORIGIN | {"Sec-Fetch-Site": "same-site"}, 403), ({"Sec-Fetch-Site": "cross-site"} | NAVIGATION, 403),
+            ({"Origin": "http://localhost:9040"}, 403), ({"Origin": "http://localhost"}, 403),
+            ({"Origin": "https://localhost"}, 403), ({"Origin": "http://127.0.0.1:9041"}, 403),
+            ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": ""}, 403),
+            ({"Origin": "https://evil.example", "Sec-Fetch-Site": "same-origin"}, 403),
+            ({"Origin": "http://localhost:9041.evil.example"}, 403),
+        ],
+    )
+    def test_what_changes_anything_comes_from_a_program_or_from_here(self, admin, root, headers, status):
+        login = admin.post("/token", {"username": "root", "password": PASSWORD}, headers=headers.items())
+        assert login.status == status and (status == 200 or login.json["error"] == "access_denied")
+
+    @pytest.mark.parametrize(
+        "headers, status",
+        [
+            ({}, 200), ({"Origin": "https://evil.example"}, 200), ({"Sec-Fetch-Site": "same-origin"}, 200),
+            ({"Sec-Fetch-Site": "none"} | NAVIGATION, 200), ({"Sec-Fetch-Site": "cross-site"} | NAVIGATION, 200),
+            ({"Sec-Fetch-Site": "same-site"} | NAVIGATION, 200),
+            ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+            ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+            ({"Sec-Fetch-Site": "cross-site"} | FRAME, 403),
+        ],
+    )
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    def test_a_link_from_elsewhere_works(self, admin, method, headers, status):
+        assert admin(method, "/ping", headers=headers.items()).status == status
+
+    def test_nothing_is_worked_on_before_it_is_refused(self, idp, admin, root):
+        answer = admin.post(
+            "/token", {"username": "root", "password": "wrong wrong"}, headers=[("Sec-Fetch-Site", "same-site")]
+        )
+        assert answer.status == 403 and idp.store.find_account(root.id).failed_logins == 0
+        assert "Sec-Fetch-Site is same-site" in idp.stream.getvalue()
+
+    @pytest.mark.parametrize(
+        "origin, host, status",
+        [
+            ("https://box.example", "box.example", 200), ("https://box.example:8443", "box.example:8443", 200),
+            ("https://box.example:8443", "localhost:9041", 200),  # of a proxy that sends on another Host
+            ("http://box.example", "localhost:9041", 403), ("https://other.example", "box.example", 403),
+        ],
+    )
+    def test_a_proxy_that_ends_tls_need_not_be_known(self, make_idp, new_user, origin, host, status):
+        idp = make_idp(Options(**CHEAP, admin_domain="box.example:8443"))
+        new_user("root", admin=True)
+        admin = Caller(m.guard_admin(m.App(idp, m.ADMIN), idp), host)
+        body = {"username": "root", "password": PASSWORD}
+        assert admin.post("/token", body, headers=[("Origin", origin)]).status == status
 
 
 class TestUsers:
@@ -1242,7 +1308,7 @@ class TestTotp:
         folder = tmp_path / "qr"
         folder.mkdir()
         idp = make_idp(Options(**CHEAP, admin_domain="localhost", totp_qr_output_root=str(folder)))
-        admin = Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
+        admin = Caller(m.guard_admin(m.App(idp, m.ADMIN), idp))
         token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
 
         def generate(body):

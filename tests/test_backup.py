@@ -195,7 +195,7 @@ class TestOverAdmin:
         (tmp_path / "backups").mkdir()
         options = dataclasses.replace(house, backup_folder=str(tmp_path / "backups"), admin_domain="localhost")
         idp = open_idp(options)
-        admin = Caller(m.restrict_hosts(m.App(idp, m.ADMIN), idp))
+        admin = Caller(m.guard_admin(m.App(idp, m.ADMIN), idp))
         bearer = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "t"}).json["access_token"]
 
         def call(method, path):
