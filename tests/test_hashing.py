@@ -289,6 +289,39 @@ class TestGate:
         assert order == ["crowd", "crowd", "other", "third", "crowd", "other", "crowd"]
         assert (gate.running, gate.in_use, gate.queues) == (0, 0, {})
 
+    def test_who_is_at_the_machine_is_never_refused_and_goes_first(self):
+        gate, order, come, leave = HashGate(1, 2), [], threading.Semaphore(0), threading.Event()
+
+        def hash_once(peer, goes_first):
+            with gate.slot(peer, goes_first=goes_first), gate.hashing():
+                order.append(peer)
+                come.release()
+                leave.wait(10)
+
+        threads = []
+        for count, peer in enumerate(["one", "two", "three", "here", "here"]):
+            threads.append(threading.Thread(target=hash_once, args=(peer, peer == "here")))
+            threads[-1].start()
+            if not count:
+                come.acquire(timeout=5)
+            while gate.in_use <= count or len(gate.queues) + len(gate.going_first) < count:
+                time.sleep(0.001)
+        with pytest.raises(Busy), gate.slot("four"):
+            pass
+        leave.set()
+        for thread in threads:
+            thread.join(5)
+        assert order == ["one", "here", "here", "two", "three"]
+        assert (gate.running, gate.in_use, gate.queues, list(gate.going_first)) == (0, 0, {}, [])
+
+    def test_who_goes_first_waits_no_longer_than_said_either(self, monkeypatch):
+        monkeypatch.setattr("appliance.base.hashing.MAX_WAIT", 1)
+        gate = HashGate(1)
+        gate.running = 1
+        with pytest.raises(Busy), gate.slot("here", goes_first=True), gate.hashing():
+            pass
+        assert not gate.going_first and not gate.queues and not gate.in_use
+
     def test_nobody_waits_longer_than_said(self, monkeypatch):
         monkeypatch.setattr("appliance.base.hashing.MAX_WAIT", 1)
         gate = HashGate(1)

@@ -45,6 +45,7 @@ class HashGate:
 
     All services of a box are one peer, and all of them reconnect at once after a power cut. So a peer
     without failures may use up to half of `capacity`, a peer that sent a wrong secret half of `blamed_capacity`.
+    Whoever is at the machine goes first and is never refused, or strangers could keep the gate full.
     The server sets `blocking`, which keeps threads free for requests that need no hashing.
     """
 
@@ -55,6 +56,7 @@ class HashGate:
         self.per_peer: collections.Counter[str] = collections.Counter()  # slots in use, by peer
         self.mean_seconds = 0.0  # moving average of a hash; starts at 0, since the first hashes are not typical
         self.queues = {}  # peer: locks of its waiting threads; the gate releases one of the first peer's next
+        self.going_first: collections.deque[threading.Lock] = collections.deque()  # released before any of `queues`
         self.blamed = {}  # peer: monotonic seconds at which the blame ends
         self.lock = threading.Lock()
         self.thread = threading.local()
@@ -87,18 +89,21 @@ class HashGate:
         return sum(min(count, before) for count in self.per_peer.values()) * self.mean_seconds / self.max_running
 
     @contextlib.contextmanager
-    def slot(self, peer=""):
-        """Hold a slot while waiting and hashing; nested calls of a thread share one. Raises Busy if none is free."""
+    def slot(self, peer="", goes_first=False):
+        """Hold a slot while waiting and hashing; nested calls of a thread share one. Raises Busy if none is free.
+
+        With `goes_first` there always is one, and its hash runs as soon as one that runs has ended.
+        """
         if getattr(self.thread, "has_slot", False):
             yield
             return
         with self.lock:
             wait = self.expected_wait(peer)
-            if self.is_full(peer) or wait > MAX_WAIT:
+            if not goes_first and (self.is_full(peer) or wait > MAX_WAIT):
                 raise Busy("the Argon2 gate is full", min(MAX_WAIT, int(wait) + 1))
             self.in_use += 1
             self.per_peer[peer] += 1
-        self.thread.has_slot, self.thread.peer = True, peer
+        self.thread.has_slot, self.thread.peer, self.thread.goes_first = True, peer, goes_first
         try:
             with self.blocking():
                 yield
@@ -116,18 +121,18 @@ class HashGate:
 
         The gate serves peers round robin, so a peer with many requests does not delay the others.
         """
-        waiter, peer = threading.Lock(), self.thread.peer
+        waiter, peer, goes_first = threading.Lock(), self.thread.peer, self.thread.goes_first
         with self.lock:
             if self.running < self.max_running:
                 self.running += 1
             else:
                 waiter.acquire()
-                self.queues.setdefault(peer, collections.deque()).append(waiter)
+                (self.going_first if goes_first else self.queues.setdefault(peer, collections.deque())).append(waiter)
         if not waiter.acquire(timeout=MAX_WAIT):
             with self.lock:
                 if not waiter.acquire(blocking=False):  # it may have been released since the timeout
-                    self.queues[peer].remove(waiter)
-                    if not self.queues[peer]:
+                    (self.going_first if goes_first else self.queues[peer]).remove(waiter)
+                    if not goes_first and not self.queues[peer]:
                         del self.queues[peer]
                     raise Busy("the wait for Argon2 was too long", MAX_WAIT)
         started = time.monotonic()
@@ -137,14 +142,20 @@ class HashGate:
             seconds = time.monotonic() - started
             with self.lock:
                 self.mean_seconds += (seconds - self.mean_seconds) / 8
-                if not self.queues:
-                    self.running -= 1
-                else:
-                    next_peer = next(iter(self.queues))
-                    queue = self.queues.pop(next_peer)
-                    queue.popleft().release()
-                    if queue:
-                        self.queues[next_peer] = queue
+                self.release_next()
+
+    def release_next(self):
+        """Let the next hash run, or count one less. The caller holds the lock."""
+        if self.going_first:
+            self.going_first.popleft().release()
+        elif not self.queues:
+            self.running -= 1
+        else:
+            next_peer = next(iter(self.queues))
+            queue = self.queues.pop(next_peer)
+            queue.popleft().release()
+            if queue:
+                self.queues[next_peer] = queue
 
 
 # -- one verification of a name at a time --
