@@ -288,8 +288,14 @@ def hash_problems():
         raise Problem("temporarily_unavailable", log=str(error), retry_after=1) from None
 
 
+UNIX, DEVICE = "unix:", "device:"  # of a peer on the Unix socket, which wire.py names; of a known browser
+NO_ADDRESS = (UNIX, DEVICE)
+
+
 def network_of(peer: str) -> str:
     """Return the network of a peer: of IPv6 its /64, which whoever has one address has; else the address itself."""
+    if peer.startswith(NO_ADDRESS):
+        return peer
     address = ipaddress.ip_address(peer)
     if address.version == 4 or address.is_loopback:
         return peer
@@ -300,7 +306,8 @@ class Throttle:
     """Token buckets per peer and per (peer, name), from which failed attempts take.
 
     Unknown names have buckets too, so that throttling does not reveal whether a name exists.
-    Loopback has no peer bucket, because all services of the box share that address.
+    Loopback has no peer bucket, because all services of the box share that address. A user of the machine and a known
+    browser (see find_source) have a bucket for each name and no other, which no stranger takes from.
     """
 
     RATES = {  # noqa: RUF012 - burst, refill a second; the peers of a site have together what 16 of them may have
@@ -316,12 +323,13 @@ class Throttle:
         self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
 
     def keys(self, peer, name):
-        address, site = ipaddress.ip_address(peer), ""
-        if address.version == 6 and not address.is_loopback:  # who has one address has its /64, and perhaps the /48
+        address, site = None if peer.startswith(NO_ADDRESS) else ipaddress.ip_address(peer), ""
+        # Who has one address of IPv6 has its /64, and perhaps the /48.
+        if address and address.version == 6 and not address.is_loopback:
             peer, site = (str(ipaddress.ip_network((peer, length), strict=False)) for length in (64, 48))
         # Hashed, because the name may have any length.
         yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
-        if not address.is_loopback:
+        if address and not address.is_loopback:
             yield ("peer", peer, b"")
         if site:
             yield ("site", site, b"")
@@ -481,17 +489,24 @@ class RefusalCounter:
 class Seal:
     """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them.
 
-    It also derives refresh tokens and the tokens of login forms, each with a key of its own that is stored nowhere.
+    It also derives refresh tokens and the tokens of login forms, and signs the cookies of known browsers, each with a
+    key of its own that is stored nowhere.
     """
 
     def __init__(self, key: bytes):
         self.cipher = AESGCM(key)
         self.successor_key = hmac.digest(key, b"refresh token successor", "sha256")
         self.form_key = hmac.digest(key, b"login form", "sha256")
+        self.device_key = hmac.digest(key, b"device cookie", "sha256")
 
     def successor(self, refresh_token: str) -> str:
         """Return the refresh token that replaces another: 256 bits in base64url, the same at every call."""
         return b64url(hmac.digest(self.successor_key, refresh_token.encode(), "sha256"))
+
+    def device_tag(self, nonce: str, user_id: str, issued_ms: str) -> str:
+        """Return the signature in a device cookie: 128 bits in base64url."""
+        message = f"{nonce} {user_id} {issued_ms}".encode()
+        return b64url(hmac.digest(self.device_key, message, "sha256")[:16])
 
     def close(self, plain: str, owner: str) -> str:
         nonce = os.urandom(12)
@@ -691,6 +706,7 @@ class Caller(msgspec.Struct, frozen=True):
     request_id: str = ""
     is_local: bool = True  # the connection is from loopback and names no other client by a proxy header
     actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
+    device: str = ""  # the device cookie that a browser sent; find_device() verifies it
 
     def acting_as(self, actor: str) -> "Caller":
         """Return the same caller with an authenticated actor."""
@@ -1045,14 +1061,85 @@ def verify_stored_password(idp: Idp, account: Account | None, password: str) -> 
     return is_right or is_raw, is_raw
 
 
-def was_verified_recently(idp, account, password) -> bool:
+def was_verified_recently(idp, source, account, password) -> bool:
     """Return whether Argon2 has verified this password recently.
 
     Only consulted when no other check can fail, or a fast refusal would reveal a correct password.
     """
     if not idp.options.enable_pass_cache or account.totp_sealed or account.failed_logins:
         return False
+    if source.startswith(DEVICE) and idp.store.has_device_failures(source.removeprefix(DEVICE)):
+        return False
     return idp.verified_passwords.contains(account.password_hash, normalise_password(password), idp.now())
+
+
+# -- browsers in which a user logged in before --
+# Anybody can lock an account by guessing. Its user is not locked out in a browser that has a device cookie: tries
+# from there are counted by themselves. https://owasp.org/www-community/Slow_Down_Online_Guessing_Attacks_with_Device_Cookies
+
+DEVICE_TTL = 90 * 86400  # seconds since the last login in the browser
+DEVICE_USERS = 4  # of one browser; the one who logged in least recently is forgotten
+DEVICE_NONCE = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+def read_device(device: str) -> tuple[str, list[list[str]]]:
+    """Return the parts of a device cookie: a random value of the browser, and [issued_ms, signature] for each user."""
+    nonce, *marks = device.split("~", DEVICE_USERS + 1)
+    marks = [mark for mark in marks if re.fullmatch(r"[0-9]{1,15}\.[A-Za-z0-9_-]{22}", mark)]
+    return (nonce, [mark.split(".") for mark in marks]) if DEVICE_NONCE.fullmatch(nonce) else ("", [])
+
+
+def is_mark_of(idp: Idp, nonce: str, mark: list[str], user_id: str) -> bool:
+    """Return whether a device cookie was signed for this user; it may have expired."""
+    return hmac.compare_digest(mark[1], idp.seal.device_tag(nonce, user_id, mark[0]))
+
+
+def find_device(idp: Idp, caller: Caller, account: Account | None) -> str:
+    """Return the identifier of the browser that the request is from, if this user logged in there before, or "".
+
+    What ends the sessions of a user ends this too, an administrator's lockout among it: otherwise whoever once knew
+    the password could keep as many cookies, and so as many tries, as there were logins.
+    """
+    nonce, marks = read_device(caller.device) if caller.device and account else ("", [])
+    oldest = max(idp.revoked_before, idp.now_ms() - 1000 * DEVICE_TTL) if marks else 0
+    for mark in marks:
+        is_current = oldest < int(mark[0]) <= idp.now_ms() + 1000 * IAT_SKEW and is_still_valid(account, int(mark[0]))
+        if account and is_current and is_mark_of(idp, nonce, mark, account.id):
+            return sha256(f"{nonce} {account.id}")
+    return ""
+
+
+def sign_device(idp: Idp, caller: Caller, account: Account) -> str:
+    """Return the device cookie of a browser in which this user, just read, has logged in."""
+    nonce, marks = read_device(caller.device)
+    nonce = nonce or random_handle()[:22]
+    others = [mark for mark in marks if not is_mark_of(idp, nonce, mark, account.id)]
+    issued_ms = str(max(idp.now_ms(), idp.revoked_before + 1, account.revoked_before + 1))
+    marks = [[issued_ms, idp.seal.device_tag(nonce, account.id, issued_ms)], *others[: DEVICE_USERS - 1]]
+    return "~".join([nonce, *(".".join(mark) for mark in marks)])
+
+
+def find_source(idp: Idp, caller: Caller, account: Account | None) -> str:
+    """Return whose tries at an account count together: those of a browser known to its user, else of a peer."""
+    device = find_device(idp, caller, account)
+    return DEVICE + device if device else caller.peer
+
+
+def is_locked_out(idp: Idp, caller: Caller, account: Account) -> bool:
+    """Return whether too many wrong passwords, or an administrator, have closed an account to this caller.
+
+    A browser in which the user logged in before has a lockout of its own. The last administrator may always try at the
+    machine, where the throttle still counts.
+    """
+    now, device = idp.now(), find_device(idp, caller, account)
+    if device:
+        return idp.store.find_device_lockout(device) > now
+    return account.lockout_until > now and not (
+        caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
+    )
+
+
+# -- logging in --
 
 
 def login_obstacle(idp, caller, account, admin=False) -> str:
@@ -1061,10 +1148,7 @@ def login_obstacle(idp, caller, account, admin=False) -> str:
         return "unknown user"
     if not account.is_active:
         return "inactive"
-    if account.lockout_until > idp.now() and not (
-        caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
-    ):
-        # The last administrator may always try from loopback, where the throttle still counts.
+    if is_locked_out(idp, caller, account):
         return "locked"
     if admin and not is_admin(idp, account.id):
         return "not an administrator"
@@ -1098,19 +1182,37 @@ def count_failed_code(idp: Idp, account: Account):
     idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
 
 
+def count_failed_password(idp: Idp, caller: Caller, account: Account):
+    """Count a wrong password on the browser, if the user logged in there before, else on the account."""
+    options, now, device = idp.options, idp.now(), find_device(idp, caller, account)
+    limits = (
+        options.seconds_to_reset_login_failures, options.max_login_failures, options.failed_password_lockout_duration,
+        LOCKOUT_MAX,
+    )
+    if device:
+        until = idp.store.count_failed_device(device, account.id, now, *limits)
+        scope = ";browser=known"
+    else:
+        counted = idp.store.count_failed_login(account.id, now, *limits)
+        until = counted.lockout_until if counted and counted.lockouts > account.lockouts else 0
+        scope = ""
+    if until > now:
+        audit(idp, caller, "user_locked_out", account.id, f"until={iso(until)}{scope}", FAILURE)
+
+
 def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None, client_id: str, failure: str):
-    """Count a failed login against the peer, the name and, if a secret was wrong, the account; audit it.
+    """Count a failed login against its source, the name and, if a secret was wrong, the account; audit it.
 
     Every failure costs one durable write, so that timing does not reveal what was wrong. A failure that brings an
     account nearer to a lockout is a row of the changes: the lockout bounds how many there can be. The others change
     nothing and are counted as refusals.
     """
     options, now = idp.options, idp.now()
-    idp.throttle.spend(caller.peer, name)
+    idp.throttle.spend(find_source(idp, caller, account), name)
     nears_lockout = account is not None and (
         failure == WRONG_CODE
         or (
-            failure == WRONG_PASSWORD and account.lockout_until <= now
+            failure == WRONG_PASSWORD and not is_locked_out(idp, caller, account)
             and bool(options.max_login_failures and options.failed_password_lockout_duration)
         )
     )
@@ -1118,18 +1220,20 @@ def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None,
         if account and failure == WRONG_CODE:
             count_failed_code(idp, account)
         if account and failure == WRONG_PASSWORD:
-            counted = idp.store.count_failed_login(
-                account.id, now, options.seconds_to_reset_login_failures, options.max_login_failures,
-                options.failed_password_lockout_duration, LOCKOUT_MAX,
-            )
-            if counted and counted.lockouts > account.lockouts:
-                until = iso(counted.lockout_until)
-                audit(idp, caller, "user_locked_out", account.id, f"until={until}", FAILURE)
+            count_failed_password(idp, caller, account)
         if nears_lockout and options.enable_audit_logging:
             audit(idp, caller, "user_login_failed", client_id, f"reason={failure}", FAILURE)
         else:
             idp.store.put_meta("last_failure_at", now)
             audit_refusal(idp, caller, "user_login_failed", client_id, f"reason={failure}", strict=True)
+
+
+def count_good_password(idp: Idp, source: str, account: Account) -> bool:
+    """Reset the counts of wrong passwords. Return False if the account has changed since it was read."""
+    with idp.store.transaction():
+        if source.startswith(DEVICE):
+            idp.store.delete_device_failures(source.removeprefix(DEVICE))
+        return idp.store.count_good_login(account.id, account.password_hash, idp.now())
 
 
 def authenticate_user(
@@ -1145,27 +1249,30 @@ def authenticate_user(
     login pages, which call check_second_factor() next.
     """
     name = fold(username)
-    idp.throttle.check(caller.peer, name)
+    source = find_source(idp, caller, idp.store.find_account_by_name(name) if caller.device else None)
+    idp.throttle.check(source, name)
     account = idp.store.find_account_by_name(name)
     totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
         not totp_required
         and not login_obstacle(idp, caller, account, admin)
-        and was_verified_recently(idp, account, password)
+        and was_verified_recently(idp, source, account, password)
     ):
         assert account
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
-    with hash_problems(), idp.hasher.name_locks.hold("user", name, caller.peer) as name_lock:
+    # Strangers who keep the lock of a name do not keep its user at the machine, or in a known browser, waiting.
+    lock_kind = source if source.startswith(NO_ADDRESS) else "user"
+    with hash_problems(), idp.hasher.name_locks.hold(lock_kind, name, source) as name_lock:
         account = idp.store.find_account_by_name(name)
         obstacle = login_obstacle(idp, caller, account, admin)
         if account and not obstacle and totp_required and not account.totp_sealed:
             obstacle = "the client demands a second factor, and the user has none"
-        if not obstacle and was_verified_recently(idp, account, password):
+        if not obstacle and was_verified_recently(idp, source, account, password):
             assert account
             return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        with idp.hasher.gate.slot(caller.peer):
+        with idp.hasher.gate.slot(source):
             is_right, is_raw = verify_stored_password(idp, account, password)
         failure = obstacle or ("" if is_right else WRONG_PASSWORD)
         amr = ["pwd"]
@@ -1173,10 +1280,10 @@ def authenticate_user(
             failure = check_totp(idp, account, totp)
             amr = ["pwd", "otp", "mfa"]
         now = idp.now()
-        if account and not failure and not idp.store.count_good_login(account.id, account.password_hash, now):
+        if account and not failure and not count_good_password(idp, source, account):
             failure = "changed meanwhile"
         if failure:
-            idp.hasher.name_locks.blame(name_lock, caller.peer)
+            idp.hasher.name_locks.blame(name_lock, source)
             actor = caller.acting_as(account.id if account else "anonymous")
             record_failure(idp, actor, name, account, client.client_id if client else "", failure)
             raise Problem("invalid_grant", status=403, log=f"login failed: {failure}", audited=True)
@@ -1209,7 +1316,7 @@ def check_second_factor(
     Return the account and its `amr` (RFC 8176). The account must still exist, be active, not locked and
     not revoked since. Failures count on the account across all logins. Raises invalid_grant with 403.
     """
-    idp.throttle.check(caller.peer, user_id)
+    idp.throttle.check(find_source(idp, caller, idp.store.find_account(user_id) if caller.device else None), user_id)
     with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
         account, method = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
@@ -4588,8 +4695,23 @@ def make_cookie(idp: Idp, name: str, value: str, max_age: int | None = None) -> 
     )
 
 
-SESSION_COOKIE, LOGIN_COOKIE = "mad-session", "mad-login"
+SESSION_COOKIE, LOGIN_COOKIE, DEVICE_COOKIE = "mad-session", "mad-login", "mad-device"
 HINT_COOKIE = "mad-hint-"  # and the first character of the handle, of which there are 64: other sites can set no more
+
+
+def browser_caller(idp: Idp, params) -> Caller:
+    """Return the caller with what its browser has from earlier logins."""
+    device = params.cookie(cookie_name(idp, DEVICE_COOKIE)) or ""
+    return msgspec.structs.replace(params.caller, device=device)
+
+
+def cookies_after_login(idp: Idp, params, account: Account, handle: str) -> list[str]:
+    """Return the cookies of a browser in which a session of this user has just begun."""
+    device = sign_device(idp, browser_caller(idp, params), account)
+    return [
+        make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration),
+        make_cookie(idp, DEVICE_COOKIE, device, DEVICE_TTL),
+    ]
 
 
 def session_handle(idp, params) -> str | None:
@@ -5496,7 +5618,7 @@ def continue_login(idp: Idp, params, login: Login, account: Account | None = Non
     cookies, handle, row = [], session_handle(idp, params), login.row
     if account is not None:
         handle = begin_browser_session(idp, params.caller, account, row.amr.split(), row.auth_time, handle)
-        cookies.append(make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration))
+        cookies += cookies_after_login(idp, params, account, handle)
     if login.binding != login_binding(idp, params):
         cookies.append(make_cookie(idp, LOGIN_COOKIE, login.binding))
     if recovery:
@@ -5546,7 +5668,8 @@ def login_password(idp, params):
     """Verify the user name and password of a login."""
     login = posted_login(idp, params, "password")
     try:
-        after = submit_password(idp, params.caller, login, params.get("username") or "", params.get("password") or "")
+        caller = browser_caller(idp, params)
+        after = submit_password(idp, caller, login, params.get("username") or "", params.get("password") or "")
     except Problem as problem:
         return show_refusal(
             idp, params, login, problem, "wrong_password", username=(params.get("username") or "")[:255]
@@ -5565,7 +5688,7 @@ def login_totp(idp, params):
     """Verify the one-time code or the recovery code of a login."""
     login = posted_login(idp, params, "totp")
     try:
-        after = submit_code(idp, params.caller, login, (params.get("totp") or "").strip())
+        after = submit_code(idp, browser_caller(idp, params), login, (params.get("totp") or "").strip())
     except Problem as problem:
         return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
@@ -5579,7 +5702,7 @@ def login_enrol(idp, params):
     """Enrol a second factor during a login by its first code, and show the recovery codes once."""
     login = posted_login(idp, params, "enrol")
     try:
-        after, recovery = enrol(idp, params.caller, login, (params.get("totp") or "").strip())
+        after, recovery = enrol(idp, browser_caller(idp, params), login, (params.get("totp") or "").strip())
     except Problem as problem:
         return show_refusal(idp, params, login, problem, "wrong_code")
     return continue_login(idp, params, after, idp.store.find_account(after.row.user_id), recovery)
@@ -5929,9 +6052,9 @@ def show_account_in_new_session(idp, params, session, account, **variables) -> P
     """Return the account page in a new session, after every session and login of the user was ended."""
     account = idp.store.find_account(account.id)
     handle = begin_browser_session(idp, params.caller, account, session.amr.split(), session.auth_time, None)
-    cookie = make_cookie(idp, SESSION_COOKIE, handle, idp.options.session_absolute_expiration)
+    cookies = cookies_after_login(idp, params, account, handle)
     session = idp.store.find_browser_session(sha256(handle))
-    return show_account(idp, params, session, account, handle=handle, cookies=[cookie], **variables)
+    return show_account(idp, params, session, account, handle=handle, cookies=cookies, **variables)
 
 
 def end_all_others(idp, params, session, account):
@@ -5944,12 +6067,11 @@ def reauthenticate(idp, params, account):
 
     A recovery code is accepted, or a lost authenticator could never be replaced.
     """
-    account, _ = authenticate_user(
-        idp, params.caller, account.username, params.get("password") or "", only_password=True
-    )
+    caller = browser_caller(idp, params)
+    account, _ = authenticate_user(idp, caller, account.username, params.get("password") or "", only_password=True)
     if account.totp_sealed:
         check_second_factor(
-            idp, params.caller, account.id, max(idp.now_ms(), account.revoked_before + 1),
+            idp, caller, account.id, max(idp.now_ms(), account.revoked_before + 1),
             (params.get("totp") or "").strip(),
         )
 
@@ -6163,7 +6285,7 @@ def admin_token(idp, params):
     """
     username, password, client_id = params.need("username"), params.need("password"), params.get("client_id") or ""
     totp = params.get("totp") or params.get("totp_code") or ""
-    account, amr = authenticate_user(idp, params.caller, username, password, totp, admin=True)
+    account, amr = authenticate_user(idp, browser_caller(idp, params), username, password, totp, admin=True)
     return issue_admin(idp, params.caller, account, amr, client_id[:255])
 
 

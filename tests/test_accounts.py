@@ -3,6 +3,7 @@
 import threading
 
 import microauthd as m
+import msgspec
 import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, SECRETS, Caller
@@ -11,6 +12,8 @@ from appliance.base.store import FOREVER, LOCKOUT_MAX
 from appliance.base.objects import CreateUser
 
 GOOD = {"grant_type": "password", "username": "alice", "password": PASSWORD}
+
+NEW_PASSWORD = "another battery staple"
 
 PEER = m.Caller("192.0.2.1", is_local=False)
 
@@ -670,9 +673,9 @@ class TestThrottle:
     def test_a_full_gate_says_so_and_lets_the_remembered_through(self, idp, alice, clock):
         m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
         idp.hasher.gate.capacity = 0
-        assert m.authenticate_user(idp, m.LOCAL, "alice", PASSWORD)
+        assert m.authenticate_user(idp, PEER, "alice", PASSWORD)
         with pytest.raises(m.Problem) as caught:
-            m.authenticate_user(idp, m.LOCAL, "alice", "wrong wrong")
+            m.authenticate_user(idp, PEER, "alice", "wrong wrong")
         assert caught.value.code == "slow_down" and caught.value.status == 429
 
     def test_logins_of_a_peer_that_holds_half_the_gate_are_told_to_come_back(self, idp, alice):
@@ -682,6 +685,138 @@ class TestThrottle:
             m.authenticate_user(idp, m.Caller("192.0.2.1", is_local=False), "alice", PASSWORD)
         assert caught.value.code == "slow_down"
         assert m.authenticate_user(idp, m.Caller("192.0.2.2", is_local=False), "alice", PASSWORD)
+
+
+class TestKnownBrowsers:
+    """https://owasp.org/www-community/Slow_Down_Online_Guessing_Attacks_with_Device_Cookies"""
+
+    def known(self, idp, someone, peer="203.0.113.9", before=""):
+        """A caller from a browser in which somebody has just logged in."""
+        account = idp.store.find_account(someone.id)
+        return m.Caller(peer, is_local=False, device=m.sign_device(idp, m.Caller(device=before), account))
+
+    def guess(self, idp, caller, name, times, code="invalid_grant"):
+        for _ in range(times):
+            with pytest.raises(m.Problem) as caught:
+                m.authenticate_user(idp, caller, name, "wrong wrong")
+            assert caught.value.code == code
+
+    def test_no_stranger_shuts_the_user_out_of_one(self, idp, alice):
+        caller = self.known(idp, alice)
+        self.guess(idp, PEER, "alice", 20)
+        self.guess(idp, m.Caller(caller.peer), "alice", 20)
+        self.guess(idp, m.Caller(caller.peer), "alice", 1, "slow_down")
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, m.Caller("203.0.113.10"), "alice", PASSWORD)
+        assert m.authenticate_user(idp, caller, "alice", PASSWORD)[0].id == alice.id
+
+    def test_five_failures_lock_one_and_nobody_else_out(self, idp, alice, clock):
+        caller, other = self.known(idp, alice), self.known(idp, alice)
+        self.guess(idp, caller, "alice", 5)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, caller, "alice", PASSWORD)
+        assert idp.store.find_account(alice.id).failed_logins == 0
+        assert m.authenticate_user(idp, PEER, "alice", PASSWORD)
+        assert m.authenticate_user(idp, other, "alice", PASSWORD)
+        row = idp.store.value("SELECT secondary FROM audit WHERE action = 'user_locked_out'")
+        assert row == f"until={m.iso(idp.now() + 300)};browser=known"
+        clock.pass_(299)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, caller, "alice", PASSWORD)
+        clock.pass_(1)
+        assert m.authenticate_user(idp, caller, "alice", PASSWORD)
+
+    def test_tries_in_one_are_throttled_and_counted_for_the_box(self, make_idp, options, idp, alice):
+        caller, worker = self.known(idp, alice), make_idp(options)
+        self.guess(idp, caller, "alice", 3)
+        self.guess(worker, caller, "alice", 2)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, caller, "alice", PASSWORD)
+        self.guess(idp, caller, "alice", 16)
+        self.guess(idp, caller, "alice", 1, "slow_down")
+        self.guess(idp, msgspec.structs.replace(caller, peer="198.51.100.1"), "alice", 1, "slow_down")
+
+    def test_the_right_password_begins_the_count_anew(self, idp, alice):
+        caller = self.known(idp, alice)
+        for _ in range(3):
+            self.guess(idp, caller, "alice", 4)
+            assert m.authenticate_user(idp, caller, "alice", PASSWORD)
+
+    @pytest.mark.parametrize(
+        "forge",
+        [
+            lambda device, nonce, ms, tag: "", lambda device, nonce, ms, tag: nonce,
+            lambda device, nonce, ms, tag: f"{nonce}~{ms}.{tag[::-1]}",
+            lambda device, nonce, ms, tag: f"{nonce}~{int(ms) + 1}.{tag}",
+            lambda device, nonce, ms, tag: f"{nonce[::-1]}~{ms}.{tag}",
+            lambda device, nonce, ms, tag: f"{nonce}~{ms}", lambda device, nonce, ms, tag: f"~{ms}.{tag}",
+            lambda device, nonce, ms, tag: f"{nonce}~\xb2.{tag}", lambda device, nonce, ms, tag: "~" * 4000,
+            lambda device, nonce, ms, tag: "\xff" * 50,
+            lambda device, nonce, ms, tag: nonce + f"~{ms}.{'A' * 22}" * 9 + f"~{ms}.{tag}",
+        ],
+    )
+    def test_what_nobody_signed_is_a_stranger(self, idp, alice, forge):
+        caller = self.known(idp, alice)
+        forged = forge(caller.device, *caller.device.replace(".", "~").split("~"))
+        assert forged != caller.device and m.find_device(idp, caller, alice.account)
+        assert not m.find_device(idp, m.Caller(device=forged), alice.account)
+        self.guess(idp, m.Caller(device=forged), "alice", 5)
+        assert idp.store.find_account(alice.id).lockout_until > idp.now()
+
+    def test_one_user_is_no_other(self, idp, alice, root):
+        self.guess(idp, self.known(idp, alice), "root", 5)
+        assert idp.store.find_account(root.id).lockout_until > idp.now()
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, self.known(idp, alice), "root", PASSWORD)
+
+    def test_a_browser_knows_the_last_four_users(self, idp, new_user):
+        users, device = [new_user(f"user{number}") for number in range(5)], ""
+        for someone in (*users, users[1]):
+            device = self.known(idp, someone, before=device).device
+        known = [bool(m.find_device(idp, m.Caller(device=device), someone.account)) for someone in users]
+        assert known == [False, True, True, True, True] and len(device) < 200
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda idp, id: m.reset_password(idp, m.LOCAL.acting_as("t"), id, NEW_PASSWORD),
+            lambda idp, id: m.revoke_user(idp, m.LOCAL.acting_as("t"), id, "logout_all"),
+            lambda idp, id: m.set_lockout(idp, m.LOCAL.acting_as("t"), id, idp.now() + 600),
+            lambda idp, id: m.set_user_active(idp, m.LOCAL.acting_as("t"), id, False),
+            lambda idp, id: idp.store.put_meta("revoked_before", idp.now_ms()),
+        ],
+    )
+    def test_what_ends_every_session_ends_it(self, idp, alice, root, change):
+        caller = self.known(idp, alice)
+        with idp.store.transaction(identity=True):
+            change(idp, alice.id)
+        assert not m.find_device(idp, caller, idp.store.find_account(alice.id))
+
+    def test_it_ends_ninety_days_after_the_last_login(self, idp, alice, clock):
+        caller = self.known(idp, alice)
+        clock.pass_(m.DEVICE_TTL - 1)
+        assert m.find_device(idp, caller, alice.account)
+        clock.pass_(1)
+        assert not m.find_device(idp, caller, alice.account)
+
+    def test_a_second_factor_is_asked_for_there_as_well_and_is_throttled_there(self, idp, alice, give_totp, clock):
+        seed, caller = give_totp(idp, alice.account), self.known(idp, alice)
+        self.guess(idp, PEER, "alice", 5)
+        for _ in range(2):
+            with pytest.raises(m.Problem):
+                m.check_second_factor(idp, caller, alice.id, idp.now_ms(), "000000")
+        for _ in range(40):
+            with pytest.raises(m.Problem):
+                m.check_second_factor(idp, m.Caller(caller.peer), alice.id, idp.now_ms(), "000000")
+        clock.pass_(30)
+        code = pyotp.TOTP(seed).at(idp.now())
+        assert m.check_second_factor(idp, caller, alice.id, idp.now_ms(), code)[1] == ["pwd", "otp", "mfa"]
+
+    def test_an_administrator_clears_what_is_locked_there(self, idp, alice):
+        caller = self.known(idp, alice)
+        self.guess(idp, caller, "alice", 5)
+        m.set_lockout(idp, m.LOCAL.acting_as("t"), alice.id, None)
+        assert m.authenticate_user(idp, caller, "alice", PASSWORD)
 
 
 class TestNewUsers:

@@ -3201,9 +3201,45 @@ class TestPages:
             and direct("GET", "/auth/auth/ping").status == 404
         )
 
+    def test_a_browser_in_which_somebody_logged_in_before_is_not_shut_by_strangers(self, idp, browser, other, spa, alice):
+        assert code_of(sign_in(browser))
+        browser("POST", "/logout", {"form": m.session_form_token(browser.cookies["__Host-mad-session"])})
+        assert set(browser.cookies) >= {"__Host-mad-device"} and "__Host-mad-session" not in browser.cookies
+        for _ in range(8):
+            sign_in(other, password="wrong wrong")
+        assert sign_in(other).status == 403
+        assert code_of(sign_in(browser))
+        known = browser.cookies["__Host-mad-device"]
+        other.cookies["__Host-mad-device"] = known[::-1]
+        assert sign_in(other).status == 403
+        other.cookies["__Host-mad-device"] = known
+        assert code_of(sign_in(other))
+
+    def test_at_admin_too_such_a_browser_counts_for_itself(self, idp, browser, admin, spa, root):
+        assert code_of(sign_in(browser, username="root"))
+        right = {"username": "root", "password": PASSWORD}
+        for _ in range(5):
+            admin.post("/token", right | {"password": "wrong wrong"})
+        cookie = [("Cookie", f"__Host-mad-device={browser.cookies['__Host-mad-device']}")]
+        assert [admin.post("/token", right, headers=headers).status for headers in ((), cookie)] == [403, 200]
+
+    def test_the_account_page_knows_the_browser_and_renews_it_with_the_password(self, idp, browser, spa, alice):
+        sign_in(browser)
+        before = browser.cookies["__Host-mad-device"]
+        for _ in range(5):
+            with pytest.raises(m.Problem):
+                m.authenticate_user(idp, m.Caller("203.0.113.9"), "alice", "wrong wrong")
+        form = m.session_form_token(browser.cookies["__Host-mad-session"])
+        asked = {"form": form, "action": "password", "password": PASSWORD, "new_password": NEW_PASSWORD}
+        browser("POST", "/account", asked)
+        after = browser.cookies["__Host-mad-device"]
+        account = idp.store.find_account(alice.id)
+        found = [m.find_device(idp, m.Caller(device=device), account) for device in (before, after)]
+        assert not found[0] and found[1]
+
     def test_over_plain_http_the_cookies_have_plain_names(self, make_idp, spa, alice):
         browser = Browser(
             m.App(make_idp(Options(**CHEAP, oidc_issuer="http://localhost:9040")), m.AUTH),
             "http://localhost:9040", "localhost:9040",
         )
-        assert code_of(sign_in(browser)) and set(browser.cookies) == {"mad-session", "mad-login"}
+        assert code_of(sign_in(browser)) and set(browser.cookies) == {"mad-session", "mad-login", "mad-device"}

@@ -122,6 +122,16 @@ class TestSchema:
             store.delete_account("u")
         assert store.list_due_qr_files() == ["a/b.svg"]
 
+    def test_a_database_without_the_table_of_browsers_gets_it(self, from_before):
+        store = from_before(
+            "CREATE TABLE device_failure",
+            "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
+            "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)",
+        )
+        assert store.count_failed_device("d", "u", 50, 300, 1, 300, 3600) == store.find_device_lockout("d") == 350
+        store.delete_account("u")
+        assert store.find_device_lockout("d") == 0
+
     def test_clients_of_before_have_no_switches(self, from_before):
         store = from_before(
             "allow_http_redirects",
@@ -392,6 +402,23 @@ class TestCounting:
             store.count_failed_step("l", 3)
         assert store.find_login("l", "b", 99) is None
 
+    def test_a_browser_is_locked_for_twice_as_long_each_time_up_to_an_hour(self, idp, alice):
+        store, now, lasted = idp.store, 1000, []
+        for _ in range(6):
+            for count in range(5):
+                until = store.count_failed_device("d", alice.id, now, 300, 5, 300, 3600)
+                assert (until > 0) is (count == 4)
+            assert store.find_device_lockout("d") == until
+            lasted.append(until - now)
+            now = until
+        assert lasted == [300, 600, 1200, 2400, 3600, 3600]
+
+    def test_a_pause_restarts_the_count_in_a_browser_and_zero_never_locks(self, idp, alice):
+        store = idp.store
+        counted = [store.count_failed_device("d", alice.id, at, 300, 2, 300, 3600) for at in (0, 301, 602, 603, 1300, 1301)]
+        assert counted == [0, 0, 0, 903, 0, 1901]
+        assert [store.count_failed_device("e", alice.id, at, 300, 0, 300, 3600) for at in range(20)] == [0] * 20
+
     def test_of_the_secrets_of_a_client_the_newest_outlives_a_change_and_the_others_end(self, idp, service):
         id, now = m.get_client(idp, "service").row.id, idp.now()
         idp.store.add_secret("second", id, "hash", now)
@@ -528,11 +555,13 @@ class TestRevoking:
                 "UPDATE account SET totp_last_step = :step, revoked_before = :ms", step=late // 30, ms=1000 * late
             )
             store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
+            store.count_failed_device("d", alice.id, late, 300, 1, 300, 3600)
             store.put_meta("revoked_before", 1000 * late)
         store.revoke_future_rows(now, 1000 * now, now // 30)
         account = store.find_account(alice.id)
         assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
         assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
+        assert store.find_device_lockout("d") == 0
         assert account.totp_last_step == now // 30
         assert account.revoked_before == 1000 * now
         assert m.find_client(idp, "service").row.revoked_before == 1000 * now

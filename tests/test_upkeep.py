@@ -82,6 +82,13 @@ class TestPurge:
             purge(idp)
             assert (count(idp, "login_transaction"), count(idp, "browser_session")) == rows
 
+    def test_failures_in_a_browser_are_remembered_for_a_day_and_an_hour(self, idp, alice, clock):
+        idp.store.count_failed_device("d", alice.id, idp.now(), 300, 5, 300, 3600)
+        for seconds, there in ((DAY + 3600, 1), (1, 0)):
+            clock.pass_(seconds)
+            purge(idp)
+            assert count(idp, "device_failure") == there
+
     def test_a_living_login_keeps_its_refresh_tokens_working(self, idp, auth, service, log_in, alice, clock):
         """Purging sessions once took the refresh tokens along."""
         token = log_in(alice)["refresh_token"]

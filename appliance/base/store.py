@@ -590,6 +590,14 @@ MIGRATIONS = (
         target TEXT NOT NULL, secondary TEXT NOT NULL, ip_address TEXT NOT NULL, user_agent TEXT NOT NULL,
         request_id TEXT NOT NULL, row_sha256 TEXT NOT NULL, result TEXT NOT NULL) STRICT;
     """,
+    # Step 11. Wrong passwords in browsers in which their user logged in before.
+    """
+    CREATE TABLE device_failure (
+        device_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        failures INTEGER NOT NULL, last_failed_at INTEGER NOT NULL, lockout_until INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE INDEX device_failure_user ON device_failure (user_id);
+    """,
 )
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
@@ -963,6 +971,7 @@ class Store(Database):
             """,
             id=id, until=until, now=now,
         )
+        self.run("DELETE FROM device_failure WHERE user_id = :id AND :until = 0", id=id, until=until)
 
     def count_failed_login(
         self, id: str, now: int, window: int, threshold: int, lockout: int, most: int
@@ -1096,6 +1105,55 @@ class Store(Database):
         return self.value(
             "SELECT count(*) FROM recovery_code WHERE user_id = :user_id AND spent_at IS NULL", user_id=user_id
         )
+
+    # -- device_failure --
+
+    def count_failed_device(
+        self, device_sha256: str, user_id: str, now: int, window: int, threshold: int, lockout: int, most: int
+    ) -> int:
+        """Count one wrong password in a browser known to its user; lock there as count_failed_login() does.
+
+        Return when that lockout ends, 0 without one. A whole number of thresholds in `failures` is so many lockouts.
+        """
+        with self.transaction():
+            failures: int = self.value(
+                """
+                INSERT INTO device_failure
+                VALUES (:device_sha256, :user_id, 1, :now, 0, :now + :keep)
+                    ON CONFLICT (device_sha256) DO UPDATE
+                   SET failures = 1 + CASE WHEN last_failed_at + :window < :now AND :threshold > 0
+                                           THEN failures - failures % :threshold ELSE failures END,
+                       last_failed_at = :now, expires_at = :now + :keep
+                RETURNING failures
+                """,
+                device_sha256=device_sha256, user_id=user_id, now=now, window=window, threshold=threshold,
+                keep=max(window, most, lockout) + 86400,
+            )
+            if not threshold or failures % threshold:
+                return 0
+            until = now + min(max(most, lockout), lockout << min(failures // threshold - 1, 12))
+            self.run(
+                "UPDATE device_failure SET lockout_until = :until WHERE device_sha256 = :device_sha256",
+                until=until, device_sha256=device_sha256,
+            )
+            return until
+
+    def find_device_lockout(self, device_sha256: str) -> int:
+        """Return until when a browser is locked out, Unix seconds; 0 if nothing failed there."""
+        found = self.value(
+            "SELECT coalesce((SELECT lockout_until FROM device_failure WHERE device_sha256 = :device_sha256), 0)",
+            device_sha256=device_sha256,
+        )
+        return int(found)
+
+    def has_device_failures(self, device_sha256: str) -> bool:
+        """Return whether a password was wrong in a browser since the last login there."""
+        return self.exists(
+            "SELECT 1 FROM device_failure WHERE device_sha256 = :device_sha256", device_sha256=device_sha256
+        )
+
+    def delete_device_failures(self, device_sha256: str) -> None:
+        self.run("DELETE FROM device_failure WHERE device_sha256 = :device_sha256", device_sha256=device_sha256)
 
     # -- role, user_role --
 
@@ -2183,6 +2241,7 @@ class Store(Database):
             done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             done += self.run("DELETE FROM parked_hints WHERE created_at > :later", later=later)
+            done += self.run("DELETE FROM device_failure WHERE last_failed_at > :later", later=later)
             # An access token with an `iat` in the future is refused anyway, but its row would count as the newest.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
             # Failures in the future would lock accounts until then. A lockout keeps the time it had left; one that
