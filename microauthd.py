@@ -701,10 +701,10 @@ class KeyRing:
 class Caller(msgspec.Struct, frozen=True):
     """The caller and its address, for the throttle and the audit log."""
 
-    peer: str = "127.0.0.1"
+    peer: str = "127.0.0.1"  # an IP address, or unix:uid=N on the Unix socket
     user_agent: str = ""
     request_id: str = ""
-    is_local: bool = True  # the connection is from loopback and names no other client by a proxy header
+    is_local: bool = False  # at the machine: the kernel names the peer's user, who may use the Unix socket of ADMIN
     actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
     device: str = ""  # the device cookie that a browser sent; find_device() verifies it
 
@@ -713,7 +713,7 @@ class Caller(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, actor=actor)
 
 
-LOCAL = Caller()
+LOCAL = Caller(is_local=True)
 
 
 def ring_files(options: Options) -> dict:
@@ -1272,7 +1272,7 @@ def authenticate_user(
             assert account
             return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
-        with idp.hasher.gate.slot(source):
+        with idp.hasher.gate.slot(source, goes_first=caller.is_local):
             is_right, is_raw = verify_stored_password(idp, account, password)
         failure = obstacle or ("" if is_right else WRONG_PASSWORD)
         amr = ["pwd"]
@@ -4143,10 +4143,11 @@ class Params:
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
         self.session: Any = UNSET  # what current_session() found
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
-        is_direct = environ.get("REMOTE_ADDR") == peer and not environ.get("microauthd.proxied")
+        # The Unix socket alone proves who is at the machine: a proxy on it has a loopback address too. One that speaks
+        # for others on the socket shows that by its header fields.
         self.caller = Caller(
             peer, escape(environ.get("HTTP_USER_AGENT", "")), environ.get("microauthd.request_id", ""),
-            peer in ("127.0.0.1", "::1") and is_direct,
+            environ.get("microauthd.uid") is not None and not environ.get("microauthd.proxied"),
         )
         self.pairs: list[tuple[str, str]] = []
         self.values: dict[str, str] = {}
@@ -4948,7 +4949,15 @@ def restrict_hosts(app, idp: Idp):
     names.add(f"[{options.admin_ip}]" if ":" in options.admin_ip else options.admin_ip)
 
     def restricted(environ, start_response):
-        if host_without_port(environ.get("HTTP_HOST", "")) in names:
+        host = environ.get("HTTP_HOST", "")
+        name, port = host_without_port(host), re.search(r":([0-9]+)$", host)
+        # On the Unix socket the port of a loopback name tells which box of the machine is meant: not the one whose
+        # folder a command happens to run in. A program that names no port has chosen the socket itself.
+        is_other_box = (
+            "microauthd.uid" in environ and is_loopback_host(name.strip("[]"))
+            and port is not None and int(port[1]) != options.admin_port
+        )
+        if name in names and not is_other_box:
             return app(environ, start_response)
         problem = Problem("misdirected_request", log="Host is not a name of ADMIN")
         return refuse_early(idp, environ, start_response, problem)

@@ -8,6 +8,7 @@ import fcntl
 import ipaddress
 import mmap
 import os
+import pwd
 import re
 import resource
 import select
@@ -29,7 +30,7 @@ from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import (
-    Limits, MAX_THREADS, Server, find_listener, listen, listen_shared, pause_listening, tls_context,
+    Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening, tls_context,
 )
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
 from appliance.backup import MACHINE
@@ -39,6 +40,15 @@ from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
 # by forking again: one process for ADMIN and upkeep, `workers` for AUTH. Listening sockets are made
 # before the first fork and stay open here, so while a child is replaced its connections wait.
+
+
+class LocalSocket(msgspec.Struct):
+    """The Unix socket of ADMIN, for whoever is at the machine."""
+
+    sock: socket.socket
+    path: str
+    file_id: tuple[int, int] | None  # device and inode; None once the file was removed
+    users: frozenset[int]  # uids that it serves
 
 
 class StartupState(msgspec.Struct):
@@ -52,6 +62,7 @@ class StartupState(msgspec.Struct):
     seal_key: bytes
     auth_sockets: list
     admin_socket: object
+    local: LocalSocket | None
     generation: Generation
     clock: Timekeeper
     log: Log
@@ -128,6 +139,63 @@ def bind_ports(options: Options, workers: int) -> tuple[list[socket.socket], soc
             raise StartupError(f"cannot listen on {ip} port {port}: {error.strerror}{by}{hint}") from None
 
 
+LOCAL_SOCKET = "admin.sock"
+
+
+def local_socket_folder(options: Options) -> str:
+    """Return where the Unix socket of ADMIN lies: RuntimeDirectory= of the service, else beside the database.
+
+    systemd.exec(5)
+    """
+    runtime = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return runtime or os.path.dirname(os.path.abspath(options.db_file))
+
+
+def find_local_users(options: Options) -> frozenset[int]:
+    """Return the uids that are at the machine: root, our own, those that the option names. Raises StartupError."""
+    found = {0, os.geteuid()}
+    for word in filter(None, options.admin_socket_users.split(",")):
+        try:
+            found.add(int(word) if word.isdigit() else pwd.getpwnam(word).pw_uid)
+        except KeyError:
+            raise StartupError(f"admin-socket-users: this machine has no user {word}") from None
+    return frozenset(found)
+
+
+def bind_local_socket(options: Options, users: frozenset[int], log: Log) -> LocalSocket | None:
+    """Return the Unix socket of ADMIN, or None with a warning where there can be none: TCP serves all the same.
+
+    Its mode keeps everybody else out. With admin-socket-users what the kernel says of the peer does that alone, since
+    a mode cannot name them.
+    """
+    folder, deadline = local_socket_folder(options), time.monotonic() + PORT_SECONDS
+    path = os.path.join(folder, LOCAL_SOCKET)
+    while True:
+        try:
+            sock = listen_at_machine(folder, LOCAL_SOCKET, 0o666 if options.admin_socket_users else 0o600)
+            info = os.lstat(path)
+            return LocalSocket(sock, path, (info.st_dev, info.st_ino), users)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                sleep(0.05)  # processes of a server that was killed end within two seconds
+                continue
+            log("local.unavailable", "warning", path=path, reason=error.strerror)
+            return None
+
+
+def remove_local_socket(local: LocalSocket | None):
+    """Remove the file of the Unix socket once, unless another server has replaced it.
+
+    Done before the socket is closed: until then no other file can get its inode.
+    """
+    with contextlib.suppress(OSError):
+        if local:
+            info = os.lstat(local.path)
+            if local.file_id == (info.st_dev, info.st_ino):
+                os.unlink(local.path)
+            local.file_id = None
+
+
 def prepare(options: Options) -> StartupState:
     """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
     log = Log(options)
@@ -143,6 +211,7 @@ def prepare(options: Options) -> StartupState:
     seal_key = read_seal_key(options.seal_key_file)
     for side in ("auth", "admin"):
         tls_of(options, side)
+    local_users = find_local_users(options)
     # Last of what is read: opening the database recovers its WAL, which writes to it.
     store = Store(options.db_file, database_key, log=log)
     try:
@@ -151,13 +220,18 @@ def prepare(options: Options) -> StartupState:
     finally:
         store.close()
     auth_sockets, admin_socket = bind_ports(options, max(1, options.worker_processes))
+    local = bind_local_socket(options, local_users, log)
     return StartupState(
-        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, Generation(),
-        clock, log,
+        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, local,
+        Generation(), clock, log,
     )
 
 
-DESCRIPTORS_KEPT = 256  # for database connections, the log and pipes: network connections must not take these
+# Whoever is at the machine has threads and connections that no crowd on the network can take.
+LOCAL_LIMITS, LOCAL_THREADS = Limits(connections=32), 8
+LOCAL_DESCRIPTORS = LOCAL_LIMITS.connections + 2 * LOCAL_THREADS
+# For database connections, the log, pipes and the Unix socket: network connections must not take these.
+DESCRIPTORS_KEPT = 256 + LOCAL_DESCRIPTORS
 
 
 LEAST_DESCRIPTORS = 64  # with fewer, threads find none for their database connections, and answer 503
@@ -200,7 +274,8 @@ def grant_threads(servers: int, limits: Limits) -> int:
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if allowed == resource.RLIM_INFINITY:
         return MAX_THREADS
-    return max(16, min(MAX_THREADS, (allowed - servers * limits.connections - 32) // (2 * servers)))
+    left = allowed - servers * limits.connections - LOCAL_DESCRIPTORS - 32
+    return max(16, min(MAX_THREADS, left // (2 * servers)))
 
 
 class ServerProcess:
@@ -244,11 +319,23 @@ class ServerProcess:
                 trusted_proxies=options.trusted_proxies, log=self.refused, max_threads=grant_threads(count, limits),
                 slash=SLASH.encode() if name == "admin" else b"",
             )
-            idp.hasher.gate.blocking, server.beat = server.blocking, startup.generation.beat
-            # Each thread opens its connection at once: later, there may be no descriptor left for one.
-            server.prepare_thread = lambda: self.store.connection
-            self.servers.append(server)
+            server.beat = startup.generation.beat
+            self.add_server(server)
+            idp.hasher.gate.blocking = server.blocking
+            if name == "admin" and startup.local:
+                self.add_server(
+                    Server(
+                        "admin-local", [startup.local.sock], app, limits=LOCAL_LIMITS, log=self.refused, threads=2,
+                        max_threads=LOCAL_THREADS, slash=SLASH.encode(), users=startup.local.users,
+                    )
+                )
+                idp.hasher.gate.blocking = self.blocking
         self.store.blocking = self.blocking
+
+    def add_server(self, server: Server):
+        # Each thread opens its connection at once: later, there may be no descriptor left for one.
+        server.prepare_thread = lambda: self.store.connection
+        self.servers.append(server)
 
     @contextlib.contextmanager
     def blocking(self):
@@ -394,7 +481,7 @@ def announce(startup: StartupState):
     startup.log(
         "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
         auth=f"{options.auth_ip}:{options.auth_port}", admin=f"{options.admin_ip}:{options.admin_port}",
-        workers=options.worker_processes,
+        local=startup.local.path if startup.local else "", workers=options.worker_processes,
     )
     for side in ("auth", "admin"):
         if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
@@ -450,6 +537,8 @@ class Supervisor:
                 for other in (*startup.auth_sockets, startup.admin_socket):
                     if other is not (auth or startup.admin_socket):
                         other.close()
+                if auth and startup.local:
+                    startup.local.sock.close()
                 admin = None if auth else startup.admin_socket
                 run_child(startup, number + 1, auth, admin, self.ready_in, self.lifeline)
             finally:
@@ -562,6 +651,9 @@ class Supervisor:
         notify("STOPPING=1")
         for server_socket in (*self.startup.auth_sockets, self.startup.admin_socket):
             server_socket.close()
+        remove_local_socket(self.startup.local)
+        if self.startup.local:
+            self.startup.local.sock.close()
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -603,6 +695,24 @@ def hold_database(path: str):
         os.close(descriptor)
 
 
+def serve_prepared(startup: StartupState, lock: int) -> int:
+    """Serve in this process, or in those that it forks, until SIGTERM or Ctrl-C. Returns the exit status."""
+    if startup.options.worker_processes:
+        return Supervisor(startup, [lock]).run()
+    process = ServerProcess(startup, 0, startup.auth_sockets[0], startup.admin_socket)
+    process.start()
+    drop_startup_pages()
+    announce(startup)
+    while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
+        startup.generation.bump()
+    notify("STOPPING=1")
+    remove_local_socket(startup.local)
+    process.stop()
+    log_last_audit_head(startup)
+    startup.log("stopped")
+    return 0
+
+
 def serve(options: Options) -> int:
     """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
     check_limits()
@@ -613,16 +723,7 @@ def serve(options: Options) -> int:
     share_one_arena()
     with hold_database(options.db_file) as lock:
         startup = prepare(options)
-        if options.worker_processes:
-            return Supervisor(startup, [lock]).run()
-        process = ServerProcess(startup, 0, startup.auth_sockets[0], startup.admin_socket)
-        process.start()
-        drop_startup_pages()
-        announce(startup)
-        while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
-            startup.generation.bump()
-        notify("STOPPING=1")
-        process.stop()
-        log_last_audit_head(startup)
-        startup.log("stopped")
-        return 0
+        try:
+            return serve_prepared(startup, lock)
+        finally:
+            remove_local_socket(startup.local)

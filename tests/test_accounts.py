@@ -445,14 +445,18 @@ class TestLockout:
         with pytest.raises(m.Problem):
             m.authenticate_user(idp, m.LOCAL, "root", PASSWORD, admin=True)
 
+    UNIX = {"REMOTE_ADDR": "unix:uid=0", "microauthd.peer": "unix:uid=0", "microauthd.uid": 0}  # noqa: RUF012
+
     @pytest.mark.parametrize(
         "more, status",
         [
-            ({}, 200), ({"microauthd.proxied": True}, 403), ({"REMOTE_ADDR": "203.0.113.9"}, 403),
-            ({"microauthd.peer": "203.0.113.9"}, 403),
+            (UNIX, 200), (UNIX | {"microauthd.uid": 1000}, 200), ({}, 403), ({"microauthd.peer": "unix:uid=0"}, 403),
+            ({"REMOTE_ADDR": "127.0.0.1", "microauthd.peer": "127.0.0.1"}, 403),
+            ({"REMOTE_ADDR": "::1", "microauthd.peer": "::1"}, 403), (UNIX | {"microauthd.proxied": True}, 403),
         ],
     )
-    def test_what_a_proxy_brings_is_not_the_person_at_the_machine(self, idp, admin, root, change, more, status):
+    def test_only_the_unix_socket_is_at_the_machine(self, idp, admin, root, change, more, status):
+        """A proxy on the machine that nobody declared has a loopback address, and says nothing of whom it serves."""
         change("UPDATE account SET lockout_until = :until", until=idp.now() + 600)
         app = admin.app
         admin.app = lambda environ, start: app(environ | more, start)
@@ -685,6 +689,47 @@ class TestThrottle:
             m.authenticate_user(idp, m.Caller("192.0.2.1", is_local=False), "alice", PASSWORD)
         assert caught.value.code == "slow_down"
         assert m.authenticate_user(idp, m.Caller("192.0.2.2", is_local=False), "alice", PASSWORD)
+
+
+class TestAtTheMachine:
+    """Whatever others do, the right password of the last administrator gets in on the Unix socket of ADMIN."""
+
+    HERE = m.Caller("unix:uid=0", is_local=True)
+
+    def test_no_failure_of_others_counts_there(self, idp, root):
+        for peer in ("127.0.0.1", "::1", "203.0.113.9"):
+            for _ in range(40):
+                with pytest.raises(m.Problem):
+                    m.authenticate_user(idp, m.Caller(peer), "root", "wrong wrong", admin=True)
+        assert m.authenticate_user(idp, self.HERE, "root", PASSWORD, admin=True)[0].id == root.id
+
+    def test_tries_there_are_limited_too_by_user_of_the_machine(self, idp, root):
+        for count in range(21):
+            with pytest.raises(m.Problem) as caught:
+                m.authenticate_user(idp, self.HERE, "root", "wrong wrong", admin=True)
+            assert caught.value.code == ("invalid_grant" if count < 20 else "slow_down")
+        assert m.authenticate_user(idp, m.Caller("unix:uid=33", is_local=True), "root", PASSWORD, admin=True)
+
+    def test_a_full_gate_and_a_crowd_at_the_name_hold_up_nobody_there(self, idp, root):
+        gate, locks = idp.hasher.gate, idp.hasher.name_locks
+        gate.in_use = gate.capacity
+        with locks.hold("user", "root", "127.0.0.1") as name_lock:
+            locks.blame(name_lock, "127.0.0.1")
+            name_lock.users = locks.MAX_WAITERS + 1
+            with pytest.raises(m.Problem) as caught:
+                m.authenticate_user(idp, m.Caller("127.0.0.1"), "root", PASSWORD, admin=True)
+            assert caught.value.code == "slow_down"
+            assert m.authenticate_user(idp, self.HERE, "root", PASSWORD, admin=True)[0].id == root.id
+
+    def test_who_is_not_the_last_administrator_is_locked_out_there_as_well(self, idp, root, alice, change):
+        change("UPDATE account SET lockout_until = :until WHERE id = :id", until=idp.now() + 600, id=alice.id)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, self.HERE, "alice", PASSWORD)
+
+    def test_the_audit_log_names_the_user_of_the_machine(self, idp, root):
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, self.HERE, "root", "wrong wrong", admin=True)
+        assert idp.store.value("SELECT ip_address FROM audit ORDER BY seq DESC LIMIT 1") == "unix:uid=0"
 
 
 class TestKnownBrowsers:

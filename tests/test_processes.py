@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -19,10 +20,15 @@ from urllib.parse import urlencode
 import pytest
 from box import PROGRAM, Box
 from conftest import in_child, left, under_way
+from appliance.base import StartupError
 from appliance.base.clock import Timekeeper
+from appliance.base.settings import Options
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
-from appliance.processes import DESCRIPTORS_KEPT, grant_connections, grant_threads, start_clock
+from appliance.processes import (
+    DESCRIPTORS_KEPT, bind_local_socket, find_local_users, grant_connections, grant_threads, remove_local_socket,
+    start_clock,
+)
 
 REFRESH = {"grant_type": "refresh_token"}
 
@@ -220,6 +226,81 @@ class TestStarting:
         idp.store.put_meta("clock", idp.now())
         monkeypatch.setattr(Timekeeper.__init__, "__defaults__", (lambda: 1000.0, None, None))
         assert start_clock(idp.store, idp.log).state == "guessed" and left(idp) == [0, 0]
+
+
+class TestAtTheMachine:
+    """The Unix socket of ADMIN."""
+
+    def test_the_last_administrator_gets_in_whatever_a_local_program_tries(self, box):
+        login = ("session", "login", "--username", "root", "--password-stdin")
+        for _ in range(30):
+            box.admin("POST", "/token", {"username": "root", "password": "wrong wrong"})
+        right = {"username": "root", "password": box.PASSWORD}
+        assert box.admin("POST", "/token", right).status == 429
+        assert box.mad(*login, input=box.PASSWORD).returncode == 0
+        assert box.mad(*login, input=box.PASSWORD, MAD_ADMIN_SOCKET="").returncode == 1
+        assert box.kill()
+        box.start()
+        assert box.admin("POST", "/token", right).status == 403, "locked still"
+        assert box.mad(*login, input=box.PASSWORD).returncode == 0
+        rows = json.loads(box.mad("audit", "list", "--action", "admin_token_issued", "--json").stdout)
+        assert {row["ip_address"] for row in rows} == {f"unix:uid={os.getuid()}"}
+        assert box.stop() == 0 and not (box.folder / "admin.sock").exists()
+
+    def test_a_guessing_crowd_holds_nobody_up(self, box):
+        stop, login = threading.Event(), ("session", "login", "--username", "root", "--password-stdin")
+
+        def guess():
+            while not stop.is_set():
+                with contextlib.suppress(OSError):
+                    box.admin("POST", "/token", {"username": "root", "password": "wrong wrong"})
+
+        threads = [threading.Thread(target=guess) for _ in range(30)]
+        for thread in threads:
+            thread.start()
+        try:
+            entered = [box.mad(*login, input=box.PASSWORD).returncode for _ in range(3)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert entered == [0, 0, 0]
+
+    def local(self, options, log):
+        return bind_local_socket(options, frozenset(), lambda *words, **more: log.append(more))
+
+    def test_it_lies_beside_the_database_or_in_the_folder_of_the_service(self, tmp_path, monkeypatch):
+        (tmp_path / "run").mkdir()
+        for users, mode in (("", 0o600), ("nobody", 0o666)):
+            options = Options(db_file=str(tmp_path / "mad.db3"), admin_socket_users=users)
+            for runtime, folder in (("", tmp_path), (f"{tmp_path}/run:/elsewhere", tmp_path / "run")):
+                monkeypatch.setenv("RUNTIME_DIRECTORY", runtime)
+                found = self.local(options, [])
+                assert found.path == str(folder / "admin.sock")
+                assert stat.S_IMODE(os.lstat(found.path).st_mode) == mode
+                remove_local_socket(found)
+                assert not os.path.exists(found.path)
+                found.sock.close()
+
+    def test_where_there_can_be_none_a_warning_says_why(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("appliance.processes.PORT_SECONDS", 0.1)
+        log, options = [], Options(db_file=str(tmp_path / "mad.db3"))
+        found = self.local(options, log)
+        assert self.local(options, log) is None and "in use" in log[-1]["reason"]
+        os.unlink(found.path)
+        (tmp_path / "admin.sock").write_text("mine")
+        assert self.local(options, log) is None and "no socket" in log[-1]["reason"]
+        remove_local_socket(found)
+        assert (tmp_path / "admin.sock").read_text() == "mine", "it is another's by now"
+        monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "missing"))
+        assert self.local(options, log) is None and log[-1]["path"] == f"{tmp_path}/missing/admin.sock"
+        found.sock.close()
+
+    def test_root_the_servers_user_and_those_named_are_at_the_machine(self):
+        assert find_local_users(Options()) == {0, os.geteuid()}
+        assert find_local_users(Options(admin_socket_users="root,4242")) == {0, os.geteuid(), 4242}
+        with pytest.raises(StartupError, match="no user nobody-of-that-name"):
+            find_local_users(Options(admin_socket_users="nobody-of-that-name"))
 
 
 class TestStopping:

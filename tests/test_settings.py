@@ -156,6 +156,7 @@ class TestFile:
             ('db-pass = "open', "does not close"), ("auth-ip = box", "auth-ip must be an IP address"),
             ("enable-pkce = maybe", "must be true or false"), ("auth-ip = 0.0.0.0", "auth-insecure-http"),
             ("admin-ip = ::", "admin-insecure-http"), ("admin-port = 9040", "same address and port"),
+            ("admin-socket-users = root, a b", "must be names or numbers of users"),
             ("oidc-issuer = ftp://x", "must be an http(s) URL"),
             ("oidc-issuer = https://x/?a", "must be an http(s) URL"), ("totp-qr-output-root = qr", "absolute"),
             ("argon2id-memory = 1", "from 8192"), ("trusted-proxies = nonsense", "networks"),

@@ -11,6 +11,7 @@ import resource
 import select
 import socket
 import ssl
+import stat
 import threading
 import time
 import types
@@ -24,8 +25,8 @@ from appliance.base import wire
 from appliance.base.headers import security_headers
 from appliance.base.hashing import Busy, HashGate, NameLocks
 from appliance.base.wire import (
-    HttpRefusal, Limits, SWEEP, Server, _path_info, client_address, find_listener, listen, listen_shared,
-    pause_listening, resume_listening, tls_context,
+    HttpRefusal, Limits, SWEEP, Server, _path_info, client_address, find_listener, listen, listen_at_machine,
+    listen_shared, pause_listening, peer_user, resume_listening, tls_context,
 )
 
 HOST = b"Host: box\r\n"
@@ -55,7 +56,7 @@ class App:
                 {
                     "method": environ["REQUEST_METHOD"], "path": path, "query": environ["QUERY_STRING"],
                     "body": environ["wsgi.input"].read().decode("latin-1"), "peer": environ["microauthd.peer"],
-                    "scheme": environ["wsgi.url_scheme"], "proxied": environ.get("microauthd.proxied", False),
+                    "scheme": environ["wsgi.url_scheme"], "uid": environ.get("microauthd.uid"), "proxied": environ.get("microauthd.proxied", False),
                     "headers": {name: value for name, value in environ.items() if name.startswith("HTTP_")},
                 }
             ).encode()
@@ -65,10 +66,10 @@ class App:
 
 
 class Running:
-    def __init__(self, **more):
+    def __init__(self, folder=None, **more):
         self.app, self.logged = App(), []
-        sock = listen("127.0.0.1", 0)
-        self.address = sock.getsockname()
+        sock = listen_at_machine(folder, "admin.sock") if folder else listen("127.0.0.1", 0)
+        self.address = f"{folder}/admin.sock" if folder else sock.getsockname()
         self.server = Server(
             "auth", [sock], self.app, log=lambda event, **fields: self.logged.append((event, fields)), **more
         )
@@ -82,12 +83,18 @@ class Running:
             time.sleep(0.02)
 
     def connect(self, timeout=3):
+        if isinstance(self.address, str):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(timeout)
+            sock.connect(self.address)
+            return sock
         return socket.create_connection(self.address, timeout=timeout)
 
     def say(self, octets, *, end=True, each=None, pause=0.0002, timeout=3):
         """Send octets, `each` so many at a time, and perhaps the end; what the server says until it closes. One that stays silent fails the test."""
         with self.connect(timeout) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(ConnectionError):
                 for start in range(0, len(octets), each or len(octets)):
                     sock.sendall(octets[start:start + (each or len(octets))])
@@ -1456,3 +1463,84 @@ class TestOnePortForOneBox:
         for ip in ("127.0.0.1", "::1"):
             with listen(ip, port):
                 assert find_listener(port) == os.getpid()
+
+
+class TestUnixSocket:
+    """unix(7)"""
+
+    def test_the_kernel_says_who_the_peer_is_and_the_rest_is_as_on_tcp(self, run, tmp_path):
+        uid = os.geteuid()
+        one = run(folder=tmp_path, users={uid}, limits=Limits(connections_per_peer=1))
+        seen = one.seen(b"/x", b"X-Real: 1\r\n")
+        assert (seen["peer"], seen["uid"], seen["proxied"], seen["scheme"]) == (f"unix:uid={uid}", uid, False, "http")
+        assert statuses(one.say(b"GET / HTTP/1.1\r\n\r\n")) == [400]
+        assert ("refused", f"unix:uid={uid}") == (one.logged[-1][0], one.logged[-1][1]["peer"])
+        with one.connect(), one.connect():
+            assert one.seen()["uid"] == uid
+
+    def test_on_tcp_nobody_is_named(self, shared):
+        assert shared.seen(headers=b"Microauthd-Uid: 0\r\nmicroauthd.uid: 0\r\n")["uid"] is None
+
+    @pytest.mark.parametrize(
+        "field", ["Forwarded", "X-Forwarded-For", "x-forwarded-host", "X-Original-Forwarded-For", "Via", "X-Real-IP"]
+    )
+    def test_a_peer_that_speaks_for_others_shows_it(self, run, tmp_path, field):
+        one = run(folder=tmp_path, users={os.geteuid()})
+        assert one.seen(headers=field.encode() + b": 192.0.2.1\r\n")["proxied"] is True
+
+    def test_a_user_that_is_not_served_is_told_before_it_is_read(self, run, tmp_path):
+        one = run(folder=tmp_path, users={os.geteuid() + 1})
+        said = one.say(b"G", end=False)
+        assert statuses(said) == [421] and b"misdirected_request" in said
+        assert one.logged[-1][1]["peer"] == f"unix:uid={os.geteuid()}"
+        with one.connect() as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert statuses(read_all(sock)) == [421]
+
+    def test_nobody_else_may_connect(self, tmp_path):
+        for mode in (0o600, 0o666):
+            before = os.umask(0o777)
+            try:
+                sock = listen_at_machine(tmp_path, "admin.sock", mode)
+            finally:
+                os.umask(before)
+            assert stat.S_IMODE(os.lstat(tmp_path / "admin.sock").st_mode) == mode
+            sock.close()
+
+    def test_what_a_killed_server_left_is_replaced_and_what_listens_is_not(self, tmp_path):
+        listen_at_machine(tmp_path, "admin.sock").close()
+        second = listen_at_machine(tmp_path, "admin.sock")
+        with pytest.raises(OSError) as caught:
+            listen_at_machine(tmp_path, "admin.sock")
+        assert caught.value.errno == errno.EADDRINUSE
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/admin.sock")
+            assert peer_user(client) == os.geteuid()
+        second.close()
+
+    def test_a_listener_whose_queue_is_full_listens(self, tmp_path):
+        with socket.socket(socket.AF_UNIX) as full:
+            full.bind(f"{tmp_path}/admin.sock")
+            full.listen(0)
+            with contextlib.ExitStack() as stack:
+                for _ in range(3):
+                    client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    client.setblocking(False)
+                    client.connect_ex(f"{tmp_path}/admin.sock")
+                with pytest.raises(OSError) as caught:
+                    listen_at_machine(tmp_path, "admin.sock")
+        assert caught.value.errno == errno.EADDRINUSE
+
+    @pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("/etc/passwd")])
+    def test_a_file_that_is_no_socket_stays(self, tmp_path, make):
+        make(tmp_path / "admin.sock")
+        with pytest.raises(FileExistsError):
+            listen_at_machine(tmp_path, "admin.sock")
+        assert os.path.lexists(tmp_path / "admin.sock")
+
+    def test_a_folder_with_a_long_name_has_one_too(self, run, tmp_path):
+        folder = tmp_path / ("long" * 40)
+        folder.mkdir()
+        listen_at_machine(folder, "admin.sock").close()
+        listen_at_machine(folder, "admin.sock").close()
+        assert stat.S_ISSOCK(os.lstat(folder / "admin.sock").st_mode)

@@ -133,6 +133,14 @@ def content_policy(value: str) -> str:
     return value.strip()
 
 
+def users(value: str) -> str:
+    """Parse names or numbers of users of this machine, separated by commas."""
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,255}\$?", word) for word in words):
+        raise ValueError("must be names or numbers of users of this machine, separated by commas")
+    return ",".join(words)
+
+
 def worker_count(value: str) -> int:
     return -1 if value.strip().lower() == "auto" else whole(0, 64)(value)
 
@@ -240,6 +248,10 @@ class Options:
         False, boolean, "Allow plain HTTP on an address other than loopback.", group="ADMIN server"
     )
     enable_admin_swagger: bool = option(False, boolean, "Serve the API description of ADMIN.", group="ADMIN server")
+    admin_socket_users: str = option(
+        "", users, "Users of this machine who may use admin.sock as root and the server's own user do, separated by "
+        "commas.", group="ADMIN server",
+    )
     trusted_proxies: tuple[Network, ...] = option(
         (), networks, "Peers whose X-Forwarded-For and -Proto are believed.", "Trusted proxies, separated by commas?",
         group="ADMIN server",
@@ -451,7 +463,7 @@ OPTION_NAMES = {name: option for option in OPTIONS for name in (option.name, *op
 IGNORED_NAMES = ("env-var-prefix", "auth-use-ssl", "admin-use-ssl", "enable-otp-auth", "otp-issuer")
 # The variables of mad, which have the same prefix.
 MAD_VARIABLES = (
-    "CONFIG", "ADMIN_URL", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE",
+    "CONFIG", "ADMIN_URL", "ADMIN_SOCKET", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE",
     "ADMIN_TOKEN_FILE", "CLIENT_SECRET_FILE",
 )
 

@@ -24,6 +24,8 @@ import re
 import selectors
 import socket
 import ssl
+import stat
+import struct
 import sys
 import threading
 import time
@@ -66,6 +68,7 @@ PATH = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]*)+")  # R
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)", re.DOTALL)
 PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")
 ENCODED_SLASH = re.compile(rb"%2[Ff]")
+PROXY_FIELD = re.compile(rb"forwarded|\Avia\Z|\Ax-real-ip\Z", re.IGNORECASE)
 UPGRADE = re.compile(rb"\r\nUpgrade:[^\r\n]*", re.IGNORECASE)
 # Fields that the server sets, and fields of one connection (RFC 9110 §7.6.1): an application cannot set them.
 SERVER_FIELDS = frozenset(
@@ -78,6 +81,7 @@ HTTP_REFUSALS = {  # status: (reason phrase, code, what the client is told)
     413: ("Content Too Large", "content_too_large", "The request content is too large."),
     414: ("URI Too Long", "uri_too_long", "The request target is too long."),
     417: ("Expectation Failed", "expectation_failed", "The expectation cannot be met."),
+    421: ("Misdirected Request", "misdirected_request", "This user is not served on this socket."),
     431: ("Request Header Fields Too Large", "headers_too_large", "The request header is too large."),
     500: ("Internal Server Error", "server_error", "The server failed."),
     501: ("Not Implemented", "not_implemented", "The method or transfer coding is not implemented."),
@@ -127,6 +131,44 @@ def listen(ip: str, port: int, *, reuse_port: bool = False) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def listen_at_machine(folder: str, name: str, mode: int = 0o600) -> socket.socket:
+    """Return a listening Unix socket of a folder; what a killed server left there is replaced. unix(7), bind(2)
+
+    Raises OSError: EADDRINUSE if somebody listens there, EEXIST if the name is taken by something else.
+    """
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A path has room for 107 octets (sun_path); this one is short whatever the folder is called.
+        path = f"/proc/self/fd/{directory}/{name}"
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise FileExistsError(errno.EEXIST, "there is a file of that name, which is no socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                if (error := probe.connect_ex(path)) != errno.ECONNREFUSED:
+                    error = errno.EADDRINUSE if error in (0, errno.EAGAIN) else error
+                    raise OSError(error, os.strerror(error))
+            os.unlink(path)
+        os.fchmod(sock.fileno(), mode)  # before bind(), which creates the file with it: at no moment with more
+        sock.bind(path)
+        os.chmod(path, mode)  # what the umask took
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(directory)
+
+
+def peer_user(sock: socket.socket) -> int:
+    """Return the uid of the process at the other end of a Unix socket, as the kernel noted it. SO_PEERCRED, unix(7)"""
+    size = struct.calcsize("3i")
+    return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
 
 
 def listen_shared(ip: str, port: int, count: int) -> list[socket.socket]:
@@ -394,10 +436,7 @@ class Connection:
             self.environ[key] += ("; " if key == "HTTP_COOKIE" else ", ") + value.decode("latin-1").rstrip(" \t")
         elif key:
             self.environ[key] = value.decode("latin-1").rstrip(" \t")
-            if key.startswith(("HTTP_X_FORWARDED", "HTTP_FORWARDED")):
-                self.environ["microauthd.proxied"] = True
-        elif b"forwarded" in name.lower():
-            # Not believed, but it shows that the peer is a proxy, so the request is not local.
+        if PROXY_FIELD.search(name):  # believed or not, it shows that the peer speaks for somebody else
             self.environ["microauthd.proxied"] = True
 
     def on_headers_complete(self):
@@ -1049,9 +1088,12 @@ class Server(cheroot.wsgi.Server):
     expiration_interval = SWEEP
 
     def __init__(self, name, sockets, app, *, limits=Limits(), tls=None, trusted_proxies=(), log=None,
-                 threads=THREADS, max_threads=MAX_THREADS, slash=b""):
-        super().__init__(sockets[0].getsockname()[:2], app, numthreads=threads, max=max_threads)
+                 threads=THREADS, max_threads=MAX_THREADS, slash=b"", users=frozenset()):
+        is_unix = sockets[0].family == socket.AF_UNIX
+        address = ("localhost", 0) if is_unix else sockets[0].getsockname()[:2]
+        super().__init__(address, app, numthreads=threads, max=max_threads)
         self.name, self.socket, self.limits, self.tls = name, sockets[0], limits, tls
+        self.is_unix, self.users = is_unix, users  # uids that a Unix socket serves
         self.trusted_proxies, self.slash = tuple(trusted_proxies), slash
         self.log = log or (lambda event, **fields: None)
         self.requests = ThreadPool(self, threads, max_threads)
@@ -1125,27 +1167,39 @@ class Server(cheroot.wsgi.Server):
 
     # -- connections --
 
+    def _identify(self, sock, address) -> tuple[str, bool, tuple[str, ...], dict]:
+        """Return who has connected: its name, whether it is a trusted proxy, what it counts for, its environ keys."""
+        if self.is_unix:
+            uid = peer_user(sock)
+            return f"unix:uid={uid}", False, (), {"microauthd.uid": uid}
+        ip = _address(address[0])
+        trusted = bool(self.trusted_proxies) and _in_networks(ip, self.trusted_proxies)
+        counted = () if ip.is_loopback or trusted else _counted_as(ip)
+        return str(ip), trusted, counted, {"REMOTE_PORT": str(address[1])}
+
     def register_connection(self, sock, address):
         """Take a connection that was accepted, or turn it away."""
         connection = None
         try:
-            ip = _address(address[0])
-            peer = str(ip)
-            trusted = bool(self.trusted_proxies) and _in_networks(ip, self.trusted_proxies)
-            counted = () if ip.is_loopback or trusted else _counted_as(ip)
             limits = self.limits
+            peer, trusted, counted, named = self._identify(sock, address)
             if not self._has_room(counted):
                 self._connections.turn_away(peer)
                 sock.close()
                 return
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not self.is_unix:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.tls:
                 sock = self.tls.wrap_socket(
                     sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
                 )
-            base = {**self._base, "REMOTE_ADDR": peer, "REMOTE_PORT": str(address[1]), "microauthd.peer": peer}
+            base = {**self._base, "REMOTE_ADDR": peer, "microauthd.peer": peer, **named}
             connection = Connection(self, sock, peer, base, self._names[trusted], trusted, counted)
+            if self.is_unix and named["microauthd.uid"] not in self.users:
+                # Nothing was worked on, so the client may go elsewhere. RFC 9110 §15.5.20
+                connection.refusal = HttpRefusal(421, "a user that is not served on this socket")
+                connection.events = selectors.EVENT_WRITE
             connection.deadline = time.monotonic() + (limits.handshake_seconds if self.tls else limits.idle_seconds)
             self.open.add(connection)
             with self._lock:

@@ -182,7 +182,7 @@ class TestReplacing:
     def supervisor(self, monkeypatch):
         """One that forks only on paper, with a clock moved by hand: `at`."""
         startup = types.SimpleNamespace(
-            generation=Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
+            generation=Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(), local=None,
             log=lambda *_, **__: None,
         )
         supervisor, pids = Supervisor(startup), iter(range(100, 1000))
