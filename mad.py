@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, ParamSpec, TypedDict, Unpack
 
     P = ParamSpec("P")
+    Sockets = tuple[tuple[str, frozenset[int] | None], ...]
 
     class LimitParams(TypedDict, total=False):
         """Parameters of every list: `limit` is the number of rows over all pages."""
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 ADMIN_URL = "http://localhost:9041"
 AUTH_URL = "http://localhost:9040"
+ADMIN_SOCKET = "admin.sock"        # in the folder where mad runs: beside the database
+RUNTIME_FOLDER = "/run/microauthd"  # or in RuntimeDirectory= of the service
 
 EXIT_OK, EXIT_REFUSED, EXIT_USAGE, EXIT_LOGIN, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_STATUSES = (
@@ -68,6 +71,7 @@ EXIT_STATUSES = (
 )
 ENVIRONMENT = (
     ("MAD_ADMIN_URL", "address of the ADMIN server (" + ADMIN_URL + ")"),
+    ("MAD_ADMIN_SOCKET", "its Unix socket, to be used alone; empty: none is used, also not one that is found"),
     ("MAD_ADMIN_TOKEN", "admin token to use instead of the saved login; MAD_ADMIN_TOKEN_FILE names its file"),
     ("MAD_AUTH_URL", "address of the AUTH server (" + AUTH_URL + ")"),
     ("MAD_CLIENT_ID", "client of mad token get"),
@@ -297,14 +301,71 @@ def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float):
         raise
 
 
-def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
-             timeout: float, ca_file: str | None) -> tuple[int, dict, bytes]:
-    """Send one request and return the status, the header fields by lower-case name, and the body of the response.
+def _unreachable(url_text: str, problem: OSError) -> Unreachable:
+    if type(problem).__module__ == "ssl":
+        reason = getattr(problem, "verify_message", "") or getattr(problem, "reason", "") or str(problem)
+        return Unreachable(0, "untrusted", f"no secure connection to {url_text}: {reason}", hint=(
+            "name the authority that signed its certificate in MAD_CA_FILE" if hasattr(problem, "verify_message")
+            else "does the server speak TLS on this port?"))
+    return Unreachable(0, "unreachable", f"cannot reach {url_text}: {problem.strerror or problem}",
+                       hint="is the server running, and is this its address?")
 
-    `target` is the request target, already escaped. Raises Unreachable, also when the exchange takes more than
-    `timeout` seconds or the response is longer than MAX_HEADER_BYTES and MAX_BODY_BYTES allow.
+
+def connect_at_machine(path: str, trusted: frozenset[int] | None, timeout: float):
+    """Return a connection to a Unix socket of this machine.
+
+    Raises OSError, also if the process that listens there runs as none of the `trusted` uids: the kernel tells who it
+    is (SO_PEERCRED, unix(7)), so that nobody else's socket is ever sent a password or a token.
     """
     import socket
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = None
+    try:
+        connection.settimeout(timeout)
+        if len(os.fsencode(path)) > 107:  # sun_path has no more room; this name of the folder is short
+            folder = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_CLOEXEC)
+            path = f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+        connection.connect(path)
+        uid = int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[4:8], sys.byteorder)
+        if trusted is not None and uid not in trusted:
+            raise PermissionError(1, "it belongs to somebody else")
+        return connection
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_file: str | None):
+    """Return a connection to the server, and whether it is one of the `sockets`. Raises OSError, Unreachable."""
+    import socket
+    for path, trusted in sockets:
+        try:
+            return connect_at_machine(path, trusted, seconds_left()), True
+        except TimeoutError:
+            raise
+        except OSError as problem:
+            if trusted is None:  # named by the user, who wants no other
+                raise Unreachable(0, "unreachable", f"cannot reach {path}: {problem.strerror or problem}",
+                                  hint="is the server running, and is this its socket?") from None
+    # Bytes: Python passes a str through the IDNA codec, and loading its tables costs 3 ms.
+    address = url.host.encode("ascii"), url.port
+    connection = socket.create_connection(address, seconds_left())  # type: ignore[arg-type]
+    if url.scheme == "https":
+        connection = _wrap_in_tls(connection, url.host, ca_file, seconds_left())
+    return connection, False
+
+
+def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
+             timeout: float, ca_file: str | None, sockets: Sockets = ()) -> tuple[int, dict, bytes]:
+    """Send one request and return the status, the header fields by lower-case name, and the body of the response.
+
+    `target` is the request target, already escaped. `sockets` are tried before the address: the path of each, and the
+    uids whose socket it may be, or None for one that is used alone. Raises Unreachable, also when the exchange takes
+    more than `timeout` seconds or the response is longer than MAX_HEADER_BYTES and MAX_BODY_BYTES allow.
+    """
     from time import monotonic
     deadline = monotonic() + timeout
 
@@ -314,40 +375,34 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             raise TimeoutError
         return remaining
 
-    lines = [f"{method} {target} HTTP/1.1", "Host: " + url.authority, "Connection: close",
-             "Accept: application/json", "User-Agent: mad/" + VERSION]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    if body is not None or method != "GET":
-        lines.append(f"Content-Length: {len(body) if body else 0}")
-    request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii") + (body or b"")
-
     url_text = url.text
-    connection = None
+    connection, is_local = None, False
     try:
-        # Bytes: Python passes a str through the IDNA codec, and loading its tables costs 3 ms.
-        address = url.host.encode("ascii"), url.port
-        connection = socket.create_connection(address, seconds_left())  # type: ignore[arg-type]
-        if url.scheme == "https":
-            connection = _wrap_in_tls(connection, url.host, ca_file, seconds_left())
+        connection, is_local = connect(url, sockets, seconds_left, ca_file)
+        # The port tells a server that was reached by its socket whether it is the one that is meant.
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {host}:{url.port}" if is_local else "Host: " + url.authority,
+                 "Connection: close", "Accept: application/json", "User-Agent: mad/" + VERSION]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if body is not None or method != "GET":
+            lines.append(f"Content-Length: {len(body) if body else 0}")
         connection.settimeout(seconds_left())
         try:
-            connection.sendall(request)
+            connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("ascii") + (body or b""))
         except (BrokenPipeError, ConnectionResetError):
             pass  # A server may respond and close before it has read the whole request; read that response.
-        return ResponseReader(connection, seconds_left).read()
+        answer = ResponseReader(connection, seconds_left).read()
     except TimeoutError:
         raise Unreachable(0, "timeout", f"no answer from {url_text} within {timeout:g} seconds") from None
     except OSError as problem:
-        if type(problem).__module__ == "ssl":
-            reason = getattr(problem, "verify_message", "") or getattr(problem, "reason", "") or str(problem)
-            raise Unreachable(0, "untrusted", f"no secure connection to {url_text}: {reason}", hint=(
-                "name the authority that signed its certificate in MAD_CA_FILE" if hasattr(problem, "verify_message")
-                else "does the server speak TLS on this port?")) from None
-        raise Unreachable(0, "unreachable", f"cannot reach {url_text}: {problem.strerror or problem}",
-                          hint="is the server running, and is this its address?") from None
+        raise _unreachable(url_text, problem) from None
     finally:
         if connection is not None:
             connection.close()
+    if is_local and answer[0] == 421 and sockets[0][1] is not None:
+        # It is the socket of another server of this machine, or not for this user. Nothing was done. RFC 9110 §15.5.20
+        return exchange(url, method, target, headers, body, timeout, ca_file)
+    return answer
 
 
 def read_json(body: bytes):
@@ -553,7 +608,12 @@ class Response:
 
 
 class ApiClient:
-    """Sends requests to the server at `url`, authenticated by the bearer `token` if there is one."""
+    """Sends requests to the server at `url`, authenticated by the bearer `token` if there is one.
+
+    `sockets` of the machine are tried before that address, as exchange() does.
+    """
+
+    sockets: Sockets = ()
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, timeout: float | None):
         self.url, self.token = url, token
@@ -582,7 +642,7 @@ class ApiClient:
         if any(not (text.isascii() and text.isprintable()) for item in all_headers.items() for text in item):
             raise BadValue("a header has characters no header has")
         status, received, octets = exchange(url, method, url.base + target, all_headers, body, self.timeout,
-                                            self.ca_file)
+                                            self.ca_file, self.sockets)
         if 300 <= status < 400:
             raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
                               hint="give the address it leads to, if you trust it")
@@ -2441,11 +2501,39 @@ class Context:
             raise CommandError(EXIT_LOGIN, "token_expired", "the saved login expired at " + format_utc(expires_at),
                                hint=hint)
 
+    @staticmethod
+    def admin_sockets(url: Url) -> Sockets:
+        """Return the Unix sockets by which ADMIN knows that mad runs at the machine, and whose each may be."""
+        if (named := os.environ.get("MAD_ADMIN_SOCKET")) is not None:
+            return ((named, None),) if named else ()
+        if not url.is_loopback or sys.platform != "linux":
+            return ()
+        ours = frozenset((0, os.geteuid()))
+        found = []
+        try:
+            if (owner := os.lstat(ADMIN_SOCKET).st_uid) in ours:
+                found.append((ADMIN_SOCKET, ours))
+            else:
+                print_message("warning", f"{ADMIN_SOCKET} in this folder is that of user {owner}, and not used; if you "
+                              f"trust that user: MAD_ADMIN_SOCKET={ADMIN_SOCKET}")
+        except OSError:
+            pass
+        try:
+            # Only root can make this folder, and does so for the user of the service.
+            folder = os.lstat(RUNTIME_FOLDER)
+            found.append((os.path.join(RUNTIME_FOLDER, ADMIN_SOCKET),
+                          ours if folder.st_mode & 0o022 else ours | {folder.st_uid}))
+        except OSError:
+            pass
+        return tuple(found)
+
     def client(self, url: Url | None = None, token: str | None = None) -> MadClient:
         """Return a MadClient. By default it has the configured URL and the token that belongs to it."""
         url = url or self.admin_url()
-        return MadClient(url.text, self.admin_token(url) if token is None else token,
-                         ca_file=os.environ.get("MAD_CA_FILE") or None)
+        client = MadClient(url.text, self.admin_token(url) if token is None else token,
+                           ca_file=os.environ.get("MAD_CA_FILE") or None)
+        client.sockets = self.admin_sockets(url)
+        return client
 
     # -- secrets, ids, confirmation --
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import socketserver
 import ssl
 import stat
 import subprocess
@@ -390,6 +391,130 @@ class TestAddresses:
 
 
 # == ApiClient ==================================================================
+
+class UnixServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+class TestAtTheMachine:
+    """The Unix socket of ADMIN, by which the server knows that mad runs on its machine. unix(7)"""
+
+    US = frozenset((os.geteuid(),))
+    OTHERS = frozenset((os.geteuid() + 1,))
+
+    @pytest.fixture
+    def beside(self, tmp_path, monkeypatch, fake):
+        """A server that listens on admin.sock of the working directory; `fake` answers on TCP."""
+        folder = tmp_path / "data"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for name, value in {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("MAD_ADMIN_SOCKET", raising=False)
+        monkeypatch.setattr(mad, "RUNTIME_FOLDER", str(tmp_path / "run"))
+        fake.answers["GET /users/x"] = (200, USER | {"username": "over-tcp"}, {})
+        server = UnixServer("admin.sock", Fake)
+        server.seen, server.status = [], 200
+        server.answer = lambda method, path: (server.status, USER | {"username": "at-the-machine"}, {})
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+        server.server_close()
+
+    def get(self, capsys, *words):
+        status = mad.main(["user", "get", "--id", USER["id"], "--json", *words])
+        said = capsys.readouterr()
+        return status, json.loads(said.out).get("username"), said.err
+
+    @pytest.fixture(autouse=True)
+    def one_user(self, fake):
+        fake.answers["GET /users/" + USER["id"]] = (200, USER | {"username": "over-tcp"}, {})
+
+    @pytest.mark.parametrize("url", ["http://127.0.0.1:{}", "https://localhost:{}", "http://[::1]:{}"])
+    def test_the_socket_in_this_folder_comes_before_a_loopback_address(self, beside, fake, capsys, url):
+        url = url.format(fake.server_port)
+        assert self.get(capsys, "--admin-url", url) == (0, "at-the-machine", "")
+        assert not fake.seen and beside.seen[0][2]["Host"] == url.partition("://")[2]
+        assert beside.seen[0][2]["Authorization"] == "Bearer " + TOKEN
+
+    def test_the_port_is_named_though_the_scheme_implies_it(self, beside, capsys):
+        self.get(capsys, "--admin-url", "https://localhost")
+        assert beside.seen[0][2]["Host"] == "localhost:443"
+
+    def test_without_one_in_the_folder_that_of_the_service_is_used(self, beside, fake, tmp_path, capsys, monkeypatch):
+        os.rename(tmp_path / "data", tmp_path / "run")
+        (tmp_path / "data").mkdir()
+        monkeypatch.chdir(tmp_path / "data")
+        assert self.get(capsys)[1] == "at-the-machine" and not fake.seen
+        os.chmod(tmp_path / "run", 0o777)
+        assert mad.Context.admin_sockets(mad.Url("http://localhost"))[0][1] == {0, os.geteuid()}
+
+    def test_the_service_user_is_trusted_in_the_folder_that_root_made_for_it(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        info = types.SimpleNamespace(st_uid=991, st_mode=stat.S_IFDIR | 0o755)
+
+        def lstat(path):
+            if path == mad.RUNTIME_FOLDER:
+                return info
+            raise FileNotFoundError
+
+        monkeypatch.setattr(mad.os, "lstat", lstat)
+        sockets = mad.Context.admin_sockets(mad.Url("http://localhost:9041"))
+        assert sockets == (("/run/microauthd/admin.sock", {0, os.geteuid(), 991}),)
+        info.st_mode |= 0o020
+        assert mad.Context.admin_sockets(mad.Url("http://localhost:9041"))[0][1] == {0, os.geteuid()}
+
+    def test_that_of_a_stranger_in_this_folder_is_left_alone_with_a_word(self, monkeypatch, capsys):
+        info = types.SimpleNamespace(st_uid=4242, st_mode=stat.S_IFSOCK | 0o666)
+
+        def lstat(path):
+            if path == "admin.sock":
+                return info
+            raise FileNotFoundError
+
+        monkeypatch.setattr(mad.os, "lstat", lstat)
+        assert mad.Context.admin_sockets(mad.Url("http://localhost:9041")) == ()
+        assert "that of user 4242, and not used" in capsys.readouterr().err
+
+    def test_the_kernel_says_whose_it_is_and_a_stranger_hears_nothing(self, beside, fake):
+        with pytest.raises(PermissionError):
+            mad.connect_at_machine("admin.sock", self.OTHERS, 3)
+        url = mad.Url(fake.url)
+        sockets = (("admin.sock", self.OTHERS), ("nothing.sock", self.US))
+        answer = mad.exchange(url, "GET", "/users/x", {}, None, 3, None, sockets)
+        assert json.loads(answer[2])["username"] == "over-tcp" and not beside.seen
+
+    def test_where_nobody_listens_the_address_is_used(self, beside, capsys):
+        beside.shutdown()
+        beside.server_close()
+        assert os.path.exists("admin.sock") and self.get(capsys) == (0, "over-tcp", "")
+
+    def test_a_server_that_is_not_the_one_that_is_meant_says_so(self, beside, fake, capsys):
+        beside.status = 421
+        assert self.get(capsys) == (0, "over-tcp", "") and len(beside.seen) == 1
+        beside.status = 403
+        assert self.get(capsys)[0] == mad.EXIT_REFUSED and len(fake.seen) == 1
+
+    def test_another_machine_is_reached_by_its_address(self, beside):
+        assert mad.Context.admin_sockets(mad.Url("https://box.example")) == ()
+
+    def test_one_that_is_named_is_used_alone(self, beside, fake, capsys, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MAD_ADMIN_SOCKET", "data/admin.sock")
+        assert self.get(capsys, "--admin-url", "https://box.example")[1] == "at-the-machine"
+        beside.status = 421
+        assert self.get(capsys)[0] == mad.EXIT_REFUSED
+        monkeypatch.setenv("MAD_ADMIN_SOCKET", "nothing.sock")
+        status, _, said = self.get(capsys)
+        assert status == mad.EXIT_UNREACHABLE and "cannot reach nothing.sock: No such file" in said
+        monkeypatch.setenv("MAD_ADMIN_SOCKET", "")
+        assert self.get(capsys)[1] == "over-tcp" and len(fake.seen) == 1
+
+    def test_its_path_may_be_longer_than_an_address_of_a_socket(self, beside, tmp_path):
+        folder = tmp_path / ("long" * 40)
+        os.rename(tmp_path / "data", folder)
+        mad.connect_at_machine(str(folder / "admin.sock"), self.US, 3).close()
+
 
 class TestErrors:
     def test_it_raises_what_the_server_says(self, fake):
