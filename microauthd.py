@@ -59,6 +59,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
+from appliance.base.shared import Buckets
 from appliance.base.log import Log, escape
 from appliance.base.headers import HSTS, security_headers
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
@@ -302,8 +303,24 @@ def network_of(peer: str) -> str:
     return str(ipaddress.ip_network((peer, 64), strict=False))
 
 
+class LocalBuckets(collections.OrderedDict):
+    """The levels of token buckets, by key, where no other process counts: (level, when it was that)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def put(self, key: tuple, level: float, at: float):
+        self[key] = (level, at)
+        self.move_to_end(key)
+        while len(self) > self.size:  # the least recently used one goes, since anybody can make buckets
+            self.popitem(last=False)
+
+
 class Throttle:
     """Token buckets per peer and per (peer, name), from which failed attempts take.
+
+    They are in memory that the processes of a server share, so the limits are those of the box.
 
     Unknown names have buckets too, so that throttling does not reveal whether a name exists.
     Loopback has no peer bucket, because all services of the box share that address. A user of the machine and a known
@@ -319,8 +336,9 @@ class Throttle:
         "refusal of peer": (120, 2.0), "refusal of site": (16 * 120, 16 * 2.0),
     }
 
-    def __init__(self, clock, size=20_000):
-        self.clock, self.size, self.buckets, self.lock = clock, size, collections.OrderedDict(), threading.Lock()
+    def __init__(self, clock, size=20_000, buckets: Buckets | None = None):
+        self.clock, self.lock = clock, threading.Lock()
+        self.buckets: Buckets | LocalBuckets = LocalBuckets(size) if buckets is None else buckets
 
     def keys(self, peer, name):
         address, site = None if peer.startswith(NO_ADDRESS) else ipaddress.ip_address(peer), ""
@@ -359,20 +377,13 @@ class Throttle:
                     wait = int((1 - level) / self.RATES[key[0]][1]) + 1
                     raise Problem("slow_down", log=f"too many {begun}s of {key[1]}", retry_after=wait)
             for key, level in levels.items():
-                self.put(key, level - 1, now)
-
-    def put(self, key, level, now):
-        # The caller holds the lock. The least recently used bucket goes, since anybody can create buckets.
-        self.buckets[key] = (level, now)
-        self.buckets.move_to_end(key)
-        while len(self.buckets) > self.size:
-            self.buckets.popitem(last=False)
+                self.buckets.put(key, level - 1, now)
 
     def spend(self, peer: str, name: str):
         now = self.clock()
         with self.lock:
             for key in self.keys(peer, name):
-                self.put(key, self.level(key, now) - 1, now)
+                self.buckets.put(key, self.level(key, now) - 1, now)
 
 
 class CountedRefusal:
@@ -743,7 +754,7 @@ class Idp:
 
     def __init__(
         self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time,
-        log=None, machine: Machine | None = None,
+        log=None, machine: Machine | None = None, buckets: Buckets | None = None,
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
@@ -754,7 +765,8 @@ class Idp:
         self.rings_lock = threading.Lock()
         self.log = log or Log()
         self.hasher = Hasher(options)
-        self.throttle = Throttle(getattr(clock, "monotonic", clock))  # monotonic if the clock is a Timekeeper
+        monotonic = getattr(clock, "monotonic", clock)  # if the clock is a Timekeeper
+        self.throttle = Throttle(monotonic, buckets=buckets)
         self.verified_client_secrets = VerifiedSecrets(900, 4096)
         self.verified_passwords = VerifiedSecrets(options.pass_cache_duration, 4096)
         self.client_cache: tuple[bytes, dict] = (b"", {})

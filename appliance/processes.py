@@ -26,6 +26,7 @@ from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.log import Log
 from appliance.base.files import check_folder, file_fingerprint, guard_private, open_owned
+from appliance.base.shared import Buckets
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
@@ -64,6 +65,7 @@ class StartupState(msgspec.Struct):
     admin_socket: object
     local: LocalSocket | None
     generation: Generation
+    buckets: Buckets
     clock: Timekeeper
     log: Log
 
@@ -223,7 +225,7 @@ def prepare(options: Options) -> StartupState:
     local = bind_local_socket(options, local_users, log)
     return StartupState(
         options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, local,
-        Generation(), clock, log,
+        Generation(), Buckets(), clock, log,
     )
 
 
@@ -300,9 +302,12 @@ class ServerProcess:
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
             if listening is None:
                 continue
-            # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other.
+            # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other. The throttle is
+            # that of the box.
             seal = Seal(startup.seal_key)
-            idp = Idp(options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, MACHINE)
+            idp = Idp(
+                options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, MACHINE, startup.buckets
+            )
             # A ring file that changed since it was read has another fingerprint: the first request reads it again.
             entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
             idp.ring_versions = {

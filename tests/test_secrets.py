@@ -13,6 +13,7 @@ import pytest
 from conftest import PASSWORD, Clock
 from hypothesis import given
 from hypothesis import strategies as st
+from appliance.base.shared import Buckets
 from appliance.base.settings import Options
 
 
@@ -66,6 +67,18 @@ class TestThrottle:
         for number in range(500):
             throttle.spend(f"192.0.2.{number % 250}", f"user{number}")
         assert len(throttle.buckets) <= 50
+
+    def test_the_limits_are_those_of_all_processes_together(self, clock):
+        buckets = Buckets()
+        throttles = [m.Throttle(clock, buckets=buckets) for _ in range(4)]
+        for throttle in throttles:
+            self.spend(throttle, 5)
+        assert all(self.is_spent(throttle) for throttle in throttles)
+        assert not self.is_spent(throttles[0], name="bob")
+        clock.pass_(3)
+        self.spend(throttles[1], 1)
+        assert self.is_spent(throttles[0])
+        assert self.begun(throttles[2], "192.0.2.9") == 60 and self.begun(throttles[3], "192.0.2.9") == 0
 
     def test_a_long_name_costs_no_memory(self, throttle):
         for number in range(20):

@@ -2,7 +2,10 @@
 
 import os
 
-from appliance.base.shared import Byte, Real, Numbers, Shared
+import pytest
+from conftest import in_child
+
+from appliance.base.shared import Buckets, Byte, Real, Numbers, Shared
 
 
 class Example(Shared):
@@ -35,3 +38,31 @@ class TestShared:
         one, other = Example(), Example()
         one.flag = 1
         assert other.flag == 0
+
+
+class TestBuckets:
+    def test_what_one_process_takes_every_process_misses(self):
+        buckets = Buckets()
+        assert buckets.get(("name", "a"), (20, 5.0)) == (20, 5.0)
+        assert in_child(lambda: buckets.put(("name", "a"), 3.5, 7.0)) == 0
+        assert buckets.get(("name", "a"), (20, 5.0)) == (3.5, 7.0)
+        assert buckets.get(("name", "b"), (20, 5.0)) == (20, 5.0)
+
+    def test_the_least_recently_used_of_a_set_gives_way(self, monkeypatch):
+        monkeypatch.setattr(Buckets, "SETS", 1)
+        buckets = Buckets()
+        for number in range(8):
+            buckets.put((number,), number, 100.0 + number)
+        buckets.put((0,), -1, 200.0)
+        buckets.put(("new",), -2, 201.0)
+        found = [buckets.get((key,), (None, 0))[0] for key in (*range(8), "new")]
+        assert found == [-1, None, 2, 3, 4, 5, 6, 7, -2]
+
+    @pytest.mark.parametrize("name", ["\udcff", "x" * 100_000, ""])
+    def test_any_key_has_a_place(self, name):
+        buckets = Buckets()
+        buckets.put(("name", name), 1, 2.0)
+        assert buckets.get(("name", name), (0, 0)) == (1, 2.0)
+
+    def test_nobody_can_tell_which_keys_share_a_set(self):
+        assert Buckets().places(("a",)) != Buckets().places(("a",))

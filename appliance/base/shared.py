@@ -1,6 +1,8 @@
 """Numbers in memory that the processes of a server share."""
 
+import hashlib
 import mmap
+import os
 import struct
 from typing import ClassVar, Generic, Literal, TypeVar
 
@@ -59,3 +61,47 @@ class Shared:
         for field, size in zip(fields, sizes, strict=True):
             setattr(self, field.view, memory[at : at + size].cast(field.form))
             at += size + -size % 8  # aligned to 8 octets, whatever its size
+
+
+# == Buckets ===================================================================
+# So that a limit is that of the box: with a table in each process, four workers would allow four times as much.
+
+
+class Buckets(Shared):
+    """The levels of token buckets, by key, for all processes of a server: a table that does not grow.
+
+    A key may stand in any of the WAYS places of its set, and takes the one that was used least recently. The hash has a
+    secret, so that nobody can choose keys of one set. No lock: of two writes in the same instant one may be lost.
+    """
+
+    SETS, WAYS = 4096, 8  # 768 KB, of which only pages with a bucket in them take memory
+    hashes = Numbers("Q", SETS * WAYS)  # 0: free
+    levels = Numbers("d", SETS * WAYS)
+    times = Numbers("d", SETS * WAYS)  # when the level was that
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.secret = os.urandom(16)
+
+    def places(self, key: tuple) -> tuple[int, range]:
+        """Return the hash of a key, and the places where it may stand."""
+        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8, key=self.secret).digest()
+        hashed = int.from_bytes(digest, "big") or 1
+        start = hashed % self.SETS * self.WAYS
+        return hashed, range(start, start + self.WAYS)
+
+    def get(self, key: tuple, default: tuple[float, float]) -> tuple[float, float]:
+        """Return a level and when it was that."""
+        hashed, places = self.places(key)
+        for place in places:
+            if self.hashes[place] == hashed:
+                return self.levels[place], self.times[place]
+        return default
+
+    def put(self, key: tuple, level: float, at: float) -> None:
+        hashed, places = self.places(key)
+        known = [place for place in places if self.hashes[place] == hashed]
+        free = [place for place in places if not self.hashes[place]]
+        place = (known or free or [min(places, key=lambda place: self.times[place])])[0]
+        self.hashes[place] = hashed
+        self.levels[place], self.times[place] = level, at  # type: ignore[call-overload] # a memoryview of floats
