@@ -152,6 +152,22 @@ class TestHost:
         ] == [200, 200, 200, 421]
 
 
+    @pytest.mark.parametrize(
+        "host, status",
+        [
+            ("localhost:9041", 200), ("127.0.0.1:9041", 200), ("[::1]:9041", 200), ("localhost", 200), ("[::1]", 200),
+            ("box.example", 200), ("box.example:443", 200), ("localhost:9042", 421), ("127.0.0.1:80", 421),
+            ("[::1]:9042", 421), ("evil.example", 421),
+        ],
+    )
+    def test_on_the_unix_socket_the_port_tells_which_box_is_meant(self, make_idp, host, status):
+        idp = make_idp(Options(**CHEAP, admin_domain="box.example"))
+        app = m.guard_admin(m.App(idp, m.ADMIN), idp)
+        named = {"microauthd.peer": "unix:uid=0", "REMOTE_ADDR": "unix:uid=0", "microauthd.uid": 0}
+        assert Caller(lambda environ, start: app(environ | named, start), host).get("/ping").status == status
+        assert Caller(app, host).get("/ping").status == (421 if host == "evil.example" else 200)
+
+
 NAVIGATION = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
 FRAME = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}
 OWN_ORIGIN = {"Origin": "http://localhost:9041"}
