@@ -1087,7 +1087,7 @@ def was_verified_recently(idp, source, account, password) -> bool:
 
 # -- browsers in which a user logged in before --
 # Anybody can lock an account by guessing. Its user is not locked out in a browser that has a device cookie: tries
-# from there are counted by themselves. https://owasp.org/www-community/Slow_Down_Online_Guessing_Attacks_with_Device_Cookies
+# from there are counted by themselves. OWASP, Slow Down Online Guessing Attacks with Device Cookies.
 
 DEVICE_TTL = 90 * 86400  # seconds since the last login in the browser
 DEVICE_USERS = 4  # of one browser; the one who logged in least recently is forgotten
@@ -1144,7 +1144,7 @@ def is_locked_out(idp: Idp, caller: Caller, account: Account) -> bool:
     machine, where the throttle still counts.
     """
     now, device = idp.now(), find_device(idp, caller, account)
-    if device:
+    if device and account.lockout_until != FOREVER:
         return idp.store.find_device_lockout(device) > now
     return account.lockout_until > now and not (
         caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)

@@ -733,7 +733,7 @@ class TestAtTheMachine:
 
 
 class TestKnownBrowsers:
-    """https://owasp.org/www-community/Slow_Down_Online_Guessing_Attacks_with_Device_Cookies"""
+    """OWASP, Slow Down Online Guessing Attacks with Device Cookies"""
 
     def known(self, idp, someone, peer="203.0.113.9", before=""):
         """A caller from a browser in which somebody has just logged in."""
@@ -856,6 +856,12 @@ class TestKnownBrowsers:
         clock.pass_(30)
         code = pyotp.TOTP(seed).at(idp.now())
         assert m.check_second_factor(idp, caller, alice.id, idp.now_ms(), code)[1] == ["pwd", "otp", "mfa"]
+
+    def test_what_an_administrator_locked_for_ever_is_locked_there_too(self, idp, alice, change):
+        caller = self.known(idp, alice)
+        change("UPDATE account SET lockout_until = :until WHERE id = :id", until=FOREVER, id=alice.id)
+        with pytest.raises(m.Problem):
+            m.authenticate_user(idp, caller, "alice", PASSWORD)
 
     def test_an_administrator_clears_what_is_locked_there(self, idp, alice):
         caller = self.known(idp, alice)
