@@ -152,9 +152,8 @@ def listen_at_machine(folder: str, name: str, mode: int = 0o600) -> socket.socke
                     error = errno.EADDRINUSE if error in (0, errno.EAGAIN) else error
                     raise OSError(error, os.strerror(error))
             os.unlink(path)
-        os.fchmod(sock.fileno(), mode)  # before bind(), which creates the file with it: at no moment with more
         sock.bind(path)
-        os.chmod(path, mode)  # what the umask took
+        os.chmod(path, mode)  # whatever the umask is; until the next line nobody can connect
         sock.listen(BACKLOG)
         sock.setblocking(False)
         return sock
