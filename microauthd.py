@@ -1137,18 +1137,22 @@ def find_source(idp: Idp, caller: Caller, account: Account | None) -> str:
     return DEVICE + device if device else caller.peer
 
 
-def is_locked_out(idp: Idp, caller: Caller, account: Account) -> bool:
-    """Return whether too many wrong passwords, or an administrator, have closed an account to this caller.
+def find_lockout(idp: Idp, caller: Caller, account: Account) -> int:
+    """Return until when wrong passwords or an administrator have closed an account to this caller, in Unix seconds.
 
-    A browser in which the user logged in before has a lockout of its own. The last administrator may always try at the
-    machine, where the throttle still counts.
+    A browser in which the user logged in before has a lockout of its own, beside one for ever.
     """
-    now, device = idp.now(), find_device(idp, caller, account)
-    if device and account.lockout_until != FOREVER:
-        return idp.store.find_device_lockout(device) > now
-    return account.lockout_until > now and not (
-        caller.is_local and account.lockout_until != FOREVER and is_last_admin(idp, account.id)
-    )
+    device = find_device(idp, caller, account) if account.lockout_until != FOREVER else ""
+    return idp.store.find_device_lockout(device) if device else account.lockout_until
+
+
+def is_locked_out(idp: Idp, caller: Caller, account: Account) -> bool:
+    """Return whether an account is closed to this caller now.
+
+    The last administrator may always try at the machine, where the throttle still counts.
+    """
+    until = find_lockout(idp, caller, account)
+    return until > idp.now() and not (caller.is_local and until != FOREVER and is_last_admin(idp, account.id))
 
 
 # -- logging in --
@@ -1224,7 +1228,7 @@ def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None,
     nears_lockout = account is not None and (
         failure == WRONG_CODE
         or (
-            failure == WRONG_PASSWORD and not is_locked_out(idp, caller, account)
+            failure == WRONG_PASSWORD and find_lockout(idp, caller, account) <= now
             and bool(options.max_login_failures and options.failed_password_lockout_duration)
         )
     )
