@@ -832,7 +832,7 @@ class TestPrivateFiles:
             (lambda path: path.mkdir(), "is not a regular file"),
             (lambda path: os.mkfifo(path), "is not a regular file"),
             (lambda path: (path.write_text(TOKEN), path.chmod(0o666)), "can be written by others"),
-            (lambda path: path.write_bytes(b"\xff"), "is not what mad wrote"),
+            (lambda path: (path.write_bytes(b"\xff"), path.chmod(0o600)), "is not what mad wrote"),
         ],
         ids=["link", "folder", "pipe", "writable", "binary"],
     )

@@ -105,14 +105,23 @@ def overwrite(path, at, content):
         file.write(content)
 
 
+def middle_page(path):
+    """Where a page in the middle of a database begins, one that the log beside it does not replace."""
+    log = path.with_name(path.name + "-wal")
+    frames = log.read_bytes()[32:] if log.exists() else b""
+    logged = {int.from_bytes(frames[at : at + 4], "big") for at in range(0, len(frames), 24 + 4096)}
+    page = path.stat().st_size // 8192 + 1
+    while page in logged:
+        page += 1
+    return (page - 1) * 4096
+
+
 DATABASE = {
     "the first page zeroed": lambda path: overwrite(path, 0, bytes(4096)),
     "the header zeroed": lambda path: overwrite(path, 0, bytes(100)),
     "a byte of the salt flipped": lambda path: flip(path, 3),
     "a byte of the first page flipped": lambda path: flip(path, 77),
-    "a page in the middle overwritten": lambda path: overwrite(
-        path, path.stat().st_size // 8192 * 4096, os.urandom(4096)
-    ),
+    "a page in the middle overwritten": lambda path: overwrite(path, middle_page(path), os.urandom(4096)),
     "cut in half": lambda path: os.truncate(path, path.stat().st_size // 8192 * 4096),
     "cut within a page": lambda path: os.truncate(path, path.stat().st_size // 8192 * 4096 + 100),
     "the last page gone": lambda path: os.truncate(path, path.stat().st_size - 4096),
@@ -301,7 +310,7 @@ CONFIG = {
     "its last line gone": lambda path: os.truncate(path, path.stat().st_size - 6),
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "its end zeroed": lambda path: path.write_bytes(path.read_bytes()[:2000] + bytes(path.stat().st_size - 2000)),
-    "not UTF-8": lambda path: overwrite(path, 200, b"\xff\xfe\xc3\x28"),
+    "not UTF-8": lambda path: overwrite(path, path.read_bytes().index(b"\nauth-port") + 3, b"\xff\xfe\xc3\x28"),
     "garbage": lambda path: path.write_bytes(os.urandom(3000)),
 }
 
