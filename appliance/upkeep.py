@@ -1,5 +1,6 @@
 """What runs beside the requests: purging, key states, the thread of the clock."""
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -80,7 +81,9 @@ def audit_limit(options: Options, path: str) -> int:
     if options.audit_max_size >= 0:
         return options.audit_max_size
     room = os.statvfs(os.path.dirname(os.path.abspath(path)))
-    free = room.f_bavail * room.f_frsize + os.path.getsize(path)
+    free = room.f_bavail * room.f_frsize
+    with contextlib.suppress(FileNotFoundError):  # a process that begins while the file is moved away still serves keys
+        free += os.path.getsize(path)
     return max(AUDIT_LEAST, min(AUDIT_MOST, free // 4))
 
 
