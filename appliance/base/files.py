@@ -262,6 +262,23 @@ def read_secret_file(path: str, name: str, in_container=False) -> str:
     return line
 
 
+# == Names and standard input =================================================
+# Octets of a file name or of what is typed that are not UTF-8.
+
+
+def show_path(path: str) -> str:
+    """Return a path as text: octets that are not UTF-8 as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def read_stdin_secret(flag: str) -> str:
+    """Return the first line of standard input. `flag` is for the message. Raises StartupError."""
+    try:
+        return sys.stdin.buffer.readline().decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise StartupError(f"{flag}: what came from standard input is not valid UTF-8") from None
+
+
 # == Writing ===================================================================
 
 
@@ -295,19 +312,6 @@ def write_beside(path: str, content: bytes) -> str:
             os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from None
     return temporary
-
-
-def show_path(path: str) -> str:
-    """Return a path as text: octets that are not UTF-8 as \\xNN."""
-    return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def read_stdin_secret(flag: str) -> str:
-    """Return the first line of standard input. `flag` is for the message. Raises StartupError."""
-    try:
-        return sys.stdin.buffer.readline().decode().rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise StartupError(f"{flag}: what came from standard input is not valid UTF-8") from None
 
 
 def write_durably(path: str, content: bytes):

@@ -1778,6 +1778,36 @@ class Store(Database):
             user_id=user_id, client_id=client_id, scope=scope, now=now,
         )
 
+    def list_consents(self, user_id: str) -> list[ListedConsent]:
+        """Return what a user consented to, by the name of the client."""
+        return self.all(
+            ListedConsent,
+            """
+            SELECT client.client_id, display_name, scope, given_at
+              FROM consent JOIN client ON client.id = consent.client_id
+             WHERE user_id = :user_id
+             ORDER BY client.client_id
+            """,
+            user_id=user_id,
+        )
+
+    def delete_consent(self, user_id: str, client_id: str) -> bool:
+        """Delete the consent of a user for a client, by its internal id. Return whether there was one."""
+        return self.changed(
+            "DELETE FROM consent WHERE user_id = :user_id AND client_id = :client_id", user_id=user_id,
+            client_id=client_id,
+        )
+
+    def delete_codes(self, user_id: str, client_id: str) -> None:
+        """Delete the codes of a user at a client that were not spent. A spent one is kept: see AuthorizationCode."""
+        self.run(
+            """
+            DELETE FROM authorization_code
+             WHERE user_id = :user_id AND client_id = :client_id AND spent_at IS NULL
+            """,
+            user_id=user_id, client_id=client_id,
+        )
+
     # -- parked_hints --
 
     def park_hints(self, parked: ParkedHints) -> None:
@@ -1836,36 +1866,6 @@ class Store(Database):
             self.put_meta("revoked_kids", " ".join(sorted({*self.revoked_kids(), *kids})))
             for kid in kids:
                 self.run("DELETE FROM retired_key WHERE kid = :kid", kid=kid)
-
-    def list_consents(self, user_id: str) -> list[ListedConsent]:
-        """Return what a user consented to, by the name of the client."""
-        return self.all(
-            ListedConsent,
-            """
-            SELECT client.client_id, display_name, scope, given_at
-              FROM consent JOIN client ON client.id = consent.client_id
-             WHERE user_id = :user_id
-             ORDER BY client.client_id
-            """,
-            user_id=user_id,
-        )
-
-    def delete_consent(self, user_id: str, client_id: str) -> bool:
-        """Delete the consent of a user for a client, by its internal id. Return whether there was one."""
-        return self.changed(
-            "DELETE FROM consent WHERE user_id = :user_id AND client_id = :client_id", user_id=user_id,
-            client_id=client_id,
-        )
-
-    def delete_codes(self, user_id: str, client_id: str) -> None:
-        """Delete the codes of a user at a client that were not spent. A spent one is kept: see AuthorizationCode."""
-        self.run(
-            """
-            DELETE FROM authorization_code
-             WHERE user_id = :user_id AND client_id = :client_id AND spent_at IS NULL
-            """,
-            user_id=user_id, client_id=client_id,
-        )
 
     # -- browser_session --
 
