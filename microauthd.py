@@ -62,6 +62,7 @@ from appliance.base.settings import Options
 from appliance.base.shared import Buckets
 from appliance.base.log import Log, escape
 from appliance.base.headers import HSTS, security_headers
+from appliance.base.peers import networks_of
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
@@ -295,12 +296,7 @@ NO_ADDRESS = (UNIX, DEVICE)
 
 def network_of(peer: str) -> str:
     """Return the network of a peer: of IPv6 its /64, which whoever has one address has; else the address itself."""
-    if peer.startswith(NO_ADDRESS):
-        return peer
-    address = ipaddress.ip_address(peer)
-    if address.version == 4 or address.is_loopback:
-        return peer
-    return str(ipaddress.ip_network((peer, 64), strict=False))
+    return peer if peer.startswith(NO_ADDRESS) else networks_of(peer)[0]
 
 
 class LocalBuckets(collections.OrderedDict):
@@ -341,15 +337,13 @@ class Throttle:
         self.buckets: Buckets | LocalBuckets = LocalBuckets(size) if buckets is None else buckets
 
     def keys(self, peer, name):
-        address, site = None if peer.startswith(NO_ADDRESS) else ipaddress.ip_address(peer), ""
-        # Who has one address of IPv6 has its /64, and perhaps the /48.
-        if address and address.version == 6 and not address.is_loopback:
-            peer, site = (str(ipaddress.ip_network((peer, length), strict=False)) for length in (64, 48))
+        address = None if peer.startswith(NO_ADDRESS) else ipaddress.ip_address(peer)
+        peer, *sites = networks_of(address) if address else (peer,)
         # Hashed, because the name may have any length.
         yield ("name", peer, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
         if address and not address.is_loopback:
             yield ("peer", peer, b"")
-        if site:
+        for site in sites:
             yield ("site", site, b"")
 
     def level(self, key, now):

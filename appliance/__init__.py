@@ -19,6 +19,7 @@
     base.keys, base.hashing             key files and signatures; Argon2id and the bound on it
     base.clock, base.log, base.files    the time, the log, files that survive a power cut
     base.headers                        the security headers of every response
+    base.peers                          which addresses count as one peer
     base.shared                         numbers in memory that all processes share
 
 `base` knows nothing of OAuth; `microauthd` knows nothing of sockets, processes, SQL or the command line;

@@ -41,6 +41,7 @@ from cryptography.hazmat.primitives import serialization
 
 from appliance.base.clock import sleep
 from appliance.base.headers import security_headers
+from appliance.base.peers import networks_of
 
 # == Connections ===============================================================
 # Accept, TLS, framing, limits, deadlines, the WSGI call, the response. Knows nothing of tokens.
@@ -300,13 +301,6 @@ def _address(text):
     """Return `text` as an IP address, IPv4 when it is IPv4-mapped IPv6. RFC 4291 §2.5.5.2"""
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address
-
-
-def _counted_as(address) -> tuple[str, ...]:
-    """Return what the connections of an address count for: the address, or its /64 and its /48. RFC 6177 §2."""
-    if address.version == 4:
-        return (str(address),)
-    return tuple(str(ipaddress.ip_network((address, length), strict=False)) for length in (64, 48))
 
 
 def _in_networks(address, networks):
@@ -1173,7 +1167,7 @@ class Server(cheroot.wsgi.Server):
             return f"unix:uid={uid}", False, (), {"microauthd.uid": uid}
         ip = _address(address[0])
         trusted = bool(self.trusted_proxies) and _in_networks(ip, self.trusted_proxies)
-        counted = () if ip.is_loopback or trusted else _counted_as(ip)
+        counted = () if ip.is_loopback or trusted else networks_of(ip)
         return str(ip), trusted, counted, {"REMOTE_PORT": str(address[1])}
 
     def register_connection(self, sock, address):
