@@ -299,6 +299,11 @@ def network_of(peer: str) -> str:
     return peer if peer.startswith(NO_ADDRESS) else networks_of(peer)[0]
 
 
+def refill(level: float, at: float, now: float, burst: float, rate: float) -> float:
+    """Return the level of a token bucket now, of one that had `level` at the time `at`."""
+    return min(burst, level + max(0, now - at) * rate)
+
+
 class LocalBuckets(collections.OrderedDict):
     """The levels of token buckets, by key, where no other process counts: (level, when it was that)."""
 
@@ -349,16 +354,19 @@ class Throttle:
     def level(self, key, now):
         burst, rate = self.RATES[key[0]]
         level, at = self.buckets.get(key, (burst, now))
-        return min(burst, level + max(0, now - at) * rate)
+        return refill(level, at, now, burst, rate)
+
+    def refuse_empty(self, key, level: float, reason: str):
+        """Raise slow_down if a bucket with this level is empty."""
+        if level < 1:
+            wait = int((1 - level) / self.RATES[key[0]][1]) + 1
+            raise Problem("slow_down", log=reason, retry_after=wait)
 
     def check(self, peer: str, name: str):
         """Raise slow_down if a bucket of this peer is empty."""
         now = self.clock()
         for key in self.keys(peer, name):
-            level = self.level(key, now)
-            if level < 1:
-                wait = int((1 - level) / self.RATES[key[0]][1]) + 1
-                raise Problem("slow_down", log=f"too many failures from {peer}", retry_after=wait)
+            self.refuse_empty(key, self.level(key, now), f"too many failures from {peer}")
 
     def begin(self, peer: str, begun: str):
         """Count what anybody may cause, a `login`, a `hint` or a `refusal`. Raises slow_down after too many."""
@@ -367,9 +375,7 @@ class Throttle:
             keys = [(f"{begun} of {kind}", found, b"") for kind, found, _ in self.keys(peer, "") if kind != "name"]
             levels = {key: self.level(key, now) for key in keys}
             for key, level in levels.items():
-                if level < 1:
-                    wait = int((1 - level) / self.RATES[key[0]][1]) + 1
-                    raise Problem("slow_down", log=f"too many {begun}s of {key[1]}", retry_after=wait)
+                self.refuse_empty(key, level, f"too many {begun}s of {key[1]}")
             for key, level in levels.items():
                 self.buckets.put(key, level - 1, now)
 
@@ -404,13 +410,15 @@ class RefusalCounter:
     def __init__(self, clock):
         self.clock, self.lock = clock, threading.Lock()
         self.kinds: dict[tuple, CountedRefusal] = {}
-        self.levels = {budget: (burst, clock()) for budget, (burst, *_) in self.BUDGETS.items()}
+        self.levels: dict[str, tuple[float, float]] = {
+            budget: (burst, clock()) for budget, (burst, *_) in self.BUDGETS.items()
+        }
         self.excess: collections.Counter[str] = collections.Counter()  # what exceeded a budget, by action
         self.excess_since, self.excess_until, self.flood_seen_at = 0, 0.0, -math.inf
 
     def take(self, budget: str, now: float) -> bool:
         (level, at), (burst, rate, most) = self.levels[budget], self.BUDGETS[budget]
-        level = min(burst, level + max(0, now - at) * rate)
+        level = refill(level, at, now, burst, rate)
         is_left = level >= 1 and sum(found.budget == budget for found in self.kinds.values()) < most
         self.levels[budget] = (level - is_left, now)
         return is_left
@@ -630,7 +638,7 @@ def fit_claims(claims: dict) -> dict:
 
     `roles_omitted` then says so, and introspection and userinfo return them.
     """
-    if len(ENCODE(claims)) <= CLAIMS_LIMIT or not any(claims.get(name) for name in ROLE_CLAIMS):
+    if not any(claims.get(name) for name in ROLE_CLAIMS) or len(ENCODE(claims)) <= CLAIMS_LIMIT:
         return claims
     return {name: value for name, value in claims.items() if name not in ROLE_CLAIMS} | {"roles_omitted": True}
 
@@ -3512,7 +3520,7 @@ def verify_hint(idp: Idp, token: str) -> dict:
     try:
         return idp.auth_ring.verify(token, JWT)
     except Problem:
-        retired = idp.store.find_retired_key(token.partition(".")[0], idp.now()) if len(token) <= 8192 else None
+        retired = idp.store.find_retired_key(token.partition(".")[0], idp.now()) if len(token) <= TOKEN_LIMIT else None
         if retired is None:
             raise
     return verify_signature(PublicKey.from_pem(retired.public_key), token, IdTokenClaims)
