@@ -342,19 +342,26 @@ class Hasher:
         """
         return self.find_match([phc] if phc is not None else [], password) is not None
 
+    def unknown_hash(self) -> str:
+        """Return a PHC string that stands for one that does not exist: no password has it."""
+        hashed = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
+        salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
+        return f"{self.parameters()}{salt}${hashed}"
+
     def find_match(self, hashes: Sequence[str], password: str) -> str | None:
         """Return which of some PHC strings is that of a password, or None. Raises Busy, HashFailed.
 
         Argon2 is computed once for all that share salt and parameters, and once if there is none.
         """
-        unknown = base64.b64encode(bytes(self.options.argon2id_hash_length)).rstrip(b"=").decode()
-        salt = base64.b64encode(os.urandom(self.options.argon2id_salt_length)).rstrip(b"=").decode()
+        if not hashes:
+            self.match_group([self.unknown_hash()], password)
+            return None
         groups: dict[str, list[str]] = {}
-        for phc in hashes or [f"{self.parameters()}{salt}${unknown}"]:
+        for phc in hashes:
             groups.setdefault(salt_of(phc) or phc, []).append(phc)
         for group in groups.values():
             found = self.match_group(group, password)
-            if found is not None and hashes:
+            if found is not None:
                 return found
         return None
 
