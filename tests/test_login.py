@@ -2111,14 +2111,16 @@ BROKEN = (
 )
 
 
+@pytest.fixture
+def bye(idp, spa, register):
+    """Let two clients have people come back after a logout."""
+    register("second")
+    for client_id in ("spa", "second"):
+        m.add_uri(idp, m.LOCAL.acting_as("test"), client_id, "post_logout", BYE)
+
+
 class TestHints:
     """OpenID Connect Core §3.1.2.1, RP-Initiated Logout §2: a hint is never worse than none."""
-
-    @pytest.fixture
-    def bye(self, idp, spa, register):
-        register("second")
-        for client_id in ("spa", "second"):
-            m.add_uri(idp, m.LOCAL.acting_as("test"), client_id, "post_logout", BYE)
 
     @pytest.fixture
     def lives(self, auth):
@@ -2223,12 +2225,6 @@ class TestHints:
 
 class TestPostedHints:
     """RFC 9700 §4.3: what names a person or ends a login is not put into a URL."""
-
-    @pytest.fixture
-    def bye(self, idp, spa, register):
-        register("second")
-        for client_id in ("spa", "second"):
-            m.add_uri(idp, m.LOCAL.acting_as("test"), client_id, "post_logout", BYE)
 
     @pytest.fixture
     def bought(self, spa, alice, browser, exchange):

@@ -105,6 +105,10 @@ class TestSchema:
         yield make
         opened[0].close()
 
+    CLIENT = (
+        "INSERT INTO client (id, client_id, client_type, display_name, audience, grant_types, created_at, modified_at) "
+        "VALUES ('1', 'old', 'confidential', 'Old', 'api', '{}', 7, 8)"
+    )
     ROLE = (
         "INSERT INTO role (id, name, description, is_protected, created_at, modified_at) "
         "VALUES ('{}', '{}', 'Reads the log.', {}, 5, 7)"
@@ -133,25 +137,13 @@ class TestSchema:
         assert store.find_device_lockout("d") == 0
 
     def test_clients_of_before_have_no_switches(self, from_before):
-        store = from_before(
-            "allow_http_redirects",
-            """
-            INSERT INTO client (id, client_id, client_type, display_name, audience, grant_types, created_at, modified_at)
-            VALUES ('1', 'old', 'confidential', 'Old', 'api', 'password', 7, 8)
-            """,
-        )
+        store = from_before("allow_http_redirects", self.CLIENT.format("password"))
         row = store.find_client("old")
         assert (row.allow_http_redirects, row.allow_short_schemes) == (0, 0)
         assert (row.id, row.is_first_party, row.created_at, row.modified_at) == ("1", 1, 7, 8)
 
     def test_clients_of_before_keep_their_grants_as_if_named(self, from_before):
-        store = from_before(
-            "are_grants_named",
-            """
-            INSERT INTO client (id, client_id, client_type, display_name, audience, grant_types, created_at, modified_at)
-            VALUES ('1', 'old', 'confidential', 'Old', 'api', 'client_credentials password', 7, 8)
-            """,
-        )
+        store = from_before("are_grants_named", self.CLIENT.format("client_credentials password"))
         row = store.find_client("old")
         assert (row.grant_types, row.are_grants_named) == ("client_credentials password", 1)
 
