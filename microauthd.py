@@ -1267,9 +1267,9 @@ def authenticate_user(
     login pages, which call check_second_factor() next.
     """
     name = fold(username)
-    source = find_source(idp, caller, idp.store.find_account_by_name(name) if caller.device else None)
-    idp.throttle.check(source, name)
     account = idp.store.find_account_by_name(name)
+    source = find_source(idp, caller, account)
+    idp.throttle.check(source, name)
     totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
         not totp_required
@@ -2046,6 +2046,14 @@ def describe_scopes(scopes, allowed) -> str:
     return "; ".join(found)
 
 
+def allowed_to_user(scopes, client_scopes, user_scopes) -> frozenset:
+    """Return what a user may be granted at a client where `scopes` are asked for.
+
+    What both have, and with `openid` the OpenID Connect scopes.
+    """
+    return frozenset(client_scopes & user_scopes).union(OIDC_SCOPES if OPENID in scopes else ())
+
+
 def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str:
     """Return the scopes to grant, space-delimited and sorted by name. RFC 6749 §3.3.
 
@@ -2057,8 +2065,8 @@ def decide_scopes(requested: str | None, client_scopes, user_scopes=None) -> str
     if requested is None or not requested.strip(" "):
         return " ".join(sorted(allowed))
     scopes = set(requested.split(" ")) - {""}
-    if user_scopes is not None and OPENID in scopes:
-        allowed = allowed | set(OIDC_SCOPES)
+    if user_scopes is not None:
+        allowed = allowed_to_user(scopes, client_scopes, user_scopes)
     if not scopes <= allowed:
         refused = describe_scopes(scopes - allowed, allowed)
         raise Problem("invalid_scope", log=f"asked for more than is allowed: {refused}")
@@ -2080,7 +2088,7 @@ def decide_login_scopes(idp: Idp, requested: str | None, client_scopes, user_sco
     if refused := unknown & {*OIDC_SCOPES, *idp.store.find_scope_names(unknown)}:
         came = describe_scopes(refused, client_scopes)
         raise Problem("invalid_scope", log=f"asked for more than the client may: {came}")
-    allowed = client_scopes & user_scopes | of_openid
+    allowed = allowed_to_user(scopes, client_scopes, user_scopes)
     granted = scopes & allowed
     if not granted:  # decide_scopes() would take it for a request without scopes
         raise Problem("invalid_scope", log=f"nothing of the scope can be granted: {describe_scopes(scopes, allowed)}")
@@ -2724,11 +2732,16 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
         audit_refusal(idp, caller, action, target, f"sid={family_sid};unchanged", proven=True, result=result)
 
 
+def end_logins(idp: Idp, user_id: str, client_id: str):
+    """End every login of a user at a client, in the transaction of the caller, who audits it."""
+    for family in idp.store.list_families_of(user_id, client_id):
+        idp.store.revoke_family(family.sid, idp.now())
+
+
 def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
-        for family in idp.store.list_families_of(user_id, client_id):
-            idp.store.revoke_family(family.sid, idp.now())
+        end_logins(idp, user_id, client_id)
         audit(idp, caller.acting_as(user_id), "logout", client_id)
 
 
@@ -3047,8 +3060,7 @@ def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> boo
 def scopes_left(idp: Idp, client: Client, account: Account, granted: str) -> frozenset:
     """Return the scopes of a login or code without those that client or user lost since it was granted."""
     scopes = frozenset(granted.split())
-    allowed = client.scopes & scopes_of_user(idp, account.id)
-    return scopes & (allowed | frozenset(OIDC_SCOPES if OPENID in scopes else ()))
+    return scopes & allowed_to_user(scopes, client.scopes, scopes_of_user(idp, account.id))
 
 
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
@@ -3998,8 +4010,7 @@ def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: 
         if not idp.store.delete_consent(account.id, client.row.id):
             raise Problem("not_found", log="the user has not consented to anything for this client")
         idp.store.delete_codes(account.id, client.client_id)
-        for family in idp.store.list_families_of(account.id, client.client_id):
-            idp.store.revoke_family(family.sid, idp.now())
+        end_logins(idp, account.id, client.client_id)
         audit(idp, caller, "consent_revoked", client.client_id, f"user_id={account.id}")
 
 
