@@ -436,6 +436,11 @@ def drop_startup_pages():
 def run_child(startup: StartupState, slot: int, auth_socket, admin_socket, ready: int, lifeline: int):
     """Serve in a forked process until SIGTERM, or until the supervisor dies. Never returns."""
     status = 1
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        # Wake a child that SIGSTOP holds when the supervisor dies, so that it ends: otherwise its socket would share
+        # the port with the next start. This comes first, for a child can be stopped before it serves.
+        pr_set_pdeathsig = 1  # <sys/prctl.h>
+        libc("prctl", "int", "long", "long", "long", "long")(pr_set_pdeathsig, signal.SIGCONT, 0, 0, 0)
     try:
         process = ServerProcess(startup, slot, auth_socket, admin_socket)
 
@@ -445,12 +450,6 @@ def run_child(startup: StartupState, slot: int, auth_socket, admin_socket, ready
             process.store.flush()
             os._exit(1)
 
-        with contextlib.suppress(ImportError, AttributeError, OSError):
-            # Wake a child that SIGSTOP holds when the supervisor dies, so that it ends: otherwise its socket would
-            # share the port with the next start.
-            libc("prctl", "int", "long", "long", "long", "long")(
-                1, signal.SIGCONT, 0, 0, 0
-            )  # PR_SET_PDEATHSIG of <sys/prctl.h>
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
         process.start()
         os.write(ready, bytes([slot - 1]))
