@@ -1054,7 +1054,7 @@ def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary="
     Each change that reduces the rights of a user calls this in its transaction.
     """
     with idp.store.transaction():
-        idp.store.revoke_account(user_id, idp.now(), idp.now_ms())
+        idp.store.revoke_account(user_id, idp.now_ms())
         audit(idp, caller, action, user_id, secondary)
 
 
@@ -1766,7 +1766,7 @@ def delete_role(idp: Idp, caller: Caller, id: str):
         role = get_role(idp, id)
         if role.is_protected:
             raise Problem("protected")
-        idp.store.revoke_role_holders(role.id, idp.now(), idp.now_ms())
+        idp.store.revoke_role_holders(role.id, idp.now_ms())
         idp.store.delete_role(role.id)
         audit(idp, caller, "delete_role", role.id, role.name)
 
@@ -2307,7 +2307,7 @@ def check_client_secret(secret: str) -> str:
 def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, secondary=""):
     """Revoke everything ever issued to a client. Each change that reduces its rights calls this in its transaction."""
     with idp.store.transaction(identity=True):
-        idp.store.revoke_client(row.id, row.client_id, idp.now(), idp.now_ms())
+        idp.store.revoke_client(row.id, idp.now_ms())
         audit(idp, caller, action, row.client_id, secondary)
 
 
@@ -2350,7 +2350,7 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
         grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(new_client.may_introspect),
         is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
-        revoked_before=idp.now_ms(),  # tokens of a deleted client of the same name stay invalid
+        revoked_before=idp.store.epoch(idp.now_ms()),  # tokens of a deleted client of the same name stay invalid
         created_at=now, modified_at=now, allow_http_redirects=int(new_client.allow_http_redirects),
         allow_short_schemes=int(new_client.allow_short_schemes),
         are_grants_named=int(new_client.grant_types is not None),
@@ -2713,8 +2713,7 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
         if not is_still_valid(idp.store.find_account(claims["sub"]), issued_ms):
             raise RevokedToken(claims, "its user is gone, inactive or was revoked")
         if check_revocation and claims.get("sid"):
-            family = idp.store.find_family(claims["sid"])
-            if family is None or family.revoked_at is not None:
+            if idp.store.is_family_revoked(claims["sid"]):
                 raise RevokedToken(claims, "its login was ended")
     return claims
 
@@ -2732,16 +2731,10 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
         audit_refusal(idp, caller, action, target, f"sid={family_sid};unchanged", proven=True, result=result)
 
 
-def end_logins(idp: Idp, user_id: str, client_id: str):
-    """End every login of a user at a client, in the transaction of the caller, who audits it."""
-    for family in idp.store.list_families_of(user_id, client_id):
-        idp.store.revoke_family(family.sid, idp.now())
-
-
 def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
-        end_logins(idp, user_id, client_id)
+        idp.store.revoke_logins(user_id, client_id, idp.now_ms())
         audit(idp, caller.acting_as(user_id), "logout", client_id)
 
 
@@ -2798,7 +2791,7 @@ def is_session_revoked(session: ListedSession) -> bool:
     """Return whether an access token was revoked: by itself, with its login, or by an epoch of its user or client."""
     return (
         session.revoked_at is not None
-        or session.family_revoked_at is not None
+        or bool(session.family_revoked)
         or jti_ms(session.id) <= session.dead_before
     )
 
@@ -2943,7 +2936,7 @@ def active_family(idp: Idp, sid: str) -> Family | None:
     family = idp.store.find_family(sid)
     if (
         family is None
-        or family.revoked_at is not None
+        or idp.store.is_family_revoked(sid)
         or family.expires_at <= idp.now()
         or family.created_ms <= idp.revoked_before
     ):
@@ -3221,9 +3214,11 @@ def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller:
             revoke_reused(idp, caller, granted.family)
         return None
     code = granted.code
+    ended_ms = idp.store.logins_revoked_before(granted.account.id, client.client_id)
     family = Family(
         sid=code.sid if code else random_handle()[:22], user_id=granted.account.id, client_id=client.client_id,
-        scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce, created_ms=ms,
+        scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce,
+        created_ms=max(ms, ended_ms + 1),
         expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
         browser=code.browser if code else "", claims=code.claims if code else "",
     )
@@ -4010,7 +4005,7 @@ def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: 
         if not idp.store.delete_consent(account.id, client.row.id):
             raise Problem("not_found", log="the user has not consented to anything for this client")
         idp.store.delete_codes(account.id, client.client_id)
-        end_logins(idp, account.id, client.client_id)
+        idp.store.revoke_logins(account.id, client.client_id, idp.now_ms())
         audit(idp, caller, "consent_revoked", client.client_id, f"user_id={account.id}")
 
 
@@ -5277,7 +5272,12 @@ def session_object(session: ListedSession) -> SessionObject:
 
 
 def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
-    is_revoked = row.revoked_at is not None or row.rotated_at is not None or row.family_created_ms <= row.dead_before
+    is_revoked = (
+        row.revoked_at is not None
+        or row.rotated_at is not None
+        or bool(row.family_revoked)
+        or row.family_created_ms <= row.dead_before
+    )
     return RefreshTokenObject(
         row.id, row.user_id, row.username, row.session_id, row.client_id, iso(row.issued_at), iso(row.expires_at),
         is_revoked, OPENID in row.scope.split(), row.client_id,

@@ -810,7 +810,7 @@ class TestRetriedRefresh:
         assert is_dead == (len(good) < 32), number
         living = [
             row for row in idp.store.list_refresh_tokens(limit=1000)[0]
-            if row.sid == family.sid and row.rotated_at is None and row.revoked_at is None
+            if row.sid == family.sid and row.rotated_at is None and not row.family_revoked
         ]
         assert len(living) == (0 if is_dead else 1), number
         return is_dead

@@ -12,12 +12,13 @@ import pytest
 import sqlcipher3
 import appliance.base.store as rows
 from conftest import DATABASE_KEY, PASSWORD, YEARS
+from appliance.base.clock import IAT_SKEW
 from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.base.store import (
     AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
-    RefreshToken, RetiredKey, Role, SEEDED_SCOPES, SLICE, Store, chain,
+    RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
 )
 
 
@@ -549,19 +550,114 @@ class TestRevoking:
             store.run("UPDATE client SET revoked_before = :ms", ms=1000 * late)
             store.count_failed_device("d", alice.id, late, 300, 1, 300, 3600)
             store.put_meta("revoked_before", 1000 * late)
+            store.revoke_logins(alice.id, "service", 1000 * late)
         store.revoke_future_rows(now, 1000 * now, now // 30)
         account = store.find_account(alice.id)
         assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
         assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
         assert store.find_device_lockout("d") == 0
         assert account.totp_last_step == now // 30
-        assert account.revoked_before == 1000 * now
-        assert m.find_client(idp, "service").row.revoked_before == 1000 * now
-        assert idp.revoked_before == 1000 * now
+        # Not less: what was issued within the minute that a clock may run ahead would live again.
+        later = 1000 * (now + IAT_SKEW)
+        assert account.revoked_before == later and m.find_client(idp, "service").row.revoked_before == later
+        assert idp.revoked_before == later and store.logins_revoked_before(alice.id, "service") == later
 
     def test_the_epoch_of_role_holders_grows_too(self, idp, root):
         epochs = []
         for _ in range(2):
-            idp.store.revoke_role_holders(MAD_ADMIN_ROLE_ID, idp.now(), idp.now_ms())
+            idp.store.revoke_role_holders(MAD_ADMIN_ROLE_ID, idp.now_ms())
             epochs.append(idp.store.find_account(root.id).revoked_before)
         assert epochs[0] < epochs[1]
+
+    @pytest.fixture
+    def logins(self, idp, alice, service):
+        """Store 40 logins of a user in one browser, each with a session and two refresh tokens. Return their `sid`."""
+        store, now, ms = idp.store, idp.now(), idp.now_ms() + 1
+        sids = [f"login{number}" for number in range(40)]
+        with store.transaction():
+            store.insert(BrowserSession("b", alice.id, "pwd", now, ms, now, now + 60, None, "", ""))
+            for sid in sids:
+                store.insert(Family(sid, alice.id, "service", "", "pwd", now, "", ms, now + 60, None, "b"))
+                jti = m.new_jti(ms)
+                store.insert(Session(jti, alice.id, "service", sid, "", "access", "auth", "code", now, now + 60, None))
+                for rotated_at in (now, None):
+                    id = m.new_jti(ms)
+                    store.insert(
+                        RefreshToken(
+                            id, m.sha256(id), sid, alice.id, "service", jti, now, now + 60, rotated_at, None
+                        )
+                    )
+        return sids
+
+    REVOCATIONS = {
+        "a client": lambda idp, alice: m.revoke_client(
+            idp, m.LOCAL, m.get_client(idp, "service").row, "client_revoked"
+        ),
+        "a user": lambda idp, alice: m.revoke_user(idp, m.LOCAL, alice.id, "revoked"),
+        "a user at a client": lambda idp, alice: m.revoke_families(idp, m.LOCAL, alice.id, "service"),
+    }
+
+    @pytest.mark.parametrize("what", REVOCATIONS)
+    def test_an_epoch_ends_every_login_and_changes_as_many_rows_however_many_there_are(
+        self, idp, alice, logins, what
+    ):
+        store = idp.store
+        assert len(store.list_families_of(alice.id)) == 40
+        before = store.connection.total_changes
+        self.REVOCATIONS[what](idp, alice)
+        assert store.connection.total_changes - before <= 3  # the epoch, the audit row, the head of its chain
+        assert store.list_families_of(alice.id) == []
+        assert not any(m.active_family(idp, sid) for sid in logins)
+        assert all(m.is_session_revoked(row) for row in store.list_sessions()[0])
+        assert all(m.refresh_token_object(row).is_revoked for row in store.list_refresh_tokens()[0])
+
+    def test_a_login_ends_by_its_own_row_and_no_other_one_does(self, idp, alice, logins):
+        store = idp.store
+        living = {row.sid: row for row in store.list_refresh_tokens()[0] if row.rotated_at is None}
+        before = store.connection.total_changes
+        store.revoke_family(logins[0], idp.now())
+        assert store.connection.total_changes - before == 1
+        assert m.active_family(idp, logins[0]) is None and m.active_family(idp, logins[1])
+        assert {row.sid for row in store.list_sessions()[0] if m.is_session_revoked(row)} == {logins[0]}
+        dead = {row.sid for row in store.list_refresh_tokens()[0] if m.refresh_token_object(row).is_revoked}
+        assert dead == set(logins)  # one token of each was rotated
+        rotated = [
+            store.rotate_refresh_token(living[sid].token_sha256, "service", idp.now()) for sid in logins[:2]
+        ]
+        assert [token is not None for token in rotated] == [False, True]
+
+    def test_a_browser_that_logs_out_changes_its_logins_alone(self, idp, alice, logins):
+        before = idp.store.connection.total_changes
+        assert idp.store.revoke_browser_session("b", idp.now())
+        assert idp.store.connection.total_changes - before == 41
+        assert idp.store.list_families_of(alice.id) == []
+
+    def test_a_login_that_a_clock_ahead_of_now_began_is_ended_too(self, idp, alice, logins):
+        """A clock is set back by seconds when it is corrected: what was issued in those seconds is newer than now."""
+        store, ms = idp.store, idp.now_ms() + 30_000
+        with store.transaction():
+            store.insert(Family("ahead", alice.id, "service", "", "pwd", 0, "", ms, idp.now() + 60, None))
+            store.insert(
+                Session(m.new_jti(ms), alice.id, "service", "ahead", "", "access", "auth", "code", 0, 9_000_000_000, None)
+            )
+        assert m.active_family(idp, "ahead")
+        m.revoke_user(idp, m.LOCAL, alice.id, "revoked")
+        assert m.active_family(idp, "ahead") is None
+        assert store.epoch(idp.now_ms() - YEARS * 1000) == idp.now_ms() - YEARS * 1000 + 1000 * IAT_SKEW
+
+    def test_who_logs_in_again_at_once_is_let_in(self, idp, auth, alice, service, log_in):
+        """Even within the millisecond of the logout."""
+        log_in(alice)
+        m.revoke_families(idp, m.LOCAL, alice.id, "service")
+        assert log_in(alice)["access_token"]
+        (family,) = idp.store.list_families_of(alice.id)
+        assert m.active_family(idp, family.sid)
+
+    def test_what_ended_counts_as_revoked_where_only_that_is_purged(self, idp, alice, logins):
+        store, later = idp.store, idp.now() + 61
+        store.revoke_family(logins[0], idp.now())
+        assert store.purge_sessions("f", later, "", 500, revoked=True)[1] == 1
+        m.revoke_user(idp, m.LOCAL, alice.id, "revoked")
+        assert store.purge_sessions("f", later, "", 500, revoked=True)[1] == 39
+        store.run("UPDATE refresh_token SET rotated_at = NULL")
+        assert store.purge_refresh_tokens(later, "", 500, revoked=True)[1] == SCATTERED

@@ -239,7 +239,7 @@ class ListedSession(Session, frozen=True):
 
     username: str
     dead_before: int
-    family_revoked_at: int | None
+    family_revoked: int
 
 
 class ListedRefreshToken(RefreshToken, frozen=True):
@@ -249,6 +249,7 @@ class ListedRefreshToken(RefreshToken, frozen=True):
     scope: str
     dead_before: int
     family_created_ms: int
+    family_revoked: int
 
 
 class LoginTransaction(Record, frozen=True):
@@ -598,6 +599,16 @@ MIGRATIONS = (
         expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE INDEX device_failure_user ON device_failure (user_id);
     """,
+    # Step 12. The epoch of a user's logins at a client. Logins of a browser session are found without reading all logins
+    # of the user. Ending a login changes its own row alone, so no statement asks for sessions by their `sid`.
+    """
+    CREATE TABLE ended_login (
+        user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
+        revoked_before INTEGER NOT NULL, PRIMARY KEY (user_id, client_id)) STRICT, WITHOUT ROWID;
+    DROP INDEX session_sid;
+    CREATE INDEX family_user_browser ON family (user_id, browser);
+    DROP INDEX family_user;
+    """,
 )
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
@@ -615,22 +626,40 @@ AUDIT_FILTER = """
 """
 AUDIT_TABLES = (AuditRow.table, AuditRefusal.table)
 ROW_OVERHEAD, PAGE_OVERHEAD = 32, 1.05  # octets of a row besides its text, and pages besides their rows (measured)
+# Whether a login was ended by itself, or with all logins of its user at its client. It also ends by an epoch of its user
+# or client, which callers compare. No row of its tokens is changed when it ends: they may be a million.
+FAMILY_REVOKED = """
+    (family.revoked_at IS NOT NULL OR EXISTS (
+        SELECT 1 FROM ended_login
+         WHERE ended_login.user_id = family.user_id AND ended_login.client_id = family.client_id
+           AND ended_login.revoked_before >= family.created_ms))
+"""
+# Whether the login of a session or refresh token is over, by itself or by an epoch.
+LOGIN_IS_OVER = f"""
+    EXISTS (
+        SELECT 1 FROM family
+          LEFT JOIN account ON account.id = family.user_id
+          LEFT JOIN client ON client.client_id = family.client_id
+         WHERE family.sid = {{table}}.sid
+           AND (family.created_ms <= max(coalesce(account.revoked_before, 0), coalesce(client.revoked_before, 0))
+                OR {FAMILY_REVOKED}))
+"""
 # A client that is gone ends all that was issued to it: 9223372036854775807 is the largest integer there is.
-LISTED_SESSIONS = """
+LISTED_SESSIONS = f"""
     SELECT session.*, coalesce(username, '') AS username,
            max(coalesce(account.revoked_before, 0),
                CASE WHEN mad_use = 'admin' THEN 0
                     ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
-           family.revoked_at AS family_revoked_at
+           coalesce({FAMILY_REVOKED}, 0) AS family_revoked
       FROM session
       LEFT JOIN account ON account.id = session.user_id
       LEFT JOIN client ON client.client_id = session.client_id
       LEFT JOIN family ON family.sid = session.sid
 """
-LISTED_REFRESH_TOKENS = """
+LISTED_REFRESH_TOKENS = f"""
     SELECT refresh_token.*, username, family.scope AS scope,
            max(account.revoked_before, coalesce(client.revoked_before, 9223372036854775807)) AS dead_before,
-           created_ms AS family_created_ms
+           created_ms AS family_created_ms, {FAMILY_REVOKED} AS family_revoked
       FROM refresh_token
       JOIN account ON account.id = refresh_token.user_id
       JOIN family ON family.sid = refresh_token.sid
@@ -1570,25 +1599,51 @@ class Store(Database):
     def find_family(self, sid: str) -> Family | None:
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
 
+    def is_family_revoked(self, sid: str) -> bool:
+        """Return whether a login is unknown or was ended, by itself or with all of its user at its client."""
+        return not self.exists(f"SELECT 1 FROM family WHERE sid = :sid AND NOT {FAMILY_REVOKED}", sid=sid)
+
     def list_families_of(self, user_id: str, client_id: str | None = None) -> list[Family]:
-        """Return the logins of a user that were not revoked: those at a client, or all."""
+        """Return the logins of a user that were not revoked: those at a client, or at any that exists."""
         return self.all(
             Family,
-            """
-            SELECT * FROM family
-             WHERE user_id = :user_id AND (:client_id IS NULL OR client_id = :client_id) AND revoked_at IS NULL
+            f"""
+            SELECT family.*
+              FROM family
+              JOIN account ON account.id = family.user_id
+              JOIN client ON client.client_id = family.client_id
+             WHERE family.user_id = :user_id AND (:client_id IS NULL OR family.client_id = :client_id)
+               AND NOT {FAMILY_REVOKED}
+               AND family.created_ms > max(account.revoked_before, client.revoked_before)
             """,
             user_id=user_id, client_id=client_id,
         )
 
     def revoke_family(self, sid: str, now: int) -> bool:
-        """Revoke a login at a client with its refresh tokens and access tokens. Return whether it was not yet."""
-        is_new = self.changed(
+        """Revoke a login at a client, and so its refresh tokens and access tokens, which name it.
+
+        Return whether it was not revoked yet.
+        """
+        return self.changed(
             "UPDATE family SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now
         )
-        self.run("UPDATE refresh_token SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
-        self.run("UPDATE session SET revoked_at = :now WHERE sid = :sid AND revoked_at IS NULL", sid=sid, now=now)
-        return is_new
+
+    def revoke_logins(self, user_id: str, client_id: str, now_ms: int) -> None:
+        """End every login of a user at a client, by an epoch."""
+        self.run(
+            """
+            INSERT INTO ended_login VALUES (:user_id, :client_id, :epoch)
+            ON CONFLICT (user_id, client_id) DO UPDATE SET revoked_before = max(revoked_before + 1, :epoch)
+            """,
+            user_id=user_id, client_id=client_id, epoch=self.epoch(now_ms),
+        )
+
+    def logins_revoked_before(self, user_id: str, client_id: str) -> int:
+        """Return the millisecond up to which every login of a user at a client has ended."""
+        return self.value(
+            "SELECT revoked_before FROM ended_login WHERE user_id = :user_id AND client_id = :client_id",
+            user_id=user_id, client_id=client_id,
+        ) or 0
 
     def list_sessions(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
@@ -1619,14 +1674,17 @@ class Store(Database):
         return next(iter(self.list_refresh_tokens(id=id)[0]), None)
 
     def rotate_refresh_token(self, token_sha256: str, client_id: str, now: int) -> RefreshToken | None:
-        """Spend a refresh token. Return it, or None if unknown, of another client, spent, revoked or expired."""
+        """Spend a refresh token. Return it, or None if unknown, of another client, spent, revoked, expired or of a login
+        that was ended.
+        """
         return self.one(
             RefreshToken,
-            """
+            f"""
             UPDATE refresh_token
                SET rotated_at = :now
              WHERE token_sha256 = :token_sha256 AND client_id = :client_id
                AND rotated_at IS NULL AND revoked_at IS NULL AND expires_at > :now
+               AND EXISTS (SELECT 1 FROM family WHERE sid = refresh_token.sid AND NOT {FAMILY_REVOKED})
             RETURNING *
             """,
             token_sha256=token_sha256, client_id=client_id, now=now,
@@ -1637,17 +1695,18 @@ class Store(Database):
     ) -> RefreshToken | None:
         """Return the unused successor of a refresh token that this client spent within `grace` seconds, or None.
 
-        Asked in the transaction that acts on it. Revoking a login marks both rows.
+        Asked in the transaction that acts on it.
         """
         # Times are whole seconds, so the grace lasts up to a second longer. A token spent in the future tells that the
         # clock went back, and nothing of how long ago that was: it is refused, or the grace would begin again. One
         # second is let pass, because the clock goes back by parts of a second when it is corrected.
         return self.one(
             RefreshToken,
-            """
+            f"""
             SELECT successor.*
               FROM refresh_token AS spent
               JOIN refresh_token AS successor ON successor.sid = spent.sid
+              JOIN family ON family.sid = spent.sid AND NOT {FAMILY_REVOKED}
              WHERE spent.token_sha256 = :token_sha256 AND spent.client_id = :client_id
                AND spent.rotated_at BETWEEN :now - :grace AND :now + 1 AND spent.revoked_at IS NULL
                AND successor.token_sha256 = :successor_sha256
@@ -1879,8 +1938,8 @@ class Store(Database):
         return self.all(
             BrowserSession,
             """
-            SELECT * FROM browser_session
-             WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now
+            SELECT browser_session.* FROM browser_session JOIN account ON account.id = user_id
+             WHERE user_id = :user_id AND revoked_at IS NULL AND expires_at > :now AND created_ms > revoked_before
              ORDER BY last_seen_at DESC
             """,
             user_id=user_id, now=now,
@@ -1895,15 +1954,14 @@ class Store(Database):
 
     def revoke_browser_session(self, id_sha256: str, now: int) -> bool:
         """End a browser session and every login that began in it. Return whether it was alive."""
-        for sid in self.values(
+        self.run(
             """
-            SELECT sid FROM family
-             WHERE browser = :browser AND revoked_at IS NULL
-               AND user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser)
+            UPDATE family SET revoked_at = :now
+             WHERE user_id = (SELECT user_id FROM browser_session WHERE id_sha256 = :browser) AND browser = :browser
+               AND revoked_at IS NULL
             """,
-            browser=id_sha256,
-        ):
-            self.revoke_family(sid, now)
+            browser=id_sha256, now=now,
+        )
         return self.changed(
             "UPDATE browser_session SET revoked_at = :now WHERE id_sha256 = :id_sha256 AND revoked_at IS NULL",
             id_sha256=id_sha256, now=now,
@@ -1955,44 +2013,38 @@ class Store(Database):
 
     # -- revoking everything that was issued to a user, a role or a client --
 
-    def revoke_users(self, condition: str, now: int, now_ms: int, **parameters: object) -> None:
+    def epoch(self, now_ms: int) -> int:
+        """Return the millisecond up to which a revocation reaches: now, or the newest token's if the clock was set back.
+
+        It looks ahead by IAT_SKEW at most: what is newer than that, revoke_future_rows() ends.
+        """
+        newest = self.value("SELECT id FROM session ORDER BY id DESC LIMIT 1") or "0"
+        return max(now_ms, min(int(newest[:12], 16), now_ms + 1000 * IAT_SKEW))
+
+    def revoke_users(self, condition: str, now_ms: int, **parameters: object) -> None:
         """End everything that was issued, on both ports, to the users whose id meets a condition in SQL.
 
-        `revoked_before` always grows, so that what was issued within the millisecond of the last call dies too.
+        Its rows, which may be a million, are not rewritten: `revoked_before` ends them. That always grows, so that what
+        was issued within the millisecond of the last call dies too.
         """
         self.run(
-            f"UPDATE account SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id {condition}",
-            now_ms=now_ms, **parameters,
+            f"UPDATE account SET revoked_before = max(revoked_before + 1, :epoch) WHERE id {condition}",
+            epoch=self.epoch(now_ms), **parameters,
         )
-        for table in ("family", "refresh_token", "session", "browser_session"):
-            self.run(
-                f"UPDATE {table} SET revoked_at = :now WHERE user_id {condition} AND revoked_at IS NULL",
-                now=now, **parameters,
-            )
 
-    def revoke_account(self, user_id: str, now: int, now_ms: int) -> None:
+    def revoke_account(self, user_id: str, now_ms: int) -> None:
         """End everything that was issued to a user."""
-        self.revoke_users("= :user_id", now, now_ms, user_id=user_id)
+        self.revoke_users("= :user_id", now_ms, user_id=user_id)
 
-    def revoke_role_holders(self, role_id: str, now: int, now_ms: int) -> None:
+    def revoke_role_holders(self, role_id: str, now_ms: int) -> None:
         """End everything that was issued to the users who have a role."""
-        self.revoke_users("IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", now, now_ms, role_id=role_id)
+        self.revoke_users("IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", now_ms, role_id=role_id)
 
-    def revoke_client(self, id: str, client_id: str, now: int, now_ms: int) -> None:
-        """End everything that was issued to a client.
-
-        Its sessions, which may be a million, are not rewritten: `revoked_before` ends them.
-        """
+    def revoke_client(self, id: str, now_ms: int) -> None:
+        """End everything that was issued to a client, as revoke_users() does."""
         self.run(
-            "UPDATE client SET revoked_before = max(revoked_before + 1, :now_ms) WHERE id = :id", id=id, now_ms=now_ms
-        )
-        self.run(
-            "UPDATE family SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
-            client_id=client_id, now=now,
-        )
-        self.run(
-            "UPDATE refresh_token SET revoked_at = :now WHERE client_id = :client_id AND revoked_at IS NULL",
-            client_id=client_id, now=now,
+            "UPDATE client SET revoked_before = max(revoked_before + 1, :epoch) WHERE id = :id", id=id,
+            epoch=self.epoch(now_ms),
         )
 
     # -- audit --
@@ -2266,16 +2318,18 @@ class Store(Database):
                 until=now + OVERLAP_MAX, forever=FOREVER,
             )
             done += self.run("UPDATE account SET totp_last_step = :step WHERE totp_last_step > :step + 2", step=step)
+            # Not lower: what was issued up to then lives again if no row of its own says that it was revoked.
             done += self.run(
-                "UPDATE account SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
-                later_ms=later_ms,
+                "UPDATE account SET revoked_before = :later_ms WHERE revoked_before > :later_ms", later_ms=later_ms,
             )
             done += self.run(
-                "UPDATE client SET revoked_before = :now_ms WHERE revoked_before > :later_ms", now_ms=now_ms,
-                later_ms=later_ms,
+                "UPDATE client SET revoked_before = :later_ms WHERE revoked_before > :later_ms", later_ms=later_ms,
+            )
+            done += self.run(
+                "UPDATE ended_login SET revoked_before = :later_ms WHERE revoked_before > :later_ms", later_ms=later_ms,
             )
             if int(self.meta("revoked_before", "0")) > later_ms:
-                self.put_meta("revoked_before", now_ms)
+                self.put_meta("revoked_before", later_ms)
         return done
 
     # -- batches: the rows of machine tokens --
@@ -2408,8 +2462,9 @@ class Store(Database):
         """
         with self.guard:
             ids = self.connection.execute(
-                """
-                SELECT id, expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL)
+                f"""
+                SELECT id, expires_at < :before
+                       AND (:revoked = 0 OR revoked_at IS NOT NULL OR {LOGIN_IS_OVER.format(table="session")})
                        AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
                   FROM session WHERE id > :after AND id < :older ORDER BY id LIMIT :limit
                 """,
@@ -2474,8 +2529,10 @@ class Store(Database):
         """
         return self.purge_walk(
             "refresh_token", "id",
-            """
-            expires_at < :before AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL)
+            f"""
+            expires_at < :before
+            AND (:revoked = 0 OR revoked_at IS NOT NULL OR rotated_at IS NOT NULL
+                 OR {LOGIN_IS_OVER.format(table="refresh_token")})
             AND (:user_id IS NULL OR user_id = :user_id) AND (:client_id IS NULL OR client_id = :client_id)
             """,
             after, limit, before=before, revoked=int(revoked), user_id=user_id, client_id=client_id,
