@@ -66,9 +66,10 @@ from appliance.base.peers import networks_of
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
-    Account, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER,
-    Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME,
-    OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
+    Account, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE,
+    FOREVER, Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID,
+    MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS,
+    Scope, Session, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
@@ -4473,8 +4474,13 @@ def if_match(idp, params, show):
 
 
 def paged_reply(params, rows, total) -> Reply:
-    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3."""
+    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3.
+
+    Long lists are not counted to their end: X-Total-Count-Relation says that the total is a lower bound.
+    """
     headers, query = [("X-Total-Count", str(total))], params.query
+    if isinstance(total, AtLeast):
+        headers.append(("X-Total-Count-Relation", "gte"))
     if query.offset + len(rows) < total and rows:
         after: list = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset")]
         after += [("limit", query.limit), ("offset", query.offset + len(rows))]

@@ -17,7 +17,7 @@ from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateUser
 from appliance.base.store import (
-    AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
+    AtLeast, AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
     RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
 )
 
@@ -441,6 +441,55 @@ class TestSecrecy:
         ):
             assert secret not in dump
         assert not re.search(r"eyJ[A-Za-z0-9_-]+\.", dump)
+
+
+class TestLists:
+    @pytest.fixture
+    def long(self, idp, alice, service, monkeypatch):
+        """Store 30 logins with a session and a refresh token each, where 20 rows are counted at most."""
+        monkeypatch.setattr("appliance.base.store.COUNT_MAX", 20)
+        store, now = idp.store, idp.now()
+        with store.transaction():
+            store.insert(Family("s", alice.id, "service", "", "pwd", now, "", idp.now_ms() + 1, now + 60, None))
+            for number in range(30):
+                jti = f"{idp.now_ms() + number:012x}7{number:019x}"
+                store.insert(Session(jti, alice.id, "service", "s", "", "access", "auth", "code", now, now + 60, None))
+                store.insert(
+                    RefreshToken(jti, m.sha256(jti), "s", alice.id, "service", jti, now, now + 60, None, None)
+                )
+        return store
+
+    @pytest.mark.parametrize("listing", ["list_sessions", "list_refresh_tokens"])
+    @pytest.mark.parametrize(
+        ("limit", "offset", "rows", "total", "exact"),
+        [
+            (5, 0, 5, 21, False), (5, 22, 5, 28, False), (5, 25, 5, 30, True), (50, 0, 30, 30, True),
+            (50, 25, 5, 30, True), (5, 90, 0, 21, False), (0, 0, 0, 21, False),
+        ],
+    )
+    def test_a_total_is_exact_or_a_lower_bound_that_says_so(self, long, listing, limit, offset, rows, total, exact):
+        found, counted = getattr(long, listing)(limit=limit, offset=offset)
+        assert (len(found), counted, not isinstance(counted, AtLeast)) == (rows, total, exact)
+
+    def test_a_page_goes_on_where_the_one_before_ends(self, long, alice):
+        ids = [
+            row.id for offset in range(0, 35, 7)
+            for row in long.list_sessions(user_id=alice.id, limit=7, offset=offset)[0]
+        ]
+        assert ids == sorted(ids, reverse=True) and len(ids) == 30
+
+    def test_a_lower_bound_is_named_in_the_answer(self, long, auth, bearer):
+        short = auth.get("/me/sessions", bearer=bearer)
+        answer = auth.get("/me/sessions?limit=5", bearer=bearer)
+        assert answer.headers["x-total-count"] == "21" and answer.headers["x-total-count-relation"] == "gte"
+        assert "offset=5" in answer.headers["link"]
+        assert "x-total-count-relation" not in short.headers
+
+    def test_the_audit_log_is_counted_whole_without_reading_it(self, long, idp):
+        for number in range(30):
+            m.audit(idp, m.LOCAL.acting_as("me"), f"act{number % 2}")
+        assert long.count_audit() == long.audit_head()[0] and not isinstance(long.count_audit(), AtLeast)
+        assert long.count_audit("act0") == 15 and isinstance(long.count_audit(actor_id="me"), AtLeast)
 
 
 class TestAuditChain:

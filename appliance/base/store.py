@@ -39,6 +39,7 @@ OVERLAP_MAX = 31 * 86400  # seconds: a replaced client secret stays valid for so
 LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, or an attacker could close an account for days
 SLICE = 500  # rows that a purge deletes in one transaction: more would keep other writers waiting
 SCATTERED = 25  # the same for rows whose index entries are scattered: each of them costs pages of its own
+COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
 SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
 
 
@@ -614,6 +615,10 @@ MIGRATIONS = (
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
 
 
+class AtLeast(int):
+    """The total of a list that is longer than COUNT_MAX: so many rows there are, and perhaps more."""
+
+
 def like(q: str) -> str:
     """Return the LIKE pattern of every text that contains `q`. Wildcards in `q` stand for themselves."""
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
@@ -877,36 +882,51 @@ class Store(Database):
 
     # -- pages of a list --
 
-    def page(
-        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, **parameters: object
-    ) -> tuple[list[Row], int]:
-        """Return a page of the rows that a SELECT finds, and how many it finds in all.
+    def count(self, sql: str, **parameters: object) -> int:
+        """Return how many rows a SELECT finds, counting up to COUNT_MAX of them."""
+        found = self.value(f"SELECT count(*) FROM ({sql} LIMIT {COUNT_MAX + 1})", **parameters)
+        return found if found <= COUNT_MAX else AtLeast(found)
 
-        `sort` is the name of a column, with a hyphen before it for descending order.
+    def page(
+        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, listed: str = "", **parameters: object
+    ) -> tuple[list[Row], int]:
+        """Return a page of the rows that a SELECT finds, and how many it finds in all: AtLeast beyond COUNT_MAX.
+
+        `sort` is the name of a column, with a hyphen before it for descending order. `listed` is a SELECT that gives
+        the rows of the page what other tables know of them: only these rows, and not all that are counted or skipped.
         """
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
         # A search, and a page far behind, reads many rows: in the order of an index each would cost a page of the disk.
-        # The unary plus makes the column an expression, for which there is no index.
-        plus = "+" if parameters.get("q") or offset > 1000 else ""
-        order = f"{plus}{column} {'DESC' if sort[0] == '-' else 'ASC'}, id"
-        rows = self.all(
-            record, f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset", limit=limit, offset=offset,
-            **parameters,
-        )
-        if offset == 0 and len(rows) < limit:
-            return rows, len(rows)
-        return rows, self.value(f"SELECT count(*) FROM ({sql})", **parameters)
+        # The unary plus makes the column an expression, for which there is no index. In that of ids rows are stored.
+        plus = "+" if column != "id" and (parameters.get("q") or offset > 1000) else ""
+        direction = "DESC" if sort[0] == "-" else "ASC"
+        order = f"{plus}{column} {direction}" + ("" if column == "id" else ", id")
+        paged = f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset"
+        if listed:
+            table = record.table
+            paged = f"""
+                {listed} WHERE {table}.id IN (SELECT id FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset)
+                 ORDER BY {table}.{column} {direction}, {table}.id
+            """
+        rows = self.all(record, paged, limit=limit + 1, offset=offset, **parameters)
+        if len(rows) <= limit and (rows or offset == 0):
+            return rows, offset + len(rows)
+        # One row more than the page tells that there is a next one, however many there are.
+        total = self.count(f"SELECT 1 FROM ({sql})", **parameters)
+        if rows and total < offset + len(rows):
+            total = AtLeast(offset + len(rows))
+        return rows[:limit], total
 
     def page_of(
-        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, **columns: object
+        self, record: type[Row], listed: str, sort: str, limit: int, offset: int, **columns: object
     ) -> tuple[list[Row], int]:
         """Return a page of the rows whose columns have these values. A column whose value is None may have any."""
         given = {name: value for name, value in columns.items() if value is not None}
         # No `:name IS NULL OR …`: SQLite would not use the index of that column.
-        where = " AND ".join(["1 = 1", *(f"{record.table}.{name} = :{name}" for name in given)])
-        return self.page(record, f"{sql} WHERE {where}", sort, limit, offset, **given)
+        where = " AND ".join(["1 = 1", *(f"{name} = :{name}" for name in given)])
+        return self.page(record, f"SELECT * FROM {record.table} WHERE {where}", sort, limit, offset, listed, **given)
 
     # -- account, recovery_code --
 
@@ -2165,11 +2185,13 @@ class Store(Database):
         self, action: str | None = None, actor_id: str | None = None, target: str | None = None, since: int = 0,
         until: int = FOREVER
     ) -> int:
-        """Return how many rows list_audit() finds. All of them need no counting: their numbers tell."""
+        """Return how many rows list_audit() finds: AtLeast beyond COUNT_MAX, but for all rows, which need no counting:
+        their numbers tell.
+        """
         if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
             return sum(self.count_audit_rows())
-        return self.value(
-            f"SELECT {' + '.join(f'(SELECT count(*) FROM {table} {AUDIT_FILTER})' for table in AUDIT_TABLES)}",
+        return self.count(
+            " UNION ALL ".join(f"SELECT 1 FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES),
             action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1,
         )
 
