@@ -16,7 +16,7 @@ from appliance.base.settings import OPTIONS, Options
 from appliance.base.files import write_durably
 from appliance.base.log import Log
 from appliance.base.database import Unavailable
-from appliance.base.store import RetiredKey, SLICE, Store
+from appliance.base.store import RetiredKey, SCATTERED, SLICE, Store
 from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
 from microauthd import (
@@ -85,6 +85,20 @@ def audit_limit(options: Options, path: str) -> int:
     with contextlib.suppress(FileNotFoundError):  # a process that begins while the file is moved away still serves keys
         free += os.path.getsize(path)
     return max(AUDIT_LEAST, min(AUDIT_MOST, free // 4))
+
+
+def finish_deletions(idp: Idp, pause=sleep):
+    """Delete what belongs to users, clients and scopes that were deleted, where it was too much for one transaction.
+
+    `pause` waits between slices, and returns whether the server stops: the next one goes on.
+    """
+    for kind, id in idp.store.list_deletions():
+        slices = 1
+        while idp.store.delete_slice(kind, id, SCATTERED):
+            slices += 1
+            if pause(0.01):
+                return
+        idp.log("upkeep.deleted", kind=kind, id=id, slices=slices)
 
 
 def log_audit_head(store: Store, log: Log):
@@ -209,6 +223,7 @@ class Upkeep(threading.Thread):
                 if self.idp.options.enable_audit_logging:
                     system = LOCAL.acting_as("system")
                     self.attempt(bound_audit_log, self.idp, system, self.audit_limit, self.ending.wait)
+                self.attempt(finish_deletions, self.idp, self.ending.wait)
             if turn * self.INTERVAL % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
                 self.attempt(log_audit_head, self.idp.store, self.idp.log)

@@ -15,11 +15,12 @@ from conftest import DATABASE_KEY, PASSWORD, YEARS
 from appliance.base.clock import IAT_SKEW
 from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
-from appliance.base.objects import ChangeSecret, CreateUser
+from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser
 from appliance.base.store import (
-    AtLeast, AuthorizationCode, BrowserSession, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
+    AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
     RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
 )
+from appliance.upkeep import finish_deletions
 
 
 def tombs(idp, many):
@@ -710,3 +711,88 @@ class TestRevoking:
         assert store.purge_sessions("f", later, "", 500, revoked=True)[1] == 39
         store.run("UPDATE refresh_token SET rotated_at = NULL")
         assert store.purge_refresh_tokens(later, "", 500, revoked=True)[1] == SCATTERED
+
+    def test_every_table_that_refers_to_what_is_deleted_in_slices_is_among_them_and_has_an_index(self, idp):
+        for kind, dependents in DEPENDENTS.items():
+            refers = {
+                (table, key[3])
+                for (table,) in idp.store.connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
+                for key in idp.store.connection.execute(f"PRAGMA foreign_key_list({table})") if key[2] == kind
+            }
+            few = {
+                (table, "client_id") for table in
+                ("client_secret", "client_uri", "client_feature", "external_idp_provider", "client_scope")
+            }
+            assert refers == {(table, column) for table, column, _ in dependents} | (few if kind == "client" else set())
+            for table, column in refers:
+                (plan,) = idp.store.connection.execute(f"EXPLAIN QUERY PLAN SELECT 1 FROM {table} WHERE {column} = ?", "x")
+                assert "SEARCH" in plan[3], (table, column, plan)
+
+    @pytest.fixture
+    def few(self, monkeypatch):
+        monkeypatch.setattr("appliance.base.store.SLICE", 30)
+        monkeypatch.setattr("appliance.upkeep.SCATTERED", 7)
+
+    def slices(self, idp, monkeypatch):
+        """Run upkeep; return how many rows each of its transactions changed."""
+        changes, seen = [], [idp.store.connection.total_changes]
+
+        def count(seconds):
+            changes.append(idp.store.connection.total_changes - seen[0])
+            seen[0] += changes[-1]
+
+        finish_deletions(idp, count)
+        return changes
+
+    def test_a_user_with_many_rows_is_gone_at_once_and_its_rows_go_in_slices(
+        self, idp, auth, alice, service, logins, few, monkeypatch, new_user
+    ):
+        store, before = idp.store, idp.store.connection.total_changes
+        m.delete_user(idp, m.LOCAL, alice.id)
+        assert store.connection.total_changes - before <= 4
+        assert store.find_account(alice.id) is None and store.find_account_by_name("alice") is None
+        assert "alice" not in [account.username for account in store.list_accounts(is_active=None)[0]]
+        assert all(account.username[:8] != "deleted:" for account in store.list_accounts(is_active=None)[0])
+        assert not any(m.active_family(idp, sid) for sid in logins)
+        assert all(m.is_session_revoked(row) for row in store.list_sessions()[0])
+        again = new_user("alice")
+        assert again.id != alice.id
+        assert max(self.slices(idp, monkeypatch)) <= 7
+        assert store.value("SELECT count(*) FROM refresh_token") == store.value("SELECT count(*) FROM family") == 0
+        assert store.list_deletions() == [] and store.find_account_by_name("alice").id == again.id
+        assert not store.exists("SELECT 1 FROM account WHERE id = :id", id=alice.id)
+
+    def test_a_deletion_that_a_stop_interrupts_is_gone_on_with(self, idp, alice, logins, few):
+        m.delete_user(idp, m.LOCAL, alice.id)
+        finish_deletions(idp, lambda seconds: True)
+        assert idp.store.list_deletions() == [("account", alice.id)]
+        finish_deletions(idp, lambda seconds: None)
+        assert idp.store.list_deletions() == []
+
+    def test_a_client_to_which_many_users_consented_is_gone_at_once(self, idp, auth, service, few, monkeypatch):
+        store, client = idp.store, m.get_client(idp, "service")
+        for number in range(40):
+            store.add_account(f"u{number}", f"user{number}", "", 0, "x", 0)
+            store.put_consent(f"u{number}", client.row.id, "openid", 0)
+        before = store.connection.total_changes
+        m.delete_client(idp, m.LOCAL, "service")
+        assert store.connection.total_changes - before < 30
+        assert m.find_client(idp, "service") is None and store.find_client(client.row.id) is None
+        assert store.list_clients()[0] == [] and store.list_consents("u1") == []
+        assert auth.post("/token", {"grant_type": "client_credentials"}, auth=service).status == 401
+        new = m.create_client(idp, m.LOCAL, CreateClient(client_id="service", audience="a"))[0]
+        assert max(self.slices(idp, monkeypatch)) <= 7
+        assert store.find_client("service").id == new.row.id and not store.exists("SELECT 1 FROM consent")
+
+    def test_a_scope_that_many_have_is_gone_at_once(self, idp, few, monkeypatch):
+        store, scope = idp.store, m.create_scope(idp, m.LOCAL, CreateScope(name="big"))
+        for number in range(40):
+            store.add_account(f"u{number}", f"user{number}", "", 0, "x", 0)
+            store.assign_scope_to_user(f"u{number}", scope.id, 0)
+        before = store.connection.total_changes
+        m.delete_scope(idp, m.LOCAL, "big")
+        assert store.connection.total_changes - before <= 4
+        assert store.find_scope("big") is None and store.list_scopes_of_user("u1") == []
+        assert m.create_scope(idp, m.LOCAL, CreateScope(name="big")).id != scope.id
+        assert max(self.slices(idp, monkeypatch)) <= 7
+        assert not store.exists("SELECT 1 FROM user_scope") and store.find_scope("big")

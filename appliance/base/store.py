@@ -600,7 +600,8 @@ MIGRATIONS = (
         expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE INDEX device_failure_user ON device_failure (user_id);
     """,
-    # Step 12. The epoch of a user's logins at a client. Logins of a browser session are found without reading all logins
+    # Step 12. What is deleted and still has rows that belong to it, for upkeep to remove. The epoch of a user's logins at
+    # a client. Logins of a browser session are found without reading all logins
     # of the user. Ending a login changes its own row alone, so no statement asks for sessions by their `sid`.
     """
     CREATE TABLE ended_login (
@@ -609,8 +610,30 @@ MIGRATIONS = (
     DROP INDEX session_sid;
     CREATE INDEX family_user_browser ON family (user_id, browser);
     DROP INDEX family_user;
+    CREATE INDEX consent_client ON consent (client_id);
+    CREATE TABLE deletion (kind TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (kind, id)) STRICT, WITHOUT ROWID;
     """,
 )
+
+# The tables whose rows go with a user, client or scope: the column that names it, and the primary key. What refers to
+# another one comes first, so that a slice deletes as many rows as it says and no more by a cascade.
+DEPENDENTS = {
+    "account": (
+        ("refresh_token", "user_id", ("id",)), ("session", "user_id", ("id",)), ("family", "user_id", ("sid",)),
+        ("authorization_code", "user_id", ("code_sha256",)), ("browser_session", "user_id", ("id_sha256",)),
+        ("login_transaction", "user_id", ("id",)), ("recovery_code", "user_id", ("code_sha256",)),
+        ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
+        ("user_role", "user_id", ("user_id", "role_id")), ("user_scope", "user_id", ("user_id", "scope_id")),
+    ),
+    "client": (
+        ("browser_session_client", "client_id", ("id_sha256", "client_id")),
+        ("consent", "client_id", ("user_id", "client_id")),
+    ),
+    "scope": (
+        ("user_scope", "scope_id", ("user_id", "scope_id")), ("client_scope", "scope_id", ("client_id", "scope_id")),
+    ),
+}
+DELETED = "deleted:"  # begins the name of a row that upkeep is deleting; its id follows
 
 BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT"
 
@@ -931,10 +954,15 @@ class Store(Database):
     # -- account, recovery_code --
 
     def find_account(self, id: str) -> Account | None:
-        return self.one(Account, "SELECT * FROM account WHERE id = :id", id=id)
+        return self.one(
+            Account, "SELECT * FROM account WHERE id = :id AND username <> :deleted || id", id=id, deleted=DELETED
+        )
 
     def find_account_by_name(self, username: str) -> Account | None:
-        return self.one(Account, "SELECT * FROM account WHERE username = :username", username=username)
+        return self.one(
+            Account, "SELECT * FROM account WHERE username = :username AND username <> :deleted || id",
+            username=username, deleted=DELETED,
+        )
 
     def list_accounts(
         self, q: str = "", is_active: int | None = 1, sort: str = "username", limit: int = 1000, offset: int = 0,
@@ -945,12 +973,13 @@ class Store(Database):
             Account,
             r"""
             SELECT * FROM account
-             WHERE (:is_active IS NULL OR is_active = :is_active)
+             WHERE (:is_active IS NULL OR is_active = :is_active) AND username <> :deleted || id
                AND (:q = '' OR username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')
                AND (:role_id IS NULL OR id IN (SELECT user_id FROM user_role WHERE role_id = :role_id))
                AND (:scope_id IS NULL OR id IN (SELECT user_id FROM user_scope WHERE scope_id = :scope_id))
             """,
             sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
+            deleted=DELETED,
         )
 
     def add_account(
@@ -994,7 +1023,18 @@ class Store(Database):
 
     def delete_account(self, id: str) -> bool:
         self.mark_qr_files(id)
-        return self.changed("DELETE FROM account WHERE id = :id", id=id)
+        if not self.has_many("account", id):
+            return self.changed("DELETE FROM account WHERE id = :id", id=id)
+        self.put_deletion("account", id)
+        return self.changed(
+            """
+            UPDATE account
+               SET username = :deleted || id, email = '', password_hash = '', totp_sealed = '',
+                   totp_pending_sealed = '', is_active = 0, revoked_before = :forever
+             WHERE id = :id
+            """,
+            id=id, deleted=DELETED, forever=1000 * FOREVER,
+        )
 
     def set_password_hash(self, id: str, password_hash: str, now: int, instead_of: str | None = None) -> None:
         """Store a hash. With `instead_of`, only if that is the one stored: a newer password must not be undone."""
@@ -1395,7 +1435,11 @@ class Store(Database):
         )
 
     def delete_scope(self, id: str) -> None:
-        self.run("DELETE FROM scope WHERE id = :id", id=id)
+        if not self.has_many("scope", id):
+            self.run("DELETE FROM scope WHERE id = :id", id=id)
+            return
+        self.put_deletion("scope", id)
+        self.run("UPDATE scope SET name = :deleted || id, is_active = 0 WHERE id = :id", id=id, deleted=DELETED)
 
     def list_scopes_of_user(self, user_id: str) -> list[Scope]:
         """Return the active scopes of a user."""
@@ -1450,7 +1494,9 @@ class Store(Database):
     def find_client(self, client_id: str) -> ClientRow | None:
         """Find a client by its identifier or its internal id, which cannot collide."""
         return self.one(
-            ClientRow, "SELECT * FROM client WHERE client_id = :client_id OR id = :client_id", client_id=client_id
+            ClientRow,
+            "SELECT * FROM client WHERE (client_id = :client_id OR id = :client_id) AND client_id <> :deleted || id",
+            client_id=client_id, deleted=DELETED,
         )
 
     def list_clients(
@@ -1460,10 +1506,11 @@ class Store(Database):
             ClientRow,
             r"""
             SELECT * FROM client
-             WHERE (:q = '' OR client_id LIKE :like ESCAPE '\' OR display_name LIKE :like ESCAPE '\')
+             WHERE client_id <> :deleted || id
+               AND (:q = '' OR client_id LIKE :like ESCAPE '\' OR display_name LIKE :like ESCAPE '\')
                AND (:scope_id IS NULL OR id IN (SELECT client_id FROM client_scope WHERE scope_id = :scope_id))
             """,
-            sort, limit, offset, q=q, like=like(q), scope_id=scope_id,
+            sort, limit, offset, q=q, like=like(q), scope_id=scope_id, deleted=DELETED,
         )
 
     def update_client(self, row: ClientRow) -> None:
@@ -1483,7 +1530,55 @@ class Store(Database):
         )
 
     def delete_client(self, id: str) -> None:
-        self.run("DELETE FROM client WHERE id = :id", id=id)
+        if not self.has_many("client", id):
+            self.run("DELETE FROM client WHERE id = :id", id=id)
+            return
+        self.put_deletion("client", id)
+        for table in ("client_secret", "client_uri", "client_feature", "external_idp_provider", "client_scope"):
+            self.run(f"DELETE FROM {table} WHERE client_id = :id", id=id)
+        self.run(
+            "UPDATE client SET client_id = :deleted || id, display_name = '', is_active = 0 WHERE id = :id", id=id,
+            deleted=DELETED,
+        )
+
+    # -- deletion: what upkeep still has to delete --
+
+    def has_many(self, kind: str, id: str) -> bool:
+        """Return whether more rows belong to a user, client or scope than one transaction should delete."""
+        found = sum(
+            self.value(f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE {column} = :id LIMIT {SLICE + 1})", id=id)
+            for table, column, _ in DEPENDENTS[kind]
+        )
+        return found > SLICE
+
+    def put_deletion(self, kind: str, id: str) -> None:
+        """Note that upkeep has to delete a row and all that belong to it. The caller hides it under another name."""
+        self.run("INSERT INTO deletion VALUES (:kind, :id)", kind=kind, id=id)
+
+    def list_deletions(self) -> list[tuple[str, str]]:
+        """Return (kind, id) of what is still to be deleted."""
+        with self.guard:
+            return self.connection.execute("SELECT kind, id FROM deletion").fetchall()
+
+    def delete_slice(self, kind: str, id: str, limit: int) -> bool:
+        """Delete up to `limit` rows that belong to what put_deletion() noted, or, if none is left, that row itself.
+        Return whether there is more to do. The rows are found before the write lock is taken.
+        """
+        for table, column, keys in DEPENDENTS[kind]:
+            with self.guard:
+                found = self.connection.execute(
+                    f"SELECT {', '.join(keys)} FROM {table} WHERE {column} = ? LIMIT ?", (id, limit)
+                ).fetchall()
+            if found:
+                with self.transaction():
+                    self.connection.executemany(
+                        f"DELETE FROM {table} WHERE {' AND '.join(f'{key} = ?' for key in keys)}", found
+                    )
+                return True
+        with self.transaction():
+            self.run(f"DELETE FROM {kind} WHERE id = :id", id=id)
+            self.run("DELETE FROM deletion WHERE kind = :kind AND id = :id", kind=kind, id=id)
+        return False
 
     def list_secrets(self, client_id: str, now: int) -> list[Secret]:
         """Return the valid secrets of a client, by its internal id, the newest first."""
@@ -1864,10 +1959,10 @@ class Store(Database):
             """
             SELECT client.client_id, display_name, scope, given_at
               FROM consent JOIN client ON client.id = consent.client_id
-             WHERE user_id = :user_id
+             WHERE user_id = :user_id AND client.client_id <> :deleted || client.id
              ORDER BY client.client_id
             """,
-            user_id=user_id,
+            user_id=user_id, deleted=DELETED,
         )
 
     def delete_consent(self, user_id: str, client_id: str) -> bool:
