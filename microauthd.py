@@ -2713,9 +2713,8 @@ def verify_access_token(idp: Idp, ring: KeyRing, issuer: str, token: str, check_
     if claims["sub"] != claims.get("client_id"):
         if not is_still_valid(idp.store.find_account(claims["sub"]), issued_ms):
             raise RevokedToken(claims, "its user is gone, inactive or was revoked")
-        if check_revocation and claims.get("sid"):
-            if idp.store.is_family_revoked(claims["sid"]):
-                raise RevokedToken(claims, "its login was ended")
+        if check_revocation and claims.get("sid") and idp.store.is_family_revoked(claims["sid"]):
+            raise RevokedToken(claims, "its login was ended")
     return claims
 
 
