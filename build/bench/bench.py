@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 import uuid
 from pathlib import Path
@@ -106,6 +107,22 @@ def wrk(port, path, body="", auth="", seconds=8, connections=50, pause=0):
     return json.loads(re.search(r"^JSON (.*)", done.stdout, re.M)[1])
 
 
+def warm(run, most=30):
+    """Repeat `run`, which returns a rate, until it grows by less than 3 percent twice, or for `most` seconds.
+
+    A just-in-time compiler needs about ten seconds of load: what is measured before is not the server's rate.
+    """
+    end, best, still = time.monotonic() + most, 0.0, 0
+    while still < 2 and time.monotonic() < end:
+        rate = run()
+        still = still + 1 if rate < best * 1.03 else 0
+        best = max(best, rate)
+
+
+def rate_of(result):
+    return result["requests"] / (result["us"] / 1e6)
+
+
 class Ours:
     def __init__(self, folder, workers, ec=True, archive=ARCHIVE):
         self.folder, self.archive = Path(folder), archive
@@ -163,7 +180,7 @@ class Ours:
 
     def fill(self, sessions=1_000_000, users=100_000, rows=1_000_000):
         """Sessions that end in an hour, users, audit rows: all by one SQL statement a batch, in a few seconds."""
-        from appliance.base.store import SESSION_INSERT_ROW
+        from appliance.base.store import MACHINE_SESSION_INSERT
         from microauthd import new_jti
 
         idp = self.open()
@@ -179,7 +196,7 @@ class Ours:
         for begin in range(0, max(sessions, rows), 50_000):
             with store.transaction():
                 store.connection.executemany(
-                    SESSION_INSERT_ROW,
+                    MACHINE_SESSION_INSERT,
                     (
                         (new_jti((now - 90_000) * 1000 + number), "bench", "", now - 90_000, now + 3600)
                         for number in range(begin, min(sessions, begin + 50_000))
@@ -216,14 +233,16 @@ class Peer:
             folder, workers, alg, free_port(), basic("bench", SECRET),
         )
 
-    def start(self):
+    SCRIPT = "peer.mjs"
+
+    def start(self, **more):
         node = shutil.which("node", path=str(self.folder / "node_modules" / ".bin")) or shutil.which("node")
         environ = os.environ | {
             "PORT": str(self.port), "ALG": self.alg, "WORKERS": str(self.workers), "SECRET": SECRET,
             "KEY": str(self.folder / f"key-{self.alg}.json"), "NODE_ENV": "production",
-        }
+        } | more
         self.process = subprocess.Popen(
-            [node, str(HERE / "peer.mjs")], cwd=self.folder, env=environ, stdout=subprocess.DEVNULL,
+            [node, str(HERE / self.SCRIPT)], cwd=self.folder, env=environ, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         end = time.time() + 20
@@ -352,6 +371,140 @@ class Glewlwyd:
 
     stop = Ours.stop
     pid = Ours.pid
+
+
+class DurablePeer(Peer):
+    """npm's oidc-provider, one process, its store in SQLite with synchronous = FULL."""
+
+    SCRIPT = "durable_peer.mjs"
+    TOKEN_PATH, EXTRA = "/token", ""
+
+    def __init__(self, folder, database):
+        super().__init__(folder, 1, "ES256")
+        self.database = database
+
+    def start(self, **environ):
+        super().start(DB=str(self.database), KEY=str(self.folder / "key-durable.json"), **environ)
+
+    def mint(self, count):
+        return call(self.port, f"/mint?n={count}")[1].decode().split("\n")
+
+
+class DurableOurs(Ours):
+    """A box whose client has every grant, with a user who is logged in at a browser."""
+
+    TOKEN_PATH = "/token"
+    REDIRECT_URI = "https://app.example/cb"
+
+    def __init__(self, folder, workers):
+        super().__init__(folder, workers)
+        import microauthd as m
+        from appliance.base.objects import CreateUser, UpdateClient
+
+        client_id, idp = self.client["MAD_CLIENT_ID"], self.open()
+        grant_types = ["authorization_code", "client_credentials", "password", "refresh_token"]
+        m.update_client(idp, m.LOCAL, client_id, UpdateClient(grant_types=grant_types))
+        m.add_uri(idp, m.LOCAL, client_id, "redirect", self.REDIRECT_URI)
+        ann = m.create_user(idp, m.LOCAL, CreateUser(username="ann", email="ann@example.org", password=PASSWORD))
+        handle = m.begin_browser_session(idp, m.LOCAL, ann, ["pwd"], idp.now(), None)
+        self.cookie = f"{m.cookie_name(idp, m.SESSION_COOKIE)}={handle}"
+        idp.store.close()
+        self.login = f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}"
+        quoted = urllib.parse.quote(self.REDIRECT_URI, safe="")
+        self.authorize = f"/authorize?response_type=code&client_id={client_id}&redirect_uri={quoted}"
+        self.exchange = f"&redirect_uri={quoted}"
+
+    def mint(self, count):
+        def log_in(_):
+            return json.loads(call(self.port, "/token", self.login, Authorization=self.auth)[1])["refresh_token"]
+
+        return [log_in(number) for number in range(count)]
+
+
+DURABLE_WORKS = {
+    "refresh": "refresh rotations, 50 chains, each its last token", "login": "remembered password grants",
+    "code": "authorization codes issued and exchanged",
+}
+STORED = {
+    "refresh": "the spent token, its successor, the access token's row, the audit row: synced",
+    "login": "the login, refresh token, access token's row, the account's last login, the audit row: synced",
+    "code": "the code and its spending, then as for a login, two audit rows: synced",
+}
+PEER_STORED = "the spent token and its successor (JWT access tokens are not stored; no audit): synced"
+
+
+def run_durable(server, work, seconds, connections=50):
+    """Do one durable work for some seconds. Return wrk's figures and the bytes written to the disk meanwhile."""
+    with tempfile.NamedTemporaryFile("w") as tokens:
+        if work == "refresh":
+            tokens.write("".join(token + "\n" for token in server.mint(connections)))
+            tokens.flush()
+        environ = {
+            "WORK": work, "TOKEN_PATH": server.TOKEN_PATH, "AUTH": server.auth, "TOKENS": tokens.name,
+            "BODY": getattr(server, "login", ""), "AUTHORIZE": getattr(server, "authorize", ""),
+            "COOKIE": getattr(server, "cookie", ""), "EXTRA": server.exchange if work == "code" else "",
+        }
+        before = written(server.pid)
+        done = subprocess.run(
+            [
+                "wrk", f"-t{connections}", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s",
+                str(HERE / "durable.lua"), f"http://127.0.0.1:{server.port}{server.TOKEN_PATH}",
+            ],
+            env=os.environ | environ, capture_output=True, text=True,
+        )
+        result = json.loads(re.search(r"^JSON (.*)", done.stdout, re.M)[1])
+        return result | {"bytes": written(server.pid) - before}
+
+
+def slow_disk(folder, milliseconds=20):
+    """The environment of a server whose disk takes so long for a sync, as an SD card does."""
+    library = folder / "slowsync.so"
+    subprocess.run(
+        ["cc", "-O2", "-shared", "-fPIC", "-o", library, HERE / "slowsync.c", "-ldl"], check=True,
+    )
+    return {
+        "LD_PRELOAD": str(library), "SLOWSYNC_MS": str(milliseconds), "SLOWSYNC_LOCK": str(folder / "slowsync.lock"),
+    }
+
+
+def durable(asked):
+    """Work that is synced before the answer, on this disk and on one whose sync takes 20 ms. Return lines of Markdown."""
+    folder = Path(tempfile.mkdtemp(prefix="bench."))
+    servers = {("microauthd", 2): DurableOurs(folder / "two", 2), ("microauthd", 1): DurableOurs(folder / "one", 0)}
+    peers = OUT / "bench-peers"
+    if not asked.no_peers and have_oidc_provider(peers):
+        servers["oidc-provider, SQLite FULL", 1] = DurablePeer(peers, folder / "peer.db")
+    disks = {"this disk": {}}
+    if shutil.which("cc"):
+        disks["20 ms a sync"] = slow_disk(folder)
+    found = {}
+    for repetition in range(asked.reps):
+        for disk, environ in disks.items():
+            for who, server in servers.items():
+                server.start(**environ)
+                for work in DURABLE_WORKS if who[0] == "microauthd" else ["refresh"]:
+                    if work == "code" and environ:
+                        continue
+                    warm(lambda: rate_of(run_durable(server, work, 2)))
+                    found.setdefault((work, disk, *who), []).append(run_durable(server, work, asked.seconds))
+                server.stop()
+                print(f"{repetition + 1}/{asked.reps}  {who}, {disk}", file=sys.stderr)
+    os.chdir("/")
+    shutil.rmtree(folder)
+    lines = [
+        "| Durable work, 50 connections | Disk | Server, processes | a second | p50, p99 ms of a request | KB written each"
+        " | stored, and synced before the answer | not 2xx |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (work, disk, who, workers), results in sorted(found.items(), key=lambda item: list(DURABLE_WORKS).index(item[0][0])):
+        p50, p99 = (statistics.median(result[name] / 1000 for result in results) for name in ("p50", "p99"))
+        each = [result["bytes"] / max(1, result["requests"]) / 1000 for result in results]
+        stored = STORED[work] if who == "microauthd" else PEER_STORED
+        lines.append(
+            f"| {DURABLE_WORKS[work]} | {disk} | {who}, {workers} | {spread([rate_of(result) for result in results])} "
+            f"| {p50:.1f}, {p99:.1f} | {spread(each, '{:.1f}')} | {stored} | {sum(result['bad'] for result in results)} |"
+        )
+    return lines
 
 
 def spread(values, form="{:.0f}"):
@@ -642,6 +795,12 @@ TITLES = {
     "token": "client_credentials token", "introspect": "introspection", "discovery": "discovery", "jwks": "JWKS",
     "password": "password grant, remembered, with refresh token",
 }
+# What is stored, and whether it is on the disk before the answer: a rate means little without.
+KEPT = {
+    "token": "ours: its row and an audit row within 20 ms, not synced; oidc-provider: nothing, it is a JWT; glewlwyd: its row",
+    "introspect": "nothing", "discovery": "nothing", "jwks": "nothing",
+    "password": "ours: login, refresh token, token's row, audit row, synced before the answer; glewlwyd: the same, no audit",
+}
 
 
 def main():
@@ -657,7 +816,12 @@ def main():
     parser.add_argument(
         "--beside", type=Path, metavar="ARCHIVE", help="only tokens, beside another archive and one oidc-provider"
     )
+    parser.add_argument("--durable", action="store_true", help="only the work that is synced before its answer")
     asked = parser.parse_args()
+    if asked.durable:
+        text = "\n".join(durable(asked)) + "\n"
+        (OUT / "bench-durable.md").write_text(text)
+        return print(text)
     if asked.beside:
         return beside(asked)
     if asked.idle or asked.soak:
@@ -689,7 +853,7 @@ def main():
             for work, (path, body) in server.works.items():
                 if (who == grown_key and work != "token") or (who[2] == "RS256" and work != "token"):
                     continue
-                wrk(server.port, path, body, server.auth, 1)  # warm
+                warm(lambda: rate_of(wrk(server.port, path, body, server.auth, 2)))
                 before = cpu_seconds(server.pid)
                 result = wrk(
                     server.port, path, body, server.auth, asked.seconds if body else max(2, asked.seconds // 2)
@@ -755,8 +919,8 @@ def main():
         f"Measured on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores ({cpu_model()}), {platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}; {versions(peers)}. "
         f"Load by `wrk -t2 -c50` with keep-alive on the same cores, {asked.seconds} s x {asked.reps} interleaved repetitions; medians (minimum to maximum). Encrypted database, audit on, Argon2id at its defaults. "
         f"Answers that were no 2xx: {refused}.", "",
-        "| Work | Processes | microauthd, a second | oidc-provider, a second | glewlwyd, a second | Ratios | CPU a request, us: ours / theirs | p50, p99 ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Work | Processes | microauthd, a second | oidc-provider, a second | glewlwyd, a second | Ratios | CPU a request, us: ours / theirs | p50, p99 ms | stored, and synced |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (who, workers, alg, work), values in rates.items():
         if who != "microauthd":
@@ -766,7 +930,7 @@ def main():
         lines.append(
             f"| {TITLES[work]}{', ' + alg if work == 'token' else ''} | {workers} | {spread(values)} | {cells.get('oidc-provider', '')} | {cells.get('glewlwyd', '')} "
             f"| {', '.join(f'{statistics.median(values) / statistics.median(rates[key]):.1f}' for key in theirs)} | {' / '.join(f'{statistics.median(cpu[key]):.0f}' for key in ((who, workers, alg, work), *theirs))} "
-            f"| {statistics.median(p50[who, workers, alg, work]):.1f}, {statistics.median(p99[who, workers, alg, work]):.1f} |"
+            f"| {statistics.median(p50[who, workers, alg, work]):.1f}, {statistics.median(p99[who, workers, alg, work]):.1f} | {KEPT[work]} |"
         )
     lines += [
         "", "| | |", "| --- | --- |",
@@ -795,6 +959,7 @@ def main():
         lines.append(f"| CPU of `mad {words}` from the archive | {spread(values)} ms |")
     lines.append(f"| the archive | {ARCHIVE.stat().st_size / 1e6:.1f} MB |")
     lines.append(f"| written to disk a machine token (100,000 at full rate) | {spread(written_each)} bytes |")
+    lines += ["", *durable(asked)]
     lines += [
         "",
         f"Parts of a token's {statistics.median(cpu[*main_key, 'token']):.0f} us, each timed by itself in one process:",
@@ -850,7 +1015,7 @@ def beside(asked):
             time.sleep(1)
             idle[who].append(pss_mb(server.pid))
             path, body = server.works["token"]
-            wrk(server.port, path, body, server.auth, 10)  # warm: a just-in-time compiler needs as long
+            warm(lambda: rate_of(wrk(server.port, path, body, server.auth, 2)))
             result = wrk(server.port, path, body, server.auth, asked.seconds)
             rates[who].append(result["requests"] / (result["us"] / 1e6))
             p99[who].append(result["p99"] / 1000)

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import microauthd as m  # noqa: E402
-from appliance.base.keys import make_key  # noqa: E402
-from appliance.base.objects import CreateClient, CreateUser  # noqa: E402
-from appliance.base.settings import Options  # noqa: E402
-from appliance.base.store import Store  # noqa: E402
-from appliance.processes import MACHINE  # noqa: E402
+import microauthd as m
+from appliance.base.keys import make_key
+from appliance.base.objects import CreateClient, CreateUser
+from appliance.base.settings import Options
+from appliance.base.store import Store
+from appliance.processes import MACHINE
 
 FRAME = 4096 + 24
 
