@@ -170,6 +170,30 @@ class TestSchema:
         assert store.find_retired_key("header", 49) and store.find_retired_key("header", 50) is None
         assert store.spend_hints("handle", "binding", 49) and store.spend_hints("handle", "binding", 49) is None
 
+    def test_logins_of_before_live_on_or_stay_dead_and_no_statement_lost_its_index(self, from_before):
+        family = """
+            INSERT INTO family (sid, user_id, client_id, scope, amr, auth_time, nonce, created_ms, expires_at, revoked_at,
+                browser)
+            VALUES ('{}', 'u', 'app', '', 'pwd', 5, '', 5000, 90, {}, 'b')
+        """
+        store = from_before(
+            "TABLE ended_login",
+            """
+            INSERT INTO account (id, username, email, password_hash, created_at, modified_at)
+            VALUES ('u', 'ann', '', 'x', 5, 5)
+            """,
+            family.format("alive", "NULL"), family.format("dead", "6"),
+            *(
+                f"INSERT INTO refresh_token VALUES ('{sid}', '{sid}', '{sid}', 'u', 'app', 's', 5, 90, NULL, NULL)"
+                for sid in ("alive", "dead")
+            ),
+        )
+        assert [store.is_family_revoked(sid) for sid in ("alive", "dead", "unknown")] == [False, True, True]
+        assert store.rotate_refresh_token("alive", "app", 7).sid == "alive"
+        assert store.rotate_refresh_token("dead", "app", 7) is None
+        store.revoke_logins("u", "app", 5000)
+        assert store.is_family_revoked("alive") and store.logins_revoked_before("u", "app") == 5000
+
     def test_a_browser_session_of_before_lives_on_and_has_confirmed_no_client(self, idp, alice, service, monkeypatch):
         number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE browser_session_client" in step)
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])
@@ -796,3 +820,45 @@ class TestRevoking:
         assert m.create_scope(idp, m.LOCAL, CreateScope(name="big")).id != scope.id
         assert max(self.slices(idp, monkeypatch)) <= 7
         assert not store.exists("SELECT 1 FROM user_scope") and store.find_scope("big")
+
+    PLANS = {
+        "revoke_family": lambda store: store.revoke_family("s", 1),
+        "revoke_account": lambda store: store.revoke_account("u", 1),
+        "revoke_client": lambda store: store.revoke_client("c", 1),
+        "revoke_role_holders": lambda store: store.revoke_role_holders("r", 1),
+        "revoke_browser_session": lambda store: store.revoke_browser_session("b", 1),
+        "revoke_jti": lambda store: store.revoke_jti("j", 1, 1),
+        "rotate_refresh_token": lambda store: store.rotate_refresh_token("t", "c", 1),
+        "find_successor": lambda store: store.find_successor("t", "n", "c", 1, 1),
+        "spend_code": lambda store: store.spend_code("c", "c", 1),
+        "delete_codes": lambda store: store.delete_codes("u", "c"),
+        "delete_consent": lambda store: store.delete_consent("u", "c"),
+        "list_families_of": lambda store: store.list_families_of("u"),
+        "list_browser_sessions": lambda store: store.list_browser_sessions("u", 1),
+        "is_family_revoked": lambda store: store.is_family_revoked("s"),
+        "sessions of a user": lambda store: store.list_sessions(user_id="u", limit=1),
+        "refresh tokens of a user": lambda store: store.list_refresh_tokens(user_id="u", limit=1),
+        "delete_account": lambda store: store.delete_account("u"),
+        "delete_client": lambda store: store.delete_client("c"),
+        "delete_scope": lambda store: store.delete_scope("s"),
+    }
+
+    @pytest.mark.parametrize("what", PLANS)
+    def test_no_statement_that_revokes_spends_or_deletes_reads_a_whole_table(self, idp, what):
+        """By the query plan, so that it holds however many rows there are."""
+        store, statements = idp.store, set()
+        store.add_account("u", "ann", "", 0, "x", 0)
+        store.connection.set_trace_callback(statements.add)
+        try:
+            self.PLANS[what](store)
+        finally:
+            store.connection.set_trace_callback(None)
+        plans = [
+            step[3]
+            for statement in statements if statement.lstrip()[:6].upper() in ("SELECT", "UPDATE", "DELETE", "INSERT")
+            and statement != "SELECT id FROM session ORDER BY id DESC LIMIT 1"  # reads the last row
+            for step in store.connection.execute("EXPLAIN QUERY PLAN " + statement)
+        ]
+        few = ("SCAN totp_qr_file", "SCAN CONSTANT ROW")  # files of QR codes are few
+        read = [plan for plan in plans if plan.startswith("SCAN") and not plan.startswith((*few, "SCAN (subquery"))]
+        assert plans and not read, read

@@ -107,7 +107,7 @@ def wrk(port, path, body="", auth="", seconds=8, connections=50, pause=0):
     return json.loads(re.search(r"^JSON (.*)", done.stdout, re.M)[1])
 
 
-def warm(run, most=30):
+def warm_up(run, most=30):
     """Repeat `run`, which returns a rate, until it grows by less than 3 percent twice, or for `most` seconds.
 
     A just-in-time compiler needs about ten seconds of load: what is measured before is not the server's rate.
@@ -485,7 +485,7 @@ def durable(asked):
                 for work in DURABLE_WORKS if who[0] == "microauthd" else ["refresh"]:
                     if work == "code" and environ:
                         continue
-                    warm(lambda: rate_of(run_durable(server, work, 2)))
+                    warm_up(lambda: rate_of(run_durable(server, work, 2)))
                     found.setdefault((work, disk, *who), []).append(run_durable(server, work, asked.seconds))
                 server.stop()
                 print(f"{repetition + 1}/{asked.reps}  {who}, {disk}", file=sys.stderr)
@@ -853,7 +853,7 @@ def main():
             for work, (path, body) in server.works.items():
                 if (who == grown_key and work != "token") or (who[2] == "RS256" and work != "token"):
                     continue
-                warm(lambda: rate_of(wrk(server.port, path, body, server.auth, 2)))
+                warm_up(lambda: rate_of(wrk(server.port, path, body, server.auth, 2)))
                 before = cpu_seconds(server.pid)
                 result = wrk(
                     server.port, path, body, server.auth, asked.seconds if body else max(2, asked.seconds // 2)
@@ -1015,7 +1015,7 @@ def beside(asked):
             time.sleep(1)
             idle[who].append(pss_mb(server.pid))
             path, body = server.works["token"]
-            warm(lambda: rate_of(wrk(server.port, path, body, server.auth, 2)))
+            warm_up(lambda: rate_of(wrk(server.port, path, body, server.auth, 2)))
             result = wrk(server.port, path, body, server.auth, asked.seconds)
             rates[who].append(result["requests"] / (result["us"] / 1e6))
             p99[who].append(result["p99"] / 1000)
