@@ -27,7 +27,8 @@ from appliance.base.files import (
 from appliance.base.settings import (
     OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
 )
-from appliance.base.database import Unavailable, check_log, derive_key, read_database_key
+from appliance.base.database import Unavailable, derive_key, read_database_key
+from appliance.base.wal import check_log
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso

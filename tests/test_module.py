@@ -15,7 +15,7 @@ ROOT = Path(m.__file__).parent
 # From the ground up: a room may import those that stand before it, and no other.
 ROOMS = (
     "appliance.base", "appliance.base.shared", "appliance.base.clock", "appliance.base.files", "appliance.base.settings",
-    "appliance.base.log", "appliance.base.headers", "appliance.base.peers",
+    "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
     "appliance.base.openapi", "appliance.base.objects", "appliance.base.pages", "microauthd", "appliance.backup",
     "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",

@@ -19,9 +19,10 @@ from appliance.base import StartupError
 from appliance.base.clock import CLOCK_FAR, IAT_SKEW, sleep
 from appliance.base.database import (
     BATCH_MAX, BATCH_SECONDS, Database, Generation, PROBE_SECONDS, Record, Row, SQLITE_BUSY, SQLITE_CANTOPEN,
-    SQLITE_FULL, SQLITE_IOERR, SQLITE_READONLY, Unavailable, check_log, insert_statement, is_busy, result_code,
+    SQLITE_FULL, SQLITE_IOERR, SQLITE_READONLY, Unavailable, insert_statement, is_busy, result_code,
 )
 from appliance.base.log import Log
+from appliance.base.wal import check_log
 
 
 # Rows of a new database. Their identifiers are part of the wire contract.
