@@ -779,6 +779,7 @@ class Idp:
         self.refusals = RefusalCounter(getattr(clock, "monotonic", clock))
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
+        self.log_was_damaged = False  # as the last check found: see ready()
 
     def reload_rings_if_due(self):
         """Reload changed key rings, if the last check was over a second ago."""
@@ -5091,9 +5092,18 @@ def health(idp, params):
     return {"status": "ok"}
 
 
+LOG_DAMAGED = (  # without what the operator finds in the log: anyone may ask
+    "The write-ahead log was damaged: everything issued before is revoked, and changes made last may be undone; "
+    "see microauthd log status."
+)
+
+
 @AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
 def ready(idp, params):
-    """Tell whether the database can be written, the keys are loaded and the clock is plausible."""
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible.
+
+    `warnings` has what does not keep the server from serving, and is to be settled by an operator.
+    """
     # One probe a second at most: it takes the write lock, and anyone may call this.
     until, checks = idp.readiness
     if time.monotonic() >= until:
@@ -5103,10 +5113,14 @@ def ready(idp, params):
         except Unavailable as problem:
             idp.log("not.ready", "error", reason=problem.log)
             checks["database"] = False
+        # A damaged log keeps the box from nothing: what was issued before is dead, and the rest is the operator's.
+        with contextlib.suppress(Unavailable):
+            idp.log_was_damaged = bool(idp.store.meta("log_damaged"))
         idp.readiness = (time.monotonic() + 1, checks)
+    more = {"warnings": [LOG_DAMAGED]} if idp.log_was_damaged else {}
     if all(checks.values()):
-        return {"status": "ok", "checks": checks}
-    return Reply({"status": "unavailable", "checks": checks}, [("Retry-After", "5")], 503)
+        return {"status": "ok", "checks": checks, **more}
+    return Reply({"status": "unavailable", "checks": checks, **more}, [("Retry-After", "5")], 503)
 
 
 @AUTH(

@@ -14,7 +14,7 @@
     base.pages                          the templates of what people see, their languages and style
     base.store                          rows, MIGRATIONS, every SQL statement
     base.database                       the engine under the store
-    base.wal                            the write-ahead log
+    base.wal                            the write-ahead log, and the mark of what in it was acknowledged
     base.wire                           the two servers: whole requests, limits, deadlines, TLS
     base.settings                       Options and what loads, describes and writes them
     base.keys, base.hashing             key files and signatures; Argon2id and the bound on it

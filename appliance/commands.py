@@ -32,8 +32,8 @@ from microauthd import (
 )
 from appliance.processes import check_limits, serve
 from appliance.recovery import (
-    accept_clock, back_up, describe_keys, factory_reset, hold_setup, recover_admin, recover_setup, require_owner,
-    restore, revoke_key, rotate_keys, set_up_demo,
+    accept_clock, accept_log, back_up, describe_keys, describe_log, factory_reset, hold_setup, recover_admin,
+    recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
 )
 from appliance.help import show_page, show_topics, topics, write
 
@@ -273,6 +273,17 @@ def run_clock(options: Options, line: CommandLine) -> int:
     return 0
 
 
+def run_log(options: Options, line: CommandLine) -> int:
+    if line.args[0] == "status":
+        damage = describe_log(options)
+        print(damage or "the write-ahead log is whole, as far as anything is known that is not settled")
+        return 1 if damage else 0
+    if line.args[0] != "accept":
+        raise UsageError
+    print("settled" if accept_log(options) else "nothing was to be settled")
+    return 0
+
+
 def run_admin(options: Options, line: CommandLine) -> int:
     if line.args[0] != "recover" or not line.values.get("--username"):
         raise UsageError
@@ -429,6 +440,13 @@ COMMANDS = {
             ("accept",),
             "Say that the clock of this machine is right. Whatever was issued at times that are not yet is ended.",
             examples=("clock accept",), args=1, is_local=True,
+        ),
+        Command(
+            "log status",
+            "whether the write-ahead log was found damaged; log accept settles that", run_log, ("status", "accept"),
+            "Say whether the write-ahead log of the database was found damaged, with exit status 1 then. What was "
+            "done last may be undone: look at users, clients and keys. log accept settles it, and ends the reports.",
+            (), ("log status", "log accept"), args=1, is_local=True,
         ),
     )
 }

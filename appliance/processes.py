@@ -35,7 +35,7 @@ from appliance.base.wire import (
 )
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
 from appliance.backup import MACHINE
-from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head
+from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -217,7 +217,8 @@ def prepare(options: Options) -> StartupState:
     # Last of what is read: opening the database recovers its WAL, which writes to it.
     store = Store(options.db_file, database_key, log=log)
     try:
-        store.open()
+        store.open(is_audited=options.enable_audit_logging)
+        log_log_damage(store, log)
         clock = start_clock(store, log)
     finally:
         store.close()
@@ -288,6 +289,7 @@ class ServerProcess:
         startup.generation.slot = slot
         self.log = startup.log
         self.store = Store(options.db_file, startup.database_key, startup.generation, startup.log)
+        self.store.clock = startup.clock
         if options.worker_processes:
             self.store.open_process_write_lock()
         self.store.start_flusher()
@@ -690,8 +692,7 @@ def hold_database(path: str):
             pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
             raise StartupError(f"microauthd is running on {path} already, as process {pid}") from None
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+            os.pwrite(descriptor, (b"%d" % os.getpid()).ljust(20, b"\n"), 0)  # the mark of the log stands behind it
         except OSError as error:
             raise StartupError(f"the folder of the database {path} cannot be written: {error.strerror}") from None
         yield descriptor

@@ -28,8 +28,8 @@ from appliance.base.settings import (
     OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
 )
 from appliance.base.database import Unavailable, derive_key, read_database_key
-from appliance.base.wal import check_log
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
+from appliance.base.wal import check_log, forget_mark
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
 from microauthd import (
@@ -244,6 +244,7 @@ def finish_setup(config: str, options: Options):
         if journal.committed:
             if os.path.exists(staged):
                 os.close(open_owned(staged))
+                forget_mark(final)
                 for suffix in ("-wal", "-shm"):  # those of the database that is replaced
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(final + suffix)
@@ -470,7 +471,7 @@ def open_idp(options: Options) -> Idp:
     require_owner(options)
     store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
     try:
-        store.open(functools.partial(without_server, options))
+        store.open(functools.partial(without_server, options), options.enable_audit_logging)
         store.open_process_write_lock()  # a running server writes all the time
         auth_ring, admin_ring = (
             KeyRing(read_ring(path, passphrase), prefer_ec)
@@ -538,14 +539,6 @@ def merge_settings(options: Options, content: bytes, where: str) -> Options:
     return dataclasses.replace(options, **values)
 
 
-def last_issued_ms(store: Store) -> int:
-    """Return a time in milliseconds after which nothing in this database was issued.
-
-    The clock may have been behind, so the epoch of the last revocation counts too: see issue().
-    """
-    return max(store.newest_at() * 1000 + 999, int(store.meta("revoked_before", "0")) + 1)
-
-
 def read_present_state(options: Options) -> tuple[set, int, bool]:
     """Return the kids revoked here, the time of the last issue in milliseconds, and whether the database was readable.
     """
@@ -558,7 +551,7 @@ def read_present_state(options: Options) -> tuple[set, int, bool]:
         store = Store(
             options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
         )
-        return store.revoked_kids(), last_issued_ms(store), True
+        return store.revoked_kids(), store.last_issued_ms(), not store.find_log_damage(store.connection)
     except (StartupError, Unavailable, sqlcipher3.Error):
         return set(), 0, False
     finally:
@@ -616,7 +609,7 @@ def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, 
             )
         with store.transaction():
             # Later than anything that this box, or the one the backup was made of, has issued.
-            store.put_meta("revoked_before", max(idp.now_ms(), issued_here, last_issued_ms(store)))
+            store.put_meta("revoked_before", max(idp.now_ms(), issued_here, store.last_issued_ms()))
             store.revoke_kids(revoked)
             store.delete_logins()
             audit(
@@ -691,6 +684,7 @@ def factory_reset(options: Options) -> list[str]:
     with hold_database(options.db_file):
         # The keys first: without them the rest opens nothing. The database last: its owner is who may run this again.
         keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
+        forget_mark(options.db_file)
         for path in (
             *(key + suffix for key in keys for suffix in (".new", "")),
             *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
@@ -844,6 +838,28 @@ def accept_clock(options: Options) -> dict:
     finally:
         idp.store.close()
     return {"now": now, "ended": ended}
+
+
+def describe_log(options: Options) -> str:
+    """Return how the write-ahead log was found damaged, if that is not settled yet, "" otherwise."""
+    idp = open_idp(options)
+    try:
+        return idp.store.meta("log_damaged")
+    finally:
+        idp.store.close()
+
+
+def accept_log(options: Options) -> bool:
+    """Settle that the write-ahead log was damaged: it is reported no longer. Return whether it was."""
+    idp = open_idp(options)
+    try:
+        with idp.store.transaction():
+            found = idp.store.settle_log_damage()
+            if found:
+                audit(idp, LOCAL.acting_as("machine"), "log_accepted")
+        return found
+    finally:
+        idp.store.close()
 
 
 def recover_admin(options: Options, username: str, password: str, drop_totp=False) -> str:

@@ -109,6 +109,12 @@ def log_audit_head(store: Store, log: Log):
     log("audit.head", "notice", seq=seq, rows=store.count_audit(), head=digest)
 
 
+def log_log_damage(store: Store, log: Log):
+    """Report that the write-ahead log was found damaged, until an operator has settled it."""
+    if damage := store.meta("log_damaged"):
+        log("log.damaged", "error", reason=damage, settle="microauthd log accept")
+
+
 def note_configuration(idp: Idp):
     """Audit the start of the server, and which options have changed since the last one. Secrets are left out."""
     shown = {option.name: str(getattr(idp.options, option.attribute)) for option in OPTIONS if not option.secret}
@@ -227,6 +233,7 @@ class Upkeep(threading.Thread):
             if turn * self.INTERVAL % UPKEEP_SECONDS == 60:
                 self.attempt(purge, self.idp, self.ending.wait)
                 self.attempt(log_audit_head, self.idp.store, self.idp.log)
+                self.attempt(log_log_damage, self.idp.store, self.idp.log)
 
     def attempt(self, work, *args):
         try:

@@ -19,6 +19,7 @@ from appliance.base import StartupError
 from appliance.base.files import guard_private, open_owned
 from appliance.base.log import Log
 from appliance.base.shared import Byte, Numbers, Shared
+from appliance.base.wal import MarkFile, find_damage
 
 
 BATCH_SECONDS = 0.02
@@ -223,6 +224,9 @@ class Database:
         # thread could serve.
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
+        self.clock: Callable[[], float] = time.time  # Unix seconds; set by the server
+        self.mark = MarkFile(self.path)  # of the write-ahead log
+        self.batch_connection: sqlcipher3.Connection | None = None  # the one whose commits are not synced
         self.guard = Guard(self)
         self.local = threading.local()
         self.write_lock = threading.RLock()
@@ -305,12 +309,15 @@ class Database:
 
     def close(self) -> None:
         self.closing = True
+        if self.mode == "rw" and self.connections:
+            self.mark.allow_removal()  # by the last connection of all processes, which may be one of these
         for connection in list(self.connections):
             with contextlib.suppress(sqlcipher3.Error):
                 connection.close()
         self.connections.clear()
         self.spare.clear()
         self.local = threading.local()
+        self.mark.close()
 
     # -- transactions --
 
@@ -354,6 +361,7 @@ class Database:
             # on the disk. After a power cut, recovery would stop at that frame and lose the commits behind it.
             # Checkpoint and truncate the WAL before the next commit; this also drops the frames of the refused
             # transaction behind its end. https://www.sqlite.org/wal.html
+            self.mark.allow_removal()
             if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 raise sqlcipher3.OperationalError("the write-ahead log cannot be begun anew while somebody reads")
             shared.unsynced = 0
@@ -379,10 +387,46 @@ class Database:
                 if result_code(error) == SQLITE_IOERR:
                     shared.unsynced = 1
                 raise
+            self.note_commit(connection)
         except BaseException:
             with contextlib.suppress(sqlcipher3.Error):
                 connection.execute("ROLLBACK")
             raise
+
+    # -- the write-ahead log --
+
+    def count_frames(self, connection: sqlcipher3.Connection) -> int:
+        """Return how many valid frames the log has, up to its last commit.
+
+        NOOP checkpoints nothing; before SQLite 3.51, which does not know it, it is a passive checkpoint.
+        https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
+        """
+        return connection.execute("PRAGMA wal_checkpoint(NOOP)").fetchone()[1]
+
+    def note_commit(self, connection: sqlcipher3.Connection) -> None:
+        """Mark how far the log is acknowledged, after a COMMIT of this connection that succeeded.
+
+        The caller holds the write lock, so that no other process has written behind it. Once close() has begun, the
+        log may be removed at any moment, and is not marked any more.
+        """
+        if self.closing:
+            return
+        with contextlib.suppress(sqlcipher3.Error, MemoryError):  # it is committed, whatever fails here
+            self.mark.note_commit(
+                self.count_frames(connection), connection is not self.batch_connection, int(self.clock() * 1000)
+            )
+
+    def find_log_damage(self, connection: sqlcipher3.Connection) -> str:
+        """Return a sentence if the log lacks what was acknowledged, "" otherwise. See wal.find_damage().
+
+        The connection has read something already, and so recovered the log, and keeps it from being removed.
+        """
+        for _ in range(3):  # a running server may begin the log anew while we look
+            known = self.mark.read()  # before the frames, which a running server goes on to write
+            damage = find_damage(self.path, known, self.count_frames(connection))
+            if not damage:
+                return ""
+        return f"the write-ahead log {self.path}-wal is damaged: {damage}"
 
     def note_failure(self, error: Exception) -> None:
         """Let all processes know that a write has failed."""

@@ -595,6 +595,7 @@ class Version(msgspec.Struct):
 class Health(msgspec.Struct):
     status: str
     checks: dict[str, bool] | Maybe = UNSET
+    warnings: list[str] | Maybe = UNSET  # what does not keep it from serving, and an operator has to settle
 
 
 class Found(msgspec.Struct):

@@ -751,7 +751,6 @@ class Store(Database):
         self.wake = threading.Event()
         self.flush_lock = threading.Lock()
         self.writable = True  # False from a failed write until one has succeeded
-        self.batch_connection: sqlcipher3.Connection | None = None
         self.batch_head = (0, "")  # of the audit chain, as the last batch of this process left it
         self.flusher: threading.Thread | None = None
 
@@ -805,11 +804,14 @@ class Store(Database):
             raise
         return store
 
-    def open(self, alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
+    def open(
+        self, alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext, is_audited: bool = True
+    ) -> None:
         """Check that this is an intact database of ours, and run the migrations that are missing.
 
-        `alone` makes the context in which they run. Raises StartupError with one sentence, and then leaves the files
-        as they are.
+        `alone` makes the context in which they run. If the write-ahead log lacks what was acknowledged, everything
+        issued before is revoked: see note_log_damage(); `is_audited` says whether that is audited. Raises
+        StartupError with one sentence, and then leaves the files as they are.
         """
         check_log(self.path)
         # The last read-write connection to close checkpoints the WAL that a crash left behind. Open read-only until
@@ -843,14 +845,48 @@ class Store(Database):
                     f"the database {self.path} is damaged ({verdict.splitlines()[-1]}): restore a backup; it is "
                     "left as it is"
                 )
+            damage = self.find_log_damage(connection)
+            frames = self.count_frames(connection)
             if left:
                 self.drop(connection)
             if version < len(MIGRATIONS):
                 with alone():
                     self.migrate()
+            if damage:
+                self.note_log_damage(damage, is_audited)
+            self.mark.adopt(bool(damage), frames, int(self.clock() * 1000))
         except (sqlcipher3.Error, Unavailable) as error:
             reason = error.log if isinstance(error, Unavailable) else error
             raise StartupError(f"the database {self.path} cannot be used: {reason}") from None
+
+    # -- a damaged write-ahead log --
+
+    def last_issued_ms(self) -> int:
+        """Return a time in milliseconds after which nothing in this database was issued.
+
+        The clock may have been behind, so the epoch of the last revocation counts too: see issue().
+        """
+        return max(self.newest_at() * 1000 + 999, int(self.meta("revoked_before", "0")) + 1)
+
+    def note_log_damage(self, damage: str, is_audited: bool) -> None:
+        """Revoke everything issued before, as after a restore: what was revoked since may be valid again.
+
+        `damage` is stored, and reported until an operator has settled it: see settle_log_damage().
+        """
+        now_ms, known = int(self.clock() * 1000), self.mark.read()
+        # Where the clock is behind, the mark knows when something was issued last: a batch may have waited for it.
+        issued_ms = known.at_ms + int(1000 * BATCH_SECONDS) if known else 0
+        with self.transaction(identity=True):
+            self.put_meta("revoked_before", max(now_ms, issued_ms, self.last_issued_ms()))
+            self.delete_logins()
+            self.put_meta("log_damaged", damage)
+            if is_audited:
+                now = max(now_ms // 1000, self.newest_at())
+                self.append_audit([(now, "system", "log_damaged", "", damage, "", "", "", FAILURE)])
+
+    def settle_log_damage(self) -> bool:
+        """Report the damage of the log no longer. Return whether there was one."""
+        return self.changed("DELETE FROM meta WHERE name = 'log_damaged'")
 
     # -- backups, and the integrity of a database --
 
