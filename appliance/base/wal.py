@@ -190,14 +190,14 @@ class MarkFile:
             frame = read_frame(self.path, frames) if frames > 0 else None
             if frame is None:
                 return
-            mark = Mark(frame.salt, 0, bytes(8), frames, False, at_ms)
+            synced, checksum = 0, bytes(8)
             if known is not None and known.salt == frame.salt:
                 if frames <= known.seen:
                     return  # nothing was written, so nothing was synced either: not what a batch wrote before
-                mark = msgspec.structs.replace(mark, frames=known.frames, checksum=known.checksum)
+                synced, checksum = known.frames, known.checksum
             if is_synced:
-                mark = msgspec.structs.replace(mark, frames=frames, checksum=frame.checksum)
-            self.write(mark)
+                synced, checksum = frames, frame.checksum
+            self.write(Mark(frame.salt, synced, checksum, frames, False, at_ms))
 
     def allow_removal(self) -> None:
         """Note, durably, that the log is about to be removed or emptied, once all of it is in the database."""

@@ -18,7 +18,7 @@ from box import Box
 HEAD = struct.Struct("=7q")
 MAGIC = 0x4C4F53494E47
 SECTOR = 512
-NOT_KEPT = (".log", "output.txt", ".lock")  # nothing is promised of them
+NOT_KEPT = (".log", "output.txt", ".log.lock")  # nothing is promised of them
 
 
 def compile_layer(folder, name="losing"):

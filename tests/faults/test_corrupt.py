@@ -226,7 +226,8 @@ class TestLog:
     @pytest.mark.parametrize("damage", each(TAIL, "cut in half", "a byte of a frame flipped"))
     def test_where_its_end_is_damaged_the_box_is_whole_up_to_there(self, copy, boxes, damage):
         """A frame that does not fit its checksum is by SQLite's design where the log ends: a power cut leaves such frames, so to
-        refuse would be to refuse after power cuts. The promise is a box that is whole, as it was at one moment, and never an empty one."""
+        refuse would be to refuse after power cuts. The promise is a box that is whole, as it was at one moment, and never an empty one;
+        and that says so where what it lacks was acknowledged."""
         box = copy()
         TAIL[damage](box.folder / "mad.db3-wal")
         with contextlib.closing(Line(box)) as line:
@@ -242,6 +243,8 @@ class TestLog:
                     for row in line.admin("GET", "/audit-logs?action=user_created&limit=1000", bearer=bearer).json
                 } == users
                 assert all(there) or damage != "garbage at its end"
+                warned = "warnings" in line.admin("GET", "/health/ready").json
+                assert warned == ("log.damaged" in box.said()) == (damage != "garbage at its end")
                 assert box.token().status == 200 and "Traceback" not in box.said()
             finally:
                 os.killpg(box.process.pid, signal.SIGKILL)
