@@ -13,7 +13,7 @@ import microauthd as m
 import msgspec
 import pytest
 from box import Box
-from conftest import PASSWORD, Caller, die, in_child, made, opened
+from conftest import PASSWORD, Caller, die, in_child, made, opened, under_way
 from appliance.base import StartupError
 from appliance.base.database import derive_key
 from appliance.base.objects import CreateUser
@@ -255,6 +255,15 @@ class TestDamage:
 
         assert in_child(work) and start(folder)
 
+    def test_one_that_is_killed_when_it_has_noted_it_leaves_nothing_to_the_next(self, copy):
+        folder = copy()
+        flip(log_of(folder), HEAD_SIZE + 10 * FRAME + 100)
+        killed(folder, lambda store: None)
+        assert log_of(folder).exists() and start(folder)
+        store = store_of(folder)
+        assert len(store.list_audit("log_damaged")) == 1
+        store.close()
+
     def test_it_is_found_once_and_stays_noted(self, copy):
         folder = copy()
         flip(log_of(folder), HEAD_SIZE + 100)
@@ -311,9 +320,10 @@ class TestNoFalseAlarm:
 
     def test_a_log_that_goes_on_where_a_power_cut_has_torn_it_is_marked_from_there(self, copy):
         folder = copy("batches")
-        os.truncate(log_of(folder), HEAD_SIZE + FRAME * mark_of(folder).frames)
-        killed(folder, lambda store: write(store, "x"))
-        assert mark_of(folder).frames and not start(copy())
+        before = mark_of(folder)
+        os.truncate(log_of(folder), HEAD_SIZE + FRAME * before.frames)
+        killed(folder, lambda store: store.put_meta("x", "y"))
+        assert before.frames < mark_of(folder).frames < before.seen and not start(folder)
 
     def test_a_mark_that_is_older_than_the_log(self, copy):
         """It is never synced for its own sake."""
@@ -354,10 +364,12 @@ class TestNoFalseAlarm:
     def test_a_log_begun_anew_after_a_failed_sync(self, copy):
         def emptied(store):
             write_ten(store)
-            store.mark.allow_removal()
-            store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            store.generation.unsynced = 1
+            store.check_files_unchanged = die  # the log is empty, and the commit not begun
+            store.put_meta("x", "y")
 
-        assert not start(killed(copy("clean"), emptied))
+        folder = killed(copy("clean"), emptied)
+        assert log_of(folder).stat().st_size == 0 and not start(folder)
 
         def begun(store):
             write_ten(store)
@@ -473,6 +485,7 @@ class TestWhatFollows:
     def test_what_was_issued_before_is_dead_and_what_is_issued_now_is_good(self, house):
         idp = opened(house)
         token = self.issue(idp)["access_token"]
+        under_way(idp, m.get_user(idp, "root").id)
         idp.store.close()
         self.damage(house)
         idp = opened(house)
@@ -480,6 +493,7 @@ class TestWhatFollows:
             m.verify_access_token(idp, idp.auth_ring, house.auth_issuer, token)
         fresh = self.issue(idp)["access_token"]
         assert m.verify_access_token(idp, idp.auth_ring, house.auth_issuer, fresh)
+        assert not idp.store.find_code("c") and not idp.store.exists("SELECT 1 FROM login_transaction")
         assert idp.store.verify_audit()["valid"]
         rows = idp.store.list_audit("log_damaged")
         assert len(rows) == 1 and "acknowledged" in rows[0].secondary and rows[0].result == "failure"
@@ -487,11 +501,14 @@ class TestWhatFollows:
 
     def test_the_epoch_is_later_than_the_last_issue_where_the_clock_is_behind(self, house):
         self.damage(house)
-        at_ms = mark_of(Path(house.db_file).parent).at_ms
-        store = store_of(Path(house.db_file).parent)
+        folder = Path(house.db_file).parent
+        mark = mark_of(folder)
+        later = mark.at_ms + 86_400_000  # no row is so late: what stood in the log is lost
+        put_mark(folder, msgspec.structs.replace(mark, at_ms=later))
+        store = store_of(folder)
         store.clock = lambda: 1000.0
         store.open()
-        assert at_ms < int(store.meta("revoked_before")) < at_ms + 2000
+        assert later < int(store.meta("revoked_before")) < later + 1000
         store.close()
 
     def test_health_and_log_and_status_say_so_until_it_is_settled(self, house, capsys):
