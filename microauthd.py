@@ -855,8 +855,11 @@ class Idp:
     def cache(self) -> dict:
         """Return the cache of the current generation, a dict.
 
-        The generation is read before the rows, so rows from before a change never enter the cache after it.
+        The generation is read before the rows, so rows from before a change never enter the cache after it. Nor do
+        rows that a transaction reads: they may never be committed.
         """
+        if self.store.in_transaction:
+            return {}
         generation = self.store.generation.read()
         cached_generation, cache = self.client_cache
         if cached_generation != generation:

@@ -337,7 +337,7 @@ class ServerProcess:
                     )
                 )
                 idp.hasher.gate.blocking = self.blocking
-        self.store.blocking = self.blocking
+        self.store.blocking, self.store.expecting = self.blocking, self.has_queued_requests
 
     def add_server(self, server: Server):
         # Each thread opens its connection at once: later, there may be no descriptor left for one.
@@ -349,6 +349,9 @@ class ServerProcess:
         """Context manager entered by a thread that is about to wait: its server then starts another, if needed."""
         with contextlib.ExitStack() as stack:
             yield all([stack.enter_context(server.blocking()) for server in self.servers])  # noqa: C419 - each is entered
+
+    def has_queued_requests(self):
+        return any(server.requests.has_queued_requests() for server in self.servers)
 
     def refused(self, event, **fields):
         self.log(event, "error" if event == "error" else "info", **fields)

@@ -27,7 +27,12 @@ BATCH_MAX = 50_000  # token rows queued in memory; beyond that no token is issue
 LOCK_SECONDS = 5  # SQLite's busy timeout: how long a write waits for another process's lock
 PROBE_SECONDS = 30  # a readiness probe writes only if no write succeeded for so long: writes wear out flash
 SQLITE_MAGIC = b"SQLite format 3\0"
+GROUP_MAX = 100  # transactions that one COMMIT puts on the disk
+GROUP_SECONDS = 0.03  # a transaction joins no group that began longer ago: a change by the operator waits for it
+GATHER_SECONDS = 0.004  # how long a group is kept open for requests that are queued but may not write
+SLOW_SECONDS = 0.001  # a sync that takes longer leaves the requests that are queued to another thread
 SPARE_CONNECTIONS = 4  # idle connections kept for reuse; each has a page cache of up to a megabyte
+NEVER = -1  # no number of recoveries: the connection that has it is not used again
 KDF_ROUNDS = 256_000  # SQLCipher 4's default, so that its own tools open the file with the passphrase
 
 
@@ -54,6 +59,12 @@ class Unavailable(Exception):
 
 class Conflict(Exception):
     """A UNIQUE or FOREIGN KEY constraint failed: the name or id exists already, or the row referred to does not."""
+
+
+def disk_error(error: BaseException | None) -> sqlcipher3.Error | None:
+    """Return the error of SQLite that an exception is, or tells of, unless it is that of a constraint."""
+    cause = error.__cause__ if isinstance(error, Unavailable) else error
+    return cause if isinstance(cause, sqlcipher3.Error) and not isinstance(cause, sqlcipher3.IntegrityError) else None
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -180,6 +191,33 @@ class PooledConnection:
             store.drop(connection)
 
 
+class Group:
+    """Transactions of several threads that one COMMIT puts on the disk together: a group commit.
+
+    It is open in the connection of the thread that began it; the holder of the write lock changes it. `size` counts
+    the blocks that have run. `done` is held until `over`; `committed` is the outcome, and `error` its cause if known.
+    """
+
+    __slots__ = ("pooled", "began", "size", "identity", "over", "committed", "error", "done")
+
+    def __init__(self, pooled: PooledConnection) -> None:
+        self.pooled, self.began, self.size, self.identity = pooled, 0.0, 0, False
+        self.over, self.committed, self.error = False, False, None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    error: BaseException | None
+
+    @property
+    def connection(self) -> sqlcipher3.Connection:
+        return self.pooled.connection
+
+    def check(self) -> None:
+        """Raise Unavailable if SQLite has rolled back the whole transaction. https://www.sqlite.org/lang_transaction.html"""
+        if not self.connection.in_transaction:
+            raise Unavailable("the transaction was rolled back", 5)
+
+
 class Guard:
     """Translates SQLite's exceptions: IntegrityError becomes Conflict, any other becomes Unavailable.
 
@@ -199,18 +237,26 @@ class Guard:
         if isinstance(error, sqlcipher3.IntegrityError):
             raise Conflict(str(error)) from None
         if isinstance(error, sqlcipher3.Error):
-            pooled = self.database.local.__dict__.get("pooled")
-            if not is_busy(error) and pooled is not None and not pooled.connection.in_transaction:
-                self.database.discard()  # inside a transaction, transaction() does this after the rollback
+            local = self.database.local.__dict__
+            pooled = local.get("pooled")
+            if pooled is None or local.get("group") or is_busy(error):
+                pass  # in a transaction leave_group() has its connection closed, once it is rolled back
+            elif not pooled.connection.in_transaction:
+                self.database.discard()
             raise Unavailable(f"database: {error}", 5) from error
 
 
 class Database:
     """Connections and transactions for the store.
 
-    Each thread has its own connection. Writing threads of one process queue on a lock, writing
-    processes on an fcntl lock or on SQLite's busy timeout. Every transaction is on the disk
-    before it returns: synchronous=FULL.
+    Each thread has its own connection. Writing threads of one process queue on a lock, writing processes on an fcntl
+    lock or on SQLite's busy timeout. Every transaction is on the disk before it returns: synchronous=FULL.
+
+    Transactions of threads that write at the same time share one COMMIT and its sync, as a group: each runs in a
+    savepoint of the transaction that the first one began, and waits until the group is committed. The last one for
+    which no other waits commits. So the next group gathers while a sync lasts, and a thread that writes alone commits
+    at once. What a member reads in its block may be another's that is not on the disk yet: no member returns, or
+    raises what its block raised, before the group is; all raise Unavailable if it cannot be committed.
     """
 
     def __init__(
@@ -223,10 +269,15 @@ class Database:
         # Set by the server. Context manager entered before waiting for the write lock; yields False if no other
         # thread could serve.
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        # Set by the server. Whether requests are queued, which may write soon.
+        self.expecting: Callable[[], bool] = lambda: False
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.clock: Callable[[], float] = time.time  # Unix seconds; set by the server
         self.mark = MarkFile(self.path)  # of the write-ahead log
         self.batch_connection: sqlcipher3.Connection | None = None  # the one whose commits are not synced
+        self.group: Group | None = None  # the open one, which the holder of the write lock may join or end
+        self.waiters: set[int] = set()  # idents of the threads that wait for the write lock
+        self.sync_seconds = 0.0  # what the last COMMIT took
         self.guard = Guard(self)
         self.local = threading.local()
         self.write_lock = threading.RLock()
@@ -332,29 +383,69 @@ class Database:
             self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
         )
 
+    def acquire_process_lock(self) -> None:
+        """Wait for the turn of this process to write. The caller holds the write lock.
+
+        The kernel does not queue: a process that releases the lock and wants it again is faster than one it wakes. So
+        the lock is octet 0, and octet 1 is held by the one process that is next, from which nobody can take the turn.
+        """
+        if (lock := self.process_write_lock) is None:
+            return
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
+        except OSError:
+            with self.blocking():
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, 1)
+        try:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            except OSError:
+                with self.blocking():
+                    fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+        finally:
+            fcntl.lockf(lock, fcntl.LOCK_UN, 1, 1)
+
+    def release_process_lock(self) -> None:
+        if self.process_write_lock is not None:
+            fcntl.lockf(self.process_write_lock, fcntl.LOCK_UN, 1, 0)
+
+    @contextlib.contextmanager
+    def taking_turns(self) -> Iterator[None]:
+        """Hold the write lock of this process. Raises Unavailable if no thread would be left to serve others."""
+        acquired = self.write_lock.acquire(blocking=False)
+        try:
+            if not acquired:
+                me = threading.get_ident()
+                self.waiters.add(me)
+                try:
+                    with self.blocking() as others:  # a write is slow: threads must remain for requests that only read
+                        acquired = self.write_lock.acquire(timeout=0.05 if others is False else -1)
+                finally:
+                    self.waiters.discard(me)
+                if not acquired:
+                    raise Unavailable("too many wait to write", LOCK_SECONDS)
+            yield
+        finally:
+            if acquired:
+                self.write_lock.release()
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the write lock of this process, then the one between processes. A thread must not enter this twice."""
-        if not self.write_lock.acquire(timeout=0.05):
-            with self.blocking() as others:  # a write is slow: other threads must remain for requests that only read
-                if others is False:
-                    raise Unavailable("too many wait to write", LOCK_SECONDS)
-                self.write_lock.acquire()
-        try:
-            if self.process_write_lock is None:
-                yield
-                return
-            fcntl.lockf(self.process_write_lock, fcntl.LOCK_EX)
+        """Hold the write lock of this process, then the one between processes, with no group open.
+
+        A thread must not enter this twice.
+        """
+        with self.taking_turns():
+            if self.group:
+                self.commit(self.group)
+            self.acquire_process_lock()
             try:
                 yield
             finally:
-                fcntl.lockf(self.process_write_lock, fcntl.LOCK_UN)
-        finally:
-            self.write_lock.release()
+                self.release_process_lock()
 
-    @contextlib.contextmanager
-    def committing(self, connection: sqlcipher3.Connection) -> Iterator[None]:
-        """BEGIN, and COMMIT or ROLLBACK. The caller holds the write lock: see writing()."""
+    def begin(self, connection: sqlcipher3.Connection) -> None:
+        """BEGIN. The caller holds both write locks, and rolls back if this raises."""
         shared = self.generation
         if shared.unsynced:
             # After a failed fsync Linux marks the pages clean and never retries them, so a WAL frame may be missing
@@ -378,16 +469,25 @@ class Database:
             if was_locked:
                 connection.execute(f"PRAGMA busy_timeout = {int(1000 * LOCK_SECONDS)}")
         shared.locked = 0
+        self.check_files_unchanged()
+
+    def end(self, connection: sqlcipher3.Connection) -> None:
+        """COMMIT. What failed to be synced is noted: see begin()."""
         try:
-            self.check_files_unchanged()
+            connection.execute("COMMIT")
+        except sqlcipher3.OperationalError as error:
+            if result_code(error) == SQLITE_IOERR:
+                self.generation.unsynced = 1
+            raise
+        self.note_commit(connection)
+
+    @contextlib.contextmanager
+    def committing(self, connection: sqlcipher3.Connection) -> Iterator[None]:
+        """BEGIN, and COMMIT or ROLLBACK. The caller holds both write locks: see writing()."""
+        try:
+            self.begin(connection)
             yield
-            try:
-                connection.execute("COMMIT")
-            except sqlcipher3.OperationalError as error:
-                if result_code(error) == SQLITE_IOERR:
-                    shared.unsynced = 1
-                raise
-            self.note_commit(connection)
+            self.end(connection)
         except BaseException:
             with contextlib.suppress(sqlcipher3.Error):
                 connection.execute("ROLLBACK")
@@ -432,6 +532,137 @@ class Database:
         """Let all processes know that a write has failed."""
         self.generation.failed = 1
 
+    # -- groups --
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread is in a block of transaction(), and may read what is not committed."""
+        return self.local.__dict__.get("group") is not None
+
+    def enter_group(self) -> Group:
+        """Begin a group in this thread's connection, or join the open one. The caller holds the write lock.
+
+        Until leave_group() the group's connection is this thread's.
+        """
+        group = self.group
+        if group is not None:
+            try:
+                group.connection.execute("SAVEPOINT member")
+            except BaseException:
+                self.leave_group(group, None, False)
+                raise
+        else:
+            group = Group(self.local.pooled)
+            self.acquire_process_lock()
+            try:
+                self.begin(group.connection)
+                self.group, group.began = group, time.monotonic()
+            except BaseException as error:
+                with contextlib.suppress(sqlcipher3.Error):
+                    group.connection.execute("ROLLBACK")
+                self.release_process_lock()
+                if cause := disk_error(error):
+                    self.note_failure(cause)
+                    if not is_busy(cause):
+                        self.discard()
+                raise
+        self.local.group, self.local.pooled = group, group.pooled
+        return group
+
+    def leave_group(self, group: Group, error: BaseException | None, entered: bool = True) -> None:
+        """Keep what a block has done, or undo it because of its `error`. Commit the group if no thread would join it.
+
+        However this ends, the group is closed or one of its members waits in await_group().
+        """
+        try:
+            if entered and error is None:
+                if group.size:
+                    group.connection.execute("RELEASE member")
+                group.size += 1
+                group.identity = group.identity or self.local.identity
+            elif entered:
+                if cause := disk_error(error):
+                    self.note_failure(cause)
+                    group.error = cause
+                    if not is_busy(cause):
+                        group.pooled.since = NEVER
+                if group.size and group.connection.in_transaction:
+                    group.connection.execute("ROLLBACK TO member")
+                    group.connection.execute("RELEASE member")
+            if not group.size or not group.connection.in_transaction:
+                self.close_group(group)
+            elif not self.is_gathering(group):
+                self.commit(group)
+        except BaseException as problem:
+            if self.group is group:
+                group.error = problem
+                self.close_group(group)
+            if not isinstance(problem, sqlcipher3.Error):
+                raise
+
+    def is_gathering(self, group: Group) -> bool:
+        """Return whether a group is to stay open because others are about to join it."""
+        if group.size >= GROUP_MAX or time.monotonic() - group.began > GROUP_SECONDS:
+            return False
+        return bool(self.waiters) or self.expecting()
+
+    def commit(self, group: Group) -> None:
+        """Put a group on the disk, and let its members know the outcome. The caller holds the write lock."""
+        began, shared = time.monotonic(), self.generation
+        try:
+            # Requests that are queued are left to other threads: so the next group gathers while this one is synced.
+            with self.blocking() if self.sync_seconds > SLOW_SECONDS else contextlib.nullcontext():
+                self.end(group.connection)
+            group.committed = True
+            self.written_at = time.monotonic()
+            self.sync_seconds = self.written_at - began
+            if shared.failed:
+                shared.failed, shared.healed = 0, shared.healed + 1 & 0xFF
+        except sqlcipher3.Error as error:
+            group.error = error
+            if not is_busy(error):
+                group.pooled.since = NEVER
+            self.note_failure(error)
+        finally:
+            if group.identity:
+                shared.bump()  # whatever the outcome: a member may have read what was never committed
+            self.close_group(group)
+
+    def close_group(self, group: Group) -> None:
+        """End a group: roll it back if it is not committed, pass on the turn to write, and wake its members."""
+        self.group = None
+        try:
+            if not group.committed:
+                with contextlib.suppress(sqlcipher3.Error):
+                    group.connection.execute("ROLLBACK")
+        finally:
+            group.over = True
+            try:
+                self.release_process_lock()
+            finally:
+                group.done.release()
+
+    def await_group(self, group: Group, founded: bool) -> None:
+        """Wait until a group is committed or has failed. Commit it if no other thread does."""
+        try:
+            with self.blocking():
+                while not group.over:
+                    # Each that wakes lets the next one wake: all at once they would only contend for the GIL.
+                    if group.done.acquire(timeout=GATHER_SECONDS if founded else 10 * GROUP_SECONDS):
+                        group.done.release()
+                    elif self.write_lock.acquire(blocking=False):
+                        try:
+                            if self.group is group and not (self.waiters and self.is_gathering(group)):
+                                self.commit(group)
+                        finally:
+                            self.write_lock.release()
+        except BaseException:
+            # Whatever ended the wait: there may be no other thread that commits.
+            with self.write_lock:
+                if self.group is group:
+                    self.commit(group)
+            raise
+
     @contextlib.contextmanager
     def transaction(self, identity: bool = False) -> Iterator[None]:
         """Run the block atomically; it is on the disk when this returns. Joins a transaction open on this thread.
@@ -440,31 +671,32 @@ class Database:
         """
         with self.guard:
             connection = self.connection
-        if connection.in_transaction:
+        if self.local.__dict__.get("group") or connection.in_transaction:
+            if self.local.__dict__.get("group"):
+                self.local.group.check()
             if identity:
                 self.local.identity = True
             yield
             return
-        self.local.identity = identity
+        self.local.identity, own, failure = identity, self.local.pooled, None
         with self.guard:
-            try:
-                with self.writing(), self.committing(connection):
+            with self.taking_turns():
+                group = self.enter_group()
+                try:
                     yield
-            except sqlcipher3.IntegrityError:
-                raise
-            except (sqlcipher3.Error, Unavailable) as error:
-                # A statement in the block raises Unavailable, from its guard; BEGIN and COMMIT raise SQLite's error.
-                cause = error.__cause__ if isinstance(error, Unavailable) else error
-                if isinstance(cause, sqlcipher3.Error):
-                    self.note_failure(cause)
-                    if not is_busy(cause):
-                        self.discard()
-                raise
-        self.written_at, shared = time.monotonic(), self.generation
-        if shared.failed:
-            shared.failed, shared.healed = 0, shared.healed + 1 & 0xFF
-        if self.local.identity:
-            self.generation.bump()
+                except BaseException as error:
+                    failure = error
+                self.local.group, self.local.pooled = None, own
+                self.leave_group(group, failure)
+            try:
+                if not group.over and (failure is None or isinstance(failure, Exception)):
+                    self.await_group(group, group.pooled is own)
+                if failure and (group.committed or not group.size or not isinstance(failure, Exception)):
+                    raise failure
+                if not group.committed:
+                    raise Unavailable(f"database: {group.error}", 5) from group.error
+            finally:
+                failure = None  # it refers to this frame
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -805,6 +805,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         self._drained = threading.Lock()  # released when the queue has become empty
         self._lock = threading.Lock()
         self._waiting = set()             # blocked threads
+        self._blocked_most = 0            # the most of them at once since the last sweep
         self._called = threading.Event()  # threads are missing, or there was a sweep
         self._sweeps = 0                  # since the last beat
         self._numbers = itertools.count()
@@ -846,6 +847,9 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
             self.release_lead(self._leader)
         return True
 
+    def has_queued_requests(self):
+        return not self._queue.empty()
+
     def hand_over(self, conns):
         """Queue what a round of the selector has found, and wait until it is taken, or for a moment."""
         self._drained.acquire(blocking=False)
@@ -872,6 +876,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         self.release_lead(me)
         with self._lock:
             self._waiting.add(me)
+            self._blocked_most = max(self._blocked_most, len(self._waiting))
             free, room = self._free(), self.max - len(self._threads)
         if free < self.min and room > 0:
             self._called.set()
@@ -913,7 +918,10 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
                 self.grow()
                 if self._sweeps:
                     self._sweeps = 0
-                    self.shrink(self._free() - self.min)
+                    # As many as have just been blocked at once will be again: those that write in groups all are, and
+                    # all are free when their group is on the disk.
+                    most, self._blocked_most = self._blocked_most, len(self._waiting)
+                    self.shrink(len(self._threads) - self.min - most)
                     self.server.beat()
             except Exception:
                 self.server.log("error", server=self.server.name, exc_info=sys.exc_info())
