@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import microauthd as m
 import pytest
 import sqlcipher3
 from appliance.base import StartupError
-from appliance.base.database import Conflict, Generation, Unavailable, derive_key, read_database_key
+from appliance.base.database import Conflict, Generation, SQLITE_IOERR, Unavailable, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 
 
@@ -348,3 +349,296 @@ class TestWriting:
         os.set_blocking(reading, False)
         assert os.read(reading, 1) == b"y", "the other was done first"
         os.waitpid(pid, 0)
+
+
+class DiskError(sqlcipher3.OperationalError):
+    """What SQLite raises when a sync fails."""
+
+    sqlite_errorcode = SQLITE_IOERR
+
+
+class TestGroups:
+    """Group commit: transactions of several threads share one COMMIT."""
+
+    @pytest.fixture
+    def store(self, idp, monkeypatch):
+        """A store of which `said` has every statement, and whose groups end only when nobody waits."""
+        monkeypatch.setattr("appliance.base.database.GROUP_SECONDS", 60)
+        monkeypatch.setattr("appliance.base.database.SLOW_SECONDS", 60)
+        store, said = Store(idp.store.path, idp.store.key), []
+        connect = store.connect
+
+        def traced(*args, **more):
+            connection = connect(*args, **more)
+            connection.set_trace_callback(said.append)
+            return connection
+
+        monkeypatch.setattr(store, "connect", traced)
+        store.said = said
+        store.put_meta("first", 1)
+        said.clear()
+        yield store
+        store.close()
+
+    def at_once(self, store, blocks):
+        """Run each block in a thread and a transaction of its own, all waiting before the first begins.
+
+        Return what each raised, or None.
+        """
+        raised = [None] * len(blocks)
+
+        def work(number, block):
+            try:
+                with store.transaction():
+                    block()
+            except BaseException as error:
+                raised[number] = error
+
+        threads = [threading.Thread(target=work, args=one, daemon=True) for one in enumerate(blocks)]
+        with store.write_lock:
+            for thread in threads:
+                thread.start()
+            while len(store.waiters) < len(blocks):
+                time.sleep(0.001)
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads) and store.group is None and not store.waiters
+        return raised
+
+    def writers(self, store, count):
+        return [functools.partial(store.put_meta, f"name{number}", number) for number in range(count)]
+
+    def written(self, idp):
+        """The values that another connection sees."""
+        return sorted(int(value) for value in idp.store.values("SELECT value FROM meta WHERE name LIKE 'name%'"))
+
+    def test_fifty_that_wait_share_one_commit(self, idp, store):
+        assert self.at_once(store, self.writers(store, 50)) == [None] * 50
+        assert store.said.count("COMMIT") == store.said.count("BEGIN IMMEDIATE") == 1
+        assert self.written(idp) == list(range(50))
+
+    def test_who_writes_alone_commits_at_once(self, idp, store):
+        store.blocking = None  # it is called by who waits
+        store.put_meta("name", 1)
+        assert [line.split()[0] for line in store.said] == ["BEGIN", "INSERT", "COMMIT"]
+
+    @pytest.mark.parametrize(
+        "error", [m.Problem("invalid_grant"), Conflict("twice"), MemoryError(), KeyboardInterrupt(), ZeroDivisionError()],
+        ids=lambda error: type(error).__name__,
+    )
+    @pytest.mark.parametrize("place", [0, 1, 25, 49])
+    def test_one_that_fails_takes_none_along_and_tells_its_caller_alone(self, idp, store, error, place):
+        def fail():
+            store.put_meta("name99", 99)
+            raise error
+
+        blocks = self.writers(store, 49)
+        blocks.insert(place, fail)
+        raised = self.at_once(store, blocks)
+        assert raised.pop(place) is error and raised == [None] * 49
+        assert self.written(idp) == list(range(49)) and store.said.count("COMMIT") <= 2
+        store.put_meta("name50", 50)
+        assert 50 in self.written(idp)
+
+    def test_a_statement_that_conflicts_leaves_its_block_and_the_others_as_they_are(self, idp, store):
+        def conflict():
+            with pytest.raises(Conflict):
+                store.run("UPDATE role SET name = NULL")
+            store.put_meta("name99", 99)
+
+        assert self.at_once(store, [*self.writers(store, 5), conflict, lambda: store.run("UPDATE role SET name = NULL")])[
+            :6
+        ] == [None] * 6
+        assert self.written(idp) == [0, 1, 2, 3, 4, 99]
+
+    def fail_to_commit(self, store, monkeypatch):
+        def fail(connection):
+            store.generation.unsynced = 1
+            raise DiskError("disk I/O error")
+
+        monkeypatch.setattr(store, "end", fail)
+
+    def test_if_the_sync_fails_all_hear_it_and_nothing_is_in_force(self, idp, store, monkeypatch):
+        before = store.connection
+        with monkeypatch.context() as patch:
+            self.fail_to_commit(store, patch)
+            raised = self.at_once(store, self.writers(store, 20))
+        assert [type(error) for error in raised] == [Unavailable] * 20 and len({id(error) for error in raised}) == 20
+        assert {error.log for error in raised} == {"database: disk I/O error"} and store.generation.failed
+        assert self.written(idp) == []
+        assert self.at_once(store, self.writers(store, 20)) == [None] * 20 and self.written(idp) == list(range(20))
+        assert not store.generation.failed and store.connection is not before
+
+    def test_the_connection_of_a_group_that_failed_is_not_used_again(self, store, monkeypatch):
+        used = []
+
+        def fail(connection):
+            used.append(connection)
+            raise DiskError("disk I/O error")
+
+        monkeypatch.setattr(store, "end", fail)
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                store.put_meta("name1", 1)
+        assert used[0] is not used[1] and used[0] not in store.connections
+
+    def test_who_was_refused_by_what_is_not_in_force_hears_that_it_failed(self, idp, store, monkeypatch):
+        """Its refusal may rest on what another has written: a token that is spent after all is not."""
+        self.fail_to_commit(store, monkeypatch)
+
+        def spend():
+            if store.meta("name0"):
+                raise m.Problem("invalid_grant")
+            store.put_meta("name0", 1)
+
+        assert [type(error) for error in self.at_once(store, [spend] * 5)] == [Unavailable] * 5
+
+    def test_if_sqlite_undoes_the_whole_transaction_all_hear_it(self, idp, store, monkeypatch):
+        monkeypatch.setattr("appliance.base.database.GATHER_SECONDS", 60)
+        store.expecting, raised = lambda: True, []
+
+        def write(number):
+            try:
+                store.put_meta(f"name{number}", number)
+            except Unavailable as problem:
+                raised.append(problem)
+
+        threads = [threading.Thread(target=write, args=(number,), daemon=True) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        while store.group is None or store.group.size < 5:
+            time.sleep(0.001)
+        with pytest.raises(Unavailable), store.transaction():
+            store.put_meta("name98", 98)
+            store.connection.execute("ROLLBACK")  # as SQLITE_FULL may do
+            assert store.meta("name98") == ""
+            with pytest.raises(Unavailable):
+                store.value("SELECT * FROM nothing")
+            with pytest.raises(Unavailable):
+                store.put_meta("name99", 99)  # it would be a transaction of its own
+        for thread in threads:
+            thread.join(30)
+        assert len(raised) == 5 and store.group is None and self.written(idp) == []
+        store.expecting = lambda: False
+        store.put_meta("name1", 1)
+        assert self.written(idp) == [1]
+
+    def test_a_group_that_nobody_joins_is_committed(self, store):
+        store.expecting = lambda: True
+        thread = threading.Thread(target=store.put_meta, args=("name", 1), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive() and store.said.count("COMMIT") == 1 and store.group is None
+
+    def test_whatever_ends_the_wait_the_group_is_committed(self, idp, store):
+        @contextlib.contextmanager
+        def blocking():
+            raise MemoryError
+            yield
+
+        store.expecting, store.blocking = lambda: True, blocking
+        with pytest.raises(MemoryError):
+            store.put_meta("name1", 1)
+        assert store.group is None and store.said.count("COMMIT") == 1 and self.written(idp) == [1]
+
+    @pytest.mark.parametrize("name, value, most", [("GROUP_MAX", 5, 5), ("GROUP_SECONDS", -1, 1)])
+    def test_a_group_has_bounds(self, idp, store, monkeypatch, name, value, most):
+        monkeypatch.setattr(f"appliance.base.database.{name}", value)
+        assert self.at_once(store, self.writers(store, 20)) == [None] * 20
+        assert store.said.count("COMMIT") >= 20 / most and self.written(idp) == list(range(20))
+
+    def test_nothing_is_seen_before_the_commit(self, idp, store, monkeypatch):
+        seen, end = [], store.end
+
+        def look(connection):
+            seen.append(self.written(idp))
+            end(connection)
+
+        monkeypatch.setattr(store, "end", look)
+        self.at_once(store, self.writers(store, 10))
+        assert seen == [[]] and self.written(idp) == list(range(10))
+
+    def test_each_sees_what_those_before_it_in_the_group_have_done(self, idp, store):
+        store.put_meta("count", 0)
+
+        def add():
+            store.put_meta("count", int(store.meta("count")) + 1)
+
+        assert self.at_once(store, [add] * 32) == [None] * 32 and idp.store.meta("count") == "32"
+
+    def test_a_thread_reads_its_own_connection_after_its_block(self, idp, store):
+        def write():
+            store.put_meta("name1", 1)
+            assert store.in_transaction and store.connection is store.group.connection
+
+        assert self.at_once(store, [write] * 4) == [None] * 4
+        assert not store.in_transaction and store.meta("name1") == "1"
+
+    def test_a_change_of_identity_is_told_after_the_commit_and_before_anybody_returns(self, idp, store, monkeypatch):
+        before, end, seen = store.generation.read(), store.end, []
+
+        def look(connection):
+            seen.append(store.generation.read())
+            end(connection)
+
+        def change():
+            with store.transaction(identity=True):
+                store.put_meta("name1", 1)
+
+        monkeypatch.setattr(store, "end", look)
+        assert self.at_once(store, [*self.writers(store, 3), change]) == [None] * 4
+        assert seen == [before] and store.generation.read() != before
+
+    def test_what_a_block_reads_is_not_cached(self, idp, service):
+        client = m.find_client(idp, "service")
+        with pytest.raises(ZeroDivisionError), idp.store.transaction():
+            m.assign_scopes(idp, m.LOCAL.acting_as("test"), m.get_client(idp, "service"), ["api:secret"])
+            assert "api:secret" in m.find_client(idp, "service").scopes
+            1 / 0
+        assert m.find_client(idp, "service").scopes == client.scopes
+
+    def test_the_audit_chain_is_whole_after_groups_of_which_some_fail(self, idp):
+        def change(number):
+            m.audit(idp, m.LOCAL.acting_as("test"), "changed", str(number))
+            if number % 3 == 0:
+                raise m.Problem("invalid_grant")
+
+        self.at_once(idp.store, [functools.partial(change, number) for number in range(30)])
+        rows = [row.target for row in idp.store.list_audit(action="changed")]
+        assert sorted(map(int, rows)) == [number for number in range(30) if number % 3]
+        assert idp.store.verify_audit()["valid"]
+
+    def test_a_batch_of_machine_tokens_ends_the_group_that_is_open(self, idp, store, monkeypatch):
+        monkeypatch.setattr("appliance.base.database.GATHER_SECONDS", 60)
+        store.expecting = lambda: True
+        thread = threading.Thread(target=store.put_meta, args=("name1", 1), daemon=True)
+        thread.start()
+        while store.group is None or not store.group.size:
+            time.sleep(0.001)
+        store.enqueue(("0" * 32, "service", "", 1, 2), None)
+        store.flush()
+        thread.join(10)
+        assert self.written(idp) == [1] and idp.store.value("SELECT count(*) FROM session") == 1 and store.writable
+
+    def test_a_process_that_waits_for_its_turn_is_next(self, idp):
+        """The turn is octet 0 of the lock file; nobody passes the one that holds octet 1."""
+        idp.store.open_process_write_lock()
+        (held, hold), (asked, ask) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            lock = os.open(idp.store.path + ".lock", os.O_RDWR)
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+            os.write(hold, b"x")
+            os.read(asked, 1)
+            end = time.monotonic() + 10
+            try:
+                while time.monotonic() < end:  # until the other waits
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
+                    fcntl.lockf(lock, fcntl.LOCK_UN, 1, 1)
+            except OSError:
+                os._exit(0)
+            os._exit(1)
+        assert os.read(held, 1) == b"x"
+        os.write(ask, b"x")
+        idp.store.put_meta("x", 1)
+        assert os.waitpid(pid, 0)[1] == 0 and idp.store.meta("x") == "1"

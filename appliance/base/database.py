@@ -28,7 +28,7 @@ LOCK_SECONDS = 5  # SQLite's busy timeout: how long a write waits for another pr
 PROBE_SECONDS = 30  # a readiness probe writes only if no write succeeded for so long: writes wear out flash
 SQLITE_MAGIC = b"SQLite format 3\0"
 GROUP_MAX = 100  # transactions that one COMMIT puts on the disk
-GROUP_SECONDS = 0.03  # a transaction joins no group that began longer ago: a change by the operator waits for it
+GROUP_SECONDS = 0.02  # a transaction joins no group that began longer ago: a change by the operator waits for it
 GATHER_SECONDS = 0.004  # how long a group is kept open for requests that are queued but may not write
 SLOW_SECONDS = 0.001  # a sync that takes longer leaves the requests that are queued to another thread
 SPARE_CONNECTIONS = 4  # idle connections kept for reuse; each has a page cache of up to a megabyte
@@ -626,7 +626,7 @@ class Database:
     def is_gathering(self, group: Group) -> bool:
         """Return whether a group is to stay open because others are about to join it."""
         age, sync = time.monotonic() - group.began, self.sync_seconds
-        if group.size >= GROUP_MAX or age > GROUP_SECONDS + min(sync, GROUP_SECONDS):
+        if group.size >= GROUP_MAX or age > GROUP_SECONDS + 2 * min(sync, GROUP_SECONDS):
             return False
         # Those of the last group are about to come again: on a slow disk it is worth waiting for them.
         returning = sync > SLOW_SECONDS and age < sync / 4 and 2 * group.size < self.last_size
