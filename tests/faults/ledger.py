@@ -320,10 +320,10 @@ class Ledger:
                 ):
                     fact.rows.append(("client_secret_changed", client_id, ""))
 
-    def start(self, most=None):
-        """Begin the load, of at most so many rounds a thread."""
+    def start(self, most=None, times=1):
+        """Begin the load, of at most so many rounds a thread, and so many times as many threads."""
         self.ending.clear()
-        works = [
+        works = times * [
             self.work_people, self.work_people, self.work_machines, self.work_codes, self.work_admins, self.work_admins,
         ]
         self.threads = [

@@ -268,6 +268,23 @@ class TestWrites:
                 )
             assert well(box, stock)
 
+    @pytest.mark.parametrize("workers", ["2", "0"])
+    def test_a_sync_that_fails_refuses_all_whose_changes_it_was_for(self, boxes, workers):
+        box = boxes(workers)
+        stock = Stock(box, many=40)
+        lines = [Line(box) for _ in stock.refresh]
+        with outlived(box), concurrent.futures.ThreadPoolExecutor(len(lines)) as pool:
+
+            def refresh_all():
+                return list(pool.map(Line.refresh, lines, stock.refresh))
+
+            with box.faults.on(sync=errno.EIO):
+                assert all(map(refused, refresh_all()))
+            await_true(lambda: ready(box) == {200} and good(stock.log_in("bob")), UNTIL_WELL, "it does not recover")
+            assert all(map(good, refresh_all())), "what was refused was not done"
+            assert {answer.status for answer in refresh_all()} == {400}, "each is spent once"
+            assert well(box, stock := Stock(box))
+
     def test_a_write_that_failed_in_one_process_is_known_to_all(self, boxes):
         box = boxes()
         stock = Stock(box)

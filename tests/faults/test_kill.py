@@ -34,8 +34,11 @@ def integrity(box, key):
         store.close()
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(500, marks=pytest.mark.long)])
-def test_what_was_acknowledged_survives_kill_9_at_any_moment(killed, kills):
+@pytest.mark.parametrize(
+    "kills, times", [(8, 1), (3, 8), pytest.param(500, 1, marks=pytest.mark.long)], ids=["some", "crowd", "many"]
+)
+def test_what_was_acknowledged_survives_kill_9_at_any_moment(killed, kills, times):
+    """A crowd writes in groups: transactions of dozens that one sync puts on the disk."""
     seed = int(os.environ.get("KILL_SEED", "0")) or random.randrange(10**9)
     print(f"KILL_SEED={seed}")  # shown with a failure
     dice = random.Random(seed)
@@ -45,8 +48,8 @@ def test_what_was_acknowledged_survives_kill_9_at_any_moment(killed, kills):
     audit, checked, facts = Audit(), 0, 0
     line = Line(killed)
     for number in range(kills):
-        ledger.start()
-        time.sleep(dice.uniform(0.02, 0.35))
+        ledger.start(times=times)
+        time.sleep(dice.uniform(0.02, 0.35) * min(times, 4))
         kill(killed)
         ledger.ending.set()
         ledger.join()
