@@ -1075,6 +1075,43 @@ class TestLastThread:
         assert told == [True, False]
 
 
+class TestSweep:
+    def test_threads_that_were_blocked_at_once_are_kept_until_the_next_sweep(self, run, monkeypatch):
+        """Those that write in groups are blocked together and free together: they would end and begin all the time."""
+        one, go, seen = run(threads=2, max_threads=20), threading.Event(), []
+        pool = one.server.requests
+        shrink = pool.shrink
+
+        def record(amount):
+            seen.append((len(pool._threads), len(pool._waiting), max(amount, 0)))
+            shrink(amount)
+
+        def app(environ, start_response):
+            if environ["PATH_INFO"] == "/waits":
+                with one.server.blocking():
+                    go.wait(10)
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b""]
+
+        def await_true(condition):
+            end = time.monotonic() + 10
+            while not condition() and time.monotonic() < end:
+                time.sleep(0.01)
+            return condition()
+
+        monkeypatch.setattr(pool, "shrink", record)
+        one.server.wsgi_app = app
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(one.connect(10)) for _ in range(6)]
+            for sock in socks:
+                sock.sendall(b"GET /waits HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            assert await_true(lambda: len(pool._waiting) == 6 and len(pool._threads) == 8)
+            go.set()
+            assert all(b" 200 " in read_all(sock) for sock in socks)
+        assert await_true(lambda: len(pool._threads) == 2)
+        assert min(ended for threads, waiting, ended in seen if (threads, waiting) == (8, 0)) < 6
+
+
 class TestCrowd:
     """More requests than threads, which all wait for the verification of one name."""
 

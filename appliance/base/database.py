@@ -639,7 +639,7 @@ class Database:
             # Requests that are queued are left to other threads: so the next group gathers while this one is synced.
             with self.blocking() if self.sync_seconds > SLOW_SECONDS else contextlib.nullcontext():
                 self.end(group.connection)
-            group.committed = True
+                group.committed = True
             self.written_at = time.monotonic()
             self.sync_seconds, self.last_size = self.written_at - began, group.size
             if shared.failed:
