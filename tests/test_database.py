@@ -420,7 +420,8 @@ class TestGroups:
     def test_who_writes_alone_commits_at_once(self, idp, store):
         store.blocking = None  # it is called by who waits
         store.put_meta("name", 1)
-        assert [line.split()[0] for line in store.said] == ["BEGIN", "INSERT", "COMMIT"]
+        said = [line for line in store.said if not line.startswith("PRAGMA wal_checkpoint(NOOP)")]  # the mark of the log
+        assert [line.split()[0] for line in said] == ["BEGIN", "INSERT", "COMMIT"]
 
     @pytest.mark.parametrize(
         "error", [m.Problem("invalid_grant"), Conflict("twice"), MemoryError(), KeyboardInterrupt(), ZeroDivisionError()],
