@@ -625,6 +625,7 @@ DEPENDENTS = {
         ("login_transaction", "user_id", ("id",)), ("recovery_code", "user_id", ("code_sha256",)),
         ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
         ("user_role", "user_id", ("user_id", "role_id")), ("user_scope", "user_id", ("user_id", "scope_id")),
+        ("device_failure", "user_id", ("device_sha256",)),
     ),
     "client": (
         ("browser_session_client", "client_id", ("id_sha256", "client_id")),
