@@ -759,13 +759,13 @@ class TestBigTables:
 
     def test_it_holds_the_turn_to_write_only_for_a_few_rows_that_are_over(self, idp, crowded, monkeypatch):
         """A million that live must not be looked at while others wait."""
-        turns, honest = [], idp.store.writing
+        turns, honest = [], idp.store.taking_turns
 
-        def writing():
+        def taking_turns():
             turns.append(idp.store.connection.total_changes)
             return honest()
 
-        monkeypatch.setattr(idp.store, "writing", writing)
+        monkeypatch.setattr(idp.store, "taking_turns", taking_turns)
         m.purge_tokens(idp, m.LOCAL.acting_as("test"), PurgeTokens(0), ("refresh_token",))
         changed = [after - before for before, after in zip(turns, turns[1:])]
         assert len(changed) >= self.MANY // 10 // SCATTERED and max(changed) <= SCATTERED + 5
