@@ -298,7 +298,9 @@ class TestWrites:
 
     def test_whatever_room_is_left_nothing_is_half_done(self, boxes):
         """The disk is full in the middle of whatever it is: it was done, or it was not and works when there is room."""
-        box, rooms = boxes(), [0, 24, 4000, 4120, 8240, 12360, 16480, 20600, 24720, 28840, 40000, 80000, 400000]
+        # What is put last is room for a checkpoint too, which may fall into any of these moments.
+        rooms = [0, 24, 4000, 4120, 8240, 12360, 16480, 20600, 24720, 28840, 40000, 80000, 400000, 40_000_000]
+        box = boxes()
         stock, done = Stock(box, many=len(rooms) + 1), {}
         with outlived(box):
             for number, room in enumerate(rooms):
@@ -310,7 +312,8 @@ class TestWrites:
                     if answer.status != 200:
                         assert good(ask(stock.line), (name, room))
             assert well(box, stock, len(rooms))
-        assert all(statuses[0] == 503 and statuses[-1] == 200 for statuses in done.values()), done
+        wrong = {name: found for name, found in done.items() if (found[0], found[-1]) != (503, 200)}
+        assert not wrong, wrong
 
     def test_reads_that_fail_open_nothing(self, boxes):
         """What memory has goes on; nobody is told that a dead token lives, and no connection stays blind."""
