@@ -268,6 +268,30 @@ def sha256(handle: str) -> str:
     return hashlib.sha256(handle.encode()).hexdigest()
 
 
+def begin_with_time(handle: str, ms: int) -> str:
+    """Return a handle with its time before it: 12 hex digits of Unix milliseconds.
+
+    What is stored at the same time then stands together in an index, and shares its pages when it is written.
+    """
+    return f"{ms:012x}{handle}"
+
+
+TIMED_TOKEN = re.compile(r"[0-9a-f]{12}[A-Za-z0-9_-]{43}")
+
+
+def refresh_token_sha256(token: str) -> str:
+    """Return the stored form of a refresh token: its SHA-256, after the time that it begins with.
+
+    Those of an earlier release begin with none.
+    """
+    return (token[:12] if TIMED_TOKEN.fullmatch(token) else "") + sha256(token)
+
+
+def new_sid(ms: int) -> str:
+    """Return the identifier of a login: its Unix milliseconds and 96 random bits. It is no secret."""
+    return begin_with_time(random_handle()[:16], ms)
+
+
 def new_jti(ms: int) -> str:
     """Return a UUIDv7 as 32 hex digits: its first 12 are Unix milliseconds. RFC 9562 §5.7."""
     noise = int.from_bytes(os.urandom(10), "big")
@@ -514,7 +538,7 @@ class Seal:
         self.device_key = hmac.digest(key, b"device cookie", "sha256")
 
     def successor(self, refresh_token: str) -> str:
-        """Return the refresh token that replaces another: 256 bits in base64url, the same at every call."""
+        """Return what the refresh token that replaces another ends with: 256 bits in base64url, the same each time."""
         return b64url(hmac.digest(self.successor_key, refresh_token.encode(), "sha256"))
 
     def device_tag(self, nonce: str, user_id: str, issued_ms: str) -> str:
@@ -2744,7 +2768,7 @@ def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
 
 def find_public_client(idp: Idp, token: str) -> Client | None:
     """Return the active public client that a refresh or access token was issued to; None for any other token."""
-    refresh = idp.store.find_refresh_token(sha256(token))
+    refresh = idp.store.find_refresh_token(refresh_token_sha256(token))
     try:
         client_id = refresh.client_id if refresh else idp.auth_ring.verify(token, AT_JWT).get("client_id", "")
     except Problem:
@@ -2763,7 +2787,7 @@ def revoke_token(idp: Idp, caller: Caller, client: Client, token: str) -> None:
         reason = f"the {kind} token of another client"
         idp.log("revoke.ignored", client_id=client.client_id, reason=reason, request_id=caller.request_id)
 
-    refresh = idp.store.find_refresh_token(sha256(token))
+    refresh = idp.store.find_refresh_token(refresh_token_sha256(token))
     if refresh is not None:
         if refresh.client_id != client.client_id:
             return ignore("refresh")
@@ -2842,7 +2866,7 @@ def revoke_any_token(idp: Idp, caller: Caller, token: str):
 
     Raises invalid_request if this server did not issue it.
     """
-    refresh = idp.store.find_refresh_token(sha256(token))
+    refresh = idp.store.find_refresh_token(refresh_token_sha256(token))
     if refresh is not None:
         revoke_family(idp, caller, refresh.sid, "refresh_token_revoked", refresh.user_id)
         return
@@ -2952,7 +2976,7 @@ def active_family(idp: Idp, sid: str) -> Family | None:
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
-    refresh = idp.store.find_refresh_token(sha256(token))
+    refresh = idp.store.find_refresh_token(refresh_token_sha256(token))
     now = idp.now()
     if refresh is None or (refresh.client_id != client.client_id and not client.row.may_introspect):
         return None
@@ -3003,7 +3027,7 @@ class Granted(msgspec.Struct):
     nonce: str = ""
     family: Family | None = None  # the login to continue; None begins a new one
     spends: str = ""  # SHA-256 of the refresh token to rotate within the issuing transaction
-    successor: str = ""  # the refresh token that replaces it; "" for a random one
+    successor: str = ""  # what the refresh token that replaces it ends with; "" for a random one
     code: AuthorizationCode | None = None  # the code to spend, if the login was at a browser
 
 
@@ -3043,15 +3067,19 @@ def read_refresh_token(params) -> str | None:
     return params.get("refresh_token") or params.get("token") if is_refresh else None
 
 
-def is_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> bool:
-    """Return whether a refresh is the retry of one just done, whose answer the client may not have received.
+def find_retry(idp: Idp, client: Client, spent_sha256: str, successor: str) -> str:
+    """Return the successor of a refresh token just spent, which the client may not have received; "" if it has none.
 
-    It is answered with the same successor, so that a login never has two living refresh tokens. RFC 9700 §4.14.2.
+    It is the answer to the retry of that refresh, so that a login never has two living refresh tokens. `successor` is
+    what it ends with. RFC 9700 §4.14.2.
     """
     grace = idp.options.refresh_token_grace
-    return bool(successor) and bool(
-        idp.store.find_successor(spent_sha256, sha256(successor), client.client_id, idp.now(), grace)
-    )
+    unused = idp.store.find_unused_successor(spent_sha256, client.client_id, idp.now(), grace) if successor else None
+    if unused is None:
+        return ""
+    # A refresh token of an earlier release does not begin with the time.
+    tokens = begin_with_time(successor, jti_ms(unused.id)), successor
+    return next((token for token in tokens if refresh_token_sha256(token) == unused.token_sha256), "")
 
 
 def scopes_left(idp: Idp, client: Client, account: Account, granted: str) -> frozenset:
@@ -3063,7 +3091,7 @@ def scopes_left(idp: Idp, client: Client, account: Account, granted: str) -> fro
 def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     """Validate a refresh token; reuse of a spent one revokes its family. RFC 6749 §6, RFC 9700 §4.14.2."""
     refresh_token = read_refresh_token(params) or params.need("refresh_token")
-    token_sha256 = sha256(refresh_token)
+    token_sha256 = refresh_token_sha256(refresh_token)
     successor = idp.seal.successor(refresh_token) if idp.options.refresh_token_grace else ""
     found = idp.store.find_refresh_token(token_sha256)
     if found is None or found.client_id != client.client_id:
@@ -3073,7 +3101,7 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
     # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request. What is no
     # retry here never becomes one; what is one is asked again in the issuing transaction.
-    if found.rotated_at is not None and not is_retry(idp, client, token_sha256, successor):
+    if found.rotated_at is not None and not find_retry(idp, client, token_sha256, successor):
         revoke_reused(idp, params.caller, family)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
     account = idp.store.find_account(family.user_id)
@@ -3174,12 +3202,12 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
     if not (may_refresh and idp.options.enable_token_refresh and REFRESH_TOKEN in client.grant_types):
         return ""
     assert granted.account
-    refresh_token, now = granted.successor or random_handle(), idp.now()
+    refresh_token, now = begin_with_time(granted.successor or random_handle(), ms), idp.now()
     lifetime = ttl(client, "REFRESH_TOKEN_EXPIRATION", idp.options.refresh_token_expiration)
     idp.store.insert(
         RefreshToken(
-            new_jti(ms), sha256(refresh_token), family.sid, granted.account.id, client.client_id, jti, now,
-            min(family.expires_at, now + lifetime), None, None,
+            new_jti(ms), refresh_token_sha256(refresh_token), family.sid, granted.account.id, client.client_id, jti,
+            now, min(family.expires_at, now + lifetime), None, None,
         )
     )
     return refresh_token
@@ -3220,7 +3248,7 @@ def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller:
     code = granted.code
     ended_ms = idp.store.logins_revoked_before(granted.account.id, client.client_id)
     family = Family(
-        sid=code.sid if code else random_handle()[:22], user_id=granted.account.id, client_id=client.client_id,
+        sid=code.sid if code else new_sid(ms), user_id=granted.account.id, client_id=client.client_id,
         scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce,
         created_ms=max(ms, ended_ms + 1),
         expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
@@ -3368,10 +3396,10 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
         check_client_unchanged(idp, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        retry = is_retry(idp, client, granted.spends, granted.successor)
-        family = granted.family if retry else begin_or_continue_family(idp, client, granted, caller, ms)
+        retried = find_retry(idp, client, granted.spends, granted.successor)
+        family = granted.family if retried else begin_or_continue_family(idp, client, granted, caller, ms)
         if family:
-            refresh_token = granted.successor if retry else add_refresh_token(idp, client, granted, family, jti, ms)
+            refresh_token = retried or add_refresh_token(idp, client, granted, family, jti, ms)
             idp.store.insert(
                 Session(
                     jti, account.id, row.client_id, family.sid, granted.scope, "access", "auth", granted.login_method,
@@ -3379,7 +3407,8 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
                 )
             )
             action = "refresh_token_used" if granted.spends else "user_token_issued"
-            audit(idp, caller.acting_as(account.id), action, row.client_id, f"jti={jti}" + ";retry=true" * retry)
+            detail = f"jti={jti};retry=true" if retried else f"jti={jti}"
+            audit(idp, caller.acting_as(account.id), action, row.client_id, detail)
             # Mint inside the transaction: if signing failed after the commit, the client would have lost its
             # code or refresh token and got no token.
             claims |= person_claims(idp, client, granted, family.sid)
@@ -3405,7 +3434,7 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, role_claims(idp, account.id, "")
     family = Family(
-        random_handle()[:22], account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
+        new_sid(ms), account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
     )
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
@@ -3953,7 +3982,7 @@ def issue_code(
             raise Problem("consent_required", log="without the user's consent, or it was taken back meanwhile")
         idp.store.insert(
             AuthorizationCode(
-                sha256(code), client.client_id, account.id, random_handle()[:22], request.redirect_uri, scope,
+                sha256(code), client.client_id, account.id, new_sid(ms), request.redirect_uri, scope,
                 request.nonce, request.code_challenge, request.code_challenge_method, request.claims, " ".join(amr),
                 auth_time, ms, now + min(CODE_TTL, idp.options.pkce_code_lifetime), None, browser, int(offline),
             )
@@ -5200,7 +5229,7 @@ def has_credential_of_ours(idp: Idp, params) -> bool:
     code, *tokens = (params.values.get(name) for name in ("code", "refresh_token", "token"))
     if code and idp.store.find_code(sha256(code)):
         return True
-    return any(token and idp.store.find_refresh_token(sha256(token)) for token in tokens)
+    return any(token and idp.store.find_refresh_token(refresh_token_sha256(token)) for token in tokens)
 
 
 @AUTH(

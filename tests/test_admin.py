@@ -1582,7 +1582,7 @@ class TestSessions:
         clock.pass_(3 * 86400 + 1)
         token = admin.post("/token", {"username": "root", "password": PASSWORD}).json["access_token"]
         assert admin("POST", path, bearer=token, json_body={"older_than_seconds": 0}).status == 200
-        assert bool(idp.store.find_refresh_token(m.sha256(answer["refresh_token"]))) is bool(left)
+        assert bool(idp.store.find_refresh_token(m.refresh_token_sha256(answer["refresh_token"]))) is bool(left)
         assert bool(idp.store.find_session(answer["jti"])) is (path == "/refresh-tokens/purge")
 
     @pytest.mark.parametrize("body", [{"older_than_seconds": -1}, {"older_than_seconds": "x"}, {"purge_expired": 1}])

@@ -452,7 +452,7 @@ class TestRefresh:
         while idp.now() + 259000 < family.expires_at:
             clock.pass_(259000)
             token = self.turn(auth, service, token).json["refresh_token"]
-        assert idp.store.find_refresh_token(m.sha256(token)).expires_at == family.expires_at
+        assert idp.store.find_refresh_token(m.refresh_token_sha256(token)).expires_at == family.expires_at
 
     def test_a_login_is_over_in_the_second_of_its_end(self, idp, auth, service, log_in, alice, clock):
         token = log_in(alice)["refresh_token"]
@@ -465,7 +465,7 @@ class TestRefresh:
 
     def test_the_statement_that_spends_it_asks_everything(self, idp, log_in, alice, clock):
         """Whatever was read before it."""
-        digest = m.sha256(log_in(alice)["refresh_token"])
+        digest = m.refresh_token_sha256(log_in(alice)["refresh_token"])
 
         def rotate(client_id, now):
             with idp.store.transaction():
@@ -478,7 +478,7 @@ class TestRefresh:
         token = log_in(alice)["refresh_token"]
         assert (
             idp.store.find_refresh_token(token) is None
-            and idp.store.find_refresh_token(m.sha256(token)).user_id == alice.id
+            and idp.store.find_refresh_token(m.refresh_token_sha256(token)).user_id == alice.id
         )
 
     def test_a_spent_one_in_the_hands_of_another_client_ends_nothing(self, auth, service, new_client, log_in, alice):
@@ -526,7 +526,7 @@ class TestRefresh:
         token = log_in(alice)["refresh_token"]
         change(statement)
         assert self.turn(auth, service, token).json["error"] == "invalid_grant"
-        assert idp.store.find_refresh_token(m.sha256(token)).rotated_at is None
+        assert idp.store.find_refresh_token(m.refresh_token_sha256(token)).rotated_at is None
 
     @pytest.mark.parametrize(
         "form",
@@ -647,11 +647,11 @@ class TestRetriedRefresh:
     def test_retries_do_not_prolong_the_grace_or_the_successor(self, idp, auth, service, log_in, alice, clock):
         token = log_in(alice)["refresh_token"]
         successor = self.turn(auth, service, token).json["refresh_token"]
-        row = idp.store.find_refresh_token(m.sha256(successor))
+        row = idp.store.find_refresh_token(m.refresh_token_sha256(successor))
         for _ in range(3):
             clock.pass_(10)
             assert self.turn(auth, service, token).status == 200
-        assert idp.store.find_refresh_token(m.sha256(successor)) == row
+        assert idp.store.find_refresh_token(m.refresh_token_sha256(successor)) == row
         clock.pass_(1)
         assert self.reason(self.turn(auth, service, token)) == (400, "invalid_grant")
 
@@ -761,17 +761,44 @@ class TestRetriedRefresh:
         rows = [row.secondary for row in idp.store.list_audit("refresh_token_used", 5)]
         assert rows == [f"jti={jtis[1]};retry=true", f"jti={jtis[0]}"]
 
+    def replace_token(self, idp, new, old):
+        """Let a refresh token be another, as an older version stored it: with no time before its hash."""
+        with idp.store.transaction():
+            assert 1 == idp.store.run(
+                "UPDATE refresh_token SET token_sha256 = :new WHERE token_sha256 = :old", new=m.sha256(new),
+                old=m.refresh_token_sha256(old),
+            )
+
     def test_a_row_of_an_older_version_is_strict(self, idp, auth, service, log_in, alice):
         """Its successor was random."""
         token, successor = log_in(alice)["refresh_token"], "an older version's"
-        second = self.turn(auth, service, token).json["refresh_token"]
-        with idp.store.transaction():
-            idp.store.run(
-                "UPDATE refresh_token SET token_sha256 = :new WHERE token_sha256 = :old", new=m.sha256(successor),
-                old=m.sha256(second),
-            )
+        self.replace_token(idp, successor, self.turn(auth, service, token).json["refresh_token"])
         assert self.reason(self.turn(auth, service, token)) == (400, "invalid_grant")
         assert self.reason(self.turn(auth, service, successor)) == (400, "invalid_grant")
+
+    def test_tokens_that_begin_with_no_time_live_on(self, idp, auth, service, log_in, alice):
+        """Also the answer to a refresh that went out just before the program was replaced."""
+        token, old = log_in(alice)["refresh_token"], "o" * 43
+        self.replace_token(idp, old, token)
+        derived = idp.seal.successor(old)
+        self.replace_token(idp, derived, self.turn(auth, service, old).json["refresh_token"])
+        assert self.turn(auth, service, old).json["refresh_token"] == derived
+        assert self.turn(auth, service, derived).status == 200
+        assert auth.post("/introspect", {"token": derived}, auth=service).json == {"active": False}, "it was spent"
+
+    def test_what_is_stored_begins_with_the_time_and_tells_nothing_of_the_rest(self, idp, auth, service, log_in, alice):
+        """So index entries of one time share their pages. A token whose time is changed is another one."""
+        first = log_in(alice)
+        second = self.turn(auth, service, first["refresh_token"]).json
+        for answer in first, second:
+            token = answer["refresh_token"]
+            row = idp.store.find_refresh_token(m.refresh_token_sha256(token))
+            assert row.token_sha256 == token[:12] + hashlib.sha256(token.encode()).hexdigest()
+            assert int(token[:12], 16) == m.jti_ms(row.id) == m.jti_ms(answer["jti"])
+            assert row.sid[:12] == first["refresh_token"][:12] and len(row.sid) == 28
+        altered = f"{int(token[:12], 16) + 1:012x}{token[12:]}"
+        assert self.reason(self.turn(auth, service, altered)) == (400, "invalid_grant")
+        assert self.turn(auth, service, token).status == 200
 
     def test_of_many_at_once_each_gets_a_living_token_and_one_successor(self, idp, callers, service, log_in, alice):
         """20 rounds of 32 at once, each with the successor of the last; 200 on two real processes: test_processes."""
@@ -805,7 +832,7 @@ class TestRetriedRefresh:
             for row in reversed(idp.store.list_audit("refresh_token_used", 32)) if row.secondary[4:36] in good
         ]
         assert len(came) == len(good) and came == sorted(came), (number, "a retry after the use of the successor")
-        family = idp.store.find_family(idp.store.find_refresh_token(m.sha256(second)).sid)
+        family = idp.store.find_family(idp.store.find_refresh_token(m.refresh_token_sha256(second)).sid)
         is_dead = family.revoked_at is not None
         assert is_dead == (len(good) < 32), number
         living = [

@@ -395,12 +395,12 @@ class TestCounting:
         for name, sid, rotated_at in (("first", "s", 50), ("second", "s", None), ("third", "other", None)):
             store.insert(RefreshToken(name, name, sid, alice.id, "c", "j", 1, 90, rotated_at, None))
 
-        def find(spent="first", successor="second", client_id="c", now=55, grace=30):
-            return store.find_successor(spent, successor, client_id, now, grace)
+        def find(spent="first", client_id="c", now=55, grace=30):
+            return store.find_unused_successor(spent, client_id, now, grace)
 
         assert find().id == find(now=49).id == find(now=80).id == "second"
-        assert find(client_id="another") is find(now=48) is find(now=81) is find(successor="third") is None
-        assert find("second", "first") is find("nothing") is find(now=90, grace=60) is None
+        assert find(client_id="another") is find(now=48) is find(now=81) is None
+        assert find("second") is find("nothing") is find(now=90, grace=60) is None
         for column in ("rotated_at", "revoked_at"):
             change(f"UPDATE refresh_token SET {column} = 54 WHERE id = 'second'")
             assert find() is None
@@ -829,7 +829,7 @@ class TestRevoking:
         "revoke_browser_session": lambda store: store.revoke_browser_session("b", 1),
         "revoke_jti": lambda store: store.revoke_jti("j", 1, 1),
         "rotate_refresh_token": lambda store: store.rotate_refresh_token("t", "c", 1),
-        "find_successor": lambda store: store.find_successor("t", "n", "c", 1, 1),
+        "find_unused_successor": lambda store: store.find_unused_successor("t", "c", 1, 1),
         "spend_code": lambda store: store.spend_code("c", "c", 1),
         "delete_codes": lambda store: store.delete_codes("u", "c"),
         "delete_consent": lambda store: store.delete_consent("u", "c"),

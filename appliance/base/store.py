@@ -1843,12 +1843,12 @@ class Store(Database):
             token_sha256=token_sha256, client_id=client_id, now=now,
         )
 
-    def find_successor(
-        self, token_sha256: str, successor_sha256: str, client_id: str, now: int, grace: int
+    def find_unused_successor(
+        self, token_sha256: str, client_id: str, now: int, grace: int
     ) -> RefreshToken | None:
-        """Return the unused successor of a refresh token that this client spent within `grace` seconds, or None.
+        """Return the unused token of the login whose refresh token this client spent within `grace` seconds, or None.
 
-        Asked in the transaction that acts on it.
+        A login has one at most. Asked in the transaction that acts on it.
         """
         # Times are whole seconds, so the grace lasts up to a second longer. A token spent in the future tells that the
         # clock went back, and nothing of how long ago that was: it is refused, or the grace would begin again. One
@@ -1862,10 +1862,10 @@ class Store(Database):
               JOIN family ON family.sid = spent.sid AND NOT {FAMILY_REVOKED}
              WHERE spent.token_sha256 = :token_sha256 AND spent.client_id = :client_id
                AND spent.rotated_at BETWEEN :now - :grace AND :now + 1 AND spent.revoked_at IS NULL
-               AND successor.token_sha256 = :successor_sha256
                AND successor.rotated_at IS NULL AND successor.revoked_at IS NULL AND successor.expires_at > :now
+             ORDER BY successor.id DESC LIMIT 1
             """,
-            token_sha256=token_sha256, successor_sha256=successor_sha256, client_id=client_id, now=now, grace=grace,
+            token_sha256=token_sha256, client_id=client_id, now=now, grace=grace,
         )
 
     def revoke_jti(self, jti: str, expires_at: int, now: int) -> bool:
