@@ -1790,14 +1790,19 @@ def update_role(idp: Idp, caller: Caller, id: str, change: UpdateRole) -> Role:
 
 
 def delete_role(idp: Idp, caller: Caller, id: str):
-    """Delete a role and revoke everything issued to the users who had it."""
+    """Delete a role and revoke everything issued to the users who had it.
+
+    Many holders are revoked in slices, between which others write, before this returns. If it is interrupted, upkeep
+    goes on.
+    """
     with idp.store.transaction():
         role = get_role(idp, id)
         if role.is_protected:
             raise Problem("protected")
-        idp.store.revoke_role_holders(role.id, idp.now_ms())
-        idp.store.delete_role(role.id)
+        is_done = idp.store.delete_role(role.id, idp.now_ms())
         audit(idp, caller, "delete_role", role.id, role.name)
+    while not is_done:
+        is_done = not idp.store.delete_slice("role", role.id, SLICE, idp.now_ms())
 
 
 def assign_role(idp: Idp, caller: Caller, user_id: str, role_id: str) -> bool:

@@ -88,13 +88,13 @@ def audit_limit(options: Options, path: str) -> int:
 
 
 def finish_deletions(idp: Idp, pause=sleep):
-    """Delete what belongs to users, clients and scopes that were deleted, where it was too much for one transaction.
+    """Delete what belongs to deleted users, clients, scopes and roles, where it was too much for one transaction.
 
     `pause` waits between slices, and returns whether the server stops: the next one goes on.
     """
     for kind, id in idp.store.list_deletions():
         slices = 1
-        while idp.store.delete_slice(kind, id, SCATTERED):
+        while idp.store.delete_slice(kind, id, SCATTERED, idp.now_ms()):
             slices += 1
             if pause(0.01):
                 return

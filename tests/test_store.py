@@ -15,7 +15,7 @@ from conftest import DATABASE_KEY, PASSWORD, YEARS
 from appliance.base.clock import IAT_SKEW
 from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
-from appliance.base.objects import ChangeSecret, CreateClient, CreateScope, CreateUser
+from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
     AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
     RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
@@ -636,12 +636,14 @@ class TestRevoking:
         assert account.revoked_before == later and m.find_client(idp, "service").row.revoked_before == later
         assert idp.revoked_before == later and store.logins_revoked_before(alice.id, "service") == later
 
-    def test_the_epoch_of_role_holders_grows_too(self, idp, root):
-        epochs = []
-        for _ in range(2):
-            idp.store.revoke_role_holders(MAD_ADMIN_ROLE_ID, idp.now_ms())
-            epochs.append(idp.store.find_account(root.id).revoked_before)
-        assert epochs[0] < epochs[1]
+    def test_the_epoch_of_role_holders_grows_too(self, idp, alice):
+        epochs = [0]
+        for name in ("first", "second"):
+            role = m.create_role(idp, m.LOCAL, CreateRole(name=name))
+            m.assign_role(idp, m.LOCAL, alice.id, role.id)
+            m.delete_role(idp, m.LOCAL, role.id)
+            epochs.append(idp.store.find_account(alice.id).revoked_before)
+        assert epochs[0] < epochs[1] < epochs[2]
 
     @pytest.fixture
     def logins(self, idp, alice, service):
@@ -821,11 +823,52 @@ class TestRevoking:
         assert max(self.slices(idp, monkeypatch)) <= 7
         assert not store.exists("SELECT 1 FROM user_scope") and store.find_scope("big")
 
+    @pytest.fixture
+    def big_role(self, idp, few):
+        """A role with 40 holders."""
+        store, role = idp.store, m.create_role(idp, m.LOCAL, CreateRole(name="big"))
+        for number in range(40):
+            store.add_account(f"u{number}", f"user{number}", "", 0, "x", 0)
+            store.assign_role(f"u{number}", role.id, 0)
+        return role
+
+    def test_a_role_that_many_have_is_deleted_once_all_holders_are_revoked(self, idp, big_role, monkeypatch):
+        store, slices, delete_slice = idp.store, [], idp.store.delete_slice
+
+        def count(*args):
+            before = store.connection.total_changes
+            more = delete_slice(*args)
+            slices.append(store.connection.total_changes - before)
+            return more
+
+        monkeypatch.setattr(store, "delete_slice", count)
+        monkeypatch.setattr("microauthd.SLICE", 7)
+        m.delete_role(idp, m.LOCAL, "big")
+        assert all(store.find_account(f"u{number}").revoked_before for number in range(40))
+        assert len(slices) == 7 and max(slices) <= 14, "seven accounts and what gave them the role"
+        assert not store.exists("SELECT 1 FROM user_role") and store.list_deletions() == []
+        assert m.create_role(idp, m.LOCAL, CreateRole(name="big")).id != big_role.id
+
+    def test_a_deletion_of_a_role_that_a_crash_interrupts_is_gone_on_with(self, idp, big_role, monkeypatch):
+        """Nobody has the role any more, and nobody can be given it; what was issued ends when upkeep comes to it."""
+        store, permission = idp.store, m.create_permission(idp, m.LOCAL, CreatePermission(name="p"))
+        store.assign_permission(big_role.id, permission.id, 0)
+        monkeypatch.setattr(store, "delete_slice", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            m.delete_role(idp, m.LOCAL, "big")
+        assert store.find_role("big") is store.find_role(big_role.id) is store.find_role("deleted:" + big_role.id) is None
+        assert "big" not in str(store.list_roles()) and store.list_roles_of("u1") == []
+        assert store.list_roles_with(permission.id) == [] and store.list_permissions_of_user("u1") == []
+        monkeypatch.undo()
+        finish_deletions(idp, lambda seconds: None)
+        assert all(store.find_account(f"u{number}").revoked_before for number in range(40))
+        assert store.list_deletions() == [] and not store.exists("SELECT 1 FROM role_permission")
+
     PLANS = {
         "revoke_family": lambda store: store.revoke_family("s", 1),
         "revoke_account": lambda store: store.revoke_account("u", 1),
         "revoke_client": lambda store: store.revoke_client("c", 1),
-        "revoke_role_holders": lambda store: store.revoke_role_holders("r", 1),
+        "delete_role": lambda store: store.delete_role("r", 1),
         "revoke_browser_session": lambda store: store.revoke_browser_session("b", 1),
         "revoke_jti": lambda store: store.revoke_jti("j", 1, 1),
         "rotate_refresh_token": lambda store: store.rotate_refresh_token("t", "c", 1),

@@ -616,7 +616,7 @@ MIGRATIONS = (
     """,
 )
 
-# The tables whose rows go with a user, client or scope: the column that names it, and the primary key. What refers to
+# The tables whose rows go with a user, client, scope or role: the column that names it, and the primary key. What refers to
 # another one comes first, so that a slice deletes as many rows as it says and no more by a cascade.
 DEPENDENTS = {
     "account": (
@@ -633,6 +633,9 @@ DEPENDENTS = {
     ),
     "scope": (
         ("user_scope", "scope_id", ("user_id", "scope_id")), ("client_scope", "scope_id", ("client_id", "scope_id")),
+    ),
+    "role": (
+        ("user_role", "role_id", ("user_id", "role_id")), ("role_permission", "role_id", ("role_id", "permission_id")),
     ),
 }
 DELETED = "deleted:"  # begins the name of a row that upkeep is deleting; its id follows
@@ -1285,12 +1288,19 @@ class Store(Database):
     # -- role, user_role --
 
     def find_role(self, id_or_name: str) -> Role | None:
-        return self.one(Role, "SELECT * FROM role WHERE id = :it OR name = :it", it=id_or_name)
+        return self.one(
+            Role, "SELECT * FROM role WHERE (id = :it OR name = :it) AND name <> :deleted || id", it=id_or_name,
+            deleted=DELETED,
+        )
 
     def list_roles(self, q: str = "", sort: str = "name", limit: int = 1000, offset: int = 0) -> tuple[list[Role], int]:
         return self.page(
-            Role, r"SELECT * FROM role WHERE :q = '' OR name LIKE :like ESCAPE '\'", sort, limit, offset, q=q,
-            like=like(q),
+            Role,
+            r"""
+            SELECT * FROM role
+             WHERE (:q = '' OR name LIKE :like ESCAPE '\') AND name <> :deleted || id
+            """,
+            sort, limit, offset, q=q, like=like(q), deleted=DELETED,
         )
 
     def add_role(self, id: str, name: str, description: str, is_privileged: bool, now: int) -> Role:
@@ -1311,8 +1321,19 @@ class Store(Database):
             id=id, name=name, description=description, is_privileged=is_privileged, now=now,
         )
 
-    def delete_role(self, id: str) -> None:
+    def delete_role(self, id: str, now_ms: int) -> bool:
+        """Delete a role, and end everything that was issued to its holders.
+
+        Where they are many, the role is hidden, and the caller does the rest by delete_slice(); if it does not, upkeep
+        does. Return whether all is done.
+        """
+        if self.has_many("role", id):
+            self.put_deletion("role", id)
+            self.run("UPDATE role SET name = :deleted || id, is_active = 0 WHERE id = :id", id=id, deleted=DELETED)
+            return False
+        self.revoke_users("IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", now_ms, role_id=id)
         self.run("DELETE FROM role WHERE id = :id", id=id)
+        return True
 
     def list_roles_of(self, user_id: str) -> list[Role]:
         """Return the active roles of a user."""
@@ -1402,10 +1423,10 @@ class Store(Database):
             Role,
             """
             SELECT role.* FROM role JOIN role_permission ON role.id = role_id
-             WHERE permission_id = :permission_id
+             WHERE permission_id = :permission_id AND name <> :deleted || id
              ORDER BY name
             """,
-            permission_id=permission_id,
+            permission_id=permission_id, deleted=DELETED,
         )
 
     def list_permissions_of_user(self, user_id: str) -> list[Permission]:
@@ -1582,7 +1603,7 @@ class Store(Database):
     # -- deletion: what upkeep still has to delete --
 
     def has_many(self, kind: str, id: str) -> bool:
-        """Return whether more rows belong to a user, client or scope than one transaction should delete."""
+        """Return whether more rows belong to a user, client, scope or role than one transaction should delete."""
         found = sum(
             self.value(f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE {column} = :id LIMIT {SLICE + 1})", id=id)
             for table, column, _ in DEPENDENTS[kind]
@@ -1598,9 +1619,10 @@ class Store(Database):
         with self.guard:
             return self.connection.execute("SELECT kind, id FROM deletion").fetchall()
 
-    def delete_slice(self, kind: str, id: str, limit: int) -> bool:
+    def delete_slice(self, kind: str, id: str, limit: int, now_ms: int) -> bool:
         """Delete up to `limit` rows that belong to what put_deletion() noted, or, if none is left, that row itself.
-        Return whether there is more to do. The rows are found before the write lock is taken.
+        Return whether there is more to do. The rows are found before the write lock is taken. Who loses a role so loses
+        all that was issued to them.
         """
         for table, column, keys in DEPENDENTS[kind]:
             with self.guard:
@@ -1609,6 +1631,9 @@ class Store(Database):
                 ).fetchall()
             if found:
                 with self.transaction():
+                    if (kind, table) == ("role", "user_role"):
+                        holders = msgspec.json.encode([user_id for user_id, _ in found]).decode()
+                        self.revoke_users("IN (SELECT value FROM json_each(:holders))", now_ms, holders=holders)
                     self.connection.executemany(
                         f"DELETE FROM {table} WHERE {' AND '.join(f'{key} = ?' for key in keys)}", found
                     )
@@ -2164,7 +2189,7 @@ class Store(Database):
         )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
 
-    # -- revoking everything that was issued to a user, a role or a client --
+    # -- revoking everything that was issued to a user or a client --
 
     def epoch(self, now_ms: int) -> int:
         """Return the millisecond up to which a revocation reaches: now, or the newest token's if the clock was set back.
@@ -2188,10 +2213,6 @@ class Store(Database):
     def revoke_account(self, user_id: str, now_ms: int) -> None:
         """End everything that was issued to a user."""
         self.revoke_users("= :user_id", now_ms, user_id=user_id)
-
-    def revoke_role_holders(self, role_id: str, now_ms: int) -> None:
-        """End everything that was issued to the users who have a role."""
-        self.revoke_users("IN (SELECT user_id FROM user_role WHERE role_id = :role_id)", now_ms, role_id=role_id)
 
     def revoke_client(self, id: str, now_ms: int) -> None:
         """End everything that was issued to a client, as revoke_users() does."""
