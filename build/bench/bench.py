@@ -406,6 +406,8 @@ class DurableOurs(Ours):
         m.update_client(idp, m.LOCAL, client_id, UpdateClient(grant_types=grant_types))
         m.add_uri(idp, m.LOCAL, client_id, "redirect", self.REDIRECT_URI)
         ann = m.create_user(idp, m.LOCAL, CreateUser(username="ann", email="ann@example.org", password=PASSWORD))
+        bob = CreateUser(username="bob", email="bob@example.org", password=PASSWORD)
+        self.bystander = m.create_user(idp, m.LOCAL, bob).id
         handle = m.begin_browser_session(idp, m.LOCAL, ann, ["pwd"], idp.now(), None)
         self.cookie = f"{m.cookie_name(idp, m.SESSION_COOKIE)}={handle}"
         idp.store.close()
@@ -433,8 +435,11 @@ STORED = {
 PEER_STORED = "the spent token and its successor (JWT access tokens are not stored; no audit): synced"
 
 
-def run_durable(server, work, seconds, connections=50):
-    """Do one durable work for some seconds. Return wrk's figures and the bytes written to the disk meanwhile."""
+def run_durable(server, work, seconds, connections=50, pause=0):
+    """Do one durable work for some seconds, with so many milliseconds between an answer and the next request.
+
+    Return wrk's figures and the bytes written to the disk meanwhile.
+    """
     with tempfile.NamedTemporaryFile("w") as tokens:
         if work == "refresh":
             tokens.write("".join(token + "\n" for token in server.mint(connections)))
@@ -443,6 +448,7 @@ def run_durable(server, work, seconds, connections=50):
             "WORK": work, "TOKEN_PATH": server.TOKEN_PATH, "AUTH": server.auth, "TOKENS": tokens.name,
             "BODY": getattr(server, "login", ""), "AUTHORIZE": getattr(server, "authorize", ""),
             "COOKIE": getattr(server, "cookie", ""), "EXTRA": server.exchange if work == "code" else "",
+            "PAUSE": str(pause),
         }
         before = written(server.pid)
         done = subprocess.run(
@@ -467,6 +473,35 @@ def slow_disk(folder, milliseconds=20):
     }
 
 
+def beside_refreshes(server, seconds):
+    """Machine tokens beside refreshes at half of their rate, and the revocations of an administrator beside all of them.
+
+    Return (tokens a second alone, beside refreshes, refreshes a second meanwhile, milliseconds of each revocation).
+    """
+    full = run_durable(server, "refresh", 2)
+    # Each of 50 clients has an answer in 50 / rate; with as long a pause they ask for half as much.
+    pause = max(1, round(1000 * 50 / rate_of(full)))
+    ask = server.port, "/token", "grant_type=client_credentials", server.auth
+    alone = rate_of(wrk(*ask, seconds=seconds))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        refreshes = pool.submit(run_durable, server, "refresh", seconds + 1, pause=pause)
+        time.sleep(0.5)
+        beside = rate_of(wrk(*ask, seconds=seconds))
+        meanwhile = rate_of(refreshes.result())
+        load = pool.submit(run_durable, server, "refresh", seconds + 1)
+        time.sleep(0.5)
+        end, waits = time.monotonic() + seconds, []
+        login = f"username=admin&password={server.root_password}&client_id=bench"
+        bearer = "Bearer " + json.loads(call(server.admin, "/token", login)[1])["access_token"]
+        while time.monotonic() < end:
+            began = time.perf_counter()
+            status, _ = call(server.admin, f"/users/{server.bystander}/revoke", "", Authorization=bearer)
+            waits.append(1000 * (time.perf_counter() - began))
+            assert status == 200
+        load.result()
+    return alone, beside, meanwhile, waits
+
+
 def durable(asked):
     """Work that is synced before the answer, on this disk and on one whose sync takes 20 ms. Return lines of Markdown."""
     folder = Path(tempfile.mkdtemp(prefix="bench."))
@@ -477,7 +512,7 @@ def durable(asked):
     disks = {"this disk": {}}
     if shutil.which("cc"):
         disks["20 ms a sync"] = slow_disk(folder)
-    found = {}
+    found, mixed = {}, {}
     for repetition in range(asked.reps):
         for disk, environ in disks.items():
             for who, server in servers.items():
@@ -487,6 +522,8 @@ def durable(asked):
                         continue
                     warm_up(lambda: rate_of(run_durable(server, work, 2)))
                     found.setdefault((work, disk, *who), []).append(run_durable(server, work, asked.seconds))
+                if who[0] == "microauthd":
+                    mixed.setdefault((disk, *who), []).append(beside_refreshes(server, asked.seconds))
                 server.stop()
                 print(f"{repetition + 1}/{asked.reps}  {who}, {disk}", file=sys.stderr)
     os.chdir("/")
@@ -503,6 +540,20 @@ def durable(asked):
         lines.append(
             f"| {DURABLE_WORKS[work]} | {disk} | {who}, {workers} | {spread([rate_of(result) for result in results])} "
             f"| {p50:.1f}, {p99:.1f} | {spread(each, '{:.1f}')} | {stored} | {sum(result['bad'] for result in results)} |"
+        )
+    lines += [
+        "", "| Beside refreshes | Disk | Server, processes | machine tokens a second: alone, beside refreshes at half their"
+        " rate | refreshes meanwhile | an administrator's revocation beside all refreshes, ms: p50, p99 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (disk, who, workers), results in mixed.items():
+        alone, beside, meanwhile = ([result[place] for result in results] for place in range(3))
+        waits = sorted(wait for result in results for wait in result[3])
+        p50, p99 = (waits[int(len(waits) * part)] for part in (0.5, 0.99))
+        lines.append(
+            f"|  | {disk} | {who}, {workers} | {spread(alone)}, {spread(beside)}: "
+            f"{statistics.median(beside) / statistics.median(alone):.2f} | {spread(meanwhile)} "
+            f"| {p50:.0f}, {p99:.0f} of {len(waits)} |"
         )
     return lines
 

@@ -1,6 +1,6 @@
 -- wrk script of durable work, one connection a thread (-t50 -c50): each thread is one client that goes on from its own answers.
 -- WORK=refresh: a chain of rotations from a line of TOKENS. WORK=code: a code at AUTHORIZE with COOKIE, then its exchange.
--- WORK=login: BODY again and again. Counts what was done and what was refused; prints one line of JSON.
+-- WORK=login: BODY again and again. PAUSE: milliseconds between an answer and the next request. Counts what was done and what was refused; prints one line of JSON.
 local work, path, auth = os.getenv("WORK"), os.getenv("TOKEN_PATH"), os.getenv("AUTH")
 local form = { ["Content-Type"] = "application/x-www-form-urlencoded", ["Authorization"] = auth }
 local extra, body = os.getenv("EXTRA") or "", os.getenv("BODY") or ""
@@ -15,6 +15,11 @@ function setup(thread)
   end
   threads[#threads + 1] = thread
   if lines then thread:set("token", lines[#threads]) end
+end
+
+local pause = tonumber(os.getenv("PAUSE") or "0")
+if pause > 0 then
+  function delay() return pause end
 end
 
 function request()
