@@ -2,12 +2,15 @@
 and killed at any point."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ import jwt
 import microauthd as m
 import pyotp
 import pytest
-from box import Box
+from box import ROOT, Box
 from conftest import (
     CHEAP, FILES, PASSWORD, die, fresh_machine, in_child, kids, left, made, opened, states, under_way,
 )
@@ -1099,3 +1102,101 @@ class TestJournal:
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
         left = {name for name in left if not name.endswith(".lock")}
         assert left == ({"mad.conf", *names.values()} if when == "committed" else set())
+
+
+SETS_UP = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from appliance.base import StartupError
+from appliance.recovery import hold_setup
+for _ in range(60):
+    try:
+        with hold_setup({config!r}):
+            # Two that work at once both find the file of the other, or remove it.
+            open({mark!r}, "x").close()
+            time.sleep(0.002)
+            __import__("os").unlink({mark!r})
+    except StartupError:
+        pass
+"""
+
+
+class TestLockOfTheJournal:
+    """It is there while a set-up, a restore or a command is at work, and not afterwards."""
+
+    def lock_of(self, options):
+        return Path(options.config_file + ".setting-up.lock")
+
+    def test_nothing_is_left_of_it(self, house, tmp_path):
+        lock = self.lock_of(house)
+        assert not lock.exists(), "after a set-up"
+        with hold_setup(house.config_file):
+            assert lock.exists()
+        assert not lock.exists()
+        for words in (["backup", "c"], ["keys", "list"], ["audit", "verify"], ["restore", "nowhere"], ["setup"]):
+            main([*words, "--config", str(tmp_path / "mad.conf")])
+            assert not lock.exists(), words
+
+    def test_nothing_is_left_of_it_after_a_refusal(self, house):
+        with pytest.raises(StartupError, match="set up already"):
+            set_up(house, Answers("root", "root@example.org", PASSWORD))
+        assert not self.lock_of(house).exists()
+
+    def test_the_last_of_those_who_share_it_removes_it(self, house):
+        with hold_setup(house.config_file, shared=True):
+            with hold_setup(house.config_file, shared=True):
+                pass
+            assert self.lock_of(house).exists()
+            with pytest.raises(StartupError, match="at work"), hold_setup(house.config_file):
+                pass
+        assert not self.lock_of(house).exists()
+
+    def test_what_a_killed_one_leaves_hinders_nobody_and_goes_with_the_next(self, house):
+        def work():
+            with hold_setup(house.config_file):
+                die()
+
+        assert in_child(work) == signal.SIGKILL and self.lock_of(house).exists()
+        with hold_setup(house.config_file):
+            pass
+        assert not self.lock_of(house).exists()
+
+    def test_a_lock_on_a_file_that_was_removed_is_none(self, house, monkeypatch):
+        """Between its opening and its locking the last holder may remove it, and another make a new one."""
+        lock, flock, seen = self.lock_of(house), fcntl.flock, []
+
+        def late(descriptor, how):
+            if not seen:
+                seen.append(descriptor)
+                lock.unlink()
+                lock.touch(0o600)
+            flock(descriptor, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with hold_setup(house.config_file), open(lock) as other, pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_the_file_of_another_is_not_removed(self, house):
+        lock = self.lock_of(house)
+        with hold_setup(house.config_file):
+            lock.unlink()
+            lock.touch(0o600)
+        assert lock.exists()
+
+    def test_one_who_begins_while_another_ends_is_not_refused(self, house, monkeypatch):
+        with open(self.lock_of(house), "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            monkeypatch.setattr("appliance.recovery.sleep", lambda seconds: other.close())
+            with hold_setup(house.config_file, shared=True):
+                pass
+
+    def test_two_set_ups_exclude_each_other(self, tmp_path):
+        tmp_path.chmod(0o700)
+        words = {"root": str(ROOT), "tests": str(ROOT / "tests"), "config": str(tmp_path / "mad.conf"),
+                 "mark": str(tmp_path / "mark")}  # fmt: skip
+        workers = [
+            subprocess.Popen([sys.executable, "-c", SETS_UP.format(**words)], stderr=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        assert [worker.communicate(timeout=60)[1] for worker in workers] == ["", "", ""]
+        assert os.listdir(tmp_path) == []
