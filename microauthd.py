@@ -2704,17 +2704,22 @@ def opens(client: Client, scope: str, name: str) -> bool:
     return bool(client.row.is_first_party) or name in scope.split()
 
 
+def opened_role_claims(client: Client | None, scope: str) -> set[str]:
+    """Return which claims about roles a client may learn with a scope; ADMIN's console, None, is a first party."""
+    opened = {"role", "roles"} if client is None or opens(client, scope, "roles") else set()
+    return opened | ({"groups"} & set(scope.split()))
+
+
 def role_claims(idp: Idp, user_id: str, scope: str, client: Client | None = None) -> dict:
     """Return the claims of an access token that name the roles of a user: for a client, or for ADMIN if None.
 
     A third party gets what the scope opens. RFC 9068 §2.2.3.1.
     """
-    roles = idp.store.list_roles_of(user_id)
+    opened = opened_role_claims(client, scope)
+    roles = idp.store.list_roles_of(user_id) if opened else []
     names = [role.name for role in roles]
-    claims: dict[str, Any] = {"role": [role.id for role in roles], "roles": names}
-    if client and not opens(client, scope, "roles"):
-        claims = {}
-    return claims | ({"groups": names} if "groups" in scope.split() else {})
+    claims = {"role": [role.id for role in roles], "roles": names, "groups": names}
+    return {name: value for name, value in claims.items() if name in opened}
 
 
 # == Sessions ==================================================================
@@ -3013,6 +3018,8 @@ def introspect_token(idp: Idp, client: Client, token: str) -> dict:
         return inactive
     if claims.get("roles_omitted"):
         issued_to = find_client(idp, claims["client_id"])
+        if issued_to is None:
+            return inactive
         claims = claims | role_claims(idp, claims["sub"], claims.get("scope", ""), issued_to)
     return {"active": True, "token_type": "Bearer", **claims}
 
@@ -5291,9 +5298,10 @@ def revoke(idp, client, params):
 )
 def userinfo(idp, claims, params):
     """Return the claims about the user that the scope of the token covers."""
-    family, client = idp.store.find_family(claims["sid"]), find_client(idp, claims["client_id"])
-    also = released_claims(idp, client, family, "userinfo") if family and client else ()
-    also += ("roles",) if claims.get("roles_omitted") else ()
+    family, client = idp.store.find_family(claims["sid"]), client_of_token(idp, claims)
+    also = released_claims(idp, client, family, "userinfo") if family else ()
+    if claims.get("roles_omitted"):
+        also += tuple(opened_role_claims(client, claims["scope"]))
     return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
 
 

@@ -810,6 +810,27 @@ class TestThirdParty:
         seen = auth.get("/me", bearer=bearer).json
         assert (seen["email"], seen["roles"], seen["role_names"]) == (None, [], [])
 
+    @pytest.mark.parametrize("scope, names", [*OPENED, ("openid roles groups", {"role", "roles", "groups"})])
+    def test_what_did_not_fit_into_its_token_is_told_by_scope(
+        self, idp, auth, third, service, person, log_in, scope, names
+    ):
+        for number in range(150):
+            role = m.create_role(idp, m.LOCAL, CreateRole(f"a role of some length {number:05}"))
+            m.assign_role(idp, m.LOCAL, person.id, role.id)
+        token, of_roles = log_in(person, third, scope=scope)["access_token"], {"role", "roles", "groups"}
+        is_omitted = bool(names & of_roles)
+        claims = jwt.decode(token, options={"verify_signature": False})
+        assert claims.get("roles_omitted", False) is is_omitted and not set(claims) & of_roles
+        introspected = auth.post("/introspect", {"token": token}, auth=third).json
+        assert set(introspected) & of_roles == names & of_roles
+        shown = introspected.get("roles", introspected.get("groups", []))
+        assert auth.get("/me", bearer=token).json["role_names"] == shown
+        if "openid" in scope:
+            told = auth.get("/userinfo", bearer=token).json
+            assert set(told) & of_roles == names & {"roles", "groups"}
+            ours = auth.get("/userinfo", bearer=log_in(person, service, scope=scope)["access_token"]).json
+            assert len(ours["roles"]) == 151, "a first party has them whatever its scope"
+
     @pytest.mark.parametrize("path", ["/me/sessions", "/me/refresh-tokens"])
     def test_lists_are_of_its_own_logins(self, auth, third, service, person, log_in, path):
         log_in(person, service), log_in(person, third)
