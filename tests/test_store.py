@@ -18,7 +18,7 @@ from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
     AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
-    RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
+    RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain, lockout_seconds,
 )
 from appliance.upkeep import finish_deletions
 
@@ -363,6 +363,21 @@ class TestCounting:
         assert [fail(10_000), fail(20_000), fail(30_000)] == [1000, 2000, 3600]
         idp.store.set_lockout(alice.id, 90_000, 40_000)
         assert fail(40_000) == 50_000
+
+    def test_every_lockout_lasts_as_long_as_the_one_rule_says(self, idp, alice):
+        """Of an account, of a browser that is known, and of the second factor."""
+        store, now = idp.store, 10_000
+        for earlier, lasts in enumerate((7200, 7200)):
+            account = store.count_failed_login(alice.id, now, 60, 1, 7200, 3600)
+            store.count_failed_totp(alice.id, now, 1, 7200)
+            untils = (
+                account.lockout_until, store.count_failed_device("d", alice.id, now, 60, 1, 7200, 3600),
+                store.find_account(alice.id).totp_locked_until,
+            )
+            assert {until - now for until in untils} == {lockout_seconds(7200, earlier)} == {lasts}
+            now += 20_000
+        doubled = [lockout_seconds(300, earlier) for earlier in range(6)]
+        assert doubled == [300, 600, 1200, 2400, 3600, 3600] and lockout_seconds(1, 10**9) == 3600
 
     def test_taking_the_second_factor_away_destroys_its_recovery_codes(self, idp, alice, give_totp):
         give_totp(idp, alice.account)

@@ -647,6 +647,13 @@ class AtLeast(int):
     """The total of a list that is longer than COUNT_MAX: so many rows there are, and perhaps more."""
 
 
+def lockout_seconds(lockout: int, earlier: int, most: int = LOCKOUT_MAX) -> int:
+    """Return how long a lockout lasts: twice as long for each earlier one since the last success, up to `most`, or as
+    long as the first, `lockout`, where that is longer.
+    """
+    return min(max(most, lockout), lockout << min(earlier, 12))
+
+
 def like(q: str) -> str:
     """Return the LIKE pattern of every text that contains `q`. Wildcards in `q` stand for themselves."""
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
@@ -1106,31 +1113,35 @@ class Store(Database):
     def count_failed_login(
         self, id: str, now: int, window: int, threshold: int, lockout: int, most: int
     ) -> Account | None:
-        """Count one failure within `window` seconds. At the threshold, lock the account: for `lockout` seconds, doubled
-        for each lockout since the last success, up to `most`.
+        """Count one failure within `window` seconds; at the threshold, lock the account: see lockout_seconds().
 
-        This is one statement, so that concurrent failures are all counted. An administrator's later lockout stays.
+        In one transaction, so that concurrent failures are all counted. An administrator's later lockout stays.
         """
-        return self.one(
-            Account,
-            """
-            UPDATE account
-               SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
-                                        THEN 1 ELSE failed_logins + 1 END,
-                   last_failed_at = :now,
-                   lockouts = lockouts + CASE WHEN :threshold = 0 THEN 0
-                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
-                                  THEN 1 ELSE failed_logins + 1 END) >= :threshold THEN 1 ELSE 0 END,
-                   lockout_until = CASE WHEN :threshold = 0 THEN lockout_until
-                       WHEN (CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
-                                  THEN 1 ELSE failed_logins + 1 END) >= :threshold
-                       THEN max(lockout_until, :now + min(max(:most, :lockout), :lockout * (1 << min(lockouts, 12))))
-                       ELSE lockout_until END
-             WHERE id = :id
-            RETURNING *
-            """,
-            id=id, now=now, window=window, threshold=threshold, lockout=lockout, most=most,
-        )
+        with self.transaction():
+            account = self.one(
+                Account,
+                """
+                UPDATE account
+                   SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
+                                            THEN 1 ELSE failed_logins + 1 END,
+                       last_failed_at = :now
+                 WHERE id = :id
+                RETURNING *
+                """,
+                id=id, now=now, window=window, threshold=threshold,
+            )
+            if account is None or not threshold or account.failed_logins < threshold:
+                return account
+            return self.one(
+                Account,
+                """
+                UPDATE account
+                   SET lockouts = lockouts + 1, lockout_until = max(lockout_until, :until)
+                 WHERE id = :id
+                RETURNING *
+                """,
+                id=id, until=now + lockout_seconds(lockout, account.lockouts, most),
+            )
 
     def count_good_login(self, id: str, password_hash: str, now: int) -> bool:
         """Record a login. Return False if by now the account is inactive or has another password than was verified."""
@@ -1198,18 +1209,16 @@ class Store(Database):
         )
 
     def count_failed_totp(self, id: str, now: int, tries: int, lockout: int) -> None:
-        """Count one failure of the second factor. Every `tries` of them lock it, each time for twice as long."""
-        self.run(
-            """
-            UPDATE account
-               SET totp_failures = totp_failures + 1,
-                   totp_locked_until = CASE WHEN (totp_failures + 1) % :tries = 0
-                       THEN :now + min(:most, :lockout * (1 << min(totp_failures / :tries, 12)))
-                       ELSE totp_locked_until END
-             WHERE id = :id
-            """,
-            id=id, now=now, tries=tries, lockout=lockout, most=LOCKOUT_MAX,
-        )
+        """Count one failure of the second factor. Every `tries` of them lock it: see lockout_seconds()."""
+        with self.transaction():
+            failures = self.value(
+                "UPDATE account SET totp_failures = totp_failures + 1 WHERE id = :id RETURNING totp_failures", id=id
+            )
+            if failures and failures % tries == 0:
+                self.run(
+                    "UPDATE account SET totp_locked_until = :until WHERE id = :id",
+                    id=id, until=now + lockout_seconds(lockout, failures // tries - 1),
+                )
 
     def replace_recovery_codes(self, user_id: str, hashes: Iterable[str], now: int) -> None:
         self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
@@ -1261,7 +1270,7 @@ class Store(Database):
             )
             if not threshold or failures % threshold:
                 return 0
-            until = now + min(max(most, lockout), lockout << min(failures // threshold - 1, 12))
+            until = now + lockout_seconds(lockout, failures // threshold - 1, most)
             self.run(
                 "UPDATE device_failure SET lockout_until = :until WHERE device_sha256 = :device_sha256",
                 until=until, device_sha256=device_sha256,
