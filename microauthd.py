@@ -30,6 +30,11 @@ The life of a request
     grant; services and grants hold the rules and call the Store; only the Store contains SQL.
 """
 
+if __name__ == "__main__":  # before the imports: the command line imports this module under its own name
+    import runpy
+
+    runpy.run_module("appliance.commands", run_name="__main__")  # it stands above: nothing here imports it
+
 import base64
 import binascii
 import collections
@@ -7374,9 +7379,3 @@ def admin_swagger(idp, params):
 def admin_swagger_script(idp, params):
     """Return the script of that page."""
     return swagger_file("rapidoc-min.js")
-
-
-if __name__ == "__main__":
-    import runpy
-
-    runpy.run_module("appliance.commands", run_name="__main__")  # it stands above: nothing here imports it

@@ -26,3 +26,25 @@
 `base` knows nothing of OAuth; `microauthd` knows nothing of sockets, processes, SQL or the command line;
 what stands above decides nothing about who may do what.
 """
+
+import resource
+import sys
+
+LEAST_TO_LOAD = (  # what build/main.py demands before it unpacks the archive
+    (resource.RLIMIT_NOFILE, "open files (ulimit -n)", 16, "16"),
+    (resource.RLIMIT_AS, "address space (ulimit -v)", 96 << 20, "96 MB"),
+)
+
+
+def check_loadable():
+    """Exit with a sentence if the libraries cannot be loaded within the limits of this process. getrlimit(2)
+
+    Called here, where every way into the program comes by before it loads them: it would end in a traceback of one.
+    """
+    for limit, name, least, needed in LEAST_TO_LOAD:
+        allowed = resource.getrlimit(limit)[0]
+        if allowed != resource.RLIM_INFINITY and allowed < least:
+            sys.exit(f"microauthd: the limit of {name} is too low: the program needs {needed}")
+
+
+check_loadable()

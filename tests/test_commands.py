@@ -142,6 +142,23 @@ class TestLimits:
             assert (done.returncode, done.stderr) == (1, f"microauthd: the limit of {said}\n")
         assert not list((tmp_path / "new").iterdir()) and not box.log()
 
+    @pytest.mark.parametrize(
+        "limit, amount, said",
+        [
+            (resource.RLIMIT_AS, 70 << 20, "address space (ulimit -v) is too low: the program needs 96 MB"),
+            (resource.RLIMIT_NOFILE, 15, "open files (ulimit -n) is too low: the program needs 16"),
+            (resource.RLIMIT_AS, 96 << 20, ""),
+        ],
+    )
+    @pytest.mark.parametrize("door", [["microauthd.py"], ["-m", "appliance.commands"]], ids=["file", "module"])
+    def test_the_libraries_are_not_loaded_where_they_do_not_fit(self, door, limit, amount, said):
+        """From the source and from the wheel as from the archive."""
+        done = subprocess.run(
+            [sys.executable, *door, "version"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+            preexec_fn=lambda: resource.setrlimit(limit, (amount, amount)),
+        )
+        assert (done.returncode, done.stderr) == ((1, f"microauthd: the limit of {said}\n") if said else (0, ""))
+
     @pytest.mark.parametrize("workers", [0, 2])
     def test_the_least_is_enough_to_serve(self, tmp_path, workers, monkeypatch):
         with Box(tmp_path, workers=workers) as box:
