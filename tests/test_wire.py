@@ -793,7 +793,9 @@ class TestPeer:
             sock.sendall(b"GET / HTTP/1.1\r\n")
         time.sleep(0.2)
         fourth = one.connect()
-        assert ask(fourth) in ([], None), "none is idle"
+        assert ask(fourth) == [200] and ask(second) in ([], None), "none is idle: the slowest gave way"
+        third.sendall(b"Host: box\r\n\r\n")
+        assert statuses(third.recv(65536)) == [200]
         for sock in (first, second, third, fourth):
             sock.close()
         time.sleep(0.3)
@@ -854,13 +856,15 @@ class TestSlowClients:
                 assert b" 200 " in one.get()
             assert threading.active_count() < 30
 
-    def lazy(self, one):
+    BIG = b"GET /big HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n"
+
+    def lazy(self, one, sent=BIG):
         """A connection with little room for what is sent to it: 3 MB do not fit on their way."""
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(3)
         sock.connect(one.address)
-        sock.sendall(b"GET /big HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+        sock.sendall(sent)
         return sock
 
     def test_who_does_not_read_holds_no_thread(self, run):
@@ -882,15 +886,16 @@ class TestSlowClients:
     HALF = b"GET / HTTP/1.1\r\nHost: box\r\n"  # a request under way
 
     def test_connections_beyond_the_limit_are_closed_and_counted(self, run):
+        """Where none waits for its client."""
         one = run(limits=Limits(connections=5))
         with contextlib.ExitStack() as stack:
             within = [stack.enter_context(one.connect()) for _ in range(5)]
             for sock in within:
-                sock.sendall(self.HALF)
+                sock.sendall(b"GET /wait HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
             time.sleep(0.3)
             beyond = [stack.enter_context(one.connect()) for _ in range(3)]
             assert [read_all(sock) for sock in beyond] == [b""] * 3
-            within[0].sendall(b"Connection: close\r\n\r\n")
+            one.app.go.set()
             assert statuses(read_all(within[0])) == [200]
         one.await_log()
         assert (one.logged[0][1]["reason"], one.logged[0][1]["count"]) == ("too many connections", 3)
@@ -917,6 +922,69 @@ class TestSlowClients:
                 assert statuses(sock.recv(65536)) == [200]
         one.await_log()
         assert one.logged[0][1]["reason"] == "idle connections gave way to new ones"
+
+    def from_addresses(self, monkeypatch, addresses):
+        """Let those who connect come from these addresses, one after the other."""
+        coming, real = iter(addresses), wire._address
+        monkeypatch.setattr("appliance.base.wire._address", lambda text: real(next(coming)))
+
+    @pytest.mark.parametrize("flood", ["2001:db8:1:{:x}::1", "192.0.2.7"], ids=["a site of IPv6", "one address"])
+    @pytest.mark.parametrize(
+        "sent", [b"", HALF, HALF + b"Content-Length: 9\r\n\r\nuser", BIG],
+        ids=["nothing", "half a header", "half a form", "no answer taken"],
+    )
+    def test_whoever_fills_the_limit_slowly_crowds_out_itself(self, run, monkeypatch, sent, flood):
+        """Slowloris: half-sent requests, and answers that nobody reads, of one source. The slow form of another stays."""
+        self.from_addresses(
+            monkeypatch, ["198.51.100.1", "198.51.100.2", *(flood.format(number) for number in range(30)), "198.51.100.3"]
+        )
+        one = run(limits=Limits(connections=8))
+        with contextlib.ExitStack() as stack:
+            idle, slow = (stack.enter_context(one.connect()) for _ in range(2))
+            idle.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert statuses(idle.recv(65536)) == [200]
+            slow.sendall(b"POST / HTTP/1.1\r\nHost: box\r\nContent-Length: 5\r\n\r\nna")
+            time.sleep(0.1)
+            for _ in range(30):
+                stack.enter_context(self.lazy(one, sent))
+                time.sleep(0.01)
+            fresh = stack.enter_context(one.connect())
+            for sock, rest in ((fresh, b"GET / HTTP/1.1\r\nHost: box\r\n\r\n"), (slow, b"me=")):
+                sock.sendall(rest)
+                assert statuses(sock.recv(65536)) == [200]
+            idle.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert statuses(idle.recv(65536)) == [200], "and so does its kept connection"
+            assert len(one.server.open) <= 8
+        assert "slow connections gave way to new ones" in {fields["reason"] for _, fields in one.logged}
+
+    def test_where_there_is_room_a_request_may_take_its_time(self, run):
+        one = run(limits=Limits(connections=8, request_seconds=5))
+        with one.connect() as slow:
+            for piece in (b"POST / HTTP/1.1\r\n", b"Host: box\r\nContent-Length: 5\r\n\r\n", b"na", b"me="):
+                slow.sendall(piece)
+                for _ in range(20):
+                    assert b" 200 " in one.get()
+            assert statuses(slow.recv(65536)) == [200] and not one.logged
+
+    def test_one_that_speaks_while_others_come_is_heard_first(self, run, monkeypatch):
+        """Its event is of the same round as the new connections, to one of which it would have to give way."""
+        one, go = run(limits=Limits(connections=2)), threading.Event()
+        with contextlib.ExitStack() as stack:
+            old = [stack.enter_context(one.connect()) for _ in range(2)]
+            time.sleep(0.1)
+            poll = one.server._connections._poll
+            monkeypatch.setattr(one.server._connections, "_poll", lambda timeout: go.wait(5) and poll(timeout))
+            time.sleep(2 * SWEEP)
+            new = [stack.enter_context(one.connect()) for _ in range(2)]
+            old[0].sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            time.sleep(0.1)
+            go.set()
+            assert statuses(old[0].recv(65536)) == [200]
+            new[1].sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert statuses(new[1].recv(65536)) == [200]
+            assert not [fields for event, fields in one.logged if event == "error"]
+        time.sleep(0.2)
+        assert not one.server.open, "each is forgotten when it ends"
 
     @pytest.mark.parametrize("limits", [Limits(connections=256), Limits(connections_per_peer=256)])
     def test_whoever_opens_many_has_the_idle_ones_looked_for_once_for_several(self, run, monkeypatch, limits):
@@ -946,8 +1014,7 @@ class TestSlowClients:
         self, run, monkeypatch, addresses, taken
     ):
         """RFC 6177 §2: who has one address of IPv6 has its /64, and a site has up to a /48."""
-        coming, real = iter(addresses), wire._address
-        monkeypatch.setattr("appliance.base.wire._address", lambda text: real(next(coming)))
+        self.from_addresses(monkeypatch, addresses)
         one = run(limits=Limits(connections_per_peer=2, peers_per_site=3))
         with contextlib.ExitStack() as stack:
             socks = []

@@ -48,6 +48,7 @@ from appliance.base.peers import networks_of
 
 RECV_SIZE = 16384  # octets read at once: a whole TLS record; it also bounds what one wake can pipeline
 LINGER = 2       # seconds a closed connection still reads, so that the client gets the last answer. RFC 9112 §9.6
+FRESH = 2        # seconds in which a new connection counts as one whose request is coming
 SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
 RETRY_SECONDS = 0.002  # seconds a thread waits after an error of its loop
@@ -647,9 +648,21 @@ class Connection:
             return False
 
     def waiting_since(self) -> float:
-        """Return when a connection that waits for a request or a handshake began to wait, in monotonic seconds."""
+        """Return when a registered connection began to wait for what it waits for, in monotonic seconds."""
         limits = self.limits
+        if self.environ is not None and not self.out:
+            return self.began
+        if self.lingering:
+            return self.deadline - LINGER
+        if self.out:
+            return self.deadline - limits.send_seconds
         return self.deadline - (limits.handshake_seconds if self.handshaking else limits.idle_seconds)
+
+    def is_idle(self, now: float) -> bool:
+        """Return whether nothing is under way: no request, no answer, and no connection that has just been opened."""
+        if self.environ is not None or self.out:
+            return False
+        return not self.unused or now - self.waiting_since() > FRESH
 
     def communicate(self):
         """Answer one whole request. False: close the connection. Called by a thread of cheroot's pool."""
@@ -960,7 +973,10 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         if self.gathered:
             self.server.requests.hand_over(self.gathered)
             self.gathered.clear()
-        return self._poll(LEAD_SECONDS if self.server.requests.is_behind() else timeout)
+        ready = self._poll(LEAD_SECONDS if self.server.requests.is_behind() else timeout)
+        # New connections last. Others give way to them, and an event of one of those would meet its closed socket, or
+        # the new connection that has the descriptor by then.
+        return sorted(ready, key=lambda event: event[1] is self.server)
 
     def run(self, expiration_interval):
         """Serve until woken. Called by cheroot's serve() again and again while the server is ready."""
@@ -997,26 +1013,30 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         self._turned_away[:2] = self._turned_away[0] + 1, peer
 
     def close_oldest(self, count: int, source="") -> int:
-        """Close up to `count` connections, of `source` if given, that wait for a request or have not sent a handshake.
+        """Close up to `count` connections, of `source` if given, that wait for their client. Return how many it were.
 
-        Those that have waited longest go. Return how many there were.
+        Each is one of whoever has most of them then, so that a crowd crowds out itself: first those that are idle, then
+        those that send a request or take an answer slowly, and of both the oldest.
         """
-        waiting = [
-            (conn.waiting_since(), number, conn)
-            for number, (_, conn) in enumerate(list(self._selector.connections))
-            if conn is not self.server and conn is not self and conn.environ is None and not conn.out
-            and (not source or source in conn.counted)
-        ]
-        oldest = [conn for _, _, conn in heapq.nsmallest(count, waiting)]
-        for conn in oldest:
+        crowds, now = collections.defaultdict(list), time.monotonic()
+        for number, (_, conn) in enumerate(list(self._selector.connections)):
+            if conn is not self.server and conn is not self and (not source or source in conn.counted):
+                whose = conn.address if not conn.counted else conn.counted[0 if source else -1]
+                crowds[whose].append((not conn.is_idle(now), conn.waiting_since(), number, conn))
+        chosen = heapq.nsmallest(count, (
+            (index - len(crowd), *entry) for crowd in crowds.values() for index, entry in enumerate(sorted(crowd))
+        ))
+        for *_, conn in chosen:
             self._selector.unregister(conn.sock)
             conn.close()
-        if oldest and not source:
-            self.server.log(
-                "refused", server=self.server.name, peer=oldest[-1].address, status=0, count=len(oldest),
-                reason="idle connections gave way to new ones",
-            )
-        return len(oldest)
+        for are_slow in (False, True) if not source else ():
+            closed = [conn.address for _, is_slow, _, _, conn in chosen if is_slow is are_slow]
+            if closed:
+                self.server.log(
+                    "refused", server=self.server.name, peer=closed[-1], status=0, count=len(closed),
+                    reason=f"{'slow' if are_slow else 'idle'} connections gave way to new ones",
+                )
+        return len(chosen)
 
     def _from_server_socket(self, server_socket, most=64):
         """Accept what has come. Nothing is handed to cheroot: each waits for its first octets in the selector."""
