@@ -146,6 +146,7 @@ TOTP_STEP = 30  # seconds, RFC 6238 §5.2
 TOTP_TRIES = 5
 CODE_TTL = 60  # seconds an authorization code lives, unless pkce-code-lifetime is less. RFC 6749 §4.1.2
 LOGIN_TTL = 600  # seconds a login transaction lives
+REPEAT_SECONDS = 30  # in which the same form, sent twice by a double click, leads where it led the first time
 HINTS_TTL = 300  # seconds that the hints of a POST wait for the GET that it becomes, or for the answer of a person
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
@@ -532,8 +533,8 @@ class RefusalCounter:
 class Seal:
     """Encrypts TOTP seeds with AES-256-GCM, so that even an unencrypted database does not reveal them.
 
-    It also derives refresh tokens and the tokens of login forms, and signs the cookies of known browsers, each with a
-    key of its own that is stored nowhere.
+    It also derives refresh tokens, the secrets of logins and the tokens of their forms, and signs the cookies of known
+    browsers, each with a key of its own that is stored nowhere.
     """
 
     def __init__(self, key: bytes):
@@ -541,10 +542,22 @@ class Seal:
         self.successor_key = hmac.digest(key, b"refresh token successor", "sha256")
         self.form_key = hmac.digest(key, b"login form", "sha256")
         self.device_key = hmac.digest(key, b"device cookie", "sha256")
+        self.binding_key = hmac.digest(key, b"login binding", "sha256")
+        self.repeat_key = hmac.digest(key, b"repeated form", "sha256")
 
     def successor(self, refresh_token: str) -> str:
         """Return what the refresh token that replaces another ends with: 256 bits in base64url, the same each time."""
         return b64url(hmac.digest(self.successor_key, refresh_token.encode(), "sha256"))
+
+    def renewed_binding(self, binding: str, login_id: str, state: str) -> str:
+        """Return the secret that replaces that of a login when the factor of a state is proven: the same at every call,
+        and known to nobody who only knows the old one.
+        """
+        return b64url(hmac.digest(self.binding_key, f"{login_id} {state} {binding}".encode(), "sha256"))
+
+    def repeat_tag(self, login_id: str, state: str, answer: str) -> str:
+        """Return what tells whether a form is the one that moved a login on: 144 bits in base64url."""
+        return b64url(hmac.digest(self.repeat_key, f"{login_id} {state} {answer}".encode(), "sha256")[:18])
 
     def device_tag(self, nonce: str, user_id: str, issued_ms: str) -> str:
         """Return the signature in a device cookie: 128 bits in base64url."""
@@ -3827,6 +3840,31 @@ def get_login(idp: Idp, id: str, binding: str | None) -> Login:
     return load_login(idp, row, binding)
 
 
+def mark_of(idp: Idp, row: LoginTransaction, answer="") -> str:
+    """Return what a login keeps of the form that moves it on: when that was, and a tag of its answer, no password."""
+    return f"{idp.now()} {idp.seal.repeat_tag(row.id, row.state, answer)}"
+
+
+def find_repeated(idp: Idp, id: str, binding: str, state: str, answer="") -> Login | None:
+    """Return a login that this very form has moved on from `state` a moment ago, in the browser that has `binding`.
+
+    The browser has got the secret of the next state, or has dropped that response and kept the old one. A one-time
+    code is not verified twice here: it must be the one that was accepted. The password is verified by the caller.
+    """
+    for secret in (binding, idp.seal.renewed_binding(binding, id, state)):
+        row = idp.store.find_login(id, sha256(secret), idp.now())
+        if row is None or row.state == state:
+            continue
+        passed_at, _, tag = row.pending.partition(" ")
+        if state == "password":
+            is_repeated, passed_at = True, str(row.auth_time)
+        else:
+            is_repeated = hmac.compare_digest(tag, idp.seal.repeat_tag(id, state, answer))
+        if is_repeated and 0 <= idp.now() - int(passed_at) <= REPEAT_SECONDS:
+            return load_login(idp, row, secret)
+    return None
+
+
 def advance(idp: Idp, login: Login, state: str, pending="", **changes) -> Login:
     """Move a login to its next state and change columns. Raises conflict if another request has already moved it."""
     row = msgspec.structs.replace(login.row, state=state, pending=pending, **changes)
@@ -3845,7 +3883,7 @@ def advance_proven(idp: Idp, login: Login, state: str, pending="", **changes) ->
     """
     if not login.binding:
         return advance(idp, login, state, pending, **changes)
-    binding = random_handle()
+    binding = idp.seal.renewed_binding(login.binding, login.row.id, login.row.state)
     with idp.store.transaction():
         advanced = advance(idp, login, state, pending, binding_sha256=sha256(binding), **changes)
         idp.store.rebind_logins(login.row.binding_sha256, sha256(binding))
@@ -3946,7 +3984,8 @@ def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
         raise
     auth_time = login.row.auth_time or idp.now()
     state = state_after_factors(idp, login, account)
-    return advance_proven(idp, login, state, amr=" ".join(amr), auth_time=auth_time)
+    mark = mark_of(idp, login.row, code)
+    return advance_proven(idp, login, state, mark, amr=" ".join(amr), auth_time=auth_time)
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
@@ -3964,7 +4003,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         record_wrong_first_code(idp, caller.acting_as(account.id), account)
         raise Problem("invalid_grant", status=403, log="wrong first code", audited=True)
     with idp.store.transaction():
-        login = advance_proven(idp, login, "codes", amr="pwd otp mfa")
+        login = advance_proven(idp, login, "codes", mark_of(idp, login.row, code), amr="pwd otp mfa")
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
         audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
@@ -5753,6 +5792,98 @@ def show_refusal(idp, params, login: Login, problem: Problem, error: str, **vari
     return page
 
 
+def tell_denial(idp: Idp, params, request: AuthorizeRequest):
+    problem = Problem("access_denied", log="the user said no")
+    return refuse_client(idp, params, request.redirect_uri, request.response_mode, request.state, problem)
+
+
+def land(idp: Idp, params, login: Login, account: Account | None, recovery=()):
+    """Lead a form that was sent twice where it led the first time.
+
+    With `account` its factor was the last: the browser gets a session again, if it has dropped the first response.
+    """
+    found = current_session(idp, params)
+    if account is not None and not is_still_valid(account, login.row.proven_ms):
+        raise Problem("not_found", log="the user changed meanwhile")
+    has_session = found is not None and found[0].user_id == login.row.user_id
+    return continue_login(idp, params, login, None if has_session else account, recovery)
+
+
+def land_password(idp: Idp, params, login: Login):
+    """The password is verified again: the login keeps nothing of it."""
+    caller, row = browser_caller(idp, params), login.row
+    account, _ = authenticate_user(
+        idp, caller, params.get("username") or "", params.get("password") or "", client=login.client, only_password=True
+    )
+    if account.id != row.user_id:
+        raise Problem("not_found", log="a form sent twice, of another user")
+    return land(idp, params, login, account if row.state in ("done", "consent") else None)
+
+
+def land_code(idp: Idp, params, login: Login):
+    return land(idp, params, login, idp.store.find_account(login.row.user_id or ""))
+
+
+def land_enrolment(idp: Idp, params, login: Login):
+    """The recovery codes that the browser has not shown are replaced by others."""
+    account = idp.store.find_account(login.row.user_id or "")
+    if login.row.state != "codes" or not is_still_valid(account, login.row.proven_ms):
+        raise Problem("not_found", log="a form sent twice, later than the next one")
+    codes = make_recovery_codes(idp, browser_caller(idp, params), account.id)
+    return land(idp, params, login, account, codes)
+
+
+def land_step(idp: Idp, params, login: Login):
+    """What proves nothing needs the browser session that it needed the first time."""
+    found = current_session(idp, params)
+    if login.row.user_id and (found is None or found[0].user_id != login.row.user_id):
+        raise Problem("not_found", log="the browser session of this login is over")
+    return continue_login(idp, params, login)
+
+
+def land_consent(idp: Idp, params, login: Login):
+    if params.get("decision") == "allow":
+        return land_step(idp, params, login)
+    assert login.request
+    return tell_denial(idp, params, login.request)
+
+
+def lands_once(state: str, land_again: Callable, field=""):
+    """Let a form that is sent twice, by a double click or by "send again", lead where its first copy led.
+
+    The browser shows only what the last copy gets, and may have dropped the cookies of the first response. `field` is
+    the member of the form that was the answer to the state.
+    """
+
+    def decorate(handler):
+        @functools.wraps(handler)
+        def wrapped(idp, params):
+            try:
+                return handler(idp, params)
+            except Problem as problem:
+                if problem.code not in ("not_found", "access_denied", "conflict"):
+                    raise
+                tx, binding = params.values.get("tx") or "", login_binding(idp, params) or ""
+                answer = (params.values.get(field) or "").strip()
+                login = find_repeated(idp, tx, binding, state, answer) if 0 < len(tx) <= 100 and binding else None
+                if login is None or (login.request and login.request.headless):
+                    raise
+                refusal = problem
+            expected = form_token(idp.seal.form_key, f"{login.row.id} {state}")
+            if not hmac.compare_digest(expected.encode(), (params.values.get("form") or "").encode()):
+                raise refusal
+            try:
+                return land_again(idp, params, login)
+            except Problem as problem:
+                if problem.code in ("invalid_grant", "not_found"):
+                    raise refusal from None
+                raise
+
+        return wrapped
+
+    return decorate
+
+
 @AUTH(
     "GET", ("/login", "/totp"), guard=anyone, spec=OWN, form=LoginPageForm, gives=bytes,
     gives_media="text/html", html=True, option="enable_pkce",
@@ -5771,6 +5902,7 @@ def login_page(idp, params):
     "POST", "/login", guard=anyone, spec=OWN, form=PasswordForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
+@lands_once("password", land_password)
 def login_password(idp, params):
     """Verify the user name and password of a login."""
     login = posted_login(idp, params, "password")
@@ -5791,6 +5923,7 @@ def login_password(idp, params):
     "POST", "/totp", guard=anyone, spec=OWN, form=CodeForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
+@lands_once("totp", land_code, "totp")
 def login_totp(idp, params):
     """Verify the one-time code or the recovery code of a login."""
     login = posted_login(idp, params, "totp")
@@ -5805,6 +5938,7 @@ def login_totp(idp, params):
     "POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=CodeForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
+@lands_once("enrol", land_enrolment, "totp")
 def login_enrol(idp, params):
     """Enrol a second factor during a login by its first code, and show the recovery codes once."""
     login = posted_login(idp, params, "enrol")
@@ -5819,6 +5953,7 @@ def login_enrol(idp, params):
     "POST", "/login/codes", guard=anyone, spec="recovery codes", form=StepForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
+@lands_once("codes", land_step)
 def login_codes(idp, params):
     """Continue a login after the recovery codes were shown."""
     login = posted_login(idp, params, "codes")
@@ -5826,13 +5961,14 @@ def login_codes(idp, params):
     account = idp.store.find_account(row.user_id)
     if not is_still_valid(account, row.proven_ms):
         raise Problem("not_found", log="the user changed meanwhile")
-    return continue_login(idp, params, advance(idp, login, state_after_factors(idp, login, account)))
+    return continue_login(idp, params, advance(idp, login, state_after_factors(idp, login, account), mark_of(idp, row)))
 
 
 @AUTH(
     "POST", "/login/select", guard=anyone, spec="OpenID Connect Core §3.1.2.1", form=SelectForm, gives=bytes,
     gives_media="text/html", html=True, option="enable_pkce",
 )
+@lands_once("select", land_step)
 def login_select(idp, params):
     """Continue a login with the account of the session, or with another."""
     login = posted_login(idp, params, "select")
@@ -5845,14 +5981,15 @@ def login_select(idp, params):
         or not session_serves(idp, session, login.client, login.request)
         or (missing := second_factor_missing(login.client, session, account, login.request)) == "password"
     ):
+        mark = mark_of(idp, login.row)
         return continue_login(
-            idp, params, advance(idp, login, "password", user_id=None, amr="", auth_time=0, proven_ms=0)
+            idp, params, advance(idp, login, "password", mark, user_id=None, amr="", auth_time=0, proven_ms=0)
         )
     if params.get("username") not in (None, account.username):
         return show_login(idp, params, login)  # another tab logged somebody else in: the choice is of who was shown
     login = advance(
-        idp, login, missing or state_after_factors(idp, login, account), user_id=account.id, amr=session.amr,
-        auth_time=session.auth_time, proven_ms=session.created_ms,
+        idp, login, missing or state_after_factors(idp, login, account), mark_of(idp, login.row), user_id=account.id,
+        amr=session.amr, auth_time=session.auth_time, proven_ms=session.created_ms,
     )
     return continue_login(idp, params, login)
 
@@ -5861,6 +5998,7 @@ def login_select(idp, params):
     "POST", "/login/consent", guard=anyone, spec="OpenID Connect Core §3.1.2.4", form=ConsentForm, gives=bytes,
     gives_media="text/html", html=True, option="enable_pkce",
 )
+@lands_once("consent", land_consent, "decision")
 def login_consent(idp, params):
     """Give or deny consent to the scopes that a client requests."""
     login = posted_login(idp, params, "consent")
@@ -5871,13 +6009,10 @@ def login_consent(idp, params):
     scopes = scopes_to_consent(idp, client, account, request) if account else None
     if is_allowed and params.get("scope") not in (None, " ".join(scopes or ())):
         return show_login(idp, params, login)  # the user's scopes changed meanwhile: consent covers what was shown
-    decided = advance(idp, login, "done")
+    decided = advance(idp, login, "done", mark_of(idp, row, params.get("decision") or ""))
     if not is_allowed:
         audit(idp, params.caller.acting_as(row.user_id), "consent_denied", row.client_id, "", FAILURE)
-        return refuse_client(
-            idp, params, request.redirect_uri, request.response_mode, request.state,
-            Problem("access_denied", log="the user said no"),
-        )
+        return tell_denial(idp, params, request)
     account = finish_login(idp, decided)
     if scopes is not None:
         give_consent(idp, params.caller, account, client, scopes)

@@ -1837,9 +1837,10 @@ class TestAttacks:
         first = browser.forms().forms[0]["fields"] | {"username": "alice", "password": PASSWORD}
         browser.follow(browser("POST", "/login", first))
         second = browser.forms().forms[0]["fields"] | {"totp": code()}
+        clock.pass_(31)
         assert browser("POST", "/login", first).status == 403
-        assert code_of(browser("POST", "/totp", second))
-        clock.pass_(30)
+        assert code_of(browser("POST", "/totp", second | {"totp": code()}))
+        clock.pass_(31)
         assert (
             browser("POST", "/totp", second | {"totp": code()}).status == 404
             and browser("POST", "/login", first).status == 404
@@ -1953,6 +1954,201 @@ class TestAttacks:
 def acr_claim(*values, essential=True, of="id_token"):
     """The claims parameter that requests an acr."""
     return json.dumps({of: {"acr": {"essential": essential, "values": list(values)}}})
+
+
+class TestSentTwice:
+    """A double click: the browser shows what the second copy of a form gets, and may have dropped the first response."""
+
+    @pytest.fixture(params=["dropped", "kept"])
+    def twice(self, request, browser, clock):
+        """Send the form of the page twice: (first answer, second answer). The second copy has the old cookies or the new."""
+
+        def call(wait=0, again=None, **fields):
+            form = browser.forms().forms[0]
+            path, data = form["action"].removeprefix(browser.issuer), form["fields"] | fields
+            before = dict(browser.cookies)
+            first = browser("POST", path, data)
+            if request.param == "dropped":
+                browser.cookies = before
+            clock.pass_(wait)
+            return first, browser("POST", path, data | (again or {}))
+
+        return call
+
+    def test_the_password(self, spa, alice, browser, exchange, twice):
+        browser.open(request())
+        first, second = twice(username="alice", password=PASSWORD)
+        assert sent_back(second)[0] == sent_back(first)[0] == CALLBACK
+        assert exchange(code_of(second)).status == 200
+        assert code_of(browser.open(request(prompt="none"))), "and the browser has a session"
+
+    def test_the_password_at_the_account_page(self, idp, spa, alice, browser, twice):
+        browser.open("/account")
+        first, second = twice(username="alice", password=PASSWORD)
+        assert first.headers["location"] == second.headers["location"] == "https://idp.example/account"
+        assert b"alice" in browser.follow(second).body
+
+    def test_the_password_before_a_consent(self, register, alice, browser, exchange, twice):
+        register("third", is_first_party=False)
+        browser.open(request("third"))
+        first, second = twice(username="alice", password=PASSWORD)
+        assert first.headers["location"] == second.headers["location"]
+        browser.follow(second)
+        first, second = twice(decision="allow")
+        assert sent_back(second)[0] == sent_back(first)[0] and exchange(code_of(second), client="third").status == 200
+
+    def test_a_denial(self, register, alice, browser, twice):
+        register("third", is_first_party=False)
+        sign_in(browser, request("third"))
+        first, second = twice(decision="deny")
+        assert sent_back(first) == sent_back(second) and sent_back(first)[1]["error"] == "access_denied"
+
+    @pytest.mark.parametrize("decisions", [("deny", "allow"), ("allow", "deny")])
+    def test_another_button_is_another_form(self, register, alice, browser, twice, decisions):
+        register("third", is_first_party=False)
+        sign_in(browser, request("third"))
+        first, second = twice(again={"decision": decisions[1]}, decision=decisions[0])
+        assert first.status == 303 and second.status == 404
+
+    def test_the_second_factor(self, idp, spa, alice, browser, exchange, give_totp, clock, twice):
+        code = second_factor(idp, alice, give_totp, clock)
+        browser.open(request())
+        first, second = twice(username="alice", password=PASSWORD)
+        assert first.headers["location"] == second.headers["location"]
+        assert title(browser.follow(second)) == "Second factor"
+        first, second = twice(totp=code())
+        claims = claims_of(exchange(code_of(second)).json["id_token"])
+        assert claims["amr"] == ["pwd", "otp", "mfa"] and idp.store.find_account(alice.id).totp_failures == 0
+        assert code_of(browser.open(request(prompt="none")))
+
+    def test_a_recovery_code(self, idp, spa, alice, browser, exchange, give_totp, clock, twice):
+        second_factor(idp, alice, give_totp, clock)
+        codes = m.make_recovery_codes(idp, m.LOCAL, alice.id)
+        sign_in(browser)
+        assert exchange(code_of(twice(totp=codes[0])[1])).status == 200
+        assert idp.store.count_recovery_codes(alice.id) == len(codes) - 1
+
+    def test_an_enrolment_shows_recovery_codes_that_work(self, idp, register, alice, browser, twice):
+        register("bank", flags={"ENABLE_TOTP": ""})
+        sign_in(browser, request("bank"))
+        seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', browser.answer.body)[1].decode().replace(" ", "")
+        SECRETS.add(seed)
+        _, second = twice(totp=pyotp.TOTP(seed).at(idp.now()))
+        shown = re.findall(r"(?:[a-z2-9]{4}-){3}[a-z2-9]{4}", second.body.decode())
+        assert second.status == 200 and len(shown) == m.RECOVERY_CODES
+        assert idp.store.spend_recovery_code(alice.id, m.sha256(shown[0].replace("-", "")), idp.now())
+        assert code_of(twice()[1])
+
+    def test_continue_as(self, spa, alice, browser, exchange, twice):
+        sign_in(browser)
+        browser.open(request(prompt="select_account"))
+        assert exchange(code_of(twice(choice="same")[1])).status == 200
+        browser.open(request(prompt="select_account"))
+        first, second = twice(choice="other")
+        assert first.headers["location"] == second.headers["location"]
+        assert title(browser.follow(second)) == "Sign in"
+
+    def test_both_at_once(self, spa, alice, browser, other, exchange, monkeypatch):
+        """One moves the login on while the password of the other is being verified."""
+        browser.open(request())
+        form = browser.forms().forms[0]["fields"] | {"username": "alice", "password": PASSWORD}
+        other.cookies, verify, begun = dict(browser.cookies), m.authenticate_user, []
+
+        def late(*words, **more):
+            found = verify(*words, **more)
+            if not begun:
+                begun.append(None)
+                begun[0] = other("POST", "/login", form)
+            return found
+
+        monkeypatch.setattr(m, "authenticate_user", late)
+        assert exchange(code_of(browser("POST", "/login", form))).status == 200
+        assert code_of(begun[0]) and code_of(browser.open(request(prompt="none")))
+
+    @pytest.mark.parametrize("wait, status", [(30, 303), (31, 404)])
+    def test_is_within_seconds(self, spa, alice, browser, twice, wait, status):
+        browser.open(request())
+        assert twice(wait, username="alice", password=PASSWORD)[1].status == status
+
+    @pytest.mark.parametrize("again", [{"password": "wrong wrong"}, {"username": "bob"}, {"form": "x"}, {"form": ""}])
+    def test_is_the_same_form(self, spa, alice, new_user, browser, twice, again):
+        new_user("bob")
+        browser.open(request())
+        answer = twice(again=again, username="alice", password=PASSWORD)[1]
+        assert answer.status == 404 and "location" not in answer.headers and not answer.cookies
+
+    @pytest.mark.parametrize("which", ["another", "the next"])
+    def test_is_the_same_code(self, idp, spa, alice, browser, give_totp, clock, twice, which):
+        totp = pyotp.TOTP(give_totp(idp, alice.account))
+        clock.pass_(60)
+        sign_in(browser)
+        answer = twice(again={"totp": totp.at(idp.now() + 30) if which == "the next" else "000000"}, totp=totp.at(idp.now()))[1]
+        assert answer.status == 404 and not answer.cookies
+
+    def test_is_of_the_same_browser(self, spa, alice, browser, other):
+        browser.open(request())
+        form = browser.forms().forms[0]["fields"] | {"username": "alice", "password": PASSWORD}
+        assert code_of(browser("POST", "/login", form))
+        other.open(request())
+        assert other("POST", "/login", form).status == 404
+        other.cookies.pop("__Host-mad-login")
+        assert other("POST", "/login", form).status == 404
+
+    def test_who_planted_the_first_secret_needs_the_password(self, register, alice, new_user, browser, other):
+        register("third", is_first_party=False)
+        new_user("mallory")
+        other.open(request("third"))
+        page, planted = other.forms().forms[0]["fields"], other.cookies["__Host-mad-login"]
+        browser.cookies["__Host-mad-login"] = planted
+        browser.open("/login?tx=" + page["tx"])
+        browser.submit(username="alice", password=PASSWORD)
+        for words in ({"username": "alice", "password": "guess"}, {"username": "mallory", "password": PASSWORD}):
+            answer = other("POST", "/login", page | words)
+            assert answer.status == 404 and not answer.cookies
+        consent = browser.forms().forms[0]["fields"] | {"decision": "allow"}
+        assert code_of(browser("POST", "/login/consent", consent))
+        assert other("POST", "/login/consent", consent).status == 404
+
+    @pytest.mark.parametrize("first_party", [True, False])
+    def test_a_user_who_was_ended_meanwhile_gets_nothing(
+        self, idp, register, alice, browser, clock, give_totp, first_party
+    ):
+        register("app", is_first_party=first_party)
+        code = second_factor(idp, alice, give_totp, clock)
+        sign_in(browser, request("app"))
+        form = browser.forms().forms[0]["fields"] | {"totp": code()}
+        before = dict(browser.cookies)
+        assert browser("POST", "/totp", form).status == 303
+        browser.cookies = before
+        m.revoke_user(idp, m.LOCAL, alice.id, "user_revoked")
+        answer = browser("POST", "/totp", form)
+        assert answer.status == 404 and not answer.cookies
+
+    def test_a_consent_needs_its_session_again(self, register, alice, browser, other):
+        register("third", is_first_party=False)
+        sign_in(browser, request("third"))
+        form = browser.forms().forms[0]["fields"] | {"decision": "allow"}
+        assert code_of(browser("POST", "/login/consent", form))
+        other.cookies["__Host-mad-login"] = browser.cookies["__Host-mad-login"]
+        assert other("POST", "/login/consent", form).status == 404
+        assert code_of(browser("POST", "/login/consent", form))
+
+    def test_the_login_of_an_application_with_its_own_screens_has_no_pages(self, idp, auth, spa, alice, browser):
+        jti = auth("POST", "/authorize", request().partition("?")[2]).json["jti"]
+        form = {"jti": jti, "username": "alice", "password": PASSWORD}
+        assert auth.post("/login/password", form).status == 200
+        (id,) = idp.store.values("SELECT id FROM login_transaction")
+        browser.cookies["__Host-mad-login"] = jti
+        form |= {"tx": id, "form": m.form_token(idp.seal.form_key, f"{id} password")}
+        assert browser("POST", "/login", form).status == 404
+
+    def test_a_guess_is_counted_like_any_other(self, idp, spa, alice, browser):
+        browser.open(request())
+        form, before = browser.forms().forms[0]["fields"] | {"username": "alice"}, dict(browser.cookies)
+        assert code_of(browser("POST", "/login", form | {"password": PASSWORD}))
+        browser.cookies = before
+        assert browser("POST", "/login", form | {"password": "a guess"}).status == 404
+        assert idp.store.find_account(alice.id).failed_logins == 1
 
 
 class TestAcr:

@@ -270,7 +270,7 @@ class LoginTransaction(Record, frozen=True):
     created_at: int
     expires_at: int
     proven_ms: int  # when the password was proven
-    pending: str  # a sealed seed that waits for its first code
+    pending: str  # a sealed seed that waits for its first code, else when and by which form it was moved on
 
 
 class AuthorizationCode(Record, frozen=True):
