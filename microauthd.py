@@ -355,8 +355,8 @@ class Throttle:
     They are in memory that the processes of a server share, so the limits are those of the box.
 
     Unknown names have buckets too, so that throttling does not reveal whether a name exists.
-    Loopback has no peer bucket, because all services of the box share that address. A user of the machine and a known
-    browser (see find_source) have a bucket for each name and no other, which no stranger takes from.
+    Loopback has no bucket for failures, because all services of the box share that address. A user of the machine and
+    a known browser (see find_source) have a bucket for each name and no other, which no stranger takes from.
     """
 
     RATES = {  # noqa: RUF012 - burst, refill a second; the peers of a site have together what 16 of them may have
@@ -364,6 +364,8 @@ class Throttle:
         # Logins begun and hints that wait: anybody may make one, and each is a row.
         "login of peer": (60, 1.0), "login of site": (16 * 60, 16 * 1.0),
         "hint of peer": (60, 1.0), "hint of site": (16 * 60, 16 * 1.0),
+        # All that comes over loopback, perhaps through a proxy: more than passwords can be verified, no more than fits.
+        "login of machine": (3000, 50.0), "hint of machine": (3000, 50.0),
         # Refusals of whoever has proven nothing. Only the next refusal is another one for it, never an answer.
         "refusal of peer": (120, 2.0), "refusal of site": (16 * 120, 16 * 2.0),
     }
@@ -399,16 +401,21 @@ class Throttle:
         for key in self.keys(peer, name):
             self.refuse_empty(key, self.level(key, now), f"too many failures from {peer}")
 
-    def begin(self, peer: str, begun: str):
-        """Count what anybody may cause, a `login`, a `hint` or a `refusal`. Raises slow_down after too many."""
-        now = self.clock()
+    def begin(self, peer: str, begun: str, octets=0):
+        """Count what anybody may cause, a `login`, a `hint` or a `refusal`. Raises slow_down after too many.
+
+        One that keeps `octets` in the database counts once for each kilobyte.
+        """
+        now, weight = self.clock(), max(1, -(-octets // 1024))
         with self.lock:
             keys = [(f"{begun} of {kind}", found, b"") for kind, found, _ in self.keys(peer, "") if kind != "name"]
+            if not keys and f"{begun} of machine" in self.RATES:
+                keys = [(f"{begun} of machine", "loopback", b"")]
             levels = {key: self.level(key, now) for key in keys}
             for key, level in levels.items():
                 self.refuse_empty(key, level, f"too many {begun}s of {key[1]}")
             for key, level in levels.items():
-                self.buckets.put(key, level - 1, now)
+                self.buckets.put(key, level - weight, now)
 
     def spend(self, peer: str, name: str):
         now = self.clock()
@@ -3809,14 +3816,14 @@ def begin_login(
 
     With a session the password counts as verified; `state` is the first step that is left.
     """
-    now, binding_sha256 = idp.now(), sha256(binding)
-    idp.throttle.begin(caller.peer, "login")
+    now, binding_sha256, kept = idp.now(), sha256(binding), msgspec.json.encode(request)
+    idp.throttle.begin(caller.peer, "login", len(kept))
     idp.store.purge_logins(now, 20)  # each new login deletes up to 20 expired ones, so that the table stays small
     if idp.store.count_logins(binding_sha256, now) >= 50:
         raise Problem("slow_down", log="too many logins under way in one browser", retry_after=60)
     row = LoginTransaction(
         random_handle()[:22], binding_sha256, request.client_id if request else "", state,
-        msgspec.json.encode(request).decode(), session.user_id if session else None, session.amr if session else "",
+        kept.decode(), session.user_id if session else None, session.amr if session else "",
         session.auth_time if session else 0, 0, now, now + LOGIN_TTL, session.created_ms if session else 0, "",
     )
     idp.store.insert(row)

@@ -1956,6 +1956,15 @@ def acr_claim(*values, essential=True, of="id_token"):
     return json.dumps({of: {"acr": {"essential": essential, "values": list(values)}}})
 
 
+class TestSize:
+    def test_a_login_counts_for_what_it_keeps(self, auth, spa):
+        """Each request keeps up to 8 KB for ten minutes, of whoever sends it."""
+        began = 0
+        while auth.get(request(state="x" * 4000)).status == 303:
+            began += 1
+        assert began == 60 // 5
+
+
 class TestSentTwice:
     """A double click: the browser shows what the second copy of a form gets, and may have dropped the first response."""
 

@@ -108,11 +108,11 @@ class TestThrottle:
         assert not self.is_spent(throttle, "2001:db8:2::1", "another")
 
     @staticmethod
-    def begun(throttle, peer):
+    def begun(throttle, peer, octets=0, begun="login"):
         """How many logins a peer can begin at once."""
-        for number in range(2000):
+        for number in range(4000):
             try:
-                throttle.begin(peer, "login")
+                throttle.begin(peer, begun, octets)
             except m.Problem as problem:
                 assert problem.code == "slow_down"
                 return number
@@ -125,6 +125,23 @@ class TestThrottle:
         throttle = m.Throttle(Clock(1000.0))
         for number in range(1500):
             throttle.begin(f"10.{number // 250}.{number % 250}.1", "login")
+
+    @pytest.mark.parametrize("begun", ["login", "hint"])
+    def test_all_of_loopback_begins_more_than_passwords_can_be_verified_and_no_more_than_fits(self, begun):
+        """A program of the machine, or whoever comes through a proxy there: the rows would fill a small disk."""
+        clock = Clock(1000.0)
+        throttle = m.Throttle(clock)
+        assert self.begun(throttle, "127.0.0.1", begun=begun) == 3000
+        assert self.begun(throttle, "127.0.0.2", begun=begun) == self.begun(throttle, "::1", begun=begun) == 0
+        clock.pass_(1)
+        assert self.begun(throttle, "127.0.0.9", begun=begun) == 50 and self.begun(throttle, "192.0.2.1", begun=begun) == 60
+
+    @pytest.mark.parametrize("octets, logins", [(0, 60), (1024, 60), (1025, 30), (8192, 8)])
+    def test_a_large_login_counts_for_several(self, octets, logins):
+        assert self.begun(m.Throttle(Clock(1000.0)), "192.0.2.1", octets) == logins
+
+    def test_loopback_has_no_bound_on_refusals(self):
+        assert self.begun(m.Throttle(Clock(1000.0)), "127.0.0.1", begun="refusal") is None
 
     def test_logins_begun_do_not_grow_the_throttle_without_bound(self):
         clock = Clock(1000.0)
