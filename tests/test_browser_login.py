@@ -245,6 +245,21 @@ class TestJourneys:
         page.keyboard.press("Enter")
         assert arrived(page, application)["code"]
 
+    @pytest.mark.parametrize("pause", [0, 10, 40, 100])
+    def test_a_form_that_is_sent_twice_leads_where_it_led_once(self, box, visit, with_totp, application, pause):
+        """A double click: the browser gives the first answer up, perhaps with its cookies, for the second."""
+        page, (name, seed) = visit(), with_totp()
+        twice = f"() => {{ const form = document.forms[0]; form.submit(); setTimeout(() => form.submit(), {pause}) }}"
+        page.get_by_label("User name").fill(name)
+        page.get_by_label("Password").fill(PASSWORD)
+        page.evaluate(twice)
+        expect(page.get_by_role("heading")).to_have_text("Second factor")
+        page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
+        page.evaluate(twice)
+        assert arrived(page, application)["code"]
+        page.goto(page.url_of(prompt="none"))
+        assert "code" in arrived(page, application), "it has the session"
+
     def test_it_is_set_up_at_login_where_the_client_demands_it_and_a_recovery_code_replaces_it(
         self, visit, person, application
     ):
