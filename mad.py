@@ -64,7 +64,7 @@ RUNTIME_FOLDER = "/run/microauthd"  # or in RuntimeDirectory= of the service
 EXIT_OK, EXIT_REFUSED, EXIT_USAGE, EXIT_LOGIN, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_STATUSES = (
     (EXIT_OK, "done"),
-    (EXIT_REFUSED, "refused by the server, or found to be wrong by audit verify"),
+    (EXIT_REFUSED, "refused by the server, or found to be wrong by audit verify, or in need of attention by status"),
     (EXIT_USAGE, "bad usage; nothing was sent"),
     (EXIT_LOGIN, "not logged in: no token, or it expired or was not accepted"),
     (EXIT_UNREACHABLE, "no usable answer: connection, TLS, time-out, or not a microauthd"),
@@ -1449,6 +1449,12 @@ class MadClient(ApiClient):
         """POST /audit-logs/purge. Return Msg. `days` > 0."""
         return self.request("POST", "/audit-logs/purge", json={"older_than_days": days})
 
+    # -- the box --
+
+    def get_status(self) -> dict:
+        """GET /status. Return Status: how the box is, and `attention`, what an operator has to settle."""
+        return self.request("GET", "/status")
+
     # -- backups --
 
     def make_backup(self, without_keys: bool = False) -> dict:
@@ -1780,19 +1786,20 @@ class Command:
 
     `at_least_one` demands one of the options that are not required, so that an update changes something. `positional`
     names the option whose value may be given without its name. `confirm_by` makes the command ask on a terminal: for
-    the value of the option that it names, or for y if it is "".
+    the value of the option that it names, or for y if it is "". `judge` returns the exit status for a result.
     """
-    __slots__ = ("at_least_one", "call", "confirm_by", "example", "help", "name", "options", "positional", "quiet",
-                 "render", "streams", "transform", "with_context", "without_client")
+    __slots__ = ("at_least_one", "call", "confirm_by", "example", "help", "judge", "name", "options", "positional",
+                 "quiet", "render", "streams", "transform", "with_context", "without_client")
 
     def __init__(self, name: str, help: str, call: Any, options: tuple[Option, ...], render: Any, example: str = "", *,
                  without_client: bool = False, with_context: bool = False, at_least_one: bool = False,
                  transform: Callable[[Any], Any] | None = None, quiet: Callable[[Any], list[str]] | None = None,
-                 streams: bool = False, confirm_by: str | None = None, positional: str = ""):
+                 streams: bool = False, confirm_by: str | None = None, positional: str = "",
+                 judge: Callable[[dict], int] | None = None):
         self.name, self.help, self.call, self.render, self.example = name, help, call, render, example
         self.without_client, self.with_context, self.at_least_one = without_client, with_context, at_least_one
         self.transform, self.quiet = transform, quiet
-        self.streams, self.confirm_by, self.positional = streams, confirm_by, positional
+        self.streams, self.confirm_by, self.positional, self.judge = streams, confirm_by, positional, judge
         self.options = tuple(options)
         if self.is_list:
             own_names = [option.name for option in options]
@@ -2164,6 +2171,53 @@ def line_template(template: str):
 def render_message(row: dict) -> list[str]:
     """Render the `message` of a Msg."""
     return [printable(row.get("message")) or "done"]
+
+
+def _size(octets) -> str:
+    """Return a number of octets in a unit that a person reads."""
+    number, unit = float(octets or 0), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+
+
+def render_status(status: dict) -> list[str]:
+    """Render a Status, what needs attention last."""
+    state = {"well": "is well", "attention": "needs attention", "stopped": "does not run"}
+    workers, clock, disk = (status.get(name) or {} for name in ("workers", "clock", "disk"))
+    rows = []
+    if pid := printable(status.get("pid")):
+        others = f"{printable(workers.get('running'))} of {printable(workers.get('expected'))}"
+        rows = [("since", format_cell("since_at", status.get("since"))),
+                ("processes", f"supervisor {pid}, {others} others" if workers.get("expected") else pid)]
+    for end in status.get("endpoints") or []:
+        host = printable(end.get("address"))
+        address = f"{'https' if end.get('tls') else 'http'}://{f'[{host}]' if ':' in host else host}:{end.get('port')}"
+        rows.append((printable(end.get("name")), printable(end["path"]) if end.get("path") else address))
+    rows += [("issuer", printable(status.get("issuer")))]
+    for title, member in (("certificate", "certificate"), ("admin certificate", "admin_certificate")):
+        if found := status.get(member):
+            rows.append((title, f"until {format_cell('not_after_at', found.get('not_after'))}, sha256 "
+                                f"{printable(found.get('fingerprint'))[:16]}\u2026"))
+    rows.append(("clock", f"{printable(clock.get('state'))}, {format_cell('now_at', clock.get('now'))}"))
+    last, plan = status.get("last_backup"), status.get("backups") or {}
+    rows.append(("last backup", f"{format_cell('made_at', last.get('at'))} {printable(last.get('name'))}, "
+                 f"{_size(last.get('bytes'))}, {printable(last.get('kind'))}" if last else "none"))
+    if plan.get("every"):
+        rows.append(("next backup", f"{format_cell('next_at', plan.get('next_at'))}, {plan.get('keep')} are kept"))
+    rows.append(("disk", f"{_size(disk.get('free'))} of {_size(disk.get('total'))} free; database "
+                 f"{_size(disk.get('database'))}, WAL {_size(disk.get('wal'))}, log {_size(disk.get('log'))}"))
+    width = max(len(title) for title, _ in rows)
+    lines = [f"microauthd {printable(status.get('version'))} {state.get(status.get('state', ''), '')}".rstrip()]
+    lines += [(title + ":").ljust(width + 3) + text for title, text in rows]
+    for found in status.get("attention") or []:
+        since = f" (since {format_cell('since_at', found['since'])})" if found.get("since") else ""
+        lines.append(f"{printable(found.get('severity'))}: {printable(found.get('text'))}{since}")
+        if found.get("command"):
+            lines.append("  see: " + printable(found["command"]))
+    return lines
 
 
 def with_client_secret(render):
@@ -3363,7 +3417,10 @@ COMMANDS = (
     *audit_commands("audit"),
     *audit_commands("auditlog"),
 
-    # -- backup --
+    # -- the box --
+    Command("status", "tell how the box is, and what needs attention", MadClient.get_status, (), render_status,
+            "mad status", quiet=lambda status: [printable(status.get("state"))],
+            judge=lambda status: EXIT_REFUSED if status.get("attention") else EXIT_OK),
     Command("backup", "make a backup of the whole box and fetch it", backup, (
         Option("file", "where to put it; the word after backup says it too", required=True, metavar="FILE"),
         Option("force", "write over a file that is there", "flag"),
@@ -3462,6 +3519,8 @@ def print_result(command: Command, context: Context, result) -> int:
             print(text)
         if has_failed:
             print_message("error", result.get("message", ""))
+    if command.judge:
+        return command.judge(result)
     return EXIT_REFUSED if isinstance(result, dict) and result.get("success") is False else EXIT_OK
 
 

@@ -88,9 +88,9 @@ from appliance.base.objects import (
     Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens,
     PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN,
     ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
-    StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, URI_MAX, USERNAME_MAX,
-    UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UserInfo, UserObject,
-    VerifyPassword, VerifyTotp, Version, iso, read_time,
+    StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, URI_MAX,
+    USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UserInfo,
+    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -796,6 +796,7 @@ class Machine(msgspec.Struct, frozen=True):
     make_backup: Callable
     read_backup_piece: Callable
     delete_backup: Callable
+    read_status: Callable
 
 
 class Idp:
@@ -5193,13 +5194,11 @@ LOG_DAMAGED = (  # without what the operator finds in the log: anyone may ask
 )
 
 
-@AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
-def ready(idp, params):
-    """Tell whether the database can be written, the keys are loaded and the clock is plausible.
+def check_readiness(idp: Idp) -> dict[str, bool]:
+    """Return whether the keys are loaded, the clock is plausible and the database can be written.
 
-    `warnings` has what does not keep the server from serving, and is to be settled by an operator.
+    One probe a second at most: it takes the write lock, and anyone may ask.
     """
-    # One probe a second at most: it takes the write lock, and anyone may call this.
     until, checks = idp.readiness
     if time.monotonic() >= until:
         checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(irreversible=False), "database": True}
@@ -5212,6 +5211,16 @@ def ready(idp, params):
         with contextlib.suppress(Unavailable):
             idp.log_was_damaged = bool(idp.store.meta("log_damaged"))
         idp.readiness = (time.monotonic() + 1, checks)
+    return checks
+
+
+@AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
+def ready(idp, params):
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible.
+
+    `warnings` has what does not keep the server from serving, and is to be settled by an operator.
+    """
+    checks = check_readiness(idp)
     more = {"warnings": [LOG_DAMAGED]} if idp.log_was_damaged else {}
     if all(checks.values()):
         return {"status": "ok", "checks": checks, **more}
@@ -6524,6 +6533,12 @@ def admin_health(idp, params):
 def admin_ready(idp, params):
     """Tell whether the database can be written, the keys are loaded and the clock is plausible."""
     return ready(idp, params)
+
+
+@ADMIN("GET", "/status", guard=by_admin, spec=OWN, gives=StatusObject)
+def admin_status(idp, claims, params):
+    """Tell how the box is: processes, ports, clock, certificates, backups, disk, and what needs attention."""
+    return idp.machine.read_status(idp)
 
 
 @ADMIN("POST", "/token", guard=anyone, spec=OWN, form=AdminTokenForm, gives=TokenObject)

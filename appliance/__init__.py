@@ -5,6 +5,8 @@
     oobe                                the wizard of the first start
     recovery                            the set-up journal, restore, rotation, recovery, reset
     processes                           what is settled before the first fork, a server process, the supervisor
+    machine                             what the routes of ADMIN get done at the machine
+    status                              how the box is, and what needs attention
     upkeep, backup                      purging, key states, the clock's thread; one file that restores a box
     ────────────────────────────────────────────────────────────────────────────────────────────────
     microauthd                          the server: one Bottle module with every rule and every route

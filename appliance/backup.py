@@ -16,7 +16,7 @@ from appliance.base.files import read_owned, show_path, sync_directory
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
 from appliance.base.objects import BackupObject, iso
-from microauthd import Caller, Idp, Machine, Problem, audit, reject
+from microauthd import Caller, Idp, Problem, audit, reject
 
 # == Backup ====================================================================
 # One file that restores the box, made while the server writes. recovery.py restores it.
@@ -188,7 +188,3 @@ def delete_backup(idp: Idp, caller: Caller, name: str):
             os.unlink(name, dir_fd=folder)
         except OSError:
             raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None
-
-
-# The functions that routes of ADMIN call.
-MACHINE = Machine(make_backup, read_backup_piece, delete_backup)

@@ -30,10 +30,10 @@ from microauthd import (
     AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_time_step,
     totp_uri,
 )
-from appliance.processes import check_limits, serve
+from appliance.processes import ask_ready, check_limits, find_server, serve
 from appliance.recovery import (
-    accept_clock, accept_log, back_up, describe_keys, describe_log, factory_reset, hold_setup, recover_admin,
-    recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
+    accept_clock, accept_log, back_up, describe_keys, describe_log, describe_status, factory_reset, hold_setup,
+    recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
 )
 from appliance.help import show_page, show_topics, topics, write
 
@@ -72,6 +72,8 @@ class Command(msgspec.Struct, frozen=True):
     flags: tuple[Flag, ...] = ()
     examples: tuple[str, ...] = ()
     args: int = 0  # how many words that are no flags
+    statuses: str = ""  # what its exit statuses mean, where they are others than STATUSES says
+    failed: int = 1  # the exit status of a refusal
     is_local: bool = False  # works on the files of a box that is set up, beside a running server if need be
 
     @property
@@ -284,6 +286,20 @@ def run_log(options: Options, line: CommandLine) -> int:
     return 0
 
 
+def run_status(options: Options, line: CommandLine) -> int:
+    import mad  # late: it is not small, and only this command and its own need it
+
+    pid = find_server(options.db_file)
+    checks, local = ask_ready(options, pid) if pid else ({}, "")
+    status = describe_status(options, pid, checks, local)
+    if "--json" in line.flags:
+        print(msgspec.json.format(msgspec.json.encode(status), indent=1).decode())
+    else:
+        print("\n".join(mad.render_status(msgspec.to_builtins(status))))
+    # The Linux Standard Base gives an init script's `status` 3 for stopped and 4 for unknown.
+    return 3 if status.state == "stopped" else 1 if status.attention else 0
+
+
 def run_admin(options: Options, line: CommandLine) -> int:
     if line.args[0] != "recover" or not line.values.get("--username"):
         raise UsageError
@@ -380,6 +396,15 @@ COMMANDS = {
             description="Use every part that a wrong machine or a damaged file could break: the encrypted database, "
             "Argon2id, signatures, the second factor and the bundled files. Nothing of the box is touched.",
             examples=("selftest",),
+        ),
+        Command(
+            "status", "how the box is, and what needs attention; the exit status tells it to scripts", run_status,
+            ("[--json]",),
+            "Print version, processes, ports, issuer, certificates, clock, last backup and disk, and below that what "
+            "needs attention, each with the command that helps. Nothing is changed. An administrator is told the same "
+            "by mad status and GET /status.",
+            (AS_JSON,), ("status", "status --json"), is_local=True, failed=4,
+            statuses="exit status: 0 well, 1 needs attention, 2 bad usage, 3 not running, 4 cannot be told",
         ),
         Command(
             "backup FILE",
@@ -510,7 +535,8 @@ def command_help(command: Command) -> str:
         lines += ["", *describe_settings()]
     elif command.run:
         lines += ["", "It also takes the options of the server, such as --config FILE: see microauthd help mad.conf."]
-    lines += ["", "examples:", *(example_of(words) for words in command.examples), "", STATUSES, ""]
+    lines += ["", "examples:", *(example_of(words) for words in command.examples), ""]
+    lines += [command.statuses or STATUSES, ""]
     return "\n".join(lines)
 
 
@@ -766,13 +792,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except StartupError as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
-        return 1
+        return COMMANDS[name].failed
     except (Problem, Unavailable) as error:
         problem = as_problem(error)
         print(f"microauthd: {problem.log or problem.message}", file=sys.stderr)
         for member, wrong in (problem.errors or {}).items():
             print(f"microauthd: {member} {wrong}", file=sys.stderr)
-        return 1
+        return COMMANDS[name].failed
     except KeyboardInterrupt:
         return 130
 

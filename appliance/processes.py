@@ -5,6 +5,7 @@ import collections
 import contextlib
 import errno
 import fcntl
+import functools
 import ipaddress
 import mmap
 import os
@@ -15,6 +16,7 @@ import select
 import signal
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +36,8 @@ from appliance.base.wire import (
     Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening, tls_context,
 )
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
-from appliance.backup import MACHINE
+from appliance.machine import MACHINE
+from appliance.status import list_children, read_status
 from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
 
 # == Processes =================================================================
@@ -301,6 +304,8 @@ class ServerProcess:
         limits = grant_connections(count)
         auth_ring = KeyRing(startup.auth_entries, options.prefer_ec_token_signer)
         admin_ring = KeyRing(startup.admin_entries, options.prefer_ec_admin_token_signer)
+        local = startup.local.path if startup.local else ""
+        machine = msgspec.structs.replace(MACHINE, read_status=functools.partial(read_status, local=local))
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
             if listening is None:
                 continue
@@ -308,7 +313,7 @@ class ServerProcess:
             # that of the box.
             seal = Seal(startup.seal_key)
             idp = Idp(
-                options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, MACHINE, startup.buckets
+                options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, machine, startup.buckets
             )
             # A ring file that changed since it was read has another fingerprint: the first request reads it again.
             entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
@@ -690,7 +695,11 @@ def hold_database(path: str):
         raise StartupError(f"the folder of the database {path} cannot be written: {error.strerror}") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sleep(0.02)  # find_server() may have it for a moment
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
             raise StartupError(f"microauthd is running on {path} already, as process {pid}") from None
@@ -701,6 +710,75 @@ def hold_database(path: str):
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def find_server(path: str) -> int:
+    """Return the pid of the server that holds the lock of a database, -1 if it cannot be told, 0 if none does.
+
+    It takes the lock itself for a moment: hold_database() tries twice. A process that has the database open must not
+    call this, because closing the file drops its fcntl locks. fcntl(2)
+    """
+    try:
+        descriptor = os.open(path + ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return 0
+    except BlockingIOError:
+        word = os.read(descriptor, 20).split()
+        return int(word[0]) if word and word[0].isdigit() else -1
+    finally:
+        os.close(descriptor)
+
+
+RUNTIME_FOLDER = "/run/microauthd"  # RuntimeDirectory= of the service
+ANSWER_SECONDS = 5
+
+
+def connect_local(options: Options, pid: int) -> tuple[socket.socket | None, str]:
+    """Return a connection to the Unix socket on which a server listens, and its path; None and "" if there is none."""
+    for folder in dict.fromkeys((local_socket_folder(options), RUNTIME_FOLDER, os.path.dirname(options.db_file))):
+        path = os.path.join(os.path.abspath(folder), LOCAL_SOCKET)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.suppress(OSError):
+            sock.settimeout(ANSWER_SECONDS)
+            sock.connect(path)
+            # Another box of this machine may have a socket there. Process 1 has made it if systemd listens. unix(7)
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            if struct.unpack("3i", credentials)[0] in (pid, *list_children(pid), 1):
+                return sock, path
+        sock.close()
+    return None, ""
+
+
+def connect_admin(options: Options) -> socket.socket:
+    """Return a connection to the TCP port of ADMIN. Nothing secret may be sent: its certificate is not verified."""
+    ip = ipaddress.ip_address(options.admin_ip)
+    host = ("::1" if ip.version == 6 else "127.0.0.1") if ip.is_unspecified else str(ip)
+    sock = socket.create_connection((host, options.admin_port), ANSWER_SECONDS)
+    if not options.admin_ssl_cert_file:
+        return sock
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(sock)
+
+
+def ask_ready(options: Options, pid: int) -> tuple[dict[str, bool], str]:
+    """Return the checks of GET /health/ready as a running server answers, and the path of its Unix socket.
+
+    A server that does not answer has failed the check `answer`, which is in no other result.
+    """
+    path = ""
+    try:
+        sock, path = connect_local(options, pid)
+        with sock or connect_admin(options) as connection:
+            host = options.admin_domain if sock is None else "localhost"
+            connection.sendall(f"GET /health/ready HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        return msgspec.json.decode(answer.partition(b"\r\n\r\n")[2], type=dict)["checks"], path
+    except (OSError, ValueError, KeyError, msgspec.MsgspecError):
+        return {"answer": False}, path
 
 
 def serve_prepared(startup: StartupState, lock: int) -> int:

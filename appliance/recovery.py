@@ -31,14 +31,16 @@ from appliance.base.database import Unavailable, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.wal import check_log, forget_mark
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
-from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
+from appliance.base.objects import CreateClient, CreateScope, CreateUser, StatusObject, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Problem, Seal, add_uri, assign_scopes, audit, check_new_password, create_client, create_scope,
     create_user, enable_totp, fold, hash_password, normalise, random_handle, reject, remove_qr_files, revoke_user,
     ring_files,
 )
-from appliance.backup import MACHINE, backup_files, check_copy, write_backup
+from appliance.backup import backup_files, check_copy, write_backup
+from appliance.machine import MACHINE
 from appliance.processes import hold_database, read_seal_key
+from appliance.status import gather_status
 
 # == Setup =====================================================================
 # The first start: config, keys, database, administrator and first client, all or nothing. A write-ahead journal.
@@ -875,6 +877,33 @@ def accept_clock(options: Options) -> dict:
     finally:
         idp.store.close()
     return {"now": now, "ended": ended}
+
+
+def describe_status(options: Options, pid: int, checks: dict[str, bool], local: str) -> StatusObject:
+    """Return how the box is, without changing anything: see gather_status(). Raises StartupError.
+
+    The database is opened read-only: nothing is migrated, and a write-ahead log that a crash left stays.
+    """
+    require_owner(options)
+    if not os.path.exists(options.db_file):
+        raise StartupError(f"there is no database {options.db_file}: nothing is set up here")
+    key, rings = read_database_key(options.db_file, options.db_pass, options.no_db_pass), []
+    for path, passphrase, _ in ring_files(options).values():
+        try:
+            rings.append(KeyRing(read_ring(path, passphrase)))
+        except StartupError:
+            checks = {**checks, "keys": False}
+            rings.append(KeyRing([make_key("ES256", 0, 0)]))  # a stand-in, which signs nothing
+    # Without a log and a server, a reader would leave an empty log behind. https://www.sqlite.org/uri.html#uriimmutable
+    is_still = not pid and not os.path.exists(options.db_file + "-wal")
+    store = Store(options.db_file, key, mode="ro&immutable=1" if is_still else "ro")
+    try:
+        return gather_status(Idp(options, store, rings[0], rings[1], Seal(bytes(32))), pid, checks, local)
+    except (Unavailable, sqlcipher3.Error) as error:
+        reason = error.log if isinstance(error, Unavailable) else error
+        raise StartupError(f"the database {options.db_file} cannot be read: {reason}") from None
+    finally:
+        store.close()
 
 
 def describe_log(options: Options) -> str:

@@ -34,7 +34,7 @@ from appliance.base.database import derive_key
 from appliance.base.store import AuthorizationCode, LoginTransaction, MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import make_key
 from appliance.base.objects import CreateClient, CreateScope, CreateUser
-from appliance.backup import MACHINE
+from appliance.machine import MACHINE
 from appliance.recovery import Answers, FirstClient, back_up, describe_keys, open_idp, set_up
 
 # No deadline: the box is shared, and what is slow once is not wrong.

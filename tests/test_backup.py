@@ -20,8 +20,9 @@ from appliance.base.database import read_database_key
 from appliance.base.store import Store
 from appliance.base.objects import CreateUser
 from appliance.backup import (
-    MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
+    check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
 )
+from appliance.machine import MACHINE
 from appliance.recovery import back_up, describe_keys, open_idp, restore
 
 

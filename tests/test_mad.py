@@ -1866,6 +1866,45 @@ class TestBackup:
 
 # == Commands ===================================================================
 
+class TestStatus:
+    """What needs attention is told to people, and by the exit status to scripts."""
+
+    WELL = {
+        "state": "well", "version": "1.0", "since": "2026-11-29T10:00:00Z", "pid": 7,
+        "workers": {"expected": 3, "running": 3}, "endpoints": [{"name": "auth", "address": "::1", "port": 9040}],
+        "issuer": "https://box.example", "clock": {"state": "right", "now": "2026-11-29T11:00:00Z"},
+        "certificate": {"not_after": "2026-12-05T14:00:00Z", "fingerprint": "ab" * 32},
+        "last_backup": {"at": "2026-11-28T03:00:00Z", "name": "b.backup", "bytes": 4_200_000, "kind": "schedule"},
+        "disk": {"free": 3_100_000_000, "total": 10**10, "database": 41_000_000, "wal": 0, "log": 12}, "attention": [],
+    }
+    LOW = {"code": "disk_low", "severity": "warning", "since": None, "text": "1 MB is\x1b[2J free", "command": ""}
+
+    def test_of_a_box_that_is_well(self, here, fake):
+        fake.answers["GET /status"] = (200, self.WELL, {})
+        done = here("status", MAD_ADMIN_URL=fake.url)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines() == [
+            "microauthd 1.0 is well", "since:        2026-11-29 10:00:00Z", "processes:    supervisor 7, 3 of 3 others",
+            "auth:         http://[::1]:9040", "issuer:       https://box.example",
+            "certificate:  until 2026-12-05 14:00:00Z, sha256 abababababababab\u2026",
+            "clock:        right, 2026-11-29 11:00:00Z",
+            "last backup:  2026-11-28 03:00:00Z b.backup, 4.2 MB, schedule",
+            "disk:         3.1 GB of 10.0 GB free; database 41.0 MB, WAL 0 B, log 12 B",
+        ], done.stdout
+
+    @pytest.mark.parametrize("words", [[], ["--json"], ["--quiet"]])
+    def test_of_one_that_needs_attention(self, here, fake, words):
+        fake.answers["GET /status"] = (200, self.WELL | {"state": "attention", "attention": [self.LOW]}, {})
+        done = here("status", *words, MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 1 and done.stderr == "", done
+        assert words or done.stdout.endswith("warning: 1 MB is\\x1b[2J free\n")
+        assert words != ["--quiet"] or done.stdout == "attention\n"
+
+    def test_of_a_server_that_says_less(self, here, fake):
+        """One of another release."""
+        fake.answers["GET /status"] = (200, {}, {})
+        assert here("status", MAD_ADMIN_URL=fake.url).returncode == 0
+
+
 class TestEveryCommand:
     @pytest.mark.parametrize("command", ASKING, ids=lambda command: command.name)
     def test_a_refusal_is_one_json_document(self, here, fake, command):

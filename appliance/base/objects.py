@@ -808,6 +808,109 @@ class BackupObject(msgspec.Struct):
     newest_at: str | None
 
 
+Severity = Literal["error", "warning"]
+
+
+class Attention(msgspec.Struct, frozen=True):
+    """Something that an operator has to settle; `command` is what to run, or what to read, if there is such a thing."""
+
+    code: str
+    severity: Severity
+    since: str | None
+    text: str
+    command: str = ""
+
+
+class Workers(msgspec.Struct):
+    """How many processes there should be besides the supervisor, and how many there are."""
+
+    expected: int
+    running: int
+
+
+class Endpoint(msgspec.Struct):
+    """Where a port listens. `path` is that of a Unix socket."""
+
+    name: str
+    address: str = ""
+    port: int = 0
+    tls: bool = False
+    path: str = ""
+
+
+class CertificateObject(msgspec.Struct):
+    """The certificate of a port as its file holds it; `fingerprint` is the SHA-256 of its DER encoding."""
+
+    not_before: str
+    not_after: str
+    fingerprint: str
+    names: list[str]
+
+
+class ClockObject(msgspec.Struct):
+    """`state` is right, probation, guessed, behind or ahead; `now` is the time that the server goes by."""
+
+    state: str
+    now: str
+
+
+class LastBackup(msgspec.Struct):
+    """The latest backup that stands, of whatever kind: command, admin, schedule or upgrade."""
+
+    at: str
+    name: str
+    bytes: int
+    kind: str
+
+
+class BackupPlan(msgspec.Struct):
+    """Backups by themselves: seconds between two, how many are kept, the next try, what the last one failed of."""
+
+    every: int
+    keep: int
+    folder: str
+    next_at: str | None = None
+    failed_at: str | None = None
+    failure: str = ""
+    failures: int = 0  # in all
+
+
+class Disk(msgspec.Struct):
+    """Octets: what is free and in all where the database lies, and what the database, its WAL and the log take."""
+
+    free: int
+    total: int
+    database: int
+    wal: int
+    log: int
+
+
+class StatusObject(msgspec.Struct):
+    """How the box is. `state` is well, attention or stopped; `since` and `pid` are null while no server runs."""
+
+    state: str
+    version: str
+    versions: dict[str, str]
+    now: str
+    since: str | None
+    pid: int | None
+    pids: list[int]
+    workers: Workers
+    endpoints: list[Endpoint]
+    issuer: str
+    admin_issuer: str
+    shares_host_with_auth: bool
+    checks: dict[str, bool]
+    clock: ClockObject
+    certificate: CertificateObject | None
+    admin_certificate: CertificateObject | None
+    last_backup: LastBackup | None
+    backups: BackupPlan
+    disk: Disk
+    log_damaged: str
+    attention: list[Attention]
+
+
 class AuditVerdict(msgspec.Struct):
     """`head` is the hash of the last row that is no refusal, `last_seq` its number: store both elsewhere to detect a
     rewrite of the rows that it covers.
