@@ -38,7 +38,7 @@ from appliance.base.wire import (
 from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
 from appliance.machine import MACHINE
 from appliance.status import list_children, read_status
-from appliance.upkeep import ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
+from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -298,6 +298,7 @@ class ServerProcess:
         self.store.start_flusher()
         self.upkeep: Upkeep | None = None
         self.clock_thread: ClockThread | None = None
+        self.backup_thread: BackupThread | None = None
         self.servers: list[Server] = []
         self.refusal_thread = RefusalThread([])
         count = sum(listening is not None for listening in (auth_socket, admin_socket))
@@ -325,7 +326,7 @@ class ServerProcess:
             app: Callable = App(idp, routes)
             if name == "admin":
                 app = guard_admin(app, idp)
-                self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
+                self.upkeep, self.clock_thread, self.backup_thread = Upkeep(idp), ClockThread(idp), BackupThread(idp)
             server = Server(
                 name, [listening], app, limits=limits, tls=tls_of(options, name),
                 trusted_proxies=options.trusted_proxies, log=self.refused, max_threads=grant_threads(count, limits),
@@ -365,14 +366,16 @@ class ServerProcess:
         for server in self.servers:
             server.start()
         self.refusal_thread.start()
-        if self.upkeep and self.clock_thread:
+        if self.upkeep and self.clock_thread and self.backup_thread:
             self.upkeep.start()
             self.clock_thread.start()
+            self.backup_thread.start()
 
     def stop(self):
         """Answer the requests in flight, then write the queued rows."""
-        if self.upkeep:
+        if self.upkeep and self.backup_thread:
             self.upkeep.ending.set()
+            self.backup_thread.ending.set()
         stopping = [threading.Thread(target=server.stop, args=(4,)) for server in self.servers]
         for thread in stopping:
             thread.start()

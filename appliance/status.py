@@ -18,6 +18,7 @@ from appliance.base.objects import (
     Workers, iso, read_time,
 )
 from microauthd import Idp, VERSION, check_readiness
+from appliance.backup import read_schedule
 
 # == Gathering =================================================================
 # What is read from the machine and the database.
@@ -108,7 +109,12 @@ def read_last_backup(idp: Idp) -> LastBackup | None:
 
 
 def read_backup_plan(idp: Idp) -> BackupPlan:
-    return BackupPlan(0, 0, idp.options.backup_folder)
+    options, known = idp.options, read_schedule(idp)
+    next_at = min(known.next_at, idp.now() + options.backup_every) if options.backup_every else 0
+    return BackupPlan(
+        options.backup_every, options.backup_keep, os.path.abspath(options.backup_folder), iso(next_at),
+        iso(known.failed_at), known.failure, known.failures,
+    )
 
 
 def list_endpoints(options: Options, local: str) -> list[Endpoint]:
@@ -185,13 +191,16 @@ def attend_disk(idp: Idp, status: StatusObject) -> Iterator[Attention]:
         yield Attention("disk_low", severity, None, text)
 
 
-BACKUP_DAYS = 7  # a box whose newest backup is older needs attention, where nothing else is set
+BACKUP_SECONDS = 7 * 86400  # a box whose newest backup is older needs attention, where nothing else is set
 
 
 def attend_backups(idp: Idp, status: StatusObject) -> Iterator[Attention]:
-    last = status.last_backup
+    last, plan = status.last_backup, status.backups
+    if plan.every and plan.failure:
+        text = f"the last backup by itself failed: {plan.failure}"
+        yield Attention("backup_failed", "error", plan.failed_at, text, "microauthd backup FILE")
     known = read_time(last.at) if last else int(idp.store.meta("created_at", "0"))
-    due = (known or 0) + BACKUP_DAYS * 86400
+    due = (known or 0) + (2 * plan.every + 3600 if plan.every else BACKUP_SECONDS)
     if idp.now() > due:
         text = f"the last backup was made at {last.at}" if last else "there is no backup of this box"
         yield Attention("backup_old", "warning", iso(due), text, "microauthd backup FILE")

@@ -19,6 +19,9 @@ from appliance.base.database import Unavailable
 from appliance.base.store import RetiredKey, SCATTERED, SLICE, Store
 from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
+from appliance.backup import (
+    Schedule, clear_leftovers, hold_backup_folder, is_due, read_schedule, run_schedule, scheduled_prefix,
+)
 from microauthd import (
     HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
     ring_files, write_refusal_counts,
@@ -241,6 +244,41 @@ class Upkeep(threading.Thread):
         except Exception as error:
             reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
+
+
+class BackupThread(threading.Thread):
+    """Makes a backup each `backup-every`, by the time that the server believes. Its work would keep upkeep waiting."""
+
+    INTERVAL = 5
+
+    def __init__(self, idp: Idp):
+        super().__init__(name="backups", daemon=True)
+        self.idp, self.ending = idp, threading.Event()
+
+    def run(self):
+        idp = self.idp
+        if not idp.options.backup_every or self.ending.wait(self.INTERVAL):  # let the start write first
+            return
+        schedule = None
+        while True:
+            try:
+                schedule = schedule or self.begin()
+                if is_due(schedule, idp.now(), idp.options.backup_every):
+                    schedule = run_schedule(idp, schedule, lambda: self.ending.wait(0.01))
+            except Exception as error:
+                if self.ending.is_set():
+                    return  # stop() has closed the database: the next start makes it up
+                reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
+                idp.log("backup.failed", "error", reason=reason)
+                self.ending.wait(60)
+            if self.ending.wait(self.INTERVAL):
+                return
+
+    def begin(self) -> Schedule:
+        """Remove what a backup that was killed has left. Return what is known of the earlier ones."""
+        with contextlib.suppress(Problem, OSError), hold_backup_folder(self.idp.options) as folder:
+            clear_leftovers(folder, scheduled_prefix(self.idp))
+        return read_schedule(self.idp)
 
 
 class RefusalThread(threading.Thread):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from appliance.base import StartupError
 from appliance.base.settings import (
     OPTIONS, Options, absolute, address, boolean, check_options, color, content_policy, days, describe_options, domain,
-    issuer, label, load_options, networks, octets, parse_config, parse_flags, port, seconds, text, worker_count,
+    issuer, label, load_options, networks, octets, parse_config, parse_flags, period, port, seconds, text, worker_count,
     write_config,
 )
 
@@ -130,6 +130,23 @@ class TestSizes:
             octets(word)
 
 
+class TestPeriods:
+    @pytest.mark.parametrize(
+        "word, seconds",
+        [
+            ("off", 0), ("0", 0), ("never", 0), ("Daily", 86400), ("hourly", 3600), ("weekly", 604800), ("900", 900),
+            ("15m", 900), ("6 h", 21600), ("2 days", 172800), ("1 week", 604800), ("12 hours", 43200), ("366d", 31622400),
+        ],
+    )
+    def test_they_are_words_or_numbers_with_a_unit(self, word, seconds):
+        assert period(word) == seconds
+
+    @pytest.mark.parametrize("word", ["", "-1", "1", "14 m", "899", "367 d", "1.5 h", "often", "monthly", "true"])
+    def test_what_is_none_is_refused_with_some_that_are(self, word):
+        with pytest.raises(ValueError, match="must be off, hourly, daily"):
+            period(word)
+
+
 class TestFile:
     @pytest.mark.parametrize(
         "line, value",
@@ -245,7 +262,7 @@ VALUES = {
     text: TEXT, boolean: st.booleans(), absolute: st.one_of(st.just(""), TEXT.map("/".__add__)),
     address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]), port: st.integers(1, 65535),
     seconds: st.integers(1, 315360000), days: st.integers(0, 9999), worker_count: st.integers(-1, 64),
-    octets: st.one_of(st.just(-1), st.integers(10**6, 10**12)),
+    octets: st.one_of(st.just(-1), st.integers(10**6, 10**12)), period: st.one_of(st.just(0), st.integers(900, 31622400)),
     networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
     .map(", ".join)
     .map(networks), domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),

@@ -56,6 +56,18 @@ def octets(value: str) -> int:
     return size
 
 
+def period(value: str) -> int:
+    """Parse how often something is done: off, hourly, daily, weekly, or a number of hours or days; 0 is "off"."""
+    words = {"off": "0", "never": "0", "hourly": "1 h", "daily": "1 d", "weekly": "1 w"}
+    word = value.strip().lower()
+    found = re.fullmatch(r"([0-9]{1,8}) ?(|s|m|h|d|w|hours?|days?|weeks?)", words.get(word, word))
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    length = int(found[1]) * units[found[2][:1]] if found else -1
+    if length and not 900 <= length <= 31622400:
+        raise ValueError("must be off, hourly, daily, weekly, or a time from 15 m to a year, such as 6 h or 2 days")
+    return length
+
+
 port = whole(1, 65535)
 seconds = whole(1, 315360000)
 days = whole(0, 9999)
@@ -176,8 +188,15 @@ class Options:
     )
     no_db_pass: bool = option(False, boolean, "Keep the database unencrypted, knowingly.", group="Files")
     backup_folder: str = option(
-        "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.",
+        "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched, and where those of "
+        "backup-every stay; empty: none are made.", group="Files",
+    )
+    backup_every: int = option(
+        0, period, "How often the server makes a backup by itself: off, hourly, daily, weekly, or a time such as 6 h.",
         group="Files",
+    )
+    backup_keep: int = option(
+        7, whole(1, 1000), "How many of the backups made by itself are kept.", group="Files"
     )
     seal_key_file: str = option("seal.key", text, "Key that seals TOTP seeds in the database.", group="Files")
     docker: bool = option(False, boolean, "Container: never run the wizard.", group="Files")
@@ -744,6 +763,8 @@ def write_config(options: Options) -> str:
             word = ", ".join(map(str, value))
         elif option.parse in (worker_count, octets) and value < 0:
             word = "auto"
+        elif option.parse is period and not value:
+            word = "off"
         else:
             word = str(value).lower() if isinstance(value, bool) else str(value)
         if any(ord(letter) < 32 or letter == "\x7f" for letter in word) or len(word.splitlines()) > 1:

@@ -2389,8 +2389,9 @@ class Store(Database):
             sizes.append(AuditSize(rows, int(rows * (mean + ROW_OVERHEAD) * PAGE_OVERHEAD)))
         return sizes[0], sizes[1]
 
-    def verify_audit(self) -> dict:
+    def verify_audit(self, pause: Callable[[], object] = lambda: None) -> dict:
         """Walk the hash chains. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, if one is broken, `reason`.
+        `pause` is called after each thousand rows.
 
         One read transaction, so rows that are appended meanwhile are not seen. The chains begin at the anchors that
         purge_audit() and purge_refusals() stored. A number may be missing only up to an anchor: the rows of the other
@@ -2422,6 +2423,8 @@ class Store(Database):
                     return found | {"valid": False, "reason": f"row {seq} was altered{before}"}
                 seen[kind] = seen[kind] or heads[kind] == (seq, row[10])
                 count, first = count + 1, first or seq
+                if count % 1000 == 0:
+                    pause()
                 found |= {"rows": count, "first_seq": first}
                 if kind == 0:
                     found |= {"last_seq": seq, "head": row[10]}
