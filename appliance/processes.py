@@ -3,6 +3,7 @@
 import base64
 import collections
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -19,13 +20,15 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import Options
+from appliance.base.settings import Options, check_options
 from appliance.base.log import Log
 from appliance.base.files import check_folder, file_fingerprint, guard_private, open_owned
 from appliance.base.shared import Buckets
@@ -65,7 +68,8 @@ class StartupState(msgspec.Struct):
     admin_entries: list
     seal_key: bytes
     auth_sockets: list
-    admin_socket: object
+    admin_socket: socket.socket
+    handed: frozenset[socket.socket]  # those that the service manager made, and keeps
     local: LocalSocket | None
     generation: Generation
     buckets: Buckets
@@ -118,12 +122,66 @@ def read_seal_key(path: str) -> bytes:
     return key
 
 
+# -- sockets of a service manager --
+
+LISTEN_FDS_START = 3  # <systemd/sd-daemon.h>
+
+
+def take_sockets() -> dict[str, socket.socket]:
+    """Return the listening sockets that the service manager has made for this process: auth, admin, local.
+
+    Their names are those of the units, microauthd-auth.socket, or FileDescriptorName=auth; a Unix socket of admin is
+    `local`. Raises StartupError: connections to a socket that nobody serves would wait for ever. sd_listen_fds(3)
+    """
+    pid, count, names = (os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
+    found: dict[str, socket.socket] = {}
+    if pid != str(os.getpid()) or not count.isdigit():
+        return found  # they are another process's
+    for number, name in enumerate((names.split(":") + [""] * int(count))[: int(count)], LISTEN_FDS_START):
+        matched = re.fullmatch(r"(?:microauthd-)?(auth|admin)(?:\.socket)?", name)
+        try:
+            sock = socket.socket(fileno=number)
+            listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise StartupError(f"LISTEN_FDS: descriptor {number}, {name!r}: {error.strerror}") from None
+        side = matched[1] if matched else ""
+        if sock.family == socket.AF_UNIX and side:
+            side = {"admin": "local"}.get(side, "")
+        if not side or not listens or side in found:
+            raise StartupError(
+                f"LISTEN_FDS: descriptor {number}, {name!r}, is not one of what is served: a TCP socket auth, one "
+                "admin, and a Unix socket admin, each of them listening (Accept=no)"
+            )
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+        found[side] = sock
+    return found
+
+
+def use_addresses(options: Options, handed: Mapping[str, socket.socket]) -> Options:
+    """Return the options with the addresses that handed sockets listen on, checked as those of mad.conf are."""
+    changes: dict[str, Any] = {}
+    for side in {"auth", "admin"} & handed.keys():
+        changes[f"{side}_ip"], changes[f"{side}_port"] = handed[side].getsockname()[:2]
+    if not changes:
+        return options
+    origins = dict.fromkeys((name.replace("_", "-") for name in changes), "the socket of the service manager")
+    changed = dataclasses.replace(options, origins=options.origins | origins, **changes)
+    check_options(changed)
+    return changed
+
+
 PORT_SECONDS = 3  # workers outlive a supervisor that was killed by at most two seconds: run_child()
 
 
-def bind_ports(options: Options, workers: int) -> tuple[list[socket.socket], socket.socket]:
-    """Return the sockets of the AUTH workers, and that of ADMIN. Raises StartupError naming a port that is taken."""
-    auth_sockets: list[socket.socket] = []
+def bind_ports(
+    options: Options, workers: int, handed: Mapping[str, socket.socket]
+) -> tuple[list[socket.socket], socket.socket]:
+    """Return the sockets of the AUTH workers, and that of ADMIN. Raises StartupError naming a port that is taken.
+
+    Of a socket that was handed in there is one: each worker accepts from it.
+    """
+    auth_sockets: list[socket.socket] = [handed["auth"]] * workers if "auth" in handed else []
     deadline = time.monotonic() + PORT_SECONDS
     while True:
         try:
@@ -131,7 +189,7 @@ def bind_ports(options: Options, workers: int) -> tuple[list[socket.socket], soc
             if not auth_sockets:
                 auth_sockets = listen_shared(ip, port, workers) if workers > 1 else [listen(ip, port)]
             side, ip, port = "admin", options.admin_ip, options.admin_port
-            return auth_sockets, listen(ip, port)
+            return auth_sockets, handed.get("admin") or listen(ip, port)
         except OSError as error:
             holder = find_listener(port) if error.errno == errno.EADDRINUSE else 0
             if error.errno == errno.EADDRINUSE and holder != os.getpid() and time.monotonic() < deadline:
@@ -201,8 +259,12 @@ def remove_local_socket(local: LocalSocket | None):
             local.file_id = None
 
 
-def prepare(options: Options) -> StartupState:
-    """Check everything a start needs, and bind both ports. Raises StartupError with one sentence."""
+def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxyType({})) -> StartupState:
+    """Check everything a start needs, and bind both ports. Raises StartupError with one sentence.
+
+    `handed` is what take_sockets() found.
+    """
+    options = use_addresses(options, handed)
     log = Log(options)
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
     if options.serve_public_auth_files and os.path.isdir("public"):
@@ -225,11 +287,14 @@ def prepare(options: Options) -> StartupState:
         clock = start_clock(store, log)
     finally:
         store.close()
-    auth_sockets, admin_socket = bind_ports(options, max(1, options.worker_processes))
-    local = bind_local_socket(options, local_users, log)
+    auth_sockets, admin_socket = bind_ports(options, max(1, options.worker_processes), handed)
+    if "local" in handed:
+        local: LocalSocket | None = LocalSocket(handed["local"], handed["local"].getsockname(), None, local_users)
+    else:
+        local = bind_local_socket(options, local_users, log)
     return StartupState(
-        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket, local,
-        Generation(), Buckets(), clock, log,
+        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
+        frozenset(handed.values()), local, Generation(), Buckets(), clock, log,
     )
 
 
@@ -570,7 +635,8 @@ class Supervisor:
         often = self.tries[number] <= 10
         self.pending[number] = time.monotonic() + (0.2 if often else 5)
         sock = (*self.startup.auth_sockets, self.startup.admin_socket)[number]
-        if not often:
+        # A socket of the service manager is that of all workers, and its connections wait for the next start too.
+        if not often and sock not in self.startup.handed:
             pause_listening(sock)  # it listens again when a child serves it
 
     def restart_due(self):
@@ -805,13 +871,14 @@ def serve_prepared(startup: StartupState, lock: int) -> int:
 def serve(options: Options) -> int:
     """Serve both ports until SIGTERM or Ctrl-C. Returns the exit status."""
     check_limits()
+    handed = take_sockets()
     # Block the signals before the first thread and wait for them: a handler could run just before the wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING | {signal.SIGHUP, signal.SIGCHLD})
     # If the parent ignored SIGCHLD, so does this process, and the end of a child would be lost. wait(2).
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     share_one_arena()
     with hold_database(options.db_file) as lock:
-        startup = prepare(options)
+        startup = prepare(options, handed)
         try:
             return serve_prepared(startup, lock)
         finally:
