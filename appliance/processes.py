@@ -8,6 +8,7 @@ import errno
 import fcntl
 import functools
 import ipaddress
+import math
 import mmap
 import os
 import pwd
@@ -20,7 +21,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -557,6 +558,54 @@ def notify(state: str):
             channel.send(state.encode())
 
 
+class Watchdog:
+    """Tells systemd that the server is alive, as long as it answers: twice in WatchdogSec= of the service.
+
+    Without a word in that time systemd kills the server and starts it anew. sd_watchdog_enabled(3)
+    """
+
+    def __init__(self):
+        usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+        is_meant = usec.isdigit() and pid in ("", str(os.getpid()))
+        self.interval = int(usec) / 2_000_000 if is_meant else 0.0
+        self.due = 0.0
+
+    def tell(self, is_answering: bool):
+        now = time.monotonic()
+        if self.interval and is_answering and now >= self.due:
+            notify("WATCHDOG=1")
+            self.due = now + self.interval
+
+
+class Terminal:
+    """The terminal that this server was started on, if there is one, and whether SIGHUP tells that it has closed.
+
+    A service has none: SIGHUP is reload there, as it is on a terminal that is open. A shell whose window closes may
+    send it a moment before the kernel takes the terminal away. Where the signal is ignored, as below nohup(1), the
+    server outlives its terminal. termios(3), setsid(2)
+    """
+
+    CLOSING_SECONDS = 5
+
+    def __init__(self):
+        self.descriptor, self.hung_up_at = -1, -math.inf
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            with contextlib.suppress(OSError):  # there is none
+                self.descriptor = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def hang_up(self):
+        """Note that SIGHUP came."""
+        self.hung_up_at = time.monotonic()
+
+    def has_closed(self) -> bool:
+        """Return whether SIGHUP came, and the terminal is gone."""
+        if self.descriptor < 0 or time.monotonic() - self.hung_up_at > self.CLOSING_SECONDS:
+            return False
+        events = select.poll()
+        events.register(self.descriptor, 0)
+        return any(event & (select.POLLHUP | select.POLLERR) for _, event in events.poll(0))
+
+
 def announce(startup: StartupState):
     options = startup.options
     notify("READY=1")
@@ -575,6 +624,23 @@ def announce(startup: StartupState):
             )
 
 
+def reap_orphans(children: Container[int], seen: int | None = None) -> int:
+    """As the first process of a container, reap what others have left behind: nobody else does. wait(2)
+
+    Return the pid of a zombie that was left alone, or 0. With `seen`, what the last call returned, only that one is
+    reaped: a younger one may be a child that one of our threads is about to wait for.
+    """
+    while os.getpid() == 1:
+        try:  # only looked at: the status of a child of ours is for whom it concerns
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return 0
+        if found is None or found.si_pid in children or seen not in (None, found.si_pid):
+            return found.si_pid if found else 0
+        os.waitpid(found.si_pid, os.WNOHANG)
+    return 0
+
+
 class Supervisor:
     """Forks the children, replaces one that dies or hangs, ends them all.
 
@@ -583,6 +649,7 @@ class Supervisor:
 
     def __init__(self, startup: StartupState, close_in_child=()):
         self.startup, self.close_in_child = startup, close_in_child
+        self.watchdog, self.terminal = Watchdog(), Terminal()
         self.children: dict[int, tuple[int, float]] = {}  # pid -> (role number, started)
         self.beats: dict[int, tuple[int, float]] = {}  # pid -> its last heartbeat, and seconds since it changed
         self.beats_at = time.monotonic()  # when end_stuck() last compared them
@@ -678,6 +745,7 @@ class Supervisor:
                 self.startup.generation.bump()  # it may have died after COMMIT and before bump()
                 number, started = self.children.pop(pid)
                 yield number, time.monotonic() - started, pid, status
+        reap_orphans(self.children)
 
     def end_stuck(self):
         """Kill a child whose heartbeat has stood still for STUCK_SECONDS, or has not begun within START_SECONDS.
@@ -698,14 +766,31 @@ class Supervisor:
                 still = 0.0
             self.beats[pid] = count, still
 
+    def is_answering(self) -> bool:
+        """Return whether ADMIN and at least one AUTH worker live and serve: their heartbeats go on.
+
+        A single worker that hangs is replaced here, and is no matter for systemd.
+        """
+        well = {
+            self.children[pid][0]
+            for pid, (count, still) in self.beats.items()
+            if count and still < STUCK_SECONDS and pid in self.children
+        }
+        admin = self.roles() - 1
+        return admin in well and bool(well - {admin})
+
     def watch(self) -> int:
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
             info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.pending else 1.0)
-            if info and info.si_signo in STOPPING:
+            hung_up = info is not None and info.si_signo == signal.SIGHUP
+            if hung_up:
+                self.terminal.hang_up()
+            if self.terminal.has_closed() or (info and info.si_signo in STOPPING):
                 return self.end()
             with contextlib.suppress(MemoryError):  # the next turn finds what this one could not do
-                self.check_children(info and info.si_signo == signal.SIGHUP)
+                self.check_children(hung_up)
+                self.watchdog.tell(self.is_answering())
 
     def check_children(self, drop_caches):
         """One turn of the watch: replace children that died, kill those that hang, fork what is due."""
@@ -854,12 +939,22 @@ def serve_prepared(startup: StartupState, lock: int) -> int:
     """Serve in this process, or in those that it forks, until SIGTERM or Ctrl-C. Returns the exit status."""
     if startup.options.worker_processes:
         return Supervisor(startup, [lock]).run()
+    watchdog, terminal = Watchdog(), Terminal()
     process = ServerProcess(startup, 0, startup.auth_sockets[0], startup.admin_socket)
     process.start()
     drop_startup_pages()
     announce(startup)
-    while signal.sigwait(STOPPING | {signal.SIGHUP}) == signal.SIGHUP:
-        startup.generation.bump()
+    beat = zombie = 0
+    while not terminal.has_closed():
+        info = signal.sigtimedwait(STOPPING | {signal.SIGHUP, signal.SIGCHLD}, 1.0)
+        if info and info.si_signo in STOPPING:
+            break
+        if info and info.si_signo == signal.SIGHUP:
+            terminal.hang_up()
+            startup.generation.bump()
+        zombie = reap_orphans((), zombie)
+        beat, before = startup.generation.beats[0], beat
+        watchdog.tell(beat != before)
     notify("STOPPING=1")
     remove_local_socket(startup.local)
     process.stop()

@@ -2,16 +2,22 @@
 
 import ast
 import contextlib
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import pexpect
 import pytest
 from box import PROGRAM, ROOT, Box
 from appliance.base import StartupError
 from appliance.base.settings import Options
-from appliance.processes import Supervisor, take_sockets, use_addresses
+from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, reap_orphans, take_sockets, use_addresses
 
 
 def listener(family=socket.AF_INET, kind=socket.SOCK_STREAM, address=("127.0.0.1", 0), listening=True):
@@ -126,3 +132,165 @@ class TestSocketsHandedIn:
                 assert box.stop() == 0
             finally:
                 box.__exit__()
+
+
+class TestWatchdog:
+    """sd_watchdog_enabled(3): systemd starts a server anew that does not answer."""
+
+    @pytest.fixture
+    def channel(self, tmp_path, monkeypatch):
+        """The socket of systemd."""
+        path = str(tmp_path / "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.bind(path)
+            channel.setblocking(False)
+            monkeypatch.setenv("NOTIFY_SOCKET", path)
+            monkeypatch.setenv("WATCHDOG_USEC", "4000000")
+            yield channel
+
+    def told(self, channel):
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(channel.recv(100))
+        return found
+
+    @pytest.mark.parametrize(
+        "beats, is_answering",
+        [
+            ({11: (5, 0.0), 12: (5, 0.0), 13: (5, 0.0)}, True),  # two workers and ADMIN
+            ({11: (5, STUCK_SECONDS), 12: (5, 0.0), 13: (5, 0.0)}, True),  # one worker hangs: it is replaced
+            ({12: (5, 0.0), 13: (5, 0.0)}, True),  # one has died
+            ({11: (0, 0.0), 12: (5, STUCK_SECONDS), 13: (5, 0.0)}, False),  # one has not begun, one hangs
+            ({11: (5, 0.0), 12: (5, 0.0), 13: (5, STUCK_SECONDS)}, False),  # ADMIN hangs
+            ({11: (5, 0.0), 12: (5, 0.0)}, False), ({13: (5, 0.0)}, False), ({}, False),
+        ],
+    )
+    def test_it_answers_while_admin_and_a_worker_do(self, beats, is_answering):
+        supervisor = Supervisor(SimpleNamespace(auth_sockets=[None, None]))
+        roles = {11: 0, 12: 1, 13: 2}
+        supervisor.children = {pid: (roles[pid], 0.0) for pid in beats}
+        supervisor.beats = beats | {14: (9, 0.0)}  # of one that is gone
+        assert supervisor.is_answering() is is_answering
+
+    def test_it_is_told_twice_in_the_time_and_only_while_the_server_answers(self, channel, monkeypatch):
+        clock = [100.0]
+        monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+        watchdog = Watchdog()
+        for _ in range(9):  # nine seconds
+            watchdog.tell(True)
+            clock[0] += 1
+        assert self.told(channel) == [b"WATCHDOG=1"] * 5
+        for _ in range(9):
+            watchdog.tell(False)
+            clock[0] += 1
+        assert self.told(channel) == []
+
+    @pytest.mark.parametrize("variable, value", [("WATCHDOG_PID", "1"), ("WATCHDOG_USEC", ""), ("WATCHDOG_USEC", "x")])
+    def test_nothing_is_told_that_was_not_asked(self, channel, monkeypatch, variable, value):
+        monkeypatch.setenv(variable, value)
+        Watchdog().tell(True)
+        assert self.told(channel) == []
+
+    @pytest.mark.parametrize("workers", ["1", "0"])
+    def test_a_server_says_when_it_is_ready_alive_and_stopping(self, channel, tmp_path, workers):
+        box = Box(tmp_path / "data", workers=workers).set_up()
+        box.environ |= {"NOTIFY_SOCKET": os.environ["NOTIFY_SOCKET"], "WATCHDOG_USEC": "200000"}
+        channel.settimeout(20)
+        box.start(wait=False)
+        try:
+            assert channel.recv(100) == b"READY=1" and box.token().status == 200
+            assert channel.recv(100) == channel.recv(100) == b"WATCHDOG=1"
+            assert box.stop() == 0
+            channel.settimeout(0)
+            assert self.told(channel)[-1] == b"STOPPING=1"
+        finally:
+            box.__exit__()
+
+
+class TestHangUp:
+    """SIGHUP: reload, and the end of a server whose terminal has closed. termios(3), signal(7)"""
+
+    def serve(self, box, script='exec "$@"'):
+        """The server as a shell on a terminal of its own starts it, as soon as it is ready."""
+        words = ["-c", script, "sh", *PROGRAM, "serve"]
+        terminal = pexpect.spawn("/bin/sh", words, cwd=str(box.folder), env=box.environ, timeout=20)
+        terminal.expect("serving")
+        return terminal
+
+    def ends(self, pid, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if not Path(f"/proc/{pid}").exists() or ") Z" in Path(f"/proc/{pid}/stat").read_text():
+                return True
+            time.sleep(0.05)
+        return False
+
+    @pytest.mark.parametrize("workers", ["1", "0"])
+    def test_it_reloads_while_the_terminal_is_there_and_ends_with_it(self, tmp_path, workers):
+        box = Box(tmp_path / "data", workers=workers).set_up()
+        terminal = self.serve(box)
+        os.kill(terminal.pid, signal.SIGHUP)
+        assert not self.ends(terminal.pid, 1.5) and box.token().status == 200
+        os.close(terminal.child_fd)  # the window closes
+        assert self.ends(terminal.pid, 10) and "stopped" in box.log()
+
+    @pytest.mark.parametrize("script", ['trap "" HUP; exec "$@"', 'setsid "$@" & wait'])
+    def test_below_nohup_and_as_a_service_it_outlives_the_terminal(self, tmp_path, script):
+        box = Box(tmp_path / "data", workers="1").set_up()
+        terminal = self.serve(box, script)
+        pid = int(re.search(r"serving .*pid=(\d+)", box.log())[1])
+        os.close(terminal.child_fd)
+        os.kill(pid, signal.SIGHUP)
+        try:
+            assert not self.ends(pid, 2) and box.token().status == 200
+        finally:
+            os.kill(pid, signal.SIGTERM)
+        assert self.ends(pid, 10)
+
+
+FIRST = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from appliance.processes import reap_orphans
+assert os.getpid() == 1
+def zombies():
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and ") Z" in open(f"/proc/{pid}/stat").read()]
+if not (ours := os.fork()):
+    os._exit(7)
+while not zombies():
+    time.sleep(0.01)
+assert reap_orphans({ours}) == ours and os.waitpid(ours, 0)[1] == 7 << 8
+if not (stranger := os.fork()):
+    os._exit(0)
+while not zombies():
+    time.sleep(0.01)
+assert reap_orphans((), 0) == stranger and zombies()
+assert reap_orphans((), stranger) == 0 and not zombies()
+if not os.fork():
+    if os.fork():
+        os._exit(0)
+    os._exit(0)
+for _ in range(500):
+    time.sleep(0.01)
+    reap_orphans(())
+    if [pid for pid in os.listdir("/proc") if pid.isdigit()] == ["1"]:
+        break
+else:
+    raise AssertionError(zombies())
+"""
+
+
+class TestFirstProcess:
+    """PID 1 of a container adopts every orphan. pid_namespaces(7), wait(2)"""
+
+    def test_it_reaps_what_others_left_and_leaves_its_own_to_whom_they_concern(self):
+        words = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c", FIRST, ROOT]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    def test_no_other_process_reaps_anything(self):
+        child = subprocess.Popen(["true"])
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        reap_orphans(())
+        assert child.wait(10) == 0 and child.returncode == 0
