@@ -260,13 +260,25 @@ def remove_local_socket(local: LocalSocket | None):
             local.file_id = None
 
 
+def journal_socket() -> str:
+    """Return the path of the journal's socket if stderr is a stream to the journal of systemd, else "".
+
+    systemd.exec(5): JOURNAL_STREAM names the device and inode of that stream, which may have been redirected since.
+    """
+    with contextlib.suppress(OSError):
+        info = os.fstat(2)
+        if os.environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}":
+            return "/run/systemd/journal/socket"
+    return ""
+
+
 def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxyType({})) -> StartupState:
     """Check everything a start needs, and bind both ports. Raises StartupError with one sentence.
 
     `handed` is what take_sockets() found.
     """
     options = use_addresses(options, handed)
-    log = Log(options)
+    log = Log(options, journal=journal_socket())
     database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
     if options.serve_public_auth_files and os.path.isdir("public"):
         check_folder("public")  # pages that replace the bundled ones

@@ -131,7 +131,8 @@ class TestHouse:
         [
             ("os.fork", {"appliance.processes"}), ("sys.argv", {"appliance.commands"}),
             ("os.environ", {"appliance.commands", "appliance.processes", "appliance.oobe", "appliance.help"}),
-            ("socket.socket", {"appliance.base.wire", "appliance.processes"}),  # sd_notify speaks to systemd
+            # sd_notify and the journal speak to systemd.
+            ("socket.socket", {"appliance.base.wire", "appliance.processes", "appliance.base.log"}),
         ],
     )
     def test_what_only_some_rooms_may_touch(self, word, rooms):

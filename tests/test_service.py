@@ -17,7 +17,7 @@ import pytest
 from box import PROGRAM, ROOT, Box
 from appliance.base import StartupError
 from appliance.base.settings import Options
-from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, reap_orphans, take_sockets, use_addresses
+from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, journal_socket, reap_orphans, take_sockets, use_addresses
 
 
 def listener(family=socket.AF_INET, kind=socket.SOCK_STREAM, address=("127.0.0.1", 0), listening=True):
@@ -206,6 +206,17 @@ class TestWatchdog:
             assert self.told(channel)[-1] == b"STOPPING=1"
         finally:
             box.__exit__()
+
+
+class TestJournal:
+    """systemd.exec(5): JOURNAL_STREAM"""
+
+    @pytest.mark.parametrize("stream, is_journal", [("stderr", True), ("other", False), (None, False)])
+    def test_the_journal_gets_events_while_stderr_leads_there(self, monkeypatch, stream, is_journal):
+        info = os.fstat(2)
+        named = {"stderr": f"{info.st_dev}:{info.st_ino}", "other": f"{info.st_dev}:{info.st_ino + 1}"}
+        monkeypatch.setenv("JOURNAL_STREAM", named.get(stream, ""))
+        assert journal_socket() == ("/run/systemd/journal/socket" if is_journal else "")
 
 
 class TestHangUp:

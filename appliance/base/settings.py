@@ -176,7 +176,8 @@ class Options:
     _: dataclasses.KW_ONLY
     # -- files --
     log_file: str = option(
-        "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"
+        "microauthd.log", text, "Log file; empty logs to the console only. Where nothing sets it, the console has each "
+        "line too.", "Log file?", group="Files"
     )
     log_format: str = option("text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files")
     log_level: str = option(
@@ -199,7 +200,10 @@ class Options:
         7, whole(1, 1000), "How many of the backups made by itself are kept.", group="Files"
     )
     seal_key_file: str = option("seal.key", text, "Key that seals TOTP seeds in the database.", group="Files")
-    docker: bool = option(False, boolean, "Container: never run the wizard.", group="Files")
+    docker: bool = option(
+        False, boolean, "Container: log to standard output, and set up from the environment, never by questions.",
+        group="Files",
+    )
     # -- AUTH --
     auth_ip: str = option(
         "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"
