@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import os
-import pwd
 import socket
 import sys
 import textwrap
@@ -19,7 +18,8 @@ import sqlcipher3
 from appliance.base import StartupError
 from appliance.base.files import existing_folder, read_stdin_secret, warn
 from appliance.base.settings import (
-    OPTIONS, Options, config_path, describe_options, load_options, parse_flags, take_secrets,
+    OPTIONS, Options, config_path, describe_options, load_options, parse_flags,
+    setup_variables, take_secrets,
 )
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
 from appliance.base.store import Store
@@ -30,10 +30,10 @@ from microauthd import (
     AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_time_step,
     totp_uri,
 )
-from appliance.processes import ask_ready, check_limits, find_server, serve
+from appliance.processes import ask_ready, change_user, check_limits, find_server, serve
 from appliance.recovery import (
     accept_clock, accept_log, back_up, describe_keys, describe_log, describe_status, factory_reset, hold_setup,
-    recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
+    journal_place, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
 )
 from appliance.help import show_page, show_topics, topics, write
 
@@ -320,8 +320,10 @@ def run_admin(options: Options, line: CommandLine) -> int:
     return 0
 
 
-def first_start(options: Options):
-    """Set up on a terminal if there never was a database. Raises StartupError saying what to do otherwise."""
+def first_start(options: Options, line: CommandLine):
+    """Set up from the environment, or on a terminal, if there never was a database. Raises StartupError saying what to
+    do otherwise.
+    """
     keys = [
         path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)
     ]
@@ -330,18 +332,25 @@ def first_start(options: Options):
             f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the "
             "database, or run setup --keep-keys to begin anew with these keys"
         )
-    if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    prefix = line.settings.get("env-var-prefix", ("MAD_",))[0]
+    if found := setup_variables(prefix, line.environ):
+        from appliance import oobe
+
+        status = oobe.run_from_environment(options, found, prefix)
+    elif options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StartupError(
             f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with "
-            "--answers FILE"
+            f"--answers FILE; or set {prefix}SETUP_USERNAME, _EMAIL and _PASSWORD_FILE, or {prefix}SETUP_ANSWERS"
         )
-    if status := run_setup(options, CommandLine({}, [], [], {})):
+    else:
+        status = run_setup(options, CommandLine({}, [], [], {}))
+    if status:
         raise SystemExit(status)
 
 
 def run_serve(options: Options, line: CommandLine) -> int:
     if not os.path.exists(options.db_file):
-        first_start(options)
+        first_start(options, line)
         options = load_options(line.settings, line.environ)
     return serve(options)
 
@@ -361,7 +370,8 @@ COMMANDS = {
             "setup", "set up: on a terminal by questions, or --answers FILE, or --demo", run_setup,
             (
                 "[--quick | --guided] [--keep-keys]",
-                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys]", "--demo",
+                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys] [--first-start]",
+                "--demo",
             ),
             "Make the configuration, the database, the keys, the first administrator and the first client: all of it "
             "or nothing. A box that is set up already is left as it is.",
@@ -370,6 +380,7 @@ COMMANDS = {
                 Flag("--answers", "set up without questions, from this TOML file", "FILE"),
                 Flag("--admin-password-stdin", "read the administrator's password from standard input"),
                 Flag("--admin-password-file", "read the administrator's password from a file", "FILE"),
+                Flag("--first-start", "for a service: nothing where there is a database or no FILE; removes FILE"),
                 Flag("--keep-keys", "take over the keys that are there already; otherwise they are refused"),
                 Flag("--demo", "set up a trial: every secret is made and printed once"),
             ),
@@ -595,20 +606,6 @@ LATE_MODULES = (  # what this program and the standard library import late
 )
 
 
-def change_user(uid: int, gid: int) -> tuple[str, str]:
-    """Become another user for good, as root. Return its name and home folder, "" if it has none. Raises OSError."""
-    name, home = str(uid), ""
-    try:
-        found = pwd.getpwuid(uid)
-        name, home, gid = found.pw_name, found.pw_dir, found.pw_gid
-        os.initgroups(name, gid)
-    except KeyError:
-        os.setgroups([])
-    os.setgid(gid)
-    os.setuid(uid)  # last: without root's rights the others would fail
-    return name, home
-
-
 def start_anew(environ: dict[str, str]):
     """Start the program in place of this process. Return if this user cannot read it or its interpreter."""
     program = getattr(sys.modules["__main__"], "ARCHIVE", None) or sys.argv[0]
@@ -654,10 +651,15 @@ def become_owner(path: str, environ: dict[str, str]):
     os.environ.update(changes)
 
 
-def become_user(line: CommandLine, config: str):
-    """As root, go on as the user whose folder the config file lies in, or else the database. See become_owner()."""
+def become_user(name: str, line: CommandLine, config: str):
+    """As root, go on as the user whose folder the config file lies in, or else the database. See become_owner().
+
+    A set-up goes on as root, which may write a config file of root's: see oobe.set_up().
+    """
     if not os.geteuid():
         become_owner(config, line.environ)
+        if name == "setup":
+            return
         if os.path.exists(config) and not os.path.isfile(config):
             return  # a pipe of the shell, which is read once
         settings = line.settings | {"config-may-be-missing": ("", "")}
@@ -691,13 +693,13 @@ def read_command_line(command: Command, argv: list[str]) -> CommandLine:
     return CommandLine(settings, args, flags, values)
 
 
-def run_local(name: str, work: Callable[[], int], options: Options, config: str) -> int:
+def run_local(name: str, work: Callable[[], int], options: Options) -> int:
     """Run a command that works on the files of a box, as their owner and beside no other that would disturb it."""
     try:
         require_owner(options)
         if name == "restore":  # takes the lock itself, against all others
             return work()
-        with hold_setup(config, shared=name != "factory-reset"):
+        with hold_setup(journal_place(options), shared=name != "factory-reset"):
             return work()
     except OSError as error:
         raise StartupError(f"{error.filename or options.db_file}: {error.strerror}") from None
@@ -725,13 +727,13 @@ def run(name: str, argv: list[str]) -> int:
         line.settings["config-may-be-missing"] = True
     line.environ = take_environment(line.settings)
     config = config_path(line.settings, line.environ)
-    become_user(line, config)
+    become_user(name, line, config)
     recover_setup(config, line.settings, line.environ)
     options = load_options(line.settings, line.environ)
     assert command.run
     work = functools.partial(command.run, options, line)
     try:
-        return run_local(name, work, options, config) if command.is_local else work()
+        return run_local(name, work, options) if command.is_local else work()
     except UsageError:
         raise UsageError(" | ".join(f"{name} {words}" for words in command.usage)) from None
 

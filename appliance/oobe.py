@@ -31,12 +31,15 @@ import sqlcipher3
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
-from appliance.base.files import check_folder, existing_folder, read_secret_file, read_stdin_secret
+from appliance.base.files import (
+    check_folder, existing_folder, read_secret_file, read_stdin_secret, sync_directory, write_durably,
+)
 from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
 from appliance.base.store import SEEDED_SCOPES
 from appliance.base.wire import tls_context
+from appliance.processes import run_as
 from appliance.recovery import (
-    Answers, FirstClient, STATE_FILES, check_clients, forbid_found_keys, forbid_second_setup, journal_of,
+    Answers, FirstClient, MadeClient, STATE_FILES, check_clients, forbid_found_keys, forbid_second_setup, journal_of, journal_place,
 )
 
 # A function of their own asks for these, not ask_option().
@@ -650,14 +653,14 @@ def print_summary(prompter, draft, final_options, answers, is_guided):
         prompter.write(f"  {name:{width}}  {value}")
 
 
-def describe_outcome(config):
+def describe_outcome(options):
     """Return what an interrupted set-up left: once its journal is committed, the next start completes it."""
-    if os.path.exists(journal_of(config)):
+    if os.path.exists(journal_of(journal_place(options))):
         return "The set-up was being put in place: run microauthd again, and it is completed."
     return "Nothing was written."
 
 
-def set_up(final_options, answers):
+def set_up_here(final_options, answers):
     """Call recovery.set_up(), and turn an error of the disk or the database into a StartupError."""
     try:
         return recovery.set_up(final_options, answers)
@@ -665,7 +668,26 @@ def set_up(final_options, answers):
         problem = f"{error.filename or 'the disk'}: {error.strerror or error}"
     except sqlcipher3.Error as error:
         problem = f"the database {final_options.db_file} cannot be made: {error}"
-    raise StartupError(f"{describe_outcome(final_options.config_file)} {problem}")
+    raise StartupError(f"{describe_outcome(final_options)} {problem}")
+
+
+def set_up(final_options, answers):
+    """Make everything of a set-up. As root, for a server that runs as the user whose folder the database will lie in:
+    the config file stays root's, and all else is made by that user.
+
+    An interrupted one leaves settings and nothing that they name, so it is repeated. Raises StartupError.
+    """
+    owner = os.stat(existing_folder(final_options.db_file))
+    if os.geteuid() or not owner.st_uid:
+        return set_up_here(final_options, answers)
+    forbid_second_setup(final_options)
+    for _, _, wrong in check_clients(final_options, answers.clients):
+        raise StartupError(wrong)
+    recovery.write_settings(final_options, owner.st_gid)
+    made = run_as(
+        owner.st_uid, owner.st_gid, lambda: msgspec.json.encode(set_up_here(final_options, answers))
+    )
+    return msgspec.json.decode(made, type=list[MadeClient])
 
 
 def run_wizard(options, flags):
@@ -766,8 +788,12 @@ class AnswersFile:
         ),
     }  # fmt: skip
 
-    def __init__(self, path):
+    def __init__(self, path, document=None):
+        """With a document nothing is read; `path` is then what its problems are said to be of."""
         self.path, self.problems, self.content = path, [], ""
+        if document is not None:
+            self.document, self.is_private = document, True
+            return
         try:
             with open(path, "rb") as file:
                 self.is_private = not stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077
@@ -1001,8 +1027,16 @@ class AnswersFile:
                              f"client {index}" if several else "client")
 
 
-def run_unattended(options, flags, values):
-    answers_file, draft = AnswersFile(values["--answers"]), Draft(options)
+def keep_secrets(made, path):
+    """Write the secrets of clients that were made into a new private file: what a service prints goes into its log."""
+    lines = [f"client_id={client.client_id}\nclient_secret={client.secret}\n" for client in made if client.secret]
+    if lines:
+        write_durably(path, "".join(lines).encode())
+        print(f"client secrets are in {path}: take them from there, and remove it")
+
+
+def run_unattended(options, answers_file, flags, values, secrets_file=""):
+    draft = Draft(options)
     answers_file.read_options(draft)
     username, email, password = answers_file.read_admin(draft, flags, values)
     clients = answers_file.read_clients(draft)
@@ -1024,13 +1058,59 @@ def run_unattended(options, flags, values):
     print(f"administrator={username}")
     for client in made:
         print(f"client_id={client.client_id}")
-        if client.secret:
+        if client.secret and not secrets_file:
             print(f"client_secret={client.secret}")
+    if secrets_file:
+        keep_secrets(made, secrets_file)
     return 0
+
+
+SECRETS_FILE = "first-clients.txt"
+
+
+def run_from_environment(options, variables, prefix) -> int:
+    """Set up from variables of the environment, for a container: see SETUP_VARIABLES. Return the exit status."""
+    forbid_second_setup(options)
+    forbid_found_keys(options, keep_keys=False)
+    if "SETUP_PASSWORD" in variables and "SETUP_PASSWORD_FILE" in variables:
+        raise StartupError(f"{prefix}SETUP_PASSWORD and {prefix}SETUP_PASSWORD_FILE set the same")
+    values = {}
+    if "SETUP_PASSWORD_FILE" in variables:
+        values["--admin-password-file"] = variables["SETUP_PASSWORD_FILE"]
+    members = {"SETUP_USERNAME": "username", "SETUP_EMAIL": "email", "SETUP_PASSWORD": "password"}
+    given = {member: variables[name] for name, member in members.items() if name in variables}
+    if "SETUP_ANSWERS" in variables:
+        if given:
+            raise StartupError(f"{prefix}SETUP_ANSWERS goes with no other but {prefix}SETUP_PASSWORD_FILE")
+        answers_file = AnswersFile(variables["SETUP_ANSWERS"])
+    else:
+        missing = [name for name in ("SETUP_USERNAME", "SETUP_EMAIL") if members[name] not in given]
+        missing += [] if values or "password" in given else ["SETUP_PASSWORD_FILE"]
+        if missing:
+            raise StartupError(f"a set-up from the environment needs {', '.join(prefix + name for name in missing)}")
+        answers_file = AnswersFile("the environment", {"admin": given})
+    folder = os.path.dirname(os.path.abspath(options.db_file))
+    return run_unattended(options, answers_file, [], values, os.path.join(folder, SECRETS_FILE))
+
+
+def run_first_start(options, flags, values) -> int:
+    """Set up before the first start of a service, from an answers file that is removed afterwards."""
+    path = values["--answers"]
+    if os.path.lexists(options.db_file) or not os.path.exists(path):
+        return 0
+    forbid_found_keys(options, "--keep-keys" in flags)
+    folder = os.path.dirname(os.path.abspath(path))
+    status = run_unattended(options, AnswersFile(path), flags, values, os.path.join(folder, SECRETS_FILE))
+    if not status:
+        os.unlink(path)
+        sync_directory(folder)
+    return status
 
 
 def check_usage(flags, values):
     if "--answers" not in values:
+        if "--first-start" in flags:
+            raise StartupError("--first-start goes with --answers FILE")
         for name in ("--admin-password-stdin", "--admin-password-file"):
             if name in flags or name in values:
                 raise StartupError(f"{name} goes with --answers FILE; the wizard asks for the password itself")
@@ -1047,11 +1127,14 @@ def run(options, flags, values) -> int:
 
     Raises StartupError or Problem, and then nothing was created.
     """
+    if "--first-start" in flags:
+        check_usage(flags, values)
+        return run_first_start(options, flags, values)
     forbid_second_setup(options)
     check_usage(flags, values)
     forbid_found_keys(options, "--keep-keys" in flags)
     if "--answers" in values:
-        return run_unattended(options, flags, values)
+        return run_unattended(options, AnswersFile(values["--answers"]), flags, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise StartupError(
             "set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial"
@@ -1061,8 +1144,7 @@ def run(options, flags, values) -> int:
         with terminal_echo(False):
             return run_wizard(options, flags)
     except KeyboardInterrupt:
-        config = options.config_file
-        print("\n" + describe_outcome(config))
+        print("\n" + describe_outcome(options))
         return 130
     except InputEnded:
         print()

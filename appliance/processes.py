@@ -39,7 +39,7 @@ from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import (
     Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening, tls_context,
 )
-from microauthd import ADMIN, AUTH, App, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
+from microauthd import ADMIN, AUTH, App, HERE, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
 from appliance.machine import MACHINE
 from appliance.status import list_children, read_status
 from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
@@ -492,6 +492,53 @@ def libc(name, *types):
     return c.load_library(None, 0).load_function(
         c.new_function_type(tuple(map(c.new_primitive_type, types)), c.new_primitive_type("int"), False), name
     )
+
+
+# -- another user --
+
+
+def change_user(uid: int, gid: int) -> tuple[str, str]:
+    """Become another user for good, as root. Return its name and home folder, "" if it has none. Raises OSError."""
+    name, home = str(uid), ""
+    try:
+        found = pwd.getpwuid(uid)
+        name, home, gid = found.pw_name, found.pw_dir, found.pw_gid
+        os.initgroups(name, gid)
+    except KeyError:
+        os.setgroups([])
+    os.setgid(gid)
+    os.setuid(uid)  # last: without root's rights the others would fail
+    return name, home
+
+
+def run_as(uid: int, gid: int, work: Callable[[], bytes]) -> bytes:
+    """Run something as another user, in a process of its own, and return what it returns. Raises StartupError.
+
+    For root, where what is made is to belong to that user.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reading)
+            try:
+                change_user(uid, gid)
+                if not os.access(HERE / "appliance", os.R_OK | os.X_OK):
+                    raise StartupError(f"user {uid} cannot read this program: put it where that user can")
+                told = b"+" + work()
+            except Exception as error:
+                told = b"-" + str(error if isinstance(error, StartupError) else repr(error)).encode()
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(told)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(pid, 0)
+    if told[:1] != b"+":
+        raise StartupError(told[1:].decode() or "the process that did this was killed; do it again")
+    return told[1:]
 
 
 # -- less memory --

@@ -25,7 +25,7 @@ from appliance.base.files import (
     write_durably,
 )
 from appliance.base.settings import (
-    OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
+    OPTIONS, OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
 )
 from appliance.base.database import Unavailable, derive_key, read_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
@@ -146,14 +146,30 @@ def refuse_client(member: str, wrong: str):
     raise StartupError(wrong)
 
 
-def journal_of(config: str) -> str:
-    return config + ".setting-up"
+def journal_of(place: str) -> str:
+    return place + ".setting-up"
 
 
-def write_journal(config: str, committed: bool, files: list[tuple[str, str]]):
-    """Write what a set-up or a restore has begun: pairs of staged and final path, and whether all are complete."""
+def is_writable(config: str) -> bool:
+    """Return whether this user can make files beside the config file: in /etc that is root's alone, and it may be
+    mounted read-only.
+    """
+    return os.access(existing_folder(config), os.W_OK | os.X_OK)
+
+
+def journal_place(options: Options) -> str:
+    """Return the file beside which the journal lies: the config file, or the database where that is not ours to write.
+    """
+    return options.config_file if is_writable(options.config_file) else os.path.abspath(options.db_file)
+
+
+def write_journal(place: str, committed: bool, files: list[tuple[str, str]]):
+    """Write what a set-up or a restore has begun: pairs of staged and final path, and whether all are complete.
+
+    `place` is journal_place().
+    """
     # Escaped to ASCII, where the octets of a path that is not UTF-8 have a form, as lone surrogates; msgspec has none.
-    write_durably(journal_of(config), json.dumps({"committed": committed, "files": files}).encode())
+    write_durably(journal_of(place), json.dumps({"committed": committed, "files": files}).encode())
 
 
 LOCK_TRIES = 10  # to take a lock that another process is just releasing
@@ -196,14 +212,15 @@ def close_setup_lock(path: str, descriptor: int):
 
 
 @contextlib.contextmanager
-def hold_setup(config: str, shared=False):
+def hold_setup(place: str, shared=False):
     """Lock the journal: what looks like an interrupted set-up may be one that still runs.
 
-    `shared` is for commands that replace no file: several may run, but none beside a restore.
+    `place` is journal_place(); `shared` is for commands that replace no file: several may run, but none beside a
+    restore.
     """
-    path = journal_of(config) + ".lock"
+    path = journal_of(place) + ".lock"
     try:
-        check_folder(os.path.dirname(os.path.abspath(config)))
+        check_folder(os.path.dirname(os.path.abspath(place)))
         descriptor = open_setup_lock(path, shared)
     except BlockingIOError:
         raise StartupError(
@@ -234,12 +251,12 @@ def staged_path(path: str) -> str:
 
 
 def read_journal(config: str, options: Options) -> Journal | None:
-    """Return the journal beside the config file, or None if there is none.
+    """Return the journal, or None if there is none.
 
     Raises StartupError if somebody else could have written it, and if it names a file that neither the settings in
     force nor the staged config file name: files are removed and replaced by it.
     """
-    path = journal_of(config)
+    path = journal_of(journal_place(options))
     try:
         journal = msgspec.convert(json.loads(read_owned(path)), Journal)
     except FileNotFoundError:
@@ -270,14 +287,15 @@ def remove_staged(staged: str):
 def finish_setup(config: str, options: Options):
     """Finish a set-up that was interrupted after its commit, or undo one that was interrupted before it.
 
-    The journal, beside the config file, says which: it lists the staged files and whether all of
-    them were complete.
+    The journal says which: it lists the staged files and whether all of them were complete.
     """
+    place, is_ours = journal_place(options), is_writable(config)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(journal_of(config) + ".new")  # a journal that was not fully written
+        os.unlink(journal_of(place) + ".new")  # a journal that was not fully written
     journal = read_journal(config, options)
     if journal is None:
-        remove_staged(staged_path(config))  # it is written before the journal, and removed after it
+        if is_ours:
+            remove_staged(staged_path(config))  # it is written before the journal, and removed after it
         return
     for staged, final in journal.files:
         if journal.committed:
@@ -291,9 +309,10 @@ def finish_setup(config: str, options: Options):
         elif staged != staged_path(config):  # this one names the others: last
             remove_staged(staged)
         sync_directory(os.path.dirname(os.path.abspath(final)))
-    os.unlink(journal_of(config))
-    remove_staged(staged_path(config))
-    sync_directory(os.path.dirname(os.path.abspath(config)))
+    os.unlink(journal_of(place))
+    if is_ours:
+        remove_staged(staged_path(config))
+    sync_directory(os.path.dirname(os.path.abspath(place)))
 
 
 def recover_setup(config: str, settings: dict | None = None, environ: Mapping[str, str] | None = None):
@@ -301,10 +320,12 @@ def recover_setup(config: str, settings: dict | None = None, environ: Mapping[st
 
     `settings` and `environ` are those of load_options().
     """
-    traces = (journal_of(config), staged_path(config))
+    settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
+    # Only the settings tell where the journal is that does not lie beside them.
+    place = config if is_writable(config) else journal_place(load_options(settings, environ or {}))
+    traces = (journal_of(place), staged_path(place))
     if any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
-        with hold_setup(config):
-            settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
+        with hold_setup(place):
             finish_setup(config, load_options(settings, environ or {}))
 
 
@@ -386,17 +407,48 @@ def forbid_found_keys(options: Options, keep_keys: bool):
             )
 
 
+def check_settings_are_there(options: Options):
+    """Raise StartupError if a set-up that cannot write the config file would leave a box whose settings nobody has."""
+    with contextlib.suppress(FileNotFoundError):
+        given = read_config(options.config_file)
+        lost = [
+            option.name
+            for option in OPTIONS
+            if getattr(options, option.attribute) != option.default
+            and option.name not in given
+            and not options.origins.get(option.name, "").startswith(("environment ", "credential "))
+        ]
+        if lost:
+            raise StartupError(
+                f"{options.config_file} cannot be written by this user, and these settings of the set-up are not in "
+                f"it: {', '.join(lost)}"
+            )
+
+
+def write_settings(options: Options, gid: int):
+    """As root, write the config file for a server that runs as another user, whose group may read it."""
+    path = options.config_file
+    check_folder(existing_folder(path))
+    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o755, exist_ok=True)
+    temporary = write_beside(path, write_config(options).encode())
+    os.chown(temporary, 0, gid)
+    os.chmod(temporary, 0o640)
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
 def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> list[MadeClient]:
     """Make everything a first start needs; return the clients. Raises StartupError or Problem, and then nothing is.
 
     Every file is written under a staging name and synced; then the journal says "committed", in
-    one rename; then the files take their names. `checkpoint` is called between the steps.
+    one rename; then the files take their names. A config file that is not ours to write stays as it is.
+    `checkpoint` is called between the steps.
     """
-    config = options.config_file
+    config, place = options.config_file, journal_place(options)
     for _, member, wrong in check_clients(options, answers.clients):
         refuse_client(member, wrong)
     make_folder(config)
-    with hold_setup(config):
+    with hold_setup(place):
         finish_setup(config, options)
         forbid_second_setup(options)
         forbid_found_keys(options, answers.keep_keys)
@@ -410,6 +462,9 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
         ]
         if len({os.path.abspath(path) for path in finals}) != len(finals):
             raise StartupError("config, keys and database must be different files")
+        if place != config:
+            check_settings_are_there(options)
+            finals.remove(config)
         for path in finals:
             make_folder(path)
         staged = {path: staged_path(path) for path in finals}
@@ -417,16 +472,17 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
         with hold_database(options.db_file):
             files = [(staged[path], os.path.abspath(path)) for path in finals]
             # Before the journal, which names only files that a config file names.
-            write_durably(staged[config], write_config(options).encode())
-            checkpoint("config")
-            write_journal(config, False, files)
+            if place == config:
+                write_durably(staged[config], write_config(options).encode())
+                checkpoint("config")
+            write_journal(place, False, files)
             checkpoint("journal")
             try:
                 made = stage(options, answers, staged, now, checkpoint)
             except BaseException:
                 finish_setup(config, options)
                 raise
-            write_journal(config, True, files)
+            write_journal(place, True, files)
             checkpoint("committed")
             finish_setup(config, options)
     return made
@@ -669,13 +725,15 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
     revoked here could be read. Raises StartupError, and then nothing has changed.
     """
     key = read_database_key(source, options.db_pass, options.no_db_pass, is_ours=False)
-    config = options.config_file
+    config, place = options.config_file, journal_place(options)
     require_owner(options)
     make_folder(config)
-    with hold_setup(config):
+    with hold_setup(place):
         finish_setup(config, options)
         files = read_backup(source, key)
         if not os.path.exists(config) and "config" in files:
+            if place != config:
+                raise StartupError(f"{config} is missing, and this user cannot write it: write it first, as root")
             options = merge_settings(options, files["config"], f"mad.conf in {source}")
             require_owner(options)
         finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
@@ -698,7 +756,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
                 ring_locks.enter_context(lock_ring(path))
             if "config" in files:  # before the journal, which names only files that a config file names
                 write_durably(staged["config"], files["config"])
-            write_journal(config, False, placed)
+            write_journal(place, False, placed)
             checkpoint("journal")
             try:
                 newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
@@ -706,7 +764,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             except BaseException:
                 finish_setup(config, options)
                 raise
-            write_journal(config, True, placed)
+            write_journal(place, True, placed)
             checkpoint("committed")
             finish_setup(config, options)
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}

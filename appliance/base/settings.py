@@ -489,6 +489,8 @@ MAD_VARIABLES = (
     "CONFIG", "ADMIN_URL", "ADMIN_SOCKET", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE",
     "ADMIN_TOKEN_FILE", "CLIENT_SECRET_FILE",
 )
+# The variables that answer the questions of a set-up which nobody is there to be asked.
+SETUP_VARIABLES = ("SETUP_ANSWERS", "SETUP_USERNAME", "SETUP_EMAIL", "SETUP_PASSWORD", "SETUP_PASSWORD_FILE")
 
 
 CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
@@ -646,10 +648,17 @@ def take_secrets(environ: MutableMapping[str, str], prefix: str) -> dict[str, st
     for variable in copy:
         key = variable[len(prefix) :].lower().replace("_", "-")
         if variable.upper().startswith(prefix.upper()) and (
-            (key in OPTION_NAMES and OPTION_NAMES[key].secret) or key in ("client-secret", "admin-token")  # of mad
+            (key in OPTION_NAMES and OPTION_NAMES[key].secret)
+            or key in ("client-secret", "admin-token", "setup-password")  # of mad, and of a set-up
         ):
             del environ[variable]
     return copy
+
+
+def setup_variables(prefix: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return those of SETUP_VARIABLES that are set and not empty, by their names without the prefix."""
+    wanted = {(prefix + name).upper(): name for name in SETUP_VARIABLES}
+    return {wanted[name.upper()]: value for name, value in environ.items() if value and name.upper() in wanted}
 
 
 def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
@@ -663,7 +672,7 @@ def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
         if not variable.upper().startswith(prefix.upper()):
             continue
         key = variable[len(prefix) :].lower().replace("_", "-")
-        if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
+        if key.upper().replace("-", "_") in (*MAD_VARIABLES, *SETUP_VARIABLES) or key in IGNORED_NAMES:
             continue
         option = OPTION_NAMES.get(key)
         if option is None:
