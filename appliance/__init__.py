@@ -1,7 +1,8 @@
 """What stands around the server, and what it stands on. Every arrow of an import runs down.
 
     commands                            main(): serve, setup, options, backup, keys, …
-    help                                the pages of the manual on a terminal
+    service                             making it a service of the machine, and taking that away
+    help                                the pages of the manual on a terminal and for man, completion
     oobe                                the wizard of the first start
     recovery                            the set-up journal, restore, rotation, recovery, reset
     processes                           what is settled before the first fork, a server process, the supervisor

@@ -35,6 +35,7 @@ from appliance.recovery import (
     accept_clock, accept_log, back_up, describe_keys, describe_log, describe_status, factory_reset, hold_setup,
     journal_place, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
 )
+from appliance.service import Layout, Request, install, installed_layout, python_of, uninstall
 from appliance.help import show_page, show_topics, topics, write
 
 # == Command line ==============================================================
@@ -355,6 +356,14 @@ def run_serve(options: Options, line: CommandLine) -> int:
     return serve(options)
 
 
+SERVICE_FLAGS = (
+    Flag("--prefix", "where the program lies (/opt/microauthd)", "DIR"),
+    Flag("--user", "whom the server runs as (microauthd)", "NAME"),
+    Flag("--data", "where its data lies (/var/lib/microauthd)", "DIR"),
+    Flag("--root", "work on the file system of another machine, mounted here", "DIR"),
+    Flag("--yes", "do not ask"), Flag("--dry-run", "only print what would be done"),
+)
+
 AS_JSON = Flag("--json", "print JSON, for programs")
 
 COMMANDS = {
@@ -416,6 +425,27 @@ COMMANDS = {
             "by mad status and GET /status.",
             (AS_JSON,), ("status", "status --json"), is_local=True, failed=4,
             statuses="exit status: 0 well, 1 needs attention, 2 bad usage, 3 not running, 4 cannot be told",
+        ),
+        Command(
+            "install", "make it a service of this machine, or repair and upgrade that", usage=(
+                "[--answers FILE] [--sockets] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR] [--yes] "
+                "[--dry-run]",
+            ),
+            description="As root, copy the program, make its user, folders, commands, manual pages and units, and "
+            "start the service; each step is printed first. Without --answers the set-up asks its questions on the "
+            "terminal. To do it again repairs what is missing or changed; settings and data are left as they are.",
+            flags=(
+                Flag("--answers", "set up from this file at the first start of the service", "FILE"),
+                Flag("--sockets", "have systemd listen, also on ports below 1024, and keep connections in a restart"),
+                *SERVICE_FLAGS,
+            ),
+            examples=("install", "install --answers answers.toml --yes", "install --dry-run"),
+        ),
+        Command(
+            "uninstall", "take the service away; settings and data stay, but with --purge",
+            usage=("[--purge] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR] [--yes] [--dry-run]",),
+            description="As root, stop the service and remove what install has made. Settings, data and user stay.",
+            flags=(Flag("--purge", "remove settings, data and user too"), *SERVICE_FLAGS), examples=("uninstall",),
         ),
         Command(
             "backup FILE",
@@ -562,6 +592,30 @@ def show_help(args: list[str]) -> int:
         raise UsageError(f"the manual has no page {args[0]!r}; its pages are: {', '.join(topics())}")
     show_page(args[0])
     return 0
+
+
+# -- the service --
+
+
+def run_service(name: str, line: CommandLine) -> int:
+    """Install the service, or take it away. Neither is of a box here, so no settings are loaded."""
+    if line.settings:
+        raise UsageError(f"{name} takes no options of the server: they belong into /etc/microauthd/mad.conf")
+    root = os.path.abspath(line.values.get("--root", "/"))
+    layout = installed_layout(root) or Layout(root=root)
+    given = {flag[2:]: value for flag, value in line.values.items() if flag in ("--prefix", "--user", "--data")}
+    layout = msgspec.structs.replace(layout, **given)
+    if name == "install":
+        sockets = layout.sockets or "--sockets" in line.flags
+        layout = msgspec.structs.replace(layout, sockets=sockets, python=python_of(root))
+    request = Request(
+        layout, line.values.get("--answers", ""), *(flag in line.flags for flag in ("--yes", "--dry-run", "--purge"))
+    )
+    commands = {command.name: [*(flag.name for flag in command.flags), "--help"] for command in COMMANDS.values()}
+    commands["serve"] += [f"--{option.name}" for option in OPTIONS if not option.secret]
+    archive = getattr(sys.modules["__main__"], "ARCHIVE", "")  # of the archive's own start
+    archive = os.path.abspath(archive) if archive else ""
+    return install(request, archive, commands) if name == "install" else uninstall(request, commands)
 
 
 # -- secrets in the environment --
@@ -721,6 +775,8 @@ def run(name: str, argv: list[str]) -> int:
     line = read_command_line(command, argv)
     if name == "selftest":
         return selftest()
+    if name in ("install", "uninstall"):
+        return run_service(name, line)
     if "print-effective-config" in line.settings:
         command = COMMANDS["options"]
     if name in ("setup", "restore"):

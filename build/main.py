@@ -202,6 +202,8 @@ def unpack(archive, members, root, tree):
         # Compile now: later starts may run as a user who cannot write here.
         compile_tree(temporary, tree)
         open(os.path.join(temporary, ".lock"), "x").close()
+        # Who may read the cache may read the tree: root unpacks a service's program for the user of that service.
+        os.chmod(temporary, stat.S_IMODE(os.stat(root).st_mode))
         # Sync before the rename: a power cut leaves either a tmp folder or a complete tree.
         os.sync()
         os.rename(temporary, tree)

@@ -18,8 +18,8 @@ ROOMS = (
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
     "appliance.base.openapi", "appliance.base.objects", "appliance.base.pages", "microauthd", "appliance.backup",
-    "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
-    "appliance.commands",
+    "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery",
+    "appliance.oobe", "appliance.help", "appliance.service", "appliance.commands",
 )
 
 
