@@ -224,7 +224,8 @@ def is_private(info: os.stat_result, who: Identity) -> bool:
         return True
     if info.st_uid or info.st_mode & 0o037:
         return False
-    return info.st_gid in (0, *who.gids) if who.uid else info.st_gid not in who.gids
+    # Root's own group is the default of what root makes, and no decision. systemd has root enter the service's.
+    return info.st_gid in (0, *who.gids) if who.uid else info.st_gid != 0
 
 
 def guard_private(descriptor: int, path: str, why: str, who: Identity | None = None):
