@@ -448,6 +448,12 @@ COMMANDS = {
             flags=(Flag("--purge", "remove settings, data and user too"), *SERVICE_FLAGS), examples=("uninstall",),
         ),
         Command(
+            "licenses", "the licences of everything this file holds",
+            description="Print the licence of each package, library and script that is part of this file: a list, then "
+            "every text in full. A checkout has those of its own files only; the packages beside it carry theirs.",
+            examples=("licenses", "licenses | head -20"),
+        ),
+        Command(
             "backup FILE",
             "one file that restores the box; beside a running server (--force writes over FILE, --without-keys "
             "leaves keys and settings out: needed where the database is not encrypted)",
@@ -618,6 +624,15 @@ def run_service(name: str, line: CommandLine) -> int:
     return install(request, archive, commands) if name == "install" else uninstall(request, commands)
 
 
+def show_licenses(args: list[str]):
+    """Print the licences that build/pyz.py collected, or in a checkout those of what lies in it."""
+    if args:
+        raise UsageError(f"{args[0]!r} is not understood; see microauthd licenses --help")
+    collected = HERE / "appliance" / "LICENSES"
+    path = collected if collected.exists() else HERE / "appliance" / "NOTICE"
+    write(path.read_text("utf-8"))
+
+
 # -- secrets in the environment --
 
 
@@ -771,6 +786,9 @@ def run(name: str, argv: list[str]) -> int:
         return show_help(argv)
     if name == "version":
         print(f"microauthd {VERSION}")
+        return 0
+    if name == "licenses":
+        show_licenses(argv)
         return 0
     line = read_command_line(command, argv)
     if name == "selftest":
