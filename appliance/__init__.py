@@ -19,6 +19,7 @@
     base.database                       the engine under the store
     base.wal                            the write-ahead log, and the mark of what in it was acknowledged
     base.wire                           the two servers: whole requests, limits, deadlines, TLS
+    base.tls                            the certificates that the ports serve
     base.settings                       Options and what loads, describes and writes them
     base.keys, base.hashing             key files and signatures; Argon2id and the bound on it
     base.clock, base.log, base.files    the time, the log, files that survive a power cut

@@ -36,8 +36,8 @@ from appliance.base.files import (
 )
 from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
 from appliance.base.store import SEEDED_SCOPES
-from appliance.base.wire import tls_context
 from appliance.processes import run_as
+from appliance.base.tls import tls_context
 from appliance.recovery import (
     Answers, FirstClient, MadeClient, STATE_FILES, check_clients, forbid_found_keys, forbid_second_setup, journal_of, journal_place,
 )

@@ -37,12 +37,13 @@ from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.wire import (
-    Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening, tls_context,
+    Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening,
 )
 from microauthd import ADMIN, AUTH, App, HERE, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
 from appliance.machine import MACHINE
 from appliance.status import list_children, read_status
 from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
+from appliance.base.tls import tls_context
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time

@@ -16,10 +16,11 @@ ROOT = Path(m.__file__).parent
 ROOMS = (
     "appliance.base", "appliance.base.shared", "appliance.base.clock", "appliance.base.files", "appliance.base.settings",
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
-    "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
-    "appliance.base.openapi", "appliance.base.objects", "appliance.base.pages", "microauthd", "appliance.backup",
-    "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery",
-    "appliance.oobe", "appliance.help", "appliance.service", "appliance.commands",
+    "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys",
+    "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
+    "appliance.base.pages", "microauthd", "appliance.backup", "appliance.upkeep", "appliance.status",
+    "appliance.machine", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
+    "appliance.service", "appliance.commands",
 )
 
 

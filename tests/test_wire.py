@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from appliance.base import wire
 from appliance.base.headers import security_headers
 from appliance.base.hashing import Busy, HashGate, NameLocks
+from appliance.base.tls import tls_context
 from appliance.base.wire import (
     HttpRefusal, Limits, SWEEP, Server, _path_info, client_address, find_listener, listen, listen_at_machine,
-    listen_shared, pause_listening, peer_user, resume_listening, tls_context,
+    listen_shared, pause_listening, peer_user, resume_listening,
 )
 
 HOST = b"Host: box\r\n"
