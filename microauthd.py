@@ -95,6 +95,7 @@ from appliance.base.objects import (
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
 from appliance.base.keys import Key, PublicKey, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
+from appliance.base.tls import PortCertificate, certificate_warnings
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -830,6 +831,7 @@ class Idp:
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
         self.log_was_damaged = False  # as the last check found: see ready()
+        self.certificates: dict[str, PortCertificate] = {}  # of the ports that speak TLS, by name
 
     def reload_rings_if_due(self):
         """Reload changed key rings, if the last check was over a second ago."""
@@ -5221,7 +5223,9 @@ def ready(idp, params):
     `warnings` has what does not keep the server from serving, and is to be settled by an operator.
     """
     checks = check_readiness(idp)
-    more = {"warnings": [LOG_DAMAGED]} if idp.log_was_damaged else {}
+    warnings = [LOG_DAMAGED] if idp.log_was_damaged else []
+    warnings += certificate_warnings(idp.certificates, idp.now())
+    more = {"warnings": warnings} if warnings else {}
     if all(checks.values()):
         return {"status": "ok", "checks": checks, **more}
     return Reply({"status": "unavailable", "checks": checks, **more}, [("Retry-After", "5")], 503)

@@ -372,7 +372,8 @@ COMMANDS = {
         Command(
             "serve", "serve AUTH and ADMIN; the first start sets up (default)", run_serve,
             description="Serve AUTH and ADMIN until SIGTERM or Ctrl-C. Where there is no database yet, a start on a "
-            "terminal asks the questions of the set-up first. SIGHUP drops the caches.",
+            "terminal asks the questions of the set-up first. SIGHUP drops the caches and "
+            "reads the certificates of the ports again.",
             examples=("serve --config /etc/microauthd/mad.conf", "serve --auth-port 8443 --workers 2"),
         ),
         Command(

@@ -469,7 +469,7 @@ def ask_certificate_passphrase(prompter, draft, name):
     def check(answer):
         value = check_printable(answer) or draft[name]
         try:
-            tls_context(draft[files[0]], draft[files[1]] or None, value)
+            tls_context(draft[files[0]], draft[files[1]], value)
         except ValueError as error:
             prompter.write(str(error), "  ")
             return False

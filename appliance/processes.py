@@ -43,7 +43,7 @@ from microauthd import ADMIN, AUTH, App, HERE, Idp, KeyRing, SLASH, Seal, VERSIO
 from appliance.machine import MACHINE
 from appliance.status import list_children, read_status
 from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
-from appliance.base.tls import tls_context
+from appliance.base.tls import PortCertificate
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -77,6 +77,7 @@ class StartupState(msgspec.Struct):
     buckets: Buckets
     clock: Timekeeper
     log: Log
+    certificates: dict[str, PortCertificate] = {}
 
 
 def start_clock(store: Store, log: Log) -> Timekeeper:
@@ -98,18 +99,25 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
     return clock
 
 
-def tls_of(options: Options, side: str) -> ssl.SSLContext | None:
-    """Return the TLS context of a port, None where it speaks plain HTTP."""
-    certificate = getattr(options, f"{side}_ssl_cert_file")
-    if not certificate:
-        return None
-    try:
-        return tls_context(
-            certificate, getattr(options, f"{side}_ssl_key_file") or None,
-            getattr(options, f"{side}_ssl_cert_pass") or None,
-        )
-    except ValueError as error:
-        raise StartupError(f"{side}-ssl-cert-file: {error}") from None
+def read_certificates(options: Options) -> dict[str, PortCertificate]:
+    """Return the certificate of each port that speaks TLS. Raises StartupError."""
+    certificates = {}
+    for side in ("auth", "admin"):
+        if cert_file := getattr(options, f"{side}_ssl_cert_file"):
+            certificates[side] = PortCertificate(
+                side, cert_file, getattr(options, f"{side}_ssl_key_file"), getattr(options, f"{side}_ssl_cert_pass")
+            )
+            try:
+                certificates[side].load()
+            except ValueError as error:
+                raise StartupError(f"{side}-ssl-cert-file: {error}") from None
+    return certificates
+
+
+def check_certificates(startup: StartupState, at_once=False):
+    """Take up certificates whose files have changed. Called every second, and by SIGHUP at once."""
+    for certificate in startup.certificates.values():
+        certificate.check(startup.clock(), startup.log, at_once)
 
 
 def read_seal_key(path: str) -> bytes:
@@ -290,8 +298,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
     admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
     seal_key = read_seal_key(options.seal_key_file)
-    for side in ("auth", "admin"):
-        tls_of(options, side)
+    certificates = read_certificates(options)
     local_users = find_local_users(options)
     # Last of what is read: opening the database recovers its WAL, which writes to it.
     store = Store(options.db_file, database_key, log=log)
@@ -308,7 +315,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
         local = bind_local_socket(options, local_users, log)
     return StartupState(
         options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
-        frozenset(handed.values()), local, Generation(), Buckets(), clock, log,
+        frozenset(handed.values()), local, Generation(), Buckets(), clock, log, certificates,
     )
 
 
@@ -369,7 +376,7 @@ class ServerProcess:
     def __init__(self, startup: StartupState, slot: int, auth_socket=None, admin_socket=None):
         options = startup.options
         startup.generation.slot = slot
-        self.log = startup.log
+        self.generation, self.log = startup.generation, startup.log
         self.store = Store(options.db_file, startup.database_key, startup.generation, startup.log)
         self.store.clock = startup.clock
         if options.worker_processes:
@@ -395,6 +402,7 @@ class ServerProcess:
             idp = Idp(
                 options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, machine, startup.buckets
             )
+            idp.certificates = startup.certificates
             # A ring file that changed since it was read has another fingerprint: the first request reads it again.
             entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
             idp.ring_versions = {
@@ -406,12 +414,13 @@ class ServerProcess:
             if name == "admin":
                 app = guard_admin(app, idp)
                 self.upkeep, self.clock_thread, self.backup_thread = Upkeep(idp), ClockThread(idp), BackupThread(idp)
+            certificate = startup.certificates.get(name)
             server = Server(
-                name, [listening], app, limits=limits, tls=tls_of(options, name),
+                name, [listening], app, limits=limits, tls=certificate and certificate.context(),
                 trusted_proxies=options.trusted_proxies, log=self.refused, max_threads=grant_threads(count, limits),
                 slash=SLASH.encode() if name == "admin" else b"",
             )
-            server.beat = startup.generation.beat
+            server.beat = functools.partial(self.beat, server, certificate)
             self.add_server(server)
             idp.hasher.gate.blocking = server.blocking
             if name == "admin" and startup.local:
@@ -423,6 +432,12 @@ class ServerProcess:
                 )
                 idp.hasher.gate.blocking = self.blocking
         self.store.blocking, self.store.expecting = self.blocking, self.has_queued_requests
+
+    def beat(self, server: Server, certificate: PortCertificate | None):
+        """Report this process alive, and take up a certificate that has changed. Called at every sweep of a server."""
+        self.generation.beat()
+        if certificate and (context := certificate.changed_context()):
+            server.tls = context
 
     def add_server(self, server: Server):
         # Each thread opens its connection at once: later, there may be no descriptor left for one.
@@ -852,11 +867,12 @@ class Supervisor:
                 self.check_children(hung_up)
                 self.watchdog.tell(self.is_answering())
 
-    def check_children(self, drop_caches):
+    def check_children(self, reload):
         """One turn of the watch: replace children that died, kill those that hang, fork what is due."""
-        if drop_caches:
+        if reload:
             self.startup.generation.bump()
             self.startup.log("caches.dropped")
+        check_certificates(self.startup, reload)
         for number, lived, pid, status in self.reap():
             if lived < 2:
                 self.schedule_restart(number)
@@ -1009,9 +1025,12 @@ def serve_prepared(startup: StartupState, lock: int) -> int:
         info = signal.sigtimedwait(STOPPING | {signal.SIGHUP, signal.SIGCHLD}, 1.0)
         if info and info.si_signo in STOPPING:
             break
-        if info and info.si_signo == signal.SIGHUP:
+        is_reload = info is not None and info.si_signo == signal.SIGHUP
+        if is_reload:
             terminal.hang_up()
             startup.generation.bump()
+        with contextlib.suppress(MemoryError):
+            check_certificates(startup, at_once=is_reload)
         zombie = reap_orphans((), zombie)
         beat, before = startup.generation.beats[0], beat
         watchdog.tell(beat != before)

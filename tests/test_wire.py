@@ -1336,7 +1336,7 @@ class TestTls:
 
     @pytest.mark.parametrize("name, password", [("box.pem", None), ("box.p12", "phrase")])
     def test_both_kinds_of_file(self, run, certificate, name, password):
-        one = run(tls=tls_context(str(certificate / name), None, password))
+        one = run(tls=tls_context(str(certificate / name), "", password or ""))
         with self.client(certificate).wrap_socket(one.connect(), server_hostname="localhost") as sock:
             for _ in range(3):
                 sock.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000\r\n\r\n" + b"y" * 20000)
@@ -1348,7 +1348,7 @@ class TestTls:
     @pytest.mark.parametrize("name, key", [("sealed.pem", None), ("ca.pem", "key.pem")])
     def test_a_pem_key_may_have_a_passphrase(self, certificate, name, key):
         assert (
-            tls_context(str(certificate / name), key and str(certificate / key), "phrase").minimum_version
+            tls_context(str(certificate / name), str(certificate / key) if key else "", "phrase").minimum_version
             == ssl.TLSVersion.TLSv1_2
         )
 
@@ -1365,7 +1365,7 @@ class TestTls:
     )
     def test_what_does_not_open_is_a_sentence(self, certificate, name, key, password, why):
         with pytest.raises(ValueError) as caught:
-            tls_context(str(certificate / name), key and str(certificate / key), password)
+            tls_context(str(certificate / name), str(certificate / key) if key else "", password or "")
         assert why in str(caught.value) and "\n" not in str(caught.value) and str(certificate) in str(caught.value)
 
     @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
