@@ -5242,6 +5242,19 @@ def jwks(idp, params):
     return cached_page(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
 
 
+@AUTH(
+    "GET", "/.well-known/microauthd/ca.pem", guard=anyone, spec=OWN, gives=bytes,
+    gives_media="application/x-x509-ca-cert", tagged=True, option="tls",
+)
+def ca(idp, params):
+    """Return the root of the box's own CA as PEM. Compare its fingerprint with what the box itself shows."""
+    content = idp.store.meta("authority_root").encode()
+    if not content:  # every port has a certificate of its own, and no start has made a CA yet
+        raise Problem("not_found")
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    return Page(content, "application/x-x509-ca-cert", cache=300, etag=etag)
+
+
 def describe_server(idp: Idp) -> dict:
     """Return the metadata of RFC 8414 §2 and OpenID Connect Discovery §3, of what is enabled."""
     base, options = idp.options.auth_issuer, idp.options
@@ -6543,6 +6556,15 @@ def admin_ready(idp, params):
 def admin_status(idp, claims, params):
     """Tell how the box is: processes, ports, clock, certificates, backups, disk, and what needs attention."""
     return idp.machine.read_status(idp)
+
+
+@ADMIN(
+    "GET", "/.well-known/microauthd/ca.pem", guard=anyone, spec=OWN, gives=bytes,
+    gives_media="application/x-x509-ca-cert", tagged=True, option="tls",
+)
+def admin_ca(idp, params):
+    """Return the root of the box's own CA as PEM. Compare its fingerprint with what the box itself shows."""
+    return ca(idp, params)
 
 
 @ADMIN("POST", "/token", guard=anyone, spec=OWN, form=AdminTokenForm, gives=TokenObject)

@@ -9,6 +9,7 @@
     machine                             what the routes of ADMIN get done at the machine
     status                              how the box is, and what needs attention
     upkeep, backup                      purging, key states, the clock's thread; one file that restores a box
+    authority                           the box's own CA, and the certificate that it makes and renews
     ────────────────────────────────────────────────────────────────────────────────────────────────
     microauthd                          the server: one Bottle module with every rule and every route
     ────────────────────────────────────────────────────────────────────────────────────────────────

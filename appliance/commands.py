@@ -27,13 +27,15 @@ from appliance.base.hashing import Hasher
 from appliance.base.keys import make_key
 from appliance.base.objects import iso
 from microauthd import (
-    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_time_step,
-    totp_uri,
+    AT_JWT, HERE, Idp, KeyRing, LOCAL, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed,
+    totp_time_step, totp_uri,
 )
 from appliance.processes import ask_ready, change_user, check_limits, find_server, serve
+from appliance.authority import describe_authority, describe_ports, keep_certificate, replace_authority
 from appliance.recovery import (
     accept_clock, accept_log, back_up, describe_keys, describe_log, describe_status, factory_reset, hold_setup,
-    journal_place, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
+    journal_place, open_idp, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys,
+    set_up_demo,
 )
 from appliance.service import Layout, Request, install, installed_layout, python_of, uninstall
 from appliance.help import show_page, show_topics, topics, write
@@ -268,6 +270,49 @@ def run_keys(options: Options, line: CommandLine) -> int:
     return 0
 
 
+def show_certificates(options: Options, idp: Idp, as_json: bool):
+    """Print what the ports serve, and the CA of the box. Names that it lacks are named with the remedy."""
+    ports, (ca, missing) = describe_ports(options), describe_authority(options, idp.store)
+    if as_json:
+        print(json.dumps(msgspec.to_builtins({"ports": ports, "ca": ca, "missing": missing}), indent=1))
+        return
+    if not ports:
+        print("both ports speak plain HTTP; tls = self in mad.conf makes a certificate")
+    for shown in [*ports, *([ca] if ca else [])]:
+        print(f"{shown.use:7} {shown.file}")
+        if shown.problem:
+            print(f"        {shown.problem}")
+        if shown.sha256:
+            print(f"        SHA-256 {shown.sha256}\n        ends {iso(shown.not_after)}")
+            print(f"        {'may sign for' if shown is ca else 'for'} {', '.join(shown.names)}")
+    if missing:
+        print(
+            f"microauthd: {', '.join(missing)}: the box has this since its CA was made, which may not sign for it. "
+            "microauthd certificate new makes another CA; every client must then trust that",
+            file=sys.stderr,
+        )
+
+
+def run_certificate(options: Options, line: CommandLine) -> int:
+    action = line.args[0]
+    if action not in ("show", "renew", "new") or ("--json" in line.flags and action != "show"):
+        raise UsageError
+    idp = open_idp(options)
+    try:
+        if action != "show" and options.tls != "self":
+            raise StartupError("the box makes its own certificate only with tls = self")
+        if action == "new":
+            replace_authority(idp, LOCAL.acting_as("machine"))
+        elif action == "renew":
+            keep_certificate(idp, LOCAL.acting_as("machine"), renew=True)
+        show_certificates(options, idp, "--json" in line.flags)
+    finally:
+        idp.store.close()
+    if action != "show":
+        print("microauthd: a server that runs here serves it within ten seconds", file=sys.stderr)
+    return 0
+
+
 def run_clock(options: Options, line: CommandLine) -> int:
     if line.args[0] != "accept":
         raise UsageError
@@ -493,6 +538,16 @@ COMMANDS = {
                 Flag("--kid", "the key to revoke", "KID"),
             ),
             ("keys list", "keys rotate --ring auth", "keys revoke --kid KID"), args=1, is_local=True,
+        ),
+        Command(
+            "certificate show",
+            "what the ports serve, and the box's own CA: file, fingerprint, names, end; certificate renew; certificate "
+            "new",
+            run_certificate, ("show [--json]", "renew", "new"),
+            "Show the certificates of the ports and, with tls = self, the CA of the box. renew makes another "
+            "certificate at once, as after its key was read by somebody. new makes another CA, for the names and "
+            "addresses that the box has now: every client must then trust its root, ca.pem, instead of the one before.",
+            (AS_JSON,), ("certificate show", "certificate new"), args=1, is_local=True,
         ),
         Command(
             "admin recover",

@@ -34,7 +34,10 @@ from appliance.base import StartupError
 from appliance.base.files import (
     check_folder, existing_folder, read_secret_file, read_stdin_secret, sync_directory, write_durably,
 )
-from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
+from appliance.base.settings import (
+    OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, host_names, networks, whole,
+)
+from appliance.authority import describe_root, forbid_found_ca, proposed_name
 from appliance.base.store import SEEDED_SCOPES
 from appliance.processes import run_as
 from appliance.base.tls import tls_context
@@ -58,7 +61,7 @@ def listener_options(server):
 # The options of the guided path, before and after the questions about the first client.
 BEFORE_CLIENT = (
     "log-file", "totp-qr-output-root", "enable-audit-logging", "audit-log-retention-days",
-    *listener_options("auth"), *listener_options("admin"),
+    "tls", *listener_options("auth"), *listener_options("admin"),
     "argon2id-time", "argon2id-memory", "argon2id-parallelism", "argon2id-hash-length", "argon2id-salt-length",
     "token-signing-key-file", "prefer-ec-token-signer", "token-signing-key-length-rsa", "token-signing-key-pass",
     "admin-token-signing-key-file", "prefer-ec-admin-token-signer", "admin-token-signing-key-length-rsa",
@@ -87,19 +90,30 @@ EXTRA_QUESTIONS = {
     "admin-insecure-http": "Plain HTTP on {ip}: tokens and passwords travel in clear. Allow it?",
 }
 
+
+def speaks_tls(draft, server):
+    return bool(draft["tls"] or draft[f"{server}-ssl-cert-file"])
+
+
+def is_for_others(draft, server):
+    return not ipaddress.ip_address(draft[f"{server}-ip"]).is_loopback
+
+
 def is_exposed(draft, server):
     """Whether the server would speak plain HTTP on an address that other hosts can reach."""
-    return not draft[f"{server}-ssl-cert-file"] and not ipaddress.ip_address(draft[f"{server}-ip"]).is_loopback
+    return not speaks_tls(draft, server) and is_for_others(draft, server)
 
 
 # Conditions for asking. An option that is not asked for keeps its value, in case its feature is enabled later.
 CONDITIONS = {
+    "auth-ssl-cert-file": lambda draft: not draft["tls"],
+    "admin-ssl-cert-file": lambda draft: not draft["tls"],
     "auth-ssl-key-file": lambda draft: draft["auth-ssl-cert-file"],
     "admin-ssl-key-file": lambda draft: draft["admin-ssl-cert-file"],
     "auth-ssl-cert-pass": lambda draft: draft["auth-ssl-cert-file"],
     "admin-ssl-cert-pass": lambda draft: draft["admin-ssl-cert-file"],
-    "auth-domain-no-ssl": lambda draft: not draft["auth-ssl-cert-file"],
-    "admin-domain-no-ssl": lambda draft: not draft["admin-ssl-cert-file"],
+    "auth-domain-no-ssl": lambda draft: not speaks_tls(draft, "auth"),
+    "admin-domain-no-ssl": lambda draft: not speaks_tls(draft, "admin"),
     "auth-insecure-http": lambda draft: is_exposed(draft, "auth"),
     "admin-insecure-http": lambda draft: is_exposed(draft, "admin"),
     "audit-log-retention-days": lambda draft: draft["enable-audit-logging"],
@@ -168,16 +182,19 @@ class Draft:
         origins = self.options.origins | self.chosen
         if "enable-token-refresh" not in origins:
             derived["enable-token-refresh"] = True
-        # The issuer follows from auth-domain, which has no port; on localhost no proxy hides the port.
+        # The issuer follows from auth-domain, which has no port; no proxy hides the port on localhost, nor where the
+        # box itself is reached over TLS.
+        is_reached = self["auth-domain"] == "localhost" or (self["tls"] and is_for_others(self, "auth"))
         if (
             not self["oidc-issuer"]
-            and self["auth-domain"] == "localhost"
+            and is_reached
+            and not re.search(":[0-9]+$", self["auth-domain"])
             and self.chosen.get("auth-domain-no-ssl", True)
         ):
             derived["oidc-issuer"] = (
-                f"{'https' if self['auth-ssl-cert-file'] else 'http'}://localhost:{self['auth-port']}"
+                f"{'https' if speaks_tls(self, 'auth') else 'http'}://{self['auth-domain']}:{self['auth-port']}"
             )
-        if not self["admin-ssl-cert-file"] and "admin-domain-no-ssl" not in origins:
+        if not speaks_tls(self, "admin") and "admin-domain-no-ssl" not in origins:
             derived["admin-domain-no-ssl"] = True
         return self.resolve({name: value for name, value in derived.items() if not self.overriding_origin(name)})
 
@@ -247,6 +264,24 @@ def check_creatable(path):
         raise ValueError(f"nothing can be written in {folder}")
 
 
+def check_ca(draft):
+    """Raise ValueError if a CA of the box would replace files that are there."""
+    try:
+        forbid_found_ca(dataclasses.replace(draft.options, db_file=draft["db-file"]))
+    except StartupError as refusal:
+        raise ValueError(str(refusal)) from None
+
+
+def check_related(draft, name, value):
+    """Raise ValueError if a value contradicts what was answered before."""
+    if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
+        raise ValueError("AUTH listens on this address and port already")
+    if name == "argon2id-parallelism" and draft["argon2id-memory"] < 8 * value:
+        raise ValueError("argon2id-memory must be at least eight times this")
+    if name == "tls" and value:
+        check_ca(draft)
+
+
 def check_option(draft, name, is_interactive=True):
     """Return a check that parses an option, compares it with related options, and puts it into the draft.
 
@@ -278,10 +313,7 @@ def check_option(draft, name, is_interactive=True):
             check_creatable(value)
         if name == "db-file" and os.path.lexists(value):
             raise ValueError(f"{value} is there already")
-        if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
-            raise ValueError("AUTH listens on this address and port already")
-        if name == "argon2id-parallelism" and draft["argon2id-memory"] < 8 * value:
-            raise ValueError("argon2id-memory must be at least eight times this")
+        check_related(draft, name, value)
         if is_interactive and name.endswith("-ssl-cert-file") and value and not os.path.isfile(value):
             raise ValueError(f"there is no file {value}")
         draft.choose(name, value)
@@ -452,12 +484,14 @@ def ask_option(prompter, draft, name):
             question.format(ip=draft[f"{server}-ip"]), value, lambda yes: draft.choose(name, yes) or yes
         ):
             prompter.write("Then it needs a certificate, or an address of loopback.", "  ")
-            for other in listener_options(server):
+            for other in ("tls", *listener_options(server)):
                 if CONDITIONS.get(other, lambda draft: True)(draft):
                     ask_option(prompter, draft, other)
         return None
     if option.parse is boolean:
         return prompter.confirm(question, value, lambda yes: draft.choose(name, yes))
+    if name.endswith("-domain") and value == "localhost" and is_for_others(draft, name.partition("-")[0]):
+        value = proposed_name()
     return prompter.ask(question, format_value(value), check_option(draft, name))
 
 
@@ -737,6 +771,8 @@ def run_wizard(options, flags):
             prompter.write(
                 f"\n  client_id      {one.client_id}\n  client_secret  {one.secret}\n\nThe secret is shown this once."
             )
+    if root := describe_root(final_options):
+        prompter.write(f"\nClients trust the box by {root.file}. Its SHA-256 fingerprint:\n  {root.sha256}")
     with_config = "" if draft.config == "mad.conf" else f" --config {draft.config}"
     prompter.write("\nTry next:")
     for command in (
@@ -766,7 +802,7 @@ def option_text(option, value):
         return "true" if value else "false"
     if isinstance(value, (str, int)):
         return str(value)
-    if option.parse is networks and isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if option.parse in (networks, host_names) and isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ",".join(value)
     raise ValueError(f"{option.name} must be a string, a whole number, or true or false")
 
@@ -1062,6 +1098,8 @@ def run_unattended(options, answers_file, flags, values, secrets_file=""):
             print(f"client_secret={client.secret}")
     if secrets_file:
         keep_secrets(made, secrets_file)
+    if final_options and (root := describe_root(final_options)):
+        print(f"ca_file={root.file}\nca_sha256={root.sha256}")
     return 0
 
 

@@ -36,14 +36,15 @@ from appliance.base.shared import Buckets
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
+from appliance.base.tls import PortCertificate
 from appliance.base.wire import (
     Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening,
 )
 from microauthd import ADMIN, AUTH, App, HERE, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
+from appliance.authority import keep_certificate, needs_work
 from appliance.machine import MACHINE
 from appliance.status import list_children, read_status
 from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
-from appliance.base.tls import PortCertificate
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -99,19 +100,35 @@ def start_clock(store: Store, log: Log) -> Timekeeper:
     return clock
 
 
-def read_certificates(options: Options) -> dict[str, PortCertificate]:
-    """Return the certificate of each port that speaks TLS. Raises StartupError."""
+def read_certificates(options: Options, self_made: bool) -> dict[str, PortCertificate]:
+    """Return the certificate of each port that speaks TLS, of those that the box makes or of the others. Raises
+    StartupError.
+    """
     certificates = {}
     for side in ("auth", "admin"):
-        if cert_file := getattr(options, f"{side}_ssl_cert_file"):
-            certificates[side] = PortCertificate(
-                side, cert_file, getattr(options, f"{side}_ssl_key_file"), getattr(options, f"{side}_ssl_cert_pass")
-            )
+        cert_file, *rest = options.tls_files(side)
+        if cert_file and self_made == (cert_file == options.self_made_file):
+            certificates[side] = PortCertificate(side, cert_file, *rest)
             try:
                 certificates[side].load()
             except ValueError as error:
-                raise StartupError(f"{side}-ssl-cert-file: {error}") from None
+                raise StartupError(f"{'tls' if self_made else side + '-ssl-cert-file'}: {error}") from None
     return certificates
+
+
+def prepare_certificate(idp: Idp):
+    """Make the certificate of a box with `tls = self` if it is missing or ends soon: see keep_certificate().
+
+    Where one is there and can be served, what keeps it from being renewed does not keep the box from starting.
+    """
+    try:
+        if needs_work(idp.options, idp.store, idp.now()):
+            keep_certificate(idp)
+    except (OSError, StartupError, Unavailable) as error:
+        reason = error.log if isinstance(error, Unavailable) else str(error)
+        if not os.path.exists(idp.options.self_made_file):
+            raise StartupError(f"tls = self: {reason}") from None
+        idp.log("certificate.failed", "error", reason=reason)
 
 
 def check_certificates(startup: StartupState, at_once=False):
@@ -298,7 +315,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     auth_entries = read_ring(options.token_signing_key_file, options.token_signing_key_pass)
     admin_entries = read_ring(options.admin_token_signing_key_file, options.admin_token_signing_key_pass)
     seal_key = read_seal_key(options.seal_key_file)
-    certificates = read_certificates(options)
+    certificates = read_certificates(options, self_made=False)
     local_users = find_local_users(options)
     # Last of what is read: opening the database recovers its WAL, which writes to it.
     store = Store(options.db_file, database_key, log=log)
@@ -306,6 +323,10 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
         store.open(is_audited=options.enable_audit_logging)
         log_log_damage(store, log)
         clock = start_clock(store, log)
+        if options.tls == "self":
+            rings = (KeyRing(auth_entries), KeyRing(admin_entries))
+            prepare_certificate(Idp(options, store, *rings, Seal(seal_key), clock, log))
+            certificates |= read_certificates(options, self_made=True)
     finally:
         store.close()
     auth_sockets, admin_socket = bind_ports(options, max(1, options.worker_processes), handed)
@@ -690,9 +711,7 @@ def announce(startup: StartupState):
         local=startup.local.path if startup.local else "", workers=options.worker_processes,
     )
     for side in ("auth", "admin"):
-        if not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback and not getattr(
-            options, f"{side}_ssl_cert_file"
-        ):
+        if side not in startup.certificates and not ipaddress.ip_address(getattr(options, f"{side}_ip")).is_loopback:
             startup.log(
                 "insecure", "warning",
                 reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",

@@ -39,6 +39,7 @@ from microauthd import (
 )
 from appliance.backup import backup_files, check_copy, write_backup
 from appliance.machine import MACHINE
+from appliance.authority import forbid_found_ca, keep_certificate, put_authority
 from appliance.processes import hold_database, read_seal_key
 from appliance.status import gather_status
 
@@ -372,6 +373,8 @@ def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
         made = [add_client(idp, client, refuse_client) for client in answers.clients]
         if answers.scopes:
             assign_scopes(idp, LOCAL.acting_as("setup"), account, answers.scopes)
+        if options.tls == "self":
+            put_authority(idp, LOCAL.acting_as("setup"))
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         store.close()
@@ -437,6 +440,19 @@ def write_settings(options: Options, gid: int):
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
+def make_certificate_files(options: Options):
+    """Make the files of the CA that a set-up has put into the database."""
+    key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
+    store = Store(options.db_file, key)
+    try:
+        auth_ring, admin_ring = (
+            KeyRing(read_ring(path, passphrase)) for path, passphrase, _ in ring_files(options).values()
+        )
+        keep_certificate(Idp(options, store, auth_ring, admin_ring, Seal(read_seal_key(options.seal_key_file))))
+    finally:
+        store.close()
+
+
 def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> list[MadeClient]:
     """Make everything a first start needs; return the clients. Raises StartupError or Problem, and then nothing is.
 
@@ -456,6 +472,8 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
             raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
         if options.db_pass and options.no_db_pass:
             raise StartupError("db-pass and no-db-pass contradict each other")
+        if options.tls == "self":
+            forbid_found_ca(options)
         finals = [
             config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
             options.db_file,
@@ -485,6 +503,10 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
             write_journal(place, True, files)
             checkpoint("committed")
             finish_setup(config, options)
+    if options.tls == "self":
+        # The box is set up: what fails from here on, the first start makes.
+        with contextlib.suppress(OSError, StartupError, Unavailable):
+            make_certificate_files(options)
     return made
 
 
@@ -494,8 +516,9 @@ def demo_answers(options: Options) -> tuple[Options, Answers]:
     if not options.db_pass and not options.no_db_pass:
         chosen["db_pass"] = random_handle()
     if not options.oidc_issuer:
-        chosen["oidc_issuer"] = f"http://localhost:{options.auth_port}"
-        chosen["admin_domain_no_ssl"] = True
+        scheme = "https" if options.tls_files("auth")[0] else "http"
+        chosen["oidc_issuer"] = f"{scheme}://localhost:{options.auth_port}"
+        chosen["admin_domain_no_ssl"] = not options.tls_files("admin")[0]
     origins = options.origins | {OPTION_NAMES[name.replace("_", "-")].name: "setup" for name in chosen}
     answers = Answers(
         "admin", "admin@localhost", secrets.token_urlsafe(12),
@@ -784,6 +807,7 @@ def factory_reset(options: Options) -> list[str]:
         forget_mark(options.db_file)
         for path in (
             *(key + suffix for key in keys for suffix in (".new", "")),
+            *((options.self_made_file, options.ca_file) if options.tls == "self" else ()),
             *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
         ):
             try:

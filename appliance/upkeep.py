@@ -22,6 +22,7 @@ from appliance.base.pages import PAGES
 from appliance.backup import (
     Schedule, clear_leftovers, hold_backup_folder, is_due, read_schedule, run_schedule, scheduled_prefix,
 )
+from appliance.authority import renew_certificate
 from microauthd import (
     HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
     ring_files, write_refusal_counts,
@@ -205,8 +206,8 @@ class UnpackedProgram:
 
 
 class Upkeep(threading.Thread):
-    """Checks the unpacked program every few seconds, the key rings and the size of the audit log every minute; purges
-    every hour.
+    """Checks the unpacked program every few seconds, the key rings, the certificate and the size of the audit log every
+    minute; purges every hour.
 
     What fails is logged and tried again.
     """
@@ -228,6 +229,7 @@ class Upkeep(threading.Thread):
             self.attempt(self.program.keep)
             if turn * self.INTERVAL % 60 == 0:
                 self.attempt(advance_key_states, self.idp)
+                self.attempt(renew_certificate, self.idp)
                 self.attempt(remove_qr_files, self.idp)
                 if self.idp.options.enable_audit_logging:
                     system = LOCAL.acting_as("system")

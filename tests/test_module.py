@@ -18,9 +18,9 @@ ROOMS = (
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys",
     "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
-    "appliance.base.pages", "microauthd", "appliance.backup", "appliance.upkeep", "appliance.status",
-    "appliance.machine", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
-    "appliance.service", "appliance.commands",
+    "appliance.base.pages", "microauthd", "appliance.backup", "appliance.authority", "appliance.upkeep",
+    "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery", "appliance.oobe",
+    "appliance.help", "appliance.service", "appliance.commands",
 )
 
 
@@ -311,7 +311,7 @@ class TestRoutes:
                     "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js", "/authorize",
                     "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent",
                     "/pages/<name>", "/end-session", "/logout", "/account", "/login/password", "/login/totp",
-                    "/login/finalize", "/auth-session/<jti>",
+                    "/login/finalize", "/auth-session/<jti>", "/.well-known/microauthd/ca.pem",
                 )
             ),
             *(
@@ -319,6 +319,7 @@ class TestRoutes:
                 for path in (
                     "/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json",
                     "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
+                    "/.well-known/microauthd/ca.pem",
                 )
             ),
         }

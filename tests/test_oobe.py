@@ -27,6 +27,7 @@ from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.base.tls import describe_certificate
 from appliance.base.keys import read_ring
 from appliance.processes import read_seal_key
 from appliance.recovery import Answers, FirstClient, open_idp, recover_setup, set_up
@@ -372,6 +373,7 @@ class TestGuided:
             *DATABASE, ("Go through every setting?", "y"),
             ("Log file?", ALL + "box.log"),
             ("TOTP QR files", "relative"), ("absolute path", ALL + "/var/qr"), ("audit log?", "y"), ("Days to keep it?", ALL + "10000"), ("from 0 to 9999", ALL + "60"),
+            ("that the box makes", "yes"), ("must be self, or empty", ALL),
             ("AUTH address?", ALL + "localhost"), ("IP address", ALL + "127.0.0.1"), ("AUTH port?", ALL + "70000"), ("from 1 to 65535", ALL + "9140"),
             ("host name of AUTH?", ALL + "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", ""),
             ("ADMIN address?", ""), ("ADMIN port?", ALL + "9140"), ("already", ALL + "9141"), ("Host name of ADMIN?", ALL + "box.example"),
@@ -415,8 +417,8 @@ class TestGuided:
         console = Console(tmp_path, "--guided", term="dumb")
         console.answers((
             *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"),
-            ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", "n"), ("Allow it?", ""),
-            ("Then it needs", "127.0.0.1"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("AUTH certificate", ""), ("reach AUTH by https", "n"),
+            ("that the box makes", ""), ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", "n"), ("Allow it?", ""),
+            ("Then it needs", ""), ("AUTH address?", "127.0.0.1"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("AUTH certificate", ""), ("reach AUTH by https", "n"),
             ("ADMIN address?", "0.0.0.0"), ("ADMIN port?", ""), ("Host name of ADMIN?", ""), ("ADMIN certificate", ""), ("reach ADMIN by https", ""), ("Allow it?", "y"),
             *self.ARGON, ("AUTH key file?", ""), ("Sign AUTH", ""), ("AUTH keys?", ""), ("ADMIN key file?", ""), ("Sign ADMIN", ""), ("ADMIN keys?", ""),
             ("access token", ""), ("ADMIN token", ""), ("expired sessions", ""), ("revocation", ""), ("Issue refresh", "n"),
@@ -435,6 +437,29 @@ class TestGuided:
         )
         assert (options.refresh_token_expiration, options.audit_log_retention_days) == (259200, 30)
         assert "client_secret" not in console.text
+
+
+    def test_a_box_for_the_network_makes_its_certificate_and_shows_the_fingerprint(self, tmp_path):
+        (tmp_path / "mad.conf").write_text("docker = true\n")  # else it is also called what this machine is
+        console = Console(tmp_path, "--guided", term="dumb")
+        console.answers((
+            *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"),
+            ("that the box makes", "self"), ("AUTH address?", "0.0.0.0"), ("AUTH port?", "9140"), ("host name of AUTH?", "box.lan"),
+            ("ADMIN address?", ""), ("ADMIN port?", "9141"), ("Host name of ADMIN?", "box.lan"),
+            *self.ARGON, ("AUTH key file?", ""), ("Sign AUTH", ""), ("AUTH keys?", ""), ("ADMIN key file?", ""), ("Sign ADMIN", ""), ("ADMIN keys?", ""),
+            ("access token", ""), ("ADMIN token", ""), ("expired sessions", ""), ("revocation", ""), ("Issue refresh", "n"),
+            ("before a lockout?", ""), ("restarts?", ""), ("lockout?", ""), ("client_id", '""'), ("proxies", ""), ("example pages", ""), ("code flow", ""), ("Life of", ""), ("Remember", ""), ("Seconds to", ""),
+            *ADMINISTRATOR, ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, _ = log_in(tmp_path)
+        assert (options.tls, options.auth_issuer, options.admin_issuer) == (
+            "self", "https://box.lan:9140", "https://box.lan:9141",
+        )
+        assert describe_certificate((tmp_path / "ca.pem").read_bytes()).sha256 in console.text
+        assert describe_certificate((tmp_path / "tls-self.pem").read_bytes()).names == [
+            "box.lan", "localhost", "127.0.0.1", "::1",
+        ]
 
 
 GOOD = f"""\
@@ -549,6 +574,20 @@ class TestUnattended:
             9140, 9141, False, 32,
         )
         assert len(options.trusted_proxies) == 2 and options.oidc_issuer == "http://localhost:9140"
+
+    def test_a_box_for_the_network_makes_its_certificate(self, tmp_path):
+        content = GOOD.replace(
+            "[options]",
+            '[options]\ntls = "self"\ntls-names = ["Box.lan", "192.168.7.20"]\nauth-ip = "0.0.0.0"\ndocker = true\n'
+            'admin-domain = "box.lan"',
+        )
+        done = unattended(tmp_path, content.replace("docker = true", 'auth-domain = "box.lan"'))
+        assert done.returncode == 0, done.stderr
+        root = describe_certificate((tmp_path / "ca.pem").read_bytes())
+        assert f"ca_file={tmp_path}/ca.pem\nca_sha256={root.sha256}\n" in done.stdout
+        assert log_in(tmp_path)[0].auth_issuer == "https://box.lan:9040"
+        names = describe_certificate((tmp_path / "tls-self.pem").read_bytes()).names
+        assert {"box.lan", "192.168.7.20", "localhost"} <= set(names)
 
     def test_a_browser_application_needs_nothing_of_admin_before_its_first_login(self, tmp_path):
         done = unattended(tmp_path, APPLICATIONS)

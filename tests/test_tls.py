@@ -11,7 +11,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs12
 
-from appliance.base.tls import Pair, PortCertificate, SharedPair, certificate_not_after, certificate_warnings, describe_certificate
+from appliance.base.tls import (
+    Pair, PortCertificate, SharedPair, certificate_not_after, certificate_warnings, describe_certificate,
+)
 
 DAY = 86400
 NOW = 1_900_000_000

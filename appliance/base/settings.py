@@ -1,6 +1,7 @@
 """Every setting, declared once as a field of Options, and what loads, checks, describes and writes them."""
 
 import collections
+import contextlib
 import dataclasses
 import ipaddress
 import os
@@ -91,6 +92,26 @@ def networks(value: str) -> tuple[Network, ...]:
 def domain(value: str) -> str:
     if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?", value.strip()):
         raise ValueError("must be a host name, with a port where the public address has one")
+    return value.strip().lower()
+
+
+def host_names(value: str) -> str:
+    """Parse `box.lan, 192.168.7.20`: names and addresses, in the form in which a certificate has them."""
+    names = []
+    for word in filter(None, re.split(r"[,\s]+", value.strip().lower())):
+        try:
+            names.append(str(ipaddress.ip_address(word.strip("[]"))))
+        except ValueError:
+            labels = word.split(".")
+            if len(word) > 253 or not all(re.fullmatch(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", label) for label in labels):
+                raise ValueError("must be host names and IP addresses, separated by commas") from None
+            names.append(word)
+    return ",".join(dict.fromkeys(names))
+
+
+def certificate_source(value: str) -> str:
+    if value.strip().lower() not in ("", "self"):
+        raise ValueError("must be self, or empty")
     return value.strip().lower()
 
 
@@ -203,6 +224,15 @@ class Options:
     docker: bool = option(
         False, boolean, "Container: log to standard output, and set up from the environment, never by questions.",
         group="Files",
+    )
+    # -- certificates --
+    tls: str = option(
+        "", certificate_source, "self: a port without a certificate of its own serves HTTPS with one that the box "
+        "makes and renews.", "A certificate that the box makes itself (self; empty: no)?", group="Certificates",
+    )
+    tls_names: str = option(
+        "", host_names, "Names and addresses that this certificate has besides those of the issuer and of the machine, "
+        "separated by commas.", group="Certificates",
     )
     # -- AUTH --
     auth_ip: str = option(
@@ -456,6 +486,23 @@ class Options:
         return f"{scheme}://{host}" if re.search(r":[0-9]+$", host) else f"{scheme}://{host}:{self.admin_port}"
 
     @property
+    def self_made_file(self) -> str:
+        """The file of the certificate that the box makes, with its chain and its key."""
+        return os.path.join(os.path.dirname(os.path.abspath(self.db_file)), "tls-self.pem")
+
+    @property
+    def ca_file(self) -> str:
+        """The file of the root that clients of such a box trust."""
+        return os.path.join(os.path.dirname(os.path.abspath(self.db_file)), "ca.pem")
+
+    def tls_files(self, side: str) -> tuple[str, str, str]:
+        """Return certificate file, key file and passphrase of a port. The first is empty where it speaks plain HTTP."""
+        cert_file = getattr(self, f"{side}_ssl_cert_file")
+        if not cert_file and self.tls == "self":
+            return self.self_made_file, "", ""
+        return cert_file, getattr(self, f"{side}_ssl_key_file"), getattr(self, f"{side}_ssl_cert_pass")
+
+    @property
     def worker_processes(self) -> int:
         return min(4, len(os.sched_getaffinity(0))) if self.workers < 0 else self.workers
 
@@ -617,11 +664,11 @@ def check_options(options: Options):
         raise StartupError("AUTH and ADMIN cannot listen on the same address and port")
     for side in ("auth", "admin"):
         ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
-        tls = getattr(options, f"{side}_ssl_cert_file")
-        if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
+        if not ip.is_loopback and not options.tls_files(side)[0] and not getattr(options, f"{side}_insecure_http"):
             raise StartupError(
                 f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
-                f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
+                f"tokens would travel in clear; set tls = self for a certificate that the box makes, or "
+                f"{side}-insecure-http = true, only behind a TLS proxy"
             )
     if options.argon2id_memory < 8 * options.argon2id_parallelism:
         raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
