@@ -35,7 +35,7 @@ from appliance.base.files import (
     check_folder, existing_folder, read_secret_file, read_stdin_secret, sync_directory, write_durably,
 )
 from appliance.base.settings import (
-    OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, host_names, networks, whole,
+    OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, host_names, issuer_obstacle, networks, whole,
 )
 from appliance.authority import describe_root, forbid_found_ca, proposed_name
 from appliance.base.store import SEEDED_SCOPES
@@ -196,7 +196,10 @@ class Draft:
             )
         if not speaks_tls(self, "admin") and "admin-domain-no-ssl" not in origins:
             derived["admin-domain-no-ssl"] = True
-        return self.resolve({name: value for name, value in derived.items() if not self.overriding_origin(name)})
+        options = self.resolve({name: value for name, value in derived.items() if not self.overriding_origin(name)})
+        if problem := issuer_obstacle(options):
+            raise StartupError(problem)
+        return options
 
 
 # == Checks ====================================================================
@@ -272,6 +275,14 @@ def check_ca(draft):
         raise ValueError(str(refusal)) from None
 
 
+def obstacle_of(draft, domain):
+    """Return what issuer_obstacle() says where the issuer is made of this domain."""
+    options = dataclasses.replace(
+        draft.options, auth_domain=domain, auth_ip=draft["auth-ip"], oidc_issuer=draft["oidc-issuer"]
+    )
+    return issuer_obstacle(options)
+
+
 def check_related(draft, name, value):
     """Raise ValueError if a value contradicts what was answered before."""
     if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
@@ -314,6 +325,8 @@ def check_option(draft, name, is_interactive=True):
         if name == "db-file" and os.path.lexists(value):
             raise ValueError(f"{value} is there already")
         check_related(draft, name, value)
+        if name == "auth-domain" and is_interactive and (problem := obstacle_of(draft, value)):
+            raise ValueError(problem)
         if is_interactive and name.endswith("-ssl-cert-file") and value and not os.path.isfile(value):
             raise ValueError(f"there is no file {value}")
         draft.choose(name, value)
@@ -746,6 +759,8 @@ def run_wizard(options, flags):
             if os.path.exists(draft[name + "-file"]):
                 # The set-up keeps existing keys. Report now, and not after the last question, that one does not open.
                 microauthd.read_ring(draft[name + "-file"], draft[name + "-pass"])
+        if obstacle_of(draft, draft["auth-domain"]):
+            ask_option(prompter, draft, "auth-domain")
         username, email, password, seed = ask_administrator(prompter, draft)
         client = ask_client(prompter, draft, is_guided)
     answers = Answers(

@@ -29,7 +29,7 @@ import msgspec
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import Options, check_options
+from appliance.base.settings import Options, check_options, issuer_obstacle
 from appliance.base.log import Log
 from appliance.base.files import check_folder, file_fingerprint, guard_private, open_owned
 from appliance.base.shared import Buckets
@@ -716,6 +716,8 @@ def announce(startup: StartupState):
                 "insecure", "warning",
                 reason=f"{side} speaks plain HTTP beyond this machine, as {side}-insecure-http allows",
             )
+    if reason := issuer_obstacle(options):
+        startup.log("issuer.unreachable", "warning", reason=reason)
 
 
 def reap_orphans(children: Container[int], seen: int | None = None) -> int:

@@ -19,7 +19,7 @@ from appliance.authority import (
     missing_names, needs_work, renew_certificate, replace_authority, wanted_names,
 )
 from appliance.base import StartupError
-from appliance.base.settings import Options, host_names
+from appliance.base.settings import Options, host_names, issuer_obstacle
 from appliance.base.tls import Pair, context_of, describe_certificate
 
 NAMES = ["box.lan", "192.168.7.20", "fd00::20", "localhost", "127.0.0.1", "::1"]
@@ -322,3 +322,20 @@ class TestNames:
         for wrong in ("https://box.lan", "box.lan:9040", "-box", "box..lan", "a" * 64, "*.lan", "10.0.0.0/8", "bücher"):
             with pytest.raises(ValueError, match="host names and IP addresses"):
                 host_names(wrong)
+
+
+class TestIssuer:
+    """An issuer at localhost is every machine's own."""
+
+    @pytest.mark.parametrize(
+        "changes, is_wrong",
+        [
+            ({}, False), ({"auth_ip": "192.168.7.20"}, True), ({"auth_ip": "0.0.0.0"}, True), ({"auth_ip": "::"}, True),
+            ({"auth_ip": "::", "auth_domain": "box.lan"}, False), ({"auth_ip": "::", "auth_domain": "127.0.0.2:9040"}, True),
+            ({"auth_ip": "::", "oidc_issuer": "https://[::1]:9040"}, True), ({"auth_ip": "::1"}, False),
+            ({"auth_ip": "::", "oidc_issuer": "https://a.localhost"}, True),
+            ({"auth_ip": "::", "oidc_issuer": "https://box.lan"}, False), ({"auth_ip": "0.0.0.0", "docker": True}, False),
+        ],
+    )
+    def test_it_goes_with_an_address_of_loopback(self, changes, is_wrong):
+        assert bool(issuer_obstacle(Options(auth_insecure_http=True, **changes))) == is_wrong

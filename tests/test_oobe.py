@@ -461,6 +461,14 @@ class TestGuided:
             "box.lan", "localhost", "127.0.0.1", "::1",
         ]
 
+    def test_an_issuer_at_localhost_does_not_go_with_an_address_for_others(self, tmp_path):
+        console = Console(tmp_path, "--guided", term="dumb")
+        console.answers((
+            *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"), ("that the box makes", "self"),
+            ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("by which they reach this one", "\x04"),
+        ))  # fmt: skip
+        assert console.end() == 1 and not (tmp_path / "mad.db3").exists()
+
 
 GOOD = f"""\
 [options]
@@ -581,6 +589,11 @@ class TestUnattended:
             '[options]\ntls = "self"\ntls-names = ["Box.lan", "192.168.7.20"]\nauth-ip = "0.0.0.0"\ndocker = true\n'
             'admin-domain = "box.lan"',
         )
+        (tmp_path / "container").mkdir()
+        assert unattended(tmp_path / "container", content).returncode == 0, "who reaches a container, its host decides"
+        done = unattended(tmp_path, content.replace("docker = true\n", ""))
+        assert done.returncode == 1 and "is itself for each of them" in done.stderr and done.stderr.count("\n") == 1
+        assert left(tmp_path) == {"answers.toml", "container"}
         done = unattended(tmp_path, content.replace("docker = true", 'auth-domain = "box.lan"'))
         assert done.returncode == 0, done.stderr
         root = describe_certificate((tmp_path / "ca.pem").read_bytes())

@@ -674,6 +674,24 @@ def check_options(options: Options):
         raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
 
 
+def issuer_obstacle(options: Options) -> str:
+    """Return why other machines cannot use the issuer at which AUTH answers them, as a sentence, or "".
+
+    In a container the address is one of the container: who reaches it, its host decides.
+    """
+    host = urlsplit(options.auth_issuer).hostname or ""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            host = "localhost"
+    is_elsewhere = host != "localhost" and not host.endswith(".localhost")
+    if is_elsewhere or options.docker or ipaddress.ip_address(options.auth_ip).is_loopback:
+        return ""
+    return (
+        f"auth-ip {options.auth_ip} is for other machines, and the issuer {options.auth_issuer} is itself for each of "
+        "them: set auth-domain, or oidc-issuer, to a name by which they reach this one"
+    )
+
+
 def read_config(path: str) -> dict:
     """Return what parse_config() finds in a config file. Raises StartupError, and FileNotFoundError if there is none.
     """
