@@ -1008,7 +1008,7 @@ def connect_admin(options: Options) -> socket.socket:
     ip = ipaddress.ip_address(options.admin_ip)
     host = ("::1" if ip.version == 6 else "127.0.0.1") if ip.is_unspecified else str(ip)
     sock = socket.create_connection((host, options.admin_port), ANSWER_SECONDS)
-    if not options.admin_ssl_cert_file:
+    if not options.tls_files("admin")[0]:
         return sock
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -11,14 +11,16 @@ import msgspec
 import sqlcipher3
 
 from appliance.base.clock import RELEASED_AT, Timekeeper
-from appliance.base.settings import Options
-from appliance.base.store import MIGRATIONS
+from appliance.base.settings import Options, issuer_obstacle
+from appliance.base.store import FOREVER, MIGRATIONS
+from appliance.base.tls import PortCertificate, WARNING_DAYS
 from appliance.base.objects import (
     Attention, BackupPlan, CertificateObject, ClockObject, Disk, Endpoint, LastBackup, Severity, StatusObject,
     Workers, iso, read_time,
 )
 from microauthd import Idp, VERSION, check_readiness
 from appliance.backup import read_schedule
+from appliance.authority import CA_WARNING_DAYS, describe_authority
 
 # == Gathering =================================================================
 # What is read from the machine and the database.
@@ -45,36 +47,26 @@ def list_children(pid: int) -> list[int]:
         return []
 
 
-def read_certificate(options: Options, side: str) -> CertificateObject | None:
-    """Return what the certificate file of a port says, or None where there is none or it cannot be read."""
-    path = getattr(options, f"{side}_ssl_cert_file")
-    if not path:
-        return None
-    # Late: a box without TLS needs neither, and x509 has its share of the start-up.
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.serialization import pkcs12
+def certificates_of(idp: Idp) -> dict[str, PortCertificate]:
+    """Return the certificate of each port that speaks TLS: what the server has in force, else what stands in files."""
+    if idp.certificates:
+        return idp.certificates
+    files = {side: idp.options.tls_files(side) for side in ("auth", "admin")}
+    found = {side: PortCertificate(side, *names) for side, names in files.items() if names[0]}
+    for certificate in found.values():
+        with contextlib.suppress(ValueError):  # attend_certificates() says why
+            certificate.load()
+    return found
 
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        if b"-----BEGIN " in content:
-            leaf: x509.Certificate | None = x509.load_pem_x509_certificates(content)[0]
-        else:
-            password = getattr(options, f"{side}_ssl_cert_pass").encode() or None
-            leaf = pkcs12.load_key_and_certificates(content, password)[1]
-        if leaf is None:
-            return None
-        names: list[str] = []
-        with contextlib.suppress(x509.ExtensionNotFound):
-            found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-            names = [str(name.value) for name in found if isinstance(name, (x509.DNSName, x509.IPAddress))]
-        return CertificateObject(
-            iso(int(leaf.not_valid_before_utc.timestamp())), iso(int(leaf.not_valid_after_utc.timestamp())),
-            leaf.fingerprint(hashes.SHA256()).hex(), names,
-        )
-    except (OSError, ValueError, IndexError):
+
+def describe_served(certificates: dict[str, PortCertificate], side: str) -> CertificateObject | None:
+    """Return what the certificate of a port says, or None where there is none or it cannot be read."""
+    certificate = certificates.get(side)
+    described = certificate.describe() if certificate and certificate.in_force else None
+    if described is None:
         return None
+    fingerprint = described.sha256.replace(":", "").lower()
+    return CertificateObject(iso(described.not_before), iso(described.not_after), fingerprint, described.names)
 
 
 def size_of(path: str) -> int:
@@ -121,7 +113,7 @@ def list_endpoints(options: Options, local: str) -> list[Endpoint]:
     ports = [
         Endpoint(
             side, getattr(options, f"{side}_ip"), getattr(options, f"{side}_port"),
-            bool(getattr(options, f"{side}_ssl_cert_file")),
+            bool(options.tls_files(side)[0]),
         )
         for side in ("auth", "admin")
     ]
@@ -206,8 +198,41 @@ def attend_backups(idp: Idp, status: StatusObject) -> Iterator[Attention]:
         yield Attention("backup_old", "warning", iso(due), text, "microauthd backup FILE")
 
 
+def attend_certificates(idp: Idp, status: StatusObject) -> Iterator[Attention]:
+    now, command = idp.now(), "microauthd certificate show"
+    for side, certificate in certificates_of(idp).items():
+        if problem := certificate.problem(now):
+            text = f"new files of the certificate of {side} are not served: {problem}"
+            yield Attention("certificate_refused", "error", None, text if idp.certificates else problem, command)
+        described = certificate.describe() if certificate.in_force else None
+        left = described.not_after - now if described else FOREVER
+        if described and left <= max(WARNING_DAYS) * 86400:
+            text = f"the certificate of {side} {'ends' if left > 0 else 'ended'} at {iso(described.not_after)}"
+            severity: Severity = "error" if left <= min(WARNING_DAYS) * 86400 else "warning"
+            since = iso(described.not_after - max(WARNING_DAYS) * 86400)
+            yield Attention("certificate_ending", severity, since, text, command)
+
+
+def attend_authority(idp: Idp, status: StatusObject) -> Iterator[Attention]:
+    ca, missing = describe_authority(idp.options, idp.store)
+    command = "microauthd certificate new"
+    if ca and missing:
+        text = f"the certificate of the box is not for {', '.join(missing)}, which it has since its CA was made"
+        yield Attention("certificate_names", "warning", None, text, command)
+    if ca and ca.not_after and ca.not_after - idp.now() <= CA_WARNING_DAYS * 86400:
+        severity: Severity = "error" if ca.not_after <= idp.now() else "warning"
+        since = iso(ca.not_after - CA_WARNING_DAYS * 86400)
+        yield Attention("ca_ending", severity, since, f"the CA of the box ends at {iso(ca.not_after)}", command)
+
+
+def attend_issuer(idp: Idp, status: StatusObject) -> Iterator[Attention]:
+    if text := issuer_obstacle(idp.options):
+        yield Attention("issuer_unreachable", "warning", None, text, "microauthd help mad.conf")
+
+
 ATTENTION: tuple[Callable[[Idp, StatusObject], Iterator[Attention]], ...] = (
     attend_readiness, attend_processes, attend_log, attend_clock, attend_disk, attend_backups,
+    attend_certificates, attend_authority, attend_issuer,
 )
 
 
@@ -228,7 +253,7 @@ def gather_status(idp: Idp, pid: int, checks: dict[str, bool], local: str = "") 
 
     `local` is the path of the Unix socket. Raises Unavailable if the database cannot be read.
     """
-    options, now = idp.options, idp.clock()
+    options, now, certificates = idp.options, idp.clock(), certificates_of(idp)
     children = list_children(pid) if pid and options.worker_processes else []
     expected = options.worker_processes + 1 if options.worker_processes else 0  # ADMIN is a process of its own then
     status = StatusObject(
@@ -236,8 +261,8 @@ def gather_status(idp: Idp, pid: int, checks: dict[str, bool], local: str = "") 
         [pid, *children] if pid else [], Workers(expected, len(children)), list_endpoints(options, local),
         options.auth_issuer, options.admin_issuer,
         urlsplit(options.auth_issuer).hostname == urlsplit(options.admin_issuer).hostname, checks,
-        ClockObject(clock_state(idp), iso(int(now))), read_certificate(options, "auth"),
-        read_certificate(options, "admin"), read_last_backup(idp), read_backup_plan(idp),
+        ClockObject(clock_state(idp), iso(int(now))), describe_served(certificates, "auth"),
+        describe_served(certificates, "admin"), read_last_backup(idp), read_backup_plan(idp),
         measure_disk(options, idp.store.path), idp.store.meta("log_damaged"), [],
     )
     status.attention = [found for attend in ATTENTION for found in attend(idp, status)]

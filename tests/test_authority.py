@@ -21,6 +21,7 @@ from appliance.authority import (
 from appliance.base import StartupError
 from appliance.base.settings import Options, host_names, issuer_obstacle
 from appliance.base.tls import Pair, context_of, describe_certificate
+from appliance.status import gather_status
 
 NAMES = ["box.lan", "192.168.7.20", "fd00::20", "localhost", "127.0.0.1", "::1"]
 CALLER = m.LOCAL.acting_as("test")
@@ -186,6 +187,23 @@ class TestNewAuthority:
         monkeypatch.setattr(authority_room, "ipv6_addresses", lambda: [])
         assert missing_names(box.options, find_authority(box.store)) == []
 
+    def test_it_needs_attention_and_so_does_a_ca_that_ends(self, box, clock, monkeypatch):
+        def attention():
+            found = gather_status(box, 0, {}).attention
+            return {found.code: found for found in found if found.code in ("certificate_names", "ca_ending")}
+
+        assert attention() == {}
+        monkeypatch.setattr(authority_room, "ipv4_addresses", lambda: ["192.168.7.99"])
+        (found,) = attention().values()
+        assert "192.168.7.99" in found.text and found.command == "microauthd certificate new"
+        monkeypatch.undo()
+        clock.pass_(3559 * DAY)
+        assert "ca_ending" not in attention()
+        clock.pass_(2 * DAY)
+        assert attention()["ca_ending"].severity == "warning"
+        clock.pass_(90 * DAY)
+        assert attention()["ca_ending"].severity == "error"
+
     def test_it_is_audited_with_its_fingerprint(self, box):
         replace_authority(box, CALLER)
         said = box.store.value("SELECT secondary FROM audit WHERE action = 'authority_made' ORDER BY seq DESC LIMIT 1")
@@ -339,3 +357,9 @@ class TestIssuer:
     )
     def test_it_goes_with_an_address_of_loopback(self, changes, is_wrong):
         assert bool(issuer_obstacle(Options(auth_insecure_http=True, **changes))) == is_wrong
+
+    def test_it_needs_attention(self, make_idp, options):
+        wrong = dataclasses.replace(options, tls="", auth_insecure_http=True, oidc_issuer="http://localhost:9040")
+        for options, is_wrong in ((wrong, True), (dataclasses.replace(wrong, auth_ip="127.0.0.1"), False)):
+            codes = {found.code for found in gather_status(make_idp(options), 0, {}).attention}
+            assert ("issuer_unreachable" in codes) == is_wrong

@@ -1,5 +1,6 @@
 """Certificates: what is read, what is served, what is taken up while the server runs."""
 
+import dataclasses
 import datetime
 import os
 import ssl
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import pkcs12
 from appliance.base.tls import (
     Pair, PortCertificate, SharedPair, certificate_not_after, certificate_warnings, describe_certificate,
 )
+from appliance.status import gather_status
 
 DAY = 86400
 NOW = 1_900_000_000
@@ -243,3 +245,46 @@ class TestEnd:
 
     def test_what_only_openssl_reads_is_served_without_a_word(self):
         assert describe_certificate(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n") is None
+
+
+class TestStatus:
+    """What of it needs attention, in `microauthd status`, GET /status and `mad status`."""
+
+    def attention(self, idp):
+        status = gather_status(idp, 0, {})
+        found = {found.code: found for found in status.attention if found.code.startswith("certificate")}
+        return status, found
+
+    def test_a_certificate_that_lasts_needs_none(self, idp, files, clock):
+        idp.certificates, clock.now = {"auth": files.port}, NOW
+        status, found = self.attention(idp)
+        assert found == {} and status.admin_certificate is None
+        assert status.certificate.not_after == "2030-06-15T17:46:40Z" and status.certificate.names == ["box.example"]
+        assert status.certificate.fingerprint == files.port.describe().sha256.replace(":", "").lower()
+
+    @pytest.mark.parametrize("left, severity", [(21, "warning"), (7, "warning"), (1, "error"), (-1, "error")])
+    def test_one_that_ends_does(self, idp, files, clock, left, severity):
+        idp.certificates, clock.now = {"auth": files.port}, NOW + (90 - left) * DAY
+        found = self.attention(idp)[1]["certificate_ending"]
+        assert (found.severity, found.since, "auth" in found.text) == (severity, "2030-05-25T17:46:40Z", True)
+
+    def test_files_that_are_not_served_do_and_what_is_served_is_shown(self, idp, files, clock):
+        idp.certificates, clock.now = {"auth": files.port}, NOW
+        before = self.attention(idp)[0].certificate
+        files.put(make()[0], make()[1])
+        files.look()
+        status, found = self.attention(idp)
+        assert status.certificate == before
+        assert found["certificate_refused"].severity == "error" and "does not belong" in found["certificate_refused"].text
+
+    @pytest.mark.parametrize("content", [None, b"noise"])
+    def test_a_box_that_is_stopped_is_told_by_its_files(self, make_idp, options, files, clock, content):
+        clock.now = NOW
+        idp = make_idp(dataclasses.replace(options, auth_ssl_cert_file=files.cert, auth_ssl_key_file=files.key))
+        status, found = self.attention(idp)
+        assert status.certificate.names == ["box.example"] and status.endpoints[0].tls and found == {}
+        os.unlink(files.cert)
+        if content:
+            files.replace(files.cert, content)
+        status, found = self.attention(idp)
+        assert status.certificate is None and set(found) == {"certificate_refused"}
