@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import ssl
 import stat
@@ -9,6 +10,7 @@ import time
 
 import msgspec
 import pytest
+from box import Box
 from conftest import Caller, Clock, die, in_child
 from cryptography import x509
 
@@ -19,6 +21,7 @@ from appliance.authority import (
     missing_names, needs_work, renew_certificate, replace_authority, wanted_names,
 )
 from appliance.base import StartupError
+from appliance.commands import main
 from appliance.base.settings import Options, host_names, issuer_obstacle
 from appliance.base.tls import Pair, context_of, describe_certificate
 from appliance.status import gather_status
@@ -363,3 +366,56 @@ class TestIssuer:
         for options, is_wrong in ((wrong, True), (dataclasses.replace(wrong, auth_ip="127.0.0.1"), False)):
             codes = {found.code for found in gather_status(make_idp(options), 0, {}).attention}
             assert ("issuer_unreachable" in codes) == is_wrong
+
+
+class TestRunning:
+    """A box with `tls = self`, from its set-up on."""
+
+    def trusting(self, box):
+        box.tls = ssl.create_default_context(cafile=str(box.folder / "ca.pem"))
+
+    def test_it_serves_by_its_ca_and_a_new_one_is_made_beside_it(self, tmp_path):
+        box = Box(tmp_path / "data", tls="self", workers="2").set_up()
+        first = (box.folder / "ca.pem").read_bytes()
+        self.trusting(box)
+        with contextlib.ExitStack() as stack:
+            stack.callback(box.__exit__)
+            box.start()
+            for port in (box.auth_port, box.admin_port):
+                assert box.call(port, "GET", "/.well-known/microauthd/ca.pem").body == first
+            shown = json.loads(box.run("certificate", "show", "--json").stdout)
+            assert shown["missing"] == [] and [port["use"] for port in shown["ports"]] == ["auth", "admin"]
+            assert shown["ca"]["sha256"] == describe_certificate(first).sha256
+            done = box.run("certificate", "new")
+            assert done.returncode == 0 and "within ten seconds" in done.stderr, done.stderr
+            assert (box.folder / "ca.pem").read_bytes() != first
+            self.trusting(box)
+            end = time.monotonic() + 10
+            while True:  # by both workers, whichever takes a connection
+                try:
+                    assert {box.auth("/ping").status for _ in range(12)} | {box.admin("GET", "/ping").status} == {200}
+                    break
+                except ssl.SSLError:
+                    assert time.monotonic() < end, box.said()
+                    time.sleep(0.2)
+            assert box.kill()
+            (box.folder / "tls-self.pem").unlink()
+            (box.folder / "ca.pem").unlink()
+            box.start(wait=False)
+            while not (box.folder / "tls-self.pem").exists():
+                assert box.process.poll() is None, box.said()
+                time.sleep(0.05)
+            box.await_ready()  # of the CA that clients trust already
+
+    @pytest.mark.parametrize(
+        "words, status, said",
+        [
+            (("certificate", "new"), 1, "only with tls = self"), (("certificate", "renew"), 1, "only with tls = self"),
+            (("certificate", "show"), 0, "both ports speak plain HTTP"), (("certificate", "make"), 2, "certificate show"),
+            (("certificate", "new", "--json"), 2, "certificate show"), (("certificate",), 2, "needs one more word"),
+        ],
+    )
+    def test_the_command_says_what_it_cannot_do(self, house, capsys, words, status, said):
+        assert main([*words, "--config", house.config_file]) == status
+        captured = capsys.readouterr()
+        assert said in captured.out + captured.err

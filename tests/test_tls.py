@@ -1,11 +1,17 @@
 """Certificates: what is read, what is served, what is taken up while the server runs."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
+import signal
+import socket
 import ssl
+import threading
+import time
 
 import pytest
+from box import Box
 from conftest import in_child
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -25,7 +31,7 @@ PEM, PKCS8, PLAIN = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS
 def make(name="box.example", start=NOW - DAY, end=NOW + 90 * DAY, key=None):
     """Return a self-signed certificate, and its key."""
     key = key or ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, os.urandom(8).hex())])  # no two of one name
     at = datetime.datetime.fromtimestamp
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
     builder = builder.not_valid_before(at(start, datetime.UTC)).not_valid_after(at(end, datetime.UTC))
@@ -288,3 +294,107 @@ class TestStatus:
             files.replace(files.cert, content)
         status, found = self.attention(idp)
         assert status.certificate is None and set(found) == {"certificate_refused"}
+
+
+class Server:
+    """A box that speaks TLS on both ports by two files each, and the certificates that clients trust."""
+
+    def __init__(self, folder, workers):
+        self.folder, self.trusted = folder, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.put()
+        files = {f"{side}_ssl_{kind}_file": folder / f"box.{kind}" for side in ("auth", "admin") for kind in ("cert", "key")}
+        self.box = Box(folder / "data", workers=workers, **files)
+        self.box.tls = self.trusted
+
+    def put(self, other_key=None):
+        """Put a new certificate in place, the key after it. Return its serial number."""
+        certificate, key = make("localhost", int(time.time()) - DAY, int(time.time()) + 90 * DAY)
+        self.trusted.load_verify_locations(cadata=certificate.public_bytes(PEM).decode())
+        for name, content in (("box.cert", certificate.public_bytes(PEM)), ("box.key", key_pem(other_key or key))):
+            (self.folder / "new").write_bytes(content)
+            os.replace(self.folder / "new", self.folder / name)
+        return certificate.serial_number
+
+    def connect(self, port=0):
+        sock = socket.create_connection(("127.0.0.1", port or self.box.auth_port), 20)
+        return self.trusted.wrap_socket(sock, server_hostname="localhost")
+
+    def served(self):
+        """The serial numbers that new connections of both ports see: enough of them to meet every process."""
+        numbers = set()
+        for port in (self.box.admin_port, *[self.box.auth_port] * 16):
+            with self.connect(port) as sock:
+                numbers.add(x509.load_der_x509_certificate(sock.getpeercert(True)).serial_number)
+        return numbers
+
+    def await_served(self, numbers):
+        end = time.monotonic() + 10  # as the manual promises
+        while (found := self.served()) != numbers:
+            assert time.monotonic() < end, (found, numbers, self.box.said())
+            time.sleep(0.1)
+
+    def await_log(self, event):
+        end = time.monotonic() + 10
+        while event not in self.box.log():
+            assert time.monotonic() < end, self.box.said()
+            time.sleep(0.1)
+
+
+def ask(sock):
+    """Send a request over a connection that stays, and return the status of its answer."""
+    sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    said = b""
+    while b"pong" not in said:
+        piece = sock.recv(4096)
+        if not piece:
+            return 0
+        said += piece
+    return int(said[9:12])
+
+
+@pytest.fixture(params=["2", "0"])
+def server(request, tmp_path):
+    server = Server(tmp_path, request.param)
+    with server.box:
+        yield server
+
+
+class TestRunning:
+    """A box that serves while its certificate changes."""
+
+    def test_it_is_renewed_under_load_and_connections_that_are_open_stay(self, server):
+        stop, statuses = threading.Event(), []
+
+        def load():
+            while not stop.is_set():
+                try:
+                    with server.connect() as sock:
+                        statuses.extend(ask(sock) for _ in range(5))
+                except OSError as error:
+                    statuses.append(repr(error))
+
+        with contextlib.ExitStack() as stack:
+            living = [stack.enter_context(server.connect()) for _ in range(300)]
+            assert {ask(sock) for sock in living} == {200}
+            threads = [threading.Thread(target=load, daemon=True) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            server.await_served({server.put()})
+            stop.set()
+            for thread in threads:
+                thread.join()
+            assert {ask(sock) for sock in living} == {200} and set(statuses) == {200}
+        assert server.box.log().count("certificate.changed") == 2, "once a port"
+
+    def test_a_pair_that_does_not_fit_is_served_by_none_and_not_by_a_process_that_is_replaced(self, server):
+        (old,) = server.served()
+        server.put(other_key=ec.generate_private_key(ec.SECP256R1()))
+        server.await_log("certificate.refused server=admin")
+        for pid in server.box.pids()[1:]:
+            os.kill(pid, signal.SIGKILL)
+        server.box.await_ready()
+        assert server.served() == {old}
+        new = server.put()
+        server.box.process.send_signal(signal.SIGHUP)
+        server.await_served({new})
+        assert server.box.stop() == 0
