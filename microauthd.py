@@ -65,6 +65,10 @@ from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.shared import Buckets
+from appliance.base.metrics import (
+    Counters, FIGURES, History, LOCKOUTS, LOGINS, OPENMETRICS, OTHER, RANGES, TEXT as METRICS_TEXT, TOKENS,
+    show_metrics,
+)
 from appliance.base.log import Log, escape
 from appliance.base.headers import HSTS, security_headers
 from appliance.base.peers import networks_of
@@ -82,15 +86,15 @@ from appliance.base.objects import (
     AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
     ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient, CreatePermission, CreateRole,
     CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES,
-    GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject,
-    Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
+    GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims,
+    IdpObject, Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
     LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX,
     Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens,
-    PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN,
-    ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
-    StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, URI_MAX,
-    USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UserInfo,
-    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    PutIdp, ReadHistory, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX,
+    SECRET_MIN, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout,
+    SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET,
+    URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject,
+    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -798,6 +802,7 @@ class Machine(msgspec.Struct, frozen=True):
     read_backup_piece: Callable
     delete_backup: Callable
     read_status: Callable
+    measure: Callable  # puts what is true at the moment into the counters
 
 
 class Idp:
@@ -808,7 +813,8 @@ class Idp:
 
     def __init__(
         self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time,
-        log=None, machine: Machine | None = None, buckets: Buckets | None = None,
+        log=None, machine: Machine | None = None, buckets: Buckets | None = None, counters: Counters | None = None,
+        history: History | None = None,
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
@@ -818,7 +824,9 @@ class Idp:
         self.next_ring_check = 0.0  # monotonic seconds
         self.rings_lock = threading.Lock()
         self.log = log or Log()
+        self.counters, self.history = counters or Counters(), history or History()
         self.hasher = Hasher(options)
+        self.hasher.gate.counters = self.counters
         monotonic = getattr(clock, "monotonic", clock)  # if the clock is a Timekeeper
         self.throttle = Throttle(monotonic, buckets=buckets)
         self.verified_client_secrets = VerifiedSecrets(900, 4096)
@@ -1234,6 +1242,13 @@ WRONG_PASSWORD = "wrong password"
 WRONG_CODE = "one-time code missing, wrong or used"
 
 
+OUTCOMES = {  # of a login that failed, as metrics name it
+    "unknown user": "unknown_user", "inactive": "inactive", "locked": "locked", "second factor locked": "locked",
+    "not an administrator": "not_admin", "changed meanwhile": "changed", WRONG_PASSWORD: "wrong_password",
+    WRONG_CODE: "wrong_code",
+}
+
+
 def check_totp(idp, account, code) -> str:
     """Spend a one-time code. Return what is wrong, or ""; the caller counts failures. RFC 6238 §5.2."""
     now = idp.now()
@@ -1254,6 +1269,8 @@ def rehash(idp, account, password):
 def count_failed_code(idp: Idp, account: Account):
     """Count a wrong one-time or recovery code; TOTP_TRIES of them lock the second factor. RFC 4226 §7.3."""
     lockout = max(TOTP_STEP, idp.options.failed_password_lockout_duration)
+    if (account.totp_failures + 1) % TOTP_TRIES == 0:
+        idp.counters.add(LOCKOUTS, "second_factor")
     idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
 
 
@@ -1272,6 +1289,7 @@ def count_failed_password(idp: Idp, caller: Caller, account: Account):
         until = counted.lockout_until if counted and counted.lockouts > account.lockouts else 0
         scope = ""
     if until > now:
+        idp.counters.add(LOCKOUTS, "browser" if device else "account")
         audit(idp, caller, "user_locked_out", account.id, f"until={iso(until)}{scope}", FAILURE)
 
 
@@ -1283,6 +1301,7 @@ def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None,
     nothing and are counted as refusals.
     """
     options, now = idp.options, idp.now()
+    idp.counters.add(LOGINS, OUTCOMES.get(failure, OTHER))
     idp.throttle.spend(find_source(idp, caller, account), name)
     nears_lockout = account is not None and (
         failure == WRONG_CODE
@@ -1311,6 +1330,21 @@ def count_good_password(idp: Idp, source: str, account: Account) -> bool:
         return idp.store.count_good_login(account.id, account.password_hash, idp.now())
 
 
+def count_login(idp: Idp, account: Account, amr: list):
+    """Count a login, unless a second factor is still to be verified."""
+    if not account.totp_sealed or len(amr) > 1:
+        idp.counters.add(LOGINS, "success")
+
+
+def check_throttle(idp: Idp, source: str, name: str):
+    """Raise slow_down if this source has failed too often."""
+    try:
+        idp.throttle.check(source, name)
+    except Problem:
+        idp.counters.add(LOGINS, "throttled")
+        raise
+
+
 def authenticate_user(
     idp: Idp, caller: Caller, username: str, password: str, totp="", client: Client | None = None, admin=False,
     only_password=False,
@@ -1326,7 +1360,7 @@ def authenticate_user(
     name = fold(username)
     account = idp.store.find_account_by_name(name)
     source = find_source(idp, caller, account)
-    idp.throttle.check(source, name)
+    check_throttle(idp, source, name)
     totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
         not totp_required
@@ -1334,6 +1368,7 @@ def authenticate_user(
         and was_verified_recently(idp, source, account, password)
     ):
         assert account
+        count_login(idp, account, ["pwd"])
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
     # Strangers who keep the lock of a name do not keep its user at the machine, or in a known browser, waiting.
@@ -1345,6 +1380,7 @@ def authenticate_user(
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, source, account, password):
             assert account
+            count_login(idp, account, ["pwd"])
             return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.slot(source, goes_first=caller.is_local):
@@ -1367,6 +1403,7 @@ def authenticate_user(
             idp.verified_passwords.add(account.password_hash, normalise_password(password), now)
         if is_raw or not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
+        count_login(idp, account, amr)
         return account, amr
 
 
@@ -1391,7 +1428,7 @@ def check_second_factor(
     Return the account and its `amr` (RFC 8176). The account must still exist, be active, not locked and
     not revoked since. Failures count on the account across all logins. Raises invalid_grant with 403.
     """
-    idp.throttle.check(find_source(idp, caller, idp.store.find_account(user_id) if caller.device else None), user_id)
+    check_throttle(idp, find_source(idp, caller, idp.store.find_account(user_id) if caller.device else None), user_id)
     with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
         account, method = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
@@ -1409,6 +1446,7 @@ def check_second_factor(
         if not method:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
+    idp.counters.add(LOGINS, "success")
     return account, ["pwd", *([method] if method else []), "mfa"]
 
 
@@ -1538,6 +1576,7 @@ def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
         if until:
             forbid_removing_last_admin(idp, account.id)
             idp.store.set_lockout(account.id, until, idp.now())
+            idp.counters.add(LOCKOUTS, "administrator")
             revoke_user(idp, caller, account.id, "admin.lockout.set", iso(until))
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
@@ -3493,6 +3532,7 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
         "amr": amr, "auth_time": now, "sid": family.sid, **roles,
     }
     ring = idp.admin_ring
+    idp.counters.add(TOKENS, "admin", ADMIN_CLIENT)
     return {
         "access_token": ring.mint(ring.access, AT_JWT, fit_claims(claims)), "token_type": "Bearer",
         "expires_in": lifetime, "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
@@ -4548,6 +4588,42 @@ def by_admin(idp: Idp, params) -> dict:
     return claims
 
 
+def is_scraper(idp: Idp, environ) -> bool:
+    """Return whether `metrics-allow` names who has connected. What a proxy sends on may come from anybody."""
+    if environ.get("microauthd.proxied") or "microauthd.uid" in environ:
+        return False
+    try:
+        ip = ipaddress.ip_address(environ.get("microauthd.socket", ""))
+    except ValueError:
+        return False
+    return any(ip in network for network in idp.options.metrics_allow)
+
+
+READ_METRICS = by_scope("admin:read_metrics")
+
+
+def by_scraper(idp, params):
+    """A guard of the metrics: an address of `metrics-allow`, or a token with the scope for it."""
+    if not is_scraper(idp, params.environ):
+        READ_METRICS(idp, params)
+
+
+vars(by_scraper)["scope"] = vars(READ_METRICS)["scope"]
+
+
+def by_scraper_or_admin(idp, params):
+    """A guard of the metrics on ADMIN: by_scraper(), or an administrator."""
+    try:
+        by_scraper(idp, params)
+    except Problem as problem:
+        if problem.code != "invalid_token":
+            raise
+        by_admin(idp, params)
+
+
+vars(by_scraper_or_admin)["scope"] = vars(READ_METRICS)["scope"]
+
+
 # -- entity tags and lists --
 
 
@@ -4975,6 +5051,10 @@ def swagger_file(name: str) -> Page:
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+NO_ROUTE = "none"  # what metrics say of a request that no route answers
+
+
 class App:
     """The WSGI application of a port.
 
@@ -4983,7 +5063,7 @@ class App:
     """
 
     def __init__(self, idp: Idp, routes: Routes):
-        self.idp, self.answer, self.bottle = idp, Answer(idp), bottle.Bottle()
+        self.idp, self.name, self.answer, self.bottle = idp, routes.name, Answer(idp), bottle.Bottle()
         self.table: dict = {}
         self.bottle.uninstall(True)  # its JSON and template plugins: Answer renders instead
         vars(self.bottle)["router"] = Router()  # Bottle forbids replacing an attribute
@@ -5001,11 +5081,14 @@ class App:
         """Return the callback of a route, which Bottle calls with the variables of the path."""
 
         def answer(**path):
-            environ = bottle.request.environ
+            environ, started = bottle.request.environ, time.perf_counter()
             path = {name: value.replace(SLASH, "/") for name, value in path.items()}
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
-                return self.to_bottle(result, environ)
+                content = self.to_bottle(result, environ)
+                self.count(environ, route.paths[0], bottle.response.status_code, started)
+                return content
+            self.count(environ, route.paths[0], result.status_code, started)
             # Bottle itself sends a static file, whose handler has set its policy.
             policy = result.get_header("Content-Security-Policy", "")
             for header in (*security_headers(policy, environ["wsgi.url_scheme"]), ("Cache-Control", "no-cache")):
@@ -5013,6 +5096,13 @@ class App:
             return result
 
         return answer
+
+    def count(self, environ, path: str, status: int, started: float):
+        """Count a request. What it chose itself - a path that is no route, a method of its own - is no label."""
+        method = environ["REQUEST_METHOD"]
+        self.idp.counters.count_request(
+            self.name, path, method if method in METHODS else OTHER, str(status), time.perf_counter() - started
+        )
 
     def to_bottle(self, result, environ) -> bytes:
         """Write the status and headers of a result into bottle.response; return its body."""
@@ -5033,11 +5123,13 @@ class App:
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
         content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
+        self.count(bottle.request.environ, NO_ROUTE, bottle.response.status_code, time.perf_counter())
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
 
     def __call__(self, environ, start_response):
+        started = time.perf_counter()
         if self.prefix and environ["PATH_INFO"].startswith(self.prefix + "/"):
             environ["SCRIPT_NAME"], environ["PATH_INFO"] = self.prefix, environ["PATH_INFO"][len(self.prefix) :]
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
@@ -5046,12 +5138,14 @@ class App:
                 allow = self.bottle.router.allow(environ["PATH_INFO"])
                 headers = (*security_headers(scheme=environ["wsgi.url_scheme"]), ("Allow", allow))
                 start_response("204 No Content", [*headers, *allow_origin(self.idp, environ, allow)])
+                self.count(environ, environ["PATH_INFO"], 204, started)  # a path without variables is a route
                 return [b""]
             return self.bottle(environ, start_response)
         status, headers, body = self.answer.render(self.answer.run(route, environ, {}), environ)
         if route.cors and ("HTTP_ORIGIN" in environ or status == 304 or NO_STORE not in headers):
             headers += allow_origin(self.idp, environ)
         start_response(STATUS[status], [*headers, ("Content-Length", str(len(body)))])
+        self.count(environ, route.paths[0], status, started)
         return [body]
 
 
@@ -5066,6 +5160,7 @@ def refuse_early(idp: Idp, environ, start_response, problem: Problem) -> list[by
     answer = Answer(idp)
     answer.log_refusal(environ, problem.code, problem.status, problem.log)
     status, headers, content = answer.render(render_problem(problem, False), environ)
+    idp.counters.count_request("admin", NO_ROUTE, "GET", str(status), 0.0)
     start_response(STATUS[status], [*headers, ("Content-Length", str(len(content)))])
     return [content]
 
@@ -5334,7 +5429,9 @@ def token(idp, client, params):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
-        return issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
+        answer = issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
+        idp.counters.add(TOKENS, grant_type, client.client_id)
+        return answer
     except Problem as problem:
         if problem.status < 429 and not problem.audited:
             grant = params.values.get("grant_type")
@@ -7508,6 +7605,46 @@ def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days; the deletion is itself audited."""
     count = purge_audit_log(idp, params.caller, params.body.older_than_days, sleep)
     return msg(f"{count} rows purged.")
+
+
+# -- figures --
+
+
+def metrics_page(idp: Idp, params, client_names: bool) -> Page:
+    """Return the metrics in the text format of Prometheus, or as OpenMetrics if that is asked for."""
+    openmetrics = "application/openmetrics-text" in params.environ.get("HTTP_ACCEPT", "")
+    content = show_metrics(idp.counters.totals(), openmetrics, client_names)
+    return Page(content.encode(), OPENMETRICS if openmetrics else METRICS_TEXT)
+
+
+@AUTH(
+    "GET", "/metrics", guard=by_scraper, spec="OpenMetrics 1.0", gives=bytes, gives_media="text/plain",
+    option="metrics_on_auth",
+)
+def metrics(idp, caller, params):
+    """Return the metrics of all processes for Prometheus, without the names of clients."""
+    return metrics_page(idp, params, client_names=False)
+
+
+@ADMIN("GET", "/metrics", guard=by_scraper_or_admin, spec="OpenMetrics 1.0", gives=bytes, gives_media="text/plain")
+def admin_metrics(idp, caller, params):
+    """Return the metrics of all processes for Prometheus."""
+    if idp.machine:
+        idp.machine.measure(idp)
+    return metrics_page(idp, params, client_names=True)
+
+
+@ADMIN("GET", "/status/history", guard=by_admin, spec=OWN, query=ReadHistory, gives=HistoryObject)
+def admin_history(idp, claims, params):
+    """Return figures over time: how often each happened in each step, null where nobody counted."""
+    query = params.query
+    names = list(FIGURES) if query.series is None else query.series.split(",")
+    reject(
+        series="" if set(names) <= set(FIGURES) else f"must be some of {', '.join(FIGURES)}, separated by commas",
+        range="" if query.range in RANGES else f"must be one of {', '.join(RANGES)}",
+    )
+    begin, step, series = idp.history.read(idp.now(), query.range, names)
+    return HistoryObject(iso(begin), step, series)
 
 
 # -- backup and description --

@@ -10,6 +10,7 @@
     status                              how the box is, and what needs attention
     upkeep, backup                      purging, key states, the clock's thread; one file that restores a box
     authority                           the box's own CA, and the certificate that it makes and renews
+    figures                             what metrics say of the machine, and figures over time
     ────────────────────────────────────────────────────────────────────────────────────────────────
     microauthd                          the server: one Bottle module with every rule and every route
     ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -26,6 +27,7 @@
     base.clock, base.log, base.files    the time, the log, files that survive a power cut
     base.headers                        the security headers of every response
     base.peers                          which addresses count as one peer
+    base.metrics                        the declaration of every metric, counters, and their text
     base.shared                         numbers in memory that all processes share
 
 `base` knows nothing of OAuth; `microauthd` knows nothing of sockets, processes, SQL or the command line;

@@ -15,6 +15,7 @@ import sqlcipher3
 from appliance.base import StartupError
 from appliance.base.settings import Options
 from appliance.base.files import check_folder, existing_folder, read_owned, show_path, sync_directory
+from appliance.base.metrics import BACKUPS, BACKUP_AT
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
 from appliance.base.keys import parse_ring
@@ -188,8 +189,7 @@ def check_room(idp: Idp, folder: int):
         raise Problem("temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600)
 
 
-def make_backup(idp: Idp, caller: Caller, without_keys=False) -> BackupObject:
-    """Write a backup into `backup-folder`, if the file system has room for it and for more."""
+def write_into_folder(idp: Idp, caller: Caller, without_keys: bool) -> BackupObject:
     if idp.options.backup_folder and not idp.store.key and not without_keys:
         reject(
             without_keys="the database is not encrypted, so its backup would hold the keys for all to read: "
@@ -209,6 +209,25 @@ def make_backup(idp: Idp, caller: Caller, without_keys=False) -> BackupObject:
                 name, done["bytes"], hashlib.file_digest(file, "sha256").hexdigest(), done["users"], done["clients"],
                 iso(done["newest_at"]),
             )
+
+
+@contextlib.contextmanager
+def counting_backup(idp: Idp):
+    """Count a backup, by whether the block succeeds. A request that may not or cannot ask for one is no failure."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Problem) or error.status >= 500:
+            idp.counters.add(BACKUPS, "failure")
+        raise
+    idp.counters.add(BACKUPS, "success")
+    idp.counters.set(BACKUP_AT, idp.now())
+
+
+def make_backup(idp: Idp, caller: Caller, without_keys=False) -> BackupObject:
+    """Write a backup into `backup-folder`, if the file system has room for it and for more."""
+    with counting_backup(idp):
+        return write_into_folder(idp, caller, without_keys)
 
 
 def read_backup_piece(idp: Idp, name: str, offset: int) -> tuple[bytes, int]:
@@ -357,7 +376,8 @@ def run_schedule(idp: Idp, schedule: Schedule, pause: Callable[[], bool]) -> Sch
     """
     every, began = idp.options.backup_every, idp.now()
     try:
-        _, doubt = make_scheduled_backup(idp, pause)
+        with counting_backup(idp):
+            _, doubt = make_scheduled_backup(idp, pause)
         path = os.path.abspath(idp.options.backup_folder)
         mount = mount_of(path)
         after = Schedule(

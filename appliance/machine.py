@@ -1,10 +1,11 @@
 """What the routes of ADMIN get done at the machine."""
 
 from appliance.backup import delete_backup, make_backup, read_backup_piece
+from appliance.figures import measure
 from appliance.status import read_status
 from microauthd import Machine
 
 # == Machine ===================================================================
 # The functions that routes of ADMIN call. A server process replaces what depends on how it was started.
 
-MACHINE = Machine(make_backup, read_backup_piece, delete_backup, read_status)
+MACHINE = Machine(make_backup, read_backup_piece, delete_backup, read_status, measure)

@@ -33,6 +33,9 @@ from appliance.base.settings import Options, check_options, issuer_obstacle
 from appliance.base.log import Log
 from appliance.base.files import check_folder, file_fingerprint, guard_private, open_owned
 from appliance.base.shared import Buckets
+from appliance.base.metrics import (
+    Counters, HTTP_REFUSALS, History, START_AT, WORKER_RESTARTS, WORKERS_ALIVE, WORKERS_CONFIGURED,
+)
 from appliance.base.database import Generation, Unavailable, read_database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
@@ -45,6 +48,7 @@ from appliance.authority import keep_certificate, needs_work
 from appliance.machine import MACHINE
 from appliance.status import list_children, read_status
 from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
+from appliance.figures import FigureThread
 
 # == Processes =================================================================
 # A supervisor without threads forks everything that serves, so a child can be replaced at any time
@@ -76,6 +80,8 @@ class StartupState(msgspec.Struct):
     local: LocalSocket | None
     generation: Generation
     buckets: Buckets
+    counters: Counters
+    history: History
     clock: Timekeeper
     log: Log
     certificates: dict[str, PortCertificate] = {}
@@ -336,7 +342,8 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
         local = bind_local_socket(options, local_users, log)
     return StartupState(
         options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
-        frozenset(handed.values()), local, Generation(), Buckets(), clock, log, certificates,
+        frozenset(handed.values()), local, Generation(), Buckets(), Counters(len(auth_sockets) + 2), History(), clock,
+        log, certificates,
     )
 
 
@@ -397,15 +404,17 @@ class ServerProcess:
     def __init__(self, startup: StartupState, slot: int, auth_socket=None, admin_socket=None):
         options = startup.options
         startup.generation.slot = slot
-        self.generation, self.log = startup.generation, startup.log
+        startup.counters.enter(slot)
+        self.generation, self.log, self.counters = startup.generation, startup.log, startup.counters
         self.store = Store(options.db_file, startup.database_key, startup.generation, startup.log)
-        self.store.clock = startup.clock
+        self.store.clock, self.store.counters = startup.clock, startup.counters
         if options.worker_processes:
             self.store.open_process_write_lock()
         self.store.start_flusher()
         self.upkeep: Upkeep | None = None
         self.clock_thread: ClockThread | None = None
         self.backup_thread: BackupThread | None = None
+        self.figure_thread: FigureThread | None = None
         self.servers: list[Server] = []
         self.refusal_thread = RefusalThread([])
         count = sum(listening is not None for listening in (auth_socket, admin_socket))
@@ -421,7 +430,8 @@ class ServerProcess:
             # that of the box.
             seal = Seal(startup.seal_key)
             idp = Idp(
-                options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, machine, startup.buckets
+                options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, machine, startup.buckets,
+                startup.counters, startup.history,
             )
             idp.certificates = startup.certificates
             # A ring file that changed since it was read has another fingerprint: the first request reads it again.
@@ -434,7 +444,8 @@ class ServerProcess:
             app: Callable = App(idp, routes)
             if name == "admin":
                 app = guard_admin(app, idp)
-                self.upkeep, self.clock_thread, self.backup_thread = Upkeep(idp), ClockThread(idp), BackupThread(idp)
+                self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
+                self.backup_thread, self.figure_thread = BackupThread(idp), FigureThread(idp)
             certificate = startup.certificates.get(name)
             server = Server(
                 name, [listening], app, limits=limits, tls=certificate and certificate.context(),
@@ -475,16 +486,20 @@ class ServerProcess:
         return any(server.requests.has_queued_requests() for server in self.servers)
 
     def refused(self, event, **fields):
+        if event == "refused":
+            status = str(fields["status"] or "closed")
+            self.counters.add(HTTP_REFUSALS, fields["server"], status, by=fields.get("count", 1))
         self.log(event, "error" if event == "error" else "info", **fields)
 
     def start(self):
         for server in self.servers:
             server.start()
         self.refusal_thread.start()
-        if self.upkeep and self.clock_thread and self.backup_thread:
+        if self.upkeep and self.clock_thread and self.backup_thread and self.figure_thread:
             self.upkeep.start()
             self.clock_thread.start()
             self.backup_thread.start()
+            self.figure_thread.start()
 
     def stop(self):
         """Answer the requests in flight, then write the queued rows."""
@@ -500,6 +515,8 @@ class ServerProcess:
         self.refusal_thread.write(everything=True)
         if self.clock_thread:
             self.clock_thread.ending.set()
+            if self.figure_thread:
+                self.figure_thread.ending.set()
             with contextlib.suppress(Unavailable):
                 self.clock_thread.save_time()
         self.store.close()
@@ -704,6 +721,7 @@ class Terminal:
 
 def announce(startup: StartupState):
     options = startup.options
+    startup.counters.set(START_AT, startup.clock())
     notify("READY=1")
     startup.log(
         "serving", version=VERSION, pid=os.getpid(), issuer=options.auth_issuer,
@@ -747,6 +765,7 @@ class Supervisor:
         self.startup, self.close_in_child = startup, close_in_child
         self.watchdog, self.terminal = Watchdog(), Terminal()
         self.children: dict[int, tuple[int, float]] = {}  # pid -> (role number, started)
+        startup.counters.set(WORKERS_CONFIGURED, self.roles())
         self.beats: dict[int, tuple[int, float]] = {}  # pid -> its last heartbeat, and seconds since it changed
         self.beats_at = time.monotonic()  # when end_stuck() last compared them
         self.pending: dict[int, float] = {}  # role number -> when to fork it again, monotonic seconds
@@ -901,6 +920,7 @@ class Supervisor:
                 self.tries[number] = 0
                 self.fork(number)
             exit_code = os.waitstatus_to_exitcode(status)
+            self.startup.counters.add(WORKER_RESTARTS)
             self.startup.log("worker.died", "error", pid=pid, status=exit_code, lived=round(lived))
         while select.select([self.ready], [], [], 0)[0]:
             os.read(self.ready, 4096)  # a full pipe, after 65,536 starts, would block the next child
@@ -910,6 +930,10 @@ class Supervisor:
                 self.pending[number] = 0.0
         self.restart_due()
         self.end_stuck()
+        beats = self.startup.generation.beats
+        self.startup.counters.set(
+            WORKERS_ALIVE, sum(beats[number + 1] > 0 for number, _ in self.children.values())
+        )
 
     def end(self) -> int:
         """Send SIGTERM to all, and SIGKILL after five seconds to those that are left."""
@@ -1039,6 +1063,8 @@ def serve_prepared(startup: StartupState, lock: int) -> int:
     watchdog, terminal = Watchdog(), Terminal()
     process = ServerProcess(startup, 0, startup.auth_sockets[0], startup.admin_socket)
     process.start()
+    for gauge in (WORKERS_CONFIGURED, WORKERS_ALIVE):
+        startup.counters.set(gauge, 1)
     drop_startup_pages()
     announce(startup)
     beat = zombie = 0

@@ -106,7 +106,7 @@ def clock():
 
 @pytest.fixture
 def options():
-    return Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
+    return Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost", metrics_on_auth=True)
 
 
 @pytest.fixture
@@ -183,15 +183,16 @@ class Caller:
         self.app, self.host = app, host
 
     def __call__(
-        self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7"
+        self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7",
+        more_environ=(),
     ):
         path, _, query = path.partition("?")
         environ = {
             "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
             "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": self.host,
             "REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO(), "microauthd.peer": peer,
-            "microauthd.server": "test", "microauthd.request_id": "r1",
-        }
+            "microauthd.server": "test", "microauthd.request_id": "r1", "microauthd.socket": peer,
+        } | dict(more_environ)
         body = b""
         if json_body is not None:
             body = json.dumps(json_body).encode() if not isinstance(json_body, bytes) else json_body

@@ -586,7 +586,7 @@ class TestScopedAdministration:
                 )
         assert self.ask(auth, scope, token).status == 200
 
-    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in SEEDED_SCOPES])
+    @pytest.mark.parametrize("id, name", [(id, name) for id, name, _ in SEEDED_SCOPES if not name.endswith("metrics")])
     def test_the_id_of_a_scope_stands_for_its_name(self, idp, auth, alice, holder, id, name):
         claims = jwt.decode(holder(name, "machine"), options={"verify_signature": False})
         assert (

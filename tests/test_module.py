@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(m.__file__).parent
 # From the ground up: a room may import those that stand before it, and no other.
 ROOMS = (
-    "appliance.base", "appliance.base.shared", "appliance.base.clock", "appliance.base.files", "appliance.base.settings",
+    "appliance.base", "appliance.base.shared", "appliance.base.metrics", "appliance.base.clock", "appliance.base.files", "appliance.base.settings",
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys",
     "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
-    "appliance.base.pages", "microauthd", "appliance.backup", "appliance.authority", "appliance.upkeep",
-    "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery", "appliance.oobe",
-    "appliance.help", "appliance.service", "appliance.commands",
+    "appliance.base.pages", "microauthd", "appliance.figures", "appliance.backup", "appliance.authority",
+    "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery",
+    "appliance.oobe", "appliance.help", "appliance.service", "appliance.commands",
 )
 
 
@@ -225,7 +225,7 @@ class TestState:
     TABLES = {
         "FLAGS", "LOGO_TYPES", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "HTTP_REFUSALS", "STOPPING", "COMMANDS",
         "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "EXTRA_QUESTIONS", "ADVISED_RANGES",
-        "CONDITIONS", "DEPENDENTS", "URI_SWITCHES", "CONFUSABLES",
+        "CONDITIONS", "DEPENDENTS", "URI_SWITCHES", "CONFUSABLES", "BY_NAME", "FIGURES", "RANGES", "OUTCOMES",
     }
 
     def mutable(self, room):

@@ -250,6 +250,8 @@ class TestAnswers:
             answer = admin("GET", concrete, bearer=admin_token)
             assert answer.status == 200, (path, answer)
             (media,) = methods["get"]["responses"]["200"]["content"].items()
+            if media[0] == "text/plain":
+                continue
             for value in (
                 [json.loads(line) for line in answer.body.splitlines()] if "ndjson" in media[0] else [answer.json]
             ):

@@ -128,6 +128,18 @@ class TestSchema:
             store.delete_account("u")
         assert store.list_due_qr_files() == ["a/b.svg"]
 
+    @pytest.mark.parametrize("known, id", [((), SEEDED_SCOPES[-1][0]), (("mine",), "mine")])
+    def test_a_database_of_before_gets_the_scope_of_metrics_unless_it_has_one(self, from_before, known, id):
+        store = from_before(
+            "admin:read_metrics",
+            *(
+                f"INSERT INTO scope (id, name, created_at, modified_at) VALUES ('{id}', 'admin:read_metrics', 1, 1)"
+                for id in known
+            ),
+        )
+        found, total = store.list_scopes()
+        assert [(scope.id, scope.name, scope.created_at) for scope in found] == [(id, "admin:read_metrics", 1)]
+
     def test_a_database_without_the_table_of_browsers_gets_it(self, from_before):
         store = from_before(
             "CREATE TABLE device_failure",

@@ -19,6 +19,7 @@ from appliance.base import StartupError
 from appliance.base.files import guard_private, open_owned
 from appliance.base.log import Log
 from appliance.base.shared import Byte, Numbers, Shared
+from appliance.base.metrics import COMMIT_FAILURES, COMMIT_SECONDS, COMMIT_SIZE, Counters
 from appliance.base.wal import MarkFile, find_damage
 
 
@@ -270,6 +271,7 @@ class Database:
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         # Set by the server. Whether requests are queued, which may write soon.
         self.expecting: Callable[[], bool] = lambda: False
+        self.counters: Counters | None = None  # set by the server
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.clock: Callable[[], float] = time.time  # Unix seconds; set by the server
         self.mark = MarkFile(self.path)  # of the write-ahead log
@@ -540,6 +542,13 @@ class Database:
     def note_failure(self, error: Exception) -> None:
         """Let all processes know that a write has failed."""
         self.generation.failed = 1
+        if self.counters:
+            self.counters.add(COMMIT_FAILURES)
+
+    def count_commit(self, kind: str, size: int, seconds: float) -> None:
+        if self.counters:
+            self.counters.observe(COMMIT_SECONDS, seconds, kind)
+            self.counters.observe(COMMIT_SIZE, size, kind)
 
     # -- groups --
 
@@ -642,6 +651,7 @@ class Database:
                 group.committed = True
             self.written_at = time.monotonic()
             self.sync_seconds, self.last_size = self.written_at - began, group.size
+            self.count_commit("group", group.size, self.sync_seconds)
             if shared.failed:
                 shared.failed, shared.healed = 0, shared.healed + 1 & 0xFF
         except sqlcipher3.Error as error:

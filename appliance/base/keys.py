@@ -251,7 +251,7 @@ class Key(PublicKey):
     """A loaded key: it signs and verifies."""
 
     def __init__(self, entry: KeyEntry):
-        self.state = entry.state
+        self.state, self.since = entry.state, entry.since
         key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
         self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() accepts no other
         super().__init__(self.private.public_key())

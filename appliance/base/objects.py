@@ -549,6 +549,13 @@ class ListAudit(msgspec.Struct):
     offset: Offset = 0
 
 
+class ReadHistory(msgspec.Struct):
+    """`series` are names separated by commas, without it all; `range` is 1h, 1d or 7d."""
+
+    series: str | None = None
+    range: str = "1d"
+
+
 class ExportAudit(msgspec.Struct):
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
@@ -909,6 +916,14 @@ class StatusObject(msgspec.Struct):
     disk: Disk
     log_damaged: str
     attention: list[Attention]
+
+
+class HistoryObject(msgspec.Struct):
+    """Figures over time. `from` is the beginning of the first point, `step` the seconds of each; null is a gap."""
+
+    from_: str = msgspec.field(name="from")
+    step: int
+    series: dict[str, list[int | None]]
 
 
 class AuditVerdict(msgspec.Struct):

@@ -82,7 +82,7 @@ def address(value: str) -> str:
 
 
 def networks(value: str) -> tuple[Network, ...]:
-    """Parse `10.0.0.1, 192.168.7.0/24`: the peers whose forwarding headers are believed."""
+    """Parse `10.0.0.1, 192.168.7.0/24`."""
     try:
         return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", value.strip()) if part)
     except ValueError:
@@ -304,6 +304,14 @@ class Options:
     admin_socket_users: str = option(
         "", users, "Users of this machine who may use admin.sock as root and the server's own user do, separated by "
         "commas.", group="ADMIN server",
+    )
+    metrics_allow: tuple[Network, ...] = option(
+        (), networks,
+        "Addresses that may read /metrics without a token, if they connect themselves: not through a proxy.",
+        group="ADMIN server",
+    )
+    metrics_on_auth: bool = option(
+        False, boolean, "Serve /metrics on AUTH too, without the names of clients.", group="AUTH server"
     )
     trusted_proxies: tuple[Network, ...] = option(
         (), networks, "Peers whose X-Forwarded-For and -Proto are believed.", "Trusted proxies, separated by commas?",

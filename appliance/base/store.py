@@ -34,6 +34,7 @@ SEEDED_SCOPES = (
     ("31c00aae-4136-4a8c-92a6-d2bbf4be2d35", "admin:deactivate_users", "Deactivate users."),
     ("1f4610fe-0cb2-4119-bd69-9b6033326998", "admin:read_user", "Read one user."),
     ("b6348575-83ec-4288-801b-e0d2da20569c", "admin:list_users", "List users."),
+    ("5f0c2a7e-3b1d-4c86-9e54-6a2d8f71c903", "admin:read_metrics", "Read the metrics."),
 )
 FOREVER = 253402300799  # 9999-12-31T23:59:59Z: what the wire calls a permanent lockout
 OVERLAP_MAX = 31 * 86400  # seconds: a replaced client secret stays valid for so long at most
@@ -613,6 +614,14 @@ MIGRATIONS = (
     DROP INDEX family_user;
     CREATE INDEX consent_client ON consent (client_id);
     CREATE TABLE deletion (kind TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (kind, id)) STRICT, WITHOUT ROWID;
+    """,
+    # The scope of whoever reads the metrics. A new database, which has no `created_at` yet, gets it as it is seeded.
+    """
+    INSERT INTO scope
+    SELECT '5f0c2a7e-3b1d-4c86-9e54-6a2d8f71c903', 'admin:read_metrics', 'Read the metrics.', 1, 1,
+           CAST(value AS INTEGER), CAST(value AS INTEGER)
+      FROM meta WHERE name = 'created_at'
+        ON CONFLICT DO NOTHING;
     """,
 )
 
@@ -1841,6 +1850,29 @@ class Store(Database):
             ListedSession, LISTED_SESSIONS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
         )
 
+    def count_living(self, now: int, longest: int, most: int) -> dict[str, int]:
+        """Return how many tokens and logins of browsers have not expired and have no revocation of their own.
+
+        At most `most` of each are counted. No token lives for more than `longest` seconds, so older ones are not read:
+        the ids begin with the time.
+        """
+        tokens = self.value(
+            """
+            SELECT count(*)
+              FROM (SELECT 1 FROM session
+                     WHERE id >= :first AND expires_at > :now AND revoked_at IS NULL LIMIT :most)
+            """,
+            first=f"{max(0, now - longest) * 1000:012x}", now=now, most=most,
+        )
+        browsers = self.value(
+            """
+            SELECT count(*)
+              FROM (SELECT 1 FROM browser_session WHERE expires_at > :now AND revoked_at IS NULL LIMIT :most)
+            """,
+            now=now, most=most,
+        )
+        return {"token": tokens, "browser": browsers}
+
     def find_session(self, id: str) -> ListedSession | None:
         return next(iter(self.list_sessions(id=id)[0]), None)
 
@@ -2591,11 +2623,13 @@ class Store(Database):
                     self.record_file_ids()
                     self.write_something()  # the batch proves nothing: it is not synced, and may be empty
                 with self.writing():
+                    began = time.monotonic()
                     connection = self.batch_connection = self.batch_connection or self.connect("NORMAL")
                     with self.committing(connection):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
                         head = self.append_audit(batch_audit(batch), connection)
                 self.batch_head = head  # after the commit: one that was rolled back is in no chain
+                self.count_commit("batch", len(batch), time.monotonic() - began)
             except Exception as error:  # whatever it is, keep the rows and the thread
                 self.queue.extendleft(reversed(batch))
                 if isinstance(error, sqlcipher3.Error) and not is_busy(error) and self.batch_connection:

@@ -1147,7 +1147,7 @@ class Server(cheroot.wsgi.Server):
                 sock = self.tls.wrap_socket(
                     sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
                 )
-            base = {**self._base, "REMOTE_ADDR": peer, "microauthd.peer": peer, **named}
+            base = {**self._base, "REMOTE_ADDR": peer, "microauthd.peer": peer, "microauthd.socket": peer, **named}
             connection = Connection(self, sock, peer, base, self._names[trusted], trusted, counted)
             if self.is_unix and named["microauthd.uid"] not in self.users:
                 # Nothing was worked on, so the client may go elsewhere. RFC 9110 §15.5.20
