@@ -1455,6 +1455,12 @@ class MadClient(ApiClient):
         """GET /status. Return Status: how the box is, and `attention`, what an operator has to settle."""
         return self.request("GET", "/status")
 
+    def get_history(self, series: str | None = None, range: str | None = None) -> dict:
+        """GET /status/history. Return {from, step, series: {name: [number or None]}}. `series` are names with commas
+        between; `range` is 1h, 1d or 7d.
+        """
+        return self.request("GET", "/status/history", query=_without_none(series=series, range=range))
+
     # -- backups --
 
     def make_backup(self, without_keys: bool = False) -> dict:
@@ -2218,6 +2224,27 @@ def render_status(status: dict) -> list[str]:
         if found.get("command"):
             lines.append("  see: " + printable(found["command"]))
     return lines
+
+
+def render_history(answer: dict) -> list[str]:
+    """Render figures over time in at most 60 lines: neighbouring points are added up, and a gap counts nothing."""
+    from datetime import datetime
+    try:
+        begin = datetime.fromisoformat(answer["from"]).timestamp()
+        step, series = answer["step"] + 0, answer["series"]
+        columns = {printable(name): list(points) for name, points in series.items()}
+        size = max(1, -(-max(map(len, columns.values())) // 60))
+        rows = [["TIME (UTC)", *(name.upper() for name in columns)]]
+        for start in range(0, max(map(len, columns.values())), size):
+            cells = [format_utc(begin + start * step, "")]
+            for points in columns.values():
+                known = [point for point in points[start:start + size] if point is not None]
+                cells.append(str(sum(known)) if known else "-")
+            rows.append(cells)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _bad_response("the answer has no figures in it") from None
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def with_client_secret(render):
@@ -3428,6 +3455,12 @@ COMMANDS = (
     ), line_template("{name}: {bytes} bytes, {users} users, {clients} clients"),
         "mad backup box.backup", with_context=True, positional="file",
         quiet=lambda created: [printable(created.get("name"))]),
+
+    # -- figures --
+    Command("status history", "show how often things happened over time", MadClient.get_history, (
+        Option("series", "which, separated by commas: requests, tokens, logins, failures, lockouts (all)"),
+        Option("range", "how far back (1d)", choices=("1h", "1d", "7d")),
+    ), render_history, quiet=render_history, example="mad status history --series tokens,failures --range 7d"),
 
     # -- token, completion --
     Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), render_jwt,

@@ -1590,6 +1590,28 @@ class TestTokenGet:
         assert done.stderr == "mad: error: no\nmad: hint: check the client id and its secret\n"
 
 
+class TestHistory:
+    """mad status history"""
+
+    ANSWER = {"from": "2027-01-15T08:00:00Z", "step": 60, "series": {"tokens": [3, 0, None] * 40, "logins": [None] * 120}}
+
+    def test_points_are_added_up_until_they_fit_a_screen_and_a_gap_is_no_zero(self, here, fake):
+        fake.answers["GET /status/history"] = 200, self.ANSWER, {}
+        done = here("status", "history", "--range", "1d", MAD_ADMIN_URL=fake.url)
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0 and len(lines) == 61
+        assert [line.split()[-2:] for line in lines[:4]] == [["TOKENS", "LOGINS"], ["3", "-"], ["3", "-"], ["0", "-"]]
+        assert lines[1].startswith("2027-01-15 08:00:00 ") and lines[2].startswith("2027-01-15 08:02:00 ")
+        assert fake.seen[0][1] == "/status/history?range=1d"
+        assert json.loads(here("status", "history", "--json", MAD_ADMIN_URL=fake.url).stdout) == self.ANSWER
+
+    @pytest.mark.parametrize("answer", [{}, {"from": "x", "step": 1, "series": {}}, ANSWER | {"series": 5}])
+    def test_another_answer_is_no_traceback(self, here, fake, answer):
+        fake.answers["GET /status/history"] = 200, answer, {}
+        done = here("status", "history", MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 4 and "no figures" in done.stderr
+
+
 class TestEnrolment:
     ANSWER = {
         "success": True, "otpauth_uri": "otpauth://totp/x?secret=GEZDGNBV", "secret": "GEZDGNBV",
@@ -1933,7 +1955,8 @@ class TestEveryCommand:
     def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
         thing = USER | {
             "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
-            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {},
+            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {}, "from": "2027-01-15T08:00:00Z", "step": 60,
+            "series": {"tokens": [1]},
         }
         listed = command.is_list or command.options and any(option.parent for option in command.options)
         fake.answer = lambda method, path: (
