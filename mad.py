@@ -2243,8 +2243,8 @@ def render_history(answer: dict) -> list[str]:
             rows.append(cells)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _bad_response("the answer has no figures in it") from None
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def with_client_secret(render):

@@ -207,9 +207,11 @@ def run_restore(options: Options, line: CommandLine) -> int:
             is_plain = file.read(16) == SQLITE_MAGIC
     except OSError as error:
         raise StartupError(f"the backup {line.args[0]} cannot be read: {error.strerror}") from None
-    if not options.db_pass and not options.no_db_pass and not is_plain:
+    if not (options.db_pass or options.db_key_file or options.no_db_pass or is_plain):
         if not sys.stdin.isatty():
-            raise StartupError("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
+            raise StartupError(
+                "the passphrase of the backup is needed, in MAD_DB_PASS or on a terminal, or its key by --db-key-file"
+            )
         options = dataclasses.replace(options, db_pass=ask_secret("passphrase of the backup: "))
     done = restore(options, line.args[0])
     print(

@@ -552,8 +552,7 @@ def ask_database(prompter, draft):
 
     while True:
         prompter.ask("Database file?", draft["db-file"], check_option(draft, "db-file"))
-        if draft["db-pass"] or draft["no-db-pass"]:
-            name = "db-pass" if draft["db-pass"] else "no-db-pass"
+        if name := next((name for name in ("db-pass", "db-key-file", "no-db-pass") if draft[name]), ""):
             return prompter.write(f"{name} is set already, by {draft.options.origins.get(name, 'default')}.", "  ")
         # Put it into the draft only after it was typed twice: a mistyped one must not remain there.
         question = "Database passphrase? (empty: no encryption)"
@@ -680,7 +679,7 @@ def ask_administrator(prompter, draft):
 def print_summary(prompter, draft, final_options, answers, is_guided):
     rows = [
         ("config", final_options.config_file),
-        ("database", f"{final_options.db_file}, {'encrypted' if final_options.db_pass else 'NOT encrypted'}"),
+        ("database", f"{final_options.db_file}, {'encrypted' if final_options.db_pass or final_options.db_key_file else 'NOT encrypted'}"),
         ("AUTH", f"{final_options.auth_ip}:{final_options.auth_port}, issuer {final_options.auth_issuer}"),
         ("ADMIN", f"{final_options.admin_ip}:{final_options.admin_port}"),
         ("administrator", answers.username + (", with a second factor" if answers.totp_seed else "")),

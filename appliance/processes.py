@@ -36,7 +36,7 @@ from appliance.base.shared import Buckets
 from appliance.base.metrics import (
     Counters, HTTP_REFUSALS, History, START_AT, WORKER_RESTARTS, WORKERS_ALIVE, WORKERS_CONFIGURED,
 )
-from appliance.base.database import Generation, Unavailable, read_database_key
+from appliance.base.database import Generation, Unavailable, database_key
 from appliance.base.store import Store
 from appliance.base.keys import next_promotion_at, read_ring
 from appliance.base.tls import PortCertificate
@@ -311,7 +311,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     """
     options = use_addresses(options, handed)
     log = Log(options, journal=journal_socket())
-    database_key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
+    key = database_key(options)
     if options.serve_public_auth_files and os.path.isdir("public"):
         check_folder("public")  # pages that replace the bundled ones
     marks = {
@@ -324,7 +324,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     certificates = read_certificates(options, self_made=False)
     local_users = find_local_users(options)
     # Last of what is read: opening the database recovers its WAL, which writes to it.
-    store = Store(options.db_file, database_key, log=log)
+    store = Store(options.db_file, key, log=log)
     try:
         store.open(is_audited=options.enable_audit_logging)
         log_log_damage(store, log)
@@ -341,7 +341,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     else:
         local = bind_local_socket(options, local_users, log)
     return StartupState(
-        options, database_key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
+        options, key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
         frozenset(handed.values()), local, Generation(), Buckets(), Counters(len(auth_sockets) + 2), History(), clock,
         log, certificates,
     )

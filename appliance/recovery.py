@@ -27,7 +27,7 @@ from appliance.base.files import (
 from appliance.base.settings import (
     OPTIONS, OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
 )
-from appliance.base.database import Unavailable, derive_key, read_database_key
+from appliance.base.database import Unavailable, database_key, new_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.wal import check_log, forget_mark
 from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
@@ -244,7 +244,7 @@ STATE_FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-toke
 def state_files(options: Options) -> list[str]:
     """Return the absolute paths of config, database and keys: the files that a set-up makes and a restore replaces."""
     paths = [getattr(options, OPTION_NAMES[name].attribute) for name in STATE_FILES]
-    return [os.path.abspath(path) for path in (options.config_file, *paths)]
+    return [os.path.abspath(path) for path in (options.config_file, *paths, options.db_key_file) if path]
 
 
 def staged_path(path: str) -> str:
@@ -268,6 +268,7 @@ def read_journal(config: str, options: Options) -> Journal | None:
     with contextlib.suppress(FileNotFoundError):
         given = read_config(staged_path(config))
         paths = [given[name][0] if name in given else OPTION_NAMES[name].default for name in STATE_FILES]
+        paths += [given["db-key-file"][0]] if "db-key-file" in given else []
         named |= {os.path.abspath(name) for name in paths}
     for staged, final in journal.files:
         if final not in named or staged != staged_path(final):
@@ -355,7 +356,10 @@ def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
     seal_key = read_seal_key(seal_path) if os.path.exists(seal_path) else os.urandom(32)
     write_durably(staged[seal_path], base64.b64encode(seal_key) + b"\n")
     checkpoint("seal")
-    key = derive_key(options.db_pass, os.urandom(16)) if options.db_pass else ""
+    if options.db_key_file in staged:
+        write_durably(staged[options.db_key_file], os.urandom(32))
+        options = dataclasses.replace(options, db_key_file=staged[options.db_key_file])
+    key = new_database_key(options)
     store = Store.make(staged[options.db_file], key, now)
     try:
         checkpoint("database")
@@ -442,7 +446,7 @@ def write_settings(options: Options, gid: int):
 
 def make_certificate_files(options: Options):
     """Make the files of the CA that a set-up has put into the database."""
-    key = read_database_key(options.db_file, options.db_pass, options.no_db_pass)
+    key = database_key(options)
     store = Store(options.db_file, key)
     try:
         auth_ring, admin_ring = (
@@ -468,8 +472,10 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
         finish_setup(config, options)
         forbid_second_setup(options)
         forbid_found_keys(options, answers.keep_keys)
-        if not options.db_pass and not options.no_db_pass:
-            raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+        if not options.db_pass and not options.no_db_pass and not options.db_key_file:
+            raise StartupError(
+                "the database needs db-pass or db-key-file, or no-db-pass = true to keep it unencrypted knowingly"
+            )
         if options.db_pass and options.no_db_pass:
             raise StartupError("db-pass and no-db-pass contradict each other")
         if options.tls == "self":
@@ -478,6 +484,8 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
             config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
             options.db_file,
         ]
+        if options.db_key_file and not os.path.exists(options.db_key_file):
+            finals.insert(1, options.db_key_file)
         if len({os.path.abspath(path) for path in finals}) != len(finals):
             raise StartupError("config, keys and database must be different files")
         if place != config:
@@ -513,7 +521,7 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
 def demo_answers(options: Options) -> tuple[Options, Answers]:
     """Return settings and answers of an unattended trial: every secret is made here."""
     chosen: dict[str, Any] = {"enable_token_refresh": True, "serve_public_auth_files": True}
-    if not options.db_pass and not options.no_db_pass:
+    if not options.db_pass and not options.no_db_pass and not options.db_key_file:
         chosen["db_pass"] = random_handle()
     if not options.oidc_issuer:
         scheme = "https" if options.tls_files("auth")[0] else "http"
@@ -587,7 +595,7 @@ def open_idp(options: Options) -> Idp:
     Raises StartupError.
     """
     require_owner(options)
-    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+    store = Store(options.db_file, database_key(options))
     try:
         store.open(functools.partial(without_server, options), options.enable_audit_logging)
         store.open_process_write_lock()  # a running server writes all the time
@@ -666,9 +674,7 @@ def read_present_state(options: Options) -> tuple[set, int, bool]:
     try:
         check_log(options.db_file)
         # Read-only: if the backup is refused, nothing may have changed, not even a WAL that a crash left.
-        store = Store(
-            options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
-        )
+        store = Store(options.db_file, database_key(options), mode="ro")
         return store.revoked_kids(), store.last_issued_ms(), not store.find_log_damage(store.connection)
     except (StartupError, Unavailable, sqlcipher3.Error):
         return set(), 0, False
@@ -747,7 +753,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
     backup are used if there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether the keys
     revoked here could be read. Raises StartupError, and then nothing has changed.
     """
-    key = read_database_key(source, options.db_pass, options.no_db_pass, is_ours=False)
+    key = database_key(options, source, is_ours=False)
     config, place = options.config_file, journal_place(options)
     require_owner(options)
     make_folder(config)
@@ -803,7 +809,9 @@ def factory_reset(options: Options) -> list[str]:
     gone = []
     with hold_database(options.db_file):
         # The keys first: without them the rest opens nothing. The database last: its owner is who may run this again.
-        keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
+        keys = [options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file]
+        if options.db_key_file and os.access(os.path.dirname(os.path.abspath(options.db_key_file)), os.W_OK):
+            keys.insert(0, options.db_key_file)  # but a credential of systemd, which is not ours to remove
         forget_mark(options.db_file)
         for path in (
             *(key + suffix for key in keys for suffix in (".new", "")),
@@ -969,7 +977,7 @@ def describe_status(options: Options, pid: int, checks: dict[str, bool], local: 
     require_owner(options)
     if not os.path.exists(options.db_file):
         raise StartupError(f"there is no database {options.db_file}: nothing is set up here")
-    key, rings = read_database_key(options.db_file, options.db_pass, options.no_db_pass), []
+    key, rings = database_key(options), []
     for path, passphrase, _ in ring_files(options).values():
         try:
             rings.append(KeyRing(read_ring(path, passphrase)))

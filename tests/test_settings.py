@@ -113,6 +113,26 @@ class TestSecretsInFiles:
         assert load(tmp_path, written, environ).db_pass == "a secret phrase"
 
 
+class TestTheKeyFile:
+    """db-key-file: a path, whose file may be a credential of systemd. LoadCredential= of systemd.exec(5)."""
+
+    def test_a_credential_is_taken_and_named_in_no_config_file(self, tmp_path):
+        (tmp_path / "db-key-file").write_bytes(bytes(32))
+        environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+        options = load(tmp_path, "db-key-file = other.key", environ)
+        assert (options.db_key_file, options.origins["db-key-file"]) == (
+            str(tmp_path / "db-key-file"), "credential db-key-file",
+        )
+        assert load(tmp_path, "", environ | {"MAD_DB_KEY_FILE": "named.key"}).db_key_file == "named.key"
+        assert load(tmp_path, "", {}).db_key_file == load(tmp_path, "", {"CREDENTIALS_DIRECTORY": ""}).db_key_file == ""
+        assert str(tmp_path) not in write_config(options)
+
+    @pytest.mark.parametrize("other", ["db-pass = a phrase", "no-db-pass = true"])
+    def test_with_a_passphrase_or_none_on_purpose_it_is_refused(self, tmp_path, other):
+        with pytest.raises(StartupError, match="are both set"):
+            load(tmp_path, f"db-key-file = a.key\n{other}")
+
+
 class TestSizes:
     @pytest.mark.parametrize(
         "word, size",

@@ -208,6 +208,10 @@ class Options:
     db_pass: str = option(
         "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"
     )
+    db_key_file: str = option(
+        "", text, "File of the key of the database in place of a passphrase: 32 octets, or 64 hexadecimal digits.",
+        group="Files",
+    )
     no_db_pass: bool = option(False, boolean, "Keep the database unencrypted, knowingly.", group="Files")
     backup_folder: str = option(
         "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched, and where those of "
@@ -661,13 +665,18 @@ def check_options(options: Options):
         os.path.abspath(path)
         for path in (
             options.db_file, options.seal_key_file, options.token_signing_key_file,
-            options.admin_token_signing_key_file,
+            options.admin_token_signing_key_file, options.db_key_file,
         )
+        if path
     ]
     if len(set(files)) < len(files):
         raise StartupError(
-            "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
+            "db-file, seal-key-file, token-signing-key-file, admin-token-signing-key-file and db-key-file cannot be "
+            "the same file"
         )
+    if options.db_key_file and (options.db_pass or options.no_db_pass):
+        other = "db-pass" if options.db_pass else "no-db-pass"
+        raise StartupError(f"db-key-file and {other} are both set: unset the one that is not true of the database")
     if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
         raise StartupError("AUTH and ADMIN cannot listen on the same address and port")
     for side in ("auth", "admin"):
@@ -804,6 +813,10 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
     in_container = given.get("docker", ("",))[0].strip().lower() in ("1", "true", "yes", "on")
     given.update(read_secrets(given, environ, in_container))
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY", ""), "db-key-file")
+    is_overridden = given.get("db-key-file", ("", ""))[1].startswith(("environment ", "flag "))
+    if os.path.isabs(credential) and os.path.exists(credential) and not is_overridden:
+        given["db-key-file"] = (credential, "credential db-key-file")
     values, origins = {}, {"config": path}
     for name, (value, origin) in given.items():
         option = OPTION_NAMES[name]
@@ -860,7 +873,8 @@ def write_config(options: Options) -> str:
         lines.append(f"# {option.help}")
         origin = options.origins.get(option.name, "")
         mark = "" if origin or value != option.default else "# "
-        if option.secret and is_in_file(origin):  # it stays the only copy, so that a new one takes effect
+        if (option.secret and is_in_file(origin)) or origin.startswith("credential "):
+            # It stays the only copy, so that a new one takes effect.
             word, mark = "", "# "
         lines.append(f"{mark}{option.name} = {word}".rstrip())
     return "\n".join([*lines, "", CONFIG_END]) + "\n"

@@ -846,7 +846,7 @@ class Store(Database):
                 SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN,
             ):
                 raise StartupError(
-                    f"the database {self.path} does not open: db-pass is wrong, or the file is damaged"
+                    f"the database {self.path} does not open: db-pass is wrong (or db-key-file, if that is set), or the file is damaged"
                 ) from None
             raise StartupError(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
