@@ -30,11 +30,12 @@ import sys
 
 TYPE_CHECKING = False  # Type checkers take it for typing.TYPE_CHECKING, whose import would cost 5 ms.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any, ParamSpec, TypedDict, Unpack
 
     P = ParamSpec("P")
     Sockets = tuple[tuple[str, frozenset[int] | None], ...]
+    BoxAddress = tuple[str, str] | None  # the IP address of a box of this machine, and the file of its authority or ""
 
     class LimitParams(TypedDict, total=False):
         """Parameters of every list: `limit` is the number of rows over all pages."""
@@ -60,6 +61,8 @@ ADMIN_URL = "http://localhost:9041"
 AUTH_URL = "http://localhost:9040"
 ADMIN_SOCKET = "admin.sock"        # in the folder where mad runs: beside the database
 RUNTIME_FOLDER = "/run/microauthd"  # or in RuntimeDirectory= of the service
+MARKS, MARKS_MAGIC = "tokens.marks", b"madmark1"  # beside the socket: see Marks
+CONFIG_FILES = ("mad.conf", "/etc/microauthd/mad.conf")  # of a box on this machine, unless MAD_CONFIG names it
 
 EXIT_OK, EXIT_REFUSED, EXIT_USAGE, EXIT_LOGIN, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_STATUSES = (
@@ -285,10 +288,12 @@ class ResponseReader:
             del self.buffer[:size + 2]
 
 
-def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float):
+def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float, own_ca: str = ""):
     import ssl
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
+        if own_ca and not ca_file:
+            context.load_verify_locations(own_ca)
     except OSError as problem:
         connection.close()
         raise Unreachable(
@@ -338,7 +343,7 @@ def connect_at_machine(path: str, trusted: frozenset[int] | None, timeout: float
             os.close(folder)
 
 
-def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_file: str | None):
+def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_file: str | None, box: BoxAddress = None):
     """Return a connection to the server, and whether it is one of the `sockets`. Raises OSError, Unreachable."""
     import socket
     for path, trusted in sockets:
@@ -351,19 +356,22 @@ def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_fi
                 raise Unreachable(0, "unreachable", f"cannot reach {path}: {problem.strerror or problem}",
                                   hint="is the server running, and is this its socket?") from None
     # Bytes: Python passes a str through the IDNA codec, and loading its tables costs 3 ms.
-    address = url.host.encode("ascii"), url.port
+    ip, own_ca = box or (url.host, "")
+    address = ip.encode("ascii"), url.port
     connection = socket.create_connection(address, seconds_left())  # type: ignore[arg-type]
     if url.scheme == "https":
-        connection = _wrap_in_tls(connection, url.host, ca_file, seconds_left())
+        connection = _wrap_in_tls(connection, url.host, ca_file, seconds_left(), own_ca)
     return connection, False
 
 
 def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
-             timeout: float, ca_file: str | None, sockets: Sockets = ()) -> tuple[int, dict, bytes]:
+             timeout: float, ca_file: str | None, sockets: Sockets = (),
+             box: BoxAddress = None) -> tuple[int, dict, bytes]:
     """Send one request and return the status, the header fields by lower-case name, and the body of the response.
 
     `target` is the request target, already escaped. `sockets` are tried before the address: the path of each, and the
-    uids whose socket it may be, or None for one that is used alone. Raises Unreachable, also when the exchange takes
+    uids whose socket it may be, or None for one that is used alone. `box` has the IP address of a box of this machine,
+    whose name need not resolve, and the file of its own authority. Raises Unreachable, also when the exchange takes
     more than `timeout` seconds or the response is longer than MAX_HEADER_BYTES and MAX_BODY_BYTES allow.
     """
     from time import monotonic
@@ -378,7 +386,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
     url_text = url.text
     connection, is_local = None, False
     try:
-        connection, is_local = connect(url, sockets, seconds_left, ca_file)
+        connection, is_local = connect(url, sockets, seconds_left, ca_file, box)
         # The port tells a server that was reached by its socket whether it is the one that is meant.
         host = f"[{url.host}]" if ":" in url.host else url.host
         lines = [f"{method} {target} HTTP/1.1", f"Host: {host}:{url.port}" if is_local else "Host: " + url.authority,
@@ -401,7 +409,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             connection.close()
     if is_local and answer[0] == 421 and sockets[0][1] is not None:
         # It is the socket of another server of this machine, or not for this user. Nothing was done. RFC 9110 §15.5.20
-        return exchange(url, method, target, headers, body, timeout, ca_file)
+        return exchange(url, method, target, headers, body, timeout, ca_file, box=box)
     return answer
 
 
@@ -610,10 +618,11 @@ class Response:
 class ApiClient:
     """Sends requests to the server at `url`, authenticated by the bearer `token` if there is one.
 
-    `sockets` of the machine are tried before that address, as exchange() does.
+    `sockets` of the machine are tried before that address, and `box` is where it is, as exchange() does.
     """
 
     sockets: Sockets = ()
+    box: BoxAddress = None
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, timeout: float | None):
         self.url, self.token = url, token
@@ -642,7 +651,7 @@ class ApiClient:
         if any(not (text.isascii() and text.isprintable()) for item in all_headers.items() for text in item):
             raise BadValue("a header has characters no header has")
         status, received, octets = exchange(url, method, url.base + target, all_headers, body, self.timeout,
-                                            self.ca_file, self.sockets)
+                                            self.ca_file, self.sockets, self.box)
         if 300 <= status < 400:
             raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
                               hint="give the address it leads to, if you trust it")
@@ -1653,6 +1662,123 @@ class Profile:
         return True
 
 
+class Marks:
+    """The marks that a server leaves for programs of its machine: what they say of a token changes when it may have
+    been revoked.
+
+    24 octets - MARKS_MAGIC, a number of the server's start, its AUTH port - then cells of 8 octets. The first changes
+    when a client, its rights or a signing key do, another when a token does whose `jti` leads to it.
+    """
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    @classmethod
+    def find(cls, port: int, folders: Iterable[tuple[str, frozenset[int]]]) -> Marks | None:
+        """Return the marks of the server with that AUTH port, or None. `folders` are where to look, and whose they are
+        to be.
+        """
+        for folder, owners in folders:
+            try:
+                descriptor = os.open(os.path.join(folder, MARKS), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if os.fstat(descriptor).st_uid not in owners:
+                        continue
+                    content = os.read(descriptor, 1 << 16)
+                finally:
+                    os.close(descriptor)
+            except OSError:
+                continue
+            if content[:8] == MARKS_MAGIC and int.from_bytes(content[16:24], "big") == port and len(content) > 64:
+                return cls(content)
+        return None
+
+    def of(self, answer: dict) -> str:
+        """Return what the marks say of the token in a response."""
+        from zlib import crc32
+        try:
+            jti = decode_jwt(answer["access_token"])[1]["jti"].encode()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            jti = b""  # no token of microauthd
+        cell = 24 + 8 * (crc32(jti) % (len(self.content) // 8 - 4) + 1)
+        return (self.content[8:16] + self.content[24:32] + self.content[cell:cell + 8]).hex()
+
+
+class Box:
+    """The box of this machine whose mad.conf is found: the URLs of its ports, its IP addresses, its data folder.
+
+    mad.conf is believed only from root and the user who runs mad.
+    """
+
+    def __init__(self, path: str, settings: dict[str, str]):
+        self.folder = os.path.dirname(os.path.abspath(settings.get("db-file") or "mad.db3"))
+        if path != "mad.conf" and not os.path.isabs(settings.get("db-file") or "mad.db3"):
+            beside = os.path.dirname(os.path.abspath(path))
+            self.folder = "/var/lib/microauthd" if beside == "/etc/microauthd" else beside
+        try:  # a folder that a mad.conf which is believed names: that of the service's user, for root
+            self.owner = os.stat(self.folder).st_uid
+        except OSError:
+            self.owner = 0
+        self.urls: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}  # by URL
+        issuer = settings.get("oidc-issuer", "").partition("://")[2].partition("/")[0]
+        names = {"auth": issuer or settings.get("auth-domain", ""), "admin": settings.get("admin-domain", "")}
+        for side, default in (("auth", "9040"), ("admin", "9041")):
+            ip, port = settings.get(side + "-ip") or "127.0.0.1", settings.get(side + "-port") or default
+            ip = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)  # noqa: S104 - every address, of which this is one
+            name, colon, end = names[side].rpartition(":")
+            host = (name if colon and end.isdigit() else names[side]) or "localhost"
+            if not settings.get(side + "-ssl-cert-file"):
+                host = "localhost" if ip in ("127.0.0.1", "::1") else f"[{ip}]" if ":" in ip else ip
+            scheme = "https" if settings.get(side + "-ssl-cert-file") else "http"
+            url = f"{scheme}://{host}:{port}"
+            try:
+                url = Url(url).text
+            except BadValue:
+                pass  # its mad.conf is wrong, which the server says better
+            self.urls[side] = url
+            self.addresses[url] = ip if scheme == "https" else ""
+
+    @classmethod
+    def find(cls) -> Box | None:
+        """Return the box of MAD_CONFIG, of this folder, or of the service; None if there is none that may be read."""
+        for path in [os.environ["MAD_CONFIG"]] if os.environ.get("MAD_CONFIG") else CONFIG_FILES:
+            try:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    info = os.fstat(file.fileno())
+                    if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022 or not info.st_mode & 0o100000:
+                        continue
+                    return cls(path, cls.read(file))
+            except OSError:
+                continue
+        return None
+
+    @staticmethod
+    def read(lines: Iterable[str]) -> dict[str, str]:
+        """Return the settings of a mad.conf. What is malformed is the server's to refuse."""
+        found = {}
+        for line in lines:
+            key, equals, value = line.partition("=")
+            key, value = key.strip().lower(), value.strip()
+            if equals and key[:1] not in "#;":
+                quoted = value[:1] == '"' and value.find('"', 1) > 0
+                value = value[1:value.find('"', 1)] if quoted else value.partition("#")[0].partition(";")[0].strip()
+                found[key + "-file" if key.endswith("-ssl-cert") else key] = value  # the other name of that option
+        return found
+
+    def address(self, url: str) -> BoxAddress:
+        """Return where a URL of this box is, and the file of its own authority; None if it is no URL of TLS of it."""
+        if not self.addresses.get(url):
+            return None
+        path = os.path.join(self.folder, "ca.pem")
+        try:
+            info = os.stat(path)
+            is_safe = info.st_uid in (0, os.geteuid(), self.owner) and not info.st_mode & 0o022
+        except OSError:
+            is_safe = False
+        return self.addresses[url], path if is_safe else ""
+
+
 class TokenCache:
     """The cache of `mad token get`, one file per token.
 
@@ -1681,8 +1807,11 @@ class TokenCache:
             return False
         return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077
 
-    def find(self, now: int) -> dict | None:
-        """Return the cached token response with `expires_in` as of `now`, or None if none is valid long enough."""
+    def find(self, now: int, marks: Marks | None = None) -> dict | None:
+        """Return the cached token response with `expires_in` as of `now`, or None if none is valid long enough.
+
+        `marks` are those of the server, if it runs on this machine: they tell whether it may have been revoked.
+        """
         try:
             text = read_private_file(self.path) if self._folder_is_private() else None
             if not text:
@@ -1692,12 +1821,17 @@ class TokenCache:
             # The lower bound detects a clock that was set back, which would make an old token look valid.
             if not stored_at - CACHE_MARGIN <= now < expires_at - CACHE_MARGIN:
                 return None
+            if marks and marks.of(answer) != entry.get("mark"):
+                return None
             return {**_check_token_response(answer), "expires_in": int(expires_at - now)}
         except (CommandError, MadError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
-    def store(self, answer: dict, now: int) -> None:
-        """Store a token response that has a usable `expires_in`, and delete the files of expired tokens."""
+    def store(self, answer: dict, now: int, marks: Marks | None = None) -> None:
+        """Store a token response that has a usable `expires_in`, and delete the files of expired tokens.
+
+        `marks` were read before it was asked for.
+        """
         from json import dumps
         ttl = answer.get("expires_in")
         if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not CACHE_MARGIN < ttl < 1e9:
@@ -1714,7 +1848,8 @@ class TokenCache:
                 return
             expires_at = now + int(ttl)
             # The file's mtime is set to the expiry, so the loop below need not read the files.
-            entry = {"stored_at": now, "expires_at": expires_at, "answer": answer}
+            entry = {"stored_at": now, "expires_at": expires_at, "answer": answer,
+                     "mark": marks.of(answer) if marks else None}
             write_private_file(self.path, dumps(entry), expires_at)
             for name in os.listdir(self.folder):
                 path = os.path.join(self.folder, name)
@@ -2510,8 +2645,20 @@ class Context:
         self.commands = commands
         self.options, self.json, self.quiet = options, options.get("json", False), options.get("quiet", False)
         self.profile = Profile()
+        self.found_box: tuple[Box | None, ...] = ()
 
     # -- addresses --
+
+    @property
+    def box(self) -> Box | None:
+        """The box of this machine, looked for once."""
+        if not self.found_box:
+            self.found_box = (Box.find(),)
+        return self.found_box[0]
+
+    def box_address(self, url: Url) -> BoxAddress:
+        """Return where the box of this machine is that `url` means, for https; its own authority is trusted there."""
+        return self.box.address(url.text) if url.scheme == "https" and self.box else None
 
     def url(self, text: str, origin: str) -> Url:
         """Return the URL, with a warning if tokens would travel unencrypted. Raises CommandError.
@@ -2531,12 +2678,24 @@ class Context:
             return self.url(text, "--admin-url")
         if text := os.environ.get("MAD_ADMIN_URL"):
             return self.url(text, "MAD_ADMIN_URL")
-        return self.url(self.profile.url() or ADMIN_URL, self.profile.url_path)
+        if text := self.profile.url():
+            return self.url(text, self.profile.url_path)
+        return self.url_of_box("admin", ADMIN_URL)
 
     def auth_url(self) -> Url:
         if text := self.options.get("auth-url"):
             return self.url(text, "--auth-url")
-        return self.url(os.environ.get("MAD_AUTH_URL") or AUTH_URL, "MAD_AUTH_URL")
+        if text := os.environ.get("MAD_AUTH_URL"):
+            return self.url(text, "MAD_AUTH_URL")
+        return self.url_of_box("auth", AUTH_URL)
+
+    def url_of_box(self, side: str, default: str) -> Url:
+        """Return the URL of a port of this machine's box, where nothing else names one. It does not leave the machine.
+        """
+        try:
+            return Url(self.box.urls[side] if self.box else default)
+        except BadValue:
+            return Url(default)
 
     def issuer_url(self) -> Url:
         """Return the URL of the server that issued the saved token. Raises CommandError."""
@@ -2583,6 +2742,30 @@ class Context:
                                hint=hint)
 
     @staticmethod
+    def runtime_folder() -> list[tuple[str, frozenset[int]]]:
+        """Return RUNTIME_FOLDER and the uids whose files there are a server's, or nothing if there is none.
+
+        Only root can make this folder, and does so for the user of the service.
+        """
+        ours = frozenset((0, os.geteuid()))
+        try:
+            folder = os.lstat(RUNTIME_FOLDER)
+        except OSError:
+            return []
+        return [(RUNTIME_FOLDER, ours if folder.st_mode & 0o022 else ours | {folder.st_uid})]
+
+    def marks(self, url: Url) -> Marks | None:
+        """Return the marks of the server at `url`, if it runs on this machine."""
+        ours = frozenset((0, os.geteuid()))
+        box = self.found_box[0] if self.found_box else None
+        if not url.is_loopback and not (box and url.text in box.urls.values()):
+            return None
+        folders = [("", ours), *self.runtime_folder()]
+        if box:
+            folders.append((box.folder, ours | {box.owner}))
+        return Marks.find(url.port, folders)
+
+    @staticmethod
     def admin_sockets(url: Url) -> Sockets:
         """Return the Unix sockets by which ADMIN knows that mad runs at the machine, and whose each may be."""
         if (named := os.environ.get("MAD_ADMIN_SOCKET")) is not None:
@@ -2599,13 +2782,7 @@ class Context:
                               f"trust that user: MAD_ADMIN_SOCKET={ADMIN_SOCKET}")
         except OSError:
             pass
-        try:
-            # Only root can make this folder, and does so for the user of the service.
-            folder = os.lstat(RUNTIME_FOLDER)
-            found.append((os.path.join(RUNTIME_FOLDER, ADMIN_SOCKET),
-                          ours if folder.st_mode & 0o022 else ours | {folder.st_uid}))
-        except OSError:
-            pass
+        found += [(os.path.join(folder, ADMIN_SOCKET), owners) for folder, owners in Context.runtime_folder()]
         return tuple(found)
 
     def client(self, url: Url | None = None, token: str | None = None) -> MadClient:
@@ -2613,7 +2790,7 @@ class Context:
         url = url or self.admin_url()
         client = MadClient(url.text, self.admin_token(url) if token is None else token,
                            ca_file=os.environ.get("MAD_CA_FILE") or None)
-        client.sockets = self.admin_sockets(url)
+        client.sockets, client.box = self.admin_sockets(url), self.box_address(url)
         return client
 
     # -- secrets, ids, confirmation --
@@ -2971,7 +3148,7 @@ def render_jwt(parts: dict) -> list[str]:
 
 
 def token_get(context: Context, client_id: str | None = None, secret: str | None = None, scope: str | None = None,
-              no_cache: bool = False) -> dict:
+              no_cache: bool = False, fresh: bool = False) -> dict:
     """Return a token response for a machine client, from the cache while the token is valid."""
     from time import time
     url = context.auth_url()
@@ -2986,9 +3163,11 @@ def token_get(context: Context, client_id: str | None = None, secret: str | None
                            hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
     scope = " ".join((scope or "").split())
     cache = None if no_cache else TokenCache(url.text, client_id, scope, secret)
-    if cache and (answer := cache.find(int(time()))):
+    marks = context.marks(url) if cache else None
+    if cache and not fresh and (answer := cache.find(int(time()), marks)):
         return answer
     client = AuthClient(url.text, client_id, secret, ca_file=os.environ.get("MAD_CA_FILE") or None)
+    client.box = context.box_address(url)
     asked_at = int(time())
     try:
         answer = client.client_credentials(scope)
@@ -2997,7 +3176,7 @@ def token_get(context: Context, client_id: str | None = None, secret: str | None
             problem.hint = "check the client id and its secret"
         raise
     if cache:
-        cache.store(answer, asked_at)
+        cache.store(answer, asked_at, marks)
     return answer
 
 
@@ -3471,6 +3650,7 @@ COMMANDS = (
         Option("auth-url", "address of the AUTH server"), Option("client-id", "the client", metavar="ID"),
         Option(None, "read the client secret from standard input", "secret", stdin="secret-stdin", dest="secret"),
         Option("scope", "what to ask for, separated by blanks"),
+        Option("fresh", "fetch a new token, and keep it in place of a cached one", "flag"),
         Option("no-cache", "neither use nor keep a cached token", "flag"),
     ), render_access_token,
         "curl -H \"Authorization: Bearer $(mad token get --scope read)\" https://api.example/meters",

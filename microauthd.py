@@ -66,7 +66,7 @@ from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options
 from appliance.base.shared import Buckets
 from appliance.base.metrics import (
-    Counters, FIGURES, History, LOCKOUTS, LOGINS, OPENMETRICS, OTHER, RANGES, TEXT as METRICS_TEXT, TOKENS,
+    Counters, FIGURES, History, LOCKOUTS, LOGINS, NO_ROUTE, OPENMETRICS, OTHER, RANGES, TEXT as METRICS_TEXT, TOKENS,
     show_metrics,
 )
 from appliance.base.log import Log, escape
@@ -888,6 +888,7 @@ class Idp:
             self.logged_ring_errors.pop(port_name, None)
             self.ring_versions[port_name] = (fingerprint, next_promotion_at(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
+            self.store.generation.marks.touch()  # tokens of a key that was revoked are dead
             # Replaced after the ring: a thread with the old dict may add an answer built from the old ring to it.
             # See cached_page().
             self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
@@ -5051,10 +5052,6 @@ def swagger_file(name: str) -> Page:
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
-METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-NO_ROUTE = "none"  # what metrics say of a request that no route answers
-
-
 class App:
     """The WSGI application of a port.
 
@@ -5098,10 +5095,9 @@ class App:
         return answer
 
     def count(self, environ, path: str, status: int, started: float):
-        """Count a request. What it chose itself - a path that is no route, a method of its own - is no label."""
-        method = environ["REQUEST_METHOD"]
+        """Count a request, by the first path of its route."""
         self.idp.counters.count_request(
-            self.name, path, method if method in METHODS else OTHER, str(status), time.perf_counter() - started
+            self.name, path, environ["REQUEST_METHOD"], status, time.perf_counter() - started
         )
 
     def to_bottle(self, result, environ) -> bytes:
@@ -5160,7 +5156,7 @@ def refuse_early(idp: Idp, environ, start_response, problem: Problem) -> list[by
     answer = Answer(idp)
     answer.log_refusal(environ, problem.code, problem.status, problem.log)
     status, headers, content = answer.render(render_problem(problem, False), environ)
-    idp.counters.count_request("admin", NO_ROUTE, "GET", str(status), 0.0)
+    idp.counters.count_request("admin", NO_ROUTE, environ["REQUEST_METHOD"], status, 0.0)
     start_response(STATUS[status], [*headers, ("Content-Length", str(len(content)))])
     return [content]
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-import platform
+import sys
 import threading
 
 from appliance.base.clock import Timekeeper
@@ -70,7 +70,7 @@ def measure_keys(idp: Idp) -> None:
 def measure(idp: Idp) -> None:
     """Put what is true at the moment into the counters, but what reads the database: see FigureThread."""
     counters, options, path = idp.counters, idp.options, idp.store.path
-    counters.set(BUILD, 1, VERSION, platform.python_version())
+    counters.set(BUILD, 1, VERSION, ".".join(map(str, sys.version_info[:3])))
     counters.set(WRITABLE, 0 if idp.store.generation.failed else 1)
     counters.set(DATABASE_SIZE, size_of(path))
     counters.set(WAL_SIZE, size_of(path + "-wal"))

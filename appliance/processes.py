@@ -32,7 +32,7 @@ from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
 from appliance.base.settings import Options, check_options, issuer_obstacle
 from appliance.base.log import Log
 from appliance.base.files import check_folder, file_fingerprint, guard_private, open_owned
-from appliance.base.shared import Buckets
+from appliance.base.shared import Buckets, ChangeMarks
 from appliance.base.metrics import (
     Counters, HTTP_REFUSALS, History, START_AT, WORKER_RESTARTS, WORKERS_ALIVE, WORKERS_CONFIGURED,
 )
@@ -235,7 +235,7 @@ def bind_ports(
             raise StartupError(f"cannot listen on {ip} port {port}: {error.strerror}{by}{hint}") from None
 
 
-LOCAL_SOCKET = "admin.sock"
+LOCAL_SOCKET, MARKS = "admin.sock", "tokens.marks"
 
 
 def local_socket_folder(options: Options) -> str:
@@ -245,6 +245,15 @@ def local_socket_folder(options: Options) -> str:
     """
     runtime = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     return runtime or os.path.dirname(os.path.abspath(options.db_file))
+
+
+RUNTIME_FOLDER = "/run/microauthd"  # RuntimeDirectory= of the service, which a command does not hear of
+
+
+def touch_marks(options: Options):
+    """Have the programs of this machine ask anew for every token that they keep, after a command that ended some."""
+    for folder in {local_socket_folder(options), RUNTIME_FOLDER}:
+        ChangeMarks.touch_file(os.path.join(folder, MARKS), options.auth_port)
 
 
 def find_local_users(options: Options) -> frozenset[int]:
@@ -340,9 +349,12 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
         local: LocalSocket | None = LocalSocket(handed["local"], handed["local"].getsockname(), None, local_users)
     else:
         local = bind_local_socket(options, local_users, log)
+    generation = Generation()
+    # Once the ports are ours: the marks of another server that runs must stay its own.
+    generation.marks = ChangeMarks(os.path.join(local_socket_folder(options), MARKS), options.auth_port)
     return StartupState(
         options, key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
-        frozenset(handed.values()), local, Generation(), Buckets(), Counters(len(auth_sockets) + 2), History(), clock,
+        frozenset(handed.values()), local, generation, Buckets(), Counters(len(auth_sockets) + 2), History(), clock,
         log, certificates,
     )
 

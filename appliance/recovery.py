@@ -40,7 +40,7 @@ from microauthd import (
 from appliance.backup import backup_files, check_copy, write_backup
 from appliance.machine import MACHINE
 from appliance.authority import forbid_found_ca, keep_certificate, put_authority
-from appliance.processes import hold_database, read_seal_key
+from appliance.processes import hold_database, read_seal_key, touch_marks
 from appliance.status import gather_status
 
 # == Setup =====================================================================
@@ -796,6 +796,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             write_journal(place, True, placed)
             checkpoint("committed")
             finish_setup(config, options)
+        touch_marks(options)
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
 
 
@@ -929,6 +930,7 @@ def revoke_key(options: Options, kid: str) -> str:
                     audit(idp, LOCAL.acting_as("machine"), "key_revoked", port_name, kid)
                 if rest != entries:
                     write_durably(path, write_ring(rest, passphrase))
+                touch_marks(options)
                 return port_name
     finally:
         idp.store.close()

@@ -4,11 +4,13 @@ The journeys against a real server stand in test_flows.
 """
 
 import ast
+import base64
 import contextlib
 import datetime
 import dis
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -26,6 +28,7 @@ import mad
 import pexpect
 import pytest
 from box import ROOT
+from appliance.base.shared import ChangeMarks
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -183,14 +186,14 @@ ASKING = [
 
 # == Wire =======================================================================
 
-def make_certificate(folder):
+def make_certificate(folder, host="localhost"):
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1)
     )
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False).add_extension(
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), False).add_extension(
         x509.BasicConstraints(True, None), True
     )
     path = folder / "certificate.pem"
@@ -1018,6 +1021,146 @@ class TestTokenCache:
         """XDG Base Directory Specification: a folder that does not exist is made, with mode 0700."""
         cache.store(self.ANSWER, 1_000_000)
         assert stat.S_IMODE(os.stat(os.path.dirname(cache.folder)).st_mode) == 0o700 and cache.find(1_000_000)
+
+
+class TestMarks:
+    """A token that was revoked here is not handed out again."""
+
+    TOKENS = tuple(
+        "eyJhbGciOiJub25lIn0."
+        + base64.urlsafe_b64encode(json.dumps({"jti": jti, "exp": 4102444800}).encode()).decode().rstrip("=")
+        + ".AAAA"
+        for jti in ("first", "second")
+    )
+
+    @pytest.fixture
+    def beside(self, here, fake, tmp_path, monkeypatch):
+        """Run mad token get in the folder of a server, whose next tokens are TOKENS."""
+        monkeypatch.chdir(tmp_path)
+        tokens = itertools.cycle(self.TOKENS)
+        fake.answer = lambda method, path: (200, {"access_token": next(tokens), "expires_in": 9999}, {})
+
+        def get(*words):
+            done = here("token", "get", *words, MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
+            assert done.returncode == 0 and done.stderr == ""
+            return self.TOKENS.index(done.stdout.strip())
+
+        get.marks = ChangeMarks("tokens.marks", fake.server_port)
+        return get
+
+    @pytest.mark.parametrize("key, asked", [("first", 1), ("", 1), ("another", 0)])
+    def test_a_token_is_asked_for_again_when_its_mark_has_changed(self, beside, fake, key, asked):
+        assert beside() == beside() == 0 and len(fake.seen) == 1, "a check costs no request"
+        beside.marks.touch(key)
+        assert beside() == beside() == asked and len(fake.seen) == 1 + asked
+
+    def test_and_after_each_start_of_the_server(self, beside, fake):
+        assert beside() == 0
+        ChangeMarks("tokens.marks", fake.server_port)
+        assert beside() == beside() == 1
+
+    def test_marks_of_another_server_or_of_nobody_known_say_nothing(self, beside, fake, monkeypatch):
+        assert beside() == 0
+        ChangeMarks("tokens.marks", 1)
+        assert beside() == 0
+        beside("--no-cache")
+        ChangeMarks("tokens.marks", fake.server_port)
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+        assert mad.Context.marks(mad.Context({}, ()), mad.Url(fake.url)) is not None, "root's are believed"
+        os.chown("tokens.marks", 4712, -1)
+        assert mad.Context.marks(mad.Context({}, ()), mad.Url(fake.url)) is None
+
+    @pytest.mark.parametrize("content", [b"", b"madmark1", b"x" * 99, b"madmark1" + bytes(90)])
+    def test_a_damaged_file_of_marks_is_none(self, beside, content, tmp_path):
+        (tmp_path / "tokens.marks").write_bytes(content)
+        assert beside() == beside() == 0
+
+    def test_a_token_of_before_is_asked_for_again(self, beside, tmp_path):
+        (tmp_path / "tokens.marks").rename(tmp_path / "away")
+        assert beside() == 0
+        (tmp_path / "away").rename(tmp_path / "tokens.marks")
+        assert beside() == 1
+
+    def test_fresh_replaces_what_is_kept_wherever_the_server_is(self, beside, tmp_path):
+        (tmp_path / "tokens.marks").unlink()
+        assert beside() == 0 and beside("--fresh") == 1 and beside() == 1
+
+
+class TestBox:
+    """Beside a box mad finds it by its mad.conf."""
+
+    @pytest.mark.parametrize(
+        "conf, admin, auth",
+        [
+            ("", "http://localhost:9041", "http://localhost:9040"),
+            ("admin-port = 81 # port\nauth-port=80", "http://localhost:81", "http://localhost"),
+            ("auth-ip = 0.0.0.0\nadmin-ip = ::1", "http://localhost:9041", "http://localhost:9040"),
+            ("auth-ip = 192.0.2.7\nadmin-ip = 2001:db8::7", "http://[2001:db8::7]:9041", "http://192.0.2.7:9040"),
+            (
+                'auth-ssl-cert = "c.pem"\nadmin-ssl-cert-file = c.pem\nauth-domain = id.example:8443\nadmin-domain = box.local',
+                "https://box.local:9041", "https://id.example:9040",
+            ),
+            ("auth-ssl-cert = c\noidc-issuer = https://id.example:1/auth", "http://localhost:9041", "https://id.example:9040"),
+            ("; auth-port = 1\nauth-port = x\nnonsense", "http://localhost:9041", "http://localhost:9040"),
+        ],
+    )
+    def test_its_ports_and_names(self, tmp_path, monkeypatch, conf, admin, auth):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mad.conf").write_text(conf)
+        (tmp_path / "mad.conf").chmod(0o600)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for name in ("MAD_ADMIN_URL", "MAD_AUTH_URL", "MAD_CONFIG"):
+            monkeypatch.delenv(name, raising=False)
+        context = mad.Context({}, ())
+        assert (context.admin_url().text, context.auth_url().text) == (admin, auth)
+
+    def test_what_is_said_wins(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("MAD_ADMIN_URL", raising=False)
+        (tmp_path / "mad.conf").write_text("admin-port = 81\nauth-port = 80")
+        (tmp_path / "mad.conf").chmod(0o600)
+        assert mad.Context({}, ()).admin_url().text == "http://localhost:81"
+        mad.Profile().save(TOKEN, "http://localhost:82")
+        assert mad.Context({}, ()).admin_url().text == "http://localhost:82"
+        monkeypatch.setenv("MAD_ADMIN_URL", "http://localhost:83")
+        assert mad.Context({}, ()).admin_url().text == "http://localhost:83"
+        assert mad.Context({"admin-url": "http://localhost:84"}, ()).admin_url().text == "http://localhost:84"
+
+    @pytest.mark.parametrize("mode, owner", [(0o602, 0), (0o620, 0), (0o600, 4711)])
+    def test_a_file_that_others_could_have_written_names_no_server(self, tmp_path, monkeypatch, mode, owner):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mad.conf").write_text("auth-port = 80")
+        (tmp_path / "mad.conf").chmod(mode)
+        os.chown(tmp_path / "mad.conf", owner, -1)
+        assert mad.Box.find() is None
+
+    @pytest.mark.parametrize(
+        "path, db_file, folder",
+        [
+            ("mad.conf", "data/mad.db3", "{here}/data"), ("/etc/microauthd/mad.conf", "", "/var/lib/microauthd"),
+            ("/etc/microauthd/mad.conf", "/srv/box/mad.db3", "/srv/box"), ("/opt/box/mad.conf", "mad.db3", "/opt/box"),
+        ],
+    )
+    def test_its_data_folder(self, tmp_path, monkeypatch, path, db_file, folder):
+        monkeypatch.chdir(tmp_path)
+        assert mad.Box(path, {"db-file": db_file}).folder == folder.format(here=tmp_path)
+
+    def test_its_own_authority_is_trusted_there_and_its_name_need_not_resolve(self, here, tmp_path, raw, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(make_certificate(tmp_path, "box.invalid"))
+        raw(OK + b"Content-Length: 2\r\n\r\n{}", context=context)
+        (tmp_path / "mad.conf").write_text(
+            f"admin-ssl-cert-file = c.pem\nadmin-domain = box.invalid\nadmin-port = {raw.port}\n"
+        )
+        (tmp_path / "mad.conf").chmod(0o600)
+        ask = ("role", "get", "--id", USER["id"], "--json")
+        assert "no secure connection" in here(*ask).stderr + here(*ask).stdout
+        os.rename(tmp_path / "certificate.pem", tmp_path / "ca.pem")
+        assert here(*ask).returncode == 0, here(*ask)
+        (tmp_path / "ca.pem").chmod(0o666)
+        assert here(*ask).returncode == 4
 
 
 # == Arguments ==================================================================

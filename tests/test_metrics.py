@@ -142,7 +142,7 @@ class TestCounters:
         for _ in range(2):
             for status in range(30):
                 counters.add(HTTP_REFUSALS, "auth", str(status))
-            counters.count_request("auth", "/token", "POST", "200", 0.1)
+            counters.count_request("auth", "/token", "POST", 200, 0.1)
         assert len(counters.totals()) == 20 and set(map(tuple, counters.totals().values())) == {(2.0,)}
 
     def test_a_name_of_any_length_and_content_is_one_series(self):
@@ -368,7 +368,7 @@ class TestHistory:
             counters.add(LOGINS, outcome)
         counters.add(TOKENS, "password", "a", by=3)
         counters.add(LOCKOUTS, "account")
-        counters.count_request("auth", "/token", "POST", "200", 0.1)
+        counters.count_request("auth", "/token", "POST", 200, 0.1)
         assert dict(zip(FIGURES, figures_of(counters.totals()), strict=True)) == {
             "requests": 1, "tokens": 3, "logins": 1, "failures": 2, "lockouts": 1,
         }

@@ -20,7 +20,7 @@ from appliance.base import StartupError
 from appliance.base.files import guard_private, open_owned, open_secret
 from appliance.base.settings import Options
 from appliance.base.log import Log
-from appliance.base.shared import Byte, Numbers, Shared
+from appliance.base.shared import Byte, ChangeMarks, Numbers, Shared
 from appliance.base.metrics import COMMIT_FAILURES, COMMIT_SECONDS, COMMIT_SIZE, Counters
 from appliance.base.wal import MarkFile, find_damage
 
@@ -107,6 +107,7 @@ class Generation(Shared):
         super().__init__()
         self.slot = 0
         self.lock = threading.Lock()
+        self.marks = ChangeMarks()  # set by the server
 
     def read(self) -> bytes:
         return self.counts.tobytes()
@@ -114,6 +115,7 @@ class Generation(Shared):
     def bump(self) -> None:
         with self.lock:
             self.counts[self.slot] += 1
+        self.marks.touch()
 
     def beat(self) -> None:
         self.beats[self.slot] = self.beats[self.slot] % 255 + 1
@@ -155,20 +157,6 @@ def read_key_file(path: str, in_container=False) -> bytes:
     raise StartupError(f"db-key-file: {path} holds neither 32 octets nor 64 hexadecimal digits")
 
 
-def database_key(options: Options, path: str = "", is_ours=True) -> str:
-    """Return what read_database_key() does, for the database of these options or another one."""
-    raw = read_key_file(options.db_key_file, options.docker) if options.db_key_file else b""
-    return read_database_key(path or options.db_file, options.db_pass, options.no_db_pass, is_ours, raw)
-
-
-def new_database_key(options: Options) -> str:
-    """Return the raw key for a database that is to be made, or "" for one that is not to be encrypted."""
-    salt = os.urandom(16)
-    if options.db_key_file:
-        return (read_key_file(options.db_key_file, options.docker) + salt).hex()
-    return derive_key(options.db_pass, salt) if options.db_pass else ""
-
-
 def read_database_key(path: str, passphrase: str, unencrypted: bool, is_ours=True, raw=b"") -> str:
     """Return the raw key of an existing database, or "" if it is unencrypted. Raises StartupError with a sentence.
 
@@ -198,6 +186,20 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool, is_ours=Tru
     if unencrypted or not passphrase:
         raise StartupError(f"the database {path} is encrypted or damaged, and no db-pass or db-key-file is given")
     return derive_key(passphrase, head)
+
+
+def database_key(options: Options, path: str = "", is_ours=True) -> str:
+    """Return what read_database_key() does, for the database of these options or another one."""
+    raw = read_key_file(options.db_key_file, options.docker) if options.db_key_file else b""
+    return read_database_key(path or options.db_file, options.db_pass, options.no_db_pass, is_ours, raw)
+
+
+def new_database_key(options: Options) -> str:
+    """Return the raw key for a database that is to be made, or "" for one that is not to be encrypted."""
+    salt = os.urandom(16)
+    if options.db_key_file:
+        return (read_key_file(options.db_key_file, options.docker) + salt).hex()
+    return derive_key(options.db_pass, salt) if options.db_pass else ""
 
 
 class PooledConnection:

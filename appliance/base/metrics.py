@@ -20,6 +20,8 @@ from appliance.base.shared import Numbers, Real, Shared
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 OTHER = "other"  # the label of what is beyond the bound of a metric
+NO_ROUTE = "none"  # the label of a request that no route answers
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -151,7 +153,7 @@ class Counters:
         self.places: dict[tuple[str, ...], int] = {}  # where to count what; -1: there is no room for it
         self.last_labels: dict[str, set[str]] = {}  # of metrics with a bound: the values of their last label
         self.seen = 0  # numbers whose entries this process knows
-        self.requests: dict[tuple[str, ...], tuple[int, int]] = {}  # see count_request()
+        self.requests: dict[tuple[str, str, str, int], tuple[int, int]] = {}  # see count_request()
 
     def enter(self, slot: int) -> None:
         """Make this the process with that number, which has nothing under way yet."""
@@ -249,19 +251,30 @@ class Counters:
         self.values[place + bisect.bisect_left(bounds, value)] += 1.0
         self.values[place + len(bounds) + 1] += value
 
-    def count_request(self, server: str, route: str, method: str, status: str, seconds: float) -> None:
-        """Count a request that was answered, and its time: add() and observe() in half of their time."""
-        key = server, route, method, status
+    def count_request(self, server: str, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request that was answered, and its time: add() and observe() in half of their time.
+
+        What a request makes up itself is no label: `route` is a template or NO_ROUTE, and an unknown method is OTHER.
+        """
+        values = self.values
         with self.lock:
-            places = self.requests.get(key)
-            if places is None:
-                places = self.requests[key] = (
-                    self.place_of(REQUESTS, key), self.place_of(REQUEST_SECONDS, (server, route))
-                )
-            if places[0] >= 0:
-                self.values[places[0]] += 1.0
-            if places[1] >= 0:
-                self.put(places[1], FAST, seconds)
+            count, place = self.requests.get((server, route, method, status)) or self.places_of_request(
+                server, route, method, status
+            )
+            if count >= 0:
+                values[count] += 1.0
+            if place >= 0:
+                values[place + bisect.bisect_left(FAST, seconds)] += 1.0
+                values[place + len(FAST) + 1] += seconds
+
+    def places_of_request(self, server: str, route: str, method: str, status: int) -> tuple[int, int]:
+        """Return where a request and its time are counted. The caller holds the lock of this process."""
+        method = method if method in METHODS else OTHER
+        places = self.requests[server, route, method, status] = (
+            self.place_of(REQUESTS, (server, route, method, str(status))),
+            self.place_of(REQUEST_SECONDS, (server, route)),
+        )
+        return places
 
     # -- reading --
 

@@ -1944,6 +1944,8 @@ class Store(Database):
             expires_at=expires_at, now=now,
         )
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
+        # Before the commit: whoever asks again in between gets another token, which this does not end.
+        self.generation.marks.touch(jti)
         return is_new
 
     def is_revoked(self, jti: str) -> bool:
