@@ -43,6 +43,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import json
 import math
 import os
 import re
@@ -4272,12 +4273,24 @@ def convert(found, declared, strict=True):
         raise Problem("invalid_request", errors=errors) from None
 
 
+def note_repeated(repeated: list[str], pairs: list[tuple[str, Any]]):
+    """Note the names that stand more than once in a JSON object."""
+    counts = collections.Counter(name for name, _ in pairs)
+    repeated += [name for name, count in counts.items() if count > 1]
+
+
 def decode_body(body: bytes, declared):
-    """Decode a JSON body. Raises invalid_request."""
+    """Decode a JSON body. Raises invalid_request, also for a member that is repeated: which of the two another program
+    sees is not defined. RFC 8259 §4.
+    """
+    repeated: list[str] = []
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        json.loads(body, object_pairs_hook=functools.partial(note_repeated, repeated))
+    except (ValueError, RecursionError):  # of msgspec, of json, of what is not UTF-8
         raise Problem("invalid_request", log="not JSON") from None
+    if repeated:
+        reject(**{members_of(declared).get(repeated[0].lower(), "body"): "is there twice"})
     return convert(found, declared)
 
 

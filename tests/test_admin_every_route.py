@@ -15,7 +15,7 @@ from appliance.base.database import Unavailable
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SCATTERED, SLICE
 from appliance.base.wire import HttpRefusal, _path_info
 from appliance.base.openapi import FORM, may_be_empty
-from appliance.base.objects import ChangeSecret, CreateRole, PurgeTokens, UpdateUser
+from appliance.base.objects import ChangeSecret, CreateRole, CreateUser, PurgeTokens, UpdateUser
 
 PROTECTED = [
     (method, path, route.takes)
@@ -925,6 +925,21 @@ class TestLostUpdates:
 
 class TestMassAssignment:
     """Members that are not for the caller to set do nothing, on every route that takes an object."""
+
+    @pytest.mark.parametrize(
+        "body, named",
+        [
+            (b'{"username": "ann", "username": "bob"}', "username"), (b'{"username": "ann", "username": "ann"}', "username"),
+            (b'{"username": "ann", "x": 1, "x": 2}', "body"), (b'{"username": "ann", "x": [{"y": 1, "y": 2}]}', "body"),
+        ],
+    )
+    def test_a_member_that_stands_twice_is_refused(self, call, body, named):
+        """RFC 8259 §4: which of the two counts is not defined, and another program may take the other."""
+        answer = call("POST", "/users", body)
+        assert (answer.status, answer.json["errors"]) == (400, {named: "is there twice"})
+
+    def test_the_same_name_in_two_objects_is_no_repetition(self):
+        assert m.decode_body(b'{"username": "ann", "x": {"username": 1}, "y": {"x": 1}}', CreateUser).username == "ann"
 
     def test_a_member_that_stands_twice_in_another_case_is_refused(self, call):
         body = b'{"username": "bob", "Username": "eve", "email": "b@example.org", "password": "%s"}' % PASSWORD.encode()
