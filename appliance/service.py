@@ -318,9 +318,9 @@ def needs_passphrase(layout: Layout, answers: dict) -> bool:
     database = os.path.join(layout.data, options.db_file if options else "mad.db3")
     kept = layout.at(CONFIG + "/credentials/db-pass")
     return not (
-        {"db-pass", "db-pass-file", "no-db-pass"} & given.keys()
+        {"db-pass", "db-pass-file", "no-db-pass", "db-key-file"} & given.keys()
         or any(map(os.path.exists, (kept, kept + ".cred", layout.at(database))))
-        or (options and (options.db_pass or options.no_db_pass))
+        or (options and (options.db_pass or options.no_db_pass or options.db_key_file))
     )
 
 
