@@ -67,7 +67,10 @@ CONFIG_FILES = ("mad.conf", "/etc/microauthd/mad.conf")  # of a box on this mach
 EXIT_OK, EXIT_REFUSED, EXIT_USAGE, EXIT_LOGIN, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_STATUSES = (
     (EXIT_OK, "done"),
-    (EXIT_REFUSED, "refused by the server, or found to be wrong by audit verify, or in need of attention by status"),
+    (
+        EXIT_REFUSED,
+        "refused by the server, found to be wrong by audit verify or client check-uri, or in need of attention by status",
+    ),
     (EXIT_USAGE, "bad usage; nothing was sent"),
     (EXIT_LOGIN, "not logged in: no token, or it expired or was not accepted"),
     (EXIT_UNREACHABLE, "no usable answer: connection, TLS, time-out, or not a microauthd"),
@@ -1170,17 +1173,21 @@ class MadClient(ApiClient):
     def create_client(self, client_id: str, client_secret: str | None = None, *, public: bool = False,
                       display_name: str = "", audience: str = "microauthd", grant_types: list[str] | None = None,
                       scopes: list[str] | None = None, may_introspect: bool | None = None,
-                      allow_http_redirects: bool | None = None, allow_short_schemes: bool | None = None) -> dict:
+                      allow_http_redirects: bool | None = None, allow_short_schemes: bool | None = None,
+                      is_first_party: bool | None = None, redirect_uris: list[str] | None = None,
+                      post_logout_redirect_uris: list[str] | None = None, cors_origins: list[str] | None = None,
+                      flags: dict[str, dict] | None = None) -> dict:
         """POST /clients. Return the new Client, with `client_secret` if the server generated one.
 
         The server generates a secret for a confidential client without `client_secret`; it cannot be read again.
-        `scopes` are names.
+        `scopes` are names. `flags` is {flag: {"is_enabled", "options"}}. If a part is refused, nothing is registered.
         """
         return self.request("POST", "/clients", json=_without_none(
             client_id=client_id, client_secret=client_secret, display_name=display_name, audience=audience,
             client_type="public" if public else "confidential", grant_types=grant_types, scopes=scopes,
             may_introspect=may_introspect, allow_http_redirects=allow_http_redirects,
-            allow_short_schemes=allow_short_schemes))
+            allow_short_schemes=allow_short_schemes, is_first_party=is_first_party, redirect_uris=redirect_uris,
+            post_logout_redirect_uris=post_logout_redirect_uris, cors_origins=cors_origins, flags=flags))
 
     def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
                       audience: str | None = None, is_active: bool | None = None, *,
@@ -1238,6 +1245,13 @@ class MadClient(ApiClient):
     def add_redirect_uri(self, id: str, uri: str) -> dict:
         """POST /clients/{id}/redirect-uris. Return the new ClientUri."""
         return self.request("POST", _path("clients", id, "redirect-uris"), json=uri)
+
+    def check_uri(self, id: str, kind: str, uri: str) -> dict:
+        """POST /clients/{id}/uris/check. Return {ok, reason, nearest}. Nothing is changed.
+
+        `kind` is redirect, post_logout or cors_origin.
+        """
+        return self.request("POST", _path("clients", id, "uris", "check"), json={"kind": kind, "uri": uri})
 
     @paged_list(*LIMIT_PARAMS)
     def list_redirect_uris(self, client_id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
@@ -2959,9 +2973,17 @@ def client_update(client: MadClient, id: str, **members) -> dict:
     return changed
 
 
+def read_flags(texts: list[str] | None) -> dict[str, dict] | None:
+    """Return the flags of a new client: each text is the name of one, or NAME=OPTION."""
+    if texts is None:
+        return None
+    pairs = [text.partition("=") for text in texts]
+    return {name.upper(): {"is_enabled": True, "options": option} for name, _, option in pairs}
+
+
 def client_create(context: Context, client_id: str, secret: str | None = None, gen_password: int | None = None,
                   public: bool = False, introspect: bool | None = None, grant: list | None = None,
-                  scope: list | None = None, **members) -> dict:
+                  scope: list | None = None, flag: list | None = None, **members) -> dict:
     """POST /clients. Create a client. The result has `client_secret` if mad or the server generated one."""
     if public and (secret is not None or gen_password is not None):
         raise CommandError(EXIT_USAGE, "usage", "a public client has no secret")
@@ -2974,7 +2996,7 @@ def client_create(context: Context, client_id: str, secret: str | None = None, g
         raise CommandError(EXIT_USAGE, "usage", "--quiet would lose the secret that is made",
                            hint="use --json, or give one with --secret-stdin")
     client = context.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
-                                            may_introspect=introspect, **members)
+                                            may_introspect=introspect, flags=read_flags(flag), **members)
     warn_about_switches(members)
     if generated:
         client["client_secret"] = generated
@@ -3195,6 +3217,14 @@ def render_access_token(answer: dict) -> list[str]:
 
 def describe_access(answer: dict) -> dict:
     return {"success": True, "message": "allowed" if answer["allowed"] else "not allowed", **answer}
+
+
+def describe_uri_verdict(answer: dict) -> dict:
+    wrong = f"the URI {answer.get('reason')}"
+    if answer.get("nearest"):
+        wrong += f"; the nearest that it has is {answer['nearest']}"
+    return {**answer, "success": answer.get("ok") is True,
+            "message": "the URI would be taken" if answer.get("ok") is True else wrong}
 
 
 def with_success(answer: dict) -> dict:
@@ -3493,6 +3523,13 @@ COMMANDS = (
         Option("grant", "a grant type it may use, one or more; the password grant must be named", "list"),
         Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
         Option("introspect", "may introspect tokens of other clients", "flag"),
+        Option("first-party", "is our own (true), so that nobody is asked for consent", "flag", dest="is_first_party"),
+        Option("redirect-uri", "where people come back to after login, one or more", "list", dest="redirect_uris"),
+        Option("post-logout-uri", "where people may be sent after logout, one or more", "list",
+               dest="post_logout_redirect_uris"),
+        Option("cors-origin", "an origin whose pages may call AUTH as this client, one or more", "list",
+               dest="cors_origins", metavar="ORIGIN"),
+        Option("flag", "a feature to switch on, one or more; with its option as NAME=OPTION", "list"),
         *URI_SWITCHES, *SERVER_OPTIONS,
     ), with_client_secret(line_template("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", without_client=True),
@@ -3535,6 +3572,11 @@ COMMANDS = (
                parent=("client-id", MadClient.list_redirect_uris, ("redirect_uri", "uri"))),
     ), render_message, "mad client delete-redirect-uri --client-id app --id https://app.example/callback",
         confirm_by=""),
+    Command("client check-uri", "tell whether a client could be given a URI, and if not, why", MadClient.check_uri, (
+        ID_OF_CLIENT, Option("kind", "what it is for", choices=("redirect", "post_logout", "cors_origin"),
+                             required=True), URI,
+    ), render_message, "mad client check-uri --id app --kind redirect --uri https://app.example/callback",
+        transform=describe_uri_verdict),
     *uri_commands("post-logout-uri", "a URI to send people to after logout", (
         MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri),
         "https://app.example/bye"),

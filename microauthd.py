@@ -89,13 +89,14 @@ from appliance.base.objects import (
     CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES,
     GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims,
     IdpObject, Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
-    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX,
-    Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens,
-    PutIdp, ReadHistory, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX,
-    SECRET_MIN, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout,
-    SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET,
-    URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject,
-    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, OAuthError, OfClient, PASSWORD_MAX,
+    PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser,
+    PurgeAudit, PurgeTokens, PutIdp, ReadHistory, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
+    RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag,
+    SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject,
+    TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole,
+    UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version,
+    iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -145,6 +146,8 @@ FLAGS = {  # per-client feature flags: name -> takes an option
     "SESSION_BASED_AUTH": False,
     "SESSION_BASED_MAX_AGE": True,
 }
+
+URI_KINDS = ("redirect", "post_logout", "cors_origin")
 
 ADMIN_CLIENT = "mad:admin"  # the client of a login at ADMIN; no real client_id contains a colon
 ID_TOKEN_TTL = 600
@@ -1999,9 +2002,7 @@ def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
     hashes = tuple((secret.secret_hash, secret.expires_at) for secret in store.list_secrets(row.id, idp.now()))
     scopes = frozenset(scope.name for scope in store.list_scopes_of_client(row.id))
     uris = store.list_uris(row.id)
-    redirect, post_logout, origins = (
-        tuple(uri.uri for uri in uris if uri.kind == kind) for kind in ("redirect", "post_logout", "cors_origin")
-    )
+    redirect, post_logout, origins = (tuple(uri.uri for uri in uris if uri.kind == kind) for kind in URI_KINDS)
     return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins)
 
 
@@ -2376,6 +2377,19 @@ def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str)
     return row
 
 
+def try_uri(idp: Idp, id_or_client_id: str, kind: str, uri: str) -> UriVerdict:
+    """Return whether add_uri() would take a URI, and change nothing. Raises invalid_request, not_found.
+
+    `reason` says why not. `nearest` is the registered URI of this kind that is most like it.
+    """
+    client, uri = get_client(idp, id_or_client_id), uri.strip()
+    if kind not in URI_KINDS:
+        reject(kind="must be one of " + ", ".join(URI_KINDS))
+    registered = [row.uri for row in idp.store.list_uris(client.row.id, kind)]
+    wrong = check_uri(kind, uri, client.row) or ("is registered already" if uri in registered else "")
+    return UriVerdict(not wrong, wrong, nearest(uri, registered) or None)
+
+
 def delete_uri(idp: Idp, caller: Caller, record_id: str, kind: str, id_or_client_id: str | None = None):
     """Remove a URI of a client by the id of its record. Raises not_found."""
     with idp.store.transaction(identity=True):
@@ -2414,42 +2428,65 @@ def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, seconda
         audit(idp, caller, action, row.client_id, secondary)
 
 
-def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
-    """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict.
+def check_new_uris(new_client: CreateClient, row: ClientRow) -> dict[str, str]:
+    """Return what is wrong with the URIs of a new client, by member; the first URI of each that is refused is named."""
+    return {
+        member: next(
+            (f"{uri.strip()[:300]}: {wrong}" for uri in uris or () if (wrong := check_uri(kind, uri.strip(), row))), ""
+        )
+        for member, kind, uris in new_client.uris()
+    }
+
+
+def check_flag_option(flag: str, option: str) -> str:
+    """Return what is wrong with the option of a feature that takes one, or ""."""
+    if flag == "TOTP_ISSUER":
+        return check_label(option)
+    is_number = re.fullmatch(r"[0-9]{1,9}", option) and int(option)
+    return "" if not option or is_number else "must be seconds, a whole number from 1 to 999999999, or blank"
+
+
+def check_new_flags(flags: dict[str, NewFlag]) -> str:
+    """Return what is wrong with the feature flags of a new client, or ""."""
+    for name, flag in flags.items():
+        if name not in FLAGS:
+            return "must be among " + ", ".join(FLAGS)
+        wrong = check_flag_option(name, flag.options.strip()) if FLAGS[name] else flag.options and "takes no option"
+        if wrong:
+            return f"{name}: {wrong}"
+    return ""
+
+
+def check_new_client(new_client: CreateClient, row: ClientRow) -> dict[str, str]:
+    """Return what is wrong with a new client, by member. `row` is what would be stored."""
+    public, secret, errors = row.client_type == PUBLIC_CLIENT, new_client.client_secret or new_client.secret, {}
+    errors["client_id"] = check_client_id(row.client_id)
+    if row.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
+        errors["client_type"] = "must be confidential or public"
+    if secret:
+        errors["client_secret"] = "a public client has none" if public else check_client_secret(secret)
+    errors["grant_types"] = check_grant_types(row.grant_types.split(), row.client_type)
+    errors["audience"], errors["display_name"] = check_label(row.audience), check_label(row.display_name)
+    if public and row.may_introspect:
+        errors["may_introspect"] = "a public client cannot have this right"
+    errors |= {name: check_switch(name, row.client_type) for name in URI_SWITCHES if getattr(row, name)}
+    return errors | check_new_uris(new_client, row) | {"flags": check_new_flags(new_client.flags or {})}
+
+
+def row_of_new_client(idp: Idp, new_client: CreateClient) -> ClientRow:
+    """Return the row of a new client, whose members may be wrong: see check_new_client().
 
     Where no grant type is named, a confidential client gets client_credentials, and a public one what a login takes;
-    add_uri() adds the latter to either. The password grant must be named: RFC 9700 §2.4 advises against it.
+    a redirect URI adds the latter to either. The password grant must be named: RFC 9700 §2.4 advises against it.
     """
-    client_id, errors = new_client.client_id.strip(), {}
-    errors["client_id"] = check_client_id(client_id)
-    if new_client.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
-        errors["client_type"] = "must be confidential or public"
-    public = new_client.client_type == PUBLIC_CLIENT
-    secret = new_client.client_secret or new_client.secret or ""
-    if public and secret:
-        errors["client_secret"] = "a public client has none"
-    elif secret:
-        errors["client_secret"] = check_client_secret(secret)
+    public, now = new_client.client_type == PUBLIC_CLIENT, idp.now()
     grant_types = new_client.grant_types
     if grant_types is None:
-        grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else [CLIENT_CREDENTIALS]
-    errors["grant_types"] = check_grant_types(grant_types, new_client.client_type)
-    audience = (new_client.audience or "microauthd").strip()
-    errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
-    if public and new_client.may_introspect:
-        errors["may_introspect"] = "a public client cannot have this right"
-    switches = [name for name in URI_SWITCHES if getattr(new_client, name)]
-    errors |= {name: check_switch(name, new_client.client_type) for name in switches}
-    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
-    scopes = [scope for scope in found if scope]
-    if None in found:
-        errors["scopes"] = "must all exist"
-    reject(**errors)
-    made = "" if public or secret else random_handle()
-    now = idp.now()
-    row = ClientRow(
-        id=str(uuid.uuid4()), client_id=client_id, client_type=new_client.client_type,
-        display_name=(new_client.display_name or "").strip(), audience=audience,
+        grant_types = [] if public else [CLIENT_CREDENTIALS]
+        grant_types += [AUTHORIZATION_CODE, REFRESH_TOKEN] if public or new_client.redirect_uris else []
+    return ClientRow(
+        id=str(uuid.uuid4()), client_id=new_client.client_id.strip(), client_type=new_client.client_type,
+        display_name=(new_client.display_name or "").strip(), audience=(new_client.audience or "microauthd").strip(),
         grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(new_client.may_introspect),
         is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
@@ -2458,16 +2495,44 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
         allow_short_schemes=int(new_client.allow_short_schemes),
         are_grants_named=int(new_client.grant_types is not None),
     )
+
+
+def add_parts(idp: Idp, caller: Caller, row: ClientRow, new_client: CreateClient):
+    """Store the URIs and feature flags of a new client, which were checked, and audit them. A repeated URI is one."""
+    for _, kind, uris in new_client.uris():
+        for uri in dict.fromkeys(uri.strip() for uri in uris or ()):
+            idp.store.add_uri(str(uuid.uuid4()), row.id, kind, uri, idp.now())
+            audit(idp, caller, f"{kind}_uri_added", row.client_id, uri)
+    for name, flag in (new_client.flags or {}).items():
+        idp.store.put_feature(row.id, name, flag.is_enabled, flag.options.strip())
+        audit(idp, caller, "client_flag_set", row.client_id, f"{name}={'on' if flag.is_enabled else 'off'}")
+        if flag.options.strip():
+            audit(idp, caller, "client_flag_option_set", row.client_id, f"{name}={flag.options.strip()}")
+
+
+def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
+    """Register a client with its URIs and flags, all or nothing; return it and the secret, if one was generated.
+
+    Raises invalid_request or conflict.
+    """
+    row = row_of_new_client(idp, new_client)
+    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
+    scopes = [scope for scope in found if scope]
+    reject(**check_new_client(new_client, row) | {"scopes": "must all exist" if None in found else ""})
+    switches = [name for name in URI_SWITCHES if getattr(row, name)]
+    public, secret = row.client_type == PUBLIC_CLIENT, new_client.client_secret or new_client.secret or ""
+    made = "" if public or secret else random_handle()
     secret_hash = "" if public else hash_secret(idp, secret or made)
     try:
         with idp.store.transaction(identity=True):
             idp.store.insert(row)
             if secret_hash:
-                idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, now)
+                idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, row.created_at)
             for scope in scopes:
-                idp.store.assign_scope_to_client(row.id, scope.id, now)
-            audit(idp, caller, "create_client", client_id, row.id)
+                idp.store.assign_scope_to_client(row.id, scope.id, row.created_at)
+            audit(idp, caller, "create_client", row.client_id, row.id)
             audit_switches(idp, caller, row, switches)
+            add_parts(idp, caller, row, new_client)
     except Conflict:
         raise Problem("conflict") from None
     warn_about_switches(idp, row, switches)
@@ -2601,10 +2666,7 @@ def set_flag_option(idp: Idp, caller: Caller, id: str, flag: str, option: str):
     flag, option = check_flag(flag), option.strip()
     if not FLAGS[flag]:
         reject(flag="takes no option")
-    if flag == "TOTP_ISSUER":
-        reject(options=check_label(option))
-    elif option and not (re.fullmatch(r"[0-9]{1,9}", option) and int(option)):
-        reject(options="must be seconds, a whole number from 1 to 999999999, or blank")
+    reject(options=check_flag_option(flag, option))
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         idp.store.put_feature(row.id, flag, options=option)
@@ -7321,6 +7383,12 @@ declare_uris(
     "List the CORS origins of a client.",
     "Remove a CORS origin from a client.",
 )
+
+
+@ADMIN("POST", "/clients/<id>/uris/check", guard=by_admin, spec=OWN, takes=TryUri, gives=UriVerdict)
+def admin_try_uri(idp, claims, params):
+    """Tell whether a client could be given a URI, and if not, why; nothing is changed."""
+    return try_uri(idp, params.path["id"], params.body.kind, params.body.uri)
 
 
 # -- feature flags of clients --

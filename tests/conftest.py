@@ -1,8 +1,8 @@
 """What tests share, and where it stands.
 
 test_<room or section>.py holds the rules of a room of appliance/ or a section of microauthd.py, as test_store.py and
-test_grants.py do. ADMIN has two files: test_admin.py goes noun by noun, test_admin_every_route.py holds what is true of
-every route. Whole journeys are in test_flows.py and test_browser*.py, the archive in test_pyz.py, the order of the code
+test_grants.py do. ADMIN has three files: test_admin.py goes noun by noun, test_admin_every_route.py holds what is true of
+every route, and test_admin_console.py what a console needs besides. Whole journeys are in test_flows.py and test_browser*.py, the archive in test_pyz.py, the order of the code
 in test_module.py, what README and manual say in test_readme.py, and faults/ is for machines that fail.
 
 Here: an Idp on a temporary database with a clock that tests move, both apps called in process, ADMIN called as an

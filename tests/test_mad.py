@@ -173,6 +173,7 @@ def words_of(command):
             command.at_least_one and option is next(one for one in command.options if not one.required)
         ):
             value = {"flag": "true", "number": "99", "token": TOKEN}.get(option.kind, USER["id"])
+            value = option.choices[0] if option.choices else value
             words += ["--" + option.name, "permanent" if option.name == "until" else value]
     return words
 
@@ -2097,7 +2098,7 @@ class TestEveryCommand:
     )
     def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
         thing = USER | {
-            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
+            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "ok": True, "message": "Done.",
             "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {}, "from": "2027-01-15T08:00:00Z", "step": 60,
             "series": {"tokens": [1]},
         }

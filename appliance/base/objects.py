@@ -196,8 +196,18 @@ class CheckAccess(msgspec.Struct):
     scope: str = ""
 
 
+class NewFlag(msgspec.Struct):
+    """A feature flag of a new client; `options` is its option, where it takes one."""
+
+    is_enabled: bool = True
+    options: Label = ""
+
+
 class CreateClient(msgspec.Struct):
-    """POST /clients. The server generates a secret if a confidential client comes without one."""
+    """POST /clients. The server generates a secret if a confidential client comes without one.
+
+    `flags` are by name, such as TOKEN_EXPIRATION. Nothing is registered if a part is refused.
+    """
 
     client_id: Name
     client_secret: NewSecret | None = None
@@ -211,6 +221,18 @@ class CreateClient(msgspec.Struct):
     is_first_party: bool = True
     allow_http_redirects: bool = False
     allow_short_schemes: bool = False
+    redirect_uris: list[Uri] | None = None
+    post_logout_redirect_uris: list[Uri] | None = None
+    cors_origins: list[Uri] | None = None
+    flags: dict[str, NewFlag] | None = None
+
+    def uris(self) -> tuple[tuple[str, str, list[str] | None], ...]:
+        """Return (member, kind, URIs) of each kind."""
+        return (
+            ("redirect_uris", "redirect", self.redirect_uris),
+            ("post_logout_redirect_uris", "post_logout", self.post_logout_redirect_uris),
+            ("cors_origins", "cors_origin", self.cors_origins),
+        )
 
 
 class UpdateClient(msgspec.Struct):
@@ -240,6 +262,13 @@ class ChangeSecret(msgspec.Struct):
 class AddUri(msgspec.Struct):
     """POST /clients/{id}/redirect-uris, unless the body is a bare string."""
 
+    uri: Uri
+
+
+class TryUri(msgspec.Struct):
+    """POST /clients/{id}/uris/check."""
+
+    kind: Annotated[str, limited({"enum": ["redirect", "post_logout", "cors_origin"]})]
     uri: Uri
 
 
@@ -718,6 +747,14 @@ class UriObject(msgspec.Struct):
     client_id: str
     uri: str
     redirect_uri: str | Maybe = UNSET
+
+
+class UriVerdict(msgspec.Struct):
+    """Whether a client could be given a URI. `reason` is empty if it could; `nearest` is its most similar URI."""
+
+    ok: bool
+    reason: str
+    nearest: str | None
 
 
 class FlagObject(msgspec.Struct):
