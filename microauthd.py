@@ -90,13 +90,13 @@ from appliance.base.objects import (
     GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims,
     IdpObject, Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
     LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, OAuthError, OfClient, PASSWORD_MAX,
-    PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser,
-    PurgeAudit, PurgeTokens, PutIdp, ReadHistory, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
-    RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag,
-    SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject,
-    TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole,
-    UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version,
-    iso, read_time,
+    PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewTokens,
+    PreviewedScopes, PreviewedToken, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, ReadHistory, RefreshTokenObject,
+    ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
+    SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm,
+    TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX,
+    UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserInfo,
+    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -3448,24 +3448,27 @@ def acr_of(amr: list, claims: str) -> str:
     return next((value for value in reached if not demanded or value in demanded), "")
 
 
-def released_claims(idp: Idp, client: Client, family: Family, of: str) -> tuple:
+def released_claims(idp: Idp, client: Client, family: Family, of: str, agreed: str | None = None) -> tuple:
     """Return the names that the claims parameter requested for `of` and that may be released now.
 
-    To a third party only those whose scope the user consented to, whatever was valid when the login began.
+    To a third party only those whose scope the user consented to, whatever was valid when the login began. `agreed`
+    is that consent, where it is not the stored one.
     """
     names = requested_claims(family.claims, of)
     if not names or client.row.is_first_party:
         return names
-    agreed = (idp.store.find_consent(family.user_id, client.row.id) or "").split()
-    return tuple(name for name in names if USER_CLAIMS.get(name) in agreed)
+    if agreed is None:
+        agreed = idp.store.find_consent(family.user_id, client.row.id) or ""
+    return tuple(name for name in names if USER_CLAIMS.get(name) in agreed.split())
 
 
-def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
-    """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
+def id_token_claims(
+    idp: Idp, client: Client, granted: Granted, family: Family, access_token: str, agreed: str | None = None
+) -> dict:
+    """Return the claims of an ID token; `agreed` as in released_claims(). OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
     now = idp.now()
-    key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    also = released_claims(idp, client, family, "id_token")
+    also = released_claims(idp, client, family, "id_token", agreed)
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
@@ -3475,7 +3478,29 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     }
     if granted.nonce:
         claims["nonce"] = granted.nonce
-    return idp.auth_ring.mint(key, JWT, fit_claims(claims))
+    return fit_claims(claims)
+
+
+def id_token_key(idp: Idp, client: Client) -> Key:
+    return idp.auth_ring.signer(client.row.id_token_signed_response_alg)
+
+
+def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
+    claims = id_token_claims(idp, client, granted, family, access_token)
+    return idp.auth_ring.mint(id_token_key(idp, client), JWT, claims)
+
+
+def userinfo_claims(
+    idp: Idp, client: Client, family: Family | None, account: Account, claims: dict, agreed: str | None = None
+) -> dict:
+    """Return what the UserInfo endpoint answers to an access token with these claims; `agreed` as in released_claims().
+
+    OpenID Connect Core §5.3.2.
+    """
+    also = released_claims(idp, client, family, "userinfo", agreed) if family else ()
+    if claims.get("roles_omitted"):
+        also += tuple(opened_role_claims(client, claims["scope"]))
+    return user_claims(idp, account, claims["scope"], also)
 
 
 def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
@@ -3508,9 +3533,12 @@ def person_claims(idp: Idp, client: Client, granted: Granted, sid: str) -> dict:
     return claims | role_claims(idp, account.id, granted.scope, client)
 
 
+def access_token_key(idp: Idp, client: Client) -> Key:
+    return idp.auth_ring.signer(client.row.access_token_signed_alg or idp.auth_ring.access.alg)
+
+
 def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
-    ring = idp.auth_ring
-    return ring.mint(ring.signer(client.row.access_token_signed_alg or ring.access.alg), AT_JWT, claims)
+    return idp.auth_ring.mint(access_token_key(idp, client), AT_JWT, claims)
 
 
 def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
@@ -4210,6 +4238,102 @@ def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: 
         idp.store.delete_codes(account.id, client.client_id)
         idp.store.revoke_logins(account.id, client.client_id, idp.now_ms())
         audit(idp, caller, "consent_revoked", client.client_id, f"user_id={account.id}")
+
+
+# -- previews --
+
+
+def explain_left_out(idp: Idp, client: Client, requested: str | None, granted) -> dict[str, str]:
+    """Return why scopes that were requested would not be granted, by their names."""
+    asked = set((requested or "").split(" ")) - {""}
+
+    def reason(scope):
+        if scope in OIDC_SCOPES and OPENID not in asked:
+            return "the client must ask for openid as well"
+        if scope in client.scopes:
+            return "the user does not have this scope"
+        return "the client may not ask for this scope" if idp.store.find_scope(scope) else "there is no such scope"
+
+    return {scope: reason(scope) for scope in sorted(asked - set(granted))}
+
+
+def preview_token(idp: Idp, key: Key, typ: str, claims: dict) -> PreviewedToken:
+    return PreviewedToken(msgspec.json.decode(unb64url(idp.auth_ring.headers[key.kid, typ].decode())), claims)
+
+
+def preview_machine(idp: Idp, client: Client, request: PreviewTokens) -> Preview:
+    """Return what a client would get for itself. RFC 6749 §4.4."""
+    may = client.row.client_type == CONFIDENTIAL and CLIENT_CREDENTIALS in client.grant_types
+    try:
+        scope = decide_scopes(request.scope, client.scopes)
+    except Problem as problem:
+        granted = client.scopes & set((request.scope or "").split())
+        left_out = explain_left_out(idp, client, request.scope, granted)
+        return Preview(problem.code if may else "unauthorized_client", [], PreviewedScopes([], left_out), [])
+    preview = Preview("" if may else "unauthorized_client", [], PreviewedScopes(scope.split(), {}), [])
+    if may:
+        claims, _ = draft_token(idp, client, Granted(scope, CLIENT_CREDENTIALS), issuing_ms(idp, client.row))
+        preview.access_token = preview_token(idp, access_token_key(idp, client), AT_JWT, claims)
+    return preview
+
+
+def preview_user(idp: Idp, caller: Caller, client: Client, account: Account, request: PreviewTokens) -> Preview:
+    """Return what a client would get if this user logged in there now, and agreed to all that the client asks for."""
+    asked, refused = AuthorizeRequest(client.client_id, "", scope=request.scope), ""
+    try:
+        asked.claims = read_claims_parameter(ENCODE(request.claims).decode() if request.claims else None)
+    except Problem as problem:
+        reject(claims="is malformed" if problem.code == "invalid_request" else "")
+        refused = problem.code
+    amr = ["pwd", "otp", "mfa"] if account.totp_sealed or "ENABLE_TOTP" in client.flags else ["pwd"]
+    scopes = grantable_scopes(idp, client, account, asked)
+    if AUTHORIZATION_CODE not in client.grant_types:
+        refused = "unauthorized_client"
+    elif scopes is None:
+        refused = "invalid_scope"
+    elif not acr_of(amr, asked.claims):
+        refused = "unmet_authentication_requirements"
+    requested = set((request.scope or "").split())
+    possible = allowed_to_user(requested, client.scopes, scopes_of_user(idp, account.id))
+    left_out = explain_left_out(idp, client, request.scope, possible)
+    preview = Preview(refused, [], PreviewedScopes([] if refused else scopes or [], left_out), [])
+    preview.obstacles = [obstacle] if (obstacle := login_obstacle(idp, caller, account)) else []
+    if refused or scopes is None:
+        return preview
+    consent = scopes_to_consent(idp, client, account, asked) or []
+    preview.consent = consent if lacks_consent(idp, client, account, asked) else []
+    ms, now, agreed = issuing_ms(idp, client.row, account), idp.now(), " ".join(consent)
+    granted = Granted(" ".join(scopes), "code", account, amr, now)
+    family = Family(
+        random_handle()[:22], account.id, client.client_id, granted.scope, " ".join(amr), now, "", ms, now, None,
+        claims=asked.claims,
+    )
+    claims = draft_token(idp, client, granted, ms)[0] | person_claims(idp, client, granted, family.sid)
+    preview.access_token = preview_token(idp, access_token_key(idp, client), AT_JWT, fit_claims(claims))
+    if OPENID in scopes:
+        in_id_token = id_token_claims(idp, client, granted, family, "", agreed)
+        preview.id_token = preview_token(idp, id_token_key(idp, client), JWT, in_id_token)
+        preview.userinfo = userinfo_claims(idp, client, family, account, preview.access_token.claims, agreed)
+    return preview
+
+
+def preview_tokens(idp: Idp, caller: Caller, id_or_client_id: str, request: PreviewTokens) -> Preview:
+    """Return the tokens that a client would get for a user, or for itself, as the functions that issue make them.
+
+    Nothing is signed, so nothing of it is a token, and nothing is stored but the row of the audit log.
+    Raises not_found, or invalid_request for a malformed claims parameter.
+    """
+    client = get_client(idp, id_or_client_id)
+    if request.user_id:
+        account = get_user(idp, request.user_id)
+        # Nobody's device: a lockout is shown as a stranger meets it.
+        preview = preview_user(idp, Caller(caller.peer), client, account, request)
+    else:
+        preview = preview_machine(idp, client, request)
+    if not client.row.is_active:
+        preview.obstacles.append("the client is inactive")
+    audit(idp, caller, "tokens_previewed", client.client_id, f"user_id={account.id}" if request.user_id else "")
+    return preview
 
 
 # == HTTP ======================================================================
@@ -5544,10 +5668,7 @@ def revoke(idp, client, params):
 def userinfo(idp, claims, params):
     """Return the claims about the user that the scope of the token covers."""
     family, client = idp.store.find_family(claims["sid"]), client_of_token(idp, claims)
-    also = released_claims(idp, client, family, "userinfo") if family else ()
-    if claims.get("roles_omitted"):
-        also += tuple(opened_role_claims(client, claims["scope"]))
-    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
+    return userinfo_claims(idp, client, family, get_user(idp, claims["sub"]), claims)
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
@@ -7294,6 +7415,15 @@ def admin_revoke_client(idp, claims, params):
     with idp.store.transaction(identity=True):
         revoke_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
+
+
+@ADMIN("POST", "/clients/<id>/preview", guard=by_admin, spec=OWN, takes=PreviewTokens, gives=Preview)
+def admin_preview_tokens(idp, claims, params):
+    """Return the unsigned claims that a client would get for a user, or for itself, and why a scope would be left out.
+
+    `jti`, `sid`, `at_hash` and the times are examples, because no token exists.
+    """
+    return preview_tokens(idp, params.caller, params.path["id"], params.body)
 
 
 @ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)

@@ -128,3 +128,110 @@ class TestARegistrationInOneRequest:
     def test_the_secret_is_hashed_only_when_all_is_right(self, call, monkeypatch, idp):
         monkeypatch.setattr(m, "hash_secret", lambda *_: pytest.fail("hashed"))
         assert call("POST", "/clients", {"client_id": "x", "redirect_uris": ["x"]}).status == 400
+
+
+class TestPreview:
+    """POST /clients/{id}/preview: what the functions that issue would put into tokens, and never a token."""
+
+    @pytest.fixture
+    def preview(self, call):
+        def ask(client, **body):
+            answer = call("POST", f"/clients/{client}/preview", body)
+            assert answer.status == 200, answer
+            return answer.json
+
+        return ask
+
+    EXAMPLES = ("jti", "sid", "at_hash", "iat", "nbf", "exp", "auth_time")
+
+    def same(self, previewed, claims):
+        assert previewed["claims"].keys() == claims.keys()
+        return {name: value for name, value in previewed["claims"].items() if name not in self.EXAMPLES} == {
+            name: value for name, value in claims.items() if name not in self.EXAMPLES
+        }
+
+    def test_it_is_what_a_login_then_gives(self, preview, call, log_in, alice, service, idp, auth):
+        scope = "openid profile email roles api:read"
+        seen = preview("service", user_id="alice", scope=scope)
+        given = log_in(alice, scope=scope)
+        access, in_id_token = (
+            idp.auth_ring.verify(given["access_token"], m.AT_JWT), idp.auth_ring.verify(given["id_token"], m.JWT)
+        )
+        assert self.same(seen["access_token"], access) and self.same(seen["id_token"], in_id_token)
+        assert seen["userinfo"] == auth.get("/userinfo", bearer=given["access_token"]).json
+        for name in ("access_token", "id_token"):
+            header = m.msgspec.json.decode(m.unb64url(given[name].partition(".")[0]))
+            assert seen[name]["header"] == header
+        assert seen["scopes"] == {"granted": sorted(scope.split()), "left_out": {}}
+        assert (seen["refused"], seen["obstacles"], seen["consent"]) == ("", [], [])
+
+    def test_a_machine_has_one_too(self, preview, machine, idp, service):
+        seen = preview("service")
+        assert self.same(seen["access_token"], idp.auth_ring.verify(machine["access_token"], m.AT_JWT))
+        assert seen["id_token"] is None and seen["userinfo"] is None
+
+    @pytest.mark.parametrize(
+        "client, user, scope, refused, granted, left_out",
+        [
+            ("service", "alice", "api:read api:write", "", ["api:read"],
+             {"api:write": "the user does not have this scope"}),
+            ("service", "alice", "api:read nonsense", "", ["api:read"], {"nonsense": "there is no such scope"}),
+            ("service", "alice", "openid api:secret", "invalid_scope", [],
+             {"api:secret": "the client may not ask for this scope"}),
+            ("service", "alice", "profile api:read", "invalid_scope", [],
+             {"profile": "the client must ask for openid as well"}),
+            ("service", "alice", "api:write", "invalid_scope", [], {"api:write": "the user does not have this scope"}),
+            ("service", "alice", None, "", ["api:read"], {}), ("service", "alice", "", "", ["api:read"], {}),
+            ("service", "", None, "", ["api:read", "api:write"], {}),
+            ("service", "", "api:read nonsense", "invalid_scope", [], {"nonsense": "there is no such scope"}),
+            ("service", "", "api:secret", "invalid_scope", [], {"api:secret": "the client may not ask for this scope"}),
+            ("spa", "", None, "unauthorized_client", ["api:read", "api:write"], {}),
+            ("spa", "alice", "api:read", "unauthorized_client", [], {}),
+        ],
+    )
+    def test_says_what_is_granted_and_why_the_rest_is_not(
+        self, preview, service, public, alice, client, user, scope, refused, granted, left_out
+    ):
+        seen = preview(client, scope=scope, **({"user_id": user} if user else {}))
+        assert (seen["refused"], seen["scopes"]) == (refused, {"granted": granted, "left_out": left_out})
+        assert (seen["access_token"] is None) is bool(refused)
+
+    def test_a_third_party_is_shown_as_after_the_consent_that_it_lacks(self, preview, call, alice, new_client):
+        new_client("third", is_first_party=False)
+        claims = {"id_token": {"email": None}, "userinfo": {"name": None}}
+        seen = preview("third", user_id="alice", scope="openid", claims=claims)
+        assert seen["consent"] == ["email", "openid", "profile"]
+        assert seen["id_token"]["claims"]["email"] == "alice@example.org" and seen["userinfo"]["name"] == "alice"
+        assert "username" not in seen["access_token"]["claims"], "only what is agreed to"
+
+    def test_what_keeps_the_user_from_logging_in_is_named(self, preview, call, alice, service):
+        call("POST", "/users/alice/set-lockout", {"lockout_until": "9999-12-31T23:59:59Z"})
+        call("PUT", "/clients/service", {"is_active": False})
+        seen = preview("service", user_id="alice", scope="api:read")
+        assert seen["obstacles"] == ["locked", "the client is inactive"] and seen["access_token"]
+
+    @pytest.mark.parametrize(
+        "body, member",
+        [
+            ({"user_id": "alice", "claims": {"id_token": 5}}, "claims"), ({"user_id": "alice", "claims": "x"}, "claims"),
+            ({"scope": "x" * 5000}, "scope"), ({"scope": 5}, "scope"), ({"user_id": None}, "user_id"),
+        ],
+    )
+    def test_what_is_malformed_is_named(self, call, alice, service, body, member):
+        assert list(errors_of(call("POST", "/clients/service/preview", body))) == [member]
+
+    def test_an_acr_that_the_login_would_not_reach_refuses_it(self, preview, alice, service):
+        for acr, refused in ((m.TWO_FACTORS, "unmet_authentication_requirements"), (m.ONE_FACTOR, "")):
+            claims = {"id_token": {"acr": {"essential": True, "value": acr}}}
+            assert preview("service", user_id="alice", scope="openid", claims=claims)["refused"] == refused
+
+    def test_nothing_of_it_is_stored_or_is_a_token(self, preview, call, alice, service, idp):
+        seen = preview("service", user_id="alice", scope="openid")
+        assert call("GET", f"/sessions/{seen['access_token']['claims']['jti']}").status == 404
+        assert idp.store.find_family(seen["id_token"]["claims"]["sid"]) is None
+        assert b"eyJ" not in m.ENCODE(seen)
+        assert idp.store.list_audit(limit=1)[0].action == "tokens_previewed"
+
+    def test_who_is_unknown_is_not_found(self, call, alice, service):
+        assert call("POST", "/clients/service/preview", {"user_id": "nobody"}).status == 404
+        assert call("POST", "/clients/nobody/preview", {"user_id": "alice"}).status == 404

@@ -242,6 +242,7 @@ class TestEveryChangeLeavesARow:
         ),
         "POST /clients": ("/clients", {"client_id": "new", "client_secret": CHOSEN}),
         "PUT /clients/<id>": ("/clients/service", {"display_name": "S"}),
+        "POST /clients/<id>/preview": ("/clients/service/preview", {"user_id": "alice"}),
         "DELETE /clients/<id>": ("/clients/service", None),
         "POST /clients/<id>/revoke": ("/clients/service/revoke", None),
         "POST /clients/secret": ("/clients/secret", {"client_id": "service", "new_secret": CHOSEN}),

@@ -272,6 +272,17 @@ class TryUri(msgspec.Struct):
     uri: Uri
 
 
+class PreviewTokens(msgspec.Struct):
+    """POST /clients/{id}/preview: without `user_id`, of the client's own token.
+
+    `claims` is the parameter of OpenID Connect Core §5.5.
+    """
+
+    user_id: str = ""
+    scope: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
+    claims: dict | None = None
+
+
 class SetFlag(msgspec.Struct):
     """POST /client/options/{flag}. `client_id` may be in the query instead."""
 
@@ -755,6 +766,33 @@ class UriVerdict(msgspec.Struct):
     ok: bool
     reason: str
     nearest: str | None
+
+
+class PreviewedScopes(msgspec.Struct):
+    """`left_out` says of each scope that was requested and would not be granted why."""
+
+    granted: list[str]
+    left_out: dict[str, str]
+
+
+class PreviewedToken(msgspec.Struct):
+    header: dict
+    claims: dict
+
+
+class Preview(msgspec.Struct):
+    """What a client would get. `refused` is the error that it would get instead, or empty.
+
+    `obstacles` keep the user from logging in; `consent` has the scopes for which the user would be asked first.
+    """
+
+    refused: str
+    obstacles: list[str]
+    scopes: PreviewedScopes
+    consent: list[str]
+    access_token: PreviewedToken | None = None
+    id_token: PreviewedToken | None = None
+    userinfo: dict | None = None
 
 
 class FlagObject(msgspec.Struct):
