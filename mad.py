@@ -973,6 +973,28 @@ class MadClient(ApiClient):
         return self.request("POST", "/users/verify-password",
                             json=identifier | _without_none(password=password, totp=totp))
 
+    def create_user_without_password(self, username: str, email: str, email_verified: bool | None = None) -> dict:
+        """POST /users. Return the new User, whose password nobody knows: `invite_user` makes a link to choose one."""
+        return self.request("POST", "/users", json=_without_none(
+            username=username, email=email, email_verified=email_verified, without_password=True))
+
+    def invite_user(self, id: str, purpose: str = "invite") -> dict:
+        """POST /users/{id}/invitations. Return {id, user_id, purpose, created_by, created_at, expires_at, url}.
+
+        Whoever has `url` chooses the password of the user, once within 24 hours; it cannot be read again. It replaces
+        an earlier one. `purpose` is invite, which also offers a second factor, or reset.
+        """
+        return self.request("POST", _path("users", id, "invitations"), json={"purpose": purpose})
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_invitations_of_user(self, id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /users/{id}/invitations. Return [Invitation]: the living one, without its link."""
+        return self.pages(_path("users", id, "invitations"), **search)
+
+    def delete_invitation(self, id: str) -> dict:
+        """DELETE /invitations/{id}. Return Msg."""
+        return self.request("DELETE", _path("invitations", id))
+
     def revoke_user(self, id: str) -> dict:
         """POST /users/{id}/revoke. Return Msg. Ends every session, token and login of the user."""
         return self.request("POST", _path("users", id, "revoke"))
@@ -3465,6 +3487,26 @@ COMMANDS = (
             render_message, "mad user delete --id bob", confirm_by="id"),
     Command("user revoke", "end every session, token and login of a user", MadClient.revoke_user, (ID_OF_USER,),
             render_message, "mad user revoke --id bob", confirm_by=""),
+    Command("user create-without-password", "create a user, to be invited to choose a password",
+            MadClient.create_user_without_password, (
+        Option("username", "name to log in with", required=True),
+        Option("user-email", "e-mail address", required=True, dest="email"),
+        Option("verified", "the address is known to be theirs", "flag", dest="email_verified"),
+    ), line_template("created user {username} with id {id}"),
+        "mad user create-without-password --username bob --user-email bob@example.org"),
+    Command("user invite", "make a link by which a user chooses a password, once within 24 hours",
+            MadClient.invite_user, (
+        ID_OF_USER, Option("purpose", "invite also offers a second factor, reset keeps what there is (invite)",
+                           choices=("invite", "reset")),
+    ), lambda row: ["the link, shown this once: " + printable(row["url"]),
+                    "it works until " + format_cell("expires_at", row.get("expires_at"))],
+        "mad user invite --id bob", quiet=lambda row: [printable(row["url"])]),
+    Command("user invitations", "show whether a link waits for a user", MadClient.list_invitations_of_user,
+            (ID_OF_USER,), table("invitations", "id", "purpose", "created_by", "created_at", "expires_at"),
+            "mad user invitations --id bob"),
+    Command("user delete-invitation", "make a link that was not used yet work no more", MadClient.delete_invitation,
+            (RECORD_ID,), render_message,
+            "mad user delete-invitation --id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11", confirm_by=""),
     Command("user consents", "list what a user allowed clients, and since when", MadClient.list_consents_of_user,
             (ID_OF_USER,), table("consents", "client_id", "display_name", "scopes", "given_at"),
             "mad user consents --id bob"),

@@ -77,7 +77,7 @@ from appliance.base.files import file_fingerprint, is_visible_below, remove_belo
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
     Account, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE,
-    FOREVER, Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID,
+    FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID,
     MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS,
     Scope, Session, Store,
 )
@@ -86,17 +86,18 @@ from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
     AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
     ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient, CreatePermission, CreateRole,
-    CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES,
-    GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims,
-    IdpObject, Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
-    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, OAuthError, OfClient, PASSWORD_MAX,
-    PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewTokens,
-    PreviewedScopes, PreviewedToken, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, ReadHistory, RefreshTokenObject,
-    ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
-    SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm,
-    TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX,
-    UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserInfo,
-    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found,
+    GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject,
+    IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, LABEL_MAX,
+    ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me,
+    Msg, NameRef, NewFlag, NewInvitation, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm,
+    PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken,
+    ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, ReadHistory, RefreshTokenObject, ResetPassword, Revoked,
+    RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SecretObject, SelectForm,
+    SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm,
+    TokenIn, TokenObject, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission,
+    UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserInfo, UserObject, VerifyPassword, VerifyTotp,
+    Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -159,6 +160,7 @@ REPEAT_SECONDS = 30  # in which the same form, sent twice by a double click, lea
 HINTS_TTL = 300  # seconds that the hints of a POST wait for the GET that it becomes, or for the answer of a person
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
+INVITATION_TTL = 86400  # seconds an invitation lives
 
 GROUPS_OF_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)
 SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
@@ -1493,10 +1495,12 @@ def create_user(idp: Idp, caller: Caller, new_user: ProvisionUser) -> Account:
     email = fold(new_user.email or new_user.user_email or "")
     has_no_email = new_user.user_email is None and not email  # null, not forgotten
     verified = isinstance(new_user, CreateUser) and new_user.email_verified
+    wrong_password = check_new_password(idp.options, password, username, email)
+    if isinstance(new_user, CreateUser) and new_user.without_password:
+        wrong_password, password = "is not to be there with without_password" if password else "", random_handle()
     reject(
         username=check_username(username), email="" if has_no_email else check_email(email),
-        email_verified="the user has no address" if verified and has_no_email else "",
-        password=check_new_password(idp.options, password, username, email),
+        email_verified="the user has no address" if verified and has_no_email else "", password=wrong_password,
     )
     password_hash = hash_password(idp, password)
     try:
@@ -1676,6 +1680,81 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, rights: set
         check_within_rights(idp, account.id, rights)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
         revoke_user(idp, caller, account.id, "user_password_reset")
+
+
+def may_invite(idp: Idp, found: Invitation | None) -> Account | None:
+    """Return the user of an invitation, if it is alive now, else None.
+
+    A change of the user's credentials has deleted it; whatever revokes all that was issued to the user ends it too.
+    The user must still be within the reach of whoever made it.
+    """
+    account = idp.store.find_account(found.user_id) if found else None
+    if found is None or found.expires_at <= idp.now() or found.created_ms <= idp.revoked_before:
+        return None
+    if not is_still_valid(account, found.created_ms):
+        return None
+    rights = set(msgspec.json.decode(found.rights)) if found.rights else None
+    return None if rights is not None and rights_of_user(idp, account.id) - rights else account
+
+
+def create_invitation(
+    idp: Idp, caller: Caller, id: str, purpose: str, rights: set[str] | None = None
+) -> tuple[Invitation, str]:
+    """Make an invitation of a user, and return it with its secret. It replaces the one that the user may have.
+
+    Raises not_found, invalid_request for an inactive user, or access_denied as check_within_rights() does.
+    """
+    handle, now = random_handle(), idp.now()
+    with idp.store.transaction():
+        account = get_user(idp, id)
+        check_within_rights(idp, account.id, rights)
+        reject(user_id="" if account.is_active else "is inactive: activate the user first")
+        row = Invitation(
+            account.id, str(uuid.uuid4()), sha256(handle), purpose,
+            "" if rights is None else msgspec.json.encode(sorted(rights)).decode(), caller.actor,
+            max(idp.now_ms(), idp.revoked_before + 1, account.revoked_before + 1), now + INVITATION_TTL,
+        )
+        idp.store.put_invitation(row)
+        audit(idp, caller, "invitation_created", account.id, f"purpose={purpose};id={row.id}")
+    return row, handle
+
+
+def delete_invitation(idp: Idp, caller: Caller, id: str):
+    """End an invitation. Raises not_found if it is over."""
+    with idp.store.transaction():
+        found = idp.store.find_invitation_by_id(id.lower())
+        if found is None or may_invite(idp, found) is None:
+            raise Problem("not_found")
+        idp.store.delete_invitation(found.user_id)
+        audit(idp, caller, "invitation_deleted", found.user_id, f"id={found.id}")
+
+
+def get_invited(idp: Idp, code: str) -> tuple[Invitation, Account]:
+    """Return the living invitation of a secret and its user, and spend nothing. Raises not_found."""
+    found = idp.store.find_invitation(sha256(code)) if code else None
+    account = may_invite(idp, found)
+    if found is None or account is None:
+        raise Problem("not_found", log="an invitation that is unknown, used, replaced, expired or ended")
+    return found, account
+
+
+def accept_invitation(idp: Idp, caller: Caller, code: str, password: str) -> tuple[Invitation, Account]:
+    """Spend an invitation: set the password of its user and revoke everything issued before. A second factor stays.
+
+    Raises not_found if it is over, or invalid_request for a password that is refused, which spends nothing.
+    """
+    _, account = get_invited(idp, code)
+    reject(new_password=check_new_password(idp.options, password, account.username, account.email))
+    password_hash = hash_password(idp, password)
+    with idp.store.transaction():
+        found = idp.store.spend_invitation(sha256(code), idp.now())
+        user = may_invite(idp, found)
+        if found is None or user is None:
+            raise Problem("not_found", log="the invitation was used or ended meanwhile")
+        idp.store.set_password_hash(user.id, password_hash, idp.now())
+        accepted = f"purpose={found.purpose};id={found.id}"
+        revoke_user(idp, caller.acting_as(user.id), user.id, "invitation_accepted", accepted)
+        return found, get_user(idp, user.id)
 
 
 def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
@@ -4092,6 +4171,17 @@ def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
     return "done"
 
 
+def advance_after_password(idp: Idp, login: Login, account: Account, offers_factor=False) -> Login:
+    """Move a login on whose password was just proven. `offers_factor` lets a user set up a second factor, or not."""
+    demanded = offers_factor or (login.client is not None and "ENABLE_TOTP" in login.client.flags)
+    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
+    proven_ms = max(idp.now_ms(), account.revoked_before + 1)
+    return advance_proven(
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
+        proven_ms=proven_ms,
+    )
+
+
 def submit_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
     """Verify the password, the first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
@@ -4102,13 +4192,7 @@ def submit_password(idp: Idp, caller: Caller, login: Login, username: str, passw
         if problem.code == "invalid_grant":
             count_failed_step(idp, login)
         raise
-    demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
-    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
-    proven_ms = max(idp.now_ms(), account.revoked_before + 1)
-    return advance_proven(
-        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
-        proven_ms=proven_ms,
-    )
+    return advance_after_password(idp, login, account)
 
 
 def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
@@ -4128,6 +4212,16 @@ def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
     state = state_after_factors(idp, login, account)
     mark = mark_of(idp, login.row, code)
     return advance_proven(idp, login, state, mark, amr=" ".join(amr), auth_time=auth_time)
+
+
+def skip_enrolment(idp: Idp, login: Login) -> Login:
+    """Go on without the second factor that is offered. Raises access_denied where a client demands it."""
+    if login.row.state != "enrol" or login.request is not None:
+        raise Problem("access_denied", log="this second factor is demanded")
+    account = idp.store.find_account(login.row.user_id or "")
+    if not is_still_valid(account, login.row.proven_ms):
+        raise Problem("not_found", log="the user changed meanwhile")
+    return advance_proven(idp, login, state_after_factors(idp, login, account))
 
 
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
@@ -5829,12 +5923,18 @@ def refuse_client(
     )
 
 
+def find_or_make_binding(idp: Idp, params) -> tuple[str, list[str]]:
+    """Return the secret of the logins of this browser, and the cookie for it if it is new."""
+    binding = login_binding(idp, params)
+    if binding and re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
+        return binding, []
+    binding = random_handle()
+    return binding, [make_cookie(idp, LOGIN_COOKIE, binding)]
+
+
 def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
     """Begin a login in this browser, and redirect to its page."""
-    binding, cookies = login_binding(idp, params), []
-    if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
-        binding = random_handle()
-        cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
+    binding, cookies = find_or_make_binding(idp, params)
     row = begin_login(idp, params.caller, binding, request, state, session)
     name = "jti" if params.environ["REQUEST_METHOD"] == "POST" else "tx"  # a script reads it by the original's name
     return Redirect(f"{idp.options.auth_issuer}/login?{name}={row.id}", cookies)
@@ -6028,12 +6128,13 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
         assert row.user_id
         account = idp.store.find_account(row.user_id)
     if row.state == "enrol":
-        assert row.pending and client
+        assert row.pending
         if account is None:
-            return {"secret": "", "qr": ""}
+            return {"secret": "", "qr": "", "may_skip": False}
         seed = idp.seal.open(row.pending, account.id)
-        issuer_name = client.flags.get("TOTP_ISSUER") or box_name(idp.options)
-        return {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name))}
+        issuer_name = (client.flags.get("TOTP_ISSUER") if client else "") or box_name(idp.options)
+        qr = qr_uri(totp_uri(seed, account.username, issuer_name))
+        return {"secret": seed, "qr": qr, "may_skip": client is None}
     variables: dict[str, Any] = {"username": account.username if account else ""}
     if row.state == "select":
         assert request and client
@@ -6257,14 +6358,20 @@ def login_totp(idp, params):
 
 
 @AUTH(
-    "POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=CodeForm, gives=bytes, gives_media="text/html",
+    "POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=EnrolForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
 @lands_once("enrol", land_enrolment, "totp")
 def login_enrol(idp, params):
-    """Enrol a second factor during a login by its first code, and show the recovery codes once."""
+    """Enrol a second factor during a login by its first code, and show the recovery codes once.
+
+    One that an invitation offers may be left out.
+    """
     login = posted_login(idp, params, "enrol")
     try:
+        if params.get("skip"):
+            after = skip_enrolment(idp, login)
+            return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
         after, recovery = enrol(idp, browser_caller(idp, params), login, (params.get("totp") or "").strip())
     except Problem as problem:
         return show_refusal(idp, params, login, problem, "wrong_code")
@@ -6363,6 +6470,66 @@ def page_asset(idp, params):
         except OSError as error:
             raise Problem("not_found", log=f"brand-logo: {error.strerror}") from None
     raise Problem("not_found")
+
+
+# -- people: invitations --
+
+
+def show_invitation(
+    idp: Idp, params, found: Invitation, account: Account, binding: str, cookies=(), status=200, error=""
+) -> Page:
+    code = params.need("code")
+    return show_page(
+        idp, params.environ, "invite", status=status, error=error, cookies=cookies, state="open", code=code,
+        form=form_token(idp.seal.form_key, f"invitation {sha256(code)} {binding}"), username=account.username,
+        purpose=found.purpose, least=idp.options.password_min_length,
+    )
+
+
+def show_invitation_over(idp: Idp, params, problem: Problem) -> Page:
+    Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
+    return show_page(idp, params.environ, "invite", status=problem.status, state="over")
+
+
+@AUTH(
+    "GET", "/invite", guard=anyone, spec=OWN, form=InvitePageForm, gives=bytes, gives_media="text/html", html=True,
+    option="enable_pkce",
+)
+def invitation_page(idp, params):
+    """Show the form by which an invited user chooses a password; looking at it spends nothing."""
+    try:
+        found, account = get_invited(idp, params.get("code") or "")
+    except Problem as problem:
+        return show_invitation_over(idp, params, problem)
+    binding, cookies = find_or_make_binding(idp, params)
+    return show_invitation(idp, params, found, account, binding, cookies)
+
+
+@AUTH(
+    "POST", "/invite", guard=anyone, spec=OWN, form=InviteForm, gives=bytes, gives_media="text/html", html=True,
+    option="enable_pkce",
+)
+def invitation_accept(idp, params):
+    """Set the password that an invited user chose, once, and go on to the second factor.
+
+    The form is bound to the browser that it was shown in: another site cannot log anybody in as somebody else by it.
+    """
+    code, binding = params.get("code") or "", login_binding(idp, params) or ""
+    try:
+        found, account = get_invited(idp, code)
+        check_form(params, form_token(idp.seal.form_key, f"invitation {sha256(code)} {binding}") if binding else "")
+        row = begin_login(idp, params.caller, binding, None)  # first: it may be refused, and must spend nothing then
+        found, account = accept_invitation(idp, params.caller, code, params.get("new_password") or "")
+    except Problem as problem:
+        if problem.code == "not_found":
+            return show_invitation_over(idp, params, problem)
+        if problem.errors is None:
+            raise
+        return show_invitation(idp, params, found, account, binding, status=400, error="weak_password")
+    if login_obstacle(idp, params.caller, account):  # a lockout of guesses may close the account for a while
+        return show_page(idp, params.environ, "invite", state="done")
+    login = advance_after_password(idp, load_login(idp, row, binding), account, found.purpose == "invite")
+    return continue_login(idp, params, login, account if login.row.state == "done" else None)
 
 
 # -- people: applications with their own screens --
@@ -6747,6 +6914,26 @@ def scoped_reset_password(idp, claims, params):
     return msg("Password reset; every login of the user is ended.")
 
 
+def shown_invitation(row: Invitation) -> tuple[str, str, str, str, str, str]:
+    return row.id, row.user_id, row.purpose, row.created_by, iso(row.created_ms // 1000), iso(row.expires_at)
+
+
+def new_invitation(idp: Idp, row: Invitation, code: str) -> NewInvitation:
+    return NewInvitation(*shown_invitation(row), f"{idp.options.auth_issuer}/invite?code={code}")
+
+
+@AUTH(
+    "POST", "/user/<id>/invitations", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=Invite,
+    gives=NewInvitation, option="enable_pkce",
+)
+def scoped_create_invitation(idp, claims, params):
+    """Make a link by which a user, who has no administrative right that the caller lacks, chooses a password."""
+    rights = delegated_rights(idp, claims)
+    return new_invitation(
+        idp, *create_invitation(idp, params.caller, params.path["id"], params.body.purpose, rights)
+    )
+
+
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
 def scoped_deactivate_user(idp, claims, params):
     """Deactivate a user who has no administrative right that the caller lacks, and end every login of the user."""
@@ -7030,6 +7217,30 @@ def admin_revoke_consent(idp, claims, params):
     """Take back the consent of a user for a client, and end the logins of the user there."""
     revoke_consent(idp, params.caller, get_user(idp, params.path["id"]), params.path["client_id"])
     return msg("Consent revoked; every login of the user at the client is ended.")
+
+
+@ADMIN(
+    "POST", "/users/<id>/invitations", guard=by_admin, spec=OWN, takes=Invite, gives=NewInvitation, option="enable_pkce"
+)
+def admin_create_invitation(idp, claims, params):
+    """Make a link by which a user chooses a password, once within 24 hours; it replaces an earlier one."""
+    return new_invitation(idp, *create_invitation(idp, params.caller, params.path["id"], params.body.purpose))
+
+
+@ADMIN(
+    "GET", "/users/<id>/invitations", guard=by_admin, spec=OWN, gives=list[InvitationObject], option="enable_pkce"
+)
+def admin_list_invitations(idp, claims, params):
+    """List the living invitation of a user, if there is one, without its link."""
+    found = idp.store.find_invitation_of(get_user(idp, params.path["id"]).id)
+    return [InvitationObject(*shown_invitation(found))] if found and may_invite(idp, found) else []
+
+
+@ADMIN("DELETE", "/invitations/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_pkce")
+def admin_delete_invitation(idp, claims, params):
+    """End an invitation before it is used."""
+    delete_invitation(idp, params.caller, params.path["id"])
+    return msg("Invitation ended.")
 
 
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)

@@ -53,6 +53,7 @@ def purge(idp: Idp, pause=sleep):
         ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now),
         ("browser_session", "id_sha256", now), ("retired_key", "kid", now),
         ("parked_hints", "handle_sha256", now), ("device_failure", "device_sha256", now),
+        ("invitation", "user_id", now),
     ]
     if options.refresh_token_purge_days:
         before = now - options.refresh_token_purge_days * 86400

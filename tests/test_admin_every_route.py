@@ -198,6 +198,8 @@ class TestEveryChangeLeavesARow:
         "POST /users": ("/users", {"username": "bob", "email": "bob@example.org", "password": OTHER}),
         "PUT /users/<id>": ("/users/alice", {"email": "new@example.org"}),
         "DELETE /users/<id>": ("/users/alice", None),
+        "POST /users/<id>/invitations": ("/users/alice/invitations", {"purpose": "reset"}),
+        "DELETE /invitations/<id>": ("/invitations/{invitation}", None),
         "POST /users/<id>/verify-email": ("/users/alice/verify-email", None),
         "POST /users/deactivate/<id>": ("/users/deactivate/alice", None),
         "POST /users/<id>/deactivate": ("/users/alice/deactivate", None),
@@ -312,6 +314,7 @@ class TestEveryChangeLeavesARow:
             )
         }
         made["idp"] = call("POST", "/clients/service/idp", {"provider_key": "x"}).json["id"]
+        made["invitation"] = call("POST", "/users/alice/invitations", {}).json["id"]
         made["secret"] = call("GET", "/clients/service/secrets").json[0]["id"]
         m.give_consent(idp, m.LOCAL, idp.store.find_account(alice.id), m.get_client(idp, "spa"), ["openid"])
         token = log_in(alice, public)

@@ -2098,7 +2098,7 @@ class TestEveryCommand:
     )
     def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
         thing = USER | {
-            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "ok": True, "message": "Done.",
+            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "ok": True, "url": "https://x", "message": "Done.",
             "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {}, "from": "2027-01-15T08:00:00Z", "step": 60,
             "series": {"tokens": [1]},
         }

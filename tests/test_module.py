@@ -311,7 +311,7 @@ class TestRoutes:
                     "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js", "/authorize",
                     "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent",
                     "/pages/<name>", "/end-session", "/logout", "/account", "/login/password", "/login/totp",
-                    "/login/finalize", "/auth-session/<jti>", "/.well-known/microauthd/ca.pem",
+                    "/login/finalize", "/auth-session/<jti>", "/invite", "/.well-known/microauthd/ca.pem",
                 )
             ),
             *(

@@ -17,8 +17,9 @@ from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
-    AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
-    RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain, lockout_seconds,
+    AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, Invitation, LoginTransaction, MAD_ADMIN_ROLE_ID,
+    MIGRATIONS, ParkedHints, RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
+    lockout_seconds,
 )
 from appliance.upkeep import finish_deletions
 
@@ -33,7 +34,7 @@ class TestSchema:
     def test_a_record_has_the_columns_of_its_table_in_order(self, idp):
         records = [kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, Record)]
         written = [record for record in records if record.table and record.__base__ is Record]
-        assert len(written) == len({record.table for record in written}) == 18
+        assert len(written) == len({record.table for record in written}) == 19
         for record in written:
             columns = [row[1] for row in idp.store.connection.execute(f"PRAGMA table_info({record.table})")]
             assert list(record.__struct_fields__) == columns, record
@@ -149,6 +150,16 @@ class TestSchema:
         assert store.count_failed_device("d", "u", 50, 300, 1, 300, 3600) == store.find_device_lockout("d") == 350
         store.delete_account("u")
         assert store.find_device_lockout("d") == 0
+
+    def test_a_database_without_invitations_gets_their_table(self, from_before):
+        store = from_before(
+            "CREATE TABLE invitation",
+            "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
+            "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)",
+        )
+        store.put_invitation(Invitation("u", "i", "h", "invite", "", "root", 5, 90))
+        assert store.spend_invitation("h", 90) is None and store.spend_invitation("h", 89).user_id == "u"
+        assert store.spend_invitation("h", 89) is None
 
     def test_clients_of_before_have_no_switches(self, from_before):
         store = from_before("allow_http_redirects", self.CLIENT.format("password"))

@@ -62,6 +62,13 @@ class CreateUser(ProvisionUser):
     """POST /users. Only an administrator says that an address is verified: clients link accounts by it."""
 
     email_verified: bool = False
+    without_password: bool = False  # nobody knows its password: an invitation lets the user choose one
+
+
+class Invite(msgspec.Struct):
+    """POST /users/{id}/invitations."""
+
+    purpose: Literal["invite", "reset"] = "invite"
 
 
 class UpdateUser(msgspec.Struct):
@@ -454,6 +461,13 @@ class CodeForm(StepForm):
     totp: str
 
 
+class EnrolForm(StepForm):
+    """`skip` leaves out a second factor that is offered and not demanded."""
+
+    totp: str = ""
+    skip: str = ""
+
+
 class SelectForm(StepForm):
     """`username` has the user that the page showed."""
 
@@ -498,6 +512,17 @@ class EndSessionForm(msgspec.Struct):
     ui_locales: str = ""
     form: str = ""
     hint_handle: str = ""
+
+
+class InvitePageForm(msgspec.Struct):
+    """`code` is the secret of an invitation."""
+
+    code: str = ""
+
+
+class InviteForm(InvitePageForm):
+    form: str = ""
+    new_password: NewPassword = ""
 
 
 class AccountForm(msgspec.Struct):
@@ -660,6 +685,23 @@ class UserObject(msgspec.Struct):
     is_active: bool
     email_verified: bool
     totp_enabled: bool
+
+
+class InvitationObject(msgspec.Struct):
+    """A living invitation, described without its link."""
+
+    id: str
+    user_id: str
+    purpose: str
+    created_by: str
+    created_at: str
+    expires_at: str
+
+
+class NewInvitation(InvitationObject):
+    """`url` is shown once: whoever has it chooses the password of the user."""
+
+    url: str
 
 
 class PasswordVerdict(msgspec.Struct):

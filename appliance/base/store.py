@@ -334,6 +334,20 @@ class ParkedHints(Record, frozen=True):
     expires_at: int
 
 
+class Invitation(Record, frozen=True):
+    """A link by which a user may choose a password, once. `rights` are those of whoever made it, JSON; "" are all."""
+
+    table = "invitation"
+    user_id: str
+    id: str
+    handle_sha256: str
+    purpose: str  # invite | reset
+    rights: str
+    created_by: str  # as the actor of an audit row
+    created_ms: int
+    expires_at: int
+
+
 class ListedConsent(Record, frozen=True):
     """What a user allowed a client, with the names of the client."""
 
@@ -615,13 +629,20 @@ MIGRATIONS = (
     CREATE INDEX consent_client ON consent (client_id);
     CREATE TABLE deletion (kind TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (kind, id)) STRICT, WITHOUT ROWID;
     """,
-    # The scope of whoever reads the metrics. A new database, which has no `created_at` yet, gets it as it is seeded.
+    # Step 13. The scope of whoever reads the metrics. A new database, which has no `created_at` yet, gets it as it is seeded.
     """
     INSERT INTO scope
     SELECT '5f0c2a7e-3b1d-4c86-9e54-6a2d8f71c903', 'admin:read_metrics', 'Read the metrics.', 1, 1,
            CAST(value AS INTEGER), CAST(value AS INTEGER)
       FROM meta WHERE name = 'created_at'
         ON CONFLICT DO NOTHING;
+    """,
+    # Step 14. Links by which users choose a password: one of a user at a time.
+    """
+    CREATE TABLE invitation (
+        user_id TEXT PRIMARY KEY REFERENCES account (id) ON DELETE CASCADE, id TEXT NOT NULL UNIQUE,
+        handle_sha256 TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL, rights TEXT NOT NULL, created_by TEXT NOT NULL,
+        created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     """,
 )
 
@@ -634,7 +655,7 @@ DEPENDENTS = {
         ("login_transaction", "user_id", ("id",)), ("recovery_code", "user_id", ("code_sha256",)),
         ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
         ("user_role", "user_id", ("user_id", "role_id")), ("user_scope", "user_id", ("user_id", "scope_id")),
-        ("device_failure", "user_id", ("device_sha256",)),
+        ("device_failure", "user_id", ("device_sha256",)), ("invitation", "user_id", ("user_id",)),
     ),
     "client": (
         ("browser_session_client", "client_id", ("id_sha256", "client_id")),
@@ -1102,6 +1123,8 @@ class Store(Database):
             """,
             id=id, password_hash=password_hash, now=now, instead_of=instead_of,
         )
+        if instead_of is None:
+            self.delete_invitation(id)
 
     def set_lockout(self, id: str, until: int, now: int) -> None:
         """Lock an account until then. 0 clears every lockout and every count of failures."""
@@ -1171,6 +1194,7 @@ class Store(Database):
             """,
             id=id, sealed=sealed, now=now,
         )
+        self.delete_invitation(id)
         self.mark_qr_files(id)
 
     def set_pending_totp(self, id: str, sealed: str, now: int) -> None:
@@ -1193,6 +1217,7 @@ class Store(Database):
             id=id, now=now,
         )
         self.run("DELETE FROM recovery_code WHERE user_id = :id", id=id)
+        self.delete_invitation(id)
         self.mark_qr_files(id)
         return found
 
@@ -1229,8 +1254,41 @@ class Store(Database):
                     id=id, until=now + lockout_seconds(lockout, failures // tries - 1),
                 )
 
+    # -- invitation: a change of the credentials of its user ends it --
+
+    def put_invitation(self, row: Invitation) -> None:
+        """Store an invitation in place of the one that its user may have."""
+        with self.transaction():
+            self.delete_invitation(row.user_id)
+            self.insert(row)
+
+    def find_invitation(self, handle_sha256: str) -> Invitation | None:
+        return self.one(
+            Invitation, "SELECT * FROM invitation WHERE handle_sha256 = :handle_sha256", handle_sha256=handle_sha256
+        )
+
+    def find_invitation_by_id(self, id: str) -> Invitation | None:
+        return self.one(Invitation, "SELECT * FROM invitation WHERE id = :id", id=id)
+
+    def find_invitation_of(self, user_id: str) -> Invitation | None:
+        return self.one(Invitation, "SELECT * FROM invitation WHERE user_id = :user_id", user_id=user_id)
+
+    def spend_invitation(self, handle_sha256: str, now: int) -> Invitation | None:
+        """Spend an invitation. Return it, or None if it is unknown, spent or expired."""
+        return self.one(
+            Invitation,
+            "DELETE FROM invitation WHERE handle_sha256 = :handle_sha256 AND expires_at > :now RETURNING *",
+            handle_sha256=handle_sha256, now=now,
+        )
+
+    def delete_invitation(self, user_id: str) -> bool:
+        return self.changed("DELETE FROM invitation WHERE user_id = :user_id", user_id=user_id)
+
+    # -- recovery_code --
+
     def replace_recovery_codes(self, user_id: str, hashes: Iterable[str], now: int) -> None:
         self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
+        self.delete_invitation(user_id)
         for code_sha256 in hashes:
             self.run(
                 "INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256,
@@ -2516,6 +2574,7 @@ class Store(Database):
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             done += self.run("DELETE FROM parked_hints WHERE created_at > :later", later=later)
             done += self.run("DELETE FROM device_failure WHERE last_failed_at > :later", later=later)
+            done += self.run("DELETE FROM invitation WHERE created_ms > :later_ms", later_ms=later_ms)
             # An access token with an `iat` in the future is refused anyway, but its row would count as the newest.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
             # Failures in the future would lock accounts until then. A lockout keeps the time it had left; one that
