@@ -1378,10 +1378,30 @@ class MadClient(ApiClient):
     # -- sessions and refresh tokens --
 
     @paged_list(*SORT_PARAMS)
-    def list_sessions(self, user_id: str | None = None, client_id: str | None = None,
+    def list_sessions(self, user_id: str | None = None, client_id: str | None = None, living: bool | None = None,
+                      ip_address: str | None = None, mad_use: str | None = None, sid: str | None = None,
                       **search: Unpack[SortParams]) -> Iterator[list[dict]]:
-        """GET /sessions. Return [Session], newest first, filtered by user and by client if they are given."""
-        return self.pages("/sessions", _without_none(user_id=user_id, client_id=client_id), **search)
+        """GET /sessions. Return [Session], newest first, filtered by what is given.
+
+        `living` selects those that are alive or are not, `mad_use` those of auth or admin, `sid` those of a login.
+        """
+        return self.pages("/sessions", _without_none(
+            user_id=user_id, client_id=client_id, living=None if living is None else str(living).lower(),
+            ip_address=ip_address, mad_use=mad_use, sid=sid), **search)
+
+    @paged_list(*PAGE_PARAMS)
+    def list_browser_sessions(self, user_id: str | None = None, ip_address: str | None = None,
+                              **search: Unpack[PageParams]) -> Iterator[list[dict]]:
+        """GET /browser-sessions. Return [{id, user_id, username, amr, authenticated_at, last_seen_at, …}]."""
+        return self.pages("/browser-sessions", _without_none(user_id=user_id, ip_address=ip_address), **search)
+
+    def end_browser_session(self, id: str) -> dict:
+        """DELETE /browser-sessions/{id}. Return Msg. Ends every login at a client that began in that browser."""
+        return self.request("DELETE", _path("browser-sessions", id))
+
+    def revoke_everything(self) -> dict:
+        """POST /sessions/revoke-all. Return Msg. Ends every session, login and token, the one in use too."""
+        return self.request("POST", "/sessions/revoke-all")
 
     def get_session(self, id: str) -> dict:
         """GET /sessions/{id}. Return Session. `id` is the token's `jti`."""
@@ -3366,7 +3386,7 @@ URI_TABLE = table("URIs", "id", "uri")
 IDP_MEMBERS = ("id", "key=provider_key", "display_name", "issuer")
 FLAG_TABLE = table("flags", "flag", "is_enabled", "options")
 SESSION_FIELDS = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked",
-                        "issued_at", "expires_at")
+                        "issued_at", "expires_at", "sid", "scope", "ip_address", "user_agent")
 SESSION_TABLE = table("sessions", "id", "user_id", "client_id", "use=token_use", "is_revoked", "expires=expires_at")
 REFRESH_TOKEN_TABLE = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
 AUDIT_MEMBERS = ("id", "user=actor_id", "action", "result", "target", "secondary", "time=timestamp")
@@ -3393,6 +3413,10 @@ def session_commands(noun: str) -> tuple:
         Command(noun + " list", "list the sessions, newest first", MadClient.list_sessions, (
             Option("user-id", "only those of this user", collection="users"),
             Option("client-id", "only those at this client", metavar="ID|NAME"),
+            Option("living", "only those that are alive (true), or are not (false)", "flag"),
+            Option("ip-address", "only those of logins from this address", metavar="ADDRESS"),
+            Option("mad-use", "only tokens of this port", choices=("auth", "admin")),
+            Option("sid", "only those of this login", metavar="SID"),
         ), SESSION_TABLE, f"mad {noun} list --user-id bob"),
         Command(noun + " get", "show a session", MadClient.get_session, (RECORD_ID,), SESSION_FIELDS,
                 f"mad {noun} get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
@@ -3403,6 +3427,17 @@ def session_commands(noun: str) -> tuple:
                 f"mad {noun} introspect --token -"),
         Command(noun + " revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD_ID,),
                 render_message, f"mad {noun} revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c", transform=with_success),
+        Command(noun + " browsers", "list who is logged in at a browser, the last used first",
+                MadClient.list_browser_sessions, (
+            Option("user-id", "only those of this user", collection="users"),
+            Option("ip-address", "only those from this address", metavar="ADDRESS"),
+        ), table("browser sessions", "id", "username", "ip_address", "last_seen=last_seen_at", "user_agent"),
+                f"mad {noun} browsers --user-id bob"),
+        Command(noun + " end-browser", "log a browser out, with every login that began in it",
+                MadClient.end_browser_session, (RECORD_ID,), render_message, f"mad {noun} end-browser --id "
+                "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"),
+        Command(noun + " revoke-all", "end everything ever issued to anybody, your own login too",
+                MadClient.revoke_everything, (), render_message, f"mad {noun} revoke-all", confirm_by=""),
         Command(noun + " purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE_OPTIONS,
                 render_message, f"mad {noun} purge --older-than 86400 --expired", confirm_by=""),
     )

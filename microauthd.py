@@ -84,20 +84,20 @@ from appliance.base.store import (
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
-    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
-    ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient, CreatePermission, CreateRole,
-    CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found,
-    GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject,
-    IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, LABEL_MAX,
-    ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me,
-    Msg, NameRef, NewFlag, NewInvitation, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm,
-    PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken,
-    ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, ReadHistory, RefreshTokenObject, ResetPassword, Revoked,
-    RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SecretObject, SelectForm,
-    SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm,
-    TokenIn, TokenObject, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission,
-    UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserInfo, UserObject, VerifyPassword, VerifyTotp,
-    Version, iso, read_time,
+    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, BrowserSessionObject,
+    ChangeSecret, CheckAccess, ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient,
+    CreatePermission, CreateRole, CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err,
+    ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm,
+    HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite,
+    InviteForm, InvitePageForm, Jwks, LABEL_MAX, ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoles,
+    ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation,
+    OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping,
+    PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp,
+    ReadHistory, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN,
+    ScopeMember, ScopeObject, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption,
+    SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment,
+    TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser,
+    Uri, UriObject, UriVerdict, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -2979,6 +2979,13 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
         audit_refusal(idp, caller, action, target, f"sid={family_sid};unchanged", proven=True, result=result)
 
 
+def revoke_everything(idp: Idp, caller: Caller):
+    """End everything that was ever issued to anybody, on both ports."""
+    with idp.store.transaction(identity=True):
+        idp.store.revoke_everything(idp.now_ms())
+        audit(idp, caller, "everything_revoked")
+
+
 def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
     """Log a user out of one client."""
     with idp.store.transaction():
@@ -3469,12 +3476,15 @@ def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller:
         return None
     code = granted.code
     ended_ms = idp.store.logins_revoked_before(granted.account.id, client.client_id)
+    browser = idp.store.find_browser_session(code.browser) if code and code.browser else None
     family = Family(
         sid=code.sid if code else new_sid(ms), user_id=granted.account.id, client_id=client.client_id,
         scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce,
         created_ms=max(ms, ended_ms + 1),
         expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
         browser=code.browser if code else "", claims=code.claims if code else "",
+        ip_address=browser.ip_address if browser else caller.peer,
+        user_agent=browser.user_agent if browser else caller.user_agent[:200],
     )
     if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
         end_code(idp, caller, code)  # a concurrent request spent the code
@@ -3684,7 +3694,8 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, role_claims(idp, account.id, "")
     family = Family(
-        new_sid(ms), account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
+        new_sid(ms), account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None,
+        ip_address=caller.peer, user_agent=caller.user_agent[:200],
     )
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
@@ -3977,11 +3988,14 @@ def begin_browser_session(
     return handle
 
 
-def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
-    """Revoke a browser session and every login at a client that began in it."""
+def end_browser_session(idp: Idp, caller: Caller, id_sha256: str, user_id: str = ""):
+    """Revoke a browser session and every login at a client that began in it.
+
+    `user_id` is its user, if that is not the caller.
+    """
     with idp.store.transaction():
         if idp.store.revoke_browser_session(id_sha256, idp.now()):
-            audit(idp, caller, "browser_logged_out", caller.actor)
+            audit(idp, caller, "browser_logged_out", user_id or caller.actor)
 
 
 def demanded_sub(request: AuthorizeRequest) -> str:
@@ -5787,11 +5801,11 @@ def whoami(idp, claims, params):
     return {"message": f"Hello, {claims['sub']}"}
 
 
-def session_object(session: ListedSession) -> SessionObject:
+def session_object(session: ListedSession, kind: type[SessionObject] = SessionObject, *more) -> SessionObject:
     issued, expires = iso(session.issued_at), iso(session.expires_at)
-    return SessionObject(
+    return kind(
         session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_revoked(session),
-        session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued,
+        session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued, *more,
     )
 
 
@@ -7847,23 +7861,40 @@ def admin_delete_idp(idp, claims, params):
 # -- sessions and tokens --
 
 
-@ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionObject])
+def session_details(session: ListedSession) -> SessionObject:
+    """Return a session as ADMIN shows it: with where its login came from, which no client learns."""
+    return session_object(
+        session, SessionDetails, session.sid, session.scope, session.ip_address, session.user_agent
+    )
+
+
+@ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionDetails])
 def admin_list_sessions(idp, claims, params):
-    """List the sessions, newest first, filtered by user or client, a page at a time."""
+    """List the sessions, newest first, filtered by user, client, login, address or whether they live, page by page."""
     query = params.query
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
-    rows, total = idp.store.list_sessions(user_id, client_id, None, query.sort, query.limit, query.offset)
-    return paged_reply(params, [session_object(row) for row in rows], total)
+    rows, total = idp.store.list_sessions(
+        user_id, client_id, None, query.sort, query.limit, query.offset, query.living, idp.now(), sid=query.sid,
+        mad_use=query.mad_use, ip_address=query.ip_address,
+    )
+    return paged_reply(params, [session_details(row) for row in rows], total)
 
 
-@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
+@ADMIN("POST", "/sessions/revoke-all", guard=by_admin, spec=OWN, gives=Msg)
+def admin_revoke_everything(idp, claims, params):
+    """End every session, login and token of everybody, on both ports, the caller's own among them."""
+    revoke_everything(idp, params.caller)
+    return msg("Everything issued is revoked; log in again.")
+
+
+@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionDetails)
 def admin_get_session(idp, claims, params):
     """Return one session, by the jti of its token."""
-    return session_object(get_session(idp, params.path["jti"]))
+    return session_details(get_session(idp, params.path["jti"]))
 
 
-@ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionObject])
+@ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionDetails])
 def admin_list_sessions_of_user(idp, claims, params):
     """List the sessions of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
@@ -7872,7 +7903,37 @@ def admin_list_sessions_of_user(idp, claims, params):
         if user
         else ([], 0)
     )
-    return paged_reply(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_details(row) for row in rows], total)
+
+
+@ADMIN(
+    "GET", "/browser-sessions", guard=by_admin, spec=OWN, query=ListBrowserSessions, gives=list[BrowserSessionObject]
+)
+def admin_list_browser_sessions(idp, claims, params):
+    """List the users who are logged in at a browser, the last used one first, a page at a time."""
+    query = params.query
+    user_id = get_user(idp, query.user_id).id if query.user_id else None
+    rows, total = idp.store.list_all_browser_sessions(
+        idp.now(), idp.options.session_idle_expiration, user_id, query.ip_address, query.limit, query.offset
+    )
+    shown = [
+        BrowserSessionObject(
+            row.id_sha256, row.user_id, row.username, row.amr.split(), iso(row.auth_time), iso(row.last_seen_at),
+            iso(row.expires_at), row.ip_address, row.user_agent,
+        )
+        for row in rows
+    ]
+    return paged_reply(params, shown, total)
+
+
+@ADMIN("DELETE", "/browser-sessions/<id>", guard=by_admin, spec=OWN, gives=Msg)
+def admin_end_browser_session(idp, claims, params):
+    """Log a browser out, and end every login at a client that began in it."""
+    found = idp.store.find_browser_session(params.path["id"].lower())
+    if found is None:
+        raise Problem("not_found")
+    end_browser_session(idp, params.caller, found.id_sha256, found.user_id)
+    return msg("Browser logged out.")
 
 
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")

@@ -2,7 +2,8 @@
 
 import microauthd as m
 import pytest
-from conftest import SECRETS
+from conftest import SECRETS, Caller
+from appliance.base.objects import ChangeSecret
 
 
 def errors_of(answer):
@@ -235,3 +236,140 @@ class TestPreview:
     def test_who_is_unknown_is_not_found(self, call, alice, service):
         assert call("POST", "/clients/service/preview", {"user_id": "nobody"}).status == 404
         assert call("POST", "/clients/nobody/preview", {"user_id": "alice"}).status == 404
+
+
+class TestWhoIsIn:
+    """GET /sessions and /browser-sessions: living ones by person, application, address and login; end one or all."""
+
+    ELSEWHERE = "198.51.100.7"
+
+    @pytest.fixture
+    def ids(self, call):
+        def ask(query=""):
+            answer = call("GET", f"/sessions?{query}")
+            assert answer.status == 200, answer
+            return {row["id"] for row in answer.json}
+
+        return ask
+
+    @pytest.fixture
+    def tokens(self, idp, auth, service, alice, new_user, log_in, machine):
+        """Sessions of two people and a machine: {who: answer of the token endpoint}."""
+        new_user("bob", ["api:read"])
+        body = {"grant_type": "password", "username": "bob", "password": alice.password}
+        bob = auth.post("/token", body, auth=service, peer=self.ELSEWHERE, headers=[("User-Agent", "a phone")])
+        idp.store.flush()
+        return {"alice": log_in(alice), "bob": bob.json, "machine": machine}
+
+    def test_a_session_says_its_login_scope_address_and_browser(self, call, tokens, idp):
+        row = call("GET", f"/sessions/{tokens['bob']['jti']}").json
+        sid = idp.auth_ring.verify(tokens["bob"]["access_token"], m.AT_JWT)["sid"]
+        assert (row["sid"], row["scope"], row["ip_address"], row["user_agent"]) == (
+            sid, "api:read", self.ELSEWHERE, "a phone"
+        )
+        row = call("GET", f"/sessions/{tokens['machine']['jti']}").json
+        assert (row["sid"], row["ip_address"], row["user_agent"]) == (None, "", "")
+
+    def test_of_a_login_in_a_browser_it_is_that_browser_not_the_application(self, idp, call, alice, new_client):
+        new_client("web")
+        m.add_uri(idp, m.LOCAL.acting_as("test"), "web", "redirect", "https://app.example/cb")
+        client = m.get_client(idp, "web")
+        browser = m.Caller("203.0.113.9", "Firefox")
+        handle = m.begin_browser_session(idp, browser, alice.account, ["pwd"], idp.now(), None)
+        request = m.AuthorizeRequest("web", "https://app.example/cb", scope="api:read")
+        code = m.issue_code(idp, browser, client, request, alice.account, ["pwd"], idp.now(), m.sha256(handle))
+        auth = Caller(m.App(idp, m.AUTH))
+        secret = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("web"))
+        SECRETS.add(secret)
+        answer = auth.post(
+            "/token", {"grant_type": "authorization_code", "code": code, "redirect_uri": "https://app.example/cb"},
+            auth=("web", secret),
+        )
+        row = call("GET", f"/sessions/{answer.json['jti']}").json
+        assert (row["ip_address"], row["user_agent"]) == ("203.0.113.9", "Firefox")
+
+    def test_an_application_learns_neither(self, auth, tokens):
+        for row in auth.get("/me/sessions", bearer=tokens["alice"]["access_token"]).json:
+            assert not {"ip_address", "user_agent", "sid"} & row.keys()
+
+    def test_filters(self, ids, call, tokens, admin_token, idp):
+        jti = {who: answer["jti"] for who, answer in tokens.items()}
+        own = idp.admin_ring.verify(admin_token, m.AT_JWT)["jti"]
+        sid = call("GET", f"/sessions/{jti['alice']}").json["sid"]
+        assert ids() == {*jti.values(), own}
+        assert ids("mad_use=admin") == {own} and ids("mad_use=auth") == set(jti.values())
+        assert ids(f"ip_address={self.ELSEWHERE}") == {jti["bob"]} and ids("ip_address=203.0.113.1") == set()
+        assert ids(f"sid={sid}") == {jti["alice"]} and ids("sid=x") == set() and ids("ip_address=") == set()
+        assert ids(f"user_id=bob&ip_address={self.ELSEWHERE}&mad_use=auth&client_id=service") == {jti["bob"]}
+
+    ENDS = (
+        ("DELETE", "/sessions/{alice}"), ("POST", "/users/alice/revoke"), ("POST", "/clients/service/revoke"),
+        ("POST", "/users/alice/deactivate"), ("DELETE", "/users/alice"), ("PUT", "/clients/service"),
+        ("DELETE", "/clients/service"),
+    )
+
+    @pytest.mark.parametrize("method, path", ENDS)
+    def test_living_is_what_a_guard_would_accept(self, ids, call, tokens, auth, method, path):
+        assert ids("living=true") == ids()
+        body = {"audience": "another"} if method == "PUT" else None
+        path = path.format(alice=tokens["alice"]["jti"])
+        assert call(method, path, body).status == 200
+        alive = {who for who, answer in tokens.items() if answer["jti"] in ids("living=true")}
+        accepted = {who for who, answer in tokens.items() if auth.get("/whoami", bearer=answer["access_token"]).status == 200}
+        assert alive == accepted != set(tokens) and not ids("living=true") & ids("living=false")
+
+    def test_what_expired_does_not_live(self, ids, tokens, clock, call, idp):
+        living = ids("living=true")
+        clock.pass_(1700)
+        assert ids("living=true") == living
+        jti = {answer["jti"] for answer in tokens.values()}
+        rows, _ = idp.store.list_sessions(living=False, now=idp.now() + 2000)
+        assert jti <= {row.id for row in rows}
+
+    @pytest.mark.parametrize("query", ["living=x", "mad_use=x", "living=2"])
+    def test_nonsense_is_refused_by_name(self, call, query):
+        assert list(errors_of(call("GET", f"/sessions?{query}"))) == [query.partition("=")[0]]
+
+    def test_ending_all_ends_everything_and_nothing_of_it_comes_back(self, idp, call, admin, auth, tokens, alice, service):
+        handle = m.begin_browser_session(idp, m.LOCAL, alice.account, ["pwd"], idp.now(), None)
+        assert call("POST", "/sessions/revoke-all").status == 200
+        assert call("GET", "/sessions").status == 401, "the caller's own login too"
+        for who in ("alice", "bob", "machine"):
+            assert auth.get("/whoami", bearer=tokens[who]["access_token"]).status == 401
+        refreshed = auth.post(
+            "/token", {"grant_type": "refresh_token", "refresh_token": tokens["alice"]["refresh_token"]}, auth=service
+        )
+        assert refreshed.status == 400 and m.find_browser_session(idp, handle) is None
+        token = auth.post("/token", {"grant_type": "client_credentials"}, auth=service).json["access_token"]
+        assert auth.get("/whoami", bearer=token).status == 200, "what is issued now lives"
+        body = {"username": "root", "password": alice.password}
+        again = admin.post("/token", body).json["access_token"]
+        alive = admin.get("/sessions?living=true", bearer=again).json
+        assert {row["id"] for row in alive}.isdisjoint(answer["jti"] for answer in tokens.values()) and len(alive) >= 1
+        assert idp.store.list_audit("everything_revoked")[0].actor_id != "anonymous"
+
+    def test_browsers_are_listed_and_ended(self, idp, call, alice, new_user, clock):
+        new_user("bob")
+        handles = [
+            m.begin_browser_session(idp, m.Caller(peer, "Firefox"), m.get_user(idp, user), ["pwd"], idp.now(), None)
+            for peer, user in (("203.0.113.9", "alice"), (self.ELSEWHERE, "bob"), (self.ELSEWHERE, "alice"))
+        ]
+        listed = call("GET", "/browser-sessions").json
+        assert {row["id"] for row in listed} == {m.sha256(handle) for handle in handles}
+        assert {row["username"] for row in listed} == {"alice", "bob"} and listed[0]["user_agent"] == "Firefox"
+        page = call("GET", "/browser-sessions?limit=2")
+        assert len(page.json) == 2 and page.headers["x-total-count"] == "3"
+        by = lambda query: [row["username"] for row in call("GET", f"/browser-sessions?{query}").json]  # noqa: E731
+        assert by("user_id=bob") == ["bob"] and sorted(by(f"ip_address={self.ELSEWHERE}")) == ["alice", "bob"]
+        assert call("DELETE", f"/browser-sessions/{m.sha256(handles[1])}").status == 200
+        assert by("user_id=bob") == [] and m.find_browser_session(idp, handles[1]) is None
+        assert call("DELETE", "/browser-sessions/nonsense").status == 404
+        assert call("GET", "/browser-sessions?user_id=nobody").status == 404
+        call("POST", "/users/alice/revoke")
+        assert by("") == []
+
+    def test_a_browser_that_was_not_used_for_long_is_not_listed(self, idp, call, alice, clock):
+        m.begin_browser_session(idp, m.LOCAL, alice.account, ["pwd"], idp.now() - 1, None)
+        idp.store.run("UPDATE browser_session SET last_seen_at = last_seen_at - :idle",
+                      idle=idp.options.session_idle_expiration)
+        assert call("GET", "/browser-sessions").json == []

@@ -1600,7 +1600,7 @@ class TestConfirmation:
             command.name
             for command in mad.COMMANDS
             if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
-            or command.name in ("user revoke", "client revoke")
+            or command.name in ("user revoke", "client revoke", "session revoke-all", "sessionctl revoke-all")
         }
         assert marked == destructive
 

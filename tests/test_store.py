@@ -151,12 +151,14 @@ class TestSchema:
         store.delete_account("u")
         assert store.find_device_lockout("d") == 0
 
-    def test_a_database_without_invitations_gets_their_table(self, from_before):
+    def test_a_database_without_invitations_gets_their_table_and_its_logins_are_from_nowhere(self, from_before):
         store = from_before(
             "CREATE TABLE invitation",
             "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
             "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)",
+            "INSERT INTO family VALUES ('s', 'u', 'app', '', 'pwd', 5, '', 5000, 90, NULL, '', '')",
         )
+        assert (store.find_family("s").ip_address, store.find_family("s").user_agent) == ("", "")
         store.put_invitation(Invitation("u", "i", "h", "invite", "", "root", 5, 90))
         assert store.spend_invitation("h", 90) is None and store.spend_invitation("h", 89).user_id == "u"
         assert store.spend_invitation("h", 89) is None

@@ -587,9 +587,22 @@ class Paged(msgspec.Struct):
 
 
 class ListSessions(msgspec.Struct):
+    """`living` selects the tokens that are alive, or those that are not; `sid` is that of a login."""
+
     user_id: str | None = None
     client_id: str | None = None
+    living: bool | None = None
+    ip_address: str | None = None
+    mad_use: Literal["auth", "admin"] | None = None
+    sid: str | None = None
     sort: Literal["id", "-id", "expires_at", "-expires_at"] = "-id"
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class ListBrowserSessions(msgspec.Struct):
+    user_id: str | None = None
+    ip_address: str | None = None
     limit: Limit = 1000
     offset: Offset = 0
 
@@ -872,6 +885,29 @@ class SessionObject(msgspec.Struct):
     session_expires_at: str | None
     client_identifier: str
     created_at: str
+
+
+class SessionDetails(SessionObject):
+    """`sid` is null for a client's own token. Address and browser are those of the login, empty where unknown."""
+
+    sid: str | None
+    scope: str
+    ip_address: str
+    user_agent: str
+
+
+class BrowserSessionObject(msgspec.Struct):
+    """A user who is logged in at a browser; `id` is a hash of its cookie."""
+
+    id: str
+    user_id: str
+    username: str
+    amr: list[str]
+    authenticated_at: str
+    last_seen_at: str
+    expires_at: str
+    ip_address: str
+    user_agent: str
 
 
 class RefreshTokenObject(msgspec.Struct):

@@ -200,6 +200,8 @@ class Family(Record, frozen=True):
     revoked_at: int | None
     browser: str = ""  # the `id_sha256` of the browser session it began in, if any
     claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
+    ip_address: str = ""  # of the browser it began in, or of whoever asked for its first token
+    user_agent: str = ""
 
 
 class Session(Record, frozen=True):
@@ -243,6 +245,8 @@ class ListedSession(Session, frozen=True):
     username: str
     dead_before: int
     family_revoked: int
+    ip_address: str
+    user_agent: str
 
 
 class ListedRefreshToken(RefreshToken, frozen=True):
@@ -311,6 +315,13 @@ class BrowserSession(Record, frozen=True):
     revoked_at: int | None
     ip_address: str
     user_agent: str
+
+
+class ListedBrowserSession(BrowserSession, frozen=True):
+    """A browser session that is alive, with the name of its user. `id` is its `id_sha256`."""
+
+    username: str
+    id: str
 
 
 class RetiredKey(Record, frozen=True):
@@ -629,7 +640,7 @@ MIGRATIONS = (
     CREATE INDEX consent_client ON consent (client_id);
     CREATE TABLE deletion (kind TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (kind, id)) STRICT, WITHOUT ROWID;
     """,
-    # Step 13. The scope of whoever reads the metrics. A new database, which has no `created_at` yet, gets it as it is seeded.
+    # Step 13. The scope of whoever reads the metrics. A new database, which has no `created_at` yet, is seeded with it.
     """
     INSERT INTO scope
     SELECT '5f0c2a7e-3b1d-4c86-9e54-6a2d8f71c903', 'admin:read_metrics', 'Read the metrics.', 1, 1,
@@ -637,12 +648,16 @@ MIGRATIONS = (
       FROM meta WHERE name = 'created_at'
         ON CONFLICT DO NOTHING;
     """,
-    # Step 14. Links by which users choose a password: one of a user at a time.
+    # Step 14. Links by which users choose a password: one of a user at a time. Where a login came from: of a login in a
+    # browser, the browser's address and not that of the application that exchanged its code.
     """
     CREATE TABLE invitation (
         user_id TEXT PRIMARY KEY REFERENCES account (id) ON DELETE CASCADE, id TEXT NOT NULL UNIQUE,
         handle_sha256 TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL, rights TEXT NOT NULL, created_by TEXT NOT NULL,
         created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+    ALTER TABLE family ADD COLUMN ip_address TEXT NOT NULL DEFAULT '';
+    ALTER TABLE family ADD COLUMN user_agent TEXT NOT NULL DEFAULT '';
+    CREATE INDEX family_address ON family (ip_address) WHERE ip_address <> '';
     """,
 )
 
@@ -720,12 +735,37 @@ LISTED_SESSIONS = f"""
            max(coalesce(account.revoked_before, 0),
                CASE WHEN mad_use = 'admin' THEN 0
                     ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
-           coalesce({FAMILY_REVOKED}, 0) AS family_revoked
+           coalesce({FAMILY_REVOKED}, 0) AS family_revoked, coalesce(family.ip_address, '') AS ip_address,
+           coalesce(family.user_agent, '') AS user_agent
       FROM session
       LEFT JOIN account ON account.id = session.user_id
       LEFT JOIN client ON client.client_id = session.client_id
       LEFT JOIN family ON family.sid = session.sid
 """
+# Whether an access token is alive, as is_session_revoked() says of a listed one. An id begins with its milliseconds.
+SESSION_IS_ALIVE = f"""
+    session.expires_at > :now AND session.revoked_at IS NULL
+    AND substr(session.id, 1, 12) > printf('%012x', max(
+        coalesce((SELECT revoked_before FROM account WHERE account.id = session.user_id), 0),
+        CASE WHEN mad_use = 'admin' THEN 0
+             ELSE coalesce((SELECT revoked_before FROM client WHERE client.client_id = session.client_id),
+                           9223372036854775807) END,
+        coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0)))
+    AND (session.sid IS NULL
+         OR EXISTS (SELECT 1 FROM family WHERE family.sid = session.sid AND NOT {FAMILY_REVOKED}))
+"""
+# What a list of sessions may be narrowed by, beside columns that have an index: parameter -> condition. That of the
+# user lets the index of users find the rows.
+SESSION_FILTERS = {
+    "user_id": "user_id = :user_id", "client_id": "client_id = :client_id", "id": "id = :id",
+    "mad_use": "mad_use = :mad_use",
+    "sid": "sid = :sid AND user_id = (SELECT family.user_id FROM family WHERE family.sid = :sid)",
+    "ip_address": """
+        sid IN (SELECT family.sid FROM family WHERE family.ip_address = :ip_address AND family.ip_address <> '')
+        AND user_id IN (SELECT family.user_id FROM family
+                         WHERE family.ip_address = :ip_address AND family.ip_address <> '')
+    """,
+}
 LISTED_REFRESH_TOKENS = f"""
     SELECT refresh_token.*, username, family.scope AS scope,
            max(account.revoked_before, coalesce(client.revoked_before, 9223372036854775807)) AS dead_before,
@@ -1901,11 +1941,21 @@ class Store(Database):
 
     def list_sessions(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
-        limit: int = 1000, offset: int = 0
+        limit: int = 1000, offset: int = 0, living: bool | None = None, now: int = 0, **more: str | None
     ) -> tuple[list[ListedSession], int]:
-        """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7."""
-        return self.page_of(
-            ListedSession, LISTED_SESSIONS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
+        """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7.
+
+        `living` selects those that are alive at `now`, or those that are not; `more` are `sid`, `mad_use`,
+        `ip_address`.
+        """
+        given = {"id": id, "user_id": user_id, "client_id": client_id} | more
+        given = {name: value for name, value in given.items() if value is not None}
+        conditions = [SESSION_FILTERS[name] for name in given]
+        if living is not None:
+            conditions.append(f"{'' if living else 'NOT'} ({SESSION_IS_ALIVE})")
+        where = " AND ".join(["1 = 1", *conditions])
+        return self.page(
+            ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, now=now, **given
         )
 
     def count_living(self, now: int, longest: int, most: int) -> dict[str, int]:
@@ -2224,6 +2274,25 @@ class Store(Database):
             user_id=user_id, now=now,
         )
 
+    def list_all_browser_sessions(
+        self, now: int, idle: int, user_id: str | None = None, ip_address: str | None = None, limit: int = 1000,
+        offset: int = 0
+    ) -> tuple[list[ListedBrowserSession], int]:
+        """Return the living browser sessions, the last used one first. `idle` is how many seconds one may be unused."""
+        return self.page(
+            ListedBrowserSession,
+            """
+            SELECT browser_session.*, username, id_sha256 AS id
+              FROM browser_session JOIN account ON account.id = user_id
+             WHERE revoked_at IS NULL AND browser_session.expires_at > :now AND last_seen_at + :idle > :now
+               AND created_ms > max(account.revoked_before,
+                   coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
+               AND is_active = 1 AND (:user_id IS NULL OR user_id = :user_id)
+               AND (:ip_address IS NULL OR ip_address = :ip_address)
+            """,
+            "-last_seen_at", limit, offset, now=now, idle=idle, user_id=user_id, ip_address=ip_address,
+        )
+
     def touch_browser_session(self, id_sha256: str, now: int) -> None:
         """Record that a browser session is in use."""
         self.run(
@@ -2321,6 +2390,12 @@ class Store(Database):
             "UPDATE client SET revoked_before = max(revoked_before + 1, :epoch) WHERE id = :id", id=id,
             epoch=self.epoch(now_ms),
         )
+
+    def revoke_everything(self, now_ms: int) -> None:
+        """End everything that was ever issued, on both ports, and every login under way."""
+        with self.transaction(identity=True):
+            self.put_meta("revoked_before", max(self.epoch(now_ms), int(self.meta("revoked_before", "0")) + 1))
+            self.delete_logins()
 
     # -- audit --
 
