@@ -97,7 +97,8 @@ from appliance.base.objects import (
     ScopeMember, ScopeObject, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption,
     SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment,
     TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser,
-    Uri, UriObject, UriVerdict, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    Uri, UriObject, UriVerdict, UserConsentObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso,
+    read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -4348,6 +4349,21 @@ def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: 
         audit(idp, caller, "consent_revoked", client.client_id, f"user_id={account.id}")
 
 
+def revoke_consents(idp: Idp, caller: Caller, client: Client, pause) -> int:
+    """Take back the consents of every user for a client, and end everything issued to it; return how many there were.
+
+    What was issued ends first, at once. The consents go in slices: if that is interrupted, it is to be repeated.
+    """
+    done, deleted = 0, SLICE
+    revoke_client(idp, caller, client.row, "consents_revoked")
+    while deleted == SLICE:
+        with idp.store.transaction():
+            deleted = idp.store.delete_consents(client.row.id, SLICE)
+        done += deleted
+        pause(0.001)
+    return done
+
+
 # -- previews --
 
 
@@ -7255,6 +7271,32 @@ def admin_delete_invitation(idp, claims, params):
     """End an invitation before it is used."""
     delete_invitation(idp, params.caller, params.path["id"])
     return msg("Invitation ended.")
+
+
+@ADMIN(
+    "GET", "/clients/<id>/consents", guard=by_admin, spec=OWN, query=Paged, gives=list[UserConsentObject]
+)
+def admin_list_consents_for_client(idp, claims, params):
+    """List what users consented to for a client, a page at a time."""
+    client = get_client(idp, params.path["id"])
+    rows, total = idp.store.list_consents_for(client.row.id, params.query.limit, params.query.offset)
+    shown = [UserConsentObject(row.id, row.username, row.scope.split(), iso(row.given_at)) for row in rows]
+    return paged_reply(params, shown, total)
+
+
+@ADMIN("DELETE", "/clients/<id>/consents", guard=by_admin, spec=OWN, gives=Msg)
+def admin_revoke_consents_for_client(idp, claims, params):
+    """Take back the consents of every user for a client, and end every token and login of the client."""
+    count = revoke_consents(idp, params.caller, get_client(idp, params.path["id"]), sleep)
+    return msg(f"{count} consents revoked.")
+
+
+@ADMIN("DELETE", "/consents", guard=by_admin, spec=OWN, gives=Msg)
+def admin_revoke_all_consents(idp, claims, params):
+    """Take back every consent of every user, and end every token and login of the clients that had any."""
+    clients = [get_client(idp, id) for id in idp.store.list_clients_with_consents()]
+    count = sum(revoke_consents(idp, params.caller, client, sleep) for client in clients)
+    return msg(f"{count} consents revoked.")
 
 
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)

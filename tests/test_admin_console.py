@@ -373,3 +373,41 @@ class TestWhoIsIn:
         idp.store.run("UPDATE browser_session SET last_seen_at = last_seen_at - :idle",
                       idle=idp.options.session_idle_expiration)
         assert call("GET", "/browser-sessions").json == []
+
+
+class TestConsentsOfAll:
+    @pytest.fixture
+    def agreed(self, idp, alice, new_user, new_client):
+        """Two third parties to which people agreed, and one to which nobody did."""
+        bob = new_user("bob")
+        for name, users in (("one", (alice, bob)), ("two", (alice,)), ("three", ())):
+            new_client(name, is_first_party=False)
+            for user in users:
+                m.give_consent(idp, m.LOCAL, user.account, m.get_client(idp, name), ["openid", "email"])
+
+    def consents(self, call):
+        return {name: len(call("GET", f"/clients/{name}/consents").json) for name in ("one", "two", "three")}
+
+    def test_those_for_a_client_are_listed_a_page_at_a_time(self, call, agreed, alice):
+        rows = call("GET", "/clients/one/consents").json
+        assert {row["username"] for row in rows} == {"alice", "bob"} and rows[0]["scopes"] == ["email", "openid"]
+        page = call("GET", "/clients/one/consents?limit=1")
+        assert len(page.json) == 1 and page.headers["x-total-count"] == "2" and "rel=\"next\"" in page.headers["link"]
+        assert call("GET", "/clients/nobody/consents").status == 404
+
+    def test_those_for_one_client_go_with_what_was_issued_to_it(self, idp, call, agreed, alice, monkeypatch):
+        monkeypatch.setattr(m, "SLICE", 1)
+        before = {name: m.get_client(idp, name).row.revoked_before for name in ("one", "two")}
+        answer = call("DELETE", "/clients/one/consents")
+        assert answer.json["message"] == "2 consents revoked." and self.consents(call) == {"one": 0, "two": 1, "three": 0}
+        assert m.get_client(idp, "one").row.revoked_before > before["one"]
+        assert m.get_client(idp, "two").row.revoked_before == before["two"]
+        request = m.AuthorizeRequest("one", "", scope="openid email")
+        assert m.lacks_consent(idp, m.get_client(idp, "one"), alice.account, request)
+
+    def test_those_for_every_client(self, idp, call, agreed):
+        three = m.get_client(idp, "three").row.revoked_before
+        assert call("DELETE", "/consents").json["message"] == "3 consents revoked."
+        assert self.consents(call) == {"one": 0, "two": 0, "three": 0}
+        assert m.get_client(idp, "three").row.revoked_before == three, "nothing was issued there on a consent"
+        assert call("DELETE", "/consents").json["message"] == "0 consents revoked."

@@ -233,6 +233,7 @@ class TestEveryChangeLeavesARow:
         "POST /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
         "DELETE /users/<id>/scopes/<scope_id>": ("/users/alice/scopes/api:read", None),
         "DELETE /users/<id>/consents/<client_id>": ("/users/alice/consents/spa", None),
+        "DELETE /clients/<id>/consents": ("/clients/spa/consents", None), "DELETE /consents": ("/consents", None),
         "POST /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": ["api:secret"]}),
         "DELETE /clients/<id>/scopes/<scope_id>": ("/clients/service/scopes/api:read", None),
         "POST /scopes/assign-to-user": ("/scopes/assign-to-user", {"user_id": "carol", "scope_id": "api:read"}),

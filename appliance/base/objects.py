@@ -779,6 +779,15 @@ class ConsentObject(msgspec.Struct):
     given_at: str
 
 
+class UserConsentObject(msgspec.Struct):
+    """What a user allowed one client: scopes, and since when."""
+
+    user_id: str
+    username: str
+    scopes: list[str]
+    given_at: str
+
+
 class ClientObject(msgspec.Struct):
     """`client_secret` is present only if the server has just generated it."""
 

@@ -368,6 +368,15 @@ class ListedConsent(Record, frozen=True):
     given_at: int
 
 
+class ClientConsent(Record, frozen=True):
+    """What a user allowed one client. `id` is the id of the user."""
+
+    id: str
+    username: str
+    scope: str
+    given_at: int
+
+
 class AuditRow(Record, frozen=True):
     """A row of the audit log. `row_sha256` is chain() over it and the row before it."""
 
@@ -2177,6 +2186,33 @@ class Store(Database):
              ORDER BY client.client_id
             """,
             user_id=user_id, deleted=DELETED,
+        )
+
+    def list_consents_for(self, client_id: str, limit: int = 1000, offset: int = 0) -> tuple[list[ClientConsent], int]:
+        """Return what users consented to for a client, by its internal id, in the order of their ids."""
+        return self.page(
+            ClientConsent,
+            """
+            SELECT user_id AS id, username, scope, given_at
+              FROM consent JOIN account ON account.id = user_id
+             WHERE client_id = :client_id AND username <> :deleted || account.id
+            """,
+            "id", limit, offset, client_id=client_id, deleted=DELETED,
+        )
+
+    def list_clients_with_consents(self) -> list[str]:
+        """Return the internal ids of the clients for which a user has consented to anything."""
+        return self.values("SELECT id FROM client WHERE id IN (SELECT client_id FROM consent)")
+
+    def delete_consents(self, client_id: str, limit: int) -> int:
+        """Delete up to `limit` consents for a client, by its internal id. Return how many."""
+        return self.run(
+            """
+            DELETE FROM consent
+             WHERE client_id = :client_id
+               AND user_id IN (SELECT user_id FROM consent WHERE client_id = :client_id LIMIT :limit)
+            """,
+            client_id=client_id, limit=limit,
         )
 
     def delete_consent(self, user_id: str, client_id: str) -> bool:
