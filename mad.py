@@ -495,6 +495,11 @@ def _without_none(**members) -> dict:
     return {name: value for name, value in members.items() if value is not None}
 
 
+def _flag(value: bool | None) -> str | None:
+    """Return a flag as a query carries it."""
+    return None if value is None else str(value).lower()
+
+
 def is_uuid(text: str) -> bool:
     """Whether `text` is an id as the server generates them, and not a name."""
     parts = text.split("-")
@@ -922,13 +927,24 @@ class MadClient(ApiClient):
             username=username, email=email, password=password, email_verified=email_verified))
 
     @paged_list(*SEARCH_PARAMS)
-    def list_users(self, is_active: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
-        """GET /users. Return [User]. `is_active`: "true" (when None), "false" or "all"."""
-        return self.pages("/users", _without_none(is_active=is_active), **search)
+    def list_users(self, is_active: str | None = None, is_admin: bool | None = None, locked: bool | None = None,
+                   totp: bool | None = None, role: str | None = None, unused_since: str | None = None,
+                   **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
+        """GET /users. Return [User]. `is_active`: "true" (when None), "false" or "all".
+
+        `unused_since` is a date-time: those who did not log in since then.
+        """
+        return self.pages("/users", _without_none(
+            is_active=is_active, is_admin=_flag(is_admin), locked=_flag(locked), totp=_flag(totp), role=role,
+            unused_since=unused_since), **search)
 
     def get_user(self, id: str) -> dict:
         """GET /users/{id}. Return User."""
         return self.request("GET", _path("users", id))
+
+    def make_recovery_codes(self, id: str) -> dict:
+        """POST /users/{id}/recovery-codes. Return {recovery_codes}, which cannot be read again; others are void."""
+        return self.request("POST", _path("users", id, "recovery-codes"))
 
     def update_user(self, id: str, username: str | None = None, email: str | None = None,
                     is_active: bool | None = None) -> dict:
@@ -956,9 +972,10 @@ class MadClient(ApiClient):
         """DELETE /users/{id}. Return Msg. This cannot be undone."""
         return self.request("DELETE", _path("users", id))
 
-    def set_lockout(self, id: str, lockout_until: str) -> dict:
+    def set_lockout(self, id: str, lockout_until: str, reason: str | None = None) -> dict:
         """POST /users/{id}/set-lockout. Return Msg. `lockout_until` is ISO 8601 in UTC; 9999 is for ever."""
-        return self.request("POST", _path("users", id, "set-lockout"), json={"lockout_until": lockout_until})
+        return self.request("POST", _path("users", id, "set-lockout"),
+                            json=_without_none(lockout_until=lockout_until, reason=reason))
 
     def clear_lockout(self, id: str) -> dict:
         """POST /users/{id}/clear-lockout. Return Msg."""
@@ -1228,9 +1245,11 @@ class MadClient(ApiClient):
             allow_http_redirects=allow_http_redirects, allow_short_schemes=allow_short_schemes))
 
     @paged_list(*SEARCH_PARAMS)
-    def list_clients(self, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
-        """GET /clients. Return [Client]."""
-        return self.pages("/clients", **search)
+    def list_clients(self, client_type: str | None = None, is_active: bool | None = None,
+                     grant_type: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
+        """GET /clients. Return [Client], filtered by what is given."""
+        return self.pages("/clients", _without_none(
+            client_type=client_type, is_active=_flag(is_active), grant_type=grant_type), **search)
 
     def get_client(self, id: str) -> dict:
         """GET /clients/{id}. Return Client."""
@@ -1399,7 +1418,7 @@ class MadClient(ApiClient):
         `living` selects those that are alive or are not, `mad_use` those of auth or admin, `sid` those of a login.
         """
         return self.pages("/sessions", _without_none(
-            user_id=user_id, client_id=client_id, living=None if living is None else str(living).lower(),
+            user_id=user_id, client_id=client_id, living=_flag(living),
             ip_address=ip_address, mad_use=mad_use, sid=sid), **search)
 
     @paged_list(*PAGE_PARAMS)
@@ -3126,6 +3145,10 @@ def user_totp_enroll(context: Context, client: MadClient, id: str, client_id: st
     return answer
 
 
+def render_codes(answer: dict) -> list[str]:
+    return [printable(code) for code in answer.get("recovery_codes") or ()]
+
+
 def render_enrolment(answer: dict) -> list[str]:
     return ["otpauth URI, shown this once: " + printable(answer["otpauth_uri"]),
             "secret, shown this once: " + printable(answer.get("secret"))]
@@ -3383,7 +3406,8 @@ NEW_SECRET = Option("secret", "better from stdin: an argument is visible to ever
                     stdin="secret-stdin")
 
 USER_FIELDS = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until",
-                     "created_at")
+                     "lockout_reason", "lockout_by", "totp_locked_until", "recovery_codes_left", "is_admin", "roles",
+                     "last_login_at", "created_at")
 ROLE_FIELDS = fields("id", "name", "description", "is_protected", "is_privileged")
 ROLE_TABLE = table("roles", "id", "name", "is_protected", "description")
 PERMISSION_TABLE = table("permissions", "id", "name")
@@ -3391,7 +3415,8 @@ SCOPE_FIELDS = fields("id", "name", "description=desc", "created_at", "is_active
 SCOPE_TABLE = table("scopes", "id", "name", "description=desc")
 CLIENT_FIELDS = fields("id", "client_id", "display_name", "audience", "client_type", "grant_types", "scopes",
                        "may_introspect", "is_first_party", "allow_http_redirects", "allow_short_schemes",
-                       "access_token_signed_alg", "id_token_signed_response_alg", "is_active", "created_at")
+                       "access_token_signed_alg", "id_token_signed_response_alg", "is_active", "created_at",
+                       "last_token_at")
 USER_TABLE = table("users", "id", "username", "email", "is_active")
 CLIENT_TABLE = table("clients", "id", "client_id", "is_active", "display_name")
 REDIRECT_URI_TABLE = table("redirect URIs", "id", "redirect_uri")
@@ -3515,6 +3540,11 @@ COMMANDS = (
         "mad user create --username bob --user-email bob@example.org --password-stdin < password.txt"),
     Command("user list", "list the users", MadClient.list_users, (
         Option("is-active", "those who may log in (true), those who may not, or all", choices=("true", "false", "all")),
+        Option("is-admin", "only administrators (true), or all others", "flag"),
+        Option("locked", "only who is locked out now (true), or is not", "flag"),
+        Option("totp", "only who has a second factor (true), or has none", "flag"),
+        Option("role", "only who has this role", metavar="ID|NAME"),
+        Option("unused-since", "only who did not log in since then", "moment"),
     ), USER_TABLE, "mad user list --is-active all --q example.org --sort -created_at"),
     Command("user get", "show a user", MadClient.get_user, (ID_OF_USER,), USER_FIELDS, "mad user get --id bob"),
     Command("user update", "change name, e-mail or state of a user", MadClient.update_user, (
@@ -3572,6 +3602,7 @@ COMMANDS = (
     Command("user set-lockout", "lock a user out for a time", MadClient.set_lockout, (
         ID_OF_USER, Option("until", "ISO 8601 date-time, in UTC unless it says otherwise, or permanent", "lockout",
                            required=True, dest="lockout_until"),
+        Option("reason", "why, for other administrators", metavar="TEXT"),
     ), render_message, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z"),
     Command("user clear-lockout", "end the lockout of a user", MadClient.clear_lockout, (ID_OF_USER,), render_message,
             "mad user clear-lockout --id bob"),
@@ -3588,6 +3619,9 @@ COMMANDS = (
     Command("user totp-verify", "confirm a second factor with its first code", MadClient.verify_totp, (
         USER_ID, OPTIONAL_CLIENT_ID, Option("code", "the six digits", required=True),
     ), render_message, "mad user totp-verify --user-id bob --code 123456"),
+    Command("user recovery-codes", "make new recovery codes for a user, and show them once",
+            MadClient.make_recovery_codes, (ID_OF_USER,), render_codes, "mad user recovery-codes --id bob",
+            quiet=render_codes),
     Command("user disable-totp", "remove the second factor of a user", MadClient.disable_totp,
             (USER_ID, OPTIONAL_CLIENT_ID), render_message, "mad user disable-totp --user-id bob", confirm_by=""),
 
@@ -3659,7 +3693,11 @@ COMMANDS = (
         *URI_SWITCHES, *SERVER_OPTIONS,
     ), with_client_secret(line_template("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", without_client=True),
-    Command("client list", "list the clients", MadClient.list_clients, (), CLIENT_TABLE, "mad client list"),
+    Command("client list", "list the clients", MadClient.list_clients, (
+        Option("client-type", "only those of this type", choices=("confidential", "public")),
+        Option("is-active", "only those that may get tokens (true), or may not", "flag"),
+        Option("grant-type", "only those that may use this grant", metavar="GRANT"),
+    ), CLIENT_TABLE, "mad client list --grant-type password"),
     Command("client get", "show a client", MadClient.get_client, (ID_OF_CLIENT,), CLIENT_FIELDS,
             "mad client get --id sensor"),
     Command("client update", "change a client", client_update, (

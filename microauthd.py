@@ -93,12 +93,12 @@ from appliance.base.objects import (
     ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation,
     OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping,
     PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp,
-    ReadHistory, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN,
-    ScopeMember, ScopeObject, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption,
-    SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment,
-    TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser,
-    Uri, UriObject, UriVerdict, UserConsentObject, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso,
-    read_time,
+    REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
+    RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails,
+    SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm,
+    TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient,
+    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails,
+    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -1464,7 +1464,7 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
     codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
     with idp.store.transaction():
         idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
-        audit(idp, caller.acting_as(user_id), "recovery_codes_made", user_id)
+        audit(idp, caller, "recovery_codes_made", user_id)
     return ["-".join(re.findall("....", code)) for code in codes]
 
 
@@ -1578,16 +1578,18 @@ def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, rights: 
     return account
 
 
-def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
-    """Lock a user out until a time and revoke everything issued to it, or clear the lockout."""
-    until = read_lockout(idp, value)
+def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None, reason=""):
+    """Lock a user out until a time, for a reason, and revoke everything issued to it, or clear the lockout."""
+    until, reason = read_lockout(idp, value), reason.strip()
+    is_good = reason.isprintable() and len(reason) <= REASON_MAX
+    reject(reason="" if is_good else f"must be at most {REASON_MAX} printable characters")
     with idp.store.transaction():
         account = get_user(idp, id)
         if until:
             forbid_removing_last_admin(idp, account.id)
-            idp.store.set_lockout(account.id, until, idp.now())
+            idp.store.set_lockout(account.id, until, idp.now(), reason, caller.actor)
             idp.counters.add(LOCKOUTS, "administrator")
-            revoke_user(idp, caller, account.id, "admin.lockout.set", iso(until))
+            revoke_user(idp, caller, account.id, "admin.lockout.set", f"{iso(until)} {reason}".rstrip())
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
             audit(idp, caller, "admin.lockout.clear", account.id)
@@ -2698,6 +2700,8 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
                     revoke_client(idp, caller, row, "client_revoked")
+                if "client_id" in changes:
+                    idp.store.forget_use(row.client_id)
                 row = msgspec.structs.replace(row, **changes, modified_at=idp.now())
                 idp.store.update_client(row)
                 names = {"grant_types" if name == "are_grants_named" else name for name in changes}
@@ -2714,6 +2718,7 @@ def delete_client(idp: Idp, caller: Caller, id: str):
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         revoke_client(idp, caller, row, "delete_client", row.id)
+        idp.store.forget_use(row.client_id)
         idp.store.delete_client(row.id)
 
 
@@ -3670,6 +3675,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
             action = "refresh_token_used" if granted.spends else "user_token_issued"
             detail = f"jti={jti};retry=true" if retried else f"jti={jti}"
             audit(idp, caller.acting_as(account.id), action, row.client_id, detail)
+            idp.store.note_use(row.client_id, now)
             # Mint inside the transaction: if signing failed after the commit, the client would have lost its
             # code or refresh token and got no token.
             claims |= person_claims(idp, client, granted, family.sid)
@@ -4258,7 +4264,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
         audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
-        codes = make_recovery_codes(idp, caller, account.id)
+        codes = make_recovery_codes(idp, caller.acting_as(account.id), account.id)
     remove_qr_files(idp)
     return login, codes
 
@@ -5562,9 +5568,9 @@ def user_object(account: Account) -> UserObject:
     )
 
 
-def rows_of_users(idp: Idp, query: ListUsers) -> tuple[list, int]:
+def rows_of_users(idp: Idp, query: ListUsers, **more) -> tuple[list, int]:
     is_active = {"true": 1, "false": 0, "all": None}[query.is_active]
-    return idp.store.list_accounts(fold(query.q), is_active, query.sort, query.limit, query.offset)
+    return idp.store.list_accounts(fold(query.q), is_active, query.sort, query.limit, query.offset, **more)
 
 
 # == AUTH endpoints ============================================================
@@ -6856,7 +6862,7 @@ def confirm_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
     confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip(), revoke=False)
-    recovery = make_recovery_codes(idp, params.caller, account.id)
+    recovery = make_recovery_codes(idp, params.caller.acting_as(account.id), account.id)
     return show_account(idp, params, session, account, notice="totp_on", recovery=recovery)
 
 
@@ -6870,7 +6876,8 @@ def renew_own_codes(idp, params, session, account):
     if not account.totp_sealed:
         raise Problem("invalid_request", log="recovery codes without a second factor")
     reauthenticate(idp, params, account)
-    return show_account(idp, params, session, account, recovery=make_recovery_codes(idp, params.caller, account.id))
+    recovery = make_recovery_codes(idp, params.caller.acting_as(account.id), account.id)
+    return show_account(idp, params, session, account, recovery=recovery)
 
 
 ACCOUNT_CHANGES = {
@@ -7099,7 +7106,7 @@ class Resource(msgspec.Struct, frozen=True):
     """What the routes of one kind of record need: its representation and the services on it."""
 
     name: str  # singular; its plural is the path
-    show: Callable  # (record): its representation
+    show: Callable  # (idp, records): their representations
     gives: Any  # the type of the representation
     query: type  # the parameters of the list
     rows: Callable  # (idp, query): the records of a page, and the number of all
@@ -7120,26 +7127,29 @@ def declare_resource(resource: Resource, *sentences: str):
     page = list[gives]  # type: ignore[valid-type]
     all_, one = f"/{kind}s", f"/{kind}s/<id>"
 
+    def show(idp, record):
+        return resource.show(idp, [record])[0]
+
     def shown(idp, params):
-        return resource.show(resource.get(idp, params.path["id"]))
+        return show(idp, resource.get(idp, params.path["id"]))
 
     def create(idp, claims, params):
         assert resource.create
-        return resource.show(resource.create(idp, params.caller, params.body))
+        return show(idp, resource.create(idp, params.caller, params.body))
 
     def list_(idp, claims, params):
         rows, total = resource.rows(idp, params.query)
-        return paged_reply(params, [resource.show(row) for row in rows], total)
+        return paged_reply(params, resource.show(idp, rows), total)
 
     def get(idp, claims, params):
         return shown(idp, params)
 
     def id_(idp, claims, params):
-        return Found(resource.show(resource.get(idp, params.path["name"])).id)
+        return Found(show(idp, resource.get(idp, params.path["name"])).id)
 
     def update(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
-            return resource.show(resource.update(idp, params.caller, params.path["id"], params.body))
+            return show(idp, resource.update(idp, params.caller, params.path["id"], params.body))
 
     def delete(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
@@ -7161,6 +7171,11 @@ def declare_resource(resource: Resource, *sentences: str):
         ADMIN(method, path, guard=by_admin, spec=OWN, **more)(handler)
 
 
+def each(show: Callable) -> Callable:
+    """Return the `show` of a resource whose records are represented one by one."""
+    return lambda idp, records: [show(record) for record in records]
+
+
 def rows_by_name(list_rows: str) -> Callable:
     """Return the `rows` of a resource whose list takes no parameters of its own."""
     return lambda idp, query: getattr(idp.store, list_rows)(query.q, query.sort, query.limit, query.offset)
@@ -7169,13 +7184,56 @@ def rows_by_name(list_rows: str) -> Callable:
 # -- users --
 
 
+def read_moment(value, member, default) -> int:
+    moment = default if value in (None, "") else read_time(value)
+    if moment is None:
+        reject(**{member: "must be an ISO 8601 date-time or Unix seconds"})
+    assert moment is not None
+    return moment
+
+
+def name_of_actor(idp: Idp, actor: str) -> str:
+    """Return the user name of an actor of the audit log, or the actor itself if that is no user."""
+    account = idp.store.find_account(actor) if actor else None
+    return account.username if account else actor
+
+
+def show_users(idp: Idp, accounts: list[Account]) -> list[UserDetails]:
+    """Return users as ADMIN shows them, with their roles, by one query for all."""
+    details: dict[str, list] = {account.id: [] for account in accounts}
+    for row in idp.store.describe_users(details):
+        details[row.user_id].append(row)
+    shown = []
+    for account in accounts:
+        rows = details[account.id]
+        roles = [row.role for row in rows if row.role]
+        shown.append(
+            UserDetails(
+                **msgspec.structs.asdict(user_object(account)), last_login_at=iso(account.last_login_at),
+                is_admin=MAD_ADMIN_ROLE_NAME in roles, roles=roles, totp_locked_until=iso(account.totp_locked_until),
+                lockout_reason=account.lockout_reason, lockout_by=name_of_actor(idp, account.lockout_by),
+                recovery_codes_left=sum(row.codes for row in rows),
+            )
+        )
+    return shown
+
+
+def search_users(idp: Idp, query: SearchUsers) -> tuple[list, int]:
+    unused_since = read_moment(query.unused_since, "unused_since", 0) or None
+    role_id = get_role(idp, query.role).id if query.role else None
+    return rows_of_users(
+        idp, query, is_admin=query.is_admin, locked=query.locked, totp=query.totp, role_id=role_id,
+        unused_since=unused_since, now=idp.now(),
+    )
+
+
 declare_resource(
     Resource(
-        "user", show=user_object, gives=UserObject, query=ListUsers, rows=rows_of_users, get=get_user,
+        "user", show=show_users, gives=UserDetails, query=SearchUsers, rows=search_users, get=get_user,
         create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
     ),
     "Create a user.",
-    "List the active users, or those that `is_active` selects, filtered by `q`, a page at a time.",
+    "List the active users, or those that `is_active` selects, filtered by `q` and what they have, a page at a time.",
     "Return one user, by id or name.",
     "Return the id of a user name.",
     "Change the members of a user that are sent; an id in the body is ignored. Honours If-Match.",
@@ -7214,7 +7272,7 @@ def admin_reset_password(idp, claims, params):
 @ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
 def admin_set_lockout(idp, claims, params):
     """Lock a user out until a time, and end every login of the user; null or the year 1 clears every lockout."""
-    set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until)
+    set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until, params.body.reason)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
@@ -7345,11 +7403,20 @@ def admin_generate_totp(idp, claims, params):
     return TotpQr(True, name, name)
 
 
-@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=Msg)
+@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=TotpConfirmed)
 def admin_confirm_totp(idp, claims, params):
-    """Enable a new second factor by its first code; 403 if the code is wrong."""
-    confirm_totp(idp, params.caller, get_user(idp, params.path["id"]), params.body.code)
-    return msg("Second factor enabled.")
+    """Enable a new second factor by its first code, and return recovery codes once; 403 if the code is wrong."""
+    account = get_user(idp, params.path["id"])
+    confirm_totp(idp, params.caller, account, params.body.code)
+    return TotpConfirmed(True, "Second factor enabled.", make_recovery_codes(idp, params.caller, account.id))
+
+
+@ADMIN("POST", "/users/<id>/recovery-codes", guard=by_admin, spec="recovery codes", gives=RecoveryCodes)
+def admin_make_recovery_codes(idp, claims, params):
+    """Make new recovery codes for a user who has a second factor, and return them once; the earlier ones are void."""
+    account = get_user(idp, params.path["id"])
+    reject(id="" if account.totp_sealed else "has no second factor")
+    return RecoveryCodes(make_recovery_codes(idp, params.caller, account.id))
 
 
 @ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg)
@@ -7386,7 +7453,8 @@ def role_object(role: Role) -> RoleObject:
 
 declare_resource(
     Resource(
-        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=rows_by_name("list_roles"), get=get_role,
+        "role", show=each(role_object), gives=RoleObject, query=ListNamed,
+        rows=rows_by_name("list_roles"), get=get_role,
         create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
     ),
     "Create a role.",
@@ -7438,14 +7506,14 @@ def admin_set_roles(idp, claims, params):
     return msg("Roles set.")
 
 
-@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserDetails])
 def admin_list_users_of_role(idp, claims, params):
     """List the users who have a role, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return paged_reply(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, show_users(idp, rows), total)
 
 
 # -- permissions --
@@ -7457,7 +7525,7 @@ def name_ref(row: Permission) -> NameRef:
 
 declare_resource(
     Resource(
-        "permission", show=name_ref, gives=NameRef, query=ListNamed,
+        "permission", show=each(name_ref), gives=NameRef, query=ListNamed,
         rows=rows_by_name("list_permissions"), get=get_permission, create=create_permission,
         takes=CreatePermission, update=update_permission, changes=UpdatePermission, delete=delete_permission,
     ),
@@ -7540,7 +7608,8 @@ def scope_object(scope: Scope) -> ScopeObject:
 
 declare_resource(
     Resource(
-        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=rows_by_name("list_scopes"), get=get_scope,
+        "scope", show=each(scope_object), gives=ScopeObject, query=ListNamed,
+        rows=rows_by_name("list_scopes"), get=get_scope,
         create=create_scope, takes=CreateScope, update=update_scope, changes=UpdateScope, delete=delete_scope,
     ),
     "Create a scope.",
@@ -7619,24 +7688,29 @@ def admin_remove_scope_from(idp, claims, params):
     return msg("Scope removed.")
 
 
-@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserDetails])
 def admin_list_users_with_scope(idp, claims, params):
     """List the users who may be granted a scope, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return paged_reply(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, show_users(idp, rows), total)
 
 
-def client_object(client: Client, secret="") -> ClientObject:
+def client_object(idp: Idp, client: Client, secret="") -> ClientObject:
     row = client.row
     return ClientObject(
         row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience,
         row.client_type, client.grant_types, bool(row.may_introspect), bool(row.is_first_party),
         bool(row.allow_http_redirects), bool(row.allow_short_schemes),
-        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
+        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes),
+        iso(idp.store.last_token_at(row.client_id)), secret or UNSET,
     )
+
+
+def show_clients(idp: Idp, clients: list[Client]) -> list[ClientObject]:
+    return [client_object(idp, client) for client in clients]
 
 
 @ADMIN("GET", "/scopes/<id>/clients", guard=by_admin, spec=OWN, query=Paged, gives=list[ClientObject])
@@ -7645,26 +7719,29 @@ def admin_list_clients_with_scope(idp, claims, params):
     rows, total = idp.store.list_clients(
         scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
     )
-    return paged_reply(params, [client_object(get_client(idp, row.id)) for row in rows], total)
+    return paged_reply(params, show_clients(idp, [get_client(idp, row.id) for row in rows]), total)
 
 
 # -- clients --
 
 
 def rows_of_clients(idp: Idp, query) -> tuple[list, int]:
-    rows, total = idp.store.list_clients(query.q, query.sort, query.limit, query.offset)
+    rows, total = idp.store.list_clients(
+        query.q, query.sort, query.limit, query.offset, client_type=query.client_type, is_active=query.is_active,
+        grant_type=query.grant_type,
+    )
     return [get_client(idp, row.id) for row in rows], total
 
 
 @ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
     """Register a client; only this answer shows a secret that was made for it."""
-    return client_object(*create_client(idp, params.caller, params.body))
+    return client_object(idp, *create_client(idp, params.caller, params.body))
 
 
 declare_resource(
     Resource(
-        "client", show=client_object, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
+        "client", show=show_clients, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
         update=update_client, changes=UpdateClient, delete=delete_client,
     ),
     "List the clients by display name, filtered by `q`, a page at a time.",
@@ -8070,14 +8147,6 @@ def audit_object(row: AuditRow) -> AuditObject:
         str(row.seq), row.actor_id, row.action, row.secondary, row.target, iso(row.at), row.ip_address, row.user_agent,
         row.request_id, row.result, row.row_sha256, row.actor_id, row.ip_address,
     )
-
-
-def read_moment(value, member, default) -> int:
-    moment = default if value in (None, "") else read_time(value)
-    if moment is None:
-        reject(**{member: "must be an ISO 8601 date-time or Unix seconds"})
-    assert moment is not None
-    return moment
 
 
 @ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])

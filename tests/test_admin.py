@@ -247,7 +247,10 @@ class TestUsers:
         assert made.status == 200 and made.json == call("GET", f"/users/{made.json['id']}").json
         assert set(made.json) == {
             "id", "username", "email", "created_at", "lockout_until", "is_active", "email_verified", "totp_enabled",
+            "last_login_at", "is_admin", "roles", "totp_locked_until", "lockout_reason", "lockout_by",
+            "recovery_codes_left",
         }
+        assert (made.json["roles"], made.json["is_admin"]) == ([], False)
         assert (
             made.json["username"], made.json["email"], made.json["is_active"], made.json["email_verified"],
             made.json["totp_enabled"], made.json["lockout_until"],

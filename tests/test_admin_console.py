@@ -1,6 +1,7 @@
 """What a console asks of ADMIN besides the nouns: checks before a change, previews, invitations, and what lists say."""
 
 import microauthd as m
+import pyotp
 import pytest
 from conftest import SECRETS, Caller
 from appliance.base.objects import ChangeSecret
@@ -411,3 +412,136 @@ class TestConsentsOfAll:
         assert self.consents(call) == {"one": 0, "two": 0, "three": 0}
         assert m.get_client(idp, "three").row.revoked_before == three, "nothing was issued there on a consent"
         assert call("DELETE", "/consents").json["message"] == "0 consents revoked."
+
+
+class TestWhatAListSaysOfUsers:
+    @pytest.fixture
+    def crowd(self, idp, call, new_user, give_totp, clock):
+        """Users who differ in what the filters ask for."""
+        for name in ("admin", "ops", "locked", "code", "factor", "asleep"):
+            new_user(name)
+        call("POST", "/roles", {"name": "operators"})
+        call("POST", "/roles/assign", {"user_id": "admin", "role_id": "MadAdmin"})
+        for name in ("ops", "admin"):
+            call("POST", "/roles/assign", {"user_id": name, "role_id": "operators"})
+        call("POST", "/users/locked/set-lockout", {"lockout_until": "9999-12-31T23:59:59Z", "reason": " stolen phone "})
+        account = m.get_user(idp, "factor")
+        give_totp(idp, account)
+        m.make_recovery_codes(idp, m.LOCAL, account.id)
+        idp.store.run("UPDATE account SET last_login_at = :now WHERE username <> 'asleep'", now=idp.now())
+        idp.store.run("UPDATE account SET totp_locked_until = :at WHERE username = 'code'", at=idp.now() + 60)
+
+    def test_its_members(self, call, crowd, idp):
+        factor, locked, admin = (call("GET", f"/users/{name}").json for name in ("factor", "locked", "admin"))
+        assert (factor["recovery_codes_left"], factor["totp_enabled"], factor["roles"]) == (10, True, [])
+        assert (locked["lockout_reason"], locked["lockout_by"]) == ("stolen phone", "root")
+        assert (admin["is_admin"], admin["roles"]) == (True, ["MadAdmin", "operators"])
+        assert admin["last_login_at"] == m.iso(idp.now()) and call("GET", "/users/asleep").json["last_login_at"] is None
+        assert call("GET", "/users/code").json["totp_locked_until"] == m.iso(idp.now() + 60)
+        assert {row["username"]: row for row in call("GET", "/users").json}["admin"] == admin
+        assert call("GET", "/roles/operators/users").json[0] == admin
+
+    @pytest.mark.parametrize(
+        "query, names",
+        [
+            ("is_admin=true", "admin root"), ("is_admin=false", "asleep code factor locked ops"),
+            ("locked=true", "code locked"), ("locked=false", "admin asleep factor ops root"),
+            ("totp=true", "factor"), ("totp=false&is_admin=true", "admin root"), ("role=operators", "admin ops"),
+            ("role=operators&q=op", "ops"), ("unused_since=2020-01-01", "asleep"),
+            ("unused_since=2999-01-01T00:00:00Z", "admin asleep code factor locked ops root"), ("unused_since=", ""),
+        ],
+    )
+    def test_its_filters(self, call, crowd, query, names):
+        page = call("GET", f"/users?{query}")
+        names = names or "admin asleep code factor locked ops root"
+        assert page.status == 200 and [row["username"] for row in page.json] == names.split()
+        assert page.headers["x-total-count"] == str(len(page.json))
+
+    @pytest.mark.parametrize(
+        "query, status", [("locked=2", 400), ("totp=x", 400), ("unused_since=soon", 400), ("role=nobody", 404)]
+    )
+    def test_nonsense_is_refused(self, call, query, status):
+        assert call("GET", f"/users?{query}").status == status
+
+    def test_a_delegated_caller_learns_none_of_it(self, auth, new_client, crowd):
+        client = new_client("desk", scopes=["admin:list_users", "admin:read_user"])
+        token = auth.post("/token", {"grant_type": "client_credentials"}, auth=client).json["access_token"]
+        for row in (*auth.get("/users?is_admin=true", bearer=token).json, auth.get("/user/ops", bearer=token).json):
+            assert not {"roles", "is_admin", "lockout_reason", "last_login_at"} & row.keys()
+        assert len(auth.get("/users?is_admin=true", bearer=token).json) == 7, "no such filter there"
+
+    def test_a_lockout_has_a_reason_of_its_own_only(self, idp, call, crowd, clock, auth, service):
+        assert call("POST", "/users/locked/clear-lockout").status == 200
+        row = call("GET", "/users/locked").json
+        assert (row["lockout_until"], row["lockout_reason"], row["lockout_by"]) == (None, "", "")
+        call("POST", "/users/locked/set-lockout", {"lockout_until": idp.now() + 60, "reason": "for a minute"})
+        clock.pass_(61)
+        body = {"grant_type": "password", "username": "locked", "password": "wrong wrong"}
+        for _ in range(idp.options.max_login_failures):
+            auth.post("/token", body, auth=service)
+        row = idp.store.find_account_by_name("locked")
+        assert row.lockout_until > idp.now() and (row.lockout_reason, row.lockout_by) == ("", "")
+
+    @pytest.mark.parametrize("reason", ["x" * 201, "a\nb", "\u202eabc"])
+    def test_a_reason_that_could_not_be_shown_is_refused(self, call, alice, reason):
+        body = {"lockout_until": "9999-12-31T23:59:59Z", "reason": reason}
+        assert list(errors_of(call("POST", "/users/alice/set-lockout", body))) == ["reason"]
+
+
+class TestRecoveryCodesByAnAdministrator:
+    def test_confirming_a_second_factor_shows_codes_that_work(self, idp, call, alice):
+        seed = call("POST", "/users/alice/totp/enroll", {}).json["secret"]
+        SECRETS.add(seed)
+        codes = call("POST", "/users/alice/totp/verify", {"code": pyotp.TOTP(seed).at(idp.now())}).json["recovery_codes"]
+        SECRETS.update(codes)
+        assert len(codes) == 10 and call("GET", "/users/alice").json["recovery_codes_left"] == 10
+        assert idp.store.spend_recovery_code(alice.id, m.sha256(m.fold_recovery_code(codes[0])), idp.now())
+        assert call("GET", "/users/alice").json["recovery_codes_left"] == 9
+        again = call("POST", "/users/alice/recovery-codes").json["recovery_codes"]
+        SECRETS.update(again)
+        assert not idp.store.spend_recovery_code(alice.id, m.sha256(m.fold_recovery_code(codes[1])), idp.now())
+
+    def test_without_a_second_factor_there_are_none(self, call, alice):
+        assert list(errors_of(call("POST", "/users/alice/recovery-codes"))) == ["id"]
+        assert call("POST", "/users/nobody/recovery-codes").status == 404
+
+
+class TestWhatAListSaysOfClients:
+    def test_when_a_client_got_a_token_last_is_known_within_a_minute(self, idp, call, auth, service, alice, log_in, clock):
+        last = lambda: call("GET", "/clients/service").json["last_token_at"]  # noqa: E731
+        assert last() is None
+        auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
+        idp.store.flush()
+        first = m.iso(idp.now())
+        assert last() == first
+        clock.pass_(59)
+        log_in(alice)
+        assert last() == first, "not a write for each token"
+        clock.pass_(1)
+        log_in(alice)
+        assert last() == m.iso(idp.now())
+
+    @pytest.mark.parametrize("method, path, body", [("DELETE", "", None), ("PUT", "", {"client_id": "renamed"})])
+    def test_an_identifier_that_goes_is_forgotten(self, idp, call, service, alice, log_in, method, path, body):
+        log_in(alice)
+        assert call(method, f"/clients/service{path}", body).status == 200
+        made = call("POST", "/clients", {"client_id": "service"}).json
+        SECRETS.add(made["client_secret"])
+        assert made["last_token_at"] is None and idp.store.last_token_at("service") == 0
+
+    @pytest.mark.parametrize(
+        "query, names",
+        [
+            ("client_type=public", "spa"), ("client_type=confidential", "off service"), ("is_active=false", "off"),
+            ("is_active=true", "service spa"), ("grant_type=password", "service spa"),
+            ("grant_type=client_credentials", "off service"), ("grant_type=client_credentials&is_active=true", "service"),
+        ],
+    )
+    def test_its_filters(self, call, service, public, new_client, query, names):
+        new_client("off", grant_types=["client_credentials"])
+        call("PUT", "/clients/off", {"is_active": False})
+        assert sorted(row["client_id"] for row in call("GET", f"/clients?{query}").json) == names.split()
+
+    @pytest.mark.parametrize("query", ["client_type=x", "is_active=x", "grant_type=word"])
+    def test_nonsense_is_refused(self, call, query):
+        assert list(errors_of(call("GET", f"/clients?{query}"))) == [query.partition("=")[0]]

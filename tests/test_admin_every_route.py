@@ -213,6 +213,7 @@ class TestEveryChangeLeavesARow:
         "POST /users/<id>/totp/generate": ("/users/alice/totp/generate", {}),
         "POST /users/<id>/totp/verify": ("/users/carol/totp/verify", {"code": "code"}),
         "POST /users/totp/verify": ("/users/totp/verify", {"user_id": "carol", "code": "code"}),
+        "POST /users/<id>/recovery-codes": ("/users/dora/recovery-codes", None),
         "POST /users/<id>/disable-totp": ("/users/carol/disable-totp", None),
         "POST /users/<id>/<client_id>/disable-totp": ("/users/carol/service/disable-totp", None),
         "POST /roles": ("/roles", {"name": "new"}), "PUT /roles/<id>": ("/roles/ops", {"name": "renamed"}),
@@ -319,6 +320,8 @@ class TestEveryChangeLeavesARow:
         }
         made["idp"] = call("POST", "/clients/service/idp", {"provider_key": "x"}).json["id"]
         made["invitation"] = call("POST", "/users/alice/invitations", {}).json["id"]
+        new_user("dora")
+        idp.store.set_totp(idp.store.find_account_by_name("dora").id, "sealed", idp.now())
         made["secret"] = call("GET", "/clients/service/secrets").json[0]["id"]
         m.give_consent(idp, m.LOCAL, idp.store.find_account(alice.id), m.get_client(idp, "spa"), ["openid"])
         m.begin_browser_session(idp, m.LOCAL, idp.store.find_account(alice.id), ["pwd"], idp.now(), None)

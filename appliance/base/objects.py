@@ -23,6 +23,7 @@ Maybe = msgspec.UnsetType
 GRANT_TYPES = ("authorization_code", "client_credentials", "password", "refresh_token")  # RFC 6749 §4, §6
 USERNAME_MAX, EMAIL_MAX, PASSWORD_MAX, LABEL_MAX, URI_MAX, PROVIDER_KEY_MAX = 100, 254, 255, 255, 2000, 50
 SECRET_MIN, SECRET_MAX = 8, 255
+REASON_MAX = 200
 
 
 def limited(schema: dict) -> msgspec.Meta:
@@ -95,6 +96,7 @@ class SetLockout(msgspec.Struct):
     """
 
     lockout_until: str | int | None
+    reason: Annotated[str, limited({"maxLength": REASON_MAX})] = ""
 
 
 class VerifyPassword(msgspec.Struct):
@@ -565,6 +567,16 @@ class ListUsers(msgspec.Struct):
     offset: Offset = 0
 
 
+class SearchUsers(ListUsers):
+    """`role` is an id or a name; `unused_since` selects users who did not log in since then."""
+
+    is_admin: bool | None = None
+    locked: bool | None = None
+    totp: bool | None = None
+    role: str | None = None
+    unused_since: str | int | None = None
+
+
 class ListNamed(msgspec.Struct):
     q: Annotated[str, msgspec.Meta(max_length=255)] = ""
     sort: Literal["name", "-name", "created_at", "-created_at"] = "name"
@@ -577,6 +589,9 @@ class ListClients(msgspec.Struct):
     sort: Literal["display_name", "-display_name", "client_id", "-client_id", "created_at", "-created_at"] = (
         "display_name"
     )
+    client_type: Literal["confidential", "public"] | None = None
+    is_active: bool | None = None
+    grant_type: Literal["authorization_code", "client_credentials", "password", "refresh_token"] | None = None
     limit: Limit = 1000
     offset: Offset = 0
 
@@ -700,6 +715,30 @@ class UserObject(msgspec.Struct):
     totp_enabled: bool
 
 
+class UserDetails(UserObject):
+    """A user as ADMIN shows it. `roles` are names; `lockout_by` is the user name, or the component, that locked it."""
+
+    last_login_at: str | None
+    is_admin: bool
+    roles: list[str]
+    totp_locked_until: str | None
+    lockout_reason: str
+    lockout_by: str
+    recovery_codes_left: int
+
+
+class TotpConfirmed(Msg):
+    """`recovery_codes` are shown once, for a lost authenticator."""
+
+    recovery_codes: list[str]
+
+
+class RecoveryCodes(msgspec.Struct):
+    """Shown once. Each works once, in place of a one-time code."""
+
+    recovery_codes: list[str]
+
+
 class InvitationObject(msgspec.Struct):
     """A living invitation, described without its link."""
 
@@ -806,6 +845,7 @@ class ClientObject(msgspec.Struct):
     access_token_signed_alg: str
     id_token_signed_response_alg: str
     scopes: list[str]
+    last_token_at: str | None
     client_secret: str | Maybe = UNSET
 
 

@@ -41,6 +41,7 @@ OVERLAP_MAX = 31 * 86400  # seconds: a replaced client secret stays valid for so
 LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, or an attacker could close an account for days
 SLICE = 500  # rows that a purge deletes in one transaction: more would keep other writers waiting
 SCATTERED = 25  # the same for rows whose index entries are scattered: each of them costs pages of its own
+USE_SECONDS = 60  # how exactly it is recorded when a client got a token
 COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
 SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
 
@@ -74,6 +75,16 @@ class Account(Record, frozen=True):
     revoked_before: int
     created_at: int
     modified_at: int
+    lockout_reason: str = ""  # of the lockout that an administrator set, and the actor who did
+    lockout_by: str = ""
+
+
+class UserDetail(Record, frozen=True):
+    """What a list shows of a user beside its account: a role, or "" for the number of unspent recovery codes."""
+
+    user_id: str
+    role: str
+    codes: int
 
 
 class Role(Record, frozen=True):
@@ -658,7 +669,8 @@ MIGRATIONS = (
         ON CONFLICT DO NOTHING;
     """,
     # Step 14. Links by which users choose a password: one of a user at a time. Where a login came from: of a login in a
-    # browser, the browser's address and not that of the application that exchanged its code.
+    # browser, the browser's address and not that of the application that exchanged its code. Who locked an account, and
+    # why. When a client got a token last.
     """
     CREATE TABLE invitation (
         user_id TEXT PRIMARY KEY REFERENCES account (id) ON DELETE CASCADE, id TEXT NOT NULL UNIQUE,
@@ -666,6 +678,9 @@ MIGRATIONS = (
         created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     ALTER TABLE family ADD COLUMN ip_address TEXT NOT NULL DEFAULT '';
     ALTER TABLE family ADD COLUMN user_agent TEXT NOT NULL DEFAULT '';
+    ALTER TABLE account ADD COLUMN lockout_reason TEXT NOT NULL DEFAULT '';
+    ALTER TABLE account ADD COLUMN lockout_by TEXT NOT NULL DEFAULT '';
+    CREATE TABLE client_use (client_id TEXT PRIMARY KEY, last_token_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE INDEX family_address ON family (ip_address) WHERE ip_address <> '';
     """,
 )
@@ -843,6 +858,7 @@ class Store(Database):
         self.writable = True  # False from a failed write until one has succeeded
         self.batch_head = (0, "")  # of the audit chain, as the last batch of this process left it
         self.flusher: threading.Thread | None = None
+        self.used: dict[str, int] = {}  # when this process recorded last that a client got a token
 
     # -- meta: one value for each name --
 
@@ -1093,9 +1109,13 @@ class Store(Database):
 
     def list_accounts(
         self, q: str = "", is_active: int | None = 1, sort: str = "username", limit: int = 1000, offset: int = 0,
-        role_id: str | None = None, scope_id: str | None = None
+        role_id: str | None = None, scope_id: str | None = None, is_admin: bool | None = None,
+        locked: bool | None = None, totp: bool | None = None, unused_since: int | None = None, now: int = 0
     ) -> tuple[list[Account], int]:
-        """Return users whose name or e-mail address contains `q`: active ones, inactive ones, or all for None."""
+        """Return users whose name or e-mail address contains `q`: active ones, inactive ones, or all for None.
+
+        `locked` is about passwords or codes, `unused_since` selects those who did not log in since then.
+        """
         return self.page(
             Account,
             r"""
@@ -1104,9 +1124,32 @@ class Store(Database):
                AND (:q = '' OR username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')
                AND (:role_id IS NULL OR id IN (SELECT user_id FROM user_role WHERE role_id = :role_id))
                AND (:scope_id IS NULL OR id IN (SELECT user_id FROM user_scope WHERE scope_id = :scope_id))
+               AND (:is_admin IS NULL OR (id IN (SELECT user_id FROM user_role WHERE role_id = :admin)) = :is_admin)
+               AND (:locked IS NULL OR (lockout_until > :now OR totp_locked_until > :now) = :locked)
+               AND (:totp IS NULL OR (totp_sealed <> '') = :totp)
+               AND (:unused_since IS NULL OR last_login_at < :unused_since)
             """,
             sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
-            deleted=DELETED,
+            deleted=DELETED, is_admin=is_admin, admin=MAD_ADMIN_ROLE_ID, locked=locked, totp=totp,
+            unused_since=unused_since, now=now,
+        )
+
+    def describe_users(self, ids: Iterable[str]) -> list[UserDetail]:
+        """Return the active roles of these users, and how many unspent recovery codes they have."""
+        return self.all(
+            UserDetail,
+            """
+            SELECT user_id, name, 0
+              FROM user_role JOIN role ON role.id = role_id AND is_active = 1
+             WHERE user_id IN (SELECT value FROM json_each(:ids))
+             UNION ALL
+            SELECT user_id, '', count(*)
+              FROM recovery_code
+             WHERE user_id IN (SELECT value FROM json_each(:ids)) AND spent_at IS NULL
+             GROUP BY user_id
+             ORDER BY 2
+            """,
+            ids=msgspec.json.encode(list(ids)).decode(),
         )
 
     def add_account(
@@ -1175,19 +1218,19 @@ class Store(Database):
         if instead_of is None:
             self.delete_invitation(id)
 
-    def set_lockout(self, id: str, until: int, now: int) -> None:
+    def set_lockout(self, id: str, until: int, now: int, reason: str = "", by: str = "") -> None:
         """Lock an account until then. 0 clears every lockout and every count of failures."""
         self.run(
             """
             UPDATE account
-               SET lockout_until = :until, modified_at = :now,
+               SET lockout_until = :until, modified_at = :now, lockout_reason = :reason, lockout_by = :by,
                    failed_logins = CASE WHEN :until = 0 THEN 0 ELSE failed_logins END,
                    lockouts = CASE WHEN :until = 0 THEN 0 ELSE lockouts END,
                    totp_failures = CASE WHEN :until = 0 THEN 0 ELSE totp_failures END,
                    totp_locked_until = CASE WHEN :until = 0 THEN 0 ELSE totp_locked_until END
              WHERE id = :id
             """,
-            id=id, until=until, now=now,
+            id=id, until=until, now=now, reason=reason, by=by,
         )
         self.run("DELETE FROM device_failure WHERE user_id = :id AND :until = 0", id=id, until=until)
 
@@ -1205,7 +1248,9 @@ class Store(Database):
                 UPDATE account
                    SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
                                             THEN 1 ELSE failed_logins + 1 END,
-                       last_failed_at = :now
+                       last_failed_at = :now,
+                       lockout_reason = CASE WHEN lockout_until > :now THEN lockout_reason ELSE '' END,
+                       lockout_by = CASE WHEN lockout_until > :now THEN lockout_by ELSE '' END
                  WHERE id = :id
                 RETURNING *
                 """,
@@ -1684,7 +1729,8 @@ class Store(Database):
         )
 
     def list_clients(
-        self, q: str = "", sort: str = "display_name", limit: int = 1000, offset: int = 0, scope_id: str | None = None
+        self, q: str = "", sort: str = "display_name", limit: int = 1000, offset: int = 0, scope_id: str | None = None,
+        client_type: str | None = None, is_active: bool | None = None, grant_type: str | None = None
     ) -> tuple[list[ClientRow], int]:
         return self.page(
             ClientRow,
@@ -1693,9 +1739,38 @@ class Store(Database):
              WHERE client_id <> :deleted || id
                AND (:q = '' OR client_id LIKE :like ESCAPE '\' OR display_name LIKE :like ESCAPE '\')
                AND (:scope_id IS NULL OR id IN (SELECT client_id FROM client_scope WHERE scope_id = :scope_id))
+               AND (:client_type IS NULL OR client_type = :client_type)
+               AND (:is_active IS NULL OR is_active = :is_active)
+               AND (:grant_type IS NULL OR instr(' ' || grant_types || ' ', ' ' || :grant_type || ' ') > 0)
             """,
-            sort, limit, offset, q=q, like=like(q), scope_id=scope_id, deleted=DELETED,
+            sort, limit, offset, q=q, like=like(q), scope_id=scope_id, deleted=DELETED, client_type=client_type,
+            is_active=is_active, grant_type=grant_type,
         )
+
+    def last_token_at(self, client_id: str) -> int:
+        """Return when a client, by its identifier, got a token last, within a minute; 0 if never."""
+        return self.value("SELECT last_token_at FROM client_use WHERE client_id = :client_id", client_id=client_id) or 0
+
+    def forget_use(self, client_id: str) -> None:
+        """Forget that an identifier was used: it belongs to no client any more."""
+        self.run("DELETE FROM client_use WHERE client_id = :client_id", client_id=client_id)
+        self.used.pop(client_id, None)
+
+    def note_use(self, client_id: str, now: int, connection: sqlcipher3.Connection | None = None) -> None:
+        """Record that a client gets a token, at most once a minute: a write for each would wear out the flash."""
+        if 0 <= now - self.used.get(client_id, 0) < USE_SECONDS:
+            return
+        statement = """
+            INSERT INTO client_use VALUES (:client_id, :now)
+            ON CONFLICT (client_id) DO UPDATE SET last_token_at = max(last_token_at, :now)
+        """
+        if connection is None:
+            self.run(statement, client_id=client_id, now=now)
+        else:
+            connection.execute(statement, {"client_id": client_id, "now": now})
+        if len(self.used) > 10_000:  # no more clients than the cache holds
+            self.used = {}
+        self.used[client_id] = now
 
     def update_client(self, row: ClientRow) -> None:
         """Replace what may change of a client."""
@@ -2799,6 +2874,8 @@ class Store(Database):
                     connection = self.batch_connection = self.batch_connection or self.connect("NORMAL")
                     with self.committing(connection):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
+                        for client_id, issued_at in {session[1]: session[3] for session, _ in batch}.items():
+                            self.note_use(client_id, issued_at, connection)
                         head = self.append_audit(batch_audit(batch), connection)
                 self.batch_head = head  # after the commit: one that was rolled back is in no chain
                 self.count_commit("batch", len(batch), time.monotonic() - began)
