@@ -1489,11 +1489,13 @@ class MadClient(ApiClient):
     @paged_list(*PAGE_PARAMS)
     def list_audit_logs(self, user_id: str | None = None, action: str | None = None, limit: int | None = 100, *,
                         target: str | None = None, since: str | None = None, until: str | None = None,
-                        after: str | None = None, offset: int | None = None) -> Iterator[list[dict]]:
+                        after: str | None = None, offset: int | None = None, result: str | None = None,
+                        ip_address: str | None = None, request_id: str | None = None,
+                        about: str | None = None) -> Iterator[list[dict]]:
         """GET /audit-logs. Return [AuditLog], newest first; with `after` those of greater ids, oldest first.
 
-        `user_id` is the actor. `action` and `target` must match exactly. `since` and `until` are ISO 8601 or Unix
-        seconds.
+        `user_id` is the actor. `action`, `target`, `result`, `ip_address` and `request_id` must match exactly. `about`
+        is a user, as actor or as whom an entry is about. `since` and `until` are ISO 8601 or Unix seconds.
         """
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
@@ -1503,7 +1505,7 @@ class MadClient(ApiClient):
             size = PAGE_SIZE if rows_left is None else min(rows_left, PAGE_SIZE)
             rows = self.request("GET", "/audit-logs", expected=list, query=_without_none(
                 userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size,
-                offset=offset))
+                offset=offset, result=result, ip_address=ip_address, request_id=request_id, about=about))
             # Entries written between two requests shift the offsets, so a page may repeat entries of the one before.
             new_rows = [row for row in rows[:size] if row.get("id") not in seen_ids]
             yield new_rows
@@ -1520,6 +1522,10 @@ class MadClient(ApiClient):
         """GET /audit-logs/{id}. Return AuditLog."""
         return self.request("GET", _path("audit-logs", id))
 
+    def list_audit_actions(self) -> list[str]:
+        """GET /audit-logs/actions. Return the actions of which the log has entries."""
+        return self.request("GET", "/audit-logs/actions", expected=(list,))
+
     def verify_audit_logs(self) -> dict:
         """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}.
 
@@ -1531,12 +1537,17 @@ class MadClient(ApiClient):
         return answer
 
     @paged_list(*LIMIT_PARAMS)
-    def export_audit_logs(self, after: str | None = None, limit: int | None = None) -> Iterator[list[dict]]:
-        """GET /audit-logs/export. Return [AuditLog], all entries with ids greater than `after`, oldest first."""
+    def export_audit_logs(self, after: str | None = None, limit: int | None = None,
+                          **filters: str | None) -> Iterator[list[dict]]:
+        """GET /audit-logs/export. Return [AuditLog], all entries with ids greater than `after`, oldest first.
+
+        `filters` are user_id and those of `list_audit_logs`.
+        """
         rows_left = limit
         while rows_left is None or rows_left > 0:
             answer = self.send("GET", "/audit-logs/export", expected=bytes, query=_without_none(
-                after=after, limit=EXPORT_PAGE_SIZE if rows_left is None else min(rows_left, EXPORT_PAGE_SIZE)))
+                **filters, after=after,
+                limit=EXPORT_PAGE_SIZE if rows_left is None else min(rows_left, EXPORT_PAGE_SIZE)))
             try:
                 rows = [read_json(text) for text in answer.value.split(b"\n") if text.strip()]
             except ValueError:
@@ -3214,10 +3225,10 @@ def _wait_unless_closed(seconds: float) -> bool:
 
 
 def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
-               action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
+               action: str | None = None, target: str | None = None, **more: Any) -> Iterator[list[dict]]:
     """GET /audit-logs. Yield new entries of the audit log until the reader of stdout closes it."""
     def fetch(**filters) -> list[dict]:
-        return client.list_audit_logs(user_id, action, target=target, **filters)
+        return client.list_audit_logs(user_id, action, target=target, **more, **filters)
     rows = fetch(limit=max(lines, 1))
     after = max(map(_sequence_number, rows), default=0)
     yield rows[:lines][::-1]
@@ -3400,6 +3411,10 @@ PURGE_OPTIONS = (
 AUDIT_FILTERS = (
     Option("user-id", "who did it", collection="users", allow_unknown=True), Option("action", "exactly this action"),
     Option("target", "exactly this target"),
+    Option("result", "only what succeeded, or what failed", choices=("success", "failure")),
+    Option("ip-address", "only what came from this address", metavar="ADDRESS"),
+    Option("request-id", "only what one request did", metavar="ID"),
+    Option("about", "what a user did, and what was done to the user", collection="users", allow_unknown=True),
 )
 JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret",
@@ -3491,6 +3506,9 @@ def audit_commands(noun: str) -> tuple:
             Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
         ), table("entries", *AUDIT_MEMBERS), f"mad {noun} list --action user_created --since 2030-01-31"),
+        Command(noun + " actions", "list the actions of which the log has entries", MadClient.list_audit_actions, (),
+                lambda actions: [printable(action) for action in actions], f"mad {noun} actions",
+                quiet=lambda actions: [printable(action) for action in actions]),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD_ID,),
                 fields(*AUDIT_MEMBERS, "ip_address", "user_agent", "request_id", "row_sha256"),
                 f"mad {noun} get --id 17"),
@@ -3499,6 +3517,7 @@ def audit_commands(noun: str) -> tuple:
                                  "head: " + printable(row.get("head"))],
                 f"mad {noun} verify", transform=describe_chain),
         Command(noun + " export", "print the whole log as NDJSON, oldest first", MadClient.export_audit_logs, (
+            *AUDIT_FILTERS, Option("since", "not before this", "moment"), Option("until", "not after this", "moment"),
             Option("after", "only entries with a greater id", metavar="ID"),
             Option("limit", "at most so many in all", "number", minimum=1),
         ), to_ndjson, f"mad {noun} export > audit.ndjson", streams=True),

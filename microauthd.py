@@ -8149,18 +8149,34 @@ def audit_object(row: AuditRow) -> AuditObject:
     )
 
 
+def audit_filters(idp: Idp, query: ListAudit | ExportAudit) -> dict[str, Any]:
+    """Return the members of AuditFilter that a query names. A user who is gone is found by id."""
+    about = query.about
+    if about:
+        account = idp.store.find_account(about.lower()) or idp.store.find_account_by_name(fold(about))
+        about = account.id if account else about
+    return {
+        "action": query.action, "actor_id": query.userId or query.user_id, "target": query.target,
+        "since": read_moment(query.since, "since", 0), "until": read_moment(query.until, "until", FOREVER),
+        "result": query.result, "ip_address": query.ip_address, "request_id": query.request_id, "about": about or None,
+    }
+
+
 @ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])
 def admin_list_audit(idp, claims, params):
     """List audit rows, newest first; with `after` the rows that follow it, oldest first."""
     query = params.query
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
-    filters = (
-        query.userId or query.user_id, query.target, read_moment(query.since, "since", 0),
-        read_moment(query.until, "until", FOREVER),
-    )
-    found = idp.store.list_audit(query.action, query.limit, *filters, query.after, query.offset)
+    filters = audit_filters(idp, query)
+    found = idp.store.list_audit(limit=query.limit, after=query.after, offset=query.offset, **filters)
     rows = [audit_object(row) for row in found]
-    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(query.action, *filters))
+    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(**filters))
+
+
+@ADMIN("GET", "/audit-logs/actions", guard=by_admin, spec=OWN, gives=list[str])
+def admin_list_audit_actions(idp, claims, params):
+    """List the actions of which the audit log has rows."""
+    return idp.store.list_audit_actions()
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
@@ -8176,7 +8192,7 @@ def admin_verify_audit(idp, claims, params):
 def admin_export_audit(idp, claims, params):
     """Return the audit log as JSON lines, oldest first, from `after` on; X-Next-After if there is more."""
     query = params.query
-    rows = idp.store.list_audit(limit=query.limit, after=query.after)
+    rows = idp.store.list_audit(limit=query.limit, after=query.after, **audit_filters(idp, query))
     more = [("X-Next-After", str(rows[-1].seq))] if len(rows) == query.limit else []
     return Page(b"".join(ENCODE(audit_object(row)) + b"\n" for row in rows), "application/x-ndjson", headers=more)
 

@@ -545,3 +545,55 @@ class TestWhatAListSaysOfClients:
     @pytest.mark.parametrize("query", ["client_type=x", "is_active=x", "grant_type=word"])
     def test_nonsense_is_refused(self, call, query):
         assert list(errors_of(call("GET", f"/clients?{query}"))) == [query.partition("=")[0]]
+
+
+class TestTheAuditLogByWhatOneAsks:
+    """GET /audit-logs and /export by result, address, request and person."""
+
+    ELSEWHERE = "198.51.100.7"
+
+    @pytest.fixture
+    def events(self, idp, call, auth, alice, new_user, service):
+        new_user("bob")
+        call("POST", "/roles", {"name": "ops"})
+        call("POST", "/roles/assign", {"user_id": "alice", "role_id": "ops"})
+        call("POST", "/roles/assign", {"user_id": "bob", "role_id": "ops"})
+        call("POST", "/clients/service/preview", {"user_id": "alice"})
+        body = {"grant_type": "password", "username": "alice", "password": "wrong wrong"}
+        auth.post("/token", body, auth=service, peer=self.ELSEWHERE)
+        with idp.store.transaction():
+            m.audit(idp, m.Caller(self.ELSEWHERE, "", "req-7"), "act", "x", "user_id=" + alice.id + "0")
+
+    def actions(self, call, query):
+        answer = call("GET", f"/audit-logs?{query}")
+        exported = call("GET", f"/audit-logs/export?{query}")
+        assert answer.status == exported.status == 200, answer
+        lines = [m.msgspec.json.decode(line) for line in exported.body.splitlines()]
+        assert [row["id"] for row in lines] == [row["id"] for row in reversed(answer.json)], "the export agrees"
+        assert answer.headers["x-total-count"] == str(len(answer.json))
+        return [row["action"] for row in answer.json]
+
+    def test_filters(self, call, events, alice, root):
+        assert set(self.actions(call, f"ip_address={self.ELSEWHERE}")) == {"act", "user_login_failed"}
+        assert self.actions(call, "request_id=req-7") == ["act"] and self.actions(call, "request_id=x") == []
+        failures = self.actions(call, "result=failure")
+        assert "user_login_failed" in failures and "role_assigned" not in failures
+        assert self.actions(call, "result=success&action=role_assigned") == ["role_assigned"] * 2
+        about = self.actions(call, "about=alice")
+        assert {"user_created", "role_assigned", "tokens_previewed", "user_login_failed"} <= set(about)
+        assert about.count("role_assigned") == 1 and "act" not in about, "not one whose id only begins like it"
+        assert about == self.actions(call, f"about={alice.id}")
+
+    def test_a_user_who_is_gone_is_found_by_id(self, call, events, alice):
+        call("DELETE", "/users/alice")
+        assert self.actions(call, f"about={alice.id}")[0] == "delete_user"
+        assert "role_assigned" not in self.actions(call, "about=alice"), "the name may be another's by now"
+
+    @pytest.mark.parametrize("path", ["/audit-logs", "/audit-logs/export"])
+    @pytest.mark.parametrize("query", ["result=x", "since=soon", "until=later"])
+    def test_nonsense_is_refused_by_name(self, call, path, query):
+        assert list(errors_of(call("GET", f"{path}?{query}"))) == [query.partition("=")[0]]
+
+    def test_its_words_are_listed(self, call, events):
+        words = call("GET", "/audit-logs/actions").json
+        assert {"act", "role_assigned", "user_login_failed"} <= set(words) and words == sorted(set(words))

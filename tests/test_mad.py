@@ -2109,6 +2109,8 @@ class TestEveryCommand:
             if "/id-by-name/" in path
             else {"X": {}}
             if path.endswith("/options")
+            else ["x"]
+            if path.endswith("/actions")
             else [thing]
             if listed and method == "GET" and "/idp/" not in path
             else thing, {},

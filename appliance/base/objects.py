@@ -629,7 +629,10 @@ class ListRoles(msgspec.Struct):
 
 
 class ListAudit(msgspec.Struct):
-    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first."""
+    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first.
+
+    `about` is a user, by id or name: the rows of what the user did, and of what was done to the user.
+    """
 
     userId: str | None = None
     user_id: str | None = None
@@ -637,6 +640,10 @@ class ListAudit(msgspec.Struct):
     target: str | None = None
     since: str | int | None = None
     until: str | int | None = None
+    result: Literal["success", "failure"] | None = None
+    ip_address: str | None = None
+    request_id: str | None = None
+    about: str | None = None
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] | None = None
     limit: Annotated[int, msgspec.Meta(ge=-(10**9), le=10**9)] = 100
     offset: Offset = 0
@@ -650,6 +657,18 @@ class ReadHistory(msgspec.Struct):
 
 
 class ExportAudit(msgspec.Struct):
+    """The filters are those of ListAudit."""
+
+    userId: str | None = None
+    user_id: str | None = None
+    action: str | None = None
+    target: str | None = None
+    since: str | int | None = None
+    until: str | int | None = None
+    result: Literal["success", "failure"] | None = None
+    ip_address: str | None = None
+    request_id: str | None = None
+    about: str | None = None
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
 

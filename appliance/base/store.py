@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import sqlcipher3
@@ -411,6 +411,23 @@ class AuditRefusal(AuditRow, frozen=True):
     table = "audit_refusal"
 
 
+class AuditFilter(msgspec.Struct, frozen=True):
+    """What a list of the audit log is narrowed to; None leaves a column open. `target` may be in secondary too.
+
+    `about` is a user: as the actor or as whom a row is about. Times are Unix seconds.
+    """
+
+    action: str | None = None
+    actor_id: str | None = None
+    target: str | None = None
+    since: int = 0
+    until: int = FOREVER
+    result: str | None = None
+    ip_address: str | None = None
+    request_id: str | None = None
+    about: str | None = None
+
+
 class AuditSize(NamedTuple):
     """How many rows of a table of the audit log there are, and about how many octets of the database they take."""
 
@@ -732,6 +749,10 @@ AUDIT_FILTER = """
     WHERE seq > :after AND at >= :since AND at <= :until
       AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
       AND (:target IS NULL OR target = :target OR secondary = :target)
+      AND (:result IS NULL OR result = :result) AND (:ip_address IS NULL OR ip_address = :ip_address)
+      AND (:request_id IS NULL OR request_id = :request_id)
+      AND (:about IS NULL OR actor_id = :about OR target = :about OR secondary = :about
+           OR instr(';' || secondary || ';', ';user_id=' || :about || ';') > 0)
 """
 AUDIT_TABLES = (AuditRow.table, AuditRefusal.table)
 ROW_OVERHEAD, PAGE_OVERHEAD = 32, 1.05  # octets of a row besides its text, and pages besides their rows (measured)
@@ -2606,34 +2627,39 @@ class Store(Database):
         return found or (0, "")
 
     def list_audit(
-        self, action: str | None = None, limit: int = 100, actor_id: str | None = None, target: str | None = None,
-        since: int = 0, until: int = FOREVER, after: int | None = None, offset: int = 0
+        self, action: str | None = None, limit: int = 100, after: int | None = None, offset: int = 0, **more: Any
     ) -> list[AuditRow]:
-        """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log."""
+        """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log.
+
+        `more` are other members of AuditFilter.
+        """
         direction = "ASC" if after is not None else "DESC"
         both = " UNION ALL ".join(f"SELECT * FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES)
         return self.all(
             AuditRow, f"{both} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
-            action=action, actor_id=actor_id, target=target, since=since, until=until,
-            after=-1 if after is None else after, limit=limit, offset=offset,
+            **msgspec.structs.asdict(AuditFilter(action, **more)), after=-1 if after is None else after, limit=limit,
+            offset=offset,
         )
+
+    def list_audit_actions(self) -> list[str]:
+        """Return every action that the audit log has rows of."""
+        both = " UNION ".join(f"SELECT action FROM {table}" for table in AUDIT_TABLES)
+        return self.values(f"{both} ORDER BY 1")
 
     def find_audit(self, seq: int) -> AuditRow | None:
         both = " UNION ALL ".join(f"SELECT * FROM {table} WHERE seq = :seq" for table in AUDIT_TABLES)
         return self.one(AuditRow, both, seq=seq)
 
-    def count_audit(
-        self, action: str | None = None, actor_id: str | None = None, target: str | None = None, since: int = 0,
-        until: int = FOREVER
-    ) -> int:
+    def count_audit(self, action: str | None = None, **more: Any) -> int:
         """Return how many rows list_audit() finds: AtLeast beyond COUNT_MAX, but for all rows, which need no counting:
         their numbers tell.
         """
-        if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
+        wanted = AuditFilter(action, **more)
+        if wanted == AuditFilter():
             return sum(self.count_audit_rows())
         return self.count(
             " UNION ALL ".join(f"SELECT 1 FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES),
-            action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1,
+            **msgspec.structs.asdict(wanted), after=-1,
         )
 
     def count_audit_rows(self) -> tuple[int, int]:
