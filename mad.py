@@ -69,7 +69,8 @@ EXIT_STATUSES = (
     (EXIT_OK, "done"),
     (
         EXIT_REFUSED,
-        "refused by the server, found to be wrong by audit verify or client check-uri, or in need of attention by status",
+        "refused by the server, found to be wrong by audit verify or client check-uri, or status says that something "
+        "needs attention",
     ),
     (EXIT_USAGE, "bad usage; nothing was sent"),
     (EXIT_LOGIN, "not logged in: no token, or it expired or was not accepted"),
@@ -1579,6 +1580,23 @@ class MadClient(ApiClient):
         return self.request("GET", "/status/history", query=_without_none(series=series, range=range))
 
     # -- backups --
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_keys(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /keys. Return [{kid, ring, alg, state, since, signs, signs_from, gone_after}]."""
+        return self.pages("/keys", **search)
+
+    def key_impact(self, kid: str) -> dict:
+        """GET /keys/{kid}/impact. Return {kid, ring, state, tokens, is_lower_bound, users, clients, cached_seconds}."""
+        return self.request("GET", _path("keys", kid, "impact"))
+
+    def rotate_keys(self, ring: str | None = None, alg: str | None = None) -> list[dict]:
+        """POST /keys/rotate. Return the new keys, which sign after `key-overlap` seconds."""
+        return self.request("POST", "/keys/rotate", json=_without_none(ring=ring, alg=alg), expected=list)
+
+    def revoke_key(self, kid: str) -> dict:
+        """POST /keys/{kid}/revoke. Return Msg. No token that the key signed is valid any more."""
+        return self.request("POST", _path("keys", kid, "revoke"))
 
     def make_backup(self, without_keys: bool = False) -> dict:
         """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`.
@@ -3416,6 +3434,7 @@ AUDIT_FILTERS = (
     Option("request-id", "only what one request did", metavar="ID"),
     Option("about", "what a user did, and what was done to the user", collection="users", allow_unknown=True),
 )
+KID = Option("kid", "the key's identifier", required=True, metavar="KID")
 JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret",
                     stdin="secret-stdin")
@@ -3879,6 +3898,20 @@ COMMANDS = (
         Option("series", "which, separated by commas: requests, tokens, logins, failures, lockouts (all)"),
         Option("range", "how far back (1d)", choices=("1h", "1d", "7d")),
     ), render_history, quiet=render_history, example="mad status history --series tokens,failures --range 7d"),
+
+    # -- key --
+    Command("key list", "list the keys of both rings: which signs, waits or retires", MadClient.list_keys, (),
+            table("keys", "kid", "ring", "alg", "state", "signs", "signs_from", "gone_after"), "mad key list"),
+    Command("key impact", "tell what would end if a key were revoked", MadClient.key_impact, (KID,),
+            fields("kid", "ring", "state", "tokens", "is_lower_bound", "users", "clients", "cached_seconds"),
+            "mad key impact --kid kA3fVZrk9Qx3nYdW2m0cC8s7u1bTq4LhEoJvN5iRwXg"),
+    Command("key rotate", "publish a next key beside each that signs", MadClient.rotate_keys, (
+        Option("ring", "only of this ring", choices=("auth", "admin")),
+        Option("alg", "only of this algorithm, ES256 or RS256"),
+    ), lambda keys: [f"{printable(key.get('kid'))} signs from {printable(key.get('signs_from'))}" for key in keys],
+        "mad key rotate --ring auth", quiet=lambda keys: [printable(key.get("kid")) for key in keys]),
+    Command("key revoke", "revoke a stolen key: what it signed is valid no more", MadClient.revoke_key, (KID,),
+            render_message, "mad key revoke --kid kA3fVZrk9Qx3nYdW2m0cC8s7u1bTq4LhEoJvN5iRwXg", confirm_by="kid"),
 
     # -- token, completion --
     Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), render_jwt,

@@ -89,16 +89,17 @@ from appliance.base.objects import (
     CreatePermission, CreateRole, CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err,
     ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm,
     HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite,
-    InviteForm, InvitePageForm, Jwks, LABEL_MAX, ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoles,
-    ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation,
-    OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping,
-    PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp,
-    REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
-    RoleRef, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails,
-    SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, StatusObject, StepForm, TokenForm, TokenHintForm,
-    TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient,
-    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails,
-    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX, ListAudit, ListBrowserSessions, ListClients,
+    ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag,
+    NewInvitation, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict,
+    PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, ProvisionUser,
+    PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword,
+    Revoked, RoleMember, RoleObject, RoleRef, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
+    SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
+    StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr,
+    TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri,
+    UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version,
+    iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -810,6 +811,10 @@ class Machine(msgspec.Struct, frozen=True):
     delete_backup: Callable
     read_status: Callable
     measure: Callable  # puts what is true at the moment into the counters
+    list_keys: Callable
+    key_impact: Callable
+    rotate_keys: Callable
+    revoke_key: Callable
 
 
 class Idp:
@@ -8251,6 +8256,36 @@ def admin_history(idp, claims, params):
     )
     begin, step, series = idp.history.read(idp.now(), query.range, names)
     return HistoryObject(iso(begin), step, series)
+
+
+# -- keys --
+
+
+@ADMIN("GET", "/keys", guard=by_admin, spec="RFC 7517", gives=list[KeyObject])
+def admin_list_keys(idp, claims, params):
+    """List the keys of both rings: which signs, which waits, which retires, and until when."""
+    return idp.machine.list_keys(idp)
+
+
+@ADMIN("GET", "/keys/<kid>/impact", guard=by_admin, spec=OWN, gives=KeyImpact)
+def admin_key_impact(idp, claims, params):
+    """Tell what would end if a key were revoked."""
+    return idp.machine.key_impact(idp, params.path["kid"])
+
+
+@ADMIN("POST", "/keys/rotate", guard=by_admin, spec=OWN, takes=RotateKeys, gives=list[KeyObject])
+def admin_rotate_keys(idp, claims, params):
+    """Publish a next key beside each that signs, or those of one ring or algorithm; it signs after `key-overlap`."""
+    with idp.hasher.gate.blocking():
+        return idp.machine.rotate_keys(idp, params.caller, params.body.ring, params.body.alg)
+
+
+@ADMIN("POST", "/keys/<kid>/revoke", guard=by_admin, spec=OWN, gives=Msg)
+def admin_revoke_key(idp, claims, params):
+    """Revoke a stolen key: no token that it signed is valid any more, and where it signed a new one does."""
+    with idp.hasher.gate.blocking():
+        ring = idp.machine.revoke_key(idp, params.caller, params.path["kid"])
+    return msg(f"Key of {ring} revoked; caches forget it within 300 seconds.")
 
 
 # -- backup and description --

@@ -19,7 +19,7 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.clock import CLOCK_FAR, RELEASED_AT, sleep
+from appliance.base.clock import RELEASED_AT, sleep
 from appliance.base.files import (
     check_folder, existing_folder, make_folder, open_owned, read_owned, show_path, sync_directory, write_beside,
     write_durably,
@@ -30,7 +30,7 @@ from appliance.base.settings import (
 from appliance.base.database import Unavailable, database_key, new_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.wal import check_log, forget_mark
-from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
+from appliance.base.keys import Key, lock_ring, make_key, read_ring, replace_keys, write_ring
 from appliance.base.objects import CreateClient, CreateScope, CreateUser, StatusObject, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Problem, Seal, add_uri, assign_scopes, audit, check_new_password, create_client, create_scope,
@@ -42,6 +42,7 @@ from appliance.machine import MACHINE
 from appliance.authority import forbid_found_ca, keep_certificate, put_authority
 from appliance.processes import hold_database, read_seal_key, touch_marks
 from appliance.status import gather_status
+from appliance.rings import list_keys, revoke, rotate, rsa_bits_of
 
 # == Setup =====================================================================
 # The first start: config, keys, database, administrator and first client, all or nothing. A write-ahead journal.
@@ -683,10 +684,6 @@ def read_present_state(options: Options) -> tuple[set, int, bool]:
             store.close()
 
 
-def rsa_bits_of(options: Options, port_name: str) -> int:
-    return options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
-
-
 def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
     """Write the files of a backup under their staging names.
 
@@ -836,105 +833,27 @@ def factory_reset(options: Options) -> list[str]:
 
 def describe_keys(options: Options) -> list[dict]:
     """Return a row for each signing key: port, alg, kid, state, since (Unix seconds)."""
-    now, rows = int(time.time()), []
-    for port_name, (path, passphrase, _) in ring_files(options).items():
-        for entry in promote(read_ring(path, passphrase), now, options.key_overlap):
-            key = Key(entry)
-            rows.append({"port": port_name, "alg": key.alg, "kid": key.kid, "state": entry.state, "since": entry.since})
-    return rows
-
-
-def clock_problem(idp: Idp) -> str:
-    """Return why the machine's clock is not to be believed, or nothing: a key would sign too early, or never."""
-    if not idp.check_clock():
-        return "is behind the newest row of the database"
-    known = idp.store.clock_floor()
-    if known > RELEASED_AT and idp.now() > known + CLOCK_FAR:
-        ahead = (idp.now() - known) // 86400
-        return f"is {ahead} days ahead of what was last noted, unless 'clock accept' says that it is right"
-    return ""
+    return list_keys(options, int(time.time()))
 
 
 def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
-    """Publish a next key beside each that signs, and return the new kids. It signs after `key-overlap` seconds.
-
-    If one ring refuses, none is rotated. A clock that is behind is refused: once it was corrected, the new key would
-    sign before caches know it.
-    """
-    idp, made = open_idp(options), []
+    """Do what rings.rotate() does, at the machine."""
+    idp = open_idp(options)
     try:
-        if why := clock_problem(idp):
-            raise StartupError(f"the clock of this machine {why}: put it right first")
-        with contextlib.ExitStack() as locks:
-            rings = {}
-            for port_name in ports:
-                path, passphrase, _ = ring_files(options)[port_name]
-                locks.enter_context(lock_ring(path))
-                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
-                signing = {alg_of(entry) for entry in entries if entry.state == "active"}
-                rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
-                if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
-                    raise StartupError(f"a next key of {port_name} waits to sign already; see microauthd keys list")
-            if not any(rotated for _, rotated in rings.values()):
-                raise StartupError(
-                    f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
-                )
-            drawn = {
-                port_name: [make_key(alg, rsa_bits_of(options, port_name), 0) for alg in rotated]
-                for port_name, (_, rotated) in rings.items()
-            }
-            now = idp.now()  # making keys takes seconds; all of them wait from one moment
-            staged: dict[str, str] = {}  # a disk that fills up between two rings must not leave one rotated
-
-            def remove_staged():
-                for temporary in filter(os.path.exists, staged.values()):
-                    os.unlink(temporary)
-
-            locks.callback(remove_staged)
-            for port_name, (entries, rotated) in rings.items():
-                if rotated:
-                    path, passphrase, _ = ring_files(options)[port_name]
-                    fresh = [msgspec.structs.replace(key, state="next", since=now) for key in drawn[port_name]]
-                    # The audit row first: an unrecorded change is worse than a record of one that failed.
-                    audit(
-                        idp, LOCAL.acting_as("machine"), "keys_rotated", port_name,
-                        " ".join(Key(entry).kid for entry in fresh),
-                    )
-                    staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
-                    made += [Key(entry).kid for entry in fresh]
-            for path, temporary in staged.items():
-                os.replace(temporary, path)
-                sync_directory(os.path.dirname(os.path.abspath(path)))
+        return rotate(idp, LOCAL.acting_as("machine"), ports, algorithms)
     finally:
         idp.store.close()
-    return made
 
 
 def revoke_key(options: Options, kid: str) -> str:
-    """Take a stolen key out of its ring: no token it signed is good any more, from now on.
-
-    Where it signed, a new one does. Return its port.
-    """
+    """Do what rings.revoke() does, at the machine."""
     idp = open_idp(options)
     try:
-        for port_name, (path, passphrase, _) in ring_files(options).items():
-            with lock_ring(path):
-                entries = read_ring(path, passphrase)
-                if not clock_problem(idp):
-                    entries = promote(entries, idp.now(), options.key_overlap)
-                rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
-                if rest == entries and not (port_name == "auth" and idp.store.has_retired_key(kid)):
-                    continue
-                with idp.store.transaction():
-                    idp.store.revoke_kids([kid])
-                    audit(idp, LOCAL.acting_as("machine"), "key_revoked", port_name, kid)
-                if rest != entries:
-                    write_durably(path, write_ring(rest, passphrase))
-                touch_marks(options)
-                return port_name
+        port_name = revoke(idp, LOCAL.acting_as("machine"), kid)
+        touch_marks(options)
+        return port_name
     finally:
         idp.store.close()
-    raise StartupError(f"there is no key {kid}; see microauthd keys list")
 
 
 def accept_clock(options: Options) -> dict:

@@ -24,9 +24,10 @@ from appliance.backup import (
 )
 from appliance.authority import renew_certificate
 from microauthd import (
-    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
+    HERE, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
     ring_files, write_refusal_counts,
 )
+from appliance.rings import longest_life
 
 # == Upkeep ====================================================================
 # Purging what has expired, in slices small enough that no writer waits for them.
@@ -152,12 +153,8 @@ def advance_key_states(idp: Idp):
     options, now = idp.options, idp.now()
     if not idp.ring_versions or not idp.check_clock():
         return
-    lives = [
-        options.token_expiration, ID_TOKEN_TTL,
-        *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit()),
-    ]
     for port_name, (path, passphrase, _) in ring_files(options).items():
-        longest = max(lives) if port_name == "auth" else options.admin_token_expiration
+        longest = longest_life(options, idp.store, port_name)
         with lock_ring(path):
             before = read_ring(path, passphrase)
             promoted = promote(before, now, options.key_overlap)

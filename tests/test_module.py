@@ -18,9 +18,9 @@ ROOMS = (
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys",
     "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
-    "appliance.base.pages", "microauthd", "appliance.figures", "appliance.backup", "appliance.authority",
-    "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes", "appliance.recovery",
-    "appliance.oobe", "appliance.help", "appliance.service", "appliance.commands",
+    "appliance.base.pages", "microauthd", "appliance.rings", "appliance.figures", "appliance.backup",
+    "appliance.authority", "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes",
+    "appliance.recovery", "appliance.oobe", "appliance.help", "appliance.service", "appliance.commands",
 )
 
 

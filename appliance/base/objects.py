@@ -1147,6 +1147,46 @@ class HistoryObject(msgspec.Struct):
     series: dict[str, list[int | None]]
 
 
+class RotateKeys(msgspec.Struct):
+    """POST /keys/rotate: of one ring and algorithm, or of all that sign."""
+
+    ring: Literal["", "auth", "admin"] = ""
+    alg: Literal["", "ES256", "RS256"] = ""
+
+
+class KeyObject(msgspec.Struct):
+    """A key of a ring. `signs` is what it signs unless a client chose another algorithm.
+
+    `signs_from` is when it begins to sign, or began; `gone_after` when the last token of a retired key is dead.
+    """
+
+    kid: str
+    ring: str
+    alg: str
+    state: str  # next | active | retired
+    since: str | None
+    signs: list[str]
+    signs_from: str | None
+    gone_after: str | None
+
+
+class KeyImpact(msgspec.Struct):
+    """What ends if a key is revoked: at most so many living access tokens, of so many users and clients.
+
+    `is_lower_bound` says that there are more than were counted. Who has cached the key set accepts the tokens for
+    `cached_seconds` more.
+    """
+
+    kid: str
+    ring: str
+    state: str
+    tokens: int
+    is_lower_bound: bool
+    users: int
+    clients: int
+    cached_seconds: int
+
+
 class AuditVerdict(msgspec.Struct):
     """`head` is the hash of the last row that is no refusal, `last_seq` its number: store both elsewhere to detect a
     rewrite of the rows that it covers.

@@ -428,6 +428,14 @@ class AuditFilter(msgspec.Struct, frozen=True):
     about: str | None = None
 
 
+class SignedTokens(Record, frozen=True):
+    """How many tokens a key may have signed, and of how many users and clients they are."""
+
+    tokens: int
+    users: int
+    clients: int
+
+
 class AuditSize(NamedTuple):
     """How many rows of a table of the audit log there are, and about how many octets of the database they take."""
 
@@ -2085,6 +2093,27 @@ class Store(Database):
             now=now, most=most,
         )
         return {"token": tokens, "browser": browsers}
+
+    def count_signed(
+        self, port_name: str, alg: str, default_alg: str, begins: int, ends: int, now: int
+    ) -> tuple[int, int, int]:
+        """Return how many access tokens of a port are alive that were issued from `begins` until `ends` for a client
+        whose tokens have this algorithm, counting up to COUNT_MAX, and of how many users and clients they are.
+        """
+        row = self.one(
+            SignedTokens,
+            f"""
+            SELECT count(*), count(DISTINCT user_id), count(DISTINCT client_id)
+              FROM (SELECT user_id, client_id FROM session
+                     WHERE mad_use = :port_name AND issued_at >= :begins AND issued_at < :ends AND {SESSION_IS_ALIVE}
+                       AND coalesce((SELECT nullif(access_token_signed_alg, '') FROM client
+                                      WHERE client.client_id = session.client_id), :default_alg) = :alg
+                     LIMIT {COUNT_MAX + 1})
+            """,
+            port_name=port_name, alg=alg, default_alg=default_alg, begins=begins, ends=ends, now=now,
+        )
+        assert row
+        return row.tokens if row.tokens <= COUNT_MAX else AtLeast(row.tokens), row.users, row.clients
 
     def find_session(self, id: str) -> ListedSession | None:
         return next(iter(self.list_sessions(id=id)[0]), None)
