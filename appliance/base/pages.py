@@ -14,6 +14,44 @@ from appliance.base.settings import Options
 PAGES = Path(__file__).parents[1] / "pages"
 LOGO_TYPES = {"png": "png", "svg": "svg+xml", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}  # by the file's extension
 
+# The surfaces that a button of the brand's colour may lie on: paper, ground, hover, chosen and raised of tokens.css.
+LIGHT_SURFACES = ("#ffffff", "#f1f3f5", "#e9ecf0", "#e3ecf9")
+DARK_SURFACES = ("#1f2327", "#14171a", "#2a2f35", "#1d3450", "#282d32")
+
+
+def channels(color: str) -> list[int]:
+    return [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colours such as #1f5fbf. WCAG 2.2, relative luminance."""
+
+    def luminance(color: str) -> float:
+        red, green, blue = (
+            channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+            for channel in (value / 255 for value in channels(color))
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def on_brand(brand: str) -> str:
+    """Return black or white, whichever has the higher contrast ratio on a colour. WCAG 2.2 §1.4.3"""
+    return "#ffffff" if contrast("#ffffff", brand) >= contrast("#000000", brand) else "#000000"
+
+
+def brand_edge(brand: str, towards: str, surfaces: tuple[str, ...]) -> str:
+    """Return the brand's colour, mixed towards another until it stands out 3:1 from every surface. WCAG 2.2 §1.4.11"""
+    for step in range(51):
+        pairs = zip(channels(brand), channels(towards), strict=True)
+        mixed = (round(own + (other - own) * step / 50) for own, other in pairs)
+        edge = "#" + "".join(f"{value:02x}" for value in mixed)
+        if all(contrast(edge, surface) >= 3 for surface in surfaces):
+            return edge
+    return towards
+
 
 class Pages:
     """The files of the pages, each read once. Files in `pages-folder` override the bundled ones."""
@@ -55,18 +93,20 @@ class Pages:
         return "en"
 
     @functools.cached_property
+    def tokens(self) -> bytes:
+        """The style sheet that the login pages and the console begin with: colours, sizes, spaces, and the brand."""
+        brand = self.options.brand_color
+        light, dark = brand_edge(brand, "#000000", LIGHT_SURFACES), brand_edge(brand, "#ffffff", DARK_SURFACES)
+        content = (
+            f":root {{ --brand: {brand}; --on-brand: {on_brand(brand)}; --brand-edge: {light}; }}\n"
+            f"@media (prefers-color-scheme: dark) {{ :root {{ --brand-edge: {dark}; }} }}\n"
+        )
+        return content.encode() + self.file("tokens.css").read_bytes()
+
+    @functools.cached_property
     def style(self) -> tuple[str, bytes]:
         """The file name of the style sheet, which contains a hash of it, and its content."""
-        brand = self.options.brand_color
-        channels = (int(brand[at : at + 2], 16) / 255 for at in (1, 3, 5))
-        red, green, blue = (
-            channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels
-        )
-        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-        # Black or white, whichever has the higher contrast ratio. WCAG 2.2 §1.4.3
-        on_brand = "#ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
-        content = f":root {{ --brand: {brand}; --on-brand: {on_brand}; }}\n".encode()
-        content += self.file("pages.css").read_bytes()
+        content = self.tokens + self.file("pages.css").read_bytes()
         return f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content
 
     def template(self, name: str) -> bottle.SimpleTemplate:
