@@ -1449,6 +1449,18 @@ class MadClient(ApiClient):
         """DELETE /sessions/{id}. Return {jti, status, message}."""
         return self.request("DELETE", _path("sessions", id))
 
+    def list_own_sessions(self) -> list[dict]:
+        """GET /dashboard/sessions. Return [ConsoleSession]: the caller's own at the console, and logins for tokens."""
+        return self.request("GET", "/dashboard/sessions")
+
+    def end_own_session(self, id: str) -> dict:
+        """DELETE /dashboard/sessions/{id}. Return Msg."""
+        return self.request("DELETE", _path("dashboard", "sessions", id))
+
+    def end_other_sessions(self) -> dict:
+        """DELETE /dashboard/sessions. Return Msg. The session of this request stays."""
+        return self.request("DELETE", "/dashboard/sessions")
+
     def revoke_token(self, token: str) -> dict:
         """POST /revoke. Return Msg. `token` is a token of AUTH, or an admin token."""
         return self.request("POST", "/revoke", json={"token": token})
@@ -3565,6 +3577,14 @@ COMMANDS = (
         Option("admin-url", "address of the ADMIN server"),
     ), fields("subject=sub", "username", "roles", "expires=expires_at", "token_use", "url"),
         "mad session status --json", without_client=True, quiet=lambda status: [printable(status["sub"])]),
+    Command("session mine", "list your own sessions at the console, and logins of mad", MadClient.list_own_sessions, (),
+            table("sessions", "id", "kind", "is_current", "last_seen=last_seen_at", "expires=expires_at", "ip_address"),
+            "mad session mine"),
+    Command("session end-mine", "end one of your own sessions at the console, or logins of mad",
+            MadClient.end_own_session, (RECORD_ID,), render_message,
+            "mad session end-mine --id 019344f2c1d47a5b9a4c3e"),
+    Command("session end-others", "end all of your own sessions at the console and logins of mad but this one",
+            MadClient.end_other_sessions, (), render_message, "mad session end-others"),
     *session_commands("session"),
 
     # -- user --

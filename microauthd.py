@@ -76,33 +76,34 @@ from appliance.base.peers import networks_of
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
-    Account, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE,
-    FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID,
-    MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS,
-    Scope, Session, Store,
+    Account, AdminSession, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri,
+    ExternalIdp, FAILURE, FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken, ListedSession,
+    LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role,
+    SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
     AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, BrowserSessionObject,
-    ChangeSecret, CheckAccess, ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient,
-    CreatePermission, CreateRole, CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err,
-    ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm,
-    HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite,
-    InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX, ListAudit, ListBrowserSessions, ListClients,
-    ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag,
-    NewInvitation, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict,
-    PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, ProvisionUser,
-    PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword,
-    Revoked, RoleMember, RoleObject, RoleRef, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
-    SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
-    StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr,
-    TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri,
-    UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version,
-    iso, read_time,
+    ChangeSecret, CheckAccess, ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, ConsoleObject,
+    ConsoleSession, ConsoleUser, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser, EMAIL_MAX,
+    EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp,
+    HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject,
+    Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX,
+    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm,
+    LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError, OfClient, PASSWORD_MAX,
+    PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewTokens,
+    PreviewedScopes, PreviewedToken, Proof, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory,
+    RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, RotateKeys, SECRET_MAX,
+    SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject,
+    SetFlag, SetFlagOption, SetLockout, SetRoles, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn,
+    TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient,
+    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails,
+    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
+from appliance.base.console import Console
 from appliance.base.keys import Key, PublicKey, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 from appliance.base.tls import PortCertificate, certificate_warnings
 
@@ -215,6 +216,7 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "invalid_token": (401, "The access token is missing, malformed, expired or revoked.", "RFC 6750 §3.1"),
     "insufficient_scope": (403, "The access token does not carry the scope this needs.", "RFC 6750 §3.1"),
     "access_denied": (403, "This caller may not do this.", "RFC 6749 §4.1.2.1"),
+    "reauthentication_required": (403, "This needs the password again.", "RFC 9470 §3"),
     "protected": (403, "This one cannot be renamed, deleted or switched off.", "RFC 9110 §15.5.4"),
     "not_found": (404, "There is no such thing here.", "RFC 9110 §15.5.5"),
     "method_not_allowed": (405, "This method is not allowed here.", "RFC 9110 §15.5.6"),
@@ -783,6 +785,7 @@ class Caller(msgspec.Struct, frozen=True):
     is_local: bool = False  # at the machine: the kernel names the peer's user, who may use the Unix socket of ADMIN
     actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
     device: str = ""  # the device cookie that a browser sent; find_device() verifies it
+    console: str = ""  # `id_sha256` of the session at the console that the request belongs to
 
     def acting_as(self, actor: str) -> "Caller":
         """Return the same caller with an authenticated actor."""
@@ -846,6 +849,7 @@ class Idp:
         self.client_cache: tuple[bytes, dict] = (b"", {})
         self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
+        self.console = Console(self.pages)
         self.answers: dict = {}  # cached_page, by name
         self.refusals = RefusalCounter(getattr(clock, "monotonic", clock))
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
@@ -1134,6 +1138,15 @@ def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary="
     with idp.store.transaction():
         idp.store.revoke_account(user_id, idp.now_ms())
         audit(idp, caller, action, user_id, secondary)
+
+
+def keep_console(idp: Idp, caller: Caller, user_id: str):
+    """Let the session at the console in which administrators change their own credentials outlive that change.
+
+    Everything else that was issued to them is revoked. Call it in the transaction of the change.
+    """
+    if caller.console:
+        idp.store.keep_admin_session(caller.console, user_id)
 
 
 def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
@@ -1688,6 +1701,7 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, rights: set
         check_within_rights(idp, account.id, rights)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
         revoke_user(idp, caller, account.id, "user_password_reset")
+        keep_console(idp, caller, account.id)
 
 
 def may_invite(idp: Idp, found: Invitation | None) -> Account | None:
@@ -1804,6 +1818,7 @@ def record_totp_change(idp: Idp, caller: Caller, account: Account, action: str, 
     """Audit a change of the second factor, and revoke everything issued to the user before if `revoke` is true."""
     if revoke:
         revoke_user(idp, caller, account.id, action)
+        keep_console(idp, caller, account.id)
     else:
         audit(idp, caller, action, account.id)
 
@@ -4010,6 +4025,129 @@ def end_browser_session(idp: Idp, caller: Caller, id_sha256: str, user_id: str =
             audit(idp, caller, "browser_logged_out", user_id or caller.actor)
 
 
+# -- sessions at the console of ADMIN --
+
+PROOF_TTL = 300  # seconds after a password for which what asks for a fresh proof is done without one
+
+
+def find_console(idp: Idp, handle: str | None, passive: bool) -> tuple[AdminSession, Account] | None:
+    """Return the session at the console of a cookie and its user, or None if it is over.
+
+    It is over if its user may no longer log in as an administrator, or if anything revoked what was issued to the user.
+    A passive request does not count as use.
+    """
+    if not handle or len(handle) > 100:
+        return None
+    console, now = idp.store.find_admin_session(sha256(handle)), idp.now()
+    if (
+        console is None or console.expires_at <= now
+        or console.last_seen_at + idp.options.console_idle_expiration <= now
+        or console.created_ms <= idp.revoked_before or console.auth_time > now + IAT_SKEW
+    ):
+        return None
+    account = idp.store.find_account(console.user_id)
+    if not is_still_valid(account, console.created_ms) or not is_admin(idp, console.user_id):
+        return None
+    if not passive and now - console.last_seen_at >= 60:  # at most one write a minute
+        idp.store.touch_admin_session(console.id_sha256, now)
+        console = msgspec.structs.replace(console, last_seen_at=now)
+    return console, account
+
+
+def begin_console(
+    idp: Idp, caller: Caller, account: Account, amr: list, replaces: str | None
+) -> tuple[str, AdminSession]:
+    """Begin a session at the console; return the handle for its cookie. The session of the handle `replaces` ends.
+
+    The handle is always a new one, so that nobody can know it from before. OWASP Session Management, Session Fixation.
+    """
+    handle, now = random_handle(), idp.now()
+    ms = issuing_ms(idp, account)
+    console = AdminSession(
+        sha256(handle), account.id, " ".join(amr), now, now, ms, now, now + idp.options.console_absolute_expiration,
+        caller.peer, caller.user_agent[:200],
+    )
+    with idp.store.transaction():
+        check_unchanged(idp, account, ms)
+        if replaces:
+            idp.store.delete_admin_session(sha256(replaces))
+        idp.store.insert(console)
+        audit(idp, caller.acting_as(account.id), "console_signed_in", account.id, "amr=" + ",".join(amr))
+    return handle, console
+
+
+def is_at_its_place(caller: Caller, console: AdminSession) -> bool:
+    """Return whether a request comes from the browser and the network of the last proof of its session.
+
+    Cookies ignore ports: other services of the host receive the cookie too, and could use it from elsewhere.
+    """
+    return caller.user_agent[:200] == console.user_agent and network_of(caller.peer) == network_of(console.ip_address)
+
+
+def is_proof_fresh(idp: Idp, console: AdminSession) -> bool:
+    return -IAT_SKEW <= idp.now() - console.proven_at < PROOF_TTL
+
+
+def prove_console(idp: Idp, caller: Caller, console: AdminSession, account: Account, amr: list) -> AdminSession:
+    """Record that the user of a session has just been authenticated again, in the browser of this caller.
+
+    Raises invalid_token if the session ended meanwhile.
+    """
+    with idp.store.transaction():
+        check_unchanged(idp, account, console.created_ms)
+        proven = idp.store.prove_admin_session(
+            console.id_sha256, account.id, " ".join(amr), idp.now(), caller.peer, caller.user_agent[:200]
+        )
+        if proven is None:
+            raise Problem("invalid_token", log="the session at the console has just ended")
+        moved = "" if is_at_its_place(caller, console) else f"moved_from={console.ip_address}"
+        audit(idp, caller, "console_proven", account.id, moved)
+    return proven
+
+
+def end_console(idp: Idp, caller: Caller, console: AdminSession):
+    with idp.store.transaction():
+        if idp.store.delete_admin_session(console.id_sha256):
+            audit(idp, caller, "console_signed_out", console.user_id)
+
+
+def list_own_sessions(idp: Idp, user_id: str, current: str) -> list[ConsoleSession]:
+    """Return the sessions of an administrator at the console and the logins for ADMIN tokens; `current` is an id."""
+    now, least = idp.now(), idp.revoked_before
+    consoles = idp.store.list_admin_sessions(user_id, now, idp.options.console_idle_expiration)
+    return [
+        ConsoleSession(
+            row.id_sha256, "console", row.id_sha256 == current, iso(row.auth_time), iso(row.last_seen_at),
+            iso(row.expires_at), row.ip_address, row.user_agent,
+        )
+        for row in consoles if row.created_ms > least
+    ] + [
+        ConsoleSession(
+            row.sid, "token", row.sid == current, iso(row.created_ms // 1000), None, iso(row.expires_at), "", "",
+        )
+        for row in idp.store.list_admin_logins(user_id, ADMIN_CLIENT, now) if row.created_ms > least
+    ]
+
+
+def end_own_sessions(idp: Idp, caller: Caller, user_id: str, current: str, id: str = "") -> int:
+    """End one of an administrator's own sessions at ADMIN, or all but `current`; return how many.
+
+    Raises not_found if `id` is none of them.
+    """
+    with idp.store.transaction():
+        rows = list_own_sessions(idp, user_id, current)
+        ended = [row for row in rows if (row.id == id if id else not row.is_current)]
+        if id and not ended:
+            raise Problem("not_found")
+        for row in ended:
+            if row.kind == "console":
+                idp.store.delete_admin_session(row.id)
+                audit(idp, caller, "console_ended", user_id)
+            else:
+                revoke_family(idp, caller, row.id, "logout", "admin")
+    return len(ended)
+
+
 def demanded_sub(request: AuthorizeRequest) -> str:
     """Return the `sub` that id_token_hint or the claims parameter demands, or "". OpenID Connect Core §3.1.2.2."""
     return request.hinted_sub or (msgspec.json.decode(request.claims).get("sub", "") if request.claims else "")
@@ -4488,6 +4626,7 @@ class Page(msgspec.Struct):
     status: int = 200
     headers: list = []
     policy: str = ""  # Content-Security-Policy; empty for that of BASE_HEADERS
+    cache_control: str = ""  # Cache-Control, instead of that of `cache`
 
 
 class Redirect(msgspec.Struct):
@@ -4635,11 +4774,13 @@ class Params:
 
     __slots__ = (
         "environ", "path", "pairs", "values", "repeated", "is_parsed", "body", "query", "caller", "route", "session",
+        "console",
     )
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
         self.session: Any = UNSET  # what current_session() found
+        self.console: AdminSession | None = None  # by_admin() sets it, unless the caller has an access token
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         # The Unix socket alone proves who is at the machine: a proxy on it has a loopback address too. One that speaks
         # for others on the socket shows that by its header fields.
@@ -4915,8 +5056,113 @@ def by_scope(name):
     return guard
 
 
+# -- the console: a cookie with a form token --
+
+CONSOLE_COOKIE = "mad-admin"
+
+
+def form_token(key: bytes, purpose: str) -> str:
+    """Return a form's anti-CSRF token."""
+    return b64url(hmac.digest(key, purpose.encode(), "sha256")[:18])
+
+
+def host_without_port(authority: str) -> str:
+    """Return the host of an authority, in lower case, an IPv6 address in its brackets. RFC 3986 §3.2.2."""
+    host = authority[: authority.rindex(":")] if re.search(r":[0-9]*$", authority) else authority
+    return host.lower().rstrip(".")
+
+
+def is_https(environ) -> bool:
+    """Return whether the browser came by https, as far as one can know: a proxy that ends TLS may be unknown to us."""
+    return environ["wsgi.url_scheme"] == "https" or environ.get("HTTP_ORIGIN", "").lower().startswith("https://")
+
+
+def make_console_cookie(environ, value: str, max_age: int) -> str:
+    """Return the Set-Cookie value of a session at the console; under https no other host can set it.
+
+    SameSite is Strict: the document needs no cookie, and what it fetches comes from its own site. RFC 6265bis §4.1.3.2
+    """
+    prefix, secure = ("__Host-", "; Secure") if is_https(environ) else ("", "")
+    return f"{prefix}{CONSOLE_COOKIE}={value}; Path=/; HttpOnly; SameSite=Strict{secure}; Max-Age={max_age}"
+
+
+def console_handle(params) -> str | None:
+    """Return the cookie of the console: that which only https sets, else the other one where TLS is not ours."""
+    handle = params.cookie("__Host-" + CONSOLE_COOKIE)
+    return handle if handle or params.environ["wsgi.url_scheme"] == "https" else params.cookie(CONSOLE_COOKIE)
+
+
+def own_origins(options: Options, environ) -> set[str]:
+    """Return the origins, in lower case, that a page of ADMIN may have."""
+    # A proxy that ends TLS need not be known to us, nor send on the Host that the browser sent.
+    host, domain = environ.get("HTTP_HOST", ""), options.admin_domain
+    own = {f"{environ['wsgi.url_scheme']}://{host}", f"https://{host}", options.admin_issuer}
+    if not is_loopback_host(host_without_port(domain)):  # at https://localhost another server of the machine may be
+        own.add(f"https://{domain}")
+    return {name.lower() for name in own}
+
+
+def check_own_page(idp: Idp, params):
+    """Raise access_denied unless a page of ADMIN itself made the request. Fetch Metadata §2.1, Fetch Standard §3.2.
+
+    Browsers send no Sec-Fetch-Site to an http URL of another machine; there, what changes something names its Origin.
+    """
+    environ = params.environ
+    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+    if site is not None:
+        is_own = site.lower() == "same-origin"
+    elif origin is not None:
+        is_own = origin.lower() in own_origins(idp.options, environ)
+    else:
+        is_own = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    if not is_own:
+        raise Problem("access_denied", log=f"no page of ours: {escape(f'{site} {origin}'[:200])}")
+
+
+def read_console(idp: Idp, params, needs_token=True) -> tuple[AdminSession, Account]:
+    """Return the session at the console of a request's cookie, and its user, who becomes the actor.
+
+    The cookie alone opens nothing, because other ports of this host receive it and can make a browser send it: a
+    request has to carry the session's form token too. Raises access_denied, or invalid_token if the session is over.
+    """
+    check_own_page(idp, params)
+    handle = console_handle(params)
+    if handle and needs_token:
+        expected, sent = form_token(handle.encode(), "console"), params.environ.get("HTTP_X_FORM_TOKEN", "")
+        if not hmac.compare_digest(expected.encode(), sent.encode("utf-8", "replace")):
+            raise Problem("access_denied", log="a request of the console without its form token, or of another browser")
+    found = find_console(idp, handle, passive=params.environ.get("HTTP_X_PASSIVE") == "1")
+    if found is None:
+        raise Problem("invalid_token", log="no session at the console, or it is over")
+    params.caller = params.caller.acting_as(found[1].id)
+    return found
+
+
+def by_console(idp: Idp, params) -> tuple[AdminSession, Account]:
+    """A guard that demands a session at the console, from wherever it comes, and its form token."""
+    return read_console(idp, params)
+
+
+def by_console_cookie(idp: Idp, params) -> tuple[AdminSession, Account]:
+    """The guard of the one route that gives the form token."""
+    return read_console(idp, params, needs_token=False)
+
+
 def by_admin(idp: Idp, params) -> dict:
-    """A guard that demands a valid ADMIN token of a user who is still an administrator."""
+    """A guard that demands a user who is still an administrator: by an ADMIN token, or by a session at the console.
+
+    A request without a token has the second if it carries X-Form-Token. Returns the claims of the token; of a session
+    `sub` and `sid`. Raises reauthentication_required if a session is used from another browser or another network than
+    that of its last proof.
+    """
+    if "HTTP_AUTHORIZATION" not in params.environ and "HTTP_X_FORM_TOKEN" in params.environ:
+        console, account = read_console(idp, params)
+        if not is_at_its_place(params.caller, console):
+            log = f"a session at the console is used where it was not proven: that was at {console.ip_address}"
+            raise Problem("reauthentication_required", log=log)
+        params.console, id_sha256 = console, console.id_sha256
+        params.caller = msgspec.structs.replace(params.caller, console=id_sha256)
+        return {"sub": account.id, "sid": id_sha256}
     claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
     if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
         raise Problem("invalid_token", log="not an administrator any more")
@@ -4957,6 +5203,40 @@ def by_scraper_or_admin(idp, params):
 
 
 vars(by_scraper_or_admin)["scope"] = vars(READ_METRICS)["scope"]
+
+
+# -- what asks for the password again --
+# Functions (idp, params) for `proof` of a route. They bind sessions at the console: an ADMIN token has a short life.
+
+
+def always(idp: Idp, params) -> bool:
+    return True
+
+
+def of_administrator(idp: Idp, params) -> bool:
+    """Return whether the user of the path is an administrator."""
+    return is_admin(idp, get_user(idp, params.path["id"]).id)
+
+
+def of_administrators(idp: Idp, params) -> bool:
+    """Return whether the roles of an administrator change, or somebody becomes one."""
+    body = params.body
+    user_id = params.path.get("id") or body.user_id
+    roles = [role.id for role in getattr(body, "roles", body)] if "id" in params.path else [body.role_id]
+    named = {get_role(idp, role).id for role in roles if role.strip()}
+    return MAD_ADMIN_ROLE_ID in named or is_admin(idp, get_user(idp, user_id).id)
+
+
+def of_first_piece(idp: Idp, params) -> bool:
+    """Return whether a file is fetched from its beginning."""
+    return params.query.offset == 0
+
+
+def require_proof(idp: Idp, params):
+    """Raise reauthentication_required if a session at the console does what needs a fresh proof, and has none."""
+    proof, console = params.route.proof, params.console
+    if console and proof and not is_proof_fresh(idp, console) and proof(idp, params):
+        raise Problem("reauthentication_required", log="the last proof is too old", audited=True)
 
 
 # -- entity tags and lists --
@@ -5099,6 +5379,7 @@ class Answer:
         try:
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
             params.decode()
+            require_proof(self.idp, params)
             result = route.handler(self.idp, *caller, params)
             if route.versioned and environ["REQUEST_METHOD"] != "DELETE":
                 return Reply(result, [("ETag", etag(result))])
@@ -5133,7 +5414,8 @@ class Answer:
         if isinstance(result, Page):
             status, body = result.status, result.content
             headers = security_headers(result.policy) if result.policy else BASE_HEADERS
-            headers += (("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE,)
+            cached = f"public, max-age={result.cache}" if result.cache else NO_STORE[1]
+            headers += (("Cache-Control", result.cache_control or cached),)
             if result.etag:
                 headers += (("ETag", result.etag),)
             if result.etag and environ.get("HTTP_IF_NONE_MATCH") == result.etag:
@@ -5267,11 +5549,6 @@ def current_session(idp: Idp, params) -> tuple[BrowserSession, Account] | None:
 
 def login_binding(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, LOGIN_COOKIE))
-
-
-def form_token(key: bytes, purpose: str) -> str:
-    """Return a form's anti-CSRF token."""
-    return b64url(hmac.digest(key, purpose.encode(), "sha256")[:18])
 
 
 def session_form_token(handle: str | None) -> str:
@@ -5479,12 +5756,6 @@ class App:
         return [body]
 
 
-def host_without_port(authority: str) -> str:
-    """Return the host of an authority, in lower case, an IPv6 address in its brackets. RFC 3986 §3.2.2."""
-    host = authority[: authority.rindex(":")] if re.search(r":[0-9]*$", authority) else authority
-    return host.lower().rstrip(".")
-
-
 def refuse_early(idp: Idp, environ, start_response, problem: Problem) -> list[bytes]:
     """Answer a request to ADMIN that reaches no route, and log why."""
     answer = Answer(idp)
@@ -5536,12 +5807,7 @@ def cross_site_reason(options: Options, environ) -> str:
     origin = environ.get("HTTP_ORIGIN")
     if is_reading or origin is None:
         return ""
-    # A proxy that ends TLS need not be known to us, nor send on the Host that the browser sent.
-    host, domain = environ.get("HTTP_HOST", ""), options.admin_domain
-    own = {f"{environ['wsgi.url_scheme']}://{host}", f"https://{host}", options.admin_issuer}
-    if not is_loopback_host(host_without_port(domain)):  # at https://localhost another server of the machine may be
-        own.add(f"https://{domain}")
-    return "" if origin.lower() in {name.lower() for name in own} else f"Origin is {escape(origin[:200])}"
+    return "" if origin.lower() in own_origins(options, environ) else f"Origin is {escape(origin[:200])}"
 
 
 def refuse_cross_site(app, idp: Idp):
@@ -7099,9 +7365,140 @@ def admin_token(idp, params):
 
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)
 def admin_logout(idp, claims, params):
-    """End the login that the token belongs to."""
-    revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
+    """End the login that the token belongs to, or the session at the console."""
+    if params.console:
+        end_console(idp, params.caller, params.console)
+    else:
+        revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
     return msg("Logged out.")
+
+
+# -- the console --
+
+
+def console_object(idp: Idp, params, console: AdminSession, account: Account, handle: str | None) -> ConsoleObject:
+    assert handle
+    is_known = is_at_its_place(params.caller, console)
+    return ConsoleObject(
+        ConsoleUser(account.id, account.username, account.email), form_token(handle.encode(), "console"),
+        iso(console.expires_at), iso(console.last_seen_at + idp.options.console_idle_expiration),
+        iso(console.proven_at + PROOF_TTL) if is_known else None, bool(account.totp_sealed), iso(idp.now()),
+    )
+
+
+@ADMIN("POST", "/dashboard/session", guard=anyone, spec=OWN, takes=SignIn, gives=ConsoleObject)
+def admin_sign_in(idp, params):
+    """Sign an administrator in at the console, which sets a cookie; 403 for every cause of failure."""
+    check_own_page(idp, params)
+    body, caller = params.body, browser_caller(idp, params)
+    account, amr = authenticate_user(idp, caller, body.username, body.password, body.totp, admin=True)
+    handle, console = begin_console(idp, params.caller, account, amr, console_handle(params))
+    cookies = [
+        make_console_cookie(params.environ, handle, idp.options.console_absolute_expiration),
+        make_cookie(idp, DEVICE_COOKIE, sign_device(idp, caller, account), DEVICE_TTL),
+    ]
+    shown = console_object(idp, params, console, account, handle)
+    return Reply(shown, [("Set-Cookie", cookie) for cookie in cookies])
+
+
+@ADMIN("GET", "/dashboard/session", guard=by_console_cookie, spec=OWN, gives=ConsoleObject)
+def admin_console_session(idp, found, params):
+    """Return the caller's session at the console, with its form token."""
+    console, account = found
+    return console_object(idp, params, console, account, console_handle(params))
+
+
+@ADMIN("POST", "/dashboard/session/proof", guard=by_console, spec=OWN, takes=Proof, gives=ConsoleObject)
+def admin_prove(idp, found, params):
+    """Take the password again, and the one-time code of whoever has a second factor; 403 for every cause of failure."""
+    console, account = found
+    account, amr = authenticate_user(
+        idp, browser_caller(idp, params), account.username, params.body.password, params.body.totp, admin=True
+    )
+    console = prove_console(idp, params.caller, console, account, amr)
+    return console_object(idp, params, console, account, console_handle(params))
+
+
+@ADMIN("DELETE", "/dashboard/session", guard=by_console, spec=OWN, gives=Msg)
+def admin_sign_out(idp, found, params):
+    """Sign out of the console."""
+    end_console(idp, params.caller, found[0])
+    headers = [("Set-Cookie", make_console_cookie(params.environ, "", 0)), ("Clear-Site-Data", '"cache", "storage"')]
+    return Reply(msg("Signed out."), headers)
+
+
+@ADMIN("GET", "/dashboard/sessions", guard=by_admin, spec=OWN, gives=list[ConsoleSession])
+def admin_list_own_sessions(idp, claims, params):
+    """List the caller's own sessions at the console, and logins for ADMIN tokens."""
+    return list_own_sessions(idp, claims["sub"], claims["sid"])
+
+
+@ADMIN("DELETE", "/dashboard/sessions", guard=by_admin, spec=OWN, gives=Msg)
+def admin_end_other_sessions(idp, claims, params):
+    """End the caller's own sessions at the console and logins for ADMIN tokens, but for that of this request."""
+    return msg(f"{end_own_sessions(idp, params.caller, claims['sub'], claims['sid'])} sessions ended.")
+
+
+@ADMIN("DELETE", "/dashboard/sessions/<id>", guard=by_admin, spec=OWN, gives=Msg)
+def admin_end_own_session(idp, claims, params):
+    """End one of the caller's own sessions at the console, or logins for ADMIN tokens."""
+    end_own_sessions(idp, params.caller, claims["sub"], claims["sid"], params.path["id"])
+    return msg("Session ended.")
+
+
+CONSOLE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+UNUSED_FEATURES = (
+    "accelerometer", "autoplay", "camera", "display-capture", "encrypted-media", "fullscreen", "geolocation",
+    "gyroscope", "hid", "idle-detection", "magnetometer", "microphone", "midi", "payment", "picture-in-picture",
+    "publickey-credentials-create", "screen-wake-lock", "serial", "usb", "web-share", "xr-spatial-tracking",
+)
+CONSOLE_HEADERS = (
+    ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Permissions-Policy", ", ".join([
+        *(f"{feature}=()" for feature in UNUSED_FEATURES), "clipboard-write=(self)", "publickey-credentials-get=(self)",
+    ])),
+)
+
+
+@ADMIN("GET", "/dashboard/", guard=anyone, spec=OWN, gives=bytes, gives_media="text/html", tagged=True)
+def admin_console(idp, params):
+    """Return the document of the console, in the language of the browser; its files have a version in their path."""
+    language = idp.pages.choose_language(params.environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+    content = idp.console.document(language, box_name(idp.options))
+    return Page(
+        content, "text/html; charset=utf-8", etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+        headers=[*CONSOLE_HEADERS, ("Vary", "Accept-Language")], policy=CONSOLE_POLICY, cache_control="no-cache",
+    )
+
+
+@ADMIN("GET", "/dashboard/files/<version>/<name:path>", guard=anyone, spec=OWN, gives=bytes, gives_media="*/*")
+def admin_console_file(idp, params):
+    """Return a file of the console, of this version of it."""
+    file = idp.console.find(params.path["name"]) if params.path["version"] == idp.console.version else None
+    if file is None:
+        raise Problem("not_found")
+    headers = [("Cross-Origin-Resource-Policy", "same-origin"), ("Vary", "Accept-Encoding")]
+    accepted = params.environ.get("HTTP_ACCEPT_ENCODING", "").lower()
+    is_packed = re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted) is not None
+    if is_packed:
+        headers.append(("Content-Encoding", "gzip"))
+    return Page(
+        file.packed if is_packed else file.content(), file.content_type, headers=headers,
+        cache_control="public, max-age=31536000, immutable",
+    )
+
+
+@ADMIN("GET", ("/", "/dashboard", "/Dashboard", "/Login"), guard=anyone, spec="addresses of the original", gives=bytes)
+def admin_to_console(idp, params):
+    """Lead a browser to the console; 404 for whoever does not prefer HTML."""
+    accept = params.environ.get("HTTP_ACCEPT", "")
+    if media_preference(accept, "text/html") <= media_preference(accept, JSON):
+        raise Problem("not_found", headers=[("X-Not-Found", "route")])
+    return Redirect("dashboard/")
 
 
 # -- resources --
@@ -7121,6 +7518,8 @@ class Resource(msgspec.Struct, frozen=True):
     delete: Callable  # (idp, caller, id or name)
     create: Callable | None = None  # (idp, caller, body); None if its route is declared separately
     takes: type | None = None
+    proof_of_update: Callable | None = None  # `proof` of the route
+    proof_of_delete: Callable | None = None
 
 
 def declare_resource(resource: Resource, *sentences: str):
@@ -7166,8 +7565,12 @@ def declare_resource(resource: Resource, *sentences: str):
         (list_, f"list_{kind}s", "GET", all_, {"query": resource.query, "gives": page}),
         (get, f"get_{kind}", "GET", one, {"gives": gives, "versioned": True}),
         (id_, f"{kind}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
-        (update, f"update_{kind}", "PUT", one, {"takes": resource.changes, "gives": gives, "versioned": True}),
-        (delete, f"delete_{kind}", "DELETE", one, {"gives": Msg, "versioned": True}),
+        (update, f"update_{kind}", "PUT", one, {
+            "takes": resource.changes, "gives": gives, "versioned": True, "proof": resource.proof_of_update,
+        }),
+        (delete, f"delete_{kind}", "DELETE", one, {
+            "gives": Msg, "versioned": True, "proof": resource.proof_of_delete,
+        }),
     ]
     for (handler, name, method, path, more), sentence in zip(
         routes if resource.create else routes[1:], sentences, strict=True
@@ -7236,6 +7639,7 @@ declare_resource(
     Resource(
         "user", show=show_users, gives=UserDetails, query=SearchUsers, rows=search_users, get=get_user,
         create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
+        proof_of_update=of_administrator, proof_of_delete=always,
     ),
     "Create a user.",
     "List the active users, or those that `is_active` selects, filtered by `q` and what they have, a page at a time.",
@@ -7246,49 +7650,52 @@ declare_resource(
 )
 
 
-@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_verify_email(idp, claims, params):
     """Mark the e-mail address of a user as verified."""
     verify_email(idp, params.caller, params.path["id"])
     return msg("E-mail address verified.")
 
 
-@ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN(
+    "POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg,
+    proof=of_administrator,
+)
 def admin_deactivate_user(idp, claims, params):
     """Deactivate a user, and end every login of the user."""
     set_user_active(idp, params.caller, params.path["id"], False)
     return msg("User deactivated.")
 
 
-@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_activate_user(idp, claims, params):
     """Activate a user."""
     set_user_active(idp, params.caller, params.path["id"], True)
     return msg("User activated.")
 
 
-@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg)
+@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg, proof=of_administrator)
 def admin_reset_password(idp, claims, params):
     """Set a new password for a user, and end every login of the user."""
     reset_password(idp, params.caller, params.path["id"], params.body.new_password or params.body.password)
     return msg("Password reset; every login of the user is ended.")
 
 
-@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
+@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg, proof=of_administrator)
 def admin_set_lockout(idp, claims, params):
     """Lock a user out until a time, and end every login of the user; null or the year 1 clears every lockout."""
     set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until, params.body.reason)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_clear_lockout(idp, claims, params):
     """Clear every lockout of a user, of passwords and of one-time codes."""
     set_lockout(idp, params.caller, params.path["id"], None)
     return msg("Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
@@ -7372,7 +7779,7 @@ def admin_verify_password(idp, claims, params):
 # -- second factor --
 
 
-@ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
+@ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment, proof=always)
 def admin_enrol_totp(idp, claims, params):
     """Make a second factor for a user, and return its otpauth URI, seed and QR code once.
 
@@ -7384,7 +7791,7 @@ def admin_enrol_totp(idp, claims, params):
     return TotpEnrolment(True, uri, seed, draw_qr(uri).decode())
 
 
-@ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
+@ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr, proof=always)
 def admin_generate_totp(idp, claims, params):
     """Make a second factor for a user, and write its QR code to a file below totp-qr-output-root.
 
@@ -7408,7 +7815,9 @@ def admin_generate_totp(idp, claims, params):
     return TotpQr(True, name, name)
 
 
-@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=TotpConfirmed)
+@ADMIN(
+    "POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=TotpConfirmed, proof=always
+)
 def admin_confirm_totp(idp, claims, params):
     """Enable a new second factor by its first code, and return recovery codes once; 403 if the code is wrong."""
     account = get_user(idp, params.path["id"])
@@ -7424,7 +7833,7 @@ def admin_make_recovery_codes(idp, claims, params):
     return RecoveryCodes(make_recovery_codes(idp, params.caller, account.id))
 
 
-@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg)
+@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg, proof=always)
 def admin_verify_totp(idp, claims, params):
     """Enable a new second factor by its first code, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
@@ -7432,14 +7841,14 @@ def admin_verify_totp(idp, claims, params):
     return msg("Second factor enabled.")
 
 
-@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_disable_totp(idp, claims, params):
     """Disable the second factor of a user."""
     disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
-@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_disable_client_totp(idp, claims, params):
     """Disable the second factor of a user, if the client demands one; it is the user's at every client."""
     totp_issuer(idp, params.path["client_id"])
@@ -7471,14 +7880,17 @@ declare_resource(
 )
 
 
-@ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
+@ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg, proof=of_administrators)
 def admin_assign_role(idp, claims, params):
     """Assign a role to a user."""
     assign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role assigned.")
 
 
-@ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
+@ADMIN(
+    "POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg,
+    proof=of_administrators,
+)
 def admin_unassign_role(idp, claims, params):
     """Remove a role from a user, and end what was issued with it."""
     unassign_role(idp, params.caller, params.body.user_id, params.body.role_id)
@@ -7503,7 +7915,10 @@ def admin_list_roles_of_user(idp, claims, params):
     return [NameRef(role.id, role.name) for role in roles]
 
 
-@ADMIN("PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg)
+@ADMIN(
+    "PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg,
+    proof=of_administrators,
+)
 def admin_set_roles(idp, claims, params):
     """Replace the roles of a user, all or none."""
     roles = params.body.roles if isinstance(params.body, SetRoles) else params.body
@@ -7632,14 +8047,14 @@ def admin_list_scopes_of_user(idp, claims, params):
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
+@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg, proof=of_administrator)
 def admin_assign_scopes_to_user(idp, claims, params):
     """Assign scopes to a user, all or none."""
     added = assign_scopes(idp, params.caller, get_user(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
-@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_remove_scope_from_user(idp, claims, params):
     """Remove a scope from a user."""
     remove_scope(idp, params.caller, get_user(idp, params.path["id"]), params.path["scope_id"])
@@ -7747,7 +8162,7 @@ def admin_create_client(idp, claims, params):
 declare_resource(
     Resource(
         "client", show=show_clients, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
-        update=update_client, changes=UpdateClient, delete=delete_client,
+        update=update_client, changes=UpdateClient, delete=delete_client, proof_of_delete=always,
     ),
     "List the clients by display name, filtered by `q`, a page at a time.",
     "Return one client, by id or client_id.",
@@ -8211,7 +8626,7 @@ def admin_get_audit(idp, claims, params):
     return audit_object(row)
 
 
-@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg)
+@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg, proof=always)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days; the deletion is itself audited."""
     count = purge_audit_log(idp, params.caller, params.body.older_than_days, sleep)
@@ -8291,7 +8706,7 @@ def admin_revoke_key(idp, claims, params):
 # -- backup and description --
 
 
-@ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject)
+@ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject, proof=always)
 def admin_make_backup(idp, claims, params):
     """Write a backup to `backup-folder`, encrypted like the database, and verify it; 404 if none is set."""
     with idp.hasher.gate.blocking():
@@ -8300,7 +8715,7 @@ def admin_make_backup(idp, claims, params):
 
 @ADMIN(
     "GET", "/backup/<name>", guard=by_admin, spec="online backup", query=BackupPiece, gives=bytes,
-    gives_media="application/octet-stream",
+    gives_media="application/octet-stream", proof=of_first_piece,
 )
 def admin_read_backup(idp, claims, params):
     """Return a mebibyte of a backup, from `offset` on; X-Next-Offset if there is more."""
@@ -8308,7 +8723,7 @@ def admin_read_backup(idp, claims, params):
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 
-@ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg)
+@ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg, proof=always)
 def admin_delete_backup(idp, claims, params):
     """Delete a backup from `backup-folder`."""
     idp.machine.delete_backup(idp, params.caller, params.path["name"])

@@ -52,7 +52,7 @@ def purge(idp: Idp, pause=sleep):
     cutoffs = [
         ("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now),
         ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now),
-        ("browser_session", "id_sha256", now), ("retired_key", "kid", now),
+        ("browser_session", "id_sha256", now), ("admin_session", "id_sha256", now), ("retired_key", "kid", now),
         ("parked_hints", "handle_sha256", now), ("device_failure", "device_sha256", now),
         ("invitation", "user_id", now),
     ]

@@ -20,7 +20,7 @@ from appliance.base.objects import ChangeSecret, CreateRole, CreateUser, PurgeTo
 PROTECTED = [
     (method, path, route.takes)
     for route in m.ADMIN.routes
-    if route.guard is not m.anyone
+    if route.guard is m.by_admin
     for method in route.methods
     for path in route.paths
 ]
@@ -36,7 +36,7 @@ ONLY_JSON = [
 WITHOUT_BODY = [
     (method, path)
     for route in m.ADMIN.routes
-    if route.takes is None and route.form is None and route.guard is not m.anyone
+    if route.takes is None and route.form is None and route.guard is m.by_admin
     for method in route.methods
     for path in route.paths
     if path != "/sessions/revoke-all"  # it ends the token that asks

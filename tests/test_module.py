@@ -18,9 +18,10 @@ ROOMS = (
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
     "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys",
     "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
-    "appliance.base.pages", "microauthd", "appliance.rings", "appliance.figures", "appliance.backup",
-    "appliance.authority", "appliance.upkeep", "appliance.status", "appliance.machine", "appliance.processes",
-    "appliance.recovery", "appliance.oobe", "appliance.help", "appliance.service", "appliance.commands",
+    "appliance.base.pages", "appliance.base.console", "microauthd", "appliance.rings", "appliance.figures",
+    "appliance.backup", "appliance.authority", "appliance.upkeep", "appliance.status", "appliance.machine",
+    "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help", "appliance.service",
+    "appliance.commands",
 )
 
 
@@ -225,8 +226,8 @@ class TestState:
     TABLES = {
         "FLAGS", "LOGO_TYPES", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "HTTP_REFUSALS", "STOPPING", "COMMANDS",
         "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "EXTRA_QUESTIONS", "ADVISED_RANGES",
-    "CONDITIONS", "DEPENDENTS", "SESSION_FILTERS", "URI_SWITCHES", "CONFUSABLES", "BY_NAME", "FIGURES", "RANGES",
-    "OUTCOMES",
+    "CONDITIONS", "DEPENDENTS", "SESSION_FILTERS", "URI_SWITCHES", "CONFUSABLES", "TYPES", "BY_NAME", "FIGURES",
+    "RANGES", "OUTCOMES",
     }
 
     def mutable(self, room):
@@ -320,7 +321,8 @@ class TestRoutes:
                 for path in (
                     "/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json",
                     "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
-                    "/.well-known/microauthd/ca.pem",
+                    "/.well-known/microauthd/ca.pem", "/dashboard/session",
+                    "/dashboard/", "/dashboard/files/<version>/<name:path>", "/", "/dashboard", "/Dashboard", "/Login",
                 )
             ),
         }

@@ -247,6 +247,8 @@ class TestAnswers:
             concrete = path.replace("{id}", ids.get(key, "{id}"))
             if "get" not in methods or "{" in concrete or "client/options" in path:
                 continue
+            if path in ("/", "/dashboard", "/Dashboard", "/Login", "/dashboard/", "/dashboard/session"):
+                continue  # for browsers: redirects, the document, and what only a cookie opens
             answer = admin("GET", concrete, bearer=admin_token)
             assert answer.status == 200, (path, answer)
             (media,) = methods["get"]["responses"]["200"]["content"].items()

@@ -17,9 +17,9 @@ from appliance.base.settings import Options
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
-    AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, Invitation, LoginTransaction, MAD_ADMIN_ROLE_ID,
-    MIGRATIONS, ParkedHints, RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain,
-    lockout_seconds,
+    AdminSession, AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, Invitation, LoginTransaction,
+    MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints, RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE,
+    Session, Store, chain, lockout_seconds,
 )
 from appliance.upkeep import finish_deletions
 
@@ -233,6 +233,16 @@ class TestSchema:
         idp.store.confirm_client("b", client, 5)
         idp.store.confirm_client("gone", client, 5)
         assert idp.store.is_confirmed("b", client) and not idp.store.is_confirmed("gone", client)
+
+    def test_an_administrator_of_before_is_signed_in_at_no_console_and_can_be(self, idp, root, monkeypatch):
+        number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE admin_session" in step)
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])
+        idp.store.run("DROP TABLE admin_session")
+        idp.store.run(f"PRAGMA user_version = {number}")
+        idp.store.migrate()
+        assert idp.store.list_admin_sessions(root.id, idp.now(), 60) == []
+        _, console = m.begin_console(idp, m.LOCAL, idp.store.find_account(root.id), ["pwd"], None)
+        assert idp.store.list_admin_sessions(root.id, idp.now(), 60) == [console]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
@@ -649,6 +659,7 @@ class TestRevoking:
             store.insert(
                 BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
             )
+            store.insert(AdminSession("a", alice.id, "pwd", late, late, 1000 * late, late, late + 60, "", ""))
             store.insert(
                 AuthorizationCode(
                     "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
@@ -668,6 +679,7 @@ class TestRevoking:
         store.revoke_future_rows(now, 1000 * now, now // 30)
         account = store.find_account(alice.id)
         assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
+        assert store.find_admin_session("a") is None
         assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
         assert store.find_device_lockout("d") == 0
         assert account.totp_last_step == now // 30
@@ -917,6 +929,10 @@ class TestRevoking:
         "delete_codes": lambda store: store.delete_codes("u", "c"),
         "delete_consent": lambda store: store.delete_consent("u", "c"),
         "list_families_of": lambda store: store.list_families_of("u"),
+        "keep_admin_session": lambda store: store.keep_admin_session("s", "u"),
+        "delete_admin_session": lambda store: store.delete_admin_session("s"),
+        "list_admin_sessions": lambda store: store.list_admin_sessions("u", 1, 1),
+        "list_admin_logins": lambda store: store.list_admin_logins("u", "c", 1),
         "list_browser_sessions": lambda store: store.list_browser_sessions("u", 1),
         "is_family_revoked": lambda store: store.is_family_revoked("s"),
         "sessions of a user": lambda store: store.list_sessions(user_id="u", limit=1),

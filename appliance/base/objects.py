@@ -540,6 +540,21 @@ class LogoutForm(BearerForm):
     form: str = ""
 
 
+class SignIn(msgspec.Struct):
+    """POST /dashboard/session. `totp` is for an administrator with a second factor."""
+
+    username: str
+    password: str
+    totp: str = ""
+
+
+class Proof(msgspec.Struct):
+    """POST /dashboard/session/proof. `totp` is for an administrator with a second factor."""
+
+    password: str
+    totp: str = ""
+
+
 class AdminTokenForm(msgspec.Struct):
     """`client_id` is recorded only; `totp` is for a user with a second factor."""
 
@@ -1222,6 +1237,44 @@ class PkceStep(msgspec.Struct):
     redirect_uri: str
     requires_totp: bool
     is_session_based: bool
+
+
+class ConsoleUser(msgspec.Struct):
+    id: str
+    username: str
+    email: str
+
+
+class ConsoleObject(msgspec.Struct):
+    """An administrator's session at the console. X-Form-Token carries `form_token` in every other request.
+
+    `proven_until` is the time up to which what asks for a fresh proof is done without one. It is null if the request
+    comes from another browser or another network than the last proof: until the next proof, nothing is done.
+    """
+
+    user: ConsoleUser
+    form_token: str
+    expires_at: str | None
+    idle_at: str | None
+    proven_until: str | None
+    totp_enabled: bool
+    now: str | None
+
+
+class ConsoleSession(msgspec.Struct):
+    """A session of the caller at the console (`kind` is console), or a login for an ADMIN token (token).
+
+    Of a login neither browser, address nor last use is stored. `is_current` marks that of this request.
+    """
+
+    id: str
+    kind: str
+    is_current: bool
+    created_at: str | None
+    last_seen_at: str | None
+    expires_at: str | None
+    ip_address: str
+    user_agent: str
 
 
 class AuthSession(msgspec.Struct):

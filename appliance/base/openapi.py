@@ -32,6 +32,8 @@ class Route(msgspec.Struct, frozen=True):
     tagged: bool = False  # has an ETag and answers If-None-Match with 304
     cors: bool = False  # allows the origins that public clients have registered
     option: str = ""  # served only if this option is on
+    # Function (idp, params): whether a session at the console needs a fresh proof; None never does.
+    proof: Callable | None = None
     secret_path: bool = False  # a variable of the path is a secret, which the log must not have
 
 
@@ -65,6 +67,14 @@ SECURITY = {
     "bearer": {
         "type": "http", "scheme": "bearer", "bearerFormat": "JWT",
         "description": "An access token of this port. RFC 6750, RFC 9068.",
+    },
+    "console": {
+        "type": "apiKey", "in": "cookie", "name": "mad-admin",
+        "description": "A session at the console, with its form token; the name begins with __Host- under https.",
+    },
+    "form_token": {
+        "type": "apiKey", "in": "header", "name": "X-Form-Token",
+        "description": "The form token of that session, from /dashboard/session.",
     },
 }
 
@@ -196,6 +206,12 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     guard, body = guard_name(route), describe_body(route, method)
     if guard in ("by_client_or_token", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by form members, which OpenAPI cannot express
+    elif guard == "by_console_cookie":
+        operation["security"] = [{"console": []}]
+    elif guard == "by_console":
+        operation["security"] = [{"console": [], "form_token": []}]
+    elif guard == "by_admin":
+        operation["security"] = [{"bearer": []}, {"console": [], "form_token": []}]
     elif guard != "anyone":
         operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
     if body:

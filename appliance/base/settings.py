@@ -460,6 +460,14 @@ class Options:
     session_absolute_expiration: int = option(
         86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"
     )
+    console_idle_expiration: int = option(
+        1800, seconds, "Seconds without use after which an administrator has to sign in at the console again.",
+        group="Login",
+    )
+    console_absolute_expiration: int = option(
+        28800, seconds, "Seconds after the sign-in when an administrator has to sign in at the console again.",
+        group="Login",
+    )
     brand_name: str = option(
         "", label, "Name on the login pages and in authenticators; empty is the issuer's host.", group="Pages"
     )

@@ -335,6 +335,26 @@ class ListedBrowserSession(BrowserSession, frozen=True):
     id: str
 
 
+class AdminSession(Record, frozen=True):
+    """An administrator who is signed in at the console of ADMIN. `id_sha256` is the hash of the cookie's value.
+
+    `ip_address` and `user_agent` are those of the last proof: a password, and a one-time code if there is a second
+    factor, given at `proven_at`.
+    """
+
+    table = "admin_session"
+    id_sha256: str
+    user_id: str
+    amr: str
+    auth_time: int
+    proven_at: int
+    created_ms: int
+    last_seen_at: int
+    expires_at: int
+    ip_address: str
+    user_agent: str
+
+
 class RetiredKey(Record, frozen=True):
     """The public half of an AUTH key that no longer signs and is no longer published. It verifies id_token_hints."""
 
@@ -708,6 +728,15 @@ MIGRATIONS = (
     CREATE TABLE client_use (client_id TEXT PRIMARY KEY, last_token_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE INDEX family_address ON family (ip_address) WHERE ip_address <> '';
     """,
+    # Step 15. The sessions of administrators at the console. One that ends is deleted.
+    """
+    CREATE TABLE admin_session (
+        id_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        amr TEXT NOT NULL, auth_time INTEGER NOT NULL, proven_at INTEGER NOT NULL, created_ms INTEGER NOT NULL,
+        last_seen_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, ip_address TEXT NOT NULL, user_agent TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX admin_session_user ON admin_session (user_id);
+    """,
 )
 
 # The tables whose rows go with a user, client, scope or role: the column that names it, and the primary key. What refers to
@@ -716,8 +745,8 @@ DEPENDENTS = {
     "account": (
         ("refresh_token", "user_id", ("id",)), ("session", "user_id", ("id",)), ("family", "user_id", ("sid",)),
         ("authorization_code", "user_id", ("code_sha256",)), ("browser_session", "user_id", ("id_sha256",)),
-        ("login_transaction", "user_id", ("id",)), ("recovery_code", "user_id", ("code_sha256",)),
-        ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
+        ("admin_session", "user_id", ("id_sha256",)), ("login_transaction", "user_id", ("id",)),
+        ("recovery_code", "user_id", ("code_sha256",)), ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
         ("user_role", "user_id", ("user_id", "role_id")), ("user_scope", "user_id", ("user_id", "scope_id")),
         ("device_failure", "user_id", ("device_sha256",)), ("invitation", "user_id", ("user_id",)),
     ),
@@ -2026,6 +2055,21 @@ class Store(Database):
             user_id=user_id, client_id=client_id,
         )
 
+    def list_admin_logins(self, user_id: str, client_id: str, now: int) -> list[Family]:
+        """Return the logins of an administrator that are alive at a client without a row: that of ADMIN tokens."""
+        return self.all(
+            Family,
+            f"""
+            SELECT family.*
+              FROM family
+              JOIN account ON account.id = family.user_id
+             WHERE family.user_id = :user_id AND family.client_id = :client_id AND family.expires_at > :now
+               AND NOT {FAMILY_REVOKED} AND family.created_ms > account.revoked_before
+             ORDER BY family.created_ms DESC
+            """,
+            user_id=user_id, client_id=client_id, now=now,
+        )
+
     def revoke_family(self, sid: str, now: int) -> bool:
         """Revoke a login at a client, and so its refresh tokens and access tokens, which name it.
 
@@ -2520,6 +2564,66 @@ class Store(Database):
         )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
 
+    # -- admin_session --
+
+    def find_admin_session(self, id_sha256: str) -> AdminSession | None:
+        return self.one(
+            AdminSession, "SELECT * FROM admin_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256
+        )
+
+    def list_admin_sessions(self, user_id: str, now: int, idle: int) -> list[AdminSession]:
+        """Return the sessions of an administrator at the console that are alive, the last used one first.
+
+        `idle` is after how many seconds without use one is over.
+        """
+        return self.all(
+            AdminSession,
+            """
+            SELECT admin_session.* FROM admin_session JOIN account ON account.id = user_id
+             WHERE user_id = :user_id AND expires_at > :now AND last_seen_at > :idle_since
+               AND created_ms > revoked_before
+             ORDER BY last_seen_at DESC
+            """,
+            user_id=user_id, now=now, idle_since=now - idle,
+        )
+
+    def touch_admin_session(self, id_sha256: str, now: int) -> None:
+        """Record that a session at the console is in use."""
+        self.run(
+            "UPDATE admin_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
+            id_sha256=id_sha256, now=now,
+        )
+
+    def prove_admin_session(
+        self, id_sha256: str, user_id: str, amr: str, now: int, ip_address: str, user_agent: str
+    ) -> AdminSession | None:
+        """Record a proof, and where it came from. Return the session, or None if it is over."""
+        return self.one(
+            AdminSession,
+            """
+            UPDATE admin_session
+               SET proven_at = :now, last_seen_at = :now, amr = :amr, ip_address = :ip_address, user_agent = :user_agent
+             WHERE id_sha256 = :id_sha256 AND user_id = :user_id
+            RETURNING *
+            """,
+            id_sha256=id_sha256, user_id=user_id, amr=amr, now=now, ip_address=ip_address, user_agent=user_agent,
+        )
+
+    def keep_admin_session(self, id_sha256: str, user_id: str) -> None:
+        """Let a session of this user outlive the revocation of everything that was issued to the user before."""
+        self.run(
+            """
+            UPDATE admin_session
+               SET created_ms = (SELECT revoked_before + 1 FROM account WHERE id = :user_id)
+             WHERE id_sha256 = :id_sha256 AND user_id = :user_id
+            """,
+            id_sha256=id_sha256, user_id=user_id,
+        )
+
+    def delete_admin_session(self, id_sha256: str) -> bool:
+        """End a session at the console. Return whether there was one."""
+        return self.changed("DELETE FROM admin_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256)
+
     # -- revoking everything that was issued to a user or a client --
 
     def epoch(self, now_ms: int) -> int:
@@ -2811,6 +2915,7 @@ class Store(Database):
                 "UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL",
                 now=now, later_ms=later_ms,
             )
+            done += self.run("DELETE FROM admin_session WHERE created_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             done += self.run("DELETE FROM parked_hints WHERE created_at > :later", later=later)
