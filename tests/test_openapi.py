@@ -152,7 +152,7 @@ class TestDocument:
     def test_who_may_call_is_said(self, described):
         admin, auth = m.describe_port(described, m.ADMIN)["paths"], m.describe_port(described, m.AUTH)["paths"]
         assert (
-            admin["/users"]["get"]["security"] == [{"bearer": []}]
+            admin["/users"]["get"]["security"] == [{"bearer": []}, {"console": [], "form_token": []}]
             and "security" not in admin["/ping"]["get"]
             and auth["/users"]["get"]["security"] == [{"bearer": ["admin:list_users"]}]
         )
