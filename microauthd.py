@@ -7454,7 +7454,7 @@ CONSOLE_POLICY = (
 UNUSED_FEATURES = (
     "accelerometer", "autoplay", "camera", "display-capture", "encrypted-media", "fullscreen", "geolocation",
     "gyroscope", "hid", "idle-detection", "magnetometer", "microphone", "midi", "payment", "picture-in-picture",
-    "publickey-credentials-create", "screen-wake-lock", "serial", "usb", "web-share", "xr-spatial-tracking",
+    "publickey-credentials-create", "screen-wake-lock", "serial", "usb", "xr-spatial-tracking",
 )
 CONSOLE_HEADERS = (
     ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"),

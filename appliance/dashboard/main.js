@@ -17,7 +17,7 @@
 //   hidden. A room needs no sheet of its own. It works by keyboard, at 320 px and in both schemes, or it is not done.
 import { render } from "./vendor/preact.js";
 import { ended, resume, session, signOut, silent, watch } from "./api.js";
-import { follow } from "./route.js";
+import { follow, rooms } from "./route.js";
 import { clock, loadWords, t } from "./words.js";
 import { Button, Failure, Head, href, html, Icon, Loading, route, useEffect, useRef, useState } from "./parts/base.js";
 import { ask, Dialog, Dialogs } from "./parts/dialog.js";
@@ -35,6 +35,8 @@ const ACTS = () => [
   { icon: "plus", name: t("make_application"), kind: t("kind_act"), to: ["applications", "new"] },
   { icon: "me", name: t("end_other_sessions"), kind: t("kind_act"), to: ["me"] },
 ];
+
+ROOMS.forEach((room) => rooms.add(room.address));
 
 const box = document.querySelector("meta[name=box]");
 const boxName = box.content;
@@ -78,6 +80,18 @@ function UserMenu() {
   </details>`;
 }
 
+/** Focus the heading of a room that was just entered, once it is there: whoever listens hears where they are. */
+function focusHeading(main) {
+  const find = () => {
+    const heading = main.querySelector("h1");
+    heading?.focus({ preventScroll: true });
+    return Boolean(heading);
+  };
+  const watcher = new MutationObserver(() => find() && watcher.disconnect());
+  requestAnimationFrame(() => find() || watcher.observe(main, { childList: true, subtree: true }));
+  return () => watcher.disconnect();
+}
+
 function Shell() {
   const [menu, setMenu] = useState(false);
   const { segments, query } = route.value;
@@ -88,9 +102,8 @@ function Shell() {
   useEffect(() => {
     document.title = `${room ? t(room.word) : t("not_found_title")} – ${boxName}`;
     if (!first.current) {
-      // Whoever listens hears the new room; the list stays where it was when one goes back.
-      requestAnimationFrame(() => main.current?.querySelector("h1")?.focus({ preventScroll: true }));
       scrollTo(0, 0);
+      return focusHeading(main.current);
     }
     first.current = false;
   }, [place]);
@@ -114,7 +127,7 @@ function Shell() {
     ${menu && html`<${Dialog} title=${boxName} onClose=${() => setMenu(false)}>
       <nav class="rooms in-dialog" aria-label=${t("rooms")}><${Links} current=${room} onGo=${() => setMenu(false)} /></nav>
       <div class="buttons"><${Button} onClick=${() => setMenu(false)}>${t("close")}<//></div><//>`}
-    ${isOpen.value && html`<${Palette} rooms=${ROOMS.map((one) => one.address)} fixed=${[
+    ${isOpen.value && html`<${Palette} fixed=${[
       ...ROOMS.map((one) => ({ icon: one.icon, name: t(one.word), kind: t("kind_room"), to: one.address ? [one.address] : [] })),
       ...ACTS(),
     ]} />`}

@@ -10,6 +10,7 @@ function read() {
 }
 
 export const route = signal(read());
+export const rooms = new Set(); // the addresses of the rooms that there are: main.js fills it
 const guards = new Set(); // functions that give whether a form has changes
 
 /** A link to a room: href(["applications", id, "secrets"], { q: "x" }). What is empty is left out. */

@@ -3,13 +3,15 @@
 import { file, now } from "./api.js";
 
 export const language = document.documentElement.lang || "en";
+// Dates and numbers as in the reader's country, if that is where the language is spoken: 16:30 and not 04:30 PM.
+const locale = navigator.languages.find((one) => one.toLowerCase().startsWith(language)) || language;
 let words = {};
 
 export async function loadWords() {
   words = await file(`words/${language}.json`);
 }
 
-const plural = new Intl.PluralRules(language);
+const plural = new Intl.PluralRules(locale);
 
 /** The words of a key, with {name} replaced by values. */
 export function t(key, values = {}) {
@@ -22,13 +24,13 @@ export function t(key, values = {}) {
 /** Whether there are words for a key: codes of errors and actions have some. */
 export const has = (key) => key in words;
 
-export const number = (value) => new Intl.NumberFormat(language).format(value);
+export const number = (value) => new Intl.NumberFormat(locale).format(value);
 
 export function bytes(value) {
   const units = ["byte", "kilobyte", "megabyte", "gigabyte", "terabyte"];
   let at = 0;
   for (; value >= 1000 && at < units.length - 1; at++) value /= 1000;
-  return new Intl.NumberFormat(language, {
+  return new Intl.NumberFormat(locale, {
     style: "unit", unit: units[at], unitDisplay: "short", maximumFractionDigits: value < 10 && at ? 1 : 0,
   }).format(value);
 }
@@ -39,14 +41,14 @@ export const seconds = (value) => duration(value * 1000);
 export function duration(ms) {
   const steps = [["day", 86400000], ["hour", 3600000], ["minute", 60000], ["second", 1000]];
   const [unit, size] = steps.find(([, length]) => Math.abs(ms) >= length) || steps[3];
-  return new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "long" }).format(Math.round(ms / size));
+  return new Intl.NumberFormat(locale, { style: "unit", unit, unitDisplay: "long" }).format(Math.round(ms / size));
 }
 
-const relative = new Intl.RelativeTimeFormat(language, { numeric: "auto" });
-const exactForm = new Intl.DateTimeFormat(language, { dateStyle: "full", timeStyle: "long" });
-const dayForm = new Intl.DateTimeFormat(language, { day: "numeric", month: "short", year: "numeric" });
-const timeForm = new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" });
-const stampForm = new Intl.DateTimeFormat(language, {
+const relative = new Intl.RelativeTimeFormat(locale, { numeric: "auto" });
+const exactForm = new Intl.DateTimeFormat(locale, { dateStyle: "full", timeStyle: "long" });
+const dayForm = new Intl.DateTimeFormat(locale, { day: "numeric", month: "short", year: "numeric" });
+const timeForm = new Intl.DateTimeFormat(locale, { hour: "2-digit", minute: "2-digit" });
+const stampForm = new Intl.DateTimeFormat(locale, {
   day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit",
 });
 
@@ -56,7 +58,7 @@ export function ago(moment) {
   const away = Math.abs(ms);
   if (away > 30 * 86400000) return dayForm.format(Date.parse(moment));
   if (away < 45000) return relative.format(0, "second");
-  const [unit, size] = [["day", 86400000], ["hour", 3600000], ["minute", 60000]].find(([, length]) => away >= length)
+  const [unit, size] = [["day", 86400000], ["hour", 3600000], ["minute", 60000]].find(([, length]) => away >= length - 30000)
     || ["minute", 60000];
   return relative.format(Math.round(ms / size), unit);
 }
@@ -64,8 +66,8 @@ export function ago(moment) {
 export const exact = (moment) => exactForm.format(Date.parse(moment));
 export const stamp = (moment) => stampForm.format(Date.parse(moment));
 export const clock = (moment) => timeForm.format(Date.parse(moment));
-export const list = (items) => new Intl.ListFormat(language, { type: "conjunction" }).format(items);
-export const compare = new Intl.Collator(language, { numeric: true }).compare;
+export const list = (items) => new Intl.ListFormat(locale, { type: "conjunction" }).format(items);
+export const compare = new Intl.Collator(locale, { numeric: true }).compare;
 
 const BROWSERS = [["Edg/", "Edge"], ["OPR/", "Opera"], ["Firefox/", "Firefox"], ["Chrome/", "Chrome"], ["Safari/", "Safari"],
   ["curl/", "curl"], ["mad/", "mad"], ["python", "Python"]];

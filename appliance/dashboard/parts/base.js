@@ -39,11 +39,11 @@ export const Name = ({ text, mono }) => html`<bdi class=${mono ? "mono" : null}>
 /** A link that may stand in an href: rooms, http and https; anything else is text. */
 export const safeHref = (target) => (/^(https?:\/\/|#)/i.test(target) ? target : undefined);
 
-/** The head of a room: title, what stands beside it, and the buttons on the right. */
-export function Head({ title, back, aside, children }) {
+/** The head of a room: title, what stands beside it, and the buttons on the right. A list beside a page has level 2. */
+export function Head({ title, back, aside, level = 1, children }) {
   return html`<header class="head">
     ${back && html`<a class="back" href=${back.href}><${Icon} name="back" />${back.label}</a>`}
-    <h1 tabindex="-1">${title}</h1>
+    ${h(`h${level}`, { tabindex: "-1", class: "title" }, title)}
     ${aside && html`<div class="aside">${aside}</div>`}
     <div class="actions">${children}</div>
   </header>`;
@@ -81,7 +81,7 @@ export function Failure({ error, retry, title }) {
 
 /** Still bars where rows will be. */
 export const Loading = ({ rows = 5 }) =>
-  html`<div class="loading" aria-busy="true" aria-label=${t("loading")}>${Array.from({ length: rows }, (_, at) =>
+  html`<div class="loading" role="status" aria-busy="true" aria-label=${t("loading")}>${Array.from({ length: rows }, (_, at) =>
     html`<div class="bar" key=${at}></div>`)}</div>`;
 
 /** A state: a mark and a word, never colour alone. kind: on, off, locked, good, warn, bad. */

@@ -24,17 +24,19 @@ export function Spark({ points, label }) {
     <path d=${line} vector-effect="non-scaling-stroke" /></svg>`;
 }
 
-async function draw(place, { from, step, series, names }) {
+async function draw(ref, { from, step, series, names }) {
   const [{ default: uPlot }] = await Promise.all([import("../vendor/uplot.js"), style()]);
+  const place = ref.current;
+  if (!place) return null; // it was left meanwhile
   const length = Math.max(...names.map((name) => series[name].length));
   const times = Array.from({ length }, (_, at) => from + at * step);
-  const axis = { stroke: color("--quiet"), grid: { stroke: color("--hair"), width: 1 }, ticks: { stroke: color("--hair") } };
+  const axis = { font: "12px sans-serif", stroke: color("--quiet"), grid: { stroke: color("--hair"), width: 1 }, ticks: { stroke: color("--hair") } };
   return new uPlot({
-    width: place.clientWidth, height: 180, legend: { show: false }, cursor: { y: false, drag: { x: false } },
+    width: place.clientWidth, height: 160, legend: { show: false }, cursor: { y: false, drag: { x: false } },
     scales: { y: { range: (_, low, high) => [0, Math.max(4, high || 0) * 1.1] } },
     axes: [
-      { ...axis, values: (_, ticks) => ticks.map((tick) => clock(new Date(tick * 1000).toISOString())) },
-      { ...axis, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : number(tick))) },
+      { ...axis, space: 64, size: 30, values: (_, ticks) => ticks.map((tick) => clock(new Date(tick * 1000).toISOString())) },
+      { ...axis, space: 34, size: 44, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : number(tick))) },
     ],
     series: [{}, ...names.map((name, at) => ({
       label: name, stroke: color(`--series-${(at % 4) + 1}`), width: 1.5, dash: DASHES[at % 4], points: { show: false },
@@ -63,9 +65,9 @@ export function Chart({ from, step, series, words = {}, label }) {
   useEffect(() => {
     if (table) return;
     let isGone = false;
-    const size = new ResizeObserver(() => plot.current?.setSize({ width: place.current.clientWidth, height: 180 }));
-    draw(place.current, { from, step, series, names }).then((made) => {
-      if (isGone) return made.destroy();
+    const size = new ResizeObserver(() => place.current && plot.current?.setSize({ width: place.current.clientWidth, height: 160 }));
+    draw(place, { from, step, series, names }).then((made) => {
+      if (isGone || !made) return made?.destroy();
       plot.current = made;
       size.observe(place.current);
     });

@@ -107,9 +107,9 @@ export function Conflict({ form, names }) {
   </div>`;
 }
 
-/** A sentence of the box about a member, in the reader's language where we have it. */
+/** A sentence of the box about a member, in the reader's language where we have it: by its first part. */
 export const reason = (text) => {
-  const key = `wrong_${String(text).toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_|_$/g, "")}`;
+  const key = `wrong_${String(text).split(/[;(]/)[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_|_$/g, "")}`;
   return has(key) ? t(key) : visible(text);
 };
 

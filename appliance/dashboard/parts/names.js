@@ -1,6 +1,7 @@
 // Who an id is. The audit log and sessions hold ids; people want names. Each is asked for once.
 import { signal } from "../vendor/signals.js";
 import { get, path, session } from "../api.js";
+import { rooms } from "../route.js";
 import { has, t } from "../words.js";
 import { href, html, Name } from "./base.js";
 
@@ -35,5 +36,5 @@ export function Who({ id, link }) {
   }
   const found = known.value[id];
   const shown = html`<${Name} text=${found?.name || id.slice(0, 8)} />`;
-  return link && found?.to ? html`<a href=${href(found.to)}>${shown}</a>` : shown;
+  return link && found && rooms.has(found.to[0]) ? html`<a href=${href(found.to)}>${shown}</a>` : shown;
 }

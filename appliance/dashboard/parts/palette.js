@@ -2,7 +2,7 @@
 // its dialog or its form and never runs from here.
 import { signal } from "../vendor/signals.js";
 import { get, query } from "../api.js";
-import { go } from "../route.js";
+import { go, rooms } from "../route.js";
 import { compare, t } from "../words.js";
 import { html, Icon, Name, useEffect, useId, useMemo, useRef, useState } from "./base.js";
 import { Dialog } from "./dialog.js";
@@ -23,7 +23,7 @@ const LISTS = [
 ];
 
 /** `fixed` are the rooms and acts: [{ name, icon, to, kind }]; of a room that is not there nothing is asked. */
-export function Palette({ fixed, rooms }) {
+export function Palette({ fixed }) {
   const [text, setText] = useState("");
   const [found, setFound] = useState([]);
   const [at, setAt] = useState(0);
@@ -36,7 +36,7 @@ export function Palette({ fixed, rooms }) {
     if (!wanted) return void setFound([]);
     const abort = new AbortController();
     const timer = setTimeout(async () => {
-      const answers = await Promise.allSettled(LISTS.filter((list) => rooms.includes(list.room)).map(async (list) => {
+      const answers = await Promise.allSettled(LISTS.filter((list) => rooms.has(list.room)).map(async (list) => {
         const { data } = await get(list.path + query({ q: wanted, limit: 5, ...list.more }), { signal: abort.signal });
         return data.map((row) => ({ icon: list.icon, kind: t(`kind_${list.kind}`), ...list.read(row) }));
       }));
@@ -53,7 +53,7 @@ export function Palette({ fixed, rooms }) {
 
   const rows = useMemo(() => {
     const own = fixed.filter((row) => !wanted || row.name.toLowerCase().includes(wanted));
-    const token = rooms.includes("inspect") && parseJwt(text)
+    const token = rooms.has("inspect") && parseJwt(text)
       ? [{ icon: "search", name: t("inspect_this"), kind: t("kind_act"), to: ["inspect"], token: text.trim() }] : [];
     return [...token, ...found, ...own];
   }, [wanted, found]);

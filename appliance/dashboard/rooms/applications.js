@@ -53,7 +53,7 @@ function List({ query, current }) {
     { id: "is_active", label: t("state"), cell: (row) => row.is_active ? html`<${State} kind="on">${t("on")}<//>` : html`<${State} kind="off">${t("off")}<//>` },
   ];
   const make = html`<${Button} kind=${current ? "" : "primary"} icon="plus" onClick=${() => go(["applications", "new"])}>${t("make_application")}<//>`;
-  return html`<${Head} title=${t("applications")}>${make}<//>
+  return html`<${Head} title=${t("applications")} level=${current ? 2 : 1}>${make}<//>
     <${Filters} label=${t("search_applications")} total=${list.total} />
     <${Table} list=${list} columns=${columns} keyOf=${(row) => row.client_id} current=${current} caption=${t("applications")}
       href=${(row) => href(["applications", row.client_id, "connect"], query)}
@@ -89,7 +89,7 @@ function Make() {
     if (!typed) form.set("client_id", clientId(event.target.value));
   };
   return html`${head}${choice}
-    <${Form} form=${form} submit=${t("make_application")} cancel=${html`<a class="button" href=${href(["applications"])}>${t("cancel")}</a>`}>
+    <${Card}><${Form} form=${form} submit=${t("make_application")} cancel=${html`<a class="button" href=${href(["applications"])}>${t("cancel")}</a>`}>
       <${Field} form=${form} name="display_name" label=${t("name")} hint=${t("name_hint")} onInput=${name} />
       <${Field} form=${form} name="client_id" label="client_id" mono hint=${t("client_id_hint")} required
         onInput=${(event) => { setTyped(true); form.set("client_id", event.target.value); }} />
@@ -101,7 +101,7 @@ function Make() {
         [t("grants"), kind.grant_types.length ? kind.grant_types.map((grant) => t(`grant_${grant}`)).join(" · ") : t("no_grants")],
         ["PKCE", kind.uris ? t(kind.client_type === "public" ? "pkce_required" : "pkce_offered") : null],
       ]} />
-    <//>`;
+    <//><//>`;
 }
 
 // -- the page of one --
@@ -341,7 +341,7 @@ function Preview({ client }) {
         ${field("scope", t("scopes"))}
         <${Failure} error=${error} />
         <div class="buttons start"><${Button} type="submit" kind="primary" busy=${busy}>${t("show_claims")}<//></div></form><//>
-    ${found && html`<div role="status">
+    ${found && html`<div role="status" class="stack">
       ${(found.refused || found.obstacles.length > 0) && html`<div class="note warn"><p>${t("preview_refused", { reason: [found.refused, ...found.obstacles].filter(Boolean).join(", ") })}</p></div>`}
       <p><span class="strong">${t("granted")}:</span> ${found.scopes.granted.length ? found.scopes.granted.map((name) => html`<code key=${name} class="chip">${visible(name)}</code> `) : "–"}</p>
       ${left.length > 0 && html`<p class="strong">${t("left_out")}</p><ul class="rows">${left.map(([name, why]) => html`<li key=${name}><code>${visible(name)}</code> <span>${reason(why)}</span></li>`)}</ul>`}
@@ -364,7 +364,7 @@ function WhoIsIn({ client }) {
   };
   return html`<${Card} title=${t("sessions")}><${Table} list=${list} empty=${html`<p class="quiet">${t("nobody_is_in")}</p>`} columns=${[
       { id: "user_id", label: t("person"), cell: (row) => row.username ? html`<${Name} text=${row.username} />` : html`<span class="quiet">${t("itself")}</span>` },
-      { id: "issued_at", label: t("since"), cell: (row) => html`<${When} at=${row.issued_at} />` },
+      { id: "issued_at", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
       { id: "expires_at", label: t("until"), cell: (row) => html`<${When} at=${row.expires_at} />` },
       { id: "state", label: t("state"), cell: (row) => row.is_revoked ? html`<${State} kind="off">${t("ended")}<//>` : html`<${State} kind="on">${t("living")}<//>` },
       { id: "end", label: "", kind: "action", cell: (row) => !row.is_revoked && html`<${Button} kind="small" onClick=${end(row)}>${t("end")}<//>` },
@@ -372,7 +372,7 @@ function WhoIsIn({ client }) {
     ${consents.data && html`<${Card} title=${t("consents")}><${Table} list=${whole(consents)} keyOf=${(row) => row.user_id} empty=${html`<p class="quiet">${t("no_consents")}</p>`} columns=${[
       { id: "user", label: t("person"), cell: (row) => row.username ? html`<${Name} text=${row.username} />` : html`<${Who} id=${row.user_id} link />` },
       { id: "scopes", label: t("scopes"), cell: (row) => row.scopes.map((name) => html`<code key=${name} class="chip">${visible(name)}</code> `) },
-      { id: "given_at", label: t("since"), cell: (row) => html`<${When} at=${row.given_at} />` },
+      { id: "given_at", label: t("given"), cell: (row) => html`<${When} at=${row.given_at} />` },
     ]} /><//>`}`;
 }
 

@@ -1,6 +1,6 @@
 // Home: is the box well, and what must I do? One question to /status, the figures of /status/history, the last changes.
 import { get, send, session } from "../api.js";
-import { href, setQuery } from "../route.js";
+import { href, rooms, setQuery } from "../route.js";
 import { bytes, duration, has, number, t } from "../words.js";
 import { Button, Card, Failure, Head, html, Icon, Loading, Name, State, useEffect, useLoad, useState, visible, When } from "../parts/base.js";
 import { Chart } from "../parts/chart.js";
@@ -94,7 +94,7 @@ function Figures({ query }) {
   if (found.data === null) return html`<p class="quiet">${t("no_history")}</p>`;
   const history = found.data;
   const from = history && (typeof history.from === "number" ? history.from : Date.parse(history.from) / 1000);
-  return html`<section><div class="split"><div class="segments" role="group" aria-label=${t("range")}>${RANGES.map((one) => html`<button key=${one} type="button"
+  return html`<section class="figures"><div class="split"><div class="segments" role="group" aria-label=${t("range")}>${RANGES.map((one) => html`<button key=${one} type="button"
         aria-pressed=${one === range ? "true" : "false"} onClick=${() => setQuery({ range: one === "1h" ? "" : one }, true)}>${t(`range_${one}`)}</button>`)}</div>
       <span class="quiet small">${t(isPaused ? "paused" : "live")} <${Button} kind="small" onClick=${() => pause(!isPaused)}>${t(isPaused ? "go_live" : "pause")}<//></span></div>
     <${Failure} error=${found.error} retry=${found.reload} />
@@ -120,7 +120,7 @@ function Steps() {
   if (steps.every(([, isDone]) => isDone)) return null;
   return html`<${Card} title=${t("first_steps")}><ul class="rows acts">${steps.map(([key, isDone, to]) => html`<li key=${key}>
     <span>${isDone ? html`<${State} kind="good">${t(key)}<//>` : html`<${State} kind="off">${t(key)}<//>`}</span>
-    ${!isDone && html`<a class="button" href=${href(to)}>${t(`${key}_do`)}</a>`}</li>`)}</ul><//>`;
+    ${!isDone && rooms.has(to[0]) && html`<a class="button" href=${href(to)}>${t(`${key}_do`)}</a>`}</li>`)}</ul><//>`;
 }
 
 function Changes() {
@@ -129,7 +129,7 @@ function Changes() {
     <${Failure} error=${found.error} retry=${found.reload} />
     ${found.data ? html`<ul class="rows log">${found.data.map((row) => html`<li key=${row.id}><span class="quiet"><${When} at=${row.timestamp} /></span>
       <span class="strong"><${Who} id=${row.actor_id} link /></span>
-      <span>${has(`action_${row.action}`) ? t(`action_${row.action}`) : html`<code>${visible(row.action)}</code>`} ${row.target && html`<span class="quiet"><${Who} id=${row.target} link /></span>`}</span>
+      <span>${has(`action_${row.action}`) ? t(`action_${row.action}`) : html`<code>${visible(row.action)}</code>`} ${row.target && row.target !== row.actor_id && html`<span class="quiet"><${Who} id=${row.target} link /></span>`}</span>
       ${row.result && row.result !== "success" && html`<${State} kind="bad">${t("refused")}<//>`}</li>`)}</ul>` : !found.error && html`<${Loading} />`}<//>`;
 }
 

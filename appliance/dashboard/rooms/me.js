@@ -116,7 +116,7 @@ function OwnSessions() {
     <${Table} list=${whole(found)} columns=${[
       { id: "what", label: t("where"), cell: (row) => row.kind === "token" ? "mad" : html`<span title=${row.user_agent}>${browserName(row.user_agent)}</span>` },
       { id: "ip_address", label: t("address"), cell: (row) => row.ip_address ? html`<span class="mono">${row.ip_address}</span>` : "–" },
-      { id: "created_at", label: t("since"), cell: (row) => html`<${When} at=${row.created_at} />` },
+      { id: "created_at", label: t("begun"), cell: (row) => html`<${When} at=${row.created_at} />` },
       { id: "last_seen_at", label: t("last_used"), cell: (row) => html`<${When} at=${row.last_seen_at} />` },
       { id: "end", label: "", kind: "action", cell: (row) => row.is_current ? html`<span class="quiet">${t("this_one")}</span>`
         : html`<${Button} kind="small" onClick=${end(path("dashboard", "sessions", row.id))}>${t("end")}<//>` },
