@@ -414,7 +414,7 @@ class ServerProcess:
     """The servers of one process, with the store, keys and log that they share."""
 
     def __init__(self, startup: StartupState, slot: int, auth_socket=None, admin_socket=None):
-        options = startup.options
+        self.startup, options = startup, startup.options
         startup.generation.slot = slot
         startup.counters.enter(slot)
         self.generation, self.log, self.counters = startup.generation, startup.log, startup.counters
@@ -431,27 +431,10 @@ class ServerProcess:
         self.refusal_thread = RefusalThread([])
         count = sum(listening is not None for listening in (auth_socket, admin_socket))
         limits = grant_connections(count)
-        auth_ring = KeyRing(startup.auth_entries, options.prefer_ec_token_signer)
-        admin_ring = KeyRing(startup.admin_entries, options.prefer_ec_admin_token_signer)
-        local = startup.local.path if startup.local else ""
-        machine = msgspec.structs.replace(MACHINE, read_status=functools.partial(read_status, local=local))
         for name, routes, listening in (("auth", AUTH, auth_socket), ("admin", ADMIN, admin_socket)):
             if listening is None:
                 continue
-            # Each port has its own Idp: caches and Argon2 gate of one cannot be filled by the other. The throttle is
-            # that of the box.
-            seal = Seal(startup.seal_key)
-            idp = Idp(
-                options, self.store, auth_ring, admin_ring, seal, startup.clock, startup.log, machine, startup.buckets,
-                startup.counters, startup.history,
-            )
-            idp.certificates = startup.certificates
-            # A ring file that changed since it was read has another fingerprint: the first request reads it again.
-            entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
-            idp.ring_versions = {
-                port_name: (startup.ring_marks[port_name], next_promotion_at(entries[port_name], options.key_overlap))
-                for port_name in entries
-            }
+            idp = self.make_idp()
             self.refusal_thread.idps.append(idp)
             app: Callable = App(idp, routes)
             if name == "admin":
@@ -476,6 +459,27 @@ class ServerProcess:
                 )
                 idp.hasher.gate.blocking = self.blocking
         self.store.blocking, self.store.expecting = self.blocking, self.has_queued_requests
+
+    def make_idp(self) -> Idp:
+        """Return the Idp of a port: caches and Argon2 gate of one cannot be filled by the other. The throttle is that
+        of the box.
+        """
+        startup, options = self.startup, self.startup.options
+        entries = {"auth": startup.auth_entries, "admin": startup.admin_entries}
+        local = startup.local.path if startup.local else ""
+        machine = msgspec.structs.replace(MACHINE, read_status=functools.partial(read_status, local=local))
+        idp = Idp(
+            options, self.store, KeyRing(entries["auth"], options.prefer_ec_token_signer),
+            KeyRing(entries["admin"], options.prefer_ec_admin_token_signer), Seal(startup.seal_key), startup.clock,
+            startup.log, machine, startup.buckets, startup.counters, startup.history,
+        )
+        idp.certificates = startup.certificates
+        # A ring file that changed since it was read has another fingerprint: the first request reads it again.
+        idp.ring_versions = {
+            port_name: (startup.ring_marks[port_name], next_promotion_at(entries[port_name], options.key_overlap))
+            for port_name in entries
+        }
+        return idp
 
     def beat(self, server: Server, certificate: PortCertificate | None):
         """Report this process alive, and take up a certificate that has changed. Called at every sweep of a server."""
