@@ -831,6 +831,13 @@ class TestThirdParty:
             ours = auth.get("/userinfo", bearer=log_in(person, service, scope=scope)["access_token"]).json
             assert len(ours["roles"]) == 151, "a first party has them whatever its scope"
 
+    def test_who_has_no_address_has_no_claim_of_one(self, idp, auth, third, new_user, log_in):
+        """OpenID Connect Core §5.3.2: a claim without a value is left out, not empty."""
+        person = new_user("eve")
+        idp.store.run("UPDATE account SET email = '' WHERE id = :id", id=person.id)
+        token = log_in(person, third, scope="openid email")["access_token"]
+        assert auth.get("/userinfo", bearer=token).json == {"sub": person.id}
+
     @pytest.mark.parametrize("path", ["/me/sessions", "/me/refresh-tokens"])
     def test_lists_are_of_its_own_logins(self, auth, third, service, person, log_in, path):
         log_in(person, service), log_in(person, third)

@@ -86,6 +86,14 @@ class TestOpening:
     def test_it_opens_with_its_passphrase(self, encrypted):
         assert open_it(encrypted) == "1"
 
+    def test_who_knows_that_it_is_unencrypted_opens_it_whatever_passphrase_is_set(self, tmp_path):
+        path = tmp_path / "plain.db3"
+        Store.make(str(path), "", 0).close()
+        path.chmod(0o600)
+        assert read_database_key(str(path), "", False) == read_database_key(str(path), "a phrase", True) == ""
+        with pytest.raises(StartupError, match="is not encrypted, but db-pass is set"):
+            read_database_key(str(path), "a phrase", False)
+
     def test_the_tools_of_sqlcipher_open_it_with_the_passphrase(self, encrypted):
         connection = sqlcipher3.connect(str(encrypted))
         connection.execute("PRAGMA key = 'right phrase'")

@@ -215,6 +215,7 @@ class TestAnswers:
             (b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\n[]", "not an HTTP answer"),
             (b"HTTP/1.1 20\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\n[]", "not an HTTP answer"),
             (b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n[]", "not an HTTP answer"),
+            (b"HTTP/1.1 2\xb20 OK\r\nContent-Length: 2\r\n\r\n[]", "not an HTTP answer"),  # a digit of Latin-1
             (OK + b"Content-Length 2\r\n\r\n[]", "the head of the answer is malformed"),
             (b"", "the connection was closed without an answer"),
             (OK + b"Content-Length: 10\r\n\r\n[]", "the answer breaks off"),
@@ -242,6 +243,7 @@ class TestAnswers:
                     b"\r\n[NaN]", b'\r\n["a"]', b"\r\n{}", b"\r\n" + b"[" * 100_000, b"Content-Length: 0\r\n\r\n",
                 )
             ),
+            (b"HTTP/1.1 204 No Content\r\nContent-Length: 9\r\n\r\n", "the answer is not the JSON it should be"),
             (b"HTTP/1.1 502 Bad Gateway\r\n\r\n<html>", "a gateway answers that the server cannot be reached (502)"),
         ],
     )
@@ -271,6 +273,7 @@ class TestAnswers:
             OK + b"\r\n[]", OK + b"Transfer-Encoding: chunked\r\n\r\n1;x=y\r\n[\r\n1\r\n]\r\n0\r\n\r\n",
             b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\n[]extra",
             OK + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n[]",
+            OK + b"Content-Length: 2 \t\r\n\r\n[]", OK + b"CONTENT-LENGTH:2\r\n\r\n[]extra",
             # In any case, and before a length. RFC 9112 §6.1, §6.3
             OK + b"Content-Length: 1\r\nTransfer-Encoding: Chunked\r\n\r\n2\r\n[]\r\n0\r\n\r\n",
         ],

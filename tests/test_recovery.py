@@ -36,7 +36,7 @@ from appliance.upkeep import advance_key_states
 from appliance.processes import hold_database, prepare, read_seal_key
 from appliance.recovery import (
     Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, hold_setup, open_idp, recover_admin,
-    finish_setup, recover_setup, restore, revoke_key, rotate_keys, set_up,
+    demo_answers, finish_setup, merge_settings, recover_setup, restore, revoke_key, rotate_keys, set_up,
 )
 from appliance.commands import main
 
@@ -503,6 +503,18 @@ class TestKeys:
         accept_clock(house)
         assert left(idp) == [0, 0]
         idp.store.close()
+
+    def test_each_acceptance_has_a_stamp_of_its_own(self, house, monkeypatch):
+        """A running server compares it with the one it knows: two in one second must be two."""
+        stamps, now = set(), time.time()
+        monkeypatch.setattr(time, "time", lambda: now)
+        monkeypatch.setattr(m.Idp.__init__, "__defaults__", (time.time, *m.Idp.__init__.__defaults__[1:]))
+        for _ in range(2):
+            accept_clock(house)
+            idp = opened(house)
+            stamps.add(idp.store.meta("clock_accepted"))
+            idp.store.close()
+        assert len(stamps) == 2 and "" not in stamps
 
     def test_a_clock_that_is_before_the_release_is_not_accepted(self, house, at):
         at(RELEASED_AT - time.time() - 10)
@@ -1120,6 +1132,44 @@ for _ in range(60):
     except StartupError:
         pass
 """
+
+
+class TestSettingsOfABackup:
+    """A box that has no settings takes those of the backup; what is set here wins, and what is wrong is named."""
+
+    CONTENT = "auth-port = 9140\nbrand-name = Bücher\ndb-pass = of the backup\n".encode()
+
+    def test_what_is_set_here_wins(self):
+        here = load_options({"config-may-be-missing": True, "auth-port": ("9240", "flag")}, {})
+        merged = merge_settings(here, self.CONTENT, "mad.conf in b")
+        assert (merged.auth_port, merged.brand_name, merged.db_pass) == (9240, "Bücher", "of the backup")
+        assert merge_settings(Options(), self.CONTENT, "mad.conf in b").auth_port == 9140
+
+    @pytest.mark.parametrize(
+        "line, said",
+        [
+            (b"auth-port = ninety", "mad.conf in b:1: auth-port"), (b"brand-name = B\xfccher", "mad.conf in b:1: brand-name is not valid UTF-8"),
+            (b"no-such-option = 1", "no-such-option"),
+        ],
+    )
+    def test_what_is_wrong_is_a_sentence_that_names_it(self, line, said):
+        with pytest.raises(StartupError) as refusal:
+            merge_settings(Options(), line + b"\n", "mad.conf in b")
+        assert said in str(refusal.value)
+
+
+class TestUnencrypted:
+    """no-db-pass says that the database is kept unencrypted knowingly, beyond the set-up too."""
+
+    def test_a_trial_makes_no_passphrase(self):
+        options, _ = demo_answers(Options(no_db_pass=True))
+        assert options.db_pass == "" and demo_answers(Options())[0].db_pass and demo_answers(Options(db_pass="p"))[0].db_pass == "p"
+
+    def test_a_restore_asks_for_no_passphrase(self, house, tmp_path, capsys):
+        back_up(house, "b")
+        words = ["restore", str(tmp_path / "b"), "--config", str(tmp_path / "new" / "mad.conf")]
+        for more, said in (([], "passphrase of the backup is needed"), (["--no-db-pass", "true"], "encrypted or damaged")):
+            assert main([*words, *more]) == 1 and said in capsys.readouterr().err
 
 
 class TestLockOfTheJournal:

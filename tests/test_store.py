@@ -414,6 +414,13 @@ class TestCounting:
         doubled = [lockout_seconds(300, earlier) for earlier in range(6)]
         assert doubled == [300, 600, 1200, 2400, 3600, 3600] and lockout_seconds(1, 10**9) == 3600
 
+    def test_new_recovery_codes_replace_the_old_ones(self, idp, alice, give_totp):
+        give_totp(idp, alice.account)
+        old, new = m.make_recovery_codes(idp, m.LOCAL, alice.id), m.make_recovery_codes(idp, m.LOCAL, alice.id)
+        assert idp.store.count_recovery_codes(alice.id) == len(new)
+        spends = [idp.store.spend_recovery_code(alice.id, m.sha256(m.fold_recovery_code(code)), 1) for code in (*old, *new)]
+        assert spends == [False] * len(old) + [True] * len(new)
+
     def test_taking_the_second_factor_away_destroys_its_recovery_codes(self, idp, alice, give_totp):
         give_totp(idp, alice.account)
         m.make_recovery_codes(idp, m.LOCAL, alice.id)
