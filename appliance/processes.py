@@ -43,10 +43,12 @@ from appliance.base.tls import PortCertificate
 from appliance.base.wire import (
     Limits, MAX_THREADS, Server, find_listener, listen, listen_at_machine, listen_shared, pause_listening,
 )
-from microauthd import ADMIN, AUTH, App, HERE, Idp, KeyRing, SLASH, Seal, VERSION, guard_admin, ring_files
+from microauthd import (
+    ADMIN, AUTH, App, HERE, Idp, KeyRing, Problem, SLASH, Seal, VERSION, guard_admin, refuse_early, ring_files,
+)
 from appliance.authority import keep_certificate, needs_work
 from appliance.machine import MACHINE
-from appliance.status import list_children, read_status
+from appliance.status import TRIAL_SUFFIX, list_children, read_status
 from appliance.upkeep import BackupThread, ClockThread, RefusalThread, Upkeep, log_audit_head, log_log_damage
 from appliance.figures import FigureThread
 
@@ -301,6 +303,62 @@ def remove_local_socket(local: LocalSocket | None):
             local.file_id = None
 
 
+# -- on trial --
+# `microauthd upgrade` starts a new release, and goes back to the old one, and to its database, if that does not become
+# ready. So that nothing is lost then, the new one answers nothing that it could lose until the upgrade has decided.
+
+TRIED, ACCEPTED, GOING_BACK = b"T", b"A", b"B"  # the first octet of the file: what the upgrade does
+READY = b"R"  # the second one: every process of the program on trial serves
+OPEN_WHILE_HELD = (
+    "/ping", "/version", "/health", "/health/ready", "/jwks.json", "/.well-known/jwks.json",
+    "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server",
+)
+
+
+def is_on_trial(path: str, is_ready=False) -> bool:
+    """Return whether an upgrade tries this program on a database. If the upgrade has died, the program is accepted.
+
+    `is_ready` tells the upgrade that every process serves.
+    """
+    try:
+        descriptor = open_owned(path + TRIAL_SUFFIX, os.O_RDWR)
+    except (OSError, StartupError):
+        return False
+    try:
+        if os.pread(descriptor, 1, 0) != TRIED:
+            return False
+        if is_ready and os.pread(descriptor, 1, 1) != READY:
+            os.pwrite(descriptor, READY, 1)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(descriptor, ACCEPTED, 0)  # before anything is answered: after that nothing may go back
+        os.fsync(descriptor)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def hold_requests(app: Callable, idp: Idp, generation: Generation) -> Callable:
+    """Wrap the application of a port so that it refuses what it could lose, as long as this program is on trial."""
+
+    def held(environ, start_response):
+        if not generation.held or environ["PATH_INFO"] in OPEN_WHILE_HELD:
+            return app(environ, start_response)
+        problem = Problem("temporarily_unavailable", log="an upgrade is being tried", retry_after=2)
+        return refuse_early(idp, environ, start_response, problem)
+
+    return held
+
+
+def end_trial(startup: StartupState):
+    """Tell the upgrade that every process serves; answer everything once it has accepted this program."""
+    generation = startup.generation
+    if generation.held and not is_on_trial(startup.options.db_file, is_ready=True):
+        generation.held = 0
+        startup.log("upgrade.accepted", "notice", version=VERSION)
+
+
 def journal_socket() -> str:
     """Return the path of the journal's socket if stderr is a stream to the journal of systemd, else "".
 
@@ -350,6 +408,7 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     else:
         local = bind_local_socket(options, local_users, log)
     generation = Generation()
+    generation.held = is_on_trial(options.db_file)
     # Once the ports are ours: the marks of another server that runs must stay its own.
     generation.marks = ChangeMarks(os.path.join(local_socket_folder(options), MARKS), options.auth_port)
     return StartupState(
@@ -441,6 +500,8 @@ class ServerProcess:
                 app = guard_admin(app, idp)
                 self.upkeep, self.clock_thread = Upkeep(idp), ClockThread(idp)
                 self.backup_thread, self.figure_thread = BackupThread(idp), FigureThread(idp)
+            if startup.generation.held:
+                app = hold_requests(app, idp, startup.generation)
             certificate = startup.certificates.get(name)
             server = Server(
                 name, [listening], app, limits=limits, tls=certificate and certificate.context(),
@@ -913,7 +974,8 @@ class Supervisor:
     def watch(self) -> int:
         while True:
             # The time-out guards against a SIGCHLD that came between reap() and here.
-            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if self.pending else 1.0)
+            is_brisk = self.pending or self.startup.generation.held
+            info = signal.sigtimedwait(STOPPING | {signal.SIGCHLD, signal.SIGHUP}, 0.1 if is_brisk else 1.0)
             hung_up = info is not None and info.si_signo == signal.SIGHUP
             if hung_up:
                 self.terminal.hang_up()
@@ -925,6 +987,7 @@ class Supervisor:
 
     def check_children(self, reload):
         """One turn of the watch: replace children that died, kill those that hang, fork what is due."""
+        end_trial(self.startup)
         if reload:
             self.startup.generation.bump()
             self.startup.log("caches.dropped")
@@ -1085,9 +1148,11 @@ def serve_prepared(startup: StartupState, lock: int) -> int:
     announce(startup)
     beat = zombie = 0
     while not terminal.has_closed():
-        info = signal.sigtimedwait(STOPPING | {signal.SIGHUP, signal.SIGCHLD}, 1.0)
+        seconds = 0.1 if startup.generation.held else 1.0
+        info = signal.sigtimedwait(STOPPING | {signal.SIGHUP, signal.SIGCHLD}, seconds)
         if info and info.si_signo in STOPPING:
             break
+        end_trial(startup)
         is_reload = info is not None and info.si_signo == signal.SIGHUP
         if is_reload:
             terminal.hang_up()

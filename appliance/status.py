@@ -230,9 +230,19 @@ def attend_issuer(idp: Idp, status: StatusObject) -> Iterator[Attention]:
         yield Attention("issuer_unreachable", "warning", None, text, "microauthd help mad.conf")
 
 
+TRIAL_SUFFIX = ".upgrading"  # of the database: the file with the state of an upgrade, locked as long as that runs
+
+
+def attend_upgrade(idp: Idp, status: StatusObject) -> Iterator[Attention]:
+    if os.path.exists(idp.store.path + TRIAL_SUFFIX):
+        text = "an upgrade was interrupted; the next one finishes it, or takes it back"
+        yield Attention("upgrade_unfinished", "warning", None, text, "microauthd upgrade FILE")
+
+
 ATTENTION: tuple[Callable[[Idp, StatusObject], Iterator[Attention]], ...] = (
     attend_readiness, attend_processes, attend_log, attend_clock, attend_disk, attend_backups,
     attend_certificates, attend_authority, attend_issuer,
+    attend_upgrade,
 )
 
 

@@ -1,5 +1,6 @@
 """How the box is, and what needs attention: `microauthd status`, GET /status and `mad status` from one source."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -74,6 +75,17 @@ class TestWhatNeedsAttention:
         clock.pass_(1)
         found = attention()["backup_old"]
         assert "no backup" in found.text and found.since == m.iso(int(clock()) - 1)
+
+    def test_an_upgrade_that_was_interrupted_does(self, idp, attention):
+        with open(idp.store.path + ".upgrading", "w"):
+            assert attention()["upgrade_unfinished"].command == "microauthd upgrade FILE"
+
+    @pytest.mark.parametrize("seconds, codes", [(2 * 3600 + 3600, set()), (2 * 3600 + 3601, {"backup_old"})])
+    def test_a_backup_that_is_two_periods_old_does(self, idp, clock, attention, seconds, codes):
+        idp.options = dataclasses.replace(idp.options, backup_every=3600)
+        idp.store.put_meta("last_backup", '{"at": %d, "name": "b", "bytes": 1, "kind": "schedule"}' % idp.now())
+        clock.pass_(seconds)
+        assert attention().keys() == codes
 
     def test_an_error_stands_before_a_warning(self, idp, clock, attention):
         clock.pass_(8 * DAY)

@@ -100,6 +100,7 @@ class Generation(Shared):
     failed = Byte()  # a write has failed, and no write has succeeded since
     locked = Byte()  # another process has held the database lock for at least LOCK_SECONDS
     unsynced = Byte()  # an fsync of the WAL has failed: the kernel may have dropped the dirty pages
+    held = Byte()  # an upgrade tries this program, and may still go back: nothing is answered but its health
     healed = Byte()  # counts recoveries after a failure; connections opened before the last one are closed, not reused
     files = Numbers("Q", 6)  # device and inode of the database, its -wal and its -shm, as all processes have them open
 
