@@ -4,6 +4,7 @@
     service                             making it a service of the machine, and taking that away
     help                                the pages of the manual on a terminal and for man, completion
     oobe                                the wizard of the first start
+    upgrade                             a new release in place of this one, or back
     recovery                            the set-up journal, restore, rotation, recovery, reset
     processes                           what is settled before the first fork, a server process, the supervisor
     machine                             what the routes of ADMIN get done at the machine

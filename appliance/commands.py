@@ -10,19 +10,19 @@ import os
 import socket
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.files import existing_folder, read_stdin_secret, warn
+from appliance.base.files import check_folder, existing_folder, open_owned, read_stdin_secret, warn
 from appliance.base.settings import (
     OPTIONS, Options, config_path, describe_options, load_options, parse_flags,
     setup_variables, take_secrets,
 )
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
-from appliance.base.store import Store
+from appliance.base.store import MIGRATIONS, Store
 from appliance.base.hashing import Hasher
 from appliance.base.keys import make_key
 from appliance.base.objects import iso
@@ -30,8 +30,9 @@ from microauthd import (
     AT_JWT, HERE, Idp, KeyRing, LOCAL, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed,
     totp_time_step, totp_uri,
 )
-from appliance.processes import ask_ready, change_user, check_limits, find_server, serve
+from appliance.processes import START_SECONDS, ask_ready, change_user, check_limits, find_server, serve
 from appliance.authority import describe_authority, describe_ports, keep_certificate, replace_authority
+from appliance.status import TRIAL_SUFFIX
 from appliance.recovery import (
     accept_clock, accept_log, back_up, describe_keys, describe_log, describe_status, factory_reset, hold_setup,
     journal_place, open_idp, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys,
@@ -348,6 +349,31 @@ def run_status(options: Options, line: CommandLine) -> int:
     return 3 if status.state == "stopped" else 1 if status.attention else 0
 
 
+def run_upgrade(line: CommandLine, environ: Mapping[str, str]) -> int:
+    """Replace the archive that this runs from. Root stays root here: the file is its own; see DataSide for the rest."""
+    from appliance import upgrade  # late: no server needs it
+
+    program = getattr(sys.modules["__main__"], "ARCHIVE", None)
+    if not program:
+        raise StartupError("this does not run from an archive, which is what upgrade replaces")
+    program = os.path.realpath(program)
+    archive = program.removesuffix(".previous")
+    check_folder(os.path.dirname(archive))
+    os.close(open_owned(archive))
+    wait = line.values.get("--wait", str(START_SECONDS))
+    if not (wait.isdigit() and 0 < int(wait) <= 86400):
+        raise UsageError("--wait takes a number of seconds")
+    settings = [f"--{name}={value}" for name, (value, _) in line.settings.items()]
+    work = upgrade.Upgrade(archive, program, settings, environ, int(wait))
+    return upgrade.upgrade(work, line.args[0], line.flags, line.values.get("--trusted-keys", ""))
+
+
+def run_upgrade_steps(options: Options, line: CommandLine) -> int:
+    from appliance import upgrade  # late: no server needs it
+
+    return upgrade.serve_steps(options)
+
+
 def run_admin(options: Options, line: CommandLine) -> int:
     if line.args[0] != "recover" or not line.values.get("--username"):
         raise UsageError
@@ -397,6 +423,10 @@ def first_start(options: Options, line: CommandLine):
 
 
 def run_serve(options: Options, line: CommandLine) -> int:
+    if os.path.exists(options.db_file + TRIAL_SUFFIX):
+        from appliance import upgrade  # late: hardly any server needs it
+
+        upgrade.recover_upgrade(options)
     if not os.path.exists(options.db_file):
         first_start(options, line)
         options = load_options(line.settings, line.environ)
@@ -456,8 +486,9 @@ COMMANDS = {
             examples=("help", "help mad.conf", "help recipes | grep -A3 offline_access"),
         ),
         Command(
-            "version", "print the version", description="Print the name and the version of the program.",
-            examples=("version",),
+            "version", "print the version", usage=("[--json]",),
+            description="Print the name and the version of the program; as JSON also that of the database's schema.",
+            flags=(AS_JSON,), examples=("version", "version --json"),
         ),
         Command(
             "selftest", "check that everything the program needs works here",
@@ -520,6 +551,30 @@ COMMANDS = {
             "Put database and keys back to a backup. mad.conf comes from the backup where there is none. Nothing "
             "that was issued before is valid any more.",
             examples=("restore /media/stick/box.backup",), args=1, is_local=True,
+        ),
+        Command(
+            "upgrade FILE", "replace the program by a newer archive; goes back by itself if that does not become ready",
+            run_upgrade_steps,
+            (
+                "FILE [--unsigned | --trusted-keys KEYS] [--dry-run] [--yes] [--no-backup] [--wait SECONDS]",
+                "--at-data -",
+            ),
+            "Check the signature FILE.sig and the self-test of a newer archive, make a backup, replace the file that "
+            "this command runs from, and restart the server. If the new release does not become ready, the old file "
+            "and the database as it was at the restart are put back. Nobody's login ends, and nothing that was "
+            "answered is lost: until it is ready, the new release answers 503. After an interruption the next call "
+            "finishes, or goes back.",
+            (
+                Flag("--unsigned", "do without a signature"),
+                Flag("--trusted-keys", "the public keys to trust, instead of /etc/microauthd/trusted-keys", "KEYS"),
+                Flag("--dry-run", "check, say what would be done, and change nothing"),
+                Flag("--yes", "do not ask"),
+                Flag("--no-backup", "make no backup first"),
+                Flag("--wait", f"how long the new release may take to be ready [{START_SECONDS}]", "SECONDS"),
+                Flag("--at-data", "used by the command itself: do its work on the data"),
+            ),
+            ("upgrade microauthd-1.1.pyz --dry-run", "sudo microauthd upgrade microauthd-1.1.pyz --yes"), args=1,
+            statuses="exit status: 0 done, 1 refused and nothing changed, 2 bad usage, 3 went back, 4 look at it",
         ),
         Command(
             "factory-reset", "overwrite and remove database and keys (--yes does not ask)", run_factory_reset,
@@ -645,6 +700,17 @@ def command_help(command: Command) -> str:
     return "\n".join(lines)
 
 
+def show_version(args: list[str]) -> int:
+    """Print the version; as JSON also that of the database's schema, by which an upgrade knows an older release."""
+    if args == ["--json"]:
+        print(json.dumps({"name": "microauthd", "version": VERSION, "schema": len(MIGRATIONS)}))
+    elif args:
+        raise UsageError(f"{args[0]!r} is not understood; see microauthd version --help")
+    else:
+        print(f"microauthd {VERSION}")
+    return 0
+
+
 def show_help(args: list[str]) -> int:
     """Show the list of the manual's pages, or one of them."""
     if not args:
@@ -729,7 +795,7 @@ def take_environment(settings: dict) -> dict[str, str]:
 
 LATE_MODULES = (  # what this program and the standard library import late
     "difflib", "encodings.idna", "getpass", "pyotp", "segno", "subprocess", "tempfile", "termios", "tomllib",
-    "appliance.oobe",
+    "appliance.oobe", "appliance.upgrade",
 )
 
 
@@ -843,8 +909,7 @@ def run(name: str, argv: list[str]) -> int:
     if name == "help":
         return show_help(argv)
     if name == "version":
-        print(f"microauthd {VERSION}")
-        return 0
+        return show_version(argv)
     if name == "licenses":
         show_licenses(argv)
         return 0
@@ -857,6 +922,8 @@ def run(name: str, argv: list[str]) -> int:
         command = COMMANDS["options"]
     if name in ("setup", "restore"):
         line.settings["config-may-be-missing"] = True
+    if name == "upgrade" and "--at-data" not in line.flags:
+        return run_upgrade(line, os.environ)
     line.environ = take_environment(line.settings)
     config = config_path(line.settings, line.environ)
     become_user(name, line, config)

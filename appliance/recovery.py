@@ -626,12 +626,12 @@ def hold_folder(folder: str):
         os.close(descriptor)
 
 
-def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
+def back_up(options: Options, path: str, force=False, without_keys=False, kind="command") -> dict:
     """Write one file that restores the box, at the machine. See write_backup()."""
     idp = open_idp(options)
     try:
         with hold_folder(os.path.dirname(os.path.abspath(path))):
-            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys)
+            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys, kind)
     finally:
         idp.store.close()
 
@@ -797,6 +797,9 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
 
 
+COPY_SUFFIX = ".before-upgrade"  # of the copies that an upgrade makes of what a new release may change
+
+
 def factory_reset(options: Options) -> list[str]:
     """Overwrite and remove database and keys, so that the next start sets up. Return the paths that were removed.
 
@@ -812,9 +815,9 @@ def factory_reset(options: Options) -> list[str]:
             keys.insert(0, options.db_key_file)  # but a credential of systemd, which is not ours to remove
         forget_mark(options.db_file)
         for path in (
-            *(key + suffix for key in keys for suffix in (".new", "")),
+            *(key + suffix for key in keys for suffix in (".new", COPY_SUFFIX, "")),
             *((options.self_made_file, options.ca_file) if options.tls == "self" else ()),
-            *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
+            *(options.db_file + suffix for suffix in ("-wal" + COPY_SUFFIX, COPY_SUFFIX, "-wal", "-shm", "")),
         ):
             try:
                 with os.fdopen(open_owned(path, os.O_RDWR), "r+b") as file:

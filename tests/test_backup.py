@@ -377,6 +377,7 @@ class TestBackupsByThemselves:
         others = [
             "microauthd-scheduled-ffffffff-000001-20200101T000000Z.backup",  # another box's
             "microauthd-20200101T000000Z-00000000.backup",  # asked for over ADMIN
+            "microauthd-scheduled-ffffffff-000002-20200102T000000Z.backup.backing-up",  # which it is writing
             scheduled_prefix(idp) + "000001-20200101T000000Z.backup.old", "box.backup", "notes.txt",
         ]
         for name in others:
