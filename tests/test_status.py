@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import microauthd as m
 import msgspec
@@ -91,6 +93,12 @@ class TestWhatNeedsAttention:
         clock.pass_(8 * DAY)
         status = gather_status(idp, 0, {**SOUND, "database": False})
         assert [found.code for found in status.attention] == ["not_ready", "backup_old"]
+
+
+    def test_the_manual_knows_every_code(self):
+        source, manual = Path(room.__file__).read_text(), (m.HERE / "appliance" / "manual" / "microauthd.md").read_text()
+        codes = set(re.findall(r'Attention\(\s*"([a-z_]+)"', source))
+        assert len(codes) > 6 and not [code for code in codes if f"| `{code}` |" not in manual]
 
 
 class TestTheRoute:
