@@ -457,8 +457,8 @@ COMMANDS = {
             "setup", "set up: on a terminal by questions, or --answers FILE, or --demo", run_setup,
             (
                 "[--quick | --guided] [--keep-keys]",
-                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys] [--first-start]",
-                "--demo",
+                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys]",
+                "--first-start --answers FILE", "--demo",
             ),
             "Make the configuration, the database, the keys, the first administrator and the first client: all of it "
             "or nothing. A box that is set up already is left as it is.",
@@ -507,8 +507,8 @@ COMMANDS = {
         ),
         Command(
             "install", "make it a service of this machine, or repair and upgrade that", usage=(
-                "[--answers FILE] [--sockets] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR] [--yes] "
-                "[--dry-run]",
+                "[--answers FILE] [--sockets] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR]",
+                "[--yes | --dry-run] ...",
             ),
             description="As root, copy the program, make its user, folders, commands, manual pages and units, and "
             "start the service; each step is printed first. Without --answers the set-up asks its questions on the "
@@ -835,8 +835,12 @@ def become_owner(path: str, environ: dict[str, str]):
     if not home or not os.access(home, os.W_OK | os.X_OK):
         home = folder
     changes = {"HOME": home, "USER": name, "LOGNAME": name}
+    can_run_this = os.access(HERE / "appliance", os.R_OK | os.X_OK)
     for variable in ("MICROAUTHD_CACHE", "CACHE_DIRECTORY"):
-        if not os.access(environ.get(variable, ""), os.R_OK | os.W_OK | os.X_OK):
+        folder = environ.get(variable, "")
+        # That of an installed service is root's, and its program is there for every user to read.
+        holds_this = can_run_this and bool(folder) and HERE.is_relative_to(os.path.realpath(folder))
+        if not holds_this and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             environ.pop(variable, None)  # it is root's
     start_anew(environ | changes)
     if not os.access(HERE / "appliance", os.R_OK | os.X_OK):

@@ -545,7 +545,7 @@ def install(request: Request, source: str, commands: dict[str, list[str]]) -> in
         return 0
     carry_out(steps)
     wrapper = layout.prefix + "/microauthd"
-    if not is_set_up(layout) and os.path.exists(layout.at(CONFIG + "/credentials/db-pass")):
+    if any("/credentials/db-pass" in step.text for step in steps):
         print(
             f"the passphrase of the database is in {CONFIG}/credentials/db-pass: keep a copy elsewhere, for without it "
             "no backup can be read"

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +15,16 @@ from types import SimpleNamespace
 
 import pexpect
 import pytest
-from box import PROGRAM, ROOT, Box
+from box import ARCHIVE, PROGRAM, ROOT, Box
 from appliance.base import StartupError
-from appliance.base.settings import Options
+from appliance.base.settings import OPTIONS, Options
+from appliance.commands import COMMANDS
+from appliance.help import completion_script, manual_page, roff_text
 from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, journal_socket, reap_orphans, take_sockets, use_addresses
+
+from appliance.service import (
+    UNITS, Layout, check_layout, credential_lines, fill, first_settings, read_answers, unit_files,
+)
 
 
 def listener(family=socket.AF_INET, kind=socket.SOCK_STREAM, address=("127.0.0.1", 0), listening=True):
@@ -305,3 +312,306 @@ class TestFirstProcess:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         reap_orphans(())
         assert child.wait(10) == 0 and child.returncode == 0
+
+
+# -- installing --
+
+
+def run_archive(*words, **more):
+    cache = {"MICROAUTHD_CACHE": str(ROOT / "build" / "out" / "cache")}
+    return subprocess.run([*PROGRAM, *map(str, words)], env=os.environ | cache, capture_output=True, text=True, **more)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+COMMAND_WORDS = {"serve": ["--config", "--help"], "backup": ["--force", "--help"]}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The file system of another machine, as far as an installation looks at it."""
+    root = tmp_path / "tree"
+    for folder in ("usr/bin", "usr/lib/systemd/system", "etc"):
+        (root / folder).mkdir(parents=True)
+    root.chmod(0o755)
+    (root / "usr/bin/python3").symlink_to("python3.11")
+    (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\n")
+    return root
+
+
+def contents(root):
+    """{path: (mode, uid, content or target)} of a tree, but locks and backups of the user database."""
+    return {
+        str(path.relative_to(root)): (
+            path.lstat().st_mode, path.lstat().st_uid,
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
+        )
+        for path in sorted(root.rglob("*"))
+        if not path.name.endswith(("-", ".lock"))
+    }
+
+
+class TestLayout:
+    @pytest.mark.parametrize(
+        "changes, said",
+        [
+            ({"prefix": "opt/microauthd"}, "absolute"), ({"prefix": "/opt/with blank"}, "letters"),
+            ({"data": "/srv/%h"}, "letters"), ({"data": "/srv/../etc"}, "letters"), ({"data": "/"}, "letters"),
+            ({"data": "/home/mad"}, "does not see"), ({"prefix": "/tmp/mad"}, "does not see"),
+            ({"python": "/root/venv/bin/python"}, "does not see"), ({"data": "/run/mad"}, "does not see"),
+            ({"data": "/opt/microauthd/data"}, "in each other"), ({"data": "/opt/microauthd"}, "in each other"),
+            ({"prefix": "/var/lib/microauthd/code"}, "in each other"),
+            ({"user": "root"}, "--user"), ({"user": "Mad"}, "--user"), ({"user": "x\nUser=root"}, "--user"),
+        ],
+    )
+    def test_what_a_unit_cannot_name_or_the_server_not_see_is_refused(self, changes, said):
+        with pytest.raises(StartupError, match=said):
+            check_layout(Layout(**changes))
+
+    @pytest.mark.parametrize(
+        "changes", [{}, {"prefix": "/srv/programs/mad-1.2"}, {"data": "/mnt/flash/mad_data"}, {"user": "_mad"}]
+    )
+    def test_others_are_taken(self, changes):
+        check_layout(Layout(**changes))
+
+    @pytest.mark.parametrize(
+        "content, said",
+        [
+            ('[admin]\npassword_file = "pass"', "password_file must be an absolute path"),
+            ('[[client]]\nsecret_file = "s"', "secret_file must be an absolute path"),
+            ('[options]\ndb-pass-file = "s"', "db-pass-file must be an absolute path"), ("[admin", "answers"),
+        ],
+    )
+    def test_answers_that_the_first_start_could_not_read_are_refused_at_once(self, tmp_path, content, said):
+        path = tmp_path / "answers.toml"
+        path.write_text(content)
+        with pytest.raises(StartupError, match=said):
+            read_answers(str(path))
+        path.write_text(content.replace('= "', '= "/run/secrets/'))
+        assert said == "answers" or read_answers(str(path))
+
+
+class TestTexts:
+    def test_every_template_is_filled(self):
+        layout = Layout()
+        for path in UNITS.rglob("*"):
+            if path.is_file():
+                text = fill(layout, path.relative_to(UNITS), CREDENTIALS="", ADDRESS="127.0.0.1:9040", V6ONLY="both")
+                assert b"Written by microauthd install" in text and not re.search(rb"@[A-Z0-9]+@", text), path
+
+    @pytest.mark.parametrize("name", ["microauthd.sh", "mad.sh", "openrc/microauthd", "runit/run"])
+    def test_scripts_are_shell(self, name):
+        done = subprocess.run(["sh", "-n"], input=fill(Layout(), name), capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.parametrize("topic, section", [("microauthd", 1), ("mad", 1), ("mad.conf", 5)])
+    def test_a_page_for_man_has_what_the_manual_has(self, topic, section):
+        page = manual_page(topic, section)
+        first, name, told, *lines = page.splitlines()
+        assert first.startswith(f".TH {topic.upper()} {section} ") and name == ".SH NAME" and f"{topic} \\- " in told
+        macros = {line.split()[0] for line in lines if line[:1] == "."}
+        assert macros <= {".SH", ".SS", ".PP", ".TP", ".IP", ".EX", ".EE"} and page.isascii()
+        assert not [line for line in lines if line[:1] == "'"] and page.count(".EX") == page.count(".EE")
+        assert "<!--" not in page and "](" not in page and "| ---" not in page
+        plain = re.sub(r"\\f[BRI]|\\&", "", page).replace("\\-", "-")
+        for option in OPTIONS if topic == "mad.conf" else ():
+            assert option.name in plain
+        for command in COMMANDS.values() if topic == "microauthd" else ():
+            assert f"\n{command.title}\n" in plain
+
+    def test_the_text_of_roff_is_escaped(self):
+        assert roff_text(r"a\b `-x` 'q' ~^") == r"a\eb \fB\-x\fR \(aqq\(aq \(ti\(ha"
+        assert roff_text(".TH is text").startswith(r"\&.") and roff_text("`.x`").startswith(r"\fB.x")
+
+    @pytest.mark.parametrize(
+        "typed, offered",
+        [
+            (["microauthd", ""], ["serve", "backup", "--help", "--version"]), (["microauthd", "se"], ["serve"]),
+            (["microauthd", "backup", "--"], ["--force", "--help"]), (["microauthd", "other", ""], []),
+        ],
+    )
+    def test_bash_completes_commands_and_their_flags(self, typed, offered):
+        words = " ".join(f"'{word}'" for word in typed)
+        script = (
+            completion_script("bash", COMMAND_WORDS)
+            + f"\nCOMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _microauthd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.split() == offered, done.stderr
+
+    @pytest.mark.parametrize("shell, said", [("zsh", "'backup') found=(--force --help)"), ("fish", "-l force")])
+    def test_other_shells_know_them_too(self, shell, said):
+        assert said in completion_script(shell, COMMAND_WORDS)
+
+    def test_a_secret_that_lies_in_a_file_is_handed_to_the_service(self, tmp_path):
+        folder = tmp_path / "etc/microauthd/credentials"
+        folder.mkdir(parents=True)
+        layout = Layout(root=str(tmp_path))
+        assert credential_lines(layout, False) == ""
+        assert credential_lines(layout, True) == "LoadCredential=db-pass:/etc/microauthd/credentials/db-pass\n"
+        (folder / "db-pass.cred").touch()
+        (folder / "auth-ssl-cert-pass").touch()
+        (folder / "auth-port").touch()  # no secret
+        assert credential_lines(layout, False).splitlines() == [
+            "LoadCredentialEncrypted=db-pass:/etc/microauthd/credentials/db-pass.cred",
+            "LoadCredential=auth-ssl-cert-pass:/etc/microauthd/credentials/auth-ssl-cert-pass",
+        ]
+
+
+class TestInstall:
+    """Into the tree of another machine, with its own user database: nothing of this one is touched."""
+
+    def install(self, tree, *words):
+        return run_archive("install", "--root", tree, *words, stdin=subprocess.DEVNULL)
+
+    def test_it_says_what_it_would_do_and_does_nothing(self, tree):
+        before = contents(tree)
+        done = self.install(tree, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert "make the system user microauthd" in done.stdout and contents(tree) == before
+        refused = self.install(tree)  # nobody can be asked
+        assert refused.returncode == 1 and contents(tree) == before
+
+    @needs_root
+    def test_what_is_there_belongs_to_root_and_the_data_to_the_server(self, tree):
+        done = self.install(tree, "--yes", "--sockets")
+        assert (done.returncode, done.stderr) == (0, ""), done
+        row = next(line.split(":") for line in (tree / "etc/passwd").read_text().splitlines() if "microauthd" in line)
+        uid = int(row[2])
+        found = contents(tree)
+
+        def stands(path):
+            mode, owner, _ = found[path]
+            return f"{mode & 0o777:o}", {0: "root", uid: "server"}[owner], (tree / path).lstat().st_gid == int(row[3])
+
+        for path, wanted in {
+            "opt/microauthd/microauthd.pyz": ("755", "root", False), "opt/microauthd/code": ("755", "root", False),
+            "opt/microauthd/microauthd": ("755", "root", False), "usr/local/bin/mad": ("755", "root", False),
+            "etc/microauthd": ("755", "root", False), "etc/microauthd/mad.conf": ("640", "root", True),
+            "etc/microauthd/credentials": ("750", "root", True), "var/lib/microauthd": ("700", "server", True),
+            "etc/microauthd/credentials/db-pass": ("640", "root", True),
+            "etc/systemd/system/microauthd.service": ("644", "root", False),
+            "usr/local/share/man/man5/mad.conf.5": ("644", "root", False),
+        }.items():
+            assert stands(path) == wanted, path
+        assert found["opt/microauthd/microauthd.pyz"][2] == ARCHIVE.read_bytes()
+        conf = (tree / "etc/microauthd/mad.conf").read_text()
+        assert "\ndb-file = /var/lib/microauthd/mad.db3\n" in conf and "\nlog-file =\n" in conf
+        listen = (tree / "etc/systemd/system/microauthd-auth.socket").read_text()
+        assert "ListenStream=127.0.0.1:9040\n" in listen
+        enabled = tree / "etc/systemd/system/multi-user.target.wants/microauthd.service"
+        assert os.readlink(enabled) == "/etc/systemd/system/microauthd.service"
+
+    @needs_root
+    def test_to_do_it_again_repairs_and_leaves_settings_alone(self, tree):
+        assert self.install(tree, "--yes").returncode == 0
+        conf = tree / "etc/microauthd/mad.conf"
+        conf.write_text(conf.read_text().replace("# auth-port = 9040", "auth-port = 443"))
+        before = contents(tree)
+        again = self.install(tree, "--yes")
+        assert again.stdout.startswith("installed into") and contents(tree) == before
+        (tree / "usr/local/bin/mad").unlink()
+        (tree / "opt/microauthd/microauthd.pyz").write_bytes(b"an older release")
+        (tree / "etc/systemd/system/microauthd.service").write_text("# Written by microauthd install, long ago")
+        (tree / "var/lib/microauthd").chmod(0o777)
+        conf.chmod(0o644)
+        repaired = self.install(tree, "--yes", "--sockets")
+        assert repaired.returncode == 0, repaired.stderr
+        after = contents(tree)
+        assert {name: after[name] for name in before if name != "etc/microauthd/install.json"} == {
+            name: before[name] for name in before if name != "etc/microauthd/install.json"
+        }
+        assert "ListenStream=127.0.0.1:443\n" in (tree / "etc/systemd/system/microauthd-auth.socket").read_text()
+
+    @needs_root
+    @pytest.mark.parametrize("path", ["usr/local/bin/mad", "usr/local/bin/microauthd", "etc/systemd/system/microauthd.service"])
+    def test_a_file_of_somebody_else_stops_it_before_anything_is_done(self, tree, path):
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text("somebody else's")
+        before = contents(tree)
+        done = self.install(tree, "--yes")
+        assert done.returncode == 1 and path in done.stderr and contents(tree) == before
+
+    @needs_root
+    def test_uninstall_leaves_the_data_and_purge_nothing(self, tree):
+        bare = contents(tree)
+        where = ("--prefix", "/srv/mad", "--data", "/srv/data", "--user", "keeper")
+        assert self.install(tree, "--yes", "--sockets", *where).returncode == 0
+        (tree / "srv/data/mad.db3").write_text("every account")
+        (tree / "usr/local/bin/mad").write_text("somebody else's")
+        done = run_archive("uninstall", "--root", tree, "--yes")
+        assert done.returncode == 0, done.stderr
+        left = {path for path, (_, _, content) in contents(tree).items() if content is not None} - bare.keys()
+        assert left - {"etc/.pwd.lock", "etc/shadow", "etc/gshadow"} == {
+            "srv/data/mad.db3", "usr/local/bin/mad", "etc/microauthd/mad.conf", "etc/microauthd/credentials/db-pass",
+        }
+        assert self.install(tree, "--yes", *where).returncode == 1  # the other mad
+        (tree / "usr/local/bin/mad").unlink()
+        assert self.install(tree, "--yes", *where).returncode == 0
+        assert "every account" in (tree / "srv/data/mad.db3").read_text()
+        assert run_archive("uninstall", "--root", tree, "--yes", "--purge").returncode == 0
+        assert not (tree / "srv/data").exists() and not (tree / "etc/microauthd").exists()
+        assert "keeper" not in (tree / "etc/passwd").read_text()
+
+    @pytest.mark.parametrize(
+        "there, files, said",
+        [
+            ("sbin/openrc-run", {"etc/init.d/microauthd"}, "installed into"), ("etc/sv/", {"etc/sv/microauthd/run"}, ""),
+            ("", set(), ""),
+        ],
+    )
+    def test_without_systemd_it_is_what_the_machine_has(self, tree, there, files, said):
+        shutil.rmtree(tree / "usr/lib/systemd")
+        path = tree / there
+        (path if there.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if there and not there.endswith("/"):
+            path.touch()
+        layout = Layout(root=str(tree))
+        assert {name.lstrip("/") for name in unit_files(layout, {})} == files
+        assert b"/var/lib/microauthd/microauthd.log" in first_settings(layout)
+
+    def test_from_a_folder_there_is_nothing_to_install(self):
+        done = subprocess.run(
+            [sys.executable, ROOT / "microauthd.py", "install", "--dry-run"], capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "build/pyz makes it" in done.stderr
+
+
+class TestUnit:
+    """systemd.exec(5)"""
+
+    @pytest.fixture
+    def unit(self, tmp_path):
+        path = tmp_path / "microauthd.service"
+        path.write_bytes(fill(Layout(user="daemon", python=sys.executable), "microauthd.service", CREDENTIALS=""))
+        return path
+
+    def test_what_it_may_do_is_little(self, unit):
+        done = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager", unit],
+            capture_output=True, text=True,
+        )
+        assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if not line.startswith("\u2713"))
+
+    def test_systemd_understands_every_line(self, unit, tmp_path):
+        root = tmp_path / "root"
+        shutil.copytree("/usr/lib/systemd/system", root / "usr/lib/systemd/system", symlinks=True)
+        for path in ("/usr/bin/env", "/bin/kill", sys.executable, "/opt/microauthd/microauthd"):
+            target = root / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch(0o755)
+        (root / "etc/systemd/system").mkdir(parents=True)
+        names = []
+        for side in ("auth", "admin"):
+            names.append(f"microauthd-{side}.socket")
+            text = fill(Layout(), names[-1], ADDRESS="127.0.0.1:443", V6ONLY="ipv6-only")
+            (root / "etc/systemd/system" / names[-1]).write_bytes(text)
+        shutil.copy(unit, root / "etc/systemd/system")
+        done = subprocess.run(
+            ["systemd-analyze", "verify", f"--root={root}", "--man=no", unit.name, *names], capture_output=True, text=True
+        )
+        assert [line for line in (done.stdout + done.stderr).splitlines() if "microauthd" in line] == []
+
+    def test_the_server_sees_who_is_there(self, unit):
+        text = unit.read_text()
+        assert "\nPrivateUsers=no\n" in text and "\nProtectProc=default\n" in text and "\nType=notify\n" in text
