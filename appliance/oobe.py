@@ -723,16 +723,14 @@ def set_up(final_options, answers):
 
     An interrupted one leaves settings and nothing that they name, so it is repeated. Raises StartupError.
     """
-    owner = os.stat(existing_folder(final_options.db_file))
-    if os.geteuid() or not owner.st_uid:
+    owner = recovery.database_owner(final_options)
+    if owner is None:
         return set_up_here(final_options, answers)
     forbid_second_setup(final_options)
     for _, _, wrong in check_clients(final_options, answers.clients):
         raise StartupError(wrong)
-    recovery.write_settings(final_options, owner.st_gid)
-    made = run_as(
-        owner.st_uid, owner.st_gid, lambda: msgspec.json.encode(set_up_here(final_options, answers))
-    )
+    recovery.write_settings(final_options, owner[1])
+    made = run_as(*owner, lambda: msgspec.json.encode(set_up_here(final_options, answers)))
     return msgspec.json.decode(made, type=list[MadeClient])
 
 

@@ -40,7 +40,7 @@ from microauthd import (
 from appliance.backup import backup_files, check_copy, write_backup
 from appliance.machine import MACHINE
 from appliance.authority import forbid_found_ca, keep_certificate, put_authority
-from appliance.processes import hold_database, read_seal_key, touch_marks
+from appliance.processes import hold_database, read_seal_key, run_as, touch_marks
 from appliance.status import gather_status
 from appliance.rings import list_keys, revoke, rotate, rsa_bits_of
 
@@ -159,10 +159,20 @@ def is_writable(config: str) -> bool:
     return os.access(existing_folder(config), os.W_OK | os.X_OK)
 
 
-def journal_place(options: Options) -> str:
-    """Return the file beside which the journal lies: the config file, or the database where that is not ours to write.
+def database_owner(options: Options) -> tuple[int, int] | None:
+    """Return uid and gid of the user whose folder the database lies in, where this is root and that is somebody else:
+    the user of the service, who makes and moves everything there.
     """
-    return options.config_file if is_writable(options.config_file) else os.path.abspath(options.db_file)
+    info = os.stat(existing_folder(options.db_file))
+    return (info.st_uid, info.st_gid) if info.st_uid and not os.geteuid() else None
+
+
+def journal_place(options: Options) -> str:
+    """Return the file beside which the journal lies: the config file, or the database where that is root's and this
+    is another's.
+    """
+    is_ours = is_writable(options.config_file) and database_owner(options) is None
+    return options.config_file if is_ours else os.path.abspath(options.db_file)
 
 
 def write_journal(place: str, committed: bool, files: list[tuple[str, str]]):
@@ -292,7 +302,8 @@ def finish_setup(config: str, options: Options):
 
     The journal says which: it lists the staged files and whether all of them were complete.
     """
-    place, is_ours = journal_place(options), is_writable(config)
+    place = journal_place(options)
+    is_ours = place == options.config_file
     with contextlib.suppress(FileNotFoundError):
         os.unlink(journal_of(place) + ".new")  # a journal that was not fully written
     journal = read_journal(config, options)
@@ -324,12 +335,24 @@ def recover_setup(config: str, settings: dict | None = None, environ: Mapping[st
     `settings` and `environ` are those of load_options().
     """
     settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
-    # Only the settings tell where the journal is that does not lie beside them.
-    place = config if is_writable(config) else journal_place(load_options(settings, environ or {}))
+    if os.geteuid() and is_writable(config):
+        place, owner = config, None
+    else:  # only the settings tell where a journal is that does not lie beside them, and whose
+        options = load_options(settings, environ or {})
+        place, owner = journal_place(options), database_owner(options)
     traces = (journal_of(place), staged_path(place))
-    if any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
+    if not any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
+        return
+
+    def finish() -> bytes:
         with hold_setup(place):
             finish_setup(config, load_options(settings, environ or {}))
+        return b""
+
+    if owner:
+        run_as(*owner, finish)
+    else:
+        finish()
 
 
 def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:

@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -9,19 +11,25 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pexpect
 import pytest
-from box import ARCHIVE, PROGRAM, ROOT, Box
+import yaml
+from box import ARCHIVE, CHEAP, PROGRAM, ROOT, Box, free_port
+from conftest import in_child
 from appliance.base import StartupError
-from appliance.base.settings import OPTIONS, Options
+from appliance.base.settings import (
+    OPTION_NAMES, OPTIONS, Options, is_in_file, load_options, read_variables, setup_variables,
+)
 from appliance.commands import COMMANDS
 from appliance.help import completion_script, manual_page, roff_text
 from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, journal_socket, reap_orphans, take_sockets, use_addresses
 
+from appliance.recovery import Answers, recover_setup, set_up
 from appliance.service import (
     UNITS, Layout, check_layout, credential_lines, fill, first_settings, read_answers, unit_files,
 )
@@ -615,3 +623,255 @@ class TestUnit:
     def test_the_server_sees_who_is_there(self, unit):
         text = unit.read_text()
         assert "\nPrivateUsers=no\n" in text and "\nProtectProc=default\n" in text and "\nType=notify\n" in text
+
+
+# -- settings of root, data of the server --
+
+ANSWERS = """
+[admin]
+username = "root"
+email = "root@example.org"
+password = "an administrator's phrase"
+[client]
+client_id = "app"
+"""
+SERVER = 12345  # a uid that nobody has
+
+
+class House:
+    """A service as install makes it, in a folder that its user can reach: settings of root, data of the server."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.chmod(0o755)
+        self.ports = free_port(), free_port()
+        for name, mode, ids in (("etc", 0o755, (0, 0)), ("secrets", 0o750, (0, SERVER)), ("data", 0o700, (SERVER, SERVER))):
+            (self.folder / name).mkdir()
+            (self.folder / name).chmod(mode)
+            os.chown(self.folder / name, *ids)
+        self.conf, self.answers = self.folder / "etc/mad.conf", self.folder / "etc/answers.toml"
+        files = {"db-file": "mad.db3", "seal-key-file": "seal.key", "token-signing-key-file": "token.pem",
+                 "admin-token-signing-key-file": "admin.pem"}  # fmt: skip
+        lines = [f"{name} = {self.folder}/data/{file}\n" for name, file in files.items()]
+        lines += [f"auth-port = {self.ports[0]}\n", f"admin-port = {self.ports[1]}\n", "log-file =\n", "workers = 1\n"]
+        for path, text in ((self.conf, "".join(lines)), (self.folder / "secrets/db-pass", "a database phrase\n")):
+            path.write_text(text)
+            path.chmod(0o640)
+            os.chown(path, 0, SERVER)
+        self.answers.write_text(ANSWERS)
+        self.answers.chmod(0o600)
+        self.environ = os.environ | CHEAP | {
+            "CREDENTIALS_DIRECTORY": str(self.folder / "secrets"), "MAD_CONFIG": str(self.conf), "HOME": "/root",
+            "MICROAUTHD_CACHE": str(self.folder / "code"),
+        }  # fmt: skip
+        (self.folder / "code").mkdir()
+        (self.folder / "code").chmod(0o755)
+
+    def run(self, *words):
+        return subprocess.run([*PROGRAM, *map(str, words)], cwd="/", env=self.environ, capture_output=True, text=True)
+
+    def set_up(self):
+        return self.run("setup", "--first-start", "--answers", self.answers)
+
+
+@pytest.fixture
+def house():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield House(folder)
+
+
+@needs_root
+class TestRootsSettings:
+    """What root runs before the first start of a service, and what that service's user runs beside it."""
+
+    def test_a_first_start_sets_up_once_and_the_server_reads_what_is_roots(self, house, tmp_path):
+        done = house.set_up()
+        assert done.returncode == 0, done.stderr
+        secret = re.fullmatch(r"client_id=app\nclient_secret=(\S+)\n", (house.folder / "etc/first-clients.txt").read_text())
+        assert secret[1] not in done.stdout and not house.answers.exists()
+        for path in (house.folder / "data").iterdir():
+            assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (SERVER, 0o600), path
+        info = house.conf.stat()
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (0, SERVER, 0o640)
+        assert "a database phrase" not in house.conf.read_text() and "\noidc-issuer = " in house.conf.read_text()
+        before = contents(house.folder / "data")
+        house.answers.write_text(ANSWERS)
+        assert house.set_up().returncode == 0 and contents(house.folder / "data") == before  # nothing, again
+        # Started by root, as OpenRC's and runit's scripts could, it becomes the user of the data.
+        process = subprocess.Popen(
+            [*PROGRAM, "serve"], cwd="/", env=house.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert "going on as that user" in process.stderr.readline() and " serving " in process.stderr.readline()
+            assert f"\nUid:\t{SERVER}\t" in Path(f"/proc/{process.pid}/status").read_text()
+            box = Box(tmp_path / "nothing")
+            answer = box.call(house.ports[0], "POST", "/token", {"grant_type": "client_credentials"}, client=("app", secret[1]))
+            assert answer.status == 200 and os.listdir(house.folder / "code") != []
+        finally:
+            process.terminate()
+            assert process.wait(15) == 0
+            process.stderr.close()
+
+    def test_a_set_up_that_was_killed_is_repeated(self, house):
+        for number in range(1, 12, 3):
+            script = (
+                "import os, sys\nsys.path.insert(0, sys.argv[1])\nfrom appliance import recovery\nfrom appliance.commands import main\n"
+                "real, count, parent = os.replace, [0], os.getpid()\n"
+                "def replace(*words):\n    real(*words)\n    count[0] += 1\n    if count[0] == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
+                "os.replace = replace\n"
+                "main(['setup', '--first-start', '--answers', sys.argv[3]])\n"
+            )
+            words = [sys.executable, "-c", script, ROOT, number, house.answers]
+            subprocess.run(list(map(str, words)), cwd="/", env=house.environ, capture_output=True)
+        done = house.set_up()
+        assert done.returncode == 0, done.stderr
+        (database,) = (house.folder / "data").glob("*.db3")
+        assert house.run("keys", "list").returncode == 0 and database.stat().st_uid == SERVER
+        assert not list(house.folder.rglob("*.setup")) and not list(house.folder.rglob("*.setting-up"))
+
+    def test_backup_restore_and_reset_work_as_the_user_and_leave_the_settings(self, house):
+        assert house.set_up().returncode == 0
+        conf, backup = house.conf.read_text(), house.folder / "data/box.backup"
+        assert house.run("backup", backup).returncode == 0
+        done = house.run("restore", backup)
+        assert done.returncode == 0, done.stderr
+        assert house.run("factory-reset", "--yes").returncode == 0
+        assert not (house.folder / "data/mad.db3").exists() and house.conf.read_text() == conf
+        done = house.run("restore", backup)
+        assert done.returncode == 0 and house.run("keys", "list").returncode == 0, done.stderr
+        house.conf.unlink()
+        environ = {f"MAD_{name.upper().replace('-', '_')}": value for name, value in re.findall("(?m)^(db-file|[a-z-]*key-file) = (.*)$", conf)}
+        house.environ |= environ
+        (house.folder / "data/mad.db3").unlink()
+        done = house.run("restore", backup, "--config", house.conf)
+        assert done.returncode == 1 and "as root" in done.stderr, done
+
+
+class TestSettingsOfOthers:
+    """A set-up whose config file this user cannot write: it is there already, or mounted read-only."""
+
+    @pytest.fixture
+    def options(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        tmp_path.chmod(0o700)
+        monkeypatch.setattr("appliance.recovery.is_writable", lambda config: False)
+        (tmp_path / "mad.conf").write_text("db-pass = a database phrase\nargon2id-memory = 8192\nargon2id-time = 1\n")
+        (tmp_path / "mad.conf").chmod(0o600)
+        return load_options({}, {})
+
+    def test_it_stays_as_it_is_and_the_journal_lies_beside_the_database(self, options, tmp_path):
+        before = (tmp_path / "mad.conf").read_text()
+        names = []
+        set_up(options, Answers("root", "root@example.org", "an administrator's phrase"),
+               lambda name: names.append((name, (tmp_path / "mad.db3.setting-up").exists())))  # fmt: skip
+        assert ("config", True) not in names and ("staged", True) in names and ("committed", True) in names
+        assert (tmp_path / "mad.conf").read_text() == before
+        assert (tmp_path / "mad.db3").exists() and not list(tmp_path.glob("*.setup"))
+
+    @pytest.mark.parametrize("step, is_set_up", [("journal", False), ("staged", False), ("committed", True)])
+    def test_killed_anywhere_it_is_done_or_undone(self, options, tmp_path, step, is_set_up):
+        def kill(name):
+            if name == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        answers = Answers("root", "root@example.org", "an administrator's phrase")
+        assert in_child(lambda: set_up(options, answers, kill)) == signal.SIGKILL
+        recover_setup("mad.conf")
+        assert (tmp_path / "mad.db3").exists() is is_set_up and (tmp_path / "token.pem").exists() is is_set_up
+        assert not list(tmp_path.glob("*.setup")) and not list(tmp_path.glob("*.setting-up"))
+
+    def test_settings_that_would_be_lost_are_refused(self, options, tmp_path):
+        changed = dataclasses.replace(options, token_expiration=60)
+        with pytest.raises(StartupError, match=r"not in it: token-expiration$"):
+            set_up(changed, Answers("root", "root@example.org", "an administrator's phrase"))
+        assert not (tmp_path / "mad.db3").exists()
+        kept = dataclasses.replace(changed, origins=options.origins | {"token-expiration": "environment MAD_TOKEN_EXPIRATION"})
+        assert set_up(kept, Answers("root", "root@example.org", "an administrator's phrase")) == []
+
+
+# -- containers --
+
+
+class TestContainer:
+    """docker = true"""
+
+    @pytest.fixture
+    def box(self, tmp_path):
+        """A container with an empty volume."""
+        box = Box(tmp_path / "data", workers="1")
+        box.folder.mkdir(mode=0o700)
+        secrets = tmp_path / "secrets"
+        secrets.mkdir()
+        for name, secret in (("db-pass", "a database phrase"), ("admin-password", Box.PASSWORD)):
+            (secrets / name).write_text(secret + "\n")
+            (secrets / name).chmod(0o444)  # as Docker mounts them
+        box.environ |= {
+            "MAD_DOCKER": "true", "MAD_AUTH_PORT": str(box.auth_port), "MAD_ADMIN_PORT": str(box.admin_port),
+            "MAD_WORKERS": "1", "MAD_DB_PASS_FILE": str(secrets / "db-pass"), "MAD_SETUP_USERNAME": "root",
+            "MAD_SETUP_EMAIL": "root@example.org", "MAD_SETUP_PASSWORD_FILE": str(secrets / "admin-password"),
+            "MAD_OIDC_CLIENT_ID": "app",
+        }  # fmt: skip
+        yield box
+        box.__exit__()
+
+    def test_an_empty_volume_is_set_up_from_the_environment_and_served(self, box):
+        box.start(wait=False)
+        box.await_ready(30)
+        assert box.admin_token()
+        told = dict(line.split("=", 1) for line in (box.folder / "first-clients.txt").read_text().splitlines())
+        box.client = told["client_id"], told["client_secret"]
+        assert box.token().status == 200
+        output = (box.folder / "output.txt").read_text()
+        assert " serving " in output and told["client_secret"] not in output and not box.log()  # it is stdout's
+        conf = (box.folder / "mad.conf").read_text()
+        assert "a database phrase" not in conf and Box.PASSWORD not in conf
+        assert box.stop() == 0
+        box.start()  # now it is set up
+        assert box.token().status == 200 and box.stop() == 0
+
+    @pytest.mark.parametrize(
+        "changes, said",
+        [
+            ({"MAD_SETUP_USERNAME": ""}, "needs MAD_SETUP_USERNAME"), ({"MAD_SETUP_EMAIL": ""}, "needs MAD_SETUP_EMAIL"),
+            ({"MAD_SETUP_PASSWORD_FILE": ""}, "needs MAD_SETUP_PASSWORD_FILE"),
+            ({"MAD_SETUP_PASSWORD_FILE": "/nowhere"}, "/nowhere cannot be read"),
+            ({"MAD_SETUP_PASSWORD": "one"}, "MAD_SETUP_PASSWORD and MAD_SETUP_PASSWORD_FILE"),
+            ({"MAD_SETUP_PASSWORD_FILE": "", "MAD_SETUP_PASSWORD": "short"}, "password"),
+            ({"MAD_SETUP_ANSWERS": "/answers.toml"}, "MAD_SETUP_ANSWERS goes with no other"),
+            ({"MAD_SETUP_EMAIL": "nobody"}, "the environment: "), ({"MAD_SETUP_NAME": "x"}, "unknown environment variable"),
+            ({"MAD_DB_PASS_FILE": ""}, "db-pass"),
+            ({name: "" for name in ("MAD_SETUP_USERNAME", "MAD_SETUP_EMAIL", "MAD_SETUP_PASSWORD_FILE")}, "or MAD_SETUP_ANSWERS"),
+        ],
+    )  # fmt: skip
+    def test_what_is_missing_or_wrong_is_said_and_nothing_is_made(self, box, changes, said):
+        box.environ = {name: value for name, value in (box.environ | changes).items() if value}
+        done = box.run("serve")
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not [name for name in os.listdir(box.folder) if not name.endswith(".lock")]
+
+    def test_the_container_files_name_options_and_paths_that_exist(self):
+        folder = ROOT / "appliance" / "container"
+        compose = yaml.safe_load((folder / "compose.yaml").read_text())
+        service = compose["services"]["microauthd"]
+        assert set(service["secrets"]) == set(compose["secrets"]) and list(compose["volumes"]) == ["data"]
+        lines = (folder / "Containerfile").read_text()
+        environ = dict(re.findall(r"^ENV (MAD_\w+)=(\S+)$", lines, re.M)) | service["environment"]
+        found = read_variables("MAD_", environ)
+        for name, (value, origin) in found.items():
+            if not is_in_file(origin):
+                OPTION_NAMES[name].parse(value)
+        assert found["docker"][0] == "true" and set(setup_variables("MAD_", environ)) == {
+            "SETUP_USERNAME", "SETUP_EMAIL", "SETUP_PASSWORD_FILE",
+        }
+        steps = re.findall(r"^([A-Z]+) ", lines, re.M)
+        assert steps[0] == "FROM" and "\nUSER 10001:10001\n" in lines and "\nSTOPSIGNAL SIGTERM\n" in lines
+        assert (folder / service["build"]["dockerfile"]).exists()
+
+    def test_the_health_check_asks_over_the_unix_socket(self, box):
+        (line,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", (ROOT / "appliance/container/Containerfile").read_text(), re.M)
+        _, _, _, program = json.loads(line)
+        program = program.replace("/data/admin.sock", str(box.folder / "admin.sock"))
+        assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 1
+        box.start(wait=False)
+        box.await_ready(30)
+        assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
