@@ -187,9 +187,13 @@ ASKING = [
 
 # == Wire =======================================================================
 
+def common_name(name):
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+
+
 def make_certificate(folder, host="localhost"):
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    name = common_name(host)
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1)
@@ -373,6 +377,40 @@ class TestAddresses:
 
         monkeypatch.setattr(socket, "create_connection", refuse)
         assert ("in clear" in here("user", "list", "--admin-url", f"http://{host}:9").stderr) is warned
+
+    def test_an_authority_of_ones_own_needs_no_key_identifiers(self, here, raw, tmp_path, monkeypatch):
+        """RFC 5280 §4.2.1.1; Python 3.13 and newer refuse it by default"""
+        key, authority = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+        at, issuer = datetime.datetime.now(datetime.UTC), common_name("an authority of mine")
+        days = (at - datetime.timedelta(1), at + datetime.timedelta(1))
+        own = x509.CertificateBuilder(issuer, issuer, authority.public_key(), 1, *days).add_extension(
+            x509.BasicConstraints(True, None), True
+        )
+        (tmp_path / "ca.pem").write_bytes(own.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        leaf = x509.CertificateBuilder(issuer, common_name("localhost"), key.public_key(), 2, *days).add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("localhost")]), False
+        )
+        (tmp_path / "leaf.pem").write_bytes(
+            leaf.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+            + key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "leaf.pem")
+        raw(OK + b"Content-Length: 2\r\n\r\n[]", context=context)
+        made = ssl.create_default_context
+
+        def as_python_3_13(**words):
+            strict = made(**words)
+            strict.verify_flags |= ssl.VERIFY_X509_STRICT
+            return strict
+
+        monkeypatch.setattr(ssl, "create_default_context", as_python_3_13)
+        done = here(
+            "user", "list", "--admin-url", f"https://localhost:{raw.port}", MAD_CA_FILE=str(tmp_path / "ca.pem")
+        )
+        assert done.returncode == 0, done.stderr
 
     def test_https_trusts_the_authorities_it_is_told(self, here, raw, tmp_path):
         certificate = make_certificate(tmp_path)
