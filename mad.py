@@ -303,7 +303,7 @@ def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float, own
         raise Unreachable(
             0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
     # From Python 3.13 on the default also refuses authorities that lack an extension of RFC 5280 §4.2.1, as many private
-    # ones do. The signatures, the name and the dates are verified without it; the verdict is that of every Python.
+    # ones do. Signatures, name and dates are verified without it, and the verdict is the same under every Python.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     connection.settimeout(timeout)
     try:
