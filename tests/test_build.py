@@ -123,6 +123,22 @@ class TestWheels:
         assert wheels.is_loadable(wheels.Target("3.12", "aarch64", "gnu"), name) is loads
 
 
+    def test_a_processor_without_wheels_is_described_by_its_own_names(self, monkeypatch):
+        """PEP 3149"""
+        monkeypatch.setattr(wheels.sysconfig, "get_config_var", lambda name: ".cpython-311-arm-linux-gnueabihf.so")
+        here = wheels.here()
+        assert here[1:] == ("arm", "gnueabihf") and here.platform == "arm-linux-gnueabihf"
+        assert here.tag == f"cpython-{sys.version_info[0]}{sys.version_info[1]}-arm-linux-gnueabihf"
+
+    def test_wheels_of_ones_own_take_the_place_of_the_locked_ones(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "a-1-py3-none-any.whl", "w") as wheel:
+            for name in ("a.py", "a-1.dist-info/METADATA", "a-1.dist-info/licenses/LICENSE"):
+                wheel.writestr(name, name)
+        contents = wheels.collect([wheels.here()], sorted(tmp_path.glob("*.whl")))
+        assert set(contents.common) == {"a.py", "a-1.dist-info/METADATA"} and not contents.native
+        assert contents.packages["a"].licenses == {"LICENSE": "a-1.dist-info/licenses/LICENSE"}
+
+
 class TestBillOfMaterials:
     """CycloneDX 1.6 (ECMA-424)"""
 
@@ -158,6 +174,15 @@ class TestBillOfMaterials:
         (digest,) = bill["metadata"]["component"]["hashes"]
         assert digest == {"alg": "SHA-256", "content": pyz.sha256_of(ARCHIVE)}
         assert ARCHIVE.with_name(ARCHIVE.name + ".sha256").read_text() == f"{digest['content']}  {ARCHIVE.name}\n"
+
+    def test_an_openssl_of_the_system_is_no_part_of_the_archive(self):
+        package = wheels.Package("sqlcipher3", "1", "", {}, [], {})
+        module = b"%%\0libcrypto.so.3\0" + b"x4.19.0\0" + b"x3.53.4\0"
+        contents = wheels.Contents({}, {"p/sqlcipher3/_sqlite3.so": module}, {"sqlcipher3": package})
+        parts = {part.name: part.version for part in inventory.linked_into("sqlcipher3", package, contents)}
+        assert parts == {"sqlcipher": "4.19.0", "sqlite": "3.53.4"}
+        with pytest.raises(SystemExit, match="the version of openssl is not to be read"):
+            inventory.linked_into("sqlcipher3", package, wheels.Contents({}, {}, {"sqlcipher3": package}))
 
     def test_a_package_without_a_licence_ends_the_build(self):
         package = wheels.Package("a", "1", "Name: a\nLicense: see below\n", {}, [], {})
