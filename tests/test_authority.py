@@ -11,20 +11,23 @@ import time
 import msgspec
 import pytest
 from box import Box
-from conftest import Caller, Clock, die, in_child
+from conftest import Caller, Clock, die, in_child, made
 from cryptography import x509
 
 import microauthd as m
 from appliance import authority as authority_room
 from appliance.authority import (
-    DAY, find_authority, ipv4_addresses, ipv6_addresses, keep_certificate, machine_names, make_certificate,
+    DAY, find_authority, forbid_found_ca, ipv4_addresses, ipv6_addresses, keep_certificate, machine_names, make_certificate,
     missing_names, needs_work, renew_certificate, replace_authority, wanted_names,
 )
 from appliance.base import StartupError
 from appliance.commands import main
 from appliance.base.settings import Options, host_names, issuer_obstacle
 from appliance.base.tls import Pair, context_of, describe_certificate
+from appliance.processes import prepare_certificate
+from appliance.recovery import back_up, factory_reset, open_idp, restore
 from appliance.status import gather_status
+from appliance.upkeep import Upkeep
 
 NAMES = ["box.lan", "192.168.7.20", "fd00::20", "localhost", "127.0.0.1", "::1"]
 CALLER = m.LOCAL.acting_as("test")
@@ -173,6 +176,29 @@ class TestLife:
         assert handshake(read(box.options.self_made_file), box.options.ca_file, "box.lan")
 
 
+    def test_a_running_box_looks_every_minute(self, box, monkeypatch):
+        done, turns = [], iter(range(1 + 180 // Upkeep.INTERVAL))
+        monkeypatch.setattr(Upkeep, "attempt", lambda self, work, *words: done.append(work))
+        upkeep = Upkeep(box)
+        monkeypatch.setattr(upkeep.ending, "wait", lambda seconds: next(turns, None) is None)
+        upkeep.run()
+        assert done.count(renew_certificate) == 3
+
+    def test_what_keeps_it_from_being_renewed_stops_no_start_while_there_is_one(self, box, clock, monkeypatch):
+        def full(path, content):
+            raise OSError(28, "No space left on device", path)
+
+        monkeypatch.setattr(authority_room, "write_durably", full)
+        prepare_certificate(box)
+        assert "certificate.failed" not in box.stream.getvalue(), "nothing is to be written"
+        clock.pass_(80 * DAY)
+        prepare_certificate(box)
+        assert "certificate.failed" in box.stream.getvalue() and "No space left" in box.stream.getvalue()
+        os.unlink(box.options.self_made_file)
+        with pytest.raises(StartupError, match="tls = self: .*No space left"):
+            prepare_certificate(box)
+
+
 class TestNewAuthority:
     """What came since the CA was made needs a new one, which is said."""
 
@@ -241,6 +267,41 @@ class TestNewAuthority:
         renew_certificate(idp)
         assert read(options.ca_file) == known.root.encode() and find_authority(idp.store) == known
         assert handshake(read(options.self_made_file), options.ca_file, "box.lan")
+
+
+class TestBackup:
+    """The CA is part of the box: a backup takes it along, and a reset ends it."""
+
+    def test_a_restore_on_an_empty_machine_brings_the_ca_that_clients_trust(self, machine, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = made(tmp_path, tls="self", db_file=str(tmp_path / "mad.db3"))
+        root, first = read(options.ca_file), read(options.self_made_file)
+        assert handshake(first, options.ca_file, "idp.example")
+        back_up(options, "box.backup")
+        for path in tmp_path.iterdir():
+            if path.name != "box.backup":
+                path.unlink()
+        restore(options, "box.backup")
+        with contextlib.closing((idp := open_idp(options)).store):
+            keep_certificate(idp)
+        assert read(options.ca_file) == root and read(options.self_made_file) != first
+        assert handshake(read(options.self_made_file), options.ca_file, "idp.example")
+
+    def test_a_reset_overwrites_and_removes_its_files_so_that_a_set_up_can_make_another(self, machine, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = made(tmp_path, tls="self", db_file=str(tmp_path / "mad.db3"))
+        with pytest.raises(StartupError, match="ca.pem is there already"):
+            forbid_found_ca(options)
+        assert {options.ca_file, options.self_made_file} <= set(factory_reset(options))
+        assert not list(tmp_path.glob("*.pem"))
+        forbid_found_ca(options)
+
+    def test_a_set_up_leaves_files_of_somebody_else_alone(self, machine, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "ca.pem").write_bytes(b"somebody's")
+        with pytest.raises(StartupError, match="ca.pem is there already"):
+            made(tmp_path, tls="self", db_file=str(tmp_path / "mad.db3"))
+        assert not (tmp_path / "mad.db3").exists() and read(tmp_path / "ca.pem") == b"somebody's"
 
 
 class TestRoot:
