@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from appliance.base import StartupError
 from appliance.base.settings import (
-    OPTIONS, Options, absolute, address, boolean, check_options, color, content_policy, days, describe_options, domain,
-    issuer, label, load_options, networks, octets, parse_config, parse_flags, period, port, seconds, text, worker_count,
-    write_config,
+    OPTIONS, Options, absolute, address, boolean, certificate_source, check_options, color, content_policy, days,
+    describe_options, domain, host_names, issuer, label, load_options, networks, octets, parse_config, parse_flags,
+    period, port, seconds, text, worker_count, write_config,
 )
 
 
@@ -287,6 +287,7 @@ VALUES = {
     .map(", ".join)
     .map(networks), domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
     content_policy: st.sampled_from(["", "sandbox", "default-src 'self'; ;img-src * data:;"]),
+    certificate_source: st.sampled_from(["", "self"]), host_names: st.sampled_from(["", "box.lan,192.0.2.1,fd00::1"]),
     issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
 }
 
