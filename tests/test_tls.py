@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs12
 
+from appliance.base import tls as tls_room
 from appliance.base.tls import (
     Pair, PortCertificate, SharedPair, certificate_not_after, certificate_warnings, describe_certificate,
 )
@@ -141,6 +142,16 @@ class TestTakingUp:
         assert why in files.port.problem(NOW)
         files.put(certificate, key)
         assert files.look() == ["certificate.refused", "certificate.changed"] and files.port.problem(NOW) == ""
+
+    def test_nothing_in_the_files_stops_the_supervisor(self, files, monkeypatch):
+        def fail(*words):
+            raise TypeError("of a library")
+
+        monkeypatch.setattr(tls_room, "read_pair", fail)
+        files.put(*make())
+        assert files.look(3) == ["certificate.refused"]
+        monkeypatch.undo()
+        assert files.look(2)[-1] == "certificate.changed"
 
     def test_one_that_begins_later_is_taken_up_when_it_does(self, files):
         certificate, key = make(start=NOW + 100)

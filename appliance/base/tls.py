@@ -306,10 +306,11 @@ class PortCertificate:
                 self.shared.put(pair)
                 log("certificate.changed", "notice", server=self.port_name, **self.summary())
             self.in_force, self.refused = found, ""
-        except ValueError as error:
-            if str(error) != self.refused:
-                log("certificate.refused", "error", server=self.port_name, reason=error)
-            self.refused = str(error)
+        except Exception as error:  # whatever stands in the files, it must not stop the supervisor
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            if reason != self.refused:
+                log("certificate.refused", "error", server=self.port_name, reason=reason)
+            self.refused = reason
             self.check_at = time.monotonic() + self.RETRY_SECONDS
 
     def summary(self) -> dict:
