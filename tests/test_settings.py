@@ -352,11 +352,12 @@ class TestWriting:
         except StartupError:
             files = (
                 wanted.db_file, wanted.seal_key_file, wanted.token_signing_key_file,
-                wanted.admin_token_signing_key_file,
+                wanted.admin_token_signing_key_file, *filter(None, [wanted.db_key_file]),
             )
             assert (
                 wanted.auth_port == wanted.admin_port
-                or len({os.path.abspath(path) for path in files}) < 4
+                or len({os.path.abspath(path) for path in files}) < len(files)
+                or (wanted.db_key_file and (wanted.db_pass or wanted.no_db_pass))
                 or any(
                     ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029"
                     for value in values.values()
