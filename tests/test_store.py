@@ -14,6 +14,7 @@ import appliance.base.store as rows
 from conftest import DATABASE_KEY, PASSWORD, YEARS
 from appliance.base.clock import IAT_SKEW
 from appliance.base.settings import Options
+from appliance.base.shared import ChangeMarks
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
@@ -968,3 +969,35 @@ class TestRevoking:
         few = ("SCAN totp_qr_file", "SCAN CONSTANT ROW")  # files of QR codes are few
         read = [plan for plan in plans if plan.startswith("SCAN") and not plan.startswith((*few, "SCAN (subquery"))]
         assert plans and not read, read
+
+
+class TestMarksOfWhatEnded:
+    """What programs of the machine compare, instead of asking whether a token of theirs is still good."""
+
+    @pytest.fixture
+    def changed(self, idp, tmp_path):
+        idp.store.generation.marks = ChangeMarks(str(tmp_path / "marks"), 1)
+
+        def call(work):
+            """Return which cells change: everything's, others'."""
+            before = (tmp_path / "marks").read_bytes()
+            work()
+            after = (tmp_path / "marks").read_bytes()
+            return before[24:32] != after[24:32], before[32:] != after[32:]
+
+        return call
+
+    def test_a_revoked_token_has_a_mark_of_its_own(self, idp, changed, machine):
+        assert changed(lambda: idp.store.revoke_jti(machine["jti"], 9, 1)) == (False, True)
+
+    def test_whatever_clients_may_changes_the_mark_of_everything(self, idp, changed, service):
+        caller, client = m.LOCAL.acting_as("t"), m.get_client(idp, service[0])
+        for work in (
+            lambda: m.revoke_client(idp, caller, client.row, "client_revoked"),
+            lambda: m.remove_scope(idp, caller, client, "api:read"), lambda: m.delete_client(idp, caller, service[0]),
+        ):
+            assert changed(work) == (True, False)
+
+    def test_a_token_that_is_issued_changes_none(self, changed, auth, service, alice, log_in):
+        assert changed(lambda: auth.post("/token", {"grant_type": "client_credentials"}, auth=service)) == (False, False)
+        assert changed(lambda: log_in(alice)) == (False, False)
