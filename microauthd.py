@@ -5321,8 +5321,11 @@ BASE_HEADERS = security_headers()
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
-def render_problem(problem: Problem, oauth: bool) -> Reply:
-    """Render a Problem as an OAuth error or an Err. A 401 gets its challenge. RFC 9110 §15.5.2."""
+def render_problem(problem: Problem, oauth: bool, environ) -> Reply:
+    """Render a Problem as an OAuth error or an Err, which names the request. A 401 gets its challenge.
+
+    RFC 9110 §15.5.2.
+    """
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
         challenge = (
@@ -5331,7 +5334,8 @@ def render_problem(problem: Problem, oauth: bool) -> Reply:
             else f'Bearer realm="microauthd", error="{problem.code}", error_description="{problem.message}"'
         )
         headers.append(("WWW-Authenticate", challenge))
-    return Reply(problem.as_oauth() if oauth else problem.as_err(), headers, problem.status)
+    named = {"request_id": environ["microauthd.request_id"]} if environ.get("microauthd.request_id") else {}
+    return Reply(problem.as_oauth() if oauth else problem.as_err() | named, headers, problem.status)
 
 
 STATUS = {code: f"{code} {phrase}" for code, phrase in bottle.HTTP_CODES.items()}
@@ -5396,7 +5400,7 @@ class Answer:
             self.idp.log(
                 "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
             )
-        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth)
+        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth, environ)
 
     def log_refusal(self, environ, code, status, reason, route=None):
         self.idp.log(
@@ -5485,7 +5489,8 @@ def allow_origin(idp: Idp, environ, methods="") -> tuple:
         log_origin(idp, environ, origin, known)
         return headers
     headers += (
-        ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"),
+        ("Access-Control-Allow-Origin", origin),
+        ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After, X-Request-Id"),
         # Some clients always send credentials (keycloak-js). No route with `cors` reads a cookie.
         ("Access-Control-Allow-Credentials", "true"),
     )
@@ -5729,8 +5734,9 @@ class App:
             self.idp.log("bug", "error", exc_info=error.exception, path=describe_path(bottle.request.path))
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
-        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
-        self.count(bottle.request.environ, NO_ROUTE, bottle.response.status_code, time.perf_counter())
+        environ = bottle.request.environ
+        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False, environ), environ)
+        self.count(environ, NO_ROUTE, bottle.response.status_code, time.perf_counter())
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
@@ -5760,7 +5766,7 @@ def refuse_early(idp: Idp, environ, start_response, problem: Problem) -> list[by
     """Answer a request to ADMIN that reaches no route, and log why."""
     answer = Answer(idp)
     answer.log_refusal(environ, problem.code, problem.status, problem.log)
-    status, headers, content = answer.render(render_problem(problem, False), environ)
+    status, headers, content = answer.render(render_problem(problem, False, environ), environ)
     idp.counters.count_request("admin", NO_ROUTE, environ["REQUEST_METHOD"], status, 0.0)
     start_response(STATUS[status], [*headers, ("Content-Length", str(len(content)))])
     return [content]
@@ -6340,7 +6346,7 @@ def begin_headless(idp: Idp, params) -> Reply | Redirect | Page:
         row = begin_login(idp, params.caller, jti, request)
         return Reply(headless_step(load_login(idp, row), jti, False))
     except (Problem, Unavailable) as error:
-        return render_problem(as_problem(error), False)
+        return render_problem(as_problem(error), False, params.environ)
 
 
 def is_headless(idp: Idp, params) -> bool:

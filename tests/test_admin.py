@@ -620,7 +620,7 @@ class TestClients:
     def test_what_is_not_there_is_404(self, call, path):
         answer = call("GET", path)
         assert (answer.status, answer.json) == (
-            404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"},
+            404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found", "request_id": "r1"},
         )
 
     def test_every_change_leaves_a_row_that_names_who_and_from_where(self, idp, call, root, service, alice):

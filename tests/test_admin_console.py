@@ -597,3 +597,28 @@ class TestTheAuditLogByWhatOneAsks:
     def test_its_words_are_listed(self, call, events):
         words = call("GET", "/audit-logs/actions").json
         assert {"act", "role_assigned", "user_login_failed"} <= set(words) and words == sorted(set(words))
+
+
+class TestTheNameOfARequest:
+    """request_id in every Err: as in the log and the audit log. Connections send it with every answer, in X-Request-Id."""
+
+    @pytest.mark.parametrize(
+        "method, path, status",
+        [
+            ("GET", "/users/nobody", 404), ("GET", "/nowhere", 404), ("PATCH", "/users", 405), ("POST", "/users", 415),
+            ("POST", "/roles", 415), ("DELETE", "/users/root", 409),
+        ],
+    )
+    def test_every_err_of_admin_carries_it(self, call, method, path, status):
+        answer = call(method, path)
+        assert (answer.status, answer.json["request_id"]) == (status, "r1")
+
+    @pytest.mark.parametrize("headers", [[("Sec-Fetch-Site", "cross-site")], [("Host", "evil.example")]])
+    def test_also_what_reaches_no_route(self, admin, headers):
+        answer = admin.get("/users", headers=headers)
+        assert answer.status in (403, 421) and answer.json["request_id"] == "r1"
+
+    def test_an_error_of_oauth_has_it_in_the_header_alone(self, auth, service):
+        """RFC 6749 §5.2"""
+        answer = auth.post("/token", {"grant_type": "x"}, auth=service)
+        assert answer.json.keys() == {"error", "error_description"}

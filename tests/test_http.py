@@ -338,7 +338,7 @@ class TestAnswers:
         for app in (auth, admin):
             missing = app.get(path)
             assert (missing.status, missing.json) == (
-                404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"},
+                404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found", "request_id": "r1"},
             )
 
     @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST", "TRACE", "QUERY"])

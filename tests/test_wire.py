@@ -622,11 +622,18 @@ class TestRequests:
     def test_a_bug_of_the_application_tells_nothing(self, run):
         one = run()
         said = one.get(b"/bug")
+        (request_id,) = re.findall(rb"\r\nX-Request-Id: ([0-9a-f]{16})\r\n", said)
         assert json.loads(said.partition(b"\r\n\r\n")[2]) == {
             "success": False, "message": "The server failed.", "error": "server_error",
+            "request_id": request_id.decode(),
         }
         assert fields_of(security_headers()) in said
         assert b" 500 " in said and b"secret" not in said and [event for event, _ in one.logged] == ["error"]
+
+    def test_every_answer_names_its_request(self, shared):
+        said = shared.say(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n" * 2 + b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+        names = re.findall(rb"\r\nX-Request-Id: ([0-9a-f]{16})\r\n", said)
+        assert len(names) == len(set(names)) == len(statuses(said)) == 3
 
     def test_blocks_are_bounded(self, run):
         server = run().server

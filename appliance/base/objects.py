@@ -699,10 +699,13 @@ class OfClient(msgspec.Struct):
 
 
 class Err(msgspec.Struct):
+    """`request_id` is that of the log and the audit log."""
+
     success: bool
     message: str
     error: str
     errors: dict[str, str] | Maybe = UNSET
+    request_id: str | Maybe = UNSET
 
 
 class OAuthError(msgspec.Struct):

@@ -1240,7 +1240,8 @@ class Server(cheroot.wsgi.Server):
         except BaseException:  # a thread must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = HTTP_REFUSALS[500]
-            body = b'{"success":false,"message":"%b","error":"%b"}' % (message.encode(), code.encode())
+            named = message.encode(), code.encode(), environ["microauthd.request_id"].encode()
+            body = b'{"success":false,"message":"%b","error":"%b","request_id":"%b"}' % named
             headers = [*security_headers(scheme=environ["wsgi.url_scheme"]), *REFUSAL_HEADERS]
             return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
 
@@ -1262,6 +1263,8 @@ class Server(cheroot.wsgi.Server):
             fields += f"Content-Length: {length}\r\n"
             if head_only:
                 body = b""
+        # Not a field of the application: the blocks of those are remembered because they repeat, and this one does not.
+        fields += f"X-Request-Id: {environ['microauthd.request_id']}\r\n"
         return f"{fields}Date: {self._now()}\r\n\r\n".encode("latin-1") + body
 
     def _block(self, status, headers):
