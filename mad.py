@@ -1620,6 +1620,16 @@ class MadClient(ApiClient):
         """
         return self.request("POST", "/backup", json={"without_keys": without_keys})
 
+    @paged_list(*LIMIT_PARAMS)
+    def list_backups(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /backup. Return [{name, created_at, bytes, sha256, kind}], newest first."""
+        return self.pages("/backup", **search)
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_options(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /options. Return [{name, value, origin, default, group, meaning, is_secret, needs_restart}]."""
+        return self.pages("/options", **search)
+
     def read_backup(self, name: str) -> Iterator[bytes]:
         """GET /backup/{name}. Return the octets of the file, in pieces."""
         offset = 0
@@ -3921,6 +3931,16 @@ COMMANDS = (
         Option("series", "which, separated by commas: requests, tokens, logins, failures, lockouts (all)"),
         Option("range", "how far back (1d)", choices=("1h", "1d", "7d")),
     ), render_history, quiet=render_history, example="mad status history --series tokens,failures --range 7d"),
+
+    Command("backups list", "list the backups that the server keeps", MadClient.list_backups, (),
+            table("backups", "name", "created_at", "bytes", "sha256"), "mad backups list"),
+    Command("backups delete", "delete a backup that the server keeps", MadClient.delete_backup, (
+        Option("name", "its name, of mad backups list", required=True),
+    ), render_message, "mad backups delete --name microauthd-20300131T120000Z-0a1b2c3d.backup", confirm_by="name"),
+
+    # -- option --
+    Command("option list", "list every setting, where it is from and what it means", MadClient.list_options, (),
+            table("options", "name", "value", "origin", "meaning"), "mad option list"),
 
     # -- key --
     Command("key list", "list the keys of both rings: which signs, waits or retires", MadClient.list_keys, (),

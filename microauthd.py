@@ -64,7 +64,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import Options
+from appliance.base.settings import OPTIONS, Options, describe_options, show_value
 from appliance.base.shared import Buckets
 from appliance.base.metrics import (
     Counters, FIGURES, History, LOCKOUTS, LOGINS, NO_ROUTE, OPENMETRICS, OTHER, RANGES, TEXT as METRICS_TEXT, TOKENS,
@@ -90,16 +90,16 @@ from appliance.base.objects import (
     EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp,
     HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject,
     Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX,
-    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, LoginPageForm,
-    LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError, OfClient, PASSWORD_MAX,
-    PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewTokens,
-    PreviewedScopes, PreviewedToken, Proof, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory,
-    RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, RotateKeys, SECRET_MAX,
-    SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject,
-    SetFlag, SetFlagOption, SetLockout, SetRoles, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn,
-    TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient,
-    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails,
-    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, ListedBackup,
+    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError, OfClient,
+    OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping,
+    PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser, PurgeAudit, PurgeTokens,
+    PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
+    RoleRef, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm,
+    SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, SignIn, StatusObject, StepForm,
+    TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX,
+    USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict,
+    UserConsentObject, UserDetails, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -814,6 +814,7 @@ class Machine(msgspec.Struct, frozen=True):
     delete_backup: Callable
     read_status: Callable
     measure: Callable  # puts what is true at the moment into the counters
+    list_backups: Callable
     list_keys: Callable
     key_impact: Callable
     rotate_keys: Callable
@@ -8709,6 +8710,22 @@ def admin_revoke_key(idp, claims, params):
     return msg(f"Key of {ring} revoked; caches forget it within 300 seconds.")
 
 
+# -- settings --
+
+
+@ADMIN("GET", "/options", guard=by_admin, spec=OWN, gives=list[OptionObject])
+def admin_list_options(idp, claims, params):
+    """List every setting with its value, origin, default and meaning; of secrets only whether they are set."""
+    shown = describe_options(idp.options)
+    return [
+        OptionObject(
+            option.name, shown[option.name]["value"], shown[option.name]["origin"],
+            show_value(option, option.default), option.group, option.help, option.secret, True,
+        )
+        for option in OPTIONS
+    ]
+
+
 # -- backup and description --
 
 
@@ -8717,6 +8734,12 @@ def admin_make_backup(idp, claims, params):
     """Write a backup to `backup-folder`, encrypted like the database, and verify it; 404 if none is set."""
     with idp.hasher.gate.blocking():
         return idp.machine.make_backup(idp, params.caller, params.body.without_keys)
+
+
+@ADMIN("GET", "/backup", guard=by_admin, spec="online backup", gives=list[ListedBackup])
+def admin_list_backups(idp, claims, params):
+    """List the backups in `backup-folder`, newest first."""
+    return idp.machine.list_backups(idp)
 
 
 @ADMIN(

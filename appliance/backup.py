@@ -1,11 +1,13 @@
 """One verified file that restores the box, and the backups made over ADMIN."""
 
+import calendar
 import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable
 
@@ -19,7 +21,7 @@ from appliance.base.metrics import BACKUPS, BACKUP_AT
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
 from appliance.base.keys import parse_ring
-from appliance.base.objects import BackupObject, iso
+from appliance.base.objects import BackupObject, ListedBackup, iso
 from microauthd import Caller, Idp, LOCAL, Problem, audit, reject, ring_files
 
 # == Backup ====================================================================
@@ -135,8 +137,9 @@ def write_backup(
 # In backup-folder: those that ADMIN asked for, and those that the server makes by itself. The number of the latter
 # tells which is newer, for a clock may have been wrong, and the id of the box, because boxes may share a folder.
 BACKUP_NAME = re.compile(
-    r"microauthd-([0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}|scheduled-[0-9a-f]{8}-[0-9]{6,9}-[0-9]{8}T[0-9]{6}Z)\.backup"
+    r"microauthd-(?:([0-9]{8}T[0-9]{6}Z)-[0-9a-f]{8}|scheduled-[0-9a-f]{8}-[0-9]{6,9}-([0-9]{8}T[0-9]{6}Z))\.backup"
 )
+BACKUP_DIGEST = "sha256 of "  # begins the name under which meta has the hash of a backup, whose name follows
 BACKUP_PIECE = 1 << 20
 
 
@@ -189,6 +192,14 @@ def check_room(idp: Idp, folder: int):
         raise Problem("temporarily_unavailable", log="backup-folder has no room for another backup", retry_after=3600)
 
 
+def note_digest(idp: Idp, folder: int, name: str) -> str:
+    """Store the SHA-256 of a backup in this folder under its name, and return it in hex."""
+    with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    idp.store.put_meta(BACKUP_DIGEST + name, digest)
+    return digest
+
+
 def write_into_folder(idp: Idp, caller: Caller, without_keys: bool) -> BackupObject:
     if idp.options.backup_folder and not idp.store.key and not without_keys:
         reject(
@@ -204,11 +215,27 @@ def write_into_folder(idp: Idp, caller: Caller, without_keys: bool) -> BackupObj
             done = write_backup(idp, caller, path, without_keys=without_keys, kind="admin")
         except StartupError as refusal:
             raise Problem("temporarily_unavailable", log=str(refusal), retry_after=60) from None
-        with open(path, "rb") as file:
-            return BackupObject(
-                name, done["bytes"], hashlib.file_digest(file, "sha256").hexdigest(), done["users"], done["clients"],
-                iso(done["newest_at"]),
-            )
+        digest = note_digest(idp, folder, name)
+        return BackupObject(name, done["bytes"], digest, done["users"], done["clients"], iso(done["newest_at"]))
+
+
+def list_backups(idp: Idp) -> list[ListedBackup]:
+    """Return the backups in `backup-folder`, the newest first; none if no folder is set or it is not there yet."""
+    folder, rows = idp.options.backup_folder, []
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder) if folder else ():
+            found = BACKUP_NAME.fullmatch(name)
+            if not found:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                info = os.stat(os.path.join(folder, name), follow_symlinks=False)
+                if not stat.S_ISREG(info.st_mode):  # nor is it read
+                    continue
+                made_at = calendar.timegm(time.strptime(found[1] or found[2], "%Y%m%dT%H%M%SZ"))
+                digest = idp.store.meta(BACKUP_DIGEST + name) or None
+                kind = "admin" if found[1] else "schedule"
+                rows.append(ListedBackup(name, iso(made_at) or "", info.st_size, digest, kind))
+    return sorted(rows, key=lambda row: (row.created_at, row.name), reverse=True)
 
 
 @contextlib.contextmanager
@@ -251,6 +278,7 @@ def delete_backup(idp: Idp, caller: Caller, name: str):
         try:
             os.stat(name, dir_fd=folder, follow_symlinks=False)
             audit(idp, caller, "backup_deleted", name)
+            idp.store.delete_meta(BACKUP_DIGEST + name)
             os.unlink(name, dir_fd=folder)
         except OSError:
             raise Problem("not_found", log="there is no such backup, or it cannot be removed") from None
@@ -324,6 +352,7 @@ def remove_old_backups(idp: Idp, folder: int, newest: str):
     older = [name for _, name in list_scheduled(idp, folder) if name != newest]
     for name in older[: max(0, len(older) + 1 - idp.options.backup_keep)]:
         audit(idp, LOCAL.acting_as("system"), "backup_deleted", name)
+        idp.store.delete_meta(BACKUP_DIGEST + name)
         os.unlink(name, dir_fd=folder)
         idp.log("backup.removed", name=name)
 
@@ -348,6 +377,7 @@ def make_scheduled_backup(idp: Idp, pause: Callable[[], object]) -> tuple[str, s
             idp, LOCAL.acting_as("system"), os.path.join(path, name), without_keys=not idp.store.key, kind="schedule",
             verify=lambda copy: reasons.append(check_restorable(idp, copy, pause)),
         )
+        note_digest(idp, folder, name)
         if not reasons[0]:
             remove_old_backups(idp, folder, name)
     idp.log("backup.made", name=name, bytes=done["bytes"], users=done["users"], clients=done["clients"])

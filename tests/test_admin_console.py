@@ -3,8 +3,9 @@
 import microauthd as m
 import pyotp
 import pytest
-from conftest import SECRETS, Caller
+from conftest import CHEAP, SECRETS, Caller
 from appliance.base.objects import ChangeSecret
+from appliance.base.settings import OPTIONS, Options
 
 
 def errors_of(answer):
@@ -622,3 +623,24 @@ class TestTheNameOfARequest:
         """RFC 6749 §5.2"""
         answer = auth.post("/token", {"grant_type": "x"}, auth=service)
         assert answer.json.keys() == {"error", "error_description"}
+
+
+class TestSettings:
+    """GET /options: every setting, and no secret."""
+
+    def test_each_says_value_origin_default_and_meaning(self, make_idp):
+        secret = "a passphrase of the database"
+        SECRETS.add(secret)
+        options = Options({"db-pass": "environment MAD_DB_PASS"}, **CHEAP, db_pass=secret, token_expiration=77)
+        shown = {row.name: row for row in m.admin_list_options(make_idp(options), {}, None)}
+        assert shown.keys() == {option.name for option in OPTIONS}
+        row = shown["token-expiration"]
+        assert (row.value, row.default, row.is_secret) == (77, 3600, False) and "seconds" in row.meaning
+        row = shown["db-pass"]
+        assert (row.value, row.default, row.is_secret, row.origin) == ("(set)", "", True, "environment MAD_DB_PASS")
+        assert secret not in str(shown)
+
+    def test_they_are_json_as_described(self, call):
+        rows = call("GET", "/options").json
+        m.msgspec.convert(rows, list[m.OptionObject])
+        assert {row["name"]: row["value"] for row in rows}["trusted-proxies"] == []

@@ -230,7 +230,19 @@ class TestOverAdmin:
             and hashlib.sha256(content).hexdigest() == made.json["sha256"]
             and len(content) == made.json["bytes"]
         )
+        (path.parent / "another.file").write_bytes(b"x")
+        (path.parent / "microauthd-20260101T000000Z-0000000a.backup").symlink_to(tmp_path / "token.pem")
+        (path.parent / "microauthd-20250101T000000Z-00000001.backup").write_bytes(b"1234")
+        listed = call("GET", "/backup").json
+        assert listed == [
+            {"name": path.name, "created_at": listed[0]["created_at"], "bytes": made.json["bytes"],
+             "sha256": made.json["sha256"], "kind": "admin"},
+            {"name": "microauthd-20250101T000000Z-00000001.backup", "created_at": "2025-01-01T00:00:00Z", "bytes": 4,
+             "sha256": None, "kind": "admin"},
+        ]
+        assert abs(m.read_time(listed[0]["created_at"]) - call.idp.now()) < 60
         assert call("DELETE", f"/backup/{path.name}").status == 200 and not path.exists()
+        assert path.name not in {row["name"] for row in call("GET", "/backup").json}
         assert [row.action for row in call.idp.store.list_audit(limit=2)] == [
             "backup_deleted", "backup_made",
         ] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id

@@ -1641,7 +1641,7 @@ class TestConfirmation:
             command.name
             for command in mad.COMMANDS
             if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
-            or command.name in ("user revoke", "client revoke", "session revoke-all", "sessionctl revoke-all")
+            or command.name in ("user revoke", "client revoke", "session revoke-all", "sessionctl revoke-all", "key revoke")
         }
         assert marked == destructive
 

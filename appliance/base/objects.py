@@ -1165,6 +1165,29 @@ class HistoryObject(msgspec.Struct):
     series: dict[str, list[int | None]]
 
 
+class ListedBackup(msgspec.Struct):
+    """A file in `backup-folder`; `sha256` is null for one that another database made."""
+
+    name: str
+    created_at: str
+    bytes: int
+    sha256: str | None
+    kind: str
+
+
+class OptionObject(msgspec.Struct):
+    """A setting: its value and where it is from. Of a secret, `value` and `default` tell only whether it is set."""
+
+    name: str
+    value: bool | int | str | list[str]
+    origin: str
+    default: bool | int | str | list[str]
+    group: str
+    meaning: str
+    is_secret: bool
+    needs_restart: bool
+
+
 class RotateKeys(msgspec.Struct):
     """POST /keys/rotate: of one ring and algorithm, or of all that sign."""
 

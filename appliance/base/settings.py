@@ -843,19 +843,24 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     return options
 
 
+def show_value(option: Option, value):
+    """Return the value of an option as JSON can hold it; a secret as set or unset."""
+    if option.secret:
+        return "(set)" if value else ""
+    if option.parse is networks:
+        return [str(network) for network in value]
+    return "auto" if option.parse in (worker_count, octets) and value < 0 else value
+
+
 def describe_options(options: Options) -> dict:
     """Return `{name: {"value": ..., "origin": ...}}`; secrets are shown as set or unset."""
-    shown = {}
-    for option in OPTIONS:
-        value = getattr(options, option.attribute)
-        if option.secret:
-            value = "(set)" if value else ""
-        elif option.parse is networks:
-            value = [str(network) for network in value]
-        elif option.parse in (worker_count, octets) and value < 0:
-            value = "auto"
-        shown[option.name] = {"value": value, "origin": options.origins.get(option.name, "default")}
-    return shown
+    return {
+        option.name: {
+            "value": show_value(option, getattr(options, option.attribute)),
+            "origin": options.origins.get(option.name, "default"),
+        }
+        for option in OPTIONS
+    }
 
 
 def write_config(options: Options) -> str:

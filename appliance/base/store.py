@@ -931,6 +931,9 @@ class Store(Database):
             name=name, value=str(value),
         )
 
+    def delete_meta(self, name: str) -> None:
+        self.run("DELETE FROM meta WHERE name = :name", name=name)
+
     # -- the schema --
 
     def migrate(self) -> None:
