@@ -1065,9 +1065,9 @@ class MadClient(ApiClient):
         return self.request("PUT", _path("roles", id), json=members)
 
     @paged_list(*SEARCH_PARAMS)
-    def list_roles(self, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
-        """GET /roles. Return [Role]."""
-        return self.pages("/roles", **search)
+    def list_roles(self, with_: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
+        """GET /roles. Return [Role]. `with_` asks for more members: "permissions", "user_count" or both."""
+        return self.pages("/roles", _without_none(**{"with": with_}), **search)
 
     def get_role(self, id: str) -> dict:
         """GET /roles/{id}. Return Role."""
@@ -1145,9 +1145,10 @@ class MadClient(ApiClient):
         """GET /permissions/user/{user_id}. Return [Permission], those of all roles of the user."""
         return self.pages(_path("permissions", "user", user_id), **search)
 
-    def check_access(self, user_id: str, permission_id: str) -> dict:
-        """POST /check-access. Return {user_id, permission_id, allowed}."""
-        answer = self.request("POST", "/check-access", json={"user_id": user_id, "permission_id": permission_id})
+    def check_access(self, user_id: str, permission_id: str, explain: bool | None = None) -> dict:
+        """POST /check-access. Return {user_id, permission_id, allowed}; with `explain` also `reason` and `by_roles`."""
+        answer = self.request("POST", "/check-access", json=_without_none(
+            user_id=user_id, permission_id=permission_id, explain=explain))
         if not isinstance(answer.get("allowed"), bool):
             raise _bad_response("the answer is not the JSON it should be")
         return answer
@@ -3384,7 +3385,10 @@ def render_access_token(answer: dict) -> list[str]:
 
 
 def describe_access(answer: dict) -> dict:
-    return {"success": True, "message": "allowed" if answer["allowed"] else "not allowed", **answer}
+    message = "allowed" if answer["allowed"] else "not allowed"
+    if answer.get("reason"):
+        message += ": " + " ".join([str(answer["reason"]), *(f"({role})" for role in answer.get("by_roles") or ())])
+    return {"success": True, "message": message, **answer}
 
 
 def describe_uri_verdict(answer: dict) -> dict:
@@ -3519,7 +3523,8 @@ def session_commands(noun: str) -> tuple:
                 f"mad {noun} get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
         Command(noun + " list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (USER_ID,),
                 SESSION_TABLE, f"mad {noun} list-by-user --user-id bob"),
-        Command(noun + " introspect", "have the server read an AUTH token", MadClient.introspect, (JWT,),
+        Command(noun + " introspect", "have the server read a token, and tell why it is not active",
+                MadClient.introspect, (JWT,),
                 lambda claims: [f"{printable(name)}: {printable(value)}" for name, value in claims.items()],
                 f"mad {noun} introspect --token -"),
         Command(noun + " revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD_ID,),
@@ -3701,7 +3706,10 @@ COMMANDS = (
             line_template("created role {name} with id {id}"), "mad role create --name Operator"),
     Command("role update", "change a role", MadClient.update_role, (ID_OF_ROLE, NEW_NAME, DESCRIPTION, PRIVILEGED),
             ROLE_FIELDS, "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
-    Command("role list", "list the roles", MadClient.list_roles, (), ROLE_TABLE, "mad role list"),
+    Command("role list", "list the roles", MadClient.list_roles, (
+        Option("with", "show more with --json: permissions, user_count or both", dest="with_",
+               metavar="permissions,user_count"),
+    ), ROLE_TABLE, "mad role list --with permissions,user_count --json"),
     Command("role get", "show a role", MadClient.get_role, (ID_OF_ROLE,), ROLE_FIELDS, "mad role get --id Operator"),
     Command("role delete", "delete a role", MadClient.delete_role, (ID_OF_ROLE,), render_message,
             "mad role delete --id Operator", confirm_by="id"),
@@ -3741,7 +3749,7 @@ COMMANDS = (
     Command("permission list-for-user", "list what a user may do", MadClient.list_permissions_of_user, (USER_ID,),
             PERMISSION_TABLE, "mad permission list-for-user --user-id bob"),
     Command("permission check-access", "tell whether a user has a permission", MadClient.check_access,
-            (USER_ID, PERMISSION_ID), render_message,
+            (USER_ID, PERMISSION_ID, Option("explain", "tell why, and by which roles", "flag")), render_message,
             "mad permission check-access --user-id bob --permission-id door.open", transform=describe_access),
 
     # -- client --

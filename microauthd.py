@@ -90,16 +90,17 @@ from appliance.base.objects import (
     EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp,
     HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject,
     Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX,
-    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoles, ListSessions, ListUsers, ListedBackup,
-    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError, OfClient,
-    OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping,
-    PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser, PurgeAudit, PurgeTokens,
-    PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject,
-    RoleRef, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm,
-    SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles, SignIn, StatusObject, StepForm,
-    TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX,
-    USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict,
-    UserConsentObject, UserDetails, UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles, ListSessions, ListUsers,
+    ListedBackup, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError,
+    OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember,
+    Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser, PurgeAudit,
+    PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked,
+    RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
+    SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
+    SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed, TotpEnrolment,
+    TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser,
+    Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo, UserObject, VerifyPassword, VerifyTotp,
+    Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -2072,26 +2073,50 @@ def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str
         audit(idp, caller, "permission_unassigned", role.id, permission.id)
 
 
+def explain_access(
+    idp: Idp, request: CheckAccess, account: Account | None, is_allowed: bool
+) -> tuple[str, list[str]]:
+    """Return why a user has a permission or scope, or lacks it, and the names of the roles by which it has it."""
+    name = request.scope or request.permission_id or request.permission
+    kind = "scope" if request.scope else "permission"
+    found = idp.store.find_scope(name) if request.scope else idp.store.find_permission(key_of(name))
+    if account is None:
+        return "there is no such user", []
+    if not account.is_active:
+        return "the user is inactive", []
+    if found is None:
+        return f"there is no such {kind}", []
+    if request.scope:
+        return "the user has this scope" if is_allowed else "the user does not have this scope", []
+    mine = {role.id for role in idp.store.list_roles_of(account.id)}
+    roles = [role.name for role in idp.store.list_roles_with(found.id) if role.id in mine]
+    return "a role of the user has this permission" if is_allowed else "no role of the user has this permission", roles
+
+
 def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
     """Return whether a user has a permission or scope; an unknown user, permission or scope is denied.
 
-    Unless asked by `permission_id`, the answer has only the member `access`.
+    Unless asked by `permission_id`, the answer has only the member `access`; with `explain` also why, and by which
+    roles.
     """
     account = idp.store.find_account(request.user_id.lower()) or idp.store.find_account_by_name(fold(request.user_id))
     user_id = account.id if account else request.user_id
     if request.scope:
         scopes = idp.store.list_scopes_of_user(user_id) if account and account.is_active else ()
-        return AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
-    asked = request.permission_id or request.permission
-    reject(
-        permission_id="" if asked.strip() else "is required",
-        user_id="" if request.user_id.strip() else "is required",
-    )
-    permissions = idp.store.list_permissions_of_user(user_id)
-    allowed = any(asked in (permission.id, permission.name) for permission in permissions)
-    if request.permission_id:
-        return AccessVerdict(allowed, request.user_id, request.permission_id, allowed)
-    return AccessVerdict(allowed)
+        verdict = AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
+    else:
+        asked = request.permission_id or request.permission
+        reject(
+            permission_id="" if asked.strip() else "is required",
+            user_id="" if request.user_id.strip() else "is required",
+        )
+        permissions = idp.store.list_permissions_of_user(user_id)
+        verdict = AccessVerdict(any(asked in (permission.id, permission.name) for permission in permissions))
+        if request.permission_id:
+            verdict = AccessVerdict(verdict.access, request.user_id, request.permission_id, verdict.access)
+    if request.explain:
+        verdict.reason, verdict.by_roles = explain_access(idp, request, account, verdict.access)
+    return verdict
 
 
 # == Clients ===================================================================
@@ -3191,28 +3216,6 @@ def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lamb
     return total
 
 
-def describe_token(idp: Idp, token: str) -> dict:
-    """Return the claims of an AUTH token, even an expired one, with `valid`, `expired` and `active`.
-
-    For administrators. Raises invalid_request if it is no AUTH token, access_denied for an ADMIN token.
-    """
-    token = token.strip()
-    if any(is_signed(idp.admin_ring, token, typ) for typ in (AT_JWT, JWT)):
-        raise Problem("access_denied", log="a token of ADMIN")
-    typ = next((typ for typ in (AT_JWT, JWT) if is_signed(idp.auth_ring, token, typ)), None)
-    if typ is None:
-        reject(token="is not a token of AUTH")
-    assert typ
-    claims = idp.auth_ring.verify(token, typ)
-    active = typ == AT_JWT
-    if active:
-        try:
-            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
-        except (Problem, Unavailable):
-            active = False
-    return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
-
-
 def active_family(idp: Idp, sid: str) -> Family | None:
     """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
     family = idp.store.find_family(sid)
@@ -3227,6 +3230,68 @@ def active_family(idp: Idp, sid: str) -> Family | None:
     if client is None or family.created_ms <= client.row.revoked_before:
         return None
     return family if is_still_valid(idp.store.find_account(family.user_id), family.created_ms) else None
+
+
+def explain_unsigned(idp: Idp, token: str) -> str:
+    """Return why a token that no key of this server verifies is none of its tokens."""
+    header, _, rest = token.partition(".")
+    try:
+        kid = msgspec.json.decode(unb64url(header), type=dict).get("kid", "")
+        issuer = msgspec.json.decode(unb64url(rest.partition(".")[0]), type=dict).get("iss", "")
+    except (ValueError, binascii.Error, RecursionError, msgspec.MsgspecError):
+        return "is not a token of this server"
+    kid = kid if isinstance(kid, str) else ""
+    if kid in idp.store.revoked_kids():
+        return "was signed by a key that was revoked"
+    if idp.store.has_retired_key(kid):
+        return "was signed by a key that is gone"
+    if issuer not in (idp.options.auth_issuer, idp.options.admin_issuer):
+        return "was issued by another server"
+    is_ours = any(key.kid == kid for ring in (idp.auth_ring, idp.admin_ring) for key in ring.keys)
+    return "has a wrong signature" if is_ours else "was signed by a key that is not of this server"
+
+
+def describe_refresh_token(idp: Idp, row: RefreshToken) -> dict:
+    """Return what describe_token() does, of a refresh token."""
+    family, now = idp.store.find_family(row.sid), idp.now()
+    reason = (
+        "rotated" if row.rotated_at is not None else "expired" if row.expires_at <= now
+        else "revoked" if row.revoked_at is not None or active_family(idp, row.sid) is None else ""
+    )
+    return {
+        "kind": "refresh", "sub": row.user_id, "client_id": row.client_id, "sid": row.sid, "iat": row.issued_at,
+        "exp": row.expires_at, "scope": family.scope if family else "", "valid": True,
+        "expired": row.expires_at <= now, "active": not reason, "reason": reason,
+    }
+
+
+def describe_token(idp: Idp, token: str) -> dict:
+    """Return the claims of a token of this server of any kind, even an expired one, and its state.
+
+    `kind` is access, id, admin or refresh; `valid`, `expired` and `active` are booleans, and `reason` says why it is
+    not active. For administrators. Raises invalid_request with the reason if this server did not issue it.
+    """
+    token = token.strip()
+    refresh = idp.store.find_refresh_token(sha256(token))
+    if refresh is not None:
+        return describe_refresh_token(idp, refresh)
+    rings = ((idp.auth_ring, idp.options.auth_issuer), (idp.admin_ring, idp.options.admin_issuer))
+    for (ring, issuer), typ in ((pair, typ) for pair in rings for typ in (AT_JWT, JWT)):
+        if not is_signed(ring, token, typ):
+            continue
+        claims, reason = ring.verify(token, typ), ""
+        is_expired = claims["exp"] <= idp.now()
+        if typ == AT_JWT:
+            try:
+                verify_access_token(idp, ring, issuer, token, check_revocation=True)
+            except (Problem, Unavailable) as problem:
+                reason = "expired" if is_expired else problem.log
+        else:
+            reason = "expired" if is_expired else "an ID token opens nothing"
+        kind = "id" if typ == JWT else "admin" if ring is idp.admin_ring else "access"
+        state = {"valid": True, "expired": is_expired, "active": not reason, "reason": reason}
+        return {**claims, "kind": kind, **state}
+    raise Problem("invalid_request", errors={"token": explain_unsigned(idp, token)})
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
@@ -7524,6 +7589,8 @@ class Resource(msgspec.Struct, frozen=True):
     changes: type
     delete: Callable  # (idp, caller, id or name)
     create: Callable | None = None  # (idp, caller, body); None if its route is declared separately
+    listed: Any = None  # the type of the representation in a list, if that is another
+    show_list: Callable | None = None  # (idp, query, records): their representations in a list, if these differ
     takes: type | None = None
     proof_of_update: Callable | None = None  # `proof` of the route
     proof_of_delete: Callable | None = None
@@ -7535,7 +7602,7 @@ def declare_resource(resource: Resource, *sentences: str):
     `sentences` describe the routes, in this order: create, list, get, id of a name, update, delete.
     """
     kind, gives = resource.name, resource.gives
-    page = list[gives]  # type: ignore[valid-type]
+    page = list[resource.listed or gives]  # type: ignore[misc,valid-type]
     all_, one = f"/{kind}s", f"/{kind}s/<id>"
 
     def show(idp, record):
@@ -7550,7 +7617,8 @@ def declare_resource(resource: Resource, *sentences: str):
 
     def list_(idp, claims, params):
         rows, total = resource.rows(idp, params.query)
-        return paged_reply(params, resource.show(idp, rows), total)
+        show_list = resource.show_list or (lambda idp, query, rows: resource.show(idp, rows))
+        return paged_reply(params, show_list(idp, params.query, rows), total)
 
     def get(idp, claims, params):
         return shown(idp, params)
@@ -7872,14 +7940,33 @@ def role_object(role: Role) -> RoleObject:
     )
 
 
+def show_roles(idp: Idp, query: ListRoleMatrix, roles: list[Role]) -> list[RoleWithMore]:
+    """Return the roles of a list with what the query asks for, by one query for all. Raises invalid_request."""
+    more = {word.strip() for word in query.more.split(",")} - {""}
+    if more - {"permissions", "user_count"}:
+        reject(**{"with": "must be permissions, user_count or both"})
+    shown = [RoleWithMore(**msgspec.structs.asdict(role_object(role))) for role in roles]
+    if "permissions" in more:
+        of_role: dict[str, list[NameRef]] = {}
+        for row in idp.store.list_permissions_by_role():
+            of_role.setdefault(row.role_id, []).append(NameRef(row.id, row.name))
+        for role in shown:
+            role.permissions = of_role.get(role.id, [])
+    if "user_count" in more:
+        counts = idp.store.count_users_by_role()
+        for role in shown:
+            role.user_count = counts.get(role.id, 0)
+    return shown
+
+
 declare_resource(
     Resource(
-        "role", show=each(role_object), gives=RoleObject, query=ListNamed,
-        rows=rows_by_name("list_roles"), get=get_role,
+        "role", show=each(role_object), gives=RoleObject, query=ListRoleMatrix, listed=RoleWithMore,
+        show_list=show_roles, rows=rows_by_name("list_roles"), get=get_role,
         create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
     ),
     "Create a role.",
-    "List the roles by name, filtered by `q`, a page at a time.",
+    "List the roles by name, filtered by `q`, a page at a time, `with` their permissions and how many users have them.",
     "Return one role, by id or name.",
     "Return the id of a role name.",
     "Change the members of a role that are sent. Honours If-Match.",
@@ -8509,7 +8596,7 @@ def admin_revoke_token(idp, claims, params):
 
 @ADMIN("POST", "/introspect", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
-    """Return the claims and the state of an AUTH token, even an expired one, sent as form or JSON."""
+    """Return the claims and the state of a token of any kind, even an expired one, and why it is not active."""
     found = describe_token(idp, params.body.token)
     audit(idp, params.caller, "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
     return found

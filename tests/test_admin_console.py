@@ -644,3 +644,105 @@ class TestSettings:
         rows = call("GET", "/options").json
         m.msgspec.convert(rows, list[m.OptionObject])
         assert {row["name"]: row["value"] for row in rows}["trusted-proxies"] == []
+
+
+class TestTheMatrix:
+    """GET /roles?with=, and POST /check-access with explain."""
+
+    @pytest.fixture
+    def matrix(self, call, alice, new_user):
+        new_user("bob")
+        for path, body in (
+            ("/roles", {"name": "ops"}), ("/roles", {"name": "empty"}), ("/permissions", {"name": "door.open"}),
+            ("/permissions", {"name": "alarm.off"}), ("/roles/ops/permissions", {"permission_id": "door.open"}),
+            ("/roles/ops/permissions", {"permission_id": "alarm.off"}),
+            ("/roles/assign", {"user_id": "alice", "role_id": "ops"}), ("/roles/assign", {"user_id": "bob", "role_id": "ops"}),
+        ):
+            assert call("POST", path, body).status == 200
+
+    def test_a_list_of_roles_has_what_is_asked_for(self, call, matrix):
+        def of(query):
+            return {role["name"]: role for role in call("GET", f"/roles{query}").json}
+
+        both = of("?with=permissions,user_count")
+        assert [row["name"] for row in both["ops"]["permissions"]] == ["alarm.off", "door.open"]
+        assert (both["ops"]["user_count"], both["empty"]["user_count"], both["MadAdmin"]["user_count"]) == (2, 0, 1)
+        assert both["empty"]["permissions"] == [] and "user_count" not in of("?with=permissions")["ops"]
+        assert of("")["ops"] == call("GET", "/roles/ops").json
+
+    def test_nonsense_is_refused_by_name(self, call):
+        assert list(errors_of(call("GET", "/roles?with=everything"))) == ["with"]
+
+    @pytest.mark.parametrize(
+        "body, access, reason, roles",
+        [
+            ({"user_id": "alice", "permission": "door.open"}, True, "a role of the user has this permission", ["ops"]),
+            ({"user_id": "root", "permission": "door.open"}, False, "no role of the user has this permission", []),
+            ({"user_id": "root", "permission": "x"}, False, "there is no such permission", []),
+            ({"user_id": "nobody", "permission": "door.open"}, False, "there is no such user", []),
+            ({"user_id": "asleep", "permission": "door.open"}, False, "the user is inactive", []),
+            ({"user_id": "alice", "scope": "api:read"}, True, "the user has this scope", []),
+            ({"user_id": "alice", "scope": "api:write"}, False, "the user does not have this scope", []),
+            ({"user_id": "alice", "scope": "x"}, False, "there is no such scope", []),
+        ],
+    )
+    def test_a_verdict_says_why(self, call, matrix, new_user, body, access, reason, roles):
+        new_user("asleep")
+        call("POST", "/users/asleep/deactivate")
+        verdict = call("POST", "/check-access", body | {"explain": True}).json
+        assert verdict == {"access": access, "reason": reason, "by_roles": roles}
+        assert call("POST", "/check-access", body).json == {"access": access}, "only if it is asked to"
+
+
+class TestTheInspectorOfTokens:
+    """POST /introspect of ADMIN: tokens of every kind, and why one is not active."""
+
+    @pytest.fixture
+    def inspect(self, call):
+        return lambda token: call("POST", "/introspect", {"token": token})
+
+    def test_every_kind_is_known(self, inspect, log_in, alice, admin_token):
+        given = log_in(alice, scope="openid")
+        kinds = {
+            "access": given["access_token"], "id": given["id_token"], "refresh": given["refresh_token"],
+            "admin": admin_token,
+        }
+        told = {kind: inspect(token).json for kind, token in kinds.items()}
+        assert all(told[kind]["kind"] == kind and told[kind]["valid"] for kind in kinds)
+        active = {kind for kind in kinds if told[kind]["active"]}
+        assert active == {"access", "refresh", "admin"} == {kind for kind in kinds if told[kind]["reason"] == ""}
+        assert told["refresh"]["sub"] == alice.id and told["refresh"]["scope"] == "openid"
+
+    def test_why_one_is_not_active(self, inspect, call, log_in, alice, auth, service, clock, admin):
+        given = log_in(alice)
+        body = {"grant_type": "refresh_token", "refresh_token": given["refresh_token"]}
+        successor = auth.post("/token", body, auth=service).json["refresh_token"]
+        assert inspect(given["refresh_token"]).json["reason"] == "rotated" and inspect(successor).json["active"]
+        call("POST", "/users/alice/revoke")
+        assert inspect(given["access_token"]).json["reason"] == "its user is gone, inactive or was revoked"
+        assert inspect(successor).json["reason"] == "revoked"
+        clock.pass_(3600)
+        fresh = admin.post("/token", {"username": "root", "password": alice.password}).json["access_token"]
+        told = admin.post("/introspect", bearer=fresh, json_body={"token": given["access_token"]}).json
+        assert (told["reason"], told["expired"]) == ("expired", True)
+
+    def test_why_one_is_none_of_ours(self, idp, inspect, machine, change):
+        header, claims, signature = machine["access_token"].split(".")
+        kid = m.msgspec.json.decode(m.unb64url(header))["kid"]
+        part = lambda members: m.b64url(m.ENCODE(members))  # noqa: E731
+        own = {"iss": "https://idp.example"}
+        for token, reason in (
+            (f"{header}.{claims}.{signature[:-4]}AAAA", "has a wrong signature"),
+            (f"{part({'kid': 'x'})}.{part(own)}.x", "was signed by a key that is not of this server"),
+            (f"{part({'kid': 'x'})}.{part({'iss': 'https://elsewhere.example'})}.x", "was issued by another server"),
+            (f"{part({'alg': 'none'})}.{part(own)}.", "was signed by a key that is not of this server"),
+            (f"{part({'kid': ['x']})}.{part(own)}.x", "was signed by a key that is not of this server"),
+            ("nonsense", "is not a token of this server"), ("x" * 10_000, "is not a token of this server"),
+            (f"{m.b64url(b'no JSON')}.x.x", "is not a token of this server"),
+            (f"{part([1])}.{part(own)}.x", "is not a token of this server"), ("a.b.c", "is not a token of this server"), ("..", "is not a token of this server"),
+        ):
+            assert errors_of(inspect(token)) == {"token": reason}
+        with idp.store.transaction():
+            idp.store.revoke_kids(["x"])
+        assert errors_of(inspect(f"{part({'kid': 'x'})}.{part(own)}.x")) == {"token": "was signed by a key that was revoked"}
+        assert kid

@@ -2149,7 +2149,7 @@ class TestEveryCommand:
             {"result": USER["id"]}
             if "/id-by-name/" in path
             else {"X": {}}
-            if path.endswith("/options")
+            if path.endswith("/options") and "/clients/" in path
             else ["x"]
             if path.endswith("/actions")
             else [thing]

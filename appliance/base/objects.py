@@ -203,6 +203,7 @@ class CheckAccess(msgspec.Struct):
     permission_id: str = ""
     permission: str = ""
     scope: str = ""
+    explain: bool = False
 
 
 class NewFlag(msgspec.Struct):
@@ -599,6 +600,14 @@ class ListNamed(msgspec.Struct):
     offset: Offset = 0
 
 
+class ListRoleMatrix(ListNamed):
+    """`with` names what is shown besides: permissions, user_count, or both, separated by a comma."""
+
+    more: Annotated[str, limited({"enum": ["permissions", "user_count", "permissions,user_count"]})] = msgspec.field(
+        default="", name="with"
+    )
+
+
 class ListClients(msgspec.Struct):
     q: Annotated[str, msgspec.Meta(max_length=255)] = ""
     sort: Literal["display_name", "-display_name", "client_id", "-client_id", "created_at", "-created_at"] = (
@@ -829,11 +838,20 @@ class NameRef(msgspec.Struct):
     name: str
 
 
+class RoleWithMore(RoleObject):
+    """A role of a list, with what `with` asked for."""
+
+    permissions: list[NameRef] | Maybe = UNSET
+    user_count: int | Maybe = UNSET
+
+
 class AccessVerdict(msgspec.Struct):
     access: bool
     user_id: str | Maybe = UNSET
     permission_id: str | Maybe = UNSET
     allowed: bool | Maybe = UNSET
+    reason: str | Maybe = UNSET  # with `explain`
+    by_roles: list[str] | Maybe = UNSET
 
 
 class ScopeObject(msgspec.Struct):

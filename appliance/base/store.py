@@ -112,6 +112,14 @@ class Permission(Record, frozen=True):
     modified_at: int
 
 
+class RolePermission(Record, frozen=True):
+    """A permission of a role."""
+
+    role_id: str
+    id: str
+    name: str
+
+
 class Scope(Record, frozen=True):
     """A scope that users and clients are given. A protected one can be neither renamed nor deleted."""
 
@@ -1647,6 +1655,23 @@ class Store(Database):
             """,
             role_id=role_id,
         )
+
+    def list_permissions_by_role(self) -> list[RolePermission]:
+        """Return every permission of every role, by the name of the permission."""
+        return self.all(
+            RolePermission,
+            """
+            SELECT role_id, permission.id, name FROM permission JOIN role_permission ON permission.id = permission_id
+             ORDER BY name
+            """,
+        )
+
+    def count_users_by_role(self) -> dict[str, int]:
+        """Return how many users have each role that any has, by the id of the role."""
+        with self.guard:
+            return dict(
+                self.connection.execute("SELECT role_id, count(*) FROM user_role GROUP BY role_id").fetchall()
+            )
 
     def list_roles_with(self, permission_id: str) -> list[Role]:
         """Return the roles that have a permission."""
