@@ -4096,11 +4096,19 @@ def end_browser_session(idp: Idp, caller: Caller, id_sha256: str, user_id: str =
 PROOF_TTL = 300  # seconds after a password for which what asks for a fresh proof is done without one
 
 
-def find_console(idp: Idp, handle: str | None, passive: bool) -> tuple[AdminSession, Account] | None:
+def is_at_its_place(caller: Caller, console: AdminSession) -> bool:
+    """Return whether a request comes from the browser and the network of the last proof of its session.
+
+    Cookies ignore ports: other services of the host receive the cookie too, and could use it from elsewhere.
+    """
+    return caller.user_agent[:200] == console.user_agent and network_of(caller.peer) == network_of(console.ip_address)
+
+
+def find_console(idp: Idp, caller: Caller, handle: str | None, passive: bool) -> tuple[AdminSession, Account] | None:
     """Return the session at the console of a cookie and its user, or None if it is over.
 
     It is over if its user may no longer log in as an administrator, or if anything revoked what was issued to the user.
-    A passive request does not count as use.
+    Neither a passive request counts as use, nor one from elsewhere.
     """
     if not handle or len(handle) > 100:
         return None
@@ -4114,7 +4122,8 @@ def find_console(idp: Idp, handle: str | None, passive: bool) -> tuple[AdminSess
     account = idp.store.find_account(console.user_id)
     if not is_still_valid(account, console.created_ms) or not is_admin(idp, console.user_id):
         return None
-    if not passive and now - console.last_seen_at >= 60:  # at most one write a minute
+    is_use = not passive and is_at_its_place(caller, console)
+    if is_use and now - console.last_seen_at >= 60:  # at most one write a minute
         idp.store.touch_admin_session(console.id_sha256, now)
         console = msgspec.structs.replace(console, last_seen_at=now)
     return console, account
@@ -4140,14 +4149,6 @@ def begin_console(
         idp.store.insert(console)
         audit(idp, caller.acting_as(account.id), "console_signed_in", account.id, "amr=" + ",".join(amr))
     return handle, console
-
-
-def is_at_its_place(caller: Caller, console: AdminSession) -> bool:
-    """Return whether a request comes from the browser and the network of the last proof of its session.
-
-    Cookies ignore ports: other services of the host receive the cookie too, and could use it from elsewhere.
-    """
-    return caller.user_agent[:200] == console.user_agent and network_of(caller.peer) == network_of(console.ip_address)
 
 
 def is_proof_fresh(idp: Idp, console: AdminSession) -> bool:
@@ -5197,7 +5198,8 @@ def read_console(idp: Idp, params, needs_token=True) -> tuple[AdminSession, Acco
         expected, sent = form_token(handle.encode(), "console"), params.environ.get("HTTP_X_FORM_TOKEN", "")
         if not hmac.compare_digest(expected.encode(), sent.encode("utf-8", "replace")):
             raise Problem("access_denied", log="a request of the console without its form token, or of another browser")
-    found = find_console(idp, handle, passive=params.environ.get("HTTP_X_PASSIVE") == "1")
+    is_passive = params.environ.get("HTTP_X_PASSIVE") == "1"
+    found = find_console(idp, params.caller, handle, is_passive)
     if found is None:
         raise Problem("invalid_token", log="no session at the console, or it is over")
     params.caller = params.caller.acting_as(found[1].id)

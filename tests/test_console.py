@@ -219,14 +219,16 @@ class TestSession:
     def test_its_use_is_written_once_a_minute(self, tab, idp, clock):
         clock.pass_(61)
         before = idp.store.connection.total_changes
-        for _ in range(5):
+        for _ in range(6):
             tab("GET", "/users")
+            clock.pass_(9)
         assert idp.store.connection.total_changes - before == 1
 
     ENDS = {
         "deactivated": lambda idp, root: m.set_user_active(idp, m.LOCAL, root, False),
         "locked by an administrator": lambda idp, root: m.set_lockout(idp, m.LOCAL, root, "2100-01-01T00:00:00Z"),
         "demoted": lambda idp, root: m.unassign_role(idp, m.LOCAL, root, m.MAD_ADMIN_ROLE_ID),
+        "no administrator, and nothing else": lambda idp, root: idp.store.run("DELETE FROM user_role"),
         "revoked": lambda idp, root: m.revoke_user(idp, m.LOCAL, root, "user_revoked"),
         "password set by another": lambda idp, root: m.reset_password(idp, m.LOCAL, root, "another battery staple"),
         "deleted": lambda idp, root: m.delete_user(idp, m.LOCAL, root),
@@ -263,6 +265,13 @@ class TestPlace:
         assert thief("GET", "/dashboard/session").json["proven_until"] is None
         assert actions(idp, "privileged_request_refused")
         assert tab("GET", "/users").status == 200
+
+    def test_it_is_not_kept_alive_from_elsewhere(self, tab, clock):
+        thief = tab.elsewhere(peer="192.0.2.8")
+        for _ in range(IDLE // 300):
+            clock.pass_(300)
+            thief("GET", "/users")
+        assert tab("GET", "/users").status == 401
 
     def test_a_proof_moves_the_session(self, tab):
         there = tab.elsewhere(peer="198.51.100.9")
