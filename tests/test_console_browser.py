@@ -321,6 +321,30 @@ class TestApplications:
         expect(page.get_by_role("heading", name="Applications")).to_be_visible()
         assert box.call_admin("GET", "/clients/doomed", status=404)
 
+    def test_with_an_old_proof_the_same_dialog_asks_for_the_password(self, visit, box):
+        box.call_admin("POST", "/clients", {"client_id": "proven"})
+        page = visit(path="#/applications/proven/danger")
+
+        def age(route):
+            """Let the page believe that the password was given long ago."""
+            answer = route.fetch()
+            body = answer.json() | {"proven_until": "2026-01-01T00:00:00Z"}
+            route.fulfill(response=answer, json=body)
+
+        page.route("**/dashboard/session", age)
+        sign_in(page)
+        page.get_by_role("button", name="Delete application").click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("Type proven to confirm").fill("proven")
+        dialog.get_by_label("Your password").fill("wrong")
+        dialog.get_by_role("button", name="Delete application").click()
+        expect(dialog.get_by_role("alert")).to_contain_text("wrong")
+        assert box.call_admin("GET", "/clients/proven")
+        dialog.get_by_label("Your password").fill(Box.PASSWORD)
+        dialog.get_by_role("button", name="Delete application").click()
+        expect(page.get_by_role("heading", name="Applications")).to_be_visible()
+        assert box.call_admin("GET", "/clients/proven", status=404)
+
     def test_a_list_is_searched_sorted_and_paged_by_its_address(self, console):
         page = console("#/applications")
         expect(page.get_by_role("row")).to_have_count(51)

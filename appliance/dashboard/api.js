@@ -119,7 +119,7 @@ export function query(values) {
 
 function adopt(found) {
   const isOther = session.value && session.value.user.id !== found.user.id;
-  if (isOther) return location.reload(); // of another person nothing may be left
+  if (isOther) return location.reload(); // the cookie is another person's now: nothing may be left of the first
   formToken = found.form_token;
   skew = Date.parse(found.now) - Date.now();
   session.value = found;
@@ -130,12 +130,7 @@ function adopt(found) {
 /** Take up the session of the cookie, if there is one. */
 export async function resume(passive = true) {
   try {
-    const { data } = await ask("GET", "/dashboard/session", undefined, { passive });
-    if (session.value && formToken && data.form_token !== formToken && data.user.id !== session.value.user.id) {
-      location.reload(); // the cookie is somebody else's now
-    } else {
-      adopt(data);
-    }
+    adopt((await ask("GET", "/dashboard/session", undefined, { passive })).data);
   } catch (error) {
     if (error.status === 401 && session.value) ended.value = true;
     if (error.status !== 401 && error.status !== 0) throw error;

@@ -83,6 +83,7 @@ export function browserName(agent) {
 
 /** The sentence for an ApiError: by its code, else by its status, else what the box says. */
 export function explain(error) {
+  if (error.unknownRoute) return t("error_method_not_allowed");
   const keys = [`error_${error.code}`, `error_${error.status}`];
   const key = keys.find(has);
   return key ? t(key, { n: error.retryAfter || 1 }) : error.message || t("error_server_error");
