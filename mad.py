@@ -302,8 +302,8 @@ def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float, own
         connection.close()
         raise Unreachable(
             0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
-    # From Python 3.13 on the default also refuses authorities that lack an extension of RFC 5280 §4.2.1, as many private
-    # ones do. Signatures, name and dates are verified without it, and the verdict is the same under every Python.
+    # From Python 3.13 on the default also refuses authorities that lack an extension of RFC 5280 §4.2.1, as many
+    # private ones do. Signatures, name and dates are verified without it: one verdict under every Python.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     connection.settimeout(timeout)
     try:
