@@ -965,6 +965,21 @@ class TestSlowClients:
             assert len(one.server.open) <= 8
         assert "slow connections gave way to new ones" in {fields["reason"] for _, fields in one.logged}
 
+    def test_whoever_is_being_answered_counts_as_well(self, run, monkeypatch):
+        self.from_addresses(monkeypatch, ["198.51.100.1", *["192.0.2.7"] * 4])
+        one = run(limits=Limits(connections=4))
+        with contextlib.ExitStack() as stack:
+            idle = stack.enter_context(one.connect())
+            idle.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert statuses(idle.recv(65536)) == [200]
+            for sent in (b"GET /wait HTTP/1.1\r\nHost: box\r\n\r\n",) * 2 + (self.HALF,):
+                stack.enter_context(one.connect()).sendall(sent)
+                time.sleep(0.1)
+            stack.enter_context(one.connect())
+            time.sleep(0.2)
+            idle.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert statuses(idle.recv(65536)) == [200]
+
     def test_where_there_is_room_a_request_may_take_its_time(self, run):
         one = run(limits=Limits(connections=8, request_seconds=5))
         with one.connect() as slow:

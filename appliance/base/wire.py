@@ -951,12 +951,16 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
         those that send a request or take an answer slowly, and of both the oldest.
         """
         crowds, now = collections.defaultdict(list), time.monotonic()
+
+        def whose(conn):
+            return conn.counted[0 if source else -1] if conn.counted else conn.address
+
         for number, (_, conn) in enumerate(list(self._selector.connections)):
             if conn is not self.server and conn is not self and (not source or source in conn.counted):
-                whose = conn.address if not conn.counted else conn.counted[0 if source else -1]
-                crowds[whose].append((not conn.is_idle(now), conn.waiting_since(), number, conn))
+                crowds[whose(conn)].append((not conn.is_idle(now), conn.waiting_since(), number, conn))
+        sizes = collections.Counter(map(whose, list(self.server.open)))  # also those that threads are answering
         chosen = heapq.nsmallest(count, (
-            (index - len(crowd), *entry) for crowd in crowds.values() for index, entry in enumerate(sorted(crowd))
+            (index - sizes[name], *entry) for name, crowd in crowds.items() for index, entry in enumerate(sorted(crowd))
         ))
         for *_, conn in chosen:
             self._selector.unregister(conn.sock)
