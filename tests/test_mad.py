@@ -237,6 +237,7 @@ class TestAnswers:
                  "the answer has a malformed chunk")
                 for size in (b"zz", b"", b";x=y", b"0x2", b"+2", b"0" * 16 + b"2")
             ),
+            (OK + b"Transfer-Encoding: chunked\r\n\r\n2;" + b"x" * 200_000 + b"\r\n[]\r\n0\r\n\r\n", "the answer breaks off"),
             # A chunk ends with CRLF, which nothing else may stand in for. RFC 9112 §7.1
             (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n[]xx0\r\n\r\n", "the answer has a malformed chunk"),
             (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n[]0\r\n\r\n", "the answer has a malformed chunk"),
