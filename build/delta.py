@@ -1,8 +1,8 @@
 """Store a native module as its difference from that of another Python version.
 
 The builds of sqlcipher3 for four Pythons hold the same SQLite and OpenSSL, at other addresses: as differences three of
-them take 0.7 MB each instead of 3.3, and the archive 24 MB instead of 40. build/main.py, apply_delta(), puts them
-together again; without this file the archive would hold all of them whole.
+them take 0.7 MB each instead of 3.3, and the archive 24 MB instead of 40. build/main.py, restore_block(), puts
+them together again; without this file the archive would hold all of them whole.
 """
 
 from collections import Counter

@@ -37,6 +37,7 @@ LINKED = (
     ("sqlcipher3", "sqlite", "blessing", rb"[^0-9.](3\.[0-9]{2}\.[0-9]+)\0"),
 )
 
+UNNAMED = {"libgcc": "GPL-3.0-only WITH GCC-exception-3.1", "openssl": "Apache-2.0"}  # documents inside are silent
 VENDORS = {"openssl": "openssl", "sqlcipher": "zetetic", "sqlite": "sqlite"}  # under which advisories know them
 
 # JavaScript and data that are part of our own sources: name, version, licence. appliance/NOTICE has their texts.
@@ -61,10 +62,10 @@ def linked_into(name: str, package: Package, contents: Contents) -> list[Compone
     found = {}
     for document in map(json.loads, package.sboms):
         for row in document.get("components", ()):
-            if row.get("scope") == "excluded":
-                continue  # runs while it is built
+            if row.get("scope") == "excluded" or row["name"] == name:
+                continue  # it runs while the package is built, or is the package itself
             kind = row.get("purl", "pkg:generic").removeprefix("pkg:").partition("/")[0]
-            (license,) = row.get("licenses") or [{"expression": "Apache-2.0" if row["name"] == "openssl" else ""}]
+            (license,) = row.get("licenses") or [{"expression": UNNAMED.get(row["name"], "NOASSERTION")}]
             expression = license.get("expression") or license["license"].get("id") or license["license"]["name"]
             found[row["name"]] = component(row["name"], row["version"], expression, kind)
     for owner, part, license, pattern in LINKED:

@@ -36,7 +36,6 @@ run_mad()
 import errno  # noqa: E402
 import fcntl  # noqa: E402
 import hashlib  # noqa: E402
-import io  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
@@ -203,25 +202,22 @@ def lock_if_complete(members, tree):
 BLOCK = 4096  # as in build/delta.py
 
 
-def apply_delta(difference, base, shifts):
-    """Return a module that is stored as its difference from that of another Python version. See build/delta.py."""
-    blocks = []
-    for number, shift in enumerate(shifts):
-        block = difference[number * BLOCK : (number + 1) * BLOCK]
-        if shift is not None:
-            start = number * BLOCK + shift
-            same = base[start : start + len(block)]
-            block = (int.from_bytes(block, "little") ^ int.from_bytes(same, "little")).to_bytes(len(block), "little")
-        blocks.append(block)
-    return b"".join(blocks)
+def restore_block(difference, at, base, shift):
+    """Return the block at this place of a module that is stored as its difference from another: build/delta.py."""
+    if shift is None:
+        return difference
+    same = base[at + shift : at + shift + len(difference)]
+    block = int.from_bytes(difference, "little") ^ int.from_bytes(same, "little")
+    return block.to_bytes(len(difference), "little")
 
 
-def open_member(archive, name, deltas):
-    """Open a file of the archive for reading."""
-    if name not in deltas:
-        return archive.open(name)
-    base, shifts = deltas[name]
-    return io.BytesIO(apply_delta(archive.read(name), archive.read(base), shifts))
+def read_blocks(archive, name, deltas):
+    """Yield the content of a file of the archive, block by block: little memory may be left for it."""
+    base_name, shifts = deltas.get(name, ("", ()))
+    base = archive.read(base_name) if base_name else b""
+    with archive.open(name) as source:
+        for number, block in enumerate(iter(lambda: source.read(BLOCK), b"")):
+            yield restore_block(block, number * BLOCK, base, shifts[number]) if base_name else block
 
 
 def unpack(archive, members, root, tree):
@@ -237,9 +233,9 @@ def unpack(archive, members, root, tree):
         for name, relative_path, _ in members:
             path = os.path.join(temporary, relative_path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open_member(archive, name, deltas) as source, open(path, "xb") as target:
+            with open(path, "xb") as target:
                 # Small writes: the page cache uses large folios for large ones, which later count as resident memory.
-                shutil.copyfileobj(source, target, 1 << 14)
+                target.writelines(read_blocks(archive, name, deltas))
         # Compile now: later starts may run as a user who cannot write here.
         compile_tree(temporary, tree)
         open(os.path.join(temporary, ".lock"), "x").close()

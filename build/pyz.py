@@ -220,7 +220,10 @@ def sign(archive: Path, key: Ed25519PrivateKey):
 
 def read_trusted_keys(path: Path) -> bytes:
     """Return a trusted-keys file: lines `ed25519 BASE64 COMMENT`, empty ones and those that begin with #."""
-    content = path.read_text()
+    try:
+        content = path.read_text()
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"the trusted keys {path} cannot be read: {error}")
     for number, line in enumerate(content.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):

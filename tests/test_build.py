@@ -76,7 +76,10 @@ class TestDeltas:
         }[change]
         shifts, difference = delta.make_delta(base, content)
         assert len(difference) == len(content)  # build/main.py compares the sizes of unpacked files with the archive's
-        assert main_function("apply_delta")(difference, base, shifts) == content
+        restore_block, restored = main_function("restore_block"), b""
+        for shift, at in zip(shifts, range(0, len(content), delta.BLOCK), strict=True):
+            restored += restore_block(difference[at : at + delta.BLOCK], at, base, shift)
+        assert restored == content
         if change == "moved":
             assert difference.count(0) > 45_000
 
@@ -183,6 +186,18 @@ class TestBillOfMaterials:
         assert parts == {"sqlcipher": "4.19.0", "sqlite": "3.53.4"}
         with pytest.raises(SystemExit, match="the version of openssl is not to be read"):
             inventory.linked_into("sqlcipher3", package, wheels.Contents({}, {}, {"sqlcipher3": package}))
+
+    def test_what_documents_inside_a_package_name_is_part_of_it(self):
+        """PEP 770"""
+        rows = [
+            {"name": "a", "version": "1"}, {"name": "cc", "version": "1", "scope": "excluded"},
+            {"name": "libgcc", "version": "14", "purl": "pkg:apk/alpine/libgcc@14"}, {"name": "odd", "version": "2"},
+            {"name": "pyo3", "version": "3", "purl": "pkg:cargo/pyo3@3", "licenses": [{"license": {"id": "MIT"}}]},
+        ]
+        package = wheels.Package("a", "1", "", {}, [json.dumps({"components": rows}).encode(), b"{}"], {})
+        parts = {part.name: part for part in inventory.linked_into("a", package, wheels.Contents({}, {}, {}))}
+        assert sorted(parts) == ["libgcc", "odd", "pyo3"] and parts["pyo3"].purl.type == "cargo"
+        assert "GPL" in str(next(iter(parts["libgcc"].licenses)).value)
 
     def test_a_package_without_a_licence_ends_the_build(self):
         package = wheels.Package("a", "1", "Name: a\nLicense: see below\n", {}, [], {})

@@ -183,7 +183,8 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "argv, status",
         [
-            (["version"], 0), (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2),
+            (["version"], 0), (["licenses"], 0), (["licenses", "extra"], 2),
+            (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2),
             (["serve", "--db-pass", "x"], 2),
         ],
     )

@@ -43,7 +43,7 @@ exec chroot "$tree" $emulator /usr/bin/env -C "$folder" $emulator "$@"
 class SlowBox(Box):
     """A box under an emulated processor."""
 
-    def run(self, *words, timeout=600, **more):
+    def run(self, *words, timeout=1800, **more):
         return super().run(*words, timeout=timeout, **more)
 
 
@@ -94,23 +94,23 @@ def exercise(python, folder, monkeypatch):
     with contextlib.ExitStack() as stack:
         stack.push(box.__exit__)
         box.set_up().start(wait=False)
-        box.await_ready(300)
-        issuer = box.auth("/.well-known/openid-configuration", timeout=60).json["issuer"]
-        answer = box.auth("/token", {"grant_type": "client_credentials"}, client=box.client, timeout=60)
+        box.await_ready(900)
+        issuer = box.auth("/.well-known/openid-configuration", timeout=300).json["issuer"]
+        answer = box.auth("/token", {"grant_type": "client_credentials"}, client=box.client, timeout=300)
         assert answer.status == 200, answer
-        keys = jwt.PyJWKSet.from_dict(box.auth("/jwks.json", timeout=60).json)
+        keys = jwt.PyJWKSet.from_dict(box.auth("/jwks.json", timeout=300).json)
         token = answer.json["access_token"]
         header = jwt.get_unverified_header(token)
         claims = jwt.decode(token, keys[header["kid"]].key, algorithms=[header["alg"]], issuer=issuer, audience="api")
         assert claims["sub"] == "app" and header["typ"] == "at+jwt"
         admin = box.admin(
-            "POST", "/token", {"username": "root", "password": box.PASSWORD, "client_id": "test"}, timeout=60
+            "POST", "/token", {"username": "root", "password": box.PASSWORD, "client_id": "test"}, timeout=300
         )
         assert admin.status == 200, admin
         fetched = box.mad("token", "get", MAD_CLIENT_ID=box.client[0], MAD_CLIENT_SECRET=box.client[1])
         assert fetched.returncode == 0 and fetched.stdout.count(".") == 2, fetched.stderr
         box.process.terminate()
-        assert box.process.wait(120) == 0, box.said()
+        assert box.process.wait(300) == 0, box.said()
     assert "Traceback" not in box.said() and "Warning" not in box.said()
 
 
