@@ -50,7 +50,7 @@ def octets(value: str) -> int:
     """Parse a number of octets, which may have a unit; -1 is "auto"."""
     if value.strip().lower() == "auto":
         return -1
-    found = re.fullmatch(r"([0-9]{1,12}) ?(|k|m|g)b?", value.strip().lower())
+    found = re.fullmatch(r"([0-9]{1,13}) ?(|k|m|g)b?", value.strip().lower())
     size = int(found[1]) * {"": 1, "k": 1000, "m": 1000_000, "g": 1000_000_000}[found[2]] if found else 0
     if not 1000_000 <= size <= 1000_000_000_000:
         raise ValueError("must be auto, or a size of 1 MB to 1000 GB, such as 64 MB or 64000000")
