@@ -7,6 +7,7 @@ import os
 import ssl
 import stat
 import time
+import types
 
 import msgspec
 import pytest
@@ -15,16 +16,16 @@ from conftest import Caller, Clock, die, in_child, made
 from cryptography import x509
 
 import microauthd as m
-from appliance import authority as authority_room
+from appliance import authority as authority_room, recovery
 from appliance.authority import (
     DAY, find_authority, forbid_found_ca, ipv4_addresses, ipv6_addresses, keep_certificate, machine_names, make_certificate,
     missing_names, needs_work, renew_certificate, replace_authority, wanted_names,
 )
 from appliance.base import StartupError
 from appliance.commands import main
-from appliance.base.settings import Options, host_names, issuer_obstacle
+from appliance.base.settings import Options, host_names, issuer_obstacle, load_options
 from appliance.base.tls import Pair, context_of, describe_certificate
-from appliance.processes import prepare_certificate
+from appliance.processes import announce, prepare_certificate
 from appliance.recovery import back_up, factory_reset, open_idp, restore
 from appliance.status import gather_status
 from appliance.upkeep import Upkeep
@@ -287,6 +288,16 @@ class TestBackup:
         assert read(options.ca_file) == root and read(options.self_made_file) != first
         assert handshake(read(options.self_made_file), options.ca_file, "idp.example")
 
+    def test_a_set_up_that_dies_before_their_files_is_whole_and_the_start_makes_them(self, machine, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(recovery, "make_certificate_files", die)
+        assert os.WIFSIGNALED(in_child(lambda: made(tmp_path, tls="self", db_file=str(tmp_path / "mad.db3"))))
+        options = load_options({"config": (str(tmp_path / "mad.conf"), "flag")}, {})
+        assert not os.path.exists(options.ca_file)
+        with contextlib.closing((idp := open_idp(options)).store):
+            prepare_certificate(idp)
+        assert handshake(read(options.self_made_file), options.ca_file, "idp.example")
+
     def test_a_reset_overwrites_and_removes_its_files_so_that_a_set_up_can_make_another(self, machine, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         options = made(tmp_path, tls="self", db_file=str(tmp_path / "mad.db3"))
@@ -421,6 +432,14 @@ class TestIssuer:
     )
     def test_it_goes_with_an_address_of_loopback(self, changes, is_wrong):
         assert bool(issuer_obstacle(Options(auth_insecure_http=True, **changes))) == is_wrong
+
+    @pytest.mark.parametrize("auth_ip, events", [("0.0.0.0", ["serving", "insecure", "issuer.unreachable"]), ("127.0.0.1", ["serving"])])
+    def test_a_start_warns(self, auth_ip, events):
+        logged = []
+        options = Options(auth_ip=auth_ip, auth_insecure_http=True)
+        log = lambda event, *_, **__: logged.append(event)
+        announce(types.SimpleNamespace(options=options, local=None, certificates={}, log=log))
+        assert logged == events
 
     def test_it_needs_attention(self, make_idp, options):
         wrong = dataclasses.replace(options, tls="", auth_insecure_http=True, oidc_issuer="http://localhost:9040")

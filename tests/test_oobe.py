@@ -461,6 +461,12 @@ class TestGuided:
             "box.lan", "localhost", "127.0.0.1", "::1",
         ]
 
+    def test_the_quick_path_asks_for_a_name_where_the_address_is_for_others(self, tmp_path):
+        (tmp_path / "mad.conf").write_text("auth-ip = 0.0.0.0\nauth-insecure-http = true\n")
+        console = Console(tmp_path, "--quick", term="dumb")
+        console.answers((*DATABASE, ("host name of AUTH?", "box.lan"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y")))
+        assert console.end() == 0 and log_in(tmp_path)[0].auth_issuer == "https://box.lan"
+
     def test_an_issuer_at_localhost_does_not_go_with_an_address_for_others(self, tmp_path):
         console = Console(tmp_path, "--guided", term="dumb")
         console.answers((
