@@ -63,7 +63,7 @@ def measure_keys(idp: Idp) -> None:
         for alg in {key.alg for key in ring.keys} | {"ES256", "RS256"}:
             for state in KEY_STATES:
                 age = now - since[alg, state] if (alg, state) in since else math.nan
-                if (alg, state) in since or (KEY_AGE.name, side, alg, state) in idp.counters.places:
+                if (alg, state) in since or (KEY_AGE.name, side, alg, state) in idp.counters.entries:
                     idp.counters.set(KEY_AGE, age, side, alg, state)
 
 
