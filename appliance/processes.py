@@ -410,7 +410,8 @@ def prepare(options: Options, handed: Mapping[str, socket.socket] = MappingProxy
     generation = Generation()
     generation.held = is_on_trial(options.db_file)
     # Once the ports are ours: the marks of another server that runs must stay its own.
-    generation.marks = ChangeMarks(os.path.join(local_socket_folder(options), MARKS), options.auth_port)
+    mode = 0o644 if os.environ.get("RUNTIME_DIRECTORY") else 0o600  # beside the database every file is ours alone
+    generation.marks = ChangeMarks(os.path.join(local_socket_folder(options), MARKS), options.auth_port, mode)
     return StartupState(
         options, key, marks, auth_entries, admin_entries, seal_key, auth_sockets, admin_socket,
         frozenset(handed.values()), local, generation, Buckets(), Counters(len(auth_sockets) + 2), History(), clock,

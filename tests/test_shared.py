@@ -82,7 +82,9 @@ class TestChangeMarks:
         path = tmp_path / "marks"
         marks = ChangeMarks(str(path), 9040)
         assert path.read_bytes()[:8] == b"madmark1" and path.read_bytes()[16:24] == (9040).to_bytes(8, "big")
-        assert path.stat().st_mode & 0o777 == 0o644 and len(self.cells(path)) == 4096
+        assert path.stat().st_mode & 0o777 == 0o600 and len(self.cells(path)) == 4096
+        ChangeMarks(str(tmp_path / "run"), 9040, 0o644)
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o644
         (cell,) = self.changed(path, lambda: in_child(lambda: marks.touch("a key")))
         assert self.changed(path, lambda: marks.touch("a key")) == [cell] != [0]
         assert self.changed(path, marks.touch) == self.changed(path, lambda: marks.touch("")) == [0]

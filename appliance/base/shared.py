@@ -118,13 +118,13 @@ class ChangeMarks:
 
     It holds MAGIC, 8 random octets of this start, 8 octets of the `number` that says which server it is, and CELLS
     cells of 8 octets, of which the first stands for everything and each other one for the keys whose CRC-32 leads to
-    it. A cell is given random octets, so two processes that change it at once need no lock. All processes map the file,
-    which others may read: it tells nothing but that something has ended.
+    it. A cell is given random octets, so two processes that change it at once need no lock. All processes map the file.
+    It tells nothing but that something has ended, so its `mode` may let others read it.
     """
 
     MAGIC, HEAD, CELLS = b"madmark1", 24, 4096
 
-    def __init__(self, path: str = "", number: int = 0) -> None:
+    def __init__(self, path: str = "", number: int = 0, mode: int = 0o600) -> None:
         """Make the file anew. Without a path, or where it cannot be made, there is none, and nothing is marked."""
         self.path, self.cells = path, None
         content = self.MAGIC + os.urandom(8) + number.to_bytes(8, "big") + bytes(8 * self.CELLS)
@@ -132,9 +132,9 @@ class ChangeMarks:
             if path:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path + ".new")
-                descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
                 try:
-                    os.fchmod(descriptor, 0o644)
+                    os.fchmod(descriptor, mode)
                     os.write(descriptor, content)
                     self.cells = memoryview(mmap.mmap(descriptor, len(content)))[self.HEAD :]
                 finally:
