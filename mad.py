@@ -1195,6 +1195,14 @@ class MadClient(ApiClient):
         """GET /users/{user_id}/scopes. Return [Scope]."""
         return self.pages(_path("users", user_id, "scopes"), **search)
 
+    def set_scopes_of_user(self, user_id: str, scope_ids: list[str]) -> list[dict]:
+        """PUT /users/{user_id}/scopes. Return [Scope]. The user has these scopes afterwards and no others."""
+        return self.request("PUT", _path("users", user_id, "scopes"), json={"scope_ids": scope_ids}, expected=list)
+
+    def set_scopes_of_client(self, client_id: str, scope_ids: list[str]) -> list[dict]:
+        """PUT /clients/{client_id}/scopes. Return [Scope]. The client has these scopes afterwards and no others."""
+        return self.request("PUT", _path("clients", client_id, "scopes"), json={"scope_ids": scope_ids}, expected=list)
+
     def remove_scope_from_user(self, user_id: str, scope_id: str) -> dict:
         """DELETE /users/{user_id}/scopes/{scope_id}. Return Msg."""
         return self.request("DELETE", _path("users", user_id, "scopes", scope_id))
@@ -3900,6 +3908,11 @@ COMMANDS = (
     Command("scope remove-from-client", "take a scope from a client", MadClient.remove_scope_from_client,
             (CLIENT_ID, SCOPE_ID), render_message, "mad scope remove-from-client --client-id sensor --scope-id write"),
 
+    Command("scope set-for-user", "make these the scopes of a user, and no others", MadClient.set_scopes_of_user,
+            (USER_ID, SCOPE_IDS), SCOPE_TABLE, "mad scope set-for-user --user-id bob --scope-id read write"),
+    Command("scope set-for-client", "make these the scopes of a client, and no others",
+            MadClient.set_scopes_of_client, (CLIENT_ID, SCOPE_IDS), SCOPE_TABLE,
+            "mad scope set-for-client --client-id sensor --scope-id read write"),
     Command("scope list-users", "list the users who have a scope", MadClient.list_users_of_scope, (ID_OF_SCOPE,),
             USER_TABLE, "mad scope list-users --id read"),
     Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope,

@@ -97,10 +97,10 @@ from appliance.base.objects import (
     PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked,
     RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
     SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
-    SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed, TotpEnrolment,
-    TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser,
-    Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo, UserObject, VerifyPassword, VerifyTotp,
-    Version, iso, read_time,
+    SetScopes, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed,
+    TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole,
+    UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo, UserObject,
+    VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -2961,6 +2961,23 @@ def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: s
         audit(idp, caller, f"remove_scope_from_{kind}", scope.id, id)
 
 
+def set_scopes(idp: Idp, caller: Caller, holder: Client | Account, ids: list[str]):
+    """Replace the scopes of a client or a user by these, all or none. Raises invalid_request."""
+    found = {key: idp.store.find_scope(key) for key in map(key_of, ids)}
+    reject(scope_ids="must all exist" if None in found.values() else "")
+    new = {scope.id for scope in found.values() if scope}
+    with idp.store.transaction(identity=True):
+        old = (
+            idp.store.list_scopes_of_client(holder.row.id) if isinstance(holder, Client)
+            else idp.store.list_scopes_of_user(holder.id)
+        )
+        old_ids = {scope.id for scope in old}
+        if new - old_ids:
+            assign_scopes(idp, caller, holder, sorted(new - old_ids))
+        for id in sorted(old_ids - new):
+            remove_scope(idp, caller, holder, id)
+
+
 def opens(client: Client, scope: str, name: str) -> bool:
     """Return whether a client may learn what the scope `name` opens: a first party always, others as it is granted."""
     return bool(client.row.is_first_party) or name in scope.split()
@@ -5331,18 +5348,22 @@ def if_match(idp, params, show):
 
 
 def paged_reply(params, rows, total) -> Reply:
-    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3.
+    """Return a page of a list, with the total in X-Total-Count, and in Link the pages around it. RFC 8288 §3.
 
     Long lists are not counted to their end: X-Total-Count-Relation says that the total is a lower bound.
     """
     headers, query = [("X-Total-Count", str(total))], params.query
     if isinstance(total, AtLeast):
         headers.append(("X-Total-Count-Relation", "gte"))
-    if query.offset + len(rows) < total and rows:
-        after: list = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset")]
-        after += [("limit", query.limit), ("offset", query.offset + len(rows))]
-        headers.append(("Link", f'<?{urlencode(after)}>; rel="next"'))
-    return Reply(rows, headers)
+    kept = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset")]
+    offsets = {"next": query.offset + len(rows)} if query.offset + len(rows) < total and rows else {}
+    if query.offset:
+        offsets |= {"prev": max(0, query.offset - query.limit), "first": 0}
+    links = [
+        f'<?{urlencode([*kept, ("limit", query.limit), ("offset", offset)])}>; rel="{rel}"'
+        for rel, offset in offsets.items()
+    ]
+    return Reply(rows, [*headers, ("Link", ", ".join(links))] if links else headers)
 
 
 # -- HTML pages --
@@ -5453,7 +5474,7 @@ class Answer:
             params.decode()
             require_proof(self.idp, params)
             result = route.handler(self.idp, *caller, params)
-            if route.versioned and environ["REQUEST_METHOD"] != "DELETE":
+            if route.versioned and environ["REQUEST_METHOD"] != "DELETE" and not isinstance(result, Msg):
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
@@ -7999,26 +8020,29 @@ def admin_list_role_ids_of_user(idp, claims, params):
     return [role.id for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef])
+def roles_of_user(idp: Idp, params) -> list[NameRef]:
+    return [NameRef(role.id, role.name) for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
+
+
+@ADMIN(
+    "GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef], versioned=True
+)
 def admin_list_roles_of_user(idp, claims, params):
     """List the roles of a user, or with `all` every active role."""
-    user = get_user(idp, params.path["id"])
-    roles = (
-        [role for role in idp.store.list_roles()[0] if role.is_active]
-        if params.query.all
-        else idp.store.list_roles_of(user.id)
-    )
-    return [NameRef(role.id, role.name) for role in roles]
+    own = roles_of_user(idp, params)
+    every = idp.store.list_roles()[0] if params.query.all else ()
+    return [NameRef(role.id, role.name) for role in every if role.is_active] if params.query.all else own
 
 
 @ADMIN(
     "PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg,
-    proof=of_administrators,
+    proof=of_administrators, versioned=True,
 )
 def admin_set_roles(idp, claims, params):
-    """Replace the roles of a user, all or none."""
+    """Replace the roles of a user, all or none. Honours If-Match."""
     roles = params.body.roles if isinstance(params.body, SetRoles) else params.body
-    set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
+    with if_match(idp, params, lambda: roles_of_user(idp, params)):
+        set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
     return msg("Roles set.")
 
 
@@ -8137,10 +8161,24 @@ declare_resource(
 )
 
 
-@ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
+@ADMIN(
+    "GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject],
+    versioned=True,
+)
 def admin_list_scopes_of_user(idp, claims, params):
     """List the scopes that a user may be granted."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
+
+
+@ADMIN(
+    "PUT", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=SetScopes, gives=list[ScopeObject], versioned=True,
+    proof=of_administrator,
+)
+def admin_set_scopes_of_user(idp, claims, params):
+    """Replace the scopes of a user, all or none. Honours If-Match."""
+    with if_match(idp, params, lambda: admin_list_scopes_of_user(idp, claims, params)):
+        set_scopes(idp, params.caller, get_user(idp, params.path["id"]), params.body.scope_ids)
+        return admin_list_scopes_of_user(idp, claims, params)
 
 
 @ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg, proof=of_administrator)
@@ -8157,10 +8195,23 @@ def admin_remove_scope_from_user(idp, claims, params):
     return msg("Scope removed.")
 
 
-@ADMIN("GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
+@ADMIN(
+    "GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject],
+    versioned=True,
+)
 def admin_list_scopes_of_client(idp, claims, params):
     """List the scopes that a client may request."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
+
+
+@ADMIN(
+    "PUT", "/clients/<id>/scopes", guard=by_admin, spec=OWN, takes=SetScopes, gives=list[ScopeObject], versioned=True
+)
+def admin_set_scopes_of_client(idp, claims, params):
+    """Replace the scopes of a client, all or none. Honours If-Match."""
+    with if_match(idp, params, lambda: admin_list_scopes_of_client(idp, claims, params)):
+        set_scopes(idp, params.caller, get_client(idp, params.path["id"]), params.body.scope_ids)
+        return admin_list_scopes_of_client(idp, claims, params)
 
 
 @ADMIN("POST", "/clients/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
@@ -8347,7 +8398,7 @@ def declare_uris(path: str, kind: str, *sentences: str):
 
     for handler, verb, method, at, more, sentence in (
         (add, "add", "POST", all_, {"takes": Uri | AddUri, "gives": UriObject, "status": 201}, sentences[0]),
-        (list_, "list", "GET", all_, {"gives": list[UriObject]}, sentences[1]),
+        (list_, "list", "GET", all_, {"gives": list[UriObject], "versioned": True}, sentences[1]),
         (delete, "delete", "DELETE", f"{all_}/<record_id>", {"gives": Msg}, sentences[2]),
     ):
         handler.__name__ = f"admin_{verb}_{name if verb == 'list' else name.removesuffix('s')}"

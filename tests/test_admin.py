@@ -771,7 +771,7 @@ class TestLists:
             page = call("GET", path)
             assert page.headers["x-total-count"] == "7" and len(page.json) <= 3
             seen += [user["username"] for user in page.json]
-            link = re.fullmatch(r'<(\?[^>]*)>; rel="next"', page.headers.get("link", ""))
+            link = re.search(r'<(\?[^>]*)>; rel="next"', page.headers.get("link", ""))
             path = "/users" + link[1] if link else None
         assert seen == [f"user{number}" for number in reversed(range(7))]
 
@@ -1651,7 +1651,7 @@ class TestAudit:
         assert (
             page.headers["x-total-count"] == "3"
             and "offset=2" in page.headers["link"]
-            and "link" not in call("GET", "/audit-logs?action=role_created&limit=2&offset=2").headers
+            and "next" not in call("GET", "/audit-logs?action=role_created&limit=2&offset=2").headers["link"]
         )
         assert int(call("GET", "/audit-logs?limit=1").headers["x-total-count"]) == len(
             call("GET", "/audit-logs?limit=-1").json

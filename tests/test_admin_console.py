@@ -1,5 +1,7 @@
 """What a console asks of ADMIN besides the nouns: checks before a change, previews, invitations, and what lists say."""
 
+import re
+
 import microauthd as m
 import pyotp
 import pytest
@@ -746,3 +748,58 @@ class TestTheInspectorOfTokens:
             idp.store.revoke_kids(["x"])
         assert errors_of(inspect(f"{part({'kid': 'x'})}.{part(own)}.x")) == {"token": "was signed by a key that was revoked"}
         assert kid
+
+
+class TestListsWithinAnObject:
+    """RFC 9110 §13.1.1: of two who change the same list, the second is told."""
+
+    @pytest.mark.parametrize(
+        "path, body, other",
+        [
+            ("/users/alice/roles", {"roles": [{"id": "ops"}]}, {"roles": []}),
+            ("/users/alice/scopes", {"scope_ids": ["api:write"]}, {"scope_ids": []}),
+            ("/clients/service/scopes", {"scope_ids": ["api:secret"]}, {"scope_ids": ["api:read"]}),
+        ],
+    )
+    def test_a_change_that_was_not_seen_is_not_overwritten(self, call, alice, service, path, body, other):
+        call("POST", "/roles", {"name": "ops"})
+        tag = call("GET", path).headers["etag"]
+        assert call("PUT", path, body, headers=[("If-Match", tag)]).status == 200
+        seen = call("GET", path)
+        assert seen.headers["etag"] != tag
+        assert call("PUT", path, other, headers=[("If-Match", tag)]).status == 412
+        assert call("GET", path).json == seen.json
+        assert call("PUT", path, other).status == 200, "without the field nothing is compared"
+
+    def test_scopes_are_replaced_all_or_none(self, call, idp, alice, service):
+        names = lambda path: [row["name"] for row in call("GET", path).json]  # noqa: E731
+        answer = call("PUT", "/users/alice/scopes", {"scope_ids": ["api:write", "api:secret", "api:write"]})
+        assert [row["name"] for row in answer.json] == names("/users/alice/scopes") == ["api:secret", "api:write"]
+        assert answer.headers["etag"] == call("GET", "/users/alice/scopes").headers["etag"]
+        assert list(errors_of(call("PUT", "/users/alice/scopes", {"scope_ids": ["api:read", "x"]}))) == ["scope_ids"]
+        assert names("/users/alice/scopes") == ["api:secret", "api:write"]
+        before = idp.store.list_audit(limit=1)[0].seq
+        assert call("PUT", "/users/alice/scopes", {"scope_ids": ["api:write", "api:secret"]}).status == 200
+        assert idp.store.list_audit(after=before) == [], "nothing was changed"
+        assert call("PUT", "/clients/service/scopes", {"scope_ids": []}).json == []
+
+    @pytest.mark.parametrize("path", ["redirect-uris", "post-logout-redirect-uris", "cors-origins"])
+    def test_lists_of_uris_have_a_tag(self, call, public, path):
+        tag = call("GET", f"/clients/spa/{path}").headers["etag"]
+        call("POST", f"/clients/spa/{path}", "https://app.example")
+        assert call("GET", f"/clients/spa/{path}").headers["etag"] != tag
+
+
+class TestPages:
+    def test_a_page_names_those_around_it(self, call, new_user):
+        for number in range(6):
+            new_user(f"user{number}")
+        links = lambda query: dict(  # noqa: E731
+            (rel, at) for at, rel in re.findall(r'offset=([0-9]+)>; rel="([a-z]+)"', call("GET", query).headers.get("link", ""))
+        )
+        assert links("/users?limit=3") == {"next": "3"}
+        assert links("/users?limit=3&offset=3") == {"next": "6", "prev": "0", "first": "0"}
+        assert links("/users?limit=3&offset=6") == {"prev": "3", "first": "0"}
+        assert links("/users?limit=100") == {}
+        page = call("GET", "/users?limit=2&offset=4&q=user&sort=-username").headers["link"]
+        assert page.count("q=user&sort=-username&limit=2&offset=") == 2

@@ -231,6 +231,8 @@ class TestEveryChangeLeavesARow:
         "DELETE /roles/<id>/permissions/<permission_id>": ("/roles/ops/permissions/doc", None),
         "POST /scopes": ("/scopes", {"name": "new"}), "PUT /scopes/<id>": ("/scopes/api:read", {"desc": "d"}),
         "DELETE /scopes/<id>": ("/scopes/api:read", None),
+        "PUT /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
+        "PUT /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": []}),
         "POST /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
         "DELETE /users/<id>/scopes/<scope_id>": ("/users/alice/scopes/api:read", None),
         "DELETE /users/<id>/consents/<client_id>": ("/users/alice/consents/spa", None),
@@ -819,7 +821,8 @@ class TestBigTables:
         while offset is not None:
             page = call("GET", f"/users?q=u0&limit=700&offset={offset}&sort=-username")
             found += [user["username"] for user in page.json]
-            offset = int(re.search(r"offset=(\d+)", page.headers["link"])[1]) if "link" in page.headers else None
+            link = re.search(r'offset=(\d+)>; rel="next"', page.headers.get("link", ""))
+            offset = int(link[1]) if link else None
         assert found == sorted(found, reverse=True) and len(found) == len(set(found)) == 2500 == int(
             page.headers["x-total-count"]
         )

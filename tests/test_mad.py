@@ -2154,6 +2154,8 @@ class TestEveryCommand:
             else ["x"]
             if path.endswith("/actions")
             else [thing]
+            if method == "PUT" and path.endswith("/scopes") or path == "/keys/rotate"
+            else [thing]
             if listed and method == "GET" and "/idp/" not in path
             else thing, {},
         )

@@ -346,6 +346,12 @@ class AssignScopes(msgspec.Struct):
         return self.scope_ids or self.scopeIds or ([self.scope_id] if self.scope_id else [])
 
 
+class SetScopes(msgspec.Struct):
+    """PUT /clients/{id}/scopes and /users/{id}/scopes: all the scopes there are to be, by id or name."""
+
+    scope_ids: list[str]
+
+
 class ScopeMember(msgspec.Struct):
     """POST /scopes/assign-to-user, /scopes/remove-from-user, and the same for clients."""
 

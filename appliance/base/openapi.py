@@ -168,7 +168,8 @@ def describe_responses(route: Route, method: str, path: str, port_name: str) -> 
     ):
         link = {"description": "RFC 8288; rel=next where there is more.", **text}
         headers |= {"X-Total-Count": text, "Link": link}
-    if route.tagged or (route.versioned and method != "DELETE"):
+    is_message = getattr(route.gives, "__name__", "") == "Msg"  # of a change; it says nothing of what was changed
+    if route.tagged or (route.versioned and method != "DELETE" and not is_message):
         headers["ETag"] = text
     if route.tagged:
         responses["304"] = {"description": "As you have it.", "headers": {"ETag": text}}
