@@ -92,15 +92,15 @@ from appliance.base.objects import (
     Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX,
     ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles, ListSessions, ListUsers,
     ListedBackup, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError,
-    OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PasswordForm, PasswordVerdict, PermissionMember,
-    Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser, PurgeAudit,
-    PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword, Revoked,
-    RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember, ScopeObject,
-    SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
-    SetScopes, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpConfirmed,
-    TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission, UpdateRole,
-    UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo, UserObject,
-    VerifyPassword, VerifyTotp, Version, iso, read_time,
+    OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PagedById, PasswordForm, PasswordVerdict,
+    PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser,
+    PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword,
+    Revoked, RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember,
+    ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption,
+    SetLockout, SetRoles, SetScopes, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject,
+    TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission,
+    UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo,
+    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
@@ -5355,14 +5355,22 @@ def paged_reply(params, rows, total) -> Reply:
     headers, query = [("X-Total-Count", str(total))], params.query
     if isinstance(total, AtLeast):
         headers.append(("X-Total-Count-Relation", "gte"))
-    kept = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset")]
-    offsets = {"next": query.offset + len(rows)} if query.offset + len(rows) < total and rows else {}
+    kept = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset", "after")]
+    kept.append(("limit", query.limit))
+    # A page that begins behind an id costs the same however deep it lies. Rows that are sorted by another member have
+    # offsets, and so has a caller who began with one.
+    is_by_id = isinstance(query, PagedById) or (isinstance(query, ListSessions) and query.sort in ("id", "-id"))
+    by_id = is_by_id and not query.offset
+    targets: dict[str, tuple] = {}
+    if by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
+        targets["next"] = (("after", rows[-1].id),)
+    elif not by_id and rows and query.offset + len(rows) < total:
+        targets["next"] = (("offset", query.offset + len(rows)),)
     if query.offset:
-        offsets |= {"prev": max(0, query.offset - query.limit), "first": 0}
-    links = [
-        f'<?{urlencode([*kept, ("limit", query.limit), ("offset", offset)])}>; rel="{rel}"'
-        for rel, offset in offsets.items()
-    ]
+        targets |= {"prev": (("offset", max(0, query.offset - query.limit)),), "first": (("offset", 0),)}
+    elif by_id and query.after is not None:
+        targets["first"] = ()
+    links = [f'<?{urlencode([*kept, *target])}>; rel="{rel}"' for rel, target in targets.items()]
     return Reply(rows, [*headers, ("Link", ", ".join(links))] if links else headers)
 
 
@@ -8558,11 +8566,13 @@ def session_details(session: ListedSession) -> SessionObject:
 def admin_list_sessions(idp, claims, params):
     """List the sessions, newest first, filtered by user, client, login, address or whether they live, page by page."""
     query = params.query
+    if query.after is not None and (query.offset or query.sort not in ("id", "-id")):
+        reject(after="takes the place of offset, in the order of ids only")
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
     rows, total = idp.store.list_sessions(
-        user_id, client_id, None, query.sort, query.limit, query.offset, query.living, idp.now(), sid=query.sid,
-        mad_use=query.mad_use, ip_address=query.ip_address,
+        user_id, client_id, None, query.sort, query.limit, query.offset, query.living, idp.now(), query.after,
+        sid=query.sid, mad_use=query.mad_use, ip_address=query.ip_address,
     )
     return paged_reply(params, [session_details(row) for row in rows], total)
 
@@ -8656,12 +8666,14 @@ def admin_introspect(idp, claims, params):
 
 
 @ADMIN(
-    "GET", "/refresh-tokens", guard=by_admin, spec=OWN, query=Paged, gives=list[RefreshTokenObject],
+    "GET", "/refresh-tokens", guard=by_admin, spec=OWN, query=PagedById, gives=list[RefreshTokenObject],
     option="enable_token_refresh",
 )
 def admin_list_refresh_tokens(idp, claims, params):
     """List the refresh tokens, newest first, a page at a time, without the tokens themselves."""
-    rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
+    query = params.query
+    reject(after="takes the place of offset" if query.after is not None and query.offset else "")
+    rows, total = idp.store.list_refresh_tokens(limit=query.limit, offset=query.offset, after=query.after)
     return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 

@@ -803,3 +803,31 @@ class TestPages:
         assert links("/users?limit=100") == {}
         page = call("GET", "/users?limit=2&offset=4&q=user&sort=-username").headers["link"]
         assert page.count("q=user&sort=-username&limit=2&offset=") == 2
+
+    @pytest.mark.parametrize("path", ["/sessions", "/refresh-tokens"])
+    @pytest.mark.parametrize("sort", ["", "&sort=id"])
+    def test_what_is_sorted_by_id_is_paged_by_it(self, call, log_in, alice, path, sort):
+        """A million rows lie before a page deep in the list: none of them is read."""
+        for _ in range(5):
+            log_in(alice)
+        if path == "/refresh-tokens" and sort:
+            return  # it is sorted in one way only
+        every = [row["id"] for row in call("GET", f"{path}?limit=100{sort}").json]
+        seen, query, hops = [], f"?limit=2{sort}", 0
+        while query and hops < 9:
+            page = call("GET", path + query)
+            assert page.headers["x-total-count"] == str(len(every)) and "offset" not in page.headers.get("link", "")
+            seen += [row["id"] for row in page.json]
+            link = re.search(r'<(\?[^>]*)>; rel="next"', page.headers.get("link", ""))
+            query, hops = link[1] if link else None, hops + 1
+        assert seen == every and len(every) >= 5
+
+    @pytest.mark.parametrize(
+        "query", ["after=x&offset=1", "after=x&sort=expires_at", "after=" + "x" * 65]
+    )
+    def test_both_ways_at_once_are_refused(self, call, query):
+        assert list(errors_of(call("GET", f"/sessions?{query}"))) == ["after"]
+
+    def test_an_unknown_place_is_one_all_the_same(self, call, log_in, alice):
+        log_in(alice)
+        assert call("GET", "/sessions?after=0").json == [] and len(call("GET", "/sessions?after=zzz").json) == 2

@@ -631,8 +631,20 @@ class Paged(msgspec.Struct):
     offset: Offset = 0
 
 
+AfterId = Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class PagedById(Paged):
+    """`after` is the id of the last row of the page before, in place of `offset`: Link says it."""
+
+    after: AfterId | None = None
+
+
 class ListSessions(msgspec.Struct):
-    """`living` selects the tokens that are alive, or those that are not; `sid` is that of a login."""
+    """`living` selects the tokens that are alive, or those that are not; `sid` is that of a login.
+
+    `after` is the id of the last row of the page before, in place of `offset`, where they are sorted by id.
+    """
 
     user_id: str | None = None
     client_id: str | None = None
@@ -641,6 +653,7 @@ class ListSessions(msgspec.Struct):
     mad_use: Literal["auth", "admin"] | None = None
     sid: str | None = None
     sort: Literal["id", "-id", "expires_at", "-expires_at"] = "-id"
+    after: AfterId | None = None
     limit: Limit = 1000
     offset: Offset = 0
 

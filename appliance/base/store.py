@@ -1154,14 +1154,30 @@ class Store(Database):
             total = AtLeast(offset + len(rows))
         return rows[:limit], total
 
+    def page_after(
+        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, listed: str, after: str | None,
+        **parameters: object
+    ) -> tuple[list[Row], int]:
+        """Return what page() does, of the rows that follow the id `after` in the order of ids, if that is given.
+
+        Such a page costs the same however deep it lies: no rows are read to be skipped. The total is still that of all.
+        """
+        if after is None:
+            return self.page(record, sql, sort, limit, offset, listed, **parameters)
+        follows = f"{sql} AND id {'<' if sort[0] == '-' else '>'} :after"
+        rows, _ = self.page(record, follows, sort, limit, 0, listed, after=after, **parameters)
+        return rows, self.count(f"SELECT 1 FROM ({sql})", **parameters)
+
     def page_of(
-        self, record: type[Row], listed: str, sort: str, limit: int, offset: int, **columns: object
+        self, record: type[Row], listed: str, sort: str, limit: int, offset: int, after: str | None = None,
+        **columns: object
     ) -> tuple[list[Row], int]:
         """Return a page of the rows whose columns have these values. A column whose value is None may have any."""
         given = {name: value for name, value in columns.items() if value is not None}
         # No `:name IS NULL OR …`: SQLite would not use the index of that column.
         where = " AND ".join(["1 = 1", *(f"{name} = :{name}" for name in given)])
-        return self.page(record, f"SELECT * FROM {record.table} WHERE {where}", sort, limit, offset, listed, **given)
+        rows_of = f"SELECT * FROM {record.table} WHERE {where}"
+        return self.page_after(record, rows_of, sort, limit, offset, listed, after, **given)
 
     # -- account, recovery_code --
 
@@ -2126,12 +2142,13 @@ class Store(Database):
 
     def list_sessions(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
-        limit: int = 1000, offset: int = 0, living: bool | None = None, now: int = 0, **more: str | None
+        limit: int = 1000, offset: int = 0, living: bool | None = None, now: int = 0, after: str | None = None,
+        **more: str | None
     ) -> tuple[list[ListedSession], int]:
         """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7.
 
         `living` selects those that are alive at `now`, or those that are not; `more` are `sid`, `mad_use`,
-        `ip_address`.
+        `ip_address`. `after` is an id: those that follow it in the order of `sort`, which is that of ids.
         """
         given = {"id": id, "user_id": user_id, "client_id": client_id} | more
         given = {name: value for name, value in given.items() if value is not None}
@@ -2139,8 +2156,9 @@ class Store(Database):
         if living is not None:
             conditions.append(f"{'' if living else 'NOT'} ({SESSION_IS_ALIVE})")
         where = " AND ".join(["1 = 1", *conditions])
-        return self.page(
-            ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, now=now, **given
+        return self.page_after(
+            ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, after, now=now,
+            **given,
         )
 
     def count_living(self, now: int, longest: int, most: int) -> dict[str, int]:
@@ -2197,10 +2215,12 @@ class Store(Database):
 
     def list_refresh_tokens(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
-        limit: int = 1000, offset: int = 0
+        limit: int = 1000, offset: int = 0, after: str | None = None
     ) -> tuple[list[ListedRefreshToken], int]:
+        """Return refresh tokens, the newest first. `after` is as in list_sessions()."""
         return self.page_of(
-            ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
+            ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, after, id=id, user_id=user_id,
+            client_id=client_id,
         )
 
     def find_refresh_token_by_id(self, id: str) -> ListedRefreshToken | None:
