@@ -28,7 +28,7 @@ PROTECTED = [
 ONLY_JSON = [
     (method, path)
     for route in m.ADMIN.routes
-    if route.takes and FORM not in route.media
+    if route.takes and FORM not in route.media and route.guard is m.by_admin
     for method in route.methods
     for path in route.paths
 ]
@@ -295,7 +295,7 @@ class TestEveryChangeLeavesARow:
             for route in m.ADMIN.routes
             for method in route.methods
             for path in route.paths
-            if method != "GET"
+            if method != "GET" and not path.startswith("/dashboard/session")  # test_console.py has their rows
         }
         assert declared == set(self.CHANGES) | self.READ_ONLY | self.WITH_FILES
 

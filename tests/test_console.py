@@ -418,6 +418,31 @@ class TestOwnSessions:
         assert tab("GET", "/users").status == 200
 
 
+class TestRows:
+    """Whatever changes something leaves a row with who did it."""
+
+    DONE = {
+        "console_signed_in": lambda tab: tab.sign_in(),
+        "console_proven": lambda tab: tab.prove(),
+        "console_ended": lambda tab: tab("DELETE", "/dashboard/sessions"),
+        "console_signed_out": lambda tab: tab("DELETE", "/dashboard/session"),
+    }
+
+    @pytest.mark.parametrize("action", DONE)
+    def test_each_act_at_the_console_leaves_one(self, tab, admin, idp, root, action):
+        Tab(admin).sign_in()
+        before, handle = len(actions(idp, action)), tab.cookies["mad-admin"]
+        assert self.DONE[action](tab).status == 200
+        rows = actions(idp, action)
+        assert len(rows) == before + 1
+        assert (rows[0].actor_id, rows[0].target, rows[0].ip_address) == (root.id, root.id, "192.0.2.7")
+        assert handle not in repr(rows)
+
+    def test_a_proof_from_elsewhere_says_from_where_the_session_moved(self, tab, idp):
+        tab.elsewhere(peer="198.51.100.9").prove()
+        assert actions(idp, "console_proven")[0].secondary == "moved_from=192.0.2.7"
+
+
 class TestFiles:
     @pytest.fixture
     def document(self, admin):
