@@ -12,6 +12,7 @@ from appliance.base.metrics import (
     figures_of,
 )
 from appliance.base.database import Unavailable
+from appliance.base.tls import certificate_not_after
 from microauthd import Idp, VERSION
 
 # == Gauges ====================================================================
@@ -30,28 +31,9 @@ def size_of(path: str) -> int:
         return 0
 
 
-def certificate_end(path: str, passphrase: str) -> float:
-    """Return when the certificate in a file ends, Unix seconds; NaN if it cannot be read."""
-    from cryptography import x509  # late: a start does not need it
-    from cryptography.hazmat.primitives.serialization.pkcs12 import load_key_and_certificates
-
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        if b"-----BEGIN " in content:
-            certificate: x509.Certificate | None = x509.load_pem_x509_certificates(content)[0]
-        else:
-            certificate = load_key_and_certificates(content, passphrase.encode() or None)[1]
-        return certificate.not_valid_after_utc.timestamp() if certificate else math.nan
-    except (OSError, ValueError, TypeError):
-        return math.nan
-
-
 def measure_certificates(idp: Idp) -> None:
-    for side in ("auth", "admin"):
-        if path := getattr(idp.options, f"{side}_ssl_cert_file"):
-            end = certificate_end(path, getattr(idp.options, f"{side}_ssl_cert_pass"))
-            idp.counters.set(CERTIFICATE_END, end, side)
+    for side, not_after in certificate_not_after(idp.certificates).items():
+        idp.counters.set(CERTIFICATE_END, not_after, side)
 
 
 def measure_keys(idp: Idp) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import signal
 import socket
 import ssl
@@ -19,9 +20,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs12
 
 from appliance.base import tls as tls_room
+from appliance.base.metrics import show_metrics
 from appliance.base.tls import (
     Pair, PortCertificate, SharedPair, certificate_not_after, certificate_warnings, describe_certificate,
 )
+from appliance.figures import measure_certificates
 from appliance.status import gather_status
 
 DAY = 86400
@@ -284,6 +287,13 @@ class TestStatus:
         idp.certificates, clock.now = {"auth": files.port}, NOW + (90 - left) * DAY
         found = self.attention(idp)[1]["certificate_ending"]
         assert (found.severity, found.since, "auth" in found.text) == (severity, "2030-05-25T17:46:40Z", True)
+
+    def test_metrics_tell_when_it_ends(self, idp, files, clock):
+        idp.certificates, clock.now = {"auth": files.port}, NOW
+        measure_certificates(idp)
+        text = show_metrics(idp.counters.totals())
+        (sample,) = re.findall("^microauthd_certificate_not_after_timestamp_seconds.*", text, re.M)
+        assert 'server="auth"' in sample and float(sample.split()[-1]) == NOW + 90 * DAY
 
     def test_files_that_are_not_served_do_and_what_is_served_is_shown(self, idp, files, clock):
         idp.certificates, clock.now = {"auth": files.port}, NOW
