@@ -47,18 +47,18 @@ class TestStripping:
             elf.strip(content)
 
 
-def main_function(name):
-    """A function of build/main.py, which cannot be imported: it runs the program."""
+def main_functions(*names):
+    """Functions of build/main.py, which cannot be imported: it runs the program."""
     tree = ast.parse((ROOT / "build" / "main.py").read_text())
     found = [
         node
         for node in tree.body
-        if getattr(node, "name", "") == name or (isinstance(node, ast.Assign) and node.targets[0].id == "BLOCK")
+        if getattr(node, "name", "") in names or (isinstance(node, ast.Assign) and node.targets[0].id == "BLOCK")
     ]
     space = {}
     exec(compile(ast.Module(found, []), "main.py", "exec"), space)
     assert space["BLOCK"] == delta.BLOCK
-    return space[name]
+    return [space[name] for name in names]
 
 
 class TestDeltas:
@@ -76,12 +76,27 @@ class TestDeltas:
         }[change]
         shifts, difference = delta.make_delta(base, content)
         assert len(difference) == len(content)  # build/main.py compares the sizes of unpacked files with the archive's
-        restore_block, restored = main_function("restore_block"), b""
+        (restore_block,), restored = main_functions("restore_block"), b""
         for shift, at in zip(shifts, range(0, len(content), delta.BLOCK), strict=True):
             restored += restore_block(difference[at : at + delta.BLOCK], at, base, shift)
         assert restored == content
         if change == "moved":
             assert difference.count(0) > 45_000
+
+    def test_every_module_comes_out_of_the_archive_as_it_went_in(self):
+        bill = json.loads(ARCHIVE.with_name(ARCHIVE.name + ".cdx.json").read_text())
+        tags = [row["value"].split("-", 2) for row in bill["metadata"]["component"]["properties"]]
+        targets = [
+            wheels.Target(f"{python[0]}.{python[1:]}", *platform.split("-linux-")) for _, python, platform in tags
+        ]
+        read_blocks, _ = main_functions("read_blocks", "restore_block")
+        native = wheels.collect(targets).native
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            deltas = json.loads(archive.read("deltas.json"))
+            for name, content in native.items():
+                assert b"".join(read_blocks(archive, "native/" + name, deltas)) == content, name
+            kept = {name for name in archive.namelist() if name.startswith("native/")}
+        assert kept == {"native/" + name for name in native}
 
     def test_only_the_first_python_has_a_large_module_whole(self):
         one, other = random.Random(1).randbytes(2 << 20), b"small"
