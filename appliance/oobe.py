@@ -32,7 +32,7 @@ import microauthd
 from appliance import recovery
 from appliance.base import StartupError
 from appliance.base.files import (
-    check_folder, existing_folder, read_secret_file, read_stdin_secret, sync_directory, write_durably,
+    Identity, check_folder, existing_folder, read_secret_file, read_stdin_secret, sync_directory, write_durably,
 )
 from appliance.base.settings import (
     OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, host_names, issuer_obstacle, networks, whole,
@@ -316,8 +316,10 @@ def check_option(draft, name, is_interactive=True):
             if os.path.abspath(value) in map(os.path.abspath, others):
                 raise ValueError("config, keys and database must be different files")
             check_creatable(value)
+            # By whom it will be made: see set_up().
+            owner = recovery.database_owner(value if name == "db-file" else draft["db-file"])
             try:
-                check_folder(existing_folder(value))
+                check_folder(existing_folder(value), Identity(owner[0], frozenset(owner[1:])) if owner else None)
             except StartupError as refusal:
                 raise ValueError(str(refusal)) from None
         if name == "log-file" and value:
@@ -723,7 +725,7 @@ def set_up(final_options, answers):
 
     An interrupted one leaves settings and nothing that they name, so it is repeated. Raises StartupError.
     """
-    owner = recovery.database_owner(final_options)
+    owner = recovery.database_owner(final_options.db_file)
     if owner is None:
         return set_up_here(final_options, answers)
     forbid_second_setup(final_options)

@@ -159,11 +159,11 @@ def is_writable(config: str) -> bool:
     return os.access(existing_folder(config), os.W_OK | os.X_OK)
 
 
-def database_owner(options: Options) -> tuple[int, int] | None:
+def database_owner(db_file: str) -> tuple[int, int] | None:
     """Return uid and gid of the user whose folder the database lies in, where this is root and that is somebody else:
     the user of the service, who makes and moves everything there.
     """
-    info = os.stat(existing_folder(options.db_file))
+    info = os.stat(existing_folder(db_file))
     return (info.st_uid, info.st_gid) if info.st_uid and not os.geteuid() else None
 
 
@@ -171,7 +171,7 @@ def journal_place(options: Options) -> str:
     """Return the file beside which the journal lies: the config file, or the database where that is root's and this
     is another's.
     """
-    is_ours = is_writable(options.config_file) and database_owner(options) is None
+    is_ours = is_writable(options.config_file) and database_owner(options.db_file) is None
     return options.config_file if is_ours else os.path.abspath(options.db_file)
 
 
@@ -339,7 +339,7 @@ def recover_setup(config: str, settings: dict | None = None, environ: Mapping[st
         place, owner = config, None
     else:  # only the settings tell where a journal is that does not lie beside them, and whose
         options = load_options(settings, environ or {})
-        place, owner = journal_place(options), database_owner(options)
+        place, owner = journal_place(options), database_owner(options.db_file)
     traces = (journal_of(place), staged_path(place))
     if not any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
         return

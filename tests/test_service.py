@@ -604,7 +604,7 @@ class TestUnit:
     def test_systemd_understands_every_line(self, unit, tmp_path):
         root = tmp_path / "root"
         shutil.copytree("/usr/lib/systemd/system", root / "usr/lib/systemd/system", symlinks=True)
-        for path in ("/usr/bin/env", "/bin/kill", sys.executable, "/opt/microauthd/microauthd"):
+        for path in ("/usr/bin/env", "/bin/sh", sys.executable, "/opt/microauthd/microauthd"):
             target = root / path.lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.touch(0o755)
@@ -684,6 +684,12 @@ def house():
 class TestRootsSettings:
     """What root runs before the first start of a service, and what that service's user runs beside it."""
 
+    @pytest.mark.parametrize("name, path", [("db-file", "data/other.db3"), ("seal-key-file", "data/other.key")])
+    def test_answers_may_name_other_files_of_the_user(self, house, name, path):
+        house.answers.write_text(f'{name} = "{house.folder / path}"\n' + ANSWERS)
+        done = house.set_up()
+        assert done.returncode == 0 and (house.folder / path).stat().st_uid == SERVER, done.stderr
+
     def test_a_first_start_sets_up_once_and_the_server_reads_what_is_roots(self, house, tmp_path):
         done = house.set_up()
         assert done.returncode == 0, done.stderr
@@ -696,6 +702,7 @@ class TestRootsSettings:
         assert "a database phrase" not in house.conf.read_text() and "\noidc-issuer = " in house.conf.read_text()
         before = contents(house.folder / "data")
         house.answers.write_text(ANSWERS)
+        house.answers.chmod(0o600)
         assert house.set_up().returncode == 0 and contents(house.folder / "data") == before  # nothing, again
         # Started by root, as OpenRC's and runit's scripts could, it becomes the user of the data.
         process = subprocess.Popen(
