@@ -1428,7 +1428,7 @@ class MadClient(ApiClient):
                       **search: Unpack[SortParams]) -> Iterator[list[dict]]:
         """GET /sessions. Return [Session], newest first, filtered by what is given.
 
-        `living` selects those that are alive or are not, `mad_use` those of auth or admin, `sid` those of a login.
+        `living` selects those that are alive, `mad_use` those of auth or admin, `sid` those of a login.
         """
         return self.pages("/sessions", _without_none(
             user_id=user_id, client_id=client_id, living=_flag(living),
@@ -3522,7 +3522,7 @@ def session_commands(noun: str) -> tuple:
         Command(noun + " list", "list the sessions, newest first", MadClient.list_sessions, (
             Option("user-id", "only those of this user", collection="users"),
             Option("client-id", "only those at this client", metavar="ID|NAME"),
-            Option("living", "only those that are alive (true), or are not (false)", "flag"),
+            Option("living", "only those that are alive", "flag"),
             Option("ip-address", "only those of logins from this address", metavar="ADDRESS"),
             Option("mad-use", "only tokens of this port", choices=("auth", "admin")),
             Option("sid", "only those of this login", metavar="SID"),

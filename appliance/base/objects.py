@@ -641,14 +641,14 @@ class PagedById(Paged):
 
 
 class ListSessions(msgspec.Struct):
-    """`living` selects the tokens that are alive, or those that are not; `sid` is that of a login.
+    """`living` selects the tokens that are alive; `sid` is that of a login.
 
     `after` is the id of the last row of the page before, in place of `offset`, where they are sorted by id.
     """
 
     user_id: str | None = None
     client_id: str | None = None
-    living: bool | None = None
+    living: bool = False
     ip_address: str | None = None
     mad_use: Literal["auth", "admin"] | None = None
     sid: str | None = None

@@ -2142,19 +2142,18 @@ class Store(Database):
 
     def list_sessions(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
-        limit: int = 1000, offset: int = 0, living: bool | None = None, now: int = 0, after: str | None = None,
+        limit: int = 1000, offset: int = 0, living: bool = False, now: int = 0, after: str | None = None,
         **more: str | None
     ) -> tuple[list[ListedSession], int]:
         """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7.
 
-        `living` selects those that are alive at `now`, or those that are not; `more` are `sid`, `mad_use`,
-        `ip_address`. `after` is an id: those that follow it in the order of `sort`, which is that of ids.
+        `living` selects those that are alive at `now`; `more` are `sid`, `mad_use`, `ip_address`. `after` is an id: those that follow it in the order of `sort`, which is that of ids.
         """
         given = {"id": id, "user_id": user_id, "client_id": client_id} | more
         given = {name: value for name, value in given.items() if value is not None}
         conditions = [SESSION_FILTERS[name] for name in given]
-        if living is not None:
-            conditions.append(f"{'' if living else 'NOT'} ({SESSION_IS_ALIVE})")
+        if living:
+            conditions.append(SESSION_IS_ALIVE)
         where = " AND ".join(["1 = 1", *conditions])
         return self.page_after(
             ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, after, now=now,
