@@ -5,13 +5,14 @@
     help                                the pages of the manual on a terminal and for man, completion
     oobe                                the wizard of the first start
     upgrade                             a new release in place of this one, or back
-    recovery                            the set-up journal, restore, rotation, recovery, reset
+    recovery                            the set-up journal, restore, recovery, reset
     processes                           what is settled before the first fork, a server process, the supervisor
     machine                             what the routes of ADMIN get done at the machine
     status                              how the box is, and what needs attention
     upkeep, backup                      purging, key states, the clock's thread; one file that restores a box
     authority                           the box's own CA, and the certificate that it makes and renews
     figures                             what metrics say of the machine, and figures over time
+    rings                               the key rings: what signs, rotation, the revocation of a stolen key
     ────────────────────────────────────────────────────────────────────────────────────────────────
     microauthd                          the server: one Bottle module with every rule and every route
     ────────────────────────────────────────────────────────────────────────────────────────────────
