@@ -7595,7 +7595,10 @@ def admin_console_file(idp, params):
     )
 
 
-@ADMIN("GET", ("/", "/dashboard", "/Dashboard", "/Login"), guard=anyone, spec="addresses of the original", gives=bytes)
+@ADMIN(
+    "GET", ("/", "/dashboard", "/Dashboard", "/Login"), guard=anyone, spec="addresses of the original", gives=bytes,
+    leads=True,
+)
 def admin_to_console(idp, params):
     """Lead a browser to the console; 404 for whoever does not prefer HTML."""
     accept = params.environ.get("HTTP_ACCEPT", "")

@@ -29,6 +29,7 @@ class Route(msgspec.Struct, frozen=True):
     oauth: bool = False  # failures are JSON as in RFC 6749 §5.2
     html: bool = False  # failures are an HTML page
     redirects: bool = False  # answers with 302; pages redirect with 303
+    leads: bool = False  # leads a browser elsewhere with 303; 404 for others
     tagged: bool = False  # has an ETag and answers If-None-Match with 304
     cors: bool = False  # allows the origins that public clients have registered
     option: str = ""  # served only if this option is on
@@ -116,6 +117,8 @@ def possible_statuses(route: Route, method: str, path: str, port_name: str) -> s
         statuses.add(404)  # the file does not exist
     if route.html:
         statuses |= {403, 404, 409, 429}
+    if route.leads:
+        statuses.add(404)
     if port_name == "admin":
         statuses.add(421)
     return statuses
@@ -179,8 +182,8 @@ def describe_responses(route: Route, method: str, path: str, port_name: str) -> 
         responses[str(route.status)]["headers"] = headers
     if route.html and route.gives is not bytes:
         responses["200"]["content"] = {"text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)}}
-    if route.html or route.redirects:
-        responses["303" if route.html else "302"] = {
+    if route.html or route.redirects or route.leads:
+        responses["303" if route.html or route.leads else "302"] = {
             "description": "To be fetched by GET.", "headers": {"Location": text},
         }
     if route.gives_media == "*/*" and "<" in path:
