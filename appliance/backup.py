@@ -238,23 +238,22 @@ def list_backups(idp: Idp) -> list[ListedBackup]:
     return sorted(rows, key=lambda row: (row.created_at, row.name), reverse=True)
 
 
-@contextlib.contextmanager
-def counting_backup(idp: Idp):
-    """Count a backup, by whether the block succeeds. A request that may not or cannot ask for one is no failure."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Problem) or error.status >= 500:
-            idp.counters.add(BACKUPS, "failure")
-        raise
-    idp.counters.add(BACKUPS, "success")
-    idp.counters.set(BACKUP_AT, idp.now())
+def count_backup(idp: Idp, outcome: str):
+    idp.counters.add(BACKUPS, outcome)
+    if outcome == "success":
+        idp.counters.set(BACKUP_AT, idp.now())
 
 
 def make_backup(idp: Idp, caller: Caller, without_keys=False) -> BackupObject:
     """Write a backup into `backup-folder`, if the file system has room for it and for more."""
-    with counting_backup(idp):
-        return write_into_folder(idp, caller, without_keys)
+    try:
+        made = write_into_folder(idp, caller, without_keys)
+    except BaseException as error:
+        if not isinstance(error, Problem) or error.status >= 500:  # who may not or cannot ask for one fails nothing
+            count_backup(idp, "failure")
+        raise
+    count_backup(idp, "success")
+    return made
 
 
 def read_backup_piece(idp: Idp, name: str, offset: int) -> tuple[bytes, int]:
@@ -406,8 +405,8 @@ def run_schedule(idp: Idp, schedule: Schedule, pause: Callable[[], bool]) -> Sch
     """
     every, began = idp.options.backup_every, idp.now()
     try:
-        with counting_backup(idp):
-            _, doubt = make_scheduled_backup(idp, pause)
+        _, doubt = make_scheduled_backup(idp, pause)
+        count_backup(idp, "success")
         path = os.path.abspath(idp.options.backup_folder)
         mount = mount_of(path)
         after = Schedule(
@@ -428,6 +427,7 @@ def run_schedule(idp: Idp, schedule: Schedule, pause: Callable[[], bool]) -> Sch
             schedule, next_at=began + retry, failed_at=began, failure=show_path(reason)[:500], tries=tries,
             failures=schedule.failures + 1,
         )
+        count_backup(idp, "failure")
         idp.log("backup.failed", "error", reason=reason, tries=tries, again_in=retry)
     try:
         idp.store.put_meta("backup_schedule", msgspec.json.encode(after).decode())

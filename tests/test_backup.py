@@ -28,6 +28,7 @@ from appliance.backup import (
     run_schedule, scheduled_prefix, write_backup,
 )
 from appliance.machine import MACHINE
+from appliance.base.metrics import show_metrics
 from appliance.status import gather_status
 from appliance.upkeep import BackupThread
 from appliance.recovery import back_up, describe_keys, open_idp, restore
@@ -452,6 +453,9 @@ class TestBackupsByThemselves:
         assert states(folder) == before and not (tmp_path / "gone").exists()
         (found,) = gather_status(idp, 0, {}).attention
         assert found.code == "backup_failed" and after.failure in found.text and "backup.failed" in self.said(idp)
+        counted = show_metrics(idp.counters.totals())
+        for outcome in ("success", "failure"):
+            assert re.search(f'^microauthd_backups_total{{.*"{outcome}".*}} 1$', counted, re.M), counted
 
     def test_a_full_disk_leaves_no_half_file_and_the_older_ones(self, idp, tmp_path, run, clock):
         run()
