@@ -137,8 +137,8 @@ class TestSocketsHandedIn:
             start()
             try:
                 box.await_ready()
-                assert box.token().status == 200 and f"auth=127.0.0.1:{box.auth_port}" in box.log()
-                assert box.stop() == 0
+                assert box.token().status == 200 and box.stop() == 0
+                assert f"auth=127.0.0.1:{box.auth_port} admin=127.0.0.1:{box.admin_port}" in box.log()
                 between = socket.create_connection(auth.getsockname())
                 between.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 start()
