@@ -335,7 +335,8 @@ def recover_setup(config: str, settings: dict | None = None, environ: Mapping[st
     `settings` and `environ` are those of load_options().
     """
     settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
-    if os.geteuid() and is_writable(config):
+    is_pipe = os.path.exists(config) and not os.path.isfile(config)  # of the shell, which is read once
+    if is_pipe or (os.geteuid() and is_writable(config)):
         place, owner = config, None
     else:  # only the settings tell where a journal is that does not lie beside them, and whose
         options = load_options(settings, environ or {})
