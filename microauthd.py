@@ -3289,7 +3289,7 @@ def describe_token(idp: Idp, token: str) -> dict:
     not active. For administrators. Raises invalid_request with the reason if this server did not issue it.
     """
     token = token.strip()
-    refresh = idp.store.find_refresh_token(sha256(token))
+    refresh = idp.store.find_refresh_token(refresh_token_sha256(token))
     if refresh is not None:
         return describe_refresh_token(idp, refresh)
     rings = ((idp.auth_ring, idp.options.auth_issuer), (idp.admin_ring, idp.options.admin_issuer))

@@ -796,13 +796,13 @@ class TestBesideARunningServer:
             assert NEW not in box.said()
 
     def test_no_route_leads_to_any_of_this(self):
-        """The network can neither recover, restore, rotate nor reset."""
+        """The network can neither recover an administrator, restore nor reset."""
         for routes in (m.AUTH, m.ADMIN):
             for route in routes.routes:
                 assert not any(
                     word in path
                     for path in route.paths
-                    for word in ("recover", "restore", "rotate", "factory", "keys/")
+                    for word in ("admin/recover", "/recover/", "restore", "factory", "reset-box")
                 ), route.paths
 
 

@@ -27,6 +27,7 @@ from appliance.base.settings import (
 )
 from appliance.commands import COMMANDS
 from appliance.help import completion_script, manual_page, roff_text
+from appliance.base.metrics import Counters
 from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, journal_socket, reap_orphans, take_sockets, use_addresses
 
 from appliance.recovery import Answers, recover_setup, set_up
@@ -114,7 +115,7 @@ class TestSocketsHandedIn:
     def test_it_goes_on_listening_while_no_worker_can_start(self, is_handed):
         auth, admin = listener(), listener()
         handed = frozenset([auth] if is_handed else [])
-        startup = SimpleNamespace(auth_sockets=[auth], admin_socket=admin, handed=handed)
+        startup = SimpleNamespace(auth_sockets=[auth], admin_socket=admin, handed=handed, counters=Counters())
         supervisor = Supervisor(startup)
         for _ in range(11):
             supervisor.schedule_restart(0)
@@ -137,6 +138,10 @@ class TestSocketsHandedIn:
             start()
             try:
                 box.await_ready()
+                end = time.monotonic() + 15
+                while "serving" not in box.log():  # all processes; one answers already
+                    assert time.monotonic() < end, box.said()
+                    time.sleep(0.02)
                 assert box.token().status == 200 and box.stop() == 0
                 assert f"auth=127.0.0.1:{box.auth_port} admin=127.0.0.1:{box.admin_port}" in box.log()
                 between = socket.create_connection(auth.getsockname())
@@ -182,7 +187,7 @@ class TestWatchdog:
         ],
     )
     def test_it_answers_while_admin_and_a_worker_do(self, beats, is_answering):
-        supervisor = Supervisor(SimpleNamespace(auth_sockets=[None, None]))
+        supervisor = Supervisor(SimpleNamespace(auth_sockets=[None, None], counters=Counters()))
         roles = {11: 0, 12: 1, 13: 2}
         supervisor.children = {pid: (roles[pid], 0.0) for pid in beats}
         supervisor.beats = beats | {14: (9, 0.0)}  # of one that is gone

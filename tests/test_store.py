@@ -35,7 +35,7 @@ class TestSchema:
     def test_a_record_has_the_columns_of_its_table_in_order(self, idp):
         records = [kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, Record)]
         written = [record for record in records if record.table and record.__base__ is Record]
-        assert len(written) == len({record.table for record in written}) == 19
+        assert len(written) == len({record.table for record in written}) == 20
         for record in written:
             columns = [row[1] for row in idp.store.connection.execute(f"PRAGMA table_info({record.table})")]
             assert list(record.__struct_fields__) == columns, record
