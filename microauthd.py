@@ -5312,6 +5312,11 @@ def of_administrators(idp: Idp, params) -> bool:
     return MAD_ADMIN_ROLE_ID in named or is_admin(idp, get_user(idp, user_id).id)
 
 
+def of_named_administrator(idp: Idp, params) -> bool:
+    """Return whether the body names an administrator."""
+    return bool(params.body.user_id) and is_admin(idp, get_user(idp, params.body.user_id).id)
+
+
 def of_first_piece(idp: Idp, params) -> bool:
     """Return whether a file is fetched from its beginning."""
     return params.query.offset == 0
@@ -7829,7 +7834,8 @@ def admin_revoke_consent(idp, claims, params):
 
 
 @ADMIN(
-    "POST", "/users/<id>/invitations", guard=by_admin, spec=OWN, takes=Invite, gives=NewInvitation, option="enable_pkce"
+    "POST", "/users/<id>/invitations", guard=by_admin, spec=OWN, takes=Invite, gives=NewInvitation,
+    option="enable_pkce", proof=of_administrator,
 )
 def admin_create_invitation(idp, claims, params):
     """Make a link by which a user chooses a password, once within 24 hours; it replaces an earlier one."""
@@ -7863,14 +7869,14 @@ def admin_list_consents_for_client(idp, claims, params):
     return paged_reply(params, shown, total)
 
 
-@ADMIN("DELETE", "/clients/<id>/consents", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("DELETE", "/clients/<id>/consents", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_revoke_consents_for_client(idp, claims, params):
     """Take back the consents of every user for a client, and end every token and login of the client."""
     count = revoke_consents(idp, params.caller, get_client(idp, params.path["id"]), sleep)
     return msg(f"{count} consents revoked.")
 
 
-@ADMIN("DELETE", "/consents", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("DELETE", "/consents", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_revoke_all_consents(idp, claims, params):
     """Take back every consent of every user, and end every token and login of the clients that had any."""
     clients = [get_client(idp, id) for id in idp.store.list_clients_with_consents()]
@@ -7934,7 +7940,9 @@ def admin_confirm_totp(idp, claims, params):
     return TotpConfirmed(True, "Second factor enabled.", make_recovery_codes(idp, params.caller, account.id))
 
 
-@ADMIN("POST", "/users/<id>/recovery-codes", guard=by_admin, spec="recovery codes", gives=RecoveryCodes)
+@ADMIN(
+    "POST", "/users/<id>/recovery-codes", guard=by_admin, spec="recovery codes", gives=RecoveryCodes, proof=always
+)
 def admin_make_recovery_codes(idp, claims, params):
     """Make new recovery codes for a user who has a second factor, and return them once; the earlier ones are void."""
     account = get_user(idp, params.path["id"])
@@ -8248,7 +8256,7 @@ def holder_of(idp, member: ScopeMember) -> Client | Account:
 
 @ADMIN(
     "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin, spec=OWN,
-    takes=ScopeMember, gives=Msg,
+    takes=ScopeMember, gives=Msg, proof=of_named_administrator,
 )
 def admin_assign_scope_to(idp, claims, params):
     """Assign one scope to the user or client in the body."""
@@ -8258,7 +8266,7 @@ def admin_assign_scope_to(idp, claims, params):
 
 @ADMIN(
     "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin, spec=OWN,
-    takes=ScopeMember, gives=Msg,
+    takes=ScopeMember, gives=Msg, proof=of_named_administrator,
 )
 def admin_remove_scope_from(idp, claims, params):
     """Remove one scope from the user or client in the body."""
@@ -8580,7 +8588,7 @@ def admin_list_sessions(idp, claims, params):
     return paged_reply(params, [session_details(row) for row in rows], total)
 
 
-@ADMIN("POST", "/sessions/revoke-all", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/sessions/revoke-all", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_revoke_everything(idp, claims, params):
     """End every session, login and token of everybody, on both ports, the caller's own among them."""
     revoke_everything(idp, params.caller)
@@ -8850,14 +8858,14 @@ def admin_key_impact(idp, claims, params):
     return idp.machine.key_impact(idp, params.path["kid"])
 
 
-@ADMIN("POST", "/keys/rotate", guard=by_admin, spec=OWN, takes=RotateKeys, gives=list[KeyObject])
+@ADMIN("POST", "/keys/rotate", guard=by_admin, spec=OWN, takes=RotateKeys, gives=list[KeyObject], proof=always)
 def admin_rotate_keys(idp, claims, params):
     """Publish a next key beside each that signs, or those of one ring or algorithm; it signs after `key-overlap`."""
     with idp.hasher.gate.blocking():
         return idp.machine.rotate_keys(idp, params.caller, params.body.ring, params.body.alg)
 
 
-@ADMIN("POST", "/keys/<kid>/revoke", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/keys/<kid>/revoke", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_revoke_key(idp, claims, params):
     """Revoke a stolen key: no token that it signed is valid any more, and where it signed a new one does."""
     with idp.hasher.gate.blocking():

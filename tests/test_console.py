@@ -303,6 +303,11 @@ NEEDS = [  # (method, path, body), what the path names being somebody with right
     ("DELETE", "/users/alice", None), ("DELETE", "/clients/service", None),
     ("POST", "/audit-logs/purge", {"older_than_days": 1}), ("POST", "/backup", {}),
     ("GET", "/backup/a-name?offset=0", None), ("DELETE", "/backup/a-name", None),
+    ("POST", "/users/root/invitations", {}), ("POST", "/users/alice/recovery-codes", None),
+    ("POST", "/scopes/assign-to-user", {"user_id": "root", "scope_id": "api:read"}),
+    ("POST", "/scopes/remove-from-user", {"user_id": "root", "scope_id": "api:read"}),
+    ("DELETE", "/consents", None), ("DELETE", "/clients/service/consents", None),
+    ("POST", "/keys/rotate", {}), ("POST", "/keys/a-kid/revoke", None), ("POST", "/sessions/revoke-all", None),
 ]
 NEEDS_NONE = [
     ("GET", "/users/root", None), ("PUT", "/users/alice", {"email": "new@example.org"}),
@@ -310,13 +315,17 @@ NEEDS_NONE = [
     ("POST", "/roles/assign", {"user_id": "alice", "role_id": "some"}), ("POST", "/users/alice/deactivate", None),
     ("PUT", "/users/alice/roles", {"roles": [{"id": "some"}]}), ("DELETE", "/roles/some", None),
     ("GET", "/backup/a-name?offset=1048576", None), ("POST", "/clients/service/revoke", None),
+    ("POST", "/users/alice/invitations", {}), ("DELETE", "/users/alice/consents/service", None),
+    ("POST", "/scopes/assign-to-user", {"user_id": "alice", "scope_id": "api:read"}),
+    ("POST", "/scopes/assign-to-client", {"client_id": "service", "scope_id": "api:read"}),
 ]
 
 
 class TestProof:
     @pytest.fixture
-    def stale(self, tab, alice, service, clock):
+    def stale(self, tab, alice, service, clock, monkeypatch, tmp_path):
         """A tab whose last proof is five minutes old."""
+        monkeypatch.chdir(tmp_path)  # where the keys are looked for
         assert tab("POST", "/roles", {"name": "some"}).status == 200
         clock.pass_(m.PROOF_TTL)
         return tab
