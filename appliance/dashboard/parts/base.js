@@ -23,7 +23,7 @@ export function When({ at, none = "–" }) {
     const timer = setInterval(() => tick((count) => count + 1), 30000);
     return () => clearInterval(timer);
   }, []);
-  return at ? html`<time datetime=${at} title=${exact(at)}>${ago(at)}</time>` : html`<span class="quiet">${none}</span>`;
+  return at ? html`<time datetime=${at} title=${exact(at)}>${ago(at)}</time>` : html`<span class="quiet none">${none}</span>`;
 }
 
 // Characters that show nothing or change the order of others: a name must not pose as another one. Unicode TR 36.
@@ -49,15 +49,15 @@ export function Head({ title, back, aside, level = 1, children }) {
   </header>`;
 }
 
-/** The tabs of a page, each with a URL; a select at 320 px. tabs: [{ id, label }]. */
-export function Tabs({ base, tabs, current, label }) {
+/** The tabs of a page, each with a URL; a select at 320 px. tabs: [{ id, label }]; `query` is kept from tab to tab. */
+export function Tabs({ base, tabs, current, label, query }) {
   return html`<nav class="tabs" aria-label=${label}>
     <select class="narrow" aria-label=${label} value=${current}
-      onChange=${(event) => go([...base, event.target.value])}>
+      onChange=${(event) => go([...base, event.target.value], query)}>
       ${tabs.map((tab) => html`<option key=${tab.id} value=${tab.id}>${tab.label}</option>`)}
     </select>
     <ul class="wide">${tabs.map((tab) => html`<li key=${tab.id}>
-      <a href=${href([...base, tab.id])} aria-current=${tab.id === current ? "page" : null}>${tab.label}</a>
+      <a href=${href([...base, tab.id], query)} aria-current=${tab.id === current ? "page" : null}>${tab.label}</a>
     </li>`)}</ul>
   </nav>`;
 }
@@ -129,6 +129,26 @@ export function useLoad(load, deps) {
     };
   }, [...deps, round]);
   return { ...state, reload, set: (data) => set({ data, loading: false }) };
+}
+
+/** What a button does: act(work) runs it, and tells whether it went well; `error` and `busy` are for the room. */
+export function useAct() {
+  const [error, setError] = useState(null);
+  const [busy, setBusy] = useState(false);
+  const act = async (work) => {
+    setError(null);
+    setBusy(true);
+    try {
+      await work();
+      return true;
+    } catch (failure) {
+      if (failure.code !== "proof_refused") setError(failure);
+      return false;
+    } finally {
+      setBusy(false);
+    }
+  };
+  return { act, busy, error };
 }
 
 export { ended, session, route, go, href, t };

@@ -66,8 +66,8 @@ export function useForm(initial, save, { whole = false, reread } = {}) {
   return form;
 }
 
-/** The frame of a form with its buttons. `names` are the words for members, for a conflict. */
-export function Form({ form, submit, cancel, kind = "primary", names = {}, children }) {
+/** The frame of a form with its buttons. `names` are the words for members, for a conflict. `last`: as in a dialog. */
+export function Form({ form, submit, cancel, kind = "primary", names = {}, last, children }) {
   const rest = form.error && { ...form.error, status: form.error.status, code: form.error.code, errors: {} };
   const atFields = Object.keys(form.errors).length > 0 && Object.keys(form.errors).every((name) => name in form.values);
   return html`<form ref=${form.element} class="form" onSubmit=${form.submit} novalidate>
@@ -75,10 +75,11 @@ export function Form({ form, submit, cancel, kind = "primary", names = {}, child
     ${form.conflict ? html`<${Conflict} form=${form} names=${names} />` : form.error && (atFields
       ? html`<p class="small bad" role="alert">${t("see_fields")}</p>`
       : html`<${Failure} error=${Object.keys(form.errors).length ? form.error : rest} />`)}
-    <div class="buttons start">
+    <div class=${last ? "buttons" : "buttons start"}>
+      ${last && cancel}
       <${Button} type="submit" kind=${kind} busy=${form.busy} disabled=${!form.whole && !form.isChanged}>${submit}<//>
       ${form.isChanged && !form.whole && html`<${Button} onClick=${() => form.reset()}>${t("discard")}<//>`}
-      ${cancel}
+      ${!last && cancel}
     </div>
   </form>`;
 }

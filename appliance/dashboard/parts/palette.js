@@ -18,7 +18,9 @@ const LISTS = [
     read: (row) => ({ name: row.username, more: row.email, to: ["people", row.username] }) },
   { icon: "roles", path: "/roles", room: "roles", kind: "role",
     read: (row) => ({ name: row.name, more: row.description, to: ["roles", row.name] }) },
-  { icon: "roles", path: "/scopes", room: "roles", kind: "scope",
+  { icon: "roles", path: "/permissions", room: "permissions", kind: "permission",
+    read: (row) => ({ name: row.name, to: ["permissions", row.name] }) },
+  { icon: "roles", path: "/scopes", room: "scopes", kind: "scope",
     read: (row) => ({ name: row.name, more: row.description, to: ["scopes", row.name] }) },
 ];
 

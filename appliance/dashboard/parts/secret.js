@@ -4,8 +4,8 @@ import { t } from "../words.js";
 import { Button, html, useEffect, useId, useRef, useState } from "./base.js";
 import { CopyButton } from "./copy.js";
 
-/** `note` is a sentence below, such as how long the earlier secret works; `name` names the file. */
-export function SecretOnce({ value, name, note, onClose }) {
+/** `note` is a sentence below, such as how long the earlier secret works; `name` names the file. A link has other words. */
+export function SecretOnce({ value, name, note, onClose, title = t("secret_once"), stored: isStored = t("i_stored_it") }) {
   const [shown, show] = useState(true);
   const [stored, setStored] = useState(false);
   const field = useRef();
@@ -29,8 +29,8 @@ export function SecretOnce({ value, name, note, onClose }) {
     URL.revokeObjectURL(link.href);
   };
   const select = () => getSelection().selectAllChildren(field.current);
-  return html`<section class="card secret" aria-label=${t("secret_once")}>
-    <p class="strong">${t("secret_once")}</p>
+  return html`<section class="card secret" aria-label=${title}>
+    <p class="strong">${title}</p>
     <div class="copy"><code ref=${field} tabindex="0" onFocus=${select}>${shown ? value : "•".repeat(24)}</code></div>
     ${note && html`<p>${note}</p>`}
     <div class="buttons start">
@@ -40,7 +40,7 @@ export function SecretOnce({ value, name, note, onClose }) {
     </div>
     <div class="buttons start">
       <label class="check" for=${id}><input id=${id} type="checkbox" checked=${stored}
-        onChange=${(event) => setStored(event.target.checked)} /> ${t("i_stored_it")}</label>
+        onChange=${(event) => setStored(event.target.checked)} /> ${isStored}</label>
       <${Button} disabled=${!stored} onClick=${onClose}>${t("close")}<//>
     </div>
   </section>`;

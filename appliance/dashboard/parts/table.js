@@ -11,15 +11,20 @@ import { Button, Failure, Icon, Loading, href, html, route, useEffect, useLoad, 
 
 export const PAGE = 50;
 
-/** A page of a list of ADMIN. `filters` go into its query; page and sort come from the URL. */
-export function useList(path, filters = {}, { size = PAGE, sort: usual = "" } = {}) {
-  const { page = "1", sort = usual } = route.value.query;
+/**
+ * A page of a list of ADMIN. `filters` go into its query; page and sort come from the URL. `inner` is for a list within
+ * the page of something that stands beside its own list: it has a page of its own.
+ */
+export function useList(path, filters = {}, { size = PAGE, sort: usual = "", inner = false } = {}) {
+  const named = inner ? "at" : "page";
+  const { [named]: page = "1" } = route.value.query;
+  const sort = (!inner && route.value.query.sort) || usual;
   const at = Math.max(1, Number(page) || 1);
   const asked = makeQuery({ ...filters, sort, limit: size, offset: (at - 1) * size || "" });
   const found = useLoad((signal) => get(path + asked, { signal }), [path, asked]);
   return {
     ...found, rows: found.data?.data, total: found.data?.total, atLeast: found.data?.atLeast, next: found.data?.next,
-    page: at, size, sort, isFiltered: Object.values(filters).some((value) => value !== "" && value != null),
+    page: at, named, size, sort, isFiltered: Object.values(filters).some((value) => value !== "" && value != null),
   };
 }
 
@@ -34,13 +39,13 @@ function Heading({ column, sort }) {
 }
 
 function Pages({ list }) {
-  const { page, size, rows, total, atLeast, next } = list;
+  const { page, named = "page", size, rows, total, atLeast, next } = list;
   if (!rows?.length || (page === 1 && !next)) {
     return rows?.length > 10 ? html`<p class="pages quiet small">${t("rows", { n: rows.length })}</p>` : null;
   }
   const from = (page - 1) * size + 1;
   const whole = total == null ? "" : t(atLeast ? "of_at_least" : "of", { n: total });
-  const turn = (to) => setQuery({ page: to === 1 ? "" : to });
+  const turn = (to) => setQuery({ [named]: to === 1 ? "" : to });
   return html`<nav class="pages" aria-label=${t("pages")}>
     <span>${number(from)}–${number(from + rows.length - 1)} ${whole}</span>
     <${Button} icon="back" label=${t("previous_page")} disabled=${page === 1} onClick=${() => turn(page - 1)} />
