@@ -25,14 +25,24 @@ import { isOpen, listen, Palette } from "./parts/palette.js";
 import { Toasts } from "./parts/toast.js";
 import SignIn from "./rooms/signin.js";
 
-// address: where it stands in the URL. group: its place in the navigation; without one it has none.
+/** Another component of the room of roles. */
+const from = (name) => import("./rooms/roles.js").then((module) => ({ default: module[name] }));
+
+// address: where it stands in the URL. group: its place in the navigation; without one it has none, or that of the room
+// that `within` names.
 const ROOMS = [
   { address: "", icon: "home", word: "home", group: "work", load: () => import("./rooms/home.js") },
   { address: "applications", icon: "applications", word: "applications", group: "work", load: () => import("./rooms/applications.js") },
+  { address: "people", icon: "people", word: "people", group: "work", load: () => import("./rooms/people.js") },
+  { address: "roles", icon: "roles", word: "roles_short", group: "work", load: () => import("./rooms/roles.js") },
+  { address: "permissions", icon: "roles", word: "permissions", within: "roles", load: () => from("Permissions") },
+  { address: "scopes", icon: "roles", word: "scopes", within: "roles", load: () => from("Scopes") },
+  { address: "check", icon: "roles", word: "check_access", within: "roles", load: () => from("Check") },
   { address: "me", icon: "me", word: "me", load: () => import("./rooms/me.js") },
 ];
 const ACTS = () => [
   { icon: "plus", name: t("make_application"), kind: t("kind_act"), to: ["applications", "new"] },
+  { icon: "plus", name: t("make_person"), kind: t("kind_act"), to: ["people", "new"] },
   { icon: "me", name: t("end_other_sessions"), kind: t("kind_act"), to: ["me"] },
 ];
 
@@ -62,7 +72,7 @@ function Room({ room, segments, query }) {
 
 const Links = ({ current, onGo }) => html`<ul>${ROOMS.filter((room) => room.group).map((room, at, shown) => html`<li
     key=${room.address} class=${at && shown[at - 1].group !== room.group ? "apart" : ""}>
-  <a href=${href(room.address ? [room.address] : [])} aria-current=${room === current ? "page" : null} onClick=${onGo}>
+  <a href=${href(room.address ? [room.address] : [])} aria-current=${current && room.address === (current.within ?? current.address) ? "page" : null} onClick=${onGo}>
     <${Icon} name=${room.icon} />${t(room.word)}</a></li>`)}</ul>`;
 
 const Brand = () => html`<a class="brand" href="#/">${logo && html`<img src=${logo} alt="" />`}<bdi>${boxName}</bdi></a>`;
