@@ -38,11 +38,22 @@ const ROOMS = [
   { address: "permissions", icon: "roles", word: "permissions", within: "roles", load: () => from("Permissions") },
   { address: "scopes", icon: "roles", word: "scopes", within: "roles", load: () => from("Scopes") },
   { address: "check", icon: "roles", word: "check_access", within: "roles", load: () => from("Check") },
+  { address: "sessions", icon: "sessions", word: "sessions_and_tokens", group: "work", load: () => import("./rooms/sessions.js") },
+  { address: "audit", icon: "audit", word: "audit", group: "work", load: () => import("./rooms/audit.js") },
+  { address: "keys", icon: "keys", word: "keys", group: "box", load: () => import("./rooms/keys.js") },
+  { address: "backups", icon: "backups", word: "backups", group: "box", load: () => import("./rooms/backups.js") },
+  { address: "settings", icon: "settings", word: "settings", group: "box", load: () => import("./rooms/settings.js") },
+  { address: "inspect", icon: "search", word: "inspect_token", load: () => import("./rooms/inspect.js") },
   { address: "me", icon: "me", word: "me", load: () => import("./rooms/me.js") },
 ];
 const ACTS = () => [
   { icon: "plus", name: t("make_application"), kind: t("kind_act"), to: ["applications", "new"] },
   { icon: "plus", name: t("make_person"), kind: t("kind_act"), to: ["people", "new"] },
+  { icon: "backups", name: t("make_backup"), kind: t("kind_act"), to: ["backups"] },
+  { icon: "keys", name: t("rotate_keys"), kind: t("kind_act"), to: ["keys"] },
+  { icon: "audit", name: t("verify_chain"), kind: t("kind_act"), to: ["audit"] },
+  { icon: "settings", name: t("brand"), kind: t("kind_act"), to: ["settings", "brand"] },
+  { icon: "settings", name: t("upkeep"), kind: t("kind_act"), to: ["settings", "upkeep"] },
   { icon: "me", name: t("end_other_sessions"), kind: t("kind_act"), to: ["me"] },
 ];
 
