@@ -11,6 +11,7 @@ function read() {
 
 export const route = signal(read());
 export const rooms = new Set(); // the addresses of the rooms that there are: main.js fills it
+let at = location.hash; // the address that `route` is of
 const guards = new Set(); // functions that give whether a form has changes
 
 /** A link to a room: href(["applications", id, "secrets"], { q: "x" }). What is empty is left out. */
@@ -28,6 +29,7 @@ export function setQuery(changes, replace = false) {
   const target = href(route.value.segments, { ...route.value.query, ...changes });
   if (!replace) return void (location.hash = target);
   history.replaceState(null, "", target);
+  at = location.hash;
   route.value = read();
 }
 
@@ -41,7 +43,6 @@ const hasChanges = () => [...guards].some((isChanged) => isChanged());
 
 /** Follow the address; `mayLeave` asks, and gives a Promise of whether to go. */
 export function follow(mayLeave) {
-  let at = location.hash;
   window.addEventListener("hashchange", async () => {
     if (location.hash === at) return;
     const wanted = location.hash;

@@ -17,7 +17,7 @@ const TEXTS = ["target", "ip_address", "request_id", "about"];
 
 export const inWords = (action) => (has(`action_${action}`) ? t(`action_${action}`) : action);
 const Deed = ({ action }) => has(`action_${action}`) ? t(`action_${action}`) : html`<code>${visible(action)}</code>`;
-const Result = ({ row }) => row.result === "failure" ? html`<${State} kind="bad">${t("refused")}<//>` : html`<${State} kind="good">${t("done")}<//>`;
+const Result = ({ row }) => row.result === "failure" ? html`<${State} kind="bad">${t("refused")}<//>` : html`<span class="quiet">${t("done")}</span>`;
 
 const ids = new Map(); // of names that were looked for: the log holds ids of people
 
@@ -34,13 +34,15 @@ async function idOf(text, signal) {
   return ids.get(text);
 }
 
-/** The filters of ADMIN for those of the address, null while a name is looked for. */
+/** The filters of ADMIN for those of the address; while a name is looked for, the ones before. */
 function useFilters(query) {
   const { q = "", target = "", action, result, since, ip_address, request_id, about } = query;
   const looked = useLoad(async (signal) => ({ of: `${q} ${target}`, who: await idOf(q, signal), target: await idOf(target, signal) }), [q, target]);
-  if (looked.data?.of !== `${q} ${target}`) return { error: looked.error };
+  const kept = useRef();
+  if (looked.data?.of !== `${q} ${target}`) return { filters: kept.current, error: looked.error };
   const from = SINCE[since] ? Math.floor(now() / 1000 / 60) * 60 - SINCE[since] : ""; // by the minute: a page is asked for once
-  return { filters: { user_id: looked.data.who, target: looked.data.target, action, result, since: from, ip_address, request_id, about } };
+  kept.current = { user_id: looked.data.who, target: looked.data.target, action, result, since: from, ip_address, request_id, about };
+  return { filters: kept.current };
 }
 
 /** A filter that is a text, as a field of its own. */
@@ -180,8 +182,8 @@ function Rows({ query, filters, actions, isLive }) {
       <${Button} busy=${busy} onClick=${verify}>${t("verify_chain")}<//>
       ${taken.state ? html`<${Button} onClick=${() => taken.state.abort.abort()}>${t("stop_export", { n: taken.state.rows })}<//>`
         : html`<${Button} onClick=${() => act(taken.begin)}>${t("export")}<//>`}<//>
-    <${Filters} label=${t("audit_who")} total=${page.total} choices=${choices}>
-      <${TextFilter} name="target" label=${t("target")} query=${query} /><${TextFilter} name="ip_address" label=${t("address")} query=${query} /><//>
+    <div class="narrowly"><${Filters} label=${t("audit_who")} total=${page.total} choices=${choices}>
+      <${TextFilter} name="target" label=${t("target")} query=${query} /><${TextFilter} name="ip_address" label=${t("address")} query=${query} /><//></div>
     ${texts.length > 0 && html`<ul class="tokens">${texts.map((name) => html`<li key=${name}><span>${t(`audit_${name}`)}: ${visible(query[name])}</span>
       <${Button} kind="plain" icon="close" label=${t("remove_filter", { name: t(`audit_${name}`) })} onClick=${() => setQuery({ [name]: "", page: "" })} /></li>`)}</ul>`}
     ${verdict && html`<${Verdict} verdict=${verdict} onClose=${() => setVerdict(null)} />`}

@@ -25,8 +25,8 @@ function useRows(what, filters, { after = "", page = 1 }) {
   const found = useLoad((signal) => get(asked, { signal }).catch((error) => {
     if (error.status === 404 && !error.unknownRoute) return { data: [], total: 0, next: false }; // nobody is called so
     throw error;
-  }), [asked]);
-  const { data } = found;
+  }).then((data) => ({ ...data, what })), [asked]);
+  const data = found.data?.what === what ? found.data : null; // rows of another kind have other members
   return {
     ...found, rows: data?.data, total: data?.total, atLeast: data?.atLeast, next: data?.next, sort: "",
     isFiltered: Boolean(filters.user_id || filters.client_id || filters.ip_address || filters.sid || after),
@@ -122,9 +122,9 @@ async function endEverything() {
 
 const columnsOf = (what, end) => ({
   tokens: [
-    { id: "begun", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
-    { id: "person", label: t("person"), cell: (row) => html`<${Person} row=${row} />` },
+    { id: "person", label: t("person"), cell: (row) => row.username ? html`<span class="strong"><${Name} text=${row.username} /></span>` : html`<span class="strong"><${Name} text=${row.client_id} /></span> <span class="quiet">${t("itself")}</span>` },
     { id: "client", label: t("by_application"), cell: (row) => html`<${Client} row=${row} />` },
+    { id: "begun", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
     { id: "from", label: t("where"), cell: (row) => html`<${From} row=${row} />` },
     { id: "address", label: t("address"), cell: (row) => html`<${Address} row=${row} />` },
     { id: "until", label: t("until"), cell: (row) => html`<${When} at=${row.expires_at} />` },
@@ -140,9 +140,9 @@ const columnsOf = (what, end) => ({
     end,
   ],
   refresh: [
-    { id: "begun", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
     { id: "person", label: t("person"), cell: (row) => html`<${Person} row=${row} />` },
     { id: "client", label: t("by_application"), cell: (row) => html`<${Client} row=${row} />` },
+    { id: "begun", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
     { id: "until", label: t("until"), cell: (row) => html`<${When} at=${row.expires_at} />` },
     { id: "state", label: t("state"), cell: (row) => row.is_revoked ? html`<${State} kind="off">${t("ended")}<//>` : html`<${State} kind="on">${t("living")}<//>` },
     end,

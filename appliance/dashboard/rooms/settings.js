@@ -15,7 +15,7 @@ const group = (name) => { // the heading of a group, in words where we have them
 };
 
 function Value({ row }) {
-  if (row.is_secret) return html`<span class="quiet">${t(row.value === "set" ? "is_set" : "is_not_set")}</span>`;
+  if (row.is_secret) return html`<span class="quiet">${t(row.value ? "is_set" : "is_not_set")}</span>`;
   if (typeof row.value === "boolean") return html`<${State} kind=${row.value ? "on" : "off"}>${t(row.value ? "on" : "off")}<//>`;
   const text = Array.isArray(row.value) ? row.value.join(", ") : String(row.value);
   return text === "" ? html`<span class="quiet">–</span>` : html`<code>${visible(text)}</code>`;
@@ -42,7 +42,7 @@ function Options({ query, found }) {
     <${Failure} error=${found.error} retry=${found.reload} />
     ${!rows ? !found.error && html`<${Loading} />` : rows.length === 0
       ? html`<div class="empty"><p>${t("nothing_matches")}</p><${Button} onClick=${() => setQuery({ q: "", origin: "" })}>${t("clear_filters")}<//></div>`
-      : groups.map((name) => html`<${Card} key=${name} title=${group(name)}>
+      : groups.map((name) => html`<${Card} key=${name} kind="options" title=${group(name)}>
           <${Table} list=${{ ...whole(found, rows.filter((row) => row.group === name)), page: undefined }} keyOf=${(row) => row.name} columns=${COLUMNS} caption=${group(name)} /><//>`)}`;
 }
 
