@@ -14,7 +14,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from box import Box
 from playwright.sync_api import expect
-from test_console_browser import chromium, confirm, console, shoot, sign_in, visit  # noqa: F401 – fixtures
+from test_console_browser import chromium, confirm, console, shoot, visit  # noqa: F401 – fixtures
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,15 @@ class TestSessions:
         expect(page.get_by_text("Nothing matches.")).to_be_visible()
         assert not is_alive(box, tokens[1])
 
+    def test_all_of_an_address_end(self, console, box):  # noqa: F811
+        token = box.log_in("ann").json["access_token"]
+        page = console("#/sessions?by=address&q=127.0.0.1")
+        page.get_by_role("button", name="End all of 127.0.0.1").click()
+        confirm(page, "End all")
+        expect(page.get_by_text("Nothing matches.")).to_be_visible()
+        assert not is_alive(box, token)
+        box.bearer = box.admin_token()
+
     def test_refresh_tokens_are_listed_by_person(self, console, box):  # noqa: F811
         box.log_in("ann", scope="openid offline_access")
         page = console("#/sessions?what=refresh&q=ann")
@@ -118,6 +127,14 @@ class TestInspector:
         assert not is_alive(box, token)
         assert asked and all(url.startswith(page.origin) and token not in url for url in asked)
         assert token not in page.url
+
+    def test_a_token_that_is_pasted_into_the_palette_is_inspected(self, console, box):  # noqa: F811
+        page = console("#/keys")
+        page.keyboard.press("/")
+        page.get_by_role("combobox").fill(box.token().json["access_token"])
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="Claims")).to_be_visible()
+        assert page.url.endswith("#/inspect")
 
 
 class TestAudit:

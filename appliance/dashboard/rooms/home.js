@@ -125,7 +125,7 @@ function Steps() {
 
 function Changes() {
   const found = useLive(useLoad((signal) => get("/audit-logs?limit=8", { signal, passive: true }).then(({ data }) => data), []));
-  return html`<${Card} title=${t("last_changes")}>
+  return html`<${Card} title=${t("last_changes")} actions=${html`<a href=${href(["audit"])}>${t("all_of_them")}</a>`}>
     <${Failure} error=${found.error} retry=${found.reload} />
     ${found.data ? html`<ul class="rows log">${found.data.map((row) => html`<li key=${row.id}><span class="quiet"><${When} at=${row.timestamp} /></span>
       <span class="strong"><${Who} id=${row.actor_id} link /></span>

@@ -1,6 +1,6 @@
 // Sessions: which tokens live, who is signed in at which browser, which logins can be refreshed; of a person, an
 // application or an address. #/sessions?what=tokens|browsers|refresh&by=person|application|address&q=, #/sessions/<jti>
-import { all, get, path, query as makeQuery, send } from "../api.js";
+import { get, now, path, query as makeQuery, send } from "../api.js";
 import { setQuery } from "../route.js";
 import { browserName, t } from "../words.js";
 import { Button, Card, Empty, Facts, Failure, Head, href, html, Icon, Loading, Name, State, useAct, useEffect, useLoad, useRef, useState, visible, When } from "../parts/base.js";
@@ -43,14 +43,15 @@ function Turns({ list, after }) {
     <${Button} disabled=${!list.next} onClick=${() => setQuery({ after: list.rows.at(-1).id })}>${t("next")}<//></nav>`;
 }
 
+const NONE = html`<span class="quiet none">–</span>`;
 /** Where a login came from: the browser in words, its own words behind it. */
-const From = ({ row }) => html`<span title=${visible(row.user_agent)}>${row.user_agent ? browserName(row.user_agent) : "–"}</span>`;
-const Address = ({ row }) => row.ip_address ? html`<a class="mono" href=${href(["sessions"], { by: "address", q: row.ip_address })}>${visible(row.ip_address)}</a>` : "–";
+const From = ({ row }) => row.user_agent ? html`<span title=${visible(row.user_agent)}>${browserName(row.user_agent)}</span>` : NONE;
+const Address = ({ row }) => row.ip_address ? html`<a class="mono" href=${href(["sessions"], { by: "address", q: row.ip_address })}>${visible(row.ip_address)}</a>` : NONE;
 const Person = ({ row }) => row.username
   ? html`<a href=${href(["sessions"], { by: "person", q: row.username })}><${Name} text=${row.username} /></a>`
   : html`<span class="quiet">${t("itself")}</span>`;
 const Client = ({ row }) => row.client_id
-  ? html`<a href=${href(["sessions"], { by: "application", q: row.client_id })}><${Name} text=${row.client_id} /></a>` : "–";
+  ? html`<a href=${href(["sessions"], { by: "application", q: row.client_id })}><${Name} text=${row.client_id} /></a>` : NONE;
 
 function Search({ what, by, q }) {
   const [text, setText] = useState(q);
@@ -84,18 +85,25 @@ async function endOne(what, row) {
   return true;
 }
 
-/** End every session of an address: there is no person and no application whose right could be taken. */
+/**
+ * End every session of an address: there is no person and no application whose right could be taken. Page by page until
+ * none is left, or none of a page could be ended.
+ */
 async function endAllOfAddress(address) {
-  let count = 0;
   for (const what of ["browsers", "tokens"]) {
-    for (const row of await all(WHAT[what].path + makeQuery({ ...WHAT[what].fixed, ip_address: address }))) {
-      await send("DELETE", path(PATH_OF[what], row.id)).catch((error) => { // one that ended with another is gone already
-        if (error.status !== 404 && error.code !== "unchanged") throw error;
-      });
-      count++;
+    for (let isGoing = true; isGoing; ) {
+      const { data } = await get(WHAT[what].path + makeQuery({ ...WHAT[what].fixed, ip_address: address, limit: 200 }));
+      isGoing = false;
+      for (const row of data) {
+        try {
+          await send("DELETE", path(PATH_OF[what], row.id));
+          isGoing = true;
+        } catch (error) {
+          if (error.status !== 404 && error.code !== "unchanged") throw error; // else it ended with another
+        }
+      }
     }
   }
-  return count;
 }
 
 /** End all of the person, application or address that is chosen. */
@@ -180,7 +188,7 @@ function One({ id }) {
   const found = useLoad((signal) => get(path("sessions", id), { signal }).then(({ data }) => data), [id]);
   const { act, error } = useAct();
   const row = found.data;
-  const isOver = row && (row.is_revoked || Date.parse(row.expires_at) < Date.now());
+  const isOver = row && (row.is_revoked || Date.parse(row.expires_at) < now());
   const method = row?.login_method;
   return html`<${Head} title=${t("session")} back=${{ href: "#/sessions", label: t("sessions") }} aside=${html`<${Name} text=${id} mono />`}>
       ${row && !isOver && html`<${Button} kind="danger" onClick=${() => act(async () => (await endOne("tokens", row)) && found.reload())}>${t("end_session")}<//>`}<//>
