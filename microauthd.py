@@ -4764,6 +4764,13 @@ def media_preference(accept: str, media: str) -> tuple[float, int]:
     return found[1], found[0]
 
 
+def require_browser(params):
+    """Raise not_found, as for an unknown route, unless Accept prefers HTML to JSON."""
+    accept = params.environ.get("HTTP_ACCEPT", "")
+    if media_preference(accept, "text/html") <= media_preference(accept, JSON):
+        raise Problem("not_found", headers=[("X-Not-Found", "route")])
+
+
 def parse_form(body: bytes) -> list[tuple[str, str]]:
     """Return the parameters of an application/x-www-form-urlencoded body or query, in their order.
 
@@ -5557,6 +5564,8 @@ def served_routes(idp: Idp, routes: Routes):
 
 def log_origin(idp: Idp, environ, origin: str, known):
     """Log an origin that may not read a response, unless it is our own: a browser names it in every POST."""
+        if route.unless and getattr(idp.options, route.unless):
+            continue
     hosts = (environ.get("HTTP_HOST", ""), urlsplit(idp.options.auth_issuer).netloc)
     if origin.partition("://")[2] not in hosts:
         idp.log(
@@ -5687,7 +5696,7 @@ def describe_port(idp: Idp, routes: Routes) -> dict:
     return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
-PUBLIC_PATHS = ("/", "/<path:path>")  # of the route that serves public files
+PUBLIC_PATH = "/<path:path>"  # of the route that serves public files
 
 
 def find_public_file(path: str) -> tuple[str, str] | None:
@@ -5718,7 +5727,7 @@ class Router(bottle.Router):
         self.methods: dict[str, set[str]] = {}  # of each path without variables
 
     def add(self, rule, method, target, name=None):
-        if rule in PUBLIC_PATHS:
+        if rule == PUBLIC_PATH:
             self.public_target = target
             return
         if "<" not in rule:
@@ -7388,7 +7397,17 @@ def auth_swagger_script(idp, params):
 
 
 @AUTH(
-    "GET", PUBLIC_PATHS, guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
+    "GET", "/", guard=anyone, spec=OWN, gives=bytes, leads=True, option="enable_pkce",
+    unless="serve_public_auth_files",
+)
+def auth_root(idp, params):
+    """Lead a browser to the account page; 404 for whoever does not prefer HTML."""
+    require_browser(params)
+    return Redirect(f"{idp.options.auth_issuer}/account")
+
+
+@AUTH(
+    "GET", PUBLIC_PATH, guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
@@ -7478,6 +7497,8 @@ def admin_logout(idp, claims, params):
         end_console(idp, params.caller, params.console)
     else:
         revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
+        if not asked and idp.options.enable_pkce:
+            return auth_root(idp, params)
     return msg("Logged out.")
 
 
@@ -7606,9 +7627,7 @@ def admin_console_file(idp, params):
 )
 def admin_to_console(idp, params):
     """Lead a browser to the console; 404 for whoever does not prefer HTML."""
-    accept = params.environ.get("HTTP_ACCEPT", "")
-    if media_preference(accept, "text/html") <= media_preference(accept, JSON):
-        raise Problem("not_found", headers=[("X-Not-Found", "route")])
+    require_browser(params)
     return Redirect("dashboard/")
 
 

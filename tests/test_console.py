@@ -468,6 +468,10 @@ class TestFiles:
             answer = admin.get(path, headers=[("Accept", accept)])
             assert error_of(answer) == (404, "not_found") and answer.headers["x-not-found"] == "route"
 
+    @pytest.mark.parametrize("path", ["/nowhere", "/a/b", "/dashboard/x", "/dashboard/dashboard/"])
+    def test_an_unknown_address_leads_nowhere(self, admin, path):
+        assert error_of(admin.get(path, headers=[HTML])) == (404, "not_found")
+
     def test_the_document_is_asked_for_again_each_time(self, admin, document):
         assert document.headers["cache-control"] == "no-cache"
         again = admin.get("/dashboard/", headers=[("If-None-Match", document.headers["etag"])])

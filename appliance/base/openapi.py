@@ -33,6 +33,7 @@ class Route(msgspec.Struct, frozen=True):
     tagged: bool = False  # has an ETag and answers If-None-Match with 304
     cors: bool = False  # allows the origins that public clients have registered
     option: str = ""  # served only if this option is on
+    unless: str = ""  # served only if this option is off
     # Function (idp, params): whether a session at the console needs a fresh proof; None never does.
     proof: Callable | None = None
     secret_path: bool = False  # a variable of the path is a secret, which the log must not have
