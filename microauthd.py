@@ -103,7 +103,7 @@ from appliance.base.objects import (
     UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
-from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
+from appliance.base.pages import LOGO_TYPES, SCRIPTS, Pages, describe_age, describe_browser, draw_qr, text_uri
 from appliance.base.console import Console
 from appliance.base.keys import Key, PublicKey, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 from appliance.base.tls import PortCertificate, certificate_warnings
@@ -5389,6 +5389,14 @@ def paged_reply(params, rows, total) -> Reply:
 # -- HTML pages --
 
 
+def words_of_time(idp: Idp, text: dict) -> dict:
+    """Return the functions by which a template says moments, in Unix seconds, and browsers to people."""
+    return {
+        "ago": lambda at: describe_age(idp.now() - at, at, text),
+        "browser": lambda user_agent: describe_browser(user_agent, text),
+    }
+
+
 def show_page(
     idp: Idp, environ, name: str, *, status=200, ui_locales="", target="", cookies=(), script="", **variables
 ) -> Page:
@@ -5400,7 +5408,7 @@ def show_page(
         "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
         "brand": box_name(idp.options),
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
-    } | variables
+    } | words_of_time(idp, idp.pages.texts[language]) | variables
     # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
     # its application (an authenticating proxy, a separate backend), so only the scheme is known here.
     target_scheme = f" {urlsplit(target).scheme}:" if target else ""
@@ -5556,6 +5564,8 @@ def served_routes(idp: Idp, routes: Routes):
     for route in routes.routes:
         if route.option and not getattr(idp.options, route.option):
             continue
+        if route.unless and getattr(idp.options, route.unless):
+            continue
         for path in route.paths:
             yield route, path
             if issuer_path and path == "/.well-known/oauth-authorization-server":
@@ -5564,8 +5574,6 @@ def served_routes(idp: Idp, routes: Routes):
 
 def log_origin(idp: Idp, environ, origin: str, known):
     """Log an origin that may not read a response, unless it is our own: a browser names it in every POST."""
-        if route.unless and getattr(idp.options, route.unless):
-            continue
     hosts = (environ.get("HTTP_HOST", ""), urlsplit(idp.options.auth_issuer).netloc)
     if origin.partition("://")[2] not in hosts:
         idp.log(
@@ -5672,18 +5680,19 @@ def session_form_token(handle: str | None) -> str:
     return form_token(handle.encode(), "session") if handle else ""
 
 
-def login_form_token(idp: Idp, row: LoginTransaction) -> str:
-    """Return the token of the form for a state of a login.
+def login_form_token(idp: Idp, row: LoginTransaction, state="") -> str:
+    """Return the token of the form for a state of a login: the one it is in, unless another is named.
 
     The box's own key makes it, because the login's secret may be renewed while the page waits in another tab. The
     login itself is found by that secret alone.
     """
-    return form_token(idp.seal.form_key, f"{row.id} {row.state}")
+    return form_token(idp.seal.form_key, f"{row.id} {state or row.state}")
 
 
-def check_form(params, expected: str):
-    """Raise access_denied unless the form carries its token."""
-    if not expected or not hmac.compare_digest(expected.encode(), (params.get("form") or "").encode()):
+def check_form(params, *expected: str):
+    """Raise access_denied unless the form carries its token, or one of several."""
+    given = (params.get("form") or "").encode()
+    if not any(token and hmac.compare_digest(token.encode(), given) for token in expected):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
 
@@ -6554,11 +6563,11 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
     if row.state == "enrol":
         assert row.pending
         if account is None:
-            return {"secret": "", "qr": "", "may_skip": False}
+            return {"secret": "", "qr": "", "may_skip": False, "username": ""}
         seed = idp.seal.open(row.pending, account.id)
         issuer_name = (client.flags.get("TOTP_ISSUER") if client else "") or box_name(idp.options)
         qr = qr_uri(totp_uri(seed, account.username, issuer_name))
-        return {"secret": seed, "qr": qr, "may_skip": client is None}
+        return {"secret": seed, "qr": qr, "may_skip": client is None, "username": account.username}
     variables: dict[str, Any] = {"username": account.username if account else ""}
     if row.state == "select":
         assert request and client
@@ -6570,9 +6579,38 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
     return variables
 
 
+def host_of_application(redirect_uri: str) -> str:
+    """Return the host, with its port, to which a login leads back; "" if that is a program on the user's device.
+
+    Such a one has a loopback address or a scheme of its own, which any program can claim. RFC 8252 §7, §8.6
+    """
+    parts = urlsplit(redirect_uri)
+    is_web = parts.scheme.lower() in ("http", "https") and not is_loopback_host(parts.hostname or "")
+    return parts.netloc.rpartition("@")[2] if is_web else ""
+
+
+HELP_LINK = re.compile(r"(https?://|mailto:|tel:)\S+", re.IGNORECASE)
+
+
+def application_variables(idp: Idp, login: Login) -> dict:
+    """Return the template variables that say to which application a login leads."""
+    request, client = login.request, login.client
+    if not request or not client:
+        return {"client": "", "host": "", "picture": ""}
+    return {
+        "client": client.row.display_name or client.client_id, "host": host_of_application(request.redirect_uri),
+        "picture": idp.pages.picture(client.client_id),
+    }
+
+
+def codes_file(idp: Idp, username: str, codes) -> str:
+    """Return the address of a file with recovery codes, which the page itself carries."""
+    return text_uri("\n".join([f"{box_name(idp.options)}, {username}", "", *codes, ""])) if codes else ""
+
+
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
     """Return the page for the state of a login."""
-    request, client, row = login.request, login.client, login.row
+    request, row = login.request, login.row
     variables |= state_variables(idp, params, login)
     template = {
         "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
@@ -6581,8 +6619,10 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variab
     return show_page(
         idp, params.environ, template, status=status, error=error,
         ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "", tx=row.id,
-        form=login_form_token(idp, row),
-        client=(client.row.display_name or client.client_id) if client else "",
+        form=login_form_token(idp, row), script="pages.js", help=idp.options.login_help,
+        help_link=HELP_LINK.fullmatch(idp.options.login_help) is not None,
+        codes_file=codes_file(idp, variables.get("username", ""), variables.get("recovery")),
+        **application_variables(idp, login),
         **({"username": request.login_hint if request else "", "recovery": []} | variables),
     )
 
@@ -6872,17 +6912,54 @@ def login_consent(idp, params):
     return continue_login(idp, params, decided)
 
 
+STEPS_OF_A_USER = ("totp", "enrol", "select", "consent")
+
+
+@AUTH(
+    "POST", "/login/other", guard=anyone, spec="OpenID Connect Core §3.1.2.1", form=StepForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
+def login_other(idp, params):
+    """Continue a login with another account: what was proven so far is dropped.
+
+    Any page of the login may send it, and twice: it only ever leads back to the password.
+    """
+    login = get_current_login(idp, params)
+    check_form(params, *(login_form_token(idp, login.row, state) for state in STEPS_OF_A_USER))
+    if login.row.state == "password":
+        return continue_login(idp, params, login)
+    if login.row.state not in STEPS_OF_A_USER:
+        raise Problem("conflict", log="the form of another state")
+    mark = mark_of(idp, login.row)
+    return continue_login(
+        idp, params, advance(idp, login, "password", mark, user_id=None, amr="", auth_time=0, proven_ms=0)
+    )
+
+
+@AUTH(
+    "POST", "/login/cancel", guard=anyone, spec="RFC 6749 §4.1.2.1", form=StepForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
+def login_cancel(idp, params):
+    """Send the user back to the client with access_denied; the browser's "back" leads to the login again."""
+    login = get_current_login(idp, params)
+    check_form(params, *(login_form_token(idp, login.row, state) for state in ("password", *STEPS_OF_A_USER)))
+    if login.request is None:
+        raise Problem("invalid_request", log="no client to go back to")
+    return tell_denial(idp, params, login.request)
+
+
 @AUTH(
     "GET", "/pages/<name>", guard=anyone, spec="style of the pages", gives=bytes, gives_media="*/*", html=True,
     option="enable_pkce",
 )
 def page_asset(idp, params):
-    """Return the style sheet, the script or the logo of the login pages."""
+    """Return the style sheet, a script or the logo of the login pages."""
     name = params.path["name"]
     style, content = idp.pages.style
     if name == style:
         return Page(content, "text/css; charset=utf-8", cache=31536000)
-    if name == "form_post.js":
+    if name in SCRIPTS:
         return Page(idp.pages.file(name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
     kind = LOGO_TYPES.get(idp.options.brand_logo.rpartition(".")[2].lower())
     if name == "logo" and kind:
@@ -6906,7 +6983,7 @@ def show_invitation(
     return show_page(
         idp, params.environ, "invite", status=status, error=error, cookies=cookies, state="open", code=code,
         form=form_token(idp.seal.form_key, f"invitation {sha256(code)} {binding}"), username=account.username,
-        purpose=found.purpose, least=idp.options.password_min_length,
+        purpose=found.purpose, least=idp.options.password_min_length, script="pages.js",
     )
 
 
@@ -7140,9 +7217,10 @@ def client_name(idp, client_id) -> str:
 
 
 def show_account(
-    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), seed="", cookies=()
+    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", failed="", recovery=(), seed="",
+    cookies=(),
 ) -> Page:
-    """Return the account page of a user, in a session of its browser.
+    """Return the account page of a user, in a session of its browser; `failed` is the action that `error` refused.
 
     The seed of a new second factor is shown in the answer to the password only, or a stolen session would show it.
     """
@@ -7151,7 +7229,7 @@ def show_account(
     assert account and handle
     return show_page(
         idp, params.environ, "account", status=status, account=account,
-        form=session_form_token(handle), notice=notice, error=error,
+        form=session_form_token(handle), notice=notice, error=error, failed=failed, script="pages.js",
         sessions=[
             (row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at))
             for row in idp.store.list_browser_sessions(account.id, idp.now())
@@ -7166,6 +7244,7 @@ def show_account(
             for row in idp.store.list_consents(account.id)
         ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
+        codes_file=codes_file(idp, account.username, recovery), least=idp.options.password_min_length,
         is_pending=bool(account.totp_pending_sealed), secret=seed,
         qr=qr_uri(totp_uri(seed, account.username, box_name(idp.options))) if seed else "",
         cookies=cookies,
@@ -7302,7 +7381,7 @@ def account_change(idp, params):
         Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
         error = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
         return show_account(
-            idp, params, session, account, status=problem.status,
+            idp, params, session, account, status=problem.status, failed=params.values.get("action", ""),
             error="weak_password" if "new_password" in (problem.errors or {}) else error,
         )
 
@@ -7418,6 +7497,8 @@ def public_file(idp, params):
     asked = params.path["path"]
     found = find_public_file(asked)
     if found is None:
+        if not asked and idp.options.enable_pkce:
+            return auth_root(idp, params)
         if not find_public_file(asked + "/"):
             raise Problem("not_found")
         # A page finds its neighbours by relative references, so it needs the slash. The Location is relative too,
@@ -7497,8 +7578,6 @@ def admin_logout(idp, claims, params):
         end_console(idp, params.caller, params.console)
     else:
         revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
-        if not asked and idp.options.enable_pkce:
-            return auth_root(idp, params)
     return msg("Logged out.")
 
 

@@ -313,6 +313,7 @@ class TestRoutes:
                     "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>",
                     "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js", "/authorize",
                     "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent",
+                    "/login/other", "/login/cancel",
                     "/pages/<name>", "/end-session", "/logout", "/account", "/login/password", "/login/totp",
                     "/login/finalize", "/auth-session/<jti>", "/invite", "/.well-known/microauthd/ca.pem",
                 )

@@ -4,7 +4,10 @@ import contextlib
 import functools
 import hashlib
 import io
+from base64 import b64encode
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import bottle
 import msgspec
@@ -13,6 +16,22 @@ from appliance.base.settings import Options
 
 PAGES = Path(__file__).parents[1] / "pages"
 LOGO_TYPES = {"png": "png", "svg": "svg+xml", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}  # by the file's extension
+
+SCRIPTS = ("form_post.js", "pages.js")
+PICTURE_SIZE = 65536  # octets: the picture of an application stands in the page itself
+
+# As appliance/dashboard/words.js has them. The first that occurs in the User-Agent counts: Edge and Opera claim to be
+# Chrome, which claims to be Safari, and Android claims to be Linux.
+BROWSERS = (
+    ("Edg/", "Edge"), ("EdgA/", "Edge"), ("EdgiOS/", "Edge"), ("OPR/", "Opera"),
+    ("SamsungBrowser/", "Samsung Internet"),
+    ("Firefox/", "Firefox"), ("FxiOS/", "Firefox"), ("CriOS/", "Chrome"), ("Chrome/", "Chrome"), ("Safari/", "Safari"),
+    ("curl/", "curl"), ("python", "Python"),
+)
+SYSTEMS = (
+    ("Android", "Android"), ("iPhone", "iPhone"), ("iPad", "iPad"), ("Windows", "Windows"), ("Mac OS X", "macOS"),
+    ("CrOS", "ChromeOS"), ("Linux", "Linux"),
+)
 
 # The surfaces that a button of the brand's colour may lie on: paper, ground, hover, chosen and raised of tokens.css.
 LIGHT_SURFACES = ("#ffffff", "#f1f3f5", "#e9ecf0", "#e3ecf9")
@@ -51,6 +70,32 @@ def brand_edge(brand: str, towards: str, surfaces: tuple[str, ...]) -> str:
         if all(contrast(edge, surface) >= 3 for surface in surfaces):
             return edge
     return towards
+
+
+def describe_browser(user_agent: str, text: dict) -> str:
+    """Return what a User-Agent means to people, such as "Chrome on Linux"; an unknown one as it is, shortened."""
+    program, system = (
+        next((name for mark, name in known if mark in user_agent), "") for known in (BROWSERS, SYSTEMS)
+    )
+    if program and system:
+        return text["browser_on"].replace("{program}", program).replace("{system}", system)
+    return program or user_agent[:40] or text["unknown_browser"]
+
+
+def describe_age(seconds: int, at: int, text: dict) -> str:
+    """Return how long ago the moment `at` is, such as "2 hours ago"; its date in UTC after 30 days."""
+    if seconds < 60:
+        return text["ago_now"]
+    for unit, length, most in (("minutes", 60, 60), ("hours", 3600, 24), ("days", 86400, 31)):
+        count = seconds // length
+        if count < most:
+            return text[f"ago_{unit}"]["one" if count == 1 else "other"].replace("{n}", str(count))
+    return text["ago_date"].replace("{date}", datetime.fromtimestamp(at, UTC).date().isoformat())
+
+
+def text_uri(content: str) -> str:
+    """Return a data: URI of plain text. RFC 2397."""
+    return "data:text/plain;charset=utf-8;base64," + b64encode(content.encode()).decode()
 
 
 class Pages:
@@ -108,6 +153,20 @@ class Pages:
         """The file name of the style sheet, which contains a hash of it, and its content."""
         content = self.tokens + self.file("pages.css").read_bytes()
         return f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content
+
+    def picture(self, name: str) -> str:
+        """Return a data: URI of the picture `name`.png, .svg, .jpg, .jpeg or .webp in `pages-folder`/logos, or "".
+
+        Nothing is fetched from elsewhere, and no address of its own tells which pictures there are. RFC 2397
+        """
+        if not self.options.pages_folder:
+            return ""
+        for extension, kind in LOGO_TYPES.items():
+            path = Path(self.options.pages_folder) / "logos" / f"{quote(name, safe=' ')}.{extension}"
+            with contextlib.suppress(OSError):
+                if path.stat().st_size <= PICTURE_SIZE:
+                    return f"data:image/{kind};base64," + b64encode(path.read_bytes()).decode()
+        return ""
 
     def template(self, name: str) -> bottle.SimpleTemplate:
         template = self.templates.get(name)

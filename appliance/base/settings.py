@@ -141,6 +141,12 @@ def label(value: str) -> str:
     return value
 
 
+def sentence(value: str) -> str:
+    if len(value) > 300 or not value.isprintable():
+        raise ValueError("must be at most 300 printable characters")
+    return value.strip()
+
+
 def color(value: str) -> str:
     found = re.fullmatch(r"#?([0-9a-fA-F]{6})", value.strip())
     if not found:
@@ -473,6 +479,10 @@ class Options:
     )
     brand_logo: str = option("", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages")
     brand_color: str = option("#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages")
+    login_help: str = option(
+        "", sentence, "What the sign-in page answers to Forgotten?: a sentence, or an http, https, mailto or tel URI.",
+        group="Pages",
+    )
     pages_folder: str = option(
         "", text, "Folder whose templates, styles and languages replace the bundled login pages.", group="Pages"
     )
