@@ -7480,7 +7480,7 @@ def auth_swagger_script(idp, params):
     unless="serve_public_auth_files",
 )
 def auth_root(idp, params):
-    """Lead a browser to the account page; 404 for whoever does not prefer HTML."""
+    """Lead a browser to the account page, unless public files serve this path; 404 for whoever prefers no HTML."""
     require_browser(params)
     return Redirect(f"{idp.options.auth_issuer}/account")
 
