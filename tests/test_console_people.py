@@ -141,6 +141,23 @@ class TestRights:
         assert names() == []
 
 
+    @pytest.mark.parametrize("kind, name", [("scope", "https://api.example/read?x=1#y"), ("role", HOSTILE), ("permission", HOSTILE)])
+    def test_a_name_of_any_characters_has_a_page_and_is_deleted_by_its_name(self, room, kind, name):
+        page = room("#/scopes" if kind == "scope" else "#/roles")
+        page.get_by_role("button", name=f"Make {kind}").first.click()
+        page.get_by_label("Name", exact=True).fill(name)
+        confirm(page, f"Make {kind}")
+        expect(page.get_by_role("heading", level=1)).to_have_text(name)
+        page.reload()
+        expect(page.get_by_role("heading", level=1)).to_have_text(name)
+        page.get_by_role("button", name="Delete …").click()
+        page.get_by_role("dialog").get_by_label("Type").fill(name)
+        confirm(page, f"Delete {kind}")
+        done(page, "is deleted.")
+        assert page.locator("main img").count() == 0
+        assert name not in [row["name"] for row in room.box.call_admin("GET", f"/{kind}s")]
+
+
 class TestKeepingOut:
     def test_a_lock_says_why_and_until_when_ends_sessions_and_is_undone(self, room, visit):  # noqa: F811
         room.make("stolen")
@@ -265,7 +282,7 @@ class TestList:
         expect(page.get_by_role("heading", name="listed-1").last).to_be_visible()
         page.keyboard.press("/")
         page.keyboard.type("listed-2")
-        expect(page.get_by_role("option").first).to_contain_text("listed-2")
+        expect(page.get_by_role("dialog").get_by_role("option").first).to_contain_text("listed-2")
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading", name="listed-2").last).to_be_focused()
 

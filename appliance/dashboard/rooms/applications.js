@@ -363,14 +363,14 @@ function WhoIsIn({ client }) {
     list.reload();
   };
   return html`<${Card} title=${t("sessions")}><${Table} list=${list} empty=${html`<p class="quiet">${t("nobody_is_in")}</p>`} columns=${[
-      { id: "user_id", label: t("person"), cell: (row) => row.username ? html`<${Name} text=${row.username} />` : html`<span class="quiet">${t("itself")}</span>` },
+      { id: "user_id", label: t("person"), cell: (row) => row.username ? html`<a href=${href(["people", row.username, "sessions"])}><${Name} text=${row.username} /></a>` : html`<span class="quiet">${t("itself")}</span>` },
       { id: "issued_at", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
       { id: "expires_at", label: t("until"), cell: (row) => html`<${When} at=${row.expires_at} />` },
       { id: "state", label: t("state"), cell: (row) => row.is_revoked ? html`<${State} kind="off">${t("ended")}<//>` : html`<${State} kind="on">${t("living")}<//>` },
       { id: "end", label: "", kind: "action", cell: (row) => !row.is_revoked && html`<${Button} kind="small" onClick=${end(row)}>${t("end")}<//>` },
     ]} /><//>
     ${consents.data && html`<${Card} title=${t("consents")}><${Table} list=${whole(consents)} keyOf=${(row) => row.user_id} empty=${html`<p class="quiet">${t("no_consents")}</p>`} columns=${[
-      { id: "user", label: t("person"), cell: (row) => row.username ? html`<${Name} text=${row.username} />` : html`<${Who} id=${row.user_id} link />` },
+      { id: "user", label: t("person"), cell: (row) => row.username ? html`<a href=${href(["people", row.username, "consents"])}><${Name} text=${row.username} /></a>` : html`<${Who} id=${row.user_id} link />` },
       { id: "scopes", label: t("scopes"), cell: (row) => row.scopes.map((name) => html`<code key=${name} class="chip">${visible(name)}</code> `) },
       { id: "given_at", label: t("given"), cell: (row) => html`<${When} at=${row.given_at} />` },
     ]} /><//>`}`;

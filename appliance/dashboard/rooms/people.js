@@ -63,7 +63,7 @@ function List({ query, current }) {
   return html`<${Head} title=${t("people")} level=${current ? 2 : 1}>${make}<//>
     <${Filters} label=${t("search_people")} total=${list.total} choices=${choices} />
     <${Table} list=${list} columns=${columns} keyOf=${(row) => row.username} current=${current} caption=${t("people")}
-      href=${(row) => href(["people", row.username, "profile"], query)} clear=${() => setQuery(CLEAR)}
+      href=${(row) => href(["people", row.username === "new" ? row.id : row.username, "profile"], query)} clear=${() => setQuery(CLEAR)}
       empty=${html`<${Empty} title=${t("no_people")} action=${make}>${t("no_people_text")}<//>`} />`;
 }
 
