@@ -2,11 +2,13 @@
 
 import re
 import time
+from urllib.parse import urlencode
 
 import pyotp
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from box import Box
+from browser import CHALLENGE
 from playwright.sync_api import expect
 from test_console_browser import (  # noqa: F401 - fixtures
     HOSTILE, PASSWORD, box, chromium, confirm, console, shoot, sign_in, visit,
@@ -68,6 +70,14 @@ class TestInviting:
         page.reload()
         expect(page.get_by_role("heading", name="invited")).to_be_visible()
         assert link not in page.content()
+
+    def test_a_person_is_made_without_a_mouse(self, room):
+        page = room("#/people/new")
+        page.get_by_label("User name").focus()
+        for key in (*"bykeys", "Tab", "Tab", "ArrowDown", "Tab", *"a phrase by keys", "Enter"):
+            page.keyboard.press("Space" if key == " " else key)
+        expect(page.get_by_role("heading", name="bykeys")).to_be_visible()
+        assert room.token("bykeys", "a phrase by keys").status == 200
 
     def test_another_link_ends_the_one_before(self, room, visit):  # noqa: F811
         room.make("forgetful")
@@ -260,6 +270,37 @@ class TestPerson:
             expect(page.get_by_role("cell").filter(has_text=text).first).to_be_visible()
         expect(page.locator("q")).to_have_text(HOSTILE)
         assert page.locator("main img").count() == 0
+
+
+    def test_what_the_person_agreed_to_is_taken_back_and_a_browser_signed_out(self, room, visit):  # noqa: F811
+        room.make("agreeing")
+        room.box.call_admin("POST", "/clients", {
+            "client_id": "third", "display_name": "Holiday photos", "is_first_party": False, "redirect_uris": [f"http://127.0.0.1:{room.box.admin_port}/ping"],
+        })
+        query = {
+            "client_id": "third", "response_type": "code", "scope": "openid email", "redirect_uri": f"http://127.0.0.1:{room.box.admin_port}/ping",
+            "code_challenge": CHALLENGE, "code_challenge_method": "S256",
+        }
+        person = visit()
+        person.goto(f"http://127.0.0.1:{room.box.auth_port}/authorize?{urlencode(query)}")
+        person.locator("[name=username]").fill("agreeing")
+        person.locator("[name=password]").fill(PASSWORD)
+        person.locator("[type=submit]").first.click()
+        person.get_by_role("button", name="Allow").click()
+        person.wait_for_url("**/ping?code=*")
+
+        page = room("#/people/agreeing/consents")
+        expect(page.get_by_role("row").filter(has_text="Holiday photos")).to_contain_text("email")
+        page.get_by_role("button", name="Take back").click()
+        confirm(page, "Take back")
+        expect(page.get_by_text("Agreed to nothing, or was never asked.")).to_be_visible()
+        page.get_by_role("link", name="Sessions").click()
+        browser = page.get_by_role("row").filter(has_text="Chrome on Linux")
+        expect(browser).to_contain_text("127.0.0.1")
+        browser.get_by_role("button", name="End").click()
+        expect(page.get_by_text("Signed in at no browser.")).to_be_visible()
+        person.goto(f"http://127.0.0.1:{room.box.auth_port}/account")
+        expect(person.locator("[name=password]")).to_be_visible()
 
 
 class TestList:

@@ -10,7 +10,8 @@
 // * It talks to ADMIN by get() and send() of api.js and by nothing else. These ask for the password where the box wants
 //   it and for a new sign-in when the session is over; a room need not know. Before a dangerous act ask() of
 //   parts/dialog.js names it, its consequence in numbers, and has the name typed; `proof: true` where the route asks for
-//   one. After an act toast() says what was done, with `undo` where there is one. A failure stays where it happened.
+//   one. useAct() runs what a button does. After an act toast() says what was done, with `undo` where there is one. A
+//   failure stays where it happened.
 // * What it says are words of pages/en.json and de.json, member `console`: t(key, { name }). Stored text is shown by
 //   <Name>, times by <When>; numbers, sizes and dates by words.js. Nothing is ever made from a string of HTML.
 // * Classes of console.css: card, note (bad warn good info), facts, buttons, field, small, quiet, mono, strong, number,

@@ -79,7 +79,9 @@ function Matrix({ roles, permissions, changed }) {
         })}</tr>`)}</tbody></table></div>`;
 }
 
-function List() {
+const MANY = 12; // permissions from which on there is a search
+
+function List({ query }) {
   const [making, make] = useState("");
   const found = useLoad(async (signal) => {
     const [roles, permissions] = await Promise.all([all("/roles?with=permissions,user_count", { signal }), all("/permissions", { signal })]);
@@ -88,13 +90,16 @@ function List() {
   const changed = (role, permission, gives) => found.set({ ...found.data, roles: found.data.roles.map((one) => one.id !== role.id ? one
     : { ...one, permissions: gives ? [...one.permissions, permission] : one.permissions.filter(({ id }) => id !== permission.id) }) });
   const { roles, permissions } = found.data || {};
+  const wanted = (query.q || "").toLowerCase();
+  const shown = permissions?.filter((one) => one.name.toLowerCase().includes(wanted));
   const newPermission = html`<${Button} icon="plus" onClick=${() => make("permission")}>${t("make_permission")}<//>`;
   return html`<${Head} title=${t("roles")}>${permissions?.length > 0 && newPermission}<${Button} kind="primary" icon="plus" onClick=${() => make("role")}>${t("make_role")}<//><//>
     <${Places} current="roles" />
     <${Failure} error=${found.error} retry=${found.reload} />
     ${!found.data ? !found.error && html`<${Loading} />` : html`
       <p class="quiet">${t("matrix_text")}</p>
-      ${permissions.length ? html`<${Matrix} roles=${roles} permissions=${permissions} changed=${changed} />` : html`<${Card}>
+      ${permissions.length > MANY && html`<${Filters} label=${t("search_permissions")} total=${shown.length} />`}
+      ${permissions.length ? html`<${Matrix} roles=${roles} permissions=${shown} changed=${changed} />` : html`<${Card}>
         <${Empty} title=${t("no_permissions")} action=${newPermission}>${t("no_permissions_text")}<//>
         <ul class="rows">${roles.map((role) => html`<li key=${role.id}><a href=${href(["roles", role.name])}><${Name} text=${role.name} /></a>
           <span class="quiet small">${t("n_holders", { n: role.user_count })}</span></li>`)}</ul><//>`}`}
@@ -230,8 +235,8 @@ function PermissionRoles({ permission }) {
       toggle=${toggle} label=${t("roles_with_it")} empty=${t("no_roles")} />` : html`<${Loading} />`}<//>`;
 }
 
-export function Permissions({ segments: [id] }) {
-  if (!id) return html`<${List} />`;
+export function Permissions({ segments: [id], query }) {
+  if (!id) return html`<${List} query=${query} />`;
   return html`<${Page} key=${id} kind="permission" id=${id} place="roles">${(permission, etag, adopt) => html`
     <${Members} key=${etag} kind="permission" row=${permission} etag=${etag} adopt=${adopt} members=${["name"]} />
     <${PermissionRoles} permission=${permission} />
@@ -315,6 +320,6 @@ export function Check({ query }) {
     ${isAsked && html`<${Verdict} user=${query.user} permission=${query.permission} scope=${query.scope} />`}<//>`;
 }
 
-export default function Roles({ segments: [id] }) {
-  return id ? html`<${RolePage} key=${id} id=${id} />` : html`<${List} />`;
+export default function Roles({ segments: [id], query }) {
+  return id ? html`<${RolePage} key=${id} id=${id} />` : html`<${List} query=${query} />`;
 }
