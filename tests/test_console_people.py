@@ -140,6 +140,18 @@ class TestRights:
         page.get_by_role("button", name="Add", exact=True).click()
         expect(page.get_by_role("alert")).to_have_text("There is nobody of this name.")
 
+    def test_a_role_is_described_and_renamed(self, room):
+        room.box.call_admin("POST", "/roles", {"name": "old name"})
+        page = room("#/roles/old name")
+        page.get_by_label("Description").fill("Looks after the gate")
+        page.get_by_role("button", name="Save").click()
+        done(page, "Saved.")
+        expect(page.get_by_role("button", name="Save")).to_be_disabled()
+        page.get_by_label("Name", exact=True).fill("new name")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_role("heading", name="new name")).to_be_visible()
+        assert room.box.call_admin("GET", "/roles/new name".replace(" ", "%20"))["description"] == "Looks after the gate"
+
     def test_a_scope_is_given_to_a_person_and_taken(self, room):
         room.make("reader")
         page = room("#/people/reader/rights")
@@ -260,6 +272,17 @@ class TestPerson:
         page.get_by_role("button", name="Save").click()
         done(page, "Saved.")
         assert room.box.call_admin("GET", "/users/shared")["email"] == "mine@example.org"
+
+    def test_a_form_in_which_nothing_is_typed_follows_what_another_changed(self, room):
+        room.make("followed")
+        page = room("#/people/followed/profile")
+        room.box.call_admin("PUT", "/users/followed", {"email": "theirs@example.org"})
+        page.evaluate("dispatchEvent(new Event('answering'))")  # as after the network was gone
+        expect(page.get_by_label("E-mail")).to_have_value("theirs@example.org")
+        page.get_by_label("User name").fill("Renamed ")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_role("heading", name="renamed")).to_be_visible()
+        expect(page.get_by_label("User name")).to_have_value("renamed")
 
     def test_the_history_has_what_was_done_by_and_to_the_person(self, room):
         room.make("watched")

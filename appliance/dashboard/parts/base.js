@@ -128,7 +128,8 @@ export function useLoad(load, deps) {
       window.removeEventListener("answering", reload);
     };
   }, [...deps, round]);
-  return { ...state, reload, set: (data) => set({ data, loading: false }) };
+  const put = (next) => set(({ data }) => ({ data: typeof next === "function" ? next(data) : next, loading: false }));
+  return { ...state, reload, set: put };
 }
 
 /** What a button does: act(work) runs it, and tells whether it went well; `error` and `busy` are for the room. */

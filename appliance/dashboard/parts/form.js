@@ -6,9 +6,10 @@
 //   <//>`
 //
 // A 412 (somebody else changed it) becomes form.conflict; give `reread` to useForm and <Conflict> shows both.
+import { get, send } from "../api.js";
 import { guard } from "../route.js";
 import { has, t } from "../words.js";
-import { Button, Failure, html, useEffect, useId, useRef, useState, visible } from "./base.js";
+import { Button, Failure, html, useEffect, useId, useMemo, useRef, useState, visible } from "./base.js";
 
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
@@ -63,6 +64,29 @@ export function useForm(initial, save, { whole = false, reread } = {}) {
       }
     },
   };
+  return form;
+}
+
+/**
+ * A form on some `members` of a record of ADMIN, saved by PUT with If-Match; `done` gets the answer. What else changes
+ * the record gives it a new tag, which is taken as long as these members stay. If somebody else changed these, the form
+ * follows while nothing is typed, and otherwise saving it says what both did.
+ */
+export function useRecord(at, row, etag, members, done) {
+  const pick = (data) => Object.fromEntries(members.map((name) => [name, data[name]]));
+  const now = JSON.stringify(pick(row));
+  const version = useMemo(() => ({ etag, of: now }), []);
+  if (version.of === now) version.etag = etag;
+  const form = useForm(pick(row), async (changes) => done(await send("PUT", at, changes, { etag: version.etag })), { reread: async () => {
+    const { data, etag: latest } = await get(at);
+    Object.assign(version, { etag: latest, of: JSON.stringify(pick(data)) });
+    return pick(data);
+  } });
+  useEffect(() => {
+    if (form.isChanged || version.of === now) return;
+    Object.assign(version, { etag, of: now });
+    form.reset(pick(row));
+  }, [now, form.isChanged]);
   return form;
 }
 

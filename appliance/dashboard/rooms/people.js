@@ -3,13 +3,13 @@ import { all, get, now, path, send, session } from "../api.js";
 import { go, href, rooms, setQuery } from "../route.js";
 import { browserName, compare, has, list as listed, moment, t } from "../words.js";
 import {
-  Button, Card, Empty, Facts, Failure, Head, html, Loading, Name, State, Tabs, useAct, useEffect, useLoad, useMemo, useRef, useState, visible, When,
+  Button, Card, Empty, Facts, Failure, Head, html, Loading, Name, State, Tabs, useAct, useEffect, useLoad, useRef, useState, visible, When,
 } from "../parts/base.js";
 import { Choices } from "../parts/choices.js";
 import { ask, Dialog } from "../parts/dialog.js";
 import { Factor } from "../parts/factor.js";
 import { Filters } from "../parts/filters.js";
-import { Check, Field, Form, Select, useForm } from "../parts/form.js";
+import { Check, Field, Form, Select, useForm, useRecord } from "../parts/form.js";
 import { Deed, Who } from "../parts/names.js";
 import { SecretOnce } from "../parts/secret.js";
 import { Table, useList, whole } from "../parts/table.js";
@@ -217,20 +217,11 @@ function Entry({ user, changed }) {
 }
 
 function Identity({ user, etag, adopt }) {
-  const pick = (row) => ({ username: row.username, email: row.email, email_verified: row.email_verified });
-  // What else changes a person, such as a lock, gives a new tag too: it is taken as long as these members stay.
-  const version = useMemo(() => ({ etag, of: JSON.stringify(pick(user)) }), []);
-  if (version.of === JSON.stringify(pick(user))) version.etag = etag;
-  const form = useForm(pick(user), async (changes) => {
-    const { data, etag: latest } = await send("PUT", path("users", user.id), changes, { etag: version.etag });
+  const form = useRecord(path("users", user.id), user, etag, ["username", "email", "email_verified"], ({ data, etag: latest }) => {
     toast(t("saved"));
     if (data.username !== user.username) go(["people", data.username, "profile"]);
     else adopt({ data, etag: latest });
-  }, { reread: async () => {
-    const { data, etag: latest } = await get(path("users", user.id));
-    Object.assign(version, { etag: latest, of: JSON.stringify(pick(data)) });
-    return pick(data);
-  } });
+  });
   const names = { username: t("user_name"), email: t("email"), email_verified: t("email_is_theirs") };
   return html`<${Form} form=${form} submit=${t("save")} names=${names}>
     <${Field} form=${form} name="username" label=${t("user_name")} autocapitalize="off" spellcheck=${false} />
@@ -240,13 +231,8 @@ function Identity({ user, etag, adopt }) {
 
 function Profile({ user, etag, changed, adopt }) {
   const [locking, setLocking] = useState(false);
-  const [saved, setSaved] = useState(0);
   const { act, busy, error } = useAct();
   const name = visible(user.username);
-  const take = (answer) => {
-    adopt(answer);
-    setSaved(saved + 1); // the form begins again with what the box made of it
-  };
   const deactivate = async () => {
     if (!(await ask({ title: t("deactivate_title", { name }), text: t("deactivate_text"), confirm: t("deactivate"), danger: true, proof: user.is_admin }))) return;
     await act(async () => {
@@ -266,7 +252,7 @@ function Profile({ user, etag, changed, adopt }) {
       go(["people"]);
     });
   };
-  return html`<${Card}><${Identity} key=${saved} user=${user} etag=${etag} adopt=${take} />
+  return html`<${Card}><${Identity} user=${user} etag=${etag} adopt=${adopt} />
     <${Facts} rows=${[
       ["id", html`<code class="select">${user.id}</code>`], [t("made"), html`<${When} at=${user.created_at} />`],
       [t("last_sign_in"), html`<${When} at=${user.last_login_at} none=${t("never")} />`],
@@ -290,10 +276,7 @@ function Rights({ user, changed }) {
     return { roles: new Set(held.data.map((row) => row.id)), scopes: new Set(asked.data.map((row) => row.id)) };
   }, [user.id]);
   const mark = (kind, id, gives) => {
-    const ids = new Set(own.data[kind]);
-    if (gives) ids.add(id);
-    else ids.delete(id);
-    own.set({ ...own.data, [kind]: ids });
+    own.set((held) => ({ ...held, [kind]: new Set(gives ? [...held[kind], id] : [...held[kind]].filter((one) => one !== id)) }));
   };
   const toggle = (kind, work, given, taken) => async (row, gives) => {
     await work(row, gives);

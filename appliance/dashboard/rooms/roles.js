@@ -9,7 +9,7 @@ import {
 import { Choices } from "../parts/choices.js";
 import { ask, Dialog } from "../parts/dialog.js";
 import { Filters } from "../parts/filters.js";
-import { Check as Tick, Field, Form, reason, useForm } from "../parts/form.js";
+import { Check as Tick, Field, Form, reason, useForm, useRecord } from "../parts/form.js";
 import { Table, useList } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
 
@@ -87,8 +87,8 @@ function List({ query }) {
     const [roles, permissions] = await Promise.all([all("/roles?with=permissions,user_count", { signal }), all("/permissions", { signal })]);
     return { roles: roles.sort((one, other) => compare(one.name, other.name)), permissions: permissions.sort((one, other) => compare(one.name, other.name)) };
   }, []);
-  const changed = (role, permission, gives) => found.set({ ...found.data, roles: found.data.roles.map((one) => one.id !== role.id ? one
-    : { ...one, permissions: gives ? [...one.permissions, permission] : one.permissions.filter(({ id }) => id !== permission.id) }) });
+  const changed = (role, permission, gives) => found.set((held) => ({ ...held, roles: held.roles.map((one) => one.id !== role.id ? one
+    : { ...one, permissions: gives ? [...one.permissions, permission] : one.permissions.filter(({ id }) => id !== permission.id) }) }));
   const { roles, permissions } = found.data || {};
   const wanted = (query.q || "").toLowerCase();
   const shown = permissions?.filter((one) => one.name.toLowerCase().includes(wanted));
@@ -110,18 +110,11 @@ function List({ query }) {
 
 /** The members of a role, permission or scope, saved with If-Match. `members` are those that may change. */
 function Members({ kind, row, etag, members, adopt }) {
-  const pick = (data) => Object.fromEntries(members.map((name) => [name, data[name]]));
-  const version = useMemo(() => ({ etag }), [etag]);
-  const form = useForm(pick(row), async (changes) => {
-    const { data, etag: latest } = await send("PUT", path(`${kind}s`, row.id), changes, { etag: version.etag });
+  const form = useRecord(path(`${kind}s`, row.id), row, etag, members, ({ data, etag: latest }) => {
     toast(t("saved"));
     if (data.name !== row.name) go([`${kind}s`, data.name]);
     else adopt({ data, etag: latest });
-  }, { reread: async () => {
-    const { data, etag: latest } = await get(path(`${kind}s`, row.id));
-    version.etag = latest;
-    return pick(data);
-  } });
+  });
   const names = { name: t("name"), description: t("description"), is_privileged: t("is_privileged") };
   return html`<${Card}><${Form} form=${form} submit=${t("save")} names=${names}>
     ${members.includes("name") && html`<${Field} form=${form} name="name" label=${t("name")} mono autocapitalize="off" spellcheck=${false} hint=${t(`rename_${kind}_hint`)} />`}
@@ -196,7 +189,7 @@ const Marks = (row) => html`${row.is_protected && html` · ${t("belongs_to_box")
 function RolePermissions({ role }) {
   const every = useLoad((signal) => all("/permissions", { signal }), []);
   const own = useLoad((signal) => get(path("roles", role.id, "permissions"), { signal }).then(({ data }) => new Set(data.map((row) => row.id))), [role.id]);
-  const mark = (permission, gives) => own.set(new Set(gives ? [...own.data, permission.id] : [...own.data].filter((id) => id !== permission.id)));
+  const mark = (permission, gives) => own.set((held) => new Set(gives ? [...held, permission.id] : [...held].filter((id) => id !== permission.id)));
   const toggle = async (permission, gives) => {
     await givePermission(role, permission, gives);
     mark(permission, gives);
@@ -212,7 +205,7 @@ function RolePermissions({ role }) {
 }
 
 const RolePage = ({ id }) => html`<${Page} kind="role" id=${id} place="roles" aside=${Marks}>${(role, etag, adopt) => html`
-  <${Members} key=${etag} kind="role" row=${role} etag=${etag} adopt=${adopt} members=${role.is_protected ? ["description"] : ["name", "description", "is_privileged"]} />
+  <${Members} kind="role" row=${role} etag=${etag} adopt=${adopt} members=${role.is_protected ? ["description"] : ["name", "description", "is_privileged"]} />
   <${RolePermissions} role=${role} />
   <${Holders} from=${path("roles", role.id, "users")} title=${t("who_has_role")} empty=${t("nobody_has_role")} given="role_given_to" taken="role_taken_from"
     give=${(username, gives) => send("POST", gives ? "/roles/assign" : "/roles/unassign", { user_id: username, role_id: role.id })} />
@@ -223,7 +216,7 @@ function PermissionRoles({ permission }) {
   const own = useLoad((signal) => get(path("permissions", permission.id, "roles"), { signal }).then(({ data }) => new Set(data.map((row) => row.id))), [permission.id]);
   const toggle = async (role, gives) => {
     await givePermission(role, permission, gives);
-    own.set(new Set(gives ? [...own.data, role.id] : [...own.data].filter((id) => id !== role.id)));
+    own.set((held) => new Set(gives ? [...held, role.id] : [...held].filter((id) => id !== role.id)));
     toast(saidOfPermission(role, permission, gives), { undo: async () => {
       await givePermission(role, permission, !gives);
       own.reload();
@@ -238,7 +231,7 @@ function PermissionRoles({ permission }) {
 export function Permissions({ segments: [id], query }) {
   if (!id) return html`<${List} query=${query} />`;
   return html`<${Page} key=${id} kind="permission" id=${id} place="roles">${(permission, etag, adopt) => html`
-    <${Members} key=${etag} kind="permission" row=${permission} etag=${etag} adopt=${adopt} members=${["name"]} />
+    <${Members} kind="permission" row=${permission} etag=${etag} adopt=${adopt} members=${["name"]} />
     <${PermissionRoles} permission=${permission} />
     <${Delete} kind="permission" row=${permission} etag=${etag} text=${t("delete_permission_text")} />`}<//>`;
 }
@@ -272,7 +265,7 @@ function ScopeClients({ scope }) {
 export function Scopes({ segments: [id], query }) {
   if (!id) return html`<${ScopeList} query=${query} />`;
   return html`<${Page} key=${id} kind="scope" id=${id} place="scopes" aside=${Marks}>${(scope, etag, adopt) => html`
-    <${Members} key=${etag} kind="scope" row=${scope} etag=${etag} adopt=${adopt} members=${scope.is_protected ? ["description"] : ["name", "description"]} />
+    <${Members} kind="scope" row=${scope} etag=${etag} adopt=${adopt} members=${scope.is_protected ? ["description"] : ["name", "description"]} />
     <${Holders} from=${path("scopes", scope.id, "users")} title=${t("who_may_get_it")} empty=${t("nobody_may_get_it")} given="scope_given_to" taken="scope_taken_from"
       give=${(username, gives) => gives ? send("POST", path("users", username, "scopes"), { scope_ids: [scope.id] }) : send("DELETE", path("users", username, "scopes", scope.id))} />
     <${ScopeClients} scope=${scope} />
