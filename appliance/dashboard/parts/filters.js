@@ -2,11 +2,13 @@
 //
 //   html`<${Filters} label=${t("search_applications")} total=${list.total}
 //     choices=${[{ name: "client_type", label: t("type"), options: [{ value: "public", label: … }] }]} />`
+//
+// A room whose children are filters too gives `onClear`, which clears all.
 import { setQuery } from "../route.js";
 import { t } from "../words.js";
 import { Button, Icon, html, route, useEffect, useId, useRef, useState } from "./base.js";
 
-export function Filters({ label, choices = [], total, children }) {
+export function Filters({ label, choices = [], total, onClear, children }) {
   const { query } = route.value;
   const [text, setText] = useState(query.q || "");
   const timer = useRef();
@@ -37,6 +39,6 @@ export function Filters({ label, choices = [], total, children }) {
         choice.options.find((option) => option.value === query[choice.name])?.label || query[choice.name]}</span>
         <${Button} kind="plain" icon="close" label=${t("remove_filter", { name: choice.label })}
           onClick=${() => setQuery({ [choice.name]: "", page: "" })} /></li>`)}
-      <li><${Button} kind="plain" onClick=${clear}>${t("clear_all")}<//></li></ul>`}
+      <li><${Button} kind="plain" onClick=${onClear || clear}>${t("clear_all")}<//></li></ul>`}
   </search>`;
 }

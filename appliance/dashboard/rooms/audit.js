@@ -102,12 +102,12 @@ function useLive(list, filters, isOn) {
 
 function Verdict({ verdict, onClose }) {
   const { found, at } = verdict;
-  return html`<section class=${`note ${found.valid ? "good" : "bad"}`} role="status">
-    <p class="strong">${found.valid ? t("chain_whole", { n: found.rows }) : t("chain_broken")}</p>
+  return html`<section class=${found.valid ? "card" : "note bad"} role="status">
+    <p class="strong"><${State} kind=${found.valid ? "good" : "bad"}>${found.valid ? t("chain_whole", { n: found.rows }) : t("chain_broken")}<//>
+      <span class="under quiet small">${stamp(at)}</span></p>
     ${!found.valid && html`<p>${visible(found.reason)}</p>`}
-    <p class="small">${stamp(at)}</p>
-    ${found.head && html`<p class="small">${t("chain_head", { n: found.last_seq })}</p><${Copy} text=${found.head} label=${t("hash")} />`}
-    <${Button} kind="small" onClick=${onClose}>${t("close")}<//></section>`;
+    ${found.head && html`<p class="small quiet">${t("chain_head", { n: found.last_seq })}</p><${Copy} text=${found.head} label=${t("hash")} />`}
+    <div class="buttons start"><${Button} kind="small" onClick=${onClose}>${t("close")}<//></div></section>`;
 }
 
 /** Take the rows away as a file, ten thousand at a time. */
@@ -182,7 +182,7 @@ function Rows({ query, filters, actions, isLive }) {
       <${Button} busy=${busy} onClick=${verify}>${t("verify_chain")}<//>
       ${taken.state ? html`<${Button} onClick=${() => taken.state.abort.abort()}>${t("stop_export", { n: taken.state.rows })}<//>`
         : html`<${Button} onClick=${() => act(taken.begin)}>${t("export")}<//>`}<//>
-    <div class="narrowly"><${Filters} label=${t("audit_who")} total=${page.total} choices=${choices}>
+    <div class="narrowly"><${Filters} label=${t("audit_who")} total=${page.total} choices=${choices} onClear=${clear}>
       <${TextFilter} name="target" label=${t("target")} query=${query} /><${TextFilter} name="ip_address" label=${t("address")} query=${query} /><//></div>
     ${texts.length > 0 && html`<ul class="tokens">${texts.map((name) => html`<li key=${name}><span>${t(`audit_${name}`)}: ${visible(query[name])}</span>
       <${Button} kind="plain" icon="close" label=${t("remove_filter", { name: t(`audit_${name}`) })} onClick=${() => setQuery({ [name]: "", page: "" })} /></li>`)}</ul>`}
