@@ -82,7 +82,10 @@ class TestSessions:
     def test_refresh_tokens_are_listed_by_person(self, console, box):  # noqa: F811
         box.log_in("ann", scope="openid offline_access")
         page = console("#/sessions?what=refresh&q=ann")
-        expect(page.get_by_role("row").filter(has_text="ann").first).to_be_visible()
+        rows = page.get_by_role("row").filter(has_text="living")
+        rows.first.get_by_role("button", name="End").click()
+        confirm(page, "End session")
+        expect(page.get_by_role("row").filter(has_text="ended").first).to_be_visible()
 
     def test_everything_of_everybody_ends_and_so_does_ones_own_session(self, console, box):  # noqa: F811
         token = box.token().json["access_token"]
@@ -242,6 +245,8 @@ class TestBackups:
 
         page = console("#/backups")
         page.route(f"**/backup/{made['name']}*", piece)
+        saved = []
+        page.on("download", lambda download: saved.append(download))
         page.get_by_role("button", name="Fetch").click()
         expect(page.get_by_text("It goes on from there.")).to_be_visible()
         with page.expect_download() as download:
@@ -251,8 +256,29 @@ class TestBackups:
         content = content[:70000] + b"?" + content[70001:]
         page.get_by_role("button", name="Fetch").click()
         expect(page.get_by_text("was not saved")).to_be_visible()
+        assert len(saved) == 1
         page.troubles[:] = [said for said in page.troubles if "ERR_FAILED" not in said]
         box.call_admin("DELETE", f"/backup/{made['name']}")
+
+    def test_of_a_database_that_is_not_encrypted_the_keys_are_left_out_after_a_question(self, console):  # noqa: F811
+        page, sent = console("#/backups"), []
+
+        def refuse_keys(route):
+            if route.request.method != "POST":
+                return route.continue_()
+            sent.append(route.request.post_data_json)
+            if sent[-1].get("without_keys"):
+                return route.fulfill(json={"name": "microauthd-bare.backup", "bytes": 1000})
+            errors = {"without_keys": "the database is not encrypted"}
+            return route.fulfill(status=400, json={"success": False, "error": "invalid_request", "errors": errors})
+
+        page.route("**/backup", refuse_keys)
+        page.get_by_role("button", name="Make a backup").click()
+        confirm(page, "Make a backup")
+        expect(page.get_by_role("heading", name="Leave the keys out?")).to_be_visible()
+        confirm(page, "Back up without keys")
+        expect(page.get_by_text("The backup microauthd-bare.backup is made")).to_be_visible()
+        assert sent == [{}, {"without_keys": True}]
 
 
 class TestSettings:
