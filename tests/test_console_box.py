@@ -14,7 +14,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from box import Box
 from playwright.sync_api import expect
-from test_console_browser import chromium, confirm, console, shoot, visit  # noqa: F401 – fixtures
+from test_console_browser import chromium, confirm, console, shoot, sign_in, visit  # noqa: F401 – fixtures
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +340,19 @@ class TestLooks:
         page.keyboard.press("j")
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading", level=1)).to_contain_text("Row")
+
+    def test_a_room_that_is_entered_without_a_network_opens_when_there_is_one(self, console):  # noqa: F811
+        page = console("#/settings")
+        page.context.set_offline(True)
+        page.get_by_role("link", name="Keys").click()
+        expect(page.get_by_text("The box does not answer since")).to_be_visible()
+        page.context.set_offline(False)
+        expect(page.get_by_role("heading", name="Keys")).to_be_visible(timeout=15000)
+        page.troubles[:] = [said for said in page.troubles if "ERR_INTERNET_DISCONNECTED" not in said]
+
+    def test_figures_that_cannot_be_drawn_are_a_table(self, visit):  # noqa: F811
+        page = visit()
+        page.route("**/uplot.js", lambda route: route.abort())
+        sign_in(page)
+        expect(page.get_by_role("button", name="As a chart").first).to_be_visible()
+        page.troubles[:] = [said for said in page.troubles if "ERR_FAILED" not in said]

@@ -17,7 +17,7 @@
 // * Classes of console.css: card, note (bad warn good info), facts, buttons, field, small, quiet, mono, strong, number,
 //   hidden. A room needs no sheet of its own. It works by keyboard, at 320 px and in both schemes, or it is not done.
 import { render } from "./vendor/preact.js";
-import { ended, resume, session, signOut, silent, watch } from "./api.js";
+import { ended, get, resume, session, signOut, silent, watch } from "./api.js";
 import { follow, rooms } from "./route.js";
 import { clock, loadWords, t } from "./words.js";
 import { Button, Failure, Head, href, html, Icon, Loading, route, useEffect, useRef, useState } from "./parts/base.js";
@@ -72,10 +72,17 @@ function Room({ room, segments, query }) {
   useEffect(() => {
     if (Found) return;
     let isLeft = false;
-    room.load().then((module) => {
+    const enter = () => isLeft || room.load().then((module) => {
       entered.set(room.address, module.default);
       if (!isLeft) setFound(() => module.default);
-    }, setError); // a new version of the box has other files: loading the document again gets them
+    }, async (failure) => {
+      const health = await get("/health", { passive: true }).catch((error) => error);
+      // Without a network it is tried again with one. Else a new version of the box has other files: loading the
+      // document again gets them.
+      if (health.status === 0) window.addEventListener("answering", enter, { once: true });
+      else setError(failure);
+    });
+    enter();
     return () => { isLeft = true; };
   }, [Found]);
   if (error) return html`<div class="note warn"><p>${t("new_version")}</p><${Button} onClick=${() => location.reload()}>${t("load_again")}<//></div>`;

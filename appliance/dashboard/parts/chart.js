@@ -70,7 +70,7 @@ export function Chart({ from, step, series, words = {}, label }) {
       if (isGone || !made) return made?.destroy();
       plot.current = made;
       size.observe(place.current);
-    });
+    }, () => isGone || setTable(true)); // without uPlot, as when the network is gone, the figures are a table
     return () => {
       isGone = true;
       size.disconnect();

@@ -19,6 +19,9 @@ export const inWords = (action) => (has(`action_${action}`) ? t(`action_${action
 const Deed = ({ action }) => has(`action_${action}`) ? t(`action_${action}`) : html`<code>${visible(action)}</code>`;
 const Result = ({ row }) => row.result === "failure" ? html`<${State} kind="bad">${t("refused")}<//>` : html`<span class="quiet">${t("done")}</span>`;
 
+/** Whom a row is about: a person, by id, or something by its name. */
+const Target = ({ id, link }) => UUID.test(id) ? html`<${Who} id=${id} link=${link} />` : html`<${Name} text=${id} />`;
+
 const ids = new Map(); // of names that were looked for: the log holds ids of people
 
 /** The id of a person by name; whatever is nobody's name stays as it is: client ids, roles and `system` are. */
@@ -144,7 +147,7 @@ const COLUMNS = [
   { id: "at", label: t("time"), cell: (row) => html`<time class="figures-only" datetime=${row.timestamp} title=${exact(row.timestamp)}>${stamp(row.timestamp)}</time>` },
   { id: "who", label: t("who"), cell: (row) => html`<${Who} id=${row.actor_id} />` },
   { id: "action", label: t("deed"), cell: (row) => html`<${Deed} action=${row.action} />` },
-  { id: "target", label: t("target"), cell: (row) => row.target && row.target !== row.actor_id ? html`<${Who} id=${row.target} />` : html`<span class="quiet none">–</span>` },
+  { id: "target", label: t("target"), cell: (row) => row.target && row.target !== row.actor_id ? html`<${Target} id=${row.target} />` : html`<span class="quiet none">–</span>` },
   { id: "result", label: t("result"), cell: (row) => html`<${Result} row=${row} />` },
   { id: "address", label: t("address"), cell: (row) => html`<span class="mono">${visible(row.ip_address) || "–"}</span>` },
 ];
@@ -203,7 +206,7 @@ function One({ id, query }) {
         [t("time"), html`${exact(row.timestamp)} <span class="quiet">· <${When} at=${row.timestamp} /></span>`],
         [t("who"), html`<${Who} id=${row.actor_id} link /> ${UUID.test(row.actor_id) && html`<span class="quiet mono">${row.actor_id}</span>`}`],
         [t("deed"), html`<${Deed} action=${row.action} /> ${has(`action_${row.action}`) && html`<code class="quiet">${visible(row.action)}</code>`}`],
-        [t("target"), row.target ? html`<${Who} id=${row.target} link /> ${UUID.test(row.target) && html`<span class="quiet mono">${row.target}</span>`}` : "–"],
+        [t("target"), row.target ? html`<${Target} id=${row.target} link /> ${UUID.test(row.target) && html`<span class="quiet mono">${row.target}</span>`}` : "–"],
         [t("details"), row.secondary ? html`<code>${visible(row.secondary)}</code>` : "–"],
         [t("result"), html`<${Result} row=${row} />`],
         [t("address"), html`<span class="mono">${visible(row.ip_address) || "–"}</span>`],

@@ -32,7 +32,7 @@ function Verdict({ verdict, claims, revoke, busy }) {
     ${!verdict.isForeign && html`<${Card} actions=${verdict.active && html`<${Button} kind="danger" busy=${busy} onClick=${revoke}>${t("revoke_token")}<//>`} title=${t(`token_kind_${verdict.kind}`)}>
       <${Facts} rows=${[
         [t("about_whom"), isMachine ? t("itself") : html`<${Who} id=${verdict.sub} link />`],
-        [t("by_application"), verdict.client_id ? html`<${Name} text=${verdict.client_id} />` : null],
+        [t("by_application"), verdict.client_id ? html`<a href=${href(["applications", verdict.client_id])}><${Name} text=${verdict.client_id} /></a>` : null],
         [t("until"), verdict.exp ? html`<${When} at=${new Date(verdict.exp * 1000).toISOString()} />` : null],
         [t("session"), id ? html`<a class="mono" href=${href(["sessions", id])}>${visible(id)}</a>` : null],
       ]} /><//>`}`;

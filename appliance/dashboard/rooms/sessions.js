@@ -1,7 +1,7 @@
 // Sessions: which tokens live, who is signed in at which browser, which logins can be refreshed; of a person, an
 // application or an address. #/sessions?what=tokens|browsers|refresh&by=person|application|address&q=, #/sessions/<jti>
 import { get, now, path, query as makeQuery, send } from "../api.js";
-import { setQuery } from "../route.js";
+import { rooms, setQuery } from "../route.js";
 import { browserName, t } from "../words.js";
 import { Button, Card, Empty, Facts, Failure, Head, href, html, Icon, Loading, Name, State, useAct, useEffect, useLoad, useRef, useState, visible, When } from "../parts/base.js";
 import { ask } from "../parts/dialog.js";
@@ -183,6 +183,10 @@ function List({ query }) {
       <${Turns} list=${list} after=${query.after} />`}`;
 }
 
+/** A name as a link to its room, where there is one. */
+const Linked = ({ to }) => rooms.has(to[0]) ? html`<a href=${href(to)}><${Name} text=${to[1]} /></a>` : html`<${Name} text=${to[1]} />`;
+const Filter = ({ by, q }) => html`<a class="under small" href=${href(["sessions"], { by, q })}>${t("all_sessions")}</a>`;
+
 /** One token's session, by its jti. */
 function One({ id }) {
   const found = useLoad((signal) => get(path("sessions", id), { signal }).then(({ data }) => data), [id]);
@@ -195,7 +199,8 @@ function One({ id }) {
     <${Failure} error=${found.error || error} retry=${found.error && found.reload} />
     ${!row ? !found.error && html`<${Loading} />` : html`<${Card}><${Facts} rows=${[
       [t("state"), isOver ? html`<${State} kind="off">${t("ended")}<//>` : html`<${State} kind="on">${t("living")}<//>`],
-      [t("person"), html`<${Person} row=${row} />`], [t("by_application"), html`<${Client} row=${row} />`],
+      [t("person"), row.username ? html`<${Linked} to=${["people", row.username]} /> <${Filter} by="person" q=${row.username} />` : html`<span class="quiet">${t("itself")}</span>`],
+      [t("by_application"), html`<${Linked} to=${["applications", row.client_id]} /> <${Filter} by="application" q=${row.client_id} />`],
       [t("port"), row.mad_use ? row.mad_use.toUpperCase() : "–"],
       [t("begun"), html`<${When} at=${row.issued_at} />`], [t("until"), html`<${When} at=${row.expires_at} />`],
       [t("signed_in_by"), method ? html`<code>${visible(method)}</code>` : "–"],
