@@ -18,7 +18,7 @@ from appliance.base.keys import lock_ring
 from appliance.base.settings import Options
 from appliance.base.store import Store
 from appliance.base.tls import Description, Pair, context_of, describe_certificate, read_pair
-from microauthd import Caller, Idp, LOCAL, Problem, audit
+from microauthd import Caller, Idp, LOCAL, Problem, Seal, audit
 
 # == Names =====================================================================
 # What the box is called, and where it is reached. The certificate is for these, and the CA for nothing else.
@@ -165,7 +165,7 @@ def key_usage(*uses: str):
     return x509.KeyUsage(**{field: field in uses for field in fields})
 
 
-def make_authority(idp: Idp, names: list[str], now: int) -> Authority:
+def make_authority(seal: Seal, names: list[str], now: int) -> Authority:
     """Make a root and the only certificate it ever signs: an intermediate for these names and addresses alone.
 
     RFC 5280 §4.2.1.9, §4.2.1.10. The root's key is in memory only, and gone when this returns: nobody, with whatever of
@@ -188,11 +188,11 @@ def make_authority(idp: Idp, names: list[str], now: int) -> Authority:
         .add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), False)
         .add_extension(x509.NameConstraints(permitted, None), True).sign(root_key, hashes.SHA256())
     )
-    sealed = idp.seal.close(key_as_pem(key).decode(), KEY_OWNER)
+    sealed = seal.close(key_as_pem(key).decode(), KEY_OWNER)
     return Authority(intermediate.public_bytes(PEM).decode(), sealed, names, root.public_bytes(PEM).decode())
 
 
-def make_certificate(idp: Idp, authority: Authority, now: int) -> bytes:
+def make_certificate(seal: Seal, authority: Authority, now: int) -> bytes:
     """Make a key and a certificate for all names of the box. Return key, certificate and intermediate, as one PEM file:
     what is one file is never half replaced. Raises StartupError if the seal key is another.
     """
@@ -200,7 +200,7 @@ def make_certificate(idp: Idp, authority: Authority, now: int) -> bytes:
 
     issuer = x509.load_pem_x509_certificate(authority.intermediate.encode())
     try:
-        opened = idp.seal.open(authority.sealed_key, KEY_OWNER)
+        opened = seal.open(authority.sealed_key, KEY_OWNER)
     except Problem:
         raise StartupError(
             "the key of the box's CA does not open: the seal key is not the one it was sealed with; restore a backup, "
@@ -237,10 +237,24 @@ def find_authority(store: Store) -> Authority | None:
     return msgspec.json.decode(known, type=Authority) if known else None
 
 
-def put_authority(idp: Idp, caller: Caller) -> Authority:
-    """Make a CA for the names that the box has now, and store it in place of the one before."""
-    now = idp.now()
-    authority = make_authority(idp, wanted_names(idp.options), now)
+class PreparedAuthority(msgspec.Struct, frozen=True):
+    """A CA that was made before the set-up, for a page that it is done at; `seal` is of the memory alone."""
+
+    authority: Authority
+    seal: Seal
+
+
+def put_authority(idp: Idp, caller: Caller, prepared: PreparedAuthority | None = None) -> Authority:
+    """Make a CA for the names that the box has now, and store it in place of the one before. Return it.
+
+    One that was prepared for all of these names is taken instead: somebody may trust it already.
+    """
+    names = wanted_names(idp.options)
+    if prepared and all(name in prepared.authority.names for name in names):
+        key = prepared.seal.open(prepared.authority.sealed_key, KEY_OWNER)
+        authority = msgspec.structs.replace(prepared.authority, sealed_key=idp.seal.close(key, KEY_OWNER))
+    else:
+        authority = make_authority(idp.seal, names, idp.now())
     with idp.store.transaction():
         idp.store.put_meta("authority", msgspec.json.encode(authority).decode())
         idp.store.put_meta("authority_root", authority.root)
@@ -303,7 +317,7 @@ def keep_certificate(idp: Idp, caller: Caller = LOCAL, renew=False) -> Descripti
             write_durably(options.ca_file, authority.root.encode())
         if not renew and not is_due(read_file(options.self_made_file), authority, idp.now()):
             return None
-        content = make_certificate(idp, authority, idp.now())
+        content = make_certificate(idp.seal, authority, idp.now())
         write_durably(options.self_made_file, content)
         return describe(content.decode())
 

@@ -39,7 +39,7 @@ from microauthd import (
 )
 from appliance.backup import backup_files, check_copy, write_backup
 from appliance.machine import MACHINE
-from appliance.authority import forbid_found_ca, keep_certificate, put_authority
+from appliance.authority import PreparedAuthority, forbid_found_ca, keep_certificate, put_authority
 from appliance.processes import hold_database, read_seal_key, run_as, touch_marks
 from appliance.status import gather_status
 from appliance.rings import list_keys, revoke, rotate, rsa_bits_of
@@ -74,6 +74,7 @@ class Answers(msgspec.Struct):
     totp_code: str = ""
     clients: list[FirstClient] = []
     keep_keys: bool = False  # of keys that are there already: take them over, as somebody said
+    prepared_ca: PreparedAuthority | None = None  # of the page that the set-up is done at
 
 
 class Journal(msgspec.Struct):
@@ -403,7 +404,7 @@ def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
         if answers.scopes:
             assign_scopes(idp, LOCAL.acting_as("setup"), account, answers.scopes)
         if options.tls == "self":
-            put_authority(idp, LOCAL.acting_as("setup"))
+            put_authority(idp, LOCAL.acting_as("setup"), answers.prepared_ca)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         store.close()

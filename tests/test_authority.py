@@ -91,7 +91,7 @@ class TestNameConstraints:
     def test_the_stolen_key_signs_for_no_other(self, box, name):
         forged = msgspec.structs.replace(find_authority(box.store), names=[name])
         with pytest.raises(ssl.SSLCertVerificationError, match="permitted subtree violation"):
-            handshake(make_certificate(box, forged, box.now()), box.options.ca_file, name)
+            handshake(make_certificate(box.seal, forged, box.now()), box.options.ca_file, name)
 
     def test_the_root_signed_one_intermediate_which_signs_no_other_ca(self, box):
         known = find_authority(box.store)
