@@ -417,7 +417,7 @@ def first_start(options: Options, line: CommandLine):
             f"--answers FILE; or set {prefix}SETUP_USERNAME, _EMAIL and _PASSWORD_FILE, or {prefix}SETUP_ANSWERS"
         )
     else:
-        status = run_setup(options, CommandLine({}, [], [], {}))
+        status = run_setup(options, CommandLine({}, [], ["--then-serve"], {}))
     if status:
         raise SystemExit(status)
 
