@@ -3,6 +3,7 @@
     commands                            main(): serve, setup, options, backup, keys, …
     service                             making it a service of the machine, and taking that away
     help                                the pages of the manual on a terminal and for man, completion
+    claim                               the set-up of a box without a keyboard, on a page of the network
     oobe                                the wizard of the first start
     upgrade                             a new release in place of this one, or back
     recovery                            the set-up journal, restore, recovery, reset

@@ -171,6 +171,10 @@ def run_setup(options: Options, line: CommandLine) -> int:
     if "--demo" in line.flags:
         set_up_demo(options, oobe.set_up)
         return 0
+    if oobe.is_for_web(options, line.flags, line.values):
+        from appliance import claim  # late: hardly any box is claimed
+
+        return claim.run(options, line.flags, line.values)
     return oobe.run(options, line.flags, line.values)
 
 
@@ -458,7 +462,7 @@ COMMANDS = {
             (
                 "[--quick | --guided] [--keep-keys]",
                 "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys]",
-                "--first-start --answers FILE", "--demo",
+                "--first-start --answers FILE", "--web [--claim-code-file FILE]", "--demo",
             ),
             "Make the configuration, the database, the keys, the first administrator and the first client: all of it "
             "or nothing. A box that is set up already is left as it is.",
@@ -467,11 +471,13 @@ COMMANDS = {
                 Flag("--answers", "set up without questions, from this TOML file", "FILE"),
                 Flag("--admin-password-stdin", "read the administrator's password from standard input"),
                 Flag("--admin-password-file", "read the administrator's password from a file", "FILE"),
+                Flag("--web", "ask on a page of the network, for whoever has the claim code"),
+                Flag("--claim-code-file", "take the claim code from this file, instead of making one", "FILE"),
                 Flag("--first-start", "for a service: nothing where there is a database or no FILE; removes FILE"),
                 Flag("--keep-keys", "take over the keys that are there already; otherwise they are refused"),
                 Flag("--demo", "set up a trial: every secret is made and printed once"),
             ),
-            ("setup", "setup --answers answers.toml --admin-password-stdin < password", "setup --demo"),
+            ("setup", "setup --answers answers.toml --admin-password-stdin < password", "setup --web", "setup --demo"),
         ),
         Command("mad ...", "the operator's command line; see mad --help"),
         Command(

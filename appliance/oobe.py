@@ -42,7 +42,7 @@ from appliance.base.settings import (
     OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, host_names, issuer_obstacle, networks, whole,
 )
 from appliance.authority import (
-    describe_root, forbid_found_ca, ipv4_addresses, ipv6_addresses, machine_names, proposed_name,
+    CertificateFile, describe_root, forbid_found_ca, ipv4_addresses, ipv6_addresses, machine_names, proposed_name,
 )
 from appliance.base.store import SEEDED_SCOPES
 from appliance.processes import run_as
@@ -1105,6 +1105,15 @@ def interview(prompter, options, flags):
             prompter.start_over()
 
 
+def made_root(options):
+    """Return what describe_root() does, after set_up(): as the user who owns the file, for root believes no other."""
+    owner = recovery.database_owner(options)
+    if owner is None:
+        return describe_root(options)
+    described = run_as(*owner, lambda: msgspec.json.encode(describe_root(options)))
+    return msgspec.json.decode(described, type=CertificateFile | None)
+
+
 SERVICE_CONFIG = "/etc/microauthd/mad.conf"  # of a service: see service.CONFIG
 
 
@@ -1136,7 +1145,7 @@ def describe_end(options, answers, made, passphrase="", will_serve=False):
     if options.db_pass or options.db_key_file:
         what = "the database's passphrase" if options.db_pass else f"{options.db_key_file}, the database's key,"
         lines.append(f"Keep {what} elsewhere too: without it no backup can be read.")
-    if root := describe_root(options):
+    if root := made_root(options):
         lines += ["", f"Clients trust the box by {root.file}. Its SHA-256 fingerprint:", f"  {root.sha256}"]
     program, mad = program_words(options)
     client_id = next((client.client_id for client in answers.clients if not client.public), "CLIENT")
@@ -1311,7 +1320,9 @@ class AnswersFile:
 
     def read_options(self, draft):
         """Put the options of the top level and of [options] into the draft."""
-        entries = [("", key, value) for key, value in self.document.items() if key not in ("options", *self.TABLES)]
+        entries = [
+            ("", key, value) for key, value in self.document.items() if key not in ("options", "web", *self.TABLES)
+        ]
         table = self.document.get("options", {})
         if not isinstance(table, dict):
             self.add_problem("options must be a table, [options]", "options")
@@ -1488,7 +1499,7 @@ def run_unattended(options, answers_file, flags, values, secrets_file=""):
             print(f"client_secret={client.secret}")
     if secrets_file:
         keep_secrets(made, secrets_file)
-    if final_options and (root := describe_root(final_options)):
+    if final_options and (root := made_root(final_options)):
         print(f"ca_file={root.file}\nca_sha256={root.sha256}")
     return 0
 
@@ -1548,6 +1559,24 @@ def check_usage(flags, values):
         raise StartupError("--quick and --guided contradict each other")
     if "--admin-password-stdin" in flags and "--admin-password-file" in values:
         raise StartupError("--admin-password-stdin and --admin-password-file contradict each other")
+
+
+def is_for_web(options, flags, values) -> bool:
+    """Return whether the set-up is asked on a page: see claim.run(). Raises StartupError for a bad command line."""
+    if "--web" in flags:
+        if "--answers" in values or {"--quick", "--guided", "--first-start"} & set(flags):
+            raise StartupError("--web goes with no other way to be asked")
+        return True
+    if "--claim-code-file" in values:
+        raise StartupError("--claim-code-file goes with --web; an answers file has claim_code_file")
+    check_usage(flags, values)
+    path = values.get("--answers", "")
+    if not path or os.path.lexists(options.db_file) or ("--first-start" in flags and not os.path.exists(path)):
+        return False
+    web = AnswersFile(path).document.get("web", False)
+    if not isinstance(web, bool):
+        raise StartupError(f"{path}: web must be true or false")
+    return web
 
 
 def run(options, flags, values) -> int:

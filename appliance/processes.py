@@ -19,6 +19,7 @@ import signal
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Mapping
@@ -671,6 +672,25 @@ def run_as(uid: int, gid: int, work: Callable[[], bytes]) -> bytes:
     if told[:1] != b"+":
         raise StartupError(told[1:].decode() or "the process that did this was killed; do it again")
     return told[1:]
+
+
+def fork_as(owner: tuple[int, int] | None, work: Callable[[], None]) -> int:
+    """Run something beside this process, as a user and group if there are any. Return the id of the new process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        if owner:
+            change_user(*owner)
+        work()
+        status = 0
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C reaches every process of the terminal
+        pass
+    except BaseException as error:
+        print(f"microauthd: {error!r}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
 
 
 # -- less memory --

@@ -20,7 +20,7 @@ ROOMS = (
     "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
     "appliance.base.pages", "appliance.base.console", "microauthd", "appliance.rings", "appliance.figures",
     "appliance.backup", "appliance.authority", "appliance.upkeep", "appliance.status", "appliance.machine",
-    "appliance.processes", "appliance.recovery", "appliance.upgrade", "appliance.oobe", "appliance.help",
+    "appliance.processes", "appliance.recovery", "appliance.upgrade", "appliance.oobe", "appliance.claim", "appliance.help",
     "appliance.service",
     "appliance.commands",
 )
