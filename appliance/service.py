@@ -398,7 +398,8 @@ def read_answers(path: str) -> tuple[bytes, dict]:
     tables = [table for value in document.values() for table in (value if isinstance(value, list) else [value])]
     for table in [document, *tables]:
         for key, value in table.items() if isinstance(table, dict) else ():
-            if key.endswith(("password_file", "secret_file", "db-pass-file")) and not os.path.isabs(str(value)):
+            names_a_file = key.endswith(("password_file", "secret_file", "db-pass-file", "claim_code_file"))
+            if names_a_file and not os.path.isabs(str(value)):
                 raise StartupError(f"{path}: {key} must be an absolute path: the set-up runs when the service starts")
     return content, document
 
@@ -494,17 +495,32 @@ def carry_out(steps: list[Step]):
             ) from None
 
 
+def is_set_up(layout: Layout) -> bool:
+    options = settings_of(layout)
+    return options is not None and os.path.exists(layout.at(os.path.join(layout.data, options.db_file)))
+
+
+def waits_for_claim(layout: Layout) -> bool:
+    """Return whether the first start opens a page on which the box is set up."""
+    answers = layout.at(CONFIG + "/answers.toml")
+    return not is_set_up(layout) and os.path.exists(answers) and read_answers(answers)[1].get("web") is True
+
+
 def start_service(layout: Layout):
     """Tell systemd of the units, and start or restart the service. Raises StartupError with where to look."""
+    waits = waits_for_claim(layout)
     run_program("systemctl", "daemon-reload")
     run_program("systemd-tmpfiles", "--create", "/etc/tmpfiles.d/microauthd.conf")
     try:
         if layout.sockets:  # a socket unit does not start while its service runs on a port of its own
             run_program("systemctl", "stop", SERVICE)
             run_program("systemctl", "start", *SOCKETS)
-        run_program("systemctl", "restart", SERVICE)
+        run_program("systemctl", "restart", *(["--no-block"] if waits else []), SERVICE)
     except StartupError as error:
         raise StartupError(f"{error}; journalctl -u microauthd tells more") from None
+    if waits:
+        print(f"microauthd waits to be claimed in a browser: {layout.data}/claim.txt tells where, and the code")
+        return
     print("microauthd is running: systemctl status microauthd, journalctl -u microauthd")
 
 
@@ -523,11 +539,6 @@ def say_how_to_start(layout: Layout):
             "there is no systemd, OpenRC or runit here, so nothing starts the server by itself: have the machine run "
             f"{layout.prefix}/microauthd serve, as root, who becomes {layout.user}"
         )
-
-
-def is_set_up(layout: Layout) -> bool:
-    options = settings_of(layout)
-    return options is not None and os.path.exists(layout.at(os.path.join(layout.data, options.db_file)))
 
 
 def install(request: Request, source: str, commands: dict[str, list[str]]) -> int:

@@ -1,6 +1,7 @@
 """The set-up on a page: the claim code, the page without a browser, and a box claimed while somebody guesses."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import ssl
 import stat
 import subprocess
-import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,9 +18,11 @@ from urllib.parse import urlencode
 
 import pytest
 from appliance import claim as c
+from appliance import service
 from appliance.base import StartupError
 from appliance.base.pages import Pages
 from appliance.base.settings import Options
+from appliance.oobe import made_root
 from box import free_port
 from test_oobe import ENVIRON, PASSWORD, PROGRAM, log_in, left
 
@@ -214,12 +217,13 @@ class TestPage:
 class Opened:
     """`setup --web` in a process, with its port."""
 
-    def __init__(self, folder, *words):
+    def __init__(self, folder, *words, first_start=None):
+        mode = ["--first-start", "--answers", str(first_start)] if first_start else ["--web"]
         self.folder, self.port = folder, free_port()
         (folder / "mad.conf").write_text("docker = true\ntls-names = box.lan\n")
         (folder / "mad.conf").chmod(0o600)
         self.process = subprocess.Popen(
-            [*PROGRAM, "setup", "--web", "--auth-port", str(self.port), "--admin-port", str(free_port()), *words],
+            [*PROGRAM, "setup", *mode, "--auth-port", str(self.port), "--admin-port", str(free_port()), *words],
             cwd=folder, env=ENVIRON, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.note = folder / "claim.txt"
@@ -289,6 +293,42 @@ class TestOpened:
         (folder / "label").write_text("SECRET-0123-4567-89\n")
         (folder / "label").chmod(0o600)
         return "label"
+
+
+class TestService:
+    """A first start whose answers say web = true."""
+
+    def test_the_answers_go_with_the_claim_and_the_page_says_that_the_server_starts(self, tmp_path):
+        answers = tmp_path / "answers.toml"
+        answers.write_text("web = true\nmax-login-failures = 7\n")
+        with Opened(tmp_path, first_start=answers) as opened:
+            status, body = opened.get(GOOD | {"code": opened.code})
+            assert status == 200 and "It starts now" in body
+            output = opened.process.communicate(timeout=60)[0]
+        assert opened.process.returncode == 0 and "claim code" not in output
+        assert not answers.exists() and log_in(tmp_path, "boss")[0].max_login_failures == 7
+
+    def test_systemd_is_not_waited_for_while_the_box_waits(self, tmp_path, monkeypatch, capsys):
+        layout, ran = service.Layout(root=str(tmp_path)), []
+        monkeypatch.setattr(service, "run_program", lambda *words: ran.append(words))
+        (tmp_path / "etc/microauthd").mkdir(parents=True)
+        answers = tmp_path / "etc/microauthd/answers.toml"
+        for content, expected in (("web = true", "--no-block"), ("web = false", "microauthd.service")):
+            answers.write_text(content)
+            service.start_service(layout)
+            assert ran[-1][2] == expected and ("claim.txt" in capsys.readouterr().out) is (expected == "--no-block")
+
+    def test_root_reads_the_root_of_a_box_whose_data_is_another_users(self, waiting, tmp_path):
+        waiting.take(GOOD)
+        content, owner = (tmp_path / "ca.pem").read_bytes(), 1 if os.geteuid() == 0 else os.geteuid()
+        with tempfile.TemporaryDirectory() as folder:
+            for path in (folder, folder + "/ca.pem"):
+                if path != folder:
+                    with open(path, "wb") as file:
+                        file.write(content)
+                os.chown(path, owner, -1)
+            options = dataclasses.replace(waiting.options, db_file=folder + "/mad.db3", tls="self")
+            assert made_root(options).sha256 == waiting.fingerprint
 
 
 class TestTime:
