@@ -427,7 +427,7 @@ def open_page(claim: Claim, code: str, where: str, is_first_start: bool, seconds
     lines = describe_page(claim, code if not where else "", where)
     write_durably(note, ("\n".join(lines) + "\n").encode())
     try:
-        owner = database_owner(claim.options)
+        owner = database_owner(claim.options.db_file)
         guard = Guard(code)
         fork_as(owner, lambda: serve_page(claim, guard, pages, listening, line, seconds))
         listening.close()
