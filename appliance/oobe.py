@@ -1107,7 +1107,7 @@ def interview(prompter, options, flags):
 
 def made_root(options):
     """Return what describe_root() does, after set_up(): as the user who owns the file, for root believes no other."""
-    owner = recovery.database_owner(options)
+    owner = recovery.database_owner(options.db_file)
     if owner is None:
         return describe_root(options)
     described = run_as(*owner, lambda: msgspec.json.encode(describe_root(options)))
