@@ -317,7 +317,7 @@ class TestPerson:
         page.get_by_role("button", name="Take back").click()
         confirm(page, "Take back")
         expect(page.get_by_text("Agreed to nothing, or was never asked.")).to_be_visible()
-        page.get_by_role("link", name="Sessions").click()
+        page.get_by_role("navigation", name="Parts of the person").get_by_role("link", name="Sessions").click()
         browser = page.get_by_role("row").filter(has_text="Chrome on Linux")
         expect(browser).to_contain_text("127.0.0.1")
         browser.get_by_role("button", name="End").click()
