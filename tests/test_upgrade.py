@@ -459,7 +459,7 @@ class TestUpgrade:
     @pytest.mark.parametrize("case", ["not ready", "no start"])
     def test_one_that_does_not_become_ready_is_taken_back_and_nothing_answered_is_lost(self, box, releases, case):
         box.start()
-        bearer, made, stop = box.admin_token(), [], threading.Event()
+        bearer, made, statuses, stop = box.admin_token(), [], set(), threading.Event()
 
         def make_users():
             while not stop.is_set():
@@ -469,18 +469,20 @@ class TestUpgrade:
                         "POST", "/users",
                         json_body={"username": name, "email": f"{name}@example.org", "password": PASSWORD}, bearer=bearer,
                     )
+                    statuses.add(answer.status)
                     made.extend([name] if answer.status == 200 else [])
                 time.sleep(0.02)
 
         thread = threading.Thread(target=make_users)
         thread.start()
         try:
-            done = box.run("upgrade", str(releases(case)), "--yes", "--unsigned", "--wait", "6", timeout=120)
+            done = box.run("upgrade", str(releases(case)), "--yes", "--unsigned", "--wait", "15", timeout=120)
         finally:
             stop.set()
             thread.join()
         assert done.returncode == 3 and f"{VERSION} is in place" in done.stderr, done
         assert version(box) == VERSION and left_over(box) == []
+        assert statuses == ({200, 503} if case == "not ready" else {200}), "the new one answered, and nothing it could lose"
         there = box.admin("GET", "/users?limit=1000", bearer=bearer).body.decode()
         assert len(made) > 5 and not [name for name in made if f'"{name}"' not in there]
         assert upgrade(box, releases("good"), "--unsigned", "--no-backup").returncode == 0 and version(box) == NEW
