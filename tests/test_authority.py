@@ -23,6 +23,7 @@ from appliance.authority import (
 )
 from appliance.base import StartupError
 from appliance.commands import main
+from appliance.base.metrics import Counters
 from appliance.base.settings import Options, host_names, issuer_obstacle, load_options
 from appliance.base.tls import Pair, context_of, describe_certificate
 from appliance.processes import announce, prepare_certificate
@@ -438,7 +439,8 @@ class TestIssuer:
         logged = []
         options = Options(auth_ip=auth_ip, auth_insecure_http=True)
         log = lambda event, *_, **__: logged.append(event)
-        announce(types.SimpleNamespace(options=options, local=None, certificates={}, log=log))
+        startup = types.SimpleNamespace(options=options, local=None, certificates={}, log=log, counters=Counters(), clock=time.time)
+        announce(startup)
         assert logged == events
 
     def test_it_needs_attention(self, make_idp, options):
